@@ -1,0 +1,1 @@
+"""Device descriptors, as YAML."""

@@ -1,0 +1,1 @@
+"""edgetune: fine-tune and compress PyTorch models on and for small devices."""

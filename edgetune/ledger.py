@@ -1,0 +1,169 @@
+"""The ledger: what a run measured, step by step, as one value that goes to JSON, the terminal and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Entry(BaseModel):
+    """Base of everything in the ledger: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Quality(Entry):
+    """One number on the held-out test set."""
+
+    metric: Literal["accuracy_pct", "perplexity"]
+    value: float
+    rows: int
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Accuracy rises, perplexity falls."""
+        return self.metric == "accuracy_pct"
+
+
+class Row(Entry):
+    """The model as it stood after one step. `None`: not measured, with the reason in `note`."""
+
+    index: int  # 0 is the model as loaded
+    step: str  # recipe name of the step, "load" or "finalize"
+    detail: str = ""  # the settings in a few words
+    quality: Quality | None = None
+    parameters: int
+    trainable_parameters: int
+    size_mib: float  # parameters and buffers, as stored in memory
+    macs: int | None = None  # of one example
+    backward_kept_mib: float | None = None  # activations kept for backward by one training batch
+    seconds: float  # the step itself, without measuring
+    note: str = ""
+
+
+class LossPoint(Entry):
+    """One optimizer update."""
+
+    update: int
+    loss: float
+    learning_rate: float
+
+
+class Training(Entry):
+    """One `train` step."""
+
+    row: int  # index of its row
+    losses: tuple[LossPoint, ...]
+    optimizer_state_mib: float
+    gradients_mib: float
+    peak_memory_mib: float | None = None  # weights + gradients + optimizer state + kept activations, summed
+
+
+class Leftover(Entry):
+    """An operator that the backend did not take."""
+
+    operator: str
+    module: str
+    count: int
+
+
+class Parity(Entry):
+    """The program against the eager model it was made from, on held-out rows."""
+
+    rows: int
+    same_prediction_pct: float
+    max_abs_difference: float
+
+
+class Program(Entry):
+    """The exported program, as its `model.json` states it."""
+
+    path: str
+    target: str
+    size_mib: float
+    plan_kib: float  # planned arena for activations
+    sha256: str
+    delegated_macs_pct: float
+    delegated_operators_pct: float
+    leftovers: tuple[Leftover, ...] = ()
+    parity: Parity | None = None
+
+
+class Measured(Entry):
+    """Timed on a real machine."""
+
+    device: str
+    latency_ms: float  # median
+    latency_p10_ms: float
+    latency_p90_ms: float
+    load_ms: float
+    peak_memory_mib: float  # of the process, above an empty one
+    runs: int
+    threads: int
+    note: str = ""
+
+
+class Predicted(Entry):
+    """Computed from a device descriptor; the band is what the descriptor's trust allows."""
+
+    device: str
+    latency_ms: float
+    latency_low_ms: float
+    latency_high_ms: float
+    peak_memory_mib: float
+    calibrated: bool
+    note: str = ""
+
+
+class Verdict(Entry):
+    """One line of the recipe's budget."""
+
+    device: str
+    quantity: Literal["latency_ms", "size_mib", "train_memory_mib", "peak_memory_mib"]
+    limit: float
+    value: float  # what the run came to
+    least: float  # the least that this run shows can be had
+    holds: bool
+    note: str = ""
+
+
+class Baseline(Entry):
+    """A simple method on the same test set."""
+
+    name: str
+    value: float
+
+
+class Ledger(Entry):
+    """A whole run."""
+
+    format: Literal[1] = 1
+    recipe: str  # name
+    seed: int
+    model: str
+    data: str
+    settings: dict[str, Any]  # the resolved recipe
+    environment: dict[str, str]
+    baselines: tuple[Baseline, ...] = ()
+    rows: tuple[Row, ...] = ()
+    trainings: tuple[Training, ...] = ()
+    program: Program | None = None
+    measured: tuple[Measured, ...] = ()
+    predicted: tuple[Predicted, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+
+    def with_(self, **changes: Any) -> Ledger:
+        """A copy with these fields replaced."""
+        return self.model_copy(update=changes)
+
+    def dumps(self) -> str:
+        """As indented JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """Read `ledger.json`."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Device descriptors, cost prediction and measurement."""

@@ -1,0 +1,29 @@
+"""What the cost predictor reads: one record for each operator of an exported program."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Kind = Literal[
+    "conv", "pointwise-conv", "depthwise-conv", "linear", "matmul", "embedding",
+    "normalization", "softmax", "elementwise", "reduction", "pooling", "data-movement", "other",
+]  # fmt: skip
+DType = Literal["fp32", "fp16", "bf16", "int8", "8da4w"]
+
+
+class Operator(BaseModel):
+    """One operator: what it computes, in which type, how much it multiplies and how many bytes it moves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    operator: str  # "aten.linear.default"
+    module: str  # dotted path in the user's model, "" when unknown
+    kind: Kind
+    dtype: DType
+    output_shape: tuple[int, ...]
+    macs: int  # multiply-accumulates
+    weight_bytes: int  # constants read, as stored
+    activation_bytes: int  # inputs read plus outputs written
+    delegated: bool  # whether a backend runs it; False: a portable kernel

@@ -1,0 +1,84 @@
+"""Literal tables from a name to `module:attribute`. Nothing is imported before it is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from edgetune.technique import EdgetuneError, Technique
+
+TECHNIQUES = {
+    "lora": "edgetune.adapt.lora:LoRA",
+    "sparse-update": "edgetune.sparse.update:SparseUpdate",
+    "prune": "edgetune.prune.structured:Prune",
+    "int4": "edgetune.quant.int4:Int4",
+    "int8": "edgetune.quant.int8:Int8",
+    "nf4": "edgetune.quant.nf4:NF4",
+}
+
+# Steps of a recipe that look at or train the model without changing its layers.
+STEPS = {
+    "train": "edgetune.train:Train",
+    "eval": "edgetune.pipeline:Eval",
+}
+
+# name or prefix (before the first colon) -> loader
+MODELS = {
+    "minilm": "edgetune.models.text:minilm",
+    "smollm2": "edgetune.models.causal:smollm2",
+    "effnet-lite0": "edgetune.models.vision:effnet_lite0",
+    "hf": "edgetune.models.text:hugging_face",
+    "timm": "edgetune.models.vision:timm_model",
+}
+
+DATASETS = {
+    "tweets": "edgetune.data.text:tweets",
+    "conversations": "edgetune.data.text:conversations",
+    "fashion-mnist": "edgetune.data.vision:fashion_mnist",
+    "csv": "edgetune.data.tables:from_csv",
+    "jsonl": "edgetune.data.tables:from_jsonl",
+    "imagefolder": "edgetune.data.vision:from_imagefolder",
+    "hf": "edgetune.data.tables:from_hub",
+}
+
+# what a missing import needs
+EXTRAS = {
+    "peft": "lora",
+    "bitsandbytes": "nf4",
+    "torch_pruning": "prune",
+    "torchao": "export",
+    "executorch": "export",
+    "transformers": "text",
+    "timm": "vision",
+    "PIL": "vision",
+    "sklearn": "baselines",
+    "datasets": "hub",
+    "plotly": "report",
+    "lightning": "lightning",
+}
+
+
+def load(path: str) -> Any:
+    """Import `module:attribute`."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def technique(name: str) -> type[Technique]:
+    """The technique class of a recipe name."""
+    if name not in TECHNIQUES:
+        raise EdgetuneError("unknown technique", got=name, allowed=sorted(TECHNIQUES))
+    found: type[Technique] = load(TECHNIQUES[name])
+    return found
+
+
+def require(module: str, purpose: str) -> Any:
+    """Import an optional dependency, or say which extra installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        extra = EXTRAS.get(module.partition(".")[0], "all")
+        raise EdgetuneError(
+            f"{purpose} needs {module.partition('.')[0]}, which could not be imported ({error})",
+            action=f'pip install "edgetune[{extra}]"',
+        ) from error

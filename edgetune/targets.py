@@ -1,0 +1,53 @@
+"""Shell patterns that choose layers by their dotted names. A pattern that matches nothing raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from edgetune.technique import EdgetuneError
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted name fits one of the patterns; `*.query` also fits `query` itself.
+
+    >>> matches("encoder.layer.0.query", ["*.query"]), matches("query", ["*.query"]), matches("key", ["*.query"])
+    (True, True, False)
+    """
+    return any(fnmatchcase(name, p) or fnmatchcase("." + name, p) for p in patterns)
+
+
+def select(
+    model: nn.Module,
+    include: Iterable[str],
+    skip: Iterable[str] = (),
+    kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module,
+    accept: Callable[[nn.Module], bool] | None = None,
+) -> dict[str, nn.Module]:
+    """Layers of `kind` whose name fits `include` and not `skip`, in the model's own order.
+
+    Raises `EdgetuneError` for each pattern of either list that fits no layer of that kind.
+    """
+    include, skip = list(include), list(skip)
+    layers = {n: m for n, m in model.named_modules() if n and isinstance(m, kind) and (accept is None or accept(m))}
+    for what, patterns in (("targets", include), ("skip", skip)):
+        for pattern in patterns:
+            if not any(matches(name, [pattern]) for name in layers):
+                raise EdgetuneError(
+                    f"{what}: the pattern matches no layer",
+                    got=pattern,
+                    allowed=layers,
+                    action="print the names with [name for name, _ in model.named_modules()]",
+                )
+    chosen = {n: m for n, m in layers.items() if matches(n, include) and not matches(n, skip)}
+    if not chosen:
+        raise EdgetuneError("targets: every matching layer is also skipped", got=include, action="shorten skip")
+    return chosen
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the layer called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

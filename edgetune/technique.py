@@ -1,0 +1,173 @@
+"""The one abstraction: a technique is its settings plus `apply` and `finalize`. And the one error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar, Union
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+Inputs = Union[Tensor, "tuple[Tensor, ...]", "dict[str, Tensor]"]
+
+
+class Exit(IntEnum):
+    """Exit codes of the command line, and what an `EdgetuneError` asks for."""
+
+    DONE = 0
+    USAGE = 2
+    DATA = 3
+    BUDGET = 4
+    EXPORT = 5
+    INTERRUPTED = 130
+
+
+class EdgetuneError(ValueError):
+    """What is wrong, where, what was got and allowed, and one next action.
+
+    Inner code states the fact; outer code adds where it happened:
+
+    >>> error = EdgetuneError("unknown scheme", got="last2", allowed=["last-2", "bias"], action="pick a scheme")
+    >>> print(error.within("recipe.yaml, step 1, sparse-update"))
+    recipe.yaml, step 1, sparse-update: unknown scheme: got 'last2'; allowed: last-2, bias; did you mean 'last-2'?
+      next: pick a scheme
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        got: object = None,
+        allowed: Iterable[str] = (),
+        action: str = "",
+        exit_code: Exit = Exit.USAGE,
+    ) -> None:
+        self.what, self.where, self.got, self.action = what, where, got, action
+        self.allowed, self.exit_code = tuple(allowed), exit_code
+        super().__init__(what)
+
+    def within(self, where: str) -> EdgetuneError:
+        """The same error with `where` put in front of the place it already names."""
+        self.where = f"{where}, {self.where}" if self.where else where
+        return self
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        details = []
+        if self.got is not None:
+            details.append(f"got {self.got!r}")
+        if self.allowed:
+            details.append("allowed: " + shortened(self.allowed))
+        near = difflib.get_close_matches(str(self.got), self.allowed, n=1) if self.got is not None else []
+        if near:
+            details.append(f"did you mean {near[0]!r}?")
+        if details:
+            text += ": " + "; ".join(details)
+        return f"{text}\n  next: {self.action}" if self.action else text
+
+
+def shortened(names: Iterable[str], most: int = 12) -> str:
+    """The names joined by commas, cut after `most` with the number left out."""
+    listed = list(names)
+    rest = f" ... and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a technique may look at: example inputs, and calibration batches drawn anew at each call of `batches`.
+
+    `inputs` is a tensor, a tuple of positional tensors or a dict of keyword tensors, batch first.
+    """
+
+    inputs: Inputs
+    batches: Callable[[], Iterator[Inputs]]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Sample:
+        """A sample whose only calibration batch is the example itself."""
+        return cls(inputs=inputs, batches=lambda: iter([inputs]))
+
+
+class Technique(BaseModel):
+    """Settings of one technique. Subclasses give `name`, `after`, and `apply`; most need nothing else.
+
+    `after` names the techniques that may stand before this one in a recipe; it is checked before any work.
+    `plain` says that this one needs plain layers: everything still open is finalized first.
+    `exact` says that `apply` leaves the model's outputs as they were.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: ClassVar[str]
+    after: ClassVar[frozenset[str]] = frozenset()
+    plain: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """Change `model` in place and return it (or what replaces it)."""
+        raise NotImplementedError
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """After training: merge, freeze or pack, so that plain layers are left. Default: nothing to do."""
+        return model
+
+    def needs_sample(self, sample: Sample | None) -> Sample:
+        """The sample, or the error that says this technique cannot work without one."""
+        if sample is None:
+            raise EdgetuneError(
+                f"{self.name} needs example inputs",
+                action="pass sample=et.Sample.of(example_inputs) to et.apply",
+            )
+        return sample
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Run `model` on inputs of any of the three forms."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, a Hugging Face output, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)):
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise EdgetuneError(
+            "the model's output holds no logits",
+            got=type(output).__name__,
+            action="return a tensor, a tuple that begins with one, or an object with .logits",
+        )
+    return found
+
+
+def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The tensors of the inputs, in order."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    return tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)
+
+
+def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Rows `start:stop` of every tensor, in the same form."""
+    if isinstance(inputs, Tensor):
+        return inputs[start:stop]
+    if isinstance(inputs, dict):
+        return {name: value[start:stop] for name, value in inputs.items()}
+    return tuple(value[start:stop] for value in inputs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer lies; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

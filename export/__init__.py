@@ -1,0 +1,1 @@
+"""Lowering to ExecuTorch. The only place that imports executorch."""

@@ -1,0 +1,1 @@
+"""Golden recipes, as YAML."""
