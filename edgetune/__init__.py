@@ -1,1 +1,2 @@
 """edgetune: fine-tune and compress PyTorch models on and for small devices."""
+

@@ -1,0 +1,67 @@
+"""`apply` and `finalize`: techniques on a model, outside of any recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from edgetune.technique import EdgetuneError, Sample, Technique
+
+_OPEN = "edgetune_techniques"  # the attribute of a model that lists what is open on it, in order
+
+
+def opened(model: nn.Module) -> tuple[Technique, ...]:
+    """The techniques applied to `model` and not finalized yet, in order."""
+    return tuple(getattr(model, _OPEN, ()))
+
+
+def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample: Sample | None = None) -> nn.Module:
+    """Apply techniques in order, in place; returns the model, or what replaces it.
+
+    Args:
+        model: any `nn.Module`.
+        techniques: one, or several in order. A technique that needs plain layers finalizes what is open first.
+        sample: example inputs and calibration batches, for those that look at data.
+
+    Raises:
+        EdgetuneError: an order that makes no sense, targets that match nothing, a sample that is missing.
+    """
+    for technique in [techniques] if isinstance(techniques, Technique) else techniques:
+        check_order(technique, opened(model))
+        if technique.plain:
+            model = finalize(model)
+        before = opened(model)
+        try:
+            model = technique.apply(model, sample)
+        except EdgetuneError as error:
+            raise error.within(technique.name)
+        setattr(model, _OPEN, [*before, technique])
+    return model
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Finalize every open technique in reverse order: what is left has plain layers only. Returns the model."""
+    techniques = list(opened(model))
+    while techniques:
+        technique = techniques.pop()
+        try:
+            model = technique.finalize(model)
+        except EdgetuneError as error:
+            raise error.within(f"{technique.name}, finalize")
+        setattr(model, _OPEN, list(techniques))
+    if hasattr(model, _OPEN):
+        delattr(model, _OPEN)
+    return model
+
+
+def check_order(technique: Technique, earlier: Sequence[Technique]) -> None:
+    """Raise unless `technique` may follow each of `earlier`."""
+    for other in earlier:
+        if other.name not in technique.after:
+            raise EdgetuneError(
+                f"{technique.name} cannot follow {other.name}",
+                got=other.name,
+                allowed=sorted(technique.after),
+                action=f"put {technique.name} before {other.name}",
+            )
