@@ -154,6 +154,8 @@ class Ledger(Entry):
     measured: tuple[Measured, ...] = ()
     predicted: tuple[Predicted, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    notes: tuple[str, ...] = ()  # what a reader has to know about the data and the model
+    finished: bool = False
 
     def with_(self, **changes: Any) -> Ledger:
         """A copy with these fields replaced."""

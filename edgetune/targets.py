@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -30,7 +30,11 @@ def select(
 
     Raises `EdgetuneError` for each pattern of either list that fits no layer of that kind.
     """
+    if isinstance(include, str) or isinstance(skip, str):
+        raise EdgetuneError("patterns are a list", got=include, action=f"write [{include!r}]")
     include, skip = list(include), list(skip)
+    if not include:
+        raise EdgetuneError("targets: no pattern given", action="name at least one layer or pattern")
     layers = {n: m for n, m in model.named_modules() if n and isinstance(m, kind) and (accept is None or accept(m))}
     for what, patterns in (("targets", include), ("skip", skip)):
         for pattern in patterns:
@@ -45,6 +49,40 @@ def select(
     if not chosen:
         raise EdgetuneError("targets: every matching layer is also skipped", got=include, action="shorten skip")
     return chosen
+
+
+def refuse_read_directly(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Raise for a layer whose parent reads its weight instead of calling it: what wraps it would never run.
+
+    `nn.MultiheadAttention` does so with `out_proj`, `nn.TransformerEncoderLayer` in its fast path with all of its own.
+    """
+    for name in chosen:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            parent = model.get_submodule(".".join(parts[:depth]))
+            if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+                raise EdgetuneError(
+                    f"{name} is never called: {type(parent).__name__} reads its weight directly",
+                    got=name,
+                    action=f'add "{name}" to skip',
+                )
+
+
+def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raise for a layer whose weight also belongs to another layer (tied embeddings): merging would change both."""
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    for name, layer in chosen.items():
+        for parameter in layer.parameters(recurse=False):
+            others = owners.get(id(parameter), set()) - {name}
+            if others:
+                raise EdgetuneError(
+                    f"{name} shares its weight with {', '.join(sorted(others))}; a change to one would change both",
+                    got=name,
+                    action=f'add "{name}" to skip, or untie it: layer.weight = nn.Parameter(layer.weight.clone())',
+                )
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:

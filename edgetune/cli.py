@@ -1,0 +1,375 @@
+"""The command line. Each verb is one function that calls the library's function of the same name.
+
+Results go to stdout, progress and errors to stderr. Exit codes: `technique.Exit`. A stack trace only with `--debug`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from edgetune.technique import EdgetuneError, Exit
+
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
+app = typer.Typer(help="Fine-tune and compress PyTorch models on and for small devices.", **PLAIN)
+recipes = typer.Typer(help="The golden recipes, and checks for your own.", **PLAIN)
+devices = typer.Typer(help="Device descriptors: what is known of a phone or board, and from where.", **PLAIN)
+app.add_typer(recipes, name="recipes")
+app.add_typer(devices, name="devices")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads the annotation on Python 3.10)
+    typer.Argument(metavar="KEY=VALUE", help="Changes: train.epochs=2, steps.3.ratio=0.5, variant=smoke."),
+]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in the package, or a path ending in .yaml.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Every error becomes plain lines on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        code = app(args=given, prog_name="edgetune", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code) if isinstance(code, int) else int(Exit.DONE)
+    except KeyboardInterrupt:
+        return _failed("interrupted", Exit.INTERRUPTED)
+    except BrokenPipeError:  # `edgetune ... | head`
+        sys.stderr.close()
+        return int(Exit.DONE)
+    except EdgetuneError as error:
+        if debug:
+            traceback.print_exc()
+        return _failed(str(error), error.exit_code)
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # typer's own, for Ctrl-C at a prompt
+            return _failed("interrupted", Exit.INTERRUPTED)
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's usage errors
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.format_message(), file=sys.stderr)
+                return int(Exit.USAGE)
+            usage = getattr(error, "ctx", None)
+            hint = f"\n  next: {usage.command_path} --help" if usage is not None else ""
+            return _failed(f"{error.format_message()}{hint}", Exit.USAGE) if error.format_message() else int(Exit.USAGE)
+        if debug:
+            traceback.print_exc()
+            return 1
+        return _failed(f"{type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1)
+
+
+def _failed(text: str, code: int) -> int:
+    print(f"edgetune: {text}", file=sys.stderr)
+    return int(code)
+
+
+def _print(value: object) -> None:
+    """Text as it is; anything else as JSON."""
+    print(value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a stack trace on errors; anywhere on the line.")] = False,
+) -> None:
+    if version:
+        from importlib import metadata
+
+        _print(metadata.version("edgetune"))
+        raise typer.Exit()
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; load and write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last unfinished run.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="The run's folder; default: runs/RECIPE-NNN.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> int:
+    """Run a recipe: train, compress, export, verify, profile, report."""
+    from edgetune import recipe as recipes_of
+    from edgetune.overrides import from_text
+
+    changes = from_text(overrides or [])
+    if dry_run:
+        _print(_plan(recipes_of.load(recipe, changes), out, as_json))
+        return Exit.DONE
+    from edgetune import pipeline
+    from edgetune.progress import shown
+
+    with shown(quiet=as_json) as progress:
+        done = pipeline.run(recipe, overrides=changes, out=out, resume=resume, progress=progress)
+    if as_json:
+        _print({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
+    else:
+        _show(done.ledger)
+        program = [f"program: {done.program}"] if done.program else []
+        _print("\n".join([*program, f"report: {done.report}"]))
+    for verdict in done.missed:
+        limit = f"{verdict.quantity} {verdict.value:g}, limit {verdict.limit:g}, least {verdict.least:g}"
+        _failed(f"the budget for {verdict.device} does not hold: {limit}", Exit.BUDGET)
+    return Exit.BUDGET if done.missed else Exit.DONE
+
+
+def _plan(recipe: Any, out: Path | None, as_json: bool) -> object:
+    """What `--dry-run` prints."""
+    planned = recipe.plan()
+    writes = ["recipe.yaml", "run.json", "checkpoints/", "ledger.json", "report.html"]
+    writes += ["model.pte", "model.json"] if recipe.export else []
+    folder = str(out or f"runs/{recipe.name}-NNN")
+    if as_json:
+        steps = [{"step": p.step, "name": p.name, "detail": p.detail} for p in planned]
+        return {"recipe": recipe.name, "digest": recipe.digest, "plan": steps, "folder": folder, "writes": writes}
+    width = max(len(p.name) for p in planned)
+    lines = [f"{p.step or '':>3}  {p.name:<{width}}  {p.detail}".rstrip() for p in planned]
+    head = [f"{recipe.name}: {recipe.model.source} on {recipe.data.source}, seed {recipe.seed}"]
+    return "\n".join([*head, *lines, f"would write {folder}/: {', '.join(writes)}"])
+
+
+def _show(ledger: Any) -> None:
+    from rich.console import Console
+
+    from edgetune import report as reports
+
+    Console().print(reports.terminal(ledger))
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A model (minilm, hf:PATH, timm:NAME), a run folder, or a .pt2 that torch.export saved.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("model.pte"),
+    device: Annotated[Optional[str], typer.Option(help="Lower for this device's preferred target.")] = None,  # noqa: UP045
+    target: Annotated[Optional[str], typer.Option(help="Lower for this target instead.")] = None,  # noqa: UP045
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Data that give classes and check rows, for a model by name: tweets, csv:PATH."),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Lower a model to an ExecuTorch program, run it and compare it with the model."""
+    from edgetune.exporting import export_from
+
+    artifact = export_from(model, out, device=device, target=target, data=data)
+    _print(artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_manifest(artifact.manifest)}")
+    return Exit.DONE
+
+
+def _manifest(manifest: Any) -> str:
+    parity = manifest.parity
+    same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} rows" if parity else ", not compared"
+    return f"{manifest.size_bytes / 2**20:.2f} MiB, target {manifest.target}{same}"
+
+
+@app.command()
+def profile(
+    program: Annotated[Path, typer.Argument(help="A .pte with its model.json beside it.")],
+    device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.")],
+    on: Annotated[str, typer.Option(help="Where to time it: host; the others are not here yet.")] = "host",
+    as_json: Json = False,
+) -> int:
+    """Say what a program costs on a device: predicted, and measured where it can be run."""
+    from edgetune.export.artifact import Artifact
+    from edgetune.profile import profile as profile_
+
+    if on != "host":
+        action = "use --on host; copy the program to the device to time it there"
+        raise EdgetuneError("programs are timed on this host only", got=on, allowed=["host"], action=action)
+    found = profile_(Artifact.load(program), device=device)
+    predicted = found.predicted.model_dump(mode="json") if found.predicted else None
+    measured = found.measured.model_dump(mode="json") if found.measured else None
+    if as_json:
+        _print({"predicted": predicted, "measured": measured})
+        return Exit.DONE
+    for label, values in (("predicted", predicted), ("measured", measured)):
+        words = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items() if value != "") if values else "not here"
+        _print(f"{label}: {words}")
+    return Exit.DONE
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
+    as_json: Json = False,
+) -> int:
+    """Print a run's ledger, and write its page anew."""
+    from edgetune import report as reports
+    from edgetune.ledger import Ledger
+
+    page = reports.report(folder)
+    ledger = Ledger.read(folder / reports.LEDGER)
+    if as_json:
+        _print(ledger.model_dump(mode="json"))
+    else:
+        _show(ledger)
+        _print(f"report: {page}")
+    return Exit.DONE
+
+
+@app.command()
+def env(as_json: Json = False) -> int:
+    """Print versions, machine, installed extras and what can be lowered here."""
+    from edgetune.environment import as_text, environment
+
+    found = environment()
+    _print(found.model_dump(mode="json") if as_json else as_text(found))
+    return Exit.DONE
+
+
+@recipes.command("list")
+def recipes_list(as_json: Json = False) -> int:
+    """List the recipes in the package."""
+    from edgetune import recipe as recipes_of
+
+    found = [recipes_of.load(name) for name in recipes_of.names()]
+    if as_json:
+        _print([{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in found])
+    else:
+        _print("\n".join(f"{r.name}: {r.description}" for r in found))
+    return Exit.DONE
+
+
+@recipes.command("show")
+def recipes_show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="With every default and change written out.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Print a recipe, as written or resolved."""
+    from edgetune import recipe as recipes_of
+    from edgetune.overrides import from_text
+
+    if not (resolved or overrides or as_json):
+        _print(recipes_of.text_of(recipe)[0].rstrip("\n"))
+        return Exit.DONE
+    found = recipes_of.load(recipe, from_text(overrides or []))
+    _print(found.resolved() if as_json else found.to_yaml().rstrip("\n"))
+    return Exit.DONE
+
+
+@recipes.command("copy")
+def recipes_copy(
+    name: RecipeName,
+    path: Annotated[Optional[Path], typer.Argument(help="A folder, or a file ending in .yaml.")] = None,  # noqa: UP045
+) -> int:
+    """Copy a recipe to a file of your own."""
+    from edgetune import recipe as recipes_of
+
+    text, shown = recipes_of.text_of(name)
+    to = path or Path()
+    to = to / Path(shown).name if to.is_dir() else to
+    if to.suffix not in (".yaml", ".yml"):
+        raise EdgetuneError("a recipe's file ends in .yaml", got=str(to), action=f"write {to}.yaml")
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise EdgetuneError("the file is there already", got=str(to), action="choose another name") from error
+    except OSError as error:
+        raise EdgetuneError(f"cannot write the file: {error.strerror}", got=str(to)) from error
+    _print(str(to))
+    return Exit.DONE
+
+
+@recipes.command("validate")
+def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> int:
+    """Check a recipe and each of its variants; print every error."""
+    from edgetune import recipe as recipes_of
+    from edgetune.document import Errors
+    from edgetune.overrides import from_text
+
+    try:
+        changes = from_text(overrides or [])
+        found = recipes_of.load(recipe, changes)
+        for variant in found.variants:
+            recipes_of.load(recipe, {**changes, "variant": variant})
+    except EdgetuneError as error:
+        if not as_json:
+            raise
+        errors = error.errors if isinstance(error, Errors) else (error,)
+        keys = ("where", "what", "got", "allowed", "action")
+        _print({"valid": False, "errors": [{key: getattr(e, key) for key in keys} for e in errors]})
+        return Exit.USAGE
+    variants = f", variants: {', '.join(found.variants)}" if found.variants else ""
+    text = f"{found.name}: valid, {len(found.steps)} steps{variants}"
+    _print({"valid": True, "errors": [], "digest": found.digest} if as_json else text)
+    return Exit.DONE
+
+
+@recipes.command("schema")
+def recipes_schema() -> int:
+    """Print the JSON Schema of a recipe."""
+    from edgetune import recipe as recipes_of
+
+    _print(recipes_of.schema())
+    return Exit.DONE
+
+
+@devices.command("list")
+def devices_list(as_json: Json = False) -> int:
+    """List the devices that are known here."""
+    from edgetune.profile import device
+
+    found = [device.load(name) for name in device.ids()]
+    if as_json:
+        _print([{"id": d.id, "name": d.name, "soc": d.soc, "calibrated": d.calibration is not None} for d in found])
+        return Exit.DONE
+    width = max(len(d.id) for d in found)
+    for d in found:
+        _print(f"{d.id:<{width}}  {d.name}, {d.soc}{', calibrated' if d.calibration else ''}")
+    return Exit.DONE
+
+
+@devices.command("show")
+def devices_show(
+    device_id: Annotated[str, typer.Argument(metavar="ID", help="A device id, or a path ending in .yaml.")],
+    as_json: Json = False,
+) -> int:
+    """Print a descriptor, every number with its source and trust."""
+    import yaml
+
+    from edgetune.profile import device
+
+    plain = device.load(device_id).model_dump(mode="json", exclude_none=True, exclude_defaults=not as_json)
+    _print(plain if as_json else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).rstrip("\n"))
+    return Exit.DONE
+
+
+@devices.command("validate")
+def devices_validate(
+    paths: Annotated[Optional[list[str]], typer.Argument(metavar="ID", help="Ids or paths; default: all.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> int:
+    """Check descriptors; print every fault."""
+    from edgetune.document import raise_all
+    from edgetune.profile import device
+
+    errors: list[EdgetuneError] = []
+    valid = []
+    for name in paths or device.ids():
+        try:
+            valid.append(device.load(name).id)
+        except EdgetuneError as error:
+            errors.append(error)
+    if as_json:
+        _print({"valid": valid, "errors": [str(error) for error in errors]})
+        return Exit.USAGE if errors else Exit.DONE
+    raise_all("devices", errors)
+    _print(f"valid: {', '.join(valid)}")
+    return Exit.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""What a loader of data returns, how rows are kept, split and checked, and how batches are made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from edgetune.technique import EdgetuneError, Exit, Inputs
+
+Task = Literal["text-classification", "image-classification", "causal-lm"]
+
+IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
+
+
+class DataSettings(BaseModel):
+    """Where the data come from and how they are split. The split does not depend on the seed of a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str  # "tweets", "csv:path", ...: a name of the registry, and what follows the first colon
+    text: str = "text"  # column of the text; tables only
+    label: str | None = "label"  # column of the class; None: the texts are for a causal language model; tables only
+    test_pct: float = Field(default=15.0, gt=0, lt=100)  # of all rows; where the data have no test set of their own
+    validation_pct: float = Field(default=10.0, gt=0, lt=100)  # of all rows; where the data have no validation set
+    train_rows: int | None = Field(default=None, gt=0)  # use only so many rows, the same ones each time
+    validation_rows: int | None = Field(default=None, gt=0)
+    test_rows: int | None = Field(default=None, gt=0)
+    max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)  # more rows than this that cannot be read: stop
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs and their classes. Inputs are texts, paths of images, or one `uint8` array `(rows, height, width[, 3])`.
+
+    `labels` is `None` for a causal language model, whose labels are the tokens themselves.
+    """
+
+    inputs: Sequence[Any]
+    labels: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != len(self.inputs):
+            raise EdgetuneError("as many labels as inputs are needed", got=(len(self.inputs), len(self.labels)))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def subset(self, indices: Sequence[int]) -> Rows:
+        """The rows at `indices`, in that order."""
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return Rows(self.take(indices), labels)
+
+    def take(self, indices: Sequence[int]) -> Sequence[Any]:
+        """The inputs at `indices`: an array for an array, else a list."""
+        if hasattr(self.inputs, "dtype"):
+            picked: Sequence[Any] = self.inputs[list(indices)]  # type: ignore[call-overload]
+            return picked
+        return [self.inputs[i] for i in indices]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows in three parts that share none, the names of the classes, and what a reader of a report has to know."""
+
+    name: str
+    task: Task
+    classes: tuple[str, ...]  # empty for a causal language model
+    train: Rows
+    validation: Rows
+    test: Rows
+    notes: tuple[str, ...] = ()
+
+
+class Encode(Protocol):
+    """Turns inputs into the tensors a model takes, batch first.
+
+    Texts are padded to the longest of the batch, rounded up; `pad_to` asks for exactly that many tokens instead.
+    """
+
+    def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs: ...
+
+
+class Split:
+    """Rows as batches `(inputs, labels)`.
+
+    Labels are int64: shape `(batch,)`, or for a causal language model `(batch, tokens)` with -100 where there is
+    padding.
+    """
+
+    def __init__(self, task: Task, rows: Rows, encode: Encode) -> None:
+        self.task, self.rows, self.encode = task, rows, encode
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int], pad_to: int | None = None) -> tuple[Inputs, Tensor]:
+        """The rows at `indices` as one batch."""
+        inputs = self.encode(self.rows.take(indices), pad_to)
+        if self.task == "causal-lm":
+            if not isinstance(inputs, dict) or not {"input_ids", "attention_mask"} <= set(inputs):
+                raise EdgetuneError("a causal language model needs input_ids and attention_mask from its encoder")
+            return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
+        if self.rows.labels is None:
+            raise EdgetuneError("these rows have no labels", got=self.task, exit_code=Exit.DATA)
+        return inputs, torch.tensor([self.rows.labels[i] for i in indices], dtype=torch.int64)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Inputs, Tensor]]:
+        """All rows in order; the last batch may be smaller."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(range(start, min(start + batch_size, len(self))))
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Tokens of each row after truncation, for batches of like length; `None` where rows are no texts."""
+        if self.task == "image-classification" or len(self) == 0:
+            return None
+        found: list[int] = []
+        for start in range(0, len(self), 512):
+            inputs = self.encode(self.rows.take(range(start, min(start + 512, len(self)))), None)
+            if not isinstance(inputs, dict) or "attention_mask" not in inputs:
+                return None
+            found.extend(inputs["attention_mask"].sum(1).tolist())
+        return tuple(found)
+
+
+def cache_folder() -> Path:
+    """Where converted models and fetched data are kept: `edgetune` under `XDG_CACHE_HOME`, else under `~/.cache`."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "edgetune"
+
+
+def data_error(what: str, *, got: object = None, allowed: Sequence[str] = (), action: str = "") -> EdgetuneError:
+    """An error about the data, with exit code 3."""
+    return EdgetuneError(what, got=got, allowed=allowed, action=action, exit_code=Exit.DATA)
+
+
+class BadRows:
+    """Collects the rows that cannot be read, and says when there are too many."""
+
+    def __init__(self, max_bad_rows_pct: float) -> None:
+        self.max_bad_rows_pct = max_bad_rows_pct
+        self.found: list[str] = []
+
+    def add(self, place: str, reason: str) -> None:
+        """`place` as a person finds it: "row 12" (as an editor counts) or a path."""
+        self.found.append(f"{place}: {reason}")
+
+    def notes(self, total: int, source: str) -> tuple[str, ...]:
+        """A note of what was left out, or `EdgetuneError` if it is more than allowed. `total` counts bad rows too."""
+        if not self.found:
+            return ()
+        share = 100 * len(self.found) / max(total, 1)
+        first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5} more" if len(self.found) > 5 else "")
+        if share > self.max_bad_rows_pct:
+            raise data_error(
+                f"{source}: {len(self.found)} of {total} rows cannot be read "
+                f"({share:.2g} %, allowed {self.max_bad_rows_pct:g} %): {first}",
+                action="mend these rows, or raise data.max_bad_rows_pct",
+            )
+        return (f"left out {len(self.found)} of {total} rows that cannot be read: {first}",)
+
+
+def split_indices(
+    keys: Sequence[str], labels: Sequence[int] | None, settings: DataSettings, parts: tuple[str, ...]
+) -> tuple[list[int], ...]:
+    """Indices of the training rows, then of each of `parts` ("test", "validation"), which hold about their share.
+
+    Depends on the contents alone, not on their order or on a seed. Rows of one key stay together, so that a
+    duplicate never stands on both sides. Classes are spread evenly, and each keeps at least one row for training.
+    Every list is in an order that is as good as random, so its beginning is a fair sample of it.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest(), []).append(index)
+    label = {k: 0 if labels is None else min(labels[i] for i in found) for k, found in groups.items()}
+    left = sorted(groups, key=lambda k: (label[k], k))
+    kept = [k for n, k in enumerate(left) if n == 0 or label[left[n - 1]] != label[k]]
+    left = sorted(set(left) - set(kept), key=lambda k: (label[k], k))
+    chosen: list[list[str]] = []
+    for part in parts:
+        wanted = round(len(groups) * (settings.test_pct if part == "test" else settings.validation_pct) / 100)
+        if not 0 < wanted <= len(left):
+            raise data_error(
+                f"too few rows to split: {len(groups)} different ones leave no {part if wanted < 1 else 'training'} rows",
+                action="give more rows, or change data.test_pct and data.validation_pct",
+            )
+        taken = {left[(2 * n + 1) * len(left) // (2 * wanted)] for n in range(wanted)}
+        chosen.append([k for k in left if k in taken])
+        left = [k for k in left if k not in taken]
+    return tuple([i for k in sorted(part) for i in groups[k]] for part in (kept + left, *chosen))
+
+
+def split_rows(keys: Sequence[str], rows: Rows, settings: DataSettings) -> tuple[Rows, Rows, Rows]:
+    """Train, validation and test rows by `split_indices`."""
+    train, test, validation = split_indices(keys, rows.labels, settings, ("test", "validation"))
+    return rows.subset(train), rows.subset(validation), rows.subset(test)
+
+
+def assemble(
+    name: str,
+    task: Task,
+    classes: Sequence[str],
+    parts: tuple[Rows, Rows, Rows],
+    settings: DataSettings,
+    notes: Sequence[str] = (),
+) -> Dataset:
+    """A data set of train, validation and test rows, cut to the settings' limits, after the last checks."""
+    cut = []
+    for part, rows in zip(("train", "validation", "test"), parts, strict=True):
+        limit: int | None = getattr(settings, f"{part}_rows")
+        if not len(rows):
+            raise data_error(f"{name}: there are no {part} rows", action="give more rows, or change the split")
+        if limit is not None and limit > len(rows):
+            raise data_error(
+                f"{name}: data.{part}_rows asks for more rows than there are",
+                got=limit,
+                action=f"ask for at most {len(rows)}, or leave data.{part}_rows out",
+            )
+        cut.append(rows if limit is None else rows.subset(range(limit)))
+    train, validation, test = cut
+    if task != "causal-lm":
+        _check_classes(name, classes, train, (validation, test))
+    return Dataset(name, task, tuple(classes), train, validation, test, tuple(notes))
+
+
+def _check_classes(name: str, classes: Sequence[str], train: Rows, others: tuple[Rows, ...]) -> None:
+    if len(classes) < 2:
+        raise data_error(f"{name}: at least two classes are needed", got=", ".join(classes) or "none")
+    seen = set(train.labels or ())
+    empty = [c for n, c in enumerate(classes) if n not in seen]
+    if not empty:
+        return
+    held_out = {n for rows in others for n in rows.labels or ()}
+    if any(classes.index(c) in held_out for c in empty):
+        what = f"{name}: classes of the held-out rows that no training row has: {', '.join(empty)}"
+    else:
+        what = f"{name}: classes without a row: {', '.join(empty)}"
+    raise data_error(what, action="give training rows of every class, leave the class out, or raise data.train_rows")
+
+
+def classes_of(labels: Sequence[str]) -> tuple[str, ...]:
+    """The classes in order: by number where all are whole numbers, else by name.
+
+    >>> classes_of(["10", "9", "9"]), classes_of(["b", "a"])
+    (('9', '10'), ('a', 'b'))
+    """
+    found = set(labels)
+    numbers = all(label.lstrip("-").isdecimal() and label.count("-") < 2 for label in found)
+    order: Callable[[str], Any] = (lambda label: (int(label), label)) if numbers else str
+    return tuple(sorted(found, key=order))

@@ -1,0 +1,270 @@
+"""Tables of the user's own: CSV, JSON lines, and data sets of the Hugging Face hub or its `datasets` library."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgetune.data.dataset import (
+    BadRows,
+    DataSettings,
+    Dataset,
+    Rows,
+    Task,
+    assemble,
+    classes_of,
+    data_error,
+    split_indices,
+    split_rows,
+)
+from edgetune.registry import require
+
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+Record = tuple[str, str]  # text, label
+
+
+def from_csv(argument: str, settings: DataSettings) -> Dataset:
+    """A table with a header in UTF-8, its columns apart by comma, semicolon or tab.
+
+    The columns are `settings.text` and `settings.label`; rows are split by what they hold, never by their order.
+    """
+    path = _existing(argument, "csv")
+    bad = BadRows(settings.max_bad_rows_pct)
+    text = _decoded(path)
+    header, delimiter = _header(text, path, settings)
+    columns = [header.index(name) for name in (settings.text, settings.label) if name is not None]
+    records: list[Record] = []
+    total = 0
+    for row, cells in _csv_rows(text, delimiter, path, bad):
+        total += 1
+        if isinstance(cells, str):
+            bad.add(f"row {row}", cells)
+        elif len(cells) != len(header):
+            bad.add(f"row {row}", f"{len(cells)} columns where the header has {len(header)}")
+        else:
+            _keep(records, bad, f"row {row}", [cells[c] for c in columns], settings)
+    return _finish(path.name, records, bad, total, settings)
+
+
+def from_jsonl(argument: str, settings: DataSettings) -> Dataset:
+    """One JSON object a line, in UTF-8, with the fields `settings.text` and `settings.label`."""
+    path = _existing(argument, "jsonl")
+    bad = BadRows(settings.max_bad_rows_pct)
+    records: list[Record] = []
+    fields: set[str] = set()
+    wanted = [name for name in (settings.text, settings.label) if name is not None]
+    total = 0
+    for row, line in enumerate(_decoded(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        total += 1
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            bad.add(f"row {row}", f"no JSON ({error})" if isinstance(error, ValueError) else "JSON nested too deeply")
+            continue
+        if not isinstance(value, dict):
+            bad.add(f"row {row}", "no JSON object")
+            continue
+        fields.update(value)
+        missing = [name for name in wanted if name not in value]
+        if missing:
+            bad.add(f"row {row}", f"no field {missing[0]!r}")
+        else:
+            _keep(records, bad, f"row {row}", [value[name] for name in wanted], settings)
+    if fields:
+        _check_columns(path.name, sorted(fields), settings)
+    return _finish(path.name, records, bad, total, settings)
+
+
+def from_hub(argument: str, settings: DataSettings) -> Dataset:
+    """A data set of texts by its id on the Hugging Face hub, or a folder on this disk; `id:name` picks a configuration.
+
+    Its own test and validation splits are used where it has them with labels; else they are cut from the training
+    rows.
+    """
+    tables = _load_hub(argument)
+    bad = BadRows(settings.max_bad_rows_pct)
+    found: dict[str, list[Record]] = {}
+    total = 0
+    for split, table in tables.items():
+        part = "validation" if split in _VALIDATION_NAMES else split
+        if part not in ("train", "validation", "test"):
+            continue
+        _check_columns(f"{argument}, split {split}", table.column_names, settings)
+        names = _class_names(table, settings)
+        texts = list(table[settings.text])
+        labels = list(table[settings.label]) if settings.label is not None else [None] * len(texts)
+        if part == "test" and names is not None and set(labels) <= {-1, None}:
+            continue  # the labels of this test set are withheld
+        total += len(texts)
+        records = found.setdefault(part, [])
+        for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
+            if names is not None and isinstance(label, int):
+                label = names[label] if 0 <= label < len(names) else None
+            _keep(records, bad, f"{split}, row {row}", (text, label), settings)
+    if "train" not in found:
+        raise data_error(f"{argument} has no split called train", got=", ".join(tables))
+    return _finish(argument, found.pop("train"), bad, total, settings, found)
+
+
+def _existing(argument: str, kind: str) -> Path:
+    if not argument:
+        raise data_error(f"{kind} needs a path", action=f"write source: {kind}:path/to/file")
+    path = Path(argument).expanduser()
+    if not path.is_file():
+        near = [p.name for p in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
+        raise data_error(
+            f"the file {path} does not exist" if not path.exists() else f"{path} is no file",
+            got=path.name,
+            allowed=[name for name in near if name.endswith(path.suffix)],
+            action="give a path relative to the folder you run edgetune in, or an absolute one",
+        )
+    return path
+
+
+def _decoded(path: Path) -> str:
+    """The file as text; bytes that are no UTF-8 stay as lone surrogates, so that the row that holds them is known."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise data_error(f"{path.name} is written in UTF-16", action="save it as UTF-8")
+    if not content.strip():
+        raise data_error(f"{path.name} is empty")
+    return content.decode("utf-8-sig", errors="surrogateescape")
+
+
+def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], str]:
+    found = []
+    for delimiter in ",;\t":
+        try:
+            cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+        except csv.Error as error:
+            raise data_error(f"{path.name} has no header that can be read ({error})") from error
+        found.append(([name.strip() for name in cells], delimiter))
+    header, delimiter = max(found, key=lambda item: (settings.text in item[0]) + (settings.label in item[0]))
+    _check_columns(path.name, header, settings)
+    return header, delimiter
+
+
+def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) -> None:
+    for option, wanted in (("text", settings.text), ("label", settings.label)):
+        if wanted is not None and wanted not in columns:
+            raise data_error(
+                f"{name} has no column for the {option}",
+                got=wanted,
+                allowed=list(columns),
+                action=f"set data.{option} to the name of the column",
+            )
+
+
+def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[tuple[int, list[str] | str]]:
+    """Each row after the header with the line it begins on, counted from 1; a string says why it cannot be read."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    next(reader)
+    while True:
+        begins = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise data_error(
+                    f"{path.name}: a quoted field in the row that begins on line {begins} is never closed",
+                    action="close the quote, or double it if it is part of the text",
+                ) from error
+            yield begins, str(error)
+            continue
+        if cells:
+            yield begins, cells
+
+
+def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings) -> None:
+    """Add one row to `records`, or say in `bad` why it cannot be used."""
+    text = values[0]
+    if not isinstance(text, str):
+        bad.add(place, f"the text is {type(text).__name__}, not a string")
+    elif not text.strip():
+        bad.add(place, "empty text")
+    elif settings.label is not None and not isinstance(values[1], (str, int)):
+        bad.add(place, f"the label is {type(values[1]).__name__}, not a string or a whole number")
+    elif settings.label is not None and not str(values[1]).strip():
+        bad.add(place, "empty label")
+    elif any("\ud800" <= c <= "\udfff" for value in values for c in str(value)):
+        bad.add(place, "not in UTF-8")
+    elif "\0" in text:
+        bad.add(place, "a zero byte")
+    else:
+        records.append((text, str(values[1]).strip() if settings.label is not None else ""))
+
+
+def _finish(
+    name: str,
+    train: list[Record],
+    bad: BadRows,
+    total: int,
+    settings: DataSettings,
+    others: dict[str, list[Record]] | None = None,
+) -> Dataset:
+    """The data set of the rows that were read; parts that are not given are cut from the training rows."""
+    others = others or {}
+    notes = bad.notes(total, name)
+    classes = classes_of([label for part in (train, *others.values()) for _, label in part]) if settings.label else ()
+    number = {label: n for n, label in enumerate(classes)}
+
+    def rows(records: Iterable[Record]) -> Rows:
+        records = list(records)
+        return Rows([text for text, _ in records], [number[label] for _, label in records] if settings.label else None)
+
+    if not train:
+        raise data_error(f"{name} holds no rows")
+    keys = [" ".join(text.split()).lower() for text, _ in train]
+    given = rows(train)
+    copies = len(keys) - len(set(keys))
+    if copies:
+        notes = (*notes, f"{copies} texts are copies of others; copies stand on one side of the split")
+    task: Task = "text-classification" if settings.label else "causal-lm"
+    if not others:
+        return assemble(name, task, classes, split_rows(keys, given, settings), settings, notes)
+    lacking = tuple(part for part in ("test", "validation") if part not in others)
+    cut = split_indices(keys, given.labels, settings, lacking)
+    parts = dict(zip(lacking, (given.subset(part) for part in cut[1:]), strict=True))
+    parts.update({part: rows(records) for part, records in others.items()})
+    train_texts = {text for text, _ in train}
+    shared = sum(text in train_texts for text, _ in others.get("test", ()))
+    if shared:
+        notes = (*notes, f"{shared} test texts also stand among the training rows")
+    return assemble(
+        name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes
+    )
+
+
+def _load_hub(argument: str) -> dict[str, Any]:
+    if not argument:
+        raise data_error("hf needs the id of a data set or a folder", action="write source: hf:owner/name")
+    datasets = require("datasets", "a data set of the Hugging Face hub")
+    folder = Path(argument).expanduser()
+    name, _, configuration = (argument, "", "") if folder.exists() else argument.partition(":")
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            loaded = datasets.load_dataset(str(folder) if folder.exists() else name, configuration or None)
+    except (OSError, ValueError) as error:
+        raise data_error(
+            f"the data set {argument} could not be loaded: {error}",
+            action="check the id and the network, or give the path of a folder on this disk",
+        ) from error
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _class_names(table: Any, settings: DataSettings) -> list[str] | None:
+    if settings.label is None:
+        return None
+    names: list[str] | None = getattr(table.features[settings.label], "names", None)
+    return names

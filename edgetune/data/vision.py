@@ -1,0 +1,216 @@
+"""Pictures: Fashion-MNIST, and folders of the user's own with one subfolder for each class."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import struct
+import zlib
+from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.data.dataset import (
+    BadRows,
+    DataSettings,
+    Dataset,
+    Rows,
+    assemble,
+    cache_folder,
+    data_error,
+    split_indices,
+    split_rows,
+)
+from edgetune.registry import require
+
+_FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_PARTS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+
+
+def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
+    """70,000 pictures of clothes, 28 x 28 pixels, grey, ten classes; the official 10,000 test pictures.
+
+    `fashion-mnist:folder` reads the four `*-ubyte.gz` files from there; else they are looked for in the folder that
+    EDGETUNE_DATA names, in `fashion-mnist` of the cache folder, and where Debian's package puts them.
+    """
+    folder = _fashion_folder(argument)
+    train = Rows(*_idx_pair(folder, "train", 60_000))
+    test = Rows(*_idx_pair(folder, "t10k", 10_000))
+    keys = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(train.inputs)]
+    rest, validation = split_indices(keys, train.labels, settings, ("validation",))
+    shared = len({hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(test.inputs)} & set(keys))
+    notes = ("the official test set", *((f"{shared} test pictures also stand among the training rows",) if shared else ()))
+    # the official order is random already; by hash, for the same reason as everywhere: a limit takes a fair sample
+    parts = (train.subset(rest), train.subset(validation), test)
+    return assemble("fashion-mnist", "image-classification", _FASHION_CLASSES, parts, settings, notes)
+
+
+def _fashion_folder(argument: str) -> Path:
+    own = os.environ.get("EDGETUNE_DATA")
+    places = [Path(argument).expanduser()] if argument else []
+    if not argument:
+        places += [Path(own), Path(own) / "fashion-mnist"] if own else []
+        places += [cache_folder() / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist")]
+    for place in places:
+        if (place / "train-images-idx3-ubyte.gz").exists():
+            return place
+    raise data_error(
+        "Fashion-MNIST was not found in " + ", ".join(str(place) for place in places),
+        action=f"apt-get install dataset-fashion-mnist, or put its four *-ubyte.gz files into {places[-1]}"
+        if argument
+        else f"apt-get install dataset-fashion-mnist, or put its four *-ubyte.gz files into {places[-2]}",
+    )
+
+
+def _idx_pair(folder: Path, part: str, rows: int) -> tuple[Any, list[int]]:
+    pictures = _idx(folder / f"{part}-images-idx3-ubyte.gz", (rows, 28, 28))
+    labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", (rows,))
+    if labels.max() >= len(_FASHION_CLASSES):
+        raise data_error(f"{part}-labels-idx1-ubyte.gz holds a class that does not exist", got=int(labels.max()))
+    return pictures, labels.tolist()
+
+
+def _idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An array of bytes in IDX form: a magic number, one big-endian size for each dimension, then the bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError as error:
+        raise data_error(f"{path} is missing", action="apt-get install --reinstall dataset-fashion-mnist") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise data_error(f"{path} cannot be unpacked: {error}", action="fetch the file again") from error
+    begin = 4 + 4 * len(shape)
+    if len(content) < begin or content[:4] != bytes((0, 0, 8, len(shape))):
+        raise data_error(f"{path} is no IDX file of bytes with {len(shape)} dimensions", got=content[:4].hex())
+    sizes = struct.unpack(f">{len(shape)}I", content[4:begin])
+    if sizes != shape or len(content) - begin != np.prod(shape):
+        raise data_error(
+            f"{path} holds other sizes than expected: {sizes} and {len(content) - begin} bytes",
+            got="x".join(map(str, sizes)),
+            allowed=["x".join(map(str, shape))],
+            action="fetch the file again",
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=begin).reshape(shape)
+
+
+def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
+    """Pictures in one folder for each class, in `argument` itself or in its `train`, `validation` and `test` folders.
+
+    Parts that have no folder are cut from the training pictures. Every picture is decoded once here, so that an
+    unreadable one is known before any training.
+    """
+    require("PIL", "an image folder")
+    if not argument:
+        raise data_error("imagefolder needs a path", action="write source: imagefolder:path/to/folder")
+    folder = Path(argument).expanduser()
+    if not folder.is_dir():
+        raise data_error(f"{folder} is no folder", action="give a folder that holds one folder for each class")
+    inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    parts = {_PARTS[name]: path for name, path in inside.items() if name in _PARTS}
+    if not parts:
+        parts = {"train": folder}
+    elif "train" not in parts or set(inside) - set(_PARTS):
+        raise data_error(
+            f"{folder} holds {', '.join(inside)}",
+            action="give either class folders, or train, validation and test folders that hold the class folders",
+        )
+    names = {part: _folders(path) for part, path in parts.items()}
+    classes = tuple(sorted(set().union(*names.values())))
+    bad = BadRows(settings.max_bad_rows_pct)
+    counted: dict[str, int] = {}
+    read = {part: _read_folder(path, classes, bad, counted) for part, path in parts.items()}
+    for label in classes:
+        if not counted[label]:
+            raise data_error(
+                f"the class folder {label} holds no picture",
+                action=f"give it pictures ({', '.join(_SUFFIXES)}), or remove the folder",
+            )
+    notes = bad.notes(sum(counted.values()), folder.name)
+    return _image_parts(folder.name, classes, read, settings, notes)
+
+
+def _folders(path: Path) -> list[str]:
+    return [p.name for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
+def _read_folder(path: Path, classes: tuple[str, ...], bad: BadRows, counted: dict[str, int]) -> tuple[Rows, list[str]]:
+    """The pictures of one part, and for each the hash of its file. Adds to `counted`, bad ones too."""
+    inputs: list[str] = []
+    labels: list[int] = []
+    keys: list[str] = []
+    for number, label in enumerate(classes):
+        counted.setdefault(label, 0)
+        for picture in sorted((path / label).rglob("*")):
+            if picture.suffix.lower() not in _SUFFIXES or picture.name.startswith(".") or not picture.is_file():
+                continue
+            counted[label] += 1
+            problem = _problem(picture)
+            if problem:
+                bad.add(str(picture), problem)
+                continue
+            inputs.append(str(picture))
+            labels.append(number)
+            keys.append(hashlib.sha256(picture.read_bytes()).hexdigest())
+    return Rows(inputs, labels), keys
+
+
+def _problem(path: Path) -> str:
+    """Why a picture cannot be read, or nothing."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (64, 64))  # a JPEG is decoded at a fraction of its size, which is several times as fast
+            image.load()
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _image_parts(
+    name: str,
+    classes: tuple[str, ...],
+    read: dict[str, tuple[Rows, list[str]]],
+    settings: DataSettings,
+    notes: tuple[str, ...],
+) -> Dataset:
+    train, keys = read["train"]
+    if len(read) == 1:
+        parts = split_rows(keys, train, settings)
+    else:
+        lacking = tuple(part for part in ("test", "validation") if part not in read)
+        cut = split_indices(keys, train.labels, settings, lacking)
+        given = {part: rows for part, (rows, _) in read.items()}
+        given.update({part: train.subset(found) for part, found in zip(lacking, cut[1:], strict=True)})
+        shared = len(set(keys) & set(read["test"][1])) if "test" in read else 0
+        if shared:
+            notes = (*notes, f"{shared} test pictures also stand among the training rows")
+        parts = (train.subset(cut[0]), given["validation"], given["test"])
+    return assemble(name, "image-classification", classes, parts, settings, notes)
+
+
+def pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.uint8]:
+    """Pictures as one array `(rows, image_px, image_px, 3)` of bytes, RGB; the middle square of one that is no square.
+
+    `inputs` are paths, or arrays `(height, width)` or `(height, width, 3)` of bytes.
+    """
+    from PIL import Image, ImageOps
+
+    out = np.empty((len(inputs), image_px, image_px, 3), dtype=np.uint8)
+    for row, entry in enumerate(inputs):
+        if isinstance(entry, str):
+            with Image.open(entry) as image:
+                image.draft("RGB", (image_px, image_px))  # never below the size asked for
+                upright = ImageOps.exif_transpose(image)
+                picture = upright.convert("RGB")
+        else:
+            picture = Image.fromarray(entry).convert("RGB")
+        fitted = ImageOps.fit(picture, (image_px, image_px), Image.Resampling.BILINEAR)
+        out[row] = np.asarray(fitted)
+    return out

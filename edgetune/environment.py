@@ -1,0 +1,170 @@
+"""What this machine and this installation are: for `edgetune env`, and for the record of every run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+STACK = ("edgetune", "torch", "executorch", "torchao", "transformers", "peft", "bitsandbytes", "torch-pruning", "plotly")
+FLAGS = {  # as the kernel prints them; those that change how fast a matrix product is
+    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
+}  # fmt: skip
+
+
+class Environment(BaseModel):
+    """Versions, machine, and what can be done here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    python: str
+    platform: str
+    versions: dict[str, str | None]  # None: not installed
+    cpu: str
+    cpu_flags: tuple[str, ...]
+    cores: int  # that this process may use
+    memory_mib: int | None  # that this process may use; None: the system does not say
+    accelerators: tuple[str, ...]
+    extras: dict[str, tuple[str, ...]]  # extra -> requirements that are missing; () means installed
+    targets: dict[str, str]  # target -> "" if it can be lowered here, else what to install
+    host_calibrated: bool
+
+
+def environment() -> Environment:
+    """Look at this machine; imports neither transformers nor executorch, and runs nothing on an accelerator."""
+    return Environment(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        versions={name: _version(name) for name in STACK},
+        cpu=_cpu(),
+        cpu_flags=_flags(),
+        cores=_cores(),
+        memory_mib=_memory_mib(),
+        accelerators=_accelerators(),
+        extras=_extras(),
+        targets=_targets(),
+        host_calibrated=_host_calibrated(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """What a run's record says of where it was made: the stack's installed versions, Python, system and processor."""
+    installed = {name: version for name in STACK if (version := _version(name))}
+    return {**installed, "python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu()}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return []
+
+
+def _cpu() -> str:
+    for line in _cpu_lines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Hardware", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _flags() -> tuple[str, ...]:
+    for line in _cpu_lines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return tuple(sorted(FLAGS & set(value.split())))
+    return ()
+
+
+def _cores() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = re.fullmatch(r"(\d+) (\d+)", _read("/sys/fs/cgroup/cpu.max"))
+    return min(usable, max(1, round(int(quota[1]) / int(quota[2])))) if quota else usable
+
+
+def _memory_mib() -> int | None:
+    try:
+        fitted = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    limit = _read("/sys/fs/cgroup/memory.max")
+    return min(fitted, int(limit) if limit.isdecimal() else fitted) // 2**20
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _accelerators() -> tuple[str, ...]:
+    import torch
+
+    if torch.cuda.is_available():
+        return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return ("Apple GPU (MPS)",) if torch.backends.mps.is_available() else ()
+
+
+def _extras() -> dict[str, tuple[str, ...]]:
+    """What each extra still needs, by the package's own metadata."""
+    try:
+        required = metadata.requires("edgetune") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for requirement in required:
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if extra and name and name[0] != "edgetune":
+            missing = found.setdefault(extra[1], [])
+            if _version(name[0]) is None:
+                missing.append(name[0])
+    return {extra: tuple(missing) for extra, missing in found.items()}
+
+
+def _targets() -> dict[str, str]:
+    if importlib.util.find_spec("executorch") is None:
+        return {}
+    from edgetune.export.targets import available
+
+    return available()
+
+
+def _host_calibrated() -> bool:
+    from edgetune.profile import device
+
+    return device.HOST in device.ids()
+
+
+def as_text(found: Environment) -> str:
+    """The environment as lines for a terminal."""
+    lines = [
+        f"edgetune {found.versions['edgetune']}, Python {found.python}, {found.platform} ({sys.executable})",
+        f"cpu: {found.cpu}, {found.cores} cores usable; {' '.join(found.cpu_flags) or 'flags unknown'}",
+        f"memory: {found.memory_mib} MiB usable" if found.memory_mib else "memory: unknown",
+        f"accelerators: {', '.join(found.accelerators) or 'none'}",
+        "versions:",
+        *(f"  {name} {version or 'not installed'}" for name, version in found.versions.items() if name != "edgetune"),
+        "extras:",
+        *(f"  {extra}: {'missing ' + ', '.join(rest) if rest else 'installed'}" for extra, rest in found.extras.items()),
+        "targets:",
+        *(f"  {target}: {reason or 'can be lowered here'}" for target, reason in found.targets.items()),
+        *([] if found.targets else ['  none: pip install "edgetune[export]"']),
+        "this host: calibrated" if found.host_calibrated else "this host: not calibrated (`edgetune devices calibrate`)",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,372 @@
+"""A recipe, run: a fold over the steps, with a row in the ledger after each; then export, proof and profile."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from edgetune import registry, runs
+from edgetune.attach import apply, finalize, opened
+from edgetune.data import task as tasks
+from edgetune.data.baselines import baselines
+from edgetune.data.dataset import Dataset, Split
+from edgetune.environment import versions
+from edgetune.ledger import Ledger, Program, Quality, Row, Training, Verdict
+from edgetune.measures import MIB, kept_mib, measure
+from edgetune.models.loaded import Loaded
+from edgetune.recipe import Budget, Recipe, Step, load
+from edgetune.recipe import _in_words as in_words
+from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, Technique
+from edgetune.train import Train, train
+
+Progress = Callable[[str, int, int, str], None]  # what is being done, how far, of how much, a detail to show
+
+CALIBRATION_ROWS = 16  # of the training set, in each of the batches a technique may look at
+CALIBRATION_BATCHES = 8
+EVALUATION_BATCH = 64
+
+
+class Eval(BaseModel):
+    """A step that changes nothing: its row in the ledger is the point."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: ClassVar[str] = "eval"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    ledger: Ledger
+
+    @property
+    def program(self) -> Path | None:
+        """The `.pte`, if the recipe exports."""
+        return self.folder / self.ledger.program.path if self.ledger.program else None
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.folder / "report.html"
+
+    @property
+    def missed(self) -> tuple[Verdict, ...]:
+        """The lines of the budget that do not hold."""
+        return tuple(v for v in self.ledger.verdicts if not v.holds)
+
+
+def run(
+    recipe: str | Path | Recipe,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path = "runs",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Run a recipe: by name, by path, or a `Recipe`.
+
+    Args:
+        recipe: a name in the package, a path that ends in `.yaml`, or the value itself.
+        overrides: `{"train.epochs": 2}`, as on the command line; not with a `Recipe`, which is resolved already.
+        out: where numbered folders such as `text-minilm-001` are made.
+        resume: go on with the newest unfinished run of this recipe.
+        progress: called with (what, done, of, detail).
+
+    Raises:
+        EdgetuneError: anything that stops the run; `exit_code` says of what kind. Budgets that do not hold do not
+            raise: they stand in `Run.missed`.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise EdgetuneError("a Recipe value takes no overrides", action="pass them to edgetune.recipe.load")
+    else:
+        recipe = load(recipe, overrides)
+    folder = runs.resumable_folder(recipe, Path(out)) if resume else runs.new_folder(recipe, Path(out))
+    fold = _Fold(recipe, folder, resume, progress or (lambda *_: None))
+    return Run(folder, fold.run())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and Python."""
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class _Fold:
+    """The state that the steps are folded over: the model, and the ledger so far."""
+
+    def __init__(self, recipe: Recipe, folder: Path, resume: bool, progress: Progress) -> None:
+        self.recipe, self.folder, self.resume, self.progress = recipe, folder, resume, progress
+        earlier = runs.earlier_ledger(folder) if resume else None
+        self.known = {row.index: row for row in earlier.rows} if earlier else {}
+        started = time.perf_counter()
+        progress("load", 0, 2, recipe.data.source)
+        self.dataset: Dataset = _loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
+        progress("load", 1, 2, recipe.model.source)
+        seed_everything(recipe.seed)
+        loaded: Loaded = _loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
+        progress("load", 2, 2, loaded.name)
+        self.model: nn.Module = loaded.model
+        self.task = self.dataset.task
+        self.train_split = Split(self.task, self.dataset.train, loaded.encode)
+        self.validation_split = Split(self.task, self.dataset.validation, loaded.encode)
+        self.test_split = Split(self.task, self.dataset.test, loaded.encode)
+        self.load_seconds = time.perf_counter() - started
+        self.batch_size = next((s.settings.batch_size for s in recipe.steps if isinstance(s.settings, Train)), 32)
+        self.teachers: dict[str, nn.Module] = {}
+        self.least_training_mib: list[float] = []
+        self.ledger = Ledger(
+            recipe=recipe.name,
+            seed=recipe.seed,
+            model=loaded.name,
+            data=self.dataset.name,
+            settings=recipe.resolved(),
+            environment=versions(),
+            baselines=earlier.baselines if earlier else baselines(self.dataset, loaded.encode),
+            notes=(*self.dataset.notes, *loaded.notes),
+        )
+        if recipe.export and recipe.export.check_rows > len(self.test_split):
+            raise EdgetuneError(
+                "export.check_rows asks for more rows than the test set has",
+                got=recipe.export.check_rows,
+                action=f"ask for at most {len(self.test_split)}",
+            )
+
+    def run(self) -> Ledger:
+        self.add_row("load", self.recipe.model.source, self.load_seconds)
+        taught = {s.settings.distill.teacher for s in self.recipe.steps if _distils(s)}  # type: ignore[attr-defined]
+        for index, step in enumerate(self.recipe.steps):
+            seed_everything(self.recipe.seed + 1000 * (index + 1))  # so that a resumed run replays the same step
+            if step.name in taught and step.name not in self.teachers:
+                self.close_for(step)
+                self.teachers[step.name] = copy.deepcopy(self.model).eval().requires_grad_(False)
+            try:
+                self.step(index, step)
+            except EdgetuneError as error:
+                raise error.within(f"{self.recipe.name}, step {index + 1}, {step.name}") from None
+        self.close()
+        self.model.eval()
+        if self.recipe.export:
+            self.export()
+        self.ledger = self.ledger.with_(verdicts=tuple(self.verdicts()), finished=True)
+        self.save()
+        return self.ledger
+
+    def step(self, index: int, step: Step) -> None:
+        self.close_for(step)
+        started = time.perf_counter()
+        if isinstance(step.settings, Technique):
+            self.progress(step.name, 0, 1, in_words(step.settings))
+            self.model = apply(self.model, step.settings, self.sample())
+            self.progress(step.name, 1, 1, "")
+            self.add_row(step.name, in_words(step.settings), time.perf_counter() - started)
+        elif isinstance(step.settings, Train):
+            self.train(index, step.settings)
+        elif step.name == "finalize":
+            self.close()
+        else:
+            self.add_row(step.name, "", 0.0)
+
+    def close_for(self, step: Step) -> None:
+        """Finalize what is open before a step that needs plain layers."""
+        if getattr(step.settings, "plain", False):
+            self.close()
+
+    def close(self) -> None:
+        """Finalize what is open, as a row of its own; keep what can be kept apart, such as an adapter."""
+        techniques = opened(self.model)
+        if not techniques:
+            return
+        started = time.perf_counter()
+        for technique in techniques:
+            technique.save(self.model, self.folder)
+        names = ", ".join(t.name for t in reversed(techniques))
+        self.model = finalize(self.model)
+        self.add_row("finalize", names, time.perf_counter() - started)
+
+    def train(self, index: int, settings: Train) -> None:
+        started = time.perf_counter()
+        teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
+        name = f"{index + 1:02d}-train"
+        batch = self.train_split.batch(range(min(settings.batch_size, len(self.train_split))))
+        kept = kept_mib(self.model, batch, self.loss)
+        one = kept_mib(self.model, (self.train_split.batch([0])), self.loss)
+        result = train(
+            self.model,
+            settings,
+            self.train_split,
+            self.loss,
+            seed=self.recipe.seed + index,
+            folder=self.folder / "checkpoints" / name,
+            resume=self.resume,
+            teacher=teacher,
+            progress=lambda done, of, loss, _: self.progress(f"{index + 1} train", done, of, f"loss {loss:.3f}"),
+        )
+        row = self.add_row("train", in_words(settings), time.perf_counter() - started)
+        fixed = row.size_mib + result.gradients_mib + result.optimizer_state_mib
+        self.least_training_mib.append(fixed + one)
+        training = Training(
+            row=row.index,
+            losses=result.losses,
+            optimizer_state_mib=result.optimizer_state_mib,
+            gradients_mib=result.gradients_mib,
+            peak_memory_mib=fixed + kept,
+        )
+        self.ledger = self.ledger.with_(trainings=(*self.ledger.trainings, training))
+        self.save()
+
+    def export(self) -> None:
+        from edgetune.export import export
+        from edgetune.profile import profile
+
+        assert self.recipe.export is not None
+        self.progress("export", 0, 1, self.recipe.export.target)
+        artifact = export(
+            self.model,
+            self.example(),
+            self.folder / "model.pte",
+            target=self.recipe.export.target,
+            check_inputs=[self.one_row(i) for i in range(self.recipe.export.check_rows)],
+        )
+        self.progress("export", 1, 1, "")
+        self.ledger = self.ledger.with_(program=program_of(artifact))
+        self.save()
+        if self.recipe.profile is None:
+            return
+        measured, predicted = (), []
+        devices = self.recipe.profile.devices
+        for number, device in enumerate(devices):
+            self.progress("profile", number, len(devices), device)
+            predicted.append(profile(artifact, device=device).predicted)
+        if self.recipe.profile.measure:
+            self.progress("profile", len(devices), len(devices) + 1, "this host")
+            measured = (profile(artifact, device=None, measure=True).measured,)
+        self.progress("profile", 1, 1, "")
+        self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted))
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return tasks.loss(self.task, logits, labels)
+
+    def one_row(self, index: int) -> Inputs:
+        """One row of the test set, in the shape the program takes."""
+        return self.test_split.batch([index], pad_to=self.recipe.model.max_length)[0]
+
+    def example(self) -> Inputs:
+        return self.one_row(0)
+
+    def sample(self) -> Sample:
+        """What techniques may look at: rows of the training set only."""
+        example = self.train_split.batch([0], pad_to=self.recipe.model.max_length)[0]
+
+        def batches() -> Iterator[Inputs]:
+            rows = min(CALIBRATION_ROWS * CALIBRATION_BATCHES, len(self.train_split))
+            for start in range(0, rows, CALIBRATION_ROWS):
+                chosen = range(start, min(start + CALIBRATION_ROWS, rows))
+                yield self.train_split.batch(chosen, pad_to=self.recipe.model.max_length)[0]
+
+        return Sample(inputs=example, batches=batches)
+
+    def add_row(self, step: str, detail: str, seconds: float) -> Row:
+        """Measure the model as it stands; a resumed run takes the row it had already measured."""
+        index = len(self.ledger.rows)
+        row = self.known.get(index)
+        if row is None or row.step != step:
+            self.progress("measure", 0, 1, f"after {step}")
+            batch = self.train_split.batch(range(min(self.batch_size, len(self.train_split))))
+            found = measure(self.model, self.example(), batch, self.loss)
+            quality = self.quality()
+            row = Row(index=index, step=step, detail=detail, quality=quality, seconds=seconds, **found._asdict())
+            self.progress("measure", 1, 1, f"{quality.metric} {quality.value:.2f}")
+        self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row))
+        self.save()
+        return row
+
+    def quality(self) -> Quality:
+        return tasks.quality(self.task, self.model, self.test_split, EVALUATION_BATCH)
+
+    def verdicts(self) -> Iterator[Verdict]:
+        for budget in self.recipe.budget:
+            yield from self.verdicts_of(budget)
+
+    def verdicts_of(self, budget: Budget) -> Iterator[Verdict]:
+        """Each limit against what the run came to. The least is of this recipe: smaller settings may give less."""
+        predicted = next((p for p in self.ledger.predicted if p.device == budget.device), None)
+        trainings = [t.peak_memory_mib for t in self.ledger.trainings if t.peak_memory_mib]
+        found: dict[str, tuple[float | None, float, str]] = {
+            "latency_ms": (predicted and predicted.latency_ms, 0, "predicted"),
+            "peak_memory_mib": (predicted and predicted.peak_memory_mib, 0, "predicted"),
+            "size_mib": (self.ledger.program and self.ledger.program.size_mib, 0, "of the program"),
+            "train_memory_mib": (
+                max(trainings, default=None),
+                max(self.least_training_mib, default=0),
+                "weights, gradients, optimizer state and kept activations; the least is with batches of one row",
+            ),
+        }
+        for quantity, (value, least, note) in found.items():
+            limit = getattr(budget, quantity)
+            if limit is None:
+                continue
+            if value is None:
+                raise EdgetuneError(
+                    f"the budget limits {quantity}, and the recipe does nothing that tells it",
+                    got=budget.device,
+                    action="add export and the device under profile.devices, or a train step for train_memory_mib",
+                )
+            yield Verdict(
+                device=budget.device,
+                quantity=quantity,
+                limit=limit,
+                value=value,
+                least=least or value,
+                holds=value <= limit,
+                note=note,
+            )
+
+    def save(self) -> None:
+        from edgetune.report import write
+
+        if self.ledger.finished:
+            write(self.ledger, self.folder)
+        else:
+            runs.write_whole(self.folder / "ledger.json", self.ledger.dumps())
+
+
+def program_of(artifact: Any) -> Program:
+    """The ledger's short form of an artifact's manifest."""
+    manifest = artifact.manifest
+    return Program(
+        path=artifact.path.name,
+        target=manifest.target,
+        size_mib=manifest.size_bytes / MIB,
+        plan_kib=manifest.plan_bytes / 1024,
+        sha256=manifest.sha256,
+        delegated_macs_pct=manifest.delegated_macs_pct,
+        delegated_operators_pct=manifest.delegated_operators_pct,
+        leftovers=manifest.leftovers,
+        parity=manifest.parity,
+    )
+
+
+def _distils(step: Step) -> bool:
+    return isinstance(step.settings, Train) and step.settings.distill is not None
+
+
+def _loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., Any]:
+    """The loader of a source such as `tweets` or `csv:rows.csv`, with the part after the colon given first."""
+    name, _, argument = source.partition(":")
+    if name not in table:
+        raise EdgetuneError(f"unknown {what}", got=name, allowed=sorted(table), exit_code=Exit.USAGE)
+    loader = registry.load(table[name])
+    return lambda *rest: loader(argument, *rest)

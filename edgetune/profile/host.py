@@ -1,0 +1,163 @@
+"""Facts of the machine this runs on, as its operating system prints them. What it does not print is null."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
+_CPU_FOLDER = Path("/sys/devices/system/cpu/cpu0")
+
+# flags of /proc/cpuinfo ("flags" on x86, "Features" on Arm) -> flags of a descriptor
+_FLAGS = {
+    "asimd": "neon", "neon": "neon", "asimddp": "dotprod", "asimdhp": "fp16", "bf16": "bf16", "i8mm": "i8mm",
+    "sve2": "sve2", "avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "vnni", "avx_vnni": "vnni",
+    "avx512_bf16": "bf16", "amx_int8": "amx",
+}  # fmt: skip
+
+Sourced = dict[str, Any]
+
+
+def fact(value: float | list[str] | None, unit: str, source: str, trust: str, unknown: str) -> Sourced:
+    """One sourced value of a descriptor; a null with the reason where there is none."""
+    if value is None:
+        return {"value": None, "unknown": unknown}
+    named = {"unit": unit} if unit else {}
+    return {"value": value, **named, "source": source, "trust": trust}
+
+
+def cpuinfo(text: str) -> dict[str, str]:
+    """Fields of the first processor in `/proc/cpuinfo`.
+
+    >>> cpuinfo("processor : 0\\nmodel name : X\\n\\nprocessor : 1\\nmodel name : Y\\n")["model name"]
+    'X'
+    """
+    first: dict[str, str] = {}
+    for line in text.strip().split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        first[key.strip()] = value.strip()
+    return first
+
+
+def flags_of(fields: dict[str, str]) -> list[str] | None:
+    """Descriptor flags among those printed; `None` when the system prints none at all.
+
+    >>> flags_of({"Features": "fp asimd asimddp"}), flags_of({})
+    (['neon', 'dotprod'], None)
+    """
+    printed = (fields.get("flags") or fields.get("Features") or "").split()
+    return list(dict.fromkeys(_FLAGS[flag] for flag in printed if flag in _FLAGS)) if printed else None
+
+
+def macs_per_cycle(flags: list[str] | None) -> float | None:
+    """fp32 multiply-accumulates per cycle that the widest flag allows: two pipes of that width."""
+    if flags is None:
+        return None
+    widths = {"avx512": 32.0, "avx2": 16.0, "neon": 8.0}
+    return next((macs for flag, macs in widths.items() if flag in flags), 4.0)
+
+
+def cores() -> int:
+    """Cores that this process may use, which in a container are fewer than those fitted."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def cache_kib(level: int) -> float | None:
+    """Size of the unified or data cache of that level, from sysfs."""
+    for index in sorted((_CPU_FOLDER / "cache").glob("index*")):
+        try:
+            kind = (index / "type").read_text(encoding="utf-8").strip()
+            size = (index / "size").read_text(encoding="utf-8").strip()
+            found = int((index / "level").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        match = re.fullmatch(r"(\d+)([KMG])", size)
+        if found == level and kind != "Instruction" and match is not None:
+            return float(int(match[1]) * {"K": 1, "M": 1024, "G": 1024**2}[match[2]])
+    return None
+
+
+def ram_gib() -> float | None:
+    """Main memory that the system has."""
+    match = re.search(r"^MemTotal:\s+(\d+) kB", _text(_MEMINFO), re.MULTILINE)
+    return round(int(match[1]) / 1024**2, 2) if match is not None else None
+
+
+def copy_gb_s(threads: int, mib: int = 256, rounds: int = 5) -> float:
+    """Measured memory bandwidth: bytes read and written per second by the best of several big copies."""
+    before = torch.get_num_threads()
+    source = torch.ones(mib * 1024 * 256, dtype=torch.float32)
+    target = torch.empty_like(source)
+    try:
+        torch.set_num_threads(threads)
+        target.copy_(source)  # the first touch of the pages is not what is asked for
+        best = min(_seconds(source, target) for _ in range(rounds))
+    finally:
+        torch.set_num_threads(before)
+    return 2 * mib * 1024**2 / best / 1e9
+
+
+def _seconds(source: torch.Tensor, target: torch.Tensor) -> float:
+    start = time.perf_counter()
+    target.copy_(source)
+    return time.perf_counter() - start
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
+    """A descriptor of this host as YAML would hold it, without a calibration."""
+    fields = cpuinfo(_text(_CPUINFO)) if _CPUINFO.exists() else {}
+    name = fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine() or "unknown"
+    flags, printed = flags_of(fields), "/proc/cpuinfo"
+    mhz = float(fields["cpu MHz"]) if re.fullmatch(r"\d+(\.\d+)?", fields.get("cpu MHz", "")) else None
+    no_print = "the operating system does not print it"
+    unseen = {"value": None, "unknown": no_print}
+    l2, last = cache_kib(2), cache_kib(3) or cache_kib(2)
+    cluster = {
+        "core": name,
+        "count": fact(cores(), "", "scheduler affinity of the process", "high", ""),
+        "ghz": fact(round(mhz / 1000, 3) if mhz else None, "GHz", f"{printed}: clock at the time", "medium", no_print),
+        "fp32_macs_per_cycle": fact(
+            macs_per_cycle(flags), "MAC/cycle", "two pipes of the widest vector flag: a guess", "low", no_print
+        ),
+    }
+    return {
+        "format": 1,
+        "id": "host",
+        "name": f"this host ({platform.system()} {platform.machine()})",
+        "soc": name,
+        "family": "computer",
+        "clusters": [cluster],
+        "threads": fact(threads, "", "chosen for the calibration", "high", ""),
+        "isa": fact(flags, "", printed, "high", no_print),
+        "memory": {
+            "bus_bits": unseen,
+            "mega_transfers_per_s": unseen,
+            "bandwidth_gb_s": fact(
+                round(bandwidth_gb_s, 2), "GB/s", f"measured: copy of 256 MiB with {threads} threads", "high", ""
+            ),
+            "ram_gib": fact(ram_gib(), "GiB", str(_MEMINFO), "high", no_print),
+            "usable_app_memory_mib": {"value": None, "unknown": "what the other processes leave of the RAM"},
+        },
+        "caches": {
+            "l2_kib": fact(l2, "KiB", "sysfs", "high", no_print),
+            "last_level_kib": fact(last, "KiB", "sysfs", "high", no_print),
+        },
+        "gpu": None,
+        "power": {"low_w": unseen, "high_w": unseen},
+        "targets": ["xnnpack"],
+    }

@@ -1,0 +1,59 @@
+"""Descriptor files: YAML read by a safe loader that refuses what hides mistakes, and written in one step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgetune.technique import EdgetuneError
+
+_MOST_CHARACTERS = 262_144
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, without aliases (they can grow without bound) and without a key given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {name!r} is given twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, where: str) -> object:
+    """What the text holds; `EdgetuneError` with the line for anything unsafe or malformed."""
+    if len(text) > _MOST_CHARACTERS:
+        raise EdgetuneError(f"the file is longer than {_MOST_CHARACTERS} characters", where=where, got=len(text))
+    try:
+        return yaml.load(text, _Loader)  # a subclass of SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        fact = " ".join(str(error).split())
+        raise EdgetuneError(f"not readable as YAML: {fact}", where=where, action="correct the file") from error
+
+
+def write_yaml(path: Path, content: object) -> None:
+    """Write so that the file is either the old one or the whole new one, also when the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True, width=120)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,134 @@
+"""4-bit weights in groups with 8-bit dynamic activations (8da4w), and 8-bit embeddings."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from edgetune.registry import require
+from edgetune.targets import matches, select
+from edgetune.technique import EdgetuneError, Sample, Technique
+
+
+class Int4(Technique):
+    """Linear weights to 4 bits, symmetric, one scale for each `group_size` inputs of each output.
+
+    Activations are quantized to 8 bits per token while the model runs, in eager mode as in the exported program,
+    so both compute the same. Embedding tables become 8 bits with one scale per row; `padding_idx` is dropped from
+    them, which changes no output, only a gradient that a quantized table does not have.
+
+    A head that shares its weight with the embedding is untied: both are quantized from the shared float weight,
+    the head to 4 bits and the table to 8, and `config.tie_word_embeddings` becomes False.
+    Raises `EdgetuneError` for a width that `group_size` does not divide. Method: torchao,
+    `Int8DynamicActivationIntxWeightConfig`; the format that ExecuTorch stores in 4 bits.
+    """
+
+    name: ClassVar[str] = "int4"
+    after: ClassVar[frozenset[str]] = frozenset({"lora", "sparse-update", "nf4", "prune"})
+    plain: ClassVar[bool] = True
+
+    group_size: int = Field(default=32, ge=32, multiple_of=32)  # XNNPACK's kernels take multiples of 32
+    targets: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+    embeddings: Literal["int8", "none"] = "int8"
+    activation_bits: Literal[8] = 8
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """Quantize in place. The model keeps its classes and runs in eager mode; its weights can no longer train."""
+        require("torchao", "int4")
+        skip_linears, skip_tables = self._skips(model)
+        linears = select(model, self.targets, skip_linears, nn.Linear, _is_float)
+        tables = self._tables(model, skip_tables)
+        for name, layer in linears.items():
+            self._check_width(name, layer)
+        for name, table in tables.items():
+            _check_table(name, table)
+        _untie(model, linears, tables)
+        linear_config, table_config = _configs(self.group_size)
+        for table in tables.values():
+            table.padding_idx = None  # type: ignore[assignment]
+            _quantize(table, table_config)
+        for layer in linears.values():
+            _quantize(layer, linear_config)
+        return model
+
+    def _skips(self, model: nn.Module) -> tuple[list[str], list[str]]:
+        """The skip patterns that name linears and those that name embeddings; one that names neither goes to
+        the linears, where `select` raises.
+        """
+        tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        for_tables = [p for p in self.skip if any(matches(n, [p]) for n in tables)]
+        for_linears = [p for p in self.skip if p not in for_tables or any(matches(n, [p]) for n in linears)]
+        return for_linears, for_tables
+
+    def _tables(self, model: nn.Module, skip: list[str]) -> dict[str, nn.Embedding]:
+        if self.embeddings == "none":
+            return {}
+        found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_float(m)}
+        return {n: m for n, m in found.items() if not matches(n, skip)}
+
+    def _check_width(self, name: str, layer: nn.Module) -> None:
+        width = layer.in_features
+        if int(width) % self.group_size:  # type: ignore[call-overload]
+            raise EdgetuneError(
+                f"int4: the input width of a layer is no multiple of group_size {self.group_size}",
+                where=name,
+                got=width,
+                action=f"prune with round_to={self.group_size}, or leave the layer out with skip: [{name!r}]",
+            )
+
+
+def _is_float(layer: nn.Module) -> bool:
+    weight = layer.weight
+    return type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_table(name: str, table: nn.Embedding) -> None:
+    if table.max_norm is not None:
+        raise EdgetuneError(
+            "int4: an embedding with max_norm rewrites its rows as it runs and cannot be quantized",
+            where=name,
+            got=table.max_norm,
+            action=f"set max_norm=None, or skip: [{name!r}]",
+        )
+
+
+def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn.Embedding]) -> None:
+    """Say in the config that shared weights are no longer shared, so that nothing ties them again."""
+    chosen = [*linears.values(), *tables.values()]
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(id(module))
+    if not any(len(holders[id(layer.weight)]) > 1 for layer in chosen):
+        return
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _configs(group_size: int) -> tuple[Any, Any]:
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, MappingType
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    linears = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,
+        weight_granularity=PerGroup(group_size),
+        weight_mapping_type=MappingType.SYMMETRIC,
+    )
+    return linears, IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+
+
+def _quantize(layer: nn.Module, config: Any) -> None:
+    """Quantize this one layer's weight. Each layer reads the float weight it holds, so tied ones stay right."""
+    from torchao.quantization import quantize_
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao warns of its own deprecations
+        quantize_(layer, config, filter_fn=lambda module, _: module is layer)

@@ -1,0 +1,54 @@
+"""How many bytes and parameters a model really has, quantized tensors included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as a file would store them; a shared tensor counts once.
+
+    torchao keeps 4-bit values one in a byte while the model is in eager mode. They count as 4 bits here, plus
+    their scales, plus their zero points where these are not all zero (a symmetric weight has none to store).
+    """
+    return sum(tensor_bytes(tensor) for tensor in _tensors(model))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of the model as its architecture counts them, however many bits each has. A shared one counts once.
+
+    A program-like model (`int8`) says itself how many it was made from, in `source_parameters`.
+    """
+    whole = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "source_parameters", None), int)}
+    inside = {id(p) for m in whole.values() for p in m.parameters()}
+    own = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    return own + sum(int(m.source_parameters) for m in whole.values())  # type: ignore[arg-type]
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of one tensor as stored: 4-bit values are half a byte each."""
+    bits = weight_bits(tensor)
+    if bits is None:
+        return tensor.numel() * tensor.element_size()
+    scale, zero_point = tensor.scale, tensor.zero_point  # type: ignore[attr-defined]
+    zeros = tensor_bytes(zero_point) if bool(torch.any(zero_point != 0)) else 0
+    return -(-tensor.numel() * bits // 8) + tensor_bytes(scale) + zeros
+
+
+def weight_bits(tensor: Tensor) -> int | None:
+    """Bits of a torchao integer weight; `None` for an ordinary tensor."""
+    kind = getattr(tensor, "target_dtype", None)
+    if kind is None or not hasattr(tensor, "qdata"):
+        return None
+    return int(str(kind).rpartition("int")[2])
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    seen: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor

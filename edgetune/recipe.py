@@ -1,0 +1,402 @@
+"""YAML -> a frozen `Recipe`: every error at once with its line, order rules checked before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+
+from edgetune import registry
+from edgetune.data.dataset import DataSettings
+from edgetune.document import Document, Place, dotted, raise_all, read, read_file
+from edgetune.models.loaded import ModelSettings
+from edgetune.overrides import VARIANT, overridden
+from edgetune.technique import EdgetuneError, Technique
+from edgetune.validated import Problem, validate
+
+QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Finalize(Section):
+    """The step that finalizes every open technique: merge, freeze, pack."""
+
+    name: ClassVar[str] = "finalize"
+
+
+class Step(Section):
+    """One step: its recipe name and the settings object."""
+
+    name: str
+    settings: SerializeAsAny[BaseModel]
+
+
+class ExportSettings(Section):
+    """What to lower to. Absent from a recipe: nothing is exported."""
+
+    target: str = "xnnpack"
+    check_rows: int = Field(500, ge=1)  # held-out rows on which program and eager model are compared
+
+
+class ProfileSettings(Section):
+    """Where to say what the program costs."""
+
+    devices: tuple[str, ...] = ()  # ids, or paths of descriptors
+    measure: bool = True  # time the program on this host too
+
+
+class Budget(Section):
+    """What the run must stay under on one device."""
+
+    device: str
+    latency_ms: Positive | None = None
+    size_mib: Positive | None = None
+    train_memory_mib: Positive | None = None
+    peak_memory_mib: Positive | None = None
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Budget:
+        if not any((self.latency_ms, self.size_mib, self.train_memory_mib, self.peak_memory_mib)):
+            limits = ["latency_ms", "size_mib", "train_memory_mib", "peak_memory_mib"]
+            raise EdgetuneError("limits nothing", allowed=limits, action="give at least one of them")
+        return self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One thing that a run will do. `step` is the recipe's step, from one; `None`: implied by the order."""
+
+    step: int | None
+    name: str
+    detail: str
+
+
+class Recipe(Section):
+    """A whole job: model, data, ordered steps, and what to do with the result."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)  # names the run's folder
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**32)
+    model: ModelSettings
+    data: DataSettings
+    steps: tuple[Step, ...]
+    export: ExportSettings | None = None
+    profile: ProfileSettings | None = None
+    budget: tuple[Budget, ...] = ()
+    variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (pydantic copies defaults)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values with every default written out; reading them gives an equal recipe."""
+        plain = self.model_dump(mode="json")
+        plain["steps"] = [{s["name"]: s["settings"]} for s in plain["steps"]]
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved settings, without what changes no result (description, unchosen variants)."""
+        plain = {k: v for k, v in self.resolved().items() if k not in ("description", "variants")}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def plan(self) -> tuple[Planned, ...]:
+        """Everything a run does, in order, with the finalizing that the order implies."""
+        planned: list[Planned] = []
+        opened: list[str] = []
+        for index, step in enumerate(self.steps):
+            if opened and getattr(step.settings, "plain", False):
+                planned.append(Planned(None, "finalize", f"{', '.join(reversed(opened))}; {step.name} needs plain layers"))
+                opened = []
+            detail = ", ".join(reversed(opened)) if step.name == "finalize" else in_words(step.settings)
+            planned.append(Planned(index + 1, step.name, detail))
+            if step.name == "finalize":
+                opened = []
+            elif isinstance(step.settings, Technique):
+                opened.append(step.name)
+        if opened:
+            planned.append(Planned(None, "finalize", ", ".join(reversed(opened))))
+        if self.export:
+            planned.append(Planned(None, "export", in_words(self.export)))
+            planned.append(Planned(None, "verify", f"{self.export.check_rows} held-out rows, program against eager model"))
+        if self.profile:
+            host = ["this host, measured"] if self.profile.measure and self.export else []
+            planned.append(Planned(None, "profile", ", ".join([*host, *self.profile.devices])))
+        planned += [Planned(None, "budget", in_words(budget)) for budget in self.budget]
+        return tuple(planned)
+
+
+def in_words(settings: BaseModel) -> str:
+    """The settings that were given, as `rank=8, targets=[...]`."""
+    plain = settings.model_dump(mode="json", exclude_none=True)
+    return ", ".join(f"{name}={plain[name]}" for name in settings.model_fields if name in plain)
+
+
+def names() -> tuple[str, ...]:
+    """The recipes in the package."""
+    files = resources.files("edgetune.recipes").iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
+
+
+def text_of(recipe: str | Path) -> tuple[str, str]:
+    """The YAML text of a recipe, and what errors call it. A name is in the package; what ends in .yaml is a path."""
+    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
+        return read_file(Path(recipe)), str(recipe)
+    if recipe not in names():
+        action = f"write ./{recipe}/<file>.yaml" if Path(recipe).is_dir() else "a path must end in .yaml"
+        raise EdgetuneError("no such recipe in the package", got=recipe, allowed=names(), action=action)
+    return resources.files("edgetune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
+
+
+def load(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read, override and check a recipe, by name or path.
+
+    Raises:
+        EdgetuneError: one error as it is; several as `document.Errors`, whose text has them all.
+    """
+    return parse(*text_of(recipe), overrides=overrides)
+
+
+def parse(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read, override and check the text of a recipe; `name` is what errors call it."""
+    return from_document(read(text, name), overrides)
+
+
+def from_plain(plain: Mapping[str, Any], name: str = "recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from plain values, such as `Recipe.resolved` gives."""
+    return from_document(Document(name, dict(plain)), overrides)
+
+
+def from_document(document: Document, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Override and check plain values whose lines are known."""
+    if not isinstance(document.value, dict):
+        what = "a recipe is a mapping"
+        raise EdgetuneError(what, where=document.name, got=document.value, allowed=Recipe.model_fields)
+    document, errors = overridden(_long_form(document), overrides or {}, list(Recipe.model_fields))
+    document = _long_form(document)
+    checking = _Checking(document)
+    recipe = checking.recipe()
+    raise_all(document.name, [*errors, *checking.errors])
+    if recipe is None:
+        raise AssertionError("a recipe without an error must exist")
+    return recipe
+
+
+def _long_form(document: Document) -> Document:
+    """Shorthands written out: `model: minilm`, one budget, a step that is only a name."""
+    values = dict(document.value)
+    values.setdefault("name", Path(document.name).stem)
+    for key in ("model", "data"):
+        if isinstance(values.get(key), str):
+            values[key] = {"source": values[key]}
+    if isinstance(values.get("budget"), dict):
+        values["budget"] = [values["budget"]]
+    values.setdefault("steps", [])
+    if isinstance(values["steps"], list):
+        values["steps"] = [_long_step(step) for step in values["steps"]]
+    return Document(document.name, values, document.places)
+
+
+def _long_step(step: Any) -> Any:
+    if isinstance(step, str):
+        return {step: {}}
+    if isinstance(step, dict) and len(step) == 1:
+        return {name: {} if settings is None else settings for name, settings in step.items()}
+    return step
+
+
+def kinds() -> dict[str, type[BaseModel]]:
+    """Recipe name -> settings class, for every step."""
+    tables = {**registry.TECHNIQUES, **registry.STEPS}
+    return {**{name: registry.load(path) for name, path in tables.items()}, "finalize": Finalize}
+
+
+def _known_steps() -> list[str]:
+    return [*registry.TECHNIQUES, *registry.STEPS, "finalize"]
+
+
+class _Checking:
+    """Plain values to a recipe, collecting errors."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.errors: list[EdgetuneError] = []
+
+    def recipe(self) -> Recipe | None:
+        values = self.document.value
+        steps = self.steps(values["steps"])
+        head = {key: value for key, value in values.items() if key != "steps"}
+        found, problems = validate(Recipe, {**head, "steps": []})
+        for problem in problems:
+            self.errors.append(problem.at(self.where(problem.path)))
+        self.order(steps)
+        self.sources(values)
+        self.devices(values)
+        self.variants(values.get("variants"))
+        self.errors.sort(key=lambda error: _line(error.where))
+        complete = [step for _, _, step in steps if step is not None]
+        return None if found is None else found.model_copy(update={"steps": tuple(complete)})
+
+    def where(self, path: Place) -> str:
+        """`recipe.yaml, line 4, data.train_rows`."""
+        place, found = self.document.place(path)
+        named = [key for key in path if isinstance(key, str)]
+        shown = found if list(found) == named else path
+        return ", ".join(part for part in (self.document.name, place, dotted(shown)) if part)
+
+    def where_step(self, index: int, name: str = "", path: Place = ()) -> str:
+        """`recipe.yaml, step 3 (line 12), lora.rank`."""
+        place, _ = self.document.place(("steps", index, *([name] if name else []), *path))
+        at = f"step {index + 1} ({place})" if place else f"step {index + 1}"
+        return ", ".join(part for part in (self.document.name, at, dotted((name, *path)) if name else "") if part)
+
+    def steps(self, plain: Any) -> list[tuple[int, str, Step | None]]:
+        """Index, name and step of every step whose name is known; the step is `None` if its settings are wrong."""
+        if not isinstance(plain, list) or not plain:
+            what = "a recipe needs at least one step" if plain == [] else "must be a list of steps"
+            got = None if plain == [] else plain
+            self.errors.append(EdgetuneError(what, where=self.where(("steps",)), got=got, allowed=_known_steps()))
+            return []
+        found = []
+        for index, step in enumerate(plain):
+            if not isinstance(step, dict) or len(step) != 1 or not isinstance(next(iter(step)), str):
+                got = list(step) if isinstance(step, dict) else step
+                action = "write `- name`, or `- name: {setting: value}`; a dash before every step"
+                what = "a step is one name with its settings"
+                self.errors.append(EdgetuneError(what, where=self.where_step(index), got=got, action=action))
+                continue
+            name, settings = next(iter(step.items()))
+            if name not in _known_steps():
+                where = self.where_step(index)
+                self.errors.append(EdgetuneError("unknown step", where=where, got=name, allowed=_known_steps()))
+                continue
+            found.append((index, name, self.step(index, name, settings)))
+        return found
+
+    def step(self, index: int, name: str, settings: Any) -> Step | None:
+        kind = kinds_of(name)
+        if not isinstance(settings, dict):
+            action = f"write `- {name}: {{{next(iter(kind.model_fields), 'setting')}: ...}}`"
+            problems = [Problem((), "settings must be a mapping", settings, tuple(kind.model_fields), action)]
+        else:
+            made, problems = validate(kind, settings)
+            if made is not None:
+                return Step(name=name, settings=made)
+        self.errors += [problem.at(self.where_step(index, name, problem.path)) for problem in problems]
+        return None
+
+    def order(self, steps: list[tuple[int, str, Step | None]]) -> None:
+        """What may follow what; known from the names, so it is said together with wrong settings."""
+        earlier: list[str] = []
+        opened = 0
+        for index, name, step in steps:
+            kind, where = kinds_of(name), self.where_step(index, name)
+            techniques = [other for other in earlier if other in registry.TECHNIQUES]
+            allowed = getattr(kind, "after", None)
+            if allowed is None:
+                allowed = set(registry.TECHNIQUES) - QUANTIZED if name == "train" else set(registry.TECHNIQUES)
+            for other in dict.fromkeys(techniques):
+                if other not in allowed:
+                    what, action = f"cannot follow {other}", f"move it before {other}"
+                    if name == other:
+                        what, action = "stands twice", "keep one of the two"
+                    rest = f"; allowed before it: {', '.join(sorted(allowed)) or 'no technique'}"
+                    self.errors.append(EdgetuneError(what + rest, where=where, action=action))
+            if name == "finalize" and not opened:
+                self.errors.append(EdgetuneError("nothing is open here", where=where, action="remove the step"))
+            opened = 0 if name == "finalize" else opened + (name in registry.TECHNIQUES)
+            self.teacher(where, step, earlier)
+            earlier.append(name)
+
+    def teacher(self, where: str, step: Step | None, earlier: list[str]) -> None:
+        """`distill.teacher` names an earlier step: the model as it was just before that step."""
+        distill = getattr(step.settings, "distill", None) if step is not None else None
+        name = getattr(distill, "teacher", None)
+        if isinstance(name, str) and name not in earlier:
+            what = "the teacher is the model just before an earlier step"
+            self.errors.append(
+                EdgetuneError(what, where=f"{where}.distill.teacher", got=name, allowed=list(dict.fromkeys(earlier)))
+            )
+
+    def sources(self, values: dict[str, Any]) -> None:
+        """Model and data are names of the registry, with an argument after the first colon."""
+        for key, table in (("model", registry.MODELS), ("data", registry.DATASETS)):
+            source = values[key].get("source") if isinstance(values.get(key), dict) else None
+            if isinstance(source, str) and source.partition(":")[0] not in table:
+                where = self.where((key, "source"))
+                self.errors.append(EdgetuneError(f"unknown {key}", where=where, got=source, allowed=table))
+
+    def devices(self, values: dict[str, Any]) -> None:
+        """Every device is known, `host`, or the path of a descriptor."""
+        from edgetune.profile import device
+
+        profile, budgets = values.get("profile"), values.get("budget")
+        named = profile.get("devices") if isinstance(profile, dict) else None
+        found = [(("profile", "devices", i), d) for i, d in enumerate(named if isinstance(named, list) else [])]
+        for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
+            found += [(("budget", index, "device"), budget.get("device"))] if isinstance(budget, dict) else []
+        allowed = dict.fromkeys([*device.ids(), device.HOST])
+        for path, name in found:
+            if isinstance(name, str) and name not in allowed and not name.endswith(device.SUFFIX):
+                self.errors.append(EdgetuneError("unknown device", where=self.where(path), got=name, allowed=allowed))
+
+    def variants(self, plain: Any) -> None:
+        """Every key of every variant must mean something, chosen or not."""
+        if not isinstance(plain, dict):
+            return
+        for name, overrides in plain.items():
+            if not isinstance(overrides, dict):
+                continue
+            where = self.where(("variants", name))
+            if VARIANT in overrides:
+                self.errors.append(EdgetuneError("a variant cannot choose a variant", where=where))
+            _, errors = overridden(self.document, overrides, list(Recipe.model_fields))
+            self.errors += [error.within(where) for error in errors if VARIANT not in overrides]
+
+
+def kinds_of(name: str) -> type[BaseModel]:
+    """The settings class of one step name; only its own module is imported."""
+    found: type[BaseModel] = (
+        Finalize if name == "finalize" else registry.load({**registry.TECHNIQUES, **registry.STEPS}[name])
+    )
+    return found
+
+
+def _line(where: str) -> int:
+    """The line number in an error's place, for sorting; 0 for an override."""
+    words = where.replace("(", "").replace(")", "").replace(",", "").split()
+    return next((int(b) for a, b in zip(words, words[1:]) if a == "line" and b.isdecimal()), 0)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file, with the settings of every technique; for editors and other tools."""
+    whole = Recipe.model_json_schema(ref_template="#/$defs/{model}")
+    definitions: dict[str, Any] = whole["$defs"]
+    definitions.pop("Step", None)
+    forms: list[dict[str, Any]] = [{"enum": _known_steps()}]
+    for name, kind in kinds().items():
+        own = kind.model_json_schema(ref_template="#/$defs/{model}")
+        definitions |= own.pop("$defs", {})
+        settings = {"anyOf": [own, {"type": "null"}]}
+        forms.append({"type": "object", "properties": {name: settings}, "required": [name], "additionalProperties": False})
+    properties = whole["properties"]
+    properties["steps"] = {"type": "array", "minItems": 1, "items": {"anyOf": forms}}
+    for key in ("model", "data"):
+        properties[key] = {"anyOf": [{"type": "string"}, properties[key]]}
+    properties["budget"] = {"anyOf": [{"$ref": "#/$defs/Budget"}, properties["budget"]]}
+    whole["required"] = [key for key in whole["required"] if key != "name"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}

@@ -1,0 +1,47 @@
+"""Reports: a ledger becomes text in a terminal, `ledger.json` and one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgetune.ledger import Ledger
+from edgetune.report.console import terminal, text
+from edgetune.report.document import page, write_whole
+from edgetune.technique import EdgetuneError, Exit
+
+__all__ = ["page", "report", "terminal", "text", "write"]
+
+LEDGER, PAGE = "ledger.json", "report.html"
+
+
+def write(ledger: Ledger, folder: Path) -> None:
+    """Write `ledger.json`, then `report.html`, each whole or not at all.
+
+    The ledger comes first, so that it is there even where the page raises because plotly is missing.
+    """
+    write_whole(folder / LEDGER, ledger.dumps())
+    page(ledger, folder / PAGE)
+
+
+def report(run_dir: Path | str) -> Path:
+    """Rebuild `report.html` of a run from its `ledger.json`, and return its path.
+
+    Raises `EdgetuneError` for a folder that is not there, has no ledger, or has one that cannot be read.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise EdgetuneError("no such run folder", got=str(run_dir), action="give a folder that `edgetune run` wrote")
+    path = folder / LEDGER
+    if not path.is_file():
+        raise EdgetuneError(
+            f"the folder has no {LEDGER}", got=str(run_dir), action="give a folder that `edgetune run` wrote"
+        )
+    try:
+        ledger = Ledger.read(path)
+    except (ValueError, OSError) as error:
+        first = next((line.strip() for line in str(error).splitlines()[:3] if line.strip()), type(error).__name__)
+        raise EdgetuneError(
+            f"{path} cannot be read as a ledger: {first}", action="run the recipe again", exit_code=Exit.DATA
+        ) from error
+    page(ledger, folder / PAGE)
+    return folder / PAGE

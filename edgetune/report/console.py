@@ -1,0 +1,109 @@
+"""The ledger in a terminal, by rich, or as plain text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from edgetune.ledger import Ledger
+from edgetune.report.tables import Cell, Column, Table, sentences, summary_tables
+
+WIDE = 112  # characters from which the full headings fit
+MOST_ROWS = 12  # of left-over operators in a terminal
+STYLES = {"": "", "good": "green", "bad": "bold red", "faint": "dim"}
+
+
+class Terminal:
+    """A rich renderable that fits itself to the width it is given, from 80 columns up."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Title, sentences, tables."""
+        width = options.max_width
+        ledger = self.ledger
+        yield Text.assemble((clean(ledger.recipe), "bold"), (f"  seed {ledger.seed}", "dim"))
+        for sentence in sentences(ledger):
+            yield Text(clean(sentence))
+        for table in summary_tables(ledger):
+            yield Text("")
+            yield Text(table.title, style="bold")
+            yield drawn(table, width)
+            if table.key == "steps" and any(column.room > width for column in table.columns if column.text):
+                yield from settings_lines(ledger)
+            if table.key == "leftovers" and len(table.rows) > MOST_ROWS:
+                yield Text(f"... and {len(table.rows) - MOST_ROWS} more in model.json and the page", style="dim")
+            for note in table.notes:
+                yield Text(clean(note), style="dim")
+
+
+def drawn(table: Table, width: int) -> RichTable:
+    """One table, without the columns that there is no room for."""
+    shown = [place for place, column in enumerate(table.columns) if column.room <= width]
+    named = table.key != "program"
+    drawn_table = RichTable(
+        box=box.SIMPLE_HEAD if named else None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        show_header=named,
+        header_style="dim",
+    )
+    for place in shown:
+        column = table.columns[place]
+        drawn_table.add_column(
+            heading(column, width >= WIDE),
+            justify="left" if column.text else "right",
+            no_wrap=not column.text or column.heading == "step",
+            overflow="fold",
+        )
+    for row in table.rows[: MOST_ROWS if table.key == "leftovers" else None]:
+        drawn_table.add_row(*(styled(row[place]) for place in shown))
+    return drawn_table
+
+
+def heading(column: Column, wide: bool) -> str:
+    """The heading with its unit below."""
+    if column.short and not wide:
+        return column.short
+    return f"{column.heading}\n{column.unit}" if column.unit else column.heading
+
+
+def styled(cell: Cell) -> Text:
+    """A cell as rich text; markup in it stays text."""
+    return Text(clean(cell.text), style=STYLES[cell.tone])
+
+
+def settings_lines(ledger: Ledger) -> Iterator[RenderableType]:
+    """What stood in the column that was left out."""
+    for row in ledger.rows:
+        if row.detail:
+            yield Padding(Text(clean(f"{row.index} {row.step}: {row.detail}"), style="dim"), (0, 0, 0, 2))
+
+
+def clean(text: str) -> str:
+    """Without control characters, so that a name from a file cannot drive the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def terminal(ledger: Ledger) -> Terminal:
+    """The ledger as a rich renderable."""
+    return Terminal(ledger)
+
+
+def text(ledger: Ledger, width: int = 120) -> str:
+    """The ledger as plain text, the same on every machine."""
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, height=100, color_system=None, force_terminal=False, force_jupyter=False,
+        legacy_windows=False, safe_box=True, highlight=False, emoji=False, markup=False,
+    )  # fmt: skip
+    console.print(Terminal(ledger))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"

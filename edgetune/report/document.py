@@ -1,0 +1,258 @@
+"""The ledger as one HTML page that needs nothing else: styles, plots and plotly itself stand in it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+import yaml
+
+from edgetune.ledger import Ledger
+from edgetune.registry import require
+from edgetune.report.figures import Figure, figures
+from edgetune.report.numbers import DASH, noun, number, percent, plural, score, unit
+from edgetune.report.tables import (
+    QUANTITIES,
+    Cell,
+    Column,
+    Table,
+    cells,
+    last_quality,
+    leftover_table,
+    measured_table,
+    predicted_table,
+    program_table,
+    quality_table,
+    sentences,
+    smaller,
+    step_table,
+    training_table,
+    verdict_table,
+)
+
+MONO = ("SHA-256", "file")  # lines of the program whose value is set in a fixed width
+
+
+def escaped(text: str) -> str:
+    """Text of the ledger as HTML text."""
+    return html.escape(text, quote=True)
+
+
+def page(ledger: Ledger, path: Path) -> None:
+    """Write the page to `path`, whole or not at all.
+
+    Raises `EdgetuneError` where plotly is missing.
+    """
+    drawn = figures(ledger)
+    offline = require("plotly.offline", "the HTML report")
+    template = Template(resources.files("edgetune.report").joinpath("page.html").read_text(encoding="utf-8"))
+    said = sentences(ledger)
+    text = template.substitute(
+        title=escaped(f"{ledger.recipe} - edgetune"),
+        heading=escaped(ledger.recipe),
+        kind=escaped(f"edgetune run · model {ledger.model} · data {ledger.data} · seed {ledger.seed}"),
+        sentences="\n".join(f'<p{" class=" + chr(34) + "lead" + chr(34) if not i else ""}>{escaped(s)}</p>' for i, s in enumerate(said)),
+        tiles=tiles(ledger),
+        main=body(ledger, drawn),
+        footer=escaped(footer(ledger)),
+        figures=as_json({figure.key: {"spec": figure.spec, "wide": figure.wide} for figure in drawn}),
+        plotly=offline.get_plotlyjs().replace("</script", "<\\/script"),
+    )
+    write_whole(path, text)
+
+
+def as_json(value: object) -> str:
+    """JSON that may stand in a script element: nothing in it can end the element."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name beside `path`, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# What stands where
+
+
+def body(ledger: Ledger, drawn: Sequence[Figure]) -> str:
+    """Sections with their plots and tables; a section without either is left out."""
+    steps = step_table(ledger) if ledger.rows else None
+    parts = [
+        section("Budget", (), (verdict_table(ledger),), drawn),
+        section("Steps", ("quality-size", "kept"), (steps, quality_table(ledger)), drawn),
+        section("Training", ("loss-",), (training_table(ledger),), drawn),
+        section("On devices", ("latency", "memory"), (predicted_table(ledger), measured_table(ledger)), drawn),
+        section("Program", ("delegated", "leftovers"), (program_table(ledger), leftover_table(ledger)), drawn),
+        section("How it was run", (), (environment_table(ledger),), drawn, recipe(ledger)),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def section(
+    title: str, keys: Sequence[str], tables: Sequence[Table | None], drawn: Sequence[Figure], more: str = ""
+) -> str:
+    """A heading, the plots whose key starts with one of `keys`, and the tables that there are."""
+    plots = [plot(figure) for figure in drawn if any(figure.key.startswith(key) for key in keys)]
+    blocks = [block(table) for table in tables if table is not None]
+    if not plots and not blocks and not more:
+        return ""
+    name = title.lower().replace(" ", "-")
+    grid = f'<div class="plots">\n{"".join(plots)}</div>\n' if plots else ""
+    content = grid + "\n".join(blocks) + more
+    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escaped(title)}</h2>\n{content}</section>'
+
+
+def plot(figure: Figure) -> str:
+    """The place of a plot, with its content in words for those who do not see it."""
+    told = escaped(f"{figure.title}. {figure.told}.")
+    wide = ' class="wide"' if figure.wide else ""
+    height = figure.spec["layout"]["height"]
+    return (
+        f'<figure{wide}><figcaption>{escaped(figure.title)}</figcaption>\n'
+        f'<div class="plot" id="plot-{figure.key}" role="img" aria-label="{told}" style="min-height:{height}px"></div>'
+        "</figure>\n"
+    )
+
+
+def block(table: Table) -> str:
+    """A table with caption, headed rows and notes, in a box that scrolls sideways where it must."""
+    head = "".join(heading(column) for column in table.columns)
+    head = f"<thead><tr>{head}</tr></thead>\n" if table.key != "program" else ""
+    kind = f' class="of-{table.key}"' if table.key in ("predicted", "measured") else ""
+    rows = "\n".join(f"<tr{kind}>{row_cells(table, row)}</tr>" for row in table.rows)
+    notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes)
+    notes = f'<ul class="notes">{notes}</ul>' if notes else ""
+    return (
+        f'<div class="block" id="table-{table.key}"><div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{escaped(table.title)}"><table>\n<caption>{escaped(table.title)}</caption>\n'
+        f"{head}<tbody>\n{rows}\n</tbody></table></div>{notes}</div>\n"
+    )
+
+
+def heading(column: Column) -> str:
+    """A column heading with its unit."""
+    of = f" <small>{escaped(column.unit)}</small>" if column.unit else ""
+    kind = "" if column.text else ' class="n"'
+    return f'<th scope="col"{kind}>{escaped(column.heading)}{of}</th>'
+
+
+def row_cells(table: Table, row: Sequence[Cell]) -> str:
+    """The cells of a row; the first names it."""
+    parts = []
+    for place, (column, cell) in enumerate(zip(table.columns, row, strict=True)):
+        mono = table.key == "leftovers" and column.text or place == 1 and row[0].text in MONO and table.key == "program"
+        kinds = [kind for kind, on in (("n", not column.text), (cell.tone, cell.tone), ("mono", mono)) if on]
+        of = f' class="{" ".join(kinds)}"' if kinds else ""
+        parts.append(
+            f'<th scope="row"{of}>{shown(cell, column)}</th>' if place == 0 else f"<td{of}>{shown(cell, column)}</td>"
+        )
+    return "".join(parts)
+
+
+def shown(cell: Cell, column: Column) -> str:
+    """The text of a cell, with a real dash and a real minus."""
+    if cell.text == DASH:
+        return '<span aria-label="not measured">–</span>'
+    text = "−" + cell.text[1:] if not column.text and cell.text.startswith("-") else cell.text
+    return escaped(text)
+
+
+def environment_table(ledger: Ledger) -> Table | None:
+    """Versions and machine."""
+    if not ledger.environment:
+        return None
+    columns = (Column("name", text=True), Column("value", text=True))
+    rows = tuple(cells(name, value) for name, value in ledger.environment.items())
+    return Table("environment", "Environment and versions", columns, rows)
+
+
+def recipe(ledger: Ledger) -> str:
+    """The resolved recipe as YAML."""
+    settings = ledger.model_dump(mode="json")["settings"]
+    if not settings:
+        return ""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100)
+    return f"<details open><summary>Resolved recipe</summary><pre>{escaped(text)}</pre></details>"
+
+
+def footer(ledger: Ledger) -> str:
+    """How to tell the two kinds of numbers apart, and where they all are."""
+    return (
+        "Predicted: computed from a device descriptor, blue and hatched. Measured: timed on a machine, orange and "
+        "filled. 1 MiB is 1,048,576 bytes. Every number of this page stands in ledger.json beside it."
+    )
+
+
+# The numbers at the top
+
+
+def tiles(ledger: Ledger) -> str:
+    """Size, quality, latency and budget, as far as they are known."""
+    found = [size_tile(ledger), quality_tile(ledger)]
+    if ledger.measured:
+        line = ledger.measured[0]
+        under = f"{line.device}, p10 to p90: {number(line.latency_p10_ms)} to {number(line.latency_p90_ms)} ms"
+        found.append(tile("Latency, measured", f"{number(line.latency_ms)} ms", under, "measured"))
+    if ledger.predicted:
+        wanted = {verdict.device for verdict in ledger.verdicts}
+        first = next((guess for guess in ledger.predicted if guess.device in wanted), ledger.predicted[0])
+        trust = "calibrated" if first.calibrated else "uncalibrated"
+        under = f"{first.device}, {trust}, {number(first.latency_low_ms)} to {number(first.latency_high_ms)} ms"
+        found.append(tile("Latency, predicted", f"{number(first.latency_ms)} ms", under, "predicted"))
+    if ledger.program:
+        under = f"of the MACs; {percent(ledger.program.delegated_operators_pct)} % of the operators"
+        found.append(tile("Delegated", f"{percent(ledger.program.delegated_macs_pct)} %", under))
+    if ledger.verdicts:
+        broken = [QUANTITIES[verdict.quantity][0] for verdict in ledger.verdicts if not verdict.holds]
+        under = f"not: {', '.join(broken)}" if broken else plural(len(ledger.verdicts), "line")
+        found.append(tile("Budget", "does not hold" if broken else "holds", under, "bad" if broken else "good"))
+    return f'<div class="tiles">\n{"".join(found)}</div>' if any(found) else ""
+
+
+def size_tile(ledger: Ledger) -> str:
+    """The program, or the model where there is none."""
+    if not ledger.rows:
+        return ""
+    loaded = ledger.rows[0].size_mib
+    if ledger.program is None:
+        return tile("Model in memory", f"{number(ledger.rows[-1].size_mib)} MiB", f"from {number(loaded)} MiB; no program")
+    under = f"from {number(loaded)} MiB{smaller(loaded, ledger.program.size_mib)}"
+    return tile("Program", f"{number(ledger.program.size_mib)} MiB", under)
+
+
+def quality_tile(ledger: Ledger) -> str:
+    """The last quality, beside the best baseline."""
+    result = last_quality(ledger)
+    if result is None:
+        return ""
+    known = sorted(ledger.baselines, key=lambda line: line.value, reverse=result.higher_is_better)
+    under = f"best baseline {score(known[0].value)} ({known[0].name})" if known else plural(result.rows, "test row")
+    of = unit(result) and f" {unit(result)}"
+    return tile(f"{noun(result).capitalize()}, test set", f"{score(result.value)}{of}", under)
+
+
+def tile(name: str, value: str, under: str, kind: str = "") -> str:
+    """One number with its name above and what it goes by below."""
+    classes = f"tile {kind}".strip()
+    return (
+        f'<dl class="{classes}"><dt>{escaped(name)}</dt><dd class="big">{escaped(value)}</dd>'
+        f'<dd class="under">{escaped(under)}</dd></dl>\n'
+    )

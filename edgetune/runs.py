@@ -1,0 +1,79 @@
+"""The folder of a run: numbered, holding what is needed to resume it, every file written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune.environment import versions
+from edgetune.ledger import Ledger
+from edgetune.technique import EdgetuneError
+
+if TYPE_CHECKING:
+    from edgetune.recipe import Recipe
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` under a temporary name, flush it to disk, rename it: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def new_folder(recipe: Recipe, out: Path) -> Path:
+    """A fresh folder: the next number under `out`."""
+    number = 1 + max((_number(f, recipe.name) for f in out.glob(f"{recipe.name}-*")), default=0)
+    while True:
+        folder = out / f"{recipe.name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another run took the number in the meantime
+            number += 1
+        except OSError as error:
+            raise EdgetuneError(f"cannot make the run's folder: {error.strerror}", got=str(folder)) from error
+    write_whole(folder / "recipe.yaml", recipe.to_yaml())
+    write_whole(folder / "environment.json", json.dumps(versions(), indent=1))
+    write_whole(folder / "digest.txt", recipe.digest)  # last: a folder without it cannot be resumed
+    return folder
+
+
+def _number(folder: Path, name: str) -> int:
+    rest = folder.name[len(name) + 1 :]
+    return int(rest) if rest.isdecimal() else 0
+
+
+def resumable_folder(recipe: Recipe, out: Path) -> Path:
+    """The newest run of this recipe under `out`. Refused if its settings differ or it is finished."""
+    found = sorted(out.glob(f"{recipe.name}-*"), key=lambda f: _number(f, recipe.name))
+    found = [f for f in found if (f / "digest.txt").exists()]
+    if not found:
+        raise EdgetuneError("there is no run to resume", got=str(out), action="run without --resume")
+    folder = found[-1]
+    if (folder / "digest.txt").read_text(encoding="utf-8") != recipe.digest:
+        raise EdgetuneError(
+            "the newest run was made with other settings",
+            got=str(folder),
+            action=f"give the settings of {folder / 'recipe.yaml'}, or run without --resume",
+        )
+    earlier = earlier_ledger(folder)
+    if earlier is not None and earlier.finished:
+        raise EdgetuneError("the newest run is finished", got=str(folder), action=f"edgetune report {folder}")
+    return folder
+
+
+def earlier_ledger(folder: Path) -> Ledger | None:
+    """What an interrupted run had measured; `None` when it had not come that far."""
+    path = folder / "ledger.json"
+    return Ledger.read(path) if path.exists() else None

@@ -1,0 +1,206 @@
+"""Which layers train: a scheme by name or written out, resolved against a model into one value to print."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from edgetune.targets import matches
+from edgetune.technique import EdgetuneError
+
+Part = Literal["full", "bias", "frozen"]
+
+NAMED = ("last-<k>", "bias")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What trains in one layer."""
+
+    layer: str  # dotted name; "" is the model itself, for parameters it owns directly
+    part: Part
+    parameters: int  # how many values the layer has
+    training: int  # how many of them train
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What trains in every layer that has parameters of its own, in the model's order."""
+
+    name: str
+    choices: tuple[Choice, ...]
+
+    def part(self, layer: str) -> Part:
+        """What trains in the layer of this name."""
+        return next(c.part for c in self.choices if c.layer == layer)
+
+    def __str__(self) -> str:
+        trained, values = sum(c.training for c in self.choices), sum(c.parameters for c in self.choices)
+        lines = [f"scheme {self.name}: {trained:,} of {values:,} parameters train"]
+        for choice in self.choices:
+            if choice.training:
+                lines.append(f"  {choice.part:<6} {choice.layer or '(the model itself)'}: {choice.training:,}")
+        return "\n".join(lines)
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter's own name is that of a bias: `bias`, `in_proj_bias`, `q_bias`."""
+    return name == "bias" or name.endswith("_bias")
+
+
+def trains(part: Part, parameter_name: str) -> bool:
+    """Whether a parameter of this own name trains in a layer with this part."""
+    return part == "full" or (part == "bias" and is_bias(parameter_name))
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether the layer is a normalization, by its class name: BatchNorm2d, LayerNorm, LlamaRMSNorm."""
+    return "norm" in type(layer).__name__.lower() and not any(True for _ in layer.children())
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks, in the model's order; empty when there are none.
+
+    The longest ModuleList or Sequential whose children are of one class says which class is the block; then every
+    outermost module of that class is one. Sequentials of Sequentials (stages) count as one list.
+    """
+    longest: list[str] = []
+    for name, module in model.named_modules():
+        children = _flat_children(name, module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else {}
+        if len({type(child) for child in children.values()}) != 1 or not any(True for _ in module.parameters()):
+            continue
+        longest = list(children) if len(children) > max(1, len(longest)) else longest
+    if not longest:
+        return []
+    kind = type(model.get_submodule(longest[0]))
+    if kind.__module__.startswith("torch.nn"):  # linears in a list: other linears are not their kind of block
+        return longest
+    names = [name for name, module in model.named_modules() if type(module) is kind]
+    return [name for name in names if not any(name.startswith(other + ".") for other in names)]
+
+
+def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Children by full name; if all are Sequentials or ModuleLists themselves, theirs instead."""
+    children = {f"{name}.{key}".lstrip("."): child for key, child in module.named_children()}
+    if children and all(isinstance(child, (nn.ModuleList, nn.Sequential)) for child in children.values()):
+        inner = [_flat_children(key, child) for key, child in children.items()]
+        # the commonest class only: stages often begin with one block of another class
+        flat = {k: m for found in inner for k, m in found.items()}
+        kinds = [type(m) for m in flat.values()]
+        common = max(set(kinds), key=lambda kind: (kinds.count(kind), -kinds.index(kind))) if kinds else None
+        return {k: m for k, m in flat.items() if type(m) is common}
+    return children
+
+
+def resolve(model: nn.Module, scheme: str | Mapping[str, Part], head: Part, norms: bool) -> Scheme:
+    """The scheme for this model. `head` is everything after the last block; a written mapping is laid over it."""
+    layers = {name: module for name, module in model.named_modules() if module._parameters}
+    order, blocks = list(layers), blocks_of(model)
+    parts: dict[str, Part] = dict.fromkeys(order, "frozen")
+    if isinstance(scheme, str):
+        for name in _named(scheme, order, blocks):
+            parts[name] = "bias" if scheme == "bias" else "full"
+    if blocks:
+        last = max(i for i, name in enumerate(order) if _within(name, blocks[-1]))
+        for name in order[last + 1 :]:
+            parts[name] = head
+    if not isinstance(scheme, str):
+        _lay_over(parts, scheme, blocks)
+    if not norms:
+        parts |= dict.fromkeys((name for name in order if is_norm(layers[name])), "frozen")
+    _refuse_tied(model, parts)
+    resolved = Scheme(
+        name=scheme if isinstance(scheme, str) else "written",
+        choices=tuple(_choice(name, layers[name], part) for name, part in parts.items()),
+    )
+    if not any(choice.training for choice in resolved.choices):
+        raise EdgetuneError("the scheme trains nothing", got=scheme, action='choose more layers, or head="full"')
+    return resolved
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(outer + ".")
+
+
+def _named(scheme: str, order: list[str], blocks: list[str]) -> list[str]:
+    """The layers that a named scheme trains, before the head."""
+    last = re.fullmatch(r"last-(\d+)", scheme)
+    if scheme != "bias" and not last:
+        raise EdgetuneError("unknown scheme", got=scheme, allowed=["last-1", "last-2", "last-4", "bias"])
+    if not blocks:
+        raise EdgetuneError(
+            f"{scheme}: no list of like blocks found in this model",
+            action='write the scheme out, as in {"features.3": "full", "classifier": "full"}',
+        )
+    if not last:
+        return order
+    count = int(last[1])
+    if count > len(blocks):
+        raise EdgetuneError(f"the model has {len(blocks)} blocks", got=scheme, action=f"use last-{len(blocks)} at most")
+    if count == 0:
+        return []
+    # from the first of them to the end of the last: what stands between two blocks trains with them
+    start = min(i for i, name in enumerate(order) if _within(name, blocks[-count]))
+    stop = max(i for i, name in enumerate(order) if _within(name, blocks[-1]))
+    return order[start : stop + 1]
+
+
+def _lay_over(parts: dict[str, Part], written: Mapping[str, Part], blocks: list[str]) -> None:
+    """Apply the patterns in order; each covers the layers it names and all inside them."""
+    order = list(parts)
+    named: set[str] = set()
+    for pattern, part in written.items():
+        found = [name for name in order if any(matches(outer, [pattern]) for outer in _itself_and_outer(name))]
+        if not found:
+            raise EdgetuneError("scheme: the pattern matches no layer with parameters", got=pattern, allowed=order)
+        parts |= dict.fromkeys(found, part)
+        named |= set(found)
+    if not blocks and order[-1] not in named:
+        raise EdgetuneError(
+            "scheme: without a list of like blocks the head cannot be told",
+            got=list(written),
+            action=f'say what happens to the last layer, as in {{"{order[-1]}": "full"}}',
+        )
+
+
+def _itself_and_outer(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+
+
+def _choice(name: str, layer: nn.Module, part: Part) -> Choice:
+    own = [(key, value) for key, value in layer._parameters.items() if value is not None]
+    training = [(key, value) for key, value in own if trains(part, key)]
+    for key, value in training:
+        if not value.is_floating_point():
+            raise EdgetuneError(
+                f"{name}.{key} is stored in {value.dtype} and cannot train",
+                got=part,
+                action='put the layer into the skip of nf4, or write "bias" or "frozen" for it',
+            )
+    return Choice(name, part, _count(value for _, value in own), _count(value for _, value in training))
+
+
+def _count(tensors: object) -> int:
+    return sum(t.numel() for t in tensors)  # type: ignore[attr-defined]
+
+
+def _refuse_tied(model: nn.Module, parts: dict[str, Part]) -> None:
+    """Raise where one parameter hangs in two layers that the scheme treats differently."""
+    seen: dict[int, tuple[str, bool]] = {}
+    for layer, part in parts.items():
+        for key, value in model.get_submodule(layer)._parameters.items():
+            if not isinstance(value, Tensor):
+                continue
+            other, training = seen.setdefault(id(value), (layer, trains(part, key)))
+            if training != trains(part, key):
+                trained, frozen = (other, layer) if training else (layer, other)
+                raise EdgetuneError(
+                    f"{trained} shares its weight with {frozen}, which the scheme freezes: backward would run that far",
+                    got=trained,
+                    action=f'set head="frozen", or write the scheme out with "{trained}": "frozen"',
+                )

@@ -1,0 +1,324 @@
+"""Training: the settings of a `train` step, and one plain loop that a kill cannot spoil.
+
+The order of the rows is a function of the seed and the epoch alone, and a checkpoint holds everything else that
+changes: trainable parameters, buffers, optimizer, random states and the number of the update. So a run that was
+killed and resumed ends with the same bits as one that was not (on the CPU, with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgetune import checkpoint
+from edgetune.ledger import LossPoint, Quality
+from edgetune.plan import Plan, Split
+from edgetune.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
+from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of
+
+_MIB = 2**20
+_IGNORED_LABEL = -100
+
+
+class Distill(BaseModel):
+    """Learn from the logits of an earlier model too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: str  # name of an earlier step of the recipe: the model as it was just before that step
+    weight: float = Field(default=0.5, gt=0, le=1)  # share of the teacher's loss; the labels have the rest
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+
+
+class Train(BaseModel):
+    """Settings of a `train` step. One update takes `batch_size * accumulate` rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    name: ClassVar[str] = "train"
+
+    epochs: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)  # or updates, not both
+    updates: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=32, ge=1)  # rows at once; an epoch's batches are made equal, none is larger
+    accumulate: int = Field(default=1, ge=1)  # batches per update
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)  # not of biases and norms
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_pct: float = Field(default=6.0, ge=0, le=100)  # of the updates
+    clip_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together
+    checkpoint_every: int = Field(default=50, ge=1)  # updates
+    distill: Distill | None = None
+    keep_best: bool = False  # end with the weights of the epoch that was best on the validation rows
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_or_updates(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("updates") is not None and "epochs" not in data:
+            return {**data, "epochs": None}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if (self.epochs is None) == (self.updates is None):
+            raise ValueError("give either epochs or updates; set the other to null")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least 0 and below 1")
+        unused = {"betas"} if self.optimizer == "sgd" else {"momentum"}
+        if unused & self.model_fields_set and any(
+            getattr(self, f) != type(self).model_fields[f].default for f in unused
+        ):
+            raise ValueError(f"{self.optimizer} has no {', '.join(unused)}")
+        return self
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one training came to. The model itself was changed in place and is left in eval mode."""
+
+    losses: tuple[LossPoint, ...]
+    gradients_mib: float  # of all trainable parameters at once
+    optimizer_state_mib: float
+    resumed_from: int | None = None  # updates that were done already
+    best: Quality | None = None  # with keep_best, on the validation rows
+
+
+def train(
+    model: nn.Module,
+    settings: Train,
+    split: Split,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    *,
+    seed: int,
+    folder: Path | None = None,
+    resume: bool = False,
+    teacher: nn.Module | None = None,
+    validation: Callable[[nn.Module], Quality] | None = None,
+    progress: Callable[[int, int, float, float], None] | None = None,
+) -> TrainResult:
+    """Train `model` in place.
+
+    Args:
+        model: its parameters with `requires_grad` are trained.
+        settings: how.
+        split: the training rows.
+        loss_fn: `(logits, labels)` -> mean loss over the labels that count.
+        seed: decides the order of rows and every random number; the global generators are seeded with it.
+        folder: for checkpoints, `update-00000050` and so on; none are written without it.
+        resume: go on from the last complete checkpoint in `folder`, if there is one.
+        teacher: for `settings.distill`.
+        validation: for `settings.keep_best`, called after each epoch with the model in eval mode.
+        progress: called after each update with `(updates done, updates in all, loss, learning rate)`.
+
+    Raises:
+        EdgetuneError: nothing is trainable; a loss or gradient is not finite; a checkpoint fits another training.
+        KeyboardInterrupt: on Ctrl-C, after the update at hand and a checkpoint (at once on the second Ctrl-C).
+    """
+    _check(settings, split, folder, resume, teacher, validation)
+    parameters = _trainable(model)
+    plan = Plan(settings, split, seed)
+    optimizer = _optimizer(settings, parameters)
+    _seed_all(seed)
+    saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
+    found = saver.restore() if saver else None
+    run = found or Progress()
+    resumed_from = found.update if found else None
+    optimizer.zero_grad(set_to_none=True)
+    model.train()
+    with Interrupts(wait=saver is not None) as interrupts:
+        for update in range(run.update, plan.updates):
+            rate = settings.learning_rate * plan.factor(update)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = _backward(model, teacher, settings.distill, loss_fn, plan.batches(update))
+            _clip(parameters, settings.clip_norm, loss, update, rate, folder)
+            optimizer.step()
+            run.gradient_bytes = max(run.gradient_bytes, _bytes(p.grad for p in parameters))
+            optimizer.zero_grad(set_to_none=True)
+            run.update = update + 1
+            run.losses.append(LossPoint(update=run.update, loss=loss, learning_rate=rate))
+            last = run.update == plan.updates
+            if validation is not None and settings.keep_best and (last or run.update % plan.updates_per_epoch == 0):
+                _validate(model, validation, run)
+            if progress is not None:
+                progress(run.update, plan.updates, loss, rate)
+            if saver and (last or interrupts.seen or run.update % settings.checkpoint_every == 0):
+                saver.save(run)
+            if interrupts.seen:
+                raise KeyboardInterrupt
+    if run.best_tensors:
+        put_back(model, run.best_tensors)
+    model.eval()
+    state = _bytes(value for entry in optimizer.state.values() for value in entry.values())
+    return TrainResult(tuple(run.losses), run.gradient_bytes / _MIB, state / _MIB, resumed_from, run.best)
+
+
+def _backward(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    distill: Distill | None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    batches: Sequence[tuple[Inputs, Tensor]],
+) -> float:
+    """Gradients and value of the mean loss over all labels of an update, however its batches are cut."""
+    device = device_of(model)
+    counts = [counted(labels) for _, labels in batches]
+    if not sum(counts):
+        raise EdgetuneError(
+            "no label of this batch counts", action="leave out rows without any label", exit_code=Exit.DATA
+        )
+    total = 0.0
+    for (inputs, labels), count in zip(batches, counts, strict=True):
+        if not count:
+            continue
+        inputs, labels = _moved(inputs, device), labels.to(device)
+        logits = logits_of(call(model, inputs))
+        loss = loss_fn(logits, labels)
+        if teacher is not None and distill is not None:
+            with torch.no_grad():
+                target = logits_of(call(teacher, inputs))
+            soft = soft_loss(logits, target, labels, distill.temperature)
+            loss = (1 - distill.weight) * loss + distill.weight * soft
+        loss = loss * (count / sum(counts))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    return total
+
+
+def counted(labels: Tensor) -> int:
+    """Labels that a mean loss divides by: all that are not -100, and of a text all but each row's first token."""
+    return int((labels[:, 1:] if labels.dim() == 2 else labels).ne(_IGNORED_LABEL).sum())
+
+
+def soft_loss(logits: Tensor, target: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence from the teacher's logits at `temperature`, times its square, mean over what counts.
+
+    Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, section 2. Logits `(batch, classes)`,
+    or `(batch, tokens, vocabulary)` where each position predicts the next label.
+    """
+    if logits.shape != target.shape:
+        raise EdgetuneError(
+            f"the teacher's logits {tuple(target.shape)} do not fit the model's {tuple(logits.shape)}",
+            action="take a teacher with the same classes",
+        )
+    if labels.dim() == 2:
+        keep = labels[:, 1:].ne(_IGNORED_LABEL)
+        logits, target = logits[:, :-1][keep], target[:, :-1][keep]
+    ours = functional.log_softmax(logits / temperature, dim=-1)
+    theirs = functional.log_softmax(target / temperature, dim=-1)
+    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _clip(
+    parameters: Sequence[nn.Parameter],
+    clip_norm: float | None,
+    loss: float,
+    update: int,
+    rate: float,
+    folder: Path | None,
+) -> None:
+    """Clip the gradients; raise before the optimizer sees a loss or a gradient that is not finite."""
+    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    kept = checkpoint.latest(folder) if folder is not None else None
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} but its gradient is {norm}"
+    raise EdgetuneError(
+        f"update {update + 1} at learning rate {rate:.3g}: {what}"
+        + (f"; the last good checkpoint is {kept}" if kept else ""),
+        action="lower learning_rate, raise warmup_pct, or look for inputs that are not finite",
+        exit_code=Exit.DATA,
+    )
+
+
+def _check(
+    settings: Train,
+    split: Split,
+    folder: Path | None,
+    resume: bool,
+    teacher: nn.Module | None,
+    validation: object,
+) -> None:
+    if not len(split):
+        raise EdgetuneError("there are no training rows", exit_code=Exit.DATA)
+    if (settings.distill is None) != (teacher is None):
+        raise EdgetuneError("distill and a teacher go together", action="give both, or neither")
+    if teacher is not None:
+        teacher.eval()
+    if settings.keep_best and validation is None:
+        raise EdgetuneError("keep_best needs validation rows", action="pass validation=, or leave keep_best out")
+    if folder is None:
+        if resume:
+            raise EdgetuneError("to resume, the folder of the checkpoints is needed", action="pass folder=")
+        return
+    checkpoint.tidy(folder)
+    if not resume and checkpoint.latest(folder) is not None:
+        raise EdgetuneError(
+            "this folder holds checkpoints of an earlier training",
+            got=str(folder),
+            action="pass resume=True to go on with it, or choose another folder",
+        )
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise EdgetuneError(
+            "no parameter of the model is trainable",
+            action="apply lora or sparse-update first, or set requires_grad on what is to be trained",
+        )
+    return found
+
+
+def _optimizer(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Biases and norms, whose tensors have one dimension, are not decayed."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _moved(inputs: Inputs, device: torch.device) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return tuple(value.to(device) for value in inputs)
+
+
+def _bytes(values: Any) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _validate(model: nn.Module, validation: Callable[[nn.Module], Quality], run: Progress) -> None:
+    """Keep a copy of the weights if they are the best so far; the generators are left as they were."""
+    random_state = checkpoint.random_state()
+    model.eval()
+    quality = validation(model)
+    model.train()
+    checkpoint.set_random_state(random_state)
+    sign = 1 if quality.higher_is_better else -1
+    if run.best is None or sign * quality.value > sign * run.best.value:
+        run.best = quality
+        run.best_tensors = {name: value.detach().clone() for name, value in changing_tensors(model).items()}
