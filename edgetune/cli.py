@@ -5,16 +5,16 @@ Results go to stdout, progress and errors to stderr. Exit codes: `technique.Exit
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Optional
 
 import typer
-
-from edgetune.technique import EdgetuneError, Exit
 
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
 app = typer.Typer(help="Fine-tune and compress PyTorch models on and for small devices.", **PLAIN)
@@ -35,39 +35,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Every error becomes plain lines on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    given = [argument for argument in given if argument != "--debug"]
     try:
-        code = app(args=given, prog_name="edgetune", standalone_mode=False)
+        code = app(args=[a for a in given if a != "--debug"], prog_name="edgetune", standalone_mode=False)
         sys.stdout.flush()
-        return int(code) if isinstance(code, int) else int(Exit.DONE)
-    except KeyboardInterrupt:
-        return _failed("interrupted", Exit.INTERRUPTED)
+        return code if isinstance(code, int) else 0
     except BrokenPipeError:  # `edgetune ... | head`
-        sys.stderr.close()
-        return int(Exit.DONE)
-    except EdgetuneError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        text, code = _failure(error)
         if debug:
             traceback.print_exc()
-        return _failed(str(error), error.exit_code)
-    except Exception as error:
-        if type(error).__name__ == "Abort":  # typer's own, for Ctrl-C at a prompt
-            return _failed("interrupted", Exit.INTERRUPTED)
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's usage errors
-            if type(error).__name__ == "NoArgsIsHelpError":
-                print(error.format_message(), file=sys.stderr)
-                return int(Exit.USAGE)
-            usage = getattr(error, "ctx", None)
-            hint = f"\n  next: {usage.command_path} --help" if usage is not None else ""
-            return _failed(f"{error.format_message()}{hint}", Exit.USAGE) if error.format_message() else int(Exit.USAGE)
-        if debug:
-            traceback.print_exc()
-            return 1
-        return _failed(f"{type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1)
+        print(text, file=sys.stderr)
+        return code
 
 
-def _failed(text: str, code: int) -> int:
-    print(f"edgetune: {text}", file=sys.stderr)
-    return int(code)
+def _failure(error: BaseException) -> tuple[str, int]:
+    """What to print for an error, and the exit code."""
+    from edgetune.technique import EdgetuneError, Exit
+
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # typer turns Ctrl-C into its own
+        return "edgetune: interrupted", int(Exit.INTERRUPTED)
+    if isinstance(error, EdgetuneError):
+        return f"edgetune: {error}", int(error.exit_code)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(getattr(error, "message", error)), int(Exit.USAGE)
+    if hasattr(error, "format_message"):  # typer's usage errors
+        context = getattr(error, "ctx", None)
+        hint = f"\n  next: {context.command_path} --help" if context is not None else ""
+        return f"edgetune: {error.format_message()}{hint}", int(Exit.USAGE)
+    return f"edgetune: {type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1
 
 
 def _print(value: object) -> None:
@@ -103,11 +100,12 @@ def run(
     changes = from_text(overrides or [])
     if dry_run:
         _print(_plan(recipes_of.load(recipe, changes), out, as_json))
-        return Exit.DONE
+        return 0
     from edgetune import pipeline
     from edgetune.progress import shown
+    from edgetune.technique import Exit
 
-    with shown(quiet=as_json) as progress:
+    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
         done = pipeline.run(recipe, overrides=changes, out=out, resume=resume, progress=progress)
     if as_json:
         _print({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
@@ -116,9 +114,9 @@ def run(
         program = [f"program: {done.program}"] if done.program else []
         _print("\n".join([*program, f"report: {done.report}"]))
     for verdict in done.missed:
-        limit = f"{verdict.quantity} {verdict.value:g}, limit {verdict.limit:g}, least {verdict.least:g}"
-        _failed(f"the budget for {verdict.device} does not hold: {limit}", Exit.BUDGET)
-    return Exit.BUDGET if done.missed else Exit.DONE
+        what = f"{verdict.quantity} is {verdict.value:.4g}, the limit {verdict.limit:g}, the least {verdict.least:.4g}"
+        print(f"edgetune: the budget for {verdict.device} does not hold: {what}", file=sys.stderr)
+    return int(Exit.BUDGET) if done.missed else 0
 
 
 def _plan(recipe: Any, out: Path | None, as_json: bool) -> object:
@@ -147,7 +145,8 @@ def _show(ledger: Any) -> None:
 @app.command()
 def export(
     model: Annotated[
-        str, typer.Argument(help="A model (minilm, hf:PATH, timm:NAME), a run folder, or a .pt2 that torch.export saved.")
+        str,
+        typer.Argument(help="A model (minilm, hf:PATH, timm:NAME), a run folder, or a .pt2 that torch.export saved."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("model.pte"),
     device: Annotated[Optional[str], typer.Option(help="Lower for this device's preferred target.")] = None,  # noqa: UP045
@@ -163,12 +162,14 @@ def export(
 
     artifact = export_from(model, out, device=device, target=target, data=data)
     _print(artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_manifest(artifact.manifest)}")
-    return Exit.DONE
+    return 0
 
 
 def _manifest(manifest: Any) -> str:
     parity = manifest.parity
-    same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} rows" if parity else ", not compared"
+    same = (
+        f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} rows" if parity else ", not compared"
+    )
     return f"{manifest.size_bytes / 2**20:.2f} MiB, target {manifest.target}{same}"
 
 
@@ -182,6 +183,7 @@ def profile(
     """Say what a program costs on a device: predicted, and measured where it can be run."""
     from edgetune.export.artifact import Artifact
     from edgetune.profile import profile as profile_
+    from edgetune.technique import EdgetuneError
 
     if on != "host":
         action = "use --on host; copy the program to the device to time it there"
@@ -191,11 +193,19 @@ def profile(
     measured = found.measured.model_dump(mode="json") if found.measured else None
     if as_json:
         _print({"predicted": predicted, "measured": measured})
-        return Exit.DONE
+        return 0
     for label, values in (("predicted", predicted), ("measured", measured)):
-        words = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items() if value != "") if values else "not here"
+        words = (
+            ", ".join(
+                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in values.items()
+                if value != ""
+            )
+            if values
+            else "not here"
+        )
         _print(f"{label}: {words}")
-    return Exit.DONE
+    return 0
 
 
 @app.command()
@@ -214,7 +224,7 @@ def report(
     else:
         _show(ledger)
         _print(f"report: {page}")
-    return Exit.DONE
+    return 0
 
 
 @app.command()
@@ -224,7 +234,7 @@ def env(as_json: Json = False) -> int:
 
     found = environment()
     _print(found.model_dump(mode="json") if as_json else as_text(found))
-    return Exit.DONE
+    return 0
 
 
 @recipes.command("list")
@@ -237,7 +247,7 @@ def recipes_list(as_json: Json = False) -> int:
         _print([{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in found])
     else:
         _print("\n".join(f"{r.name}: {r.description}" for r in found))
-    return Exit.DONE
+    return 0
 
 
 @recipes.command("show")
@@ -253,10 +263,10 @@ def recipes_show(
 
     if not (resolved or overrides or as_json):
         _print(recipes_of.text_of(recipe)[0].rstrip("\n"))
-        return Exit.DONE
+        return 0
     found = recipes_of.load(recipe, from_text(overrides or []))
     _print(found.resolved() if as_json else found.to_yaml().rstrip("\n"))
-    return Exit.DONE
+    return 0
 
 
 @recipes.command("copy")
@@ -266,6 +276,7 @@ def recipes_copy(
 ) -> int:
     """Copy a recipe to a file of your own."""
     from edgetune import recipe as recipes_of
+    from edgetune.technique import EdgetuneError
 
     text, shown = recipes_of.text_of(name)
     to = path or Path()
@@ -280,7 +291,7 @@ def recipes_copy(
     except OSError as error:
         raise EdgetuneError(f"cannot write the file: {error.strerror}", got=str(to)) from error
     _print(str(to))
-    return Exit.DONE
+    return 0
 
 
 @recipes.command("validate")
@@ -289,6 +300,7 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
     from edgetune import recipe as recipes_of
     from edgetune.document import Errors
     from edgetune.overrides import from_text
+    from edgetune.technique import EdgetuneError, Exit
 
     try:
         changes = from_text(overrides or [])
@@ -301,11 +313,11 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
         errors = error.errors if isinstance(error, Errors) else (error,)
         keys = ("where", "what", "got", "allowed", "action")
         _print({"valid": False, "errors": [{key: getattr(e, key) for key in keys} for e in errors]})
-        return Exit.USAGE
+        return int(Exit.USAGE)
     variants = f", variants: {', '.join(found.variants)}" if found.variants else ""
     text = f"{found.name}: valid, {len(found.steps)} steps{variants}"
     _print({"valid": True, "errors": [], "digest": found.digest} if as_json else text)
-    return Exit.DONE
+    return 0
 
 
 @recipes.command("schema")
@@ -314,7 +326,7 @@ def recipes_schema() -> int:
     from edgetune import recipe as recipes_of
 
     _print(recipes_of.schema())
-    return Exit.DONE
+    return 0
 
 
 @devices.command("list")
@@ -325,11 +337,11 @@ def devices_list(as_json: Json = False) -> int:
     found = [device.load(name) for name in device.ids()]
     if as_json:
         _print([{"id": d.id, "name": d.name, "soc": d.soc, "calibrated": d.calibration is not None} for d in found])
-        return Exit.DONE
+        return 0
     width = max(len(d.id) for d in found)
     for d in found:
         _print(f"{d.id:<{width}}  {d.name}, {d.soc}{', calibrated' if d.calibration else ''}")
-    return Exit.DONE
+    return 0
 
 
 @devices.command("show")
@@ -344,7 +356,7 @@ def devices_show(
 
     plain = device.load(device_id).model_dump(mode="json", exclude_none=True, exclude_defaults=not as_json)
     _print(plain if as_json else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).rstrip("\n"))
-    return Exit.DONE
+    return 0
 
 
 @devices.command("validate")
@@ -355,6 +367,7 @@ def devices_validate(
     """Check descriptors; print every fault."""
     from edgetune.document import raise_all
     from edgetune.profile import device
+    from edgetune.technique import EdgetuneError, Exit
 
     errors: list[EdgetuneError] = []
     valid = []
@@ -365,10 +378,10 @@ def devices_validate(
             errors.append(error)
     if as_json:
         _print({"valid": valid, "errors": [str(error) for error in errors]})
-        return Exit.USAGE if errors else Exit.DONE
+        return int(Exit.USAGE) if errors else 0
     raise_all("devices", errors)
     _print(f"valid: {', '.join(valid)}")
-    return Exit.DONE
+    return 0
 
 
 if __name__ == "__main__":

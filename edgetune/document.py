@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
 from edgetune.technique import EdgetuneError
 
-Key = Union[str, int]
+Key = str | int
 Place = tuple[Key, ...]
 
 MOST_BYTES = 256 * 1024
@@ -39,7 +39,9 @@ _Reader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False
 _Reader.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9]+$"), [*"-+0123456789"])
 _Reader.add_implicit_resolver(
     _FLOAT,
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     [*"-+.0123456789"],
 )
 
@@ -91,7 +93,9 @@ def read_file(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EdgetuneError(f"the file is not UTF-8: byte {error.start}", where=str(path), action="save it as UTF-8") from error
+        raise EdgetuneError(
+            f"the file is not UTF-8: byte {error.start}", where=str(path), action="save it as UTF-8"
+        ) from error
 
 
 def read(text: str, name: str) -> Document:
@@ -102,7 +106,9 @@ def read(text: str, name: str) -> Document:
         _check_limits(text, name)
         node = yaml.compose(text, _Reader)
     except yaml.reader.ReaderError as error:
-        raise EdgetuneError(f"not YAML: the character at position {error.position} is not allowed", where=name) from error
+        raise EdgetuneError(
+            f"not YAML: the character at position {error.position} is not allowed", where=name
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -170,7 +176,9 @@ class _Reading:
             if key.tag == "tag:yaml.org,2002:merge" or key.value == "<<":
                 self.error(key, path, "merge keys (<<) are not read", action="write the values out")
             elif not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT:
-                self.error(key, path, "a key must be text", got=key.value if isinstance(key.value, str) else "a collection")
+                self.error(
+                    key, path, "a key must be text", got=key.value if isinstance(key.value, str) else "a collection"
+                )
             elif key.value in found:
                 first = self.places[(*path, key.value)]
                 self.error(key, (*path, key.value), f"given twice, first in {first}", action="remove one")

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-STACK = ("edgetune", "torch", "executorch", "torchao", "transformers", "peft", "bitsandbytes", "torch-pruning", "plotly")
+STACK = (
+    "edgetune",
+    "torch",
+    "executorch",
+    "torchao",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torch-pruning",
+    "plotly",
+)
 FLAGS = {  # as the kernel prints them; those that change how fast a matrix product is
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
@@ -161,10 +171,15 @@ def as_text(found: Environment) -> str:
         "versions:",
         *(f"  {name} {version or 'not installed'}" for name, version in found.versions.items() if name != "edgetune"),
         "extras:",
-        *(f"  {extra}: {'missing ' + ', '.join(rest) if rest else 'installed'}" for extra, rest in found.extras.items()),
+        *(
+            f"  {extra}: {'missing ' + ', '.join(rest) if rest else 'installed'}"
+            for extra, rest in found.extras.items()
+        ),
         "targets:",
         *(f"  {target}: {reason or 'can be lowered here'}" for target, reason in found.targets.items()),
         *([] if found.targets else ['  none: pip install "edgetune[export]"']),
-        "this host: calibrated" if found.host_calibrated else "this host: not calibrated (`edgetune devices calibrate`)",
+        "this host: calibrated"
+        if found.host_calibrated
+        else "this host: not calibrated (`edgetune devices calibrate`)",
     ]
     return "\n".join(lines)

@@ -34,7 +34,9 @@ def from_text(settings: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def overridden(document: Document, overrides: Mapping[str, Any], top: Sequence[str]) -> tuple[Document, list[EdgetuneError]]:
+def overridden(
+    document: Document, overrides: Mapping[str, Any], top: Sequence[str]
+) -> tuple[Document, list[EdgetuneError]]:
     """The document with `overrides` applied (those of a chosen variant first), and the ones that fit nothing.
 
     Args:
@@ -62,6 +64,8 @@ def overridden(document: Document, overrides: Mapping[str, Any], top: Sequence[s
                 for below in [p for p in places if p[: len(path)] == path]:
                     del places[below]
                 places[path] = place
+                for length in range(1, len(path)):  # sections that the override brought
+                    places.setdefault(path[:length], place)
         except EdgetuneError as error:
             errors.append(error.within(place))
     return Document(document.name, values, places), errors

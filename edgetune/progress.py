@@ -1,63 +1,56 @@
-"""Progress on stderr: bars in a terminal, one line for each stage elsewhere."""
+"""How far a run is, on stderr: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Report = Callable[[str, int, int, str], None]
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+Report = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
 @contextmanager
-def shown(quiet: bool = False) -> Iterator[Report]:
-    """A callback `(what, done, of, detail)` that shows how far the work has come; shows nothing if `quiet`."""
-    if quiet:
-        yield lambda *_: None
-    elif sys.stderr.isatty():
-        with _bars() as report:
-            yield report
-    else:
-        yield _lines()
+def shown() -> Iterator[Report]:
+    """A callback `(what, done, of, detail)` that shows what it is told until the block ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines()
+        return
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("{task.fields[detail]}", markup=False), console=console) as bars:
+        yield Bars(bars)
 
 
-@contextmanager
-def _bars() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+class Lines:
+    """A line when something begins, and at each quarter of it."""
 
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}", style="dim"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        open_tasks: dict[str, TaskID] = {}
+    def __init__(self) -> None:
+        self.what, self.quarter = "", -1
 
-        def report(what: str, done: int, of: int, detail: str) -> None:
-            if what not in open_tasks:
-                open_tasks[what] = progress.add_task(what, total=of, detail=detail)
-            progress.update(open_tasks[what], completed=done, total=of, detail=detail[:60])
-            if done >= of:
-                progress.stop_task(open_tasks.pop(what))
-
-        yield report
-
-
-def _lines() -> Report:
-    started = time.monotonic()
-    tenths: dict[str, int] = {}
-
-    def report(what: str, done: int, of: int, detail: str) -> None:
-        tenth = 10 * done // max(of, 1)
-        if tenths.get(what) == tenth:
+    def __call__(self, what: str, done: int, of: int, detail: str) -> None:
+        """Print, if there is something new to say."""
+        quarter = 4 * done // of if of else 4
+        if (what, quarter) == (self.what, self.quarter):
             return
-        tenths[what] = tenth
-        if done >= of:
-            tenths.pop(what)
-        print(f"[{time.monotonic() - started:6.1f} s] {what} {done}/{of} {detail}".rstrip(), file=sys.stderr)
+        self.what, self.quarter = what, quarter
+        print(f"{what} {done}/{of} {detail}".rstrip(), file=sys.stderr, flush=True)
 
-    return report
+
+class Bars:
+    """One bar for each thing in turn; finished ones stay."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.what: str = ""
+        self.task: TaskID | None = None
+
+    def __call__(self, what: str, done: int, of: int, detail: str) -> None:
+        """Move the bar, or begin the next one."""
+        if self.task is None or what != self.what:
+            self.what, self.task = what, self.bars.add_task(what, total=of, detail=detail)
+        self.bars.update(self.task, completed=done, total=of, detail=detail)
+        if done >= of:
+            self.task = None  # the next one is a new bar, even if it is called the same

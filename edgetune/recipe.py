@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -96,7 +97,7 @@ class Recipe(Section):
     export: ExportSettings | None = None
     profile: ProfileSettings | None = None
     budget: tuple[Budget, ...] = ()
-    variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (pydantic copies defaults)
+    variants: dict[str, dict[str, Any]] = {}
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with every default written out; reading them gives an equal recipe."""
@@ -120,7 +121,9 @@ class Recipe(Section):
         opened: list[str] = []
         for index, step in enumerate(self.steps):
             if opened and getattr(step.settings, "plain", False):
-                planned.append(Planned(None, "finalize", f"{', '.join(reversed(opened))}; {step.name} needs plain layers"))
+                planned.append(
+                    Planned(None, "finalize", f"{', '.join(reversed(opened))}; {step.name} needs plain layers")
+                )
                 opened = []
             detail = ", ".join(reversed(opened)) if step.name == "finalize" else in_words(step.settings)
             planned.append(Planned(index + 1, step.name, detail))
@@ -131,8 +134,10 @@ class Recipe(Section):
         if opened:
             planned.append(Planned(None, "finalize", ", ".join(reversed(opened))))
         if self.export:
-            planned.append(Planned(None, "export", in_words(self.export)))
-            planned.append(Planned(None, "verify", f"{self.export.check_rows} held-out rows, program against eager model"))
+            planned.append(Planned(None, "export", self.export.target))
+            planned.append(
+                Planned(None, "verify", f"{self.export.check_rows} held-out rows, program against eager model")
+            )
         if self.profile:
             host = ["this host, measured"] if self.profile.measure and self.export else []
             planned.append(Planned(None, "profile", ", ".join([*host, *self.profile.devices])))
@@ -141,9 +146,9 @@ class Recipe(Section):
 
 
 def in_words(settings: BaseModel) -> str:
-    """The settings that were given, as `rank=8, targets=[...]`."""
-    plain = settings.model_dump(mode="json", exclude_none=True)
-    return ", ".join(f"{name}={plain[name]}" for name in settings.model_fields if name in plain)
+    """The settings that are not the defaults, as `rank=4, targets=[...]`."""
+    plain = settings.model_dump(mode="json", exclude_defaults=True)
+    return ", ".join(f"{name}={value}" for name, value in plain.items()) or "defaults"
 
 
 def names() -> tuple[str, ...]:
@@ -378,8 +383,8 @@ def kinds_of(name: str) -> type[BaseModel]:
 
 def _line(where: str) -> int:
     """The line number in an error's place, for sorting; 0 for an override."""
-    words = where.replace("(", "").replace(")", "").replace(",", "").split()
-    return next((int(b) for a, b in zip(words, words[1:]) if a == "line" and b.isdecimal()), 0)
+    found = re.search(r"\bline (\d+)", where)
+    return int(found[1]) if found else 0
 
 
 def schema() -> dict[str, Any]:
@@ -392,7 +397,9 @@ def schema() -> dict[str, Any]:
         own = kind.model_json_schema(ref_template="#/$defs/{model}")
         definitions |= own.pop("$defs", {})
         settings = {"anyOf": [own, {"type": "null"}]}
-        forms.append({"type": "object", "properties": {name: settings}, "required": [name], "additionalProperties": False})
+        forms.append(
+            {"type": "object", "properties": {name: settings}, "required": [name], "additionalProperties": False}
+        )
     properties = whole["properties"]
     properties["steps"] = {"type": "array", "minItems": 1, "items": {"anyOf": forms}}
     for key in ("model", "data"):

@@ -75,7 +75,7 @@ def _converted(kind: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]
     Its strict mode is asked for these alone: a list for a tuple, or text for a path, is no mistake in a file.
     """
     try:
-        kind.model_validate_json(json.dumps(value), strict=True)
+        kind.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         plain = [d for d in error.errors(include_url=False) if _name(d["type"]) in ("int", "float", "bool", "string")]
         return [_problem(kind, d) for d in plain if isinstance(d["input"], (str, int, float, bool))]

@@ -94,7 +94,7 @@ def dense(layer: nn.Module) -> Tensor:
     if is_nf4(layer):
         return _nf4_dense(layer)
     if not isinstance(getattr(layer, "weight", None), Tensor):
-        raise EdgetuneError("this layer has no weight", got=type(layer).__name__, action="target a linear or convolution")
+        raise EdgetuneError("this layer has no weight", got=type(layer).__name__, action="target linears, convolutions")
     return layer.weight  # type: ignore[return-value]
 
 

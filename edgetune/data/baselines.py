@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.data.dataset import Dataset, Encode, Rows
-from edgetune.data.vision import pixels
+from edgetune.data.vision import grey_pixels
 from edgetune.ledger import Baseline
 from edgetune.registry import require
 
-_PIXEL_TRAIN_ROWS = 6000  # logistic regression on pixels of more rows takes minutes and gains about a point
+_PIXEL_TRAIN_ROWS = 3000  # more rows take much longer and gain little
 _PIXEL_SIDE = 28
 
 
@@ -42,38 +42,36 @@ def _majority(dataset: Dataset) -> Baseline:
 
 def _tfidf(dataset: Dataset) -> Baseline:
     text = require("sklearn.feature_extraction.text", "the TF-IDF baseline")
-    # one-letter words count, and a test never leaves the fit without a single word
-    vectorizer = text.TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\S+" if _no_words(dataset) else r"(?u)\b\w+\b"
-    )
+    words = any(character.isalnum() for row in dataset.train.inputs for character in row)
+    pattern = r"(?u)\b\w+\b" if words else r"(?u)\S+"
+    vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=pattern)
     train = vectorizer.fit_transform(dataset.train.inputs)
-    score = _logistic(train, _labels(dataset.train), vectorizer.transform(dataset.test.inputs), _labels(dataset.test))
+    test = vectorizer.transform(dataset.test.inputs)
+    score = _logistic(train, _labels(dataset.train), test, _labels(dataset.test), strength=10.0)
     return Baseline(name="TF-IDF + logistic regression", value=score)
-
-
-def _no_words(dataset: Dataset) -> bool:
-    return not any(character.isalnum() for text in dataset.train.inputs for character in text)
 
 
 def _pixel_regression(dataset: Dataset) -> Baseline:
     train = dataset.train.subset(range(min(len(dataset.train), _PIXEL_TRAIN_ROWS)))
-    score = _logistic(_flat(train.inputs), _labels(train), _flat(dataset.test.inputs), _labels(dataset.test))
+    test = _flat(dataset.test.inputs)
+    score = _logistic(_flat(train.inputs), _labels(train), test, _labels(dataset.test), strength=0.1)
     return Baseline(name=f"logistic regression on the pixels of {len(train):,} rows", value=score)
 
 
 def _flat(inputs: Sequence[Any]) -> NDArray[np.float32]:
     """Grey pixels between 0 and 1, shape `(rows, 28 * 28)`."""
-    grey = pixels(inputs, _PIXEL_SIDE).mean(axis=3)
-    flat: NDArray[np.float32] = (grey.reshape(len(inputs), -1) / 255).astype(np.float32)
+    flat: NDArray[np.float32] = grey_pixels(inputs, _PIXEL_SIDE).reshape(len(inputs), -1) / np.float32(255)
     return flat
 
 
-def _logistic(train: Any, train_labels: Sequence[int], test: Any, test_labels: Sequence[int]) -> float:
+def _logistic(train: Any, train_labels: Sequence[int], test: Any, test_labels: Sequence[int], strength: float) -> float:
+    """Accuracy in per cent; `strength` is the inverse of the regularization."""
     linear_model = require("sklearn.linear_model", "the baseline")
-    model = linear_model.LogisticRegression(C=3.0, max_iter=100)
+    # SAGA reaches on the tweets in one second what L-BFGS reaches in twenty
+    model = linear_model.LogisticRegression(C=strength, solver="saga", tol=1e-2, max_iter=50, random_state=0)
     with warnings.catch_warnings():
         # a baseline stopped before the last digit settles is still a baseline
-        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
+        warnings.filterwarnings("ignore", message="The max_iter was reached")
         model.fit(train, train_labels)
     return 100 * float(model.score(test, test_labels))
 

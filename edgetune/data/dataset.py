@@ -29,8 +29,8 @@ class DataSettings(BaseModel):
     source: str  # "tweets", "csv:path", ...: a name of the registry, and what follows the first colon
     text: str = "text"  # column of the text; tables only
     label: str | None = "label"  # column of the class; None: the texts are for a causal language model; tables only
-    test_pct: float = Field(default=15.0, gt=0, lt=100)  # of all rows; where the data have no test set of their own
-    validation_pct: float = Field(default=10.0, gt=0, lt=100)  # of all rows; where the data have no validation set
+    test_pct: float = Field(default=15.0, gt=0, lt=100)  # of the rows, where there is no test set of its own
+    validation_pct: float = Field(default=10.0, gt=0, lt=100)  # of the rows, where there is no validation set
     train_rows: int | None = Field(default=None, gt=0)  # use only so many rows, the same ones each time
     validation_rows: int | None = Field(default=None, gt=0)
     test_rows: int | None = Field(default=None, gt=0)
@@ -86,7 +86,9 @@ class Encode(Protocol):
     Texts are padded to the longest of the batch, rounded up; `pad_to` asks for exactly that many tokens instead.
     """
 
-    def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs: ...
+    def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs:
+        """The inputs as tensors."""
+        ...
 
 
 class Split:
@@ -189,8 +191,9 @@ def split_indices(
     for part in parts:
         wanted = round(len(groups) * (settings.test_pct if part == "test" else settings.validation_pct) / 100)
         if not 0 < wanted <= len(left):
+            lacking = part if wanted < 1 else "training"
             raise data_error(
-                f"too few rows to split: {len(groups)} different ones leave no {part if wanted < 1 else 'training'} rows",
+                f"too few rows to split: {len(groups)} different ones leave no {lacking} rows",
                 action="give more rows, or change data.test_pct and data.validation_pct",
             )
         taken = {left[(2 * n + 1) * len(left) // (2 * wanted)] for n in range(wanted)}

@@ -11,8 +11,8 @@ from typing import Any
 
 from edgetune.data.dataset import (
     BadRows,
-    DataSettings,
     Dataset,
+    DataSettings,
     Rows,
     Task,
     assemble,
@@ -239,9 +239,7 @@ def _finish(
     shared = sum(text in train_texts for text, _ in others.get("test", ()))
     if shared:
         notes = (*notes, f"{shared} test texts also stand among the training rows")
-    return assemble(
-        name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes
-    )
+    return assemble(name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
 
 
 def _load_hub(argument: str) -> dict[str, Any]:

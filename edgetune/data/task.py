@@ -64,9 +64,7 @@ def predictions(task: Task, model: nn.Module, split: Split, batch_size: int = 64
     return found
 
 
-def _outputs(
-    task: Task, model: nn.Module, split: Split, batch_size: int
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def _outputs(task: Task, model: nn.Module, split: Split, batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Indices, aligned logits and labels of each batch. Texts go by length, so that little padding is computed."""
     order = list(range(len(split)))
     if split.lengths is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from edgetune.data.dataset import BadRows, DataSettings, Dataset, Rows, assemble, data_error, split_rows
+from edgetune.data.dataset import BadRows, Dataset, DataSettings, Rows, assemble, data_error, split_rows
 
 _SENTIMENTS = ("negative", "neutral", "positive")
 _MIN_CONFIDENCE = 0.7
@@ -29,7 +29,7 @@ _BROKEN = re.compile(r"[_\x7f-\xff]*[\x7f-\xff][_\x7f-\xff]*")
 
 
 def package_folder(package: str, purpose: str) -> Path:
-    """The folder of an installed asset package, which is not imported. Raises `EdgetuneError` with how to install it."""
+    """The folder of an installed asset package, without importing it. The error says how to install a missing one."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise data_error(

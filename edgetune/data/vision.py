@@ -7,17 +7,19 @@ import hashlib
 import os
 import struct
 import zlib
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from edgetune.data.dataset import (
     BadRows,
-    DataSettings,
     Dataset,
+    DataSettings,
     Rows,
     assemble,
     cache_folder,
@@ -46,8 +48,8 @@ def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
     keys = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(train.inputs)]
     rest, validation = split_indices(keys, train.labels, settings, ("validation",))
     shared = len({hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(test.inputs)} & set(keys))
-    notes = ("the official test set", *((f"{shared} test pictures also stand among the training rows",) if shared else ()))
-    # the official order is random already; by hash, for the same reason as everywhere: a limit takes a fair sample
+    copies = (f"{shared} test pictures also stand among the training rows",) if shared else ()
+    notes = ("the official test set", *copies)
     parts = (train.subset(rest), train.subset(validation), test)
     return assemble("fashion-mnist", "image-classification", _FASHION_CLASSES, parts, settings, notes)
 
@@ -63,9 +65,7 @@ def _fashion_folder(argument: str) -> Path:
             return place
     raise data_error(
         "Fashion-MNIST was not found in " + ", ".join(str(place) for place in places),
-        action=f"apt-get install dataset-fashion-mnist, or put its four *-ubyte.gz files into {places[-1]}"
-        if argument
-        else f"apt-get install dataset-fashion-mnist, or put its four *-ubyte.gz files into {places[-2]}",
+        action=f"apt-get install dataset-fashion-mnist, or put its four *-ubyte.gz files into {places[0]}",
     )
 
 
@@ -196,21 +196,27 @@ def _image_parts(
 
 
 def pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.uint8]:
-    """Pictures as one array `(rows, image_px, image_px, 3)` of bytes, RGB; the middle square of one that is no square.
+    """Pictures in files as one array `(rows, image_px, image_px, 3)` of bytes, RGB.
 
-    `inputs` are paths, or arrays `(height, width)` or `(height, width, 3)` of bytes.
+    A picture that is no square is resized until it covers one, and its middle is taken.
     """
     from PIL import Image, ImageOps
 
     out = np.empty((len(inputs), image_px, image_px, 3), dtype=np.uint8)
-    for row, entry in enumerate(inputs):
-        if isinstance(entry, str):
-            with Image.open(entry) as image:
-                image.draft("RGB", (image_px, image_px))  # never below the size asked for
-                upright = ImageOps.exif_transpose(image)
-                picture = upright.convert("RGB")
-        else:
-            picture = Image.fromarray(entry).convert("RGB")
-        fitted = ImageOps.fit(picture, (image_px, image_px), Image.Resampling.BILINEAR)
-        out[row] = np.asarray(fitted)
+    for row, path in enumerate(inputs):
+        with Image.open(path) as image:
+            image.draft("RGB", (image_px, image_px))  # a JPEG at a fraction of its size, never below this one
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        out[row] = np.asarray(ImageOps.fit(upright, (image_px, image_px), Image.Resampling.BILINEAR))
     return out
+
+
+def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:
+    """Pictures as one array `(rows, image_px, image_px)` of grey values from 0 to 255."""
+    array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, image_px)
+    grey = torch.from_numpy(array.astype(np.float32))
+    grey = (grey.mean(dim=3) if grey.dim() == 4 else grey)[:, None]
+    if grey.shape[2:] != (image_px, image_px):
+        grey = F.interpolate(grey, size=(image_px, image_px), mode="bilinear", antialias=True)
+    found: NDArray[np.float32] = grey[:, 0].numpy()
+    return found

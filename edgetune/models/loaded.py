@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from edgetune.data.dataset import Encode
+from edgetune.data.dataset import Encode, Task
+from edgetune.technique import EdgetuneError
 
 
 class ModelSettings(BaseModel):
@@ -32,3 +36,54 @@ class Loaded:
     model: nn.Module
     encode: Encode
     notes: tuple[str, ...] = ()
+
+
+def part_of(transformers: Any, name: str) -> Any:
+    """A class of transformers, which imports its file only here; says what is wrong if that fails."""
+    try:
+        return getattr(transformers, name)
+    except (ImportError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise EdgetuneError(
+            f"transformers cannot import its {name} ({cause})",
+            # with Pillow there, transformers also imports torchvision, and a build for another torch breaks it
+            action="pip uninstall torchvision, or install the build made for this torch"
+            if "torchvision" in str(cause)
+            else "pip install 'edgetune[text]'",
+        ) from error
+
+
+@contextmanager
+def reachable(source: str) -> Iterator[None]:
+    """Turns what the library raises for a name it cannot find, offline or not, into one clear error."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, EdgetuneError):
+            raise
+        raise EdgetuneError(
+            f"the model {source} could not be loaded: {str(error).splitlines()[0]}",
+            action="check the id and the network, or give the path of a folder on this disk",
+        ) from error
+
+
+def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
+    """Raises unless the task of the data set is one that the model has a head for."""
+    if task not in tasks:
+        raise EdgetuneError(f"{model} cannot do the task of this data set", got=task, allowed=tasks)
+
+
+def no_argument(model: str, argument: str) -> None:
+    """Raises if something follows the colon of a model that takes nothing there."""
+    if argument:
+        raise EdgetuneError(f"{model} takes nothing after a colon", got=argument, action=f"write source: {model}")
+
+
+def room_for(max_length: int, positions: int | None) -> None:
+    """Raises if texts could have more tokens than the model has positions."""
+    if positions is not None and max_length > positions:
+        raise EdgetuneError(
+            "model.max_length is more than the model has positions for",
+            got=max_length,
+            action=f"set model.max_length to at most {positions}",
+        )

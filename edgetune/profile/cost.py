@@ -52,6 +52,8 @@ _ELEMENT_BYTES: dict[DType, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1
 # Natural logarithms of how far off the shares may be. devices.md: two labs differ by up to 22 % on one phone.
 PRIOR_LOG, PORTABLE_LOG, FALLBACK_LOG, FLOOR_LOG = math.log(1.7), math.log(2.5), math.log(3.0), math.log(1.22)
 
+_MOST = 10**18  # beyond it, sizes are mistakes and sums might overflow
+
 RUNTIME_MIB = 6.0  # code, thread stacks and tables, beyond an empty process
 
 
@@ -65,8 +67,9 @@ class Fixed:
     portable: float
 
 
-# At 2.5 GHz; scaled by the clock. The order of what calibrations of this project's hosts give.
-_FIXED = Fixed(call=15.0, delegate_call=8.0, delegated=2.0, portable=4.0)
+# At 2.5 GHz; scaled by the clock. A server core took 3.6 us for a call and under 0.1 us for an operator too small to
+# share among threads; a phone's cores are slower to wake, so the delegated cost here is mostly that of the threads.
+_FIXED = Fixed(call=10.0, delegate_call=3.0, delegated=2.0, portable=0.5)
 _FIXED_GHZ = 2.5
 
 
@@ -100,8 +103,7 @@ def compute_us(operator: Operator, rates: Rates) -> float:
 
 def memory_us(operator: Operator, rates: Rates, weights_cached: bool) -> float:
     """Microseconds of memory traffic at the full bandwidth; what fits into half the last cache is faster."""
-    # an embedding reads the rows it looks up, which the output already counts
-    weights = 0.0 if operator.kind == "embedding" else float(operator.weight_bytes)
+    weights = float(operator.weight_bytes)
     activations = float(operator.activation_bytes)
     weights /= CACHE_RATIO if weights_cached else 1.0
     activations /= CACHE_RATIO if activations <= rates.cache_bytes / 2 else 1.0
@@ -235,6 +237,8 @@ def _check(
     for operator in operators:
         if min(operator.macs, operator.weight_bytes, operator.activation_bytes) < 0:
             raise EdgetuneError("an operator's macs and bytes cannot be negative", where=operator.operator)
+        if max(operator.macs, operator.weight_bytes, operator.activation_bytes) > _MOST:
+            raise EdgetuneError("an operator's macs or bytes are larger than any program's", where=operator.operator)
 
 
 def _note(device: Device, rates: Rates, guessed: dict[str, float], total_us: float, memory_mib: float) -> str:

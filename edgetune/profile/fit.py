@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgetune.profile.cost import Fixed, compute_us, delegate_calls_of, memory_us, prior, weights_cached
+from edgetune.profile.cost import Fixed, compute_us, memory_us, prior, weights_cached
 from edgetune.profile.device import Efficiency
 from edgetune.profile.operators import DType, Kind, Operator
 from edgetune.profile.rates import Rates
@@ -28,6 +28,7 @@ class Timed:
 
     name: str
     operators: tuple[Operator, ...]
+    delegate_calls: int
     us: float
 
 
@@ -66,8 +67,7 @@ def fixed_costs(one: Timed, many: Timed, portable_one: Timed, portable_many: Tim
     delegated = _slope(one, many)
     portable = _slope(portable_one, portable_many)
     call = max(portable_one.us - portable * len(portable_one.operators), _LEAST_US)
-    calls = max(delegate_calls_of(one.operators), 1)
-    delegate_call = (one.us - call - delegated * sum(o.delegated for o in one.operators)) / calls
+    delegate_call = (one.us - call - delegated * len(one.operators)) / max(one.delegate_calls, 1)
     return Fixed(call=call, delegate_call=max(delegate_call, _LEAST_US), delegated=delegated, portable=portable)
 
 
@@ -103,7 +103,7 @@ def _reduce(item: Timed, rates: Rates, fixed: Fixed) -> _Program:
     cached = weights_cached(item.operators, rates)
     parts = tuple((key_of(o), compute_us(o, rates), memory_us(o, rates, cached)) for o in item.operators)
     own = sum(fixed.delegated if o.delegated else fixed.portable for o in item.operators)
-    fixed_us = fixed.call + delegate_calls_of(item.operators) * fixed.delegate_call + own
+    fixed_us = fixed.call + item.delegate_calls * fixed.delegate_call + own
     return _Program(item.name, item.us, fixed_us, parts)
 
 
@@ -136,7 +136,14 @@ def _search(key: Key, programs: Sequence[_Program], shares: dict[Key, Shares]) -
         better = True
         while better:
             better = False
-            for compute, memory in ((step, 1), (1 / step, 1), (1, step), (1, 1 / step), (step, step), (1 / step,) * 2):
+            for compute, memory in (
+                (step, 1),
+                (1 / step, 1),
+                (1, step),
+                (1, 1 / step),
+                (step, step),
+                (1 / step, 1 / step),
+            ):
                 candidate = (_bounded(best[0] * compute, COMPUTE_BOUNDS), _bounded(best[1] * memory, MEMORY_BOUNDS))
                 value = loss(candidate)
                 if value < least - 1e-12:

@@ -170,7 +170,9 @@ def _vision(row: VisionRow, devices: dict[str, Device]) -> Compared:
     if row.threads != device.thread_count:
         return _compared(row, what, "ms", row.latency_ms, None, f"{device.id} is described for other threads")
     cost = predict(NETWORKS[row.network](dtype=row.dtype), device)
-    note = "" if "XNNPACK" in row.engine else f"{row.engine} is another engine: it ranks devices, no more"
+    note = ""
+    if "XNNPACK" not in row.engine:
+        note = f"{row.engine} is another engine (Winograd, fp16 where the CPU has it): it ranks devices, no more"
     band = (cost.latency_low_ms, cost.latency_ms, cost.latency_high_ms)
     return _compared(row, what, "ms", row.latency_ms, band, note)
 

@@ -98,7 +98,7 @@ def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
 
 def resolve(model: nn.Module, scheme: str | Mapping[str, Part], head: Part, norms: bool) -> Scheme:
     """The scheme for this model. `head` is everything after the last block; a written mapping is laid over it."""
-    layers = {name: module for name, module in model.named_modules() if module._parameters}
+    layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
     order, blocks = list(layers), blocks_of(model)
     parts: dict[str, Part] = dict.fromkeys(order, "frozen")
     if isinstance(scheme, str):

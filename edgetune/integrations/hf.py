@@ -1,0 +1,31 @@
+"""For `transformers.Trainer`: a callback that finalizes the model when training ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgetune.integrations.inside import announce, finalize_inside
+from edgetune.registry import require
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+def callback() -> TrainerCallback:
+    """A callback for a `Trainer` whose model went through `et.apply`.
+
+    It logs what trains, and finalizes the model in place at the end of `Trainer.train`, after the best checkpoint
+    was loaded: `Trainer.save_model` and `Trainer.evaluate` then see plain layers. Checkpoints on the way hold the
+    open model, so that `resume_from_checkpoint` works on a model that went through the same `et.apply`.
+    """
+    base: Any = require("transformers", "the Trainer callback").TrainerCallback
+
+    class EdgetuneCallback(base):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            announce(kwargs["model"])
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            finalize_inside(kwargs["model"])
+
+    made: TrainerCallback = EdgetuneCallback()
+    return made

@@ -1,0 +1,47 @@
+"""What both callbacks do: say what trains at the start, and leave plain layers at the end."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from edgetune.attach import finalize, opened
+from edgetune.targets import replace
+from edgetune.technique import EdgetuneError
+
+_log = logging.getLogger(__name__)
+
+
+def announce(root: nn.Module) -> str:
+    """Log, and return, which techniques are open in `root` and how many parameters train.
+
+    Raises `EdgetuneError` if there is no open technique, or nothing trains: the callback would do nothing.
+    """
+    names = [technique.name for module in root.modules() for technique in opened(module)]
+    if not names:
+        raise EdgetuneError(
+            "no technique is open on this model", action="call et.apply(model, [...]) before the training"
+        )
+    total = sum(parameter.numel() for parameter in root.parameters())
+    trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+    if not trainable:
+        raise EdgetuneError("no parameter of the model is trainable", action="apply lora or sparse-update")
+    said = f"{', '.join(names)}: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.2g} %)"
+    _log.info(said)
+    return said
+
+
+def finalize_inside(root: nn.Module) -> None:
+    """Finalize `root` and every module in it that has open techniques, in place."""
+    for name, module in list(root.named_modules()):
+        if not opened(module):
+            continue
+        plain = finalize(module)
+        if plain is module:
+            continue
+        if not name:
+            raise EdgetuneError(
+                "the model itself is a layer that is replaced", action="leave the callback out and call et.finalize"
+            )
+        replace(root, name, plain)

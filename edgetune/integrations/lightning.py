@@ -1,0 +1,30 @@
+"""For Lightning: a callback that finalizes the model when fitting ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgetune.integrations.inside import announce, finalize_inside
+from edgetune.registry import require
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+
+def callback() -> Callback:
+    """A callback for a `Trainer` whose module, or a model inside it, went through `et.apply`.
+
+    It logs what trains, and finalizes in place at the end of `Trainer.fit`, after the last checkpoint was written:
+    checkpoints hold the open model, what follows `fit` sees plain layers.
+    """
+    base: Any = require("lightning.pytorch", "the Lightning callback").Callback
+
+    class EdgetuneCallback(base):  # type: ignore[misc]
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            announce(pl_module)
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            finalize_inside(pl_module)
+
+    made: Callback = EdgetuneCallback()
+    return made

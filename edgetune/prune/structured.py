@@ -1,0 +1,142 @@
+"""Structured pruning: FFN units, attention heads and channels taken out, so that plain smaller layers are left."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from edgetune.prune.attention import attention_names
+from edgetune.prune.cut import cut
+from edgetune.prune.groups import Cut, Group, Kind, find_groups, undisturbed
+from edgetune.prune.importance import activation, magnitude, means, observe
+from edgetune.targets import matches
+from edgetune.technique import EdgetuneError, Sample, Technique
+from edgetune.wrapped import is_wrapped
+
+
+class Prune(Technique):
+    """Remove a share of every FFN's units, every attention's heads or every convolution's channels, in place.
+
+    The same share goes from each layer, the least important units first. FFN units and channels that stay are
+    rounded to the nearest multiple of `round_to`, never to zero; heads to the nearest whole head. Where several query
+    heads read one key-value head (GQA) they stay or go together, so heads remain a multiple of key-value heads.
+    What is left computes exactly what the model did with the removed units held at zero (at their mean for
+    importance "activation" where a linear with a bias reads them); this is checked on the example inputs.
+    Deterministic given the weights and the sample.
+    """
+
+    name: ClassVar[str] = "prune"
+    after: ClassVar[frozenset[str]] = frozenset({"lora", "sparse-update", "nf4", "prune"})
+    plain: ClassVar[bool] = True
+
+    ratio: float = Field(default=0.3, ge=0, lt=1)  # share to remove
+    ffn_ratio: float | None = Field(default=None, ge=0, lt=1)  # of the units of an FFN; default: ratio
+    head_ratio: float | None = Field(default=None, ge=0, lt=1)  # of the heads of an attention; default: ratio
+    what: frozenset[Kind] | None = None  # default: ffn and heads where there is attention, else channels
+    round_to: int = Field(default=8, ge=1)
+    importance: Literal["magnitude", "activation"] = "magnitude"
+    skip: tuple[str, ...] = ()  # shell patterns of layers to leave alone
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """Cut in place. Raises `EdgetuneError`, with the model as it was, where that cannot be done as asked."""
+        sample = self.needs_sample(sample)
+        cuts, fill = self._decide(model, sample)
+        cut(model, cuts, sample.inputs, fill)
+        return model
+
+    def plan(self, model: nn.Module, sample: Sample | None = None) -> tuple[Cut, ...]:
+        """What `apply` would take out, to print; the model is left as it is."""
+        return self._decide(model, self.needs_sample(sample))[0]
+
+    def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:
+        self._check(model)
+        kinds = self._kinds(model)
+        with undisturbed(model):
+            groups = find_groups(model, sample.inputs, kinds, self.skip)
+        for kind in sorted(kinds):
+            if not any(group.kind == kind for group in groups):
+                raise EdgetuneError(
+                    f"nothing to prune: the model has no {kind} outside skip",
+                    got=sorted(kinds),
+                    action="change what, or shorten skip",
+                )
+        _refuse_shared(model, groups)
+        moments = observe(model, groups, sample.batches()) if self.importance == "activation" else None
+        cuts = []
+        for group in groups:
+            count = self._kept(group)
+            if count == group.units:
+                continue
+            scores = magnitude(model, group) if moments is None else activation(model, group, moments)
+            cuts.append(_least(group, scores, count))
+        self._refuse_unchanged(kinds, groups, cuts)
+        return tuple(cuts), {} if moments is None else means(model, groups, moments)
+
+    def _check(self, model: nn.Module) -> None:
+        wrapped = next((name for name, module in model.named_modules() if is_wrapped(module)), None)
+        if wrapped is not None:
+            raise EdgetuneError(
+                f"prune needs plain layers, and {wrapped} carries more", action="et.finalize(model) first"
+            )
+        names = [name for name, _ in model.named_modules() if name]
+        for pattern in self.skip:
+            if not any(matches(name, [pattern]) for name in names):
+                raise EdgetuneError(
+                    "skip: the pattern matches no layer",
+                    got=pattern,
+                    allowed=names,
+                    action="print the names with [name for name, _ in model.named_modules()]",
+                )
+
+    def _kinds(self, model: nn.Module) -> frozenset[Kind]:
+        has_attention = bool(attention_names(model))
+        kinds = self.what
+        if kinds is None:
+            kinds = frozenset({"ffn", "heads"} if has_attention else {"channels"})
+        kinds = frozenset(kind for kind in kinds if self._ratio(kind) > 0)
+        if not kinds:
+            raise EdgetuneError("nothing to prune: every ratio is zero", got=self.ratio, action="give a ratio above 0")
+        return kinds
+
+    def _ratio(self, kind: Kind) -> float:
+        own = {"ffn": self.ffn_ratio, "heads": self.head_ratio, "channels": None}[kind]
+        return self.ratio if own is None else own
+
+    def _kept(self, group: Group) -> int:
+        """Units that stay, rounded to the nearest multiple (halves up) and at least one multiple."""
+        step = 1 if group.kind == "heads" else self.round_to
+        wanted = group.units * (1 - self._ratio(group.kind))
+        return min(group.units, max(step, int(wanted / step + 0.5) * step))
+
+    def _refuse_unchanged(self, kinds: frozenset[Kind], groups: list[Group], cuts: list[Cut]) -> None:
+        for kind in sorted(kinds):
+            if not any(one.group.kind == kind for one in cuts):
+                widths = sorted({group.units for group in groups if group.kind == kind})
+                raise EdgetuneError(
+                    f"rounding leaves every width of {kind} as it is",
+                    got=f"ratio {self._ratio(kind)}, round_to {self.round_to}, widths {widths}",
+                    action=f"raise the ratio, lower round_to, or leave {kind} out of what",
+                )
+
+
+def _least(group: Group, scores: Tensor, count: int) -> Cut:
+    order = torch.argsort(scores.cpu(), descending=True, stable=True)
+    return Cut(group, tuple(sorted(order[count:].tolist())))
+
+
+def _refuse_shared(model: nn.Module, groups: list[Group]) -> None:
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    for group in groups:
+        for member in group.members:
+            for parameter in model.get_submodule(member.layer).parameters():
+                if len(owners[parameter]) > 1:
+                    raise EdgetuneError(
+                        f"{member.layer} shares a parameter with another layer, so it cannot be cut alone",
+                        got=owners[parameter],
+                        action=f'untie them, or leave it out: skip: ["{member.layer}"]',
+                    )

@@ -1,0 +1,63 @@
+"""8-bit weights and 8-bit activations with fixed scales, for convolutions above all."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError, Sample, Technique, device_of
+
+
+class Int8(Technique):
+    """Static int8: every scale is found beforehand, on `calibration_batches` batches of the sample.
+
+    The model is captured by `torch.export` and rewritten by ExecuTorch's quantizer for XNNPACK, so what comes back
+    is a `Static8` around a graph, not the model's own class. It runs in eager mode with any number of rows and gives
+    what the exported program gives. Its batch norms are folded and its dropout is gone: it can no longer train.
+    """
+
+    name: ClassVar[str] = "int8"
+    after: ClassVar[frozenset[str]] = frozenset({"lora", "sparse-update", "nf4", "prune"})
+    plain: ClassVar[bool] = True
+
+    per_channel: bool = True
+    calibration_batches: int = Field(default=8, ge=1)
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """The quantized graph of `model`; `model` itself is left in eval mode."""
+        sample = self.needs_sample(sample)
+        require("executorch", "int8")
+        if device_of(model).type != "cpu":
+            raise EdgetuneError("int8 works on the CPU", got=str(device_of(model)), action="model.cpu() first")
+        from edgetune.export.pt2e import quantize_static
+
+        source_parameters = sum(parameter.numel() for parameter in model.parameters())
+        batches = islice(sample.batches(), self.calibration_batches)
+        graph = quantize_static(model.eval(), sample.inputs, batches, per_channel=self.per_channel)
+        names = tuple(sample.inputs) if isinstance(sample.inputs, dict) else ()
+        return Static8(graph, names, source_parameters).eval()
+
+
+class Static8(nn.Module):
+    """A statically quantized graph. Takes its inputs by position or by the names the model had; returns the logits."""
+
+    def __init__(self, graph: nn.Module, names: tuple[str, ...], source_parameters: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.names = names
+        self.source_parameters = source_parameters  # of the float model: the folded int8 weights are buffers
+        for parameter in graph.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """The logits."""
+        return self.graph(*inputs, *(named[name] for name in self.names[len(inputs) :]))
+
+    def train(self, mode: bool = True) -> Static8:
+        """Sets the flag only: a captured graph has no second mode, and refuses to be asked."""
+        self.training = mode
+        return self

@@ -1,0 +1,121 @@
+"""NF4: frozen linears stored in 4 bits by bitsandbytes, as a base to train adapters on (QLoRA).
+
+Dettmers et al., 2023, arXiv:2305.14314: blocks of weights on the 16 quantiles of a normal distribution, one scale each.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from edgetune import trainable
+from edgetune.registry import require
+from edgetune.targets import matches, refuse_read_directly, refuse_shared, replace, select
+from edgetune.technique import EdgetuneError, Sample, Technique
+from edgetune.wrapped import is_nf4, is_wrapped, merge
+
+HEADS = ("lm_head", "*.lm_head", "classifier", "classifier.*", "*.classifier", "score", "fc", "head", "head.*")
+
+
+class NF4(Technique):
+    """Store linears in 4 bits; they are frozen and compute in fp32, and gradients flow through them.
+
+    `block_size`: weights that share a scale; `double_quant` stores the scales in 8 bits, 256 to a block.
+    `skip` left out: layers with the usual names of a classifier or language-model head, where there are any.
+    Size of a layer with n weights: n/2 + 4n/block_size bytes, with `double_quant` n/2 + n/block_size and a little.
+    """
+
+    name: ClassVar[str] = "nf4"
+    after: ClassVar[frozenset[str]] = frozenset({"prune", "lora", "sparse-update"})
+
+    targets: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] | None = None
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    double_quant: bool = Field(True)
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """Replace the linears in place."""
+        bnb = import_bitsandbytes()
+        if trainable.is_open(model, "sparse-update") or any(is_wrapped(module) for module in model.modules()):
+            raise EdgetuneError("nf4 needs plain layers", action="put nf4 before sparse-update and lora")
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        skip = self.skip if self.skip is not None else [p for p in HEADS if any(matches(n, [p]) for n in linears)]
+        chosen = select(model, self.targets, skip, nn.Linear)
+        refuse_read_directly(model, chosen)
+        refuse_shared(model, chosen)
+        for name, layer in chosen.items():
+            if type(layer) is not nn.Linear:
+                raise EdgetuneError(f"{name} is a {type(layer).__name__}, not a plain linear", action="add it to skip")
+        trainable.remember(model, self.name)
+        for name, layer in chosen.items():
+            replace(model, name, packed(bnb, layer, self.block_size, self.double_quant))
+        return model
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """Turn what is still in 4 bits into plain fp32 linears, with the rounded weights."""
+        model = merge(model, is_nf4)
+        trainable.recall(model, self.name)
+        return model
+
+
+def packed_bytes(weights: int, block_size: int, double_quant: bool) -> int:
+    """Bytes that a layer's weights take: codes, scales and tables. Exact.
+
+    >>> packed_bytes(64 * 64, block_size=64, double_quant=False)
+    2368
+    """
+    codes, scales, table = math.ceil(weights / 2), math.ceil(weights / block_size), 16 * 4
+    if not double_quant:
+        return codes + 4 * scales + table
+    return codes + scales + table + 4 * math.ceil(scales / 256) + 256 * 4 + 4
+
+
+def import_bitsandbytes() -> Any:
+    """bitsandbytes, without its advice to install compiled kernels from a hub."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return require("bitsandbytes", "nf4")
+    finally:
+        logger.setLevel(level)
+
+
+def packed(bnb: Any, layer: nn.Linear, block_size: int, double_quant: bool) -> nn.Module:
+    """The linear with its weight `(out, in)` in 4 bits; the bias is the same parameter as before."""
+    new: Any = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32, device="meta"
+    )
+    new.weight = _packed_weight(bnb, layer.weight.detach(), block_size, double_quant)
+    new.bias = layer.bias
+    # In eval mode on a CPU with AVX512-BF16 the forward would rearrange the weight for good: scales rounded to bf16,
+    # no gradient any more, and a failure where the rows are no multiple of 32.
+    new.support_avx512bf16_for_cpu = False
+    new.register_load_state_dict_pre_hook(_load_packed)
+    return new.train(layer.training)  # type: ignore[no-any-return]
+
+
+def _packed_weight(bnb: Any, weight: torch.Tensor, block_size: int, double_quant: bool) -> Any:
+    settings = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": "nf4"}
+    # Without its `module`, since a deep copy would go on holding the layer that it was copied from.
+    return bnb.nn.Params4bit(weight.to(torch.float32).clone(), requires_grad=False, **settings).to(weight.device)
+
+
+def _load_packed(layer: Any, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Let a packed layer load its own kind of state, scales included, and the plain layer's, by packing it."""
+    weight = state.get(prefix + "weight")
+    if weight is None or getattr(layer.weight, "quant_state", None) is None:
+        return
+    bnb, current = import_bitsandbytes(), layer.weight.quant_state
+    extra = {key: state.pop(key) for key in list(state) if key.startswith(prefix + "weight.")}
+    if extra:
+        stored = {key.removeprefix(prefix + "weight."): value for key, value in extra.items()}
+        layer.weight.quant_state = bnb.functional.QuantState.from_dict(stored, device=layer.weight.device)
+    elif weight.is_floating_point():
+        fresh = _packed_weight(bnb, weight.to(layer.weight.device), current.blocksize, current.nested)
+        state[prefix + "weight"], layer.weight.quant_state = fresh.data, fresh.quant_state

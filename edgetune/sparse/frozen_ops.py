@@ -1,0 +1,115 @@
+"""Convolution and normalizations that keep no input for backward when their weight is frozen.
+
+PyTorch keeps the input of a convolution and of a batch norm whether or not the weight needs a gradient
+(`F.linear` does not). The gradients here equal autograd's; where a weight does train, PyTorch's own operator runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class _Convolution(torch.autograd.Function):
+    """Keeps the weight alone, and only if the input needs a gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+        dilation: list[int], groups: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None)
+        ctx.shape, ctx.settings = x.shape, (stride, padding, dilation, False, [0] * len(stride), groups)
+        return torch.convolution(x, weight, bias, *ctx.settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        for_input = for_bias = None
+        if ctx.needs_input_grad[0]:
+            (weight,) = ctx.saved_tensors
+            stand_in = gradient.new_empty(1).expand(ctx.shape)  # only its shape is read
+            for_input = torch.ops.aten.convolution_backward(
+                gradient, stand_in, weight, None, *ctx.settings, [True, False, False]
+            )[0]
+        if ctx.needs_input_grad[2]:
+            for_bias = gradient.sum([d for d in range(gradient.dim()) if d != 1])
+        return for_input, None, for_bias, None, None, None, None
+
+
+def _each(value: int | Sequence[int], count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
+
+
+def _convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def convolution(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+        dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        if weight.requires_grad or not (input.requires_grad or (bias is not None and bias.requires_grad)):
+            return original(input, weight, bias, stride, padding, dilation, groups)
+        count = weight.dim() - 2
+        stride, dilation = _each(stride, count), _each(dilation, count)
+        if isinstance(padding, str):
+            input, padding = _padded(input, weight, padding, dilation)
+        if torch.is_autocast_enabled(input.device.type):  # a Function is not cast by itself
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        batched = input.dim() == weight.dim()
+        x = input if batched else input.unsqueeze(0)
+        y: Tensor = _Convolution.apply(x, weight, bias, stride, _each(padding, count), dilation, groups)  # type: ignore[no-untyped-call]
+        return y if batched else y.squeeze(0)
+
+    return convolution
+
+
+def _padded(input: Tensor, weight: Tensor, padding: str, dilation: list[int]) -> tuple[Tensor, int]:
+    """The input padded as `padding="same"` asks; "valid" asks for nothing."""
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        input = functional.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+    return input, 0
+
+
+def _batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    records = input.requires_grad or (bias is not None and bias.requires_grad)
+    if not records or weight is None or weight.requires_grad or running_mean is None or running_var is None:
+        return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    scale = weight * torch.rsqrt(running_var + eps)
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    return torch.addcmul(shift.view(shape), input, scale.view(shape)).to(input.dtype)
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    if bias is None or weight is None or weight.requires_grad or input.requires_grad or not bias.requires_grad:
+        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    return functional.layer_norm(input, normalized_shape, weight, None, eps) + bias
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    if bias is None or weight is None or weight.requires_grad or input.requires_grad or not bias.requires_grad:
+        return functional.group_norm(input, num_groups, weight, bias, eps)
+    return functional.group_norm(input, num_groups, weight, None, eps) + bias.view([1, -1] + [1] * (input.dim() - 2))
+
+
+REPLACED: dict[Any, Callable[..., Tensor]] = {
+    functional.conv1d: _convolution(functional.conv1d),
+    functional.conv2d: _convolution(functional.conv2d),
+    functional.conv3d: _convolution(functional.conv3d),
+    functional.batch_norm: _batch_norm,
+    functional.layer_norm: _layer_norm,
+    functional.group_norm: _group_norm,
+}

@@ -1,0 +1,105 @@
+"""What could not be exported, and which module it comes from."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from edgetune.export import operators
+from edgetune.technique import EdgetuneError, Exit, shortened
+
+_DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_scalar_dense|unbacked"
+
+
+def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> EdgetuneError:
+    """The error for a model that `torch.export` cannot follow, with the module and the call it stopped at."""
+    module, function = _where_it_stops(model, inputs)
+    depends = re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
+    what = "the forward pass decides by the values of a tensor" if depends else f"torch.export stopped: {_first(error)}"
+    return EdgetuneError(
+        f"the model cannot be exported: {what}" + (f"; operator {function}" if function else ""),
+        where=f"module {module}" if module else "",
+        action=(
+            "replace the if or loop over tensor values by torch.where or torch.cond"
+            if depends
+            else f"change that module so that torch.export.export follows it ({type(error).__name__})"
+        ),
+        exit_code=Exit.EXPORT,
+    )
+
+
+class _LastCall(TorchFunctionMode):
+    """Remembers the last torch function that was called."""
+
+    name = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.name = resolve_name(func) or getattr(func, "__name__", str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, str]:
+    """Export once more with a note of every module entered and left: the one not left is the one."""
+    stack: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))  # type: ignore[misc]
+        handles.append(module.register_forward_hook(lambda *_: None if stack.pop() is None else None))
+    last = _LastCall()
+    try:
+        with last:
+            torch.export.export(model, inputs, strict=False)
+        return "", ""
+    except Exception:  # the same one as before: only the place is wanted
+        return operators.shorten(stack[-1]) if stack else "", last.name
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def not_lowered(program: ExportedProgram, target: str, error: Exception) -> EdgetuneError:
+    """The error for a graph that executorch cannot lower: the operators it names, and the modules they are in."""
+    text = _chain(error)
+    modules = operators.modules(program)
+    found: Counter[tuple[str, str]] = Counter()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and _named_in(str(node.target), text):
+            number = operators.number_of(node)
+            found[str(node.target), modules.get(number, "") if number is not None else ""] += 1
+    named = sorted(set(re.findall(r"Missing out variants: \{([^}]*)\}", text)))
+    missing = ", ".join(named).replace("'", "")
+    what = f"no kernel for {missing}" if missing else _first(error)
+    places = [f"{operator} in {module or 'the model itself'}" for operator, module in found]
+    return EdgetuneError(
+        f"the model cannot be lowered for {target}: {what}" + (f" ({shortened(places)})" if places else ""),
+        action="replace these operators, or leave their modules out of what is exported",
+        exit_code=Exit.EXPORT,
+    )
+
+
+def _named_in(target: str, text: str) -> bool:
+    """Whether the message names this operator, as `ns::op`, `ns.op` or `ns.op.overload`."""
+    namespace, _, rest = target.partition(".")
+    operator = rest.partition(".")[0]
+    return re.search(rf"\b{re.escape(namespace)}(::|\.){re.escape(operator)}\b", text) is not None
+
+
+def _chain(error: BaseException) -> str:
+    texts = []
+    seen: BaseException | None = error
+    while seen is not None:
+        texts.append(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    return "\n".join(texts)
+
+
+def _first(error: Exception) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in _chain(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

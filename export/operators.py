@@ -1,0 +1,272 @@
+"""The operators of an exported program: what each computes, reads and writes, and which module it comes from.
+
+They are read from the ATen graph before a backend takes it. Quantize, dequantize and the search for their scales
+belong to the operator that they feed and are not listed; views and what the compiler folded into constants cost
+nothing and are not listed either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from edgetune.profile.operators import DType, Kind, Operator
+
+_NUMBER = "edgetune_operator"
+
+_FREE = frozenset(
+    "view _unsafe_view reshape unsqueeze squeeze alias detach unsqueeze_copy squeeze_copy view_copy flatten unflatten "
+    "_assert_tensor_metadata _assert_scalar _assert_async sym_size lift_fresh_copy".split()
+)
+_QUANTIZING = ("quantized_decomposed.quantize", "quantized_decomposed.dequantize", "quantized_decomposed.choose_qparams",
+               "torchao.quantize_affine", "torchao.dequantize_affine", "torchao.choose_qparams_affine")  # fmt: skip
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("linear", "addmm", "mm"), "linear"),
+    **dict.fromkeys(("matmul", "bmm", "baddbmm"), "matmul"),
+    **dict.fromkeys(("embedding",), "embedding"),
+    **dict.fromkeys(
+        ("layer_norm", "native_layer_norm", "batch_norm", "_native_batch_norm_legit_no_training", "group_norm",
+         "native_group_norm", "rms_norm", "instance_norm"),
+        "normalization",
+    ),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"), "softmax"),
+    **dict.fromkeys(
+        ("mean", "sum", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "var", "std", "cumsum",
+         "norm", "linalg_vector_norm", "topk"),
+        "reduction",
+    ),
+    **dict.fromkeys(
+        ("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d",
+         "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"),
+        "pooling",
+    ),
+    **dict.fromkeys(
+        ("permute", "transpose", "t", "cat", "stack", "slice", "select", "expand", "clone", "contiguous", "copy",
+         "_to_copy", "to", "index", "index_select", "gather", "repeat", "repeat_interleave", "pad",
+         "constant_pad_nd", "split", "split_with_sizes", "chunk", "unbind", "roll", "flip", "permute_copy",
+         "expand_copy", "slice_copy", "select_copy", "slice_scatter", "index_put", "scatter", "pixel_shuffle",
+         "upsample_bilinear2d", "upsample_nearest2d", "narrow", "unfold", "full", "full_like", "zeros", "ones",
+         "new_ones", "new_zeros", "zeros_like", "ones_like", "arange", "scalar_tensor"),
+        "data-movement",
+    ),
+    **dict.fromkeys(
+        ("add", "sub", "rsub", "mul", "div", "pow", "sqrt", "rsqrt", "reciprocal", "neg", "abs", "exp", "log", "tanh",
+         "sigmoid", "relu", "relu6", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "prelu",
+         "elu", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "where", "masked_fill", "eq", "ne", "lt", "le",
+         "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "bitwise_not",
+         "__and__", "__or__", "sin", "cos", "erf", "floor", "ceil", "round", "square", "softplus", "triu", "tril"),
+        "elementwise",
+    ),
+}  # fmt: skip
+_DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the numbered operators ended: in a delegate, or as portable kernels `(name, number)`."""
+
+    delegated: frozenset[int]
+    portable: tuple[tuple[str, int | None], ...]
+    delegates: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor argument seen through the dequantization before it."""
+
+    node: fx.Node
+    bits: int  # of one element as stored or moved
+    scale_bytes: int
+    quantized: bool
+    dynamic: bool  # quantized with a scale found while running
+
+
+def number(program: ExportedProgram) -> None:
+    """Give every operator of the graph a number that its nodes keep through all of the lowering."""
+    for index, node in enumerate(program.graph.nodes):
+        if node.op == "call_function":
+            node.meta["custom"] = {**node.meta.get("custom", {}), _NUMBER: index}
+
+
+def number_of(node: fx.Node) -> int | None:
+    """The number that `number` gave, if the node still knows it."""
+    found: int | None = node.meta.get("custom", {}).get(_NUMBER)
+    return found
+
+
+def is_free(name: str) -> bool:
+    """Whether an operator of the lowered graph is bookkeeping: a view, an assertion, an allocation."""
+    return _short(name) in _FREE
+
+
+def modules(program: ExportedProgram) -> dict[int, str]:
+    """Module path of every numbered operator, in the user's own names."""
+    found = {}
+    for node in program.graph.nodes:
+        index = number_of(node)
+        if index is not None:
+            found[index] = _module(node)
+    return found
+
+
+def shorten(path: str) -> str:
+    """A module path of the exported wrapper as the user knows it: without the wrapper's own child."""
+    return path.removeprefix("model.") if path != "model" else ""
+
+
+def describe(program: ExportedProgram, placed: Placed) -> tuple[Operator, ...]:
+    """One record for each operator that runs, in the order of the graph."""
+    signature = program.graph_signature
+    constants = {
+        *signature.inputs_to_parameters,
+        *signature.inputs_to_buffers,
+        *signature.inputs_to_lifted_tensor_constants,
+    }
+    portable = {index for _, index in placed.portable if index is not None}
+    found = []
+    for node in program.graph.nodes:
+        index = number_of(node)
+        if index is None or _is_quantizing(node) or _short(str(node.target)) in _FREE:
+            continue
+        if not str(node.target).startswith("<") and (index in portable or index in placed.delegated):
+            found.append(_operator(node, constants, delegated=index not in portable))
+    return tuple(found)
+
+
+def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operator:
+    sources = [_source(argument) for argument in node.all_input_nodes]
+    weights = [s for s in sources if s.node.name in constants]
+    activations = [s for s in sources if s.node.name not in constants]
+    kind = _kind(node)
+    shape = _shape(node)
+    elements = _elements(shape)
+    weight_bytes = sum(_elements(_shape(s.node)) * s.bits // 8 + s.scale_bytes for s in weights)
+    if kind == "embedding" and weights:  # only the rows that are looked up are read
+        rows = max(1, _shape(weights[0].node)[0])
+        weight_bytes = min(weight_bytes, elements * weights[0].bits // 8 + weights[0].scale_bytes // rows)
+    read = sum(_elements(_shape(s.node)) * s.bits // 8 for s in activations)
+    return Operator(
+        operator=str(node.target),
+        module=_module(node),
+        kind=kind,
+        dtype=_dtype(node, kind, weights, activations),
+        output_shape=shape,
+        macs=_macs(node, kind, elements),
+        weight_bytes=weight_bytes,
+        activation_bytes=read + elements * _written_bits(node) // 8,
+        delegated=delegated,
+    )
+
+
+def _source(node: fx.Node) -> _Source:
+    """Look through dequantize, and through quantize where the scale is found while running."""
+    value = _value(node)
+    bits = 8 * value.element_size() if value is not None else 0
+    if not (_is_quantizing(node) and "dequantize" in str(node.target)):
+        return _Source(node, bits, 0, quantized=False, dynamic=False)
+    stored = node.args[0]
+    assert isinstance(stored, fx.Node)
+    limits = [a for a in node.args if isinstance(a, int) and not isinstance(a, bool)]
+    low, high = (limits[-2], limits[-1]) if len(limits) >= 2 else (-128, 127)
+    scale = node.args[2] if "affine" in str(node.target) else node.args[1]
+    dynamic = isinstance(scale, fx.Node) and "choose_qparams" in str(scale.args[0] if scale.args else "")
+    if dynamic and stored.op == "call_function":
+        inner = stored.args[0]
+        assert isinstance(inner, fx.Node)
+        held = _value(inner)
+        return _Source(inner, 8 * held.element_size() if held is not None else bits, 0, quantized=True, dynamic=True)
+    # XNNPACK keeps the scales of 4-bit groups in 16 bits, all others in 32
+    width = 2 if high - low < 16 else 4
+    scales = _elements(_shape(scale)) * width if isinstance(scale, fx.Node) else 0
+    if stored.op == "call_function" and _is_quantizing(stored):
+        return _Source(stored, 8, 0, quantized=True, dynamic=False)
+    return _Source(stored, (high - low).bit_length(), scales, quantized=True, dynamic=False)
+
+
+def _written_bits(node: fx.Node) -> int:
+    value = _value(node)
+    if value is None:
+        return 0
+    static = bool(node.users) and all(
+        "quantize_per" in str(user.target) and not str(user.target).count("dequantize") for user in node.users
+    )
+    return 8 if static else 8 * value.element_size()
+
+
+def _dtype(node: fx.Node, kind: Kind, weights: list[_Source], activations: list[_Source]) -> DType:
+    narrow = [w for w in weights if w.quantized]
+    if narrow and any(a.dynamic for a in activations):
+        return "8da4w" if min(w.bits for w in narrow) <= 4 else "int8"
+    if narrow and kind == "embedding":
+        return "int8"
+    if any(a.quantized and not a.dynamic for a in activations):
+        return "int8"
+    value = _value(node)
+    return _DTYPES.get(value.dtype, "fp32") if value is not None else "fp32"
+
+
+def _kind(node: fx.Node) -> Kind:
+    name = _short(str(node.target))
+    if name not in ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d"):
+        return _KINDS.get(name, "other")
+    weight = _shape(node.args[1])
+    groups = node.args[-1] if name == "convolution" else node.args[6] if len(node.args) > 6 else 1
+    if isinstance(groups, int) and groups > 1 and weight[1] == 1:
+        return "depthwise-conv"
+    return "pointwise-conv" if all(size == 1 for size in weight[2:]) else "conv"
+
+
+def _macs(node: fx.Node, kind: Kind, elements: int) -> int:
+    name = _short(str(node.target))
+    if kind in ("conv", "pointwise-conv", "depthwise-conv"):
+        return elements * _elements(_shape(node.args[1])[1:])
+    if name in ("addmm", "baddbmm"):
+        return elements * _shape(node.args[1])[-1]
+    if kind in ("linear", "matmul"):
+        return elements * _shape(node.args[0])[-1]
+    return 0
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    return shorten(paths[-1]) if paths else ""
+
+
+def _is_quantizing(node: fx.Node) -> bool:
+    return str(node.target).startswith(_QUANTIZING)
+
+
+def _short(name: str) -> str:
+    """`layer_norm` of `aten.layer_norm.default`."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else name
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _value(node: Any) -> Tensor | None:
+    return next(_tensors(node.meta.get("val")), None) if isinstance(node, fx.Node) else None
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value = _value(node)
+    return tuple(int(size) for size in value.shape) if value is not None else ()
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,58 @@
+"""Static 8-bit quantization through ExecuTorch's own quantizer for XNNPACK."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.export import failures
+from edgetune.export.lower import Positional, quiet
+from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
+
+
+def quantize_static(model: nn.Module, inputs: Inputs, batches: Iterable[Inputs], *, per_channel: bool) -> nn.Module:
+    """A graph of `model`, in eval mode, that rounds weights and activations to int8 with scales from `batches`.
+
+    Takes the tensors of `inputs` by position, any number of rows. Weights have one scale per output channel, or
+    one in all without `per_channel`. Raises `EdgetuneError` (exit code 5) where the model cannot be captured with
+    a free batch size.
+    """
+    with quiet(), torch.no_grad():
+        prepared = _prepared(model, inputs, per_channel=per_channel)
+        seen = 0
+        for batch in batches:
+            prepared(*tensors_of(batch))
+            seen += 1
+        if seen == 0:
+            raise EdgetuneError("int8 got no calibration batch", action="give the sample batches", exit_code=Exit.DATA)
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        converted: nn.Module = convert_pt2e(prepared)
+    return converted
+
+
+def _prepared(model: nn.Module, inputs: Inputs, *, per_channel: bool) -> Any:
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    program = Positional(model, inputs).eval()
+    example = tuple(_two_rows(tensor) for tensor in tensors_of(inputs))
+    free = tuple({0: torch.export.Dim("batch", min=1, max=65536)} for _ in example)
+    try:
+        captured = torch.export.export(program, example, dynamic_shapes=(free,), strict=False)
+    except Exception as error:  # torch.export raises dozens of types
+        raise failures.not_captured(program, example, error) from error
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=per_channel))
+    return prepare_pt2e(captured.module(check_guards=False), quantizer)
+
+
+def _two_rows(tensor: Tensor) -> Tensor:
+    """At least two rows: a batch of one would be taken for a constant."""
+    rows = tensor.detach().cpu().contiguous()
+    return rows[:2] if rows.shape[0] > 1 else torch.cat([rows, rows])

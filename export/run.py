@@ -1,0 +1,230 @@
+"""Run and time a program in a process of its own, since a bad `.pte` can take its process down.
+
+`python -m edgetune.export.run FOLDER` is the child's side: it reads `request.json` and `inputs.safetensors` there
+and writes `outputs.safetensors` and `result.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from edgetune.technique import EdgetuneError, Exit
+
+
+class Timing(BaseModel):
+    """One program timed in a fresh process. Memory is resident memory of the whole process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int
+    load_ms: float
+    first_ms: float  # the first execution, with everything cold
+    latencies_ms: tuple[float, ...]  # after the warm-up
+    warm_up_runs: int
+    peak_memory_mib: float
+    empty_memory_mib: float  # after the imports, before the program is loaded
+
+    @property
+    def latency_ms(self) -> float:
+        """The median."""
+        return statistics.median(self.latencies_ms)
+
+
+def run_in_child(path: str | Path, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Execute the program once for each tuple of inputs, in a child process; returns the outputs of each.
+
+    Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
+    """
+    outputs: list[dict[int, Tensor]] = [{} for _ in batches]
+    _, tensors = _child(Path(path), {"verb": "run"}, batches)
+    for key, tensor in tensors.items():
+        row, _, place = key.partition(".")
+        outputs[int(row)][int(place)] = tensor
+    return [tuple(found[place] for place in sorted(found)) for found in outputs]
+
+
+def time_in_child(
+    path: str | Path, inputs: tuple[Tensor, ...], *, threads: int, seconds: float, warm_up_seconds: float = 1.0
+) -> Timing:
+    """Load the program in a child process with `threads` threads, warm up, and run it for about `seconds`.
+
+    Warm-up ends when two windows of five runs agree within 5 %, or after `warm_up_seconds`. At least ten runs are
+    timed. Raises as `run_in_child` does.
+    """
+    request = {"verb": "time", "threads": threads, "seconds": seconds, "warm_up_seconds": warm_up_seconds}
+    result, _ = _child(Path(path), request, [inputs])
+    return Timing.model_validate(result)
+
+
+def _child(
+    path: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors.torch import load_file, save_file
+
+    rows = {f"{r}.{i}": t.detach().cpu().contiguous().clone() for r, b in enumerate(batches) for i, t in enumerate(b)}
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
+        folder = Path(name)
+        save_file(rows, folder / "inputs.safetensors")
+        wanted = {**request, "path": str(path.resolve()), "rows": len(batches)}
+        (folder / "request.json").write_text(json.dumps(wanted), encoding="utf-8")
+        # The child's working directory is the empty folder: nothing there can shadow an installed package.
+        done = subprocess.run(
+            [sys.executable, "-m", "edgetune.export.run", name], cwd=name, capture_output=True, text=True, check=False
+        )
+        answer = folder / "result.json"
+        result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
+        if done.returncode != 0 or result is None or "error" in result:
+            raise _failed(path, done, result)
+        saved = folder / "outputs.safetensors"
+        return result, load_file(saved) if saved.is_file() else {}
+
+
+def _failed(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if result is not None and "error" in result:
+        said = [line for line in lines if "issing operator" in line or "not registered" in line or "[E" in line[:4]]
+        what = "; ".join(dict.fromkeys([str(result["error"]), *said[:5]]))
+    elif done.returncode < 0:
+        what = f"the process that ran it was ended by {_signal(-done.returncode)}"
+    else:
+        what = f"the process that ran it ended with code {done.returncode}: {' '.join(lines[-3:])[:500]}"
+    return EdgetuneError(
+        f"the program does not run: {what}",
+        where=str(path),
+        action="export it again with the installed executorch version; a .pte of another one may not load",
+        exit_code=Exit.EXPORT,
+    )
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# The child's side. Only what it needs is imported before the empty process's memory is read.
+
+
+def main(folder: Path) -> int:
+    """Answer the request in `folder`. Returns the exit code."""
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    try:
+        result = _time(folder, request) if request["verb"] == "time" else _run(folder, request)
+    except Exception as error:  # everything goes to the parent, which raises
+        result = {"error": f"{type(error).__name__}: {error}"}
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(partial, folder / "result.json")
+    return 0
+
+
+def _runtime(threads: int | None) -> Any:
+    """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
+    import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
+    from executorch.extension.pybindings import _portable_lib
+
+    if threads is not None:
+        _portable_lib._unsafe_reset_threadpool(threads)
+    return _portable_lib
+
+
+def _inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "inputs.safetensors")
+    found: list[dict[int, Tensor]] = [{} for _ in range(rows)]
+    for key, tensor in tensors.items():
+        row, _, place = key.partition(".")
+        found[int(row)][int(place)] = tensor
+    return [tuple(row[place] for place in sorted(row)) for row in found]
+
+
+def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    batches = _inputs(folder, request["rows"])
+    module = _runtime(None)._load_for_executorch(request["path"])
+    outputs = {}
+    for row, inputs in enumerate(batches):
+        for place, tensor in enumerate(module.forward(inputs)):
+            outputs[f"{row}.{place}"] = tensor.clone().contiguous()
+    save_file(outputs, folder / "outputs.safetensors")
+    return {}
+
+
+def _time(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    threads = int(request["threads"])
+    (inputs,) = _inputs(folder, 1)
+    runtime = _runtime(threads)
+    empty_mib = _resident_mib("VmRSS")
+    started = time.perf_counter()
+    module = runtime._load_for_executorch(request["path"])
+    load_ms = (time.perf_counter() - started) * 1e3
+
+    def once() -> float:
+        begun = time.perf_counter()
+        # a clone of the outputs is torch's work, not the program's, and starts threads of its own
+        module.forward(inputs, clone_outputs=False)
+        return (time.perf_counter() - begun) * 1e3
+
+    first_ms = once()
+    warm = _warm_up(once, float(request["warm_up_seconds"]))
+    latencies = []
+    until = time.perf_counter() + float(request["seconds"])
+    while len(latencies) < 10 or time.perf_counter() < until:
+        latencies.append(once())
+    return {
+        "threads": threads,
+        "load_ms": load_ms,
+        "first_ms": first_ms,
+        "latencies_ms": latencies,
+        "warm_up_runs": warm,
+        "peak_memory_mib": _resident_mib("VmHWM"),
+        "empty_memory_mib": empty_mib,
+    }
+
+
+def _warm_up(once: Any, seconds: float) -> int:
+    until = time.perf_counter() + seconds
+    runs: list[float] = []
+    while time.perf_counter() < until:
+        runs.append(once())
+        if len(runs) >= 10:
+            before, now = statistics.median(runs[-10:-5]), statistics.median(runs[-5:])
+            if abs(before - now) <= 0.05 * now:
+                break
+    return len(runs)
+
+
+def _resident_mib(field: str) -> float:
+    """Resident memory of this process, `VmRSS` now or `VmHWM` at its peak.
+
+    Linux only counts a process's own peak there: `ru_maxrss` also carries the parent's over the fork.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,113 @@
+"""The main job with three seeds: quality with its spread beside the fp32 model and both baselines, sizes, parity.
+
+    python tests/bench.py [RECIPE] [key=value ...]       writes docs/bench.md; about half an hour on two cores
+
+The fp32 model is the fine-tuned one before anything is taken away: the row of the ledger before `prune`. The test set
+chooses nothing: every setting stands in the recipe, and training never sees a test row.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgetune import pipeline, recipe
+from edgetune.environment import environment
+from edgetune.ledger import Ledger
+from edgetune.overrides import from_text
+from edgetune.progress import shown
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (0, 1, 2)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, and the values themselves."""
+    each = " / ".join(f"{v:.2f}" for v in values)
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} | {each}"
+
+
+def before_prune(ledger: Ledger) -> float:
+    """Quality of the fine-tuned fp32 model."""
+    index = next(row.index for row in ledger.rows if row.step == "prune")
+    return quality(ledger, index - 1)
+
+
+def quality(ledger: Ledger, index: int) -> float:
+    """Quality in a row."""
+    found = ledger.rows[index].quality
+    assert found is not None
+    return found.value
+
+
+def fp32_sizes(name: str, changes: dict[str, Any], out: Path) -> dict[str, float]:
+    """MiB of the fp32 programs of the same model, whole and pruned. Training changes no size, so there is none."""
+    found = {}
+    for label, steps in (("whole", ("eval",)), ("pruned", ("prune",))):
+        whole = recipe.load(name, changes)
+        kept = [s for s in whole.steps if s.name in steps] or [recipe.Step(name="eval", settings=pipeline.Eval())]
+        found[label] = run(whole.model_copy(update={"steps": tuple(kept), "profile": None, "budget": ()}), out)
+    return {label: ledger.program.size_mib for label, ledger in found.items() if ledger.program}
+
+
+def full_fine_tuning(name: str, changes: dict[str, Any], out: Path, seed: int) -> float:
+    """Quality when every weight trains for as long as the recipe's first `train`: the reference without any saving."""
+    whole = recipe.load(name, {**changes, "seed": seed})
+    first = next(s for s in whole.steps if s.name == "train")
+    settings = first.settings.model_copy(update={"learning_rate": 1e-4})
+    steps = (recipe.Step(name="train", settings=settings),)
+    ledger = run(whole.model_copy(update={"steps": steps, "export": None, "profile": None, "budget": ()}), out)
+    return quality(ledger, -1)
+
+
+def run(what: recipe.Recipe, out: Path) -> Ledger:
+    """Run one recipe with progress."""
+    with shown() as progress:
+        return pipeline.run(what, out=out, progress=progress).ledger
+
+
+def main() -> None:
+    """Run, print and write the table."""
+    given = sys.argv[1:]
+    name = given.pop(0) if given and "=" not in given[0] else "text-minilm"
+    changes, out = from_text(given), ROOT / "runs" / "bench"
+    ledgers = [run(recipe.load(name, {**changes, "seed": seed}), out) for seed in SEEDS]
+    full = [full_fine_tuning(name, changes, out, seed) for seed in SEEDS]
+    sizes = fp32_sizes(name, changes, out)
+    final, tuned = [quality(l, -1) for l in ledgers], [before_prune(l) for l in ledgers]
+    program = ledgers[0].program
+    assert program is not None
+    machine = environment()
+    lines = [
+        f"# `make bench`: {name}",
+        "",
+        f"Made by `python tests/bench.py` on {machine.cpu}, {machine.cores} cores; seeds {SEEDS}; "
+        f"{ledgers[0].rows[-1].quality.rows} held-out rows that chose nothing.",  # type: ignore[union-attr]
+        "",
+        "| test accuracy, % | mean ± deviation | each seed |",
+        "|---|---|---|",
+        *(f"| {b.name} | {b.value:.2f} | |" for b in ledgers[0].baselines),
+        f"| every weight fine-tuned, fp32 | {spread(full)} |",
+        f"| fine-tuned by the recipe, fp32, before pruning | {spread(tuned)} |",
+        f"| final: pruned, distilled, 4 bits | {spread(final)} |",
+        "",
+        "| held to | reached |",
+        "|---|---|",
+        f"| within 1.5 points of the fp32 model | {statistics.mean(tuned) - statistics.mean(final):+.2f} points lost |",
+        f"| `.pte` at most 1/4 of fp32's | {program.size_mib:.2f} MiB; fp32 whole {sizes['whole']:.2f} "
+        f"(1/{sizes['whole'] / program.size_mib:.2f}), fp32 pruned {sizes['pruned']:.2f} "
+        f"(1/{sizes['pruned'] / program.size_mib:.2f}) |",
+        "| same predictions as the eager quantized model, % | "
+        + " / ".join(f"{l.program.parity.same_prediction_pct:.2f}" for l in ledgers if l.program and l.program.parity)
+        + f" of {program.parity.rows if program.parity else 0} rows |",
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "bench.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The list that every law in test_laws.py is crossed with, and the tiny models it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgetune.adapt.lora import LoRA
+from edgetune.attach import apply
+from edgetune.quant.nf4 import NF4, packed_bytes
+from edgetune.sparse.update import SparseUpdate
+from edgetune.technique import Inputs, Sample, Technique, call, logits_of
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Linear(32, width)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(3)])
+        self.classifier = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(x)
+
+
+class Inverted(nn.Module):
+    """A depthwise and a pointwise convolution, each with batch norm, and a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.pointwise = nn.Conv2d(width, width, 1)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu6(self.norm1(self.depthwise(x)))
+        return x + self.norm2(self.pointwise(y))
+
+
+class Cnn(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(*[Inverted(width) for _ in range(3)])
+        self.classifier = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(functional.relu(self.norm(self.stem(x))))
+        return self.classifier(x.mean((2, 3)))
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return Mlp().eval()
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(2)
+    model = Cnn()
+    for module in model.modules():  # statistics and scales as after some training, so that freezing them matters
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+def bert(layers: int = 2) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(3)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, vocab_size=50,
+        max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def llama(tied: bool = False) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        vocab_size=48, max_position_embeddings=32, tie_word_embeddings=tied, use_cache=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def vectors() -> Inputs:
+    return torch.randn(6, 32, generator=torch.Generator().manual_seed(5))
+
+
+def pictures() -> Inputs:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+
+
+def tokens() -> Inputs:
+    ids = torch.randint(3, 48, (4, 10), generator=torch.Generator().manual_seed(7))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def loss_of(output: object) -> Tensor:
+    """A loss with a gradient for every logit."""
+    return (logits_of(output) - 0.5).square().sum()
+
+
+def logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    """In eval mode and without a graph."""
+    mode = model.training
+    with torch.no_grad():
+        found = logits_of(call(model.eval(), inputs))
+    model.train(mode)
+    return found
+
+
+def fit(model: nn.Module, inputs: Inputs, steps: int = 3) -> None:
+    """A few updates in training mode, so that there is something to merge."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(call(model, inputs)).backward()
+        optimizer.step()
+    model.eval()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Techniques on a tiny model, and what the laws expect of them."""
+
+    name: str
+    techniques: tuple[Technique, ...]
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], Inputs]
+    tolerance: float = 2e-5  # of outputs that should be equal
+    error: float = 0.0  # lossy: most relative error of the outputs that apply may bring
+    size: Callable[[nn.Module], int] | None = None  # lossy: exact bytes after apply, from the plain model
+    keeps_less: bool = False  # bytes kept for backward fall
+    trains: bool = True  # whether it can train after apply
+    same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
+    unmatched: Technique | None = None  # the same technique with a target that matches nothing
+    exports: bool = False  # whether the law of export is tried: one case for each technique, since it takes seconds
+
+    @property
+    def exact(self) -> bool:
+        return all(technique.exact for technique in self.techniques)
+
+    def applied(self) -> nn.Module:
+        return apply(self.model(), self.techniques, Sample.of(self.inputs()))
+
+
+def nf4_size(double_quant: bool, skipped: str) -> Callable[[nn.Module], int]:
+    """All linears but one packed, the rest as it was."""
+
+    def size(plain: nn.Module) -> int:
+        total = 4 * sum(t.numel() for t in plain.parameters()) + sum(t.nbytes for t in plain.buffers())
+        for name, module in plain.named_modules():
+            if isinstance(module, nn.Linear) and name != skipped:
+                weights = module.weight.numel()
+                total += packed_bytes(weights, 64, double_quant) - 4 * weights
+        return total
+
+    return size
+
+
+ATTENTION = ("*.query", "*.value")
+BLOCKS = ("blocks.*.up", "blocks.*.down")
+NOTHING = ("*.nothing",)
+
+CASES = [
+    Case(
+        "sparse-last-1-mlp", (SparseUpdate(scheme="last-1"),), mlp, vectors, keeps_less=True, exports=True,
+        unmatched=SparseUpdate(scheme={"nothing": "full"}),
+    ),
+    Case("sparse-last-2-cnn", (SparseUpdate(scheme="last-2", norms=False),), cnn, pictures, keeps_less=True),
+    Case("sparse-last-1-bert", (SparseUpdate(scheme="last-1"),), bert, tokens, keeps_less=True),
+    Case("sparse-last-1-llama", (SparseUpdate(scheme="last-1"),), llama, tokens, keeps_less=True),
+    Case("sparse-bias-mlp", (SparseUpdate(scheme="bias"),), mlp, vectors, keeps_less=True),
+    Case("sparse-bias-cnn", (SparseUpdate(scheme="bias"),), cnn, pictures, keeps_less=True),
+    Case("sparse-bias-bert", (SparseUpdate(scheme="bias"),), bert, tokens, keeps_less=True),
+    Case(
+        "sparse-written-cnn", (SparseUpdate(scheme={"stem": "full", "blocks.1.*": "bias"}),), cnn, pictures,
+        keeps_less=True,
+    ),
+    Case(
+        "lora-mlp", (LoRA(rank=2, targets=BLOCKS, also_train=("classifier",)),), mlp, vectors, exports=True,
+        unmatched=LoRA(targets=NOTHING),
+    ),
+    Case("lora-rslora-cnn", (LoRA(rank=2, targets=("*.pointwise",), rslora=True),), cnn, pictures),
+    Case("lora-dora-bert", (LoRA(rank=2, targets=ATTENTION, dora=True, dropout=0.1),), bert, tokens),
+    Case("lora-llama", (LoRA(rank=2, targets=("*.q_proj", "*.v_proj")),), llama, tokens),
+    Case(
+        "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
+        bert, tokens, keeps_less=True,
+    ),
+    Case(
+        "nf4-mlp", (NF4(double_quant=False),), mlp, vectors, error=0.2, size=nf4_size(False, "classifier"),
+        unmatched=NF4(targets=NOTHING),
+    ),
+    Case("nf4-double-llama", (NF4(),), llama, tokens, error=0.2, size=nf4_size(True, "lm_head")),
+    Case(
+        "nf4-lora-bert", (NF4(), LoRA(rank=2, targets=ATTENTION, also_train=("classifier",))), bert, tokens,
+        error=0.3, exports=True,
+    ),
+]  # fmt: skip

@@ -1,0 +1,135 @@
+"""The three scripts of the README: they run, edgetune's lines can be taken out again, and the callbacks do the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from edgetune.attach import apply, opened
+from edgetune.integrations.inside import announce, finalize_inside
+from edgetune.sparse.update import SparseUpdate
+from edgetune.technique import EdgetuneError
+
+HERE = Path(__file__).parent
+MARK = "# edgetune"
+SCRIPTS = ("plain", "trainer", "lightning")
+ADD = "from edgetune.integrations.{} import callback; trainer.{}(callback())\n"
+CALLBACKS = {
+    "trainer": ("trainer.train()\n", ADD.format("hf", "add_callback")),
+    "lightning": ("trainer.fit(", ADD.format("lightning", "callbacks.append")),
+}
+MERGED = {"plain": "2.weight", "trainer": "layer.0.attention.self.query.weight", "lightning": "net.2.weight"}
+FROZEN = {"plain": "0.weight", "trainer": "word_embeddings", "lightning": "net.0.weight"}
+
+# Run in a child, since these trainers change global things on import. An ordinary torchvision wheel beside a CPU build
+# of torch cannot be imported unless its operators are declared; where there is none, nothing is done.
+CHILD = """
+import importlib.util, json, sys
+import torch
+
+if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+def described(text):
+    space = {"__name__": "__main__"}
+    exec(compile(text, "script", "exec"), space)
+    model = space["model"]
+    return {
+        "losses": space.get("losses", getattr(model, "losses", None)),
+        "kinds": sorted({type(module).__name__ for module in model.modules()}),
+        "attributes": sorted(name for name in vars(model) if "edgetune" in name or "peft" in name),
+        "sums": {name: value.double().sum().item() for name, value in model.state_dict().items()},
+        "imported": "edgetune" in sys.modules,
+    }
+
+print(json.dumps([described(text) for text in json.load(sys.stdin)]))
+"""
+
+
+def run(texts: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Run scripts one after the other in a child; what each left."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def without_edgetune(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if not line.rstrip().endswith(MARK))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_runs_and_so_does_what_it_was_made_from(name: str, tmp_path: Path) -> None:
+    text = (HERE / f"examples_{name}.py").read_text(encoding="utf-8")
+    added = [line for line in text.splitlines() if line.endswith(MARK)]
+    assert 3 <= len(added) <= 5
+    assert any("et.finalize(" in line for line in added)
+    bare = without_edgetune(text)
+    assert "et." not in bare.replace("net.", "")
+    apply_line = next(line for line in added if "et.apply(" in line)
+    start = without_edgetune(text[: text.index(apply_line)])  # the model as it was made
+    texts = [bare, start, text]
+    if name in CALLBACKS:
+        before, line = CALLBACKS[name]
+        texts.append(text.replace(before, line + before).replace("model = et.finalize(model)", "pass"))
+    plain, untrained, tuned, *called = run(texts, tmp_path)
+    assert not plain["imported"]
+    assert tuned["imported"]
+    for each in (tuned, *called):
+        assert each["kinds"] == plain["kinds"]
+        assert each["attributes"] == []
+        assert each["sums"].keys() == plain["sums"].keys()
+        assert each["losses"][-1] < 0.6 * each["losses"][0]
+    changed = {key for key, value in tuned["sums"].items() if value != untrained["sums"][key]}
+    kept = set(tuned["sums"]) - changed
+    assert any(MERGED[name] in key for key in changed)
+    assert any(FROZEN[name] in key for key in kept)
+    assert not any(FROZEN[name] in key for key in changed)
+    for each in called:
+        assert each["sums"] == tuned["sums"]
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+
+
+def test_what_trains_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model = two_layers()
+    apply(model[0], SparseUpdate(scheme={"2": "full"}))
+    caplog.set_level("INFO", "edgetune")
+    assert announce(model) == "sparse-update: 10 of 30 parameters train (33 %)"
+    assert "10 of 30" in caplog.text
+    finalize_inside(model)
+    assert opened(model[0]) == ()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_callback_with_nothing_to_do_says_so() -> None:
+    with pytest.raises(EdgetuneError, match="no technique is open"):
+        announce(two_layers())
+    model = two_layers()
+    apply(model, SparseUpdate(scheme={"0.2": "full"}))
+    model.requires_grad_(False)
+    with pytest.raises(EdgetuneError, match="trainable"):
+        announce(model)

@@ -1,0 +1,199 @@
+"""The laws of design.md, each crossed with the cases of laws.py."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from laws import CASES, Case, fit, logits, loss_of
+from torch.nn import functional
+
+from edgetune.adapt.lora import LoRA, load_adapter, save_adapter
+from edgetune.attach import apply, finalize
+from edgetune.sparse.kept import kept_bytes
+from edgetune.technique import EdgetuneError, Sample, Technique, call
+from edgetune.wrapped import dense, is_peft, is_wrapped, stored_bytes
+
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+def named(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
+
+
+EXACT = [case for case in CASES if case.exact]
+LOSSY = [case for case in CASES if not case.exact]
+TRAINED = [case for case in CASES if case.trains]
+
+
+def base_name(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def is_extra(name: str) -> bool:
+    return ".lora_" in name
+
+
+@named(EXACT)
+def test_apply_leaves_the_outputs(case: Case) -> None:
+    torch.testing.assert_close(
+        logits(case.applied(), case.inputs()), logits(case.model(), case.inputs()), atol=case.tolerance, rtol=0
+    )
+
+
+@named(LOSSY)
+def test_apply_stays_within_its_error(case: Case) -> None:
+    plain, lossy = logits(case.model(), case.inputs()), logits(case.applied(), case.inputs())
+    error = ((plain - lossy).norm() / plain.norm()).item()
+    assert 0 < error <= case.error
+
+
+@named([case for case in LOSSY if case.size])
+def test_size_is_exact(case: Case) -> None:
+    assert case.size is not None
+    assert stored_bytes(case.applied()) == case.size(case.model()) < stored_bytes(case.model())
+
+
+@named([case for case in CASES if any(isinstance(t, LoRA) or t.name == "nf4" for t in case.techniques)])
+def test_a_wrapped_layer_computes_with_its_dense_weight(case: Case) -> None:
+    model = case.applied()
+    fit(model, case.inputs())
+    wrapped = {name: module for name, module in model.named_modules() if is_wrapped(module)}
+    inner = {name for name in wrapped if any(name.startswith(outer + ".") for outer in wrapped)}
+    assert wrapped
+    for name in wrapped.keys() - inner:
+        layer, weight = wrapped[name], dense(wrapped[name])
+        bias = layer.bias
+        with torch.no_grad():
+            if weight.dim() == 2:
+                x = torch.randn(5, weight.shape[1])
+                expected = functional.linear(x, weight, bias)
+            else:
+                x = torch.randn(2, weight.shape[1], 6, 6)
+                expected = functional.conv2d(x, weight, bias)
+            torch.testing.assert_close(layer(x), expected, atol=case.tolerance, rtol=1e-4)
+
+
+@named(CASES)
+def test_state_dict_keys(case: Case) -> None:
+    plain, model = set(case.model().state_dict()), case.applied()
+    if case.same_keys:
+        assert set(model.state_dict()) >= plain
+        assert set(finalize(model).state_dict()) == plain
+
+
+@named(TRAINED)
+def test_a_plain_checkpoint_loads_and_a_wrapped_one_comes_back(case: Case) -> None:
+    plain, model = case.model(), case.applied()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.1)
+    result = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert all(is_extra(key) for key in result.missing_keys)
+    state, other = model.state_dict(), case.applied()
+    other.load_state_dict(state)
+    torch.testing.assert_close(logits(other, case.inputs()), logits(model, case.inputs()), atol=0, rtol=0)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+
+
+@named(TRAINED)
+def test_finalize_keeps_what_was_trained(case: Case) -> None:
+    inputs, model = case.inputs(), case.applied()
+    before = logits(model, inputs)
+    fit(model, inputs)
+    trained = logits(model, inputs)
+    assert (trained - before).abs().max() > 20 * case.tolerance  # else the next line proves nothing
+    plain = finalize(model)
+    torch.testing.assert_close(logits(plain, inputs), trained, atol=case.tolerance, rtol=1e-4)
+    assert not any(is_wrapped(module) for module in plain.modules())
+    assert [type(m) for m in plain.modules()] == [type(m) for m in case.model().modules()]
+
+
+@named(TRAINED)
+def test_finalize_puts_back_what_trains(case: Case) -> None:
+    model = case.model()
+    frozen = next(iter(dict(model.named_parameters())))
+    model.get_parameter(frozen).requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model = finalize(apply(model, case.techniques, Sample.of(case.inputs())))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not [name for name in vars(model) if name.startswith("edgetune")]
+
+
+@named([case for case in TRAINED if case.exact])
+def test_gradients_only_where_declared_and_equal_to_autograds(case: Case) -> None:
+    plain, model = case.model(), case.applied()
+    loss_of(call(plain, case.inputs())).backward()
+    loss_of(call(model, case.inputs())).backward()
+    expected, compared = dict(plain.named_parameters()), 0
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None and not is_extra(name):
+            torch.testing.assert_close(parameter.grad, expected[base_name(name)].grad, atol=1e-4, rtol=1e-3)
+            compared += 1
+    assert compared or all(isinstance(t, LoRA) for t in case.techniques)
+    assert any(not parameter.requires_grad for parameter in model.parameters())
+
+
+@named([case for case in CASES if case.keeps_less])
+def test_fewer_bytes_are_kept_for_backward(case: Case) -> None:
+    plain = kept_bytes(case.model(), case.inputs(), loss_of)
+    kept = kept_bytes(case.applied(), case.inputs(), loss_of)
+    assert 0 < kept < 0.8 * plain
+
+
+@named([case for case in CASES if any(isinstance(t, LoRA) for t in case.techniques)])
+def test_an_adapter_comes_back_from_its_folder(case: Case, tmp_path: Path) -> None:
+    model = case.applied()
+    fit(model, case.inputs())
+    save_adapter(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    bases = [t for t in case.techniques if not isinstance(t, LoRA)]
+    other = load_adapter(apply(case.model(), bases, Sample.of(case.inputs())), tmp_path)
+    saved, loaded = model.state_dict(), other.state_dict()
+    assert saved.keys() == loaded.keys()
+    for key in saved:
+        assert torch.equal(saved[key], loaded[key]), key
+    if bases:
+        return
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in other.named_parameters() if p.requires_grad} == trained
+
+
+@named(TRAINED)
+def test_an_open_model_copies_and_pickles(case: Case) -> None:
+    model = case.applied()
+    fit(model, case.inputs())
+    kept = kept_bytes(model, case.inputs(), loss_of)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(logits(other, case.inputs()), logits(model, case.inputs()), atol=0, rtol=0)
+        assert kept_bytes(other, case.inputs(), loss_of) == kept
+        plain = finalize(other)
+        assert not any(is_wrapped(m) or m._forward_hooks for m in plain.modules())
+    assert any(is_wrapped(m) or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "technique", [pytest.param(t, id=f"{case.name}-{t.name}") for case in CASES for t in case.techniques]
+)
+def test_settings_come_back_from_yaml_and_json(technique: Technique) -> None:
+    settings = type(technique)
+    assert settings(**yaml.safe_load(yaml.safe_dump(technique.model_dump(mode="json")))) == technique
+    assert settings.model_validate_json(technique.model_dump_json()) == technique
+
+
+@named([case for case in CASES if case.unmatched])
+def test_a_target_that_matches_nothing_raises_and_changes_nothing(case: Case) -> None:
+    assert case.unmatched is not None
+    model = case.model()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(EdgetuneError, match="nothing"):
+        apply(model, case.unmatched, Sample.of(case.inputs()))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not any(is_peft(m) or m._forward_hooks for m in model.modules())

