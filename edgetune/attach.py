@@ -35,7 +35,8 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
         try:
             model = technique.apply(model, sample)
         except EdgetuneError as error:
-            raise error.within(technique.name)
+            error.within(technique.name)
+            raise
         setattr(model, _OPEN, [*before, technique])
     return model
 
@@ -48,7 +49,8 @@ def finalize(model: nn.Module) -> nn.Module:
         try:
             model = technique.finalize(model)
         except EdgetuneError as error:
-            raise error.within(f"{technique.name}, finalize")
+            error.within(f"{technique.name}, finalize")
+            raise
         setattr(model, _OPEN, list(techniques))
     if hasattr(model, _OPEN):
         delattr(model, _OPEN)

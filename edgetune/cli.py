@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=[a for a in given if a != "--debug"], prog_name="edgetune", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # typer has taken the KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except BrokenPipeError:  # `edgetune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,7 +124,7 @@ def run(
 def _plan(recipe: Any, out: Path | None, as_json: bool) -> object:
     """What `--dry-run` prints."""
     planned = recipe.plan()
-    writes = ["recipe.yaml", "run.json", "checkpoints/", "ledger.json", "report.html"]
+    writes = ["recipe.yaml", "environment.json", "digest.txt", "checkpoints/", "ledger.json", "report.html"]
     writes += ["model.pte", "model.json"] if recipe.export else []
     folder = str(out or f"runs/{recipe.name}-NNN")
     if as_json:
@@ -160,7 +162,8 @@ def export(
     """Lower a model to an ExecuTorch program, run it and compare it with the model."""
     from edgetune.exporting import export_from
 
-    artifact = export_from(model, out, device=device, target=target, data=data)
+    with contextlib.redirect_stdout(sys.stderr):
+        artifact = export_from(model, out, device=device, target=target, data=data)
     _print(artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_manifest(artifact.manifest)}")
     return 0
 
@@ -188,24 +191,20 @@ def profile(
     if on != "host":
         action = "use --on host; copy the program to the device to time it there"
         raise EdgetuneError("programs are timed on this host only", got=on, allowed=["host"], action=action)
-    found = profile_(Artifact.load(program), device=device)
-    predicted = found.predicted.model_dump(mode="json") if found.predicted else None
+    found = profile_(Artifact.load(program), device=device, measure=on == "host")
+    predicted = found.predicted.model_dump(mode="json")
     measured = found.measured.model_dump(mode="json") if found.measured else None
     if as_json:
         _print({"predicted": predicted, "measured": measured})
         return 0
-    for label, values in (("predicted", predicted), ("measured", measured)):
-        words = (
-            ", ".join(
-                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in values.items()
-                if value != ""
-            )
-            if values
-            else "not here"
-        )
-        _print(f"{label}: {words}")
+    _print(f"predicted: {_pairs(predicted)}")
+    _print(f"measured: {_pairs(measured)}" if measured else "measured: not on this machine")
     return 0
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v != ""]
+    return ", ".join(words)
 
 
 @app.command()
@@ -381,6 +380,24 @@ def devices_validate(
         return int(Exit.USAGE) if errors else 0
     raise_all("devices", errors)
     _print(f"valid: {', '.join(valid)}")
+    return 0
+
+
+@devices.command("calibrate")
+def devices_calibrate(
+    out: Annotated[Path | None, typer.Option(help="The descriptor to write; default: host.yaml of your own.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Default: all cores of the process.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> int:
+    """Time micro-programs on this host and write its descriptor; about three minutes on 2 cores."""
+    from edgetune.profile.calibrate import calibrate
+    from edgetune.profile.device import HOST, SUFFIX, user_folder
+    from edgetune.progress import shown
+
+    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+        found = calibrate(out, threads=threads, progress=lambda done, of, name: progress("calibrate", done, of, name))
+    path = out or user_folder() / (HOST + SUFFIX)
+    _print({"path": str(path), **found.model_dump(mode="json")} if as_json else f"{path}: {found.name}, {found.soc}")
     return 0
 
 

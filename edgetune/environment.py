@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -43,12 +44,12 @@ class Environment(BaseModel):
     memory_mib: int | None  # that this process may use; None: the system does not say
     accelerators: tuple[str, ...]
     extras: dict[str, tuple[str, ...]]  # extra -> requirements that are missing; () means installed
-    targets: dict[str, str]  # target -> "" if it can be lowered here, else what to install
+    targets: dict[str, str]  # target -> whether it can be lowered and run here, or what to install
     host_calibrated: bool
 
 
 def environment() -> Environment:
-    """Look at this machine; imports neither transformers nor executorch, and runs nothing on an accelerator."""
+    """Look at this machine; runs nothing on it but a child process that imports executorch's partitioners."""
     return Environment(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
@@ -148,11 +149,19 @@ def _extras() -> dict[str, tuple[str, ...]]:
 
 
 def _targets() -> dict[str, str]:
-    if importlib.util.find_spec("executorch") is None:
-        return {}
-    from edgetune.export.targets import available
+    """Every target: "lowers and runs here", "lowers here; ...", or what is missing.
 
-    return available()
+    Asked of a child process: importing all partitioners is slow, prints, and could take this one down.
+    """
+    script = (
+        "import json; from edgetune.export.targets import TARGETS, available; found = available();"
+        "print(); print(json.dumps({n: found.get(n, 'not here: ' + t.install) for n, t in TARGETS.items()}))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return {}
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _host_calibrated() -> bool:
@@ -176,7 +185,7 @@ def as_text(found: Environment) -> str:
             for extra, rest in found.extras.items()
         ),
         "targets:",
-        *(f"  {target}: {reason or 'can be lowered here'}" for target, reason in found.targets.items()),
+        *(f"  {target}: {reason}" for target, reason in found.targets.items()),
         *([] if found.targets else ['  none: pip install "edgetune[export]"']),
         "this host: calibrated"
         if found.host_calibrated

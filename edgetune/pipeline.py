@@ -24,8 +24,7 @@ from edgetune.environment import versions
 from edgetune.ledger import Ledger, Program, Quality, Row, Training, Verdict
 from edgetune.measures import MIB, kept_mib, measure
 from edgetune.models.loaded import Loaded
-from edgetune.recipe import Budget, Recipe, Step, load
-from edgetune.recipe import _in_words as in_words
+from edgetune.recipe import Budget, Recipe, Step, in_words, load
 from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, Technique
 from edgetune.train import Train, train
 
@@ -70,7 +69,7 @@ def run(
     recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
     *,
-    out: str | Path = "runs",
+    out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Run:
@@ -79,8 +78,8 @@ def run(
     Args:
         recipe: a name in the package, a path that ends in `.yaml`, or the value itself.
         overrides: `{"train.epochs": 2}`, as on the command line; not with a `Recipe`, which is resolved already.
-        out: where numbered folders such as `text-minilm-001` are made.
-        resume: go on with the newest unfinished run of this recipe.
+        out: the run's folder; by default the next `runs/<recipe>-NNN`.
+        resume: go on with the run in `out`, or with the newest run of this recipe.
         progress: called with (what, done, of, detail).
 
     Raises:
@@ -92,7 +91,8 @@ def run(
             raise EdgetuneError("a Recipe value takes no overrides", action="pass them to edgetune.recipe.load")
     else:
         recipe = load(recipe, overrides)
-    folder = runs.resumable_folder(recipe, Path(out)) if resume else runs.new_folder(recipe, Path(out))
+    where = None if out is None else Path(out)
+    folder = runs.resumable_folder(recipe, where) if resume else runs.new_folder(recipe, where)
     fold = _Fold(recipe, folder, resume, progress or (lambda *_: None))
     return Run(folder, fold.run())
 
@@ -155,7 +155,9 @@ class _Fold:
             try:
                 self.step(index, step)
             except EdgetuneError as error:
-                raise error.within(f"{self.recipe.name}, step {index + 1}, {step.name}") from None
+                where = f"{self.recipe.name}, step {index + 1}"  # a technique's error names it already
+                error.within(where if isinstance(step.settings, Technique) else f"{where}, {step.name}")
+                raise
         self.close()
         self.model.eval()
         if self.recipe.export:
@@ -186,8 +188,9 @@ class _Fold:
 
     def close(self) -> None:
         """Finalize what is open, as a row of its own; keep what can be kept apart, such as an adapter."""
-        techniques = opened(self.model)
+        techniques = [t for t in opened(self.model) if t.opens]
         if not techniques:
+            self.model = finalize(self.model)
             return
         started = time.perf_counter()
         for technique in techniques:
@@ -212,6 +215,7 @@ class _Fold:
             folder=self.folder / "checkpoints" / name,
             resume=self.resume,
             teacher=teacher,
+            validation=lambda model: tasks.quality(self.task, model, self.validation_split, EVALUATION_BATCH),
             progress=lambda done, of, loss, _: self.progress(f"{index + 1} train", done, of, f"loss {loss:.3f}"),
         )
         row = self.add_row("train", in_words(settings), time.perf_counter() - started)

@@ -64,6 +64,14 @@ class Plan:
             self._epoch = epoch
         return self._order[place * self.settings.accumulate : (place + 1) * self.settings.accumulate]
 
+    def ends_epoch(self, done: int) -> bool:
+        """Whether an epoch, or all of it, is over after so many updates."""
+        return done == self.updates or done % self.updates_per_epoch == 0
+
+    def wants_checkpoint(self, done: int) -> bool:
+        """Whether a checkpoint is due after so many updates; the last update always has one."""
+        return done == self.updates or done % self.settings.checkpoint_every == 0
+
     def batches(self, update: int) -> list[tuple[Inputs, Tensor]]:
         """The batches of this update."""
         return [self.split.batch(rows) for rows in self.rows(update)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,14 @@ class Progress:
     gradient_bytes: int = 0
     best: Quality | None = None
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
+    resumed_from: int | None = None  # updates that an earlier process did
+
+    def add(self, loss: float, rate: float, parameters: Sequence[nn.Parameter]) -> None:
+        """Note one more update, before its gradients are dropped."""
+        self.update += 1
+        self.losses.append(LossPoint(update=self.update, loss=loss, learning_rate=rate))
+        gradient_bytes = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+        self.gradient_bytes = max(self.gradient_bytes, gradient_bytes)
 
 
 def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -41,8 +49,9 @@ def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy saved values into the tensors of `changing_tensors`."""
-    for name, value in changing_tensors(model).items():
+    """Copy values, all or none, into the tensors of `changing_tensors`."""
+    own = changing_tensors(model) if values else {}
+    for name, value in own.items():
         value.copy_(values[name])
 
 
@@ -73,11 +82,11 @@ class Saver:
         checkpoint.save(target, {**tensors, **optimizer_tensors, **random_tensors}, state)
         checkpoint.tidy(self.folder)
 
-    def restore(self) -> Progress | None:
-        """Put model, optimizer and generators where the last complete checkpoint has them; `None` if there is none."""
+    def restore(self) -> Progress:
+        """Put model, optimizer and generators where the last complete checkpoint has them, if there is one."""
         found = checkpoint.latest(self.folder)
         if found is None:
-            return None
+            return Progress()
         tensors, state = checkpoint.load(found)
         was = state["identity"]
         differing = [key for key in self.identity if was.get(key) != self.identity[key]]
@@ -94,7 +103,8 @@ class Saver:
         losses = [LossPoint(update=int(u), loss=loss, learning_rate=rate) for u, loss, rate in state["losses"]]
         best = None if state["best"] is None else Quality.model_validate(state["best"])
         best_tensors = {name: tensors[f"best/{name}"] for name in changing_tensors(self.model)} if best else {}
-        return Progress(state["update"], losses, state["gradient_bytes"], best, best_tensors)
+        done = int(state["update"])
+        return Progress(done, losses, state["gradient_bytes"], best, best_tensors, resumed_from=done)
 
 
 def identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[st
             frozen.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in changing_tensors(model).items()]
     return {
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_every"}),
         "seed": seed,
         "rows": rows,
         "threads": torch.get_num_threads(),

@@ -31,22 +31,35 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def new_folder(recipe: Recipe, out: Path) -> Path:
-    """A fresh folder: the next number under `out`."""
-    number = 1 + max((_number(f, recipe.name) for f in out.glob(f"{recipe.name}-*")), default=0)
-    while True:
-        folder = out / f"{recipe.name}-{number:03d}"
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # another run took the number in the meantime
-            number += 1
-        except OSError as error:
-            raise EdgetuneError(f"cannot make the run's folder: {error.strerror}", got=str(folder)) from error
+RUNS = Path("runs")  # under the working folder
+
+
+def new_folder(recipe: Recipe, out: Path | None) -> Path:
+    """A fresh folder: `out`, or the next number under runs/. An `out` that holds anything is refused."""
+    folder = _numbered(recipe.name) if out is None else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            action = "pass --resume to go on with it, or choose another folder"
+            raise EdgetuneError("the run's folder is not empty", got=str(folder), action=action)
+    except OSError as error:
+        raise EdgetuneError(f"cannot make the run's folder: {error.strerror}", got=str(folder)) from error
     write_whole(folder / "recipe.yaml", recipe.to_yaml())
     write_whole(folder / "environment.json", json.dumps(versions(), indent=1))
     write_whole(folder / "digest.txt", recipe.digest)  # last: a folder without it cannot be resumed
     return folder
+
+
+def _numbered(name: str) -> Path:
+    """The next free number; made here, so that two runs at once do not take the same."""
+    number = 1 + max((_number(f, name) for f in RUNS.glob(f"{name}-*")), default=0)
+    while True:
+        try:
+            (RUNS / f"{name}-{number:03d}").mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return RUNS / f"{name}-{number:03d}"
 
 
 def _number(folder: Path, name: str) -> int:
@@ -54,22 +67,22 @@ def _number(folder: Path, name: str) -> int:
     return int(rest) if rest.isdecimal() else 0
 
 
-def resumable_folder(recipe: Recipe, out: Path) -> Path:
-    """The newest run of this recipe under `out`. Refused if its settings differ or it is finished."""
-    found = sorted(out.glob(f"{recipe.name}-*"), key=lambda f: _number(f, recipe.name))
+def resumable_folder(recipe: Recipe, out: Path | None) -> Path:
+    """`out`, or the newest run of this recipe. Refused if its settings differ or it is finished."""
+    found = [out] if out else sorted(RUNS.glob(f"{recipe.name}-*"), key=lambda f: _number(f, recipe.name))
     found = [f for f in found if (f / "digest.txt").exists()]
     if not found:
-        raise EdgetuneError("there is no run to resume", got=str(out), action="run without --resume")
+        raise EdgetuneError("there is no run to resume", got=str(out or RUNS), action="run without --resume")
     folder = found[-1]
     if (folder / "digest.txt").read_text(encoding="utf-8") != recipe.digest:
         raise EdgetuneError(
-            "the newest run was made with other settings",
+            "the run was made with other settings",
             got=str(folder),
             action=f"give the settings of {folder / 'recipe.yaml'}, or run without --resume",
         )
     earlier = earlier_ledger(folder)
     if earlier is not None and earlier.finished:
-        raise EdgetuneError("the newest run is finished", got=str(folder), action=f"edgetune report {folder}")
+        raise EdgetuneError("the run is finished", got=str(folder), action=f"edgetune report {folder}")
     return folder
 
 

@@ -118,6 +118,11 @@ class Technique(BaseModel):
         """After training: merge, freeze or pack, so that plain layers are left. Default: nothing to do."""
         return model
 
+    @property
+    def opens(self) -> bool:
+        """Whether `finalize` has something to do."""
+        return type(self).finalize is not Technique.finalize
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Before finalizing: keep in `folder` what is worth keeping apart, such as an adapter. Default: nothing."""
 

@@ -131,37 +131,34 @@ def train(
     optimizer = _optimizer(settings, parameters)
     _seed_all(seed)
     saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
-    found = saver.restore() if saver else None
-    run = found or Progress()
-    resumed_from = found.update if found else None
+    run = saver.restore() if saver else Progress()
     optimizer.zero_grad(set_to_none=True)
     model.train()
     with Interrupts(wait=saver is not None) as interrupts:
         for update in range(run.update, plan.updates):
-            rate = settings.learning_rate * plan.factor(update)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = _set_rate(optimizer, settings.learning_rate * plan.factor(update))
             loss = _backward(model, teacher, settings.distill, loss_fn, plan.batches(update))
             _clip(parameters, settings.clip_norm, loss, update, rate, folder)
             optimizer.step()
-            run.gradient_bytes = max(run.gradient_bytes, _bytes(p.grad for p in parameters))
+            run.add(loss, rate, parameters)
             optimizer.zero_grad(set_to_none=True)
-            run.update = update + 1
-            run.losses.append(LossPoint(update=run.update, loss=loss, learning_rate=rate))
-            last = run.update == plan.updates
-            if validation is not None and settings.keep_best and (last or run.update % plan.updates_per_epoch == 0):
+            if settings.keep_best and validation and plan.ends_epoch(run.update):
                 _validate(model, validation, run)
-            if progress is not None:
+            if progress:
                 progress(run.update, plan.updates, loss, rate)
-            if saver and (last or interrupts.seen or run.update % settings.checkpoint_every == 0):
+            if saver and (interrupts.seen or plan.wants_checkpoint(run.update)):
                 saver.save(run)
             if interrupts.seen:
                 raise KeyboardInterrupt
-    if run.best_tensors:
-        put_back(model, run.best_tensors)
+    put_back(model, run.best_tensors)
     model.eval()
-    state = _bytes(value for entry in optimizer.state.values() for value in entry.values())
-    return TrainResult(tuple(run.losses), run.gradient_bytes / _MIB, state / _MIB, resumed_from, run.best)
+    return _result(run, optimizer)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def _backward(
@@ -307,8 +304,16 @@ def _moved(inputs: Inputs, device: torch.device) -> Inputs:
     return tuple(value.to(device) for value in inputs)
 
 
-def _bytes(values: Any) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+def _result(run: Progress, optimizer: torch.optim.Optimizer) -> TrainResult:
+    values = [value for entry in optimizer.state.values() for value in entry.values()]
+    state_bytes = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return TrainResult(
+        losses=tuple(run.losses),
+        gradients_mib=run.gradient_bytes / _MIB,
+        optimizer_state_mib=state_bytes / _MIB,
+        resumed_from=run.resumed_from,
+        best=run.best,
+    )
 
 
 def _validate(model: nn.Module, validation: Callable[[nn.Module], Quality], run: Progress) -> None:

@@ -215,12 +215,11 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers as they lie in memory, each storage once, 4-bit scales and tables included."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    for layer in model.modules():
-        state = getattr(getattr(layer, "weight", None), "quant_state", None) if is_nf4(layer) else None
-        while state is not None:
-            tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
-            state = state.state2
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def packed_tensors(layer: Any) -> list[Tensor]:
+    """What an NF4 layer holds beside its parameters: scales and tables, which are neither parameters nor buffers."""
+    tensors: list[Tensor] = []
+    state = getattr(layer.weight, "quant_state", None)
+    while state is not None:
+        tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
+        state = state.state2
+    return tensors

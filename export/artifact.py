@@ -63,7 +63,9 @@ class Artifact:
         beside = manifest_path(path)
         for file in (path, beside):
             if not file.is_file():
-                raise EdgetuneError("no such file", got=str(file), action="export the model first", exit_code=Exit.EXPORT)
+                raise EdgetuneError(
+                    "no such file", got=str(file), action="export the model first", exit_code=Exit.EXPORT
+                )
         try:
             manifest = Manifest.model_validate_json(beside.read_text(encoding="utf-8"))
         except ValidationError as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edgetune.export import failures
 from edgetune.export.lower import Positional, quiet
@@ -30,8 +30,18 @@ def quantize_static(model: nn.Module, inputs: Inputs, batches: Iterable[Inputs],
             raise EdgetuneError("int8 got no calibration batch", action="give the sample batches", exit_code=Exit.DATA)
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        converted: nn.Module = convert_pt2e(prepared)
+        converted: fx.GraphModule = convert_pt2e(prepared)
+    _drop_unused(converted)
     return converted
+
+
+def _drop_unused(graph_module: fx.GraphModule) -> None:
+    """Take away the float weights that the folded int8 ones replaced, which the module still holds."""
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    tensors = [*graph_module.named_parameters(), *graph_module.named_buffers()]
+    for name in [name for name, _ in tensors if name not in used]:
+        parent, _, own = name.rpartition(".")
+        delattr(graph_module.get_submodule(parent), own)
 
 
 def _prepared(model: nn.Module, inputs: Inputs, *, per_channel: bool) -> Any:

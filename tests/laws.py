@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply
+from edgetune.prune.structured import Prune
+from edgetune.quant.int4 import Int4
+from edgetune.quant.int8 import Int8
 from edgetune.quant.nf4 import NF4, packed_bytes
 from edgetune.sparse.update import SparseUpdate
 from edgetune.technique import Inputs, Sample, Technique, call, logits_of
@@ -161,6 +164,7 @@ class Case:
     keeps_less: bool = False  # bytes kept for backward fall
     trains: bool = True  # whether it can train after apply
     same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
+    same_shapes: bool = True  # whether it can load the plain model's state
     unmatched: Technique | None = None  # the same technique with a target that matches nothing
     exports: bool = False  # whether the law of export is tried: one case for each technique, since it takes seconds
 
@@ -180,10 +184,37 @@ def nf4_size(double_quant: bool, skipped: str) -> Callable[[nn.Module], int]:
         for name, module in plain.named_modules():
             if isinstance(module, nn.Linear) and name != skipped:
                 weights = module.weight.numel()
-                total += packed_bytes(weights, 64, double_quant) - 4 * weights
+                total += packed_bytes(weights, 32, double_quant) - 4 * weights
         return total
 
     return size
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def pruned_bert_size(plain: nn.Module) -> int:
+    """16 of 64 units of each FFN and 1 of 4 heads go, of width 8: rows with their biases, and columns."""
+    ffn, heads = 16 * (32 + 1 + 32), 8 * (3 * (32 + 1) + 32)
+    return bytes_of(plain) - 2 * 4 * (ffn + heads)
+
+
+def int4_size(plain: nn.Module) -> int:
+    """Linears at half a byte and a scale for each 32; embeddings at a byte and a scale for each row."""
+    total = bytes_of(plain)
+    for module in plain.modules():
+        if isinstance(module, nn.Linear):
+            total -= 4 * module.weight.numel() - module.weight.numel() // 2 - 4 * module.weight.numel() // 32
+        if isinstance(module, nn.Embedding):
+            total -= 3 * module.weight.numel() - 4 * module.num_embeddings
+    return total
+
+
+def int8_size(plain: nn.Module) -> int:
+    """Weights at a byte; for each output a bias, a scale (4 bytes each) and a zero point (8). Norms are folded."""
+    layers = [m for m in plain.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return sum(m.weight.numel() + (4 + 4 + 8) * m.weight.shape[0] for m in layers)
 
 
 ATTENTION = ("*.query", "*.value")
@@ -217,12 +248,25 @@ CASES = [
         bert, tokens, keeps_less=True,
     ),
     Case(
-        "nf4-mlp", (NF4(double_quant=False),), mlp, vectors, error=0.2, size=nf4_size(False, "classifier"),
-        unmatched=NF4(targets=NOTHING),
+        "nf4-mlp", (NF4(block_size=32, double_quant=False),), mlp, vectors, error=0.2,
+        size=nf4_size(False, "classifier"), unmatched=NF4(targets=NOTHING),
     ),
-    Case("nf4-double-llama", (NF4(),), llama, tokens, error=0.2, size=nf4_size(True, "lm_head")),
     Case(
-        "nf4-lora-bert", (NF4(), LoRA(rank=2, targets=ATTENTION, also_train=("classifier",))), bert, tokens,
-        error=0.3, exports=True,
+        "prune-cnn", (Prune(round_to=4),), cnn, pictures, error=0.7, size=lambda plain: bytes_of(Cnn(12)),
+        same_shapes=False, exports=True, unmatched=Prune(skip=NOTHING),
+    ),
+    Case("prune-bert", (Prune(),), bert, tokens, error=0.05, size=pruned_bert_size, same_shapes=False),
+    Case(
+        "int4-mlp", (Int4(),), mlp, vectors, error=0.2, size=int4_size, trains=False, exports=True,
+        unmatched=Int4(targets=NOTHING),
+    ),
+    Case("int4-bert", (Int4(),), bert, tokens, error=0.4, size=int4_size, trains=False),
+    Case(
+        "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
+    ),
+    Case("nf4-double-llama", (NF4(block_size=32),), llama, tokens, error=0.2, size=nf4_size(True, "lm_head")),
+    Case(
+        "nf4-lora-bert", (NF4(block_size=32), LoRA(rank=2, targets=ATTENTION, also_train=("classifier",))),
+        bert, tokens, error=0.3, exports=True,
     ),
 ]  # fmt: skip

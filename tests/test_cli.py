@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from edgetune import pipeline, recipe
 from edgetune.cli import main
+from edgetune.environment import Environment, as_text
 from edgetune.ledger import Ledger, Row, Verdict
 from edgetune.profile import device
 from edgetune.technique import EdgetuneError, Exit
@@ -155,14 +156,17 @@ def test_interrupted(mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert (answer.code, answer.err) == (130, "edgetune: interrupted\n")
 
 
-def test_ctrl_c_in_a_process(tmp_path: Path) -> None:
-    pipe = tmp_path / "never.yaml"
-    os.mkfifo(pipe)
-    command = [sys.executable, "-m", "edgetune.cli", "run", str(pipe)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with pipe.open("w"):  # opens when the child has begun to read
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
+def test_ctrl_c_in_a_process() -> None:
+    script = (
+        "import sys, threading; from edgetune import cli, pipeline\n"
+        "def wait(*_, **__): print('ready', file=sys.stderr, flush=True); threading.Event().wait(60)\n"
+        "pipeline.run = wait; sys.exit(cli.main(['run', 'mine.yaml']))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    assert child.stderr.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (130, "edgetune: interrupted\n")
 
 
@@ -187,7 +191,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(mine: Path, capsys: pytest.C
     before = sorted(mine.parent.iterdir())
     answer = Answer(capsys, "run", "mine.yaml", "--dry-run", "train.learning_rate=2e-3")
     assert (answer.code, answer.err) == (0, "")
-    assert answer.out == """\
+    assert (
+        answer.out
+        == """\
 mine: minilm on tweets, seed 0
   1  lora      rank=4, targets=['*.query']
   2  train     learning_rate=0.002
@@ -198,8 +204,9 @@ mine: minilm on tweets, seed 0
      verify    100 held-out rows, program against eager model
      profile   this host, measured, pixel-8
      budget    device=pixel-8, size_mib=20.0
-would write runs/mine-NNN/: recipe.yaml, run.json, checkpoints/, ledger.json, report.html, model.pte, model.json
+would write runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, model.pte, model.json
 """
+    )
     assert sorted(mine.parent.iterdir()) == before
 
 
@@ -335,10 +342,10 @@ def test_env(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["memory_mib"] > 0
     assert found["host_calibrated"] is False
     assert "peft" not in found["extras"]["lora"]
-    text = Answer(capsys, "env")
-    assert text.code == 0
-    assert f"torch {metadata.version('torch')}" in text.out
-    assert "not calibrated" in text.out
+    assert found["targets"]["xnnpack"] == "lowers and runs here"
+    text = as_text(Environment.model_validate(found))
+    assert f"torch {metadata.version('torch')}" in text
+    assert "not calibrated" in text
 
 
 def test_report(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,3 +370,34 @@ def test_profile_refuses_what_it_cannot_do(mine: Path, capsys: pytest.CaptureFix
     remote = Answer(capsys, "profile", "none.pte", "--device", "pixel-8", "--on", "adb")
     assert remote.code == 2
     assert "programs are timed on this host only: got 'adb'; allowed: host" in remote.err
+
+
+def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unknown = Answer(capsys, "export", "minillm", "--device", "pixel-8")
+    assert unknown.code == 2
+    assert "accepted are minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, a run's folder, or a .pt2" in unknown.err
+    assert "did you mean 'minilm'?" in unknown.err
+    Path("folder").mkdir()
+    assert "holds no model.pt2" in Answer(capsys, "export", "folder").err
+    Path("broken.pt2").write_bytes(b"nothing")
+    broken = Answer(capsys, "export", "broken.pt2")
+    assert broken.code == 2
+    assert "save it with torch.export.save" in broken.err
+    assert "timm:x needs data" in Answer(capsys, "export", "timm:x").err
+    assert list(mine.parent.glob("*.pte")) == []
+
+
+def test_export_and_profile_of_a_saved_program(mine: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).eval()
+    folder = Path("run")
+    folder.mkdir()
+    torch.export.save(torch.export.export(net, (torch.randn(1, 8),)), folder / "model.pt2")
+    done = process("export", "run", "--device", "pixel-8", "-o", "small.pte", "--json")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert (manifest["target"], manifest["parity"]["same_prediction_pct"]) == ("xnnpack", 100)
+    told = process("profile", "small.pte", "--device", "pixel-8", "--json")
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    assert found["predicted"]["device"] == "pixel-8"
+    assert found["measured"]["latency_ms"] > 0

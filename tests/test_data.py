@@ -14,7 +14,7 @@ from torch import nn
 from edgetune.data import dataset as module
 from edgetune.data.baselines import baselines
 from edgetune.data.dataset import DataSettings, Rows, Split, split_indices
-from edgetune.data.tables import from_csv, from_jsonl
+from edgetune.data.tables import from_csv, from_hub, from_jsonl, from_splits
 from edgetune.data.task import loss, predictions, quality
 from edgetune.data.text import conversations, package_folder, tweet_key, tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
@@ -189,23 +189,36 @@ def test_whole_numbers_sort_as_numbers() -> None:
     assert module.classes_of(["10", "9", "x"]) == ("10", "9", "x")
 
 
-def test_hub_reads_a_folder_with_its_own_test_set(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    from edgetune.data.tables import from_hub
-
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    rows = [{"text": f"row {n}", "label": n % 2} for n in range(50)]
-    whole = datasets.DatasetDict(
-        {
-            "train": datasets.Dataset.from_list(rows[:40], features=features),
-            "test": datasets.Dataset.from_list(rows[40:], features=features),
-        }
-    )
-    whole.save_to_disk(str(tmp_path / "saved"))
-    found = from_hub(str(tmp_path / "saved"), settings())
-    assert found.classes == ("no", "yes")
+def test_hub_reads_a_folder_with_its_own_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("datasets").config
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    for part, rows in (("train", range(40)), ("test", range(40, 50))):
+        lines = "".join(f"row {n},{n % 2}\n" for n in rows)
+        (tmp_path / "data" / f"{part}.csv").write_text("text,label\n" + lines, encoding="utf-8")
+    found = from_hub(str(tmp_path / "data"), settings())
+    assert found.classes == ("0", "1")
     assert sorted(found.test.inputs) == [f"row {n}" for n in range(40, 50)]
     assert (len(found.train), len(found.validation)) == (36, 4)
+    assert "no column for the label" in data_error(from_hub, str(tmp_path / "data"), settings(label="labels"))
+
+
+def test_hub_tables_with_named_classes_and_withheld_labels() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+
+    def part(rows: range, withheld: bool = False) -> object:
+        columns = {"text": [f"row {n}" for n in rows], "label": [-1 if withheld else n % 2 for n in rows]}
+        table = datasets.table.InMemoryTable.from_pydict(columns)
+        # with a fingerprint given, nothing is pickled to make one: dill warns about a type of pyarrow there
+        return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint="test")
+
+    tables = {"train": part(range(40)), "dev": part(range(40, 50)), "test": part(range(50, 60), withheld=True)}
+    found = from_splits("owner/name", tables, settings())
+    assert found.classes == ("no", "yes")
+    assert sorted(found.validation.inputs) == [f"row {n}" for n in range(40, 50)]
+    assert (len(found.train), len(found.test)) == (34, 6)
+    assert "no split called train" in data_error(from_splits, "owner/name", {"test": part(range(9))}, settings())
 
 
 # --- data of the registry --------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_head_pruned_bert_is_rebuilt_from_its_config_and_weights(tmp_path: Path)
     model = bert()
     Prune(ratio=0.5).apply(model, Sample.of(bert_inputs()))
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         BertForSequenceClassification.from_pretrained(tmp_path)
     rebuilt = BertForSequenceClassification(BertConfig.from_pretrained(tmp_path)).eval()
     state = model.state_dict()

@@ -210,7 +210,9 @@ steps:
 budget: {device: pixel-9}
 """
     fields = ", ".join(list(type(parsed().data).model_fields))
-    assert complaint(text) == f"""\
+    assert (
+        complaint(text)
+        == f"""\
 mine.yaml: 10 errors:
 mine.yaml, line 1, model.source: is missing
 mine.yaml, line 1, model.max_length: must be a whole number: got '32'
@@ -228,6 +230,7 @@ mine.yaml, line 9, budget: limits nothing: allowed: latency_ms, size_mib, train_
 mine.yaml, line 9, budget.device: unknown device: got 'pixel-9'; allowed: galaxy-s22, galaxy-s24, iphone-15-pro, \
 jetson-agx-orin, jetson-nano, jetson-orin-nano, oneplus-12, pixel-8, raspberry-pi-4, raspberry-pi-5, host; \
 did you mean 'pixel-8'?"""
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,12 +302,19 @@ def changed(plain: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[st
 def test_no_value_of_any_field_escapes_as_another_error(value: Any) -> None:
     plain = parsed().resolved()
     for path in paths_of(plain):
-        try:
-            recipe.from_plain(changed(plain, path, value), "mine.yaml")
-        except EdgetuneError as error:
-            assert str(error).startswith("mine.yaml"), (path, value, str(error))
-            assert "pydantic" not in str(error)
-            assert "Input should" not in str(error), (path, value, str(error))
+        text = refusal(changed(plain, path, value))
+        assert text == "" or text.startswith("mine.yaml"), (path, value, text)
+        assert "pydantic" not in text
+        assert "Input should" not in text, (path, value, text)
+
+
+def refusal(plain: dict[str, Any]) -> str:
+    """The error's text; empty where the recipe is good."""
+    try:
+        recipe.from_plain(plain, "mine.yaml")
+    except EdgetuneError as error:
+        return str(error)
+    return ""
 
 
 def test_no_unknown_key_is_taken() -> None:
@@ -371,7 +381,21 @@ def test_reader_collects_what_is_wrong() -> None:
 
 def test_plain_scalars_are_those_of_yaml_1_2() -> None:
     text = "[no, on, 2024-01-01, 1:30, 0x10, 1e3, -.5, ~, true, 08, &a x, *a, '1']"
-    assert read(text, "x").value == ["no", "on", "2024-01-01", "1:30", "0x10", 1000.0, -0.5, None, True, 8, "x", "x", "1"]
+    assert read(text, "x").value == [
+        "no",
+        "on",
+        "2024-01-01",
+        "1:30",
+        "0x10",
+        1000.0,
+        -0.5,
+        None,
+        True,
+        8,
+        "x",
+        "x",
+        "1",
+    ]
 
 
 def test_files(tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ class LoRA(Technique):
         trainable.recall(model, self.name)
         return model
 
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Keep the adapter in `folder/adapter`, unless layers under it trained too: then it is no part of its own."""
+        if not _trained_under(model):
+            save_adapter(model, folder / "adapter")
+
 
 def can_adapt(layer: nn.Module) -> bool:
     """Whether peft has a LoRA for this layer: linears, convolutions, embeddings, and transformers' Conv1D."""
@@ -169,23 +174,29 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
+def _trained_under(model: nn.Module) -> list[str]:
+    """Names of the adapted layers whose own weight or bias trains as well."""
+    adapted = [(name, module) for name, module in model.named_modules() if is_peft(module)]
+    return [n for n, m in adapted if any(p.requires_grad for p in m.get_base_layer().parameters())]  # type: ignore[operator]
+
+
 def _trained_whole(model: nn.Module) -> list[str]:
     """Names of the layers outside the adapter of which something trains. Raises where peft's format has no place."""
-    inside = [name + "." for name, module in model.named_modules() if is_peft(module)]
+    under = _trained_under(model)
+    if under:
+        raise EdgetuneError(
+            f"{', '.join(under[:3])}: trains itself and carries an adapter; an adapter file would lose the first",
+            got=f"{len(under)} such layers",
+            action="save the whole model, or leave these layers out of the scheme or the targets",
+        )
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if is_peft(module))
     found = []
     for name, module in model.named_modules():
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+        if name.startswith(adapted) or not any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
-        adapter = next((prefix for prefix in inside if name.startswith(prefix)), None)
-        if adapter is None:
-            if not name or any(True for _ in module.children()):
-                raise EdgetuneError(f"{name or 'the model'} owns parameters beside layers; peft cannot save them alone")
-            found.append(name)
-        elif name.startswith(adapter + "base_layer"):
-            raise EdgetuneError(
-                f"{adapter[:-1]} trains itself and carries an adapter; an adapter file would lose the first",
-                action="save the whole model, or freeze that layer in the scheme",
-            )
+        if not name or any(True for _ in module.children()):
+            raise EdgetuneError(f"{name or 'the model'} owns parameters beside layers; peft cannot save them alone")
+        found.append(name)
     return found
 
 

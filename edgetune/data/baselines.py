@@ -15,6 +15,7 @@ from edgetune.data.dataset import Dataset, Encode, Rows
 from edgetune.data.vision import grey_pixels
 from edgetune.ledger import Baseline
 from edgetune.registry import require
+from edgetune.technique import EdgetuneError
 
 _PIXEL_TRAIN_ROWS = 3000  # more rows take much longer and gain little
 _PIXEL_SIDE = 28
@@ -92,7 +93,7 @@ def _tokens(rows: Rows, encode: Encode) -> list[list[int]]:
     for start in range(0, len(rows), 512):
         inputs = encode(rows.take(range(start, min(start + 512, len(rows)))))
         if not isinstance(inputs, dict):
-            raise TypeError("the encoder of a causal language model returns a dict")
+            raise EdgetuneError("a causal language model needs input_ids and attention_mask from its encoder")
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
             found.append(ids[mask.bool()].tolist())
     return found

@@ -88,7 +88,11 @@ def from_hub(argument: str, settings: DataSettings) -> Dataset:
     Its own test and validation splits are used where it has them with labels; else they are cut from the training
     rows.
     """
-    tables = _load_hub(argument)
+    return from_splits(argument, _load_hub(argument), settings)
+
+
+def from_splits(name: str, tables: dict[str, Any], settings: DataSettings) -> Dataset:
+    """The same from tables of the `datasets` library that are already loaded, by the names of their splits."""
     bad = BadRows(settings.max_bad_rows_pct)
     found: dict[str, list[Record]] = {}
     total = 0
@@ -96,7 +100,7 @@ def from_hub(argument: str, settings: DataSettings) -> Dataset:
         part = "validation" if split in _VALIDATION_NAMES else split
         if part not in ("train", "validation", "test"):
             continue
-        _check_columns(f"{argument}, split {split}", table.column_names, settings)
+        _check_columns(f"{name}, split {split}", table.column_names, settings)
         names = _class_names(table, settings)
         texts = list(table[settings.text])
         labels = list(table[settings.label]) if settings.label is not None else [None] * len(texts)
@@ -109,8 +113,8 @@ def from_hub(argument: str, settings: DataSettings) -> Dataset:
                 label = names[label] if 0 <= label < len(names) else None
             _keep(records, bad, f"{split}, row {row}", (text, label), settings)
     if "train" not in found:
-        raise data_error(f"{argument} has no split called train", got=", ".join(tables))
-    return _finish(argument, found.pop("train"), bad, total, settings, found)
+        raise data_error(f"{name} has no split called train", got=", ".join(tables))
+    return _finish(name, found.pop("train"), bad, total, settings, found)
 
 
 def _existing(argument: str, kind: str) -> Path:

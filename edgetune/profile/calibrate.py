@@ -54,10 +54,9 @@ def calibrate(
     bare = parse(described, str(path))
     tiny, programs = micro.tiny(), micro.quick() if quick else micro.programs()
     clocked, failed = _clock((*tiny, *programs), threads, _QUICK_SECONDS if quick else _SECONDS, progress)
-    missing = [item.name for item in tiny if item.name not in clocked]
-    if missing or len(clocked) - len(tiny) < _LEAST_PROGRAMS:
+    if len(clocked) - len(tiny) < _LEAST_PROGRAMS:
         raise EdgetuneError(
-            "too few micro-programs could be timed to calibrate: " + "; ".join(failed), exit_code=Exit.EXPORT
+            "too few micro-programs could be timed to calibrate: " + "; ".join(failed[:3]), exit_code=Exit.EXPORT
         )
     one, many, portable_one, portable_many = (clocked[item.name].timed for item in tiny)
     fixed = fixed_costs(one, many, portable_one, portable_many)
@@ -81,7 +80,7 @@ def _path(out: Path | None) -> Path:
 def _clock(
     programs: Sequence[micro.Micro], threads: int, seconds: float, progress: Progress | None
 ) -> tuple[dict[str, _Clocked], list[str]]:
-    """Build and time each program; those that could not be built, with the reason."""
+    """Build and time each program; those that could not be, with the reason. Without the tiny ones it cannot go on."""
     clocked: dict[str, _Clocked] = {}
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="edgetune-calibrate-") as folder:
@@ -92,6 +91,8 @@ def _clock(
                 path = Path(folder) / f"{item.name}.pte"
                 clocked[item.name] = _time(item, _build(item, path), path, threads, seconds)
             except EdgetuneError as error:
+                if item.name.startswith("tiny-"):
+                    raise error.within(f"calibration, {item.name}") from error
                 failed.append(f"{item.name}: {error.what}")
         if progress is not None:
             progress("fit", len(programs), len(programs))

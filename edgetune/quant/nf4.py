@@ -25,7 +25,8 @@ HEADS = ("lm_head", "*.lm_head", "classifier", "classifier.*", "*.classifier", "
 class NF4(Technique):
     """Store linears in 4 bits; they are frozen and compute in fp32, and gradients flow through them.
 
-    `block_size`: weights that share a scale; `double_quant` stores the scales in 8 bits, 256 to a block.
+    `block_size`: weights that share a scale, a divisor of every input width.
+    `double_quant` stores the scales in 8 bits, 256 to a block.
     `skip` left out: layers with the usual names of a classifier or language-model head, where there are any.
     Size of a layer with n weights: n/2 + 4n/block_size bytes, with `double_quant` n/2 + n/block_size and a little.
     """
@@ -51,10 +52,20 @@ class NF4(Technique):
         for name, layer in chosen.items():
             if type(layer) is not nn.Linear:
                 raise EdgetuneError(f"{name} is a {type(layer).__name__}, not a plain linear", action="add it to skip")
+            self._check_width(name, layer.in_features)
         trainable.remember(model, self.name)
         for name, layer in chosen.items():
             replace(model, name, packed(bnb, layer, self.block_size, self.double_quant))
         return model
+
+    def _check_width(self, name: str, width: int) -> None:
+        # bitsandbytes' kernel for CPUs with AVX-512 reads the wrong scales where a block goes on in the next row
+        if width % self.block_size:
+            divisors = [size for size in (32, 64, 128, 256) if width % size == 0]
+            raise EdgetuneError(
+                f"block_size {self.block_size} does not divide the input width {width} of {name}",
+                action=f"set block_size={divisors[-1]}, or add it to skip" if divisors else f'add "{name}" to skip',
+            )
 
     def finalize(self, model: nn.Module) -> nn.Module:
         """Turn what is still in 4 bits into plain fp32 linears, with the rounded weights."""

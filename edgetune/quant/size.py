@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from edgetune.wrapped import is_nf4, packed_tensors
+
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers as a file would store them; a shared tensor counts once.
@@ -24,7 +26,8 @@ def parameter_count(model: nn.Module) -> int:
     """
     whole = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "source_parameters", None), int)}
     inside = {id(p) for m in whole.values() for p in m.parameters()}
-    own = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    packed = {id(m.weight): m.weight.quant_state.shape.numel() for m in model.modules() if is_nf4(m)}  # type: ignore[union-attr, operator]
+    own = sum(packed.get(id(p), p.numel()) for p in model.parameters() if id(p) not in inside)
     return own + sum(int(m.source_parameters) for m in whole.values())  # type: ignore[arg-type]
 
 
@@ -48,7 +51,8 @@ def weight_bits(tensor: Tensor) -> int | None:
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     seen: set[int] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
+    packed = [tensor for layer in model.modules() if is_nf4(layer) for tensor in packed_tensors(layer)]
+    for tensor in (*model.parameters(), *model.buffers(), *packed):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield tensor

@@ -226,7 +226,7 @@ def predicted_table(ledger: Ledger) -> Table | None:
     rows = tuple(
         (
             *cells(line.device, number(line.latency_ms), band(line), number(line.peak_memory_mib)),
-            Cell("calibrated") if line.calibrated else Cell("uncalibrated", "bad"),
+            Cell("calibrated" if line.calibrated else "uncalibrated"),
         )
         for line in ledger.predicted
     )
@@ -269,7 +269,7 @@ def verdict_table(ledger: Ledger) -> Table | None:
         for line in ledger.verdicts
     )
     notes = tuple(f"{QUANTITIES[line.quantity][0]}: {line.note}" for line in ledger.verdicts if line.note)
-    return Table("budget", "Budget", columns, rows, notes)
+    return Table("budget", "The recipe's budget, line by line", columns, rows, notes)
 
 
 def training_table(ledger: Ledger) -> Table | None:

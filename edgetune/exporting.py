@@ -1,0 +1,108 @@
+"""`edgetune export MODEL`: a model by name, a run's folder or a saved program, with example inputs, to `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from edgetune import registry
+from edgetune.technique import EdgetuneError, Exit, Inputs
+
+if TYPE_CHECKING:
+    from edgetune.export import Artifact
+
+SAVED = "model.pt2"  # what a run's folder may hold: the finalized model as torch.export saved it
+CHECK_ROWS = 100
+OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
+ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, a run's folder, or a .pt2 file"
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model in eval mode, one example, and rows to compare on (none: the example)."""
+
+    model: nn.Module
+    example: Inputs
+    check_inputs: Sequence[Inputs] | None = None
+
+
+def export_from(
+    source: str, path: Path, *, device: str | None = None, target: str | None = None, data: str | None = None
+) -> Artifact:
+    """Lower what `source` names to `path`.
+
+    Args:
+        source: a `.pt2` that `torch.export.save` wrote, a run's folder that holds `model.pt2`, or a model of the
+            registry (`minilm`, `hf:PATH`, `timm:NAME`).
+        path: the `.pte` to write.
+        device: lower for its preferred target.
+        target: lower for this one instead.
+        data: for a model of the registry: what gives the classes, and the rows to compare on.
+    """
+    from edgetune.export import export
+
+    found = exportable(source, data)
+    inputs = found.check_inputs
+    return export(found.model, found.example, path, device=device, target=target, check_inputs=inputs)
+
+
+def exportable(source: str, data: str | None = None) -> Exportable:
+    """The model that `source` names; see `export_from`."""
+    place = Path(source)
+    if source.endswith(".pt2"):
+        return _saved(place)
+    if source.partition(":")[0] in registry.MODELS:
+        return _by_name(source, data)
+    if place.is_dir():
+        if not (place / SAVED).is_file():
+            what = f"this folder holds no {SAVED}"
+            raise EdgetuneError(what, got=source, action="give a run's folder, or write hf:PATH for a model's folder")
+        return _saved(place / SAVED)
+    raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, allowed=registry.MODELS)
+
+
+def _saved(path: Path) -> Exportable:
+    import torch
+
+    if not path.is_file():
+        raise EdgetuneError("no such file", got=str(path))
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # a damaged archive raises almost anything
+        what = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise EdgetuneError(what, got=str(path), action="save it with torch.export.save") from error
+    if program.example_inputs is None:
+        raise EdgetuneError("the program holds no example inputs", got=str(path), exit_code=Exit.EXPORT)
+    args, kwargs = program.example_inputs
+    if args and kwargs:
+        raise EdgetuneError(
+            "inputs by position and by name together are not read", got=str(path), exit_code=Exit.EXPORT
+        )
+    return Exportable(program.module(), dict(kwargs) if kwargs else tuple(args))
+
+
+def _by_name(source: str, data: str | None) -> Exportable:
+    import torch
+
+    from edgetune.data.dataset import DataSettings, Split
+    from edgetune.models.loaded import ModelSettings
+
+    name, _, argument = source.partition(":")
+    data = data or OWN_DATA.get(name)
+    if data is None:
+        action = "pass --data, such as --data csv:rows.csv: it gives the classes, and the rows to compare on"
+        raise EdgetuneError(f"{source} needs data", action=action)
+    kind, _, rest = data.partition(":")
+    if kind not in registry.DATASETS:
+        raise EdgetuneError("unknown data", got=data, allowed=registry.DATASETS)
+    dataset = registry.load(registry.DATASETS[kind])(rest, DataSettings(source=data))
+    settings = ModelSettings(source=source)
+    torch.manual_seed(0)
+    loaded = registry.load(registry.MODELS[name])(argument, settings, dataset)
+    split = Split(dataset.task, dataset.test, loaded.encode)
+    rows = [split.batch([i], pad_to=settings.max_length)[0] for i in range(min(CHECK_ROWS, len(split)))]
+    return Exportable(loaded.model, rows[0], rows)

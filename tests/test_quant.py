@@ -1,0 +1,184 @@
+"""int4 and int8: sizes, errors, tied weights, any number of rows."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
+from edgetune.technique import EdgetuneError, Sample
+
+logging.disable(logging.WARNING)  # torchao tells of CUDA libraries that it cannot load
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torchao  # noqa: F401
+logging.disable(logging.NOTSET)
+
+from edgetune.quant.int4 import Int4  # noqa: E402
+from edgetune.quant.int8 import Int8, Static8  # noqa: E402
+
+
+class Tied(nn.Module):
+    """A language model in three lines: the head shares the table's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(50, 32, padding_idx=0)
+        self.body = nn.Linear(32, 32)
+        self.lm_head = nn.Linear(32, 50, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(torch.tanh(self.body(self.embed_tokens(ids))))
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden = F.relu6(self.norm(self.conv(pixels)))
+        return self.head(self.drop(hidden.mean((2, 3))))
+
+
+def tied() -> Tied:
+    torch.manual_seed(0)
+    return Tied().eval()
+
+
+def test_int4_counts_half_a_byte_for_a_weight() -> None:
+    layer = nn.Sequential(nn.Linear(64, 10, bias=False))
+    assert stored_bytes(layer) == 64 * 10 * 4
+    Int4().apply(layer)
+    scales = 10 * (64 // 32) * 4
+    assert stored_bytes(layer) == 64 * 10 // 2 + scales
+    assert parameter_count(layer) == 640
+
+
+def test_int4_stays_within_half_a_step_of_each_weight() -> None:
+    torch.manual_seed(1)
+    layer = nn.Sequential(nn.Linear(64, 16))
+    before = layer[0].weight.detach().clone()
+    Int4().apply(layer)
+    quantized = layer[0].weight
+    step = quantized.scale.repeat_interleave(32, dim=1)
+    error = (quantized.dequantize() - before).abs()
+    clipped = before >= 7 * step  # symmetric: +7.5 steps has no code
+    assert (error[~clipped] <= 0.501 * step[~clipped]).all()
+    assert (error[clipped] <= 1.001 * step[clipped]).all()
+    assert error.max() > 0
+
+
+def test_int4_unties_the_head_from_the_table() -> None:
+    model = tied()
+    shared = model.embed_tokens.weight.detach().clone()
+    ids = torch.arange(50)[None]
+    expected = model(ids)
+    assert parameter_count(model) == 50 * 32 + 32 * 32 + 32
+    Int4().apply(model)
+    assert model.lm_head.weight.target_dtype == torch.int4
+    assert model.embed_tokens.weight.target_dtype == torch.int8
+    assert model.embed_tokens.padding_idx is None
+    assert torch.allclose(model.embed_tokens.weight.dequantize(), shared, atol=float(shared.abs().max()) / 100)
+    assert torch.allclose(model.lm_head.weight.dequantize(), shared, atol=float(shared.abs().max()) / 7)
+    assert (model(ids) - expected).norm() < 0.25 * expected.norm()
+
+
+def test_int4_leaves_out_what_skip_names() -> None:
+    model = Int4(skip=("lm_head", "embed_tokens")).apply(tied())
+    assert type(model.lm_head.weight) is nn.Parameter
+    assert type(model.embed_tokens.weight) is nn.Parameter
+    assert model.body.weight.target_dtype == torch.int4
+
+
+def test_int4_names_the_layer_that_the_group_does_not_divide() -> None:
+    model = nn.ModuleDict({"good": nn.Linear(64, 8), "bad": nn.Linear(40, 8)})
+    with pytest.raises(EdgetuneError, match=r"bad: .*group_size 32: got 40[\s\S]*round_to=32.*skip: \['bad'\]"):
+        Int4().apply(model)
+    assert type(model["good"].weight) is nn.Parameter, "nothing may be quantized before all widths are checked"
+
+
+def test_int4_refuses_a_skip_that_names_nothing() -> None:
+    with pytest.raises(EdgetuneError, match=r"skip: the pattern matches no layer: got 'lm_heed'.*lm_head"):
+        Int4(skip=("lm_heed",)).apply(tied())
+
+
+def test_int4_refuses_a_table_with_max_norm() -> None:
+    with pytest.raises(EdgetuneError, match="max_norm"):
+        Int4().apply(nn.ModuleDict({"table": nn.Embedding(5, 4, max_norm=1.0), "linear": nn.Linear(32, 2)}))
+
+
+def test_int4_reaches_an_attention_that_reads_its_projection_directly() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(32, 2, batch_first=True).eval()
+    x = torch.randn(1, 4, 32)
+    with torch.no_grad():
+        expected = attention(x, x, x)[0]
+        Int4().apply(attention)
+        got = attention(x, x, x)[0]
+    assert 0 < (got - expected).norm() < 0.3 * expected.norm()
+
+
+def test_int4_copies_and_counts_a_shared_layer_once() -> None:
+    layer = nn.Linear(32, 8, bias=False)
+    model = Int4().apply(nn.ModuleDict({"a": layer, "b": layer}))
+    assert stored_bytes(model) == tensor_bytes(layer.weight)
+    assert stored_bytes(copy.deepcopy(model)) == stored_bytes(model)
+
+
+def batches() -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(4, 3, 8, 8) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def static() -> tuple[nn.Module, Static8]:
+    torch.manual_seed(0)
+    model = Small().eval()
+    original = copy.deepcopy(model)
+    calibration = batches()
+    quantized = Int8().apply(model, Sample({"pixels": calibration[0][:1]}, lambda: iter(calibration)))
+    assert isinstance(quantized, Static8)
+    return original, quantized
+
+
+def test_int8_runs_any_number_of_rows_by_position_or_name(static: tuple[nn.Module, Static8]) -> None:
+    original, quantized = static
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, 3, 8, 8)
+        with torch.no_grad():
+            got, expected = quantized(pixels=x), original(x)
+        assert got.shape == (rows, 4)
+        assert torch.equal(got, quantized(x))
+        assert 0 < (got - expected).abs().max() < 0.1
+
+
+def test_int8_survives_train_and_eval(static: tuple[nn.Module, Static8]) -> None:
+    _, quantized = static
+    x = torch.randn(2, 3, 8, 8)
+    before = quantized(x)
+    assert torch.equal(quantized.train()(x), before)
+    assert quantized.training
+    assert torch.equal(quantized.eval()(x), before)
+
+
+def test_int8_keeps_one_byte_for_a_weight(static: tuple[nn.Module, Static8]) -> None:
+    original, quantized = static
+    assert parameter_count(quantized) == parameter_count(original)
+    weights = 3 * 8 * 9 + 8 * 4
+    assert weights < stored_bytes(quantized) < stored_bytes(original)
+
+
+def test_int8_needs_a_sample() -> None:
+    with pytest.raises(EdgetuneError, match="int8 needs example inputs"):
+        Int8().apply(Small())

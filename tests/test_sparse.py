@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from laws import bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+
+from edgetune.adapt.lora import LoRA
+from edgetune.attach import apply, finalize
+from edgetune.quant.nf4 import NF4
+from edgetune.sparse.frozen import FrozenLayer
+from edgetune.sparse.kept import kept_bytes
+from edgetune.sparse.scheme import blocks_of
+from edgetune.sparse.update import SparseUpdate, stages_of
+from edgetune.technique import EdgetuneError, call
+
+torch.set_num_threads(1)
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# Schemes
+
+
+def test_last_k_trains_the_last_blocks_and_what_comes_after() -> None:
+    names = trained(SparseUpdate(scheme="last-1").apply(bert(layers=3)))
+    outside = ("bert.pooler.", "classifier.")
+    assert all(name.startswith(("bert.encoder.layer.2.", *outside)) for name in names)
+    assert len(names) == 16 + 4
+
+
+@pytest.mark.parametrize(("head", "expected"), [("full", {"weight", "bias"}), ("bias", {"bias"}), ("frozen", set())])
+def test_the_head_has_its_own_setting(head: Any, expected: set[str]) -> None:
+    names = trained(SparseUpdate(scheme="last-1", head=head).apply(mlp()))
+    assert {n.partition(".")[2] for n in names if n.startswith("classifier")} == expected
+
+
+def test_norms_can_stay_frozen() -> None:
+    names = trained(SparseUpdate(scheme="last-2", norms=False).apply(mlp()))
+    assert {n for n in names if n.startswith("blocks")} == {
+        f"blocks.{i}.{layer}.{kind}" for i in (1, 2) for layer in ("up", "down") for kind in ("weight", "bias")
+    }
+
+
+def test_bias_trains_biases_and_the_head() -> None:
+    model = SparseUpdate(scheme="bias").apply(mlp())
+    every = {name for name, _ in model.named_parameters()}
+    assert trained(model) == {name for name in every if name.endswith(".bias")} | {"classifier.weight"}
+
+
+def test_in_a_written_scheme_the_later_pattern_wins_and_covers_what_is_inside() -> None:
+    scheme: dict[str, Any] = {"blocks.1": "full", "blocks.*.down": "bias", "blocks.1.norm": "frozen"}
+    names = trained(SparseUpdate(scheme=scheme).apply(mlp()))
+    assert names == {
+        "blocks.0.down.bias", "blocks.1.up.weight", "blocks.1.up.bias", "blocks.1.down.bias", "blocks.2.down.bias",
+        "classifier.weight", "classifier.bias",
+    }  # fmt: skip
+
+
+def test_a_resolved_scheme_prints() -> None:
+    scheme = SparseUpdate(scheme={"blocks.2.down": "bias"}).resolve(mlp())
+    assert str(scheme) == (
+        "scheme written: 131 of 13,923 parameters train\n"
+        "  bias   blocks.2.down: 32\n"
+        "  full   classifier: 99"
+    )  # fmt: skip
+    assert scheme.part("stem") == "frozen"
+    assert hash(scheme) == hash(SparseUpdate(scheme={"blocks.2.down": "bias"}).resolve(mlp()))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "what"),
+    [
+        ("last-9", "the model has 3 blocks"),
+        ("lats-2", "did you mean 'last-2'"),
+        ({"blocks.7": "full"}, "matches no layer"),
+    ],
+)
+def test_a_scheme_that_does_not_fit_raises(scheme: Any, what: str) -> None:
+    model = mlp()
+    with pytest.raises(EdgetuneError, match=what):
+        SparseUpdate(scheme=scheme).apply(model)
+    assert len(trained(model)) == len(list(model.parameters()))
+
+
+def test_a_scheme_that_trains_nothing_raises() -> None:
+    with pytest.raises(EdgetuneError, match="trains nothing"):
+        SparseUpdate(scheme="last-0", head="frozen").apply(mlp())
+
+
+def test_a_tied_head_raises_unless_it_is_frozen() -> None:
+    with pytest.raises(EdgetuneError, match=r"lm_head shares its weight with model\.embed_tokens"):
+        SparseUpdate(scheme="last-1").apply(llama(tied=True))
+    names = trained(SparseUpdate(scheme="last-1", head="frozen").apply(llama(tied=True)))
+    assert names
+    assert all(name.startswith("model.layers.1.") for name in names)
+
+
+def test_4_bit_weights_cannot_train() -> None:
+    with pytest.raises(EdgetuneError, match="cannot train"):
+        apply(mlp(), [NF4(block_size=32), SparseUpdate(scheme="last-1")])
+    apply(mlp(), [NF4(block_size=32, skip=("blocks.2.*", "classifier")), SparseUpdate(scheme="last-1")])
+
+
+@pytest.mark.parametrize("scheme", ["", {}, {"blocks": "half"}])
+def test_settings_are_checked(scheme: Any) -> None:
+    with pytest.raises(ValidationError):
+        SparseUpdate(scheme=scheme)
+
+
+# Blocks
+
+
+class Staged(nn.Module):
+    """Stages of blocks with something between them, as in ResNet, ConvNeXt and timm's EfficientNets."""
+
+    def __init__(self, linear: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.stages = nn.Sequential(nn.Sequential(linear(), linear()), nn.Sequential(linear(), linear(), linear()))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)))
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_blocks_are_found() -> None:
+    assert blocks_of(bert(layers=3)) == [f"bert.encoder.layer.{i}" for i in range(3)]
+    assert blocks_of(llama()) == ["model.layers.0", "model.layers.1"]
+    assert blocks_of(cnn()) == ["blocks.0", "blocks.1", "blocks.2"]
+    staged = ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1", "stages.1.2"]
+    assert blocks_of(Staged(Unit)) == staged
+    assert blocks_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU())) == []
+    linears = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), "head": nn.Linear(4, 2)})
+    assert blocks_of(linears) == ["layers.0", "layers.1"]
+
+
+def test_without_blocks_the_scheme_must_be_written_out_with_the_head() -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 4), nn.Linear(4, 2))
+
+    with pytest.raises(EdgetuneError, match="write the scheme out"):
+        SparseUpdate(scheme="last-1").apply(plain())
+    with pytest.raises(EdgetuneError, match="the head cannot be told"):
+        SparseUpdate(scheme={"3": "full"}).apply(plain())
+    assert trained(SparseUpdate(scheme={"3": "bias", "4": "full"}).apply(plain())) == {"3.bias", "4.weight", "4.bias"}
+
+
+# What runs
+
+
+def test_a_frozen_prefix_has_no_dropout_and_no_graph_even_in_training_mode() -> None:
+    model = SparseUpdate(scheme="last-1").apply(bert(layers=3)).train()
+    seen: list[tuple[Tensor, bool]] = []
+    model.bert.encoder.layer[1].output.LayerNorm.register_forward_hook(
+        lambda module, args, output: seen.append((output, module.training))
+    )
+    for _ in range(2):
+        call(model, tokens())
+    (first, mode), (second, _) = seen
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert not mode
+    assert all(module.training for module in model.modules())  # the user's mode is given back
+    assert not torch.equal(call(model, tokens()).logits, call(model, tokens()).logits)  # the trained part has dropout
+
+
+def test_lora_in_a_frozen_block_switches_it_on_by_itself() -> None:
+    model = apply(bert(layers=3), SparseUpdate(scheme="last-1"))
+    before = kept_bytes(model, tokens(), loss_of)
+    apply(model, LoRA(rank=2, targets=("bert.encoder.layer.1.*.query",)))
+    modes: dict[int, bool] = {}
+    for i in (0, 1):
+        model.bert.encoder.layer[i].output.dropout.register_forward_hook(
+            lambda module, args, output, i=i: modes.update({i: module.training})
+        )
+    loss_of(call(model.train(), tokens())).backward()
+    assert modes == {0: False, 1: True}
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert kept_bytes(model, tokens(), loss_of) > before
+
+
+def test_modes_come_back_after_an_error() -> None:
+    model = SparseUpdate(scheme="last-1").apply(mlp()).train()
+    with pytest.raises(RuntimeError):
+        model(torch.ones(2, 7))
+    assert torch.is_grad_enabled()
+    assert all(module.training for module in model.modules())
+    model.blocks[0].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(vectors())
+    assert torch.is_grad_enabled()
+
+
+def test_an_input_that_needs_a_gradient_gets_it() -> None:
+    model = SparseUpdate(scheme="last-1").apply(mlp())
+    x = vectors().requires_grad_(True)
+    loss_of(model(x)).backward()
+    y = vectors().requires_grad_(True)
+    loss_of(mlp()(y)).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_frozen_batch_norms_keep_their_statistics_and_trained_ones_move() -> None:
+    model = SparseUpdate(scheme="last-1").apply(cnn())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    fit(model, pictures())
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved
+    assert all(name.startswith("blocks.2.") for name in moved)
+
+
+def test_training_with_biases_is_training_in_eval_mode() -> None:
+    """All batch norms are frozen or train their bias alone, so the mode makes no difference."""
+    model = SparseUpdate(scheme="bias").apply(cnn())
+    torch.testing.assert_close(call(model.train(), pictures()), logits(cnn(), pictures()))
+
+
+def test_stages_are_the_blocks_and_what_stands_around_them() -> None:
+    model = bert(layers=2)
+    inner = model.bert
+    assert stages_of(model) == [inner.embeddings, *inner.encoder.layer, inner.pooler, model.classifier]
+
+
+def test_finalize_undoes_all_and_twice_raises() -> None:
+    model = SparseUpdate(scheme="last-1").apply(cnn())
+    with pytest.raises(EdgetuneError, match="already applied"):
+        SparseUpdate(scheme="last-2").apply(model)
+    plain = finalize(SparseUpdate(scheme="last-1").finalize(model))
+    assert kept_bytes(plain, pictures(), loss_of) == kept_bytes(cnn(), pictures(), loss_of)
+    assert SparseUpdate(scheme="last-2").apply(plain) is plain
+
+
+# Frozen operators
+
+
+CONVOLUTIONS = [
+    nn.Conv1d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 6, 3, stride=2, padding=(1, 2), bias=False),
+    nn.Conv2d(4, 8, (3, 2), dilation=(2, 1), groups=2),
+    nn.Conv2d(4, 4, 3, groups=4, padding="same"),
+    nn.Conv2d(4, 6, 4, padding="same", dilation=2),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(4, 6, 3, padding="valid"),
+    nn.Conv3d(4, 2, 2, stride=(1, 2, 1)),
+]
+NORMS = [nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.LayerNorm(9), nn.GroupNorm(2, 4)]
+
+
+def saved_by(run: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
+    shapes: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        return run(), shapes
+
+
+def picture_for(layer: nn.Module) -> Tensor:
+    dimensions = 3 if isinstance(layer, nn.Conv3d) else 1 if isinstance(layer, (nn.Conv1d, nn.BatchNorm1d)) else 2
+    return torch.randn(2, 4, *[9] * dimensions)
+
+
+@pytest.mark.parametrize("layer", [*CONVOLUTIONS, *NORMS], ids=str)
+@pytest.mark.parametrize("x_trains", [True, False])
+@pytest.mark.parametrize("bias_trains", [True, False])
+def test_frozen_layers_agree_with_autograd_and_keep_no_input(layer: Any, x_trains: bool, bias_trains: bool) -> None:
+    plain = copy.deepcopy(layer).eval()
+    if getattr(plain, "running_mean", None) is not None:
+        nn.init.uniform_(plain.running_mean)
+        nn.init.uniform_(plain.running_var, 0.5, 2.0)
+    plain.weight.requires_grad_(False)
+    if plain.bias is not None:
+        plain.bias.requires_grad_(bias_trains)
+    frozen = copy.deepcopy(plain).train()  # a frozen batch norm stays on its statistics
+    FrozenLayer().put_on(frozen)
+    x = picture_for(layer)
+    inputs = [x.clone().requires_grad_(x_trains) for _ in range(2)]
+    expected = plain(inputs[0])
+    got, shapes = saved_by(lambda: frozen(inputs[1]))
+    torch.testing.assert_close(got, expected)
+    if not expected.requires_grad:
+        assert not shapes
+        return
+    gradient = torch.randn_like(expected)
+    expected.backward(gradient)
+    got.backward(gradient)
+    if x_trains:
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    if plain.bias is not None and bias_trains:
+        torch.testing.assert_close(frozen.bias.grad, plain.bias.grad)
+    # the gradient of a layer or group norm's input needs the input, and so does that of a reflecting padding
+    if not (x_trains and (isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or "reflect" in str(layer))):
+        assert all(shape == tuple(layer.weight.shape) or max(shape) <= 4 for shape in shapes), shapes
+
+
+def test_a_layer_made_trainable_later_trains() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    layer.weight.requires_grad_(False)
+    FrozenLayer().put_on(layer)
+    layer.weight.requires_grad_(True)
+    x = torch.randn(1, 3, 5, 5)
+    layer(x).sum().backward()
+    expected = torch.autograd.grad(functional.conv2d(x, layer.weight, layer.bias).sum(), layer.weight)[0]
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_autocast_reaches_a_frozen_convolution() -> None:
+    layer, plain = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    plain.load_state_dict(layer.state_dict())
+    for conv in (layer, plain):
+        conv.weight.requires_grad_(False)
+    FrozenLayer().put_on(layer)
+    xs = [torch.ones(1, 3, 5, 5, requires_grad=True) for _ in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ys = [conv(x) for conv, x in zip((layer, plain), xs, strict=True)]
+    assert ys[0].dtype == ys[1].dtype == torch.bfloat16
+    for y in ys:
+        y.float().sum().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+
+
+# Kept bytes
+
+
+def test_kept_bytes_are_those_of_the_saved_tensors() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 4, bias=False))
+    # input (3, 8), sigmoid's output (3, 8) once for itself and the next linear, the squared logits (3, 4)
+    assert kept_bytes(model, torch.randn(3, 8), lambda y: y.square().sum()) == 4 * (24 + 24 + 12)
+
+
+def test_measuring_changes_nothing() -> None:
+    model = cnn()
+    model.blocks[0].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(9)
+    expected = torch.rand(3)
+    torch.manual_seed(9)
+    assert kept_bytes(model, pictures(), loss_of) > 0
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
