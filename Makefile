@@ -51,7 +51,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml recipes/assets.txt
 
 $(VENV)/.test: $(VENV)/.demo tests/assets.txt $(VENV)/.pictures
 	$(PIP) --editable ".[test]"
-	$(PIP) --no-deps --requirement tests/assets.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/timm --requirement tests/assets.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

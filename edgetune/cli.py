@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ app.add_typer(devices, name="devices")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 (typer reads the annotation on Python 3.10)
+    list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes: train.epochs=2, steps.3.ratio=0.5, variant=smoke."),
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in the package, or a path ending in .yaml.")]
@@ -92,7 +92,7 @@ def run(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; load and write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last unfinished run.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="The run's folder; default: runs/RECIPE-NNN.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/RECIPE-NNN.")] = None,
     as_json: Json = False,
 ) -> int:
     """Run a recipe: train, compress, export, verify, profile, report."""
@@ -151,10 +151,10 @@ def export(
         typer.Argument(help="A model (minilm, hf:PATH, timm:NAME), a run folder, or a .pt2 that torch.export saved."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("model.pte"),
-    device: Annotated[Optional[str], typer.Option(help="Lower for this device's preferred target.")] = None,  # noqa: UP045
-    target: Annotated[Optional[str], typer.Option(help="Lower for this target instead.")] = None,  # noqa: UP045
+    device: Annotated[str | None, typer.Option(help="Lower for this device's preferred target.")] = None,
+    target: Annotated[str | None, typer.Option(help="Lower for this target instead.")] = None,
     data: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Data that give classes and check rows, for a model by name: tweets, csv:PATH."),
     ] = None,
     as_json: Json = False,
@@ -185,13 +185,15 @@ def profile(
 ) -> int:
     """Say what a program costs on a device: predicted, and measured where it can be run."""
     from edgetune.export.artifact import Artifact
+    from edgetune.export.targets import find
     from edgetune.profile import profile as profile_
     from edgetune.technique import EdgetuneError
 
     if on != "host":
         action = "use --on host; copy the program to the device to time it there"
         raise EdgetuneError("programs are timed on this host only", got=on, allowed=["host"], action=action)
-    found = profile_(Artifact.load(program), device=device, measure=on == "host")
+    artifact = Artifact.load(program)
+    found = profile_(artifact, device=device, measure=find(artifact.manifest.target).runs_here)
     predicted = found.predicted.model_dump(mode="json")
     measured = found.measured.model_dump(mode="json") if found.measured else None
     if as_json:
@@ -271,7 +273,7 @@ def recipes_show(
 @recipes.command("copy")
 def recipes_copy(
     name: RecipeName,
-    path: Annotated[Optional[Path], typer.Argument(help="A folder, or a file ending in .yaml.")] = None,  # noqa: UP045
+    path: Annotated[Path | None, typer.Argument(help="A folder, or a file ending in .yaml.")] = None,
 ) -> int:
     """Copy a recipe to a file of your own."""
     from edgetune import recipe as recipes_of
@@ -322,9 +324,9 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
 @recipes.command("schema")
 def recipes_schema() -> int:
     """Print the JSON Schema of a recipe."""
-    from edgetune import recipe as recipes_of
+    from edgetune.schema import schema
 
-    _print(recipes_of.schema())
+    _print(schema())
     return 0
 
 
@@ -360,7 +362,7 @@ def devices_show(
 
 @devices.command("validate")
 def devices_validate(
-    paths: Annotated[Optional[list[str]], typer.Argument(metavar="ID", help="Ids or paths; default: all.")] = None,  # noqa: UP045
+    paths: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids or paths; default: all.")] = None,
     as_json: Json = False,
 ) -> int:
     """Check descriptors; print every fault."""
@@ -386,7 +388,7 @@ def devices_validate(
 @devices.command("calibrate")
 def devices_calibrate(
     out: Annotated[Path | None, typer.Option(help="The descriptor to write; default: host.yaml of your own.")] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Default: all cores of the process.")] = None,  # noqa: UP045
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores of the process.")] = None,
     as_json: Json = False,
 ) -> int:
     """Time micro-programs on this host and write its descriptor; about three minutes on 2 cores."""
@@ -395,7 +397,7 @@ def devices_calibrate(
     from edgetune.progress import shown
 
     with shown() as progress, contextlib.redirect_stdout(sys.stderr):
-        found = calibrate(out, threads=threads, progress=lambda done, of, name: progress("calibrate", done, of, name))
+        found = calibrate(out, threads=threads, progress=lambda name, done, of: progress("calibrate", done, of, name))
     path = out or user_folder() / (HOST + SUFFIX)
     _print({"path": str(path), **found.model_dump(mode="json")} if as_json else f"{path}: {found.name}, {found.soc}")
     return 0

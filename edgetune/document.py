@@ -124,7 +124,8 @@ def _check_limits(text: str, name: str) -> None:
     """Go through the parser's events, before anything is built."""
     depth = aliases = documents = nodes = 0
     for event in yaml.parse(text, _Reader):
-        where = f"{name}, line {event.start_mark.line + 1}"
+        mark = event.start_mark
+        where = f"{name}, line {mark.line + 1}" if mark else name
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -180,11 +181,12 @@ class _Reading:
                     key, path, "a key must be text", got=key.value if isinstance(key.value, str) else "a collection"
                 )
             elif key.value in found:
-                first = self.places[(*path, key.value)]
-                self.error(key, (*path, key.value), f"given twice, first in {first}", action="remove one")
+                inner = (*path, key.value)
+                self.error(key, inner, f"given twice, first in {self.places[inner]}", action="remove one")
             else:
-                self.places[(*path, key.value)] = f"line {key.start_mark.line + 1}"
-                found[key.value] = self.value(value, (*path, key.value))
+                inner = (*path, key.value)
+                self.places[inner] = f"line {key.start_mark.line + 1}"
+                found[key.value] = self.value(value, inner)
         return found
 
     def scalar(self, node: yaml.Node, path: Place) -> Any:

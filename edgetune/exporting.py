@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -28,6 +28,21 @@ class Exportable:
     model: nn.Module
     example: Inputs
     check_inputs: Sequence[Inputs] | None = None
+
+
+class _Program(nn.Module):
+    """A program of `torch.export`, which has one mode only and refuses `eval()`."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.program(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> _Program:
+        self.training = mode
+        return self
 
 
 def export_from(
@@ -82,7 +97,7 @@ def _saved(path: Path) -> Exportable:
         raise EdgetuneError(
             "inputs by position and by name together are not read", got=str(path), exit_code=Exit.EXPORT
         )
-    return Exportable(program.module(), dict(kwargs) if kwargs else tuple(args))
+    return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args))
 
 
 def _by_name(source: str, data: str | None) -> Exportable:

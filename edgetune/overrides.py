@@ -74,8 +74,9 @@ def overridden(
 def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[Place]:
     """Every place that a dotted key means."""
     first, *rest = (_segment(part) for part in key.split("."))
-    below = tuple(k for name, position in rest for k in ([name] if position is None else [name, position - 1]))
-    below = tuple(int(k) - 1 if isinstance(k, str) and k.isdecimal() else k for k in below)
+    below: Place = ()
+    for name, position in rest:
+        below += (int(name) - 1 if name.isdecimal() else name,) if position is None else (name, position - 1)
     name, position = first
     steps = [next(iter(step)) if isinstance(step, dict) and step else "" for step in _steps(values)]
     if name == "steps":

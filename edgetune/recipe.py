@@ -224,13 +224,8 @@ def _long_step(step: Any) -> Any:
     return step
 
 
-def kinds() -> dict[str, type[BaseModel]]:
-    """Recipe name -> settings class, for every step."""
-    tables = {**registry.TECHNIQUES, **registry.STEPS}
-    return {**{name: registry.load(path) for name, path in tables.items()}, "finalize": Finalize}
-
-
-def _known_steps() -> list[str]:
+def step_names() -> list[str]:
+    """Every word that may begin a step."""
     return [*registry.TECHNIQUES, *registry.STEPS, "finalize"]
 
 
@@ -274,7 +269,7 @@ class _Checking:
         if not isinstance(plain, list) or not plain:
             what = "a recipe needs at least one step" if plain == [] else "must be a list of steps"
             got = None if plain == [] else plain
-            self.errors.append(EdgetuneError(what, where=self.where(("steps",)), got=got, allowed=_known_steps()))
+            self.errors.append(EdgetuneError(what, where=self.where(("steps",)), got=got, allowed=step_names()))
             return []
         found = []
         for index, step in enumerate(plain):
@@ -285,15 +280,15 @@ class _Checking:
                 self.errors.append(EdgetuneError(what, where=self.where_step(index), got=got, action=action))
                 continue
             name, settings = next(iter(step.items()))
-            if name not in _known_steps():
+            if name not in step_names():
                 where = self.where_step(index)
-                self.errors.append(EdgetuneError("unknown step", where=where, got=name, allowed=_known_steps()))
+                self.errors.append(EdgetuneError("unknown step", where=where, got=name, allowed=step_names()))
                 continue
             found.append((index, name, self.step(index, name, settings)))
         return found
 
     def step(self, index: int, name: str, settings: Any) -> Step | None:
-        kind = kinds_of(name)
+        kind = settings_class(name)
         if not isinstance(settings, dict):
             action = f"write `- {name}: {{{next(iter(kind.model_fields), 'setting')}: ...}}`"
             problems = [Problem((), "settings must be a mapping", settings, tuple(kind.model_fields), action)]
@@ -309,7 +304,7 @@ class _Checking:
         earlier: list[str] = []
         opened = 0
         for index, name, step in steps:
-            kind, where = kinds_of(name), self.where_step(index, name)
+            kind, where = settings_class(name), self.where_step(index, name)
             techniques = [other for other in earlier if other in registry.TECHNIQUES]
             allowed = getattr(kind, "after", None)
             if allowed is None:
@@ -351,7 +346,9 @@ class _Checking:
 
         profile, budgets = values.get("profile"), values.get("budget")
         named = profile.get("devices") if isinstance(profile, dict) else None
-        found = [(("profile", "devices", i), d) for i, d in enumerate(named if isinstance(named, list) else [])]
+        found: list[tuple[Place, Any]] = [
+            (("profile", "devices", i), d) for i, d in enumerate(named if isinstance(named, list) else [])
+        ]
         for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
             found += [(("budget", index, "device"), budget.get("device"))] if isinstance(budget, dict) else []
         allowed = dict.fromkeys([*device.ids(), device.HOST])
@@ -373,7 +370,7 @@ class _Checking:
             self.errors += [error.within(where) for error in errors if VARIANT not in overrides]
 
 
-def kinds_of(name: str) -> type[BaseModel]:
+def settings_class(name: str) -> type[BaseModel]:
     """The settings class of one step name; only its own module is imported."""
     found: type[BaseModel] = (
         Finalize if name == "finalize" else registry.load({**registry.TECHNIQUES, **registry.STEPS}[name])
@@ -385,25 +382,3 @@ def _line(where: str) -> int:
     """The line number in an error's place, for sorting; 0 for an override."""
     found = re.search(r"\bline (\d+)", where)
     return int(found[1]) if found else 0
-
-
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file, with the settings of every technique; for editors and other tools."""
-    whole = Recipe.model_json_schema(ref_template="#/$defs/{model}")
-    definitions: dict[str, Any] = whole["$defs"]
-    definitions.pop("Step", None)
-    forms: list[dict[str, Any]] = [{"enum": _known_steps()}]
-    for name, kind in kinds().items():
-        own = kind.model_json_schema(ref_template="#/$defs/{model}")
-        definitions |= own.pop("$defs", {})
-        settings = {"anyOf": [own, {"type": "null"}]}
-        forms.append(
-            {"type": "object", "properties": {name: settings}, "required": [name], "additionalProperties": False}
-        )
-    properties = whole["properties"]
-    properties["steps"] = {"type": "array", "minItems": 1, "items": {"anyOf": forms}}
-    for key in ("model", "data"):
-        properties[key] = {"anyOf": [{"type": "string"}, properties[key]]}
-    properties["budget"] = {"anyOf": [{"$ref": "#/$defs/Budget"}, properties["budget"]]}
-    whole["required"] = [key for key in whole["required"] if key != "name"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole}

@@ -48,9 +48,13 @@ def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
     """Export once more with a note of every module entered and left: the one not left is the one."""
     stack: list[str] = []
     handles = []
+
+    def left(*_: object) -> None:
+        stack.pop()
+
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))  # type: ignore[misc]
-        handles.append(module.register_forward_hook(lambda *_: None if stack.pop() is None else None))
+        handles.append(module.register_forward_hook(left))
     last = _LastCall()
     try:
         with last:

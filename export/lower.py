@@ -21,7 +21,7 @@ from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
-from edgetune.technique import Inputs, call, logits_of, tensors_of
+from edgetune.technique import Inputs, call, logits_of
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ from edgetune.profile.operators import DType, Kind, Operator
 _NUMBER = "edgetune_operator"
 
 _FREE = frozenset(
-    "view _unsafe_view reshape unsqueeze squeeze alias detach unsqueeze_copy squeeze_copy view_copy flatten unflatten "
-    "_assert_tensor_metadata _assert_scalar _assert_async sym_size lift_fresh_copy".split()
-)
-_QUANTIZING = ("quantized_decomposed.quantize", "quantized_decomposed.dequantize", "quantized_decomposed.choose_qparams",
-               "torchao.quantize_affine", "torchao.dequantize_affine", "torchao.choose_qparams_affine")  # fmt: skip
+    ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias", "detach", "unsqueeze_copy", "squeeze_copy",
+     "view_copy", "flatten", "unflatten", "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_size",
+     "lift_fresh_copy")
+)  # fmt: skip
+_QUANTIZING = (
+    "quantized_decomposed.quantize", "quantized_decomposed.dequantize", "quantized_decomposed.choose_qparams",
+    "torchao.quantize_affine", "torchao.dequantize_affine", "torchao.choose_qparams_affine",
+)  # fmt: skip
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("linear", "addmm", "mm"), "linear"),
     **dict.fromkeys(("matmul", "bmm", "baddbmm"), "matmul"),

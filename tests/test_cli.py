@@ -18,6 +18,7 @@ from edgetune.cli import main
 from edgetune.environment import Environment, as_text
 from edgetune.ledger import Ledger, Row, Verdict
 from edgetune.profile import device
+from edgetune.schema import schema
 from edgetune.technique import EdgetuneError, Exit
 
 VERBS = [
@@ -204,7 +205,8 @@ mine: minilm on tweets, seed 0
      verify    100 held-out rows, program against eager model
      profile   this host, measured, pixel-8
      budget    device=pixel-8, size_mib=20.0
-would write runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, model.pte, model.json
+would write runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, \
+model.pte, model.json
 """
     )
     assert sorted(mine.parent.iterdir()) == before
@@ -220,7 +222,7 @@ def test_dry_run_as_json(mine: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_dry_run_loads_no_model_library(mine: Path) -> None:
     script = (
         "import sys; from edgetune.cli import main; assert main(['run', 'mine.yaml', '--dry-run']) == 0;"
-        "loaded = {'transformers', 'executorch', 'bitsandbytes', 'plotly'} & set(sys.modules); assert not loaded, loaded"
+        "found = {'transformers', 'executorch', 'bitsandbytes', 'plotly'} & set(sys.modules); assert not found, found"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -312,7 +314,7 @@ def test_recipes_validate_looks_into_variants(mine: Path, capsys: pytest.Capture
 
 
 def test_recipes_schema(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Answer(capsys, "recipes", "schema").json == recipe.schema()
+    assert Answer(capsys, "recipes", "schema").json == schema()
 
 
 # devices, env, report, profile, export

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,32 @@ from edgetune.data.task import quality
 from edgetune.models.causal import built_once, smollm2
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
-from edgetune.models.vision import ImageEncoder, effnet_lite0, timm_model
+from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.technique import EdgetuneError
 
-# An ordinary torchvision wheel beside a CPU build of torch fails on import unless it finds these two operators; with
-# Pillow there too, transformers then cannot import any model.
-if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# timm wants torchvision, whose wheel does not fit a CPU build of torch unless two operators are declared, and which,
+# once it lies beside Pillow, breaks transformers. So `make test` puts both into a folder of their own.
+TIMM = Path(sys.prefix) / "timm"
+TIMM_CHILD = """
+import torch
+
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from edgetune.data.dataset import Dataset, Rows
+from edgetune.models.loaded import ModelSettings
+from edgetune.models.vision import timm_model
+from edgetune.technique import EdgetuneError
+
+rows = Rows(torch.zeros(6, 28, 28, dtype=torch.uint8).numpy(), [0, 1, 2, 0, 1, 2])
+data = Dataset("tiny", "image-classification", ("a", "b", "c"), rows, rows, rows)
+loaded = timm_model("resnet10t", ModelSettings(source="timm", image_px=32, pretrained=False), data)
+print(loaded.name, tuple(loaded.model(loaded.encode(rows.inputs)).shape), *loaded.notes)
+try:
+    timm_model("resnet_18", ModelSettings(source="timm", pretrained=False), data)
+except EdgetuneError as error:
+    print(error)
+"""
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "text", "very"]
 
@@ -198,14 +218,14 @@ def test_pictures_in_files_keep_their_middle_and_their_right_side_up(tmp_path: P
     torch.testing.assert_close(turned, plain.flip(1))
 
 
+@pytest.mark.skipif(not TIMM.is_dir(), reason="tests/assets.txt, by `make test`")
 def test_timm_with_random_weights() -> None:
-    pytest.importorskip("timm")
-    loaded = timm_model("resnet10t", settings(image_px=32, pretrained=False), data("image-classification"))
-    images: Any = loaded.encode(data("image-classification").test.inputs)
-    assert loaded.model(images).shape == (6, 3)
-    assert loaded.notes == ("random weights",)
-    with pytest.raises(EdgetuneError, match="did you mean 'resnet18'"):
-        timm_model("resnet_18", settings(pretrained=False), data("image-classification"))
+    path = os.pathsep.join([str(TIMM), *sys.path])
+    child = subprocess.run(
+        [sys.executable, "-c", TIMM_CHILD], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert child.stdout.startswith("timm:resnet10t (6, 3) random weights\n"), child.stderr
+    assert "did you mean 'resnet18'" in child.stdout
 
 
 def test_built_once_by_two_at_the_same_time(tmp_path: Path) -> None:

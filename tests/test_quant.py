@@ -118,14 +118,14 @@ def test_int4_refuses_a_table_with_max_norm() -> None:
         Int4().apply(nn.ModuleDict({"table": nn.Embedding(5, 4, max_norm=1.0), "linear": nn.Linear(32, 2)}))
 
 
-def test_int4_reaches_an_attention_that_reads_its_projection_directly() -> None:
-    torch.manual_seed(0)
-    attention = nn.MultiheadAttention(32, 2, batch_first=True).eval()
+def test_int4_refuses_a_projection_that_is_read_directly() -> None:
+    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    with pytest.raises(EdgetuneError, match=r"self_attn\.out_proj: [\s\S]*skip: \['self_attn\.out_proj'\]"):
+        Int4().apply(model)
     x = torch.randn(1, 4, 32)
     with torch.no_grad():
-        expected = attention(x, x, x)[0]
-        Int4().apply(attention)
-        got = attention(x, x, x)[0]
+        expected = model(x)
+        got = Int4(skip=("self_attn.out_proj",)).apply(model)(x)
     assert 0 < (got - expected).norm() < 0.3 * expected.norm()
 
 

@@ -63,6 +63,7 @@ def example() -> Ledger:
     return Ledger(
         recipe="example-minilm",
         seed=0,
+        finished=True,
         model="minilm",
         data="tweets",
         settings={
@@ -73,7 +74,9 @@ def example() -> Ledger:
             "export": {"target": "xnnpack"}, "budget": {"device": "pixel-8", "latency_ms": 15.0, "size_mib": 16.0},
         },
         environment={"edgetune": "0.1.0", "torch": "2.13.0", "executorch": "1.4.1", "platform": "EXAMPLE, made up"},
-        baselines=(Baseline(name="majority class", value=46.2), Baseline(name="TF-IDF + logistic regression", value=79.4)),
+        baselines=(
+            Baseline(name="majority class", value=46.2), Baseline(name="TF-IDF + logistic regression", value=79.4),
+        ),
         rows=rows,
         trainings=(
             Training(row=3, losses=losses(240, 1.12, 0.34, 2e-4), optimizer_state_mib=28.8, gradients_mib=14.4,
@@ -85,7 +88,7 @@ def example() -> Ledger:
             path="model.pte", target="xnnpack", size_mib=17.4, plan_kib=388.0, sha256="0123456789abcdef" * 4,
             delegated_macs_pct=98.7, delegated_operators_pct=81.3,
             leftovers=(
-                Leftover(operator="aten.native_layer_norm", module="encoder.layer.0.attention.output.LayerNorm", count=1),
+                Leftover(operator="aten.native_layer_norm", module="encoder.layer.0.attention.LayerNorm", count=1),
                 Leftover(operator="aten.native_layer_norm", module="encoder.layer.0.output.LayerNorm", count=1),
                 Leftover(operator="aten.embedding", module="embeddings.word_embeddings", count=1),
                 Leftover(operator="aten.gelu", module="encoder.layer.0.intermediate", count=6),

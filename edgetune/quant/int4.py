@@ -44,6 +44,7 @@ class Int4(Technique):
         linears = select(model, self.targets, skip_linears, nn.Linear, _is_float)
         tables = self._tables(model, skip_tables)
         for name, layer in linears.items():
+            _check_called(name, layer)
             self._check_width(name, layer)
         for name, table in tables.items():
             _check_table(name, table)
@@ -86,6 +87,15 @@ class Int4(Technique):
 def _is_float(layer: nn.Module) -> bool:
     weight = layer.weight
     return type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_called(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise EdgetuneError(
+            "int4: nn.MultiheadAttention reads the weight of this layer directly and cannot use a quantized one",
+            where=name,
+            action=f"leave it out with skip: [{name!r}]",
+        )
 
 
 def _check_table(name: str, table: nn.Embedding) -> None:

@@ -57,7 +57,8 @@ def page(ledger: Ledger, path: Path) -> None:
         title=escaped(f"{ledger.recipe} - edgetune"),
         heading=escaped(ledger.recipe),
         kind=escaped(f"edgetune run · model {ledger.model} · data {ledger.data} · seed {ledger.seed}"),
-        sentences="\n".join(f'<p{" class=" + chr(34) + "lead" + chr(34) if not i else ""}>{escaped(s)}</p>' for i, s in enumerate(said)),
+        sentences=f'<p class="lead">{escaped(said[0])}</p>\n'
+        + "".join(f"<p>{escaped(line)}</p>\n" for line in said[1:]),
         tiles=tiles(ledger),
         main=body(ledger, drawn),
         footer=escaped(footer(ledger)),
@@ -126,7 +127,7 @@ def plot(figure: Figure) -> str:
     wide = ' class="wide"' if figure.wide else ""
     height = figure.spec["layout"]["height"]
     return (
-        f'<figure{wide}><figcaption>{escaped(figure.title)}</figcaption>\n'
+        f"<figure{wide}><figcaption>{escaped(figure.title)}</figcaption>\n"
         f'<div class="plot" id="plot-{figure.key}" role="img" aria-label="{told}" style="min-height:{height}px"></div>'
         "</figure>\n"
     )
@@ -138,10 +139,11 @@ def block(table: Table) -> str:
     head = f"<thead><tr>{head}</tr></thead>\n" if table.key != "program" else ""
     kind = f' class="of-{table.key}"' if table.key in ("predicted", "measured") else ""
     rows = "\n".join(f"<tr{kind}>{row_cells(table, row)}</tr>" for row in table.rows)
+    names = "" if table.key in ("program", "leftovers") else " names"
     notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes)
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
     return (
-        f'<div class="block" id="table-{table.key}"><div class="scroll" role="region" tabindex="0" '
+        f'<div class="block{names}" id="table-{table.key}"><div class="scroll" role="region" tabindex="0" '
         f'aria-label="{escaped(table.title)}"><table>\n<caption>{escaped(table.title)}</caption>\n'
         f"{head}<tbody>\n{rows}\n</tbody></table></div>{notes}</div>\n"
     )
@@ -158,8 +160,19 @@ def row_cells(table: Table, row: Sequence[Cell]) -> str:
     """The cells of a row; the first names it."""
     parts = []
     for place, (column, cell) in enumerate(zip(table.columns, row, strict=True)):
-        mono = table.key == "leftovers" and column.text or place == 1 and row[0].text in MONO and table.key == "program"
-        kinds = [kind for kind, on in (("n", not column.text), (cell.tone, cell.tone), ("mono", mono)) if on]
+        mono = (
+            column.text if table.key == "leftovers" else table.key == "program" and place == 1 and row[0].text in MONO
+        )
+        kinds = [
+            kind
+            for kind, on in (
+                ("n", not column.text),
+                ("text", column.heading == "settings"),
+                (cell.tone, cell.tone),
+                ("mono", mono),
+            )
+            if on
+        ]
         of = f' class="{" ".join(kinds)}"' if kinds else ""
         parts.append(
             f'<th scope="row"{of}>{shown(cell, column)}</th>' if place == 0 else f"<td{of}>{shown(cell, column)}</td>"
@@ -223,7 +236,9 @@ def tiles(ledger: Ledger) -> str:
     if ledger.verdicts:
         broken = [QUANTITIES[verdict.quantity][0] for verdict in ledger.verdicts if not verdict.holds]
         under = f"not: {', '.join(broken)}" if broken else plural(len(ledger.verdicts), "line")
-        found.append(tile("Budget", "does not hold" if broken else "holds", under, "bad" if broken else "good"))
+        found.append(
+            tile("Budget", "does not hold" if broken else "holds", under, "bad" if broken else "good", words=True)
+        )
     return f'<div class="tiles">\n{"".join(found)}</div>' if any(found) else ""
 
 
@@ -233,7 +248,9 @@ def size_tile(ledger: Ledger) -> str:
         return ""
     loaded = ledger.rows[0].size_mib
     if ledger.program is None:
-        return tile("Model in memory", f"{number(ledger.rows[-1].size_mib)} MiB", f"from {number(loaded)} MiB; no program")
+        return tile(
+            "Model in memory", f"{number(ledger.rows[-1].size_mib)} MiB", f"from {number(loaded)} MiB; no program"
+        )
     under = f"from {number(loaded)} MiB{smaller(loaded, ledger.program.size_mib)}"
     return tile("Program", f"{number(ledger.program.size_mib)} MiB", under)
 
@@ -249,10 +266,10 @@ def quality_tile(ledger: Ledger) -> str:
     return tile(f"{noun(result).capitalize()}, test set", f"{score(result.value)}{of}", under)
 
 
-def tile(name: str, value: str, under: str, kind: str = "") -> str:
+def tile(name: str, value: str, under: str, kind: str = "", *, words: bool = False) -> str:
     """One number with its name above and what it goes by below."""
     classes = f"tile {kind}".strip()
     return (
-        f'<dl class="{classes}"><dt>{escaped(name)}</dt><dd class="big">{escaped(value)}</dd>'
+        f'<dl class="{classes}"><dt>{escaped(name)}</dt><dd class="big{" words" if words else ""}">{escaped(value)}</dd>'
         f'<dd class="under">{escaped(under)}</dd></dl>\n'
     )

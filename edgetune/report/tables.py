@@ -6,7 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgetune.ledger import Ledger, Predicted, Quality, Row, Verdict
-from edgetune.report.numbers import DASH, change, count, finite, noun, number, percent, plural, quality, score, seconds, unit
+from edgetune.report.numbers import (
+    DASH,
+    change,
+    count,
+    finite,
+    noun,
+    number,
+    percent,
+    plural,
+    quality,
+    score,
+    seconds,
+    unit,
+)
 
 Tone = Literal["", "good", "bad", "faint"]
 
@@ -311,8 +324,10 @@ def step_name(ledger: Ledger, index: int) -> str:
 
 
 def sentences(ledger: Ledger) -> tuple[str, ...]:
-    """The run in a few sentences: result, measured, predicted, budget; what is missing is named."""
+    """The run in a few sentences: result, measured, predicted, budget, notes; what is missing is named."""
     said = [result_sentence(ledger)]
+    if not ledger.finished:
+        said.append("This run is not finished: what follows is as far as it came.")
     for line in ledger.measured:
         said.append(f"Measured on {line.device}: {number(line.latency_ms)} ms a run, "
                     f"{number(line.peak_memory_mib)} MiB of memory.")  # fmt: skip
@@ -323,7 +338,7 @@ def sentences(ledger: Ledger) -> tuple[str, ...]:
         said.append(f"Predicted: {devices}{trust}.")
     if ledger.verdicts:
         said.append(budget_sentence(ledger.verdicts))
-    return tuple(said)
+    return (*said, *ledger.notes)
 
 
 def result_sentence(ledger: Ledger) -> str:
