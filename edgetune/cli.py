@@ -196,17 +196,13 @@ def profile(
     found = profile_(artifact, device=device, measure=find(artifact.manifest.target).runs_here)
     predicted = found.predicted.model_dump(mode="json")
     measured = found.measured.model_dump(mode="json") if found.measured else None
-    if as_json:
-        _print({"predicted": predicted, "measured": measured})
-        return 0
-    _print(f"predicted: {_pairs(predicted)}")
-    _print(f"measured: {_pairs(measured)}" if measured else "measured: not on this machine")
+    here = f"measured: {_pairs(measured)}" if measured else "measured: this machine cannot run it"
+    _print({"predicted": predicted, "measured": measured} if as_json else f"predicted: {_pairs(predicted)}\n{here}")
     return 0
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v != ""]
-    return ", ".join(words)
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v != "")
 
 
 @app.command()
@@ -244,10 +240,8 @@ def recipes_list(as_json: Json = False) -> int:
     from edgetune import recipe as recipes_of
 
     found = [recipes_of.load(name) for name in recipes_of.names()]
-    if as_json:
-        _print([{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in found])
-    else:
-        _print("\n".join(f"{r.name}: {r.description}" for r in found))
+    plain = [{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in found]
+    _print(plain if as_json else "\n".join(f"{r.name}: {r.description}" for r in found))
     return 0
 
 
@@ -336,12 +330,9 @@ def devices_list(as_json: Json = False) -> int:
     from edgetune.profile import device
 
     found = [device.load(name) for name in device.ids()]
-    if as_json:
-        _print([{"id": d.id, "name": d.name, "soc": d.soc, "calibrated": d.calibration is not None} for d in found])
-        return 0
-    width = max(len(d.id) for d in found)
-    for d in found:
-        _print(f"{d.id:<{width}}  {d.name}, {d.soc}{', calibrated' if d.calibration else ''}")
+    plain = [{"id": d.id, "name": d.name, "soc": d.soc, "calibrated": d.calibration is not None} for d in found]
+    lines = [f"{d.id:<18} {d.name}, {d.soc}{', calibrated' if d.calibration else ''}" for d in found]
+    _print(plain if as_json else "\n".join(lines))
     return 0
 
 

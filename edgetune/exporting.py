@@ -15,7 +15,6 @@ from edgetune.technique import EdgetuneError, Exit, Inputs
 if TYPE_CHECKING:
     from edgetune.export import Artifact
 
-SAVED = "model.pt2"  # what a run's folder may hold: the finalized model as torch.export saved it
 CHECK_ROWS = 100
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
 ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, a run's folder, or a .pt2 file"
@@ -51,7 +50,7 @@ def export_from(
     """Lower what `source` names to `path`.
 
     Args:
-        source: a `.pt2` that `torch.export.save` wrote, a run's folder that holds `model.pt2`, or a model of the
+        source: a `.pt2` that `torch.export.save` wrote, the folder of a finished run, or a model of the
             registry (`minilm`, `hf:PATH`, `timm:NAME`).
         path: the `.pte` to write.
         device: lower for its preferred target.
@@ -73,10 +72,13 @@ def exportable(source: str, data: str | None = None) -> Exportable:
     if source.partition(":")[0] in registry.MODELS:
         return _by_name(source, data)
     if place.is_dir():
-        if not (place / SAVED).is_file():
-            what = f"this folder holds no {SAVED}"
-            raise EdgetuneError(what, got=source, action="give a run's folder, or write hf:PATH for a model's folder")
-        return _saved(place / SAVED)
+        if not (place / "recipe.yaml").is_file():
+            action = "give a run's folder, or write hf:PATH for a model's folder"
+            raise EdgetuneError("this folder holds no run", got=source, action=action)
+        from edgetune.pipeline import restore
+
+        found = restore(place)
+        return Exportable(found.model, found.example, found.check_inputs)
     raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, allowed=registry.MODELS)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgetune.modes import undisturbed
 from edgetune.quant.size import parameter_count, stored_bytes
 from edgetune.sparse.kept import kept_bytes
 from edgetune.technique import Inputs, call, logits_of
@@ -42,35 +43,25 @@ def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss
 
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-accumulates of one forward, by torch's own counter (which counts two operations for each)."""
-    counter = FlopCounterMode(display=False)
-    with _quiet(model, training=False), torch.no_grad(), counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_packed_products())
+    with undisturbed(model), torch.no_grad(), counter:
         call(model, inputs)
     return int(counter.get_total_flops()) // 2
+
+
+def _packed_products() -> dict[Any, Any]:
+    """The product of bitsandbytes' 4-bit layers, which torch's counter does not know; nothing where none is loaded."""
+    product = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+    if product is None:
+        return {}
+
+    def flops(inputs: tuple[int, ...], _: object, weight: tuple[int, ...], *__: object, **___: object) -> int:
+        return 2 * math.prod(inputs) * weight[0]  # weight: the shape (out, in)
+
+    return {product: flops}
 
 
 def kept_mib(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> float:
     """MiB that one training forward keeps for backward, parameters not counted."""
     inputs, labels = batch
-    with _quiet(model, training=True):
-        return kept_bytes(model, inputs, lambda output: loss(logits_of(output), labels)) / MIB
-
-
-class _quiet:
-    """Sets train or eval mode, and gives back the modes, the buffers and the random state as they were."""
-
-    def __init__(self, model: nn.Module, training: bool) -> None:
-        self.model, self.training = model, training
-
-    def __enter__(self) -> None:
-        self.modes = [(m, m.training) for m in self.model.modules()]
-        self.buffers = copy.deepcopy(dict(self.model.named_buffers())) if self.training else {}
-        self.random = torch.get_rng_state()
-        self.model.train(self.training)
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
-        current = dict(self.model.named_buffers())
-        for name, value in self.buffers.items():
-            current[name].data.copy_(value)
-        torch.set_rng_state(self.random)
+    return kept_bytes(model, inputs, lambda output: loss(logits_of(output), labels)) / MIB

@@ -17,14 +17,15 @@ from torch import nn
 
 from edgetune import registry, runs
 from edgetune.attach import apply, finalize, opened
+from edgetune.budget import verdicts
 from edgetune.data import task as tasks
 from edgetune.data.baselines import baselines
 from edgetune.data.dataset import Dataset, Split
 from edgetune.environment import versions
-from edgetune.ledger import Ledger, Program, Quality, Row, Training, Verdict
-from edgetune.measures import MIB, kept_mib, measure
+from edgetune.ledger import Ledger, Measured, Quality, Row, Training, Verdict
+from edgetune.measures import kept_mib, measure
 from edgetune.models.loaded import Loaded
-from edgetune.recipe import Budget, Recipe, Step, in_words, load
+from edgetune.recipe import Recipe, Step, in_words, load
 from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, Technique
 from edgetune.train import Train, train
 
@@ -97,6 +98,30 @@ def run(
     return Run(folder, fold.run())
 
 
+@dataclass(frozen=True)
+class Restored:
+    """The model that a finished run ended with, one example and the rows it was compared on."""
+
+    model: nn.Module
+    example: Inputs
+    check_inputs: tuple[Inputs, ...]
+
+
+def restore(folder: str | Path) -> Restored:
+    """The model a finished run ended with: its steps again, with the trained weights from its checkpoints."""
+    folder = Path(folder)
+    earlier = runs.earlier_ledger(folder)
+    if earlier is None or not earlier.finished:
+        raise EdgetuneError(
+            "the folder holds no finished run", got=str(folder), action=f"edgetune run RECIPE --resume --out {folder}"
+        )
+    recipe = load(folder / "recipe.yaml")
+    fold = _Fold(recipe, folder, resume=True, progress=lambda *_: None, record=False)
+    fold.steps()
+    rows = recipe.export.check_rows if recipe.export else min(EVALUATION_BATCH, len(fold.test_split))
+    return Restored(fold.model, fold.example(), tuple(fold.one_row(i) for i in range(rows)))
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch, numpy and Python."""
     torch.manual_seed(seed)
@@ -107,8 +132,8 @@ def seed_everything(seed: int) -> None:
 class _Fold:
     """The state that the steps are folded over: the model, and the ledger so far."""
 
-    def __init__(self, recipe: Recipe, folder: Path, resume: bool, progress: Progress) -> None:
-        self.recipe, self.folder, self.resume, self.progress = recipe, folder, resume, progress
+    def __init__(self, recipe: Recipe, folder: Path, resume: bool, progress: Progress, record: bool = True) -> None:
+        self.recipe, self.folder, self.resume, self.progress, self.record = recipe, folder, resume, progress, record
         earlier = runs.earlier_ledger(folder) if resume else None
         self.known = {row.index: row for row in earlier.rows} if earlier else {}
         started = time.perf_counter()
@@ -145,6 +170,17 @@ class _Fold:
             )
 
     def run(self) -> Ledger:
+        self.steps()
+        if self.recipe.export:
+            self.export()
+        self.ledger = self.ledger.with_(
+            verdicts=verdicts(self.recipe.budget, self.ledger, self.least_training_mib), finished=True
+        )
+        self.save()
+        return self.ledger
+
+    def steps(self) -> None:
+        """All steps, and what is open at the end finalized."""
         self.add_row("load", self.recipe.model.source, self.load_seconds)
         taught = {s.settings.distill.teacher for s in self.recipe.steps if _distils(s)}  # type: ignore[attr-defined]
         for index, step in enumerate(self.recipe.steps):
@@ -160,11 +196,6 @@ class _Fold:
                 raise
         self.close()
         self.model.eval()
-        if self.recipe.export:
-            self.export()
-        self.ledger = self.ledger.with_(verdicts=tuple(self.verdicts()), finished=True)
-        self.save()
-        return self.ledger
 
     def step(self, index: int, step: Step) -> None:
         self.close_for(step)
@@ -234,6 +265,8 @@ class _Fold:
     def export(self) -> None:
         from edgetune.export import export
         from edgetune.profile import profile
+        from edgetune.profile.device import HOST, ids
+        from edgetune.profile.measure import measure as measure_here
 
         assert self.recipe.export is not None
         self.progress("export", 0, 1, self.recipe.export.target)
@@ -245,18 +278,20 @@ class _Fold:
             check_inputs=[self.one_row(i) for i in range(self.recipe.export.check_rows)],
         )
         self.progress("export", 1, 1, "")
-        self.ledger = self.ledger.with_(program=program_of(artifact))
+        self.ledger = self.ledger.with_(program=artifact.program().model_copy(update={"path": artifact.path.name}))
         self.save()
         if self.recipe.profile is None:
             return
-        measured, predicted = (), []
-        devices = self.recipe.profile.devices
-        for number, device in enumerate(devices):
-            self.progress("profile", number, len(devices), device)
-            predicted.append(profile(artifact, device=device).predicted)
+        devices = [*self.recipe.profile.devices]
+        measured: tuple[Measured, ...] = ()
         if self.recipe.profile.measure:
-            self.progress("profile", len(devices), len(devices) + 1, "this host")
-            measured = (profile(artifact, device=None, measure=True).measured,)
+            self.progress("profile", 0, len(devices) + 1, "this host")
+            measured = (measure_here(artifact),)
+            devices += [HOST] if HOST in ids() else []  # calibrated: predicted beside measured
+        predicted = []
+        for number, device in enumerate(devices):
+            self.progress("profile", number + 1, len(devices) + 1, device)
+            predicted.append(profile(artifact, device).predicted)
         self.progress("profile", 1, 1, "")
         self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted))
 
@@ -300,67 +335,15 @@ class _Fold:
     def quality(self) -> Quality:
         return tasks.quality(self.task, self.model, self.test_split, EVALUATION_BATCH)
 
-    def verdicts(self) -> Iterator[Verdict]:
-        for budget in self.recipe.budget:
-            yield from self.verdicts_of(budget)
-
-    def verdicts_of(self, budget: Budget) -> Iterator[Verdict]:
-        """Each limit against what the run came to. The least is of this recipe: smaller settings may give less."""
-        predicted = next((p for p in self.ledger.predicted if p.device == budget.device), None)
-        trainings = [t.peak_memory_mib for t in self.ledger.trainings if t.peak_memory_mib]
-        found: dict[str, tuple[float | None, float, str]] = {
-            "latency_ms": (predicted and predicted.latency_ms, 0, "predicted"),
-            "peak_memory_mib": (predicted and predicted.peak_memory_mib, 0, "predicted"),
-            "size_mib": (self.ledger.program and self.ledger.program.size_mib, 0, "of the program"),
-            "train_memory_mib": (
-                max(trainings, default=None),
-                max(self.least_training_mib, default=0),
-                "weights, gradients, optimizer state and kept activations; the least is with batches of one row",
-            ),
-        }
-        for quantity, (value, least, note) in found.items():
-            limit = getattr(budget, quantity)
-            if limit is None:
-                continue
-            if value is None:
-                raise EdgetuneError(
-                    f"the budget limits {quantity}, and the recipe does nothing that tells it",
-                    got=budget.device,
-                    action="add export and the device under profile.devices, or a train step for train_memory_mib",
-                )
-            yield Verdict(
-                device=budget.device,
-                quantity=quantity,
-                limit=limit,
-                value=value,
-                least=least or value,
-                holds=value <= limit,
-                note=note,
-            )
-
     def save(self) -> None:
         from edgetune.report import write
 
+        if not self.record:
+            return
         if self.ledger.finished:
             write(self.ledger, self.folder)
         else:
             runs.write_whole(self.folder / "ledger.json", self.ledger.dumps())
-
-
-def program_of(artifact: Any) -> Program:
-    """The ledger's short form of an artifact's manifest."""
-    manifest = artifact.manifest
-    return Program(
-        path=artifact.path.name,
-        target=manifest.target,
-        size_mib=manifest.size_bytes / MIB,
-        plan_kib=manifest.plan_bytes / 1024,
-        sha256=manifest.sha256,
-        delegated_macs_pct=manifest.delegated_macs_pct,
-        delegated_operators_pct=manifest.delegated_operators_pct,
-        leftovers=manifest.leftovers,
-        parity=manifest.parity,
-    )
 
 
 def _distils(step: Step) -> bool:

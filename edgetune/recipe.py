@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 from edgetune import registry
 from edgetune.data.dataset import DataSettings
 from edgetune.document import Document, Place, dotted, raise_all, read, read_file
+from edgetune.export.targets import TARGETS
 from edgetune.models.loaded import ModelSettings
 from edgetune.overrides import VARIANT, overridden
 from edgetune.technique import EdgetuneError, Technique
@@ -246,6 +247,7 @@ class _Checking:
         self.order(steps)
         self.sources(values)
         self.devices(values)
+        self.reachable(found, steps)
         self.variants(values.get("variants"))
         self.errors.sort(key=lambda error: _line(error.where))
         complete = [step for _, _, step in steps if step is not None]
@@ -355,6 +357,27 @@ class _Checking:
         for path, name in found:
             if isinstance(name, str) and name not in allowed and not name.endswith(device.SUFFIX):
                 self.errors.append(EdgetuneError("unknown device", where=self.where(path), got=name, allowed=allowed))
+
+    def reachable(self, recipe: Recipe | None, steps: list[tuple[int, str, Step | None]]) -> None:
+        """Targets and devices that exist, and budgets that something in the recipe tells."""
+        if recipe is None:
+            return
+        if recipe.export is not None and recipe.export.target not in TARGETS:
+            where = self.where(("export", "target"))
+            self.errors.append(EdgetuneError("unknown target", where=where, got=recipe.export.target, allowed=TARGETS))
+        told = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
+        for index, budget in enumerate(recipe.budget):
+            needs = {
+                "latency_ms": (budget.device in told, f"add export, and {budget.device} under profile.devices"),
+                "peak_memory_mib": (budget.device in told, f"add export, and {budget.device} under profile.devices"),
+                "size_mib": (recipe.export is not None, "add export"),
+                "train_memory_mib": (any(name == "train" for _, name, _ in steps), "add a train step"),
+            }
+            for limit, (known, action) in needs.items():
+                if getattr(budget, limit) is not None and not known:
+                    where = self.where(("budget", index, limit))
+                    what = "nothing in the recipe tells whether this holds"
+                    self.errors.append(EdgetuneError(what, where=where, action=action))
 
     def variants(self, plain: Any) -> None:
         """Every key of every variant must mean something, chosen or not."""

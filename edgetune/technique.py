@@ -175,6 +175,15 @@ def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     return tuple(value[start:stop] for value in inputs)
 
 
+def moved(inputs: Inputs, device: torch.device) -> Inputs:
+    """The inputs on `device`, in the same form."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return tuple(value.to(device) for value in inputs)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the first parameter or buffer lies; the CPU for a model without any."""
     for tensor in (*model.parameters(), *model.buffers()):

@@ -24,7 +24,7 @@ from edgetune import checkpoint
 from edgetune.ledger import LossPoint, Quality
 from edgetune.plan import Plan, Split
 from edgetune.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
-from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of
+from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of, moved
 
 _MIB = 2**20
 _IGNORED_LABEL = -100
@@ -179,7 +179,7 @@ def _backward(
     for (inputs, labels), count in zip(batches, counts, strict=True):
         if not count:
             continue
-        inputs, labels = _moved(inputs, device), labels.to(device)
+        inputs, labels = moved(inputs, device), labels.to(device)
         logits = logits_of(call(model, inputs))
         loss = loss_fn(logits, labels)
         if teacher is not None and distill is not None:
@@ -294,14 +294,6 @@ def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def _moved(inputs: Inputs, device: torch.device) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return tuple(value.to(device) for value in inputs)
 
 
 def _result(run: Progress, optimizer: torch.optim.Optimizer) -> TrainResult:

@@ -36,8 +36,8 @@ class Wrapped(nn.Module):
 
 def keep_base_keys(layer: nn.Module) -> None:
     """Make a wrapping layer read and write its base's tensors under the base's own keys."""
-    layer.register_state_dict_post_hook(_shorten_keys)
-    layer.register_load_state_dict_pre_hook(_lengthen_keys)
+    layer.register_state_dict_post_hook(_shorten_keys)  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_pre_hook(_lengthen_keys)  # type: ignore[no-untyped-call]
 
 
 def _base_name(layer: nn.Module) -> str:

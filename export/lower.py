@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +13,7 @@ from torch.export import ExportedProgram
 
 from edgetune.export import failures, operators
 from edgetune.export.operators import Placed
+from edgetune.export.quiet import quiet
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.ledger import Leftover
@@ -199,16 +196,3 @@ def _leftovers(program: ExportedProgram, placed: Placed) -> tuple[Leftover, ...]
     modules = operators.modules(program)
     counts = Counter((name, modules.get(number, "") if number is not None else "") for name, number in placed.portable)
     return tuple(Leftover(operator=name, module=module, count=n) for (name, module), n in counts.most_common())
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the compilers' own warnings and logs, which name no action for the user, off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

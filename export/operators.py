@@ -150,8 +150,10 @@ def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operato
     elements = _elements(shape)
     weight_bytes = sum(_elements(_shape(s.node)) * s.bits // 8 + s.scale_bytes for s in weights)
     if kind == "embedding" and weights:  # only the rows that are looked up are read
-        rows = max(1, _shape(weights[0].node)[0])
-        weight_bytes = min(weight_bytes, elements * weights[0].bits // 8 + weights[0].scale_bytes // rows)
+        table = weights[0]
+        rows, width = _shape(table.node)
+        read_rows = elements // width
+        weight_bytes = elements * table.bits // 8 + read_rows * (table.scale_bytes // rows)
     read = sum(_elements(_shape(s.node)) * s.bits // 8 for s in activations)
     return Operator(
         operator=str(node.target),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edgetune.export import targets, verify
 from edgetune.export.artifact import Artifact, Manifest, TensorSpec, sha256_of, write_pair
 from edgetune.export.lower import Lowered, Positional, lower
+from edgetune.export.quiet import quiet
 from edgetune.export.targets import Target
 from edgetune.export.verify import Bounds
 from edgetune.ledger import Parity
@@ -36,7 +37,8 @@ def export_program(
     bounds: Bounds,
 ) -> Artifact:
     """See `edgetune.export.export`."""
-    require("executorch", "export")
+    with quiet():
+        require("executorch", "export")
     if path.suffix != ".pte":
         raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
     chosen = targets.for_device(device, target)
@@ -48,7 +50,11 @@ def export_program(
         lowered = lower(program, example, chosen)
 
         def prove(partial: Path) -> Manifest:
-            parity, outputs = _prove(partial, program, rows, chosen, bounds)
+            try:
+                parity, outputs = _prove(partial, program, rows, chosen, bounds)
+            except EdgetuneError as error:
+                error.where = str(path)  # the temporary name is of no use to anyone
+                raise
             inputs = _specs(example, program.names or tuple(f"input_{i}" for i in range(len(example))))
             return _manifest(lowered, chosen, device, inputs, _specs(outputs, ("logits",)), parity)
 

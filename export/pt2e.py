@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgetune.export import failures
-from edgetune.export.lower import Positional, quiet
+from edgetune.export.lower import Positional
+from edgetune.export.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
 

@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from edgetune.export.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit
 
 
@@ -25,16 +26,18 @@ class Target:
             return []
         module, _, name = self.partitioner.partition(":")
         try:
-            for needed in self.needs:
-                importlib.import_module(needed)
-            kind = getattr(importlib.import_module(module), name)
+            with quiet():
+                for needed in self.needs:
+                    importlib.import_module(needed)
+                kind = getattr(importlib.import_module(module), name)
         except ImportError as error:
             raise EdgetuneError(
                 f"target {self.name} cannot be lowered on this machine ({error})",
                 action=self.install,
                 exit_code=Exit.EXPORT,
             ) from error
-        return [kind(_mps_specs())] if self.name == "mps" else [kind()]
+        with quiet():
+            return [kind(_mps_specs())] if self.name == "mps" else [kind()]
 
 
 def _mps_specs() -> list[Any]:

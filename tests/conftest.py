@@ -1,3 +1,8 @@
-"""What pytest must not collect: the scripts of the README, which train on import and are run by test_integrations."""
+"""One thread each: tests are small, and threads that wait for each other cost more than they bring."""
 
-collect_ignore_glob = ["examples_*.py"]
+import torch
+
+torch.set_num_threads(1)
+
+# the scripts of the README train on import; test_integrations runs them
+collect_ignore_glob = ["examples_*.py", "bench.py", "readme.py"]

@@ -223,7 +223,7 @@ NOTHING = ("*.nothing",)
 
 CASES = [
     Case(
-        "sparse-last-1-mlp", (SparseUpdate(scheme="last-1"),), mlp, vectors, keeps_less=True, exports=True,
+        "sparse-last-1-mlp", (SparseUpdate(scheme="last-1"),), mlp, vectors, keeps_less=True,
         unmatched=SparseUpdate(scheme={"nothing": "full"}),
     ),
     Case("sparse-last-2-cnn", (SparseUpdate(scheme="last-2", norms=False),), cnn, pictures, keeps_less=True),
@@ -237,7 +237,7 @@ CASES = [
         keeps_less=True,
     ),
     Case(
-        "lora-mlp", (LoRA(rank=2, targets=BLOCKS, also_train=("classifier",)),), mlp, vectors, exports=True,
+        "lora-mlp", (LoRA(rank=2, targets=BLOCKS, also_train=("classifier",)),), mlp, vectors,
         unmatched=LoRA(targets=NOTHING),
     ),
     Case("lora-rslora-cnn", (LoRA(rank=2, targets=("*.pointwise",), rslora=True),), cnn, pictures),
@@ -267,6 +267,14 @@ CASES = [
     Case("nf4-double-llama", (NF4(block_size=32),), llama, tokens, error=0.2, size=nf4_size(True, "lm_head")),
     Case(
         "nf4-lora-bert", (NF4(block_size=32), LoRA(rank=2, targets=ATTENTION, also_train=("classifier",))),
-        bert, tokens, error=0.3, exports=True,
+        bert, tokens, error=0.3,
+    ),
+    Case(
+        "nf4-sparse-lora-mlp",
+        (
+            NF4(block_size=32, skip=("blocks.2.*", "classifier")), SparseUpdate(scheme="last-1"),
+            LoRA(rank=2, targets=("blocks.1.up",)),
+        ),
+        mlp, vectors, error=0.2, keeps_less=True, exports=True,
     ),
 ]  # fmt: skip

@@ -380,7 +380,7 @@ def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str
     assert "accepted are minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, a run's folder, or a .pt2" in unknown.err
     assert "did you mean 'minilm'?" in unknown.err
     Path("folder").mkdir()
-    assert "holds no model.pt2" in Answer(capsys, "export", "folder").err
+    assert "this folder holds no run" in Answer(capsys, "export", "folder").err
     Path("broken.pt2").write_bytes(b"nothing")
     broken = Answer(capsys, "export", "broken.pt2")
     assert broken.code == 2
@@ -391,10 +391,8 @@ def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str
 
 def test_export_and_profile_of_a_saved_program(mine: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).eval()
-    folder = Path("run")
-    folder.mkdir()
-    torch.export.save(torch.export.export(net, (torch.randn(1, 8),)), folder / "model.pt2")
-    done = process("export", "run", "--device", "pixel-8", "-o", "small.pte", "--json")
+    torch.export.save(torch.export.export(net, (torch.randn(1, 8),)), "model.pt2")
+    done = process("export", "model.pt2", "--device", "pixel-8", "-o", "small.pte", "--json")
     assert done.returncode == 0, done.stderr
     manifest = json.loads(done.stdout)
     assert (manifest["target"], manifest["parity"]["same_prediction_pct"]) == ("xnnpack", 100)

@@ -211,6 +211,13 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         device.load(path)
 
 
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    shared = {"value": None, "unknown": "nobody knows"}
+    yaml_file.write_yaml(tmp_path / "x.yaml", {"a": shared, "b": shared, "c": ["é", 1.5, True]})
+    text = (tmp_path / "x.yaml").read_text(encoding="utf-8")
+    assert yaml_file.read_yaml(text, "x.yaml") == {"a": shared, "b": shared, "c": ["é", 1.5, True]}
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "x.yaml"
     yaml_file.write_yaml(path, {"a": 1})

@@ -92,7 +92,8 @@ def test_ours_loads_plain_pefts(tmp_path: Path, modules_to_save: list[str] | Non
     model = load_adapter(bert(), tmp_path)
     torch.testing.assert_close(logits(model, tokens()), logits(theirs, tokens()), atol=1e-6, rtol=0)
     assert ("classifier.weight" in trained(model)) == bool(modules_to_save)
-    merged = LoRA(targets=QUERY).finalize(model)
+    merged = finalize(model)
+    assert not any(is_peft(module) for module in merged.modules())
     torch.testing.assert_close(logits(merged, tokens()), logits(theirs, tokens()), atol=1e-6, rtol=0)
 
 
@@ -167,6 +168,7 @@ def test_names_that_are_suffixes_of_others_adapt_nothing_else() -> None:
         (lambda: nn.TransformerEncoderLayer(8, 2, 16), {"targets": ("*.out_proj",)}, "reads its weight directly"),
         (mlp, {"targets": ("classifier",), "also_train": ("classifier",)}, "both targets and also_train"),
         (mlp, {"targets": ("stem",), "also_train": ("*.nothing",)}, "matches no layer"),
+        (lambda: llama(tied=True), {"targets": ("*.q_proj",), "also_train": ("lm_head",)}, "shares its weight"),
     ],
 )
 def test_what_cannot_be_done_raises_before_anything_changed(model: Any, settings: dict[str, Any], what: str) -> None:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgetune.quant.int4 import Int4
+from edgetune.quant.int8 import Int8, Static8
 from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
 from edgetune.technique import EdgetuneError, Sample
-
-logging.disable(logging.WARNING)  # torchao tells of CUDA libraries that it cannot load
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import torchao  # noqa: F401
-logging.disable(logging.NOTSET)
-
-from edgetune.quant.int4 import Int4  # noqa: E402
-from edgetune.quant.int8 import Int8, Static8  # noqa: E402
 
 
 class Tied(nn.Module):

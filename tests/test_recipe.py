@@ -65,6 +65,19 @@ def test_values_arrive() -> None:
     assert found.budget[0].latency_ms == 20
 
 
+@pytest.mark.parametrize("change", ["export=", "export=null"])
+def test_a_recipe_without_export(change: str) -> None:
+    assert parsed(TEXT, change, "budget=[]").export is None
+    with pytest.raises(EdgetuneError, match="line 13, budget.latency_ms: nothing in the recipe tells") as caught:
+        parsed(TEXT, change)
+    assert "add export, and pixel-8 under profile.devices" in str(caught.value)
+
+
+def test_an_unknown_target_is_found_before_any_work() -> None:
+    with pytest.raises(EdgetuneError, match="export.target: unknown target: got 'xnpack'.*did you mean 'xnnpack'"):
+        parsed(TEXT.replace("target: xnnpack", "target: xnpack"))
+
+
 def test_resolved_is_the_same_recipe() -> None:
     found = parsed()
     assert recipe.parse(found.to_yaml(), "other.yaml") == found
@@ -86,7 +99,8 @@ def test_digest_changes_with_results_only() -> None:
     assert parsed(TEXT.replace("name: mine", "name: mine\ndescription: words")).digest == plain
     assert parsed(TEXT.replace("smoke", "quick")).digest == plain
     assert parsed(TEXT, "seed=0").digest == plain
-    for change in ("seed=1", "lora.rank=5", "data.train_rows=100", "train[2].learning_rate=2e-3", "export=null"):
+    changes = ("seed=1", "lora.rank=5", "data.train_rows=100", "train[2].learning_rate=2e-3", "export.check_rows=7")
+    for change in changes:
         assert parsed(TEXT, change).digest != plain, change
 
 
@@ -141,14 +155,12 @@ def test_overrides_reach_one_step_or_all() -> None:
         ("data.train_rows=9", lambda r: r.data.train_rows == 9),
         ("data=csv:rows.csv", lambda r: r.data.source == "csv:rows.csv"),
         ("data.source=csv:a=b.csv", lambda r: r.data.source == "csv:a=b.csv"),
-        ("export=null", lambda r: r.export is None),
-        ("export=", lambda r: r.export is None),
         ("lora.targets=['*.key', '*.value']", lambda r: settings(r, "lora")[0].targets == ("*.key", "*.value")),
         ("train[2].distill.weight=0.25", lambda r: settings(r, "train")[1].distill.weight == 0.25),
         ("train[1].distill.teacher=lora", lambda r: settings(r, "train")[0].distill.teacher == "lora"),
         ("budget.size_mib=3", lambda r: (r.budget[0].size_mib, r.budget[0].latency_ms) == (3, 20)),
         ("budget.1.latency_ms=3", lambda r: r.budget[0].latency_ms == 3),
-        ("profile.devices=[host]", lambda r: r.profile.devices == ("host",)),
+        ("profile.devices=[host, pixel-8]", lambda r: r.profile.devices == ("host", "pixel-8")),
     ],
 )
 def test_override(change: str, read_back: Any) -> None:

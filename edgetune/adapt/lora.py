@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune import trainable
+from edgetune import attach, trainable
 from edgetune.registry import require
 from edgetune.sparse.frozen import freeze_batch_norms, remove_hooks
 from edgetune.targets import refuse_read_directly, refuse_shared, select
@@ -60,6 +60,7 @@ class LoRA(Technique):
         _refuse_adapters(model)
         chosen = select(model, self.targets, self.skip, accept=can_adapt)
         whole = select(model, self.also_train) if self.also_train else {}
+        _refuse_untrainable(model, whole)
         for name in chosen:
             inside = [outer for outer in whole if name == outer or name.startswith(outer + ".")]
             if inside:
@@ -132,6 +133,18 @@ def inject(model: nn.Module, config: Any, chosen: dict[str, nn.Module]) -> None:
     for layer in adapted.values():
         keep_base_keys(layer)
     freeze_batch_norms(model)
+
+
+def _refuse_untrainable(model: nn.Module, whole: dict[str, nn.Module]) -> None:
+    """Raise for what cannot train whole: 4-bit weights, and weights tied to a layer that stays frozen."""
+    for name, layer in whole.items():
+        for inner, module in layer.named_modules(prefix=name):
+            refuse_shared(model, {inner: module})
+            for key, parameter in module.named_parameters(recurse=False):
+                if not parameter.is_floating_point():
+                    raise EdgetuneError(
+                        f"{inner}.{key} is stored in {parameter.dtype} and cannot train", action="put it in skip of nf4"
+                    )
 
 
 def shown(config: Any) -> str:
@@ -220,6 +233,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     config.inference_mode, config.modules_to_save = False, None
     inject(model, config, {name: model.get_submodule(name) for name in names})
     _load(peft, model, state)
+    loaded = LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(sorted(names)))
+    setattr(model, attach._OPEN, [*attach.opened(model), loaded])  # so that et.finalize merges it
     return model
 
 

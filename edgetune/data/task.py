@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from torch.nn import functional as F
 
 from edgetune.data.dataset import IGNORED_LABEL, Split, Task
 from edgetune.ledger import Quality
-from edgetune.technique import EdgetuneError, Inputs, call, device_of, logits_of
+from edgetune.modes import undisturbed
+from edgetune.technique import EdgetuneError, call, device_of, logits_of, moved
 
 
 def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,33 +75,11 @@ def _outputs(task: Task, model: nn.Module, split: Split, batch_size: int) -> Ite
         indices = order[start : start + batch_size]
         inputs, labels = split.batch(indices)
         # entered anew for each batch: a caller that stops in between leaves nothing changed
-        with _undisturbed(model), torch.no_grad():
-            logits = logits_of(call(model, _moved(inputs, device)))
+        with undisturbed(model), torch.no_grad():
+            logits = logits_of(call(model, moved(inputs, device)))
         if not torch.isfinite(logits).all():
             raise EdgetuneError(
                 "the model's outputs are not finite numbers",
                 action="look at the step before: a learning rate that is too high, or a quantization that overflows",
             )
         yield (indices, *_aligned(task, logits, labels))
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode and the random state are put back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = device_of(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-def _moved(inputs: Inputs, device: torch.device) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return tuple(value.to(device) for value in inputs)

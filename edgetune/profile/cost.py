@@ -18,6 +18,8 @@ from edgetune.profile.rates import CACHE_RATIO, Rates, rates_of
 from edgetune.technique import EdgetuneError
 
 MIB = 1024.0 * 1024.0
+_LAYERS: frozenset[Kind] = frozenset({"conv", "pointwise-conv", "depthwise-conv", "linear"})
+_CLAMPS = (".relu", "hardtanh", ".clamp")
 
 # Share of the peak that a delegated operator reaches without any calibration: (float, 8-bit activations).
 # linear: OnePlus 12, Llama 3.2 1B, prefill 117 GOPS in bf16 of 259 peak, 507 of 2074 with 8da4w (executorch's
@@ -54,7 +56,7 @@ PRIOR_LOG, PORTABLE_LOG, FALLBACK_LOG, FLOOR_LOG = math.log(1.7), math.log(2.5),
 
 _MOST = 10**18  # beyond it, sizes are mistakes and sums might overflow
 
-RUNTIME_MIB = 6.0  # code, thread stacks and tables, beyond an empty process
+RUNTIME_MIB = 2.0  # code, thread stacks and tables, beyond an empty process
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,23 @@ def delegate_calls_of(operators: Sequence[Operator]) -> int:
     return sum(1 for last, operator in zip(before, operators, strict=False) if operator.delegated and not last)
 
 
+def unfolded(operators: Sequence[Operator]) -> tuple[Operator, ...]:
+    """The operators that run on their own: XNNPACK folds a batch norm, and a clamp after it, into the layer before.
+
+    A batch norm that follows no layer is never delegated, so a delegated one is always folded.
+    """
+    kept: list[Operator] = []
+    after_layer = False
+    for operator in operators:
+        name = operator.operator.lower()
+        norm = operator.delegated and "batch_norm" in name
+        clamp = operator.delegated and after_layer and any(word in name for word in _CLAMPS)
+        if not (norm or clamp):
+            kept.append(operator)
+            after_layer = operator.delegated and operator.kind in _LAYERS
+    return tuple(kept)
+
+
 def predict(
     operators: Sequence[Operator],
     device: Device,
@@ -172,6 +191,7 @@ def predict(
     and for negative sizes.
     """
     _check(operators, plan_bytes, program_bytes, delegate_calls)
+    operators = unfolded(operators)
     rates, fixed = rates_of(device), fixed_of(device)
     calls = delegate_calls_of(operators) if delegate_calls is None else delegate_calls
     cached = weights_cached(operators, rates)
@@ -181,7 +201,8 @@ def predict(
     for operator in operators:
         shares = shares_of(operator, device)
         computing = compute_us(operator, rates) / shares.compute
-        moving = memory_us(operator, rates, cached) / shares.memory
+        # a share above 1 is what a nearer cache gave to small programs: weights from main memory see none of it
+        moving = memory_us(operator, rates, cached) / (shares.memory if cached else min(shares.memory, 1.0))
         own_us = max(computing, moving) + (fixed.delegated if operator.delegated else fixed.portable)
         rate_log = rates.compute_log if computing >= moving else rates.memory_log
         if device.calibration is not None:
@@ -203,10 +224,16 @@ def predict(
 
 
 def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_bytes: int | None = None) -> float:
-    """Planned arena + the program as loaded + the backend's packed copy of the weights + the runtime itself."""
+    """Planned arena + the program's touched pages + the backend's packed weights and workspace + the runtime itself.
+
+    The program is mapped: rows of an embedding that are never read take no memory. The workspace, which no file
+    states, is taken as twice the traffic of the largest delegated operator.
+    """
     weights = sum(operator.weight_bytes for operator in operators)
+    touched = weights if program_bytes is None else min(weights, program_bytes)
     packed = sum(operator.weight_bytes for operator in operators if operator.delegated)
-    return (plan_bytes + (weights if program_bytes is None else program_bytes) + packed) / MIB + RUNTIME_MIB
+    workspace = 2 * max((o.activation_bytes for o in operators if o.delegated), default=0)
+    return (plan_bytes + touched + packed + workspace) / MIB + RUNTIME_MIB
 
 
 def train_memory_mib(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgetune.profile.cost import Fixed, compute_us, memory_us, prior, weights_cached
+from edgetune.profile.cost import Fixed, compute_us, memory_us, prior, unfolded, weights_cached
 from edgetune.profile.device import Efficiency
 from edgetune.profile.operators import DType, Kind, Operator
 from edgetune.profile.rates import Rates
@@ -100,9 +100,10 @@ def fit(timed: Sequence[Timed], rates: Rates, fixed: Fixed) -> Fit:
 def _reduce(item: Timed, rates: Rates, fixed: Fixed) -> _Program:
     if not (math.isfinite(item.us) and item.us > 0):
         raise EdgetuneError("a latency must be positive", where=item.name, got=item.us)
-    cached = weights_cached(item.operators, rates)
-    parts = tuple((key_of(o), compute_us(o, rates), memory_us(o, rates, cached)) for o in item.operators)
-    own = sum(fixed.delegated if o.delegated else fixed.portable for o in item.operators)
+    operators = unfolded(item.operators)
+    cached = weights_cached(operators, rates)
+    parts = tuple((key_of(o), compute_us(o, rates), memory_us(o, rates, cached)) for o in operators)
+    own = sum(fixed.delegated if o.delegated else fixed.portable for o in operators)
     fixed_us = fixed.call + item.delegate_calls * fixed.delegate_call + own
     return _Program(item.name, item.us, fixed_us, parts)
 

@@ -43,7 +43,7 @@ def time_on_host(path: Path, inputs: Sequence[Tensor], *, threads: int, seconds:
     return timing
 
 
-def measure(artifact: Artifact, *, threads: int | None = None, seconds: float = 3.0) -> Measured:
+def measure(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> Measured:
     """Median latency, its p10 and p90, load time, and peak memory above an empty process, on this host.
 
     `threads`: by default all cores of the process. Inputs are drawn from the manifest: they are valid, not real.

@@ -33,6 +33,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Safe, and writes a value that occurs twice twice: what is written must be read again."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def read_yaml(text: str, where: str) -> object:
     """What the text holds; `EdgetuneError` with the line for anything unsafe or malformed."""
     if len(text) > _MOST_CHARACTERS:
@@ -50,7 +57,7 @@ def write_yaml(path: Path, content: object) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True, width=120)
+            yaml.dump(content, file, _Dumper, sort_keys=False, allow_unicode=True, width=120)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from edgetune.export.quiet import quiet
 from edgetune.registry import require
 from edgetune.targets import matches, select
 from edgetune.technique import EdgetuneError, Sample, Technique
@@ -39,7 +39,8 @@ class Int4(Technique):
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Quantize in place. The model keeps its classes and runs in eager mode; its weights can no longer train."""
-        require("torchao", "int4")
+        with quiet():
+            require("torchao", "int4")
         skip_linears, skip_tables = self._skips(model)
         linears = select(model, self.targets, skip_linears, nn.Linear, _is_float)
         tables = self._tables(model, skip_tables)
@@ -139,6 +140,5 @@ def _quantize(layer: nn.Module, config: Any) -> None:
     """Quantize this one layer's weight. Each layer reads the float weight it holds, so tied ones stay right."""
     from torchao.quantization import quantize_
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchao warns of its own deprecations
+    with quiet():
         quantize_(layer, config, filter_fn=lambda module, _: module is layer)

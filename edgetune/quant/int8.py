@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
+from edgetune.export.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Sample, Technique, device_of
 
@@ -30,7 +31,9 @@ class Int8(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """The quantized graph of `model`; `model` itself is left in eval mode."""
         sample = self.needs_sample(sample)
-        require("executorch", "int8")
+        with quiet():
+            require("executorch", "int8")
+            require("torchao", "int8")
         if device_of(model).type != "cpu":
             raise EdgetuneError("int8 works on the CPU", got=str(device_of(model)), action="model.cpu() first")
         from edgetune.export.pt2e import quantize_static

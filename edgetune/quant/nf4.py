@@ -97,7 +97,7 @@ def import_bitsandbytes() -> Any:
         logger.setLevel(level)
 
 
-def packed(bnb: Any, layer: nn.Linear, block_size: int, double_quant: bool) -> nn.Module:
+def packed(bnb: Any, layer: Any, block_size: int, double_quant: bool) -> nn.Module:
     """The linear with its weight `(out, in)` in 4 bits; the bias is the same parameter as before."""
     new: Any = bnb.nn.Linear4bit(
         layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32, device="meta"

@@ -15,8 +15,9 @@ import yaml
 
 from edgetune.ledger import Ledger
 from edgetune.registry import require
-from edgetune.report.figures import Figure, figures
-from edgetune.report.numbers import DASH, noun, number, percent, plural, score, unit
+from edgetune.report.drawing import Figure
+from edgetune.report.figures import figures
+from edgetune.report.numbers import DASH, finite, noun, number, percent, plural, score, unit
 from edgetune.report.tables import (
     QUANTITIES,
     Cell,
@@ -260,7 +261,11 @@ def quality_tile(ledger: Ledger) -> str:
     result = last_quality(ledger)
     if result is None:
         return ""
-    known = sorted(ledger.baselines, key=lambda line: line.value, reverse=result.higher_is_better)
+    known = sorted(
+        (line for line in ledger.baselines if finite(line.value) is not None),
+        key=lambda line: line.value,
+        reverse=result.higher_is_better,
+    )
     under = f"best baseline {score(known[0].value)} ({known[0].name})" if known else plural(result.rows, "test row")
     of = unit(result) and f" {unit(result)}"
     return tile(f"{noun(result).capitalize()}, test set", f"{score(result.value)}{of}", under)
@@ -268,8 +273,8 @@ def quality_tile(ledger: Ledger) -> str:
 
 def tile(name: str, value: str, under: str, kind: str = "", *, words: bool = False) -> str:
     """One number with its name above and what it goes by below."""
-    classes = f"tile {kind}".strip()
+    classes, big = f"tile {kind}".strip(), "big words" if words else "big"
     return (
-        f'<dl class="{classes}"><dt>{escaped(name)}</dt><dd class="big{" words" if words else ""}">{escaped(value)}</dd>'
+        f'<dl class="{classes}"><dt>{escaped(name)}</dt><dd class="{big}">{escaped(value)}</dd>'
         f'<dd class="under">{escaped(under)}</dd></dl>\n'
     )

@@ -64,7 +64,7 @@ def horizontal(
         "type": "bar",
         "orientation": "h",
         "x": list(values),
-        "y": [label(name) for name in names],
+        "y": distinct([label(name) for name in names]),
         "text": list(texts),
         "textposition": "outside",
         "cliponaxis": False,
@@ -72,6 +72,20 @@ def horizontal(
         "hovertext": list(texts),
         "hovertemplate": "<b>%{y}</b><br>%{hovertext}<extra></extra>",
     }
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, numbered where one comes again: plotly draws bars of one name over each other.
+
+    >>> distinct(["a", "b", "a"])
+    ['a', 'b', 'a (2)']
+    """
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
 
 
 def category_axis(**more: Any) -> dict[str, Any]:

@@ -49,13 +49,16 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
     result = last_quality(ledger)
     if result is None:
         return None
-    metric = result.metric
-    rows = [row for row in ledger.rows if row.quality and row.quality.metric == metric]
-    rows = [row for row in rows if finite(row.quality and row.quality.value) is not None and finite(row.size_mib)]
-    if not rows:
+    known = [
+        (row, row.quality.value)
+        for row in ledger.rows
+        if row.quality and row.quality.metric == result.metric
+        if finite(row.quality.value) is not None and finite(row.size_mib) is not None
+    ]
+    if not known:
         return None
+    rows, values = [row for row, _ in known], [value for _, value in known]
     sizes = [row.size_mib for row in rows]
-    values = [row.quality.value for row in rows if row.quality]
     points = {
         "type": "scatter",
         "mode": "lines+markers+text",
@@ -63,19 +66,19 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
         "x": sizes,
         "y": values,
         "text": point_labels(rows, sizes, values),
-        "textposition": ["bottom center" if row is rows[0] else "top center" for row in rows],
+        "textposition": [label_side(values, place) for place in range(len(rows))],
         "cliponaxis": False,
         "line": {"color": BLUE, "width": 1, "dash": "dot"},
         "marker": {"color": BLUE, "size": 11},
         "customdata": [[label(f"{row.index} {row.step}"), label(row.detail, 60)] for row in rows],
         "hovertemplate": "<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{y:.2f}, %{x:.3s} MiB<extra></extra>",
     }
-    known = [line.value for line in ledger.baselines if finite(line.value) is not None]
+    baselines = [line.value for line in ledger.baselines if finite(line.value) is not None]
     y_title = f"{noun(result)}{', %' if unit(result) else ''}, test set"
     layout: dict[str, Any] = {
         "height": 380,
         "xaxis": axis("size in memory, MiB", range=[0, 1.12 * max(sizes)]),
-        "yaxis": axis(y_title, range=padded([*values, *known])),
+        "yaxis": axis(y_title, range=padded([*values, *baselines])),
         "margin": {"l": 8, "r": 28, "t": 28, "b": 8},
         "shapes": [],
         "annotations": [],
@@ -97,13 +100,13 @@ def padded(values: Sequence[float]) -> list[float]:
 
 
 def add_line(layout: dict[str, Any], text: str, height: float) -> None:
-    """A dashed line across the plot for a baseline, named at its right end."""
+    """A dashed line across the plot for a baseline, named below its left end."""
     layout["shapes"].append(
         {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height,
          "line": {"color": GREY, "width": 1, "dash": "dash"}}
     )  # fmt: skip
     layout["annotations"].append(
-        {"xref": "paper", "x": 0, "y": height, "text": text, "showarrow": False, "xanchor": "left", "yanchor": "bottom",
+        {"xref": "paper", "x": 0, "y": height, "text": text, "showarrow": False, "xanchor": "left", "yanchor": "top",
          "font": {"size": 12}}
     )  # fmt: skip
 
@@ -123,8 +126,16 @@ def point_labels(rows: Sequence[Row], sizes: Sequence[float], values: Sequence[f
     labels = [""] * len(rows)
     for group in groups:
         names = [f"{rows[place].index} {rows[place].step}" for place in group]
-        labels[group[0]] = "<br>".join(label(name) for name in names) if len(group) <= 3 else span(rows, group)
+        labels[group[0]] = "<br>".join(label(name) for name in names) if len(group) <= 2 else span(rows, group)
     return labels
+
+
+def label_side(values: Sequence[float], place: int) -> str:
+    """Below a point that the path comes down to and leaves upwards, else above: off the path."""
+    around = [values[other] for other in (place - 1, place + 1) if 0 <= other < len(values)]
+    last = place > 0 and place == len(values) - 1
+    low = bool(around) and not last and min(around) >= values[place] and max(values) > values[place]
+    return "bottom center" if low else "top center"
 
 
 def span(rows: Sequence[Row], group: Sequence[int]) -> str:
@@ -175,7 +186,7 @@ def loss_curve(ledger: Ledger, training: Training, place: int) -> Figure | None:
         "line": {"color": BLUE, "width": 1 if smooth else 2}, "opacity": 0.45 if smooth else 1,
         "hovertemplate": "update %{x}<br>loss %{y:.4f}<extra></extra>",
     }  # fmt: skip
-    traces = [rate, raw]
+    traces: list[dict[str, Any]] = [rate, raw]
     if smooth:
         traces.append({
             "type": "scatter", "mode": "lines", "name": "running mean", "x": updates, "y": smooth,
@@ -247,6 +258,7 @@ def delegated(ledger: Ledger) -> Figure | None:
         "height": 230,
         "barmode": "stack",
         "bargap": 0.35,
+        "margin": {"l": 8, "r": 24, "t": 12, "b": 8},
         "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         "xaxis": axis("%", range=[0, 100]),

@@ -29,7 +29,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     if abs(value) < 1e-3:
         return f"{value:.{digits - 1}g}"
-    leading = math.floor(math.log10(abs(value))) + 1
+    leading = int(f"{value:.{digits - 1}e}".partition("e")[2]) + 1
     return f"{value:,.{max(digits - leading, 0)}f}"
 
 

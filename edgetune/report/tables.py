@@ -220,7 +220,7 @@ def measured_table(ledger: Ledger) -> Table | None:
         )
         for line in ledger.measured
     )
-    notes = ("Peak memory is that of the process, above an empty one.",)
+    notes: tuple[str, ...] = ("Peak memory is that of the process, above an empty one.",)
     notes += tuple(f"{line.device}: {line.note}" for line in ledger.measured if line.note)
     return Table("measured", "Measured on real machines", columns, rows, notes)
 
@@ -243,7 +243,7 @@ def predicted_table(ledger: Ledger) -> Table | None:
         )
         for line in ledger.predicted
     )
-    notes = ("Computed from device descriptors; nothing in this table was timed.",)
+    notes: tuple[str, ...] = ("Computed from device descriptors; nothing in this table was timed.",)
     notes += tuple(f"{line.device}: {line.note}" for line in ledger.predicted if line.note)
     return Table("predicted", "Predicted, not measured", columns, rows, notes)
 

@@ -74,11 +74,11 @@ class FrozenLayer(_Hook):
         if isinstance(module, _BatchNorm):
             module.training = False
         if mode is not None:
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
 
         def leave() -> None:
             if mode is not None:
-                mode.__exit__(None, None, None)
+                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             module.training = training
 
         return leave

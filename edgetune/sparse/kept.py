@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from edgetune.technique import Inputs, call, device_of
+from edgetune.modes import undisturbed
+from edgetune.technique import Inputs, call
 
 
 def kept_bytes(model: nn.Module, inputs: Inputs, loss_fn: Callable[[Any], Tensor]) -> int:
@@ -18,8 +19,6 @@ def kept_bytes(model: nn.Module, inputs: Inputs, loss_fn: Callable[[Any], Tensor
     Parameters and buffers are not counted: they are there anyway. `loss_fn` gets what the model returns.
     The model is left as it was: modes, buffers and the random state are put back, and no gradient is computed.
     """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 
     def note(tensor: Tensor) -> Tensor:
@@ -27,17 +26,8 @@ def kept_bytes(model: nn.Module, inputs: Inputs, loss_fn: Callable[[Any], Tensor
         kept[storage.data_ptr()] = storage
         return tensor
 
-    device = device_of(model)
-    try:
-        model.train()
-        random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with random_state, torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
-            loss_fn(call(model, inputs))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+    hooks = saved_tensors_hooks(note, lambda tensor: tensor)
+    with undisturbed(model, training=True), torch.enable_grad(), hooks:
+        loss_fn(call(model, inputs))
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)

@@ -1,0 +1,56 @@
+"""A recipe's budgets against what the run came to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from edgetune.ledger import Ledger, Verdict
+from edgetune.technique import EdgetuneError
+
+if TYPE_CHECKING:
+    from edgetune.recipe import Budget
+
+
+def verdicts(budgets: Sequence[Budget], ledger: Ledger, least_training_mib: Sequence[float]) -> tuple[Verdict, ...]:
+    """One verdict for each limit. `least_training_mib`: of each training, what it takes with batches of one row."""
+    return tuple(verdict for budget in budgets for verdict in _of_device(budget, ledger, least_training_mib))
+
+
+def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[float]) -> Iterator[Verdict]:
+    """The least is of this recipe: another one, say with a higher ratio of pruning, may come to less."""
+    predicted = next((p for p in ledger.predicted if p.device == budget.device), None)
+    trainings = [t.peak_memory_mib for t in ledger.trainings if t.peak_memory_mib is not None]
+    program = ledger.program
+    found = {
+        "latency_ms": (predicted.latency_ms if predicted else None, "predicted; the least is the low end of its band"),
+        "peak_memory_mib": (predicted.peak_memory_mib if predicted else None, "predicted"),
+        "size_mib": (program.size_mib if program else None, "of the program"),
+        "train_memory_mib": (
+            max(trainings, default=None),
+            "weights, gradients, optimizer state and what is kept for backward; the least is with batches of one row",
+        ),
+    }
+    least = {
+        "latency_ms": predicted.latency_low_ms if predicted else None,
+        "train_memory_mib": max(least_training_mib, default=None),
+    }
+    for quantity, (value, note) in found.items():
+        limit = getattr(budget, quantity)
+        if limit is None:
+            continue
+        if value is None:
+            raise EdgetuneError(
+                f"the budget limits {quantity}, and nothing in the recipe tells it",
+                got=budget.device,
+                action="add export, the device under profile.devices, or a train step for train_memory_mib",
+            )
+        yield Verdict(
+            device=budget.device,
+            quantity=quantity,  # type: ignore[arg-type]
+            limit=limit,
+            value=value,
+            least=least.get(quantity) or value,
+            holds=value <= limit,
+            note=note,
+        )
