@@ -123,7 +123,9 @@ def run(
 
 def _plan(recipe: Any, out: Path | None, as_json: bool) -> object:
     """What `--dry-run` prints."""
-    planned = recipe.plan()
+    from edgetune.outline import outline
+
+    planned = outline(recipe)
     writes = ["recipe.yaml", "environment.json", "digest.txt", "checkpoints/", "ledger.json", "report.html"]
     writes += ["model.pte", "model.json"] if recipe.export else []
     folder = str(out or f"runs/{recipe.name}-NNN")

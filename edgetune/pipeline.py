@@ -25,7 +25,8 @@ from edgetune.environment import versions
 from edgetune.ledger import Ledger, Measured, Quality, Row, Training, Verdict
 from edgetune.measures import kept_mib, measure
 from edgetune.models.loaded import Loaded
-from edgetune.recipe import Recipe, Step, in_words, load
+from edgetune.outline import in_words
+from edgetune.recipe import Recipe, Step, load
 from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, Technique
 from edgetune.train import Train, train
 
@@ -204,7 +205,8 @@ class _Fold:
             self.progress(step.name, 0, 1, in_words(step.settings))
             self.model = apply(self.model, step.settings, self.sample())
             self.progress(step.name, 1, 1, "")
-            self.add_row(step.name, in_words(step.settings), time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.add_row(step.name, in_words(step.settings), seconds, exact=step.settings.exact)
         elif isinstance(step.settings, Train):
             self.train(index, step.settings)
         elif step.name == "finalize":
@@ -317,17 +319,23 @@ class _Fold:
 
         return Sample(inputs=example, batches=batches)
 
-    def add_row(self, step: str, detail: str, seconds: float) -> Row:
-        """Measure the model as it stands; a resumed run takes the row it had already measured."""
+    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> Row:
+        """Measure the model as it stands; a resumed run takes the row it had already measured.
+
+        After an `exact` step, whose outputs are the same by law, quality is that of the row before, and the row says so.
+        """
         index = len(self.ledger.rows)
         row = self.known.get(index)
         if row is None or row.step != step:
             self.progress("measure", 0, 1, f"after {step}")
             batch = self.train_split.batch(range(min(self.batch_size, len(self.train_split))))
             found = measure(self.model, self.example(), batch, self.loss)
-            quality = self.quality()
-            row = Row(index=index, step=step, detail=detail, quality=quality, seconds=seconds, **found._asdict())
-            self.progress("measure", 1, 1, f"{quality.metric} {quality.value:.2f}")
+            quality = self.ledger.rows[-1].quality if exact else self.quality()
+            note = "quality as before: the step changes no output" if exact else ""
+            row = Row(
+                index=index, step=step, detail=detail, quality=quality, seconds=seconds, note=note, **found._asdict()
+            )
+            self.progress("measure", 1, 1, f"{quality.metric} {quality.value:.2f}" if quality else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row))
         self.save()
         return row

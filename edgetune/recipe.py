@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,7 +19,7 @@ from edgetune.document import Document, Place, dotted, raise_all, read, read_fil
 from edgetune.export.targets import TARGETS
 from edgetune.models.loaded import ModelSettings
 from edgetune.overrides import VARIANT, overridden
-from edgetune.technique import EdgetuneError, Technique
+from edgetune.technique import EdgetuneError
 from edgetune.validated import Problem, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
@@ -77,15 +76,6 @@ class Budget(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One thing that a run will do. `step` is the recipe's step, from one; `None`: implied by the order."""
-
-    step: int | None
-    name: str
-    detail: str
-
-
 class Recipe(Section):
     """A whole job: model, data, ordered steps, and what to do with the result."""
 
@@ -115,41 +105,6 @@ class Recipe(Section):
         """SHA-256 of the resolved settings, without what changes no result (description, unchosen variants)."""
         plain = {k: v for k, v in self.resolved().items() if k not in ("description", "variants")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-    def plan(self) -> tuple[Planned, ...]:
-        """Everything a run does, in order, with the finalizing that the order implies."""
-        planned: list[Planned] = []
-        opened: list[str] = []
-        for index, step in enumerate(self.steps):
-            if opened and getattr(step.settings, "plain", False):
-                planned.append(
-                    Planned(None, "finalize", f"{', '.join(reversed(opened))}; {step.name} needs plain layers")
-                )
-                opened = []
-            detail = ", ".join(reversed(opened)) if step.name == "finalize" else in_words(step.settings)
-            planned.append(Planned(index + 1, step.name, detail))
-            if step.name == "finalize":
-                opened = []
-            elif isinstance(step.settings, Technique):
-                opened.append(step.name)
-        if opened:
-            planned.append(Planned(None, "finalize", ", ".join(reversed(opened))))
-        if self.export:
-            planned.append(Planned(None, "export", self.export.target))
-            planned.append(
-                Planned(None, "verify", f"{self.export.check_rows} held-out rows, program against eager model")
-            )
-        if self.profile:
-            host = ["this host, measured"] if self.profile.measure and self.export else []
-            planned.append(Planned(None, "profile", ", ".join([*host, *self.profile.devices])))
-        planned += [Planned(None, "budget", in_words(budget)) for budget in self.budget]
-        return tuple(planned)
-
-
-def in_words(settings: BaseModel) -> str:
-    """The settings that are not the defaults, as `rank=4, targets=[...]`."""
-    plain = settings.model_dump(mode="json", exclude_defaults=True)
-    return ", ".join(f"{name}={value}" for name, value in plain.items()) or "defaults"
 
 
 def names() -> tuple[str, ...]:

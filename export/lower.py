@@ -63,7 +63,10 @@ def capture(model: Positional, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     """The model as a graph of ATen operators, functional, attention written out."""
     try:
         program = torch.export.export(model, inputs, strict=False)
-        return program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: attention})
+        found: ExportedProgram = program.run_decompositions(
+            {torch.ops.aten.scaled_dot_product_attention.default: attention}
+        )
+        return found
     except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
         raise failures.not_captured(model, inputs, error) from error
 

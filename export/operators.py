@@ -173,7 +173,8 @@ def _source(node: fx.Node) -> _Source:
     value = _value(node)
     bits = 8 * value.element_size() if value is not None else 0
     if not (_is_quantizing(node) and "dequantize" in str(node.target)):
-        return _Source(node, bits, 0, quantized=False, dynamic=False)
+        rounded = node.op == "call_function" and _is_rounded(node)
+        return _Source(node, 8 if rounded else bits, 0, quantized=rounded, dynamic=False)
     stored = node.args[0]
     assert isinstance(stored, fx.Node)
     limits = [a for a in node.args if isinstance(a, int) and not isinstance(a, bool)]
@@ -197,10 +198,15 @@ def _written_bits(node: fx.Node) -> int:
     value = _value(node)
     if value is None:
         return 0
-    static = bool(node.users) and all(
-        "quantize_per" in str(user.target) and not str(user.target).count("dequantize") for user in node.users
-    )
-    return 8 if static else 8 * value.element_size()
+    return 8 if _is_rounded(node) else 8 * value.element_size()
+
+
+def _is_rounded(node: fx.Node) -> bool:
+    """Whether what the node writes has a fixed 8-bit scale; a clamp after it runs as one with it."""
+    users = list(node.users)
+    if len(users) == 1 and _short(str(users[0].target)) in ("relu", "hardtanh"):
+        return _is_rounded(users[0])
+    return bool(users) and all(_short(str(user.target)).startswith("quantize_per") for user in users)
 
 
 def _dtype(node: fx.Node, kind: Kind, weights: list[_Source], activations: list[_Source]) -> DType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from edgetune.export import failures
 from edgetune.export.lower import Positional
 from edgetune.export.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
+
+_NOTE = "quantization_annotation"
 
 
 def quantize_static(model: nn.Module, inputs: Inputs, batches: Iterable[Inputs], *, per_channel: bool) -> nn.Module:
@@ -46,10 +49,6 @@ def _drop_unused(graph_module: fx.GraphModule) -> None:
 
 
 def _prepared(model: nn.Module, inputs: Inputs, *, per_channel: bool) -> Any:
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     program = Positional(model, inputs).eval()
@@ -59,8 +58,39 @@ def _prepared(model: nn.Module, inputs: Inputs, *, per_channel: bool) -> Any:
         captured = torch.export.export(program, example, dynamic_shapes=(free,), strict=False)
     except Exception as error:  # torch.export raises dozens of types
         raise failures.not_captured(program, example, error) from error
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=per_channel))
-    return prepare_pt2e(captured.module(check_guards=False), quantizer)
+    return prepare_pt2e(captured.module(check_guards=False), _quantizer(per_channel=per_channel))
+
+
+def _quantizer(*, per_channel: bool) -> Any:
+    """ExecuTorch's quantizer, with one scale after a layer and its clamp instead of one before and one after.
+
+    The stock one knows a layer and a relu as one, but not relu6: it spreads the 8 bits of such a layer over values
+    that the clamp then cuts off, which cost EfficientNet-Lite0 a tenth of its predictions. XNNPACK runs both as one.
+    """
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
+    from torchao.quantization.pt2e.observer import MinMaxObserver
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
+    class Fused(stock.XNNPACKQuantizer):  # type: ignore[misc]
+        def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+            model = super().annotate(model)
+            for node in model.graph.nodes:
+                layer = node.args[0] if node.target in clamps else None
+                if not isinstance(layer, fx.Node) or layer.target not in layers or len(layer.users) != 1:
+                    continue
+                noted = layer.meta.get(_NOTE)
+                if noted is not None:
+                    node.meta[_NOTE] = QuantizationAnnotation(output_qspec=noted.output_qspec, _annotated=True)
+                    noted.output_qspec = None
+            return model
+
+    aten = torch.ops.aten
+    clamps = {aten.hardtanh.default, aten.hardtanh_.default}
+    layers = {aten.conv1d.default, aten.conv2d.default, aten.linear.default}
+    config = stock.get_symmetric_quantization_config(is_per_channel=per_channel)
+    # least and largest value: the stock histogram takes minutes where this takes seconds
+    spec = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12))
+    return Fused().set_global(replace(config, input_activation=spec, output_activation=spec))
 
 
 def _two_rows(tensor: Tensor) -> Tensor:

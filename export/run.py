@@ -184,7 +184,7 @@ def _time(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
     first_ms = once()
     warm = _warm_up(once, float(request["warm_up_seconds"]))
-    latencies = []
+    latencies: list[float] = []
     until = time.perf_counter() + float(request["seconds"])
     while len(latencies) < 10 or time.perf_counter() < until:
         latencies.append(once())

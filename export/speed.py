@@ -50,7 +50,6 @@ def _call_if_needed(stock: Any, base: type) -> Any:
         if hooked or not _is_complete(graph_module):
             result: PassResult = stock(self, graph_module)
             return result
-        graph_module.recompile()
         return PassResult(graph_module, True)
 
     return call

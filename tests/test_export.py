@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from edgetune.export import export
 from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional, attention, capture, compile_program, prepare
 from edgetune.export.quiet import quiet
 from edgetune.export.run import _failed, run_in_child, time_in_child
 from edgetune.export.targets import TARGETS, available, for_device
-from torch import nn
-from torch.nn import functional as F
-
 from edgetune.ledger import Parity
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
-from edgetune.export import Artifact, export
-from torch import Tensor, nn
 
-from edgetune.profile import calibrate, cost, device, fit, measure, micro, profile, validate
+from edgetune.profile import cost, device, fit, validate
 from edgetune.profile.operators import DType, Kind, Operator
 from edgetune.profile.rates import DEFAULT_BANDWIDTH_GB_S, Rates, rates_of
 from edgetune.profile.reference import mobilenet_v2, resnet50
@@ -145,10 +140,10 @@ def test_peak_memory_is_plan_program_packed_weights_workspace_and_runtime() -> N
         operator(weights=4 * mib, activations=mib),
         operator(weights=2 * mib, activations=9 * mib, delegated=False),
     ]
-    assert cost.peak_memory_mib(program, 3 * mib, 5 * mib) == pytest.approx(3 + 5 + 4 + 2 + cost.RUNTIME_MIB)
+    assert cost.peak_memory_mib(program, 3 * mib, 5 * mib) == pytest.approx(3 + 5 + 4 + 1 + cost.RUNTIME_MIB)
     # an embedding table of 90 MiB of which 6 are read
-    assert cost.peak_memory_mib(program, 0, 90 * mib) == pytest.approx(6 + 4 + 2 + cost.RUNTIME_MIB)
-    assert cost.peak_memory_mib(program) == pytest.approx(6 + 4 + 2 + cost.RUNTIME_MIB)
+    assert cost.peak_memory_mib(program, 0, 90 * mib) == pytest.approx(6 + 4 + 1 + cost.RUNTIME_MIB)
+    assert cost.peak_memory_mib(program) == pytest.approx(6 + 4 + 1 + cost.RUNTIME_MIB)
     huge = cost.predict([operator(weights=20 * 1024 * mib)], device.load("raspberry-pi-5"))
     assert "more than the 8 GiB fitted" in huge.note
 
@@ -287,6 +282,22 @@ def test_the_fit_finds_the_shares_of_a_known_machine() -> None:
     assert max(found.errors_pct.values()) < 10
 
 
+def test_a_share_that_no_program_was_bound_by_keeps_a_wide_band() -> None:
+    timed, rates = machine(noise=0.0, seed=0)
+    arithmetic = [item for item in timed if item.name in ("linear-fp32-10000000", "linear-fp32-100000000")]
+    (found,) = fit.fit(arithmetic, rates, FIXED).efficiencies
+    assert (found.compute_told, found.memory_told) == (True, False)
+    section = calibrated().calibration
+    assert section is not None
+    described = device.load("raspberry-pi-5").model_copy(
+        update={"calibration": section.model_copy(update={"efficiencies": (found,)})}
+    )
+    told, guessed = (
+        cost.predict([operator(macs=macs, weights=weights)], described) for macs, weights in ((10**9, 1), (1, 10**9))
+    )
+    assert guessed.latency_high_ms / guessed.latency_ms > told.latency_high_ms / told.latency_ms
+
+
 def test_noise_shows_in_the_error_and_bounds_hold() -> None:
     timed, rates = machine(noise=0.2, seed=1)
     found = fit.fit(timed, rates, FIXED)
@@ -371,127 +382,3 @@ def test_a_kind_never_calibrated_is_a_named_wider_guess() -> None:
     assert "delegated int8 conv was never calibrated: a guess for" in predicted.note
     known = cost.predict([operator()], described)
     assert predicted.latency_high_ms / predicted.latency_ms > known.latency_high_ms / known.latency_ms
-
-
-# --- on this host, for real ---
-
-
-def test_a_timing_becomes_a_measurement() -> None:
-    from edgetune.export.run import Timing
-
-    def timing(*latencies_ms: float) -> Timing:
-        return Timing(
-            threads=2,
-            load_ms=5.0,
-            first_ms=9.0,
-            latencies_ms=latencies_ms,
-            warm_up_runs=1,
-            peak_memory_mib=50.0,
-            empty_memory_mib=40.0,
-        )
-
-    calm = measure.measured_of(timing(*[1.0 + 0.01 * i for i in range(11)]), 2)
-    assert (calm.latency_ms, calm.latency_p10_ms, calm.latency_p90_ms) == pytest.approx((1.05, 1.01, 1.09))
-    assert (calm.device, calm.runs, calm.threads, calm.peak_memory_mib) == ("this host", 11, 2, 10.0)
-    assert calm.note == ""
-    noisy = measure.measured_of(timing(*[1.0] * 8, 4.0, 4.0, 4.0), 2)
-    assert "p90 is 4.0 times p10" in noisy.note
-
-
-class _Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(5, 32)
-        self.head = nn.Linear(32, 3)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        rows = self.table(tokens) * mask.unsqueeze(-1)
-        out: Tensor = self.head(rows.sum(1))
-        return out
-
-
-@pytest.fixture(scope="module")
-def compiler() -> None:
-    """executorch imported: it warns of its own use of deprecated functions while it is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory, compiler: None) -> Artifact:
-    inputs = {"tokens": torch.tensor([[0, 4, 1, 2]]), "mask": torch.ones(1, 4)}
-    return export(_Small().eval(), inputs, tmp_path_factory.mktemp("program") / "small.pte", target="xnnpack")
-
-
-@pytest.fixture(scope="module")
-def host_file(tmp_path_factory: pytest.TempPathFactory, compiler: None) -> Path:
-    path = tmp_path_factory.mktemp("calibration") / "host.yaml"
-    said: list[tuple[str, int, int]] = []
-    calibrate.calibrate(path, threads=1, quick=True, progress=lambda *step: said.append(step))
-    assert [done for _, done, _ in said] == list(range(len(said)))
-    assert said[-1] == ("fit", said[-1][2], said[-1][2])
-    return path
-
-
-def test_inputs_are_made_from_the_manifest(artifact: Artifact) -> None:
-    tokens, mask = measure.inputs_of(artifact)
-    assert (tokens.dtype, tuple(tokens.shape)) == (torch.int64, (1, 4))
-    assert set(tokens.flatten().tolist()) == {1}  # a valid token in any table of two rows
-    assert (mask.dtype, tuple(mask.shape)) == (torch.float32, (1, 4))
-
-
-def test_a_program_is_predicted_for_a_phone_and_measured_here(artifact: Artifact) -> None:
-    only = profile(artifact, "pixel-8")
-    assert only.measured is None
-    assert only.predicted.device == "pixel-8"
-    assert profile(str(artifact.path)) == only
-    here = measure.measure(artifact, threads=1, seconds=0.05)
-    assert here.device == "this host"
-    assert 0 < here.latency_p10_ms <= here.latency_ms <= here.latency_p90_ms
-    assert here.runs >= 10
-
-
-def test_a_host_that_was_never_calibrated_says_what_to_run(artifact: Artifact) -> None:
-    with pytest.raises(EdgetuneError, match="edgetune devices calibrate"):
-        profile(artifact, "host")
-
-
-def test_calibrate_writes_a_descriptor_that_predicts_beside_the_measurement(
-    host_file: Path, artifact: Artifact, own_folder: None
-) -> None:
-    described = device.load(host_file)
-    section = described.calibration
-    assert section is not None
-    assert (section.threads, described.thread_count) == (1, 1)
-    assert section.programs == 7
-    kinds = {(e.kind, e.delegated) for e in section.efficiencies}
-    assert {("linear", True), ("elementwise", True)} <= kinds
-    assert section.versions["executorch"]
-    assert any("quick calibration" in note for note in described.notes)
-    assert [item.name for item in host_file.parent.iterdir()] == ["host.yaml"]
-    here = device.user_folder() / "host.yaml"
-    here.parent.mkdir(parents=True)
-    here.write_bytes(host_file.read_bytes())
-    found = profile(artifact, "host")
-    assert found.predicted.calibrated
-    assert "never calibrated: a guess" in found.predicted.note  # quick leaves embeddings out, and says so
-    assert found.measured is not None
-    assert found.measured.threads == 1
-
-
-def test_calibrate_refuses_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(EdgetuneError, match="threads must be from 1"):
-        calibrate.calibrate(tmp_path / "x.yaml", threads=4096)
-    with pytest.raises(EdgetuneError, match=r"a \.yaml file"):
-        calibrate.calibrate(tmp_path / "x.json")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_every_micro_program_computes() -> None:
-    programs = (*micro.tiny(), *micro.programs(), *micro.quick())
-    assert 12 <= len(micro.programs()) <= 40
-    assert len({item.name for item in programs}) == len(programs)
-    with torch.no_grad():
-        for item in programs:
-            assert torch.isfinite(item.module().eval()(*item.inputs())).all(), item.name

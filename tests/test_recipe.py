@@ -12,6 +12,7 @@ import yaml
 
 from edgetune import recipe, registry
 from edgetune.document import MOST_ALIASES, MOST_BYTES, Errors, read
+from edgetune.outline import outline
 from edgetune.overrides import from_text
 from edgetune.profile import device
 from edgetune.recipe import Recipe
@@ -68,13 +69,13 @@ def test_values_arrive() -> None:
 @pytest.mark.parametrize("change", ["export=", "export=null"])
 def test_a_recipe_without_export(change: str) -> None:
     assert parsed(TEXT, change, "budget=[]").export is None
-    with pytest.raises(EdgetuneError, match="line 13, budget.latency_ms: nothing in the recipe tells") as caught:
+    with pytest.raises(EdgetuneError, match=r"line 13, budget\.latency_ms: nothing in the recipe tells") as caught:
         parsed(TEXT, change)
     assert "add export, and pixel-8 under profile.devices" in str(caught.value)
 
 
 def test_an_unknown_target_is_found_before_any_work() -> None:
-    with pytest.raises(EdgetuneError, match="export.target: unknown target: got 'xnpack'.*did you mean 'xnnpack'"):
+    with pytest.raises(EdgetuneError, match=r"export\.target: unknown target: got 'xnpack'.*did you mean 'xnnpack'"):
         parsed(TEXT.replace("target: xnnpack", "target: xnpack"))
 
 
@@ -105,7 +106,7 @@ def test_digest_changes_with_results_only() -> None:
 
 
 def test_plan_shows_the_implied_finalizing() -> None:
-    planned = [(p.step, p.name) for p in parsed().plan()]
+    planned = [(p.step, p.name) for p in outline(parsed())]
     assert planned == [
         (1, "sparse-update"),
         (2, "lora"),
@@ -113,17 +114,15 @@ def test_plan_shows_the_implied_finalizing() -> None:
         (None, "finalize"),
         (4, "prune"),
         (5, "train"),
-        (None, "finalize"),
         (6, "int4"),
-        (None, "finalize"),
         (None, "export"),
         (None, "verify"),
         (None, "profile"),
         (None, "budget"),
     ]
-    assert parsed().plan()[3].detail.startswith("lora, sparse-update")
+    assert outline(parsed())[3].detail.startswith("lora, sparse-update")
     explicit = parsed(TEXT.replace("  - prune:", "  - finalize\n  - prune:"))
-    assert [p.step for p in explicit.plan() if p.name == "finalize"] == [4, None, None]
+    assert [p.step for p in outline(explicit) if p.name == "finalize"] == [4]
 
 
 @pytest.mark.parametrize("name", recipe.names())

@@ -81,7 +81,8 @@ class Shares:
 
     compute: float
     memory: float
-    log: float
+    compute_log: float
+    memory_log: float
     named: str = ""  # says where the guess came from, if it is one on a calibrated device
 
 
@@ -120,9 +121,9 @@ def weights_cached(operators: Sequence[Operator], rates: Rates) -> bool:
 def prior(kind: Kind, dtype: DType, delegated: bool) -> Shares:
     """The shares assumed without calibration."""
     if not delegated:
-        return Shares(_PORTABLE_COMPUTE, _PORTABLE_MEMORY, PORTABLE_LOG)
+        return Shares(_PORTABLE_COMPUTE, _PORTABLE_MEMORY, PORTABLE_LOG, PORTABLE_LOG)
     compute = _COMPUTE[kind][0 if dtype in ("fp32", "fp16", "bf16") else 1]
-    return Shares(compute, _MEMORY, PRIOR_LOG)
+    return Shares(compute, _MEMORY, PRIOR_LOG, PRIOR_LOG)
 
 
 def shares_of(operator: Operator, device: Device) -> Shares:
@@ -134,9 +135,15 @@ def shares_of(operator: Operator, device: Device) -> Shares:
     for found in calibration.efficiencies:
         if (found.kind, found.dtype, found.delegated) == (operator.kind, operator.dtype, operator.delegated):
             error_pct = calibration.error_p90_pct if found.error_pct is None else found.error_pct
-            return Shares(found.compute, found.memory, max(math.log1p(error_pct / 100), FLOOR_LOG))
+            log = max(math.log1p(error_pct / 100), FLOOR_LOG)
+            return Shares(
+                found.compute,
+                found.memory,
+                log if found.compute_told else FALLBACK_LOG,
+                log if found.memory_told else FALLBACK_LOG,
+            )
     by = "delegated" if operator.delegated else "portable"
-    return Shares(guess.compute, guess.memory, FALLBACK_LOG, f"{by} {operator.dtype} {operator.kind}")
+    return Shares(guess.compute, guess.memory, FALLBACK_LOG, FALLBACK_LOG, f"{by} {operator.dtype} {operator.kind}")
 
 
 def fixed_of(device: Device) -> Fixed:
@@ -207,7 +214,8 @@ def predict(
         rate_log = rates.compute_log if computing >= moving else rates.memory_log
         if device.calibration is not None:
             rate_log = 0.0  # the shares were fitted with these very rates: their errors cancel
-        weighted_log += own_us * math.hypot(shares.log, rate_log, rates.isa_log(operator.kind, operator.dtype))
+        share_log = shares.compute_log if computing >= moving else shares.memory_log
+        weighted_log += own_us * math.hypot(share_log, rate_log, rates.isa_log(operator.kind, operator.dtype))
         total_us += own_us
         if shares.named:
             guessed[shares.named] = guessed.get(shares.named, 0.0) + own_us
@@ -227,12 +235,12 @@ def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_
     """Planned arena + the program's touched pages + the backend's packed weights and workspace + the runtime itself.
 
     The program is mapped: rows of an embedding that are never read take no memory. The workspace, which no file
-    states, is taken as twice the traffic of the largest delegated operator.
+    states, is taken as the inputs and outputs of the largest delegated operator.
     """
     weights = sum(operator.weight_bytes for operator in operators)
     touched = weights if program_bytes is None else min(weights, program_bytes)
     packed = sum(operator.weight_bytes for operator in operators if operator.delegated)
-    workspace = 2 * max((o.activation_bytes for o in operators if o.delegated), default=0)
+    workspace = max((o.activation_bytes for o in operators if o.delegated), default=0)
     return (plan_bytes + touched + packed + workspace) / MIB + RUNTIME_MIB
 
 

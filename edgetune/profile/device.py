@@ -173,6 +173,8 @@ class Efficiency(Value):
     delegated: bool
     compute: float = Field(gt=0, le=16)
     memory: float = Field(gt=0, le=64)  # above 1: served from a cache
+    compute_told: bool  # whether a timed program was bound by arithmetic; else the share is still the prior
+    memory_told: bool  # the same for memory traffic
     programs: int = Field(ge=1)
     error_pct: float | None = Field(ge=0, le=1e4)  # left out one by one; None: too few programs to tell
 

@@ -159,6 +159,7 @@ def _bounded(value: float, bounds: tuple[float, float]) -> float:
 def _efficiency(key: Key, shares: Shares, programs: Sequence[_Program], errors: dict[str, float]) -> Efficiency:
     names = [program.name for program in programs if any(key == k for k, _, _ in program.parts)]
     own = [errors[name] for name in names if name in errors]
+    bound = [c / shares[0] >= m / shares[1] for program in programs for k, c, m in program.parts if k == key]
     kind, dtype, delegated = key
     return Efficiency(
         kind=kind,
@@ -166,6 +167,8 @@ def _efficiency(key: Key, shares: Shares, programs: Sequence[_Program], errors: 
         delegated=delegated,
         compute=float(f"{shares[0]:.4g}"),
         memory=float(f"{shares[1]:.4g}"),
+        compute_told=any(bound),
+        memory_told=not all(bound),
         programs=len(names),
         error_pct=round(min(max(own), 1e4), 1) if own else None,
     )

@@ -75,8 +75,9 @@ class Int4(Technique):
         return {n: m for n, m in found.items() if not matches(n, skip)}
 
     def _check_width(self, name: str, layer: nn.Module) -> None:
+        assert isinstance(layer, nn.Linear)
         width = layer.in_features
-        if int(width) % self.group_size:  # type: ignore[call-overload]
+        if width % self.group_size:
             raise EdgetuneError(
                 f"int4: the input width of a layer is no multiple of group_size {self.group_size}",
                 where=name,
@@ -129,7 +130,7 @@ def _configs(group_size: int) -> tuple[Any, Any]:
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     linears = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4,
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
         weight_granularity=PerGroup(group_size),
         weight_mapping_type=MappingType.SYMMETRIC,
     )
