@@ -1,10 +1,10 @@
 """edgetune: fine-tune and compress PyTorch models on and for small devices.
 
-    model = et.apply(model, [et.SparseUpdate(scheme="last-2"), et.LoRA(rank=8, targets=["*.query", "*.value"])])
-    ... any training loop ...
-    model = et.finalize(model)
-    artifact = et.export(model, example_inputs, "model.pte", device="pixel-8")
-    profile = et.profile(artifact, device="pixel-8")
+model = et.apply(model, [et.SparseUpdate(scheme="last-2"), et.LoRA(rank=8, targets=["*.query", "*.value"])])
+... any training loop ...
+model = et.finalize(model)
+artifact = et.export(model, example_inputs, "model.pte", device="pixel-8")
+profile = et.profile(artifact, device="pixel-8")
 """
 
 from edgetune.adapt.lora import LoRA, load_adapter, save_adapter

@@ -278,6 +278,7 @@ class _Fold:
             self.folder / "model.pte",
             target=self.recipe.export.target,
             check_inputs=[self.one_row(i) for i in range(self.recipe.export.check_rows)],
+            min_same_prediction_pct=self.recipe.export.min_same_prediction_pct,
         )
         self.progress("export", 1, 1, "")
         self.ledger = self.ledger.with_(program=artifact.program().model_copy(update={"path": artifact.path.name}))
@@ -322,7 +323,7 @@ class _Fold:
     def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> Row:
         """Measure the model as it stands; a resumed run takes the row it had already measured.
 
-        After an `exact` step, whose outputs are the same by law, quality is that of the row before, and the row says so.
+        After an `exact` step, whose outputs are the same by law, quality is the last row's, and the row says so.
         """
         index = len(self.ledger.rows)
         row = self.known.get(index)

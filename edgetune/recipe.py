@@ -50,6 +50,7 @@ class ExportSettings(Section):
 
     target: str = "xnnpack"
     check_rows: int = Field(500, ge=1)  # held-out rows on which program and eager model are compared
+    min_same_prediction_pct: float = Field(99.5, ge=0, le=100)  # of these rows; under it, the export fails
 
 
 class ProfileSettings(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Technique
 
 TECHNIQUES = {
@@ -75,7 +76,8 @@ def technique(name: str) -> type[Technique]:
 def require(module: str, purpose: str) -> Any:
     """Import an optional dependency, or say which extra installs it."""
     try:
-        return importlib.import_module(module)
+        with quiet():
+            return importlib.import_module(module)
     except ImportError as error:
         extra = EXTRAS.get(module.partition(".")[0], "all")
         raise EdgetuneError(

@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 
 from edgetune.export import failures, operators
 from edgetune.export.operators import Placed
-from edgetune.export.quiet import quiet
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
+from edgetune.quiet import quiet
 from edgetune.technique import Inputs, call, logits_of
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from edgetune.export import targets, verify
 from edgetune.export.artifact import Artifact, Manifest, TensorSpec, sha256_of, write_pair
 from edgetune.export.lower import Lowered, Positional, lower
-from edgetune.export.quiet import quiet
 from edgetune.export.targets import Target
 from edgetune.export.verify import Bounds
 from edgetune.ledger import Parity
 from edgetune.profile.operators import Operator
+from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Exit, Inputs, device_of, rows_of, shortened, tensors_of
 from edgetune.wrapped import is_wrapped

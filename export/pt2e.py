@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from edgetune.export import failures
 from edgetune.export.lower import Positional
-from edgetune.export.quiet import quiet
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
 _NOTE = "quantization_annotation"

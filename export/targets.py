@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.export.quiet import quiet
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit
 
 

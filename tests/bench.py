@@ -76,9 +76,11 @@ def main() -> None:
     ledgers = [run(recipe.load(name, {**changes, "seed": seed}), out) for seed in SEEDS]
     full = [full_fine_tuning(name, changes, out, seed) for seed in SEEDS]
     sizes = fp32_sizes(name, changes, out)
-    final, tuned = [quality(l, -1) for l in ledgers], [before_prune(l) for l in ledgers]
+    final = [quality(ledger, -1) for ledger in ledgers]
+    tuned = [before_prune(ledger) for ledger in ledgers]
     program = ledgers[0].program
     assert program is not None
+    parities = [ledger.program.parity for ledger in ledgers if ledger.program and ledger.program.parity]
     machine = environment()
     lines = [
         f"# `make bench`: {name}",
@@ -100,7 +102,7 @@ def main() -> None:
         f"(1/{sizes['whole'] / program.size_mib:.2f}), fp32 pruned {sizes['pruned']:.2f} "
         f"(1/{sizes['pruned'] / program.size_mib:.2f}) |",
         "| same predictions as the eager quantized model, % | "
-        + " / ".join(f"{l.program.parity.same_prediction_pct:.2f}" for l in ledgers if l.program and l.program.parity)
+        + " / ".join(f"{p.same_prediction_pct:.2f}" for p in parities)
         + f" of {program.parity.rows if program.parity else 0} rows |",
     ]
     text = "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """The README's own commands, run in smoke form: what stands in a ```sh block must work as printed.
 
-    python tests/readme.py --list     the commands, and what is run for each
-    python tests/readme.py --run      run them one after the other in a temporary folder; stops at the first that fails
+python tests/readme.py --list     the commands, and what is run for each
+python tests/readme.py --run      run them one after the other in a temporary folder; stops at the first that fails
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTEAD = {  # the long ones in their short form; None: what CI has run already, or what makes something of the user's own
+INSTEAD = {  # the long ones in their short form; None: what CI has run already
     "make demo": "edgetune run text-minilm variant=smoke",
     "make test": None,
     "make bench": None,

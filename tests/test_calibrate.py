@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from edgetune.export import Artifact, export
 from torch import Tensor, nn
 
+from edgetune.export import Artifact, export
 from edgetune.profile import calibrate, device, measure, micro, profile
 from edgetune.technique import EdgetuneError
 

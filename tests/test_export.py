@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from edgetune.export import export
 from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional, attention, capture, compile_program, prepare
-from edgetune.export.quiet import quiet
 from edgetune.export.run import _failed, run_in_child, time_in_child
 from edgetune.export.targets import TARGETS, available, for_device
 from edgetune.ledger import Parity
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Sample
 
 with quiet():  # libraries that these load warn on import

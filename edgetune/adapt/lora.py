@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune import attach, trainable
+from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.sparse.frozen import freeze_batch_norms, remove_hooks
 from edgetune.targets import refuse_read_directly, refuse_shared, select
@@ -117,8 +118,7 @@ def inject(model: nn.Module, config: Any, chosen: dict[str, nn.Module]) -> None:
     trainable.remember(model, LoRA.name)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they are about is checked here, by name
+        with quiet():  # what peft warns of is checked here, by name
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError) as error:
         trainable.recall(model, LoRA.name)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from edgetune.export.quiet import quiet
+from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.targets import matches, select
 from edgetune.technique import EdgetuneError, Sample, Technique
@@ -56,7 +56,7 @@ class Int4(Technique):
             _quantize(table, table_config)
         for layer in linears.values():
             _quantize(layer, linear_config)
-        return model
+        return model.requires_grad_(False)
 
     def _skips(self, model: nn.Module) -> tuple[list[str], list[str]]:
         """The skip patterns that name linears and those that name embeddings; one that names neither goes to
@@ -133,6 +133,7 @@ def _configs(group_size: int) -> tuple[Any, Any]:
         weight_dtype=torch.int4,  # type: ignore[attr-defined]
         weight_granularity=PerGroup(group_size),
         weight_mapping_type=MappingType.SYMMETRIC,
+        weight_scale_dtype=torch.bfloat16,  # as XNNPACK keeps them: eager mode computes with the same scales
     )
     return linears, IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune.export.quiet import quiet
+from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Sample, Technique, device_of
 
