@@ -63,16 +63,17 @@ def full_fine_tuning(name: str, changes: dict[str, Any], out: Path, seed: int) -
 
 
 def run(what: recipe.Recipe, out: Path) -> Ledger:
-    """Run one recipe with progress."""
+    """Run one recipe in a folder of its own, with progress."""
+    number = 1 + len(list(out.glob("*"))) if out.exists() else 1
     with shown() as progress:
-        return pipeline.run(what, out=out, progress=progress).ledger
+        return pipeline.run(what, out=out / f"{what.name}-{number:03d}", progress=progress).ledger
 
 
 def main() -> None:
     """Run, print and write the table."""
     given = sys.argv[1:]
     name = given.pop(0) if given and "=" not in given[0] else "text-minilm"
-    changes, out = from_text(given), ROOT / "runs" / "bench"
+    changes, out = {"data.test_rows": None, **from_text(given)}, ROOT / "runs" / "bench"
     ledgers = [run(recipe.load(name, {**changes, "seed": seed}), out) for seed in SEEDS]
     full = [full_fine_tuning(name, changes, out, seed) for seed in SEEDS]
     sizes = fp32_sizes(name, changes, out)
