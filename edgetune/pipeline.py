@@ -149,6 +149,7 @@ class _Fold:
         self.train_split = Split(self.task, self.dataset.train, loaded.encode)
         self.validation_split = Split(self.task, self.dataset.validation, loaded.encode)
         self.test_split = Split(self.task, self.dataset.test, loaded.encode)
+        self.pad_to = None if self.task == "image-classification" else recipe.model.max_length
         self.load_seconds = time.perf_counter() - started
         self.batch_size = next((s.settings.batch_size for s in recipe.steps if isinstance(s.settings, Train)), 32)
         self.teachers: dict[str, nn.Module] = {}
@@ -303,20 +304,20 @@ class _Fold:
 
     def one_row(self, index: int) -> Inputs:
         """One row of the test set, in the shape the program takes."""
-        return self.test_split.batch([index], pad_to=self.recipe.model.max_length)[0]
+        return self.test_split.batch([index], pad_to=self.pad_to)[0]
 
     def example(self) -> Inputs:
         return self.one_row(0)
 
     def sample(self) -> Sample:
         """What techniques may look at: rows of the training set only."""
-        example = self.train_split.batch([0], pad_to=self.recipe.model.max_length)[0]
+        example = self.train_split.batch([0], pad_to=self.pad_to)[0]
 
         def batches() -> Iterator[Inputs]:
             rows = min(CALIBRATION_ROWS * CALIBRATION_BATCHES, len(self.train_split))
             for start in range(0, rows, CALIBRATION_ROWS):
                 chosen = range(start, min(start + CALIBRATION_ROWS, rows))
-                yield self.train_split.batch(chosen, pad_to=self.recipe.model.max_length)[0]
+                yield self.train_split.batch(chosen, pad_to=self.pad_to)[0]
 
         return Sample(inputs=example, batches=batches)
 

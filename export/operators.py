@@ -215,7 +215,7 @@ def _dtype(node: fx.Node, kind: Kind, weights: list[_Source], activations: list[
         return "8da4w" if min(w.bits for w in narrow) <= 4 else "int8"
     if narrow and kind == "embedding":
         return "int8"
-    if any(a.quantized and not a.dynamic for a in activations):
+    if any(a.quantized and not a.dynamic for a in activations) and (narrow or not weights):
         return "int8"
     value = _value(node)
     return _DTYPES.get(value.dtype, "fp32") if value is not None else "fp32"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from edgetune.export import failures
+from edgetune.export import failures, operators
 from edgetune.export.lower import Positional
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
@@ -17,15 +17,22 @@ from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 _NOTE = "quantization_annotation"
 
 
-def quantize_static(model: nn.Module, inputs: Inputs, batches: Iterable[Inputs], *, per_channel: bool) -> nn.Module:
+def quantize_static(
+    model: nn.Module,
+    inputs: Inputs,
+    batches: Iterable[Inputs],
+    *,
+    per_channel: bool,
+    skip: frozenset[str] = frozenset(),
+) -> fx.GraphModule:
     """A graph of `model`, in eval mode, that rounds weights and activations to int8 with scales from `batches`.
 
     Takes the tensors of `inputs` by position, any number of rows. Weights have one scale per output channel, or
-    one in all without `per_channel`. Raises `EdgetuneError` (exit code 5) where the model cannot be captured with
-    a free batch size.
+    one in all without `per_channel`. The layers called `skip` stay in floating point. Raises `EdgetuneError` (exit
+    code 5) where the model cannot be captured with a free batch size.
     """
     with quiet(), torch.no_grad():
-        prepared = _prepared(model, inputs, per_channel=per_channel)
+        prepared = _prepared(model, inputs, _quantizer(per_channel=per_channel, skip=skip))
         seen = 0
         for batch in batches:
             prepared(*tensors_of(batch))
@@ -48,7 +55,7 @@ def _drop_unused(graph_module: fx.GraphModule) -> None:
         delattr(graph_module.get_submodule(parent), own)
 
 
-def _prepared(model: nn.Module, inputs: Inputs, *, per_channel: bool) -> Any:
+def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     program = Positional(model, inputs).eval()
@@ -58,10 +65,10 @@ def _prepared(model: nn.Module, inputs: Inputs, *, per_channel: bool) -> Any:
         captured = torch.export.export(program, example, dynamic_shapes=(free,), strict=False)
     except Exception as error:  # torch.export raises dozens of types
         raise failures.not_captured(program, example, error) from error
-    return prepare_pt2e(captured.module(check_guards=False), _quantizer(per_channel=per_channel))
+    return prepare_pt2e(captured.module(check_guards=False), quantizer)
 
 
-def _quantizer(*, per_channel: bool) -> Any:
+def _quantizer(*, per_channel: bool, skip: frozenset[str]) -> Any:
     """ExecuTorch's quantizer, with one scale after a layer and its clamp instead of one before and one after.
 
     The stock one knows a layer and a relu as one, but not relu6: it spreads the 8 bits of such a layer over values
@@ -90,7 +97,14 @@ def _quantizer(*, per_channel: bool) -> Any:
     config = stock.get_symmetric_quantization_config(is_per_channel=per_channel)
     # least and largest value: the stock histogram takes minutes where this takes seconds
     spec = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12))
-    return Fused().set_global(replace(config, input_activation=spec, output_activation=spec))
+    quantizer = Fused().set_global(replace(config, input_activation=spec, output_activation=spec))
+    return quantizer.set_filter_function(lambda node: _module(node) not in skip)
+
+
+def _module(node: fx.Node) -> str:
+    """The module that a node of a captured `Positional` comes from, in the user's own names."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return operators.shorten(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def _two_rows(tensor: Tensor) -> Tensor:

@@ -196,20 +196,44 @@ class Small(nn.Module):
         return self.head(F.adaptive_avg_pool2d(hidden, 1).flatten(1))
 
 
-def test_an_int8_convolution_model_exports_at_batch_one(tmp_path: Path) -> None:
+def small() -> Small:
+    """With norms that leave every layer a bias to round."""
     torch.manual_seed(0)
-    images = torch.randn(6, 3, 16, 16)
-    model = Int8().apply(Small(), Sample(images[:1], lambda: iter([images])))
-    known = export(model, images, tmp_path / "cnn.pte", min_same_prediction_pct=80).manifest
+    model = Small().eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    return model
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_an_int8_program_computes_the_bits_that_its_model_does(tmp_path: Path, per_channel: bool) -> None:
+    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    model = Int8(per_channel=per_channel).apply(small(), Sample(images[:1], lambda: iter([images])))
+    known = export(model, images, tmp_path / "cnn.pte").manifest
     assert known.inputs[0].shape == (1, 3, 16, 16)
     assert known.parity is not None
-    assert known.parity.max_abs_difference < 0.05
+    assert known.parity.max_abs_difference == 0.0
     assert known.delegated_macs_pct == 100.0
-    kinds = [(o.kind, o.dtype) for o in known.operators if o.macs]
-    assert kinds == [("conv", "int8"), ("depthwise-conv", "int8"), ("pointwise-conv", "int8"), ("linear", "int8")]
+    layers = [(o.module, o.kind, o.dtype) for o in known.operators if o.macs]
+    assert layers == [
+        ("stem.0", "conv", "int8"), ("depth.0", "depthwise-conv", "int8"), ("point", "pointwise-conv", "int8"),
+        ("head", "linear", "int8"),
+    ]  # fmt: skip
     depth = next(o for o in known.operators if o.kind == "depthwise-conv")
     assert depth.macs == 16 * 8 * 8 * 9
     assert depth.activation_bytes == 2 * 16 * 8 * 8  # a byte each
+
+
+def test_a_layer_that_int8_skips_stays_float_in_the_program(tmp_path: Path) -> None:
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    model = Int8(skip=("head", "stem.*")).apply(small(), Sample(images[:1], lambda: iter([images])))
+    known = export(model, images, tmp_path / "cnn.pte", max_abs_difference=1e-5).manifest
+    layers = {o.module: (o.dtype, o.delegated) for o in known.operators if o.macs}
+    assert layers == {
+        "stem.0": ("fp32", True), "depth.0": ("int8", True), "point": ("int8", True), "head": ("fp32", True),
+    }  # fmt: skip
 
 
 class Branching(nn.Module):

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8, Static8
+from edgetune.quant.integers import Integers
 from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
 from edgetune.technique import EdgetuneError, Sample
 
@@ -173,3 +174,42 @@ def test_int8_keeps_one_byte_for_a_weight(static: tuple[nn.Module, Static8]) -> 
 def test_int8_needs_a_sample() -> None:
     with pytest.raises(EdgetuneError, match="int8 needs example inputs"):
         Int8().apply(Small())
+
+
+def test_int8_rounds_a_layer_as_whole_numbers_do(static: tuple[nn.Module, Static8]) -> None:
+    """The head alone: its sum, its bias in steps of the sum, one multiplication, one rounding."""
+    _, quantized = static
+    nodes = {node.name: node for node in quantized.graph.graph.nodes}
+    head = nodes["linear"]
+    source, weight = head.args[:2]
+    (output,) = head.users
+    x = torch.randn(3, 3, 8, 8)
+    seen = {}
+
+    class Watching(Integers):
+        def run_node(self, n: fx.Node) -> object:
+            seen[n.name] = super().run_node(n)
+            return seen[n.name]
+
+    Watching(quantized.graph).run(x)
+    scale_in, zero_in, scale_out, zero_out = *source.args[1:3], *output.args[1:3]
+    integers = quantized.graph.get_buffer(weight.args[0].target).long()
+    step = scale_in * quantized.graph.get_buffer(weight.args[1].target)
+    bias = quantized.graph.get_parameter(head.args[2].target)
+    total = (seen[source.args[0].name].long() - zero_in) @ integers.T + (bias / step).round().long()
+    expected = (total * (step / scale_out)).round().long() + zero_out
+    assert torch.equal(seen[output.name].long(), expected.clamp(-128, 127))
+
+
+def test_int8_skips_the_layers_it_is_told_to() -> None:
+    torch.manual_seed(0)
+    model, calibration = Small().eval(), batches()
+    sample = Sample(calibration[0], lambda: iter(calibration))
+    whole, part = (Int8(skip=skip).apply(copy.deepcopy(model), sample) for skip in ((), ("*.head",)))
+    spared = 8 * 4 * 3 - 4 * (4 + 8)  # three bytes more for each weight, without the scales and zero points
+    assert stored_bytes(part) - stored_bytes(whole) == spared
+    logits = part(calibration[0])
+    assert len(logits.unique()) == logits.numel()  # not on a grid of 256 steps
+
+    with pytest.raises(EdgetuneError, match="skip: the pattern matches no layer: got 'haed'"):
+        Int8(skip=("haed",)).apply(model, sample)

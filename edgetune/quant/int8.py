@@ -5,12 +5,18 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.traceback import preserve_node_meta
 
+from edgetune.quant.integers import Integers
 from edgetune.quiet import quiet
 from edgetune.registry import require
+from edgetune.targets import select
 from edgetune.technique import EdgetuneError, Sample, Technique, device_of
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what `skip` can name
 
 
 class Int8(Technique):
@@ -19,6 +25,7 @@ class Int8(Technique):
     The model is captured by `torch.export` and rewritten by ExecuTorch's quantizer for XNNPACK, so what comes back
     is a `Static8` around a graph, not the model's own class. It runs in eager mode with any number of rows and gives
     what the exported program gives. Its batch norms are folded and its dropout is gone: it can no longer train.
+    Layers that `skip` names stay in floating point; a pattern that names none raises `EdgetuneError`.
     """
 
     name: ClassVar[str] = "int8"
@@ -27,6 +34,7 @@ class Int8(Technique):
 
     per_channel: bool = True
     calibration_batches: int = Field(default=8, ge=1)
+    skip: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """The quantized graph of `model`; `model` itself is left in eval mode."""
@@ -36,19 +44,25 @@ class Int8(Technique):
             require("torchao", "int8")
         if device_of(model).type != "cpu":
             raise EdgetuneError("int8 works on the CPU", got=str(device_of(model)), action="model.cpu() first")
+        skipped = select(model, self.skip, kind=LAYERS) if self.skip else ()
         from edgetune.export.pt2e import quantize_static
 
         source_parameters = sum(parameter.numel() for parameter in model.parameters())
         batches = islice(sample.batches(), self.calibration_batches)
-        graph = quantize_static(model.eval(), sample.inputs, batches, per_channel=self.per_channel)
+        graph = quantize_static(
+            model.eval(), sample.inputs, batches, per_channel=self.per_channel, skip=frozenset(skipped)
+        )
         names = tuple(sample.inputs) if isinstance(sample.inputs, dict) else ()
         return Static8(graph, names, source_parameters).eval()
 
 
 class Static8(nn.Module):
-    """A statically quantized graph. Takes its inputs by position or by the names the model had; returns the logits."""
+    """A statically quantized graph. Takes its inputs by position or by the names the model had; returns the logits.
 
-    def __init__(self, graph: nn.Module, names: tuple[str, ...], source_parameters: int) -> None:
+    It computes in whole numbers, as XNNPACK does. `torch.export` gets the graph that XNNPACK is lowered from.
+    """
+
+    def __init__(self, graph: fx.GraphModule, names: tuple[str, ...], source_parameters: int) -> None:
         super().__init__()
         self.graph = graph
         self.names = names
@@ -58,7 +72,11 @@ class Static8(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """The logits."""
-        return self.graph(*inputs, *(named[name] for name in self.names[len(inputs) :]))
+        tensors = (*inputs, *(named[name] for name in self.names[len(inputs) :]))
+        if not torch.compiler.is_exporting():
+            return Integers(self.graph).run(*tensors)
+        with preserve_node_meta():  # a program's operators keep the names of the float model's modules
+            return fx.Interpreter(self.graph).run(*tensors)
 
     def train(self, mode: bool = True) -> Static8:
         """Sets the flag only: a captured graph has no second mode, and refuses to be asked."""
