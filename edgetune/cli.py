@@ -6,7 +6,6 @@ Results go to stdout, progress and errors to stderr. Exit codes: `technique.Exit
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import traceback
@@ -16,14 +15,13 @@ from typing import Annotated, Any
 
 import typer
 
-PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
+from edgetune.cli_devices import PLAIN, Json, devices, printed
+
 app = typer.Typer(help="Fine-tune and compress PyTorch models on and for small devices.", **PLAIN)
 recipes = typer.Typer(help="The golden recipes, and checks for your own.", **PLAIN)
-devices = typer.Typer(help="Device descriptors: what is known of a phone or board, and from where.", **PLAIN)
 app.add_typer(recipes, name="recipes")
 app.add_typer(devices, name="devices")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes: train.epochs=2, steps.3.ratio=0.5, variant=smoke."),
@@ -69,11 +67,6 @@ def _failure(error: BaseException) -> tuple[str, int]:
     return f"edgetune: {type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1
 
 
-def _print(value: object) -> None:
-    """Text as it is; anything else as JSON."""
-    print(value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
@@ -82,7 +75,7 @@ def _options(
     if version:
         from importlib import metadata
 
-        _print(metadata.version("edgetune"))
+        printed(metadata.version("edgetune"))
         raise typer.Exit()
 
 
@@ -101,7 +94,7 @@ def run(
 
     changes = from_text(overrides or [])
     if dry_run:
-        _print(_plan(recipes_of.load(recipe, changes), out, as_json))
+        printed(_plan(recipes_of.load(recipe, changes), out, as_json))
         return 0
     from edgetune import pipeline
     from edgetune.progress import shown
@@ -110,11 +103,11 @@ def run(
     with shown() as progress, contextlib.redirect_stdout(sys.stderr):
         done = pipeline.run(recipe, overrides=changes, out=out, resume=resume, progress=progress)
     if as_json:
-        _print({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
+        printed({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
     else:
         _show(done.ledger)
         program = [f"program: {done.program}"] if done.program else []
-        _print("\n".join([*program, f"report: {done.report}"]))
+        printed("\n".join([*program, f"report: {done.report}"]))
     for verdict in done.missed:
         what = f"{verdict.quantity} is {verdict.value:.4g}, the limit {verdict.limit:g}, the least {verdict.least:.4g}"
         print(f"edgetune: the budget for {verdict.device} does not hold: {what}", file=sys.stderr)
@@ -166,7 +159,9 @@ def export(
 
     with contextlib.redirect_stdout(sys.stderr):
         artifact = export_from(model, out, device=device, target=target, data=data)
-    _print(artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_manifest(artifact.manifest)}")
+    printed(
+        artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_manifest(artifact.manifest)}"
+    )
     return 0
 
 
@@ -199,7 +194,7 @@ def profile(
     predicted = found.predicted.model_dump(mode="json")
     measured = found.measured.model_dump(mode="json") if found.measured else None
     here = f"measured: {_pairs(measured)}" if measured else "measured: this machine cannot run it"
-    _print({"predicted": predicted, "measured": measured} if as_json else f"predicted: {_pairs(predicted)}\n{here}")
+    printed({"predicted": predicted, "measured": measured} if as_json else f"predicted: {_pairs(predicted)}\n{here}")
     return 0
 
 
@@ -219,10 +214,10 @@ def report(
     page = reports.report(folder)
     ledger = Ledger.read(folder / reports.LEDGER)
     if as_json:
-        _print(ledger.model_dump(mode="json"))
+        printed(ledger.model_dump(mode="json"))
     else:
         _show(ledger)
-        _print(f"report: {page}")
+        printed(f"report: {page}")
     return 0
 
 
@@ -232,7 +227,7 @@ def env(as_json: Json = False) -> int:
     from edgetune.environment import as_text, environment
 
     found = environment()
-    _print(found.model_dump(mode="json") if as_json else as_text(found))
+    printed(found.model_dump(mode="json") if as_json else as_text(found))
     return 0
 
 
@@ -243,7 +238,7 @@ def recipes_list(as_json: Json = False) -> int:
 
     found = [recipes_of.load(name) for name in recipes_of.names()]
     plain = [{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in found]
-    _print(plain if as_json else "\n".join(f"{r.name}: {r.description}" for r in found))
+    printed(plain if as_json else "\n".join(f"{r.name}: {r.description}" for r in found))
     return 0
 
 
@@ -259,10 +254,10 @@ def recipes_show(
     from edgetune.overrides import from_text
 
     if not (resolved or overrides or as_json):
-        _print(recipes_of.text_of(recipe)[0].rstrip("\n"))
+        printed(recipes_of.text_of(recipe)[0].rstrip("\n"))
         return 0
     found = recipes_of.load(recipe, from_text(overrides or []))
-    _print(found.resolved() if as_json else found.to_yaml().rstrip("\n"))
+    printed(found.resolved() if as_json else found.to_yaml().rstrip("\n"))
     return 0
 
 
@@ -287,7 +282,7 @@ def recipes_copy(
         raise EdgetuneError("the file is there already", got=str(to), action="choose another name") from error
     except OSError as error:
         raise EdgetuneError(f"cannot write the file: {error.strerror}", got=str(to)) from error
-    _print(str(to))
+    printed(str(to))
     return 0
 
 
@@ -309,11 +304,11 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
             raise
         errors = error.errors if isinstance(error, Errors) else (error,)
         keys = ("where", "what", "got", "allowed", "action")
-        _print({"valid": False, "errors": [{key: getattr(e, key) for key in keys} for e in errors]})
+        printed({"valid": False, "errors": [{key: getattr(e, key) for key in keys} for e in errors]})
         return int(Exit.USAGE)
     variants = f", variants: {', '.join(found.variants)}" if found.variants else ""
     text = f"{found.name}: valid, {len(found.steps)} steps{variants}"
-    _print({"valid": True, "errors": [], "digest": found.digest} if as_json else text)
+    printed({"valid": True, "errors": [], "digest": found.digest} if as_json else text)
     return 0
 
 
@@ -322,77 +317,7 @@ def recipes_schema() -> int:
     """Print the JSON Schema of a recipe."""
     from edgetune.schema import schema
 
-    _print(schema())
-    return 0
-
-
-@devices.command("list")
-def devices_list(as_json: Json = False) -> int:
-    """List the devices that are known here."""
-    from edgetune.profile import device
-
-    found = [device.load(name) for name in device.ids()]
-    plain = [{"id": d.id, "name": d.name, "soc": d.soc, "calibrated": d.calibration is not None} for d in found]
-    lines = [f"{d.id:<18} {d.name}, {d.soc}{', calibrated' if d.calibration else ''}" for d in found]
-    _print(plain if as_json else "\n".join(lines))
-    return 0
-
-
-@devices.command("show")
-def devices_show(
-    device_id: Annotated[str, typer.Argument(metavar="ID", help="A device id, or a path ending in .yaml.")],
-    as_json: Json = False,
-) -> int:
-    """Print a descriptor, every number with its source and trust."""
-    import yaml
-
-    from edgetune.profile import device
-
-    plain = device.load(device_id).model_dump(mode="json", exclude_none=True, exclude_defaults=not as_json)
-    _print(plain if as_json else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).rstrip("\n"))
-    return 0
-
-
-@devices.command("validate")
-def devices_validate(
-    paths: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids or paths; default: all.")] = None,
-    as_json: Json = False,
-) -> int:
-    """Check descriptors; print every fault."""
-    from edgetune.document import raise_all
-    from edgetune.profile import device
-    from edgetune.technique import EdgetuneError, Exit
-
-    errors: list[EdgetuneError] = []
-    valid = []
-    for name in paths or device.ids():
-        try:
-            valid.append(device.load(name).id)
-        except EdgetuneError as error:
-            errors.append(error)
-    if as_json:
-        _print({"valid": valid, "errors": [str(error) for error in errors]})
-        return int(Exit.USAGE) if errors else 0
-    raise_all("devices", errors)
-    _print(f"valid: {', '.join(valid)}")
-    return 0
-
-
-@devices.command("calibrate")
-def devices_calibrate(
-    out: Annotated[Path | None, typer.Option(help="The descriptor to write; default: host.yaml of your own.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores of the process.")] = None,
-    as_json: Json = False,
-) -> int:
-    """Time micro-programs on this host and write its descriptor; about three minutes on 2 cores."""
-    from edgetune.profile.calibrate import calibrate
-    from edgetune.profile.device import HOST, SUFFIX, user_folder
-    from edgetune.progress import shown
-
-    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
-        found = calibrate(out, threads=threads, progress=lambda name, done, of: progress("calibrate", done, of, name))
-    path = out or user_folder() / (HOST + SUFFIX)
-    _print({"path": str(path), **found.model_dump(mode="json")} if as_json else f"{path}: {found.name}, {found.soc}")
+    printed(schema())
     return 0
 
 

@@ -6,14 +6,20 @@ python tests/readme.py --run      run them one after the other in a temporary fo
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from edgetune import report
+from edgetune.ledger import Ledger
+
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("plain", "trainer", "lightning")
 INSTEAD = {  # the long ones in their short form; None: what CI has run already
     "make demo": "edgetune run text-minilm variant=smoke",
     "make test": None,
@@ -38,8 +44,56 @@ def instead(command: str) -> str | None:
     return command
 
 
+def written(text: str) -> str:
+    """The README with its generated parts made anew."""
+    parts = {name: ("python", (ROOT / "tests" / f"examples_{name}.py").read_text(encoding="utf-8")) for name in SCRIPTS}
+    demo = ROOT / "docs" / "demo.json"
+    if demo.exists():
+        parts["demo"] = ("text", _short(report.text(Ledger.read(demo), width=100)))
+    for name, (kind, body) in parts.items():
+        block = f"<!-- {name} -->\n```{kind}\n{body.rstrip()}\n```\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
+    return text
+
+
+def _short(text: str) -> str:
+    """The parts of the report for a first look: steps, baselines, what was measured, what was predicted."""
+    keep, parts = [], re.split(r"\n\n(?=\S)", text)
+    for part in parts:
+        if part.startswith(("Step by step", "Against simple", "Measured", "Predicted")):
+            keep.append(part.rstrip())
+    return "\n\n".join(keep)
+
+
+def write() -> None:
+    """Write README.md anew, with the newest finished demo if there is one."""
+    runs = sorted((ROOT / "runs").glob("text-minilm-*/ledger.json"), key=lambda path: path.stat().st_mtime)
+    finished = [path for path in runs if Ledger.read(path).finished]
+    if finished:
+        (ROOT / "docs").mkdir(exist_ok=True)
+        (ROOT / "docs" / "demo.json").write_text(Ledger.read(finished[-1]).dumps(), encoding="utf-8")
+        picture(finished[-1].parent / "report.html", ROOT / "docs" / "report.png")
+    readme = ROOT / "README.md"
+    readme.write_text(written(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def picture(page: Path, to: Path) -> None:
+    """A screenshot of the page, where there is a Chromium."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        print("no chromium here: the picture stays as it is", file=sys.stderr)
+        return
+    with tempfile.TemporaryDirectory() as profile:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        size = [f"--user-data-dir={profile}", f"--screenshot={to}", "--window-size=1200,1500", "--hide-scrollbars"]
+        subprocess.run([chromium, *flags, *size, page.resolve().as_uri()], check=True, capture_output=True)
+
+
 def main() -> int:
-    """List or run the commands."""
+    """List, run or write."""
+    if "--write" in sys.argv:
+        write()
+        return 0
     found = commands()
     if not found:
         sys.exit("README.md has no commands")
@@ -48,8 +102,6 @@ def main() -> int:
         return 0
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     with tempfile.TemporaryDirectory() as folder:
-        import os
-
         environment = {**os.environ, "PATH": path, "XDG_CONFIG_HOME": folder}
         for command in found:
             short = instead(command)

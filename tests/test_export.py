@@ -228,11 +228,11 @@ def test_an_int8_program_computes_the_bits_that_its_model_does(tmp_path: Path, p
 
 def test_a_layer_that_int8_skips_stays_float_in_the_program(tmp_path: Path) -> None:
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    model = Int8(skip=("head", "stem.*")).apply(small(), Sample(images[:1], lambda: iter([images])))
-    known = export(model, images, tmp_path / "cnn.pte", max_abs_difference=1e-5).manifest
+    model = Int8(skip=("head",)).apply(small(), Sample(images[:1], lambda: iter([images])))
+    known = export(model, images, tmp_path / "cnn.pte", max_abs_difference=0.01).manifest
     layers = {o.module: (o.dtype, o.delegated) for o in known.operators if o.macs}
     assert layers == {
-        "stem.0": ("fp32", True), "depth.0": ("int8", True), "point": ("int8", True), "head": ("fp32", True),
+        "stem.0": ("int8", True), "depth.0": ("int8", True), "point": ("int8", True), "head": ("fp32", True),
     }  # fmt: skip
 
 

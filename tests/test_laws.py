@@ -1,4 +1,4 @@
-"""The laws of design.md, each crossed with the cases of laws.py."""
+"""The laws that hold for every technique, each crossed with the cases of laws.py."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _COMPUTE: dict[Kind, tuple[float, float]] = {
     "data-movement": (0.20, 0.20),
     "other": (0.05, 0.05),
 }
-_MEMORY = 0.55  # eta of language models on phones without calibration, devices.md
+_MEMORY = 0.55  # eta of language models on phones without calibration (devices/published.yaml)
 # A portable kernel is one thread of plain loops: a small CNN took 65 ms against 3 ms delegated.
 _PORTABLE_COMPUTE, _PORTABLE_MEMORY = 0.03, 0.15
 
@@ -51,7 +51,7 @@ _COSTLY = ("gelu", "tanh", "sigmoid", "exp", "erf", "silu", "log", "pow", "sqrt"
 _COSTLY_WORK = 12.0
 _ELEMENT_BYTES: dict[DType, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "8da4w": 4}
 
-# Natural logarithms of how far off the shares may be. devices.md: two labs differ by up to 22 % on one phone.
+# Natural logarithms of how far off the shares may be. Two labs differ by up to 22 % on one phone.
 PRIOR_LOG, PORTABLE_LOG, FALLBACK_LOG, FLOOR_LOG = math.log(1.7), math.log(2.5), math.log(3.0), math.log(1.22)
 
 _MOST = 10**18  # beyond it, sizes are mistakes and sums might overflow

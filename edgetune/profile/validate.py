@@ -16,7 +16,7 @@ from edgetune.profile.reference import NETWORKS
 from edgetune.profile.yaml_file import read_yaml
 from edgetune.technique import EdgetuneError
 
-# devices.md: eta of decoding on a phone without any calibration, and its honest band.
+# from the rows of devices/published.yaml: eta of decoding on a phone without any calibration, and its honest band.
 ETA, ETA_LOW, ETA_HIGH = 0.55, 0.43, 0.65
 _SMALL_PARAMETERS = 200e6  # below, a fixed cost per token dominates and the rule promises too much
 
@@ -107,7 +107,7 @@ class Validation(Value):
 def decode_tokens_per_s(device: Device, gb_per_token: float) -> tuple[float, float, float]:
     """Low, middle and high decoding speed: eta x GB/s / GB per token; wider the less the bandwidth is trusted.
 
-    Source: the two-parameter rule of devices.md. Raises `EdgetuneError` if `gb_per_token` is not positive.
+    Source: the two-parameter rule of `devices/published.yaml` Raises `EdgetuneError` if `gb_per_token` is not positive.
     """
     if not (math.isfinite(gb_per_token) and gb_per_token > 0):
         raise EdgetuneError("GB per token must be positive", got=gb_per_token)

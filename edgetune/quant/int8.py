@@ -44,7 +44,10 @@ class Int8(Technique):
             require("torchao", "int8")
         if device_of(model).type != "cpu":
             raise EdgetuneError("int8 works on the CPU", got=str(device_of(model)), action="model.cpu() first")
-        skipped = select(model, self.skip, kind=LAYERS) if self.skip else ()
+        skipped: set[str] = set()
+        if self.skip:
+            layers = {name for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+            skipped = layers - select(model, ("*",), self.skip, LAYERS).keys()
         from edgetune.export.pt2e import quantize_static
 
         source_parameters = sum(parameter.numel() for parameter in model.parameters())

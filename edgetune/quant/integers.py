@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -31,7 +31,6 @@ class Integers(fx.Interpreter):
         source, weight, output = n.args[0], n.args[1], _after_clamp(n)
         if not (_is(source, "dequantize") and _is(weight, "dequantize") and _is(output, "quantize")):
             return super().run_node(n)  # one that was left in floating point
-        assert isinstance(source, fx.Node) and isinstance(weight, fx.Node) and output is not None
         args, _ = self.fetch_args_kwargs_from_env(n)
         scale_in, scale_out = (torch.tensor(node.args[1]) for node in (source, output))
         integers, weight_scale = (self._stored(argument) for argument in weight.args[:2])
@@ -45,10 +44,9 @@ class Integers(fx.Interpreter):
     def _mean(self, n: fx.Node) -> Any:
         """A mean whose exact halves go to the even neighbour: in floating point, chance decides where they go."""
         source, output = n.args[0], _after_clamp(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
         if not (_is(source, "dequantize") and _is(output, "quantize")):
             return super().run_node(n)
-        assert isinstance(source, fx.Node) and output is not None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         scale_in, scale_out = (torch.tensor(node.args[1]) for node in (source, output))
         mean: Tensor = n.target((args[0] / scale_in).round(), *args[1:], **kwargs)  # type: ignore[operator]
         return (mean * (scale_in / scale_out)).round() * scale_out
@@ -68,5 +66,5 @@ def _after_clamp(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _is(node: object, what: str) -> bool:
+def _is(node: object, what: str) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and str(node.target).startswith(f"quantized_decomposed.{what}")
