@@ -196,15 +196,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(mine: Path, capsys: pytest.C
         answer.out
         == """\
 mine: minilm on tweets, seed 0
-  1  lora      rank=4, targets=['*.query']
-  2  train     learning_rate=0.002
+  1  lora      rank 4, targets *.query
+  2  train     epochs 1, learning_rate 0.002
      finalize  lora; prune needs plain layers
-  3  prune     ratio=0.5
-     finalize  prune
+  3  prune     ratio 0.5
      export    xnnpack
      verify    100 held-out rows, program against eager model
      profile   this host, measured, pixel-8
-     budget    device=pixel-8, size_mib=20.0
+     budget    device pixel-8, size_mib 20
 would write runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, \
 model.pte, model.json
 """
@@ -216,7 +215,7 @@ def test_dry_run_as_json(mine: Path, capsys: pytest.CaptureFixture[str]) -> None
     answer = Answer(capsys, "run", "mine.yaml", "--dry-run", "--json", "--out", "here")
     assert answer.json["digest"] == recipe.load(mine).digest
     assert answer.json["folder"] == "here"
-    assert [p["step"] for p in answer.json["plan"]] == [1, 2, None, 3, None, None, None, None, None]
+    assert [p["step"] for p in answer.json["plan"]] == [1, 2, None, 3, None, None, None, None]
 
 
 def test_dry_run_loads_no_model_library(mine: Path) -> None:
@@ -327,7 +326,9 @@ def test_devices(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = Answer(capsys, "devices", "show", "pixel-8", "--json")
     assert shown.json["id"] == "pixel-8"
     assert "source:" in Answer(capsys, "devices", "show", "pixel-8").out
-    assert Answer(capsys, "devices", "validate").out == f"valid: {', '.join(device.ids())}\n"
+    answer = Answer(capsys, "devices", "validate").out
+    assert answer.startswith(f"valid: {', '.join(device.ids())}\n")
+    assert "Llama 3.2 1B BF16: published 19.2 tokens/s, predicted" in answer
     unknown = Answer(capsys, "devices", "show", "pixel8")
     assert unknown.code == 2
     assert "did you mean 'pixel-8'?" in unknown.err
