@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edgetune.files import flush
 from edgetune.technique import EdgetuneError, Exit
 
 MARKER = "complete.json"
@@ -60,11 +61,11 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         marker = json.dumps({"format": _FORMAT, **files}, indent=1)
         temporary = folder / f".{MARKER}"
         _write_text(temporary, marker)
-        _flush(temporary)
-        _flush(folder)
+        flush(temporary)
+        flush(folder)
         os.replace(temporary, folder / MARKER)
-        _flush(folder)
-        _flush(folder.parent)
+        flush(folder)
+        flush(folder.parent)
     except (OSError, SafetensorError) as error:
         _remove_unnamed(folder)
         raise EdgetuneError(
@@ -171,7 +172,7 @@ def _written(folder: Path, stem: str, suffix: str, write: Callable[[Path], None]
     """Write under a temporary name, flush, rename to a name that holds the checksum; its entry in the marker."""
     temporary = folder / f".{stem}{suffix}"
     write(temporary)
-    _flush(temporary)
+    flush(temporary)
     digest = _sha256(temporary)
     name = f"{stem}-{digest[:16]}{suffix}"
     size = temporary.stat().st_size
@@ -181,15 +182,6 @@ def _written(folder: Path, stem: str, suffix: str, write: Callable[[Path], None]
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    """Make the disk hold what was written to a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from edgetune.data import task as tasks
 from edgetune.data.baselines import baselines
 from edgetune.data.dataset import Dataset, Split
 from edgetune.environment import versions
+from edgetune.files import write_whole
 from edgetune.ledger import Ledger, Measured, Quality, Row, Training, Verdict
 from edgetune.measures import kept_mib, measure
 from edgetune.models.loaded import Loaded
@@ -353,7 +354,7 @@ class _Fold:
         if self.ledger.finished:
             write(self.ledger, self.folder)
         else:
-            runs.write_whole(self.folder / "ledger.json", self.ledger.dumps())
+            write_whole(self.folder / "ledger.json", self.ledger.dumps())
 
 
 def _distils(step: Step) -> bool:

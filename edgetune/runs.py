@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.environment import versions
+from edgetune.files import write_whole
 from edgetune.ledger import Ledger
 from edgetune.technique import EdgetuneError
 
 if TYPE_CHECKING:
     from edgetune.recipe import Recipe
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` under a temporary name, flush it to disk, rename it: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 RUNS = Path("runs")  # under the working folder

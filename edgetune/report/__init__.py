@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgetune.files import write_whole
 from edgetune.ledger import Ledger
 from edgetune.report.console import terminal, text
-from edgetune.report.document import page, write_whole
+from edgetune.report.document import page
 from edgetune.technique import EdgetuneError, Exit
 
 __all__ = ["page", "report", "terminal", "text", "write"]
