@@ -23,6 +23,7 @@ test-slow: $(VENV)/.test  ## the tests that take many minutes
 	$(BIN)/pytest -m slow
 
 bench: $(VENV)/.demo  ## the main job with three seeds: quality with its spread, sizes, parity
+	$(BIN)/python tests/bench_import.py
 	$(BIN)/python tests/bench.py
 
 lint: $(VENV)/.dev  ## ruff

@@ -1,5 +1,5 @@
 #!/bin/sh
-# mypy on what is shipped: the wheel, unpacked by itself, so that edgetune.export and the others are where users find them.
+# The wheel, unpacked by itself, as users get it: its data is there, and mypy finds nothing.
 #   sh check_types.sh BIN      BIN: the bin folder of an environment with mypy
 set -e
 bin=$(cd "$1" && pwd)
@@ -10,4 +10,12 @@ rm -rf "$root/build"
 "$bin/python" -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir "$work" "$root"
 "$bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --target "$work/site" "$work"/*.whl
 cd "$work"
+PYTHONPATH="$work/site" "$bin/python" -c "
+import edgetune.report, pathlib
+from edgetune import recipe
+from edgetune.profile import device
+here = pathlib.Path(edgetune.__file__).parent
+assert here.is_relative_to('$work'), here
+assert recipe.load('text-minilm') and device.load('pixel-8') and (here / 'report' / 'page.html').is_file()
+"
 MYPYPATH="$work/site" "$bin/mypy" --config-file "$root/pyproject.toml" -p edgetune
