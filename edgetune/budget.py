@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from edgetune.ledger import Ledger, Verdict
+from edgetune.profile.device import load
 from edgetune.technique import EdgetuneError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def verdicts(budgets: Sequence[Budget], ledger: Ledger, least_training_mib: Sequ
 
 def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[float]) -> Iterator[Verdict]:
     """The least is of this recipe: another one, say with a higher ratio of pruning, may come to less."""
-    predicted = next((p for p in ledger.predicted if p.device == budget.device), None)
+    predicted = next((p for p in ledger.predicted if p.device == load(budget.device).id), None)
     trainings = [t.peak_memory_mib for t in ledger.trainings if t.peak_memory_mib is not None]
     program = ledger.program
     found = {
@@ -28,7 +29,7 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
         "size_mib": (program.size_mib if program else None, "of the program"),
         "train_memory_mib": (
             max(trainings, default=None),
-            "weights, gradients, optimizer state and what is kept for backward; the least is with batches of one row",
+            "weights, gradients, optimizer state, what is kept for backward, and the teacher; the least: batches of one row",
         ),
     }
     least = {

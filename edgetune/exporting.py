@@ -121,5 +121,5 @@ def _by_name(source: str, data: str | None) -> Exportable:
     torch.manual_seed(0)
     loaded = registry.load(registry.MODELS[name])(argument, settings, dataset)
     split = Split(dataset.task, dataset.test, loaded.encode)
-    rows = [split.batch([i], pad_to=settings.max_length)[0] for i in range(min(CHECK_ROWS, len(split)))]
+    rows = [split.one_row(i, settings.max_length) for i in range(min(CHECK_ROWS, len(split)))]
     return Exportable(loaded.model, rows[0], rows)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from edgetune.technique import EdgetuneError, Exit
+
 
 class Entry(BaseModel):
     """Base of everything in the ledger: immutable, no unknown keys."""
@@ -59,7 +61,7 @@ class Training(Entry):
     losses: tuple[LossPoint, ...]
     optimizer_state_mib: float
     gradients_mib: float
-    peak_memory_mib: float | None = None  # weights + gradients + optimizer state + kept activations, summed
+    peak_memory_mib: float | None = None  # weights, gradients, optimizer state, kept activations and the teacher
 
 
 class Leftover(Entry):
@@ -167,5 +169,10 @@ class Ledger(Entry):
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        """Read `ledger.json`."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read `ledger.json`. Raises `EdgetuneError` (exit code 3) where it cannot be read as a ledger."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            what = f"{path} cannot be read as a ledger: {first}"
+            raise EdgetuneError(what, action="run the recipe again", exit_code=Exit.DATA) from error

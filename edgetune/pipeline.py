@@ -22,11 +22,14 @@ from edgetune.data import task as tasks
 from edgetune.data.baselines import baselines
 from edgetune.data.dataset import Dataset, Split
 from edgetune.environment import versions
+from edgetune.export.targets import find
 from edgetune.files import write_whole
 from edgetune.ledger import Ledger, Measured, Quality, Row, Training, Verdict
-from edgetune.measures import kept_mib, measure
+from edgetune.measures import MIB, kept_mib, measure
 from edgetune.models.loaded import Loaded
 from edgetune.outline import in_words
+from edgetune.profile.device import load as load_device
+from edgetune.quant.size import stored_bytes
 from edgetune.recipe import Recipe, Step, load
 from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, Technique
 from edgetune.train import Train, train
@@ -96,8 +99,8 @@ def run(
         recipe = load(recipe, overrides)
     where = None if out is None else Path(out)
     folder = runs.resumable_folder(recipe, where) if resume else runs.new_folder(recipe, where)
-    fold = _Fold(recipe, folder, resume, progress or (lambda *_: None))
-    return Run(folder, fold.run())
+    with runs.alone(folder):
+        return Run(folder, _Fold(recipe, folder, resume, progress or (lambda *_: None)).run())
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ class _Fold:
         self.recipe, self.folder, self.resume, self.progress, self.record = recipe, folder, resume, progress, record
         earlier = runs.earlier_ledger(folder) if resume else None
         self.known = {row.index: row for row in earlier.rows} if earlier else {}
+        if record:
+            _check_reachable(recipe)
         started = time.perf_counter()
         progress("load", 0, 2, recipe.data.source)
         self.dataset: Dataset = _loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
@@ -150,7 +155,6 @@ class _Fold:
         self.train_split = Split(self.task, self.dataset.train, loaded.encode)
         self.validation_split = Split(self.task, self.dataset.validation, loaded.encode)
         self.test_split = Split(self.task, self.dataset.test, loaded.encode)
-        self.pad_to = None if self.task == "image-classification" else recipe.model.max_length
         self.load_seconds = time.perf_counter() - started
         self.batch_size = next((s.settings.batch_size for s in recipe.steps if isinstance(s.settings, Train)), 32)
         self.teachers: dict[str, nn.Module] = {}
@@ -228,8 +232,9 @@ class _Fold:
             self.model = finalize(self.model)
             return
         started = time.perf_counter()
-        for technique in techniques:
-            technique.save(self.model, self.folder)
+        if self.record:
+            for technique in techniques:
+                technique.save(self.model, self.folder)
         names = ", ".join(t.name for t in reversed(techniques))
         self.model = finalize(self.model)
         self.add_row("finalize", names, time.perf_counter() - started)
@@ -238,9 +243,8 @@ class _Fold:
         started = time.perf_counter()
         teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
         name = f"{index + 1:02d}-train"
-        batch = self.train_split.batch(range(min(settings.batch_size, len(self.train_split))))
-        kept = kept_mib(self.model, batch, self.loss)
-        one = kept_mib(self.model, (self.train_split.batch([0])), self.loss)
+        kept = kept_mib(self.model, self.largest_batch(settings.batch_size), self.loss)
+        one = kept_mib(self.model, self.largest_batch(1), self.loss)
         result = train(
             self.model,
             settings,
@@ -254,7 +258,8 @@ class _Fold:
             progress=lambda done, of, loss, _: self.progress(f"{index + 1} train", done, of, f"loss {loss:.3f}"),
         )
         row = self.add_row("train", in_words(settings), time.perf_counter() - started)
-        fixed = row.size_mib + result.gradients_mib + result.optimizer_state_mib
+        taught_by = stored_bytes(teacher) / MIB if teacher is not None else 0.0
+        fixed = row.size_mib + result.gradients_mib + result.optimizer_state_mib + taught_by
         self.least_training_mib.append(fixed + one)
         training = Training(
             row=row.index,
@@ -289,10 +294,10 @@ class _Fold:
             return
         devices = [*self.recipe.profile.devices]
         measured: tuple[Measured, ...] = ()
-        if self.recipe.profile.measure:
+        if self.recipe.profile.measure and find(self.recipe.export.target).runs_here:
             self.progress("profile", 0, len(devices) + 1, "this host")
             measured = (measure_here(artifact),)
-            devices += [HOST] if HOST in ids() else []  # calibrated: predicted beside measured
+            devices += [HOST] if HOST in ids() and HOST not in devices else []  # predicted beside measured
         predicted = []
         for number, device in enumerate(devices):
             self.progress("profile", number + 1, len(devices) + 1, device)
@@ -300,25 +305,32 @@ class _Fold:
         self.progress("profile", 1, 1, "")
         self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted))
 
+    def largest_batch(self, rows: int) -> tuple[Inputs, torch.Tensor]:
+        """The training rows with the most tokens: what the memory of a training has to hold."""
+        lengths = self.train_split.lengths or (0,) * len(self.train_split)
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        return self.train_split.batch(order[:rows])
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return tasks.loss(self.task, logits, labels)
 
     def one_row(self, index: int) -> Inputs:
         """One row of the test set, in the shape the program takes."""
-        return self.test_split.batch([index], pad_to=self.pad_to)[0]
+        return self.test_split.one_row(index, self.recipe.model.max_length)
 
     def example(self) -> Inputs:
         return self.one_row(0)
 
     def sample(self) -> Sample:
         """What techniques may look at: rows of the training set only."""
-        example = self.train_split.batch([0], pad_to=self.pad_to)[0]
+        example = self.train_split.one_row(0, self.recipe.model.max_length)
+        pad_to = None if self.task == "image-classification" else self.recipe.model.max_length
 
         def batches() -> Iterator[Inputs]:
             rows = min(CALIBRATION_ROWS * CALIBRATION_BATCHES, len(self.train_split))
             for start in range(0, rows, CALIBRATION_ROWS):
                 chosen = range(start, min(start + CALIBRATION_ROWS, rows))
-                yield self.train_split.batch(chosen, pad_to=self.pad_to)[0]
+                yield self.train_split.batch(chosen, pad_to=pad_to)[0]
 
         return Sample(inputs=example, batches=batches)
 
@@ -331,8 +343,7 @@ class _Fold:
         row = self.known.get(index)
         if row is None or row.step != step:
             self.progress("measure", 0, 1, f"after {step}")
-            batch = self.train_split.batch(range(min(self.batch_size, len(self.train_split))))
-            found = measure(self.model, self.example(), batch, self.loss)
+            found = measure(self.model, self.example(), self.largest_batch(self.batch_size), self.loss)
             quality = self.ledger.rows[-1].quality if exact else self.quality()
             note = "quality as before: the step changes no output" if exact else ""
             row = Row(
@@ -355,6 +366,16 @@ class _Fold:
             write(self.ledger, self.folder)
         else:
             write_whole(self.folder / "ledger.json", self.ledger.dumps())
+
+
+def _check_reachable(recipe: Recipe) -> None:
+    """What is only needed at the end, checked before any work: the report's library, the target, the devices."""
+    registry.require("plotly", "the report")
+    if recipe.export:
+        registry.require("executorch", "export")
+        find(recipe.export.target).partitioners()
+    for name in recipe.profile.devices if recipe.profile else ():
+        load_device(name)
 
 
 def _distils(step: Step) -> bool:

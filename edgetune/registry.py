@@ -50,7 +50,6 @@ EXTRAS = {
     "torchao": "export",
     "executorch": "export",
     "transformers": "text",
-    "timm": "vision",
     "PIL": "vision",
     "sklearn": "baselines",
     "datasets": "hub",
@@ -79,8 +78,10 @@ def require(module: str, purpose: str) -> Any:
         with quiet():
             return importlib.import_module(module)
     except ImportError as error:
-        extra = EXTRAS.get(module.partition(".")[0], "all")
+        package = module.partition(".")[0]
+        action = f'pip install "edgetune[{EXTRAS.get(package, "all")}]"'
+        if package == "timm":  # no extra: torchvision has to be the build that belongs to torch
+            action = "pip install timm and torchvision, both from the index that torch came from"
         raise EdgetuneError(
-            f"{purpose} needs {module.partition('.')[0]}, which could not be imported ({error})",
-            action=f'pip install "edgetune[{extra}]"',
+            f"{purpose} needs {package}, which could not be imported ({error})", action=action
         ) from error

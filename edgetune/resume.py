@@ -82,14 +82,19 @@ class Saver:
         checkpoint.save(target, {**tensors, **optimizer_tensors, **random_tensors}, state)
         checkpoint.tidy(self.folder)
 
-    def restore(self) -> Progress:
-        """Put model, optimizer and generators where the last complete checkpoint has them, if there is one."""
+    def restore(self, updates: int) -> Progress:
+        """Put model, optimizer and generators where the last complete checkpoint has them, if there is one.
+
+        Once all `updates` are done, threads, torch and device may differ: nothing is left that they could change.
+        """
         found = checkpoint.latest(self.folder)
         if found is None:
             return Progress()
         tensors, state = checkpoint.load(found)
         was = state["identity"]
-        differing = [key for key in self.identity if was.get(key) != self.identity[key]]
+        done = int(state["update"])
+        heeded = [key for key in self.identity if done < updates or key not in ("threads", "torch", "device")]
+        differing = [key for key in heeded if was.get(key) != self.identity[key]]
         if differing:
             raise EdgetuneError(
                 "this checkpoint belongs to another training, or would not go on with the same bits: "
@@ -103,7 +108,6 @@ class Saver:
         losses = [LossPoint(update=int(u), loss=loss, learning_rate=rate) for u, loss, rate in state["losses"]]
         best = None if state["best"] is None else Quality.model_validate(state["best"])
         best_tensors = {name: tensors[f"best/{name}"] for name in changing_tensors(self.model)} if best else {}
-        done = int(state["update"])
         return Progress(done, losses, state["gradient_bytes"], best, best_tensors, resumed_from=done)
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import filelock
 
 from edgetune.environment import versions
 from edgetune.files import write_whole
@@ -16,6 +21,9 @@ if TYPE_CHECKING:
 
 
 RUNS = Path("runs")  # under the working folder
+_BEGUN = re.compile(
+    r"\.?(recipe\.yaml|environment\.json|digest\.txt|run\.lock)(\..*)?"
+)  # all that a killed start leaves
 
 
 def new_folder(recipe: Recipe, out: Path | None) -> Path:
@@ -23,7 +31,7 @@ def new_folder(recipe: Recipe, out: Path | None) -> Path:
     folder = _numbered(recipe.name) if out is None else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if (folder / "digest.txt").exists() or not all(_BEGUN.fullmatch(path.name) for path in folder.iterdir()):
             action = "pass --resume to go on with it, or choose another folder"
             raise EdgetuneError("the run's folder is not empty", got=str(folder), action=action)
     except OSError as error:
@@ -52,12 +60,13 @@ def _number(folder: Path, name: str) -> int:
 
 
 def resumable_folder(recipe: Recipe, out: Path | None) -> Path:
-    """`out`, or the newest run of this recipe. Refused if its settings differ or it is finished."""
-    found = [out] if out else sorted(RUNS.glob(f"{recipe.name}-*"), key=lambda f: _number(f, recipe.name))
+    """`out`, or the newest unfinished run of this very recipe. Refused if its settings differ or it is finished."""
+    numbered = [f for f in RUNS.glob(f"{recipe.name}-*") if _number(f, recipe.name)]
+    found = [out] if out else sorted(numbered, key=lambda f: _number(f, recipe.name))
     found = [f for f in found if (f / "digest.txt").exists()]
     if not found:
         raise EdgetuneError("there is no run to resume", got=str(out or RUNS), action="run without --resume")
-    folder = found[-1]
+    folder = next((f for f in reversed(found) if _can_go_on(f, recipe)), found[-1])
     if (folder / "digest.txt").read_text(encoding="utf-8") != recipe.digest:
         raise EdgetuneError(
             "the run was made with other settings",
@@ -68,6 +77,29 @@ def resumable_folder(recipe: Recipe, out: Path | None) -> Path:
     if earlier is not None and earlier.finished:
         raise EdgetuneError("the run is finished", got=str(folder), action=f"edgetune report {folder}")
     return folder
+
+
+def _can_go_on(folder: Path, recipe: Recipe) -> bool:
+    earlier = earlier_ledger(folder)
+    same = (folder / "digest.txt").read_text(encoding="utf-8") == recipe.digest
+    return same and (earlier is None or not earlier.finished)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder; the system lets go if this one dies."""
+    lock = filelock.FileLock(folder / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        action = "wait for it, or choose another folder"
+        raise EdgetuneError("another process is at work on this run", got=str(folder), action=action) from error
+    try:
+        for left in folder.glob(".*.json.*"):  # a kill in the middle of a write
+            left.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def earlier_ledger(folder: Path) -> Ledger | None:

@@ -131,7 +131,7 @@ def train(
     optimizer = _optimizer(settings, parameters)
     _seed_all(seed)
     saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
-    run = saver.restore() if saver else Progress()
+    run = saver.restore(plan.updates) if saver else Progress()
     optimizer.zero_grad(set_to_none=True)
     model.train()
     with Interrupts(wait=saver is not None) as interrupts:

@@ -201,11 +201,11 @@ def pruned_bert_size(plain: nn.Module) -> int:
 
 
 def int4_size(plain: nn.Module) -> int:
-    """Linears at half a byte and a scale for each 32; embeddings at a byte and a scale for each row."""
+    """Linears at half a byte and a scale of two bytes for each 32; embeddings at a byte and a scale for each row."""
     total = bytes_of(plain)
     for module in plain.modules():
         if isinstance(module, nn.Linear):
-            total -= 4 * module.weight.numel() - module.weight.numel() // 2 - 4 * module.weight.numel() // 32
+            total -= 4 * module.weight.numel() - module.weight.numel() // 2 - 2 * module.weight.numel() // 32
         if isinstance(module, nn.Embedding):
             total -= 3 * module.weight.numel() - 4 * module.num_embeddings
     return total

@@ -52,7 +52,7 @@ def test_int4_counts_half_a_byte_for_a_weight() -> None:
     layer = nn.Sequential(nn.Linear(64, 10, bias=False))
     assert stored_bytes(layer) == 64 * 10 * 4
     Int4().apply(layer)
-    scales = 10 * (64 // 32) * 4
+    scales = 10 * (64 // 32) * 2
     assert stored_bytes(layer) == 64 * 10 // 2 + scales
     assert parameter_count(layer) == 640
 
@@ -66,8 +66,9 @@ def test_int4_stays_within_half_a_step_of_each_weight() -> None:
     step = quantized.scale.repeat_interleave(32, dim=1)
     error = (quantized.dequantize() - before).abs()
     clipped = before >= 7 * step  # symmetric: +7.5 steps has no code
-    assert (error[~clipped] <= 0.501 * step[~clipped]).all()
-    assert (error[clipped] <= 1.001 * step[clipped]).all()
+    rounding = 8 * 2**-9  # the scale itself is rounded to bf16, and a code is at most 8
+    assert (error[~clipped] <= (0.501 + rounding) * step[~clipped]).all()
+    assert (error[clipped] <= (1.001 + rounding) * step[clipped]).all()
     assert error.max() > 0
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import readme
 
+from edgetune import recipe
 from edgetune.ledger import Ledger
 
 
@@ -15,7 +16,7 @@ def test_the_generated_parts_are_what_the_code_makes() -> None:
 def test_the_ledger_shown_is_of_a_finished_run_that_holds() -> None:
     ledger = Ledger.read(readme.ROOT / "docs" / "demo.json")
     assert ledger.finished
-    assert ledger.recipe == "text-minilm"
+    assert ledger.settings == recipe.load("text-minilm").resolved(), "run make demo and make docs"
     assert all(verdict.holds for verdict in ledger.verdicts)
     last = ledger.rows[-1].quality
     assert last is not None

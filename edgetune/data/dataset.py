@@ -115,6 +115,10 @@ class Split:
             raise EdgetuneError("these rows have no labels", got=self.task, exit_code=Exit.DATA)
         return inputs, torch.tensor([self.rows.labels[i] for i in indices], dtype=torch.int64)
 
+    def one_row(self, index: int, max_length: int) -> Inputs:
+        """One row in the shape a program takes: texts padded to `max_length`, pictures as they are."""
+        return self.batch([index], pad_to=None if self.task == "image-classification" else max_length)[0]
+
     def batches(self, batch_size: int) -> Iterator[tuple[Inputs, Tensor]]:
         """All rows in order; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):

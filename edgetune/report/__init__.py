@@ -8,7 +8,7 @@ from edgetune.files import write_whole
 from edgetune.ledger import Ledger
 from edgetune.report.console import terminal, text
 from edgetune.report.document import page
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.technique import EdgetuneError
 
 __all__ = ["page", "report", "terminal", "text", "write"]
 
@@ -37,12 +37,6 @@ def report(run_dir: Path | str) -> Path:
         raise EdgetuneError(
             f"the folder has no {LEDGER}", got=str(run_dir), action="give a folder that `edgetune run` wrote"
         )
-    try:
-        ledger = Ledger.read(path)
-    except (ValueError, OSError) as error:
-        first = next((line.strip() for line in str(error).splitlines()[:3] if line.strip()), type(error).__name__)
-        raise EdgetuneError(
-            f"{path} cannot be read as a ledger: {first}", action="run the recipe again", exit_code=Exit.DATA
-        ) from error
+    ledger = Ledger.read(path)
     page(ledger, folder / PAGE)
     return folder / PAGE
