@@ -29,7 +29,7 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
         "size_mib": (program.size_mib if program else None, "of the program"),
         "train_memory_mib": (
             max(trainings, default=None),
-            "weights, gradients, optimizer state, what is kept for backward, and the teacher; the least: batches of one row",
+            "weights, gradients, optimizer state, kept for backward, and the teacher; the least: batches of one row",
         ),
     }
     least = {

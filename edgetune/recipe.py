@@ -19,7 +19,7 @@ from edgetune.document import Document, Place, dotted, raise_all, read, read_fil
 from edgetune.export.targets import TARGETS
 from edgetune.models.loaded import ModelSettings
 from edgetune.overrides import VARIANT, overridden
-from edgetune.technique import EdgetuneError
+from edgetune.technique import EdgetuneError, Technique
 from edgetune.validated import Problem, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them

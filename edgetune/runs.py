@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 
 RUNS = Path("runs")  # under the working folder
-_BEGUN = re.compile(
-    r"\.?(recipe\.yaml|environment\.json|digest\.txt|run\.lock)(\..*)?"
-)  # all that a killed start leaves
+# all that a start which was killed leaves
+_BEGUN = re.compile(r"\.?(recipe\.yaml|environment\.json|digest\.txt|run\.lock)(\..*)?")
 
 
 def new_folder(recipe: Recipe, out: Path | None) -> Path:
