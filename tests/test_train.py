@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -262,12 +263,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
 
 @pytest.mark.parametrize("what", ["seed", "settings", "rows", "frozen", "trained", "threads"])
 def test_another_training_is_not_resumed(tmp_path: Path, what: str) -> None:
-    train(net(), settings(updates=3), Words(), functional.cross_entropy, seed=5, folder=tmp_path)
-    model, values, words, seed, threads = net(), settings(updates=3), Words(), 5, torch.get_num_threads()
+    whole = settings(updates=3, checkpoint_every=2)
+    train(net(), whole, Words(), functional.cross_entropy, seed=5, folder=tmp_path)
+    shutil.rmtree(tmp_path / "update-00000003")  # so that one update is left
+    model, values, words, seed, threads = net(), whole, Words(), 5, torch.get_num_threads()
     if what == "seed":
         seed = 6
     elif what == "settings":
-        values = settings(updates=3, learning_rate=0.01)
+        values = whole.model_copy(update={"learning_rate": 0.01})
     elif what == "rows":
         words = Words(rows=49)
     elif what == "frozen":
@@ -281,6 +284,17 @@ def test_another_training_is_not_resumed(tmp_path: Path, what: str) -> None:
             train(model, values, words, functional.cross_entropy, seed=seed, folder=tmp_path, resume=True)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_finished_training_is_restored_with_other_threads(tmp_path: Path) -> None:
+    first, second, threads = net(), net(), torch.get_num_threads()
+    train(first, settings(updates=3), Words(), functional.cross_entropy, seed=5, folder=tmp_path)
+    try:
+        torch.set_num_threads(threads + 1)
+        train(second, settings(updates=3), Words(), functional.cross_entropy, seed=5, folder=tmp_path, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert same_bits(first, second)
 
 
 # -- what is learned ---------------------------------------------------------------------------------------------
