@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from edgetune.technique import EdgetuneError
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write under a temporary name beside `path`, flush to disk, rename: readers see the old file or the new one."""
@@ -19,8 +21,11 @@ def write_whole(path: Path, text: str) -> None:
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
         flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            what = f"cannot write the file: {error.strerror}"
+            raise EdgetuneError(what, got=str(path), action="make room, or choose another folder") from error
         raise
 
 

@@ -146,6 +146,8 @@ class _Fold:
         started = time.perf_counter()
         progress("load", 0, 2, recipe.data.source)
         self.dataset: Dataset = _loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
+        if record:
+            runs.same_data(folder, self.dataset)
         progress("load", 1, 2, recipe.model.source)
         seed_everything(recipe.seed)
         loaded: Loaded = _loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)

@@ -14,9 +14,10 @@ import filelock
 from edgetune.environment import versions
 from edgetune.files import write_whole
 from edgetune.ledger import Ledger
-from edgetune.technique import EdgetuneError
+from edgetune.technique import EdgetuneError, Exit
 
 if TYPE_CHECKING:
+    from edgetune.data.dataset import Dataset
     from edgetune.recipe import Recipe
 
 
@@ -99,6 +100,20 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def same_data(folder: Path, dataset: Dataset) -> None:
+    """Note what rows a run began with; raise where a resumed run finds others."""
+    path = folder / "data.txt"
+    if not path.exists():
+        write_whole(path, dataset.fingerprint)
+    elif path.read_text(encoding="utf-8") != dataset.fingerprint:
+        raise EdgetuneError(
+            "the data changed since the run began",
+            got=dataset.name,
+            action="put the data back, or run without --resume",
+            exit_code=Exit.DATA,
+        )
 
 
 def earlier_ledger(folder: Path) -> Ledger | None:

@@ -152,3 +152,23 @@ def test_language_model(tmp_path: Path) -> None:
     assert found.ledger.program.size_mib < 0.35 * rows["load"].size_mib  # head and table no longer share
     assert rows["train"].quality is not None
     assert rows["train"].quality.metric == "perplexity"
+
+
+def test_changed_data_are_not_resumed(tmp_path: Path) -> None:
+    rows = [f"{'good' if n % 2 else 'bad'} text number {n},{n % 2}" for n in range(60)]
+    table = tmp_path / "rows.csv"
+    table.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    steps = "[sparse-update, {train: {updates: 2}}]"
+    text = f"name: mine\nmodel: minilm\ndata: 'csv:{table}'\nsteps: {steps}\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+
+    def stop(what: str, done: int, of: int, detail: str) -> None:
+        if what.endswith("train"):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pipeline.run(tmp_path / "mine.yaml", out=tmp_path / "run", progress=stop)
+    table.write_text("\n".join(["text,label", *rows[:-1], "another text,1"]), encoding="utf-8")
+    with pytest.raises(EdgetuneError, match="the data changed since the run began") as caught:
+        pipeline.run(tmp_path / "mine.yaml", out=tmp_path / "run", resume=True)
+    assert caught.value.exit_code == 3

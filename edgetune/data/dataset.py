@@ -79,6 +79,21 @@ class Dataset:
     test: Rows
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the classes and all rows; of a picture in a file its path, size and time of change."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for rows in (self.train, self.validation, self.test):
+            digest.update(repr(None if rows.labels is None else [int(label) for label in rows.labels]).encode())
+            if hasattr(rows.inputs, "tobytes"):
+                digest.update(rows.inputs.tobytes())
+                continue
+            for item in rows.inputs:
+                digest.update(repr(item).encode("utf-8", "surrogatepass"))
+                if isinstance(item, Path):
+                    digest.update(repr((item.stat().st_size, item.stat().st_mtime_ns)).encode())
+        return digest.hexdigest()
+
 
 class Encode(Protocol):
     """Turns inputs into the tensors a model takes, batch first.

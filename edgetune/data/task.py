@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from edgetune.data.dataset import IGNORED_LABEL, Split, Task
 from edgetune.ledger import Quality
 from edgetune.modes import undisturbed
-from edgetune.technique import EdgetuneError, call, device_of, logits_of, moved
+from edgetune.technique import EdgetuneError, Exit, call, device_of, logits_of, moved
 
 
 def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
@@ -81,5 +81,6 @@ def _outputs(task: Task, model: nn.Module, split: Split, batch_size: int) -> Ite
             raise EdgetuneError(
                 "the model's outputs are not finite numbers",
                 action="look at the step before: a learning rate that is too high, or a quantization that overflows",
+                exit_code=Exit.DATA,
             )
         yield (indices, *_aligned(task, logits, labels))
