@@ -24,7 +24,7 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            what = f"cannot write the file: {error.strerror}"
+            what = f"cannot write the file: {error.strerror or error}"
             raise EdgetuneError(what, got=str(path), action="make room, or choose another folder") from error
         raise
 
