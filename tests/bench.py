@@ -65,7 +65,7 @@ def full_fine_tuning(name: str, changes: dict[str, Any], out: Path, seed: int) -
 
 
 def run(what: recipe.Recipe, out: Path) -> Ledger:
-    """Run one recipe in a folder of its own, with progress; a finished run of the very same recipe is taken as it is."""
+    """Run one recipe in a folder of its own; a finished run of the very same recipe is taken as it is."""
     for digest in sorted(out.parent.rglob("digest.txt")):
         earlier = runs.earlier_ledger(digest.parent)
         if digest.read_text(encoding="utf-8") == what.digest and earlier is not None and earlier.finished:

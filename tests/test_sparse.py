@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -362,3 +364,13 @@ def test_measuring_changes_nothing() -> None:
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_counting_what_is_kept_keeps_nothing_itself() -> None:
+    """A sigmoid keeps its own output; a hook that handed the tensor itself back would tie the graph to itself."""
+    seen: list[weakref.ref[Tensor]] = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+    model[1].register_forward_hook(lambda _, __, output: seen.append(weakref.ref(output)))
+    assert kept_bytes(model, torch.randn(2, 4), lambda output: output.sum()) > 0
+    gc.collect()
+    assert [reference() for reference in seen] == [None]

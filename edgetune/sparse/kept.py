@@ -24,7 +24,7 @@ def kept_bytes(model: nn.Module, inputs: Inputs, loss_fn: Callable[[Any], Tensor
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an operator that keeps its own output would hold itself for ever
 
     hooks = saved_tensors_hooks(note, lambda tensor: tensor)
     with undisturbed(model, training=True), torch.enable_grad(), hooks:
