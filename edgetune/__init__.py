@@ -7,10 +7,11 @@ artifact = et.export(model, example_inputs, "model.pte", device="pixel-8")
 profile = et.profile(artifact, device="pixel-8")
 """
 
+from typing import TYPE_CHECKING
+
 from edgetune.adapt.lora import LoRA, load_adapter, save_adapter
 from edgetune.attach import apply, finalize
 from edgetune.export import export
-from edgetune.pipeline import run
 from edgetune.profile import profile
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
@@ -41,3 +42,15 @@ __all__ = [
     "run",
     "save_adapter",
 ]
+
+if TYPE_CHECKING:
+    from edgetune.pipeline import run
+else:
+
+    def __getattr__(name: str) -> object:
+        """`run` with all it needs, at its first use: a loop of one's own never pays for it."""
+        if name == "run":
+            from edgetune.pipeline import run
+
+            return run
+        raise AttributeError(f"module 'edgetune' has no attribute {name!r}")
