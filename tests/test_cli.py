@@ -159,7 +159,9 @@ def test_interrupted(mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_ctrl_c_in_a_process() -> None:
     script = (
-        "import sys, threading; from edgetune import cli, pipeline\n"
+        "import signal, sys, threading; from edgetune import cli, pipeline\n"
+        # a shell starts what runs in the background with Ctrl-C ignored, and children inherit that
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(*_, **__): print('ready', file=sys.stderr, flush=True); threading.Event().wait(60)\n"
         "pipeline.run = wait; sys.exit(cli.main(['run', 'mine.yaml']))"
     )
