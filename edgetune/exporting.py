@@ -108,18 +108,14 @@ def _by_name(source: str, data: str | None) -> Exportable:
     from edgetune.data.dataset import DataSettings, Split
     from edgetune.models.loaded import ModelSettings
 
-    name, _, argument = source.partition(":")
-    data = data or OWN_DATA.get(name)
+    data = data or OWN_DATA.get(source.partition(":")[0])
     if data is None:
         action = "pass --data, such as --data csv:rows.csv: it gives the classes, and the rows to compare on"
         raise EdgetuneError(f"{source} needs data", action=action)
-    kind, _, rest = data.partition(":")
-    if kind not in registry.DATASETS:
-        raise EdgetuneError("unknown data", got=data, allowed=registry.DATASETS)
-    dataset = registry.load(registry.DATASETS[kind])(rest, DataSettings(source=data))
+    dataset = registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
     settings = ModelSettings(source=source)
     torch.manual_seed(0)
-    loaded = registry.load(registry.MODELS[name])(argument, settings, dataset)
+    loaded = registry.loader(registry.MODELS, "model", source)(settings, dataset)
     split = Split(dataset.task, dataset.test, loaded.encode)
     rows = [split.one_row(i, settings.max_length) for i in range(min(CHECK_ROWS, len(split)))]
     return Exportable(loaded.model, rows[0], rows)

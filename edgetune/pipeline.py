@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -31,8 +29,8 @@ from edgetune.outline import in_words
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe import Recipe, Step, load
-from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, Technique
-from edgetune.train import Train, train
+from edgetune.technique import EdgetuneError, Inputs, Sample, Technique
+from edgetune.train import Train, seed_everything, train
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, how far, of how much, a detail to show
 
@@ -127,13 +125,6 @@ def restore(folder: str | Path) -> Restored:
     return Restored(fold.model, fold.example(), tuple(fold.one_row(i) for i in range(rows)))
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and Python."""
-    torch.manual_seed(seed)
-    numpy.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
 class _Fold:
     """The state that the steps are folded over: the model, and the ledger so far."""
 
@@ -145,12 +136,12 @@ class _Fold:
             _check_reachable(recipe)
         started = time.perf_counter()
         progress("load", 0, 2, recipe.data.source)
-        self.dataset: Dataset = _loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
+        self.dataset: Dataset = registry.loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
         if record:
             runs.same_data(folder, self.dataset)
         progress("load", 1, 2, recipe.model.source)
         seed_everything(recipe.seed)
-        loaded: Loaded = _loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
+        loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
         progress("load", 2, 2, loaded.name)
         self.model: nn.Module = loaded.model
         self.task = self.dataset.task
@@ -382,12 +373,3 @@ def _check_reachable(recipe: Recipe) -> None:
 
 def _distils(step: Step) -> bool:
     return isinstance(step.settings, Train) and step.settings.distill is not None
-
-
-def _loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., Any]:
-    """The loader of a source such as `tweets` or `csv:rows.csv`, with the part after the colon given first."""
-    name, _, argument = source.partition(":")
-    if name not in table:
-        raise EdgetuneError(f"unknown {what}", got=name, allowed=sorted(table), exit_code=Exit.USAGE)
-    loader = registry.load(table[name])
-    return lambda *rest: loader(argument, *rest)

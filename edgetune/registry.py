@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.quiet import quiet
@@ -62,6 +63,15 @@ def load(path: str) -> Any:
     """Import `module:attribute`."""
     module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., Any]:
+    """The loader of a source such as `tweets` or `csv:rows.csv`, with the part after the colon given first."""
+    name, _, argument = source.partition(":")
+    if name not in table:
+        raise EdgetuneError(f"unknown {what}", got=name, allowed=sorted(table))
+    found = load(table[name])
+    return lambda *rest: found(argument, *rest)
 
 
 def technique(name: str) -> type[Technique]:

@@ -129,7 +129,7 @@ def train(
     parameters = _trainable(model)
     plan = Plan(settings, split, seed)
     optimizer = _optimizer(settings, parameters)
-    _seed_all(seed)
+    seed_everything(seed)
     saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
     run = saver.restore(plan.updates) if saver else Progress()
     optimizer.zero_grad(set_to_none=True)
@@ -290,7 +290,8 @@ def _optimizer(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.opt
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
 
 
-def _seed_all(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
