@@ -15,6 +15,7 @@ from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.nf4 import NF4, packed_bytes
+from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from edgetune.technique import Inputs, Sample, Technique, call, logits_of
 
@@ -211,6 +212,17 @@ def int4_size(plain: nn.Module) -> int:
     return total
 
 
+def int4_int8_size(plain: nn.Module) -> int:
+    """Three linears at half a byte, four at a byte and a scale of four bytes for each output; the stem stays."""
+    total = bytes_of(plain)
+    for name, module in plain.named_modules():
+        if name.endswith("down"):
+            total -= 4 * module.weight.numel() - module.weight.numel() // 2 - 2 * module.weight.numel() // 32
+        elif name.endswith("up") or name == "classifier":
+            total -= 3 * module.weight.numel() - 4 * module.weight.shape[0]
+    return total
+
+
 def int8_size(plain: nn.Module) -> int:
     """Weights at a byte; for each output a bias, a scale (4 bytes each) and a zero point (8). Norms are folded."""
     layers = [m for m in plain.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -237,6 +249,18 @@ CASES = [
         keeps_less=True,
     ),
     Case(
+        "sparse-sliced-mlp",
+        (SparseUpdate(scheme={"blocks.1.*": 0.25, "blocks.2.up": Slice(ratio=0.5, of="outputs"), "classifier": "full"}),),
+        mlp, vectors, keeps_less=True, exports=True, unmatched=SparseUpdate(scheme={"nothing": 0.5}),
+    ),
+    Case(
+        "sparse-sliced-cnn",
+        (SparseUpdate(scheme={"blocks.1": 0.25, "blocks.2.pointwise": Slice(ratio=0.5, of="outputs")}),),
+        cnn, pictures, keeps_less=True,
+    ),
+    Case("sparse-sliced-bert", (SparseUpdate(scheme={"*.layer.1": 0.25}),), bert, tokens, keeps_less=True),
+    Case("sparse-pockengine-bert", (SparseUpdate(scheme="bert-pockengine"),), bert, tokens, keeps_less=True),
+    Case(
         "lora-mlp", (LoRA(rank=2, targets=BLOCKS, also_train=("classifier",)),), mlp, vectors,
         unmatched=LoRA(targets=NOTHING),
     ),
@@ -259,6 +283,10 @@ CASES = [
     Case(
         "int4-mlp", (Int4(),), mlp, vectors, error=0.2, size=int4_size, trains=False, exports=True,
         unmatched=Int4(targets=NOTHING),
+    ),
+    Case(
+        "int4-int8-mlp", (Int4(int8_linears=("*.up", "classifier"), targets=("*.down",)),), mlp, vectors, error=0.05,
+        trains=False, exports=True, size=int4_int8_size,
     ),
     Case("int4-bert", (Int4(),), bert, tokens, error=0.4, size=int4_size, trains=False),
     Case(

@@ -32,11 +32,11 @@ TRAINED = [case for case in CASES if case.trains]
 
 
 def base_name(name: str) -> str:
-    return name.replace(".base_layer.", ".")
+    return name.replace(".base_layer.", ".").replace(".base.", ".")
 
 
 def is_extra(name: str) -> bool:
-    return ".lora_" in name
+    return ".lora_" in name or name.endswith((".slice", ".indices"))
 
 
 @named(EXACT)
@@ -136,6 +136,12 @@ def test_gradients_only_where_declared_and_equal_to_autograds(case: Case) -> Non
         assert (parameter.grad is not None) == parameter.requires_grad, name
         if parameter.grad is not None and not is_extra(name):
             torch.testing.assert_close(parameter.grad, expected[base_name(name)].grad, atol=1e-4, rtol=1e-3)
+            compared += 1
+        elif name.endswith(".slice"):
+            layer = model.get_submodule(name.rpartition(".")[0])
+            whole = expected[base_name(name.replace(".slice", ".weight"))].grad
+            part = whole.index_select(layer.dim, layer.indices)
+            torch.testing.assert_close(parameter.grad, part, atol=1e-4, rtol=1e-3)
             compared += 1
     assert compared or all(isinstance(t, LoRA) for t in case.techniques)
     assert any(not parameter.requires_grad for parameter in model.parameters())

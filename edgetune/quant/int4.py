@@ -21,8 +21,9 @@ class Int4(Technique):
     so both compute the same. Embedding tables become 8 bits with one scale per row; `padding_idx` is dropped from
     them, which changes no output, only a gradient that a quantized table does not have.
 
+    `int8_linears` are kept at 8 bits, one scale for each output: a head over a large vocabulary suffers from 4.
     A head that shares its weight with the embedding is untied: both are quantized from the shared float weight,
-    the head to 4 bits and the table to 8, and `config.tie_word_embeddings` becomes False.
+    the head to its bits and the table to 8, and `config.tie_word_embeddings` becomes False.
     Raises `EdgetuneError` for a width that `group_size` does not divide. Method: torchao,
     `Int8DynamicActivationIntxWeightConfig`; the format that ExecuTorch stores in 4 bits.
     """
@@ -34,6 +35,7 @@ class Int4(Technique):
     group_size: int = Field(default=32, ge=32, multiple_of=32)  # XNNPACK's kernels take multiples of 32
     targets: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
+    int8_linears: tuple[str, ...] = ()
     embeddings: Literal["int8", "none"] = "int8"
     activation_bits: Literal[8] = 8
 
@@ -43,19 +45,22 @@ class Int4(Technique):
             require("torchao", "int4")
         skip_linears, skip_tables = self._skips(model)
         linears = select(model, self.targets, skip_linears, nn.Linear, _is_float)
+        wide = select(model, self.int8_linears, skip_linears, nn.Linear, _is_float) if self.int8_linears else {}
+        linears |= wide
         tables = self._tables(model, skip_tables)
         for name, layer in linears.items():
             _check_called(name, layer)
-            self._check_width(name, layer)
+            if name not in wide:
+                self._check_width(name, layer)
         for name, table in tables.items():
             _check_table(name, table)
         _untie(model, linears, tables)
-        linear_config, table_config = _configs(self.group_size)
+        four_bits, eight_bits, table_config = _configs(self.group_size)
         for table in tables.values():
             table.padding_idx = None  # type: ignore[assignment]
             _quantize(table, table_config)
-        for layer in linears.values():
-            _quantize(layer, linear_config)
+        for name, layer in linears.items():
+            _quantize(layer, eight_bits if name in wide else four_bits)
         return model.requires_grad_(False)
 
     def _skips(self, model: nn.Module) -> tuple[list[str], list[str]]:
@@ -125,17 +130,24 @@ def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn
         config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _configs(group_size: int) -> tuple[Any, Any]:
+def _configs(group_size: int) -> tuple[Any, Any, Any]:
+    """For linears in 4 and in 8 bits, and for tables."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, MappingType
     from torchao.quantization.granularity import PerAxis, PerGroup
 
-    linears = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4,  # type: ignore[attr-defined]
-        weight_granularity=PerGroup(group_size),
-        weight_mapping_type=MappingType.SYMMETRIC,
-        weight_scale_dtype=torch.bfloat16,  # as XNNPACK keeps them: eager mode computes with the same scales
+    def linears(weight_dtype: torch.dtype, granularity: Any, scale_dtype: torch.dtype) -> Any:
+        return Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=weight_dtype,
+            weight_granularity=granularity,
+            weight_mapping_type=MappingType.SYMMETRIC,
+            weight_scale_dtype=scale_dtype,  # as XNNPACK keeps them: eager mode computes with the same scales
+        )
+
+    return (
+        linears(torch.int4, PerGroup(group_size), torch.bfloat16),  # type: ignore[attr-defined]
+        linears(torch.int8, PerAxis(0), torch.float32),
+        IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)),
     )
-    return linears, IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
 
 
 def _quantize(layer: nn.Module, config: Any) -> None:

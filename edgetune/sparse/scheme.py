@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, Union
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from edgetune.sparse.sliced import SLICEABLE, channels_of, refuse_slice
 from edgetune.targets import matches
 from edgetune.technique import EdgetuneError
 
-Part = Literal["full", "bias", "frozen"]
+Ratio = Annotated[float, Field(gt=0, lt=1)]
 
-NAMED = ("last-<k>", "bias")
+
+class Slice(BaseModel):
+    """Some channels of a linear or a convolution, and its bias: those with the largest sum of what `by` names.
+
+    `inputs` keeps least for backward. A convolution in groups is sliced by whole groups.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: Ratio
+    by: Literal["magnitude", "gradient", "fisher"] = "magnitude"  # the last two look at batches with labels
+    of: Literal["inputs", "outputs"] = "inputs"
+
+    def __str__(self) -> str:
+        """As a table shows it: `1/4`, or `0.3 outputs by fisher`."""
+        part = round(1 / self.ratio)
+        words = [f"1/{part}" if math.isclose(1 / part, self.ratio) else f"{self.ratio:g}"]
+        words += [self.of] if self.of != "inputs" else []
+        return " ".join(words + ([f"by {self.by}"] if self.by != "magnitude" else []))
+
+
+Part = Union[Literal["full", "bias", "frozen"], Slice]
+WrittenPart = Union[Literal["full", "bias", "frozen"], Ratio, Slice]  # a bare number is a slice of that ratio
+
+NAMED = ("last-<k>", "bias", "bert-pockengine")
 
 
 @dataclass(frozen=True)
@@ -43,8 +70,19 @@ class Scheme:
         lines = [f"scheme {self.name}: {trained:,} of {values:,} parameters train"]
         for choice in self.choices:
             if choice.training:
-                lines.append(f"  {choice.part:<6} {choice.layer or '(the model itself)'}: {choice.training:,}")
+                lines.append(f"  {choice.part!s:<6} {choice.layer or '(the model itself)'}: {choice.training:,}")
         return "\n".join(lines)
+
+    def written(self) -> dict[str, WrittenPart]:
+        """The scheme written out, to go into a recipe: it resolves to the same parts again."""
+        found: dict[str, WrittenPart] = {"*": "frozen"}
+        for choice in self.choices:
+            inside = any(_within(choice.layer, outer) for outer in found)
+            if choice.training or inside:
+                part = choice.part
+                plain = isinstance(part, Slice) and part == Slice(ratio=part.ratio)
+                found[choice.layer] = part.ratio if plain else part  # type: ignore[union-attr]
+        return found
 
 
 def is_bias(name: str) -> bool:
@@ -53,8 +91,8 @@ def is_bias(name: str) -> bool:
 
 
 def trains(part: Part, parameter_name: str) -> bool:
-    """Whether a parameter of this own name trains in a layer with this part."""
-    return part == "full" or (part == "bias" and is_bias(parameter_name))
+    """Whether a parameter of this own name trains as a whole in a layer with this part."""
+    return part == "full" or (part != "frozen" and is_bias(parameter_name))
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -96,20 +134,22 @@ def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
     return children
 
 
-def resolve(model: nn.Module, scheme: str | Mapping[str, Part], head: Part, norms: bool) -> Scheme:
-    """The scheme for this model. `head` is everything after the last block; a written mapping is laid over it."""
+def resolve(model: nn.Module, scheme: str | Mapping[str, WrittenPart], head: Part, norms: bool) -> Scheme:
+    """The scheme for this model. `head` is everything after the last block; a written mapping is laid over it.
+
+    A slice that covers a whole block means its linears and convolutions; the norms among them train whole.
+    """
     layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
     order, blocks = list(layers), blocks_of(model)
     parts: dict[str, Part] = dict.fromkeys(order, "frozen")
     if isinstance(scheme, str):
-        for name in _named(scheme, order, blocks):
-            parts[name] = "bias" if scheme == "bias" else "full"
+        parts |= _named(scheme, layers, blocks)
     if blocks:
         last = max(i for i, name in enumerate(order) if _within(name, blocks[-1]))
         for name in order[last + 1 :]:
             parts[name] = head
     if not isinstance(scheme, str):
-        _lay_over(parts, scheme, blocks)
+        _lay_over(parts, scheme, layers, blocks)
     if not norms:
         parts |= dict.fromkeys((name for name in order if is_norm(layers[name])), "frozen")
     _refuse_tied(model, parts)
@@ -126,30 +166,57 @@ def _within(name: str, outer: str) -> bool:
     return name == outer or name.startswith(outer + ".")
 
 
-def _named(scheme: str, order: list[str], blocks: list[str]) -> list[str]:
-    """The layers that a named scheme trains, before the head."""
-    last = re.fullmatch(r"last-(\d+)", scheme)
-    if scheme != "bias" and not last:
-        raise EdgetuneError("unknown scheme", got=scheme, allowed=["last-1", "last-2", "last-4", "bias"])
+def _named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> dict[str, Part]:
+    """What a named scheme trains, before the head."""
+    last, order = re.fullmatch(r"last-(\d+)", scheme), list(layers)
+    if scheme not in NAMED and not last:
+        raise EdgetuneError("unknown scheme", got=scheme, allowed=["last-1", "last-2", "last-4", *NAMED[1:]])
     if not blocks:
         raise EdgetuneError(
             f"{scheme}: no list of like blocks found in this model",
             action='write the scheme out, as in {"features.3": "full", "classifier": "full"}',
         )
+    if scheme == "bias":
+        return dict.fromkeys(order, "bias")
     if not last:
-        return order
+        return _pockengine(layers, blocks)
     count = int(last[1])
     if count > len(blocks):
         raise EdgetuneError(f"the model has {len(blocks)} blocks", got=scheme, action=f"use last-{len(blocks)} at most")
+    return dict.fromkeys(_last(order, blocks, count), "full")
+
+
+def _last(order: list[str], blocks: list[str], count: int) -> list[str]:
+    """The layers from the first of the last `count` blocks to the end: what stands between two blocks belongs to them."""
     if count == 0:
         return []
-    # from the first of them to the end of the last: what stands between two blocks trains with them
     start = min(i for i, name in enumerate(order) if _within(name, blocks[-count]))
     stop = max(i for i, name in enumerate(order) if _within(name, blocks[-1]))
     return order[start : stop + 1]
 
 
-def _lay_over(parts: dict[str, Part], written: Mapping[str, Part], blocks: list[str]) -> None:
+def _pockengine(layers: Mapping[str, nn.Module], blocks: list[str]) -> dict[str, Part]:
+    """Biases of the last half of the blocks; in the last third the attention's weights and the first FFN's.
+
+    Zhu et al., PockEngine, 2023, arXiv:2310.17752, section 4: for BERT's 12 blocks 6 and 4. The first linears of an
+    FFN are those outside the attention that make wider.
+    """
+    order = list(layers)
+    parts: dict[str, Part] = dict.fromkeys(_last(order, blocks, math.ceil(len(blocks) / 2)), "bias")
+    for name in _last(order, blocks, math.ceil(len(blocks) / 3)):
+        layer = layers[name]
+        if not isinstance(layer, nn.Linear):
+            continue
+        if re.search(r"(^|\.)(self_)?att(ention|n)(\.|$)", name) or layer.out_features > layer.in_features:
+            parts[name] = "full"
+    if "full" not in parts.values():
+        raise EdgetuneError("bert-pockengine: this model has no linears in its blocks", action="use last-<k> or auto")
+    return parts
+
+
+def _lay_over(
+    parts: dict[str, Part], written: Mapping[str, WrittenPart], layers: Mapping[str, nn.Module], blocks: list[str]
+) -> None:
     """Apply the patterns in order; each covers the layers it names and all inside them."""
     order = list(parts)
     named: set[str] = set()
@@ -157,7 +224,10 @@ def _lay_over(parts: dict[str, Part], written: Mapping[str, Part], blocks: list[
         found = [name for name in order if any(matches(outer, [pattern]) for outer in _itself_and_outer(name))]
         if not found:
             raise EdgetuneError("scheme: the pattern matches no layer with parameters", got=pattern, allowed=order)
-        parts |= dict.fromkeys(found, part)
+        part = Slice(ratio=part) if isinstance(part, float) else part
+        for name in found:
+            alone = name == pattern or not isinstance(part, Slice)
+            parts[name] = part if alone or isinstance(layers[name], SLICEABLE) else _unsliced(name, layers[name])
         named |= set(found)
     if not blocks and order[-1] not in named:
         raise EdgetuneError(
@@ -167,26 +237,37 @@ def _lay_over(parts: dict[str, Part], written: Mapping[str, Part], blocks: list[
         )
 
 
+def _unsliced(name: str, layer: nn.Module) -> Part:
+    """What a slice means for another layer that its pattern covers too: a norm trains whole."""
+    if not is_norm(layer):
+        refuse_slice(name, layer)
+    return "full"
+
+
 def _itself_and_outer(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
 
 
 def _choice(name: str, layer: nn.Module, part: Part) -> Choice:
-    own = [(key, value) for key, value in layer._parameters.items() if value is not None]
-    training = [(key, value) for key, value in own if trains(part, key)]
-    for key, value in training:
-        if not value.is_floating_point():
+    own = {key: value for key, value in layer._parameters.items() if value is not None}
+    training = [key for key in own if trains(part, key)]
+    if isinstance(part, Slice):
+        refuse_slice(name, layer)
+        training.append("weight")
+    for key in training:
+        if not own[key].is_floating_point():
             raise EdgetuneError(
-                f"{name}.{key} is stored in {value.dtype} and cannot train",
-                got=part,
+                f"{name}.{key} is stored in {own[key].dtype} and cannot train",
+                got=str(part),
                 action='put the layer into the skip of nf4, or write "bias" or "frozen" for it',
             )
-    return Choice(name, part, _count(value for _, value in own), _count(value for _, value in training))
-
-
-def _count(tensors: object) -> int:
-    return sum(t.numel() for t in tensors)  # type: ignore[attr-defined]
+    counts = {key: own[key].numel() for key in training}
+    if isinstance(part, Slice):
+        dim, step = channels_of(layer, part.of)
+        channels = own["weight"].shape[dim]
+        counts["weight"] = counts["weight"] // channels * step * max(1, round(part.ratio * channels / step))
+    return Choice(name, part, sum(value.numel() for value in own.values()), sum(counts.values()))
 
 
 def _refuse_tied(model: nn.Module, parts: dict[str, Part]) -> None:
@@ -196,8 +277,9 @@ def _refuse_tied(model: nn.Module, parts: dict[str, Part]) -> None:
         for key, value in model.get_submodule(layer)._parameters.items():
             if not isinstance(value, Tensor):
                 continue
-            other, training = seen.setdefault(id(value), (layer, trains(part, key)))
-            if training != trains(part, key):
+            mine = trains(part, key) or (isinstance(part, Slice) and key == "weight")
+            other, training = seen.setdefault(id(value), (layer, mine))
+            if training != mine or (other != layer and Slice in (type(part), type(parts[other]))):
                 trained, frozen = (other, layer) if training else (layer, other)
                 raise EdgetuneError(
                     f"{trained} shares its weight with {frozen}, which the scheme freezes: backward would run that far",

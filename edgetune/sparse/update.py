@@ -6,24 +6,28 @@ arXiv:2007.11622) and of sparse update (Lin et al., 2022, arXiv:2206.15472).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 from torch import nn
 
 from edgetune import trainable
 from edgetune.sparse.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
-from edgetune.sparse.scheme import Part, Scheme, blocks_of, resolve, trains
+from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, blocks_of, resolve, trains
+from edgetune.sparse.sliced import Sliced, strongest
+from edgetune.targets import refuse_read_directly, replace
 from edgetune.technique import EdgetuneError, Sample, Technique
-from edgetune.wrapped import is_peft
+from edgetune.wrapped import is_peft, merge
 
 
 class SparseUpdate(Technique):
     """Train only the layers of `scheme`; the frozen ones before them run without a graph and without dropout.
 
-    `scheme`: `last-2` (any number) is the last blocks and what stands between them, `bias` all biases; or patterns
-    written out, `{"encoder.layer.5": "full", "*.query": "bias"}`, where a later pattern wins, a pattern covers all
-    inside the layers it names, and what no pattern names is frozen.
+    `scheme`: `last-2` (any number) is the last blocks and what stands between them, `bias` all biases,
+    `bert-pockengine` biases of the last half of the blocks and weights of the last third; or patterns written out,
+    `{"encoder.layer.5": "full", "*.query": "bias", "*.intermediate.dense": 0.25}`, where a later pattern wins, a
+    pattern covers all inside the layers it names, and what no pattern names is frozen. A number is the part of a
+    weight's input channels that trains, those of largest magnitude; see `Slice` for other ways to choose.
     `head`: everything after the last block. `norms`: whether normalizations in the layers of the scheme train.
     """
 
@@ -31,13 +35,13 @@ class SparseUpdate(Technique):
     after: ClassVar[frozenset[str]] = frozenset({"lora", "nf4", "prune", "sparse-update"})
     exact: ClassVar[bool] = True
 
-    scheme: str | dict[str, Part] = "last-2"
-    head: Part = "full"
+    scheme: str | dict[str, WrittenPart] = "last-2"
+    head: Literal["full", "bias", "frozen"] = "full"
     norms: bool = True
 
     @field_validator("scheme")
     @classmethod
-    def _not_empty(cls, scheme: str | dict[str, Part]) -> str | dict[str, Part]:
+    def _not_empty(cls, scheme: str | dict[str, WrittenPart]) -> str | dict[str, WrittenPart]:
         if not scheme:
             raise ValueError('an empty scheme; write "last-2", "bias" or patterns')
         return scheme
@@ -51,21 +55,27 @@ class SparseUpdate(Technique):
         if any(is_peft(module) for module in model.modules()):
             raise EdgetuneError("sparse-update would freeze the adapters", action="put sparse-update before lora")
         scheme = self.resolve(model)
+        slices = {c.layer: c.part for c in scheme.choices if isinstance(c.part, Slice)}
+        refuse_read_directly(model, slices)
+        chosen = {name: strongest(model.get_submodule(name), part.ratio, part.of) for name, part in slices.items()}
         trainable.remember(model, self.name)
         for choice in scheme.choices:
             layer = model.get_submodule(choice.layer)
             for key, parameter in layer._parameters.items():
                 if parameter is not None:
                     parameter.requires_grad_(trains(choice.part, key))
-            if choice.part != "full" and isinstance(layer, KEEPING):
+            if choice.part in ("bias", "frozen") and isinstance(layer, KEEPING):
                 FrozenLayer().put_on(layer)
+        for name, (indices, dim) in chosen.items():
+            replace(model, name, Sliced(model.get_submodule(name), indices, dim))
         for stage in stages_of(model):
             FrozenStage().put_on(stage)
         return model
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """Take the hooks off; what trained before `apply` trains again."""
+        """Take the hooks off and the slices in; what trained before `apply` trains again."""
         remove_hooks(model)
+        model = merge(model, lambda layer: isinstance(layer, Sliced))
         trainable.recall(model, self.name)
         return model
 

@@ -1,0 +1,244 @@
+"""A layer of which only some channels train: backward computes their gradient alone and keeps only what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from edgetune.technique import EdgetuneError
+from edgetune.wrapped import Wrapped
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SLICEABLE = (nn.Linear, *CONVOLUTIONS)
+
+
+class Sliced(Wrapped):
+    """A linear or convolution whose weight trains at `indices` along `dim`; the rest of it is frozen.
+
+    `dim` 1 slices the input channels: backward keeps those alone, and their gradient is one smaller product.
+    `dim` 0 slices the output channels: the product is smaller too, and every input channel is kept.
+    A convolution in groups is sliced by whole groups along `dim` 0, which keeps the inputs of those groups alone.
+
+    `slice` is what trains, of the shape of the weight with `len(indices)` channels along `dim`. It is written into the
+    base's weight at every call. The state dict holds both; one without `slice` takes it from the weight.
+    """
+
+    base: nn.Module
+    indices: Tensor
+    slice: nn.Parameter
+
+    def __init__(self, base: nn.Module, indices: Tensor, dim: int) -> None:
+        super().__init__(base)
+        self.dim = dim
+        self.register_buffer("indices", indices)
+        weight: nn.Parameter = base.weight  # type: ignore[assignment]
+        self.slice = nn.Parameter(weight.detach().index_select(dim, indices))
+        weight.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_slice_of_weight)  # type: ignore[no-untyped-call]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight with the slice written into it."""
+        self._write()
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, which trains or not by itself."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def dense(self) -> Tensor:
+        """The whole weight, shape `(out, in, ...)`, with the slice in its place."""
+        return super().dense().index_copy(self.dim, self.indices, self.slice)
+
+    def forward(self, *args: Any) -> Tensor:
+        """What the base computes with the slice in its weight."""
+        self._write()
+        if not (torch.is_grad_enabled() and self.slice.requires_grad):
+            return self.base(*args)  # type: ignore[no-any-return]
+        with _InPlaceOf(self):
+            return self.base(*args)  # type: ignore[no-any-return]
+
+    def _write(self) -> None:
+        # .data: a graph that holds the weight for the gradient of its input does not take this for a change
+        self.base.weight.data.index_copy_(self.dim, self.indices, self.slice.detach())  # type: ignore[union-attr, operator]
+
+    def extra_repr(self) -> str:
+        """How much of which channels trains."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return f"{len(self.indices)} of {weight.shape[self.dim]} {('output', 'input')[self.dim]} channels train"
+
+
+def _slice_of_weight(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    assert isinstance(module, Sliced)
+    for key in (f"{prefix}weight", f"{prefix}base.weight"):
+        if key in state and f"{prefix}slice" not in state:
+            indices = state.get(f"{prefix}indices", module.indices)
+            state[f"{prefix}slice"] = state[key].index_select(module.dim, indices.to(state[key].device))
+            state.setdefault(f"{prefix}indices", indices)
+
+
+def channels_of(layer: nn.Module, of: str) -> tuple[int, int]:
+    """`(dim, step)` for slicing a layer's inputs or outputs: the weight's dimension, and how many go together."""
+    groups = getattr(layer, "groups", 1)
+    if groups > 1:
+        return 0, layer.weight.shape[0] // groups  # type: ignore[union-attr, operator]
+    return (1 if of == "inputs" else 0), 1
+
+
+def strongest(layer: nn.Module, ratio: float, of: str, scores: Tensor | None = None) -> tuple[Tensor, int]:
+    """Indices of the channels with the largest scores, ascending, and the weight's dimension they are of.
+
+    `scores` has the weight's shape, none negative; by default the weight's magnitude. At least one channel, or one
+    whole group, is chosen.
+    """
+    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
+    dim, step = channels_of(layer, of)
+    values = weight.abs() if scores is None else scores
+    values = values.sum([d for d in range(values.dim()) if d != dim]).view(-1, step).sum(1)
+    count = max(1, round(ratio * len(values)))
+    chosen = values.topk(count).indices.sort().values
+    return (chosen[:, None] * step + torch.arange(step, device=chosen.device)).flatten(), dim
+
+
+class _InPlaceOf(TorchFunctionMode):
+    """Puts the sliced product in the place of the one that a base calls with its weight, whatever it pads before."""
+
+    def __init__(self, layer: Sliced) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is functional.linear:
+            return self._linear(*args, **(kwargs or {}))
+        if func in (functional.conv1d, functional.conv2d, functional.conv3d):
+            return self._convolution(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        layer = self.layer
+        x, part, weight, bias = _as_autocast(input, layer.slice, weight, bias)
+        return _SlicedLinear.apply(x, part, weight, bias, layer.indices, layer.dim)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _convolution(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+        dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        layer = self.layer
+        input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
+        x, part, weight, bias = _as_autocast(input, layer.slice, weight, bias)
+        batched = x.dim() == weight.dim()
+        settings = (stride, padding, dilation, False, [0] * len(stride), groups)
+        y: Tensor = _SlicedConvolution.apply(  # type: ignore[no-untyped-call]
+            x if batched else x.unsqueeze(0), part, weight, bias, layer.indices, layer.dim, settings
+        )
+        return y if batched else y.squeeze(0)
+
+
+def padded(
+    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> tuple[Tensor, list[int], list[int], list[int]]:
+    """The arguments of a convolution with each number written out; padding by name is done to the input."""
+    count = weight.dim() - 2
+    stride, dilation = _each(stride, count), _each(dilation, count)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        input = functional.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+    return input, stride, [0] * count if isinstance(padding, str) else _each(padding, count), dilation
+
+
+def _each(value: Any, count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
+
+
+def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """All in autocast's dtype where it is on: an autograd function is not cast by itself."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+
+
+class _SlicedLinear(torch.autograd.Function):
+    """`x` is `(..., in)`. Keeps `(..., k)` of it for `dim` 1, all of it for `dim` 0."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, part: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, dim: int
+    ) -> Tensor:
+        needed = x.index_select(-1, indices) if dim == 1 else x
+        ctx.save_for_backward(needed, weight if ctx.needs_input_grad[0] else None, indices)
+        ctx.dim = dim
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needed, weight, indices = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        for_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
+        for_input = gradient @ weight if ctx.needs_input_grad[0] else None
+        for_part = None
+        if ctx.needs_input_grad[1]:
+            mine = rows if ctx.dim == 1 else rows.index_select(1, indices)
+            for_part = mine.t() @ needed.reshape(-1, needed.shape[-1])
+        return for_input, for_part, None, for_bias, None, None
+
+
+class _SlicedConvolution(torch.autograd.Function):
+    """`x` is `(batch, in, ...)`. Keeps the input channels that the slice's gradient reads."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, part: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, dim: int,
+        settings: tuple[Any, ...],
+    ) -> Tensor:  # fmt: skip
+        groups = settings[-1]
+        if dim == 1:
+            needed = x.index_select(1, indices)
+        elif groups > 1:
+            needed = x.index_select(1, _inputs_of_groups(indices, weight.shape[0] // groups, weight.shape[1]))
+        else:
+            needed = x
+        ctx.save_for_backward(needed, part, weight if ctx.needs_input_grad[0] else None, indices)
+        ctx.dim, ctx.settings, ctx.shape = dim, settings, x.shape
+        ctx.sliced_groups = part.shape[0] // (weight.shape[0] // groups) if groups > 1 else 1
+        return torch.convolution(x, weight, bias, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needed, part, weight, indices = ctx.saved_tensors
+        back = torch.ops.aten.convolution_backward
+        for_input = for_part = for_bias = None
+        if ctx.needs_input_grad[0]:
+            stand_in = gradient.new_empty(1).expand(ctx.shape)  # only its shape is read
+            for_input = back(gradient, stand_in, weight, None, *ctx.settings, [True, False, False])[0]
+        if ctx.needs_input_grad[1]:
+            mine = gradient if ctx.dim == 1 else gradient.index_select(1, indices)
+            settings = (*ctx.settings[:-1], ctx.sliced_groups)
+            for_part = back(mine, needed, part, None, *settings, [False, True, False])[1]
+        if ctx.needs_input_grad[3]:
+            for_bias = gradient.sum([d for d in range(gradient.dim()) if d != 1])
+        return for_input, for_part, None, for_bias, None, None, None
+
+
+def _inputs_of_groups(outputs: Tensor, outputs_each: int, inputs_each: int) -> Tensor:
+    """The input channels of the groups that these output channels, whole groups of them, belong to."""
+    groups = outputs[::outputs_each] // outputs_each
+    return (groups[:, None] * inputs_each + torch.arange(inputs_each, device=groups.device)).flatten()
+
+
+def refuse_slice(name: str, layer: nn.Module) -> None:
+    """Raise unless the layer is one of which a slice can train."""
+    if not isinstance(layer, SLICEABLE):
+        raise EdgetuneError(
+            f"{name}: only linears and convolutions can train in part",
+            got=type(layer).__name__,
+            action='write "full", "bias" or "frozen" for it',
+        )
