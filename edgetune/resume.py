@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgetune import checkpoint
+from edgetune import checkpoint, optimizer
 from edgetune.ledger import LossPoint, Quality
 from edgetune.technique import EdgetuneError, device_of
 
@@ -33,11 +33,10 @@ class Progress:
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
     resumed_from: int | None = None  # updates that an earlier process did
 
-    def add(self, loss: float, rate: float, parameters: Sequence[nn.Parameter]) -> None:
-        """Note one more update, before its gradients are dropped."""
+    def add(self, loss: float, rate: float, gradient_bytes: int) -> None:
+        """Note one more update."""
         self.update += 1
         self.losses.append(LossPoint(update=self.update, loss=loss, learning_rate=rate))
-        gradient_bytes = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
         self.gradient_bytes = max(self.gradient_bytes, gradient_bytes)
 
 
@@ -59,15 +58,15 @@ class Saver:
     """Writes and reads the checkpoints of one training; `identity` is what must be the same to go on."""
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+        self, folder: Path, model: nn.Module, stepper: torch.optim.Optimizer, identity: Mapping[str, Any]
     ) -> None:
-        self.folder, self.model, self.optimizer, self.identity = Path(folder), model, optimizer, identity
+        self.folder, self.model, self.optimizer, self.identity = Path(folder), model, stepper, identity
 
     def save(self, progress: Progress) -> None:
         """Write `update-00000050` after that many updates, then remove all but the last two."""
         tensors = changing_tensors(self.model)
         tensors.update({f"best/{name}": value for name, value in progress.best_tensors.items()})
-        optimizer_tensors, optimizer_tree = checkpoint.pack(self.optimizer.state_dict(), "optimizer")
+        optimizer_tensors, optimizer_tree = checkpoint.pack(optimizer.state_dict(self.optimizer), "optimizer")
         random_tensors, random_tree = checkpoint.pack(checkpoint.random_state(), "random")
         state = {
             "identity": self.identity,
@@ -103,7 +102,7 @@ class Saver:
                 action="put these back (threads: OMP_NUM_THREADS), or start again in another folder",
             )
         put_back(self.model, tensors)
-        self.optimizer.load_state_dict(checkpoint.unpack(tensors, state["optimizer"]))
+        optimizer.load_state_dict(self.optimizer, checkpoint.unpack(tensors, state["optimizer"]))
         checkpoint.set_random_state(checkpoint.unpack(tensors, state["random"]))
         losses = [LossPoint(update=int(u), loss=loss, learning_rate=rate) for u, loss, rate in state["losses"]]
         best = None if state["best"] is None else Quality.model_validate(state["best"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune import checkpoint
+from edgetune import optimizer as optimizers
 from edgetune.ledger import LossPoint, Quality
 from edgetune.plan import Plan, Split
 from edgetune.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
@@ -58,6 +60,8 @@ class Train(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_pct: float = Field(default=6.0, ge=0, le=100)  # of the updates
     clip_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together
+    in_backward: bool = False  # each parameter steps as soon as its gradient exists: gradients do not pile up
+    state_bits: Literal[32, 8] = 32  # of AdamW's two moments
     checkpoint_every: int = Field(default=50, ge=1)  # updates
     distill: Distill | None = None
     keep_best: bool = False  # end with the weights of the epoch that was best on the validation rows
@@ -73,13 +77,15 @@ class Train(BaseModel):
     def _consistent(self) -> Train:
         if (self.epochs is None) == (self.updates is None):
             raise ValueError("give either epochs or updates; set the other to null")
+        if self.in_backward and (self.accumulate > 1 or self.clip_norm is not None):
+            raise ValueError("in_backward never has all gradients at once: set accumulate: 1 and clip_norm: null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must be at least 0 and below 1")
-        unused = {"betas"} if self.optimizer == "sgd" else {"momentum"}
+        unused = {"betas", "state_bits"} if self.optimizer == "sgd" else {"momentum"}
         if unused & self.model_fields_set and any(
             getattr(self, f) != type(self).model_fields[f].default for f in unused
         ):
-            raise ValueError(f"{self.optimizer} has no {', '.join(unused)}")
+            raise ValueError(f"{self.optimizer} has no {', '.join(sorted(unused))}")
         return self
 
 
@@ -88,7 +94,7 @@ class TrainResult:
     """What one training came to. The model itself was changed in place and is left in eval mode."""
 
     losses: tuple[LossPoint, ...]
-    gradients_mib: float  # of all trainable parameters at once
+    gradients_mib: float  # of all trainable parameters at once; of the largest with in_backward
     optimizer_state_mib: float
     resumed_from: int | None = None  # updates that were done already
     best: Quality | None = None  # with keep_best, on the validation rows
@@ -128,19 +134,20 @@ def train(
     _check(settings, split, folder, resume, teacher, validation)
     parameters = _trainable(model)
     plan = Plan(settings, split, seed)
-    optimizer = _optimizer(settings, parameters)
+    optimizer = optimizers.build(settings, parameters)
     seed_everything(seed)
     saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
     run = saver.restore(plan.updates) if saver else Progress()
     optimizer.zero_grad(set_to_none=True)
     model.train()
-    with Interrupts(wait=saver is not None) as interrupts:
+    stepping = optimizers.stepping_in_backward(optimizer) if settings.in_backward else nullcontext(None)
+    with Interrupts(wait=saver is not None) as interrupts, stepping as largest_gradient:
         for update in range(run.update, plan.updates):
-            rate = _set_rate(optimizer, settings.learning_rate * plan.factor(update))
+            rate = optimizers.set_rate(optimizer, settings.learning_rate * plan.factor(update))
             loss = _backward(model, teacher, settings.distill, loss_fn, plan.batches(update))
             _clip(parameters, settings.clip_norm, loss, update, rate, folder)
-            optimizer.step()
-            run.add(loss, rate, parameters)
+            optimizers.step(optimizer)
+            run.add(loss, rate, largest_gradient[0] if largest_gradient else _gradient_bytes(parameters))
             optimizer.zero_grad(set_to_none=True)
             if settings.keep_best and validation and plan.ends_epoch(run.update):
                 _validate(model, validation, run)
@@ -153,12 +160,6 @@ def train(
     put_back(model, run.best_tensors)
     model.eval()
     return _result(run, optimizer)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def _backward(
@@ -278,16 +279,8 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def _optimizer(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Biases and norms, whose tensors have one dimension, are not decayed."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+def _gradient_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
 
 
 def seed_everything(seed: int) -> None:
@@ -298,12 +291,10 @@ def seed_everything(seed: int) -> None:
 
 
 def _result(run: Progress, optimizer: torch.optim.Optimizer) -> TrainResult:
-    values = [value for entry in optimizer.state.values() for value in entry.values()]
-    state_bytes = sum(value.nbytes for value in values if isinstance(value, Tensor))
     return TrainResult(
         losses=tuple(run.losses),
         gradients_mib=run.gradient_bytes / _MIB,
-        optimizer_state_mib=state_bytes / _MIB,
+        optimizer_state_mib=optimizers.state_bytes(optimizer) / _MIB,
         resumed_from=run.resumed_from,
         best=run.best,
     )
