@@ -325,7 +325,13 @@ class _Fold:
                 chosen = range(start, min(start + CALIBRATION_ROWS, rows))
                 yield self.train_split.batch(chosen, pad_to=pad_to)[0]
 
-        return Sample(inputs=example, batches=batches)
+        def labelled() -> Iterator[tuple[Inputs, torch.Tensor]]:
+            yield self.largest_batch(self.batch_size)
+            rows = min(self.batch_size * CALIBRATION_BATCHES, len(self.train_split))
+            for start in range(0, rows, self.batch_size):
+                yield self.train_split.batch(range(start, min(start + self.batch_size, rows)))
+
+        return Sample(inputs=example, batches=batches, labelled=labelled, loss=self.loss)
 
     def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> Row:
         """Measure the model as it stands; a resumed run takes the row it had already measured.

@@ -84,10 +84,14 @@ class Sample:
     """What a technique may look at: example inputs, and calibration batches drawn anew at each call of `batches`.
 
     `inputs` is a tensor, a tuple of positional tensors or a dict of keyword tensors, batch first.
+    `labelled` gives training batches `(inputs, labels)`, the one that takes most memory first, and `loss` is
+    `(logits, labels)` -> scalar: both for techniques that look at gradients.
     """
 
     inputs: Inputs
     batches: Callable[[], Iterator[Inputs]]
+    labelled: Callable[[], Iterator[tuple[Inputs, Tensor]]] | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, inputs: Inputs) -> Sample:

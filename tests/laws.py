@@ -250,7 +250,7 @@ CASES = [
     ),
     Case(
         "sparse-sliced-mlp",
-        (SparseUpdate(scheme={"blocks.1.*": 0.25, "blocks.2.up": Slice(ratio=0.5, of="outputs"), "classifier": "full"}),),
+        (SparseUpdate(scheme={"blocks.1.*": 0.25, "blocks.2.up": Slice(ratio=0.5, of="outputs")}),),
         mlp, vectors, keeps_less=True, exports=True, unmatched=SparseUpdate(scheme={"nothing": 0.5}),
     ),
     Case(

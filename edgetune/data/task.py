@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from edgetune.data.dataset import IGNORED_LABEL, Split, Task
 from edgetune.ledger import Quality
 from edgetune.modes import undisturbed
+from edgetune.sparse.head import cross_entropy
 from edgetune.technique import EdgetuneError, Exit, call, device_of, logits_of, moved
 
 
@@ -21,8 +22,9 @@ def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     `logits` are `(batch, classes)` with labels `(batch,)`; for a causal language model `(batch, tokens, vocabulary)`
     with labels `(batch, tokens)`, where position n is judged by the label of position n + 1.
     """
-    logits, labels = _aligned(task, logits, labels)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+    if task == "causal-lm":  # labels are moved, not logits: a frozen head then keeps none of them
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
 
 def _aligned(task: Task, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

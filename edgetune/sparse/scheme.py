@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class Slice(BaseModel):
         return " ".join(words + ([f"by {self.by}"] if self.by != "magnitude" else []))
 
 
-Part = Union[Literal["full", "bias", "frozen"], Slice]
-WrittenPart = Union[Literal["full", "bias", "frozen"], Ratio, Slice]  # a bare number is a slice of that ratio
+Part = Literal["full", "bias", "frozen"] | Slice
+WrittenPart = Literal["full", "bias", "frozen"] | Ratio | Slice  # a bare number is a slice of that ratio
 
 NAMED = ("last-<k>", "bias", "bert-pockengine")
 
@@ -187,7 +187,7 @@ def _named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> d
 
 
 def _last(order: list[str], blocks: list[str], count: int) -> list[str]:
-    """The layers from the first of the last `count` blocks to the end: what stands between two blocks belongs to them."""
+    """The layers from the first of the last `count` blocks to the end, with what stands between two of them."""
     if count == 0:
         return []
     start = min(i for i, name in enumerate(order) if _within(name, blocks[-count]))

@@ -12,6 +12,7 @@ from pydantic import field_validator
 from torch import nn
 
 from edgetune import trainable
+from edgetune.sparse import head
 from edgetune.sparse.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
 from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, blocks_of, resolve, trains
 from edgetune.sparse.sliced import Sliced, strongest
@@ -70,11 +71,13 @@ class SparseUpdate(Technique):
             replace(model, name, Sliced(model.get_submodule(name), indices, dim))
         for stage in stages_of(model):
             FrozenStage().put_on(stage)
+        head.put_on(model)
         return model
 
     def finalize(self, model: nn.Module) -> nn.Module:
         """Take the hooks off and the slices in; what trained before `apply` trains again."""
         remove_hooks(model)
+        head.take_off(model)
         model = merge(model, lambda layer: isinstance(layer, Sliced))
         trainable.recall(model, self.name)
         return model
