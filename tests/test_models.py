@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from edgetune.adapt.lora import LoRA
+from edgetune.attach import apply
 from edgetune.data.dataset import Dataset, Rows, Split
 from edgetune.data.task import quality
 from edgetune.models.causal import built_once, smollm2
@@ -189,6 +191,20 @@ def test_effnet_lite0_takes_grey_pictures() -> None:
     assert inputs.is_contiguous()
     with torch.no_grad():
         assert loaded.model(inputs).shape == (6, 3)
+
+
+def test_effnet_lite0_has_ordinary_convolutions_and_computes_as_its_package() -> None:
+    import efficientnet_lite_pytorch as library
+
+    loaded = effnet_lite0("", settings(image_px=64), data("image-classification"))
+    own = library.EfficientNet.from_name("efficientnet-lite0", num_classes=3, image_size=64).eval()
+    own.load_state_dict(loaded.model.state_dict())
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), own(x))
+    kinds = [type(m) for m in loaded.model.modules() if isinstance(m, nn.Conv2d)]
+    assert 0 < sum(kind is not nn.Conv2d for kind in kinds) <= 5  # those of stride 2, padded on one side
+    apply(loaded.model, LoRA(rank=2, targets=("*._expand_conv",)))
 
 
 def test_pictures_are_normalized() -> None:

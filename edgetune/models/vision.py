@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.data.dataset import Dataset
@@ -16,6 +16,7 @@ from edgetune.data.text import asset_file, package_folder
 from edgetune.data.vision import pixels
 from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, reachable, takes_no
 from edgetune.registry import require
+from edgetune.targets import replace
 from edgetune.technique import EdgetuneError
 
 
@@ -64,9 +65,30 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     state = torch.load(weights, weights_only=True)
     head = model._fc.state_dict()
     model.load_state_dict({**state, **{f"_fc.{name}": value for name, value in head.items()}})
+    _plain_convolutions(model)
     # not ImageNet's mean and deviation: this network was trained on bytes in this range
     encode = ImageEncoder(settings.image_px, (127.0,) * 3, (128.0,) * 3)
     return Loaded("effnet-lite0", model.eval(), encode)
+
+
+def _plain_convolutions(model: nn.Module) -> None:
+    """An ordinary `nn.Conv2d` for each convolution that pads alike on both sides, in place: adapters know those only.
+
+    The class of the package also wants to be told the picture's size whenever another one like it is made.
+    """
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ != "Conv2dStaticSamePadding":
+            continue
+        left, right, top, bottom = getattr(layer.static_padding, "padding", (0, 0, 0, 0))
+        if left != right or top != bottom:
+            continue
+        with torch.device("meta"):
+            plain = nn.Conv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, tuple(layer.stride), (top, left),
+                layer.dilation, layer.groups, layer.bias is not None,
+            )  # fmt: skip
+        plain.weight, plain.bias = layer.weight, layer.bias
+        replace(model, name, plain)
 
 
 def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
