@@ -67,7 +67,8 @@ def _prove(
     if not target.runs_here:
         with torch.inference_mode():
             return None, (program(*rows[0]),)
-    parity, outputs = verify.compare(partial, program, rows)
+    mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
+    parity, outputs = verify.compare(partial, program, rows, mask)
     verify.check(parity, bounds)
     return parity, outputs
 

@@ -24,11 +24,13 @@ class Bounds:
     max_abs_difference: float | None = None
 
 
-def compare(path: Path, model: nn.Module, rows: Sequence[tuple[Tensor, ...]]) -> tuple[Parity, tuple[Tensor, ...]]:
+def compare(
+    path: Path, model: nn.Module, rows: Sequence[tuple[Tensor, ...]], mask: int | None = None
+) -> tuple[Parity, tuple[Tensor, ...]]:
     """Run the program and the model, in eager mode, on each row. Also returns the outputs of the first row.
 
     A prediction is the class with the largest logit; where the logits have a sequence dimension, every position is
-    one. Raises `EdgetuneError` (exit code 5) where the program does not run or a logit of it is not finite although
+    one, but those that the input number `mask` (an attention mask) hides: what stands there means nothing. Raises `EdgetuneError` (exit code 5) where the program does not run or a logit of it is not finite although
     the model's is.
     """
     results = run_in_child(path, rows)
@@ -37,9 +39,12 @@ def compare(path: Path, model: nn.Module, rows: Sequence[tuple[Tensor, ...]]) ->
     with torch.inference_mode():
         for start in range(0, len(rows), _EAGER_ROWS):
             some = slice(start, start + _EAGER_ROWS)
-            expected = model(*(torch.cat(tensors) for tensors in zip(*rows[some], strict=True)))
-            got = torch.cat([outputs[0] for outputs in results[some]])
+            inputs = [torch.cat(tensors) for tensors in zip(*rows[some], strict=True)]
+            expected, got = model(*inputs), torch.cat([outputs[0] for outputs in results[some]])
             _check_form(path, expected, got)
+            if mask is not None and inputs[mask].shape == expected.shape[:-1]:
+                shown = inputs[mask] != 0
+                expected, got = expected[shown], got[shown]
             agree = expected.argmax(-1) == got.argmax(-1)
             same, compared = same + int(agree.sum()), compared + agree.numel()
             largest = max(largest, float((expected - got).abs().max()))

@@ -15,6 +15,7 @@ from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional, attention, capture, compile_program, prepare
 from edgetune.export.run import _failed, run_in_child, time_in_child
 from edgetune.export.targets import TARGETS, available, for_device
+from edgetune.export.verify import compare
 from edgetune.ledger import Parity
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
@@ -312,6 +313,32 @@ def test_a_program_further_off_than_allowed_gets_no_name() -> None:
     assert caught.value.exit_code == Exit.EXPORT
     with pytest.raises(EdgetuneError, match=r"differs by 0\.3, more than 0\.1"):
         check(parity, Bounds(min_same_prediction_pct=98, max_abs_difference=0.1))
+
+
+class PerToken(nn.Module):
+    """Logits for each token; `elsewhere` changes those that the mask hides, or all."""
+
+    def __init__(self, hidden: bool, shown: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 5)
+        self.elsewhere = (hidden, shown)
+        nn.init.normal_(self.table.weight, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden, shown = self.elsewhere
+        off = hidden * (1 - attention_mask) + shown * attention_mask
+        return self.table(input_ids) * (1 - 2 * off.unsqueeze(-1))
+
+
+def test_what_the_mask_hides_is_not_compared(tmp_path: Path) -> None:
+    artifact = export(PerToken(False, False), tokens(1), tmp_path / "model.pte", check_inputs=[tokens()])
+    assert artifact.manifest.parity == Parity(rows=8, same_prediction_pct=100, max_abs_difference=0)
+    inputs = tokens()
+    rows = [(inputs["input_ids"][i : i + 1], inputs["attention_mask"][i : i + 1]) for i in range(8)]
+    padded, _ = compare(artifact.path, PerToken(True, False), rows, mask=1)
+    assert padded.same_prediction_pct == 100
+    assert compare(artifact.path, PerToken(True, False), rows)[0].same_prediction_pct < 60
+    assert compare(artifact.path, PerToken(False, True), rows, mask=1)[0].same_prediction_pct == 0
 
 
 def test_rubbish_does_not_load(tmp_path: Path) -> None:
