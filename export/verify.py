@@ -30,8 +30,9 @@ def compare(
     """Run the program and the model, in eager mode, on each row. Also returns the outputs of the first row.
 
     A prediction is the class with the largest logit; where the logits have a sequence dimension, every position is
-    one, but those that the input number `mask` (an attention mask) hides: what stands there means nothing. Raises `EdgetuneError` (exit code 5) where the program does not run or a logit of it is not finite although
-    the model's is.
+    one, but those that the input number `mask` (an attention mask) hides: what stands there means nothing.
+    Raises `EdgetuneError` (exit code 5) where the program does not run or a logit of it is not finite although the
+    model's is.
     """
     results = run_in_child(path, rows)
     same = compared = 0
