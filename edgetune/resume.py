@@ -119,7 +119,7 @@ def identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[st
             frozen.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in changing_tensors(model).items()]
     return {
-        "settings": settings.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_every", "cache_max_mib"}),
         "seed": seed,
         "rows": rows,
         "threads": torch.get_num_threads(),

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from edgetune.ledger import LossPoint, Quality
 from edgetune.plan import Plan, Split
 from edgetune.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
 from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of, moved
+
+if TYPE_CHECKING:
+    from edgetune.sparse.prefix.cache import PrefixCache, PrefixReport
 
 _MIB = 2**20
 _IGNORED_LABEL = -100
@@ -63,6 +66,9 @@ class Train(BaseModel):
     in_backward: bool = False  # each parameter steps as soon as its gradient exists: gradients do not pile up
     state_bits: Literal[32, 8] = 32  # of AdamW's two moments
     checkpoint_every: int = Field(default=50, ge=1)  # updates
+    cache_prefix: bool = False  # keep on disk what the frozen first stages give for each row, and start behind them
+    cache_dtype: Literal["fp32", "fp16"] = "fp32"
+    cache_max_mib: int = Field(default=4096, ge=1)  # of all cached prefixes together
     distill: Distill | None = None
     keep_best: bool = False  # end with the weights of the epoch that was best on the validation rows
 
@@ -98,6 +104,7 @@ class TrainResult:
     optimizer_state_mib: float
     resumed_from: int | None = None  # updates that were done already
     best: Quality | None = None  # with keep_best, on the validation rows
+    prefix: PrefixReport | None = None  # with cache_prefix
 
 
 def train(
@@ -112,6 +119,7 @@ def train(
     teacher: nn.Module | None = None,
     validation: Callable[[nn.Module], Quality] | None = None,
     progress: Callable[[int, int, float, float], None] | None = None,
+    prefixes: Path | None = None,
 ) -> TrainResult:
     """Train `model` in place.
 
@@ -126,6 +134,7 @@ def train(
         teacher: for `settings.distill`.
         validation: for `settings.keep_best`, called after each epoch with the model in eval mode.
         progress: called after each update with `(updates done, updates in all, loss, learning rate)`.
+        prefixes: folder for `settings.cache_prefix`; by default `prefixes` in the cache folder of edgetune.
 
     Raises:
         EdgetuneError: nothing is trainable; a loss or gradient is not finite; a checkpoint fits another training.
@@ -141,10 +150,15 @@ def train(
     optimizer.zero_grad(set_to_none=True)
     model.train()
     stepping = optimizers.stepping_in_backward(optimizer) if settings.in_backward else nullcontext(None)
-    with Interrupts(wait=saver is not None) as interrupts, stepping as largest_gradient:
+    begun = run.update < plan.updates
+    with (
+        _prefix(model, settings, split, prefixes) if begun else nullcontext(None) as cache,
+        Interrupts(wait=saver is not None) as interrupts,
+        stepping as largest_gradient,
+    ):
         for update in range(run.update, plan.updates):
             rate = optimizers.set_rate(optimizer, settings.learning_rate * plan.factor(update))
-            loss = _backward(model, teacher, settings.distill, loss_fn, plan.batches(update))
+            loss = _backward(model, teacher, settings.distill, loss_fn, plan.batches(update), plan.rows(update), cache)
             _clip(parameters, settings.clip_norm, loss, update, rate, folder)
             optimizers.step(optimizer)
             run.add(loss, rate, largest_gradient[0] if largest_gradient else _gradient_bytes(parameters))
@@ -159,7 +173,25 @@ def train(
                 raise KeyboardInterrupt
     put_back(model, run.best_tensors)
     model.eval()
-    return _result(run, optimizer)
+    return _result(run, optimizer, cache.report if cache else None)
+
+
+def _prefix(
+    model: nn.Module, settings: Train, split: Split, folder: Path | None
+) -> AbstractContextManager[PrefixCache | None]:
+    if not settings.cache_prefix:
+        return nullcontext(None)
+    from edgetune.data.dataset import cache_folder
+    from edgetune.sparse.prefix.cache import PrefixCache
+
+    return PrefixCache.open(
+        model,
+        split,
+        folder=folder or cache_folder() / "prefixes",
+        dtype=settings.cache_dtype,
+        max_mib=settings.cache_max_mib,
+        chunk_rows=min(settings.batch_size, 32),  # never more rows at once than training holds
+    )
 
 
 def _backward(
@@ -168,6 +200,8 @@ def _backward(
     distill: Distill | None,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     batches: Sequence[tuple[Inputs, Tensor]],
+    rows: Sequence[Sequence[int]],
+    cache: PrefixCache | None,
 ) -> float:
     """Gradients and value of the mean loss over all labels of an update, however its batches are cut."""
     device = device_of(model)
@@ -177,11 +211,12 @@ def _backward(
             "no label of this batch counts", action="leave out rows without any label", exit_code=Exit.DATA
         )
     total = 0.0
-    for (inputs, labels), count in zip(batches, counts, strict=True):
+    for (inputs, labels), indices, count in zip(batches, rows, counts, strict=True):
         if not count:
             continue
         inputs, labels = moved(inputs, device), labels.to(device)
-        logits = logits_of(call(model, inputs))
+        with cache.rows(indices) if cache else nullcontext():
+            logits = logits_of(call(model, inputs))
         loss = loss_fn(logits, labels)
         if teacher is not None and distill is not None:
             with torch.no_grad():
@@ -290,13 +325,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _result(run: Progress, optimizer: torch.optim.Optimizer) -> TrainResult:
+def _result(run: Progress, optimizer: torch.optim.Optimizer, prefix: PrefixReport | None) -> TrainResult:
     return TrainResult(
         losses=tuple(run.losses),
         gradients_mib=run.gradient_bytes / _MIB,
         optimizer_state_mib=optimizers.state_bytes(optimizer) / _MIB,
         resumed_from=run.resumed_from,
         best=run.best,
+        prefix=prefix,
     )
 
 
