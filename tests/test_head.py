@@ -67,6 +67,18 @@ def test_no_logits_are_kept() -> None:
     assert with_logits - without == logits + column + 4 - hidden  # log-softmax, labels and their weight
 
 
+def test_a_loss_computed_inside_the_model_keeps_none_either() -> None:
+    inside = {**tokens(), "labels": labels()}
+    model, plain = last_block(True), last_block(False)
+    kept = [kept_bytes(each, inside, lambda output: output.loss) for each in (plain, model)]
+    assert kept[0] - kept[1] > 0.5 * 4 * 10 * 48 * 4
+    for each in (model, plain):
+        call(each, inside).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=1e-5, atol=1e-8)
+
+
 def test_a_head_that_trains_is_left_to_pytorch() -> None:
     model = apply(llama(), SparseUpdate(scheme="last-1", head="full")).train()
     loss_of(call(model, tokens())).backward()

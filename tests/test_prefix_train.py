@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from laws import bert
-from test_prefix import Counting, bits, sparse, texts
+from prefixes import Counting, bits, sparse, texts
 from torch import nn
 from torch.nn import functional
 

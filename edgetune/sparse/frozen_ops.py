@@ -1,7 +1,8 @@
 """Convolution and normalizations that keep no input for backward when their weight is frozen.
 
 PyTorch keeps the input of a convolution and of a batch norm whether or not the weight needs a gradient
-(`F.linear` does not). The gradients here equal autograd's; where a weight does train, PyTorch's own operator runs.
+(`F.linear` does not). Under autocast it keeps the cast copy of every frozen weight too; here the weight is cast again.
+The gradients here equal autograd's; where a weight does train, PyTorch's own operator runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None)
         ctx.shape, ctx.settings = x.shape, (stride, padding, dilation, False, [0] * len(stride), groups)
-        return torch.convolution(x, weight, bias, *ctx.settings)
+        return torch.convolution(x, weight.to(x.dtype), bias, *ctx.settings)
 
     @staticmethod
     @once_differentiable
@@ -35,14 +36,55 @@ class _Convolution(torch.autograd.Function):
             (weight,) = ctx.saved_tensors
             stand_in = gradient.new_empty(1).expand(ctx.shape)  # only its shape is read
             for_input = torch.ops.aten.convolution_backward(
-                gradient, stand_in, weight, None, *ctx.settings, [True, False, False]
+                gradient, stand_in, weight.to(gradient.dtype), None, *ctx.settings, [True, False, False]
             )[0]
         if ctx.needs_input_grad[2]:
             for_bias = gradient.sum([d for d in range(gradient.dim()) if d != 1])
         return for_input, None, for_bias, None, None, None, None
 
 
-def _each(value: int | Sequence[int], count: int) -> list[int]:
+class _Linear(torch.autograd.Function):
+    """Keeps the weight as it is stored; for autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None)
+        return functional.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        for_input = None if weight is None else gradient @ weight.to(gradient.dtype)
+        for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return for_input, None, for_bias
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`functional.linear`, where autocast would keep a cast copy of a frozen weight."""
+    records = input.requires_grad or (bias is not None and bias.requires_grad)
+    device = input.device.type
+    if weight.requires_grad or not records or weight.dim() != 2 or not torch.is_autocast_enabled(device):
+        return functional.linear(input, weight, bias)
+    if torch.float64 in (input.dtype, weight.dtype) or weight.dtype == torch.get_autocast_dtype(device):
+        return functional.linear(input, weight, bias)
+    dtype = torch.get_autocast_dtype(device)
+    return _Linear.apply(input.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def padded(
+    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> tuple[Tensor, list[int], list[int], list[int]]:
+    """The arguments of a convolution with each number written out; padding by name is done to the input."""
+    count = weight.dim() - 2
+    stride, dilation = _each(stride, count), _each(dilation, count)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        input = functional.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+    return input, stride, [0] * count if isinstance(padding, str) else _each(padding, count), dilation
+
+
+def _each(value: Any, count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
 
 
@@ -53,27 +95,16 @@ def _convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:  # fmt: skip
         if weight.requires_grad or not (input.requires_grad or (bias is not None and bias.requires_grad)):
             return original(input, weight, bias, stride, padding, dilation, groups)
-        count = weight.dim() - 2
-        stride, dilation = _each(stride, count), _each(dilation, count)
-        if isinstance(padding, str):
-            input, padding = _padded(input, weight, padding, dilation)
+        input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
         if torch.is_autocast_enabled(input.device.type):  # a Function is not cast by itself
             dtype = torch.get_autocast_dtype(input.device.type)
-            input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
         batched = input.dim() == weight.dim()
         x = input if batched else input.unsqueeze(0)
-        y: Tensor = _Convolution.apply(x, weight, bias, stride, _each(padding, count), dilation, groups)  # type: ignore[no-untyped-call]
+        y: Tensor = _Convolution.apply(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
         return y if batched else y.squeeze(0)
 
     return convolution
-
-
-def _padded(input: Tensor, weight: Tensor, padding: str, dilation: list[int]) -> tuple[Tensor, int]:
-    """The input padded as `padding="same"` asks; "valid" asks for nothing."""
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        input = functional.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
-    return input, 0
 
 
 def _batch_norm(
@@ -89,12 +120,28 @@ def _batch_norm(
     return torch.addcmul(shift.view(shape), input, scale.view(shape)).to(input.dtype)
 
 
-def _layer_norm(
+class _BiasAlone(torch.autograd.Function):
+    """`y` holds a value to which a trained bias was added; keeps nothing. The bias is summed over `dimensions`."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, y: list[Tensor], dimensions: Sequence[int]) -> Tensor:  # type: ignore[override]
+        ctx.dimensions = list(dimensions)
+        return y[0]  # in a list, so that it is no input and can become the output itself
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient.sum(ctx.dimensions) if ctx.dimensions else gradient, None, None
+
+
+def layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
+    """`functional.layer_norm`, which keeps nothing where the bias alone trains."""
     if bias is None or weight is None or weight.requires_grad or input.requires_grad or not bias.requires_grad:
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    return functional.layer_norm(input, normalized_shape, weight, None, eps) + bias
+    y = functional.layer_norm(input, normalized_shape, weight, bias.detach(), eps)
+    return _BiasAlone.apply(bias, [y], range(input.dim() - bias.dim()))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _group_norm(
@@ -102,14 +149,16 @@ def _group_norm(
 ) -> Tensor:
     if bias is None or weight is None or weight.requires_grad or input.requires_grad or not bias.requires_grad:
         return functional.group_norm(input, num_groups, weight, bias, eps)
-    return functional.group_norm(input, num_groups, weight, None, eps) + bias.view([1, -1] + [1] * (input.dim() - 2))
+    y = functional.group_norm(input, num_groups, weight, bias.detach(), eps)
+    return _BiasAlone.apply(bias, [y], [d for d in range(input.dim()) if d != 1])  # type: ignore[no-any-return,no-untyped-call]
 
 
 REPLACED: dict[Any, Callable[..., Tensor]] = {
+    functional.linear: linear,
     functional.conv1d: _convolution(functional.conv1d),
     functional.conv2d: _convolution(functional.conv2d),
     functional.conv3d: _convolution(functional.conv3d),
     functional.batch_norm: _batch_norm,
-    functional.layer_norm: _layer_norm,
+    functional.layer_norm: layer_norm,
     functional.group_norm: _group_norm,
 }

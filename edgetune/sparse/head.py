@@ -58,7 +58,7 @@ def cross_entropy(
 
     Logits of a head with `KeepNoLogits`, or a view of all of them, leave only the hidden states' gradient to be kept.
     """
-    head = _head_of(logits)
+    head = of(logits)
     if head is None or not logits.requires_grad:
         return functional.cross_entropy(
             logits.float().flatten(0, -2), labels.flatten().to(logits.device), ignore_index=ignore_index,
@@ -71,7 +71,8 @@ def cross_entropy(
     return _FromHidden.apply(head.hidden, flat, head.weight, rows, counted, divisor)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _head_of(logits: Tensor) -> _Head | None:
+def of(logits: Tensor) -> _Head | None:
+    """What these logits were made from, if a frozen head says so and they are all of them."""
     for tensor in (logits, logits._base):
         head: _Head | None = getattr(tensor, _ATTRIBUTE, None)
         if tensor is not None and head is not None and tensor.numel() == logits.numel():

@@ -10,6 +10,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from edgetune.sparse.frozen_ops import padded
+from edgetune.sparse.light.operators import latest
+from edgetune.sparse.light.products import columns_of, kept_columns
 from edgetune.technique import EdgetuneError
 from edgetune.wrapped import Wrapped
 
@@ -123,7 +126,10 @@ class _InPlaceOf(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         layer = self.layer
         x, part, weight, bias = _as_autocast(input, layer.slice, weight, bias)
-        return _SlicedLinear.apply(x, part, weight, bias, layer.indices, layer.dim)  # type: ignore[no-untyped-call, no-any-return]
+        if layer.dim == 0:
+            return _SlicedLinear.apply(x, part, weight, bias, layer.indices, 0, "", x)  # type: ignore[no-untyped-call, no-any-return]
+        kind, kept = kept_columns(latest(), x, layer.indices)
+        return _SlicedLinear.apply(x, part, weight, bias, layer.indices, 1, kind, *kept)  # type: ignore[no-untyped-call, no-any-return]
 
     def _convolution(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
@@ -140,22 +146,6 @@ class _InPlaceOf(TorchFunctionMode):
         return y if batched else y.squeeze(0)
 
 
-def padded(
-    input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
-) -> tuple[Tensor, list[int], list[int], list[int]]:
-    """The arguments of a convolution with each number written out; padding by name is done to the input."""
-    count = weight.dim() - 2
-    stride, dilation = _each(stride, count), _each(dilation, count)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        input = functional.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
-    return input, stride, [0] * count if isinstance(padding, str) else _each(padding, count), dilation
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
-
-
 def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """All in autocast's dtype where it is on: an autograd function is not cast by itself."""
     if not torch.is_autocast_enabled(x.device.type):
@@ -165,29 +155,30 @@ def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 class _SlicedLinear(torch.autograd.Function):
-    """`x` is `(..., in)`. Keeps `(..., k)` of it for `dim` 1, all of it for `dim` 0."""
+    """`x` is `(..., in)`. Keeps `(..., k)` of it for `dim` 1 (see `kept_columns`), all of it for `dim` 0."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, part: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, dim: int
-    ) -> Tensor:
-        needed = x.index_select(-1, indices) if dim == 1 else x
-        ctx.save_for_backward(needed, weight if ctx.needs_input_grad[0] else None, indices)
-        ctx.dim = dim
+        ctx: Any, x: Tensor, part: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, dim: int, kind: str,
+        *kept: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, indices, *kept)
+        ctx.dim, ctx.kind = dim, kind
         return functional.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needed, weight, indices = ctx.saved_tensors
+        weight, indices, *kept = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         for_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
         for_input = gradient @ weight if ctx.needs_input_grad[0] else None
         for_part = None
         if ctx.needs_input_grad[1]:
             mine = rows if ctx.dim == 1 else rows.index_select(1, indices)
+            needed = columns_of(ctx.kind, kept, indices, gradient.dtype)
             for_part = mine.t() @ needed.reshape(-1, needed.shape[-1])
-        return for_input, for_part, None, for_bias, None, None
+        return for_input, for_part, None, for_bias, *[None] * (3 + len(kept))
 
 
 class _SlicedConvolution(torch.autograd.Function):

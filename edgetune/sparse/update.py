@@ -14,6 +14,7 @@ from torch import nn
 from edgetune import trainable
 from edgetune.sparse import head
 from edgetune.sparse.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
+from edgetune.sparse.light.operators import Activations, LightOperators
 from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, blocks_of, resolve, trains
 from edgetune.sparse.sliced import Sliced, strongest
 from edgetune.targets import refuse_read_directly, replace
@@ -39,6 +40,7 @@ class SparseUpdate(Technique):
     scheme: str | dict[str, WrittenPart] = "last-2"
     head: Literal["full", "bias", "frozen"] = "full"
     norms: bool = True
+    activations: Activations = "exact"
 
     @field_validator("scheme")
     @classmethod
@@ -71,6 +73,7 @@ class SparseUpdate(Technique):
             replace(model, name, Sliced(model.get_submodule(name), indices, dim))
         for stage in stages_of(model):
             FrozenStage().put_on(stage)
+        LightOperators(self.activations).put_on(model)
         head.put_on(model)
         return model
 
