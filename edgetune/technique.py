@@ -98,6 +98,15 @@ class Sample:
         """A sample whose only calibration batch is the example itself."""
         return cls(inputs=inputs, batches=lambda: iter([inputs]))
 
+    def labels(self) -> tuple[Callable[[], Iterator[tuple[Inputs, Tensor]]], Callable[[Tensor, Tensor], Tensor]]:
+        """`labelled` and `loss`, or the error that says they are missing."""
+        if self.labelled is None or self.loss is None:
+            raise EdgetuneError(
+                "batches with labels and a loss are needed",
+                action="pass et.Sample(inputs, batches, labelled=..., loss=...)",
+            )
+        return self.labelled, self.loss
+
 
 class Technique(BaseModel):
     """Settings of one technique. Subclasses give `name`, `after`, and `apply`; most need nothing else.

@@ -41,7 +41,7 @@ class Slice(BaseModel):
 Part = Literal["full", "bias", "frozen"] | Slice
 WrittenPart = Literal["full", "bias", "frozen"] | Ratio | Slice  # a bare number is a slice of that ratio
 
-NAMED = ("last-<k>", "bias", "bert-pockengine")
+NAMED = ("last-<k>", "bias", "bert-pockengine", "auto")  # the last with a budget only, see auto/choose.py
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _within(name: str, outer: str) -> bool:
 def _named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> dict[str, Part]:
     """What a named scheme trains, before the head."""
     last, order = re.fullmatch(r"last-(\d+)", scheme), list(layers)
-    if scheme not in NAMED and not last:
+    if scheme not in NAMED[1:-1] and not last:
         raise EdgetuneError("unknown scheme", got=scheme, allowed=["last-1", "last-2", "last-4", *NAMED[1:]])
     if not blocks:
         raise EdgetuneError(

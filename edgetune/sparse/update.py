@@ -6,12 +6,15 @@ arXiv:2007.11622) and of sparse update (Lin et al., 2022, arXiv:2206.15472).
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
-from torch import nn
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
 
 from edgetune import trainable
+from edgetune.files import write_whole
 from edgetune.sparse import head
 from edgetune.sparse.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
 from edgetune.sparse.light.operators import Activations, LightOperators
@@ -20,6 +23,9 @@ from edgetune.sparse.sliced import Sliced, strongest
 from edgetune.targets import refuse_read_directly, replace
 from edgetune.technique import EdgetuneError, Sample, Technique
 from edgetune.wrapped import is_peft, merge
+
+_SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
+_SCORED_BATCHES = 4  # that slices by gradient or Fisher information look at
 
 
 class SparseUpdate(Technique):
@@ -30,7 +36,10 @@ class SparseUpdate(Technique):
     `{"encoder.layer.5": "full", "*.query": "bias", "*.intermediate.dense": 0.25}`, where a later pattern wins, a
     pattern covers all inside the layers it names, and what no pattern names is frozen. A number is the part of a
     weight's input channels that trains, those of largest magnitude; see `Slice` for other ways to choose.
+    `auto` takes what is worth most within `budget_mib`, which is what the ledger calls train_memory_mib, and if given
+    within `step_ms`; it looks at batches with labels.
     `head`: everything after the last block. `norms`: whether normalizations in the layers of the scheme train.
+    `activations`: "8bit" keeps less for backward, with gradients off by the bounds that `sparse/light` states.
     """
 
     name: ClassVar[str] = "sparse-update"
@@ -41,6 +50,8 @@ class SparseUpdate(Technique):
     head: Literal["full", "bias", "frozen"] = "full"
     norms: bool = True
     activations: Activations = "exact"
+    budget_mib: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `auto`
+    step_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `auto`, on this machine
 
     @field_validator("scheme")
     @classmethod
@@ -49,19 +60,37 @@ class SparseUpdate(Technique):
             raise ValueError('an empty scheme; write "last-2", "bias" or patterns')
         return scheme
 
-    def resolve(self, model: nn.Module) -> Scheme:
-        """What this would train in `model`, as a value to print. Changes nothing."""
-        return resolve(model, self.scheme, self.head, self.norms)
+    @model_validator(mode="after")
+    def _budget_of_auto(self) -> SparseUpdate:
+        if (self.scheme == "auto") != (self.budget_mib is not None):
+            raise ValueError('scheme "auto" and budget_mib go together')
+        if self.step_ms is not None and self.scheme != "auto":
+            raise ValueError('step_ms is a limit for scheme "auto"')
+        return self
+
+    def resolve(self, model: nn.Module, sample: Sample | None = None) -> Scheme:
+        """What this would train in `model`, as a value to print. Changes nothing. `auto` looks at the sample."""
+        if self.budget_mib is None:
+            return resolve(model, self.scheme, self.head, self.norms)
+        from edgetune.sparse.auto.choose import choose
+
+        alone = self.model_copy(update={"scheme": "last-2", "budget_mib": None, "step_ms": None})
+        return choose(model, self.needs_sample(sample), self.budget_mib, self.step_ms, technique=alone).scheme
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Set what trains, in place, and put hooks on the frozen stages and layers."""
         if any(is_peft(module) for module in model.modules()):
             raise EdgetuneError("sparse-update would freeze the adapters", action="put sparse-update before lora")
-        scheme = self.resolve(model)
+        scheme = self.resolve(model, sample)
         slices = {c.layer: c.part for c in scheme.choices if isinstance(c.part, Slice)}
         refuse_read_directly(model, slices)
-        chosen = {name: strongest(model.get_submodule(name), part.ratio, part.of) for name, part in slices.items()}
+        scores = self._scores(model, slices, sample)
+        chosen = {
+            name: strongest(model.get_submodule(name), part.ratio, part.of, scores.get(name))
+            for name, part in slices.items()
+        }
         trainable.remember(model, self.name)
+        setattr(model, _SCHEME, scheme)
         for choice in scheme.choices:
             layer = model.get_submodule(choice.layer)
             for key, parameter in layer._parameters.items():
@@ -77,13 +106,37 @@ class SparseUpdate(Technique):
         head.put_on(model)
         return model
 
+    def _scores(self, model: nn.Module, slices: dict[str, Slice], sample: Sample | None) -> dict[str, Tensor]:
+        """Of the slices that are chosen by gradients: what each value of the weight counts."""
+        scores: dict[str, Tensor] = {}
+        for by in sorted({part.by for part in slices.values()} - {"magnitude"}):
+            from edgetune.sparse.auto.contribution import weight_scores
+
+            names = [name for name, part in slices.items() if part.by == by]
+            labelled, loss = self.needs_sample(sample).labels()
+            scores |= weight_scores(model, names, itertools.islice(labelled(), _SCORED_BATCHES), loss, by)
+        return scores
+
     def finalize(self, model: nn.Module) -> nn.Module:
         """Take the hooks off and the slices in; what trained before `apply` trains again."""
+        if hasattr(model, _SCHEME):
+            delattr(model, _SCHEME)
         remove_hooks(model)
         head.take_off(model)
         model = merge(model, lambda layer: isinstance(layer, Sliced))
         trainable.recall(model, self.name)
         return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Keep what `auto` chose in `folder/scheme.yaml`, written out as a recipe takes it."""
+        import yaml
+
+        scheme: Scheme = getattr(model, _SCHEME)
+        if self.scheme != "auto":
+            return
+        told = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.written().items()}
+        comment = "".join(f"# {line}\n" for line in str(scheme).splitlines())
+        write_whole(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": told}, sort_keys=False))
 
 
 def stages_of(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,149 @@
+"""The scheme that a budget allows: contributions, the accountant and the search, joined."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.data.dataset import cache_folder
+from edgetune.files import write_whole
+from edgetune.sparse.auto.account import MIB, Account, Profile, Updating
+from edgetune.sparse.auto.contribution import Contributions, contributions
+from edgetune.sparse.auto.search import Found, Limits, exactly
+from edgetune.sparse.auto.trials import Analysis
+from edgetune.sparse.scheme import Part, Scheme, Slice, blocks_of, is_norm, resolve
+from edgetune.sparse.update import SparseUpdate
+from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, tensors_of
+
+_MOST_ROWS = 128  # that the contribution analysis looks at
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A scheme with what it is predicted to take and what it is worth."""
+
+    scheme: Scheme
+    account: Account
+    step_ms: float
+    value: float
+    contributions: Contributions
+
+    def __str__(self) -> str:
+        values = self.contributions.values
+        most = sum(max(own.values(), default=0.0) for own in values.values())
+        lines = [str(self.scheme), f"  predicted {self.account}; a step {self.step_ms:.0f} ms on this machine"]
+        share = f"{100 * self.value / most:.0f} % of all" if most else "nothing"
+        lines.append(f"  contributions by {self.contributions.mode}: {share}")
+        worth = {c.layer: values[c.layer][c.part] for c in self.scheme.choices if c.part in values.get(c.layer, {})}
+        for name in sorted(worth, key=lambda name: -worth[name])[:12]:
+            lines.append(f"    {100 * worth[name] / max(self.value, 1e-30):4.1f} % {self.scheme.part(name)!s} {name}")
+        return "\n".join(lines)
+
+
+def choose(
+    model: nn.Module,
+    sample: Sample,
+    budget_mib: float,
+    step_ms: float | None = None,
+    *,
+    technique: SparseUpdate | None = None,
+    updating: Updating | None = None,
+    analysis: Analysis | None = None,
+) -> Chosen:
+    """The scheme with the largest sum of contributions within a budget; of equally good ones the smallest.
+
+    Args:
+        model: not under a sparse update; left as it was.
+        sample: `labelled` gives training batches of the size that training will use, `loss` the loss. Memory is
+            counted for the largest of the first batches.
+        budget_mib: weights, gradients, optimizer state and activations kept for backward together, which is what
+            the ledger calls train_memory_mib.
+        step_ms: most time of one training step on this machine, without loading data.
+        technique: its `head` trains in any case (but not where it is tied to the embedding); `norms` and how
+            activations are kept are heeded too.
+        updating: the optimizer.
+        analysis: how contributions are found.
+
+    Raises:
+        EdgetuneError: (exit code 4) no scheme fits; it says the least that can be had.
+    """
+    labelled, loss = sample.labels()
+    technique, updating, analysis = technique or SparseUpdate(), updating or Updating(), analysis or Analysis()
+    batches = list(_first(labelled(), _MOST_ROWS))
+    if not batches:
+        raise EdgetuneError("sample.labelled gives no batch", exit_code=Exit.DATA)
+    largest = max(batches, key=lambda batch: sum(t.numel() for t in tensors_of(batch[0])))
+    profile = Profile.of(model, largest, loss, technique)
+    fixed = _fixed(model, profile, technique)
+    held_out = batches[::4] if analysis.mode == "train" else []
+    seen = [batch for number, batch in enumerate(batches) if number % 4 or not held_out]
+    found = contributions(model, seen, held_out, loss, analysis, head=list(fixed))
+    values = {
+        name: own
+        for name, own in found.values.items()
+        if name in {layer.name for layer in profile.layers if layer.trainable and not layer.shared}
+        and (technique.norms or not is_norm(model.get_submodule(name)))
+    }
+    limits = Limits(budget_mib * MIB, step_ms)
+    parts = _remembered(profile, values, limits, fixed, updating)
+    layers = [n for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())]
+    written = {name: parts.get(name, "frozen") for name in layers}
+    scheme = dataclasses.replace(resolve(model, written, "frozen", True), name="auto")
+    return Chosen(
+        scheme=scheme,
+        account=profile.account(scheme, updating),
+        step_ms=profile.step_ms(scheme),
+        value=sum(values[name][part] for name, part in parts.items() if name in values),
+        contributions=found,
+    )
+
+
+def _first(batches: Iterator[tuple[Inputs, Tensor]], rows: int) -> Iterator[tuple[Inputs, Tensor]]:
+    """The first batches, until they have so many rows."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch[1])
+        if seen >= rows:
+            return
+
+
+def _fixed(model: nn.Module, profile: Profile, technique: SparseUpdate) -> dict[str, Part]:
+    """What the head's setting decides: everything after the last block, or where there are no blocks the last layer."""
+    names, blocks = (
+        [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))],
+        blocks_of(model),
+    )
+    inside = [n for n, name in enumerate(names) if blocks and (name == blocks[-1] or name.startswith(blocks[-1] + "."))]
+    known = {layer.name: layer for layer in profile.layers}
+    fixed: dict[str, Part] = {}
+    for name in names[inside[-1] + 1 :] if inside else [profile.layers[-1].name]:
+        layer = known[name]
+        held = not layer.trainable or layer.shared or (is_norm(model.get_submodule(name)) and not technique.norms)
+        fixed[name] = "frozen" if held or not layer.sizes(technique.head) else technique.head
+    return fixed
+
+
+def _remembered(
+    profile: Profile, values: Mapping[str, Mapping[Part, float]], limits: Limits, fixed: Mapping[str, Part],
+    updating: Updating,
+) -> Mapping[str, Part]:  # fmt: skip
+    """The search; with a limit of time, which is measured anew in every process, its answer is kept on disk."""
+    if limits.step_ms is None:
+        return exactly(profile, values, limits, fixed=fixed, updating=updating).parts
+    what = (limits, sorted(fixed.items()), updating, sorted((n, list(own.items())) for n, own in values.items()))
+    memory = [(layer.name, layer.start, layer.parameters, layer.saves) for layer in profile.layers]
+    digest = hashlib.sha256(repr((what, memory, profile.between, torch.get_num_threads())).encode()).hexdigest()
+    path = cache_folder() / "schemes" / f"{digest}.json"
+    if not path.is_file():
+        found: Found = exactly(profile, values, limits, fixed=fixed, updating=updating)
+        told = {n: part.model_dump() if isinstance(part, Slice) else part for n, part in found.parts.items()}
+        write_whole(path, json.dumps(told))
+    read = json.loads(path.read_text(encoding="utf-8"))
+    return {n: Slice.model_validate(part) if isinstance(part, dict) else part for n, part in read.items()}

@@ -1,0 +1,313 @@
+"""What training each layer is worth: by short trainings of one layer at a time, or by Fisher information.
+
+After the contribution analysis of Lin et al., On-device training under 256KB memory, 2022, arXiv:2206.15472, section
+3.2, which PockEngine (Zhu et al., 2023, arXiv:2310.17752, section 4) takes over: the biases of the last k blocks, and
+one layer's weights at several ratios. Values add up in the search, which is an approximation of theirs too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.data.dataset import cache_folder
+from edgetune.files import write_whole
+from edgetune.modes import undisturbed
+from edgetune.sparse.auto.trace import Loss
+from edgetune.sparse.auto.trials import Analysis, By, Labelled, by_training
+from edgetune.sparse.scheme import Part, Slice, trains
+from edgetune.sparse.sliced import SLICEABLE, channels_of, strongest
+from edgetune.technique import EdgetuneError, Exit, call, device_of, logits_of, moved, rows_of, tensors_of
+
+_VERSION = 1  # of what is computed; another number leaves old caches alone
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What each part of each layer is worth, at least nothing; more of a layer is never worth less."""
+
+    mode: str
+    values: Mapping[str, Mapping[Part, float]]
+    cached: bool = False
+
+    def __str__(self) -> str:
+        best = sorted(self.values, key=lambda name: -max(self.values[name].values(), default=0.0))
+        lines = [f"contributions by {self.mode}, of {len(self.values)} layers the best:"]
+        for name in best[:12]:
+            told = ", ".join(f"{part} {value:.3g}" for part, value in self.values[name].items())
+            lines.append(f"  {name}: {told}")
+        return "\n".join(lines)
+
+    def dumps(self) -> str:
+        """As JSON."""
+        values = {n: [[_written(part), value] for part, value in own.items()] for n, own in self.values.items()}
+        return json.dumps({"mode": self.mode, "values": values})
+
+    @classmethod
+    def loads(cls, text: str) -> Contributions:
+        """What `dumps` wrote, marked as cached."""
+        found = json.loads(text)
+        values = {n: {_read(part): value for part, value in own} for n, own in found["values"].items()}
+        return cls(found["mode"], values, cached=True)
+
+
+def _written(part: Part) -> object:
+    return part.model_dump() if isinstance(part, Slice) else part
+
+
+def _read(part: Any) -> Part:
+    return Slice.model_validate(part) if isinstance(part, dict) else part
+
+
+def contributions(
+    model: nn.Module,
+    labelled: Iterable[Labelled],
+    held_out: Iterable[Labelled],
+    loss: Loss,
+    analysis: Analysis | None = None,
+    *,
+    head: Sequence[str] = (),
+    cache: bool = True,
+) -> Contributions:
+    """What training each layer of `model` is worth; the model is left as it was.
+
+    Args:
+        model: not under a sparse update.
+        labelled: training batches with their labels; a few.
+        held_out: batches to measure by, for mode "train"; never rows of the test set.
+        loss: `(logits, labels)` -> mean loss.
+        analysis: settings.
+        head: layers that train in any case, as a new head must; they are no candidates.
+        cache: keep the result under the cache folder, by the hash of weights, data and settings.
+    """
+    analysis = analysis or Analysis()
+    batches, measured = list(labelled), list(held_out) if analysis.mode == "train" else []
+    if not batches or (analysis.mode == "train" and not measured):
+        raise EdgetuneError("contribution analysis needs batches with labels", exit_code=Exit.DATA)
+    path = cache_folder() / "contributions" / f"{_digest(model, batches, measured, analysis, head)}.json"
+    if cache and path.is_file():
+        return Contributions.loads(path.read_text(encoding="utf-8"))
+    layers = candidates(model, head)
+    if analysis.mode == "fisher":
+        values = by_fisher(model, layers, batches, loss, analysis)
+    else:
+        parts = {name: _parts(layer, analysis) for name, layer in layers.items()}
+        values = by_training(model, parts, batches, measured, loss, analysis, head)
+    found = Contributions(analysis.mode, values)
+    if cache:
+        write_whole(path, found.dumps())
+    return found
+
+
+def candidates(model: nn.Module, head: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Layers that could train alone: with floating-point parameters that no other layer shares, called themselves."""
+    owners: dict[int, int] = {}
+    layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+    for layer in layers.values():
+        for parameter in layer._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if name not in head
+        and all(p.is_floating_point() and owners[id(p)] == 1 for p in layer._parameters.values() if p is not None)
+    }
+
+
+def _parts(layer: nn.Module, analysis: Analysis) -> list[Part]:
+    """What may train in a layer, the least first."""
+    own = [key for key, value in layer._parameters.items() if value is not None]
+    parts: list[Part] = ["bias"] if any(trains("bias", key) for key in own) else []
+    if isinstance(layer, SLICEABLE) and layer.weight.numel() > max(layer.weight.shape):
+        parts += [Slice(ratio=ratio, by=analysis.by) for ratio in sorted(analysis.ratios)]
+    return [*parts, "full"] if any(not trains("bias", key) for key in own) else parts
+
+
+# By Fisher information
+
+
+def each_gradient(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Labelled],
+    loss: Loss,
+    rows_at_once: int,
+    use: Callable[[str, str, Tensor], None],
+) -> int:
+    """Call `use(layer, parameter, gradient)` for every few rows, as soon as the gradient exists; then it is dropped.
+
+    In eval mode, so that no dropout and no batch statistics blur it. Returns how often each parameter had its turn.
+    Memory: one gradient at a time, and what backward of `rows_at_once` rows keeps.
+    """
+    turns, device = 0, device_of(model)
+    with _only_trains(model, layers), undisturbed(model), _taken(layers, use):
+        for inputs, labels in batches:
+            for start in range(0, len(labels), rows_at_once):
+                stop = min(start + rows_at_once, len(labels))
+                part, wanted = moved(rows_of(inputs, start, stop), device), labels[start:stop].to(device)
+                if (wanted == -100).all():
+                    continue
+                with torch.enable_grad():
+                    loss(logits_of(call(model, part)), wanted).backward()  # type: ignore[no-untyped-call]
+                turns += 1
+    return turns
+
+
+@contextmanager
+def _only_trains(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Only these layers' parameters take part inside."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None}
+    try:
+        for parameter, _ in before:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, trained in before:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(trained)
+
+
+@contextmanager
+def _taken(layers: Mapping[str, nn.Module], use: Callable[[str, str, Tensor], None]) -> Iterator[None]:
+    """Each gradient goes to `use` and is dropped, inside backward."""
+
+    def hook(name: str, key: str) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            use(name, key, parameter.grad)
+            parameter.grad = None
+
+        return take
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(hook(name, key))  # type: ignore[no-untyped-call]
+        for name, layer in layers.items()
+        for key, parameter in layer._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def channel_scores(weight: Tensor, gradients: Iterable[Tensor], by: By, of: Literal["inputs", "outputs"]) -> Tensor:
+    """A score for each input or output channel of a weight `(out, in, ...)`, none negative.
+
+    `magnitude`: sum of absolute values; `gradient`: of the mean gradient's; `fisher`: of the mean squared gradient.
+    """
+    dim = 1 if of == "inputs" else 0
+    score = weight.detach().abs() if by == "magnitude" else _mean(gradients, by)
+    return score.sum([d for d in range(score.dim()) if d != dim])
+
+
+def _mean(gradients: Iterable[Tensor], by: By) -> Tensor:
+    total, count = None, 0
+    for gradient in gradients:
+        term = gradient.square() if by == "fisher" else gradient
+        total, count = term.clone() if total is None else total.add_(term), count + 1
+    if total is None:
+        raise EdgetuneError(f"scores by {by} need gradients", got="none")
+    return (total / count).abs()
+
+
+def weight_scores(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Labelled], loss: Loss, by: By, rows_at_once: int = 4
+) -> dict[str, Tensor]:
+    """Scores of the shape of each layer's weight, to choose a slice's channels by."""
+    layers = {name: model.get_submodule(name) for name in names}
+    if by == "magnitude":
+        return {name: layer.weight.detach().abs() for name, layer in layers.items()}  # type: ignore[union-attr, operator]
+    totals: dict[str, Tensor] = {}
+
+    def add(name: str, key: str, gradient: Tensor) -> None:
+        if key == "weight":
+            term = gradient.square() if by == "fisher" else gradient
+            totals[name] = totals[name].add_(term) if name in totals else term.clone()
+
+    turns = each_gradient(model, layers, batches, loss, rows_at_once, add)
+    return {name: (total / turns).abs() for name, total in totals.items()}
+
+
+def by_fisher(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Labelled], loss: Loss, analysis: Analysis
+) -> dict[str, dict[Part, float]]:
+    """Contributions by empirical Fisher information, the mean squared gradient of a few rows at a time.
+
+    Adam moves every value by about the learning rate, so the loss falls at first by the learning rate times the sum
+    of the gradient's absolute values. Of a channel with n values and Fisher information F that is about sqrt(n F),
+    and that is what a channel is worth; a layer is worth the sum over the channels that train. Unlike F itself this
+    is neither ruled by a few large gradients nor by the layer's size alone.
+    """
+    sums: dict[tuple[str, str, int], Tensor] = {}
+
+    def add(name: str, key: str, gradient: Tensor) -> None:
+        squares = gradient.float().square()
+        for dim in range(min(2, squares.dim())):
+            found = squares.sum([d for d in range(squares.dim()) if d != dim]) if squares.dim() > 1 else squares
+            at = (name, key, dim)
+            sums[at] = sums[at] + found if at in sums else found
+
+    turns = each_gradient(model, layers, batches, loss, analysis.rows_at_once, add)
+    if not turns:
+        raise EdgetuneError("no label of these batches counts", exit_code=Exit.DATA)
+    values: dict[str, dict[Part, float]] = {}
+    for name, layer in layers.items():
+        worth = {at[1:]: _worth(layer._parameters[at[1]], at[2], sums[at] / turns) for at in sums if at[0] == name}
+        values[name] = {part: _worth_of(layer, part, worth) for part in _parts(layer, analysis)}
+    return values
+
+
+def _worth(parameter: Tensor | None, dim: int, fisher: Tensor) -> Tensor:
+    """What each channel of a parameter is worth."""
+    assert parameter is not None
+    return (fisher * (parameter.numel() / parameter.shape[dim])).sqrt()
+
+
+def _worth_of(layer: nn.Module, part: Part, worth: Mapping[tuple[str, int], Tensor]) -> float:
+    """The sum over what trains. Of a table with rows seldom used, its columns say too much: the less counts."""
+    keys = {key for key, _ in worth if trains("bias" if isinstance(part, Slice) else part, key)}
+    total = sum(min(float(worth[key, d].sum()) for d in (0, 1) if (key, d) in worth) for key in keys)
+    if not isinstance(part, Slice):
+        return total
+    dim, _ = channels_of(layer, part.of)
+    channels = worth.get(("weight", dim))
+    if channels is None:
+        return total
+    if part.by == "fisher":
+        # scores of the weight's shape, as `strongest` takes them: all of a channel's in its first value
+        shape = [1] * layer.weight.dim()  # type: ignore[union-attr, operator]
+        shape[dim] = len(channels)
+        indices, _ = strongest(layer, part.ratio, part.of, channels.square().view(shape))
+    else:
+        indices, _ = strongest(layer, part.ratio, part.of)
+    return total + float(channels[indices].sum())
+
+
+def _digest(
+    model: nn.Module,
+    batches: Sequence[Labelled],
+    held_out: Sequence[Labelled],
+    analysis: Analysis,
+    head: Sequence[str],
+) -> str:
+    """SHA-256 of everything that the result depends on."""
+    found = hashlib.sha256(repr((_VERSION, analysis.model_dump(), sorted(head), torch.__version__)).encode())
+    tensors = [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+    for number, (inputs, labels) in enumerate((*batches, *held_out)):
+        tensors += [(f"{number}", tensor) for tensor in (*tensors_of(inputs), labels)]
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    found.update(str(type(model)).encode())
+    return found.hexdigest()

@@ -1,0 +1,242 @@
+"""What one forward keeps for backward, where and by which layer; what it holds at each moment; how long it takes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edgetune.modes import undisturbed
+from edgetune.sparse.frozen import tensors_in
+from edgetune.technique import Inputs, call, logits_of
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+StorageName = tuple[Any, ...]  # the same in every forward of one model: how the storage was first seen
+
+
+class Save(NamedTuple):
+    """One storage that autograd keeps for backward."""
+
+    clock: int  # modules entered and left so far
+    owner: str | None  # the innermost layer with parameters of its own that was running
+    storage: StorageName
+    nbytes: int  # of the whole storage, as long as any of it is kept
+    used: int  # bytes of the tensor that is wanted, which may be a part of the storage
+
+
+class Trace(NamedTuple):
+    """What one training forward and its loss keep; nothing of it is held."""
+
+    saves: tuple[Save, ...]
+    entered: dict[str, int]  # layer with parameters of its own -> clock at its first call, in order
+    left: dict[str, int]  # clock at its last return
+    outputs: dict[str, int]  # values in what it returns, all calls together
+    clock: int  # at the end
+
+
+class _Clock:
+    """Hooks on all modules: counts entering and leaving, and keeps the stack of layers with parameters of their own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.now, self.calls = 0, 0
+        self.owners = {m: n for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+        self.stack: list[tuple[int, str | None]] = []
+        self.entered: dict[str, int] = {}
+        self.left: dict[str, int] = {}
+        self.outputs: dict[str, int] = {}
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[_Clock]:
+        """The hooks are there inside."""
+        handles = []
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self.leave))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.now += 1
+        self.calls += 1
+        owner = self.owners.get(module)
+        self.stack.append((self.calls, owner))
+        if owner is not None:
+            self.entered.setdefault(owner, self.now)
+        self.see("in", self.calls, (args, kwargs))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        number, owner = self.stack.pop()
+        self.see("out", number, output)
+        self.now += 1
+        if owner is not None:
+            self.left[owner] = self.now
+            self.outputs[owner] = self.outputs.get(owner, 0) + sum(t.numel() for t in tensors_in(output))
+
+    @property
+    def owner(self) -> str | None:
+        """The innermost layer with parameters of its own that is running."""
+        return next((owner for _, owner in reversed(self.stack) if owner is not None), None)
+
+    def see(self, kind: str, call_number: int, value: object) -> None:
+        """Called with what goes into a module and what comes out."""
+
+
+def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
+    """While it is there, no other storage gets the same key, although the memory itself is let go."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
+class _Saves(_Clock):
+    """Notes what autograd keeps and lets it go, so that a forward takes no more memory than without a graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        own = (*model.parameters(), *model.buffers())
+        self.own = {t.untyped_storage()._cdata for t in own}
+        self.seen: dict[int, tuple[StorageWeakRef, StorageName]] = {}  # the references keep addresses from being reused
+        self.found: list[tuple[int, str | None, int, int, int]] = []
+
+    def see(self, kind: str, call_number: int, value: object) -> None:
+        for slot, tensor in enumerate(tensors_in(value)):
+            self.name(tensor.untyped_storage(), (kind, call_number, slot))
+
+    def name(self, storage: torch.UntypedStorage, name: StorageName) -> int:
+        key: int = storage._cdata
+        if key not in self.seen or self.seen[key][1][0] == "kept":
+            self.seen[key] = (_weak(storage), name)
+        return key
+
+    def pack(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.own:
+            key: int = storage._cdata
+            if key not in self.seen:
+                # what no module takes or returns is told by when it was kept, its size and a number
+                self.seen[key] = (_weak(storage), ("kept", self.now, storage.nbytes()))
+            self.found.append((self.now, self.owner, key, storage.nbytes(), tensor.nbytes))
+        return 0  # nothing is held; backward cannot run
+
+    def saves(self) -> tuple[Save, ...]:
+        names: dict[int, StorageName] = {}
+        counts: dict[StorageName, int] = {}
+        for _, _, key, _, _ in self.found:
+            name = self.seen[key][1]
+            if key not in names:
+                counts[name] = counts.get(name, 0) + 1
+                names[key] = (*name, counts[name])
+        return tuple(Save(clock, owner, names[key], size, used) for clock, owner, key, size, used in self.found)
+
+
+def trace_saves(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, alone: bool = False) -> Trace:
+    """What a training forward of `model`, as it stands, keeps. The model and the random state are left as they were.
+
+    `alone`: each layer gets inputs that need no gradient, so that it keeps only what its own parameters need.
+    """
+    inputs, labels = batch
+    clock = _Saves(model)
+    hooks = saved_tensors_hooks(clock.pack, _refuse)
+    leaves = [m for m in clock.owners if alone and not any(n in clock.owners for n in m.modules() if n is not m)]
+    handles = [leaf.register_forward_pre_hook(_detach, with_kwargs=True) for leaf in leaves]
+    try:
+        with undisturbed(model, training=True), torch.enable_grad(), clock.on(model), hooks:
+            loss(logits_of(call(model, inputs)), labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Trace(clock.saves(), clock.entered, clock.left, clock.outputs, clock.now)
+
+
+def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (
+        tuple(value.detach() if isinstance(value, Tensor) else value for value in args),
+        {name: value.detach() if isinstance(value, Tensor) else value for name, value in kwargs.items()},
+    )
+
+
+def _refuse(_: object) -> Tensor:
+    raise RuntimeError("nothing was kept for this backward")
+
+
+# oneDNN reorders the input, and the output back: one of the two copies is there at a time, and no one else sees it
+_REORDERING = frozenset({torch.ops.aten.convolution.default})
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that operators make, for as long as they live."""
+
+    def __init__(self, known: set[int], clock: _Clock) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known, self.clock, self.bytes = known, clock, 0
+        self.most: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self._add(tensor.untyped_storage())
+        inside = max(args[0].nbytes, result.nbytes) if func in _REORDERING else 0
+        self.most[self.clock.now] = max(self.most.get(self.clock.now, 0), self.bytes + inside)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def trace_live(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> list[int]:
+    """Most bytes held at once at each clock of a training forward of which nothing is kept for backward.
+
+    Weights, buffers and inputs are not counted.
+    """
+    clock = _Clock(model)
+    inputs, labels = batch
+    own = (*model.parameters(), *model.buffers(), *tensors_in(batch))
+    live = _Live({t.untyped_storage()._cdata for t in own}, clock)
+    hooks = saved_tensors_hooks(lambda tensor: 0, _refuse)
+    with undisturbed(model, training=True), torch.enable_grad(), clock.on(model), hooks, live:
+        loss(logits_of(call(model, inputs)), labels)
+    return [live.most.get(n, 0) for n in range(clock.now + 1)]
+
+
+class _Times(_Clock):
+    """When each clock began."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.began = [time.perf_counter()]
+
+    def see(self, kind: str, call_number: int, value: object) -> None:
+        self.began.append(time.perf_counter())  # once for each tick of the clock
+
+
+def trace_ms(model: nn.Module, inputs: Inputs, runs: int = 2) -> list[float]:
+    """Milliseconds at each clock of a forward without a graph; the least of the runs, after one to warm up."""
+    best: list[float] = []
+    for number in range(runs + 1):
+        clock = _Times(model)
+        with undisturbed(model), torch.no_grad(), clock.on(model):
+            clock.began = [time.perf_counter()]
+            call(model, inputs)
+            clock.began.append(time.perf_counter())
+        spans = [1e3 * (after - before) for before, after in itertools.pairwise(clock.began)]
+        if number:
+            best = [min(pair) for pair in zip(best, spans, strict=True)] if best else spans
+    return best

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from edgetune.sparse.auto.account import Layer, Profile, Updating
+from edgetune.sparse.auto.evolve import by_evolution
+from edgetune.sparse.auto.search import Found, Limits, Values, exactly
+from edgetune.sparse.auto.trace import Save
+from edgetune.sparse.scheme import Part, Slice
+from edgetune.technique import EdgetuneError, Exit
+
+HALF, EIGHTH = Slice(ratio=0.5), Slice(ratio=0.125)
+
+
+def profile_of(seed: int, layers: int) -> Profile:
+    """A network drawn at random: some layers share an input, some inputs are also kept by what stands before them."""
+    chance = random.Random(seed)
+    found, between, clock = [], [], 1
+    shared: Save | None = None
+    for number in range(layers):
+        name = f"layer{number}"
+        width, rows = chance.choice((8, 16, 24)), chance.choice((4, 32, 100))
+        if shared is None or chance.random() < 0.5:
+            shared = Save(clock, name, ("in", number), 4 * rows * width, 4 * rows * width)
+            if chance.random() < 0.4:  # the operator before this layer keeps it too
+                between.append(shared._replace(clock=max(0, clock - 1), owner=None))
+        own = Save(clock, name, ("own", number), 4 * rows * chance.randrange(8), 0)
+        passing = (own,) if chance.random() < 0.5 else ()
+        kept = (*passing, shared._replace(owner=name, clock=clock))
+        between.append(Save(clock + 1, None, ("between", number), 4 * rows * chance.randrange(12), 0))
+        bias = {"bias": width} if chance.random() < 0.7 else {}
+        found.append(
+            Layer(
+                name=name, start=clock, end=clock + 1, parameters={"weight": width * width, **bias}, element_bytes=4,
+                shared=False, trainable=True, channels={"inputs": (width, 1), "outputs": (width, 1)},
+                whole_input=frozenset({"outputs"}), macs=rows * width * width, ms=chance.random(),
+                saves={"frozen": passing, "bias": passing, "full": kept, "alone": kept[-1:]},
+            )
+        )  # fmt: skip
+        clock += 2
+    return Profile(tuple(found), tuple(between), (0,) * (clock + 1), tuple(0.1 for _ in range(clock + 1)), 10_000)
+
+
+def values_of(profile: Profile, seed: int, parts: tuple[Part, ...] = ("bias", EIGHTH, HALF, "full")) -> Values:
+    chance = random.Random(seed)
+    found: dict[str, dict[Part, float]] = {}
+    for layer in profile.layers:
+        worth = sorted(chance.choice((0.0, 1.0, chance.random(), 3 * chance.random())) for _ in parts)
+        found[layer.name] = {p: v for p, v in zip(parts, worth, strict=True) if layer.sizes(p)}
+    return found
+
+
+def brute_force(
+    profile: Profile, values: Values, limits: Limits, fixed: dict[str, Part], updating: Updating
+) -> tuple[float, int] | None:
+    """The best value and the least bytes for it, by trying everything."""
+    best: tuple[float, int] | None = None
+    lists = [[(fixed[n], 0.0)] if n in fixed else [("frozen", 0.0), *parts.items()] for n, parts in values.items()]
+    for chosen in itertools.product(*lists):
+        parts = {n: part for n, (part, _) in zip(values, chosen, strict=True) if part != "frozen"}
+        if not parts or (limits.step_ms is not None and profile.step_ms(parts) > limits.step_ms):
+            continue
+        taken = profile.account(parts, updating).total_bytes
+        value = sum(worth for _, worth in chosen)
+        if taken <= limits.bytes and (best is None or (value, -taken) > (best[0], -best[1])):
+            best = (value, taken)
+    return best
+
+
+def agree(found: Found, expected: tuple[float, int]) -> None:
+    assert found.value == pytest.approx(expected[0], rel=1e-9)
+    assert found.bytes == expected[1]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_exactly_finds_what_trying_everything_finds(seed: int) -> None:
+    profile = profile_of(seed, layers=4)
+    values = values_of(profile, seed)
+    chance = random.Random(seed)
+    fixed: dict[str, Part] = {"layer3": "full"} if seed % 3 == 0 else {}
+    updating = Updating(in_backward=seed % 4 == 1, optimizer="sgd" if seed % 5 == 2 else "adamw")
+    most = profile.account(dict.fromkeys(values, "full"), updating).total_bytes
+    limits = Limits(10_000 + chance.random() * (most - 10_000), None if seed % 2 else (0.3 + 0.7 * chance.random()) * 4)
+    expected = brute_force(profile, values, limits, fixed, updating)
+    if expected is None:
+        with pytest.raises(EdgetuneError, match="least that any takes"):
+            exactly(profile, values, limits, fixed=fixed, updating=updating)
+        return
+    agree(exactly(profile, values, limits, fixed=fixed, updating=updating), expected)
+    evolved = by_evolution(profile, values, limits, fixed=fixed, updating=updating, generations=40, population=24)
+    assert evolved.value >= 0.97 * expected[0]
+    assert evolved.bytes <= limits.bytes
+
+
+def test_few_points_lose_little_and_never_exceed_the_budget() -> None:
+    profile = profile_of(1, layers=40)
+    values = values_of(profile, 1)
+    limits = Limits(60_000)
+    best, rough = exactly(profile, values, limits), exactly(profile, values, limits, most_points=256)
+    assert rough.bytes <= best.bytes or rough.bytes <= limits.bytes
+    assert 0.97 * best.value <= rough.value <= best.value
+
+
+@pytest.mark.parametrize("step_ms", [None, 12.0])
+def test_evolution_comes_near_the_exact_answer_in_a_net_of_fifty_layers(step_ms: float | None) -> None:
+    profile = profile_of(7, layers=50)
+    values = values_of(profile, 7)
+    limits = Limits(90_000, step_ms)
+    best = exactly(profile, values, limits)
+    evolved = by_evolution(profile, values, limits, seed=3)
+    assert 0.95 * best.value <= evolved.value
+    assert evolved.value <= 1.01 * best.value  # exact up to its points
+    assert evolved.bytes <= limits.bytes
+    assert by_evolution(profile, values, limits, seed=3) == evolved
+
+
+def test_a_budget_that_cannot_be_met_says_the_least_that_can() -> None:
+    profile = profile_of(2, layers=6)
+    values = values_of(profile, 2)
+    least = min(
+        profile.account({n: part}).total_bytes for n, parts in values.items() for part in parts
+        if profile.layer(n).sizes(part)
+    )  # fmt: skip
+    for search in (exactly, by_evolution):
+        with pytest.raises(EdgetuneError, match=rf"least that any takes is {least / 2**20:.1f} MiB") as error:
+            search(profile, values, Limits(5_000))
+        assert error.value.exit_code == Exit.BUDGET
+    agreed = exactly(profile, values, Limits(least))
+    assert agreed.bytes == least
+
+
+def test_evolution_takes_a_cost_that_does_not_add_up() -> None:
+    profile = profile_of(4, layers=5)
+    values = values_of(profile, 4)
+
+    def at_most_two(parts: Any) -> tuple[float, float]:
+        return float(sum(part != "frozen" for part in parts.values())), 0.0
+
+    found = by_evolution(profile, values, Limits(2), cost=at_most_two, generations=30, population=16)
+    best = sorted((max(parts.values()) for parts in values.values()), reverse=True)
+    assert found.value == pytest.approx(sum(best[:2]))
+
+
+def test_unknown_layers_are_refused() -> None:
+    profile = profile_of(4, layers=2)
+    with pytest.raises(EdgetuneError, match="no such layer"):
+        exactly(profile, {"elsewhere": {"full": 1.0}}, Limits(1e9))
