@@ -17,7 +17,7 @@ from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.nf4 import NF4
-from edgetune.registry import TECHNIQUES
+from edgetune.registry import TECHNIQUES, load
 from edgetune.sparse.update import SparseUpdate
 from edgetune.technique import EdgetuneError, Sample, Technique
 
@@ -36,21 +36,30 @@ __all__ = [
     "Technique",
     "apply",
     "export",
+    "export_training",
     "finalize",
     "load_adapter",
     "profile",
+    "pull",
     "run",
     "save_adapter",
+    "train_pte",
 ]
 
 if TYPE_CHECKING:
+    from edgetune.export.training.run import pull, train_pte
+    from edgetune.export.training.step import export_training
     from edgetune.pipeline import run
 else:
+    _LATER = {
+        "run": "edgetune.pipeline:run",
+        "export_training": "edgetune.export.training.step:export_training",
+        "train_pte": "edgetune.export.training.run:train_pte",
+        "pull": "edgetune.export.training.run:pull",
+    }
 
     def __getattr__(name: str) -> object:
-        """`run` with all it needs, at its first use: a loop of one's own never pays for it."""
-        if name == "run":
-            from edgetune.pipeline import run
-
-            return run
+        """These with all they need, at their first use: a loop of one's own never pays for it."""
+        if name in _LATER:
+            return load(_LATER[name])
         raise AttributeError(f"module 'edgetune' has no attribute {name!r}")

@@ -15,18 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
+from edgetune import cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
+from edgetune.cli_training import Overrides, RecipeName
 
 app = typer.Typer(help="Fine-tune and compress PyTorch models on and for small devices.", **PLAIN)
 recipes = typer.Typer(help="The golden recipes, and checks for your own.", **PLAIN)
 app.add_typer(recipes, name="recipes")
 app.add_typer(devices, name="devices")
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes: train.epochs=2, steps.3.ratio=0.5, variant=smoke."),
-]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in the package, or a path ending in .yaml.")]
+app.command("train-pte")(cli_training.train_pte)
+app.command("pull")(cli_training.pull)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,10 +151,26 @@ def export(
         str | None,
         typer.Option(help="Data that give classes and check rows, for a model by name: tweets, csv:PATH."),
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="MODEL is a recipe: lower its first training, to train on a device.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="With --train: rows of a batch.")] = 8,
+    momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="With --train: of SGD.")] = 0.0,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> int:
     """Lower a model to an ExecuTorch program, run it and compare it with the model."""
     from edgetune.exporting import export_from
+    from edgetune.technique import EdgetuneError
+
+    if train:
+        if device or data:
+            raise EdgetuneError(
+                "--train takes a recipe, which has data of its own", action="leave out --device, --data"
+            )
+        return cli_training.export_training(model, overrides or [], out, rows, momentum, target, as_json)
+    if overrides:
+        raise EdgetuneError("changes are for recipes", got=overrides, action="add --train, or leave them out")
 
     with contextlib.redirect_stdout(sys.stderr):
         artifact = export_from(model, out, device=device, target=target, data=data)

@@ -98,7 +98,7 @@ def run(
     where = None if out is None else Path(out)
     folder = runs.resumable_folder(recipe, where) if resume else runs.new_folder(recipe, where)
     with runs.alone(folder):
-        return Run(folder, _Fold(recipe, folder, resume, progress or (lambda *_: None)).run())
+        return Run(folder, Fold(recipe, folder, resume, progress or (lambda *_: None)).run())
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def restore(folder: str | Path) -> Restored:
             "the folder holds no finished run", got=str(folder), action=f"edgetune run RECIPE --resume --out {folder}"
         )
     recipe = load(folder / "recipe.yaml")
-    fold = _Fold(recipe, folder, resume=True, progress=lambda *_: None, record=False)
+    fold = Fold(recipe, folder, resume=True, progress=lambda *_: None, record=False)
     fold.steps()
     rows = recipe.export.check_rows if recipe.export else min(EVALUATION_BATCH, len(fold.test_split))
     return Restored(fold.model, fold.example(), tuple(fold.one_row(i) for i in range(rows)))
 
 
-class _Fold:
+class Fold:
     """The state that the steps are folded over: the model, and the ledger so far."""
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool, progress: Progress, record: bool = True) -> None:
@@ -170,6 +170,7 @@ class _Fold:
             )
 
     def run(self) -> Ledger:
+        """Steps, export, profile, verdicts."""
         self.steps()
         if self.recipe.export:
             self.export()
@@ -198,6 +199,7 @@ class _Fold:
         self.model.eval()
 
     def step(self, index: int, step: Step) -> None:
+        """One step of the recipe."""
         self.close_for(step)
         started = time.perf_counter()
         if isinstance(step.settings, Technique):
@@ -233,6 +235,7 @@ class _Fold:
         self.add_row("finalize", names, time.perf_counter() - started)
 
     def train(self, index: int, settings: Train) -> None:
+        """A `train` step, with what its memory comes to."""
         started = time.perf_counter()
         teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
         name = f"{index + 1:02d}-train"
@@ -265,6 +268,7 @@ class _Fold:
         self.save()
 
     def export(self) -> None:
+        """The program, measured here and predicted for the devices."""
         from edgetune.export import export
         from edgetune.profile import profile
         from edgetune.profile.device import HOST, ids
@@ -305,6 +309,7 @@ class _Fold:
         return self.train_split.batch(order[:rows])
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The task's loss."""
         return tasks.loss(self.task, logits, labels)
 
     def one_row(self, index: int) -> Inputs:
@@ -312,6 +317,7 @@ class _Fold:
         return self.test_split.one_row(index, self.recipe.model.max_length)
 
     def example(self) -> Inputs:
+        """The first row of the test set."""
         return self.one_row(0)
 
     def sample(self) -> Sample:
@@ -354,9 +360,15 @@ class _Fold:
         return row
 
     def quality(self) -> Quality:
-        return tasks.quality(self.task, self.model, self.test_split, EVALUATION_BATCH)
+        """Of the model as it stands, on the test set."""
+        return self.quality_of(self.model)
+
+    def quality_of(self, model: nn.Module) -> Quality:
+        """Of any model, on the test set."""
+        return tasks.quality(self.task, model, self.test_split, EVALUATION_BATCH)
 
     def save(self) -> None:
+        """Write the ledger, and when finished the report."""
         from edgetune.report import write
 
         if not self.record:

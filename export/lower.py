@@ -110,7 +110,7 @@ def prepare(program: ExportedProgram) -> None:
     graph = program.graph
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        key = _key(node)
+        key = key_of(node)
         if key is None:
             continue
         if key in seen:
@@ -122,7 +122,7 @@ def prepare(program: ExportedProgram) -> None:
     operators.number(program)
 
 
-def _key(node: fx.Node) -> Any:
+def key_of(node: fx.Node) -> Any:
     """Equal for nodes that compute the same; `None` for one that must stay.
 
     Quantization is left alone: XNNPACK takes a dynamically quantized linear only with a quantizer of its own.
@@ -166,17 +166,17 @@ def compile_program(program: ExportedProgram, target: Target) -> Lowered:
             data = bytes(built.buffer)
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
         raise failures.not_lowered(program, target.name, error) from error
-    placed = _placed(built.exported_program())
+    placed = placed_in(built.exported_program())
     return Lowered(
         data=data,
         plan_bytes=sum(built.executorch_program.execution_plan[0].non_const_buffer_sizes),
         delegates=placed.delegates,
         operators=operators.describe(program, placed),
-        leftovers=_leftovers(program, placed),
+        leftovers=leftovers_of(program, placed),
     )
 
 
-def _placed(lowered: ExportedProgram) -> Placed:
+def placed_in(lowered: ExportedProgram) -> Placed:
     """Which numbered operators ended in a delegate and which as a portable kernel."""
     delegated: set[int] = set()
     portable: list[tuple[str, int | None]] = []
@@ -194,7 +194,7 @@ def _placed(lowered: ExportedProgram) -> Placed:
     return Placed(delegated=frozenset(delegated), portable=tuple(portable), delegates=delegates)
 
 
-def _leftovers(program: ExportedProgram, placed: Placed) -> tuple[Leftover, ...]:
+def leftovers_of(program: ExportedProgram, placed: Placed) -> tuple[Leftover, ...]:
     """The portable operators, each with the modules it comes from, most frequent first."""
     modules = operators.modules(program)
     counts = Counter((name, modules.get(number, "") if number is not None else "") for name, number in placed.portable)

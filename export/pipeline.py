@@ -150,7 +150,7 @@ def _manifest(
         size_bytes=len(lowered.data),
         plan_bytes=lowered.plan_bytes,
         sha256=sha256_of(lowered.data),
-        versions={name: _version(name) for name in ("torch", "executorch", "torchao", "edgetune")},
+        versions={name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")},
         delegates=lowered.delegates,
         delegated_macs_pct=_share(_macs(taken), _macs(lowered.operators)),
         delegated_operators_pct=_share(len(taken), len(lowered.operators)),
@@ -169,7 +169,7 @@ def _share(part: int, whole: int) -> float:
     return 100.0 * part / whole if whole else 0.0
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -87,12 +87,13 @@ def _child(
         answer = folder / "result.json"
         result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
         if done.returncode != 0 or result is None or "error" in result:
-            raise _failed(path, done, result)
+            raise failed(path, done, result)
         saved = folder / "outputs.safetensors"
         return result, load_file(saved) if saved.is_file() else {}
 
 
-def _failed(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
+def failed(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
+    """Why a child ended without an answer."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if result is not None and "error" in result:
         said = [line for line in lines if "issing operator" in line or "not registered" in line or "[E" in line[:4]]
@@ -132,7 +133,7 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _runtime(threads: int | None) -> Any:
+def loaded_runtime(threads: int | None) -> Any:
     """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
     import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
     from executorch.extension.pybindings import _portable_lib
@@ -142,7 +143,8 @@ def _runtime(threads: int | None) -> Any:
     return _portable_lib
 
 
-def _inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
+def inputs_in(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
+    """The rows that were left in the folder for the child."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "inputs.safetensors")
@@ -156,8 +158,8 @@ def _inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
 def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
-    batches = _inputs(folder, request["rows"])
-    module = _runtime(None)._load_for_executorch(request["path"])
+    batches = inputs_in(folder, request["rows"])
+    module = loaded_runtime(None)._load_for_executorch(request["path"])
     outputs = {}
     for row, inputs in enumerate(batches):
         for place, tensor in enumerate(module.forward(inputs)):
@@ -168,9 +170,9 @@ def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def _time(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     threads = int(request["threads"])
-    (inputs,) = _inputs(folder, 1)
-    runtime = _runtime(threads)
-    empty_mib = _resident_mib("VmRSS")
+    (inputs,) = inputs_in(folder, 1)
+    runtime = loaded_runtime(threads)
+    empty_mib = resident_mib("VmRSS")
     started = time.perf_counter()
     program = runtime._load_program(request["path"])
     method = program.load_method("forward")  # loading a module alone leaves this to its first execution
@@ -194,7 +196,7 @@ def _time(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         "first_ms": first_ms,
         "latencies_ms": latencies,
         "warm_up_runs": warm,
-        "peak_memory_mib": _resident_mib("VmHWM"),
+        "peak_memory_mib": resident_mib("VmHWM"),
         "empty_memory_mib": empty_mib,
     }
 
@@ -211,7 +213,7 @@ def _warm_up(once: Any, seconds: float) -> int:
     return len(runs)
 
 
-def _resident_mib(field: str) -> float:
+def resident_mib(field: str) -> float:
     """Resident memory of this process, `VmRSS` now or `VmHWM` at its peak.
 
     Linux only counts a process's own peak there: `ru_maxrss` also carries the parent's over the fork.

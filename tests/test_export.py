@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edgetune.export import export
 from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional, attention, capture, compile_program, prepare
-from edgetune.export.run import _failed, run_in_child, time_in_child
+from edgetune.export.run import failed, run_in_child, time_in_child
 from edgetune.export.targets import TARGETS, available, for_device
 from edgetune.export.verify import compare
 from edgetune.ledger import Parity
@@ -351,7 +351,7 @@ def test_rubbish_does_not_load(tmp_path: Path) -> None:
 
 def test_a_child_that_dies_by_a_signal_is_an_error(tmp_path: Path) -> None:
     done = subprocess.CompletedProcess(args=[], returncode=-11, stdout="", stderr="")
-    assert "ended by SIGSEGV" in str(_failed(tmp_path / "model.pte", done, None))
+    assert "ended by SIGSEGV" in str(failed(tmp_path / "model.pte", done, None))
 
 
 def test_layers_that_are_still_wrapped_are_refused(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_language_model(tmp_path: Path) -> None:
     assert rows["nf4"].macs == rows["load"].macs
     assert rows["train"].trainable_parameters < 0.01 * rows["load"].parameters
     assert found.ledger.program is not None
-    assert found.ledger.program.size_mib < 0.35 * rows["load"].size_mib  # head and table no longer share
+    assert found.ledger.program.size_mib < 0.45 * rows["load"].size_mib  # head and table no longer share, at 8 bits
     assert rows["train"].quality is not None
     assert rows["train"].quality.metric == "perplexity"
 

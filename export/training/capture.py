@@ -1,0 +1,266 @@
+"""A model and its loss become one graph: forward, loss, and the backward of what trains and of nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from edgetune.export import failures, lower
+from edgetune.export.training import layers, passes
+from edgetune.sparse.frozen import remove_hooks
+from edgetune.sparse.frozen_ops import padded
+from edgetune.sparse.sliced import Sliced
+from edgetune.technique import EdgetuneError, Exit, Inputs, call, logits_of, tensors_of
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+CHILD = "model"  # what the wrappers here call the user's model
+
+
+class Step(nn.Module):
+    """The model under its loss, as a program sees it: inputs by position, then the labels."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.loss = loss
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, a scalar, and the logits."""
+        inputs, labels = tensors[:-1], tensors[-1]
+        logits = logits_of(call(self.model, dict(zip(self.names, inputs)) if self.names else inputs))  # noqa: B905
+        return self.loss(logits, labels), logits.detach()
+
+
+class Forward(nn.Module):
+    """The model alone: logits for its inputs by position."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """The logits."""
+        return logits_of(call(self.model, dict(zip(self.names, tensors)) if self.names else tensors))  # noqa: B905
+
+
+class Apart(nn.Module):
+    """A `Sliced` layer as two products: one with the slice zeroed, a constant; and the slice's own, which trains."""
+
+    def __init__(self, layer: Sliced) -> None:
+        super().__init__()
+        self.base, self.slice, self.dim = layer.base, layer.slice, layer.dim
+        self.register_buffer("indices", layer.indices)
+        weight: Tensor = layer.base.weight  # type: ignore[assignment]
+        weight.data.index_fill_(layer.dim, layer.indices, 0.0)
+        # where each output channel comes from: its row of the slice, or the row of zeros behind them
+        sources = torch.full((weight.shape[0],), len(layer.indices), dtype=torch.int64)
+        if layer.dim == 0:
+            sources[layer.indices] = torch.arange(len(layer.indices))
+        self.register_buffer("sources", sources)
+        groups = getattr(layer.base, "groups", 1)
+        if groups > 1:
+            each_out, each_in = weight.shape[0] // groups, weight.shape[1]
+            chosen = layer.indices[::each_out] // each_out
+            self.register_buffer("inputs", (chosen[:, None] * each_in + torch.arange(each_in)).flatten())
+
+    def forward(self, *args: Any) -> Tensor:
+        """What the sliced layer computes."""
+        with _Apart(self):
+            return self.base(*args)  # type: ignore[no-any-return]
+
+    def place(self, rows: Tensor, dim: int) -> Tensor:
+        """Output channels `(.., k, ..)` at `dim` put among zeros: `(.., out, ..)`."""
+        zeros = torch.zeros_like(rows.narrow(dim, 0, 1))
+        return torch.cat([rows, zeros], dim).index_select(dim, self.sources)  # type: ignore[arg-type]
+
+
+class _Apart(TorchFunctionMode):
+    """Adds the slice's own product to the one that a base calls, whatever the base pads before."""
+
+    def __init__(self, layer: Apart) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        layer, kwargs = self.layer, kwargs or {}
+        if func is functional.linear:
+            return func(*args, **kwargs) + self._linear(*args, **kwargs)
+        if func in (functional.conv1d, functional.conv2d, functional.conv3d):
+            return func(*args, **kwargs) + self._convolution(func, layer, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        layer = self.layer
+        if layer.dim == 1:
+            return functional.linear(input.index_select(-1, layer.indices), layer.slice)  # type: ignore[arg-type]
+        return layer.place(functional.linear(input, layer.slice), -1)
+
+    def _convolution(
+        self, func: Any, layer: Apart, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
+        if layer.dim == 1:
+            chosen = input.index_select(-1 - len(stride), layer.indices)  # type: ignore[arg-type]
+            return func(chosen, layer.slice, None, stride, padding, dilation)  # type: ignore[no-any-return]
+        if groups > 1:
+            input = input.index_select(-1 - len(stride), layer.inputs)  # type: ignore[arg-type]
+            groups = layer.slice.shape[0] * groups // weight.shape[0]
+        rows = func(input, layer.slice, None, stride, padding, dilation, groups)
+        return layer.place(rows, -1 - len(stride))
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Forward and backward in one graph, and which output is the gradient of which parameter."""
+
+    program: ExportedProgram
+    gradients: dict[str, str]  # parameter's name in the program -> output node
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """A copy of the model on the CPU, in eval mode, without hooks, and with its slices apart."""
+    copied = copy.deepcopy(model).cpu().eval()
+    remove_hooks(copied)
+    for name, module in list(copied.named_modules(remove_duplicate=False)):
+        if isinstance(module, Sliced):
+            if not name:
+                return Apart(module)
+            parent, _, key = name.rpartition(".")
+            setattr(copied.get_submodule(parent), key, Apart(module))
+    for module in copied.modules():
+        module._state_dict_hooks.clear()  # keys are the parameters' own names here
+    if hasattr(getattr(copied, "config", None), "use_cache"):
+        copied.config.use_cache = False  # type: ignore[union-attr]
+    return copied
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by the name `named_parameters` gives. Raises where nothing does, or one hangs under two names."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    every = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    if not found:
+        raise EdgetuneError("nothing in this model trains", action="choose a scheme first", exit_code=Exit.EXPORT)
+    tied = sorted(set(every) - set(found))
+    if tied:
+        raise EdgetuneError(
+            f"{tied[0]} is tied to another layer's parameter and trains",
+            action="freeze it, or untie it: layer.weight = nn.Parameter(layer.weight.clone())",
+            exit_code=Exit.EXPORT,
+        )
+    return found
+
+
+def joint(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss) -> Joint:
+    """Capture forward, loss and backward of a `prepared` model for exactly these shapes."""
+    from torch.export.exported_program import _decompose_exported_program
+
+    step = Step(model, tuple(inputs) if isinstance(inputs, dict) else (), loss)
+    program = _captured(step, (*tensors_of(inputs), labels))
+    wanted = {f"{CHILD}.{name}" for name in trainable(model)}
+    for node in program.graph.nodes:
+        target = program.graph_signature.inputs_to_parameters.get(node.name)
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.requires_grad != (target in wanted):
+            node.meta["val"] = value.detach().requires_grad_(target in wanted)
+    try:
+        with torch.enable_grad(), _opaque_quantization(program, wanted) as stand_ins:
+            both = _decompose_exported_program(
+                program,
+                cia_to_decomp={},
+                python_decomp_table=passes.decompositions(),
+                joint_loss_index=0,
+                decompose_custom_triton_ops=False,
+            )
+            for node in both.graph.nodes:
+                node.target = stand_ins.get(node.target, node.target)
+    except EdgetuneError:
+        raise
+    except Exception as error:  # autograd under a tracer raises whatever it meets
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        raise EdgetuneError(
+            f"the backward pass cannot be written out: {said}",
+            action="freeze the module that is named, or replace its operator",
+            exit_code=Exit.EXPORT,
+        ) from error
+    gradients = {
+        str(spec.target): spec.arg.name
+        for spec in both.graph_signature.output_specs
+        if spec.kind is OutputKind.GRADIENT_TO_PARAMETER
+    }
+    unused = sorted(wanted - set(gradients))
+    if unused:
+        raise EdgetuneError(
+            f"{unused[0].removeprefix(CHILD + '.')} trains, but the loss does not depend on it",
+            action="freeze it",
+            exit_code=Exit.EXPORT,
+        )
+    return Joint(both, gradients)
+
+
+@contextmanager
+def _opaque_quantization(program: ExportedProgram, wanted: set[str]) -> Iterator[dict[Any, Any]]:
+    """Hide the operators of quantized layers from autograd, which would write them out: the backend knows them whole.
+
+    Gives what stands for which. Raises where a gradient would have to go through one.
+    """
+    changing = {n for n, t in program.graph_signature.inputs_to_parameters.items() if t in wanted}
+    fed: set[fx.Node] = set()
+    nodes = []
+    for node in program.graph.nodes:
+        if node.name in changing or any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+        if node.op == "call_function" and str(node.target).startswith("torchao."):
+            nodes.append(node)
+            if node in fed:
+                raise EdgetuneError(
+                    "a gradient would have to go through a quantized layer",
+                    action="quantize only layers before the first one that trains",
+                    exit_code=Exit.EXPORT,
+                )
+    stand_ins: dict[Any, Any] = {}
+    with torch.library._scoped_library("edgetune_training", "FRAGMENT") as library:
+        for original in {node.target for node in nodes}:
+            name = str(original).replace(".", "_")
+            _, _, arguments = str(original._schema).partition("(")
+            library.define(f"{name}({arguments}")
+            library.impl(name, original, "CompositeExplicitAutograd")
+            library._register_fake(name, original)
+            stand_ins[getattr(torch.ops.edgetune_training, name).default] = original
+        back = {original: stand_in for stand_in, original in stand_ins.items()}
+        for node in nodes:
+            node.target = back[node.target]
+        program.graph_module.recompile()
+        yield stand_ins
+
+
+def forward(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Capture the forward pass of a `prepared` model alone."""
+    program = _captured(Forward(model, tuple(inputs) if isinstance(inputs, dict) else ()), tensors_of(inputs))
+    return program
+
+
+def _captured(module: nn.Module, tensors: tuple[Tensor, ...]) -> ExportedProgram:
+    """As ATen operators, attention written out, quantized weights as plain tensors."""
+    tensors = tuple(t.detach().cpu().contiguous() for t in tensors)
+    try:
+        program = torch.export.export(module, tensors, strict=False)
+        written: ExportedProgram = program.run_decompositions(
+            {torch.ops.aten.scaled_dot_product_attention.default: lower.attention}
+        )
+        layers.fuse_padding(written)
+        return written
+    except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
+        raise failures.not_captured(module, tensors, error) from error

@@ -1,0 +1,102 @@
+"""The order of operators that needs the least memory, and where each tensor lies in it."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Unit:
+    """One step of a program. `sizes` of what it reads and writes are known by the tensors' keys."""
+
+    place: int  # in the order it was written
+    reads: set[Hashable] = field(default_factory=set)
+    writes: set[Hashable] = field(default_factory=set)
+    before: set[Unit] = field(default_factory=set)  # what must have run
+
+
+def smallest(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable]) -> list[Unit]:
+    """The units in the order, of those tried, whose plan is the smallest. `kept` lives to the end."""
+    tried = [list(units), _greedy(units, sizes, kept, eager=True), _greedy(units, sizes, kept, eager=False)]
+    return min(tried, key=lambda order: planned(order, sizes, kept)[0])
+
+
+def _greedy(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable], *, eager: bool) -> list[Unit]:
+    """List scheduling: of what can run, take what leaves the least alive.
+
+    `eager` takes what frees memory at once, and else goes on in the written order; without it, always the best.
+    """
+    readers: dict[Hashable, int] = {}
+    for unit in units:
+        for key in unit.reads:
+            readers[key] = readers.get(key, 0) + 1
+    followers: dict[Unit, list[Unit]] = {unit: [] for unit in units}
+    for unit in units:
+        for other in unit.before:
+            followers[other].append(unit)
+    waiting = {unit: len(unit.before) for unit in units}
+    ready = sorted((u for u in units if not waiting[u]), key=lambda u: u.place)
+    done: list[Unit] = []
+
+    def growth(unit: Unit) -> int:
+        freed = sum(sizes.get(k, 0) for k in unit.reads if readers[k] == 1 and k not in kept and k not in unit.writes)
+        return sum(sizes.get(k, 0) for k in unit.writes if k not in unit.reads) - freed
+
+    while ready:
+        grown = [growth(unit) for unit in ready]
+        at = min(range(len(ready)), key=lambda i: (min(grown[i], 0) if eager else grown[i], ready[i].place))
+        unit = ready.pop(at)
+        done.append(unit)
+        for key in unit.reads:
+            readers[key] -= 1
+        for follower in followers[unit]:
+            waiting[follower] -= 1
+            if not waiting[follower]:
+                bisect.insort(ready, follower, key=lambda u: u.place)
+    return done
+
+
+def lifetimes(order: Sequence[Unit], kept: set[Hashable]) -> dict[Hashable, tuple[int, int]]:
+    """First and last step of each tensor. What no unit writes is there from the start."""
+    found: dict[Hashable, tuple[int, int]] = {}
+    for step, unit in enumerate(order):
+        for key in unit.writes:
+            found[key] = (found.get(key, (step, step))[0], step)
+        for key in unit.reads:
+            found[key] = (found.get(key, (0, step))[0], step)
+    return {key: (start, len(order) if key in kept else stop) for key, (start, stop) in found.items()}
+
+
+def planned(
+    order: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable], alignment: int = 16
+) -> tuple[int, dict[Hashable, int]]:
+    """Bytes of the arena, and the offset of each tensor in it."""
+    return placed({k: (sizes[k], *span) for k, span in lifetimes(order, kept).items() if sizes.get(k)}, alignment)
+
+
+def placed(tensors: dict[Hashable, tuple[int, int, int]], alignment: int = 16) -> tuple[int, dict[Hashable, int]]:
+    """Offsets for tensors `(bytes, first, last)`: the largest first, each as low as no neighbour in time is.
+
+    Greedy by size after Pisarchyk and Lee, "Efficient memory management for deep neural net inference" (2020).
+    """
+    offsets: dict[Hashable, int] = {}
+    laid: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    total = 0
+    for key, (size, first, last) in sorted(tensors.items(), key=lambda item: (-item[1][0], item[1][1])):
+        size = -(-size // alignment) * alignment
+        at = best = 0
+        room: int | None = None
+        for offset, end, start, stop in laid:
+            if stop < first or start > last:
+                continue
+            gap = offset - at
+            if gap >= size and (room is None or gap < room):
+                best, room = at, gap
+            at = max(at, end)
+        at = at if room is None else best
+        offsets[key] = at
+        bisect.insort(laid, (at, at + size, first, last))
+        total = max(total, at + size)
+    return total, offsets

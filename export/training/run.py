@@ -1,0 +1,267 @@
+"""Train with a program on this host, keep its state as a checkpoint, and bring the weights back into a model.
+
+`python -m edgetune.export.training.run FOLDER` is the child's side of `steps_in_child` and `time_steps_in_child`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.export.training.artifact import SliceSpec, TrainingArtifact
+from edgetune.quiet import quiet
+from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
+
+_PREFIX = "model."  # of the user's names in the program
+_MOMENTUM = "_momentum"
+
+
+class TrainingProgram:
+    """A training `.pte` loaded by the runtime: steps, inference, and the state that both share."""
+
+    def __init__(self, path: str | Path) -> None:
+        with quiet():
+            import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
+            from executorch.extension.pybindings import _portable_lib
+        self.artifact = TrainingArtifact.load(path)
+        program = _portable_lib._load_program(str(path))
+        self._train, self._forward = program.load_method("train"), program.load_method("forward")
+
+    def step(self, inputs: Inputs, labels: Tensor, learning_rate: float) -> tuple[float, Tensor]:
+        """One update. The loss before it, and the logits."""
+        given = (*map(_contiguous, (*tensors_of(inputs), labels)), torch.tensor(learning_rate))
+        loss, logits = self._train.call(given)
+        return loss.item(), logits
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """The logits with the weights as they are now."""
+        (logits,) = self._forward.call(tuple(map(_contiguous, tensors_of(inputs))))
+        return logits  # type: ignore[no-any-return]
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what trains, by the model's own names, and of its momentum, `<name>_momentum`."""
+        return {name: tensor.clone() for name, tensor in self._tensors().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from this state. Raises unless its names and shapes are the program's."""
+        own = self._tensors()
+        fitting = set(own) == set(state) and all(own[n].shape == t.shape for n, t in state.items())
+        if not fitting:
+            raise EdgetuneError(
+                "the checkpoint is not one of this program",
+                got=sorted(set(state) ^ set(own)) or "other shapes",
+                allowed=sorted(own),
+                exit_code=Exit.EXPORT,
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The program's own memory."""
+        known = self.artifact.manifest
+        names = [s.name for s in known.trainable]
+        names += [name + _MOMENTUM for name in names] if known.momentum else []
+        return {name: self._train.get_attribute(_PREFIX + name) for name in names}
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as safetensors, with all that `pull` needs."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        known = self.artifact.manifest
+        about = {
+            "program": known.sha256,
+            "momentum": str(known.momentum),
+            "slices": json.dumps([s.model_dump() for s in known.slices]),
+        }
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(self.state(), partial, metadata=about)
+        os.replace(partial, path)
+
+    def restore(self, path: str | Path) -> None:
+        """Read what `save` wrote."""
+        state, _ = _checkpoint(Path(path))
+        self.load_state(state)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()  # the runtime reads memory in order, whatever the strides say
+
+
+def train_pte(
+    path: str | Path,
+    batches: Iterable[tuple[Inputs, Tensor]],
+    learning_rate: float,
+    *,
+    steps: int | None = None,
+    resume: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+) -> list[float]:
+    """Train the program at `path` on this host. The losses, one a step.
+
+    Goes on from the checkpoint `resume`, and writes one to `checkpoint` at the end. Stops after `steps`, or with the
+    batches. Batches have exactly the shapes that the program was exported for.
+    """
+    program = TrainingProgram(path)
+    if resume is not None:
+        program.restore(resume)
+    losses: list[float] = []
+    for inputs, labels in batches:
+        if steps is not None and len(losses) >= steps:
+            break
+        losses.append(program.step(inputs, labels, learning_rate)[0])
+    if checkpoint is not None:
+        program.save(checkpoint)
+    return losses
+
+
+@torch.no_grad()
+def pull(source: str | Path, model: nn.Module) -> nn.Module:
+    """Write trained values into `model`, in place: from a checkpoint, or the initial ones of a `.pte`.
+
+    `model` may carry its `Sliced` layers, which are merged, or be the plain model they were made from.
+    """
+    from edgetune.sparse.sliced import Sliced
+    from edgetune.wrapped import merge
+
+    source = Path(source)
+    if source.suffix == ".pte":
+        program = TrainingProgram(source)
+        state, slices = program.state(), program.artifact.manifest.slices
+    else:
+        state, slices = _checkpoint(source)
+    by_layer = {s.layer: s for s in slices}
+    for name, value in state.items():
+        if name.endswith(_MOMENTUM) and name.removesuffix(_MOMENTUM) in state:
+            continue
+        _write(model, name, value, by_layer)
+    return merge(model, lambda layer: isinstance(layer, Sliced))
+
+
+def _write(model: nn.Module, name: str, value: Tensor, slices: dict[str, SliceSpec]) -> None:
+    layer, _, key = name.rpartition(".")
+    own = dict(model.named_parameters())
+    if name in own and own[name].shape == value.shape:
+        own[name].copy_(value)
+        return
+    plain = layer.removesuffix(".base") if layer != "base" else ""
+    weight = own.get(f"{layer}.weight".lstrip("."))
+    if key == "slice" and layer in slices and weight is not None:
+        part = slices[layer]
+        weight.index_copy_(part.dim, torch.tensor(part.indices), value)
+        return
+    unwrapped = own.get(f"{plain}.{key}".lstrip("."))
+    if plain != layer and unwrapped is not None and unwrapped.shape == value.shape:
+        unwrapped.copy_(value)
+        return
+    raise EdgetuneError(
+        "the model has no parameter of this name and shape",
+        got=f"{name} {tuple(value.shape)}",
+        allowed=sorted(own),
+        action="pull into the model that was exported",
+        exit_code=Exit.EXPORT,
+    )
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, Tensor], tuple[SliceSpec, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise EdgetuneError("no such checkpoint", got=str(path), exit_code=Exit.EXPORT)
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise EdgetuneError(
+            f"the checkpoint cannot be read: {error}", where=str(path), exit_code=Exit.EXPORT
+        ) from error
+    return state, tuple(SliceSpec.model_validate(s) for s in json.loads(about.get("slices", "[]")))
+
+
+def steps_in_child(path: Path, batches: Sequence[tuple[Tensor, ...]], learning_rate: float) -> list[float]:
+    """One step a batch `(inputs..., labels)` in a child process, since a bad program can take its process down.
+
+    Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
+    """
+    return [float(x) for x in _child(path, {"learning_rate": learning_rate, "seconds": 0.0}, batches)["losses"]]
+
+
+def time_steps_in_child(path: Path, batch: tuple[Tensor, ...], *, threads: int, seconds: float) -> dict[str, Any]:
+    """Step times in a fresh process: `latencies_ms`, `peak_memory_mib`, `empty_memory_mib` and `load_ms`."""
+    return _child(path, {"learning_rate": 1e-4, "seconds": seconds, "threads": threads}, [batch])
+
+
+def _child(path: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    from edgetune.export.run import failed
+
+    rows = {f"{r}.{i}": _contiguous(t).clone() for r, b in enumerate(batches) for i, t in enumerate(b)}
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
+        folder = Path(name)
+        save_file(rows, folder / "inputs.safetensors")
+        wanted = {**request, "path": str(path.resolve()), "rows": len(batches)}
+        (folder / "request.json").write_text(json.dumps(wanted), encoding="utf-8")
+        command = [sys.executable, "-m", "edgetune.export.training.run", name]
+        done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
+        answer = folder / "result.json"
+        result: dict[str, Any] | None = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
+        if done.returncode != 0 or result is None or "error" in result:
+            raise failed(path, done, result)
+        return result
+
+
+def main(folder: Path) -> int:
+    """Answer the request in `folder`. Returns the exit code."""
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    try:
+        result = _answer(folder, request)
+    except Exception as error:  # everything goes to the parent, which raises
+        result = {"error": f"{type(error).__name__}: {error}"}
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(partial, folder / "result.json")
+    return 0
+
+
+def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    from edgetune.export.run import inputs_in, loaded_runtime, resident_mib
+
+    batches = inputs_in(folder, request["rows"])
+    rate = torch.tensor(request["learning_rate"])
+    runtime = loaded_runtime(request.get("threads"))
+    empty_mib = resident_mib("VmRSS")
+    started = time.perf_counter()
+    method = runtime._load_program(request["path"]).load_method("train")
+    load_ms = (time.perf_counter() - started) * 1e3
+    losses: list[float] = []
+    latencies: list[float] = []
+    until = time.perf_counter() + float(request["seconds"])
+    while len(losses) < len(batches) or time.perf_counter() < until:
+        batch = (*batches[len(losses) % len(batches)], rate)
+        begun = time.perf_counter()
+        outputs = method.call(batch, clone_outputs=False)
+        latencies.append((time.perf_counter() - begun) * 1e3)
+        losses.append(outputs[0].item())
+    return {
+        "losses": losses,
+        "latencies_ms": latencies,
+        "load_ms": load_ms,
+        "peak_memory_mib": resident_mib("VmHWM"),
+        "empty_memory_mib": empty_mib,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

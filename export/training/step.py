@@ -1,0 +1,206 @@
+"""A model's training step as one ExecuTorch program: forward, loss, the backward of what trains, and its update.
+
+The weights that train, and their momentum, are state of the program, changed in place by the method `train`; the
+method `forward` infers with the same state. Everything that is frozen is lowered as in any other program.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from edgetune.export import targets
+from edgetune.export.artifact import TensorSpec, sha256_of
+from edgetune.export.pipeline import version_of
+from edgetune.export.training import capture, memory, passes, update
+from edgetune.export.training.artifact import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity, write
+from edgetune.export.training.capture import Joint, Loss
+from edgetune.export.training.draft import Draft
+from edgetune.export.training.lower import FORWARD, TRAIN, LoweredTraining, compile_training
+from edgetune.export.training.run import steps_in_child
+from edgetune.quiet import quiet
+from edgetune.registry import require
+from edgetune.sparse.sliced import Sliced
+from edgetune.technique import EdgetuneError, Exit, Inputs, call, logits_of, rows_of, tensors_of
+
+Batch = tuple[Inputs, Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is proven before a program gets its name: so many steps beside eager SGD."""
+
+    steps: int = 5
+    learning_rate: float = 0.01
+    max_loss_difference: float = 1e-4
+
+
+def export_training(
+    model: nn.Module,
+    example_inputs: Inputs,
+    example_labels: Tensor,
+    path: str | Path,
+    *,
+    loss: Loss = nn.functional.cross_entropy,
+    target: str = "xnnpack",
+    momentum: float = 0.0,
+    forward_rows: int = 1,
+    check_batches: Sequence[Batch] | None = None,
+    check: Check | None = None,
+) -> TrainingArtifact:
+    """Lower the training step of `model` to `path` (a `.pte`), prove it beside eager SGD, and write `model.json`.
+
+    What requires a gradient trains, in evaluation mode: without dropout, with frozen statistics. Shapes are those of
+    the examples; `forward` takes `forward_rows` rows of them. `train` takes the inputs by position, the labels and
+    the learning rate, a scalar, and returns the loss and the logits. Raises `EdgetuneError` (exit code 5) where the
+    step cannot be lowered, or the losses of `check.steps` steps over `check_batches` (by default the example alone)
+    differ from eager's by more than `check.max_loss_difference`. Nothing is left at `path` then.
+    """
+    with quiet():
+        require("executorch", "export")
+    path, check = Path(path), check or Check()
+    if path.suffix != ".pte":
+        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+    chosen = targets.find(target)
+    if target not in ("xnnpack", "portable"):
+        raise EdgetuneError("no training on this target", got=target, allowed=["xnnpack", "portable"],
+                            exit_code=Exit.EXPORT)  # fmt: skip
+    batches = list(check_batches or [(example_inputs, example_labels)])
+    prepared = capture.prepared(model)
+    capture.trainable(prepared)
+    with quiet():
+        programs = {
+            TRAIN: step_program(prepared, example_inputs, example_labels, loss, momentum),
+            FORWARD: forward_program(prepared, rows_of(example_inputs, 0, forward_rows)),
+        }
+        with torch.no_grad():
+            lowered = compile_training(programs, chosen)
+
+    def prove(partial: Path) -> TrainingManifest:
+        parity = compared(partial, model, batches, loss, momentum, check)
+        return _manifest(model, lowered, target, example_inputs, example_labels, momentum, parity)
+
+    return write(path, lowered.data, prove)
+
+
+def step_program(prepared: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, momentum: float) -> ExportedProgram:
+    """Forward, loss, backward and update of a prepared model as one graph."""
+    joint = capture.joint(prepared, inputs, labels, loss)
+    with torch.no_grad():
+        return _with_update(joint, momentum)
+
+
+def _with_update(joint: Joint, momentum: float) -> ExportedProgram:
+    draft = Draft(joint.program, set(joint.gradients))
+    results = [s.arg.name for s in joint.program.graph_signature.output_specs
+               if s.kind in (OutputKind.LOSS_OUTPUT, OutputKind.USER_OUTPUT)]  # fmt: skip
+    gradients = {target: draft.named(name) for target, name in joint.gradients.items()}
+    updates = update.updates(draft, gradients, momentum)
+    draft.returns([*updates.values(), *(draft.named(name) for name in results)])
+    memory.merge_equal(draft)
+    passes.rewrite(draft)
+    memory.recompute(draft)
+    memory.sink_views(draft)
+    values: tuple[fx.Node, ...] = draft.graph.output_node().args[0]  # type: ignore[assignment]
+    updates = dict(zip(updates, values))  # noqa: B905  rewriting has replaced some nodes
+    memory.order(draft, updates)
+    return draft.finished(updates, list(values[len(updates) :]))
+
+
+def forward_program(prepared: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The forward pass of a prepared model, on the same state."""
+    state = {f"{capture.CHILD}.{name}" for name in capture.trainable(prepared)}
+    with torch.no_grad():
+        program = capture.forward(prepared, inputs)
+        draft = Draft(program, state)
+        outputs = [draft.named(s.arg.name) for s in program.graph_signature.output_specs]
+        draft.returns(outputs)
+        memory.merge_equal(draft)
+        passes.rewrite(draft)
+        values: tuple[fx.Node, ...] = draft.graph.output_node().args[0]  # type: ignore[assignment]
+        return draft.finished({}, list(values))
+
+
+def compared(
+    path: Path, model: nn.Module, batches: Sequence[Batch], loss: Loss, momentum: float, check: Check
+) -> TrainingParity:
+    """Losses of some steps in the real runtime, in a process of its own, beside eager SGD from the same weights.
+
+    Raises `EdgetuneError` where they differ by more than `check` allows, or are not finite.
+    """
+    chosen = [batches[n % len(batches)] for n in range(check.steps)]
+    flat = [(*tensors_of(inputs), labels) for inputs, labels in chosen]
+    got = steps_in_child(path, flat, check.learning_rate)
+    expected = eager_losses(model, chosen, loss, momentum, check.learning_rate)
+    worst = max(abs(a - b) if a == a else float("inf") for a, b in zip(got, expected, strict=True))
+    if not worst <= check.max_loss_difference:
+        raise EdgetuneError(
+            "the program's losses are not eager's",
+            where=str(path),
+            got=f"a difference of {worst:.3g} within {check.steps} steps",
+            allowed=[f"at most {check.max_loss_difference:.3g}"],
+            action="export for the target portable to see whether the backend is at fault",
+            exit_code=Exit.EXPORT,
+        )
+    return TrainingParity(steps=check.steps, learning_rate=check.learning_rate, max_abs_loss_difference=worst,
+                          losses=tuple(got))  # fmt: skip
+
+
+def eager_losses(
+    model: nn.Module, batches: Sequence[Batch], loss: Loss, momentum: float, learning_rate: float
+) -> list[float]:
+    """What PyTorch gives for the same steps, on a copy, in evaluation mode."""
+    eager = copy.deepcopy(model).cpu().eval()
+    optimizer = torch.optim.SGD([p for p in eager.parameters() if p.requires_grad], learning_rate, momentum)
+    found = []
+    for inputs, labels in batches:
+        value = loss(logits_of(call(eager, inputs)), labels)
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        found.append(value.item())
+    return found
+
+
+def _manifest(
+    model: nn.Module, lowered: LoweredTraining, target: str, inputs: Inputs, labels: Tensor, momentum: float,
+    parity: TrainingParity,
+) -> TrainingManifest:  # fmt: skip
+    names = tuple(inputs) if isinstance(inputs, dict) else tuple(f"input_{i}" for i in range(len(tensors_of(inputs))))
+    taken = [operator for operator in lowered.operators if operator.delegated]
+    macs = sum(operator.macs for operator in lowered.operators)
+    return TrainingManifest(
+        target=target,
+        inputs=tuple(_spec(name, tensor) for name, tensor in zip(names, tensors_of(inputs), strict=True)),
+        labels=_spec("labels", labels),
+        momentum=momentum,
+        trainable=tuple(_spec(name, p) for name, p in capture.trainable(model).items()),
+        slices=tuple(
+            SliceSpec(layer=name, dim=layer.dim, indices=tuple(layer.indices.tolist()))
+            for name, layer in model.named_modules()
+            if isinstance(layer, Sliced)
+        ),
+        size_bytes=len(lowered.data),
+        plan_bytes=lowered.plan_bytes[TRAIN],
+        forward_plan_bytes=lowered.plan_bytes[FORWARD],
+        state_bytes=lowered.state_bytes,
+        sha256=sha256_of(lowered.data),
+        versions={name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")},
+        delegates=lowered.delegates,
+        delegated_macs_pct=100.0 * sum(operator.macs for operator in taken) / macs if macs else 0.0,
+        delegated_operators_pct=100.0 * len(taken) / len(lowered.operators) if lowered.operators else 0.0,
+        leftovers=lowered.leftovers,
+        operators=lowered.operators,
+        parity=parity,
+    )
+
+
+def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))

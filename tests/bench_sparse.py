@@ -1,0 +1,175 @@
+"""Sparse backpropagation beside full fine-tuning and LoRA: time, memory and quality, in one run.
+
+    python tests/bench_sparse.py [--tasks minilm,effnet-lite0,smollm2] [--rounds 7] [--seeds 3]
+
+Each method has a process of its own, which is what its memory is read from; timed steps are taken in turn, one step of
+each method after the other, so that what else the machine does falls on all alike. Quality is that of the test set
+after as many updates for every method; the learning rates were chosen on validation rows. Writes
+docs/bench-sparse-<task>.md and .json; what a .json holds already is taken from there unless the code's commit differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_sparse_worker import TASKS
+
+from edgetune.environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("full", "lora", "last-1", "last-2", "bias", "auto")
+HELD_TO = {  # of auto, against another method
+    ("kept_mib", "full"): 8.0, ("kept_mib", "lora"): 5.6, ("step_ms", "full"): 2.5, ("step_ms", "lora"): 2.0,
+}  # fmt: skip
+
+
+class Process:
+    """A worker, and what it answers."""
+
+    def __init__(self, task: str, method: str) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "bench_sparse_worker.py"), task, method]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def answer(self) -> Any:
+        """The next line it writes."""
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.child.args} ended with {self.child.wait()}")
+        return json.loads(line)
+
+    def ask(self, *command: Any) -> Any:
+        """Send a command and wait for its answer."""
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps(command) + "\n")
+        self.child.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """End it."""
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.wait()
+
+
+def costs(task: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Step time and memory of every method."""
+    workers = {method: Process(task, method) for method in METHODS}
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    for turn in range(rounds + 2):
+        for method, worker in workers.items():
+            taken = worker.ask("step")
+            if turn >= 2:  # the first steps make the optimizer's state and warm the caches
+                times[method].append(taken)
+        print(f"{task}: round {turn + 1} of {rounds + 2}", file=sys.stderr)
+    found = {
+        method: {"step_ms": statistics.median(times[method]), "steps_ms": times[method], **worker.ask("memory")}
+        for method, worker in workers.items()
+    }
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def qualities(task: str, seeds: int, known: dict[str, list[Any]], save: Any) -> dict[str, list[Any]]:
+    """Quality on the test set after training, by method and seed; `save` is called after each."""
+    for seed in range(seeds):
+        for method in METHODS:
+            if len(known.setdefault(method, [])) > seed:
+                continue
+            worker = Process(task, method)
+            known[method].append(worker.ask("quality", seed))
+            worker.close()
+            print(f"{task}: {method}, seed {seed}: {known[method][-1]}", file=sys.stderr)
+            save()
+    return known
+
+
+def table(task: str, cost: dict[str, Any], quality: dict[str, list[Any]]) -> list[str]:
+    """One row for each method."""
+    unit = "perplexity" if task == "smollm2" else "accuracy, %"
+    lines = [
+        f"| method | trains | step, ms | against full | kept for backward, MiB | against full | optimizer, MiB "
+        f"| process, MiB | operators in backward | {unit} |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    full = cost["full"]
+    for method, row in cost.items():
+        values = [q["value"] for q in quality.get(method, [])]
+        shown = f"{statistics.mean(values):.2f}" if values else "not measured"
+        if len(values) > 1:
+            shown += f" ± {statistics.stdev(values):.2f} ({' / '.join(f'{v:.2f}' for v in values)})"
+        lines.append(
+            f"| {method} | {row['trainable']:,} | {row['step_ms']:,.0f} "
+            f"| {full['step_ms'] / row['step_ms']:.2f} × less "
+            f"| {row['kept_mib']:,.1f} | {full['kept_mib'] / row['kept_mib']:.1f} × less | {row['optimizer_mib']:,.1f} "
+            f"| {row['process_mib']:,.0f} | {row['backward_operators']:,} | {shown} |"
+        )
+    return lines
+
+
+def verdicts(task: str, cost: dict[str, Any], quality: dict[str, list[Any]]) -> list[str]:
+    """What the method `auto` is held to, and whether it is reached."""
+    lines = []
+    for (figure, other), wanted in HELD_TO.items():
+        ratio = cost[other][figure] / cost["auto"][figure]
+        lines.append(f"{'reached' if ratio >= wanted else 'MISSED'}: {figure} {ratio:.2f} times less than {other} "
+                     f"(held to {wanted})")  # fmt: skip
+    if quality.get("auto") and quality.get("full"):
+        ours, full = (statistics.mean(q["value"] for q in quality[m]) for m in ("auto", "full"))
+        if task == "smollm2":
+            lost, limit, unit = 100 * (ours / full - 1), 3.0, "%"
+        else:
+            lost, limit, unit = full - ours, 1.0, "points"
+        lines.append(f"{'reached' if lost <= limit else 'MISSED'}: {lost:+.2f} {unit} against full (at most {limit})")
+    return lines
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seeds", type=int, default=3, help="0: no quality")
+    given = parser.parse_args()
+    missed = False
+    for task in given.tasks.split(","):
+        path = ROOT / "docs" / f"bench-sparse-{task}.json"
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        quality: dict[str, list[Any]] = held.get("quality", {})
+
+        def save(path: Path = path, held: dict[str, Any] = held) -> None:
+            path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+
+        held |= {"cost": costs(task, given.rounds), "quality": quality}
+        save()
+        qualities(task, given.seeds, quality, save)
+        machine = environment()
+        settings = TASKS[task]
+        lines = [
+            f"# `make bench-sparse`: {task}",
+            "",
+            f"Made by `python tests/bench_sparse.py` on {machine.cpu}, {machine.cores} cores; batches of "
+            f"{settings.batch_size}{f' x {settings.tokens} tokens' if settings.tokens else ''}; "
+            f"{settings.updates} updates for quality.",
+            "",
+            *table(task, held["cost"], quality),
+            "",
+            *(f"- {line}" for line in verdicts(task, held["cost"], quality)),
+        ]
+        missed |= any("MISSED" in line for line in lines)
+        text = "\n".join(lines) + "\n"
+        print(text)
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
