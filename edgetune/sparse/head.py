@@ -89,7 +89,7 @@ class _FromHidden(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.zeros(len(labels), weight.shape[1], dtype=hidden.dtype, device=hidden.device)
         total = torch.zeros((), device=logits.device)
-        for rows in counted.split(max(1, _CHUNK_VALUES // logits.shape[1])):
+        for rows in torch.split(counted, max(1, _CHUNK_VALUES // logits.shape[1])):  # type: ignore[no-untyped-call]
             chances = logits[rows].float().log_softmax(1)
             wanted = labels[rows].unsqueeze(1)
             total -= chances.gather(1, wanted).sum()

@@ -88,9 +88,10 @@ def _slice_of_weight(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
 
 def channels_of(layer: nn.Module, of: str) -> tuple[int, int]:
     """`(dim, step)` for slicing a layer's inputs or outputs: the weight's dimension, and how many go together."""
-    groups = getattr(layer, "groups", 1)
+    groups: int = getattr(layer, "groups", 1)
     if groups > 1:
-        return 0, layer.weight.shape[0] // groups  # type: ignore[union-attr, operator]
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return 0, weight.shape[0] // groups
     return (1 if of == "inputs" else 0), 1
 
 
