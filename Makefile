@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-slow bench lint types docs clean help
+.PHONY: demo test test-slow bench bench-sparse lint types docs clean help
 
 help:           ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ test-slow: $(VENV)/.test  ## the tests that take many minutes
 bench: $(VENV)/.demo  ## the main job with three seeds: quality with its spread, sizes, parity
 	$(BIN)/python tests/bench_import.py
 	$(BIN)/python tests/bench.py
+
+bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning and LoRA: time, memory, quality (hours)
+	$(BIN)/python tests/bench_sparse.py
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -20,10 +20,10 @@ from edgetune.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("plain", "trainer", "lightning")
+TRAINING = ("edgetune run ", "edgetune export text-minilm --train", "edgetune train-pte ", "edgetune pull ")
 INSTEAD = {  # the long ones in their short form; None: what CI has run already
     "make demo": "edgetune run text-minilm variant=smoke",
     "make test": None,
-    "make bench": None,
     "edgetune devices calibrate": "edgetune devices calibrate --quick",
 }
 
@@ -39,7 +39,7 @@ def instead(command: str) -> str | None:
     """What is run for a command: recipes with `variant=smoke`, the rest as printed."""
     if command in INSTEAD:
         return INSTEAD[command]
-    if command.startswith("edgetune run ") and "--dry-run" not in command:
+    if command.startswith(TRAINING) and "--dry-run" not in command:
         return f"{command} variant=smoke"
     return command
 
