@@ -28,6 +28,7 @@ bench: $(VENV)/.demo  ## the main job with three seeds: quality with its spread,
 
 bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning and LoRA: time, memory, quality (hours)
 	$(BIN)/python tests/bench_sparse.py
+	$(BIN)/python tests/bench_training.py
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -21,7 +21,8 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
 
     Args:
         model: any `nn.Module`.
-        techniques: one, or several in order. A technique that needs plain layers finalizes what is open first.
+        techniques: one, or several in order. A technique that needs plain layers, or that takes the place of an earlier
+            one of its name, finalizes what is open first.
         sample: example inputs and calibration batches, for those that look at data.
 
     Raises:
@@ -29,7 +30,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     """
     for technique in [techniques] if isinstance(techniques, Technique) else techniques:
         check_order(technique, opened(model))
-        if technique.plain:
+        if closes(technique, [other.name for other in opened(model)]):
             model = finalize(model)
         before = opened(model)
         try:
@@ -39,6 +40,12 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
             raise
         setattr(model, _OPEN, [*before, technique])
     return model
+
+
+def closes(step: object, open_names: Sequence[str]) -> bool:
+    """Whether what is open must be finalized before this step: it needs plain layers, or takes its own place."""
+    again = getattr(step, "replaces", False) and getattr(step, "name", None) in open_names
+    return bool(open_names) and (getattr(step, "plain", False) or again)
 
 
 def finalize(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from edgetune.attach import closes
 from edgetune.recipe import Recipe
 from edgetune.technique import Technique
 
@@ -25,8 +26,9 @@ def outline(recipe: Recipe) -> tuple[Planned, ...]:
     planned: list[Planned] = []
     opened: list[str] = []
     for index, step in enumerate(recipe.steps):
-        if opened and getattr(step.settings, "plain", False):
-            planned.append(Planned(None, "finalize", f"{joined(reversed(opened))}; {step.name} needs plain layers"))
+        if closes(step.settings, opened):
+            why = f"{step.name} is open already" if step.name in opened else f"{step.name} needs plain layers"
+            planned.append(Planned(None, "finalize", f"{joined(reversed(opened))}; {why}"))
             opened = []
         detail = joined(reversed(opened)) if step.name == "finalize" else in_words(step.settings)
         planned.append(Planned(index + 1, step.name, detail))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from edgetune import registry, runs
-from edgetune.attach import apply, finalize, opened
+from edgetune.attach import apply, closes, finalize, opened
 from edgetune.budget import verdicts
 from edgetune.data import task as tasks
 from edgetune.data.baselines import baselines
@@ -216,8 +216,8 @@ class Fold:
             self.add_row(step.name, "", 0.0)
 
     def close_for(self, step: Step) -> None:
-        """Finalize what is open before a step that needs plain layers."""
-        if getattr(step.settings, "plain", False):
+        """Finalize what is open before a step that needs plain layers, or that is open already."""
+        if closes(step.settings, [technique.name for technique in opened(self.model)]):
             self.close()
 
     def close(self) -> None:

@@ -113,6 +113,7 @@ class Technique(BaseModel):
 
     `after` names the techniques that may stand before this one in a recipe; it is checked before any work.
     `plain` says that this one needs plain layers: everything still open is finalized first.
+    `replaces` says that this one, open already, is finalized first when it is applied again.
     `exact` says that `apply` leaves the model's outputs as they were.
     """
 
@@ -121,6 +122,7 @@ class Technique(BaseModel):
     name: ClassVar[str]
     after: ClassVar[frozenset[str]] = frozenset()
     plain: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     exact: ClassVar[bool] = False
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:

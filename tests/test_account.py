@@ -112,6 +112,18 @@ def test_kept_bytes_are_predicted_for_every_scheme(case: str) -> None:
         assert predicted.gradients_bytes == gradients
 
 
+@pytest.mark.parametrize("case", ["bert", "llama"])
+def test_kept_bytes_are_predicted_for_operators_in_8_bits(case: str) -> None:
+    build, inputs = CASES[case]
+    model = build()
+    batch = batch_of(inputs(), model)
+    technique = SparseUpdate(scheme="last-2", activations="8bit")
+    predicted = Profile.of(model, batch, loss, technique).account(technique.resolve(model))
+    measured = measured_bytes(apply(copy.deepcopy(model), technique), batch)
+    assert abs(predicted.kept_bytes - measured) <= 0.1 * measured
+    assert predicted.peak_bytes > predicted.weights_bytes
+
+
 def test_full_training_is_predicted_exactly() -> None:
     model = bert()
     batch = batch_of(tokens(), model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edgetune.attach import apply, finalize
 from edgetune.quant.nf4 import NF4
+from edgetune.quant.size import parameter_count
 from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.sliced import Sliced, strongest
@@ -114,6 +115,11 @@ def test_a_sliced_layer_computes_with_its_dense_weight_and_merges_in_the_trained
     trained, plain = layer.dense().detach(), finalize(model)
     assert type(plain.blocks[1].up) is nn.Linear
     assert torch.equal(plain.blocks[1].up.weight, trained)
+
+
+def test_a_slice_is_no_more_parameters() -> None:
+    model = apply(mlp(), SparseUpdate(scheme={"blocks": 0.25, "classifier": "full"}))
+    assert parameter_count(model) == sum(p.numel() for p in mlp().parameters())
 
 
 def test_two_forwards_before_a_backward_and_a_layer_called_twice() -> None:

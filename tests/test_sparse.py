@@ -374,3 +374,13 @@ def test_counting_what_is_kept_keeps_nothing_itself() -> None:
     assert kept_bytes(model, torch.randn(2, 4), lambda output: output.sum()) > 0
     gc.collect()
     assert [reference() for reference in seen] == [None]
+
+
+def test_a_second_scheme_takes_the_place_of_the_first() -> None:
+    model = apply(mlp(), SparseUpdate(scheme={"blocks.0": 0.5, "classifier": "full"}))
+    fit(model, vectors())
+    before = logits(model, vectors())
+    model = apply(model, SparseUpdate(scheme="last-1"))
+    torch.testing.assert_close(logits(model, vectors()), before)
+    assert trained(model) == trained(apply(mlp(), SparseUpdate(scheme="last-1")))
+    assert not any(m._forward_hooks for m in finalize(model).modules())

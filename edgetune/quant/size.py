@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from edgetune.sparse.sliced import Sliced
 from edgetune.wrapped import is_nf4, packed_tensors
 
 
@@ -22,10 +23,11 @@ def stored_bytes(model: nn.Module) -> int:
 def parameter_count(model: nn.Module) -> int:
     """Weights of the model as its architecture counts them, however many bits each has. A shared one counts once.
 
-    A program-like model (`int8`) says itself how many it was made from, in `source_parameters`.
+    A slice that trains apart lies in its layer's weight and does not count. A program-like model (`int8`) says itself how many it was made from, in `source_parameters`.
     """
     whole = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "source_parameters", None), int)}
     inside = {id(p) for m in whole.values() for p in m.parameters()}
+    inside |= {id(m.slice) for m in model.modules() if isinstance(m, Sliced)}
     packed = {id(m.weight): m.weight.quant_state.shape.numel() for m in model.modules() if is_nf4(m)}  # type: ignore[union-attr, operator]
     own = sum(packed.get(id(p), p.numel()) for p in model.parameters() if id(p) not in inside)
     return own + sum(int(m.source_parameters) for m in whole.values())  # type: ignore[arg-type]

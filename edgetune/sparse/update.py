@@ -44,6 +44,7 @@ class SparseUpdate(Technique):
 
     name: ClassVar[str] = "sparse-update"
     after: ClassVar[frozenset[str]] = frozenset({"lora", "nf4", "prune", "sparse-update"})
+    replaces: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     scheme: str | dict[str, WrittenPart] = "last-2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -98,6 +99,9 @@ def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
     return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
+_RECENT = 32  # kept tensors that are held: an operator may look at what the one before it kept
+
+
 class _Saves(_Clock):
     """Notes what autograd keeps and lets it go, so that a forward takes no more memory than without a graph."""
 
@@ -107,6 +111,7 @@ class _Saves(_Clock):
         self.own = {t.untyped_storage()._cdata for t in own}
         self.seen: dict[int, tuple[StorageWeakRef, StorageName]] = {}  # the references keep addresses from being reused
         self.found: list[tuple[int, str | None, int, int, int]] = []
+        self.recent: deque[Tensor] = deque(maxlen=_RECENT)
 
     def see(self, kind: str, call_number: int, value: object) -> None:
         for slot, tensor in enumerate(tensors_in(value)):
@@ -118,7 +123,7 @@ class _Saves(_Clock):
             self.seen[key] = (_weak(storage), name)
         return key
 
-    def pack(self, tensor: Tensor) -> int:
+    def pack(self, tensor: Tensor) -> weakref.ref[Tensor]:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.own:
             key: int = storage._cdata
@@ -126,7 +131,9 @@ class _Saves(_Clock):
                 # what no module takes or returns is told by when it was kept, its size and a number
                 self.seen[key] = (_weak(storage), ("kept", self.now, storage.nbytes()))
             self.found.append((self.now, self.owner, key, storage.nbytes(), tensor.nbytes))
-        return 0  # nothing is held; backward cannot run
+        same = tensor.detach()
+        self.recent.append(same)
+        return weakref.ref(same)
 
     def saves(self) -> tuple[Save, ...]:
         names: dict[int, StorageName] = {}
@@ -146,7 +153,7 @@ def trace_saves(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, alon
     """
     inputs, labels = batch
     clock = _Saves(model)
-    hooks = saved_tensors_hooks(clock.pack, _refuse)
+    hooks = saved_tensors_hooks(clock.pack, _still)
     leaves = [m for m in clock.owners if alone and not any(n in clock.owners for n in m.modules() if n is not m)]
     handles = [leaf.register_forward_pre_hook(_detach, with_kwargs=True) for leaf in leaves]
     try:
@@ -165,8 +172,16 @@ def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     )
 
 
-def _refuse(_: object) -> Tensor:
-    raise RuntimeError("nothing was kept for this backward")
+def _still(held: weakref.ref[Tensor]) -> Tensor:
+    found = held()
+    if found is None:
+        raise RuntimeError("nothing was kept for this backward")
+    return found
+
+
+def _stand_in(form: tuple[torch.Size, torch.dtype]) -> Tensor:
+    """Something of this form without memory, for an operator that looks at what the one before it kept."""
+    return torch.empty((), dtype=form[1]).expand(form[0])
 
 
 # oneDNN reorders the input, and the output back: one of the two copies is there at a time, and no one else sees it
@@ -210,7 +225,7 @@ def trace_live(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> li
     inputs, labels = batch
     own = (*model.parameters(), *model.buffers(), *tensors_in(batch))
     live = _Live({t.untyped_storage()._cdata for t in own}, clock)
-    hooks = saved_tensors_hooks(lambda tensor: 0, _refuse)
+    hooks = saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), _stand_in)
     with undisturbed(model, training=True), torch.enable_grad(), clock.on(model), hooks, live:
         loss(logits_of(call(model, inputs)), labels)
     return [live.most.get(n, 0) for n in range(clock.now + 1)]
