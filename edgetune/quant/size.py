@@ -23,7 +23,8 @@ def stored_bytes(model: nn.Module) -> int:
 def parameter_count(model: nn.Module) -> int:
     """Weights of the model as its architecture counts them, however many bits each has. A shared one counts once.
 
-    A slice that trains apart lies in its layer's weight and does not count. A program-like model (`int8`) says itself how many it was made from, in `source_parameters`.
+    A slice that trains apart lies in its layer's weight and does not count. A program-like model (`int8`) says itself
+    how many it was made from, in `source_parameters`.
     """
     whole = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "source_parameters", None), int)}
     inside = {id(p) for m in whole.values() for p in m.parameters()}
