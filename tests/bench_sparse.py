@@ -5,7 +5,7 @@
 Each method has a process of its own, which is what its memory is read from; timed steps are taken in turn, one step of
 each method after the other, so that what else the machine does falls on all alike. Quality is that of the test set
 after as many updates for every method; the learning rates were chosen on validation rows. Writes
-docs/bench-sparse-<task>.md and .json; what a .json holds already is taken from there unless the code's commit differs.
+docs/bench-sparse-<task>.md and .json; qualities that a .json holds already are taken from there: delete it to begin anew.
 """
 
 from __future__ import annotations
@@ -136,21 +136,24 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0: times and memory as they were measured before")
     parser.add_argument("--seeds", type=int, default=3, help="0: no quality")
     given = parser.parse_args()
     missed = False
     for task in given.tasks.split(","):
         path = ROOT / "docs" / f"bench-sparse-{task}.json"
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        quality: dict[str, list[Any]] = held.get("quality", {})
+        quality: dict[str, list[Any]] = held.setdefault("quality", {})
 
         def save(path: Path = path, held: dict[str, Any] = held) -> None:
             path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
-        held |= {"cost": costs(task, given.rounds), "quality": quality}
+        held |= {"cost": costs(task, given.rounds)} if given.rounds else {}
+        held |= {"quality": qualities(task, given.seeds, quality, save)}
         save()
-        qualities(task, given.seeds, quality, save)
+        if "cost" not in held:
+            print(f"{task}: no step has been timed yet", file=sys.stderr)
+            continue
         machine = environment()
         settings = TASKS[task]
         lines = [
