@@ -4,8 +4,8 @@
 
 Each method has a process of its own, which is what its memory is read from; timed steps are taken in turn, one step of
 each method after the other, so that what else the machine does falls on all alike. Quality is that of the test set
-after as many updates for every method; the learning rates were chosen on validation rows. Writes
-docs/bench-sparse-<task>.md and .json; qualities that a .json holds already are taken from there: delete it to begin anew.
+after as many updates for every method, at the learning rates of bench_sparse_worker.TASKS, which no test row chose.
+Writes docs/bench-sparse-<task>.md and .json; qualities that a .json holds already are taken from there.
 """
 
 from __future__ import annotations

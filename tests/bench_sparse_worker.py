@@ -46,7 +46,7 @@ class Task:
     head: Any  # what the named schemes do with the layers after the last block
     budget_mib: float  # of `auto`: all of training, as the ledger counts it
     updates: int
-    rates: dict[str, float] = field(default_factory=dict)  # chosen on validation rows
+    rates: dict[str, float] = field(default_factory=dict)  # learning rates, usual ones for each method; not tuned
 
 
 TASKS = {
