@@ -23,7 +23,6 @@ from bench_sparse_worker import TASKS
 from edgetune.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("full", "lora", "last-1", "last-2", "bias", "auto")
 HELD_TO = {  # of auto, against another method
     ("kept_mib", "full"): 8.0, ("kept_mib", "lora"): 5.6, ("step_ms", "full"): 2.5, ("step_ms", "lora"): 2.0,
 }  # fmt: skip
@@ -61,8 +60,8 @@ class Process:
 
 def costs(task: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Step time and memory of every method."""
-    workers = {method: Process(task, method) for method in METHODS}
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    workers = {method: Process(task, method) for method in TASKS[task].methods}
+    times: dict[str, list[float]] = {method: [] for method in workers}
     for turn in range(rounds + 2):
         for method, worker in workers.items():
             taken = worker.ask("step")
@@ -78,10 +77,12 @@ def costs(task: str, rounds: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def qualities(task: str, seeds: int, known: dict[str, list[Any]], save: Any) -> dict[str, list[Any]]:
+def qualities(
+    task: str, seeds: int, known: dict[str, list[Any]], save: Any, methods: tuple[str, ...]
+) -> dict[str, list[Any]]:
     """Quality on the test set after training, by method and seed; `save` is called after each."""
     for seed in range(seeds):
-        for method in METHODS:
+        for method in methods:
             if len(known.setdefault(method, [])) > seed:
                 continue
             worker = Process(task, method)
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--rounds", type=int, default=7, help="0: times and memory as they were measured before")
     parser.add_argument("--seeds", type=int, default=3, help="0: no quality")
+    parser.add_argument("--methods", default="", help="quality of these alone")
     given = parser.parse_args()
     missed = False
     for task in given.tasks.split(","):
@@ -148,8 +150,9 @@ def main() -> None:
         def save(path: Path = path, held: dict[str, Any] = held) -> None:
             path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
+        methods = tuple(given.methods.split(",")) if given.methods else TASKS[task].methods
         held |= {"cost": costs(task, given.rounds)} if given.rounds else {}
-        held |= {"quality": qualities(task, given.seeds, quality, save)}
+        held |= {"quality": qualities(task, given.seeds, quality, save, methods)}
         save()
         if "cost" not in held:
             print(f"{task}: no step has been timed yet", file=sys.stderr)
