@@ -6,11 +6,14 @@ import contextlib
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgetune.cli_devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.prepared import Prepared
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in the package, or a path ending in .yaml.")]
 Overrides = Annotated[
@@ -19,17 +22,22 @@ Overrides = Annotated[
 ]
 
 
+def _prepared(recipe: str, overrides: list[str]) -> Prepared:
+    from edgetune.overrides import from_text
+    from edgetune.prepared import prepare
+    from edgetune.recipe import load
+
+    return prepare(load(recipe, from_text(overrides)))
+
+
 def export_training(
     recipe: str, overrides: list[str], out: Path, rows: int, momentum: float, target: str | None, as_json: bool
 ) -> int:
     """`edgetune export RECIPE --train`: the recipe's first training as a program that trains on a device."""
     from edgetune.export.training.step import export_training as lower
-    from edgetune.overrides import from_text
-    from edgetune.prepared import prepare
-    from edgetune.recipe import load
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = prepare(load(recipe, from_text(overrides)))
+        found = _prepared(recipe, overrides)
         inputs, labels = next(found.batches(rows))
         artifact = lower(
             found.model, inputs, labels, out, loss=found.loss, target=target or "xnnpack", momentum=momentum
@@ -62,12 +70,9 @@ def train_pte(
     from edgetune.export.training.artifact import TrainingArtifact
     from edgetune.export.training.run import pull as pull_
     from edgetune.export.training.run import train_pte as train
-    from edgetune.overrides import from_text
-    from edgetune.prepared import prepare
-    from edgetune.recipe import load
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = prepare(load(recipe, from_text(overrides or [])))
+        found = _prepared(recipe, overrides or [])
         rows = TrainingArtifact.load(program).manifest.inputs[0].shape[0]
         batches = (batch for epoch in range(epochs) for batch in found.batches(rows, epoch))
         losses = train(program, batches, learning_rate, steps=steps, resume=resume, checkpoint=out)
@@ -90,12 +95,9 @@ def pull(
 
     from edgetune.attach import finalize
     from edgetune.export.training.run import pull as pull_
-    from edgetune.overrides import from_text
-    from edgetune.prepared import prepare
-    from edgetune.recipe import load
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = prepare(load(recipe, from_text(overrides or [])))
+        found = _prepared(recipe, overrides or [])
         model = finalize(pull_(source, found.model))
         quality = found.quality(model)
         save_model(model, str(out))

@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edgetune.ledger import Leftover, Parity, Program
 from edgetune.profile.operators import Operator
 from edgetune.technique import EdgetuneError, Exit
+
+_Manifest = TypeVar("_Manifest", bound=BaseModel)
 
 
 class _Value(BaseModel):
@@ -113,7 +115,7 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest]) -> Artifact:
+def write_pair(path: Path, data: bytes, check: Callable[[Path], _Manifest]) -> _Manifest:
     """Write the program under a temporary name, let `check` run it, and only then give both files their names.
 
     The manifest is last: where it lies, the program beside it is whole. On any failure the temporary file goes,
@@ -125,7 +127,11 @@ def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest]) -> Ar
     text = partial.with_suffix(".json")
     try:
         _write(partial, data)
-        manifest = check(partial)
+        try:
+            manifest = check(partial)
+        except EdgetuneError as error:
+            error.where = str(path)  # the temporary name is of no use to anyone
+            raise
         _write(text, manifest.model_dump_json(indent=1).encode())
         beside.unlink(missing_ok=True)  # it describes the program that is about to go
         os.replace(partial, path)
@@ -134,7 +140,7 @@ def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest]) -> Ar
         partial.unlink(missing_ok=True)
         text.unlink(missing_ok=True)
     _sync_folder(path.parent)
-    return Artifact(path=path, manifest=manifest)
+    return manifest
 
 
 def _write(path: Path, data: bytes) -> None:

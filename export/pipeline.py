@@ -50,15 +50,11 @@ def export_program(
         lowered = lower(program, example, chosen)
 
         def prove(partial: Path) -> Manifest:
-            try:
-                parity, outputs = _prove(partial, program, rows, chosen, bounds)
-            except EdgetuneError as error:
-                error.where = str(path)  # the temporary name is of no use to anyone
-                raise
+            parity, outputs = _prove(partial, program, rows, chosen, bounds)
             inputs = _specs(example, program.names or tuple(f"input_{i}" for i in range(len(example))))
             return _manifest(lowered, chosen, device, inputs, _specs(outputs, ("logits",)), parity)
 
-        return write_pair(path, lowered.data, prove)
+        return Artifact(path=path, manifest=write_pair(path, lowered.data, prove))
 
 
 def _prove(

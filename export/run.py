@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from edgetune.technique import EdgetuneError, Exit
+
+_MODULE = "edgetune.export.run"
 
 
 class Timing(BaseModel):
@@ -49,7 +51,7 @@ def run_in_child(path: str | Path, batches: Sequence[tuple[Tensor, ...]]) -> lis
     Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
     """
     outputs: list[dict[int, Tensor]] = [{} for _ in batches]
-    _, tensors = _child(Path(path), {"verb": "run"}, batches)
+    _, tensors = ask_child(_MODULE, Path(path), {"verb": "run"}, batches)
     for key, tensor in tensors.items():
         row, _, place = key.partition(".")
         outputs[int(row)][int(place)] = tensor
@@ -65,13 +67,14 @@ def time_in_child(
     timed. Raises as `run_in_child` does.
     """
     request = {"verb": "time", "threads": threads, "seconds": seconds, "warm_up_seconds": warm_up_seconds}
-    result, _ = _child(Path(path), request, [inputs])
+    result, _ = ask_child(_MODULE, Path(path), request, [inputs])
     return Timing.model_validate(result)
 
 
-def _child(
-    path: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]
+def ask_child(
+    module: str, path: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Run `python -m module` on a request about the program at `path`: its answer, and the tensors it left."""
     from safetensors.torch import load_file, save_file
 
     rows = {f"{r}.{i}": t.detach().cpu().contiguous().clone() for r, b in enumerate(batches) for i, t in enumerate(b)}
@@ -82,7 +85,7 @@ def _child(
         (folder / "request.json").write_text(json.dumps(wanted), encoding="utf-8")
         # The child's working directory is the empty folder: nothing there can shadow an installed package.
         done = subprocess.run(
-            [sys.executable, "-m", "edgetune.export.run", name], cwd=name, capture_output=True, text=True, check=False
+            [sys.executable, "-m", module, name], cwd=name, capture_output=True, text=True, check=False
         )
         answer = folder / "result.json"
         result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
@@ -120,17 +123,21 @@ def _signal(number: int) -> str:
 # The child's side. Only what it needs is imported before the empty process's memory is read.
 
 
-def main(folder: Path) -> int:
+def serve(folder: Path, answer: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> int:
     """Answer the request in `folder`. Returns the exit code."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     try:
-        result = _time(folder, request) if request["verb"] == "time" else _run(folder, request)
+        result = answer(folder, request)
     except Exception as error:  # everything goes to the parent, which raises
         result = {"error": f"{type(error).__name__}: {error}"}
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(result), encoding="utf-8")
     os.replace(partial, folder / "result.json")
     return 0
+
+
+def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    return _time(folder, request) if request["verb"] == "time" else _run(folder, request)
 
 
 def loaded_runtime(threads: int | None) -> Any:
@@ -230,4 +237,4 @@ def resident_mib(field: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(serve(Path(sys.argv[1]), _answer))

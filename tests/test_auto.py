@@ -9,8 +9,8 @@ import torch
 import yaml
 from laws import Mlp, mlp
 from pydantic import ValidationError
-from torch import Tensor, nn
-from torch.nn import functional
+from schemes import loss, rows
+from torch import nn
 
 from edgetune.attach import apply, finalize
 from edgetune.sparse.auto.account import Profile, Updating
@@ -23,7 +23,7 @@ from edgetune.sparse.auto.search import Limits, exactly
 from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Exit, Inputs, Sample
+from edgetune.technique import EdgetuneError, Exit, Sample
 
 torch.set_num_threads(1)
 
@@ -34,18 +34,6 @@ MIB = 2**20
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
-
-
-def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits, labels)
-
-
-def rows(count: int, seed: int) -> list[tuple[Inputs, Tensor]]:
-    """Batches of eight vectors; the class is that of the largest of three sums, which a net can learn."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, 32, generator=generator)
-    labels = torch.stack([inputs[:, :8].sum(1), inputs[:, 8:16].sum(1), inputs[:, 16:].sum(1)]).argmax(0)
-    return [(inputs[n : n + 8], labels[n : n + 8]) for n in range(0, count, 8)]
 
 
 def sample() -> Sample:

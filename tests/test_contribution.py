@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from laws import cnn, llama, mlp
+from schemes import loss, rows
 from torch import Tensor
-from torch.nn import functional
 
 from edgetune.sparse.auto import contribution
 from edgetune.sparse.auto.contribution import (
@@ -32,18 +32,6 @@ MIB = 2**20
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
-
-
-def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits, labels)
-
-
-def rows(count: int, seed: int) -> list[tuple[Inputs, Tensor]]:
-    """Batches of eight vectors; the class is that of the largest of three sums, which a net can learn."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, 32, generator=generator)
-    labels = torch.stack([inputs[:, :8].sum(1), inputs[:, 8:16].sum(1), inputs[:, 16:].sum(1)]).argmax(0)
-    return [(inputs[n : n + 8], labels[n : n + 8]) for n in range(0, count, 8)]
 
 
 # Fisher information

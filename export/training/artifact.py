@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,25 +88,3 @@ class TrainingArtifact:
 
 def _unusable(what: str, where: str) -> EdgetuneError:
     return EdgetuneError(what, where=where, action="export the training program again", exit_code=Exit.EXPORT)
-
-
-def write(path: Path, data: bytes, check: Callable[[Path], TrainingManifest]) -> TrainingArtifact:
-    """Write the program under a temporary name, let `check` run it, and only then give both files their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.pte")
-    text = partial.with_suffix(".json")
-    try:
-        partial.write_bytes(data)
-        try:
-            manifest = check(partial)
-        except EdgetuneError as error:
-            error.where = str(path)  # the temporary name is of no use to anyone
-            raise
-        text.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        manifest_path(path).unlink(missing_ok=True)
-        os.replace(partial, path)
-        os.replace(text, manifest_path(path))
-    finally:
-        partial.unlink(missing_ok=True)
-        text.unlink(missing_ok=True)
-    return TrainingArtifact(path=path, manifest=manifest)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.export.run import ask_child, inputs_in, loaded_runtime, resident_mib, serve
 from edgetune.export.training.artifact import SliceSpec, TrainingArtifact
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
 _PREFIX = "model."  # of the user's names in the program
 _MOMENTUM = "_momentum"
+_MODULE = "edgetune.export.training.run"
 
 
 class TrainingProgram:
@@ -194,50 +194,16 @@ def steps_in_child(path: Path, batches: Sequence[tuple[Tensor, ...]], learning_r
 
     Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
     """
-    return [float(x) for x in _child(path, {"learning_rate": learning_rate, "seconds": 0.0}, batches)["losses"]]
+    result, _ = ask_child(_MODULE, path, {"learning_rate": learning_rate, "seconds": 0.0}, batches)
+    return [float(loss) for loss in result["losses"]]
 
 
 def time_steps_in_child(path: Path, batch: tuple[Tensor, ...], *, threads: int, seconds: float) -> dict[str, Any]:
     """Step times in a fresh process: `latencies_ms`, `peak_memory_mib`, `empty_memory_mib` and `load_ms`."""
-    return _child(path, {"learning_rate": 1e-4, "seconds": seconds, "threads": threads}, [batch])
-
-
-def _child(path: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]) -> dict[str, Any]:
-    from safetensors.torch import save_file
-
-    from edgetune.export.run import failed
-
-    rows = {f"{r}.{i}": _contiguous(t).clone() for r, b in enumerate(batches) for i, t in enumerate(b)}
-    with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
-        folder = Path(name)
-        save_file(rows, folder / "inputs.safetensors")
-        wanted = {**request, "path": str(path.resolve()), "rows": len(batches)}
-        (folder / "request.json").write_text(json.dumps(wanted), encoding="utf-8")
-        command = [sys.executable, "-m", "edgetune.export.training.run", name]
-        done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
-        answer = folder / "result.json"
-        result: dict[str, Any] | None = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
-        if done.returncode != 0 or result is None or "error" in result:
-            raise failed(path, done, result)
-        return result
-
-
-def main(folder: Path) -> int:
-    """Answer the request in `folder`. Returns the exit code."""
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    try:
-        result = _answer(folder, request)
-    except Exception as error:  # everything goes to the parent, which raises
-        result = {"error": f"{type(error).__name__}: {error}"}
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(partial, folder / "result.json")
-    return 0
+    return ask_child(_MODULE, path, {"learning_rate": 1e-4, "seconds": seconds, "threads": threads}, [batch])[0]
 
 
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    from edgetune.export.run import inputs_in, loaded_runtime, resident_mib
-
     batches = inputs_in(folder, request["rows"])
     rate = torch.tensor(request["learning_rate"])
     runtime = loaded_runtime(request.get("threads"))
@@ -264,4 +230,4 @@ def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(serve(Path(sys.argv[1]), _answer))

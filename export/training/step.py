@@ -17,10 +17,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from edgetune.export import targets
-from edgetune.export.artifact import TensorSpec, sha256_of
+from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
 from edgetune.export.pipeline import version_of
 from edgetune.export.training import capture, memory, passes, update
-from edgetune.export.training.artifact import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity, write
+from edgetune.export.training.artifact import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity
 from edgetune.export.training.capture import Joint, Loss
 from edgetune.export.training.draft import Draft
 from edgetune.export.training.lower import FORWARD, TRAIN, LoweredTraining, compile_training
@@ -87,7 +87,7 @@ def export_training(
         parity = compared(partial, model, batches, loss, momentum, check)
         return _manifest(model, lowered, target, example_inputs, example_labels, momentum, parity)
 
-    return write(path, lowered.data, prove)
+    return TrainingArtifact(path, write_pair(path, lowered.data, prove))
 
 
 def step_program(prepared: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, momentum: float) -> ExportedProgram:
