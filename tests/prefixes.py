@@ -93,8 +93,9 @@ def gradients(model: nn.Module, split: Any, indices: Sequence[int], kind: Any, c
 def close(a: Any, b: Any, tolerance: float) -> None:
     assert a[1].keys() == b[1].keys()
     assert abs(a[0] - b[0]) <= tolerance * abs(a[0])
-    for name, value in a[1].items():
-        assert (value - b[1][name]).abs().max() <= tolerance * max(value.abs().max(), 1e-3), name
+    largest = max(value.abs().max() for value in a[1].values())
+    for name, value in a[1].items():  # before a batch norm a bias has no gradient but rounding
+        assert (value - b[1][name]).abs().max() <= tolerance * max(value.abs().max(), 0.1 * largest), name
 
 
 def fit(model: nn.Module, split: Any, cache: PrefixCache | None, seed: int = 0, epochs: int = 2) -> list[float]:

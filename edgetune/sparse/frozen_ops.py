@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from edgetune.sparse import onednn
+
 
 class _Convolution(torch.autograd.Function):
     """Keeps the weight alone, and only if the input needs a gradient."""
@@ -34,36 +36,56 @@ class _Convolution(torch.autograd.Function):
         for_input = for_bias = None
         if ctx.needs_input_grad[0]:
             (weight,) = ctx.saved_tensors
-            stand_in = gradient.new_empty(1).expand(ctx.shape)  # only its shape is read
-            for_input = torch.ops.aten.convolution_backward(
-                gradient, stand_in, weight.to(gradient.dtype), None, *ctx.settings, [True, False, False]
-            )[0]
+            for_input = convolved_back(gradient, weight.to(gradient.dtype), ctx.shape, ctx.settings)
         if ctx.needs_input_grad[2]:
             for_bias = gradient.sum([d for d in range(gradient.dim()) if d != 1])
         return for_input, None, for_bias, None, None, None, None
 
 
+def convolved_back(gradient: Tensor, weight: Tensor, shape: torch.Size, settings: tuple[Any, ...]) -> Tensor:
+    """The gradient of a convolution's input of this shape, from that of its output.
+
+    As the transposed convolution that it is: aten.convolution_backward asks for the input too, and copies it.
+    `settings`: stride, padding, dilation, transposed, output padding, groups, as `torch.convolution` takes them.
+    """
+    stride, padding, dilation, _, _, groups = settings
+    left_over = [
+        size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+        for size, out, s, p, d, k in zip(
+            shape[2:], gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    weight = onednn.laid_out_as(gradient, weight)
+    return torch.convolution(gradient, weight, None, stride, padding, dilation, True, left_over, groups)
+
+
 class _Linear(torch.autograd.Function):
-    """Keeps the weight as it is stored; for autocast."""
+    """Keeps the weight as it is stored, not as autocast casts it, and the input only if the weight trains."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None)
-        return functional.linear(x, weight.to(x.dtype), bias)
+        trains = ctx.needs_input_grad
+        ctx.save_for_backward(weight if trains[0] else None, x if trains[1] else None)
+        return onednn.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        for_input = None if weight is None else gradient @ weight.to(gradient.dtype)
+        weight, x = ctx.saved_tensors
+        for_input = None if weight is None else onednn.of_input(gradient, weight.to(gradient.dtype))
+        for_weight = None if x is None else onednn.of_weight(gradient, x)
         for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return for_input, None, for_bias
+        return for_input, for_weight, for_bias
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`functional.linear`, where autocast would keep a cast copy of a frozen weight."""
+    """`functional.linear` by the faster library; under autocast without keeping a cast copy of a frozen weight."""
     records = input.requires_grad or (bias is not None and bias.requires_grad)
     device = input.device.type
+    if onednn.suits(input, weight, bias):
+        if not torch.is_grad_enabled() or not (records or weight.requires_grad):
+            return onednn.linear(input, weight, bias)
+        return _Linear.apply(input, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
     if weight.requires_grad or not records or weight.dim() != 2 or not torch.is_autocast_enabled(device):
         return functional.linear(input, weight, bias)
     if torch.float64 in (input.dtype, weight.dtype) or weight.dtype == torch.get_autocast_dtype(device):
@@ -93,6 +115,7 @@ def _convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
         dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
+        input = onednn.channels_last(input, weight)
         if weight.requires_grad or not (input.requires_grad or (bias is not None and bias.requires_grad)):
             return original(input, weight, bias, stride, padding, dilation, groups)
         input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from edgetune.sparse import onednn
+
 _ATTRIBUTE = "edgetune_head"  # on the logits: what they were made from
 _CHUNK_VALUES = 2**23  # logits worked on at once
 
@@ -94,7 +96,7 @@ class _FromHidden(torch.autograd.Function):
             wanted = labels[rows].unsqueeze(1)
             total -= chances.gather(1, wanted).sum()
             chances.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=chances.dtype))
-            gradient[rows] = (chances.to(weight.dtype) @ weight).to(hidden.dtype)
+            gradient[rows] = onednn.of_input(chances.to(weight.dtype), weight).to(hidden.dtype)
         ctx.save_for_backward(gradient.div_(max(divisor, 1)).view(hidden.shape))
         return total / divisor  # nan without any label, as PyTorch's
 

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from edgetune.sparse.frozen_ops import padded
+from edgetune.sparse import onednn
+from edgetune.sparse.frozen_ops import convolved_back, padded
 from edgetune.sparse.light.operators import latest
 from edgetune.sparse.light.products import columns_of, kept_columns
 from edgetune.technique import EdgetuneError
@@ -137,6 +138,7 @@ class _InPlaceOf(TorchFunctionMode):
         dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
         layer = self.layer
+        input = onednn.channels_last(input, weight)
         input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
         x, part, weight, bias = _as_autocast(input, layer.slice, weight, bias)
         batched = x.dim() == weight.dim()
@@ -165,7 +167,7 @@ class _SlicedLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, indices, *kept)
         ctx.dim, ctx.kind = dim, kind
-        return functional.linear(x, weight, bias)
+        return onednn.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -173,12 +175,12 @@ class _SlicedLinear(torch.autograd.Function):
         weight, indices, *kept = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         for_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
-        for_input = gradient @ weight if ctx.needs_input_grad[0] else None
+        for_input = onednn.of_input(gradient, weight) if ctx.needs_input_grad[0] else None
         for_part = None
         if ctx.needs_input_grad[1]:
             mine = rows if ctx.dim == 1 else rows.index_select(1, indices)
             needed = columns_of(ctx.kind, kept, indices, gradient.dtype)
-            for_part = mine.t() @ needed.reshape(-1, needed.shape[-1])
+            for_part = onednn.of_weight(mine, needed)
         return for_input, for_part, None, for_bias, *[None] * (3 + len(kept))
 
 
@@ -192,9 +194,9 @@ class _SlicedConvolution(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         groups = settings[-1]
         if dim == 1:
-            needed = x.index_select(1, indices)
+            needed = onednn.channels_of(x, indices)
         elif groups > 1:
-            needed = x.index_select(1, _inputs_of_groups(indices, weight.shape[0] // groups, weight.shape[1]))
+            needed = onednn.channels_of(x, _inputs_of_groups(indices, weight.shape[0] // groups, weight.shape[1]))
         else:
             needed = x
         ctx.save_for_backward(needed, part, weight if ctx.needs_input_grad[0] else None, indices)
@@ -206,14 +208,13 @@ class _SlicedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needed, part, weight, indices = ctx.saved_tensors
-        back = torch.ops.aten.convolution_backward
         for_input = for_part = for_bias = None
         if ctx.needs_input_grad[0]:
-            stand_in = gradient.new_empty(1).expand(ctx.shape)  # only its shape is read
-            for_input = back(gradient, stand_in, weight, None, *ctx.settings, [True, False, False])[0]
+            for_input = convolved_back(gradient, weight, ctx.shape, ctx.settings)
         if ctx.needs_input_grad[1]:
-            mine = gradient if ctx.dim == 1 else gradient.index_select(1, indices)
+            mine = gradient if ctx.dim == 1 else onednn.channels_of(gradient, indices)
             settings = (*ctx.settings[:-1], ctx.sliced_groups)
+            back = torch.ops.aten.convolution_backward
             for_part = back(mine, needed, part, None, *settings, [False, True, False])[1]
         if ctx.needs_input_grad[3]:
             for_bias = gradient.sum([d for d in range(gradient.dim()) if d != 1])

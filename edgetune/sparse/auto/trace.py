@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.modes import undisturbed
 from edgetune.sparse.frozen import tensors_in
+from edgetune.sparse.onednn import is_channels_last
 from edgetune.technique import Inputs, call, logits_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -184,7 +185,8 @@ def _stand_in(form: tuple[torch.Size, torch.dtype]) -> Tensor:
     return torch.empty((), dtype=form[1]).expand(form[0])
 
 
-# oneDNN reorders the input, and the output back: one of the two copies is there at a time, and no one else sees it
+# oneDNN reorders the input, and the output back: one of the two copies is there at a time, and no one else sees it;
+# with channels last there is nothing to reorder
 _REORDERING = frozenset({torch.ops.aten.convolution.default})
 
 
@@ -200,7 +202,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             self._add(tensor.untyped_storage())
-        inside = max(args[0].nbytes, result.nbytes) if func in _REORDERING else 0
+        reorders = func in _REORDERING and not is_channels_last(args[0])
+        inside = max(args[0].nbytes, result.nbytes) if reorders else 0
         self.most[self.clock.now] = max(self.most.get(self.clock.now, 0), self.bytes + inside)
         return result
 

@@ -26,6 +26,7 @@ from edgetune.sparse.light.attention import Repeats, scaled_dot_product_attentio
 from edgetune.sparse.light.loss import cross_entropy
 from edgetune.sparse.light.norms import layer_norm, rms_fits, rms_norm, rms_of
 from edgetune.sparse.light.products import Latest
+from edgetune.sparse.onednn import view
 
 Activations = Literal["exact", "8bit"]
 
@@ -71,6 +72,7 @@ _LINKED_EIGHT_BIT: dict[Any, Callable[..., Any]] = {
     **_LINKED,
     functional.hardswish: products.activation("hardswish", functional.hardswish),
 }
+_FAST = {func: REPLACED[func] for func in (functional.linear, functional.conv2d)}
 _WRITTEN_OUT = {
     "NewGELUActivation": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh",
@@ -90,7 +92,7 @@ class _Operators(Replacing):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or "out" in kwargs:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if torch.compiler.is_compiling() else self._without_graph(func, args, kwargs)
         if _writes(getattr(func, "__name__", "."), args, kwargs):
             own_output(args or tuple(kwargs.values()))
         if func is functional.multi_head_attention_forward:
@@ -99,9 +101,17 @@ class _Operators(Replacing):
         operator = self.linked.get(func) or self.plain.get(func)
         if operator is not None:
             return func(*args, **kwargs) if in_checkpoint() else self._run(func, operator, args, kwargs)
+        if func is Tensor.view:
+            return view(*args, **kwargs)
         if func in _SHAPES and not kwargs:
             return _SHAPES[func](self.repeats, *args)
         return func(*args, **kwargs)
+
+    def _without_graph(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Nothing is kept; what is left is to be fast."""
+        if func is Tensor.view:
+            return view(*args, **kwargs)
+        return _FAST.get(func, func)(*args, **kwargs)
 
     def _run(self, func: Any, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.scaled_dot_product_attention:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from edgetune.sparse import onednn
 from edgetune.sparse.frozen_ops import linear as frozen_linear
 from edgetune.sparse.light.activations import ACTIVATIONS, byte_derivative, times_derivative
 from edgetune.sparse.light.packing import autocast_dtype, from_rows, no_autocast, to_rows
@@ -118,7 +119,7 @@ class _LinearOf(torch.autograd.Function):
     ) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(weight, *inputs)
-        return functional.linear(x, weight, bias)
+        return onednn.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -128,10 +129,10 @@ class _LinearOf(torch.autograd.Function):
         with no_autocast(gradient.device):  # a backward inside autocast stays in the forward's dtype
             y = found.value(inputs[0])
             x = y if len(inputs) == 1 else y * inputs[1]
-            for_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+            for_weight = onednn.of_weight(rows, x)
             for_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
             del x
-            back = (rows @ weight).view_as(inputs[0])
+            back = onednn.of_input(rows, weight).view_as(inputs[0])
             if len(inputs) == 1:
                 return None, for_weight, for_bias, None, found.backward(back, inputs[0])
             for_gate = found.backward(back * inputs[1], inputs[0]) if ctx.needs_input_grad[4] else None
@@ -144,7 +145,7 @@ class _LinearOfRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rows: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(weight, *rows)
-        return functional.linear(x, weight, bias)
+        return onednn.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -153,9 +154,9 @@ class _LinearOfRows(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         with no_autocast(gradient.device):
             x = from_rows(steps, scale, weight.dtype).view(-1, weight.shape[1])
-            for_weight = rows.t() @ _scaled(x, *norm)
+            for_weight = onednn.of_weight(rows, _scaled(x, *norm))
             for_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-            back = gradient @ weight if ctx.needs_input_grad[0] else None
+            back = onednn.of_input(gradient, weight) if ctx.needs_input_grad[0] else None
         return back, for_weight, for_bias, *[None] * (len(norm) + 2)
 
 
