@@ -3,8 +3,11 @@
     python tests/bench_sparse.py [--tasks minilm,effnet-lite0,smollm2] [--rounds 7] [--seeds 3]
 
 Each method has a process of its own, which is what its memory is read from; timed steps are taken in turn, one step of
-each method after the other, so that what else the machine does falls on all alike. Quality is that of the test set
-after as many updates for every method, at the learning rates of bench_sparse_worker.TASKS, which no test row chose.
+each method after the other, so that what else the machine does falls on all alike. `auto` is given the time that
+HELD_TO leaves it, by some steps of full fine-tuning and LoRA that are timed first; all of its figures are those of the
+one scheme that it then chooses, which stands in the .json. `full-light` trains everything by the operators of
+sparse-update, and shows what of the gain is theirs. Quality is that of the test set after as many updates for every
+method, at the learning rates of bench_sparse_worker.TASKS, which were chosen on validation rows.
 Writes docs/bench-sparse-<task>.md and .json; qualities that a .json holds already are taken from there.
 """
 
@@ -23,6 +26,7 @@ from bench_sparse_worker import TASKS
 from edgetune.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKER = [sys.executable, str(ROOT / "tests" / "bench_sparse_worker.py")]
 HELD_TO = {  # of auto, against another method
     ("kept_mib", "full"): 8.0, ("kept_mib", "lora"): 5.6, ("step_ms", "full"): 2.5, ("step_ms", "lora"): 2.0,
 }  # fmt: skip
@@ -31,8 +35,8 @@ HELD_TO = {  # of auto, against another method
 class Process:
     """A worker, and what it answers."""
 
-    def __init__(self, task: str, method: str) -> None:
-        command = [sys.executable, str(ROOT / "tests" / "bench_sparse_worker.py"), task, method]
+    def __init__(self, task: str, method: str, scheme: Any = None) -> None:
+        command = [*WORKER, task, method, *([json.dumps(scheme)] if method == "auto" else [])]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.answer()
 
@@ -58,9 +62,20 @@ class Process:
         self.child.wait()
 
 
-def costs(task: str, rounds: int) -> dict[str, dict[str, Any]]:
+def chosen(task: str, rounds: int) -> Any:
+    """The scheme of `auto`: what the steps of the others leave it in time, less a tenth for what prediction misses."""
+    workers = {method: Process(task, method) for method in ("full", "lora")}
+    times = {method: [worker.ask("step") for _ in range(rounds)] for method, worker in workers.items()}
+    for worker in workers.values():
+        worker.close()
+    step_ms = 0.9 * min(statistics.median(times[m][2:]) / HELD_TO["step_ms", m] for m in workers)
+    print(f"{task}: {step_ms:.0f} ms for a step of auto", file=sys.stderr)
+    return json.loads(subprocess.check_output([*WORKER, task, "choose", str(step_ms)], text=True))
+
+
+def costs(task: str, rounds: int, scheme: Any) -> dict[str, dict[str, Any]]:
     """Step time and memory of every method."""
-    workers = {method: Process(task, method) for method in TASKS[task].methods}
+    workers = {method: Process(task, method, scheme) for method in TASKS[task].methods}
     times: dict[str, list[float]] = {method: [] for method in workers}
     for turn in range(rounds + 2):
         for method, worker in workers.items():
@@ -78,14 +93,14 @@ def costs(task: str, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def qualities(
-    task: str, seeds: int, known: dict[str, list[Any]], save: Any, methods: tuple[str, ...]
+    task: str, seeds: int, known: dict[str, list[Any]], save: Any, methods: tuple[str, ...], scheme: Any
 ) -> dict[str, list[Any]]:
     """Quality on the test set after training, by method and seed; `save` is called after each."""
     for seed in range(seeds):
         for method in methods:
-            if len(known.setdefault(method, [])) > seed:
+            if method == "full-light" or len(known.setdefault(method, [])) > seed:
                 continue
-            worker = Process(task, method)
+            worker = Process(task, method, scheme)
             known[method].append(worker.ask("quality", seed))
             worker.close()
             print(f"{task}: {method}, seed {seed}: {known[method][-1]}", file=sys.stderr)
@@ -104,7 +119,7 @@ def table(task: str, cost: dict[str, Any], quality: dict[str, list[Any]]) -> lis
     full = cost["full"]
     for method, row in cost.items():
         values = [q["value"] for q in quality.get(method, [])]
-        shown = f"{statistics.mean(values):.2f}" if values else "not measured"
+        shown = f"{statistics.mean(values):.2f}" if values else "as full" if method == "full-light" else "not measured"
         if len(values) > 1:
             shown += f" ± {statistics.stdev(values):.2f} ({' / '.join(f'{v:.2f}' for v in values)})"
         lines.append(
@@ -139,6 +154,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--rounds", type=int, default=7, help="0: times and memory as they were measured before")
     parser.add_argument("--seeds", type=int, default=3, help="0: no quality")
+    parser.add_argument("--keep-scheme", action="store_true", help="of auto, from the .json")
     parser.add_argument("--methods", default="", help="quality of these alone")
     given = parser.parse_args()
     missed = False
@@ -151,8 +167,16 @@ def main() -> None:
             path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
         methods = tuple(given.methods.split(",")) if given.methods else TASKS[task].methods
-        held |= {"cost": costs(task, given.rounds)} if given.rounds else {}
-        held |= {"quality": qualities(task, given.seeds, quality, save, methods)}
+        if given.rounds and not given.keep_scheme:
+            scheme = chosen(task, given.rounds)
+            if scheme != held.get("scheme"):
+                quality.pop("auto", None)  # another scheme has another quality
+            held["scheme"] = scheme
+            save()
+        if given.rounds:
+            held["cost"] = costs(task, given.rounds, held["scheme"])
+            save()
+        held["quality"] = qualities(task, given.seeds, quality, save, methods, held.get("scheme"))
         save()
         if "cost" not in held:
             print(f"{task}: no step has been timed yet", file=sys.stderr)

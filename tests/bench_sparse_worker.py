@@ -1,13 +1,13 @@
 """One way to fine-tune one model, alone in its process, doing what it is told line by line; see bench_sparse.py.
 
-python tests/bench_sparse_worker.py TASK METHOD      commands on stdin, one JSON value a line on stdout
+python tests/bench_sparse_worker.py TASK METHOD [SCHEME]   commands on stdin, one JSON value a line on stdout
+python tests/bench_sparse_worker.py TASK choose STEP_MS    the scheme of `auto`, as JSON, which SCHEME then is
 """
 
 from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +27,6 @@ from edgetune.data import task as tasks
 from edgetune.data.dataset import DataSettings, Split
 from edgetune.models.loaded import ModelSettings
 from edgetune.registry import DATASETS, MODELS, loader
-from edgetune.sparse.auto.account import Profile
 from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
@@ -48,9 +47,8 @@ class Task:
     lora: tuple[str, ...]  # every linear; for a convolutional net every convolution without groups too
     head: Any  # what the named schemes do with the layers after the last block
     budget_mib: float  # of `auto`: all of training, as the ledger counts it
-    speedup: float | None  # of `auto`: its predicted step is to be so many times shorter than the predicted full one
     updates: int
-    methods: tuple[str, ...] = ("full", "lora", "last-1", "last-2", "bias", "auto")
+    methods: tuple[str, ...] = ("full", "full-light", "lora", "last-1", "last-2", "bias", "auto")
     rates: dict[str, float] = field(default_factory=dict)  # learning rates, usual ones for each method; not tuned
 
 
@@ -59,21 +57,21 @@ TASKS = {
         model=ModelSettings(source="minilm", max_length=64),
         data=DataSettings(source="tweets"),
         batch_size=32, tokens=64, lora=("*.query", "*.key", "*.value", "*.dense"), head="full",
-        budget_mib=170, speedup=2.4, updates=228,
+        budget_mib=170, updates=228,
         rates={"full": 1e-4, "lora": 1e-3, "last-1": 5e-4, "last-2": 5e-4, "bias": 2e-3, "auto": 5e-4},
     ),
     "effnet-lite0": Task(
         model=ModelSettings(source="effnet-lite0", image_px=112),
         data=DataSettings(source="fashion-mnist", train_rows=6000, validation_rows=500, test_rows=2000),
         batch_size=32, tokens=None, lora=("*._expand_conv", "*._project_conv", "_conv_head", "_fc"), head="full",
-        budget_mib=60, speedup=None, updates=375,
+        budget_mib=100, updates=375,
         rates={"full": 1e-3, "lora": 2e-3, "last-1": 2e-3, "last-2": 2e-3, "bias": 5e-3, "auto": 2e-3},
     ),
     "smollm2": Task(
         model=ModelSettings(source="smollm2", max_length=256),
         data=DataSettings(source="conversations"),
         batch_size=4, tokens=256, lora=("*.?_proj", "*.gate_proj", "*.up_proj", "*.down_proj"), head="frozen",
-        budget_mib=700, speedup=None, updates=60, methods=("full", "lora", "last-1", "last-2", "auto"),  # has no biases
+        budget_mib=800, updates=60, methods=("full", "full-light", "lora", "last-1", "last-2", "auto"),  # has no biases
         rates={"full": 5e-5, "lora": 1e-3, "last-1": 3e-4, "last-2": 3e-4, "auto": 3e-4},
     ),
 }  # fmt: skip
@@ -82,8 +80,8 @@ TASKS = {
 class Worker:
     """A model made ready by one method; each command is a method of this class."""
 
-    def __init__(self, task: str, method: str, seed: int = 0) -> None:
-        self.task, self.method = TASKS[task], method
+    def __init__(self, task: str, method: str, seed: int = 0, scheme: dict[str, Any] | None = None) -> None:
+        self.task, self.method, self.scheme = TASKS[task], method, scheme
         self.dataset = loader(DATASETS, "data", self.task.data.source)(self.task.data)
         seed_everything(seed)
         loaded = loader(MODELS, "model", self.task.model.source)(self.task.model, self.dataset)
@@ -96,7 +94,7 @@ class Worker:
         light = method.startswith("auto")
         self.settings = Train(
             updates=self.task.updates, batch_size=self.task.batch_size, clip_norm=None if light else 1.0,
-            in_backward=light, learning_rate=self.task.rates[method],
+            in_backward=light, learning_rate=self.task.rates[method.removesuffix("-light")],
         )  # fmt: skip
         self.optimizer = optimizers.build(self.settings, [p for p in self.model.parameters() if p.requires_grad])
         self.ready_rss = resident_bytes()
@@ -160,7 +158,7 @@ class Worker:
 
     def quality(self, seed: int, split: str = "test", **changes: Any) -> dict[str, float]:
         """Train anew with this seed; the split's quality."""
-        fresh = Worker(self.name, self.method, seed)
+        fresh = Worker(self.name, self.method, seed, self.scheme)
         settings = fresh.settings.model_copy(update=changes)
         begun = time.perf_counter()
         train(fresh.model, settings, fresh.train_split, fresh.loss, seed=seed)
@@ -191,28 +189,21 @@ def prepared(method: str, model: nn.Module, worker: Worker) -> nn.Module:
     if method == "lora":
         heads = ("classifier",) if task.model.source == "minilm" else ()
         return apply(model, LoRA(rank=8, targets=task.lora, skip=(), also_train=heads))
+    if method == "full-light":  # everything trains, by our operators: what of the time is theirs
+        return apply(model, SparseUpdate(scheme={"*": "full"}))
     if method == "auto":
-        return apply(model, SparseUpdate(scheme=_chosen_elsewhere(task.model.source), head="frozen"), worker.sample())
+        assert worker.scheme is not None
+        return apply(model, SparseUpdate(scheme=worker.scheme, head="frozen"))
     return apply(model, SparseUpdate(scheme=method, head=task.head))
 
 
-def _chosen_elsewhere(source: str) -> dict[str, Any]:
-    """What `auto` chooses, found in a process of its own: looking at a model takes memory that training does not."""
-    command = [sys.executable, __file__, source, "choose"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(found.stdout)  # type: ignore[no-any-return]
-
-
-def choose(worker: Worker) -> dict[str, Any]:
-    """The scheme, written out, for the budget of the task and, if it has one, for its speed."""
-    task, step_ms = worker.task, None
+def choose(worker: Worker, step_ms: float) -> dict[str, Any]:
+    """The scheme, written out, for the budget of the task and this time of a step."""
     model = finalize(worker.model).requires_grad_(True)
-    if task.speedup is not None:
-        full = dict.fromkeys((n for n, m in model.named_modules() if m._parameters), "full")
-        step_ms = Profile.of(model, worker.batches[0], worker.loss).step_ms(full) / task.speedup
-    technique = SparseUpdate(scheme="auto", budget_mib=task.budget_mib, step_ms=step_ms, head=task.head)
-    written = technique.resolve(model, worker.sample()).written()
-    return {name: part.model_dump() if isinstance(part, Slice) else part for name, part in written.items()}
+    technique = SparseUpdate(scheme="auto", budget_mib=worker.task.budget_mib, step_ms=step_ms, head=worker.task.head)
+    scheme = technique.resolve(model, worker.sample())
+    print(scheme, file=sys.stderr)
+    return {n: part.model_dump() if isinstance(part, Slice) else part for n, part in scheme.written().items()}
 
 
 def resident_bytes() -> int:
@@ -230,10 +221,10 @@ def main() -> None:
     """Answer commands until stdin ends: `["step"]`, `["quality", 1]`."""
     torch.set_num_threads(2)
     out, sys.stdout = sys.stdout, sys.stderr  # libraries may print
-    if sys.argv[2] == "choose":
-        print(json.dumps(choose(Worker(sys.argv[1], "last-1"))), file=out)
+    if sys.argv[2] == "choose":  # a process of its own: looking at a model takes memory that training does not
+        print(json.dumps(choose(Worker(sys.argv[1], "last-1"), float(sys.argv[3]))), file=out)
         return
-    worker = Worker(sys.argv[1], sys.argv[2])
+    worker = Worker(*sys.argv[1:3], scheme=json.loads(sys.argv[3]) if len(sys.argv) > 3 else None)
     print(json.dumps("ready"), file=out, flush=True)
     for line in sys.stdin:
         name, *args = json.loads(line)

@@ -9,6 +9,7 @@ import pytest
 from edgetune.sparse.auto.account import Layer, Profile, Updating
 from edgetune.sparse.auto.evolve import by_evolution
 from edgetune.sparse.auto.search import Found, Limits, Values, exactly
+from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.auto.trace import Save
 from edgetune.sparse.scheme import Part, Slice
 from edgetune.technique import EdgetuneError, Exit
@@ -37,12 +38,18 @@ def profile_of(seed: int, layers: int) -> Profile:
             Layer(
                 name=name, start=clock, end=clock + 1, parameters={"weight": width * width, **bias}, element_bytes=4,
                 shared=False, trainable=True, channels={"inputs": (width, 1), "outputs": (width, 1)},
-                whole_input=frozenset({"outputs"}), macs=rows * width * width, ms=chance.random(),
+                whole_input=frozenset({"outputs"}), macs=rows * width * width,
                 saves={"frozen": passing, "bias": passing, "full": kept, "alone": kept[-1:]},
             )
         )  # fmt: skip
         clock += 2
-    return Profile(tuple(found), tuple(between), (0,) * (clock + 1), tuple(0.1 for _ in range(clock + 1)), 10_000)
+    passing = tuple(0.1 for _ in range(clock + 1))
+    parts: dict[str, dict[Part, float]] = {}
+    for layer in found:
+        ms = chance.random()
+        parts[layer.name] = {"bias": 0.01, QUARTER: 0.1 + ms / 4, "full": 0.1 + ms}
+    times = Times(passing, passing, passing, parts, (0.01, 1e-5))
+    return Profile(tuple(found), tuple(between), (0,) * (clock + 1), times, 10_000)
 
 
 def values_of(profile: Profile, seed: int, parts: tuple[Part, ...] = ("bias", EIGHTH, HALF, "full")) -> Values:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from edgetune.attach import opened
 from edgetune.quant.size import stored_bytes
-from edgetune.sparse.auto.trace import Loss, Save, StorageName, Trace, trace_live, trace_ms, trace_saves
+from edgetune.sparse.auto.timing import QUARTER, TRIED, Times, measured
+from edgetune.sparse.auto.trace import Loss, Save, StorageName, Trace, trace_live, trace_saves
 from edgetune.sparse.scheme import Choice, Part, Scheme, Slice, trains
 from edgetune.sparse.sliced import SLICEABLE, channels_of
 from edgetune.sparse.update import SparseUpdate
@@ -88,7 +89,6 @@ class Layer:
     channels: Mapping[str, tuple[int, int]]  # slices "inputs", "outputs": channels, and how many go together
     whole_input: frozenset[str]  # slices that keep all of the input
     macs: int
-    ms: float  # of its forward
     saves: Mapping[str, tuple[Save, ...]]  # for "frozen", "bias", "full", and "alone": full where no gradient passes
 
     def sizes(self, part: Part) -> list[int]:
@@ -104,6 +104,19 @@ class Layer:
     def _groups(self, part: Slice) -> int:
         channels, step = self.channels[part.of]
         return max(1, round(part.ratio * channels / step))
+
+    @property
+    def able(self) -> tuple[Part, ...]:
+        """The parts that can be timed."""
+        if self.shared or not self.trainable:
+            return ("frozen",)
+        known = [part for part in TRIED if self.channels or not isinstance(part, Slice)]
+        return tuple(part for part in known if part == "frozen" or self.sizes(part))
+
+    @property
+    def clocks(self) -> range:
+        """From entering it to leaving it."""
+        return range(self.start, self.end)
 
     def copied_bytes(self, part: Part) -> int:
         """What a slice takes beside the weight it is part of: its values and the numbers of its channels."""
@@ -147,14 +160,14 @@ class Profile:
     layers: tuple[Layer, ...]  # in the order in which they run
     between: tuple[Save, ...]  # kept outside of all layers
     live: tuple[int, ...]  # bytes at each clock of a forward of which nothing is kept
-    ms: tuple[float, ...]  # at each clock of a forward without a graph
+    times: Times
     weights_bytes: int
 
     @classmethod
     def of(
         cls, model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, technique: SparseUpdate | None = None
     ) -> Profile:
-        """Look at `model` by eight forwards of `batch`; only its weights and one forward without a graph are held.
+        """Look at `model` by some forwards of `batch`, and time some steps that train a part of every layer.
 
         `technique` gives the settings that are not the scheme, such as how activations are kept. The model must not
         be under a sparse update; it is left as it was.
@@ -183,17 +196,23 @@ class Profile:
         owned["frozen"][first] = owned["bias"][first] = ()  # it was what trained; no gradient passes the first layer
         with _under(model, technique, {n: "full" if n == first else "frozen" for n in layers}):
             live = trace_live(model, batch, loss)
-        ms = trace_ms(model, batch[0])
+        found = tuple(
+            _layer(name, layers[name], full, {part: owned[part].get(name, ()) for part in owned}, name in shared)
+            for name in order
+        )
         return cls(
-            layers=tuple(
-                _layer(
-                    name, layers[name], full, {part: owned[part].get(name, ()) for part in owned}, name in shared, ms
-                )
-                for name in order
-            ),
+            layers=found,
             between=owned["frozen"].get(None, ()),
             live=tuple(live),
-            ms=tuple(ms),
+            times=measured(
+                model,
+                batch,
+                loss,
+                lambda parts: _under(model, technique, {n: parts.get(n, "frozen") for n in layers}),
+                order,
+                {layer.name: layer.able for layer in found},
+                {layer.name: layer.clocks for layer in found},
+            ),
             weights_bytes=stored_bytes(model),
         )
 
@@ -279,18 +298,18 @@ class Profile:
         return max(most, sum(keeps))
 
     def step_ms(self, scheme: Scheme | Mapping[str, Part]) -> float:
-        """Time of a training step: forward, the gradient through what comes after the first layer, and the weights'.
-
-        A product with a weight's transpose takes as long as the product itself, and so does the weight's gradient; a
-        slice takes its share of it. The rate of each layer is its own, measured in forward.
-        """
+        """Time of a step: forward, the gradient through what comes after the first layer, the weights', AdamW's."""
         parts = {c.layer: c.part for c in scheme.choices} if isinstance(scheme, Scheme) else dict(scheme)
         training = [layer for layer in self.layers if layer.sizes(parts.get(layer.name, "frozen"))]
         if not training:
-            return sum(self.ms)
+            return sum(self.times.frozen)
         first = min(layer.start for layer in training)
-        weights = sum(layer.ms * layer.share(parts[layer.name]) for layer in training)
-        return sum(self.ms) + sum(self.ms[first + 1 :]) + weights
+        return self.times.base(first) + sum(self.part_ms(layer, parts[layer.name]) for layer in training)
+
+    def part_ms(self, layer: Layer, part: Part) -> float:
+        """What training this part of a layer adds to the time of a step."""
+        quarter = layer.share(QUARTER) if layer.channels else 1.0
+        return self.times.part(layer.name, part, layer.share(part), quarter, layer.sizes(part))
 
 
 def account(
@@ -316,9 +335,7 @@ def _under(model: nn.Module, technique: SparseUpdate, parts: Mapping[str, Part])
         whole.finalize(model)
 
 
-def _layer(
-    name: str, layer: nn.Module, trace: Trace, saves: dict[str, tuple[Save, ...]], shared: bool, ms: list[float]
-) -> Layer:
+def _layer(name: str, layer: nn.Module, trace: Trace, saves: dict[str, tuple[Save, ...]], shared: bool) -> Layer:
     start, end = _of_called(trace.entered, name), _of_called(trace.left, name)
     own = {key: value for key, value in layer._parameters.items() if value is not None}
     sliceable = isinstance(layer, SLICEABLE) and name in trace.entered and own["weight"].is_floating_point()
@@ -341,7 +358,6 @@ def _layer(
         channels=channels,
         whole_input=frozenset(whole),
         macs=macs,
-        ms=sum(ms[start:end]) if name in trace.entered else 0.0,
         saves=saves,
     )
 

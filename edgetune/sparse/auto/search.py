@@ -87,7 +87,9 @@ class Task:
             own += 0 if self.updating.in_backward else sum(sizes)
             kept = {save.storage: save.nbytes for save in layer.kept(part)}
             alone = {save.storage: save.nbytes for save in layer.kept(part, passed=False)}
-            found.append(Option(part, value, own, max(sizes, default=0), layer.ms * layer.share(part), kept, alone))
+            found.append(
+                Option(part, value, own, max(sizes, default=0), self.profile.part_ms(layer, part), kept, alone)
+            )
         return found
 
     def passing(self, start: int) -> dict[StorageName, int]:
@@ -100,8 +102,7 @@ class Task:
     def base(self, start: int) -> tuple[int, float]:
         """Bytes and milliseconds of a gradient that starts here, before anything trains."""
         self.passing(start)
-        ms = self.profile.ms
-        return self.profile.weights_bytes + self._passing_bytes[start], sum(ms) + sum(ms[start + 1 :])
+        return self.profile.weights_bytes + self._passing_bytes[start], self.profile.times.base(start)
 
     def extra(self, layer: Layer, option: Option, start: int) -> dict[StorageName, int]:
         """What an option keeps beyond what passes."""
@@ -121,7 +122,7 @@ class Task:
         by_name = self.by_name
         training = [(by_name[name], option) for name, option in chosen.items() if option.part != "frozen"]
         if not training:
-            return float(self.profile.weights_bytes), sum(self.profile.ms), 0.0
+            return float(self.profile.weights_bytes), sum(self.profile.times.frozen), 0.0
         start = min(layer.start for layer, _ in training)
         taken, ms = self.base(start)
         kept: dict[StorageName, int] = {}

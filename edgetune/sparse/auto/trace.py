@@ -1,9 +1,7 @@
-"""What one forward keeps for backward, where and by which layer; what it holds at each moment; how long it takes."""
+"""What one forward keeps for backward, where and by which layer; what it holds at each moment."""
 
 from __future__ import annotations
 
-import itertools
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from edgetune.modes import undisturbed
 from edgetune.sparse.frozen import tensors_in
 from edgetune.sparse.onednn import is_channels_last
 from edgetune.technique import Inputs, call, logits_of
+from edgetune.wrapped import Wrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 StorageName = tuple[Any, ...]  # the same in every forward of one model: how the storage was first seen
@@ -45,7 +44,7 @@ class Trace(NamedTuple):
     clock: int  # at the end
 
 
-class _Clock:
+class Clock:
     """Hooks on all modules: counts entering and leaving, and keeps the stack of layers with parameters of their own."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,10 +56,10 @@ class _Clock:
         self.outputs: dict[str, int] = {}
 
     @contextmanager
-    def on(self, model: nn.Module) -> Iterator[_Clock]:
+    def on(self, model: nn.Module) -> Iterator[Clock]:
         """The hooks are there inside."""
         handles = []
-        for module in model.modules():
+        for module in _unwrapped(model):
             handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self.leave))
         try:
@@ -70,6 +69,7 @@ class _Clock:
                 handle.remove()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tick."""
         self.now += 1
         self.calls += 1
         owner = self.owners.get(module)
@@ -79,6 +79,7 @@ class _Clock:
         self.see("in", self.calls, (args, kwargs))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Tick."""
         number, owner = self.stack.pop()
         self.see("out", number, output)
         self.now += 1
@@ -95,6 +96,16 @@ class _Clock:
         """Called with what goes into a module and what comes out."""
 
 
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules, with a wrapped layer as one: the clock is the same whether or not a slice of it trains."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in inside:
+            yield module
+        if isinstance(module, Wrapped):
+            inside.update(m for m in module.modules() if m is not module)
+
+
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
     """While it is there, no other storage gets the same key, although the memory itself is let go."""
     return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -103,7 +114,7 @@ def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
 _RECENT = 32  # kept tensors that are held: an operator may look at what the one before it kept
 
 
-class _Saves(_Clock):
+class _Saves(Clock):
     """Notes what autograd keeps and lets it go, so that a forward takes no more memory than without a graph."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -193,7 +204,7 @@ _REORDERING = frozenset({torch.ops.aten.convolution.default})
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operators make, for as long as they live."""
 
-    def __init__(self, known: set[int], clock: _Clock) -> None:
+    def __init__(self, known: set[int], clock: Clock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known, self.clock, self.bytes = known, clock, 0
         self.most: dict[int, int] = {}
@@ -224,7 +235,7 @@ def trace_live(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> li
 
     Weights, buffers and inputs are not counted.
     """
-    clock = _Clock(model)
+    clock = Clock(model)
     inputs, labels = batch
     own = (*model.parameters(), *model.buffers(), *tensors_in(batch))
     live = _Live({t.untyped_storage()._cdata for t in own}, clock)
@@ -232,29 +243,3 @@ def trace_live(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> li
     with undisturbed(model, training=True), torch.enable_grad(), clock.on(model), hooks, live:
         loss(logits_of(call(model, inputs)), labels)
     return [live.most.get(n, 0) for n in range(clock.now + 1)]
-
-
-class _Times(_Clock):
-    """When each clock began."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.began = [time.perf_counter()]
-
-    def see(self, kind: str, call_number: int, value: object) -> None:
-        self.began.append(time.perf_counter())  # once for each tick of the clock
-
-
-def trace_ms(model: nn.Module, inputs: Inputs, runs: int = 2) -> list[float]:
-    """Milliseconds at each clock of a forward without a graph; the least of the runs, after one to warm up."""
-    best: list[float] = []
-    for number in range(runs + 1):
-        clock = _Times(model)
-        with undisturbed(model), torch.no_grad(), clock.on(model):
-            clock.began = [time.perf_counter()]
-            call(model, inputs)
-            clock.began.append(time.perf_counter())
-        spans = [1e3 * (after - before) for before, after in itertools.pairwise(clock.began)]
-        if number:
-            best = [min(pair) for pair in zip(best, spans, strict=True)] if best else spans
-    return best

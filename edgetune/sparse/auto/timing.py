@@ -1,0 +1,173 @@
+"""How long each piece of a training step takes on this machine: each layer frozen, passed, and trained in part.
+
+A few training steps are timed, in which every layer takes turns at being frozen, training its bias, a quarter of its
+weight, or all of it. In forward the clock ticks at every module. In backward a hook on a tensor is called just before
+the operator that made it runs backward, so what passes until the next such call belongs to the clock of that operator.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from edgetune import optimizer
+from edgetune.modes import undisturbed
+from edgetune.sparse.auto.trace import Clock, Loss
+from edgetune.sparse.frozen import tensors_in
+from edgetune.sparse.scheme import Part, Slice
+from edgetune.technique import Inputs, call, logits_of
+from edgetune.train import Train
+
+QUARTER = Slice(ratio=0.25)
+TRIED: tuple[Part, ...] = ("frozen", "bias", QUARTER, "full")
+_RUNS = 3  # of which the median counts, after one to warm up
+Under = Callable[[Mapping[str, Part]], AbstractContextManager[None]]  # the model under a scheme, inside
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of the pieces of a step."""
+
+    frozen: tuple[float, ...]  # at each clock of a forward without a graph
+    forward: tuple[float, ...]  # at each clock of a forward that a gradient will pass; the loss is in the last
+    backward: tuple[float, ...]  # the way back of a gradient for which nothing trains
+    parts: Mapping[str, Mapping[Part, float]]  # of each layer, on top of that: "bias", QUARTER, "full"
+    update_ms: tuple[float, float] = (0.0, 0.0)  # of the optimizer: for each tensor, and for each of its values
+
+    def base(self, start: int) -> float:
+        """A gradient that starts at this clock, before anything trains."""
+        return sum(self.frozen[:start]) + sum(self.forward[start:]) + sum(self.backward[start + 1 :])
+
+    def part(self, name: str, part: Part, share: float, quarter: float, sizes: Sequence[int]) -> float:
+        """What training `part` of a layer adds: `share` of its weight, in tensors of these sizes.
+
+        Between and below the shares that were tried, of which the smaller was `quarter`, times lie on a line.
+        """
+        if not sizes:
+            return 0.0
+        known = self.parts.get(name, {})
+        update = self.update_ms[0] * len(sizes) + self.update_ms[1] * sum(sizes)
+        if not isinstance(part, Slice):
+            return update + known.get(part, 0.0)
+        low, high = known.get(QUARTER, 0.0), known.get("full", 0.0)
+        slope = max(0.0, high - low) / (1 - quarter) if quarter < 1 else 0.0
+        return update + max(low + (share - quarter) * slope, 0.0)
+
+
+class _Steps(Clock):
+    """When each clock began in forward, and when backward came to what was made in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.began = [time.perf_counter()]
+        self.back: list[tuple[float, int]] = []
+        self.hooked: set[int] = set()
+        self.held: list[Tensor] = []  # so that no other tensor gets the same id
+
+    def see(self, kind: str, call_number: int, value: object) -> None:
+        """Once for each tick of the clock."""
+        made = self.now if kind == "out" else self.now - 1
+        for tensor in tensors_in(value):
+            if tensor.requires_grad and tensor.grad_fn is not None and id(tensor) not in self.hooked:
+                self.hooked.add(id(tensor))
+                self.held.append(tensor)
+                tensor.register_hook(lambda _, made=made: self.back.append((time.perf_counter(), made)))  # type: ignore[no-untyped-call]
+        self.began.append(time.perf_counter())
+
+
+def measured(
+    model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, under: Under, order: Sequence[str],
+    able: Mapping[str, Sequence[Part]], clocks: Mapping[str, Iterable[int]],
+) -> Times:  # fmt: skip
+    """Time `model`, whose layers are given in the `order` in which they run.
+
+    `able`: the parts, of TRIED, that each layer can train; the first of `order` that can train something always does.
+    `clocks`: those of each layer. The model is left as it was.
+    """
+    first, last = next(n for n in order if "full" in able[n]), next(n for n in reversed(order) if "full" in able[n])
+    frozen = _spans(model, batch, loss, under, {last: "full"})[0]
+    found: dict[str, dict[Part, list[tuple[list[float], list[float]]]]] = {name: {} for name in order}
+    turns = []
+    for turn in range(len(TRIED)):
+        parts: dict[str, Part] = {}
+        for number, name in enumerate(order):
+            wanted = TRIED[(number + turn) % len(TRIED)]
+            parts[name] = "full" if name == first else wanted if wanted in able[name] else "frozen"
+        spans = _spans(model, batch, loss, under, parts)
+        turns.append(spans)
+        for name, part in parts.items():
+            found[name].setdefault(part, []).append(spans)
+    forward, backward = (
+        [statistics.median(each) for each in zip(*way, strict=True)] for way in zip(*turns, strict=True)
+    )
+    extra: dict[str, dict[Part, float]] = {}
+    for name, own in found.items():
+        mine = list(clocks[name])
+        took = {part: statistics.median(sum(f[n] + b[n] for n in mine) for f, b in all_) for part, all_ in own.items()}
+        if name == first:
+            extra[name] = dict.fromkeys(able[name], max(0.0, took["full"] - sum(forward[n] for n in mine)))
+            continue
+        extra[name] = {part: max(0.0, ms - took["frozen"]) for part, ms in took.items() if part != "frozen"}
+        for n in mine:
+            forward[n], backward[n] = (
+                statistics.median(each[n] for each in way) for way in zip(*own["frozen"], strict=True)
+            )
+    return Times(tuple(frozen), tuple(forward), tuple(backward), extra, _update_ms())
+
+
+def _spans(
+    model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, under: Under, parts: Mapping[str, Part]
+) -> tuple[list[float], list[float]]:
+    """Milliseconds at each clock of forward and of backward under a scheme: the median of the runs."""
+    with under(parts):
+        runs = [_step(model, batch, loss) for _ in range(_RUNS + 1)][1:]
+    forward, backward = (
+        [statistics.median(each) for each in zip(*way, strict=True)] for way in zip(*runs, strict=True)
+    )
+    return forward, backward
+
+
+def _step(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> tuple[list[float], list[float]]:
+    inputs, labels = batch
+    trained = [p for p in model.parameters() if p.requires_grad]
+    clock = _Steps(model)
+    with undisturbed(model, training=True), torch.enable_grad():
+        with clock.on(model):
+            clock.began = [time.perf_counter()]
+            value = loss(logits_of(call(model, inputs)), labels)
+            clock.began.append(time.perf_counter())
+        turned = time.perf_counter()
+        torch.autograd.grad(value, trained, allow_unused=True)
+        ended = time.perf_counter()
+    forward = [1e3 * (after - before) for before, after in itertools.pairwise(clock.began)]
+    backward = [0.0] * len(forward)
+    events = [(turned, len(forward) - 1), *sorted(clock.back), (ended, -1)]
+    for (before, made), (after, _) in itertools.pairwise(events):
+        backward[made] += 1e3 * (after - before)
+    return forward, backward
+
+
+@cache
+def _update_ms() -> tuple[float, float]:
+    """Of AdamW, a parameter at a time: for each tensor, and for each value."""
+    few, many = (_update_of(size) for size in (2**10, 2**20))
+    return few, max(0.0, many - few) / 2**20
+
+
+def _update_of(size: int) -> float:
+    parameter = nn.Parameter(torch.zeros(size // 32, 32))
+    updating, taken = optimizer.build(Train(), [parameter]), []
+    for _ in range(_RUNS + 1):
+        parameter.grad = torch.zeros_like(parameter)
+        begun = time.perf_counter()
+        optimizer.step(updating)
+        taken.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(taken[1:])
