@@ -3,12 +3,14 @@
     python tests/bench_training.py [--tasks minilm,effnet-lite0] [--rows 8]     writes docs/bench-training.md
 
 Arena: the plan of a training step and the weights that train; momentum is left out, since the stock export keeps it
-outside. Stock: PyTorch's and ExecuTorch's own export of the same frozen set. Step times are taken in turn.
+outside. The scheme of `auto` is that of docs/bench-sparse-<task>.json. Stock: PyTorch's and ExecuTorch's own export of
+the same frozen set. Step times are taken in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +31,8 @@ STEPS, LEARNING_RATE, THREADS = 50, 0.01, 2
 
 def measured(task: str, method: str, rows: int) -> dict[str, Any]:
     """One program, and what is held against it."""
-    worker = Worker(task, method)
+    held = json.loads((ROOT / "docs" / f"bench-sparse-{task}.json").read_text(encoding="utf-8"))
+    worker = Worker(task, method, scheme=held["scheme"])
     pad_to = worker.task.tokens
     batches = [worker.train_split.batch(range(n * rows, (n + 1) * rows), pad_to=pad_to) for n in range(STEPS)]
     inputs, labels = batches[0]
@@ -40,8 +43,10 @@ def measured(task: str, method: str, rows: int) -> dict[str, Any]:
         )  # fmt: skip
         weights = sum(p.nbytes for p in worker.model.parameters() if p.requires_grad)
         times = step_times(artifact, worker.model, (inputs, labels), worker.loss, threads=THREADS)
-        differs = [loss_difference(artifact, Worker(task, method).model, batches, worker.loss, n, LEARNING_RATE)
-                   for n in (5, STEPS)]  # fmt: skip
+        differs = []
+        for steps in (5, STEPS):
+            again = Worker(task, method, scheme=held["scheme"])
+            differs.append(loss_difference(artifact, again.model, batches, worker.loss, steps, LEARNING_RATE))
         stock = stock_plan_bytes(worker.model, inputs, labels, worker.loss)
         return {
             "task": task, "method": method, "arena_mib": (artifact.manifest.plan_bytes + weights) / MIB,

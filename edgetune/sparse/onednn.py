@@ -85,11 +85,11 @@ def view(x: Tensor, *shape: Any, **named: Any) -> Tensor:
 
 def _takes(*tensors: Tensor) -> bool:
     plain = all(type(t) in _PLAIN and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return _AVAILABLE and plain and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    return _AVAILABLE and plain and bool(torch.backends.mkldnn.enabled) and not torch.compiler.is_compiling()
 
 
 _AVAILABLE = (
     platform.machine() in ("x86_64", "AMD64")
-    and torch.backends.mkldnn.is_available()
+    and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
