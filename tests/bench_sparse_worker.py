@@ -193,7 +193,7 @@ def prepared(method: str, model: nn.Module, worker: Worker) -> nn.Module:
         return apply(model, SparseUpdate(scheme={"*": "full"}))
     if method == "auto":
         assert worker.scheme is not None
-        return apply(model, SparseUpdate(scheme=worker.scheme, head="frozen"))
+        return apply(model, SparseUpdate(scheme=worker.scheme, head="frozen"), worker.sample())
     return apply(model, SparseUpdate(scheme=method, head=task.head))
 
 

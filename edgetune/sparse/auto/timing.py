@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -69,18 +70,20 @@ class _Steps(Clock):
         super().__init__(model)
         self.began = [time.perf_counter()]
         self.back: list[tuple[float, int]] = []
-        self.hooked: set[int] = set()
-        self.held: list[Tensor] = []  # so that no other tensor gets the same id
+        self.hooked: dict[int, weakref.ref[Tensor]] = {}  # no tensor is held, as in an ordinary step
 
     def see(self, kind: str, call_number: int, value: object) -> None:
         """Once for each tick of the clock."""
         made = self.now if kind == "out" else self.now - 1
         for tensor in tensors_in(value):
-            if tensor.requires_grad and tensor.grad_fn is not None and id(tensor) not in self.hooked:
-                self.hooked.add(id(tensor))
-                self.held.append(tensor)
-                tensor.register_hook(lambda _, made=made: self.back.append((time.perf_counter(), made)))  # type: ignore[no-untyped-call]
+            known = self.hooked.get(id(tensor))
+            if tensor.requires_grad and tensor.grad_fn is not None and (known is None or known() is not tensor):
+                self.hooked[id(tensor)] = weakref.ref(tensor)
+                tensor.register_hook(self._comes_back_to(made))  # type: ignore[no-untyped-call]
         self.began.append(time.perf_counter())
+
+    def _comes_back_to(self, made: int) -> Callable[[Tensor], None]:
+        return lambda _: self.back.append((time.perf_counter(), made))
 
 
 def measured(

@@ -103,7 +103,7 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         if module not in inside:
             yield module
         if isinstance(module, Wrapped):
-            inside.update(m for m in module.modules() if m is not module)
+            inside.add(module.base)
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
