@@ -93,7 +93,7 @@ def costs(task: str, rounds: int, scheme: Any) -> dict[str, dict[str, Any]]:
 
 
 def qualities(
-    task: str, seeds: int, known: dict[str, list[Any]], save: Any, methods: tuple[str, ...], scheme: Any
+    task: str, seeds: int, known: dict[str, list[Any]], save: Any, methods: tuple[str, ...], scheme: Any, threads: int
 ) -> dict[str, list[Any]]:
     """Quality on the test set after training, by method and seed; `save` is called after each."""
     for seed in range(seeds):
@@ -101,7 +101,7 @@ def qualities(
             if method == "full-light" or len(known.setdefault(method, [])) > seed:
                 continue
             worker = Process(task, method, scheme)
-            known[method].append(worker.ask("quality", seed))
+            known[method].append(worker.ask("quality", seed, threads))
             worker.close()
             print(f"{task}: {method}, seed {seed}: {known[method][-1]}", file=sys.stderr)
             save()
@@ -154,6 +154,9 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--rounds", type=int, default=7, help="0: times and memory as they were measured before")
     parser.add_argument("--seeds", type=int, default=3, help="0: no quality")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of each training for quality: 1 to run two tasks at once"
+    )
     parser.add_argument("--keep-scheme", action="store_true", help="of auto, from the .json")
     parser.add_argument("--methods", default="", help="quality of these alone")
     given = parser.parse_args()
@@ -176,7 +179,7 @@ def main() -> None:
         if given.rounds:
             held["cost"] = costs(task, given.rounds, held["scheme"])
             save()
-        held["quality"] = qualities(task, given.seeds, quality, save, methods, held.get("scheme"))
+        held["quality"] = qualities(task, given.seeds, quality, save, methods, held.get("scheme"), given.threads)
         save()
         if "cost" not in held:
             print(f"{task}: no step has been timed yet", file=sys.stderr)

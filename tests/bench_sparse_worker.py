@@ -58,7 +58,7 @@ TASKS = {
         data=DataSettings(source="tweets"),
         batch_size=32, tokens=64, lora=("*.query", "*.key", "*.value", "*.dense"), head="full",
         budget_mib=170, updates=228,
-        rates={"full": 1e-4, "lora": 1e-3, "last-1": 5e-4, "last-2": 5e-4, "bias": 2e-3, "auto": 5e-4},
+        rates={"full": 2e-4, "lora": 1e-3, "last-1": 5e-4, "last-2": 5e-4, "bias": 2e-3, "auto": 1e-3},
     ),
     "effnet-lite0": Task(
         model=ModelSettings(source="effnet-lite0", image_px=112),
@@ -156,8 +156,9 @@ class Worker:
         self.optimizer.zero_grad(set_to_none=True)
         return counter.count
 
-    def quality(self, seed: int, split: str = "test", **changes: Any) -> dict[str, float]:
+    def quality(self, seed: int, threads: int = 2, split: str = "test", **changes: Any) -> dict[str, float]:
         """Train anew with this seed; the split's quality."""
+        torch.set_num_threads(threads)
         fresh = Worker(self.name, self.method, seed, self.scheme)
         settings = fresh.settings.model_copy(update=changes)
         begun = time.perf_counter()
