@@ -30,6 +30,7 @@ from edgetune.train import Train
 QUARTER = Slice(ratio=0.25)
 TRIED: tuple[Part, ...] = ("frozen", "bias", QUARTER, "full")
 _RUNS = 3  # of which the median counts, after one to warm up
+Spans = tuple[list[float], list[float]]  # milliseconds at each clock of forward and of backward
 Under = Callable[[Mapping[str, Part]], AbstractContextManager[None]]  # the model under a scheme, inside
 
 
@@ -96,49 +97,44 @@ def measured(
     `clocks`: those of each layer. The model is left as it was.
     """
     first, last = next(n for n in order if "full" in able[n]), next(n for n in reversed(order) if "full" in able[n])
-    frozen = _spans(model, batch, loss, under, {last: "full"})[0]
-    found: dict[str, dict[Part, list[tuple[list[float], list[float]]]]] = {name: {} for name in order}
-    turns = []
+    frozen, _ = _spans(model, batch, loss, under, {last: "full"})
+    turns: list[tuple[Mapping[str, Part], Spans]] = []
     for turn in range(len(TRIED)):
-        parts: dict[str, Part] = {}
-        for number, name in enumerate(order):
-            wanted = TRIED[(number + turn) % len(TRIED)]
-            parts[name] = "full" if name == first else wanted if wanted in able[name] else "frozen"
-        spans = _spans(model, batch, loss, under, parts)
-        turns.append(spans)
-        for name, part in parts.items():
-            found[name].setdefault(part, []).append(spans)
-    forward, backward = (
-        [statistics.median(each) for each in zip(*way, strict=True)] for way in zip(*turns, strict=True)
-    )
+        wanted = {name: TRIED[(number + turn) % len(TRIED)] for number, name in enumerate(order)}
+        parts = {name: part if part in able[name] else "frozen" for name, part in wanted.items()} | {first: "full"}
+        turns.append((parts, _spans(model, batch, loss, under, parts)))
+    forward, backward = _medians([spans for _, spans in turns])
     extra: dict[str, dict[Part, float]] = {}
-    for name, own in found.items():
+    for name in order:
         mine = list(clocks[name])
-        took = {part: statistics.median(sum(f[n] + b[n] for n in mine) for f, b in all_) for part, all_ in own.items()}
-        if name == first:
-            extra[name] = dict.fromkeys(able[name], max(0.0, took["full"] - sum(forward[n] for n in mine)))
+        own = {part: _medians([spans for parts, spans in turns if parts[name] == part])
+               for part in dict.fromkeys(parts[name] for parts, _ in turns)}  # fmt: skip
+        took = {part: sum(there[n] + back[n] for n in mine) for part, (there, back) in own.items()}
+        if name == first:  # no gradient passes it
+            least = sum(frozen[n] for n in mine)
+            extra[name] = dict.fromkeys(able[name], max(0.0, took["full"] - least))
             continue
-        extra[name] = {part: max(0.0, ms - took["frozen"]) for part, ms in took.items() if part != "frozen"}
+        extra[name] = {part: max(0.0, ms - took["frozen"]) for part, ms in took.items()}
         for n in mine:
-            forward[n], backward[n] = (
-                statistics.median(each[n] for each in way) for way in zip(*own["frozen"], strict=True)
-            )
+            forward[n], backward[n] = (way[n] for way in own["frozen"])
     return Times(tuple(frozen), tuple(forward), tuple(backward), extra, _update_ms())
 
 
-def _spans(
-    model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, under: Under, parts: Mapping[str, Part]
-) -> tuple[list[float], list[float]]:
-    """Milliseconds at each clock of forward and of backward under a scheme: the median of the runs."""
-    with under(parts):
-        runs = [_step(model, batch, loss) for _ in range(_RUNS + 1)][1:]
+def _medians(runs: Sequence[Spans]) -> Spans:
     forward, backward = (
         [statistics.median(each) for each in zip(*way, strict=True)] for way in zip(*runs, strict=True)
     )
     return forward, backward
 
 
-def _step(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> tuple[list[float], list[float]]:
+def _spans(
+    model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, under: Under, parts: Mapping[str, Part]
+) -> Spans:
+    with under(parts):
+        return _medians([_step(model, batch, loss) for _ in range(_RUNS + 1)][1:])
+
+
+def _step(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> Spans:
     inputs, labels = batch
     trained = [p for p in model.parameters() if p.requires_grad]
     clock = _Steps(model)
