@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -48,6 +49,7 @@ class Task:
     head: Any  # what the named schemes do with the layers after the last block
     budget_mib: float  # of `auto`: all of training, as the ledger counts it
     updates: int
+    epoch_rows: int = 512
     methods: tuple[str, ...] = ("full", "full-light", "lora", "last-1", "last-2", "bias", "auto")
     rates: dict[str, float] = field(default_factory=dict)  # learning rates, usual ones for each method; not tuned
 
@@ -71,7 +73,8 @@ TASKS = {
         model=ModelSettings(source="smollm2", max_length=256),
         data=DataSettings(source="conversations"),
         batch_size=4, tokens=256, lora=("*.?_proj", "*.gate_proj", "*.up_proj", "*.down_proj"), head="frozen",
-        budget_mib=800, updates=60, methods=("full", "full-light", "lora", "last-1", "last-2", "auto"),  # has no biases
+        budget_mib=800, updates=60, epoch_rows=64,
+        methods=("full", "full-light", "lora", "last-1", "last-2", "auto"),  # has no biases
         rates={"full": 5e-5, "lora": 1e-3, "last-1": 3e-4, "last-2": 3e-4, "auto": 3e-4},
     ),
 }  # fmt: skip
@@ -167,6 +170,20 @@ class Worker:
         chosen = fresh.test_split if split == "test" else fresh.validation_split
         found = tasks.quality(fresh.dataset.task, fresh.model, chosen)
         return {"value": found.value, "rows": found.rows, "seconds": seconds}
+
+    def epoch(self, cached: bool = False) -> float:
+        """Seconds of an epoch over `epoch_rows`, or of the second one with a cached prefix; trains the model."""
+        rows = self.train_split.rows.subset(range(self.task.epoch_rows))
+        split = Split(self.dataset.task, rows, self.train_split.encode)
+        ended: list[float] = []
+        changes = {"updates": None, "epochs": 2 if cached else 1, "cache_prefix": cached}
+        settings = Train(**{**self.settings.model_dump(), **changes})
+        with tempfile.TemporaryDirectory() as folder:
+            train(self.model, settings, split, self.loss, seed=0, prefixes=Path(folder),
+                  progress=lambda *_: ended.append(time.perf_counter()))  # fmt: skip
+        self.model.train()
+        each = len(ended) // (2 if cached else 1)
+        return (ended[-1] - ended[-each]) * each / (each - 1)  # from the end of the epoch's first update
 
     @property
     def name(self) -> str:
