@@ -138,3 +138,11 @@ def test_channels_keep_the_layout() -> None:
     found = onednn.channels_of(last, indices)
     assert torch.equal(found, x[:, indices])
     assert onednn.is_channels_last(found)
+
+
+def test_a_picture_comes_back_as_the_model_would_lay_it_out() -> None:
+    model, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    whole = nn.Sequential(model)
+    LightOperators().put_on(whole)
+    assert whole(x).view(2, -1).shape == (2, 4 * 36)
+    assert onednn.is_channels_last(whole(x.contiguous(memory_format=torch.channels_last)))

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.sparse.frozen import Hook, Replacing, has_hook, in_checkpoint, never_compiled_alone, nothing, replacing
+from edgetune.sparse.frozen import (
+    Hook,
+    Replacing,
+    has_hook,
+    in_checkpoint,
+    never_compiled_alone,
+    nothing,
+    replacing,
+    tensors_in,
+)
 from edgetune.sparse.frozen_ops import REPLACED
 from edgetune.sparse.light import activations, products
 from edgetune.sparse.light.activations import ACTIVATIONS, byte_derivative, from_input
@@ -26,7 +35,7 @@ from edgetune.sparse.light.attention import Repeats, scaled_dot_product_attentio
 from edgetune.sparse.light.loss import cross_entropy
 from edgetune.sparse.light.norms import layer_norm, rms_fits, rms_norm, rms_of
 from edgetune.sparse.light.products import Latest
-from edgetune.sparse.onednn import view
+from edgetune.sparse.onednn import is_channels_last, view
 
 Activations = Literal["exact", "8bit"]
 
@@ -195,6 +204,16 @@ class LightOperators(_EagerHook):
         mode = _Operators(self.activations == "8bit")
         mode.__enter__()  # type: ignore[no-untyped-call]
         return lambda: mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Leave, and give a picture back laid out as the model would: who called it may take a `view` of it."""
+        super().after(module, args, output)
+        if isinstance(output, Tensor) and is_channels_last(output) and not any(map(is_channels_last, tensors_in(args))):
+            return output.contiguous()
+        return None
+
+
+never_compiled_alone(LightOperators.after)
 
 
 class LightModule(_EagerHook):
