@@ -28,7 +28,10 @@ from edgetune.data import task as tasks
 from edgetune.data.dataset import DataSettings, Split
 from edgetune.models.loaded import ModelSettings
 from edgetune.registry import DATASETS, MODELS, loader
+from edgetune.sparse.auto import choose as auto
+from edgetune.sparse.auto.account import Updating
 from edgetune.sparse.kept import kept_bytes
+from edgetune.sparse.light.operators import Activations
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from edgetune.technique import Inputs, Sample, call, logits_of
@@ -49,6 +52,7 @@ class Task:
     head: Any  # what the named schemes do with the layers after the last block
     budget_mib: float  # of `auto`: all of training, as the ledger counts it
     updates: int
+    activations: Activations = "exact"  # of `auto`: whether it keeps them whole or in 8 bits
     epoch_rows: int = 512
     methods: tuple[str, ...] = ("full", "full-light", "lora", "last-1", "last-2", "bias", "auto")
     rates: dict[str, float] = field(default_factory=dict)  # learning rates, usual ones for each method; not tuned
@@ -59,7 +63,7 @@ TASKS = {
         model=ModelSettings(source="minilm", max_length=64),
         data=DataSettings(source="tweets"),
         batch_size=32, tokens=64, lora=("*.query", "*.key", "*.value", "*.dense"), head="full",
-        budget_mib=170, updates=228,
+        budget_mib=180, activations="8bit", updates=228,
         rates={"full": 2e-4, "lora": 1e-3, "last-1": 5e-4, "last-2": 5e-4, "bias": 2e-3, "auto": 1e-3},
     ),
     "effnet-lite0": Task(
@@ -73,9 +77,9 @@ TASKS = {
         model=ModelSettings(source="smollm2", max_length=256),
         data=DataSettings(source="conversations"),
         batch_size=4, tokens=256, lora=("*.?_proj", "*.gate_proj", "*.up_proj", "*.down_proj"), head="frozen",
-        budget_mib=800, updates=60, epoch_rows=64,
+        budget_mib=1000, updates=120, epoch_rows=64,
         methods=("full", "full-light", "lora", "last-1", "last-2", "auto"),  # has no biases
-        rates={"full": 5e-5, "lora": 1e-3, "last-1": 3e-4, "last-2": 3e-4, "auto": 3e-4},
+        rates={"full": 1e-4, "lora": 1e-3, "last-1": 1e-3, "last-2": 1e-3, "auto": 7e-4},
     ),
 }  # fmt: skip
 
@@ -211,17 +215,24 @@ def prepared(method: str, model: nn.Module, worker: Worker) -> nn.Module:
         return apply(model, SparseUpdate(scheme={"*": "full"}))
     if method == "auto":
         assert worker.scheme is not None
-        return apply(model, SparseUpdate(scheme=worker.scheme, head="frozen"), worker.sample())
+        return apply(
+            model, SparseUpdate(scheme=worker.scheme, head="frozen", activations=task.activations), worker.sample()
+        )
     return apply(model, SparseUpdate(scheme=method, head=task.head))
 
 
 def choose(worker: Worker, step_ms: float) -> dict[str, Any]:
-    """The scheme, written out, for the budget of the task and this time of a step."""
-    model = finalize(worker.model).requires_grad_(True)
-    technique = SparseUpdate(scheme="auto", budget_mib=worker.task.budget_mib, step_ms=step_ms, head=worker.task.head)
-    scheme = technique.resolve(model, worker.sample())
-    print(scheme, file=sys.stderr)
-    return {n: part.model_dump() if isinstance(part, Slice) else part for n, part in scheme.written().items()}
+    """The scheme, written out, for the budget of the task and this time of a step, with what is predicted of it."""
+    task, model = worker.task, finalize(worker.model).requires_grad_(True)
+    technique = SparseUpdate(head=task.head, activations=task.activations)
+    updating = Updating(in_backward=True)
+    found = auto.choose(model, worker.sample(), task.budget_mib, step_ms, technique=technique, updating=updating)
+    print(found, file=sys.stderr)
+    written = found.scheme.written()
+    return {
+        "scheme": {n: part.model_dump() if isinstance(part, Slice) else part for n, part in written.items()},
+        "predicted": {"step_ms": found.step_ms, "kept_mib": found.account.kept_bytes / MIB},
+    }
 
 
 def resident_bytes() -> int:
