@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-slow bench bench-sparse lint types docs clean help
+.PHONY: demo test test-slow bench bench-sparse bench-export lint types docs clean help
 
 help:           ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ bench: $(VENV)/.demo  ## the main job with three seeds: quality with its spread,
 bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning and LoRA: time, memory, quality (hours)
 	$(BIN)/python tests/bench_sparse.py
 	$(BIN)/python tests/bench_training.py
+
+bench-export: $(VENV)/.test  ## families of models through the whole line: parity, delegated share, size (hours)
+	$(BIN)/python tests/bench_export.py
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

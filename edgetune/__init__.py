@@ -36,8 +36,10 @@ __all__ = [
     "Technique",
     "apply",
     "export",
+    "export_language",
     "export_training",
     "finalize",
+    "generate",
     "load_adapter",
     "profile",
     "pull",
@@ -47,12 +49,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgetune.export.language import export_language
     from edgetune.export.training.run import pull, train_pte
     from edgetune.export.training.step import export_training
+    from edgetune.generating import generate
     from edgetune.pipeline import run
 else:
     _LATER = {
         "run": "edgetune.pipeline:run",
+        "generate": "edgetune.generating:generate",
+        "export_language": "edgetune.export.language:export_language",
         "export_training": "edgetune.export.training.step:export_training",
         "train_pte": "edgetune.export.training.run:train_pte",
         "pull": "edgetune.export.training.run:pull",

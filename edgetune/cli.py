@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgetune import cli_training
+from edgetune import cli_export, cli_generate, cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
 from edgetune.cli_training import Overrides, RecipeName
 
@@ -26,6 +26,8 @@ app.add_typer(devices, name="devices")
 
 app.command("train-pte")(cli_training.train_pte)
 app.command("pull")(cli_training.pull)
+app.command("inspect")(cli_export.inspect)
+app.command("generate")(cli_generate.generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,6 +153,9 @@ def export(
         str | None,
         typer.Option(help="Data that give classes and check rows, for a model by name: tweets, csv:PATH."),
     ] = None,
+    lint: Annotated[
+        bool, typer.Option("--lint", help="Only say what would stay off the target, why, and what helps.")
+    ] = False,
     train: Annotated[
         bool, typer.Option("--train", help="MODEL is a recipe: lower its first training, to train on a device.")
     ] = False,
@@ -171,6 +176,8 @@ def export(
         return cli_training.export_training(model, overrides or [], out, rows, momentum, target, as_json)
     if overrides:
         raise EdgetuneError("changes are for recipes", got=overrides, action="add --train, or leave them out")
+    if lint:
+        return cli_export.lint(model, device, target, data, as_json)
 
     with contextlib.redirect_stdout(sys.stderr):
         artifact = export_from(model, out, device=device, target=target, data=data)
@@ -183,7 +190,9 @@ def export(
 def _manifest(manifest: Any) -> str:
     parity = manifest.parity
     same = (
-        f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} rows" if parity else ", not compared"
+        f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} rows"
+        if parity
+        else ", lowered, not run"
     )
     return f"{manifest.size_bytes / 2**20:.2f} MiB, target {manifest.target}{same}"
 

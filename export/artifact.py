@@ -49,6 +49,7 @@ class Manifest(_Value):
     operators: tuple[Operator, ...]
     parity: Parity | None  # None: this machine cannot run the target; `note` says so
     note: str = ""
+    folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
 
 
 @dataclass(frozen=True)

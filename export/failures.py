@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from edgetune.export import operators
+from edgetune.export import operators, remedies
 from edgetune.technique import EdgetuneError, Exit, shortened
 
 _DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_scalar_dense|unbacked"
@@ -22,14 +22,12 @@ def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception)
     module, function = _where_it_stops(model, inputs)
     depends = re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
     what = "the forward pass decides by the values of a tensor" if depends else f"torch.export stopped: {_first(error)}"
+    known = remedies.remedy(function.rpartition(".")[2])
+    change = f"change that module so that torch.export.export follows it ({type(error).__name__})"
     return EdgetuneError(
         f"the model cannot be exported: {what}" + (f"; operator {function}" if function else ""),
         where=f"module {module}" if module else "",
-        action=(
-            "replace the if or loop over tensor values by torch.where or torch.cond"
-            if depends
-            else f"change that module so that torch.export.export follows it ({type(error).__name__})"
-        ),
+        action="replace the if or loop over tensor values by torch.where or torch.cond" if depends else known or change,
         exit_code=Exit.EXPORT,
     )
 
@@ -80,9 +78,11 @@ def not_lowered(program: ExportedProgram, target: str, error: Exception) -> Edge
     missing = ", ".join(named).replace("'", "")
     what = f"no kernel for {missing}" if missing else _first(error)
     places = [f"{operator} in {module or 'the model itself'}" for operator, module in found]
+    operators_named = dict.fromkeys([*missing.split(", "), *(operator for operator, _ in found)])
+    known = dict.fromkeys(filter(None, map(remedies.remedy, operators_named)))
     return EdgetuneError(
         f"the model cannot be lowered for {target}: {what}" + (f" ({shortened(places)})" if places else ""),
-        action="replace these operators, or leave their modules out of what is exported",
+        action="; ".join(known) or "replace these operators, or leave their modules out of what is exported",
         exit_code=Exit.EXPORT,
     )
 

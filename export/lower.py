@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export import failures, operators
+from edgetune.export import failures, operators, repairs
 from edgetune.export.operators import Placed
+from edgetune.export.repairs.experts import static_experts
+from edgetune.export.reparameterize import Report, reparameterize
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
+from edgetune.export.targets.target import Way
 from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
 from edgetune.quiet import quiet
-from edgetune.technique import Inputs, call, logits_of
+from edgetune.technique import EdgetuneError, Inputs, call, logits_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Lowered:
     delegates: int
     operators: tuple[Operator, ...]
     leftovers: tuple[Leftover, ...]
+    folded: Report = field(default_factory=Report)  # what became part of another layer before
 
 
 class Positional(nn.Module):
@@ -48,61 +51,29 @@ class Positional(nn.Module):
         return logits_of(call(self.model, dict(zip(self.names, tensors)) if self.names else tensors))  # noqa: B905
 
 
-def lower(model: Positional, inputs: tuple[Tensor, ...], target: Target) -> Lowered:
+def lower(model: nn.Module, inputs: tuple[Tensor, ...], target: Target) -> Lowered:
     """Lower `model`, in eval mode, for exactly the shapes of `inputs`.
 
     Raises `EdgetuneError` (exit code 5) with the operators that cannot be lowered and the modules they are in.
     """
     with quiet(), torch.no_grad():
-        program = capture(model, inputs)
+        plain, folded = reparameterize(model, inputs)
+        program = capture(plain, inputs, target.name)
         prepare(program)
-        return compile_program(program, target)
+        return replace(compile_program(program, target), folded=folded)
 
 
-def capture(model: Positional, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """The model as a graph of ATen operators, functional, attention written out."""
+def capture(model: nn.Module, inputs: tuple[Tensor, ...], target: str | None = None) -> ExportedProgram:
+    """The model as a graph of ATen operators, functional, with the repairs that this target wants."""
     try:
-        program = torch.export.export(model, inputs, strict=False)
-        found: ExportedProgram = program.run_decompositions(
-            {torch.ops.aten.scaled_dot_product_attention.default: attention}
-        )
+        with static_experts(model):
+            program = torch.export.export(model, inputs, strict=False)
+        repairs.before(program)
+        found: ExportedProgram = program.run_decompositions(repairs.decompositions(target))
+        repairs.repair_graph(found, target)
         return found
     except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
         raise failures.not_captured(model, inputs, error) from error
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Scaled dot-product attention `(..., length, head)` in operators that XNNPACK takes.
-
-    The stock decomposition tests every row for being masked as a whole, which splits each attention into two
-    delegates with five portable operators between them. Here a masked place gets the half of the lowest finite
-    number instead of -inf. The outcome differs only in a row that may look at nothing: the mean of the values,
-    where the stock one gives zeros.
-    """
-    scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
-    if enable_gqa:
-        groups = query.size(-3) // key.size(-3)
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    lowest = torch.finfo(query.dtype).min / 2
-    scores = torch.matmul(query * scale, key.transpose(-2, -1))
-    if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
-        scores = scores + torch.where(hidden, lowest, 0.0).to(query.dtype)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores + torch.where(attn_mask, 0.0, lowest).to(query.dtype)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.clamp(min=lowest)
-    return torch.matmul(torch.softmax(scores, -1), value)
 
 
 def prepare(program: ExportedProgram) -> None:
@@ -149,21 +120,16 @@ def _hashable(value: Any) -> Any:
 
 def compile_program(program: ExportedProgram, target: Target) -> Lowered:
     """From ATen operators to the bytes of a `.pte`."""
-    from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import RemoveNoopExpandCopyPass
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig
 
-    partitioners = target.partitioners()
+    target.check(program)
     config = ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)
     try:
         with fast_lowering():
-            edge = to_edge_transform_and_lower(
-                program,
-                partitioner=partitioners or None,
-                transform_passes=[RemoveNoopExpandCopyPass()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            )
-            built = edge.to_executorch(config)
+            built = _to_backend(target.way(program, target)).to_executorch(config)
             data = bytes(built.buffer)
+    except EdgetuneError:
+        raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
         raise failures.not_lowered(program, target.name, error) from error
     placed = placed_in(built.exported_program())
@@ -174,6 +140,50 @@ def compile_program(program: ExportedProgram, target: Target) -> Lowered:
         operators=operators.describe(program, placed),
         leftovers=leftovers_of(program, placed),
     )
+
+
+def _to_backend(way: Way) -> Any:
+    from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import RemoveNoopExpandCopyPass
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    passes: Any = way.passes
+    if isinstance(passes, (tuple, list)):
+        passes = [RemoveNoopExpandCopyPass(), *passes]
+    with way.around:
+        return to_edge_transform_and_lower(
+            way.program,
+            partitioner=list(way.partitioners) or None,
+            transform_passes=passes,
+            compile_config=way.config or EdgeCompileConfig(_check_ir_validity=False),
+        )
+
+
+class _Asked(Exception):
+    """Carries the marked program out of executorch's lowering."""
+
+    def __init__(self, marked: ExportedProgram) -> None:
+        super().__init__()
+        self.marked = marked
+
+
+def marked(program: ExportedProgram, target: Target) -> ExportedProgram:
+    """The program as the backend's partitioner sees it, its nodes marked by `delegation_tag`; nothing is compiled."""
+    way = target.way(program, target)
+    partitioner = way.partitioners[0]
+    ask = partitioner.partition
+
+    def answer(edge: ExportedProgram) -> None:
+        raise _Asked(ask(edge).tagged_exported_program)
+
+    partitioner.partition = answer
+    try:
+        with fast_lowering():
+            _to_backend(way)
+    except _Asked as found:
+        return found.marked
+    except Exception as error:  # as in a lowering
+        raise failures.not_lowered(program, target.name, error) from error
+    raise AssertionError("executorch no longer calls Partitioner.partition")
 
 
 def placed_in(lowered: ExportedProgram) -> Placed:

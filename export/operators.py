@@ -7,6 +7,8 @@ nothing and are not listed either.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +117,28 @@ def modules(program: ExportedProgram) -> dict[int, str]:
         if index is not None:
             found[index] = _module(node)
     return found
+
+
+def module_of(node: fx.Node) -> str:
+    """The module that a node of the captured program comes from, in the user's own names."""
+    return _module(node)
+
+
+def macs_of(program: ExportedProgram) -> dict[int, int]:
+    """Multiply-accumulates of every numbered operator that has any."""
+    found = {}
+    for node in program.graph.nodes:
+        index = number_of(node)
+        macs = 0 if index is None or _is_quantizing(node) else _macs(node, _kind(node), _elements(_shape(node)))
+        if index is not None and macs:
+            found[index] = macs
+    return found
+
+
+def plain_name(name: str) -> str:
+    """`aten.mean.dim` of an edge operator's `aten_mean_dim` or `<EdgeOpOverload: aten.mean.dim>: schema = ...`."""
+    found = re.match(r"<EdgeOpOverload: ([^>]+)>", name)
+    return found.group(1) if found else name
 
 
 def shorten(path: str) -> str:
@@ -273,11 +297,15 @@ def _value(node: Any) -> Tensor | None:
 
 def _shape(node: Any) -> tuple[int, ...]:
     value = _value(node)
-    return tuple(int(size) for size in value.shape) if value is not None else ()
+    # a size that is known only while running counts as none
+    return tuple(size if isinstance(size, int) else _bound(size) for size in value.shape) if value is not None else ()
+
+
+def _bound(size: Any) -> int:
+    hint = size.node.hint if hasattr(size, "node") else None
+    return int(hint) if isinstance(hint, int) else 0
 
 
 def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    """How many values; 0 where that is known only while running."""
+    return math.prod(shape)

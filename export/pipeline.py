@@ -153,7 +153,8 @@ def _manifest(
         leftovers=lowered.leftovers,
         operators=lowered.operators,
         parity=parity,
-        note="" if target.runs_here else f"not compared: this machine has no {target.name} runtime",
+        folded=str(lowered.folded),
+        note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
     )
 
 

@@ -143,7 +143,10 @@ def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 def loaded_runtime(threads: int | None) -> Any:
     """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
     import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
-    from executorch.extension.pybindings import _portable_lib
+    from executorch.extension.pybindings import (
+        _portable_lib,
+        portable_lib,  # noqa: F401  finds OpenVINO's library beside its package
+    )
 
     if threads is not None:
         _portable_lib._unsafe_reset_threadpool(threads)

@@ -27,7 +27,7 @@ from edgetune.attach import apply, finalize
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Inputs, Sample, Technique, call, logits_of, rows_of
+from edgetune.technique import EdgetuneError, Inputs, Sample, Technique, call, logits_of, rows_of, tensors_of
 
 ROWS = 100  # that the program and the model are compared on
 STEPS, BATCH, RATE = 2, 8, 1e-3
@@ -101,7 +101,7 @@ def adaptation(family: Family, model: nn.Module) -> Technique:
     """LoRA on every linear and 1x1 convolution that is called and belongs to itself, or a scheme."""
     if family.adapt != "lora":
         return SparseUpdate(scheme=family.adapt)
-    return LoRA(rank=4, targets=adaptable(model))
+    return LoRA(rank=4, targets=adaptable(model), skip=family.skip)
 
 
 def adaptable(model: nn.Module) -> tuple[str, ...]:
@@ -146,6 +146,7 @@ def export(family: Family, model: nn.Module, column: str, cell: Cell) -> None:
     """Lower, run, compare; the manifest's figures go into the cell."""
     from edgetune.export import export as to_program
 
+    bits = cell.found["bits"]
     target = column if column in ("coreml", "vulkan") else "xnnpack"
     rows = family.inputs(ROWS)
     with tempfile.TemporaryDirectory() as folder:
@@ -172,6 +173,8 @@ def export(family: Family, model: nn.Module, column: str, cell: Cell) -> None:
             **spread(model, rows),
         }
         cell.found["relative_difference"] = known.parity.max_abs_difference / cell.found["largest_output"]
+        if bits == "fp32":
+            cell.found["eager_rounding"] = rounding(model, rows_of(rows, 0, BATCH)) / cell.found["largest_output"]
 
 
 def undelegated(operators: Any) -> list[dict[str, Any]]:
@@ -192,6 +195,15 @@ def spread(model: nn.Module, rows: Inputs) -> dict[str, float]:
         "largest_output": float(whole.abs().max()),
         "most_frequent_prediction_pct": 100.0 * float((predictions == usual).float().mean()),
     }
+
+
+@torch.inference_mode()
+def rounding(model: nn.Module, inputs: Inputs) -> float:
+    """How far eager mode is from itself in double precision: what no program can be held closer than. Ends `model`."""
+    single = logits_of(call(model, inputs))
+    wide = [t.double() if t.is_floating_point() else t for t in tensors_of(inputs)]
+    doubled: Inputs = dict(zip(inputs, wide, strict=True)) if isinstance(inputs, dict) else tuple(wide)
+    return float((logits_of(call(model.double(), doubled)) - single).abs().max())
 
 
 if __name__ == "__main__":

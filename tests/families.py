@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,10 @@ Bits = Literal["int8", "int4"]
 
 @dataclass(frozen=True)
 class Family:
-    """How to build one. `inputs` gives a batch of that many rows; `adapt` is `lora` or a scheme of sparse-update."""
+    """How to build one. `inputs` gives a batch of that many rows; `adapt` is `lora` or a scheme of sparse-update.
+
+    `skip`: patterns of layers that LoRA leaves out, because peft refuses them.
+    """
 
     name: str
     build: Callable[[], nn.Module]
@@ -37,6 +40,7 @@ class Family:
     bits: Bits
     source: Source
     adapt: str = "lora"
+    skip: tuple[str, ...] = ()
 
     def made(self) -> nn.Module:
         """The model in eval mode, the same at each call."""
@@ -167,7 +171,9 @@ def efficientvit_sam() -> nn.Module:
     import_timm()
     from timm.models.efficientvit_mit import EfficientVitLarge
 
-    backbone = EfficientVitLarge(widths=(8, 16, 32, 64, 64), depths=(1, 1, 1, 1, 1), head_dim=16, num_classes=0)
+    backbone = EfficientVitLarge(
+        widths=(8, 16, 32, 64, 64), depths=(1, 1, 1, 1, 1), head_dim=16, head_widths=(8, 8), num_classes=0
+    )
     return lively(SamEncoder(backbone, (32, 64, 64)), pictures(16))
 
 
@@ -201,9 +207,7 @@ class WhisperDecoder(nn.Module):
         self.decoder, self.head = whole.model.decoder, whole.proj_out
 
     def forward(self, decoder_input_ids: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        found = self.decoder(
-            input_ids=decoder_input_ids, encoder_hidden_states=encoder_hidden_states, use_cache=False
-        )
+        found = self.decoder(input_ids=decoder_input_ids, encoder_hidden_states=encoder_hidden_states, use_cache=False)
         return self.head(found.last_hidden_state)
 
 
@@ -283,7 +287,6 @@ def _text(
     return Family(name, build, inputs, "int4", "transformers", adapt)
 
 
-
 _CLASSIFIER, _CAUSAL = "ForSequenceClassification", "ForCausalLM"
 
 FAMILIES = {
@@ -328,7 +331,7 @@ FAMILIES = {
         Family("MobiLlama", mobillama, words, "int4", "transformers", "last-1"),
         _text("OLMoE", "Olmoe" + _CAUSAL, "OlmoeConfig", {**DECODER, **EXPERTS, "num_experts": 4}),
         _text("Mixtral", "Mixtral" + _CAUSAL, "MixtralConfig", {**DECODER, **EXPERTS, "num_local_experts": 4}),
-        _text("Mamba", "Mamba" + _CAUSAL, "MambaConfig", MAMBA),
+        replace(_text("Mamba", "Mamba" + _CAUSAL, "MambaConfig", MAMBA), skip=("*.out_proj",)),
         Family("linear attention (CHELA-like)", chela, words, "int4", "here"),
         Family("Whisper encoder", whisper_encoder, lambda n: {"input_features": spectra(n)}, "int4", "transformers"),
         Family("Whisper decoder", whisper_decoder, heard, "int4", "transformers"),

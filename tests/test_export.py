@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from edgetune.export import export
 from edgetune.export.artifact import Artifact
-from edgetune.export.lower import Positional, attention, capture, compile_program, prepare
+from edgetune.export.lower import Positional, capture, compile_program, prepare
+from edgetune.export.repairs.attention import attention
 from edgetune.export.run import failed, run_in_child, time_in_child
 from edgetune.export.targets import TARGETS, available, for_device
 from edgetune.export.verify import compare

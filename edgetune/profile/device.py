@@ -16,7 +16,7 @@ from edgetune.technique import EdgetuneError
 
 Trust = Literal["high", "medium", "low"]
 Flag = Literal["neon", "dotprod", "fp16", "bf16", "i8mm", "sve2", "avx2", "avx512", "vnni", "amx"]
-TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openvino"]
+TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openvino", "ethos-u", "tosa"]
 
 SUFFIX = ".yaml"
 HOST = "host"

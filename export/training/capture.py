@@ -15,7 +15,8 @@ from torch.export.graph_signature import OutputKind
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from edgetune.export import failures, lower
+from edgetune.export import failures
+from edgetune.export.repairs.attention import attention
 from edgetune.export.training import layers, passes
 from edgetune.sparse.frozen import remove_hooks
 from edgetune.sparse.frozen_ops import padded
@@ -258,7 +259,7 @@ def _captured(module: nn.Module, tensors: tuple[Tensor, ...]) -> ExportedProgram
     try:
         program = torch.export.export(module, tensors, strict=False)
         written: ExportedProgram = program.run_decompositions(
-            {torch.ops.aten.scaled_dot_product_attention.default: lower.attention}
+            {torch.ops.aten.scaled_dot_product_attention.default: attention}
         )
         layers.fuse_padding(written)
         return written

@@ -189,6 +189,7 @@ class LightOperators(_EagerHook):
     def __init__(self, activations: Activations = "exact") -> None:
         super().__init__()
         self.activations: Activations = activations
+        self.usual = False  # whether the caller's pictures were laid out as usual
 
     def put_on(self, module: nn.Module) -> None:
         """Register on the root, and on each module inside that is written out in several operators."""
@@ -201,15 +202,17 @@ class LightOperators(_EagerHook):
         """Do nothing where no graph is recorded, or where an outer model has its operators in place."""
         if not torch.is_grad_enabled() or isinstance(replacing(), _Operators):
             return nothing
+        self.usual = not any(is_channels_last(t) for t in tensors_in((args, kwargs)))
         mode = _Operators(self.activations == "8bit")
         mode.__enter__()  # type: ignore[no-untyped-call]
         return lambda: mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Leave, and give a picture back laid out as the model would: who called it may take a `view` of it."""
+        usual, self.usual = self.usual and len(self.entered) > 0, False
         super().after(module, args, output)
-        if isinstance(output, Tensor) and is_channels_last(output) and not any(map(is_channels_last, tensors_in(args))):
-            return output.contiguous()
+        if usual and isinstance(output, Tensor) and output.dim() == 4 and not output.is_contiguous():
+            return output.contiguous() if output.is_contiguous(memory_format=torch.channels_last) else None
         return None
 
 

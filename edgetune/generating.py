@@ -1,0 +1,129 @@
+"""Text from an exported language model, by the real runtime in a child process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edgetune.technique import EdgetuneError, Exit
+
+if TYPE_CHECKING:
+    from edgetune.export.language.run import Answer, Asked
+
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer, and what it cost on this host."""
+
+    text: str
+    tokens: tuple[int, ...]  # an end token included
+    prompt_tokens: int
+    stopped: Literal["end", "length", "cache"]  # by the model; as long as asked for; the cache is full
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None  # None: the answer is one token, which the prompt gave
+    load_ms: float
+    peak_memory_mib: float  # of the process that ran it
+    threads: int
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
+    raw: bool = False,
+    heard: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Let the program at `path` (a `.pte` of `export_language`) answer `prompt`; `heard` gets the text as it comes.
+
+    Args:
+        path: the program, with its manifest and its tokenizer beside it.
+        prompt: one user's message; put into the model's chat template, if it has one, unless `raw`.
+        max_tokens: most tokens of the answer. It ends earlier at an end token, or when the cache is full.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn with this temperature.
+        seed: of the draws.
+        threads: of the runtime; as many as it chooses without.
+        raw: give the prompt as it is, without a chat template.
+        heard: called with each piece of text.
+
+    Raises `EdgetuneError`: exit code 2 for settings that make no sense and a prompt longer than the cache, 5 where
+    the program does not load or run.
+    """
+    from edgetune.export.language.artifact import LanguageArtifact
+    from edgetune.export.language.run import answer
+    from edgetune.export.language.tokenizer import Carried
+
+    _check(max_tokens, temperature, seed, threads)
+    artifact = LanguageArtifact.load(path)
+    carried = Carried(artifact)
+    asked = _asked(artifact, carried.tokens(prompt, raw=raw), max_tokens, temperature, seed, threads)
+    stream = carried.stream()
+
+    def hear(token: int) -> None:
+        text = stream.add(token)
+        if text:
+            heard(text)
+
+    found = answer(asked, hear)
+    return _generation(found, len(asked.prompt), carried.text(found.tokens))
+
+
+def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
+    for what, got, least in (("max_tokens", max_tokens, 1), ("threads", threads, 1), ("seed", seed, 0)):
+        if got is not None and got < least:
+            raise EdgetuneError(f"{what} is at least {least}", got=got)
+    if not 0.0 <= temperature < float("inf"):
+        raise EdgetuneError(
+            "temperature is a number from 0 on", got=temperature, action="0 is greedy, 1 the model's own"
+        )
+
+
+def _asked(
+    artifact: object, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
+) -> Asked:
+    from edgetune.export.language.artifact import LanguageArtifact
+    from edgetune.export.language.run import Asked
+
+    assert isinstance(artifact, LanguageArtifact)
+    known = artifact.manifest
+    if len(prompt) > known.max_tokens:
+        raise EdgetuneError(
+            "the prompt has more tokens than the program's cache has places",
+            where=str(artifact.path),
+            got=len(prompt),
+            allowed=[f"at most {known.max_tokens}"],
+            action="shorten the prompt, or export the model with a larger max_tokens",
+            exit_code=Exit.USAGE,
+        )
+    return Asked(
+        path=str(artifact.path.resolve()),
+        prompt=tuple(prompt),
+        cache_tokens=known.max_tokens,
+        prefill_tokens=known.prefill_tokens,
+        eos_ids=known.eos_ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        threads=threads,
+    )
+
+
+def _generation(found: Answer, prompt_tokens: int, text: str) -> Generation:
+    return Generation(
+        text=text,
+        tokens=found.tokens,
+        prompt_tokens=prompt_tokens,
+        stopped=found.stopped,
+        prefill_tokens_per_s=1e3 * prompt_tokens / found.prefill_ms,
+        decode_tokens_per_s=1e3 * found.decode_calls / found.decode_ms if found.decode_calls else None,
+        load_ms=found.load_ms,
+        peak_memory_mib=found.peak_memory_mib,
+        threads=found.threads,
+    )

@@ -1,0 +1,330 @@
+"""What a `.pte` holds, read from the file alone; `model.json` beside it adds what only the export knew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from edgetune.export.artifact import manifest_path
+from edgetune.quiet import quiet
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError, Exit
+
+_IDENTIFIER = slice(4, 8)  # of a flatbuffer; executorch's are ET12 and the like
+_HEADER = slice(8, 40)
+_DTYPES = {
+    "BYTE": "uint8", "CHAR": "int8", "SHORT": "int16", "INT": "int32", "LONG": "int64", "HALF": "float16",
+    "FLOAT": "float32", "DOUBLE": "float64", "BOOL": "bool", "BFLOAT16": "bfloat16", "UINT16": "uint16",
+    "UINT32": "uint32", "UINT64": "uint64",
+}  # fmt: skip
+_BYTES = {"8": 1, "bool": 1, "16": 2, "32": 4, "64": 8}  # by how the name of a type ends
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Slot(_Value):
+    """One input or output of a method. Numbers and text that are passed have neither type nor shape."""
+
+    kind: str  # "tensor", "int", "bool", "double", "string", "list"
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    dynamic: bool = False  # the shape is the largest, not the only one
+
+    def __str__(self) -> str:
+        if self.kind != "tensor":
+            return self.kind
+        bound = "up to " if self.dynamic else ""
+        return f"{self.dtype} {bound}{list(self.shape)}"
+
+
+class Count(_Value):
+    """How often a method calls an operator."""
+
+    name: str
+    count: int
+
+
+class Delegate(_Value):
+    """One part of a method that a backend runs. Its weights may lie in `Inspection.constants` instead."""
+
+    backend: str
+    size_bytes: int
+    calls: int
+    settings: tuple[str, ...]  # names of its compile specs
+
+
+class Method(_Value):
+    """One entry point of the program."""
+
+    name: str
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    operators: tuple[Count, ...]  # kernels outside the delegates, most frequent first
+    delegates: tuple[Delegate, ...]
+    arenas_bytes: tuple[int, ...]  # planned memory; all of them live at once
+
+
+class Constant(_Value):
+    """One constant. A delegate's own has neither type nor shape: only the backend knows its layout."""
+
+    name: str
+    size_bytes: int
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    kind: str = "constant"  # or "delegate's weight", "initial state"; "external" lies in a .ptd
+
+
+class Part(_Value):
+    """A share of the file."""
+
+    name: str
+    size_bytes: int
+
+
+class Beside(_Value):
+    """What `model.json` adds, or why it does not."""
+
+    path: str
+    problem: str = ""  # it cannot be read
+    checksum_ok: bool = False
+    target: str = ""
+    device: str = ""
+    versions: dict[str, str] = {}
+    delegated_macs_pct: float | None = None
+    parity: str = ""  # in words
+    note: str = ""
+
+
+class Inspection(_Value):
+    """A program file, taken apart. `str()` gives the text that `edgetune inspect` prints."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    schema_version: int
+    methods: tuple[Method, ...]
+    constants: tuple[Constant, ...]  # largest first
+    parts: tuple[Part, ...]  # largest first; together the whole file
+    beside: Beside | None
+
+    def __str__(self) -> str:
+        from edgetune.export.inspect_text import text_of
+
+        return text_of(self)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Take the `.pte` at `path` apart. It is read in Python, not given to the runtime, which a damaged file can end.
+
+    Raises `EdgetuneError` (exit code 5) where the file is not there, is no ExecuTorch program, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EdgetuneError("no such file", got=str(path), action="export the model first", exit_code=Exit.EXPORT)
+    data = path.read_bytes()
+    program, header = _read(path, data)
+    try:
+        return _inspection(path, data, program, header)
+    except (IndexError, AttributeError, TypeError, ValueError) as error:  # references that lead nowhere
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _read(path: Path, data: bytes) -> tuple[Any, Any]:
+    """The flatbuffer as executorch's dataclasses, and the header that says where the segments are."""
+    if not data[_IDENTIFIER].startswith(b"ET"):
+        raise EdgetuneError(
+            "this is not an ExecuTorch program",
+            where=str(path),
+            got=data[_IDENTIFIER],
+            action="give the .pte that `edgetune export` wrote",
+            exit_code=Exit.EXPORT,
+        )
+    with quiet():
+        require("executorch", "inspecting a program")
+        from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
+        from executorch.exir._serialize._program import _ExtendedHeader
+
+    header = _ExtendedHeader.from_bytes(data[_HEADER].ljust(_HEADER.stop - _HEADER.start, b"\0"))
+    if not header.is_valid():  # a program without segments has none
+        header.program_size, header.segment_base_offset, header.segment_data_size = len(data), 0, 0
+    whole = max(header.program_size, header.segment_base_offset + header.segment_data_size)
+    if whole > len(data):
+        raise _damaged(path, f"it says that it has {whole} bytes, and has {len(data)}")
+    try:
+        program = _flatbuffer_to_program(data[: header.program_size])
+    except Exception as error:  # the generated reader raises whatever its slices run into, and ends: offsets lead ahead
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    for segment in program.segments or ():
+        if header.segment_base_offset + segment.offset + segment.size > len(data):
+            raise _damaged(path, "a segment ends after the file")
+    return program, header
+
+
+def _damaged(path: Path, why: str) -> EdgetuneError:
+    return EdgetuneError(
+        f"the program is damaged, or of another executorch version: {why}",
+        where=str(path),
+        action="export the model again, and copy the file whole",
+        exit_code=Exit.EXPORT,
+    )
+
+
+def _inspection(path: Path, data: bytes, program: Any, header: Any) -> Inspection:
+    digest = hashlib.sha256(data).hexdigest()
+    constants = sorted(_constants(program), key=lambda constant: -constant.size_bytes)
+    return Inspection(
+        path=str(path),
+        size_bytes=len(data),
+        sha256=digest,
+        schema_version=program.version,
+        methods=tuple(_method(program, plan) for plan in program.execution_plan),
+        constants=tuple(constants),
+        parts=_parts(len(data), program, header),
+        beside=_beside(manifest_path(path), digest),
+    )
+
+
+def _method(program: Any, plan: Any) -> Method:
+    calls: Counter[int] = Counter()
+    kernels: Counter[str] = Counter()
+    for chain in plan.chains:
+        for instruction in chain.instructions:
+            arguments = instruction.instr_args
+            if hasattr(arguments, "delegate_index"):
+                calls[arguments.delegate_index] += 1
+            elif hasattr(arguments, "op_index"):
+                operator = plan.operators[arguments.op_index]
+                kernels[".".join(filter(None, (operator.name, operator.overload)))] += 1
+    if any(arena < 0 for arena in plan.non_const_buffer_sizes):
+        raise ValueError(f"the memory plan of {plan.name} has a negative size")
+    delegates = tuple(
+        Delegate(
+            backend=delegate.id,
+            size_bytes=_delegate_bytes(program, delegate),
+            calls=calls[index],
+            settings=tuple(spec.key for spec in delegate.compile_specs or ()),
+        )
+        for index, delegate in enumerate(plan.delegates or ())
+    )
+    return Method(
+        name=plan.name,
+        inputs=tuple(_slot(plan.values[index].val) for index in plan.inputs or ()),
+        outputs=tuple(_slot(plan.values[index].val) for index in plan.outputs or ()),
+        operators=tuple(Count(name=name, count=count) for name, count in kernels.most_common()),
+        delegates=delegates,
+        arenas_bytes=tuple(plan.non_const_buffer_sizes[1:]),  # the first stands for the constants
+    )
+
+
+def _slot(value: Any) -> Slot:
+    kind = type(value).__name__.lower()
+    if kind != "tensor":
+        return Slot(kind="list" if kind.endswith("list") else kind)
+    dynamic = int(value.shape_dynamism) != 0
+    return Slot(kind="tensor", dtype=_dtype(value), shape=tuple(value.sizes or ()), dynamic=dynamic)
+
+
+def _dtype(tensor: Any) -> str:
+    name = str(tensor.scalar_type.name)
+    return _DTYPES.get(name, name.lower())
+
+
+def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    width = next((width for ending, width in _BYTES.items() if dtype.endswith(ending)), 1)
+    return math.prod(shape) * width
+
+
+def _delegate_bytes(program: Any, delegate: Any) -> int:
+    where = delegate.processed
+    if int(where.location) == 0:
+        return len(program.backend_delegate_data[where.index].data)
+    return int(program.segments[where.index].size)
+
+
+def _constants(program: Any) -> list[Constant]:
+    """Every constant once, however many methods and operators read it."""
+    found: dict[tuple[str, object], Constant] = {}
+    for plan in program.execution_plan:
+        for value in plan.values:
+            tensor = value.val
+            if type(tensor).__name__ != "Tensor":
+                continue
+            extra = tensor.extra_tensor_info
+            external = extra is not None and int(extra.location) == 1
+            if tensor.data_buffer_idx == 0 and not external:
+                continue  # lies in the arena
+            held = tensor.allocation_info is not None
+            kind = "external" if external else "initial state" if held else "constant"
+            own = (extra.fully_qualified_name if extra is not None else "") or ""
+            key = (kind, own if external else tensor.data_buffer_idx)
+            name = own or f"{kind} {tensor.data_buffer_idx}"
+            dtype, shape = _dtype(tensor), tuple(tensor.sizes or ())
+            size = _tensor_bytes(dtype, shape)
+            if key not in found or found[key].size_bytes < size:
+                found[key] = Constant(name=name, size_bytes=size, dtype=dtype, shape=shape, kind=kind)
+    named = [
+        Constant(name=entry.key, size_bytes=program.segments[entry.segment_index].size, kind="delegate's weight")
+        for entry in program.named_data or ()
+    ]
+    return [*found.values(), *named]
+
+
+def _parts(total: int, program: Any, header: Any) -> tuple[Part, ...]:
+    """What the file's bytes are, each segment under what refers to it."""
+    uses: dict[int, str] = {}
+    inline = sum(len(entry.data) for entry in program.backend_delegate_data or ())
+    stored = sum(len(entry.storage) for entry in program.constant_buffer or ())
+    if program.constant_segment is not None and program.constant_segment.offsets:
+        uses[program.constant_segment.segment_index] = "constants"
+    for state in program.mutable_data_segments or ():
+        uses[state.segment_index] = "initial state"
+    for entry in program.named_data or ():
+        uses[entry.segment_index] = "delegates' weights"
+    for plan in program.execution_plan:
+        for delegate in plan.delegates or ():
+            if int(delegate.processed.location) != 0:
+                uses[delegate.processed.index] = "delegates"
+    sizes: Counter[str] = Counter({"instructions": header.program_size - inline - stored})
+    sizes.update({"delegates": inline, "constants": stored})
+    for index, segment in enumerate(program.segments or ()):
+        sizes[uses.get(index, "not referred to")] += segment.size
+    sizes["alignment"] = total - sum(sizes.values())
+    return tuple(Part(name=name, size_bytes=size) for name, size in sizes.most_common() if size)
+
+
+def _beside(path: Path, digest: str) -> Beside | None:
+    """What the manifest says. Read as plain JSON, so that one of another version still tells what it can."""
+    if not path.is_file():
+        return None
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        same = known["sha256"] == digest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Beside(path=str(path), problem=f"{type(error).__name__}: {error}")
+    share = known.get("delegated_macs_pct")
+    return Beside(
+        path=str(path),
+        checksum_ok=same,
+        target=str(known.get("target") or ""),
+        device=str(known.get("device") or ""),
+        versions={str(name): str(version) for name, version in (known.get("versions") or {}).items()},
+        delegated_macs_pct=float(share) if share is not None else None,
+        parity=_parity(known.get("parity")),
+        note=str(known.get("note") or ""),
+    )
+
+
+def _parity(known: Any) -> str:
+    if not isinstance(known, dict):
+        return "lowered, not run"
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items() if isinstance(value, (int, float))
+    )

@@ -1,0 +1,101 @@
+"""An inspection as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgetune.export.inspect import Beside, Constant, Inspection, Method
+
+_MOST = 12  # constants and operators that are listed; the rest is counted
+
+
+def size(size_bytes: int) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> size(512), size(20480), size(5 * 2**20)
+    ('512 B', '20.0 KiB', '5.00 MiB')
+    """
+    if size_bytes < 2**10:
+        return f"{size_bytes} B"
+    return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.2f} MiB"
+
+
+def text_of(found: Inspection) -> str:
+    """Everything that is known, most important first."""
+    lines = [f"{found.path}: {size(found.size_bytes)}, schema version {found.schema_version}"]
+    lines += _rows("in the file", [(part.name, size(part.size_bytes)) for part in found.parts])
+    for method in found.methods:
+        lines += _method(method)
+    lines += _constants(found.constants)
+    lines += _beside(found.beside)
+    return "\n".join(lines)
+
+
+def _method(method: Method) -> list[str]:
+    lines = ["", f"method {method.name}"]
+    lines += [f"  input {i}: {slot}" for i, slot in enumerate(method.inputs)]
+    lines += [f"  output {i}: {slot}" for i, slot in enumerate(method.outputs)]
+    arenas = " + ".join(size(arena) for arena in method.arenas_bytes)
+    lines.append(f"  memory plan: {arenas or 'none'}")
+    backends = Counter(delegate.backend for delegate in method.delegates)
+    for backend, count in backends.most_common():
+        taken = [delegate for delegate in method.delegates if delegate.backend == backend]
+        total = size(sum(delegate.size_bytes for delegate in taken))
+        calls = sum(delegate.calls for delegate in taken)
+        lines.append(f"  delegated to {backend}: {count} {'part' if count == 1 else 'parts'}, {total}, {calls} calls")
+    kernels = sum(operator.count for operator in method.operators)
+    lines.append(f"  kernels outside delegates: {kernels} calls of {len(method.operators)} operators")
+    lines += _columns((str(operator.count), operator.name) for operator in method.operators[:_MOST])
+    return lines + _rest(len(method.operators))
+
+
+def _constants(constants: Sequence[Constant]) -> list[str]:
+    if not constants:
+        return ["", "constants: none outside the delegates"]
+    inside = sum(constant.size_bytes for constant in constants if constant.kind != "external")
+    lines = ["", f"constants: {len(constants)}, {size(inside)}"]
+    lines += _columns(
+        (size(c.size_bytes), f"{c.dtype} {list(c.shape)}" if c.dtype else c.kind, c.name if c.dtype else c.name[:16])
+        for c in constants[:_MOST]
+    )
+    return lines + _rest(len(constants))
+
+
+def _beside(beside: Beside | None) -> list[str]:
+    if beside is None:
+        return ["", "no model.json beside it: versions, parity and checksum are unknown"]
+    if beside.problem:
+        return ["", f"{beside.path} cannot be read: {beside.problem}"]
+    checked = "ok" if beside.checksum_ok else "WRONG: this manifest describes another program"
+    share = "" if beside.delegated_macs_pct is None else f"{beside.delegated_macs_pct:.1f} % of multiply-accumulates"
+    rows = [
+        ("checksum", checked),
+        ("target", beside.target + (f" for {beside.device}" if beside.device else "")),
+        ("delegated", share),
+        ("parity", beside.parity),
+        ("note", beside.note),
+        ("versions", ", ".join(f"{name} {version}" for name, version in beside.versions.items())),
+    ]
+    return ["", *_rows(f"from {beside.path}", [(name, value) for name, value in rows if value])]
+
+
+def _rows(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    table = list(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return [
+        "    "
+        + "  ".join([row[0].rjust(widths[0]), *(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in table
+    ]
+
+
+def _rest(total: int) -> list[str]:
+    return [f"    ... and {total - _MOST} more"] if total > _MOST else []

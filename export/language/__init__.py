@@ -1,0 +1,203 @@
+"""Language models: a decoder with a static key-value cache, and its tokenizer, as one program that talks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edgetune.export import targets
+from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.export.language import parity
+from edgetune.export.language.artifact import (
+    LanguageArtifact,
+    LanguageManifest,
+    LanguageParity,
+    TokenizerSpec,
+    tokenizer_path,
+)
+from edgetune.export.language.cached import Cached, check_model
+from edgetune.export.language.lower import LoweredLanguage, lower
+from edgetune.export.language.tokenizer import backend, described, encoded
+from edgetune.export.pipeline import version_of
+from edgetune.export.targets import Target
+from edgetune.quiet import quiet
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError, Exit, device_of
+
+__all__ = ["LanguageArtifact", "LanguageManifest", "LanguageParity", "export_language"]
+
+PREFILL = 128  # tokens of one call: more take more memory for little speed
+# The attention kernel goes through a call in blocks of 32 tokens, of 64 from 192 tokens on, and hides later tokens
+# wrongly from a block that crosses a multiple of 512 places: pieces of these sizes have none.
+PREFILLS = (32, 64, 96, 128, 160)
+CHECK_PROMPT = "Why does the sea have waves? Answer in a few sentences."
+CHECK_TOKENS = 32
+
+
+def export_language(
+    model: nn.Module,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    max_tokens: int = 512,
+    device: str | None = None,
+    target: str | None = None,
+    prefill_tokens: int = PREFILL,
+    check_prompts: Sequence[str] = (CHECK_PROMPT,),
+    check_tokens: int = CHECK_TOKENS,
+    min_same_prediction_pct: float = 99.0,
+) -> LanguageArtifact:
+    """Lower a decoder of transformers to `path` (a `.pte`), prove that it says the same, and carry its tokenizer.
+
+    The cache has `max_tokens` places for prompt and answer together; a prompt is read in pieces of `prefill_tokens`,
+    one of `PREFILLS`. The model may have `Int4` applied. `tokenizer` is a fast tokenizer of transformers, or a
+    `tokenizers.Tokenizer`. Of each of `check_prompts`, `check_tokens` greedy tokens of the program are compared with
+    those of the model in eager mode, the rest of the cache permitting.
+
+    Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) when the model
+    cannot be lowered, the program does not run, or fewer than `min_same_prediction_pct` of the tokens are the same.
+    Then no program or manifest is left that was not there before.
+    """
+    path = Path(path)
+    chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)
+    found = backend(tokenizer)
+    data = found.to_str().encode()
+    spec = described(tokenizer, tokenizer_path(path), sha256_of(data))
+    with _as_program(model, max_tokens) as program:
+        prefill = min(prefill_tokens, max_tokens)  # no more than the cache holds
+        facts = _facts(program, found, spec, prefill)
+        lowered = lower(program, prefill, chosen, facts)
+        prompts = [encoded(found, spec, prompt, raw=False) for prompt in check_prompts]
+
+        def prove(partial: Path) -> LanguageManifest:
+            result = None
+            if chosen.runs_here:
+                result = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
+                parity.check(result, min_same_prediction_pct)
+            _write(tokenizer_path(path), data)
+            return _manifest(program, lowered, chosen, device, spec, facts, result)
+
+        return LanguageArtifact(path=path, manifest=write_pair(path, lowered.data, prove))
+
+
+def _checked(
+    model: nn.Module, path: Path, max_tokens: int, prefill_tokens: int, device: str | None, target: str | None
+) -> Target:
+    with quiet():
+        require("executorch", "export")
+    if path.suffix != ".pte":
+        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+    check_model(model, max_tokens)
+    if prefill_tokens not in PREFILLS:
+        raise EdgetuneError(
+            "a prompt cannot be read in pieces of so many tokens",
+            got=prefill_tokens,
+            allowed=map(str, PREFILLS),
+            exit_code=Exit.USAGE,
+        )
+    chosen = targets.for_device(device, target)
+    if chosen.name not in ("xnnpack", "portable"):
+        raise EdgetuneError(
+            "the cache is kept by operators of the CPU",
+            got=chosen.name,
+            allowed=["xnnpack", "portable"],
+            action="pass target='xnnpack'",
+            exit_code=Exit.EXPORT,
+        )
+    chosen.partitioners()  # says what is missing before any work
+    return chosen
+
+
+@contextlib.contextmanager
+def _as_program(model: nn.Module, max_tokens: int) -> Iterator[Cached]:
+    """The model in eval mode with a cache; put back as it was afterwards."""
+    if device_of(model).type != "cpu":
+        raise EdgetuneError("a language model is exported on the CPU", got=str(device_of(model)), action="model.cpu()")
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield Cached(model, max_tokens).eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _facts(program: Cached, found: Any, spec: TokenizerSpec, prefill: int) -> dict[str, Any]:
+    """What ExecuTorch's own language runner asks a program for, under the names it asks by."""
+    bos, eos = _end_ids(program, found, spec)
+    facts: dict[str, Any] = {
+        "get_max_seq_len": prefill,
+        "get_max_context_len": program.max_tokens,
+        "get_vocab_size": int(program.config.vocab_size),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "get_eos_ids": list(eos),
+    }
+    return facts if bos is None else {**facts, "get_bos_id": bos}
+
+
+def _end_ids(program: Cached, found: Any, spec: TokenizerSpec) -> tuple[int | None, tuple[int, ...]]:
+    """The token a text begins with, and those it ends with: of the generation config, the model's, the tokenizer."""
+    generation = getattr(program.model, "generation_config", None)
+    ends: list[int] = []
+    for holder in (generation, program.config):
+        ids = getattr(holder, "eos_token_id", None)
+        ends += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    own = found.token_to_id(spec.special_tokens.get("eos_token", ""))
+    ends += [] if own is None else [own]
+    bos = getattr(program.config, "bos_token_id", None)
+    return (bos if isinstance(bos, int) else None), tuple(dict.fromkeys(int(i) for i in ends))
+
+
+def _manifest(
+    program: Cached,
+    lowered: LoweredLanguage,
+    target: Target,
+    device: str | None,
+    spec: TokenizerSpec,
+    facts: dict[str, Any],
+    result: LanguageParity | None,
+) -> LanguageManifest:
+    prefill, vocabulary = facts["get_max_seq_len"], facts["get_vocab_size"]
+    macs = [(operator.macs, operator.delegated) for operator in lowered.operators]
+    packages = ("torch", "executorch", "torchao", "transformers", "tokenizers", "edgetune")
+    return LanguageManifest(
+        target=target.name,
+        device=device,
+        architecture=str(program.config.model_type),
+        inputs=(
+            TensorSpec(name="tokens", shape=(1, prefill), dtype="int64"),
+            TensorSpec(name="position", shape=(1,), dtype="int64"),
+        ),
+        outputs=(TensorSpec(name="logits", shape=(1, 1, vocabulary), dtype="float32"),),
+        max_tokens=program.max_tokens,
+        prefill_tokens=prefill,
+        vocabulary=vocabulary,
+        bos_id=facts.get("get_bos_id"),
+        eos_ids=tuple(facts["get_eos_ids"]),
+        tokenizer=spec,
+        size_bytes=len(lowered.data),
+        shared_bytes=lowered.shared_bytes,
+        plan_bytes=lowered.plan_bytes,
+        cache_bytes=program.cache_bytes,
+        sha256=sha256_of(lowered.data),
+        versions={name: version_of(name) for name in packages},
+        delegates=lowered.delegates,
+        delegated_macs_pct=100.0 * sum(m for m, taken in macs if taken) / max(sum(m for m, _ in macs), 1),
+        delegated_operators_pct=100.0 * sum(taken for _, taken in macs) / max(len(macs), 1),
+        leftovers=lowered.leftovers,
+        operators=lowered.operators,
+        parity=result,
+        note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

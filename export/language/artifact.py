@@ -1,0 +1,148 @@
+"""A language program on disk: `model.pte`, `model.json` that says everything known about it, and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edgetune.export.artifact import TensorSpec, manifest_path, sha256_of
+from edgetune.ledger import Leftover, Parity, Program
+from edgetune.profile.operators import Operator
+from edgetune.technique import EdgetuneError, Exit
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenizerSpec(_Value):
+    """The tokenizer beside the program, and how a prompt becomes a chat."""
+
+    file: str  # in the program's folder: tokenizer.json as Hugging Face's tokenizers write it
+    sha256: str
+    chat_template: str | None  # Jinja; None: the model takes plain text
+    special_tokens: dict[str, str]  # what the template may name: bos_token, eos_token
+
+
+class LanguageParity(_Value):
+    """The program's greedy tokens beside the eager model's.
+
+    The eager model reads the prompt and the program's tokens at once and gives its own choice at each place. Where
+    all are the same, its greedy text is the program's; up to the first difference it is in any case.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    same_tokens: int
+    first_difference: int | None  # place of the first token, from 0, that the eager model would not have chosen
+    margin_at_difference: float | None  # of the eager logits there: its choice over the program's
+    max_abs_difference: float  # of all logits
+
+    @property
+    def same_prediction_pct(self) -> float:
+        """Share of the tokens that are the same."""
+        return 100.0 * self.same_tokens / self.tokens
+
+
+class LanguageManifest(_Value):
+    """What `model.json` holds for a language program.
+
+    The program's one method `forward` takes `tokens` (1, n), n from 1 to `prefill_tokens`, and `position` (1,), the
+    place of the first of them in the cache, and gives the logits (1, 1, vocabulary) after the last. A `position` other
+    than 0 begins at a multiple of 32 or comes with one token: the attention kernel hides later tokens wrongly else.
+    """
+
+    format: Literal[1] = 1
+    kind: Literal["language"] = "language"
+    target: str
+    device: str | None
+    architecture: str  # transformers' name of the model: "llama"
+    inputs: tuple[TensorSpec, ...]  # as large as they may be
+    outputs: tuple[TensorSpec, ...]
+    max_tokens: int  # places in the cache: prompt and answer together
+    prefill_tokens: int  # most tokens of one call
+    vocabulary: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    tokenizer: TokenizerSpec
+    size_bytes: int  # of the .pte
+    shared_bytes: int  # stored once although two operators read them: a head and an embedding that are tied
+    plan_bytes: int  # arena, the cache included
+    cache_bytes: int
+    sha256: str
+    versions: dict[str, str]
+    delegates: int  # calls into the backend
+    delegated_macs_pct: float
+    delegated_operators_pct: float
+    leftovers: tuple[Leftover, ...]
+    operators: tuple[Operator, ...]  # of a call with `prefill_tokens` tokens
+    parity: LanguageParity | None  # None: this machine cannot run the target; `note` says so
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LanguageArtifact:
+    """A language `.pte`, its manifest and its tokenizer."""
+
+    path: Path
+    manifest: LanguageManifest
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """`model.tokenizer.json` for `model.pte`."""
+        return self.path.with_name(self.manifest.tokenizer.file)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LanguageArtifact:
+        """Read the manifest of the `.pte` at `path`, and check that it describes that file and the tokenizer."""
+        path = Path(path)
+        beside = manifest_path(path)
+        for file in (path, beside):
+            if not file.is_file():
+                raise _unusable("no such file", str(file))
+        try:
+            manifest = LanguageManifest.model_validate_json(beside.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            what = f"the manifest is not a language program's: {error.errors()[0]['msg']}"
+            raise _unusable(what, str(beside)) from error
+        found = cls(path=path, manifest=manifest)
+        if not found.tokenizer_path.is_file():
+            raise _unusable("no such file", str(found.tokenizer_path))
+        for file, wanted in ((path, manifest.sha256), (found.tokenizer_path, manifest.tokenizer.sha256)):
+            if sha256_of(file.read_bytes()) != wanted:
+                raise _unusable("the file is not the one that the manifest describes", str(file))
+        return found
+
+    def program(self) -> Program:
+        """The ledger's summary."""
+        known = self.manifest
+        parity = known.parity
+        return Program(
+            path=str(self.path),
+            target=known.target,
+            size_mib=known.size_bytes / 2**20,
+            plan_kib=known.plan_bytes / 2**10,
+            sha256=known.sha256,
+            delegated_macs_pct=known.delegated_macs_pct,
+            delegated_operators_pct=known.delegated_operators_pct,
+            leftovers=known.leftovers,
+            parity=Parity(
+                rows=parity.tokens,
+                same_prediction_pct=parity.same_prediction_pct,
+                max_abs_difference=parity.max_abs_difference,
+            )
+            if parity is not None
+            else None,
+        )
+
+
+def tokenizer_path(path: Path) -> Path:
+    """`model.tokenizer.json` for `model.pte`."""
+    return path.with_name(f"{path.stem}.tokenizer.json")
+
+
+def _unusable(what: str, where: str) -> EdgetuneError:
+    return EdgetuneError(what, where=where, action="export the language model again", exit_code=Exit.EXPORT)

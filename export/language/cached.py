@@ -1,0 +1,196 @@
+"""A decoder of transformers as a program sees it: tokens and their position in, logits out, the cache inside.
+
+Attention is ExecuTorch's own operator over a static cache: it reads the filled part alone, with grouped heads. What
+transformers offers for this (`TorchExportableModuleForDecoderOnlyLM`) attends to the whole cache at each token, and
+returns the logits of every token of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError, Exit, shortened
+from edgetune.wrapped import is_wrapped
+
+_NAME = "edgetune-static-cache"
+
+
+class Cached(nn.Module):
+    """The model with a cache of `max_tokens` places for one sequence, `(1, place, key-value head, width)` each.
+
+    The child is called `model`, as in every program of edgetune.
+    """
+
+    def __init__(self, model: nn.Module, max_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.max_tokens = max_tokens
+        config: Any = model.config
+        self.config = config.get_text_config()
+        self.start: Any = 0
+        self.masks: dict[int, Tensor] = {}
+        heads, width = _heads(self.config)
+        for layer in range(self.config.num_hidden_layers):
+            for kind in ("key", "value"):
+                self.register_buffer(f"{kind}_{layer}", torch.zeros(1, max_tokens, heads, width))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache."""
+        return sum(b.numel() * b.element_size() for name, b in self.named_buffers(recurse=False))
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Logits `(1, 1, vocabulary)` after the last of `tokens` `(1, n)`, whose first stands at `position` `(1,)`."""
+        count = tokens.shape[1]
+        start = position[0].item()
+        torch._check(start >= 0)  # type: ignore[no-untyped-call]
+        torch._check(start < self.max_tokens)  # type: ignore[no-untyped-call]
+        torch._check(start + count <= self.max_tokens)  # type: ignore[no-untyped-call]
+        self.start, self.masks = start, {}
+        places = (torch.arange(count) + start).unsqueeze(0)
+        output = self.model(
+            input_ids=tokens, position_ids=places, past_key_values=self._cache(), use_cache=True, logits_to_keep=1
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,  # transformers passes on what its callers gave; none of it changes what is computed here
+    ) -> tuple[Tensor, None]:
+        """What transformers calls for attention. `query` (1, head, n, width); `key` and `value` are the caches."""
+        if softcap is not None or s_aux is not None:
+            what = "attention logits with a cap" if softcap is not None else "attention with sinks"
+            raise EdgetuneError(f"the attention operator has no form for {what}", exit_code=Exit.EXPORT)
+        mask = None
+        if sliding_window is not None and sliding_window < self.max_tokens:
+            mask = self._window(sliding_window, query.shape[2])
+        out: Tensor = torch.ops.llama.custom_sdpa(
+            query.transpose(1, 2), key, value, self.start, mask, 0.0, mask is None, scaling
+        )
+        return out, None
+
+    def _window(self, width: int, count: int) -> Tensor:
+        """`(n, max_tokens)`: 0 for the last `width` places up to each token, elsewhere the half of the lowest number.
+
+        Not -inf: the operator goes through the cache in blocks, and one hidden as a whole would become NaN.
+        """
+        if width not in self.masks:
+            own = (torch.arange(count) + self.start).unsqueeze(1)
+            places = torch.arange(self.max_tokens).unsqueeze(0)
+            seen = (places <= own) & (places > own - width)
+            self.masks[width] = torch.where(seen, 0.0, torch.finfo(torch.float32).min / 2)
+        return self.masks[width]
+
+    def _cache(self) -> Any:
+        from transformers.cache_utils import Cache, CacheLayerMixin
+
+        owner = self
+
+        class Layer(CacheLayerMixin):  # type: ignore[misc]
+            """One layer's places, written where they lie."""
+
+            is_compileable, is_sliding = True, False
+
+            def __init__(self, index: int) -> None:
+                super().__init__()
+                self.keys = getattr(owner, f"key_{index}")
+                self.values = getattr(owner, f"value_{index}")
+                self.is_initialized = True
+
+            def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+            def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+                torch.ops.llama.update_cache(key_states.transpose(1, 2), self.keys, owner.start)
+                torch.ops.llama.update_cache(value_states.transpose(1, 2), self.values, owner.start)
+                return self.keys, self.values
+
+            def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+                return owner.max_tokens, 0
+
+            def get_seq_length(self) -> Any:
+                return owner.start
+
+            def get_max_length(self) -> int:
+                return owner.max_tokens
+
+        return Cache(layers=[Layer(index) for index in range(self.config.num_hidden_layers)])
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """While the body runs, the model attends by `attend`, and builds no masks of its own."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        before = self.config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS.register(_NAME, self.attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, lambda *_, **__: None)
+        self.config._attn_implementation = _NAME
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+            del ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME]
+            del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME]
+            self.start, self.masks = 0, {}
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Key-value heads and their width. Raises for a model whose layers differ in them, or keep no keys and values."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    shared: int = getattr(config, "num_kv_shared_layers", 0)
+    if strange or shared:
+        raise EdgetuneError(
+            "a static cache holds one key and one value for each layer; this model has other layers",
+            got=strange or "layers that share a cache",
+            allowed=["full_attention", "sliding_attention"],
+            action="export its logits for a window of tokens: et.export(model, example_inputs, path)",
+            exit_code=Exit.EXPORT,
+        )
+    return heads, width
+
+
+def check_model(model: nn.Module, max_tokens: int) -> None:
+    """Raise unless the model is a decoder of transformers with room for `max_tokens`."""
+    transformers = require("transformers", "language models")
+    if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is None:
+        raise EdgetuneError(
+            "a language model is one of transformers with a head over its vocabulary",
+            got=type(model).__name__,
+            action="load it with AutoModelForCausalLM",
+            exit_code=Exit.EXPORT,
+        )
+    extra = [name for name, layer in model.named_modules() if is_wrapped(layer)]
+    if extra:
+        raise EdgetuneError(
+            f"the model still has layers that carry something extra: {shortened(extra, 4)}",
+            action="fold them first: model = et.finalize(model)",
+            exit_code=Exit.EXPORT,
+        )
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_tokens < 2 or (room is not None and max_tokens > room):
+        raise EdgetuneError(
+            "the cache must have at least 2 places, and no more than the model has positions",
+            got=max_tokens,
+            action=f"set max_tokens to at most {room}" if room is not None else "set max_tokens to 2 or more",
+            exit_code=Exit.EXPORT,
+        )

@@ -1,0 +1,70 @@
+"""Proof that a program says what its model does: greedy tokens of the one, read again by the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.export.language.artifact import LanguageParity
+from edgetune.export.language.run import greedy_in_child
+from edgetune.technique import EdgetuneError, Exit
+
+
+def compare(
+    path: Path, model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, max_tokens: int, prefill_tokens: int
+) -> LanguageParity:
+    """Let the program answer each prompt with `tokens` greedy tokens, and the eager model choose at each place.
+
+    The eager model attends as transformers does, without a cache. A prompt is cut where it leaves no room for
+    `tokens`. The first difference is that of the first prompt with one.
+    """
+    counted = same = asked = 0
+    first: tuple[int, float] | None = None
+    largest = 0.0
+    for ids in prompts:
+        prompt = list(ids)[: max(1, max_tokens - tokens)]
+        wanted = min(tokens, max_tokens - len(prompt) + 1)
+        got, logits = greedy_in_child(path, prompt, wanted, prefill_tokens)
+        expected = eager_logits(model, prompt, got)
+        if not bool(torch.isfinite(logits).all()):
+            raise EdgetuneError(
+                "the program returns logits that are not finite", where=str(path), exit_code=Exit.EXPORT
+            )
+        equal = expected.argmax(-1) == torch.tensor(got)
+        if first is None and not bool(equal.all()):
+            place = int((~equal).nonzero()[0])
+            row = expected[place]
+            first = place, float(row.max() - row[got[place]])
+        counted, same, asked = counted + len(got), same + int(equal.sum()), asked + len(prompt)
+        largest = max(largest, float((expected - logits).abs().max()))
+    return LanguageParity(
+        prompt_tokens=asked,
+        tokens=counted,
+        same_tokens=same,
+        first_difference=None if first is None else first[0],
+        margin_at_difference=None if first is None else first[1],
+        max_abs_difference=largest,
+    )
+
+
+def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """The model's logits `(len(answer), vocabulary)` at the place of each token of the answer."""
+    ids = torch.tensor([[*prompt, *answer[:-1]]])
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+    return logits
+
+
+def check(parity: LanguageParity, min_same_prediction_pct: float) -> None:
+    """Raise where fewer tokens are the same than the bound allows."""
+    if parity.same_prediction_pct < min_same_prediction_pct:
+        raise EdgetuneError(
+            f"the program chooses the model's token at {parity.same_prediction_pct:.2f} % of {parity.tokens} places, "
+            f"below {min_same_prediction_pct:g} %: first at {parity.first_difference}, where the model's logits are "
+            f"{parity.margin_at_difference:.3g} apart (largest difference of a logit {parity.max_abs_difference:.3g})",
+            action="compare on more tokens, or lower with target='portable' to see whether the backend is at fault",
+            exit_code=Exit.EXPORT,
+        )

@@ -1,0 +1,206 @@
+"""Run a language program in a process of its own, and hear its tokens as they come.
+
+`python -m edgetune.export.language.run FOLDER` is the child's side. It speaks the protocol of `edgetune.export.run`,
+and writes each token to stdout, one a line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from edgetune.export.run import ask_child, failed, inputs_in, loaded_runtime, resident_mib, serve
+from edgetune.technique import EdgetuneError, Exit
+
+_MODULE = "edgetune.export.language.run"
+
+
+class Answer(BaseModel):
+    """One answer of a program, timed. Memory is resident memory of the whole child process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: tuple[int, ...]
+    stopped: Literal["end", "length", "cache"]  # an end token; as many as asked for; the cache is full
+    threads: int
+    load_ms: float
+    prefill_ms: float  # of the prompt, up to the first token
+    decode_ms: float  # of all calls with one token
+    decode_calls: int
+    peak_memory_mib: float
+    empty_memory_mib: float  # after the imports, before the program is loaded
+
+
+class Asked(BaseModel):
+    """What the child is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    prompt: tuple[int, ...]
+    cache_tokens: int
+    prefill_tokens: int
+    eos_ids: tuple[int, ...]
+    max_tokens: int  # of the answer
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0
+    threads: int | None = None
+
+
+def answer(asked: Asked, heard: Callable[[int], None] = lambda token: None) -> Answer:
+    """Let a child process answer; `heard` gets each token as it comes.
+
+    Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(asked.model_dump_json(), encoding="utf-8")
+        with (
+            (folder / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
+            subprocess.Popen(
+                [sys.executable, "-m", _MODULE, name], cwd=name, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as child,
+        ):
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    heard(int(line))
+                code = child.wait()
+            finally:  # interrupted, or the listener raised
+                child.kill()
+            errors.seek(0)
+            done = subprocess.CompletedProcess(child.args, code, "", errors.read())
+        place = folder / "result.json"
+        result = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
+        if code != 0 or result is None or "error" in result:
+            raise failed(Path(asked.path), done, result)
+        return Answer.model_validate(result)
+
+
+def greedy_in_child(path: Path, prompt: Sequence[int], tokens: int, prefill_tokens: int) -> tuple[list[int], Tensor]:
+    """The program's first `tokens` greedy tokens, past any end token, and the logits `(tokens, vocabulary)` of each."""
+    request = {"verb": "greedy", "tokens": tokens, "prefill_tokens": prefill_tokens}
+    result, outputs = ask_child(_MODULE, path, request, [(torch.tensor([list(prompt)]),)])
+    return [int(token) for token in result["tokens"]], outputs["logits"]
+
+
+class LanguageProgram:
+    """A language `.pte` loaded by the runtime in this process."""
+
+    def __init__(self, path: str, prefill_tokens: int, threads: int | None = None) -> None:
+        runtime = loaded_runtime(threads)
+        _load_operators()
+        self.threads = int(runtime._threadpool_get_thread_count())
+        self.prefill_tokens = prefill_tokens
+        self._method = runtime._load_program(path).load_method("forward")
+
+    def prefill(self, prompt: Sequence[int]) -> Tensor:
+        """Put the prompt at the begin of the cache. The logits `(vocabulary,)` after it."""
+        logits = torch.empty(0)
+        for start in range(0, len(prompt), self.prefill_tokens):
+            logits = self.step(prompt[start : start + self.prefill_tokens], start)
+        return logits
+
+    def step(self, tokens: Sequence[int], position: int) -> Tensor:
+        """The logits after `tokens`, which go to the cache at `position`. Overwritten by the next step."""
+        given = (torch.tensor([list(tokens)]), torch.tensor([position]))
+        (logits,) = self._method.call(given, clone_outputs=False)
+        last: Tensor = logits[0, -1]
+        return last
+
+
+def _load_operators() -> None:
+    """The kernels of attention and cache; importing their module would import a compiler too."""
+    package = importlib.util.find_spec("executorch.extension.llm.custom_ops")
+    folders = list(package.submodule_search_locations or []) if package is not None else []
+    found = [file for folder in folders for file in Path(folder).glob("*custom_ops_aot_lib.*")]
+    if not found:
+        raise EdgetuneError(
+            "this executorch has no kernels for language models",
+            action='pip install "edgetune[export]"',
+            exit_code=Exit.EXPORT,
+        )
+    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the logits are not finite")
+    if temperature == 0.0:
+        return int(logits.argmax())
+    likely = torch.softmax(logits.float() / temperature, -1)
+    return int(torch.multinomial(likely, 1, generator=generator))
+
+
+def _speak(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    asked = Asked.model_validate(request)
+    generator = torch.Generator().manual_seed(asked.seed)
+    loaded_runtime(asked.threads)
+    empty_mib = resident_mib("VmRSS")
+    started = time.perf_counter()
+    program = LanguageProgram(asked.path, asked.prefill_tokens, asked.threads)
+    loaded = time.perf_counter()
+    logits = program.prefill(asked.prompt)
+    token = _choose(logits, asked.temperature, generator)
+    prefilled = time.perf_counter()
+    decode = 0.0
+    tokens: list[int] = []
+    position, stopped = len(asked.prompt), "length"
+    while True:
+        tokens.append(token)
+        print(token, flush=True)
+        if token in asked.eos_ids:
+            stopped = "end"
+            break
+        if len(tokens) >= asked.max_tokens:
+            break
+        if position >= asked.cache_tokens:
+            stopped = "cache"
+            break
+        begun = time.perf_counter()
+        token = _choose(program.step([token], position), asked.temperature, generator)
+        decode += time.perf_counter() - begun
+        position += 1
+    return {
+        "tokens": tokens,
+        "stopped": stopped,
+        "threads": program.threads,
+        "load_ms": (loaded - started) * 1e3,
+        "prefill_ms": (prefilled - loaded) * 1e3,
+        "decode_ms": decode * 1e3,
+        "decode_calls": len(tokens) - 1,
+        "peak_memory_mib": resident_mib("VmHWM"),
+        "empty_memory_mib": empty_mib,
+    }
+
+
+def _greedy(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    ((prompt,),) = inputs_in(folder, 1)
+    program = LanguageProgram(request["path"], request["prefill_tokens"])
+    logits = [program.prefill(prompt[0].tolist()).clone()]
+    for position in range(prompt.shape[1], prompt.shape[1] + request["tokens"] - 1):
+        logits.append(program.step([int(logits[-1].argmax())], position).clone())
+    save_file({"logits": torch.stack(logits)}, folder / "outputs.safetensors")
+    return {"tokens": [int(row.argmax()) for row in logits]}
+
+
+def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)  # the runtime has threads of its own
+    return _greedy(folder, request) if request.get("verb") == "greedy" else _speak(folder, request)
+
+
+if __name__ == "__main__":
+    sys.exit(serve(Path(sys.argv[1]), _answer))

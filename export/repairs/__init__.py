@@ -1,0 +1,71 @@
+"""Repairs: what a model computes, written so that the backend takes it.
+
+A repair of one operator is a plain function over tensors: `Decomposition`, used where that operator is met. It
+returns `NotImplemented` for what should stay as it is. A repair of the graph is a pass over the captured program.
+Each stands in a file of its own with a test against eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from edgetune.export.repairs import (
+    activations,
+    attention,
+    constants,
+    expand,
+    gelu,
+    grouped,
+    identities,
+    indexing,
+    mean,
+    norms,
+    padding,
+    pooling,
+    power,
+    products,
+    scalars,
+    softmax,
+    upsample,
+)
+
+Decomposition = Callable[..., Any]
+
+# What XNNPACK leaves to portable kernels, or computes only roughly, in operators that it takes and computes exactly.
+XNNPACK: dict[Any, Decomposition] = {
+    **activations.REPAIRS,
+    **expand.REPAIRS,
+    **gelu.REPAIRS,
+    **indexing.REPAIRS,
+    **mean.REPAIRS,
+    **norms.REPAIRS,
+    **padding.REPAIRS,
+    **pooling.REPAIRS,
+    **power.REPAIRS,
+    **softmax.REPAIRS,
+    **upsample.REPAIRS,
+}
+
+
+def decompositions(target: str | None) -> dict[Any, Decomposition]:
+    """The operators to write otherwise for this target; `None`: only what every target wants."""
+    return {**attention.REPAIRS, **(XNNPACK if target == "xnnpack" else {})}
+
+
+def before(program: ExportedProgram) -> None:
+    """Change what is seen only before operators are written otherwise."""
+    grouped.share_keys(program)
+
+
+def repair_graph(program: ExportedProgram, target: str | None) -> None:
+    """Change the captured program in place where it computes what need not be, or in a form that costs a delegate."""
+    identities.drop(program)
+    if target == "xnnpack":
+        scalars.as_floats(program)
+        constants.fold(program)
+        products.batch(program)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()

@@ -1,0 +1,61 @@
+"""Activations that XNNPACK has no operator for: ELU and its kin, softplus, mish and the hard sigmoid.
+
+None of them needs a choice between two branches, which no float backend takes: each is a sum of two parts, one of
+which is zero or vanishes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    """`scale x` above zero, `scale alpha (exp(input_scale x) - 1)` below."""
+    below = (torch.exp(x.clamp(max=0.0) * input_scale) - 1.0) * (alpha * scale)
+    return torch.relu(x) * scale + below
+
+
+def selu(x: Tensor) -> Tensor:
+    """ELU with the constants of Klambauer et al., 2017."""
+    return elu(x, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+
+
+def celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    """ELU whose slope is 1 on both sides of zero."""
+    return elu(x, alpha, 1.0, 1.0 / alpha)
+
+
+def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """`log(1 + exp(beta x)) / beta`, without overflow for a large x."""
+    rest = torch.log(torch.exp(-torch.abs(x * beta)) + 1.0)
+    return torch.relu(x) + rest * (1.0 / beta)
+
+
+def mish(x: Tensor) -> Tensor:
+    """`x tanh(softplus(x))` (Misra, 2019)."""
+    return x * torch.tanh(softplus(x))
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """`-softplus(-x)`."""
+    return -softplus(-x)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """`clamp(x + 3, 0, 6) / 6`."""
+    return (x + 3.0).clamp(0.0, 6.0) / 6.0
+
+
+_ATEN = torch.ops.aten
+REPAIRS: dict[Any, Any] = {
+    _ATEN.elu.default: elu,
+    _ATEN.selu.default: selu,
+    _ATEN.celu.default: celu,
+    _ATEN.softplus.default: softplus,
+    _ATEN.mish.default: mish,
+    _ATEN.hardsigmoid.default: hardsigmoid,
+    _ATEN.log_sigmoid.default: log_sigmoid,
+}

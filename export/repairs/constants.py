@@ -1,0 +1,47 @@
+"""Weights that the forward pass computes from other weights: computed once, here.
+
+A backend takes a layer only where its weight is a constant of the program. Standardized weights, a position bias
+looked up in a table and a rotary embedding's angles are constants that the graph still computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from edgetune.quiet import quiet
+
+_MOST_BYTES = 2**20  # what may grow the program: a constant larger than this and than what it is computed from
+_NEVER = ("quantize", "dequantize", "choose_qparams", "full", "expand", "repeat", "zeros", "ones", "empty")
+
+
+def fold(program: ExportedProgram) -> None:
+    """Replace what depends on constants only by its value, except where that would make the program larger."""
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
+
+    with quiet():
+        constant_prop_pass(program, custom_skip_targets=_kept(program.graph))
+
+
+def _kept(graph: fx.Graph) -> set[Any]:
+    """The operators that stay: quantization, random numbers, and those of which one would give a large constant."""
+    kept = set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = str(node.target)
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        grows = _bytes(node) > max(_MOST_BYTES, sum(_bytes(source) for source in node.all_input_nodes))
+        if random or grows or any(word in name for word in _NEVER):
+            kept.add(node.target)
+    return kept
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return 0
+    return value.numel() * value.element_size()

@@ -1,0 +1,33 @@
+"""Mixtures of experts by operators of fixed shape.
+
+transformers sorts tokens by expert and multiplies group by group, whose sizes are known only while running; no
+backend has that operator. Its `batched_mm` form picks each token's weights and multiplies in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_SETTING = "_experts_implementation_internal"
+_STATIC = "batched_mm"
+
+
+@contextmanager
+def static_experts(model: nn.Module) -> Iterator[None]:
+    """While the body runs, let every mixture of experts in `model` use operators of fixed shape."""
+    found: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, _SETTING) and id(config) not in found:
+            found[id(config)] = config, getattr(config, _SETTING)
+    try:
+        for config, _ in found.values():
+            setattr(config, _SETTING, _STATIC)
+        yield
+    finally:
+        for config, before in found.values():
+            setattr(config, _SETTING, before)

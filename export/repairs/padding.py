@@ -1,0 +1,50 @@
+"""Padding by reflection and by the edge, as slices and a concatenation; the stock form gathers by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.export.repairs.shapes import Repaired, takes
+
+_MOST = 8  # a side: each place of it is an operand of its own
+
+
+def reflect(x: Tensor, padding: Sequence[int]) -> Repaired:
+    """Mirrored at the first and the last place, which are not repeated."""
+    return _padded(x, padding, mirrored=True)
+
+
+def replicate(x: Tensor, padding: Sequence[int]) -> Repaired:
+    """The first and the last place repeated."""
+    return _padded(x, padding, mirrored=False)
+
+
+def pad(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Repaired:
+    """Either of them by its name."""
+    return _padded(x, padding, mirrored=mode == "reflect") if mode in ("reflect", "replicate") else NotImplemented
+
+
+def _padded(x: Tensor, padding: Sequence[int], *, mirrored: bool) -> Repaired:
+    if not takes(x) or not all(isinstance(p, int) and 0 <= p <= _MOST for p in padding):
+        return NotImplemented
+    for place in range(len(padding) // 2):
+        dim, before, after = x.dim() - 1 - place, padding[2 * place], padding[2 * place + 1]
+        last = x.shape[dim] - 1
+        first = [x.narrow(dim, i if mirrored else 0, 1) for i in range(before, 0, -1)]
+        final = [x.narrow(dim, last - i if mirrored else last, 1) for i in range(1, after + 1)]
+        x = torch.cat([*first, x, *final], dim) if before or after else x
+    return x
+
+
+_ATEN = torch.ops.aten
+REPAIRS: dict[Any, Any] = {
+    _ATEN.pad.default: pad,
+    _ATEN.reflection_pad1d.default: reflect,
+    _ATEN.reflection_pad2d.default: reflect,
+    _ATEN.replication_pad1d.default: replicate,
+    _ATEN.replication_pad2d.default: replicate,
+}

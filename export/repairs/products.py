@@ -1,0 +1,52 @@
+"""Products of two computed matrices, as batched ones: XNNPACK packs the second operand of a plain one as a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from edgetune.export.repairs.shapes import is_fixed
+
+_ATEN = torch.ops.aten
+
+
+def batch(program: ExportedProgram) -> None:
+    """Write `mm` and the `matmul` by a matrix as `bmm` where the second operand is not a constant."""
+    signature = program.graph_signature
+    constants = {
+        *signature.inputs_to_parameters,
+        *signature.inputs_to_buffers,
+        *signature.inputs_to_lifted_tensor_constants,
+    }
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target not in (_ATEN.mm.default, _ATEN.matmul.default):
+            continue
+        left, right = node.args
+        if right.name in constants or "quantize" in str(right.target) or _rank(left) < 2 or _rank(right) != 2:
+            continue
+        depth, width = left.meta["val"].shape[-1], right.meta["val"].shape[-1]
+        with graph.inserting_before(node):
+            rows = _call(graph, node, _ATEN.reshape.default, (left, [1, -1, depth]))
+            single = _call(graph, node, _ATEN.reshape.default, (right, [1, depth, width]))
+            product = _call(graph, node, _ATEN.bmm.default, (rows, single))
+            flat = _call(graph, node, _ATEN.reshape.default, (product, list(node.meta["val"].shape)))
+        node.replace_all_uses_with(flat)
+        graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A node with the history of `like`, and the value that it computes."""
+    made = graph.call_function(target, args)
+    made.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
+    return made
+
+
+def _rank(node: Any) -> int:
+    """The rank of a tensor of fixed sizes, else -1."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) and is_fixed(value) else -1

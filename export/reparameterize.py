@@ -1,0 +1,219 @@
+"""Fold what was several layers while training into one: parallel branches, and batch norms into the layer before.
+
+Architectures such as MobileOne, RepVGG, RepViT and FastViT bring a method that fuses a block's branches. timm and
+others call it `fuse()`, which returns the new block, or `reparameterize()` or `switch_to_deploy()`, which change
+the block in place. It is found by its name, so that no library of models is imported here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.overrides import TorchFunctionMode
+
+from edgetune.technique import Inputs, call, logits_of, shortened
+
+_IN_PLACE = ("reparameterize", "switch_to_deploy")
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = {
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+    nn.functional.linear,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was folded, and what it changed on the example. Differences are relative to the largest logit."""
+
+    branches: tuple[str, ...] = ()  # modules that fused their own branches
+    norms: tuple[str, ...] = ()  # batch norms folded into the layer before them
+    refused: tuple[str, ...] = ()  # what was kept as it was, and why
+    difference: float = 0.0
+
+    def __str__(self) -> str:
+        done = [f"{len(self.branches)} blocks fused"] if self.branches else []
+        done += [f"{len(self.norms)} batch norms folded"] if self.norms else []
+        text = f"{', '.join(done)}; logits differ by {self.difference:.1e}" if done else "nothing folded"
+        return "\n".join([text, *(f"kept: {reason}" for reason in self.refused)])
+
+
+def reparameterize(
+    model: nn.Module, example_inputs: Inputs, *, max_difference: float = 1e-4
+) -> tuple[nn.Module, Report]:
+    """Fuse branches, then fold batch norms, on a copy. `model`, in eval mode, stays as it was.
+
+    A step that changes a logit of the example by more than `max_difference` of the largest logit is taken back, and
+    the report says so. Where nothing can be folded, the model itself comes back.
+    """
+    if model.training or not (_fusible(model) or _has_norms(model)):
+        return model, Report()
+    with torch.no_grad():
+        wanted = logits_of(call(model, example_inputs)).clone()
+        kept, branches, refused = _step(model, example_inputs, wanted, max_difference, _fuse_branches)
+        norms: tuple[str, ...] = ()
+        if _has_norms(kept):
+            kept, norms, more = _step(
+                kept, example_inputs, wanted, max_difference, lambda copied: _fold_norms(copied, example_inputs)
+            )
+            refused += more
+        difference = _difference(kept, example_inputs, wanted) if branches or norms else 0.0
+    return kept, Report(branches, norms, refused, difference)
+
+
+def _step(
+    model: nn.Module,
+    inputs: Inputs,
+    wanted: Tensor,
+    most: float,
+    change: Callable[[nn.Module], tuple[list[str], list[str]]],
+) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
+    """Apply `change` to a copy: the copy where it still computes the same, else the model as it was."""
+    changed = copy.deepcopy(model)
+    done, refused = change(changed)
+    if not done:
+        return model, (), tuple(refused)
+    found = _difference(changed, inputs, wanted)
+    if found <= most:
+        return changed, tuple(done), tuple(refused)
+    return model, (), (*refused, f"{shortened(done, 4)}: the logits would differ by {found:.1e}")
+
+
+def _difference(model: nn.Module, inputs: Inputs, wanted: Tensor) -> float:
+    """Largest difference of a logit, relative to the largest logit; infinite where it cannot be compared."""
+    try:
+        got = logits_of(call(model, inputs))
+    except Exception:  # a fused block that no longer fits its neighbours raises anything
+        return float("inf")
+    if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def _fusible(model: nn.Module) -> bool:
+    return any(_method(module) for module in model.modules())
+
+
+def _has_norms(model: nn.Module) -> bool:
+    return any(isinstance(module, _NORMS) for module in model.modules())
+
+
+def _method(module: nn.Module) -> str:
+    """The method by which this module fuses itself, empty without one."""
+    for name in ("fuse", *_IN_PLACE):
+        method = getattr(type(module), name, None)
+        if callable(method) and _takes_nothing(method):
+            return name
+    return ""
+
+
+def _takes_nothing(method: Any) -> bool:
+    try:
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return False
+    flexible = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.default is not p.empty or p.kind in flexible for p in parameters)
+
+
+def _fuse_branches(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Let every block below `model` fuse its branches, from the outside in: an outer one may take inner ones along."""
+    done: list[str] = []
+    refused: list[str] = []
+
+    def walk(parent: nn.Module, prefix: str) -> None:
+        for name, child in list(parent.named_children()):
+            method, path = _method(child), f"{prefix}{name}"
+            if method:
+                before = copy.deepcopy(child)
+                try:
+                    found = getattr(child, method)()
+                except Exception as error:  # written by others for blocks that hold what they expect
+                    refused.append(f"{path}: {method}() raised {type(error).__name__}: {error}")
+                    found = before
+                else:
+                    done.append(path)
+                child = found if isinstance(found, nn.Module) else child
+                setattr(parent, name, child)
+            walk(child, f"{path}.")
+
+    walk(model, "")
+    return done, refused
+
+
+def _fold_norms(model: nn.Module, inputs: Inputs) -> tuple[list[str], list[str]]:
+    """Fold each batch norm that reads the output of a convolution or linear layer which nothing else reads."""
+    layers = {id(m.weight): m for m in model.modules() if isinstance(m, (*_CONVS, nn.Linear))}
+    norms = {id(m.running_mean): (name, m) for name, m in model.named_modules() if isinstance(m, _NORMS)}
+    seen = _Calls()
+    with seen:
+        call(model, inputs)
+    done, refused = [], []
+    for weight, mean, produced in seen.pairs:
+        layer, (name, norm) = layers.get(weight), norms.get(mean, ("", None))
+        alone = seen.readers[produced] == seen.readers[weight] == seen.readers[mean] == 1
+        if layer is None or norm is None or not name or not alone or norm.running_mean is None:
+            continue
+        if getattr(layer, "transposed", False) and getattr(layer, "groups", 1) > 1:
+            refused.append(f"{name}: behind a transposed convolution in groups")
+            continue
+        _fold(layer, norm)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, _rest(norm))
+        done.append(name)
+    return done, refused
+
+
+class _Calls(TorchFunctionMode):
+    """Which layer's output each batch norm reads, and how often tensors are read, by identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[int, int, int]] = []  # of weight, running mean and the tensor between them
+        self.readers: Counter[int] = Counter()
+        self._made: dict[int, tuple[Tensor, int]] = {}  # holds the tensors, so that no identity is used twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if next(_tensors(result), None) is not None:  # else it looked at a shape or a type
+            self.readers.update(id(tensor) for tensor in _tensors([*args, *kwargs.values()]))
+        if func in _LAYERS and len(args) > 1:
+            self._made[id(result)] = (result, id(args[1]))
+            self.readers[id(result)] = 0  # a tensor that is gone may have had the same identity
+        elif func is nn.functional.batch_norm and id(args[0]) in self._made:
+            self.pairs.append((self._made[id(args[0])][1], id(args[1]), id(args[0])))
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _fold(layer: nn.Module, norm: Any) -> None:
+    """Put the scale and shift of `norm` into `layer`."""
+    known: Any = layer
+    moments = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    if isinstance(layer, nn.Linear):
+        known.weight, known.bias = fuse_linear_bn_weights(known.weight, known.bias, *moments)
+    else:
+        transposed = bool(known.transposed)
+        known.weight, known.bias = fuse_conv_bn_weights(known.weight, known.bias, *moments, transpose=transposed)
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What a batch norm does beside normalizing: timm's carry a dropout and an activation."""
+    after = [child for _, child in norm.named_children()]
+    return nn.Sequential(*after) if after else nn.Identity()

@@ -1,0 +1,56 @@
+"""The backends that a program can be lowered to, and what each needs. One target, one file."""
+
+from __future__ import annotations
+
+from edgetune.export.targets.coreml import COREML
+from edgetune.export.targets.cuda import CUDA
+from edgetune.export.targets.ethos_u import ETHOS_U
+from edgetune.export.targets.forms import Form, form_of
+from edgetune.export.targets.mps import MPS
+from edgetune.export.targets.openvino import OPENVINO
+from edgetune.export.targets.portable import PORTABLE
+from edgetune.export.targets.qnn import QNN
+from edgetune.export.targets.target import Target, Way
+from edgetune.export.targets.tosa import TOSA
+from edgetune.export.targets.vulkan import VULKAN
+from edgetune.export.targets.xnnpack import XNNPACK
+from edgetune.technique import EdgetuneError, Exit
+
+__all__ = ["TARGETS", "Form", "Target", "Way", "available", "find", "for_device", "form_of"]
+
+TARGETS = {
+    target.name: target for target in (XNNPACK, PORTABLE, COREML, MPS, VULKAN, OPENVINO, ETHOS_U, TOSA, QNN, CUDA)
+}
+
+
+def find(name: str) -> Target:
+    """The target of that name."""
+    if name not in TARGETS:
+        raise EdgetuneError("unknown target", got=name, allowed=TARGETS, exit_code=Exit.EXPORT)
+    return TARGETS[name]
+
+
+def for_device(device: str | None, target: str | None) -> Target:
+    """The target that was asked for, or the one that the device prefers, for its chip; without both, XNNPACK."""
+    if device is None:
+        return find(target or "xnnpack")
+    from edgetune.profile.device import load
+
+    known = load(device)
+    if target is not None and target not in (*known.targets, "portable"):
+        raise EdgetuneError(
+            f"{device} does not run this target",
+            got=target,
+            allowed=[*known.targets, "portable"],
+            exit_code=Exit.EXPORT,
+        )
+    return find(target or known.targets[0]).for_soc(known.soc)
+
+
+def available() -> dict[str, str]:
+    """Every target this machine can lower to, with whether it can also run what comes out."""
+    found = {}
+    for name, target in TARGETS.items():
+        if not target.lacks():
+            found[name] = "lowers and runs here" if target.runs_here else "lowers here; cannot be run on this machine"
+    return found

@@ -1,0 +1,50 @@
+"""The forms that a captured model's numbers can have: plain floats, or quantized in one of the ways we know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.export import ExportedProgram
+
+Form = Literal["fp32", "fp16", "bf16", "int8", "8da4w", "weights-only"]
+
+_FLOATS: dict[torch.dtype, Form] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Told:
+    """A form in words, and how a model comes to it (empty: nothing of ours leads there)."""
+
+    told: str
+    way: str
+
+
+FORMS: dict[Form, Told] = {
+    "fp32": Told("fp32", "export the model before it is quantized, in fp32"),
+    "fp16": Told("fp16", "convert the model: model.half()"),
+    "bf16": Told("bf16", "convert the model: model.bfloat16()"),
+    "int8": Told("static int8", "quantize it first, with this target's own quantizer: Target.quantizer"),
+    "8da4w": Told("4 or 8-bit weights with dynamic 8-bit activations", "quantize it first: et.Int4()"),
+    "weights-only": Told("quantized weights with float activations", ""),
+}
+
+
+def form_of(program: ExportedProgram) -> Form:
+    """The form of a captured program: how it is quantized, or else the type of its largest float parameters.
+
+    Dynamic activations count before static ones, and both before tables that are only stored in 8 bits.
+    """
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    if any("choose_qparams" in name for name in names):
+        return "8da4w"
+    if any(".quantize_per" in name or "::quantize_per" in name for name in names):
+        return "int8"
+    if any("dequantize_" in name for name in names):
+        return "weights-only"
+    elements: dict[torch.dtype, int] = {}
+    for tensor in program.state_dict.values():
+        if tensor.is_floating_point():
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    return _FLOATS.get(max(elements, key=lambda dtype: elements[dtype]), "fp32") if elements else "fp32"

@@ -1,0 +1,48 @@
+"""OpenVINO: Intel's CPU, GPU and NPU. Lowers and runs on an x86 Linux host where the package is."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+from typing import Any
+
+from edgetune.export.targets.target import Target
+from edgetune.quiet import quiet
+
+
+def _missing() -> str:
+    if importlib.util.find_spec("openvino") is None:
+        return "no module named 'openvino'"
+    # executorch's package imports its quantizer last, which wants an nncf that does not go with this torch; the
+    # partitioner is loaded by then, and stays
+    with contextlib.suppress(ImportError), quiet():
+        importlib.import_module("executorch.backends.openvino")
+    return ""
+
+
+def _build(kind: Any, target: Target) -> Any:
+    from executorch.exir.backend.backend_details import CompileSpec
+
+    class Silent(kind):  # type: ignore[misc]
+        """The stock one prints every operator that it leaves out."""
+
+        def partition(self, exported_program: Any) -> Any:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return super().partition(exported_program)
+
+    return Silent([CompileSpec("device", target.chip.encode())])
+
+
+OPENVINO = Target(
+    name="openvino",
+    serves="Intel CPU, GPU and NPU",
+    partitioner="executorch.backends.openvino.partitioner:OpenvinoPartitioner",
+    takes=("fp32", "fp16"),
+    runtime="OpenvinoBackend",
+    install='pip install "edgetune[openvino]" (Linux)',
+    chip="CPU",
+    missing=_missing,
+    build=_build,
+)

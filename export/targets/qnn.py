@@ -1,0 +1,93 @@
+"""Qualcomm AI Engine Direct: the Hexagon NPU of Snapdragon phones. Lowers where Qualcomm's SDK is.
+
+Importing executorch's Qualcomm package fetches that SDK when it is not there, so nothing is imported before it is
+found. The steps are those of `to_edge_transform_and_lower_to_qnn`, which takes modules where we have a program.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from edgetune.export.targets.forms import form_of
+from edgetune.export.targets.target import Target, Way
+
+
+def _missing() -> str:
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"Qualcomm's compiler runs on x86 Linux, this is {platform.system()} {platform.machine()}"
+    root = os.environ.get("QNN_SDK_ROOT", "")
+    if not root:
+        return "Qualcomm's AI Engine Direct SDK is not here: QNN_SDK_ROOT is not set"
+    if not (Path(root) / "lib" / "x86_64-linux-clang" / "libQnnHtp.so").is_file():
+        return f"QNN_SDK_ROOT={root} holds no lib/x86_64-linux-clang/libQnnHtp.so"
+    return "" if importlib.util.find_spec("cpuinfo") else "no module named 'cpuinfo'"
+
+
+def _specs(target: Target, *, quantized: bool) -> Any:
+    from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset
+    from executorch.backends.qualcomm.utils import utils
+
+    options = utils.generate_htp_compiler_spec(use_fp16=not quantized)
+    chip = getattr(QcomChipset, target.chip)
+    return utils.generate_qnn_executorch_compiler_spec(soc_model=chip, backend_options=options)
+
+
+def _build(kind: Any, target: Target) -> Any:
+    return kind(_specs(target, quantized=False))
+
+
+def _way(program: ExportedProgram, target: Target) -> Way:
+    target.partitioners()  # says what is missing
+    from executorch.backends.qualcomm.partition.qnn_partitioner import QnnPartitioner
+    from executorch.backends.qualcomm.serialization.qc_schema import QnnExecuTorchBackendType
+    from executorch.backends.qualcomm.utils import utils
+    from executorch.backends.qualcomm.utils.qnn_manager_lifecycle import QnnManagerContext
+
+    specs = _specs(target, quantized=form_of(program) == "int8")
+    passes = utils.get_qnn_pass_manager_cls(QnnExecuTorchBackendType.kHtpBackend)()
+    ready = passes.transform_for_export_pipeline(program)
+    return Way(
+        program=ready,
+        partitioners=(QnnPartitioner(specs),),
+        passes=passes.get_to_edge_transform_passes(ready, compiler_specs=specs),
+        config=utils.qnn_edge_config(),
+        around=QnnManagerContext({"forward": specs}),
+    )
+
+
+def _quantizer(target: Target, per_channel: bool) -> Any:
+    target.partitioners()
+    from executorch.backends.qualcomm.quantizer.quantizer import QnnQuantizer
+
+    return QnnQuantizer()
+
+
+QNN = Target(
+    name="qnn",
+    serves="the Hexagon NPU of Snapdragon phones",
+    partitioner="executorch.backends.qualcomm.partition.qnn_partitioner:QnnPartitioner",
+    takes=("fp32", "int8"),
+    install=(
+        "install Qualcomm's AI Engine Direct SDK, set QNN_SDK_ROOT to it and put its lib/x86_64-linux-clang on "
+        "LD_LIBRARY_PATH, then pip install py-cpuinfo"
+    ),
+    chip="SM8650",
+    chips=(
+        ("Snapdragon 8 Gen 1", "SM8450"),
+        ("Snapdragon 8+ Gen 1", "SM8475"),
+        ("Snapdragon 8 Gen 2", "SM8550"),
+        ("Snapdragon 8 Gen 3", "SM8650"),
+        ("Snapdragon 8 Elite Gen 5", "SM8850"),
+        ("Snapdragon 8 Elite", "SM8750"),
+    ),
+    missing=_missing,
+    build=_build,
+    way=_way,
+    quantizer=_quantizer,
+)

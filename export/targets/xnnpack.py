@@ -1,0 +1,13 @@
+"""XNNPACK: the CPU of phones, boards and computers. What it leaves out runs on portable kernels."""
+
+from __future__ import annotations
+
+from edgetune.export.targets.target import WHEEL, Target
+
+XNNPACK = Target(
+    name="xnnpack",
+    serves="the CPU of Android, iOS, Raspberry Pi, Jetson and computers",
+    partitioner="executorch.backends.xnnpack.partition.xnnpack_partitioner:XnnpackPartitioner",
+    takes=("fp32", "fp16", "bf16", "int8", "8da4w", "weights-only"),
+    runtime=WHEEL,
+)

