@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,11 +19,13 @@ from edgetune.technique import EdgetuneError, Exit
 _Manifest = TypeVar("_Manifest", bound=BaseModel)
 
 
-class _Value(BaseModel):
+class Value(BaseModel):
+    """Base of what stands in a manifest."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TensorSpec(_Value):
+class TensorSpec(Value):
     """One input or output of the program."""
 
     name: str
@@ -30,10 +33,11 @@ class TensorSpec(_Value):
     dtype: str  # "int64", "float32"
 
 
-class Manifest(_Value):
+class Manifest(Value):
     """What `model.json` holds."""
 
     format: Literal[1] = 1
+    kind: Literal["model"] = "model"
     target: str
     device: str | None  # the device it was made for, if one was named
     inputs: tuple[TensorSpec, ...]
@@ -62,33 +66,7 @@ class Artifact:
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
         """Read the manifest of the `.pte` at `path` and check that it describes that very file."""
-        path = Path(path)
-        beside = manifest_path(path)
-        for file in (path, beside):
-            if not file.is_file():
-                raise EdgetuneError(
-                    "no such file", got=str(file), action="export the model first", exit_code=Exit.EXPORT
-                )
-        try:
-            manifest = Manifest.model_validate_json(beside.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise EdgetuneError(
-                f"the manifest cannot be read: {error.errors()[0]['msg']}",
-                where=str(beside),
-                action="export the model again",
-                exit_code=Exit.EXPORT,
-            ) from error
-        found = sha256_of(path.read_bytes())
-        if found != manifest.sha256:
-            raise EdgetuneError(
-                "the program is not the one that its manifest describes",
-                where=str(path),
-                got=found,
-                allowed=[manifest.sha256],
-                action="export the model again",
-                exit_code=Exit.EXPORT,
-            )
-        return cls(path=path, manifest=manifest)
+        return cls(path=Path(path), manifest=read_manifest(Path(path), Manifest))
 
     def program(self) -> Program:
         """The ledger's summary."""
@@ -104,6 +82,39 @@ class Artifact:
             leftovers=known.leftovers,
             parity=known.parity,
         )
+
+
+def read_manifest(path: Path, kind: type[_Manifest]) -> _Manifest:
+    """The manifest beside the `.pte` at `path`, of this kind and of that very file."""
+    beside = manifest_path(path)
+    for file in (path, beside):
+        if not file.is_file():
+            raise unusable("no such file", file)
+    try:
+        told = json.loads(beside.read_text(encoding="utf-8"))
+        wanted = kind.model_fields["kind"].default
+        if isinstance(told, dict) and told.get("kind", "model") != wanted:
+            raise unusable("a program of another kind", path, got=told["kind"], allowed=[wanted])
+        manifest = kind.model_validate(told, strict=False)
+    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise unusable(f"the manifest cannot be read: {what}", beside) from error
+    check_bytes(path, manifest.sha256)  # type: ignore[attr-defined]
+    return manifest
+
+
+def check_bytes(file: Path, sha256: str) -> None:
+    """Raise unless these are the bytes that a manifest names."""
+    found = sha256_of(file.read_bytes())
+    if found != sha256:
+        raise unusable("the file is not the one that its manifest describes", file, got=found, allowed=[sha256])
+
+
+def unusable(what: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:
+    """What is wrong with a program or a file beside it."""
+    return EdgetuneError(
+        what, where=str(where), got=got, allowed=allowed, action="export the model again", exit_code=Exit.EXPORT
+    )
 
 
 def manifest_path(path: Path) -> Path:

@@ -77,7 +77,7 @@ TASKS = {
         model=ModelSettings(source="smollm2", max_length=256),
         data=DataSettings(source="conversations"),
         batch_size=4, tokens=256, lora=("*.?_proj", "*.gate_proj", "*.up_proj", "*.down_proj"), head="frozen",
-        budget_mib=1000, updates=120, epoch_rows=64,
+        budget_mib=920, updates=120, epoch_rows=64,
         methods=("full", "full-light", "lora", "last-1", "last-2", "auto"),  # has no biases
         rates={"full": 1e-4, "lora": 1e-3, "last-1": 1e-3, "last-2": 1e-3, "auto": 7e-4},
     ),

@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from edgetune.export.artifact import TensorSpec, manifest_path, sha256_of
+from edgetune.export.artifact import TensorSpec, Value, check_bytes, read_manifest, unusable
 from edgetune.ledger import Leftover, Parity, Program
 from edgetune.profile.operators import Operator
-from edgetune.technique import EdgetuneError, Exit
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TokenizerSpec(_Value):
+class TokenizerSpec(Value):
     """The tokenizer beside the program, and how a prompt becomes a chat."""
 
     file: str  # in the program's folder: tokenizer.json as Hugging Face's tokenizers write it
@@ -27,7 +20,7 @@ class TokenizerSpec(_Value):
     special_tokens: dict[str, str]  # what the template may name: bos_token, eos_token
 
 
-class LanguageParity(_Value):
+class LanguageParity(Value):
     """The program's greedy tokens beside the eager model's.
 
     The eager model reads the prompt and the program's tokens at once and gives its own choice at each place. Where
@@ -47,7 +40,7 @@ class LanguageParity(_Value):
         return 100.0 * self.same_tokens / self.tokens
 
 
-class LanguageManifest(_Value):
+class LanguageManifest(Value):
     """What `model.json` holds for a language program.
 
     The program's one method `forward` takes `tokens` (1, n), n from 1 to `prefill_tokens`, and `position` (1,), the
@@ -98,22 +91,10 @@ class LanguageArtifact:
     @classmethod
     def load(cls, path: str | Path) -> LanguageArtifact:
         """Read the manifest of the `.pte` at `path`, and check that it describes that file and the tokenizer."""
-        path = Path(path)
-        beside = manifest_path(path)
-        for file in (path, beside):
-            if not file.is_file():
-                raise _unusable("no such file", str(file))
-        try:
-            manifest = LanguageManifest.model_validate_json(beside.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            what = f"the manifest is not a language program's: {error.errors()[0]['msg']}"
-            raise _unusable(what, str(beside)) from error
-        found = cls(path=path, manifest=manifest)
+        found = cls(path=Path(path), manifest=read_manifest(Path(path), LanguageManifest))
         if not found.tokenizer_path.is_file():
-            raise _unusable("no such file", str(found.tokenizer_path))
-        for file, wanted in ((path, manifest.sha256), (found.tokenizer_path, manifest.tokenizer.sha256)):
-            if sha256_of(file.read_bytes()) != wanted:
-                raise _unusable("the file is not the one that the manifest describes", str(file))
+            raise unusable("no such file", found.tokenizer_path)
+        check_bytes(found.tokenizer_path, found.manifest.tokenizer.sha256)
         return found
 
     def program(self) -> Program:
@@ -142,7 +123,3 @@ class LanguageArtifact:
 def tokenizer_path(path: Path) -> Path:
     """`model.tokenizer.json` for `model.pte`."""
     return path.with_name(f"{path.stem}.tokenizer.json")
-
-
-def _unusable(what: str, where: str) -> EdgetuneError:
-    return EdgetuneError(what, where=where, action="export the language model again", exit_code=Exit.EXPORT)

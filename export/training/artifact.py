@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from edgetune.export.artifact import TensorSpec, manifest_path, sha256_of
+from edgetune.export.artifact import TensorSpec, Value, read_manifest
 from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
-from edgetune.technique import EdgetuneError, Exit
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SliceSpec(_Value):
+class SliceSpec(Value):
     """Which channels of a layer's weight a `slice` stands for."""
 
     layer: str
@@ -26,7 +19,7 @@ class SliceSpec(_Value):
     indices: tuple[int, ...]
 
 
-class TrainingParity(_Value):
+class TrainingParity(Value):
     """The program's losses beside those of eager SGD, step by step from the same weights on the same batches."""
 
     steps: int
@@ -35,7 +28,7 @@ class TrainingParity(_Value):
     losses: tuple[float, ...]  # the program's
 
 
-class TrainingManifest(_Value):
+class TrainingManifest(Value):
     """What `model.json` holds for a training program."""
 
     format: Literal[1] = 1
@@ -70,21 +63,4 @@ class TrainingArtifact:
     @classmethod
     def load(cls, path: str | Path) -> TrainingArtifact:
         """Read the manifest of the `.pte` at `path` and check that it describes that very file."""
-        path = Path(path)
-        beside = manifest_path(path)
-        for file in (path, beside):
-            if not file.is_file():
-                raise _unusable("no such file", str(file))
-        try:
-            manifest = TrainingManifest.model_validate_json(beside.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise _unusable(
-                f"the manifest is not a training program's: {error.errors()[0]['msg']}", str(beside)
-            ) from error
-        if sha256_of(path.read_bytes()) != manifest.sha256:
-            raise _unusable("the program is not the one that its manifest describes", str(path))
-        return cls(path=path, manifest=manifest)
-
-
-def _unusable(what: str, where: str) -> EdgetuneError:
-    return EdgetuneError(what, where=where, action="export the training program again", exit_code=Exit.EXPORT)
+        return cls(path=Path(path), manifest=read_manifest(Path(path), TrainingManifest))
