@@ -66,7 +66,7 @@ class Process:
 
 
 def chosen(task: str, rounds: int) -> Any:
-    """The scheme of `auto`, within the time that the others' steps leave it, less what noise and prediction may miss."""
+    """The scheme of `auto`, within the time that the others' steps leave it, less what noise may take."""
     workers = {method: Process(task, method) for method in ("full", "lora")}
     times = {method: [worker.ask("step") for _ in range(rounds)] for method, worker in workers.items()}
     for worker in workers.values():
