@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgetune.cli_devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.generating import Generation
 
 
 def generate(
@@ -24,7 +27,6 @@ def generate(
     """Let an exported language model answer; the text goes to stdout as it comes, what it cost to stderr."""
     from dataclasses import asdict
 
-    from edgetune.generating import Generation
     from edgetune.generating import generate as generate_
 
     def heard(text: str) -> None:
@@ -32,7 +34,7 @@ def generate(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    found: Generation = generate_(
+    found = generate_(
         program,
         prompt,
         max_tokens=max_tokens,
@@ -50,11 +52,8 @@ def generate(
     return 0
 
 
-def summary(found: object) -> str:
+def summary(found: Generation) -> str:
     """One line about the cost of an answer."""
-    from edgetune.generating import Generation
-
-    assert isinstance(found, Generation)
     decode = f"{found.decode_tokens_per_s:.1f} tokens/s" if found.decode_tokens_per_s is not None else "none"
     return (
         f"prefill {found.prompt_tokens} tokens, {found.prefill_tokens_per_s:.1f} tokens/s; "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from edgetune.technique import EdgetuneError, Exit
 
 if TYPE_CHECKING:
+    from edgetune.export.language.artifact import LanguageArtifact
     from edgetune.export.language.run import Answer, Asked
 
 MAX_TOKENS = 256
@@ -86,12 +87,10 @@ def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) 
 
 
 def _asked(
-    artifact: object, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
+    artifact: LanguageArtifact, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
 ) -> Asked:
-    from edgetune.export.language.artifact import LanguageArtifact
     from edgetune.export.language.run import Asked
 
-    assert isinstance(artifact, LanguageArtifact)
     known = artifact.manifest
     if len(prompt) > known.max_tokens:
         raise EdgetuneError(

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgetune.export import operators, remedies
-from edgetune.export.lower import Positional, capture, marked, prepare
+from edgetune.export.lower import Positional, as_program, capture, marked, prepare
 from edgetune.export.targets import Target
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Inputs, tensors_of
@@ -56,20 +56,9 @@ def lint(model: nn.Module, example_inputs: Inputs, target: Target) -> tuple[Find
     The model is captured as `export` does it, and the backend's partitioner is asked which operators it takes.
     """
     found = [*_inputs(example_inputs), *_layers(model)]
-    modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    try:
-        model.eval()
-        if caches:
-            config.use_cache = False  # type: ignore[union-attr]
-        tensors = tuple(t.detach().cpu().contiguous() for t in tensors_of(example_inputs))
-        found += _graph(Positional(model, example_inputs).eval(), tensors, target)
-    finally:
-        if caches:
-            config.use_cache = caches  # type: ignore[union-attr]
-        for module, training in modes.items():
-            module.training = training
+    tensors = tuple(t.detach().cpu().contiguous() for t in tensors_of(example_inputs))
+    with as_program(model, example_inputs) as program:
+        found += _graph(program, tensors, target)
     return tuple(sorted(found, key=lambda finding: (_ORDER.index(finding.severity), -finding.macs_pct)))
 
 

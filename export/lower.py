@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +21,11 @@ from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
 from edgetune.ledger import Leftover
+from edgetune.modes import undisturbed
 from edgetune.profile.operators import Operator
 from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Inputs, call, logits_of
+from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of, shortened
+from edgetune.wrapped import is_wrapped
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,33 @@ class Positional(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         """The logits for one tensor per input."""
         return logits_of(call(self.model, dict(zip(self.names, tensors)) if self.names else tensors))  # noqa: B905
+
+
+@contextmanager
+def as_program(model: nn.Module, inputs: Inputs) -> Iterator[Positional]:
+    """The model in eval mode, on the CPU and without a key-value cache; put back as it was afterwards."""
+    config = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    with undisturbed(model):
+        try:
+            if caches:
+                config.use_cache = False  # type: ignore[union-attr]
+            here = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
+            yield Positional(here, inputs).eval()
+        finally:
+            if caches:
+                config.use_cache = caches  # type: ignore[union-attr]
+
+
+def check_plain(model: nn.Module) -> None:
+    """A weight that is computed in the forward pass is not seen as a constant and stays with slow kernels."""
+    found = [name for name, layer in model.named_modules() if is_wrapped(layer)]
+    if found:
+        raise EdgetuneError(
+            f"the model still has layers that carry something extra: {shortened(found, 4)}",
+            action="fold them first: model = et.finalize(model)",
+            exit_code=Exit.EXPORT,
+        )
 
 
 def lower(model: nn.Module, inputs: tuple[Tensor, ...], target: Target) -> Lowered:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,3 +309,11 @@ def _bound(size: Any) -> int:
 def _elements(shape: tuple[int, ...]) -> int:
     """How many values; 0 where that is known only while running."""
     return math.prod(shape)
+
+
+def delegated_pct(operators: Sequence[Operator]) -> tuple[float, float]:
+    """What the backend takes: the share of the multiply-accumulates, and of the operators."""
+    taken = [operator for operator in operators if operator.delegated]
+    macs = sum(operator.macs for operator in operators)
+    taken_macs = sum(operator.macs for operator in taken)
+    return 100.0 * taken_macs / macs if macs else 0.0, 100.0 * len(taken) / len(operators) if operators else 0.0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,15 +11,14 @@ from torch import Tensor, nn
 
 from edgetune.export import targets, verify
 from edgetune.export.artifact import Artifact, Manifest, TensorSpec, sha256_of, write_pair
-from edgetune.export.lower import Lowered, Positional, lower
+from edgetune.export.lower import Lowered, Positional, as_program, check_plain, lower
+from edgetune.export.operators import delegated_pct
 from edgetune.export.targets import Target
 from edgetune.export.verify import Bounds
 from edgetune.ledger import Parity
-from edgetune.profile.operators import Operator
 from edgetune.quiet import quiet
 from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit, Inputs, device_of, rows_of, shortened, tensors_of
-from edgetune.wrapped import is_wrapped
+from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
 
 __all__ = ["Bounds", "export_program"]
 
@@ -43,10 +40,10 @@ def export_program(
         raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
     chosen = targets.for_device(device, target)
     chosen.partitioners()  # says what is missing before any work
-    _check_plain(model)
+    check_plain(model)
     example = _rows(example_inputs, "the example inputs")[0]
     rows = [row for inputs in check_inputs or [example_inputs] for row in _rows(inputs, "check_inputs", example)]
-    with _as_program(model, example_inputs) as program:
+    with as_program(model, example_inputs) as program:
         lowered = lower(program, example, chosen)
 
         def prove(partial: Path) -> Manifest:
@@ -67,17 +64,6 @@ def _prove(
     parity, outputs = verify.compare(partial, program, rows, mask)
     verify.check(parity, bounds)
     return parity, outputs
-
-
-def _check_plain(model: nn.Module) -> None:
-    """A weight that is computed in the forward pass is not seen as a constant and stays with slow kernels."""
-    found = [name for name, layer in model.named_modules() if is_wrapped(layer)]
-    if found:
-        raise EdgetuneError(
-            f"the model still has layers that carry something extra: {shortened(found, 4)}",
-            action="fold them first: model = et.finalize(model)",
-            exit_code=Exit.EXPORT,
-        )
 
 
 def _rows(inputs: Inputs, what: str, like: tuple[Tensor, ...] | None = None) -> list[tuple[Tensor, ...]]:
@@ -103,25 +89,6 @@ def _rows(inputs: Inputs, what: str, like: tuple[Tensor, ...] | None = None) -> 
     return rows
 
 
-@contextlib.contextmanager
-def _as_program(model: nn.Module, inputs: Inputs) -> Iterator[Positional]:
-    """The model in eval mode, on the CPU and without a key-value cache; put back as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    try:
-        model.eval()
-        if caches:
-            config.use_cache = False  # type: ignore[union-attr]
-        here = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
-        yield Positional(here, inputs).eval()
-    finally:
-        if caches:
-            config.use_cache = caches  # type: ignore[union-attr]
-        for module, training in modes.items():
-            module.training = training
-
-
 def _specs(tensors: tuple[Tensor, ...], names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
@@ -137,7 +104,7 @@ def _manifest(
     outputs: tuple[TensorSpec, ...],
     parity: Parity | None,
 ) -> Manifest:
-    taken = [operator for operator in lowered.operators if operator.delegated]
+    macs_pct, operators_pct = delegated_pct(lowered.operators)
     return Manifest(
         target=target.name,
         device=device,
@@ -148,22 +115,14 @@ def _manifest(
         sha256=sha256_of(lowered.data),
         versions={name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")},
         delegates=lowered.delegates,
-        delegated_macs_pct=_share(_macs(taken), _macs(lowered.operators)),
-        delegated_operators_pct=_share(len(taken), len(lowered.operators)),
+        delegated_macs_pct=macs_pct,
+        delegated_operators_pct=operators_pct,
         leftovers=lowered.leftovers,
         operators=lowered.operators,
         parity=parity,
         folded=str(lowered.folded),
         note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
     )
-
-
-def _macs(operators: Sequence[Operator]) -> int:
-    return sum(operator.macs for operator in operators)
-
-
-def _share(part: int, whole: int) -> float:
-    return 100.0 * part / whole if whole else 0.0
 
 
 def version_of(package: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.overrides import TorchFunctionMode
 
+from edgetune.sparse.frozen import tensors_in
 from edgetune.technique import Inputs, call, logits_of, shortened
 
 _IN_PLACE = ("reparameterize", "switch_to_deploy")
@@ -184,22 +185,14 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if next(_tensors(result), None) is not None:  # else it looked at a shape or a type
-            self.readers.update(id(tensor) for tensor in _tensors([*args, *kwargs.values()]))
+        if next(tensors_in(result), None) is not None:  # else it looked at a shape or a type
+            self.readers.update(id(tensor) for tensor in tensors_in([*args, *kwargs.values()]))
         if func in _LAYERS and len(args) > 1:
             self._made[id(result)] = (result, id(args[1]))
             self.readers[id(result)] = 0  # a tensor that is gone may have had the same identity
         elif func is nn.functional.batch_norm and id(args[0]) in self._made:
             self.pairs.append((self._made[id(args[0])][1], id(args[1]), id(args[0])))
         return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _fold(layer: nn.Module, norm: Any) -> None:

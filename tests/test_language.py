@@ -167,7 +167,7 @@ def test_what_is_beside_the_program_must_be_its_own(int4: tuple[Any, LanguageArt
     assert (copied.manifest.bos_id, copied.manifest.eos_ids) == (0, (1,))
     assert copied.manifest.tokenizer.chat_template == TEMPLATE
     copied.tokenizer_path.write_text("{}")
-    with pytest.raises(EdgetuneError, match="not the one that the manifest describes") as caught:
+    with pytest.raises(EdgetuneError, match="not the one that its manifest describes") as caught:
         LanguageArtifact.load(copied.path)
     assert caught.value.exit_code == Exit.EXPORT
 

@@ -133,9 +133,9 @@ def test_what_a_convolution_gives_is_laid_out_channels_last() -> None:
 
 def test_channels_keep_the_layout() -> None:
     x, indices = torch.randn(2, 6, 5, 4), torch.tensor([1, 4])
-    assert torch.equal(onednn.channels_of(x, indices), x[:, indices])
+    assert torch.equal(onednn.select_channels(x, indices), x[:, indices])
     last = x.contiguous(memory_format=torch.channels_last)
-    found = onednn.channels_of(last, indices)
+    found = onednn.select_channels(last, indices)
     assert torch.equal(found, x[:, indices])
     assert onednn.is_channels_last(found)
 

@@ -24,15 +24,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`: `(..., in)`, `(out, in)`, `(out,)` -> `(..., out)`. Records no graph where it `suits`."""
-    if not suits(x, weight, bias):
-        return functional.linear(x, weight, bias)
-    with torch.no_grad():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _product(x, weight, bias) if suits(x, weight, bias) else functional.linear(x, weight, bias)
 
 
 def of_input(gradient: Tensor, weight: Tensor) -> Tensor:
     """`gradient @ weight`: `(..., out)`, `(out, in)` -> `(..., in)`."""
-    return linear(gradient, weight.t()) if suits(gradient, weight.t()) else gradient @ weight
+    return _product(gradient, weight.t()) if suits(gradient, weight.t()) else gradient @ weight
 
 
 def of_weight(gradient: Tensor, x: Tensor) -> Tensor:
@@ -41,8 +38,13 @@ def of_weight(gradient: Tensor, x: Tensor) -> Tensor:
     if not suits(rows.t(), inputs.t()):
         return rows.t() @ inputs
     if rows.shape[1] < inputs.shape[1]:  # oneDNN is faster with few rows in its output
-        return linear(rows.t(), inputs.t())
-    return linear(inputs.t(), rows.t()).t().contiguous()
+        return _product(rows.t(), inputs.t())
+    return _product(inputs.t(), rows.t()).t().contiguous()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -66,7 +68,7 @@ def laid_out_as(gradient: Tensor, weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last) if is_channels_last(gradient) else weight
 
 
-def channels_of(x: Tensor, indices: Tensor) -> Tensor:
+def select_channels(x: Tensor, indices: Tensor) -> Tensor:
     """`x[:, indices]`, in the layout of `x`."""
     if not is_channels_last(x):
         return x.index_select(1, indices)

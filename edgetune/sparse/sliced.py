@@ -194,9 +194,9 @@ class _SlicedConvolution(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         groups = settings[-1]
         if dim == 1:
-            needed = onednn.channels_of(x, indices)
+            needed = onednn.select_channels(x, indices)
         elif groups > 1:
-            needed = onednn.channels_of(x, _inputs_of_groups(indices, weight.shape[0] // groups, weight.shape[1]))
+            needed = onednn.select_channels(x, _inputs_of_groups(indices, weight.shape[0] // groups, weight.shape[1]))
         else:
             needed = x
         ctx.save_for_backward(needed, part, weight if ctx.needs_input_grad[0] else None, indices)
@@ -212,7 +212,7 @@ class _SlicedConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_input = convolved_back(gradient, weight, ctx.shape, ctx.settings)
         if ctx.needs_input_grad[1]:
-            mine = gradient if ctx.dim == 1 else onednn.channels_of(gradient, indices)
+            mine = gradient if ctx.dim == 1 else onednn.select_channels(gradient, indices)
             settings = (*ctx.settings[:-1], ctx.sliced_groups)
             back = torch.ops.aten.convolution_backward
             for_part = back(mine, needed, part, None, *settings, [False, True, False])[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,11 @@ from edgetune.export.language.artifact import (
 from edgetune.export.language.cached import Cached, check_model
 from edgetune.export.language.lower import LoweredLanguage, lower
 from edgetune.export.language.tokenizer import backend, described, encoded
+from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.targets import Target
+from edgetune.files import write_whole
+from edgetune.modes import undisturbed
 from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Exit, device_of
@@ -66,8 +68,8 @@ def export_language(
     path = Path(path)
     chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)
     found = backend(tokenizer)
-    data = found.to_str().encode()
-    spec = described(tokenizer, tokenizer_path(path), sha256_of(data))
+    text = found.to_str()
+    spec = described(tokenizer, tokenizer_path(path), sha256_of(text.encode()))
     with _as_program(model, max_tokens) as program:
         prefill = min(prefill_tokens, max_tokens)  # no more than the cache holds
         facts = _facts(program, found, spec, prefill)
@@ -79,7 +81,7 @@ def export_language(
             if chosen.runs_here:
                 result = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
                 parity.check(result, min_same_prediction_pct)
-            _write(tokenizer_path(path), data)
+            write_whole(tokenizer_path(path), text)
             return _manifest(program, lowered, chosen, device, spec, facts, result)
 
         return LanguageArtifact(path=path, manifest=write_pair(path, lowered.data, prove))
@@ -118,12 +120,8 @@ def _as_program(model: nn.Module, max_tokens: int) -> Iterator[Cached]:
     """The model in eval mode with a cache; put back as it was afterwards."""
     if device_of(model).type != "cpu":
         raise EdgetuneError("a language model is exported on the CPU", got=str(device_of(model)), action="model.cpu()")
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with undisturbed(model):
         yield Cached(model, max_tokens).eval()
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _facts(program: Cached, found: Any, spec: TokenizerSpec, prefill: int) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def _manifest(
     result: LanguageParity | None,
 ) -> LanguageManifest:
     prefill, vocabulary = facts["get_max_seq_len"], facts["get_vocab_size"]
-    macs = [(operator.macs, operator.delegated) for operator in lowered.operators]
+    macs_pct, operators_pct = delegated_pct(lowered.operators)
     packages = ("torch", "executorch", "torchao", "transformers", "tokenizers", "edgetune")
     return LanguageManifest(
         target=target.name,
@@ -188,16 +186,10 @@ def _manifest(
         sha256=sha256_of(lowered.data),
         versions={name: version_of(name) for name in packages},
         delegates=lowered.delegates,
-        delegated_macs_pct=100.0 * sum(m for m, taken in macs if taken) / max(sum(m for m, _ in macs), 1),
-        delegated_operators_pct=100.0 * sum(taken for _, taken in macs) / max(len(macs), 1),
+        delegated_macs_pct=macs_pct,
+        delegated_operators_pct=operators_pct,
         leftovers=lowered.leftovers,
         operators=lowered.operators,
         parity=result,
         note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgetune.export.artifact import TensorSpec, Value, check_bytes, read_manifest, unusable
-from edgetune.ledger import Leftover, Parity, Program
+from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
 
 
@@ -96,28 +96,6 @@ class LanguageArtifact:
             raise unusable("no such file", found.tokenizer_path)
         check_bytes(found.tokenizer_path, found.manifest.tokenizer.sha256)
         return found
-
-    def program(self) -> Program:
-        """The ledger's summary."""
-        known = self.manifest
-        parity = known.parity
-        return Program(
-            path=str(self.path),
-            target=known.target,
-            size_mib=known.size_bytes / 2**20,
-            plan_kib=known.plan_bytes / 2**10,
-            sha256=known.sha256,
-            delegated_macs_pct=known.delegated_macs_pct,
-            delegated_operators_pct=known.delegated_operators_pct,
-            leftovers=known.leftovers,
-            parity=Parity(
-                rows=parity.tokens,
-                same_prediction_pct=parity.same_prediction_pct,
-                max_abs_difference=parity.max_abs_difference,
-            )
-            if parity is not None
-            else None,
-        )
 
 
 def tokenizer_path(path: Path) -> Path:

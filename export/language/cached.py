@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.export.lower import check_plain
 from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit, shortened
-from edgetune.wrapped import is_wrapped
+from edgetune.technique import EdgetuneError, Exit
 
 _NAME = "edgetune-static-cache"
 
@@ -179,13 +179,7 @@ def check_model(model: nn.Module, max_tokens: int) -> None:
             action="load it with AutoModelForCausalLM",
             exit_code=Exit.EXPORT,
         )
-    extra = [name for name, layer in model.named_modules() if is_wrapped(layer)]
-    if extra:
-        raise EdgetuneError(
-            f"the model still has layers that carry something extra: {shortened(extra, 4)}",
-            action="fold them first: model = et.finalize(model)",
-            exit_code=Exit.EXPORT,
-        )
+    check_plain(model)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_tokens < 2 or (room is not None and max_tokens > room):
         raise EdgetuneError(

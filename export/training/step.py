@@ -18,6 +18,7 @@ from torch.export.graph_signature import OutputKind
 
 from edgetune.export import targets
 from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.training import capture, memory, passes, update
 from edgetune.export.training.artifact import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity
@@ -174,8 +175,7 @@ def _manifest(
     parity: TrainingParity,
 ) -> TrainingManifest:  # fmt: skip
     names = tuple(inputs) if isinstance(inputs, dict) else tuple(f"input_{i}" for i in range(len(tensors_of(inputs))))
-    taken = [operator for operator in lowered.operators if operator.delegated]
-    macs = sum(operator.macs for operator in lowered.operators)
+    macs_pct, operators_pct = delegated_pct(lowered.operators)
     return TrainingManifest(
         target=target,
         inputs=tuple(_spec(name, tensor) for name, tensor in zip(names, tensors_of(inputs), strict=True)),
@@ -194,8 +194,8 @@ def _manifest(
         sha256=sha256_of(lowered.data),
         versions={name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")},
         delegates=lowered.delegates,
-        delegated_macs_pct=100.0 * sum(operator.macs for operator in taken) / macs if macs else 0.0,
-        delegated_operators_pct=100.0 * len(taken) / len(lowered.operators) if lowered.operators else 0.0,
+        delegated_macs_pct=macs_pct,
+        delegated_operators_pct=operators_pct,
         leftovers=lowered.leftovers,
         operators=lowered.operators,
         parity=parity,

@@ -100,8 +100,12 @@ class _Operators(Replacing):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or "out" in kwargs:
-            return func(*args, **kwargs) if torch.compiler.is_compiling() else self._without_graph(func, args, kwargs)
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func is Tensor.view:
+            return view(*args, **kwargs)
+        if not torch.is_grad_enabled() or "out" in kwargs:  # nothing is kept; what is left is to be fast
+            return _FAST.get(func, func)(*args, **kwargs)
         if _writes(getattr(func, "__name__", "."), args, kwargs):
             own_output(args or tuple(kwargs.values()))
         if func is functional.multi_head_attention_forward:
@@ -110,17 +114,9 @@ class _Operators(Replacing):
         operator = self.linked.get(func) or self.plain.get(func)
         if operator is not None:
             return func(*args, **kwargs) if in_checkpoint() else self._run(func, operator, args, kwargs)
-        if func is Tensor.view:
-            return view(*args, **kwargs)
         if func in _SHAPES and not kwargs:
             return _SHAPES[func](self.repeats, *args)
         return func(*args, **kwargs)
-
-    def _without_graph(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Nothing is kept; what is left is to be fast."""
-        if func is Tensor.view:
-            return view(*args, **kwargs)
-        return _FAST.get(func, func)(*args, **kwargs)
 
     def _run(self, func: Any, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.scaled_dot_product_attention:
