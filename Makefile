@@ -30,8 +30,8 @@ bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning a
 	$(BIN)/python tests/bench_sparse.py
 	$(BIN)/python tests/bench_training.py
 
-bench-export: $(VENV)/.test  ## families of models through the whole line: parity, delegated share, size (hours)
-	$(BIN)/python tests/bench_export.py
+bench-export: $(VENV)/.test  ## families through the whole line: parity, delegated share, size; language models beside others (hours)
+	$(BIN)/python tests/bench_export.py; first=$$?; $(BIN)/python tests/bench_language.py && exit $$first
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

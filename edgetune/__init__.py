@@ -37,6 +37,7 @@ __all__ = [
     "apply",
     "export",
     "export_language",
+    "export_methods",
     "export_training",
     "finalize",
     "generate",
@@ -50,6 +51,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from edgetune.export.language import export_language
+    from edgetune.export.methods import export_methods
     from edgetune.export.training.run import pull, train_pte
     from edgetune.export.training.step import export_training
     from edgetune.generating import generate
@@ -59,6 +61,7 @@ else:
         "run": "edgetune.pipeline:run",
         "generate": "edgetune.generating:generate",
         "export_language": "edgetune.export.language:export_language",
+        "export_methods": "edgetune.export.methods:export_methods",
         "export_training": "edgetune.export.training.step:export_training",
         "train_pte": "edgetune.export.training.run:train_pte",
         "pull": "edgetune.export.training.run:pull",

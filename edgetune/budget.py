@@ -21,10 +21,11 @@ def verdicts(budgets: Sequence[Budget], ledger: Ledger, least_training_mib: Sequ
 def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[float]) -> Iterator[Verdict]:
     """The least is of this recipe: another one, say with a higher ratio of pruning, may come to less."""
     predicted = next((p for p in ledger.predicted if p.device == load(budget.device).id), None)
+    call = f"predicted for {predicted.call}" if predicted and predicted.call else "predicted"
     trainings = [t.peak_memory_mib for t in ledger.trainings if t.peak_memory_mib is not None]
     program = ledger.program
     found = {
-        "latency_ms": (predicted.latency_ms if predicted else None, "predicted; the least is the low end of its band"),
+        "latency_ms": (predicted.latency_ms if predicted else None, f"{call}; the least is the low end of its band"),
         "peak_memory_mib": (predicted.peak_memory_mib if predicted else None, "predicted"),
         "size_mib": (program.size_mib if program else None, "of the program"),
         "train_memory_mib": (

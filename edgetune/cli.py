@@ -6,18 +6,22 @@ Results go to stdout, progress and errors to stderr. Exit codes: `technique.Exit
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetune import cli_export, cli_generate, cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
 from edgetune.cli_training import Overrides, RecipeName
+
+if TYPE_CHECKING:
+    from edgetune.ledger import Program
 
 app = typer.Typer(help="Fine-tune and compress PyTorch models on and for small devices.", **PLAIN)
 recipes = typer.Typer(help="The golden recipes, and checks for your own.", **PLAIN)
@@ -118,10 +122,13 @@ def run(
 def _plan(recipe: Any, out: Path | None, as_json: bool) -> object:
     """What `--dry-run` prints."""
     from edgetune.outline import outline
+    from edgetune.registry import MODELS
 
     planned = outline(recipe)
+    pictures = "vision" in MODELS.get(recipe.model.source.partition(":")[0], "")
     writes = ["recipe.yaml", "environment.json", "digest.txt", "checkpoints/", "ledger.json", "report.html"]
-    writes += ["model.pte", "model.json"] if recipe.export else []
+    writes += ["model.pte", "model.json", "model.md"] if recipe.export else []
+    writes += ["model.tokenizer.json"] if recipe.export and not pictures else []
     folder = str(out or f"runs/{recipe.name}-NNN")
     if as_json:
         steps = [{"step": p.step, "name": p.name, "detail": p.detail} for p in planned]
@@ -146,7 +153,9 @@ def export(
         str,
         typer.Argument(help="A model (minilm, hf:PATH, timm:NAME), a run folder, or a .pt2 that torch.export saved."),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("model.pte"),
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The program to write, or the kit's folder; default: model.pte.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Lower for this device's preferred target.")] = None,
     target: Annotated[str | None, typer.Option(help="Lower for this target instead.")] = None,
     data: Annotated[
@@ -156,45 +165,78 @@ def export(
     lint: Annotated[
         bool, typer.Option("--lint", help="Only say what would stay off the target, why, and what helps.")
     ] = False,
+    kit: Annotated[
+        str | None,
+        typer.Option(help="Write a folder for android, ios, jetson or linux: program, sample, README; also of a .pte."),
+    ] = None,
     train: Annotated[
         bool, typer.Option("--train", help="MODEL is a recipe: lower its first training, to train on a device.")
     ] = False,
+    language: Annotated[
+        bool, typer.Option("--language", help="A program that talks: with a cache, its tokenizer beside it.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="With --language: places in the cache; default: 512, or the run's.")
+    ] = None,
+    dynamic: Annotated[list[str] | None, typer.Option(help="Free size: tokens=1:64, batch=1:8, INPUT.2=1:8.")] = None,
+    ptd: Annotated[bool, typer.Option("--ptd", help="Weights into model.ptd beside the program.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="With --train: rows of a batch.")] = 8,
     momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="With --train: of SGD.")] = 0.0,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> int:
     """Lower a model to an ExecuTorch program, run it and compare it with the model."""
+    from edgetune.export.dynamic import parsed
     from edgetune.exporting import export_from
     from edgetune.technique import EdgetuneError
 
+    program = out or Path("model.pte")
+    if (dynamic or ptd) and (train or lint or kit):
+        raise EdgetuneError("--dynamic and --ptd go with none of --train, --lint and --kit", action="leave them out")
     if train:
-        if device or data:
+        if device or data or language or max_tokens or kit:
             raise EdgetuneError(
-                "--train takes a recipe, which has data of its own", action="leave out --device, --data"
+                "--train takes a recipe, which has data of its own",
+                action="leave out --device, --data, --language, --max-tokens and --kit",
             )
-        return cli_training.export_training(model, overrides or [], out, rows, momentum, target, as_json)
+        return cli_training.export_training(model, overrides or [], program, rows, momentum, target, as_json)
     if overrides:
         raise EdgetuneError("changes are for recipes", got=overrides, action="add --train, or leave them out")
+    if kit is not None:
+        if lint:
+            raise EdgetuneError("the lint writes nothing, a kit is written", action="leave out --lint or --kit")
+        return cli_export.kit(model, kit, out, device, target, data, language, max_tokens, as_json)
     if lint:
+        if language or max_tokens:
+            what = "the lint looks at a program for a window of tokens, not at one that talks"
+            raise EdgetuneError(what, action="leave out --language and --max-tokens, or --lint")
         return cli_export.lint(model, device, target, data, as_json)
 
     with contextlib.redirect_stdout(sys.stderr):
-        artifact = export_from(model, out, device=device, target=target, data=data)
+        artifact = export_from(
+            model,
+            program,
+            device=device,
+            target=target,
+            data=data,
+            language=language,
+            max_tokens=max_tokens,
+            dynamic=parsed(dynamic or []),
+            external_data=ptd,
+        )
     printed(
-        artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_manifest(artifact.manifest)}"
+        artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_program(artifact.program())}"
     )
     return 0
 
 
-def _manifest(manifest: Any) -> str:
-    parity = manifest.parity
-    same = (
-        f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} rows"
-        if parity
-        else ", lowered, not run"
-    )
-    return f"{manifest.size_bytes / 2**20:.2f} MiB, target {manifest.target}{same}"
+def _program(program: Program) -> str:
+    parity = program.parity
+    same = ", lowered, not run"
+    if parity is not None:
+        counted = "rows" if parity.counted == "held-out row" else f"{parity.counted}s"
+        same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} {counted}"
+    return f"{program.size_mib:.2f} MiB, target {program.target}{same}"
 
 
 @app.command()
@@ -205,20 +247,29 @@ def profile(
     as_json: Json = False,
 ) -> int:
     """Say what a program costs on a device: predicted, and measured where it can be run."""
-    from edgetune.export.artifact import Artifact
+    from edgetune.export.language.artifact import load_any
     from edgetune.export.targets import find
-    from edgetune.profile import profile as profile_
+    from edgetune.profile.calls import measured_calls, predicted_calls
+    from edgetune.profile.device import HOST, load
     from edgetune.technique import EdgetuneError
 
     if on != "host":
         action = "use --on host; copy the program to the device to time it there"
         raise EdgetuneError("programs are timed on this host only", got=on, allowed=["host"], action=action)
-    artifact = Artifact.load(program)
-    found = profile_(artifact, device=device, measure=find(artifact.manifest.target).runs_here)
-    predicted = found.predicted.model_dump(mode="json")
-    measured = found.measured.model_dump(mode="json") if found.measured else None
-    here = f"measured: {_pairs(measured)}" if measured else "measured: this machine cannot run it"
-    printed({"predicted": predicted, "measured": measured} if as_json else f"predicted: {_pairs(predicted)}\n{here}")
+    artifact, described = load_any(program), load(device)
+    threads = described.thread_count if described.id == HOST else None
+    predicted = predicted_calls(artifact, described)
+    measured = measured_calls(artifact, threads=threads) if find(artifact.manifest.target).runs_here else ()
+    calls: list[dict[str, Any]] = [
+        {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None}
+        for p, m in itertools.zip_longest(predicted, measured)
+    ]
+    if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
+        printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
+        return 0
+    for call in calls:
+        printed(f"predicted: {_pairs(call['predicted'])}")
+        printed(f"measured: {_pairs(call['measured']) if call['measured'] else 'this machine cannot run it'}")
     return 0
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgetune.cli_devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.export.artifact import Artifact
+    from edgetune.export.language.artifact import LanguageArtifact
 
 
 def inspect(
@@ -49,3 +53,45 @@ def lint(model: str, device: str | None, target: str | None, data: str | None, a
     nothing = f"nothing to say: all of it goes to {chosen.name}"
     printed([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
     return int(Exit.EXPORT) if any(finding.severity == "error" for finding in findings) else 0
+
+
+def kit(
+    model: str,
+    platform: str,
+    folder: Path | None,
+    device: str | None,
+    target: str | None,
+    data: str | None,
+    language: bool,
+    max_tokens: int | None,
+    as_json: bool,
+) -> int:
+    """`edgetune export --kit`: a folder with the program, what it carries, a sample and a README."""
+    from edgetune.export.kit import check, find, kit_of, new_kit, target_for
+    from edgetune.exporting import exportable, tell_run, to_program, with_cache
+    from edgetune.technique import EdgetuneError
+
+    chosen, place = find(platform), folder or Path(f"kit-{platform}")
+    goal = target_for(chosen, device, target)
+
+    def make(path: Path) -> Artifact | LanguageArtifact:
+        made = to_program(found, path, device=device, target=goal)
+        if found.ledger is not None:
+            tell_run(made, found.ledger)
+        return made
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if model.endswith(".pte"):
+            if device or target or data or language or max_tokens:
+                what, action = "a program is lowered already", "leave out all but --kit, -o and --json"
+                raise EdgetuneError(what, got=model, action=action)
+            kit_of(Path(model), chosen, place)
+        else:
+            found = with_cache(exportable(model, data, language), max_tokens)
+            if found.talk is None:
+                check(chosen, found.carried)
+            new_kit(chosen, place, make)
+    files = sorted(str(file.relative_to(place)) for file in place.rglob("*") if file.is_file())
+    shown = {"folder": str(place), "files": files}
+    printed(shown if as_json else f"{place}: begin with README.md\n" + "\n".join(f"  {file}" for file in files))
+    return 0

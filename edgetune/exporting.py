@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from edgetune import registry
+from edgetune.recipe import LANGUAGE_CHECK_ROWS
 from edgetune.technique import EdgetuneError, Exit, Inputs
 
 if TYPE_CHECKING:
+    from edgetune.data.dataset import Dataset, Split
     from edgetune.export import Artifact
+    from edgetune.export.carried import Carried
+    from edgetune.export.dynamic import Dynamic
+    from edgetune.export.language import LanguageArtifact
+    from edgetune.ledger import Ledger
+    from edgetune.recipe import ExportSettings
 
 CHECK_ROWS = 100
+CACHE_TOKENS = 512
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
 ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, a run's folder, or a .pt2 file"
 
 
 @dataclass(frozen=True)
+class Talk:
+    """What makes of a language model a program that talks, instead of one for a window of tokens."""
+
+    tokenizer: Any
+    max_tokens: int = CACHE_TOKENS  # places in the cache
+    prompts: tuple[tuple[int, ...], ...] = ()  # that the program and the model continue; none: the exporter's own
+
+
+@dataclass(frozen=True)
 class Exportable:
-    """A model in eval mode, one example, and rows to compare on (none: the example)."""
+    """A model in eval mode, one example, rows to compare on (none: the example), and what its program carries."""
 
     model: nn.Module
     example: Inputs
     check_inputs: Sequence[Inputs] | None = None
+    talk: Talk | None = None
+    min_same_prediction_pct: float = 99.0
+    carried: Carried | None = None  # None: nobody knows how its inputs are made
+    ledger: Ledger | None = None  # of the run it comes from
+    dynamic: Dynamic | None = None  # sizes that may differ between calls
+    external_data: bool = False  # weights in a file of their own
 
 
 class _Program(nn.Module):
@@ -45,8 +68,17 @@ class _Program(nn.Module):
 
 
 def export_from(
-    source: str, path: Path, *, device: str | None = None, target: str | None = None, data: str | None = None
-) -> Artifact:
+    source: str,
+    path: Path,
+    *,
+    device: str | None = None,
+    target: str | None = None,
+    data: str | None = None,
+    language: bool = False,
+    max_tokens: int | None = None,
+    dynamic: Dynamic | None = None,
+    external_data: bool = False,
+) -> Artifact | LanguageArtifact:
     """Lower what `source` names to `path`.
 
     Args:
@@ -56,29 +88,146 @@ def export_from(
         device: lower for its preferred target.
         target: lower for this one instead.
         data: for a model of the registry: what gives the classes, and the rows to compare on.
+        language: a program that talks; what a run made such a program of becomes one anyway.
+        max_tokens: places in the cache of a program that talks; by default those of the run, or 512.
+        dynamic: sizes that may differ between calls, as `et.export` takes them.
+        external_data: the weights into `model.ptd` beside the program.
     """
+    found = with_cache(exportable(source, data, language), max_tokens)
+    if found.talk is not None and (dynamic or external_data):
+        what = "a program that talks takes prompts of any length, and keeps its weights"
+        raise EdgetuneError(what, action="leave out --dynamic and --ptd, or --language")
+    found = replace(found, dynamic=dynamic, external_data=external_data)
+    artifact = to_program(found, path, device=device, target=target)
+    if found.ledger is not None:
+        tell_run(artifact, found.ledger)
+    return artifact
+
+
+def with_cache(found: Exportable, max_tokens: int | None) -> Exportable:
+    """With so many places in its cache; raises for a model that is not to talk."""
+    if max_tokens is None:
+        return found
+    if found.talk is None:
+        raise EdgetuneError(
+            "max_tokens is the cache of a language program", got=max_tokens, action="add --language, or leave it out"
+        )
+    return replace(found, talk=replace(found.talk, max_tokens=max_tokens))
+
+
+def to_program(
+    found: Exportable, path: Path, *, device: str | None = None, target: str | None = None
+) -> Artifact | LanguageArtifact:
+    """Lower it, prove it, and write what lies beside it: a language program where it is to talk."""
     from edgetune.export import export
+    from edgetune.export.language import CHECK_PROMPT, export_language
 
-    found = exportable(source, data)
-    inputs = found.check_inputs
-    return export(found.model, found.example, path, device=device, target=target, check_inputs=inputs)
+    if found.talk is None:
+        return export(
+            found.model,
+            found.example,
+            path,
+            device=device,
+            target=target,
+            check_inputs=found.check_inputs,
+            min_same_prediction_pct=found.min_same_prediction_pct,
+            carried=found.carried,
+            dynamic=found.dynamic,
+            external_data=found.external_data,
+        )
+    return export_language(
+        found.model,
+        found.talk.tokenizer,
+        path,
+        max_tokens=found.talk.max_tokens,
+        device=device,
+        target=target,
+        check_prompts=found.talk.prompts or (CHECK_PROMPT,),
+        min_same_prediction_pct=found.min_same_prediction_pct,
+        carried=found.carried,
+    )
 
 
-def exportable(source: str, data: str | None = None) -> Exportable:
+def tell_run(artifact: Artifact | LanguageArtifact, ledger: Ledger) -> None:
+    """Write the program's model card anew, with what the run measured."""
+    from edgetune.export.artifact import Manifest
+    from edgetune.export.card import write_card
+
+    known = artifact.manifest
+    write_card(artifact.path, known if isinstance(known, Manifest) else known.plain(), ledger)
+
+
+def tokenizer_of(task: str, encode: Any) -> Any:
+    """The tokenizer of a loaded language model. Raises for any other model."""
+    tokenizer = getattr(encode, "tokenizer", None)
+    if task != "causal-lm" or tokenizer is None:
+        raise EdgetuneError(
+            "a program that talks needs a causal language model",
+            got=task,
+            action="choose the model smollm2 or hf:PATH with texts without classes, or leave out `language`",
+        )
+    return tokenizer
+
+
+def check_talks(model: nn.Module, task: str, encode: Any, asked: ExportSettings) -> None:
+    """Raise before a training what would stop the export of a language program after it."""
+    from edgetune.export.language import check_exportable
+
+    try:
+        check_exportable(model, tokenizer_of(task, encode), max_tokens=asked.max_tokens, target=asked.target)
+    except EdgetuneError as error:
+        error.within("export")
+        raise
+
+
+def of_split(
+    model: nn.Module, split: Split, max_length: int, asked: ExportSettings, carried: Carried, language: bool = False
+) -> Exportable:
+    """A model, and of held-out rows what its program is compared on, as a recipe asks; `language`: it talks anyway."""
+    kept = Exportable(model, split.one_row(0, max_length), carried=carried)
+    kept = replace(kept, min_same_prediction_pct=asked.min_same_prediction_pct)
+    if not (asked.language or language):
+        return replace(kept, check_inputs=[split.one_row(i, max_length) for i in range(asked.check_rows)])
+    rows = asked.check_rows if asked.language else min(asked.check_rows, LANGUAGE_CHECK_ROWS)
+    tokenizer = tokenizer_of(split.task, split.encode)
+    return replace(kept, talk=Talk(tokenizer, asked.max_tokens, beginnings(split, rows)))
+
+
+def beginnings(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
+    """The first half of each of the first `rows` texts, as tokens: what a language program is to continue."""
+    found = []
+    for index in range(rows):
+        inputs = split.batch([index])[0]
+        assert isinstance(inputs, dict)  # `Split` asks a language model's encoder for no less
+        ids = inputs["input_ids"][0][inputs["attention_mask"][0] != 0].tolist()
+        found.append(tuple(ids[: max(1, len(ids) // 2)]))
+    return tuple(found)
+
+
+def exportable(source: str, data: str | None = None, language: bool = False) -> Exportable:
     """The model that `source` names; see `export_from`."""
     place = Path(source)
     if source.endswith(".pt2"):
+        if language:
+            raise EdgetuneError(
+                "a program of torch.export has no tokenizer and no cache, so it cannot be made to talk",
+                got=source,
+                action="export the model itself: hf:PATH --language, or et.export_language(model, tokenizer, path)",
+            )
         return _saved(place)
     if source.partition(":")[0] in registry.MODELS:
-        return _by_name(source, data)
+        return _by_name(source, data, language)
     if place.is_dir():
         if not (place / "recipe.yaml").is_file():
             action = "give a run's folder, or write hf:PATH for a model's folder"
             raise EdgetuneError("this folder holds no run", got=source, action=action)
         from edgetune.pipeline import restore
 
-        found = restore(place)
-        return Exportable(found.model, found.example, found.check_inputs)
+        found = restore(place, language)
+        if found.ledger is None:
+            return found
+        # what the run measured and predicted it says of its own program, not of the one made now
+        return replace(found, ledger=found.ledger.with_(measured=(), predicted=()))
     raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, allowed=registry.MODELS)
 
 
@@ -102,20 +251,37 @@ def _saved(path: Path) -> Exportable:
     return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args))
 
 
-def _by_name(source: str, data: str | None) -> Exportable:
+def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     import torch
 
     from edgetune.data.dataset import DataSettings, Split
+    from edgetune.models.carrying import carried
     from edgetune.models.loaded import ModelSettings
 
     data = data or OWN_DATA.get(source.partition(":")[0])
-    if data is None:
+    if data is None and not language:
         action = "pass --data, such as --data csv:rows.csv: it gives the classes, and the rows to compare on"
         raise EdgetuneError(f"{source} needs data", action=action)
-    dataset = registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
+    dataset = _texts() if data is None else registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
     settings = ModelSettings(source=source)
     torch.manual_seed(0)
     loaded = registry.loader(registry.MODELS, "model", source)(settings, dataset)
-    split = Split(dataset.task, dataset.test, loaded.encode)
+    split, told = Split(dataset.task, dataset.test, loaded.encode), carried(loaded, dataset)
+    by = f"{data} gave the classes and the rows to compare on, " if data else ""
+    untrained = f"exported as it was loaded: {by}nothing was trained"
+    told = told.model_copy(update={"notes": (untrained, *told.notes)})
+    if language:
+        tokenizer = tokenizer_of(dataset.task, loaded.encode)
+        prompts = beginnings(split, min(LANGUAGE_CHECK_ROWS, len(split)))
+        example = loaded.encode(["An example."])
+        return Exportable(loaded.model, example, talk=Talk(tokenizer, prompts=prompts), carried=told)
     rows = [split.one_row(i, settings.max_length) for i in range(min(CHECK_ROWS, len(split)))]
-    return Exportable(loaded.model, rows[0], rows)
+    return Exportable(loaded.model, rows[0], rows, carried=told)
+
+
+def _texts() -> Dataset:
+    """No rows, for a language model: it has no classes to learn from them."""
+    from edgetune.data.dataset import Dataset, Rows
+
+    none = Rows([])
+    return Dataset("", "causal-lm", (), none, none, none)

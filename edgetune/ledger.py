@@ -73,11 +73,12 @@ class Leftover(Entry):
 
 
 class Parity(Entry):
-    """The program against the eager model it was made from, on held-out rows."""
+    """The program against the eager model it was made from, on held-out rows or at each place of its own text."""
 
-    rows: int
+    rows: int  # so many of what `counted` names
     same_prediction_pct: float
     max_abs_difference: float
+    counted: Literal["held-out row", "greedy token"] = "held-out row"
 
 
 class Program(Entry):
@@ -94,10 +95,21 @@ class Program(Entry):
     parity: Parity | None = None
 
 
-class Measured(Entry):
-    """Timed on a real machine."""
+class Call(Entry):
+    """One kind of call of a program on one device."""
 
     device: str
+    call: str = ""  # of a language program: one token, or a piece of a prompt; else there is one kind
+
+    @property
+    def where(self) -> str:
+        """Device and call: `this host, a token after 128`."""
+        return f"{self.device}, {self.call}" if self.call else self.device
+
+
+class Measured(Call):
+    """Timed on a real machine."""
+
     latency_ms: float  # median
     latency_p10_ms: float
     latency_p90_ms: float
@@ -108,10 +120,9 @@ class Measured(Entry):
     note: str = ""
 
 
-class Predicted(Entry):
+class Predicted(Call):
     """Computed from a device descriptor; the band is what the descriptor's trust allows."""
 
-    device: str
     latency_ms: float
     latency_low_ms: float
     latency_high_ms: float

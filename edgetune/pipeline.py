@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -21,16 +21,22 @@ from edgetune.data.baselines import baselines
 from edgetune.data.dataset import Dataset, Split
 from edgetune.environment import versions
 from edgetune.export.targets import find
+from edgetune.exporting import Exportable, check_talks, of_split, tell_run, to_program
 from edgetune.files import write_whole
-from edgetune.ledger import Ledger, Measured, Quality, Row, Training, Verdict
+from edgetune.ledger import Ledger, Measured, Predicted, Quality, Row, Training, Verdict
 from edgetune.measures import MIB, kept_mib, measure
+from edgetune.models.carrying import carried
 from edgetune.models.loaded import Loaded
 from edgetune.outline import in_words
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
-from edgetune.recipe import Recipe, Step, load
+from edgetune.recipe import ExportSettings, ProfileSettings, Recipe, Step, load
 from edgetune.technique import EdgetuneError, Inputs, Sample, Technique
 from edgetune.train import Train, seed_everything, train
+
+if TYPE_CHECKING:
+    from edgetune.export.artifact import Artifact
+    from edgetune.export.language.artifact import LanguageArtifact
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, how far, of how much, a detail to show
 
@@ -101,17 +107,11 @@ def run(
         return Run(folder, Fold(recipe, folder, resume, progress or (lambda *_: None)).run())
 
 
-@dataclass(frozen=True)
-class Restored:
-    """The model that a finished run ended with, one example and the rows it was compared on."""
+def restore(folder: str | Path, language: bool = False) -> Exportable:
+    """The model a finished run ended with: its steps again, with the trained weights from its checkpoints.
 
-    model: nn.Module
-    example: Inputs
-    check_inputs: tuple[Inputs, ...]
-
-
-def restore(folder: str | Path) -> Restored:
-    """The model a finished run ended with: its steps again, with the trained weights from its checkpoints."""
+    `language`: its program is to talk, whether or not the recipe says so.
+    """
     folder = Path(folder)
     earlier = runs.earlier_ledger(folder)
     if earlier is None or not earlier.finished:
@@ -121,8 +121,7 @@ def restore(folder: str | Path) -> Restored:
     recipe = load(folder / "recipe.yaml")
     fold = Fold(recipe, folder, resume=True, progress=lambda *_: None, record=False)
     fold.steps()
-    rows = recipe.export.check_rows if recipe.export else min(EVALUATION_BATCH, len(fold.test_split))
-    return Restored(fold.model, fold.example(), tuple(fold.one_row(i) for i in range(rows)))
+    return replace(fold.exportable(language), ledger=earlier)
 
 
 class Fold:
@@ -149,6 +148,7 @@ class Fold:
         self.validation_split = Split(self.task, self.dataset.validation, loaded.encode)
         self.test_split = Split(self.task, self.dataset.test, loaded.encode)
         self.load_seconds = time.perf_counter() - started
+        self.carried = carried(loaded, self.dataset, recipe.name)
         self.batch_size = next((s.settings.batch_size for s in recipe.steps if isinstance(s.settings, Train)), 32)
         self.teachers: dict[str, nn.Module] = {}
         self.least_training_mib: list[float] = []
@@ -168,6 +168,8 @@ class Fold:
                 got=recipe.export.check_rows,
                 action=f"ask for at most {len(self.test_split)}",
             )
+        if recipe.export and recipe.export.language and record:
+            check_talks(self.model, self.task, loaded.encode, recipe.export)
 
     def run(self) -> Ledger:
         """Steps, export, profile, verdicts."""
@@ -269,38 +271,38 @@ class Fold:
 
     def export(self) -> None:
         """The program, measured here and predicted for the devices."""
-        from edgetune.export import export
-        from edgetune.profile import profile
-        from edgetune.profile.device import HOST, ids
-        from edgetune.profile.measure import measure as measure_here
-
         assert self.recipe.export is not None
         self.progress("export", 0, 1, self.recipe.export.target)
-        artifact = export(
-            self.model,
-            self.example(),
-            self.folder / "model.pte",
-            target=self.recipe.export.target,
-            check_inputs=[self.one_row(i) for i in range(self.recipe.export.check_rows)],
-            min_same_prediction_pct=self.recipe.export.min_same_prediction_pct,
-        )
+        artifact = to_program(self.exportable(), self.folder / "model.pte", target=self.recipe.export.target)
         self.progress("export", 1, 1, "")
         self.ledger = self.ledger.with_(program=artifact.program().model_copy(update={"path": artifact.path.name}))
         self.save()
-        if self.recipe.profile is None:
-            return
-        devices = [*self.recipe.profile.devices]
+        if self.recipe.profile is not None:
+            self.profile(artifact, self.recipe.profile, find(self.recipe.export.target).runs_here)
+        tell_run(artifact, self.ledger)
+
+    def profile(self, artifact: Artifact | LanguageArtifact, asked: ProfileSettings, runs_here: bool) -> None:
+        """Every kind of call of the program, timed on this host and predicted for each device."""
+        from edgetune.profile.calls import measured_calls, predicted_calls
+        from edgetune.profile.device import HOST, ids
+
+        devices = [*asked.devices]
         measured: tuple[Measured, ...] = ()
-        if self.recipe.profile.measure and find(self.recipe.export.target).runs_here:
+        if asked.measure and runs_here:
             self.progress("profile", 0, len(devices) + 1, "this host")
-            measured = (measure_here(artifact),)
+            measured = measured_calls(artifact)
             devices += [HOST] if HOST in ids() and HOST not in devices else []  # predicted beside measured
-        predicted = []
+        predicted: list[Predicted] = []
         for number, device in enumerate(devices):
             self.progress("profile", number + 1, len(devices) + 1, device)
-            predicted.append(profile(artifact, device).predicted)
+            predicted += predicted_calls(artifact, device)
         self.progress("profile", 1, 1, "")
         self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted))
+
+    def exportable(self, language: bool = False) -> Exportable:
+        """The model as it stands, and what its program is made of, compared on and has beside it."""
+        asked = self.recipe.export or ExportSettings(check_rows=min(EVALUATION_BATCH, len(self.test_split)))
+        return of_split(self.model, self.test_split, self.recipe.model.max_length, asked, self.carried, language)
 
     def largest_batch(self, rows: int) -> tuple[Inputs, torch.Tensor]:
         """The training rows with the most tokens: what the memory of a training has to hold."""

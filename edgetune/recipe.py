@@ -23,6 +23,8 @@ from edgetune.technique import EdgetuneError, Technique
 from edgetune.validated import Problem, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
+LANGUAGE_CHECK_ROWS = 8
+NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -49,8 +51,27 @@ class ExportSettings(Section):
     """What to lower to. Absent from a recipe: nothing is exported."""
 
     target: str = "xnnpack"
-    check_rows: int = Field(500, ge=1)  # held-out rows on which program and eager model are compared
-    min_same_prediction_pct: float = Field(99.0, ge=0, le=100)  # of these rows; under it, the export fails
+    language: bool = False  # a program that talks, with its cache and tokenizer; else one for a window of tokens
+    max_tokens: int = Field(512, ge=2)  # places in the cache of a language program, prompt and answer together
+    # held-out rows on which program and eager model are compared; a language program continues the first half of each,
+    # 8 of them unless told
+    check_rows: int = Field(500, ge=1)
+    min_same_prediction_pct: float = Field(99.0, ge=0, le=100)  # of these rows, or tokens; under it, the export fails
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_texts(cls, given: Any) -> Any:
+        """A text takes a language program as long as a hundred rows take another."""
+        if isinstance(given, dict) and given.get("language") is True:
+            return {"check_rows": LANGUAGE_CHECK_ROWS, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _cache_is_of_use(self) -> ExportSettings:
+        if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
+            what = "max_tokens is the cache of a language program, which is not asked for"
+            raise EdgetuneError(what, got=self.max_tokens, action="add language: true, or leave max_tokens out")
+        return self
 
 
 class ProfileSettings(Section):
@@ -323,6 +344,7 @@ class _Checking:
         if recipe.export is not None and recipe.export.target not in TARGETS:
             where = self.where(("export", "target"))
             self.errors.append(EdgetuneError("unknown target", where=where, got=recipe.export.target, allowed=TARGETS))
+        self.talking(recipe)
         told = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
         for index, budget in enumerate(recipe.budget):
             needs = {
@@ -336,6 +358,15 @@ class _Checking:
                     where = self.where(("budget", index, limit))
                     what = "nothing in the recipe tells whether this holds"
                     self.errors.append(EdgetuneError(what, where=where, action=action))
+
+    def talking(self, recipe: Recipe) -> None:
+        """Whether the model can be a language model, as far as its name tells; the rest is known when it is loaded."""
+        if recipe.export is None or not recipe.export.language:
+            return
+        if recipe.model.source.partition(":")[0] in NOT_LANGUAGE:
+            what = f"{recipe.model.source} is no causal language model, so its program cannot talk"
+            action = "leave export.language out, or choose the model smollm2 or hf:PATH"
+            self.errors.append(EdgetuneError(what, where=self.where(("export", "language")), action=action))
 
     def variants(self, plain: Any) -> None:
         """Every key of every variant must mean something, chosen or not."""

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
+from edgetune.export.carried import Carried, files_beside
+from edgetune.export.run import run_in_child
 from edgetune.ledger import Leftover, Parity, Program
 from edgetune.profile.operators import Operator
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
 _Manifest = TypeVar("_Manifest", bound=BaseModel)
 
@@ -29,8 +32,37 @@ class TensorSpec(Value):
     """One input or output of the program."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the largest, where sizes may differ
     dtype: str  # "int64", "float32"
+    smallest: tuple[int, ...] | None = None  # None: `shape` is the only one
+    free: dict[int, str] = {}  # axes whose size may differ, by name: those of one name have one size
+
+    def __str__(self) -> str:
+        pairs = zip(self.smallest or self.shape, self.shape, strict=True)
+        return f"{self.dtype} ({', '.join(str(high) if low == high else f'{low} to {high}' for low, high in pairs)})"
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor has this type, and sizes within these bounds."""
+        sizes = tuple(tensor.shape)
+        pairs = zip(self.smallest or self.shape, sizes, self.shape)  # noqa: B905  their lengths are compared
+        inside = len(sizes) == len(self.shape) and all(low <= size <= high for low, size, high in pairs)
+        return inside and str(tensor.dtype).removeprefix("torch.") == self.dtype
+
+
+class Plan(Value):
+    """How the arena is laid out: the way that was taken, and the bytes of all that were tried."""
+
+    way: str
+    tried_bytes: dict[str, int]
+    holds_io: bool = True  # inputs and outputs lie in the arena
+
+
+class DataFile(Value):
+    """The file with the weights, where they lie apart from the program."""
+
+    file: str  # in the program's folder
+    size_bytes: int
+    sha256: str
 
 
 class Manifest(Value):
@@ -54,6 +86,14 @@ class Manifest(Value):
     parity: Parity | None  # None: this machine cannot run the target; `note` says so
     note: str = ""
     folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
+    carried: Carried | None = None  # what an app needs beside the program
+    plan: Plan | None = None
+    data: DataFile | None = None  # None: the weights are in the program
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the program and of its data file."""
+        return self.size_bytes + (self.data.size_bytes if self.data else 0)
 
 
 @dataclass(frozen=True)
@@ -65,8 +105,24 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
-        """Read the manifest of the `.pte` at `path` and check that it describes that very file."""
-        return cls(path=Path(path), manifest=read_manifest(Path(path), Manifest))
+        """Read the manifest of the `.pte` at `path` and check that it describes that very file and its data."""
+        found = cls(path=Path(path), manifest=read_manifest(Path(path), Manifest))
+        check_data(found.path, found.manifest.data)
+        files_beside(found.manifest.carried, found.path)
+        return found
+
+    @property
+    def data_path(self) -> Path | None:
+        """The `.ptd` with the weights, where they lie apart."""
+        return self.path.with_name(self.manifest.data.file) if self.manifest.data else None
+
+    def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The outputs for these inputs, computed by the program in a child process.
+
+        Raises `EdgetuneError` (exit code 5) for inputs of other shapes or types than the manifest states.
+        """
+        tensors = admitted(self.manifest.inputs, inputs)
+        return run_in_child(self.path, [tensors], data=self.data_path)[0]
 
     def program(self) -> Program:
         """The ledger's summary."""
@@ -74,7 +130,7 @@ class Artifact:
         return Program(
             path=str(self.path),
             target=known.target,
-            size_mib=known.size_bytes / 2**20,
+            size_mib=known.total_bytes / 2**20,
             plan_kib=known.plan_bytes / 2**10,
             sha256=known.sha256,
             delegated_macs_pct=known.delegated_macs_pct,
@@ -82,6 +138,29 @@ class Artifact:
             leftovers=known.leftovers,
             parity=known.parity,
         )
+
+
+def admitted(specs: Sequence[TensorSpec], inputs: Inputs, what: str = "the inputs") -> tuple[Tensor, ...]:
+    """The inputs by position, in memory order. Raises where they are not what a program with these specs takes."""
+    if isinstance(inputs, dict) and set(inputs) == {spec.name for spec in specs}:
+        inputs = {spec.name: inputs[spec.name] for spec in specs}
+    tensors = tuple(tensor.detach().cpu().contiguous() for tensor in tensors_of(inputs))
+    sizes: dict[str, set[int]] = {}
+    for spec, tensor in zip(specs, tensors):  # noqa: B905  their number is compared below
+        for axis, name in spec.free.items():
+            sizes.setdefault(name, set()).update(tensor.shape[axis : axis + 1])
+    untied = [name for name, found in sizes.items() if len(found) > 1]
+    fit = len(tensors) == len(specs) and all(spec.fits(tensor) for spec, tensor in zip(specs, tensors, strict=True))
+    if fit and not untied:
+        return tensors
+    also = f"; {untied[0]} must be the same everywhere" if untied else ""
+    raise EdgetuneError(
+        f"{what}: other shapes or types than the program takes{also}",
+        got=[f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors],
+        allowed=[f"{spec.name}: {spec}" for spec in specs],
+        action="pad or cut them, or export with bounds that hold them: dynamic={...}",
+        exit_code=Exit.EXPORT,
+    )
 
 
 def read_manifest(path: Path, kind: type[_Manifest]) -> _Manifest:
@@ -103,6 +182,16 @@ def read_manifest(path: Path, kind: type[_Manifest]) -> _Manifest:
     return manifest
 
 
+def check_data(path: Path, data: DataFile | None) -> None:
+    """Raise unless the data file that a manifest names lies beside the program, with its bytes."""
+    if data is None:
+        return
+    file = path.with_name(data.file)
+    if not file.is_file():
+        raise unusable("no such file", file)
+    check_bytes(file, data.sha256)
+
+
 def check_bytes(file: Path, sha256: str) -> None:
     """Raise unless these are the bytes that a manifest names."""
     found = sha256_of(file.read_bytes())
@@ -122,37 +211,63 @@ def manifest_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def data_path(path: Path) -> Path:
+    """`model.ptd` for `model.pte`."""
+    return path.with_suffix(".ptd")
+
+
+def described_data(path: Path, weights: bytes) -> DataFile | None:
+    """What the manifest of the `.pte` at `path` says of its data file."""
+    return DataFile(file=data_path(path).name, size_bytes=len(weights), sha256=sha256_of(weights)) if weights else None
+
+
 def sha256_of(data: bytes) -> str:
     """The SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
-def write_pair(path: Path, data: bytes, check: Callable[[Path], _Manifest]) -> _Manifest:
+def write_pair(path: Path, data: bytes, check: Callable[[Path], _Manifest], weights: bytes = b"") -> _Manifest:
     """Write the program under a temporary name, let `check` run it, and only then give both files their names.
 
-    The manifest is last: where it lies, the program beside it is whole. On any failure the temporary file goes,
-    and what stood at `path` before stays.
+    `weights` become a third file, which `check` finds by `data_path`. The manifest is last: where it lies, the files
+    that it names are whole. On any failure the temporary files go, and what stood at `path` before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.pte")
-    beside = manifest_path(path)
+    apart, beside = data_path(partial), manifest_path(path)
     text = partial.with_suffix(".json")
     try:
         _write(partial, data)
+        if weights:
+            _write(apart, weights)
         try:
             manifest = check(partial)
         except EdgetuneError as error:
             error.where = str(path)  # the temporary name is of no use to anyone
             raise
         _write(text, manifest.model_dump_json(indent=1).encode())
+        stale = _data_named_in(beside)
         beside.unlink(missing_ok=True)  # it describes the program that is about to go
+        if stale is not None:
+            stale.unlink(missing_ok=True)
+        if weights:
+            os.replace(apart, data_path(path))
         os.replace(partial, path)
         os.replace(text, beside)
     finally:
-        partial.unlink(missing_ok=True)
-        text.unlink(missing_ok=True)
+        for file in (partial, apart, text):
+            file.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return manifest
+
+
+def _data_named_in(beside: Path) -> Path | None:
+    """The data file of the program that is replaced."""
+    try:
+        name = json.loads(beside.read_text(encoding="utf-8"))["data"]["file"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return beside.with_name(name) if name == data_path(beside).name else None
 
 
 def _write(path: Path, data: bytes) -> None:

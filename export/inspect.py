@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from edgetune.export.artifact import manifest_path
+from edgetune.export import apart
+from edgetune.export.artifact import data_path, manifest_path
 from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Exit
@@ -133,6 +134,8 @@ def inspect(path: str | Path) -> Inspection:
     program, header = _read(path, data)
     try:
         return _inspection(path, data, program, header)
+    except EdgetuneError:  # of a file beside it
+        raise
     except (IndexError, AttributeError, TypeError, ValueError) as error:  # references that lead nowhere
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
@@ -179,7 +182,8 @@ def _damaged(path: Path, why: str) -> EdgetuneError:
 
 def _inspection(path: Path, data: bytes, program: Any, header: Any) -> Inspection:
     digest = hashlib.sha256(data).hexdigest()
-    constants = sorted(_constants(program), key=lambda constant: -constant.size_bytes)
+    inside = _constants(program)
+    constants = sorted([*inside, *_apart(path, inside)], key=lambda constant: -constant.size_bytes)
     return Inspection(
         path=str(path),
         size_bytes=len(data),
@@ -277,6 +281,19 @@ def _constants(program: Any) -> list[Constant]:
     return [*found.values(), *named]
 
 
+def _apart(path: Path, known: list[Constant]) -> list[Constant]:
+    """What lies in the `.ptd` beside the program and is not named in it: the weights of delegates."""
+    file = data_path(path)
+    if not file.is_file():
+        return []
+    try:
+        held = apart.sizes_in(file)
+    except Exception as error:  # as for the program: the reader raises whatever it runs into
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    named = {constant.name for constant in known if constant.kind == "external"}
+    return [Constant(name=n, size_bytes=size, kind="external") for n, size in held.items() if n not in named]
+
+
 def _parts(total: int, program: Any, header: Any) -> tuple[Part, ...]:
     """What the file's bytes are, each segment under what refers to it."""
     uses: dict[int, str] = {}
@@ -294,10 +311,20 @@ def _parts(total: int, program: Any, header: Any) -> tuple[Part, ...]:
                 uses[delegate.processed.index] = "delegates"
     sizes: Counter[str] = Counter({"instructions": header.program_size - inline - stored})
     sizes.update({"delegates": inline, "constants": stored})
+    constants = next((program.segments[index] for index, use in uses.items() if use == "constants"), None)
     for index, segment in enumerate(program.segments or ()):
-        sizes[uses.get(index, "not referred to")] += segment.size
+        if segment is constants or not _holds(constants, segment):  # what is stored once counts once
+            sizes[uses.get(index, "not referred to")] += segment.size
     sizes["alignment"] = total - sum(sizes.values())
     return tuple(Part(name=name, size_bytes=size) for name, size in sizes.most_common() if size)
+
+
+def _holds(outer: Any, inner: Any) -> bool:
+    """Whether a segment lies within the constants, as what a head and an embedding share does."""
+    if outer is None:
+        return False
+    within = outer.offset <= inner.offset and inner.offset + inner.size <= outer.offset + outer.size
+    return bool(within and inner.size)
 
 
 def _beside(path: Path, digest: str) -> Beside | None:
@@ -317,9 +344,26 @@ def _beside(path: Path, digest: str) -> Beside | None:
         device=str(known.get("device") or ""),
         versions={str(name): str(version) for name, version in (known.get("versions") or {}).items()},
         delegated_macs_pct=float(share) if share is not None else None,
-        parity=_parity(known.get("parity")),
-        note=str(known.get("note") or ""),
+        parity=_parities(known),
+        note="; ".join(filter(None, (str(known.get("note") or ""), _told_of(path, known.get("data"))))),
     )
+
+
+def _parities(known: Any) -> str:
+    """Of the program, or of each of its methods."""
+    methods = known.get("methods") or ()
+    return "; ".join(f"{m['name']}: {_parity(m.get('parity'))}" for m in methods) or _parity(known.get("parity"))
+
+
+def _told_of(path: Path, data: Any) -> str:
+    """Where the weights lie, if not in the program, and whether they are the ones that the manifest names."""
+    if not isinstance(data, dict):
+        return ""
+    file = path.with_name(str(data.get("file")))
+    if not file.is_file():
+        return f"the weights are in {file.name}, which is not here"
+    same = hashlib.sha256(file.read_bytes()).hexdigest() == data.get("sha256")
+    return f"the weights are in {file.name}, checksum {'ok' if same else 'WRONG'}"
 
 
 def _parity(known: Any) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export import failures, operators, repairs
+from edgetune.export import apart, dynamic, failures, operators, repairs
+from edgetune.export.dynamic import Axis
 from edgetune.export.operators import Placed
+from edgetune.export.planning import Planned, smallest
 from edgetune.export.repairs.experts import static_experts
 from edgetune.export.reparameterize import Report, reparameterize
+from edgetune.export.shared import stored_once
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
@@ -29,15 +32,30 @@ from edgetune.wrapped import is_wrapped
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where things of a program lie."""
+
+    weights_apart: bool = False  # in a `.ptd` beside the `.pte`
+    holds_io: bool = True  # inputs and outputs in the arena; else in memory of the caller's
+
+
+PLAIN = Layout()
+
+
+@dataclass(frozen=True)
 class Lowered:
-    """The program and what is known of it without running it."""
+    """The program and what is known of it, or of one of its methods, without running it."""
 
     data: bytes
     plan_bytes: int
     delegates: int
     operators: tuple[Operator, ...]
     leftovers: tuple[Leftover, ...]
+    placed: Placed  # which operators a backend took
     folded: Report = field(default_factory=Report)  # what became part of another layer before
+    plan: Planned | None = None
+    weights: bytes = b""  # of the `.ptd`; empty: they are in `data`
+    shared_bytes: int = 0  # stored once although two operators read them
 
 
 class Positional(nn.Module):
@@ -59,17 +77,23 @@ class Positional(nn.Module):
 @contextmanager
 def as_program(model: nn.Module, inputs: Inputs) -> Iterator[Positional]:
     """The model in eval mode, on the CPU and without a key-value cache; put back as it was afterwards."""
-    config = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
+    with as_plain(model) as here:
+        yield Positional(here, inputs).eval()
+
+
+@contextmanager
+def as_plain(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, or a copy on the CPU, in eval mode and without a key-value cache; put back as it was afterwards."""
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    caching = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
     with undisturbed(model):
         try:
-            if caches:
-                config.use_cache = False  # type: ignore[union-attr]
-            here = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
-            yield Positional(here, inputs).eval()
+            for config, _ in caching:
+                config.use_cache = False
+            yield model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
         finally:
-            if caches:
-                config.use_cache = caches  # type: ignore[union-attr]
+            for config, before in caching:
+                config.use_cache = before
 
 
 def check_plain(model: nn.Module) -> None:
@@ -83,29 +107,55 @@ def check_plain(model: nn.Module) -> None:
         )
 
 
-def lower(model: nn.Module, inputs: tuple[Tensor, ...], target: Target) -> Lowered:
-    """Lower `model`, in eval mode, for exactly the shapes of `inputs`.
+def lower(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    target: Target,
+    axes: Sequence[Axis] = (),
+    layout: Layout = PLAIN,
+) -> Lowered:
+    """Lower `model`, in eval mode, for exactly the shapes of `inputs`, or for every size that `axes` may have.
 
+    With `axes`, `inputs` have the greatest sizes: what is counted of the operators is counted at those.
     Raises `EdgetuneError` (exit code 5) with the operators that cannot be lowered and the modules they are in.
     """
+    return lower_methods({"forward": (model, inputs, axes)}, target, layout)["forward"]
+
+
+def lower_methods(
+    methods: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Sequence[Axis]]], target: Target, layout: Layout = PLAIN
+) -> dict[str, Lowered]:
+    """Lower several models into one program, each as a method; `data` and `weights` are the same of all."""
+    programs, folded = {}, {}
     with quiet(), torch.no_grad():
-        plain, folded = reparameterize(model, inputs)
-        program = capture(plain, inputs, target.name)
-        prepare(program)
-        return replace(compile_program(program, target), folded=folded)
+        for name, (model, inputs, axes) in methods.items():
+            plain, folded[name] = reparameterize(model, inputs)
+            try:
+                programs[name] = capture(plain, inputs, target.name, axes)
+            except EdgetuneError as error:
+                raise error if len(methods) == 1 else error.within(f"method {name}") from error.__cause__
+            prepare(programs[name])
+        found = compile_programs(programs, target, layout)
+    return {name: replace(lowered, folded=folded[name]) for name, lowered in found.items()}
 
 
-def capture(model: nn.Module, inputs: tuple[Tensor, ...], target: str | None = None) -> ExportedProgram:
+def capture(
+    model: nn.Module, inputs: tuple[Tensor, ...], target: str | None = None, axes: Sequence[Axis] = ()
+) -> ExportedProgram:
     """The model as a graph of ATen operators, functional, with the repairs that this target wants."""
     try:
         with static_experts(model):
-            program = torch.export.export(model, inputs, strict=False)
+            shapes = dynamic.shapes_for(model, axes, len(inputs))
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
         repairs.before(program)
         found: ExportedProgram = program.run_decompositions(repairs.decompositions(target))
         repairs.repair_graph(found, target)
+        if axes:
+            dynamic.infer_views(found)
         return found
     except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
-        raise failures.not_captured(model, inputs, error) from error
+        bounded = dynamic.refused(axes, error) if axes else None
+        raise bounded or failures.not_captured(model, inputs, error) from error
 
 
 def prepare(program: ExportedProgram) -> None:
@@ -150,43 +200,87 @@ def _hashable(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value), value)
 
 
-def compile_program(program: ExportedProgram, target: Target) -> Lowered:
-    """From ATen operators to the bytes of a `.pte`."""
-    from executorch.exir import ExecutorchBackendConfig
+def compile_program(
+    program: ExportedProgram, target: Target, layout: Layout = PLAIN, facts: Mapping[str, Any] | None = None
+) -> Lowered:
+    """From ATen operators to the bytes of a `.pte`. `facts` become methods that return them."""
+    return compile_programs({"forward": program}, target, layout, facts)["forward"]
 
-    target.check(program)
-    config = ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)
+
+def compile_programs(
+    programs: Mapping[str, ExportedProgram],
+    target: Target,
+    layout: Layout = PLAIN,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Lowered]:
+    """From the ATen operators of each method to one program. What is equal in two methods is stored once."""
+    for program in programs.values():
+        target.check(program)
+    planning = smallest(holds_io=layout.holds_io)
     try:
-        with fast_lowering():
-            built = _to_backend(target.way(program, target)).to_executorch(config)
+        with fast_lowering(), stored_once() as shared:
+            edge = _to_backend({name: target.way(program, target) for name, program in programs.items()}, facts)
+            if layout.weights_apart:
+                apart.move_out(edge)
+            built = edge.to_executorch(_config(planning, layout))
             data = bytes(built.buffer)
+            weights = apart.weights_of(built, target.name) if layout.weights_apart else b""
     except EdgetuneError:
         raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
-        raise failures.not_lowered(program, target.name, error) from error
-    placed = placed_in(built.exported_program())
-    return Lowered(
-        data=data,
-        plan_bytes=sum(built.executorch_program.execution_plan[0].non_const_buffer_sizes),
-        delegates=placed.delegates,
-        operators=operators.describe(program, placed),
-        leftovers=leftovers_of(program, placed),
+        raise _not_lowered(programs, target, error) from error
+    arenas = {plan.name: sum(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
+    found = {}
+    for (name, program), plan in zip(programs.items(), planning.plans, strict=True):
+        placed = placed_in(built.exported_program(name))
+        found[name] = Lowered(
+            data=data,
+            plan_bytes=arenas[name],
+            delegates=placed.delegates,
+            operators=operators.describe(program, placed),
+            leftovers=leftovers_of(program, placed),
+            placed=placed,
+            plan=plan,
+            weights=weights,
+            shared_bytes=shared.bytes,
+        )
+    return found
+
+
+def _not_lowered(programs: Mapping[str, ExportedProgram], target: Target, error: Exception) -> EdgetuneError:
+    """The error, told of the method that holds the operators which it names."""
+    told = {name: failures.not_lowered(program, target.name, error) for name, program in programs.items()}
+    name = max(told, key=lambda one: len(told[one].what))
+    return told[name].within(f"method {name}") if len(told) > 1 else told[name]
+
+
+def _config(planning: Any, layout: Layout) -> Any:
+    from executorch.exir import ExecutorchBackendConfig
+
+    return ExecutorchBackendConfig(
+        do_quant_fusion_and_const_prop=True,
+        memory_planning_pass=planning,
+        external_constants=apart.tag if layout.weights_apart else False,
     )
 
 
-def _to_backend(way: Way) -> Any:
+def _to_backend(ways: Mapping[str, Way], facts: Mapping[str, Any] | None = None) -> Any:
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import RemoveNoopExpandCopyPass
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    passes: Any = way.passes
+    first = next(iter(ways.values()))
+    passes: Any = first.passes  # a backend's own manager of passes serves every method
     if isinstance(passes, (tuple, list)):
-        passes = [RemoveNoopExpandCopyPass(), *passes]
-    with way.around:
+        passes = {name: [RemoveNoopExpandCopyPass(), *way.passes] for name, way in ways.items()}
+    with ExitStack() as around:
+        for way in ways.values():
+            around.enter_context(way.around)
         return to_edge_transform_and_lower(
-            way.program,
-            partitioner=list(way.partitioners) or None,
+            {name: way.program for name, way in ways.items()},
+            partitioner={name: list(way.partitioners) for name, way in ways.items()},
             transform_passes=passes,
-            compile_config=way.config or EdgeCompileConfig(_check_ir_validity=False),
+            compile_config=first.config or EdgeCompileConfig(_check_ir_validity=False),
+            constant_methods=dict(facts or {}),
         )
 
 
@@ -210,7 +304,7 @@ def marked(program: ExportedProgram, target: Target) -> ExportedProgram:
     partitioner.partition = answer
     try:
         with fast_lowering():
-            _to_backend(way)
+            _to_backend({"forward": way})
     except _Asked as found:
         return found.marked
     except Exception as error:  # as in a lowering

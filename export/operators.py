@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from edgetune.profile.operators import DType, Kind, Operator
 
 _NUMBER = "edgetune_operator"
+_WRAPPER = re.compile(r"^model(__\w+)?(\.|$)")  # the wrapper's child; of several methods, with the method's name
 
 _FREE = frozenset(
     ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias", "detach", "unsqueeze_copy", "squeeze_copy",
@@ -143,7 +144,7 @@ def plain_name(name: str) -> str:
 
 def shorten(path: str) -> str:
     """A module path of the exported wrapper as the user knows it: without the wrapper's own child."""
-    return path.removeprefix("model.") if path != "model" else ""
+    return _WRAPPER.sub("", path)
 
 
 def describe(program: ExportedProgram, placed: Placed) -> tuple[Operator, ...]:

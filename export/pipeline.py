@@ -7,14 +7,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from edgetune.export import targets, verify
-from edgetune.export.artifact import Artifact, Manifest, TensorSpec, sha256_of, write_pair
-from edgetune.export.lower import Lowered, Positional, as_program, check_plain, lower
+from edgetune.export import dynamic, targets, verify
+from edgetune.export.artifact import (
+    Artifact,
+    Manifest,
+    Plan,
+    TensorSpec,
+    admitted,
+    data_path,
+    described_data,
+    sha256_of,
+    write_pair,
+)
+from edgetune.export.card import write_card
+from edgetune.export.carried import Carried, write_beside
+from edgetune.export.dynamic import Axis, Dynamic
+from edgetune.export.lower import PLAIN, Layout, Lowered, Positional, as_program, check_plain, lower
 from edgetune.export.operators import delegated_pct
 from edgetune.export.targets import Target
-from edgetune.export.verify import Bounds
+from edgetune.export.verify import Bounds, Row
 from edgetune.ledger import Parity
 from edgetune.quiet import quiet
 from edgetune.registry import require
@@ -32,68 +45,121 @@ def export_program(
     target: str | None,
     check_inputs: Sequence[Inputs] | None,
     bounds: Bounds,
+    carried: Carried | None = None,
+    sizes: Dynamic | None = None,
+    layout: Layout = PLAIN,
 ) -> Artifact:
     """See `edgetune.export.export`."""
+    chosen = chosen_target(path, device, target)
+    check_plain(model)
+    axes = dynamic.axes_of(sizes or {}, names_of(example_inputs), tensors_of(example_inputs))
+    inputs, example, rows = _rows(example_inputs, check_inputs, axes)
+    with as_program(model, example_inputs) as program:
+        lowered = lower(program, example, chosen, axes, layout)
+
+        def prove(partial: Path) -> Manifest:
+            data = data_path(partial) if lowered.weights else None
+            parity, outputs = _prove(partial, program, rows, chosen, bounds, data)
+            least = outputs[1] if axes else outputs[0]
+            told = _manifest(lowered, chosen, device, inputs, specs_of(outputs[0], ("logits",), least), parity)
+            told = told.model_copy(
+                update={"plan": plan_of(lowered, layout), "data": described_data(path, lowered.weights)}
+            )
+            return told if carried is None else told.model_copy(update={"carried": write_beside(carried, path)})
+
+        manifest = write_pair(path, lowered.data, prove, lowered.weights)
+    if carried is not None:
+        write_card(path, manifest)
+    return Artifact(path=path, manifest=manifest)
+
+
+def chosen_target(path: Path, device: str | None, target: str | None) -> Target:
+    """The target to lower for, once it is known that this machine can."""
     with quiet():
         require("executorch", "export")
     if path.suffix != ".pte":
         raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
     chosen = targets.for_device(device, target)
     chosen.partitioners()  # says what is missing before any work
-    check_plain(model)
-    example = _rows(example_inputs, "the example inputs")[0]
-    rows = [row for inputs in check_inputs or [example_inputs] for row in _rows(inputs, "check_inputs", example)]
-    with as_program(model, example_inputs) as program:
-        lowered = lower(program, example, chosen)
-
-        def prove(partial: Path) -> Manifest:
-            parity, outputs = _prove(partial, program, rows, chosen, bounds)
-            inputs = _specs(example, program.names or tuple(f"input_{i}" for i in range(len(example))))
-            return _manifest(lowered, chosen, device, inputs, _specs(outputs, ("logits",)), parity)
-
-        return Artifact(path=path, manifest=write_pair(path, lowered.data, prove))
+    return chosen
 
 
 def _prove(
-    partial: Path, program: Positional, rows: list[tuple[Tensor, ...]], target: Target, bounds: Bounds
-) -> tuple[Parity | None, tuple[Tensor, ...]]:
+    partial: Path, program: Positional, rows: list[Row], target: Target, bounds: Bounds, data: Path | None
+) -> tuple[Parity | None, list[Row]]:
+    """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
         with torch.inference_mode():
-            return None, (program(*rows[0]),)
+            return None, [(program(*row),) for row in rows[:2]]
     mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
-    parity, outputs = verify.compare(partial, program, rows, mask)
+    parity, outputs = verify.compare(partial, program, rows, mask, data)
     verify.check(parity, bounds)
     return parity, outputs
 
 
-def _rows(inputs: Inputs, what: str, like: tuple[Tensor, ...] | None = None) -> list[tuple[Tensor, ...]]:
-    """Every row of a batch as positional tensors of batch 1, in memory order."""
+def names_of(inputs: Inputs) -> tuple[str, ...]:
+    """The names of the inputs as a manifest states them."""
+    return tuple(inputs) if isinstance(inputs, dict) else tuple(f"input_{i}" for i in range(len(tensors_of(inputs))))
+
+
+def _rows(
+    example_inputs: Inputs, check_inputs: Sequence[Inputs] | None, axes: Sequence[Axis]
+) -> tuple[tuple[TensorSpec, ...], Row, list[Row]]:
+    """What the program takes, an example in its greatest sizes, and the rows to compare on.
+
+    With free axes the rows come first in the sizes of `dynamic.sizes_to_check`, the greatest and then the least at
+    the head, and after that as they were given.
+    """
+    whole = any(axis.dim == 0 for axis in axes)  # a free batch is not taken apart
+    names = names_of(example_inputs)
+    example = _split(example_inputs, "the example inputs", whole)
+    inputs = free_specs(example[0], names, axes)
+    given = example if check_inputs is None else []
+    for some in check_inputs or ():
+        given += [admitted(inputs, row, "check_inputs") for row in _split(some, "check_inputs", whole)]
+    if not axes:
+        return inputs, example[0], [admitted(inputs, row, "the example inputs") for row in given]
+    seen = [*given, *example]
+    sized = [dynamic.resized(seen[i % len(seen)], axes, sizes) for i, sizes in enumerate(dynamic.sizes_to_check(axes))]
+    return inputs, sized[0], [*sized, *given] if check_inputs is not None else sized
+
+
+def _split(inputs: Inputs, what: str, whole: bool) -> list[Row]:
+    """Every row of a batch as positional tensors of batch 1, in memory order; or all of it as one."""
     tensors = tensors_of(inputs)
     if not tensors or any(t.dim() == 0 or t.shape[0] == 0 for t in tensors):
         raise EdgetuneError(f"{what} must be tensors with at least one row, batch first", exit_code=Exit.EXPORT)
-    rows = [
-        tuple(t.detach().cpu().contiguous() for t in tensors_of(rows_of(inputs, i, i + 1)))
-        for i in range(tensors[0].shape[0])
-    ]
-    shapes = [tuple((tuple(t.shape), t.dtype) for t in row) for row in rows]
-    wanted = tuple((tuple(t.shape), t.dtype) for t in like) if like is not None else shapes[0]
-    for shape in shapes:
-        if shape != wanted:
-            raise EdgetuneError(
-                f"{what}: a row has other shapes or types than the program takes",
-                got=[(s, str(d)) for s, d in shape],
-                allowed=[str([(s, str(d)) for s, d in wanted])],
-                action="pad every row to the length of the example",
-                exit_code=Exit.EXPORT,
-            )
-    return rows
+    rows = [inputs] if whole else [rows_of(inputs, i, i + 1) for i in range(tensors[0].shape[0])]
+    return [tuple(t.detach().cpu().contiguous() for t in tensors_of(row)) for row in rows]
 
 
-def _specs(tensors: tuple[Tensor, ...], names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+def specs_of(tensors: Row, names: tuple[str, ...], least: Row | None = None) -> tuple[TensorSpec, ...]:
+    """The tensors as a manifest states them; `least` are the same in the smallest sizes."""
+    found = []
+    for name, tensor, small in zip(names, tensors, least or tensors, strict=True):
+        shape, low = tuple(tensor.shape), tuple(small.shape)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found.append(TensorSpec(name=name, shape=shape, dtype=dtype, smallest=low if low != shape else None))
+    return tuple(found)
+
+
+def free_specs(example: Row, names: tuple[str, ...], axes: Sequence[Axis]) -> tuple[TensorSpec, ...]:
+    """The inputs that a program with these axes takes."""
+    if not axes:
+        return specs_of(example, names)
+    high, low = dynamic.sizes_to_check(axes)[:2]
+    found = specs_of(dynamic.resized(example, axes, high), names, dynamic.resized(example, axes, low))
     return tuple(
-        TensorSpec(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in zip(names, tensors, strict=True)
+        spec.model_copy(update={"free": {axis.dim: axis.name for axis in axes if axis.place == place}})
+        for place, spec in enumerate(found)
     )
+
+
+def plan_of(lowered: Lowered, layout: Layout) -> Plan | None:
+    """The memory plan as a manifest states it."""
+    if lowered.plan is None:
+        return None
+    return Plan(way=lowered.plan.taken, tried_bytes=lowered.plan.tried_bytes, holds_io=layout.holds_io)
 
 
 def _manifest(
@@ -113,7 +179,7 @@ def _manifest(
         size_bytes=len(lowered.data),
         plan_bytes=lowered.plan_bytes,
         sha256=sha256_of(lowered.data),
-        versions={name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")},
+        versions=versions(),
         delegates=lowered.delegates,
         delegated_macs_pct=macs_pct,
         delegated_operators_pct=operators_pct,
@@ -121,8 +187,18 @@ def _manifest(
         operators=lowered.operators,
         parity=parity,
         folded=str(lowered.folded),
-        note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
+        note=note_of(target),
     )
+
+
+def note_of(target: Target) -> str:
+    """What a manifest says of a program that this machine cannot run."""
+    return "" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime"
+
+
+def versions() -> dict[str, str]:
+    """The packages that make a program what it is."""
+    return {name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")}
 
 
 def version_of(package: str) -> str:

@@ -45,13 +45,17 @@ class Timing(BaseModel):
         return statistics.median(self.latencies_ms)
 
 
-def run_in_child(path: str | Path, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """Execute the program once for each tuple of inputs, in a child process; returns the outputs of each.
+def run_in_child(
+    path: str | Path, batches: Sequence[tuple[Tensor, ...]], *, method: str = "forward", data: Path | None = None
+) -> list[tuple[Tensor, ...]]:
+    """Execute a method once for each tuple of inputs, in a child process; returns the outputs of each.
 
-    Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
+    `data` is the `.ptd` of a program whose weights lie apart. Raises `EdgetuneError` (exit code 5) where the program
+    does not load or run, or the child dies.
     """
     outputs: list[dict[int, Tensor]] = [{} for _ in batches]
-    _, tensors = ask_child(_MODULE, Path(path), {"verb": "run"}, batches)
+    request = {"verb": "run", "method": method, "data": _whole(data)}
+    _, tensors = ask_child(_MODULE, Path(path), request, batches)
     for key, tensor in tensors.items():
         row, _, place = key.partition(".")
         outputs[int(row)][int(place)] = tensor
@@ -59,22 +63,46 @@ def run_in_child(path: str | Path, batches: Sequence[tuple[Tensor, ...]]) -> lis
 
 
 def time_in_child(
-    path: str | Path, inputs: tuple[Tensor, ...], *, threads: int, seconds: float, warm_up_seconds: float = 1.0
+    path: str | Path,
+    inputs: tuple[Tensor, ...],
+    *,
+    threads: int,
+    seconds: float,
+    warm_up_seconds: float = 1.0,
+    data: Path | None = None,
 ) -> Timing:
     """Load the program in a child process with `threads` threads, warm up, and run it for about `seconds`.
 
     Warm-up ends when two windows of five runs agree within 5 %, or after `warm_up_seconds`. At least ten runs are
-    timed. Raises as `run_in_child` does.
+    timed. With a data file the method is loaded by its first run, which `first_ms` then holds. Raises as `run_in_child`
+    does.
     """
-    request = {"verb": "time", "threads": threads, "seconds": seconds, "warm_up_seconds": warm_up_seconds}
+    request = {
+        "verb": "time",
+        "threads": threads,
+        "seconds": seconds,
+        "warm_up_seconds": warm_up_seconds,
+        "data": _whole(data),
+    }
     result, _ = ask_child(_MODULE, Path(path), request, [inputs])
     return Timing.model_validate(result)
 
 
+def _whole(path: Path | None) -> str | None:
+    return str(path.resolve()) if path is not None else None
+
+
 def ask_child(
-    module: str, path: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]
+    module: str,
+    path: Path,
+    request: dict[str, Any],
+    batches: Sequence[tuple[Tensor, ...]],
+    heard: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Run `python -m module` on a request about the program at `path`: its answer, and the tensors it left."""
+    """Run `python -m module` on a request about the program at `path`: its answer, and the tensors it left.
+
+    `heard` gets each line that the child prints, as it comes.
+    """
     from safetensors.torch import load_file, save_file
 
     rows = {f"{r}.{i}": t.detach().cpu().contiguous().clone() for r, b in enumerate(batches) for i, t in enumerate(b)}
@@ -83,16 +111,37 @@ def ask_child(
         save_file(rows, folder / "inputs.safetensors")
         wanted = {**request, "path": str(path.resolve()), "rows": len(batches)}
         (folder / "request.json").write_text(json.dumps(wanted), encoding="utf-8")
-        # The child's working directory is the empty folder: nothing there can shadow an installed package.
-        done = subprocess.run(
-            [sys.executable, "-m", module, name], cwd=name, capture_output=True, text=True, check=False
-        )
+        done = _ended(module, folder, heard)
         answer = folder / "result.json"
         result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
         if done.returncode != 0 or result is None or "error" in result:
             raise failed(path, done, result)
         saved = folder / "outputs.safetensors"
         return result, load_file(saved) if saved.is_file() else {}
+
+
+def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subprocess.CompletedProcess[str]:
+    """The child's side, run to its end. Its working directory is the folder: nothing there can shadow a package."""
+    with (
+        (folder / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(folder)],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+            errors="replace",
+        ) as child,
+    ):
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                heard(line)
+            code = child.wait()
+        finally:  # interrupted, or the listener raised
+            child.kill()
+        errors.seek(0)
+        return subprocess.CompletedProcess(child.args, code, "", errors.read())
 
 
 def failed(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
@@ -169,10 +218,10 @@ def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     batches = inputs_in(folder, request["rows"])
-    module = loaded_runtime(None)._load_for_executorch(request["path"])
+    module = loaded_runtime(None)._load_for_executorch(request["path"], request["data"])
     outputs = {}
     for row, inputs in enumerate(batches):
-        for place, tensor in enumerate(module.forward(inputs)):
+        for place, tensor in enumerate(module.run_method(request["method"], inputs)):
             outputs[f"{row}.{place}"] = tensor.clone().contiguous()
     save_file(outputs, folder / "outputs.safetensors")
     return {}
@@ -184,31 +233,50 @@ def _time(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     runtime = loaded_runtime(threads)
     empty_mib = resident_mib("VmRSS")
     started = time.perf_counter()
-    program = runtime._load_program(request["path"])
-    method = program.load_method("forward")  # loading a module alone leaves this to its first execution
+    run = _loaded(runtime, request)
     load_ms = (time.perf_counter() - started) * 1e3
 
     def once() -> float:
         begun = time.perf_counter()
-        # a clone of the outputs is torch's work, not the program's, and starts threads of its own
-        method.call(inputs, clone_outputs=False)
+        run(inputs)
         return (time.perf_counter() - begun) * 1e3
 
+    return {
+        "threads": threads,
+        "load_ms": load_ms,
+        **timings(once, request),
+        "peak_memory_mib": resident_mib("VmHWM"),
+        "empty_memory_mib": empty_mib,
+    }
+
+
+def _loaded(runtime: Any, request: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], Any]:
+    """The method `forward`, loaded and ready to be called.
+
+    A clone of the outputs would be torch's work, not the program's, and start threads of its own.
+    """
+    if request["data"] is not None:  # which only a module takes: it loads a method at its first execution
+        module = runtime._load_for_executorch(request["path"], request["data"])
+        return lambda inputs: module.run_method("forward", inputs, clone_outputs=False)
+    program = runtime._load_program(request["path"])
+    method = program.load_method("forward")
+
+    def call(inputs: tuple[Tensor, ...]) -> Any:
+        assert program is not None  # it must outlive its method
+        return method.call(inputs, clone_outputs=False)
+
+    return call
+
+
+def timings(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
+    """The first run, the warm-up and the timed runs of what `once` does and times, as `Timing` names them."""
     first_ms = once()
     warm = _warm_up(once, float(request["warm_up_seconds"]))
     latencies: list[float] = []
     until = time.perf_counter() + float(request["seconds"])
     while len(latencies) < 10 or time.perf_counter() < until:
         latencies.append(once())
-    return {
-        "threads": threads,
-        "load_ms": load_ms,
-        "first_ms": first_ms,
-        "latencies_ms": latencies,
-        "warm_up_runs": warm,
-        "peak_memory_mib": resident_mib("VmHWM"),
-        "empty_memory_mib": empty_mib,
-    }
+    return {"first_ms": first_ms, "latencies_ms": latencies, "warm_up_runs": warm}
 
 
 def _warm_up(once: Any, seconds: float) -> int:

@@ -6,9 +6,11 @@ python tests/readme.py --run      run them one after the other in a temporary fo
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,10 +52,29 @@ def written(text: str) -> str:
     demo = ROOT / "docs" / "demo.json"
     if demo.exists():
         parts["demo"] = ("text", _short(report.text(Ledger.read(demo), width=100)))
-    for name, (kind, body) in parts.items():
-        block = f"<!-- {name} -->\n```{kind}\n{body.rstrip()}\n```\n<!-- /{name} -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)
+    blocks = {name: f"```{kind}\n{body.rstrip()}\n```" for name, (kind, body) in parts.items()}
+    blocks["sparse"] = sparse_table()
+    for name, block in blocks.items():
+        whole = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, whole=whole: whole, text, flags=re.S)
     return text
+
+
+def sparse_table() -> str:
+    """What `make bench-sparse` measured of full fine-tuning, LoRA and `auto`."""
+    names = ("model", "trained by", "step, ms", "kept for backward, MiB", "quality on the test set")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for path in sorted((ROOT / "docs").glob("bench-sparse-*.json")):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        for method in ("full", "lora", "auto"):
+            cost, found = held["cost"][method], [each["value"] for each in held["quality"].get(method, [])]
+            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+            quality = f"{statistics.mean(found):.2f}{spread}" if found else "not measured"
+            lines.append(
+                f"| {path.stem.removeprefix('bench-sparse-')} | {method} | {cost['step_ms']:,.0f} "
+                f"| {cost['kept_mib']:,.1f} | {quality} |"
+            )
+    return "\n".join(lines)
 
 
 def _short(text: str) -> str:

@@ -207,7 +207,7 @@ mine: minilm on tweets, seed 0
      profile   this host, measured, pixel-8
      budget    device pixel-8, size_mib 20
 would write runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, \
-model.pte, model.json
+model.pte, model.json, model.md, model.tokenizer.json
 """
     )
     assert sorted(mine.parent.iterdir()) == before

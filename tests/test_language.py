@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune import registry
+from edgetune import exporting, registry
 from edgetune.data.dataset import DataSettings
+from edgetune.export.artifact import Artifact
 from edgetune.export.language import CHECK_PROMPT, LanguageArtifact, export_language
+from edgetune.export.language.artifact import load_any
 from edgetune.export.language.parity import eager_logits
 from edgetune.export.language.run import greedy_in_child
 from edgetune.export.language.tokenizer import Carried
 from edgetune.models.loaded import ModelSettings
+from edgetune.profile.calls import measured_calls, predicted_calls
 from edgetune.quant.int4 import Int4
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit
@@ -101,14 +104,14 @@ def test_greedy_tokens_equal_the_eager_models(kind: str, tmp_path: Path) -> None
     assert model.config._attn_implementation == before
     prompt = torch.randint(2, VOCABULARY, (33,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = greedy(model, prompt, 128)
-    got, logits = greedy_in_child(artifact.path, prompt, 128, 32)
+    ((got, logits),) = greedy_in_child(artifact.path, [prompt], 128, 32)
     assert got == expected
     assert len(set(expected)) > 5, "a text of one token would prove little"
     assert torch.allclose(logits, eager_logits(model, prompt, got), atol=1e-3)
     known = artifact.manifest
     assert known.parity is not None
     assert known.parity.same_tokens == known.parity.tokens == 32
-    assert known.delegated_macs_pct > 95
+    assert known.delegated_macs_pct > 90, "all but attention, which is a kernel of the CPU's own"
     assert known.cache_bytes < known.plan_bytes
 
 
@@ -120,7 +123,7 @@ def test_a_long_prompt_goes_over_the_attention_kernels_blocks(tmp_path: Path) ->
     artifact = export_language(model, tokenizer(), tmp_path / "model.pte", max_tokens=1056, prefill_tokens=96)
     prompt = torch.randint(2, VOCABULARY, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
     for length in (511, 513, 1000):
-        got, logits = greedy_in_child(artifact.path, prompt[:length], 16, 96)
+        ((got, logits),) = greedy_in_child(artifact.path, [prompt[:length]], 16, 96)
         expected = eager_logits(model, prompt[:length], got)
         assert expected.argmax(-1).tolist() == got
         assert torch.allclose(logits, expected, atol=1e-3)
@@ -139,7 +142,7 @@ def test_a_quantized_model_says_the_same_until_rounding_parts_them(int4: tuple[A
     model, artifact = int4
     assert model.training, "the model's mode is put back"
     prompt = list(range(40, 60))
-    got, _ = greedy_in_child(artifact.path, prompt, 64, 32)
+    ((got, _),) = greedy_in_child(artifact.path, [prompt], 64, 32)
     expected = eager_logits(model.eval(), prompt, got)
     margins = expected.max(-1).values - expected[range(64), got]
     assert int((margins == 0).sum()) >= 58
@@ -180,11 +183,70 @@ def test_executorchs_own_runner_finds_what_it_asks_for(int4: tuple[Any, Language
     assert said == {"get_max_seq_len": [32], "get_max_context_len": [CACHE]}
 
 
+def test_several_prompts_in_one_child_are_answered_as_each_alone(int4: tuple[Any, LanguageArtifact]) -> None:
+    path = int4[1].path
+    prompts = [list(range(100, 170)), list(range(40, 60))]
+    together = greedy_in_child(path, prompts, 8, 32)
+    ((tokens, logits),) = greedy_in_child(path, prompts[1:], 8, 32)
+    assert together[1][0] == tokens
+    assert torch.equal(together[1][1], logits)
+
+
+def test_a_call_with_one_token_is_described_apart(int4: tuple[Any, LanguageArtifact]) -> None:
+    known = int4[1].manifest
+    assert [o.operator for o in known.operators] == [o.operator for o in known.decode_operators]
+    pairs = list(zip(known.operators, known.decode_operators, strict=True))
+    linears = [(many, one) for many, one in pairs if many.kind == "linear"]
+    assert len(linears) == 7 + 1
+    for many, one in linears:
+        tokens = 1 if many.module == "lm_head" else 32  # the head is asked for the last token alone
+        assert (many.macs, many.weight_bytes) == (tokens * one.macs, one.weight_bytes)
+    ((many, one),) = [pair for pair in pairs if "custom_sdpa" in pair[0].operator]
+    products = 2 * 64  # of a token with one place: by its keys, and by its values
+    assert many.macs == products * sum(range(1, 33))
+    assert one.macs == products * 33
+    assert (many.weight_bytes, many.delegated) == (0, False)
+    assert known.delegated_macs_pct < 100, "attention is counted, and is no backend's"
+
+
+def test_what_each_call_costs_is_measured_and_predicted(int4: tuple[Any, LanguageArtifact]) -> None:
+    artifact = int4[1]
+    token, piece = measured_calls(artifact, threads=1, seconds=0.1)
+    assert (token.where, piece.where) == ("this host, a token after 32", "this host, 32 tokens of a prompt")
+    assert min(token.latency_ms, piece.latency_ms, token.runs - 9) > 0
+    assert token.peak_memory_mib == piece.peak_memory_mib > 0
+    token_here, piece_here = predicted_calls(artifact, "pixel-8")
+    assert (token_here.where, piece_here.where) == ("pixel-8, a token after 32", "pixel-8, 32 tokens of a prompt")
+    assert token_here.latency_ms < piece_here.latency_ms
+    assert token_here.peak_memory_mib == piece_here.peak_memory_mib
+
+
+def test_the_ledger_counts_tokens(int4: tuple[Any, LanguageArtifact]) -> None:
+    artifact = load_any(int4[1].path)
+    assert artifact == int4[1]
+    parity = artifact.program().parity
+    assert parity is not None
+    assert (parity.rows, parity.counted) == (32, "greedy token")
+    with pytest.raises(EdgetuneError, match="a program of another kind"):
+        Artifact.load(artifact.path)
+
+
+def test_how_a_tokenizer_was_called_last_is_not_carried(tmp_path: Path) -> None:
+    fast = tokenizer()
+    fast(["a text for training"], truncation=True, max_length=4)
+    model = decoder("Llama", num_hidden_layers=1)
+    artifact = export_language(model, fast, tmp_path / "model.pte", max_tokens=64, check_tokens=2)
+    assert len(Carried(artifact).tokens("twenty letters, here", raw=True)) == 20
+    assert fast.backend_tokenizer.truncation is not None, "the user's own stays as it was"
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a plain module": (lambda: nn.Linear(4, 4), {}, "one of transformers"),
     "a cache beyond the positions": (lambda: decoder("Llama"), {"max_tokens": 300}, "positions"),
     "a prefill that is no multiple": (lambda: decoder("Llama"), {"prefill_tokens": 48}, "pieces of so many"),
     "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "operators of the CPU"),
+    "nothing to compare on": (lambda: decoder("Llama"), {"check_prompts": ()}, "give one, with tokens"),
+    "a prompt without tokens": (lambda: decoder("Llama"), {"check_prompts": ([],)}, "give one, with tokens"),
 }
 
 
@@ -194,6 +256,16 @@ def test_what_cannot_be_exported_is_refused_before_any_work(case: str, tmp_path:
     with pytest.raises(EdgetuneError, match=message):
         export_language(build(), tokenizer(), tmp_path / "model.pte", **{"max_tokens": CACHE, **settings})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_tokenizer_cannot_talk() -> None:
+    with pytest.raises(EdgetuneError, match="cannot be made to talk"):
+        exporting.exportable("model.pt2", language=True)
+    with pytest.raises(EdgetuneError, match="needs a causal language model") as caught:
+        exporting.tokenizer_of("image-classification", lambda inputs: inputs)
+    assert "hf:PATH" in caught.value.action
+    with pytest.raises(EdgetuneError, match="max_tokens is the cache of a language program"):
+        exporting.export_from("minilm", Path("model.pte"), data="tweets", max_tokens=64)
 
 
 def test_a_program_that_says_something_else_is_not_kept(tmp_path: Path) -> None:
@@ -228,7 +300,7 @@ def test_smollm2_in_4_bits_says_what_its_eager_model_says(tmp_path: Path) -> Non
     )
     assert artifact.manifest.size_bytes <= 120e6
     prompt = Carried(artifact).tokens(CHECK_PROMPT)
-    got, _ = greedy_in_child(artifact.path, prompt, 128, artifact.manifest.prefill_tokens)
+    ((got, _),) = greedy_in_child(artifact.path, [prompt], 128, artifact.manifest.prefill_tokens)
     expected = eager_logits(model, prompt, got).argmax(-1)
     torch.manual_seed(0)
     moved = model.model.embed_tokens.register_forward_hook(lambda _m, _i, o: o * (1 + 2e-7 * torch.randn_like(o)))

@@ -79,6 +79,36 @@ def test_an_unknown_target_is_found_before_any_work() -> None:
         parsed(TEXT.replace("target: xnnpack", "target: xnpack"))
 
 
+TALKING = TEXT.replace("model: {source: minilm, max_length: 32}", "model: {source: smollm2, max_length: 32}").replace(
+    "data: tweets", "data: conversations"
+)
+
+
+def test_a_language_program_is_compared_on_few_texts_unless_told() -> None:
+    assert parsed().export == recipe.ExportSettings(target="xnnpack", check_rows=500, language=False)
+    found = parsed(TALKING, "export.language=true").export
+    assert found is not None
+    assert (found.language, found.max_tokens, found.check_rows) == (True, 512, 8)
+    assert parsed(TALKING, "export.language=true", "export.check_rows=20").export.check_rows == 20
+    again = parsed(TALKING, "export.language=true", "export.max_tokens=64")
+    assert recipe.from_plain(again.resolved()) == again
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "told"),
+    [
+        (TEXT, ["export.language=true"], "minilm is no causal language model, so its program cannot talk"),
+        (TALKING, ["export.max_tokens=64"], "max_tokens is the cache of a language program, which is not asked for"),
+        (TALKING, ["export.language=true", "export.max_tokens=1"], "must be at least 2"),
+        (TALKING, ["export.language=yes"], "must be true or false"),
+    ],
+)
+def test_a_program_that_cannot_talk_is_found_before_any_work(text: str, changes: list[str], told: str) -> None:
+    found = complaint(text, *changes)
+    assert told in found
+    assert "export" in found.partition(told)[0]
+
+
 def test_resolved_is_the_same_recipe() -> None:
     found = parsed()
     assert recipe.parse(found.to_yaml(), "other.yaml") == found

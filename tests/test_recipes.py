@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from edgetune import checkpoint, pipeline, recipe
+from edgetune.export.language import LanguageArtifact
 from edgetune.export.run import run_in_child
+from edgetune.exporting import export_from
+from edgetune.generating import generate
 from edgetune.ledger import Ledger
 from edgetune.pipeline import Run
 from edgetune.quiet import quiet
@@ -142,16 +145,38 @@ def test_vision(tmp_path: Path) -> None:
 
 
 def test_language_model(tmp_path: Path) -> None:
-    found = run("lm-smollm2", tmp_path / "run")
+    found = run("lm-smollm2", tmp_path / "lm")
     rows = {row.step: row for row in found.ledger.rows}
     linears = 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # of its two blocks; the table stays as it is
     assert rows["load"].size_mib - rows["nf4"].size_mib > 0.85 * 4 * linears / 2**20
     assert rows["nf4"].macs == rows["load"].macs
     assert rows["train"].trainable_parameters < 0.01 * rows["load"].parameters
-    assert found.ledger.program is not None
-    assert found.ledger.program.size_mib < 0.45 * rows["load"].size_mib  # head and table no longer share, at 8 bits
+    program = found.ledger.program
+    assert program is not None
+    assert program.size_mib < 0.3 * rows["load"].size_mib  # head and table are 8 bits, which both read
     assert rows["train"].quality is not None
     assert rows["train"].quality.metric == "perplexity"
+    assert program.parity is not None
+    assert (program.parity.rows, program.parity.counted) == (2 * 32, "greedy token")
+    calls = ["a token after 64", "64 tokens of a prompt"]
+    assert [m.call for m in found.ledger.measured] == calls
+    assert [p.call for p in found.ledger.predicted if p.device == "pixel-8"] == calls
+    assert {path.name for path in found.folder.iterdir()} >= {"model.pte", "model.json", "model.tokenizer.json"}
+    said = generate(found.program, "Hello", max_tokens=4)
+    assert said.stopped in ("length", "end")
+    assert said.prompt_tokens > 5, "a chat template is around it"
+    with quiet():
+        again = export_from(str(found.folder), tmp_path / "again.pte", max_tokens=48)
+    assert isinstance(again, LanguageArtifact)
+    assert again.manifest.max_tokens == 48
+    assert "perplexity" in (tmp_path / "again.md").read_text(encoding="utf-8"), "its card tells of the run"
+
+
+def test_a_cache_that_the_model_has_no_room_for_is_found_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(EdgetuneError, match="no more than the model has positions") as caught, quiet():
+        pipeline.run("lm-smollm2", {"variant": "smoke", "export.max_tokens": 9000}, out=tmp_path / "lm")
+    assert caught.value.got == 9000
+    assert not (tmp_path / "lm" / "ledger.json").exists()
 
 
 def test_changed_data_are_not_resumed(tmp_path: Path) -> None:

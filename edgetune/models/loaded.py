@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,6 +39,7 @@ class Loaded:
     model: nn.Module
     encode: Encode
     notes: tuple[str, ...] = ()
+    licence: str = ""  # of the pretrained weights, as their package says; empty: it does not
 
 
 def part_of(transformers: Any, name: str) -> Any:
@@ -97,3 +99,14 @@ def room_for(max_length: int, positions: int | None) -> None:
             got=max_length,
             action=f"set model.max_length to at most {positions}",
         )
+
+
+def licence_of(package: str) -> str:
+    """What an installed package says its licence is; empty where it says nothing."""
+    try:
+        known = metadata.metadata(package)
+    except metadata.PackageNotFoundError:
+        return ""
+    told = [known[field] for field in ("License-Expression", "License") if field in known]
+    # some packages put the whole text there
+    return next((line for line in told if line not in ("", "UNKNOWN") and "\n" not in line), "")

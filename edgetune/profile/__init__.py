@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.ledger import Measured, Predicted
-from edgetune.profile.cost import predict
+from edgetune.profile.calls import measured_calls, predicted_calls
 from edgetune.profile.device import HOST, Device, load
-from edgetune.profile.measure import measure as measure_on_host
 
 if TYPE_CHECKING:
     from edgetune.export.artifact import Artifact
+    from edgetune.export.language.artifact import LanguageArtifact
 
 __all__ = ["Profile", "profile"]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a program costs: computed for a device, and, where it was asked for, measured on this host."""
+    """What a program costs: computed for a device, and, where it was asked for, measured on this host.
+
+    Of a language program it is what one token costs, and `prompt` what a piece of a prompt does.
+    """
 
     predicted: Predicted
     measured: Measured | None = None
+    prompt: Profile | None = None
 
 
-def profile(artifact: Artifact | str | Path, device: str | Device = "pixel-8", *, measure: bool = False) -> Profile:
+def profile(
+    artifact: Artifact | LanguageArtifact | str | Path, device: str | Device = "pixel-8", *, measure: bool = False
+) -> Profile:
     """Predict the cost of a program on a device; for `host`, or with `measure`, also run it here.
 
-    `artifact`: what `export` returned, or the path of its `.pte`. Raises `EdgetuneError` for an unknown device, and
-    for `host` before `edgetune devices calibrate` has described it.
+    `artifact`: what `export` or `export_language` returned, or the path of its `.pte`. Raises `EdgetuneError` for an
+    unknown device, and for `host` before `edgetune devices calibrate` has described it.
     """
     described = device if isinstance(device, Device) else load(device)
     if isinstance(artifact, (str, Path)):
-        from edgetune.export.artifact import Artifact
+        from edgetune.export.language.artifact import load_any
 
-        artifact = Artifact.load(Path(artifact))
-    manifest = artifact.manifest
-    predicted = predict(
-        manifest.operators,
-        described,
-        plan_bytes=manifest.plan_bytes,
-        program_bytes=manifest.size_bytes,
-        delegate_calls=manifest.delegates,
-    )
-    here = measure or described.id == HOST
+        artifact = load_any(artifact)
+    predicted = predicted_calls(artifact, described)
     threads = described.thread_count if described.id == HOST else None
-    return Profile(predicted, measure_on_host(artifact, threads=threads) if here else None)
+    measured: tuple[Measured | None, ...] = (
+        measured_calls(artifact, threads=threads) if measure or described.id == HOST else (None,) * len(predicted)
+    )
+    token, *prompt = (Profile(p, m) for p, m in zip(predicted, measured, strict=True))
+    return replace(token, prompt=prompt[0]) if prompt else token

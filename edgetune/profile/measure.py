@@ -33,11 +33,17 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return ordered[round(share * (len(ordered) - 1))]
 
 
-def time_on_host(path: Path, inputs: Sequence[Tensor], *, threads: int, seconds: float) -> Timing:
-    """Load and run the program for about `seconds`, after a warm-up of at most as long, in a fresh process."""
+def time_on_host(
+    path: Path, inputs: Sequence[Tensor], *, threads: int, seconds: float, data: Path | None = None
+) -> Timing:
+    """Load and run the program for about `seconds`, after a warm-up of at most as long, in a fresh process.
+
+    `data`: the `.ptd` with its weights, where they lie apart.
+    """
     from edgetune.export.run import time_in_child
 
-    timing = time_in_child(path, tuple(inputs), threads=threads, seconds=seconds, warm_up_seconds=min(seconds, 1.0))
+    warm_up = min(seconds, 1.0)
+    timing = time_in_child(path, tuple(inputs), threads=threads, seconds=seconds, warm_up_seconds=warm_up, data=data)
     if not timing.latencies_ms:
         raise EdgetuneError("the program was timed, but never ran", where=str(path))
     return timing
@@ -49,16 +55,18 @@ def measure(artifact: Artifact, *, threads: int | None = None, seconds: float = 
     `threads`: by default all cores of the process. Inputs are drawn from the manifest: they are valid, not real.
     """
     threads = threads if threads is not None else host.cores()
-    timing = time_on_host(artifact.path, inputs_of(artifact), threads=threads, seconds=seconds)
+    inputs = inputs_of(artifact)
+    timing = time_on_host(artifact.path, inputs, threads=threads, seconds=seconds, data=artifact.data_path)
     return measured_of(timing, threads)
 
 
-def measured_of(timing: Timing, threads: int) -> Measured:
-    """A timing as the ledger keeps it."""
+def measured_of(timing: Timing, threads: int, call: str = "") -> Measured:
+    """A timing of this kind of call as the ledger keeps it."""
     wide = spread(timing.latencies_ms)
     note = f"p90 is {wide:.1f} times p10: other work was running" if wide > WIDE else ""
     return Measured(
         device=THIS_HOST,
+        call=call,
         latency_ms=statistics.median(timing.latencies_ms),
         latency_p10_ms=_quantile(timing.latencies_ms, 0.1),
         latency_p90_ms=_quantile(timing.latencies_ms, 0.9),

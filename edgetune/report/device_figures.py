@@ -18,13 +18,13 @@ def latency(ledger: Ledger) -> Figure | None:
     predicted = [line for line in ledger.predicted if finite(line.latency_ms) is not None]
     measured = [line for line in ledger.measured if finite(line.latency_ms) is not None]
     above = horizontal(
-        [line.device for line in predicted], [line.latency_ms for line in predicted], BLUE,
+        [line.where for line in predicted], [line.latency_ms for line in predicted], BLUE,
         [f"{number(line.latency_ms)} ({number(line.latency_low_ms)} to {number(line.latency_high_ms)})"
          for line in predicted], hatched=True,
     )  # fmt: skip
     above["error_x"] = whiskers([(line.latency_ms, line.latency_low_ms, line.latency_high_ms) for line in predicted])
     below = horizontal(
-        [line.device for line in measured], [line.latency_ms for line in measured], ORANGE,
+        [line.where for line in measured], [line.latency_ms for line in measured], ORANGE,
         [f"{number(line.latency_ms)} ({number(line.latency_p10_ms)} to {number(line.latency_p90_ms)})"
          for line in measured],
     )  # fmt: skip
@@ -40,9 +40,9 @@ def memory(ledger: Ledger) -> Figure | None:
     """Peak memory, in the same two panels; descriptors give no band for it."""
     predicted = [line for line in ledger.predicted if finite(line.peak_memory_mib) is not None]
     measured = [line for line in ledger.measured if finite(line.peak_memory_mib) is not None]
-    above = horizontal([line.device for line in predicted], [line.peak_memory_mib for line in predicted], BLUE,
+    above = horizontal([line.where for line in predicted], [line.peak_memory_mib for line in predicted], BLUE,
                        [number(line.peak_memory_mib) for line in predicted], hatched=True)  # fmt: skip
-    below = horizontal([line.device for line in measured], [line.peak_memory_mib for line in measured], ORANGE,
+    below = horizontal([line.where for line in measured], [line.peak_memory_mib for line in measured], ORANGE,
                        [number(line.peak_memory_mib) for line in measured])  # fmt: skip
     told = told_devices(
         [(line, line.peak_memory_mib) for line in predicted], [(line, line.peak_memory_mib) for line in measured], "MiB"
@@ -57,9 +57,9 @@ def told_devices(
     """Both panels in words."""
     parts = []
     if predicted:
-        parts.append("Predicted: " + ", ".join(f"{line.device} {number(value)} {of}" for line, value in predicted))
+        parts.append("Predicted: " + ", ".join(f"{line.where} {number(value)} {of}" for line, value in predicted))
     if measured:
-        parts.append("Measured: " + ", ".join(f"{line.device} {number(value)} {of}" for line, value in measured))
+        parts.append("Measured: " + ", ".join(f"{line.where} {number(value)} {of}" for line, value in measured))
     return ". ".join(parts)
 
 

@@ -206,13 +206,13 @@ def tiles(ledger: Ledger) -> str:
     found = [size_tile(ledger), quality_tile(ledger)]
     if ledger.measured:
         line = ledger.measured[0]
-        under = f"{line.device}, p10 to p90: {number(line.latency_p10_ms)} to {number(line.latency_p90_ms)} ms"
+        under = f"{line.where}, p10 to p90: {number(line.latency_p10_ms)} to {number(line.latency_p90_ms)} ms"
         found.append(tile("Latency, measured", f"{number(line.latency_ms)} ms", under, "measured"))
     if ledger.predicted:
         wanted = {verdict.device for verdict in ledger.verdicts}
         first = next((guess for guess in ledger.predicted if guess.device in wanted), ledger.predicted[0])
         trust = "calibrated" if first.calibrated else "uncalibrated"
-        under = f"{first.device}, {trust}, {number(first.latency_low_ms)} to {number(first.latency_high_ms)} ms"
+        under = f"{first.where}, {trust}, {number(first.latency_low_ms)} to {number(first.latency_high_ms)} ms"
         found.append(tile("Latency, predicted", f"{number(first.latency_ms)} ms", under, "predicted"))
     if ledger.program:
         under = f"of the MACs; {percent(ledger.program.delegated_operators_pct)} % of the operators"

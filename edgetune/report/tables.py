@@ -173,7 +173,7 @@ def program_table(ledger: Ledger) -> Table | None:
     ]
     if program.parity:
         parity = program.parity
-        same = f"{percent(parity.same_prediction_pct)} % of {plural(parity.rows, 'held-out row')}"
+        same = f"{percent(parity.same_prediction_pct)} % of {plural(parity.rows, parity.counted)}"
         lines += [
             ("same prediction as the eager model", same),
             ("largest difference of an output", number(parity.max_abs_difference)),
@@ -210,7 +210,7 @@ def measured_table(ledger: Ledger) -> Table | None:
     )
     rows = tuple(
         cells(
-            line.device,
+            line.where,
             number(line.latency_ms),
             f"{number(line.latency_p10_ms)} to {number(line.latency_p90_ms)}",
             number(line.load_ms),
@@ -221,7 +221,7 @@ def measured_table(ledger: Ledger) -> Table | None:
         for line in ledger.measured
     )
     notes: tuple[str, ...] = ("Peak memory is that of the process, above an empty one.",)
-    notes += tuple(f"{line.device}: {line.note}" for line in ledger.measured if line.note)
+    notes += tuple(f"{line.where}: {line.note}" for line in ledger.measured if line.note)
     return Table("measured", "Measured on real machines", columns, rows, notes)
 
 
@@ -238,13 +238,13 @@ def predicted_table(ledger: Ledger) -> Table | None:
     )
     rows = tuple(
         (
-            *cells(line.device, number(line.latency_ms), band(line), number(line.peak_memory_mib)),
+            *cells(line.where, number(line.latency_ms), band(line), number(line.peak_memory_mib)),
             Cell("calibrated" if line.calibrated else "uncalibrated"),
         )
         for line in ledger.predicted
     )
     notes: tuple[str, ...] = ("Computed from device descriptors; nothing in this table was timed.",)
-    notes += tuple(f"{line.device}: {line.note}" for line in ledger.predicted if line.note)
+    notes += tuple(f"{line.where}: {line.note}" for line in ledger.predicted if line.note)
     return Table("predicted", "Predicted, not measured", columns, rows, notes)
 
 
@@ -329,10 +329,10 @@ def sentences(ledger: Ledger) -> tuple[str, ...]:
     if not ledger.finished:
         said.append("This run is not finished: what follows is as far as it came.")
     for line in ledger.measured:
-        said.append(f"Measured on {line.device}: {number(line.latency_ms)} ms a run, "
+        said.append(f"Measured on {line.where}: {number(line.latency_ms)} ms a run, "
                     f"{number(line.peak_memory_mib)} MiB of memory.")  # fmt: skip
     if ledger.predicted:
-        devices = ", ".join(f"{line.device} {number(line.latency_ms)} ms ({band(line)})" for line in ledger.predicted)
+        devices = ", ".join(f"{line.where} {number(line.latency_ms)} ms ({band(line)})" for line in ledger.predicted)
         loose = sum(not line.calibrated for line in ledger.predicted)
         trust = "" if not loose else "; uncalibrated" if loose == len(ledger.predicted) else f"; {loose} uncalibrated"
         said.append(f"Predicted: {devices}{trust}.")

@@ -11,6 +11,8 @@ from torch import nn
 
 from edgetune.export import targets
 from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.export.card import write_card
+from edgetune.export.carried import Carried
 from edgetune.export.language import parity
 from edgetune.export.language.artifact import (
     LanguageArtifact,
@@ -21,7 +23,7 @@ from edgetune.export.language.artifact import (
 )
 from edgetune.export.language.cached import Cached, check_model
 from edgetune.export.language.lower import LoweredLanguage, lower
-from edgetune.export.language.tokenizer import backend, described, encoded
+from edgetune.export.language.tokenizer import backend, described, encoded, untouched
 from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.targets import Target
@@ -50,31 +52,37 @@ def export_language(
     device: str | None = None,
     target: str | None = None,
     prefill_tokens: int = PREFILL,
-    check_prompts: Sequence[str] = (CHECK_PROMPT,),
+    check_prompts: Sequence[str | Sequence[int]] = (CHECK_PROMPT,),
     check_tokens: int = CHECK_TOKENS,
     min_same_prediction_pct: float = 99.0,
+    carried: Carried | None = None,
 ) -> LanguageArtifact:
     """Lower a decoder of transformers to `path` (a `.pte`), prove that it says the same, and carry its tokenizer.
 
     The cache has `max_tokens` places for prompt and answer together; a prompt is read in pieces of `prefill_tokens`,
     one of `PREFILLS`. The model may have `Int4` applied. `tokenizer` is a fast tokenizer of transformers, or a
-    `tokenizers.Tokenizer`. Of each of `check_prompts`, `check_tokens` greedy tokens of the program are compared with
-    those of the model in eager mode, the rest of the cache permitting.
+    `tokenizers.Tokenizer`. After each of `check_prompts`, which are messages of a user or the tokens of any text, the
+    program's first `check_tokens` greedy tokens are compared with those of the model in eager mode.
 
     Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) when the model
     cannot be lowered, the program does not run, or fewer than `min_same_prediction_pct` of the tokens are the same.
-    Then no program or manifest is left that was not there before.
+    Then no program or manifest is left that was not there before. `carried` goes into the manifest, and onto a model
+    card, `model.md`.
     """
     path = Path(path)
     chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)
-    found = backend(tokenizer)
+    found = untouched(tokenizer)
     text = found.to_str()
     spec = described(tokenizer, tokenizer_path(path), sha256_of(text.encode()))
+    prompts = [encoded(found, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
+    if not prompts or not all(prompts):
+        raise EdgetuneError("the program is compared on what it says after a prompt: give one, with tokens")
+    # how a text fills a window of tokens is no matter of a program that talks
+    own = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
     with _as_program(model, max_tokens) as program:
         prefill = min(prefill_tokens, max_tokens)  # no more than the cache holds
         facts = _facts(program, found, spec, prefill)
         lowered = lower(program, prefill, chosen, facts)
-        prompts = [encoded(found, spec, prompt, raw=False) for prompt in check_prompts]
 
         def prove(partial: Path) -> LanguageManifest:
             result = None
@@ -82,9 +90,19 @@ def export_language(
                 result = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
                 parity.check(result, min_same_prediction_pct)
             write_whole(tokenizer_path(path), text)
-            return _manifest(program, lowered, chosen, device, spec, facts, result)
+            told = _manifest(program, lowered, chosen, device, spec, facts, result)
+            return told.model_copy(update={"carried": own})
 
-        return LanguageArtifact(path=path, manifest=write_pair(path, lowered.data, prove))
+        artifact = LanguageArtifact(path=path, manifest=write_pair(path, lowered.program.data, prove))
+    if own is not None:
+        write_card(path, artifact.manifest.plain())
+    return artifact
+
+
+def check_exportable(model: nn.Module, tokenizer: Any, *, max_tokens: int, target: str | None = None) -> None:
+    """Raise what `export_language` would raise before it begins: worth knowing before a training."""
+    _checked(model, Path("model.pte"), max_tokens, PREFILL, None, target)
+    backend(tokenizer)
 
 
 def _checked(
@@ -162,7 +180,8 @@ def _manifest(
     result: LanguageParity | None,
 ) -> LanguageManifest:
     prefill, vocabulary = facts["get_max_seq_len"], facts["get_vocab_size"]
-    macs_pct, operators_pct = delegated_pct(lowered.operators)
+    plain = lowered.program
+    macs_pct, operators_pct = delegated_pct(lowered.prefill_operators)
     packages = ("torch", "executorch", "torchao", "transformers", "tokenizers", "edgetune")
     return LanguageManifest(
         target=target.name,
@@ -179,17 +198,18 @@ def _manifest(
         bos_id=facts.get("get_bos_id"),
         eos_ids=tuple(facts["get_eos_ids"]),
         tokenizer=spec,
-        size_bytes=len(lowered.data),
-        shared_bytes=lowered.shared_bytes,
-        plan_bytes=lowered.plan_bytes,
+        size_bytes=len(plain.data),
+        shared_bytes=plain.shared_bytes,
+        plan_bytes=plain.plan_bytes,
         cache_bytes=program.cache_bytes,
-        sha256=sha256_of(lowered.data),
+        sha256=sha256_of(plain.data),
         versions={name: version_of(name) for name in packages},
-        delegates=lowered.delegates,
+        delegates=plain.delegates,
         delegated_macs_pct=macs_pct,
         delegated_operators_pct=operators_pct,
-        leftovers=lowered.leftovers,
-        operators=lowered.operators,
+        leftovers=plain.leftovers,
+        operators=lowered.prefill_operators,
+        decode_operators=lowered.decode_operators,
         parity=result,
         note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
     )

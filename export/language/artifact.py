@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgetune.export.artifact import TensorSpec, Value, check_bytes, read_manifest, unusable
-from edgetune.ledger import Leftover
+from edgetune.export.artifact import (
+    Artifact,
+    Manifest,
+    TensorSpec,
+    Value,
+    check_bytes,
+    manifest_path,
+    read_manifest,
+    unusable,
+)
+from edgetune.export.carried import Carried
+from edgetune.ledger import Leftover, Parity, Program
 from edgetune.profile.operators import Operator
 
 
@@ -38,6 +49,15 @@ class LanguageParity(Value):
     def same_prediction_pct(self) -> float:
         """Share of the tokens that are the same."""
         return 100.0 * self.same_tokens / self.tokens
+
+    def summary(self) -> Parity:
+        """The same as the ledger keeps it: places of greedy tokens take the place of rows."""
+        return Parity(
+            rows=self.tokens,
+            same_prediction_pct=self.same_prediction_pct,
+            max_abs_difference=self.max_abs_difference,
+            counted="greedy token",
+        )
 
 
 class LanguageManifest(Value):
@@ -71,9 +91,17 @@ class LanguageManifest(Value):
     delegated_macs_pct: float
     delegated_operators_pct: float
     leftovers: tuple[Leftover, ...]
-    operators: tuple[Operator, ...]  # of a call with `prefill_tokens` tokens
+    operators: tuple[Operator, ...]  # of a call with `prefill_tokens` tokens, the first of a prompt
+    decode_operators: tuple[Operator, ...]  # of a call with the token after them
     parity: LanguageParity | None  # None: this machine cannot run the target; `note` says so
+    carried: Carried | None = None  # what an app needs beside the program; the tokenizer stands above
     note: str = ""
+
+    def plain(self) -> Manifest:
+        """What it has in common with the manifest of any program, for what reads those."""
+        shared = (set(Manifest.model_fields) & set(LanguageManifest.model_fields)) - {"kind", "parity"}
+        parity = self.parity.summary() if self.parity is not None else None
+        return Manifest(**{name: getattr(self, name) for name in shared}, parity=parity)
 
 
 @dataclass(frozen=True)
@@ -88,6 +116,10 @@ class LanguageArtifact:
         """`model.tokenizer.json` for `model.pte`."""
         return self.path.with_name(self.manifest.tokenizer.file)
 
+    def program(self) -> Program:
+        """The ledger's summary."""
+        return Artifact(self.path, self.manifest.plain()).program()
+
     @classmethod
     def load(cls, path: str | Path) -> LanguageArtifact:
         """Read the manifest of the `.pte` at `path`, and check that it describes that file and the tokenizer."""
@@ -96,6 +128,15 @@ class LanguageArtifact:
             raise unusable("no such file", found.tokenizer_path)
         check_bytes(found.tokenizer_path, found.manifest.tokenizer.sha256)
         return found
+
+
+def load_any(path: str | Path) -> Artifact | LanguageArtifact:
+    """The program at `path` with its manifest, of whichever of the two kinds it says it is."""
+    try:
+        kind = json.loads(manifest_path(Path(path)).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = ""  # what is wrong is said by the reader of a plain one
+    return LanguageArtifact.load(path) if kind == "language" else Artifact.load(path)
 
 
 def tokenizer_path(path: Path) -> Path:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_map
 
-from edgetune.export import failures, operators
+from edgetune.export import operators
+from edgetune.export.dynamic import Axis
 from edgetune.export.language.cached import Cached
-from edgetune.export.language.shared import stored_once
-from edgetune.export.lower import leftovers_of, placed_in, prepare
-from edgetune.export.speed import fast_lowering
+from edgetune.export.lower import Lowered, capture, compile_program, prepare
 from edgetune.export.targets import Target
-from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
 from edgetune.quiet import quiet
 
@@ -23,12 +27,9 @@ from edgetune.quiet import quiet
 class LoweredLanguage:
     """The program and what is known of it without running it."""
 
-    data: bytes
-    shared_bytes: int
-    plan_bytes: int
-    delegates: int
-    operators: tuple[Operator, ...]
-    leftovers: tuple[Leftover, ...]
+    program: Lowered
+    prefill_operators: tuple[Operator, ...]  # of a call with as many tokens as one takes, at an empty cache
+    decode_operators: tuple[Operator, ...]  # of a call with the token after them
 
 
 def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, Any]) -> LoweredLanguage:
@@ -37,47 +38,62 @@ def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, A
     `facts` become methods that return them: what ExecuTorch's own language runner asks a program for.
     Raises `EdgetuneError` (exit code 5) with what cannot be captured or lowered.
     """
-    with quiet(), torch.no_grad(), model.attending():
-        program = _capture(model, prefill_tokens)
-        prepare(program)
-        return _compile(program, target, facts)
-
-
-def _capture(model: Cached, prefill_tokens: int) -> ExportedProgram:
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators
-
     inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    count = torch.export.Dim("count", min=1, max=prefill_tokens)
-    try:
-        program = torch.export.export(model, inputs, dynamic_shapes=({1: count}, None), strict=False)
-        found: ExportedProgram = program.run_decompositions({})
-        return found
-    except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
-        raise failures.not_captured(model, inputs, error) from error
+    with quiet(), torch.no_grad(), model.attending():
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators
 
-
-def _compile(program: ExportedProgram, target: Target, facts: dict[str, Any]) -> LoweredLanguage:
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-
-    try:
-        with fast_lowering(), stored_once() as shared:
-            edge = to_edge_transform_and_lower(
-                program,
-                partitioner=target.partitioners() or None,
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
-                constant_methods=facts,
-            )
-            built = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
-            data = bytes(built.buffer)
-    except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
-        raise failures.not_lowered(program, target.name, error) from error
-    placed = placed_in(built.exported_program())
-    plan = next(p for p in built.executorch_program.execution_plan if p.name == "forward")
+        program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])
+        prepare(program)
+        lowered = compile_program(program, target, facts=facts)
+        with _of_one_token(program):
+            single = operators.describe(program, lowered.placed)
+    places = model.max_tokens
     return LoweredLanguage(
-        data=data,
-        shared_bytes=shared.bytes,
-        plan_bytes=sum(plan.non_const_buffer_sizes),
-        delegates=placed.delegates,
-        operators=operators.describe(program, placed),
-        leftovers=leftovers_of(program, placed),
+        program=lowered,
+        prefill_operators=_reading(lowered.operators, (prefill_tokens + 1) / 2, prefill_tokens / places),
+        decode_operators=_reading(single, prefill_tokens + 1, min(prefill_tokens + 1, places) / places),
     )
+
+
+@contextmanager
+def _of_one_token(program: ExportedProgram) -> Iterator[None]:
+    """While the body runs, the sizes that vary with the number of tokens are those of one."""
+    kept = {node: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    try:
+        for node, value in kept.items():
+            node.meta["val"] = tree_map(_single, value)
+        yield
+    finally:
+        for node, value in kept.items():
+            node.meta["val"] = value
+
+
+def _single(value: Any) -> Any:
+    if not isinstance(value, Tensor) or all(isinstance(size, int) for size in value.shape):
+        return value
+    sizes = []
+    for size in value.shape:
+        if isinstance(size, int) or free_unbacked_symbols(size):
+            sizes.append(size)
+        else:
+            expression = size.node.expr
+            sizes.append(int(expression.subs(dict.fromkeys(expression.free_symbols, 1))))
+    return torch.empty(sizes, dtype=value.dtype, device="meta") if all(isinstance(s, int) for s in sizes) else value
+
+
+def _reading(listed: tuple[Operator, ...], places: float, share: float) -> tuple[Operator, ...]:
+    """Attention as it runs: each token with so many `places` on average, over this share of the cache.
+
+    The graph alone says neither: it hands the whole cache over. A cache is no weight, and writing to it moves only
+    what is new.
+    """
+    found = []
+    for operator in listed:
+        if "custom_sdpa" in operator.operator:
+            macs = round(2 * math.prod(operator.output_shape) * places)
+            moved = operator.activation_bytes + round(operator.weight_bytes * share)
+            operator = operator.model_copy(update={"macs": macs, "weight_bytes": 0, "activation_bytes": moved})
+        elif "update_cache" in operator.operator:
+            operator = operator.model_copy(update={"weight_bytes": 0})
+        found.append(operator)
+    return tuple(found)

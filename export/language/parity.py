@@ -12,6 +12,8 @@ from edgetune.export.language.artifact import LanguageParity
 from edgetune.export.language.run import greedy_in_child
 from edgetune.technique import EdgetuneError, Exit
 
+_AT_ONCE = 16  # prompts in one child: all the logits of their answers are kept until it ends
+
 
 def compare(
     path: Path, model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, max_tokens: int, prefill_tokens: int
@@ -21,27 +23,27 @@ def compare(
     The eager model attends as transformers does, without a cache. A prompt is cut where it leaves no room for
     `tokens`. The first difference is that of the first prompt with one.
     """
-    counted = same = asked = 0
+    cut = [list(ids)[: max(1, max_tokens - tokens)] for ids in prompts]
+    wanted = min(tokens, max_tokens)
+    counted = same = 0
     first: tuple[int, float] | None = None
     largest = 0.0
-    for ids in prompts:
-        prompt = list(ids)[: max(1, max_tokens - tokens)]
-        wanted = min(tokens, max_tokens - len(prompt) + 1)
-        got, logits = greedy_in_child(path, prompt, wanted, prefill_tokens)
-        expected = eager_logits(model, prompt, got)
-        if not bool(torch.isfinite(logits).all()):
-            raise EdgetuneError(
-                "the program returns logits that are not finite", where=str(path), exit_code=Exit.EXPORT
-            )
-        equal = expected.argmax(-1) == torch.tensor(got)
-        if first is None and not bool(equal.all()):
-            place = int((~equal).nonzero()[0])
-            row = expected[place]
-            first = place, float(row.max() - row[got[place]])
-        counted, same, asked = counted + len(got), same + int(equal.sum()), asked + len(prompt)
-        largest = max(largest, float((expected - logits).abs().max()))
+    for start in range(0, len(cut), _AT_ONCE):
+        some = cut[start : start + _AT_ONCE]
+        for prompt, (got, logits) in zip(some, greedy_in_child(path, some, wanted, prefill_tokens), strict=True):
+            expected = eager_logits(model, prompt, got)
+            if not bool(torch.isfinite(logits).all()):
+                what = "the program returns logits that are not finite"
+                raise EdgetuneError(what, where=str(path), exit_code=Exit.EXPORT)
+            equal = expected.argmax(-1) == torch.tensor(got)
+            if first is None and not bool(equal.all()):
+                place = int((~equal).nonzero()[0])
+                row = expected[place]
+                first = place, float(row.max() - row[got[place]])
+            counted, same = counted + len(got), same + int(equal.sum())
+            largest = max(largest, float((expected - logits).abs().max()))
     return LanguageParity(
-        prompt_tokens=asked,
+        prompt_tokens=sum(map(len, cut)),
         tokens=counted,
         same_tokens=same,
         first_difference=None if first is None else first[0],

@@ -1,16 +1,13 @@
 """Run a language program in a process of its own, and hear its tokens as they come.
 
 `python -m edgetune.export.language.run FOLDER` is the child's side. It speaks the protocol of `edgetune.export.run`,
-and writes each token to stdout, one a line.
+and where it speaks it writes each token to stdout, one a line.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from edgetune.export.run import ask_child, failed, inputs_in, loaded_runtime, resident_mib, serve
+from edgetune.export.run import Timing, ask_child, inputs_in, loaded_runtime, resident_mib, serve, timings
 from edgetune.technique import EdgetuneError, Exit
 
 _MODULE = "edgetune.export.language.run"
@@ -63,36 +60,47 @@ def answer(asked: Asked, heard: Callable[[int], None] = lambda token: None) -> A
 
     Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
     """
-    with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
-        folder = Path(name)
-        (folder / "request.json").write_text(asked.model_dump_json(), encoding="utf-8")
-        with (
-            (folder / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
-            subprocess.Popen(
-                [sys.executable, "-m", _MODULE, name], cwd=name, stdout=subprocess.PIPE, stderr=errors, text=True
-            ) as child,
-        ):
-            try:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    heard(int(line))
-                code = child.wait()
-            finally:  # interrupted, or the listener raised
-                child.kill()
-            errors.seek(0)
-            done = subprocess.CompletedProcess(child.args, code, "", errors.read())
-        place = folder / "result.json"
-        result = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
-        if code != 0 or result is None or "error" in result:
-            raise failed(Path(asked.path), done, result)
-        return Answer.model_validate(result)
+    request = {"verb": "speak", "asked": asked.model_dump(mode="json")}
+    result, _ = ask_child(_MODULE, Path(asked.path), request, [], lambda line: heard(int(line)))
+    return Answer.model_validate(result)
 
 
-def greedy_in_child(path: Path, prompt: Sequence[int], tokens: int, prefill_tokens: int) -> tuple[list[int], Tensor]:
-    """The program's first `tokens` greedy tokens, past any end token, and the logits `(tokens, vocabulary)` of each."""
+def greedy_in_child(
+    path: Path, prompts: Sequence[Sequence[int]], tokens: int, prefill_tokens: int
+) -> list[tuple[list[int], Tensor]]:
+    """For each prompt the program's first `tokens` greedy tokens, past any end token, and the logits of each.
+
+    The logits are `(tokens, vocabulary)`. Raises as `answer` does.
+    """
     request = {"verb": "greedy", "tokens": tokens, "prefill_tokens": prefill_tokens}
-    result, outputs = ask_child(_MODULE, path, request, [(torch.tensor([list(prompt)]),)])
-    return [int(token) for token in result["tokens"]], outputs["logits"]
+    result, outputs = ask_child(_MODULE, path, request, [(torch.tensor([list(prompt)]),) for prompt in prompts])
+    return [([int(token) for token in row], outputs[str(place)]) for place, row in enumerate(result["tokens"])]
+
+
+def time_calls_in_child(
+    path: Path,
+    *,
+    cache_tokens: int,
+    prefill_tokens: int,
+    threads: int,
+    seconds: float,
+    warm_up_seconds: float = 1.0,
+) -> tuple[Timing, Timing]:
+    """A call with `prefill_tokens` tokens at an empty cache, and one with the token after them, timed in a child.
+
+    Each is run for about `seconds` after its warm-up; load time and peak memory are those of the one process.
+    A full cache has no place for the token after: then its last place is written again. Raises as `answer` does.
+    """
+    request = {
+        "verb": "time",
+        "cache_tokens": cache_tokens,
+        "prefill_tokens": prefill_tokens,
+        "threads": threads,
+        "seconds": seconds,
+        "warm_up_seconds": warm_up_seconds,
+    }
+    result, _ = ask_child(_MODULE, path, request, [])
+    return Timing.model_validate(result["prefill"]), Timing.model_validate(result["decode"])
 
 
 class LanguageProgram:
@@ -143,8 +151,8 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial(likely, 1, generator=generator))
 
 
-def _speak(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    asked = Asked.model_validate(request)
+def _speak(request: dict[str, Any]) -> dict[str, Any]:
+    asked = Asked.model_validate(request["asked"])
     generator = torch.Generator().manual_seed(asked.seed)
     loaded_runtime(asked.threads)
     empty_mib = resident_mib("VmRSS")
@@ -188,18 +196,51 @@ def _speak(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 def _greedy(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
-    ((prompt,),) = inputs_in(folder, 1)
     program = LanguageProgram(request["path"], request["prefill_tokens"])
-    logits = [program.prefill(prompt[0].tolist()).clone()]
-    for position in range(prompt.shape[1], prompt.shape[1] + request["tokens"] - 1):
-        logits.append(program.step([int(logits[-1].argmax())], position).clone())
-    save_file({"logits": torch.stack(logits)}, folder / "outputs.safetensors")
-    return {"tokens": [int(row.argmax()) for row in logits]}
+    said: list[list[int]] = []
+    saved: dict[str, Tensor] = {}
+    for (prompt,) in inputs_in(folder, request["rows"]):
+        logits = [program.prefill(prompt[0].tolist()).clone()]
+        for position in range(prompt.shape[1], prompt.shape[1] + request["tokens"] - 1):
+            logits.append(program.step([int(logits[-1].argmax())], position).clone())
+        saved[str(len(said))] = torch.stack(logits)
+        said.append([int(row.argmax()) for row in logits])
+    save_file(saved, folder / "outputs.safetensors")
+    return {"tokens": said}
+
+
+def _time(request: dict[str, Any]) -> dict[str, Any]:
+    threads, count = int(request["threads"]), int(request["prefill_tokens"])
+    loaded_runtime(threads)
+    empty_mib = resident_mib("VmRSS")
+    begun = time.perf_counter()
+    program = LanguageProgram(request["path"], count, threads)
+    load_ms = (time.perf_counter() - begun) * 1e3
+    following = min(count, int(request["cache_tokens"]) - 1)
+
+    def timed(tokens: list[int], position: int) -> dict[str, Any]:
+        def once() -> float:
+            started = time.perf_counter()
+            program.step(tokens, position)
+            return (time.perf_counter() - started) * 1e3
+
+        return timings(once, request)
+
+    found = {"prefill": timed([1] * count, 0), "decode": timed([1], following)}
+    whole = {
+        "threads": program.threads,
+        "load_ms": load_ms,
+        "peak_memory_mib": resident_mib("VmHWM"),
+        "empty_memory_mib": empty_mib,
+    }
+    return {name: {**timing, **whole} for name, timing in found.items()}
 
 
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)  # the runtime has threads of its own
-    return _greedy(folder, request) if request.get("verb") == "greedy" else _speak(folder, request)
+    if request["verb"] == "time":
+        return _time(request)
+    return _greedy(folder, request) if request["verb"] == "greedy" else _speak(request)
 
 
 if __name__ == "__main__":

@@ -50,14 +50,15 @@ class _Stream:
 def encoded(tokenizer: Any, spec: TokenizerSpec, prompt: str, *, raw: bool) -> list[int]:
     """Tokens of a prompt. A chat template writes its special tokens itself; plain text gets the tokenizer's own."""
     chat = spec.chat_template is not None and not raw
-    text = _chat(spec, prompt) if chat else prompt
+    text = chat_text(spec, prompt) if chat else prompt
     ids: list[int] = tokenizer.encode(text, add_special_tokens=not chat).ids
     if not ids:
         raise EdgetuneError("the prompt has no tokens", got=prompt, action="write a prompt")
     return ids
 
 
-def _chat(spec: TokenizerSpec, prompt: str) -> str:
+def chat_text(spec: TokenizerSpec, prompt: str) -> str:
+    """The prompt as one turn of a chat, as the model's template writes it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     message = [{"role": "user", "content": prompt}]
@@ -79,6 +80,15 @@ def backend(tokenizer: Any) -> Any:
             exit_code=Exit.EXPORT,
         )
     return found
+
+
+def untouched(tokenizer: Any) -> Any:
+    """A `tokenizers.Tokenizer` of its own: without the cutting and padding that were asked of the user's last."""
+    found = backend(tokenizer)
+    plain = type(found).from_str(found.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
 
 
 def described(tokenizer: Any, file: Path, sha256: str) -> TokenizerSpec:

@@ -1,0 +1,57 @@
+"""What a loaded model's program carries: what its encoder does to a picture or a text, and the names of the classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgetune.data.dataset import Dataset
+from edgetune.export.carried import Carried, ImagePreprocessing, Postprocessing, TextPreprocessing, text_preprocessing
+from edgetune.models.loaded import Loaded
+from edgetune.models.text import TextEncoder
+from edgetune.models.vision import ImageEncoder
+from edgetune.technique import EdgetuneError
+
+
+def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
+    """What stands in the manifest of a program made from this model, for an app to go by.
+
+    A tokenizer or an encoder that cannot be described is named in `notes`; nothing is carried of it then.
+    """
+    told, note = _preprocessing(loaded, dataset)
+    classes = dataset.task != "causal-lm"
+    return Carried(
+        model=loaded.name,
+        data=dataset.name,
+        task=dataset.task,
+        recipe=recipe,
+        licence=loaded.licence,
+        preprocessing=told,
+        postprocessing=Postprocessing() if classes else None,
+        labels=dataset.classes,
+        notes=tuple(dict.fromkeys((*loaded.notes, *dataset.notes, *note))),
+    )
+
+
+def _preprocessing(loaded: Loaded, dataset: Dataset) -> tuple[ImagePreprocessing | TextPreprocessing | None, list[str]]:
+    encode = loaded.encode
+    if isinstance(encode, ImageEncoder):
+        return _of_pictures(encode, dataset.train.inputs), []
+    if not isinstance(encode, TextEncoder):
+        return None, ["how its inputs are made is not carried: its encoder is one of the user's own"]
+    try:
+        return text_preprocessing(encode.tokenizer, encode.max_length, ending=encode.ending), []
+    except EdgetuneError as error:
+        return None, [f"how its inputs are made is not carried: {error.what}"]
+
+
+def _of_pictures(encode: ImageEncoder, inputs: Any) -> ImagePreprocessing:
+    """Pictures in files are cropped and resized as bytes; those of an array are stretched as floats."""
+    shape = getattr(inputs, "shape", None)
+    return ImagePreprocessing(
+        size_px=encode.image_px,
+        color="grey" if shape is not None and len(shape) == 3 else "rgb",
+        crop="center" if shape is None or shape[1] == shape[2] else "none",
+        rounded=shape is None,
+        mean=encode.mean,
+        std=encode.std,
+    )

@@ -1,0 +1,196 @@
+"""What an app needs beside a program, as data: how a picture or a text becomes its inputs, and what comes out means.
+
+It stands in `model.json`; the tokenizer lies beside the program as a file of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgetune.files import write_whole
+from edgetune.technique import EdgetuneError, Exit
+
+
+class Value(BaseModel):
+    """Base of what is carried: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ImagePreprocessing(Value):
+    """From a picture in a file to one fp32 tensor `(1, channels, size_px, size_px)`.
+
+    In this order: turned upright as the file's orientation says, made `color`, cropped, resized, and each byte `x` of
+    channel `c` becomes `(x * scale - mean[c]) / std[c]`. A grey picture fills every channel with the same values.
+    """
+
+    kind: Literal["image"] = "image"
+    size_px: int  # width and height
+    color: Literal["rgb", "grey"]
+    crop: Literal["center", "none"]  # the largest square in the middle; "none": all of it, stretched to a square
+    resize: Literal["bilinear"] = "bilinear"  # a triangle as wide as what one new pixel covers, as Pillow's BILINEAR
+    rounded: bool  # to whole numbers after the resize, as where bytes are resized
+    scale: float = 1.0
+    mean: tuple[float, ...]  # one for each channel
+    std: tuple[float, ...]
+    layout: Literal["channels-first"] = "channels-first"
+
+
+class WordPiece(Value):
+    """A tokenizer of the BERT family: with the vocabulary of the tokenizer's file, all that an app has to know.
+
+    The words are the text's runs of characters between blanks and around each punctuation mark; each becomes its
+    longest pieces from the vocabulary, from the left, all but the first with `prefix` in front.
+    """
+
+    lowercase: bool
+    strip_accents: bool
+    clean: bool  # control characters go, every blank becomes a space
+    chinese: bool  # each Chinese character is a word
+    prefix: str
+    longest_word: int  # characters; a longer one is unknown
+    unknown_id: int
+    before: tuple[int, ...]  # tokens put before the text's, which count for the length
+    after: tuple[int, ...]
+
+
+class TextPreprocessing(Value):
+    """From a text to int64 `input_ids` and `attention_mask`, both `(1, tokens)`.
+
+    `ending` is put behind the text, the tokenizer's own special tokens around it; what is longer than `max_length`
+    tokens loses some at the side `cut`. What is shorter than the program's input is filled up on the right with
+    `pad_id`, where the mask is 0; elsewhere it is 1.
+    """
+
+    kind: Literal["text"] = "text"
+    tokenizer: str = ""  # file beside the program: tokenizer.json as Hugging Face's tokenizers write and read it
+    sha256: str = ""  # of that file
+    max_length: int
+    cut: Literal["right", "left"] = "right"
+    pad_id: int
+    ending: str = ""
+    wordpiece: WordPiece | None = None  # None: a tokenizer of another kind, which the file describes whole
+    tokenizer_json: str = Field(default="", exclude=True, repr=False)  # until it is written beside a program
+
+
+Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
+
+
+class Postprocessing(Value):
+    """From the logits `(1, classes)` to an answer."""
+
+    scores: Literal["softmax"] = "softmax"  # of the logits: they add up to 1
+    answer: Literal["argmax"] = "argmax"  # the place of the highest, which is the place of its name in `labels`
+
+
+class Carried(Value):
+    """What `model.json` says for the app. Empty: nobody said so."""
+
+    model: str = ""  # what it was made from: "minilm"
+    data: str = ""  # what it was trained on, or what named its classes
+    task: str = ""
+    recipe: str = ""
+    licence: str = ""  # of the pretrained weights, as their package says
+    preprocessing: Preprocessing | None = None
+    postprocessing: Postprocessing | None = None
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def text_preprocessing(tokenizer: Any, max_length: int, *, ending: str = "") -> TextPreprocessing:
+    """What a fast tokenizer of transformers, or a `tokenizers.Tokenizer`, does to a text.
+
+    Raises `EdgetuneError` for a tokenizer that cannot be written as a `tokenizer.json`.
+    """
+    from edgetune.export.language.tokenizer import backend, untouched
+
+    plain = untouched(tokenizer)
+    padding = backend(tokenizer).padding or {}  # of a `tokenizers.Tokenizer`, which has no token named so
+    pad_id = getattr(tokenizer, "pad_token_id", padding.get("pad_id"))
+    if pad_id is None:
+        raise EdgetuneError("the tokenizer has no token for padding", action="set tokenizer.pad_token")
+    return TextPreprocessing(
+        max_length=max_length,
+        cut=getattr(tokenizer, "truncation_side", "right"),
+        pad_id=pad_id,
+        ending=ending,
+        wordpiece=_wordpiece(json.loads(plain.to_str())),
+        tokenizer_json=plain.to_str(),
+    )
+
+
+def _wordpiece(told: dict[str, Any]) -> WordPiece | None:
+    """The few settings of a BERT tokenizer; `None` where any part of it is of another kind."""
+    parts = {name: told.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer", "post_processor")}
+    kinds = [parts[name].get("type") for name in ("model", "normalizer", "pre_tokenizer")]
+    around = _around(parts["post_processor"])
+    if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"] or around is None:
+        return None
+    model, normalizer = parts["model"], parts["normalizer"]
+    accents = normalizer["strip_accents"]
+    return WordPiece(
+        lowercase=normalizer["lowercase"],
+        strip_accents=normalizer["lowercase"] if accents is None else accents,
+        clean=normalizer["clean_text"],
+        chinese=normalizer["handle_chinese_chars"],
+        prefix=model["continuing_subword_prefix"],
+        longest_word=model["max_input_chars_per_word"],
+        unknown_id=model["vocab"][model["unk_token"]],
+        before=around[0],
+        after=around[1],
+    )
+
+
+def _around(post: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The special tokens before and after a single text."""
+    if post.get("type") == "BertProcessing":
+        return (post["cls"][1],), (post["sep"][1],)
+    if post.get("type") != "TemplateProcessing":
+        return None
+    sides: tuple[list[int], list[int]] = ([], [])
+    after = False
+    for piece in post["single"]:
+        if "Sequence" in piece:
+            after = True
+        else:
+            sides[after].extend(post["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return tuple(sides[0]), tuple(sides[1])
+
+
+def tokenizer_file(path: Path) -> Path:
+    """`model.tokenizer.json` for `model.pte`."""
+    return path.with_name(f"{path.stem}.tokenizer.json")
+
+
+def write_beside(carried: Carried, path: Path) -> Carried:
+    """Write the files that are carried beside the program at `path`; returns what goes into its manifest."""
+    told = carried.preprocessing
+    if not isinstance(told, TextPreprocessing):
+        return carried
+    if not told.tokenizer_json:
+        raise EdgetuneError("the text's tokenizer is missing", action="make it with edgetune.export.carried")
+    file = tokenizer_file(path)
+    write_whole(file, told.tokenizer_json)
+    known = {"tokenizer": file.name, "sha256": _sha256(told.tokenizer_json.encode()), "tokenizer_json": ""}
+    return carried.model_copy(update={"preprocessing": told.model_copy(update=known)})
+
+
+def files_beside(carried: Carried | None, path: Path) -> tuple[Path, ...]:
+    """The files that the program at `path` carries, checked. Raises `EdgetuneError` (exit code 5) for another file."""
+    told = carried.preprocessing if carried is not None else None
+    if not isinstance(told, TextPreprocessing):
+        return ()
+    file = path.with_name(told.tokenizer)
+    if not file.is_file() or _sha256(file.read_bytes()) != told.sha256:
+        what = "the file is not the one that its manifest describes" if file.is_file() else "no such file"
+        raise EdgetuneError(what, where=str(file), action="export the model again", exit_code=Exit.EXPORT)
+    return (file,)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,159 @@
+"""Sizes that are known only while running: which axes of the inputs, within which bounds, and rows to check them by."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from edgetune.technique import EdgetuneError, Exit
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
+
+Dynamic = Mapping[str, tuple[int, int]]
+"""Least and greatest size by the name of an axis.
+
+`batch` is the first axis of every input and `tokens` the second of all that are as long there as the first input.
+Any other is written out as `INPUT.AXIS` (`pixels.2`, `input_0.1`); axes that always have one size stand together,
+with commas between them.
+"""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of one input, and the sizes that it may have. Axes of one name have one size."""
+
+    name: str
+    place: int  # of the input
+    dim: int
+    low: int
+    high: int
+
+
+def axes_of(dynamic: Dynamic, names: Sequence[str], example: Sequence[Tensor]) -> tuple[Axis, ...]:
+    """The axes that are asked for. Raises `EdgetuneError` where an input has none such, or bounds are none."""
+    found: list[Axis] = []
+    for name, bounds in dynamic.items():
+        low, high = _bounds(name, bounds)
+        found += [Axis(name, place, dim, low, high) for place, dim in _places(name, names, example)]
+    taken = [(axis.place, axis.dim) for axis in found]
+    twice = [axis for axis in found if taken.count((axis.place, axis.dim)) > 1]
+    if twice:
+        what = f"axis {twice[0].dim} of {names[twice[0].place]} is asked for twice"
+        raise EdgetuneError(what, got=[axis.name for axis in twice], action="name each axis once")
+    return tuple(found)
+
+
+def _bounds(name: str, bounds: Any) -> tuple[int, int]:
+    try:
+        low, high = (int(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        low, high = 0, 0
+    if not 1 <= low < high:
+        action = f'write {{"{name}": (1, 64)}}: the least size and a greater one'
+        raise EdgetuneError(f"{name} needs a least and a greatest size", got=bounds, action=action)
+    return low, high
+
+
+def _places(name: str, names: Sequence[str], example: Sequence[Tensor]) -> list[tuple[int, int]]:
+    if name == "batch" and all(tensor.dim() for tensor in example):
+        return [(place, 0) for place in range(len(example))]
+    if name == "tokens" and example[0].dim() > 1:
+        length = example[0].shape[1]
+        return [(place, 1) for place, t in enumerate(example) if t.dim() > 1 and t.shape[1] == length]
+    found = []
+    for one in name.split(","):
+        known, _, axis = one.strip().rpartition(".")
+        place = names.index(known) if known in names else -1
+        if place < 0 or not axis.isdecimal() or int(axis) >= example[place].dim():
+            allowed = [f"{n}.{dim}" for n, t in zip(names, example, strict=True) for dim in range(t.dim())]
+            raise EdgetuneError("no such axis", got=one, allowed=["batch", "tokens", *allowed])
+        found.append((place, int(axis)))
+    return found
+
+
+def parsed(asked: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Bounds as a command line writes them.
+
+    >>> parsed(["tokens=1:64", "pixels.2,pixels.3=64:256"])
+    {'tokens': (1, 64), 'pixels.2,pixels.3': (64, 256)}
+    """
+    found = {}
+    for one in asked:
+        match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", one)
+        if match is None or match[1] in found:
+            action = "write it as tokens=1:64, once for each axis"
+            raise EdgetuneError("this is no size with its bounds", got=one, action=action)
+        found[match[1]] = (int(match[2]), int(match[3]))
+    return found
+
+
+def sizes_to_check(axes: Sequence[Axis]) -> list[dict[str, int]]:
+    """Sizes by name: all at their greatest, all at their least, halfway, and one at its least beside the others' most.
+
+    The greatest come again at the end: a program that has shrunk must grow.
+    """
+    bounds = {axis.name: (axis.low, axis.high) for axis in axes}
+    high = {name: most for name, (_, most) in bounds.items()}
+    low = {name: least for name, (least, _) in bounds.items()}
+    half = {name: (least + most) // 2 for name, (least, most) in bounds.items()}
+    mixed = [{**high, name: least} for name, (least, _) in bounds.items()] if len(bounds) > 1 else []
+    return [high, low, half, *mixed, high]
+
+
+def resized(row: Sequence[Tensor], axes: Sequence[Axis], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """The row with these sizes: cut, or repeated from its start."""
+    tensors = list(row)
+    for axis in axes:
+        tensor, size = tensors[axis.place], sizes[axis.name]
+        tensors[axis.place] = tensor.index_select(axis.dim, torch.arange(size) % tensor.shape[axis.dim])
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def shapes_for(model: nn.Module, axes: Sequence[Axis], inputs: int) -> Any:
+    """`dynamic_shapes` of `torch.export.export` for a model with so many inputs; `None` where all sizes are fixed."""
+    if not axes:
+        return None
+    dims = {axis.name: _dim(axis) for axis in axes}
+    shapes = tuple({axis.dim: dims[axis.name] for axis in axes if axis.place == place} for place in range(inputs))
+    parameters = inspect.signature(model.forward).parameters.values()
+    return (shapes,) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else shapes
+
+
+def _dim(axis: Axis) -> Any:
+    return torch.export.Dim(re.sub(r"\W+", "_", axis.name), min=axis.low, max=axis.high)
+
+
+def infer_views(program: ExportedProgram) -> None:
+    """Write -1 for the free size of every view that has one only: XNNPACK takes no other view of a free size.
+
+    The layers of a text model of free length reach it in fewer pieces, with less memory between them.
+    """
+    for node in program.graph.nodes:
+        if node.target in _VIEWS:
+            sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+            if sizes.count(-1) == 1:
+                node.args = (node.args[0], sizes)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def refused(axes: Sequence[Axis], error: Exception) -> EdgetuneError | None:
+    """The error for a model that does not take every size within the bounds; `None` where something else is wrong."""
+    text = str(error)
+    if "Constraints violated" not in text and "ConstraintViolation" not in type(error).__name__:
+        return None
+    lines = [line.strip(" -\t") for line in text.splitlines() if line.strip()]
+    said = next((line for line in lines[1:] if not line.endswith(":")), lines[0] if lines else "")
+    return EdgetuneError(
+        f"the model does not take every size within the bounds: {said[:400]}",
+        got={axis.name: (axis.low, axis.high) for axis in axes},
+        action="leave the axis out, narrow its bounds, or name axes of one size together: 'a.1,b.1'",
+        exit_code=Exit.EXPORT,
+    )

@@ -1,0 +1,89 @@
+"""A kit for a device: the program, what it carries, its card, a short sample and a README, in one folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from edgetune.export.artifact import Artifact, manifest_path
+from edgetune.export.card import card_path
+from edgetune.export.carried import files_beside
+from edgetune.export.kit import classifier, language
+from edgetune.export.kit.platforms import PLATFORMS, Platform, find, target_for
+from edgetune.export.language.artifact import LanguageArtifact, load_any
+from edgetune.files import write_whole
+from edgetune.technique import EdgetuneError
+
+__all__ = ["PLATFORMS", "check", "find", "kit_of", "new_kit", "target_for"]
+
+check = classifier.check
+
+_CODE = (".kt", ".py", ".cpp", "linux/text.hpp", "linux/picture.hpp")  # copied as it is; the rest has fields to fill
+_SWIFT = "Package.swift"  # of Swift only this one
+
+
+def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact | LanguageArtifact]) -> Path:
+    """A kit in `folder`, which must not be there or be empty; `make` writes the program to the path it is given.
+
+    Nothing is left where that, or the kit, fails.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise EdgetuneError("the kit's folder is there already", got=str(folder), action="choose another with -o")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        beside = unfinished / platform.model
+        beside.mkdir(parents=True, exist_ok=True)
+        made = make(beside / "model.pte")
+        if isinstance(made, Artifact):
+            fields = classifier.fields(platform, made, unfinished)
+            _fill(unfinished, classifier.files(platform, made), fields)
+        else:
+            _fill(unfinished, platform.talk, language.fields(platform, made, language.beside(made)))
+        unfinished.chmod(0o755)  # mkdtemp makes it private
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def kit_of(program: Path, platform: Platform, folder: Path) -> Path:
+    """A kit of a program that was exported before, with what lies beside it."""
+    known = load_any(program)
+    target_for(platform, None, known.manifest.target)  # raises where the platform cannot run it
+    files = [program, manifest_path(program), card_path(program)]
+    if isinstance(known, Artifact):
+        check(platform, known.manifest.carried)
+        files += files_beside(known.manifest.carried, program)
+    else:
+        files.append(known.tokenizer_path)
+
+    def copied(path: Path) -> Artifact | LanguageArtifact:
+        for file in files:
+            # a tokenizer keeps the name that the manifest calls it by
+            name = path.stem + file.suffix if file.stem == program.stem else file.name
+            if file.is_file():
+                shutil.copyfile(file, path.with_name(name))
+        return load_any(path)
+
+    return new_kit(platform, folder, copied)
+
+
+def template(name: str) -> str:
+    """A file of this package."""
+    return resources.files("edgetune.export.kit").joinpath(name).read_text(encoding="utf-8")
+
+
+def _fill(folder: Path, files: Mapping[str, str], fields: Mapping[str, str]) -> None:
+    filled = dict(fields)
+    if "linux/main.cpp" in files:
+        filled["cpp"] = Template(template("linux/cpp.md")).substitute(fields)
+    for source, goal in files.items():
+        text = template(source)
+        as_it_is = source.endswith(_CODE) or (source.endswith(".swift") and not source.endswith(_SWIFT))
+        write_whole(folder / goal, text if as_it_is else Template(text).substitute(filled))

@@ -1,0 +1,155 @@
+"""The kit of a text or picture classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgetune.export.artifact import Artifact, Manifest, manifest_path
+from edgetune.export.card import card_path, postprocessing, preprocessing, write_card
+from edgetune.export.carried import Carried, ImagePreprocessing, TextPreprocessing, files_beside
+from edgetune.export.inspect_text import size
+from edgetune.export.kit import cpp
+from edgetune.export.kit.platforms import Platform
+from edgetune.files import write_whole
+from edgetune.technique import EdgetuneError, Exit
+
+_WHAT = {
+    "pte": "the program",
+    "json": "what it is: shapes, how inputs are made, classes, versions, checksums",
+    "md": "the same to read, with what is known of its quality and speed",
+    "tokenizer.json": "the tokenizer, as Hugging Face's `tokenizers` write it",
+}
+_NO_CPP = "No C++ sample: its tokenizer knows the BERT family only, and this program's is another.\n"
+
+
+def check(platform: Platform, carried: Carried | None) -> None:
+    """Raise unless the samples for the platform know what to do with what a program carries."""
+    told = carried.preprocessing if carried is not None else None
+    if carried is None or told is None or carried.postprocessing is None:
+        raise EdgetuneError(
+            "the program does not carry how its inputs are made and what comes out",
+            action="make kits of classifiers and of programs that talk: a model by name, or the folder of a run",
+            exit_code=Exit.EXPORT,
+        )
+    if not platform.python and isinstance(told, TextPreprocessing) and told.wordpiece is None:
+        raise EdgetuneError(
+            f"the sample for {platform.title} has a tokenizer of the BERT family only",
+            action="use a model of that family, or give the app a library that reads model.tokenizer.json",
+            exit_code=Exit.EXPORT,
+        )
+
+
+def files(platform: Platform, artifact: Artifact) -> dict[str, str]:
+    """Templates and where they go."""
+    told = _told(artifact.manifest).preprocessing
+    found = platform.files(told)
+    if isinstance(told, TextPreprocessing) and told.wordpiece is None:
+        return {source: goal for source, goal in found.items() if not goal.startswith("cpp/")}
+    return found
+
+
+def fields(platform: Platform, artifact: Artifact, folder: Path) -> dict[str, str]:
+    """The values of the templates. Writes the card where there is none yet, and C++'s vocabulary into the kit."""
+    manifest, path = artifact.manifest, artifact.path
+    check(platform, manifest.carried)
+    _check_inputs(manifest)
+    if not card_path(path).is_file():
+        write_card(path, manifest)
+    carried = _told(manifest)
+    told = carried.preprocessing
+    beside = files_beside(carried, path)
+    names = [path.name, manifest_path(path).name, card_path(path).name, *(file.name for file in beside)]
+    found = _common(platform, manifest, names)
+    found |= _of_texts() if isinstance(told, TextPreprocessing) else _of_pictures()
+    if not platform.python:
+        return found
+    if isinstance(told, TextPreprocessing):
+        if told.wordpiece is None:
+            return {**found, "cpp": _NO_CPP}
+        (folder / "cpp").mkdir(exist_ok=True)
+        write_whole(folder / "cpp" / "vocab.txt", cpp.vocabulary(beside[0]))
+    return {**found, **cpp.fields(manifest)}
+
+
+def _told(manifest: Manifest) -> Carried:
+    assert manifest.carried is not None  # `check` has seen it
+    return manifest.carried
+
+
+def _check_inputs(manifest: Manifest) -> None:
+    """Raise for a program that takes other inputs than the samples give."""
+    carried = _told(manifest)
+    told = carried.preprocessing
+    if isinstance(told, ImagePreprocessing):
+        fits = [spec.shape for spec in manifest.inputs] == [(1, len(told.mean), told.size_px, told.size_px)]
+    else:
+        names = tuple(spec.name for spec in manifest.inputs)
+        fits = names == ("input_ids", "attention_mask") and all(spec.shape[0] == 1 for spec in manifest.inputs)
+    fits = fits and len(carried.labels) in (0, manifest.outputs[0].shape[-1])
+    if not fits:
+        raise EdgetuneError(
+            "the program takes or gives something else than it carries",
+            got=[str(spec) for spec in (*manifest.inputs, *manifest.outputs)],
+            action="give one row of what carried.preprocessing makes, and a name for each class",
+            exit_code=Exit.EXPORT,
+        )
+    if manifest.data is not None:
+        raise EdgetuneError(
+            "the program's weights lie in a file apart",
+            got=manifest.data.file,
+            action="export it with its weights inside",
+            exit_code=Exit.EXPORT,
+        )
+
+
+def _common(platform: Platform, manifest: Manifest, names: list[str]) -> dict[str, str]:
+    carried, parity = _told(manifest), manifest.parity
+    return {
+        "title": f"{carried.model or 'A model'} for {platform.title}",
+        "task": carried.task.replace("-", " "),
+        "target": manifest.target,
+        "size": size(manifest.size_bytes),
+        "executorch": manifest.versions["executorch"],
+        "torch": manifest.versions["torch"].partition("+")[0],
+        "files": _bullets([f"`{name}`: {_WHAT[name.partition('.')[2]]}" for name in names]),
+        "how": _bullets(preprocessing(carried)),
+        "out": _bullets(postprocessing(carried)),
+        "package": platform.packages.get(manifest.target, platform.packages.get("", "")),
+        "products": _products(platform, manifest.target),
+        "resources": ",\n".join(f'        .copy("Resources/{name}")' for name in names),
+        "parity": f"The program was run on the machine that made it and compared with the model on {parity.rows} rows: "
+        f"the same prediction on {parity.same_prediction_pct:g} %."
+        if parity is not None
+        else f"The program was {manifest.note}.",
+    }
+
+
+def _of_texts() -> dict[str, str]:
+    rows = '"a text" "another text"'
+    return {
+        "kind": "Text",
+        "argument": '"a text"',
+        "rows": rows,
+        "cpp_rows": rows,
+        "library": "tokenizers>=0.21",
+    }
+
+
+def _of_pictures() -> dict[str, str]:
+    return {
+        "kind": "Picture",
+        "argument": "picture",
+        "rows": "picture.jpg another.png",
+        "cpp_rows": "picture.ppm",
+        "library": "pillow>=10",
+    }
+
+
+def _products(platform: Platform, target: str) -> str:
+    backend = platform.packages.get(target, "")
+    names = ["executorch", *([backend] if backend else []), "kernels_optimized", "kernels_quantized"]
+    return "\n".join(f'        .product(name: "{name}", package: "executorch"),' for name in names)
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

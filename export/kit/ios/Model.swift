@@ -1,0 +1,89 @@
+// The program and what model.json says of it. Use a model from one thread at a time: it is not thread-safe.
+import ExecuTorch
+import Foundation
+
+/// A class and its score; the scores of all classes add up to 1.
+public struct Answer {
+  public let label: String
+  public let score: Double
+}
+
+public enum KitError: Swift.Error {
+  case missing(String)
+}
+
+/// What an app reads of model.json.
+struct Told: Decodable {
+  struct Spec: Decodable {
+    let name: String
+    let shape: [Int]
+  }
+
+  struct WordPiece: Decodable {
+    let lowercase: Bool
+    let strip_accents: Bool
+    let clean: Bool
+    let chinese: Bool
+    let prefix: String
+    let longest_word: Int
+    let unknown_id: Int64
+    let before: [Int64]
+    let after: [Int64]
+  }
+
+  struct Preprocessing: Decodable {
+    // texts
+    let tokenizer: String?
+    let max_length: Int?
+    let cut: String?
+    let pad_id: Int64?
+    let ending: String?
+    let wordpiece: WordPiece?
+    // pictures
+    let size_px: Int?
+    let color: String?
+    let crop: String?
+    let rounded: Bool?
+    let scale: Float?
+    let mean: [Float]?
+    let std: [Float]?
+  }
+
+  struct Carried: Decodable {
+    let preprocessing: Preprocessing
+    let labels: [String]
+  }
+
+  let inputs: [Spec]
+  let carried: Carried
+}
+
+/// The program, loaded from the package's resources.
+final class Model {
+  let told: Told
+  private let module: Module
+
+  init() throws {
+    told = try JSONDecoder().decode(Told.self, from: Data(contentsOf: Model.resource("model.json")))
+    module = Module(filePath: try Model.resource("model.pte").path)
+    try module.load("forward")
+  }
+
+  static func resource(_ name: String) throws -> URL {
+    guard let found = Bundle.module.url(forResource: name, withExtension: nil) else { throw KitError.missing(name) }
+    return found
+  }
+
+  /// The classes, the likeliest first. `inputs` stand in the order of `told.inputs`.
+  func run(_ inputs: [ValueConvertible]) throws -> [Answer] {
+    let output = try Tensor<Float>(module.forward(inputs))
+    let logits = output.scalars().map(Double.init)
+    let highest = logits.max() ?? 0
+    let parts = logits.map { exp($0 - highest) }
+    let sum = parts.reduce(0, +)
+    let labels = told.carried.labels
+    return parts.enumerated()
+      .map { Answer(label: $0.offset < labels.count ? labels[$0.offset] : String($0.offset), score: $0.element / sum) }
+      .sorted { $0.score > $1.score }
+  }
+}

