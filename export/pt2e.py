@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from edgetune.export import failures, operators
 from edgetune.export.lower import Positional
+from edgetune.export.reparameterize import reparameterize
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
@@ -32,7 +33,7 @@ def quantize_static(
     code 5) where the model cannot be captured with a free batch size.
     """
     with quiet(), torch.no_grad():
-        prepared = _prepared(model, inputs, _quantizer(per_channel=per_channel, skip=skip))
+        prepared = _prepared(_fused(model, inputs, skip), inputs, _quantizer(per_channel=per_channel, skip=skip))
         seen = 0
         for batch in batches:
             prepared(*tensors_of(batch))
@@ -55,6 +56,15 @@ def _drop_unused(graph_module: fx.GraphModule) -> None:
         delattr(graph_module.get_submodule(parent), own)
 
 
+def _fused(model: nn.Module, inputs: Inputs, skip: frozenset[str]) -> nn.Module:
+    """The model with its parallel branches made one, as an export would make them: each branch would be rounded
+    by itself. Where fusing takes a layer away that is to be skipped, the model as it is.
+    """
+    fused, report = reparameterize(model, inputs)
+    kept = skip <= {name for name, _ in fused.named_modules()}
+    return fused if report.branches and kept else model
+
+
 def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
@@ -65,7 +75,31 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any) -> Any:
         captured = torch.export.export(program, example, dynamic_shapes=(free,), strict=False)
     except Exception as error:  # torch.export raises dozens of types
         raise failures.not_captured(program, example, error) from error
-    return prepare_pt2e(captured.module(check_guards=False), quantizer)
+    graph_module: Any = captured.module(check_guards=False)
+    _keep_dims(graph_module)
+    return prepare_pt2e(graph_module, quantizer)
+
+
+def _keep_dims(graph_module: fx.GraphModule) -> None:
+    """Write a mean over pictures as one that keeps their dims, and a flatten.
+
+    XNNPACK takes no other between two roundings: it would compute the mean in floating point, where chance decides
+    which way a half goes, and a mean of a few whole numbers is often a half.
+    """
+    aten, graph = torch.ops.aten, graph_module.graph
+    for node in list(graph.nodes):
+        if node.target != aten.mean.dim or node.kwargs or (len(node.args) > 2 and node.args[2]):
+            continue
+        value = node.args[0].meta["val"]
+        if value.dim() != 4 or sorted(dim % 4 for dim in node.args[1] or ()) != [2, 3]:
+            continue
+        with graph.inserting_before(node):
+            kept = graph.call_function(aten.mean.dim, (node.args[0], [2, 3], True))
+            flat = graph.call_function(aten.flatten.using_ints, (kept, 1))
+        kept.meta, flat.meta = {**node.meta, "val": value.mean((2, 3), keepdim=True)}, dict(node.meta)
+        node.replace_all_uses_with(flat)
+        graph.erase_node(node)
+    graph_module.recompile()
 
 
 def _quantizer(*, per_channel: bool, skip: frozenset[str]) -> Any:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA, can_adapt
 from edgetune.attach import apply, finalize
+from edgetune.export import export as to_program
+from edgetune.export import verify
+from edgetune.export.run import loaded_runtime
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.sparse.update import SparseUpdate
@@ -142,10 +145,18 @@ def quantized(family: Family, model: nn.Module) -> nn.Module:
     return apply(model, Int8(), sample).eval()
 
 
+def run_here(
+    path: str | Path, batches: Sequence[tuple[Tensor, ...]], *, method: str = "forward", data: Path | None = None
+) -> list[tuple[Tensor, ...]]:
+    """In place of `edgetune.export.run.run_in_child`: a cell is a process of its own already."""
+    assert (method, data) == ("forward", None)
+    program = loaded_runtime(None)._load_for_executorch(str(path))
+    return [tuple(tensor.clone() for tensor in program.forward(row)) for row in batches]
+
+
 def export(family: Family, model: nn.Module, column: str, cell: Cell) -> None:
     """Lower, run, compare; the manifest's figures go into the cell."""
-    from edgetune.export import export as to_program
-
+    verify.run_in_child = run_here
     bits = cell.found["bits"]
     target = column if column in ("coreml", "vulkan") else "xnnpack"
     rows = family.inputs(ROWS)

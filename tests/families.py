@@ -31,7 +31,7 @@ Bits = Literal["int8", "int4"]
 class Family:
     """How to build one. `inputs` gives a batch of that many rows; `adapt` is `lora` or a scheme of sparse-update.
 
-    `skip`: patterns of layers that LoRA leaves out, because peft refuses them.
+    `skip`: patterns of layers that LoRA leaves out, because peft refuses them. `note`: what is not as one would expect.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Family:
     source: Source
     adapt: str = "lora"
     skip: tuple[str, ...] = ()
+    note: str = ""
 
     def made(self) -> nn.Module:
         """The model in eval mode, the same at each call."""
@@ -105,8 +106,13 @@ def heard(rows: int) -> dict[str, Tensor]:
 # Builders
 
 
-def lively(model: nn.Module, examples: Inputs | None = None) -> nn.Module:
-    """Random values for every parameter that is constant or tiny, and batch norms that have seen the examples."""
+def lively(model: nn.Module, examples: Inputs | None = None, *, branches: float = 1.0) -> nn.Module:
+    """Random values for every parameter that is constant or tiny, and batch norms that have seen the examples.
+
+    Each layer of a deep network with random weights enlarges a rounding error, and `eager_rounding` in the table says
+    how far eager mode is from double precision. Training takes that away: what a block adds to what passes it by
+    becomes small. `branches` is that factor for timm's inverted residual blocks.
+    """
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -115,6 +121,10 @@ def lively(model: nn.Module, examples: Inputs | None = None) -> nn.Module:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif parameter.std() < 0.5 * fan_in**-0.5:
                 parameter.copy_(torch.randn_like(parameter) * fan_in**-0.5)
+        for block in model.modules():
+            if getattr(block, "has_skip", False):
+                last = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)][-1]
+                last.weight.mul_(branches)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
@@ -147,11 +157,11 @@ def _operators() -> torch.library.Library:
     return library
 
 
-def of_timm(name: str, px: int = PX, sized: bool = False) -> nn.Module:
+def of_timm(name: str, px: int = PX, sized: bool = False, branches: float = 1.0) -> nn.Module:
     """A model of timm; `sized` where its layers depend on the size of the picture."""
     timm = import_timm()
     size = {"img_size": px} if sized else {}
-    return lively(timm.create_model(name, num_classes=CLASSES, **size), pictures(16, px))
+    return lively(timm.create_model(name, num_classes=CLASSES, **size), pictures(16, px), branches=branches)
 
 
 def of_torchvision(name: str) -> nn.Module:
@@ -270,9 +280,12 @@ WHISPER = {
 }  # fmt: skip
 
 
-def _timm(name: str, model: str, px: int = PX, sized: bool = False, adapt: str = "lora") -> Family:
-    build = functools.partial(of_timm, model, px, sized)
-    return Family(name, build, functools.partial(pictures, px=px), "int8", "timm", adapt)
+def _timm(
+    name: str, model: str, px: int = PX, sized: bool = False, adapt: str = "lora", branches: float = 1.0
+) -> Family:
+    build = functools.partial(of_timm, model, px, sized, branches)
+    note = "" if branches == 1.0 else f"what a residual block adds is scaled by {branches}, as training makes it small"
+    return Family(name, build, functools.partial(pictures, px=px), "int8", "timm", adapt, note=note)
 
 
 def _vision(name: str, model: str, adapt: str = "lora") -> Family:
@@ -295,7 +308,7 @@ FAMILIES = {
         _timm("MobileNetV3", "mobilenetv3_small_050"),
         _timm("MobileNetV4", "mobilenetv4_conv_small_050"),
         _timm("MobileOne", "mobileone_s0"),
-        _timm("EfficientNet", "efficientnet_b0"),
+        _timm("EfficientNet", "efficientnet_b0", branches=0.2),
         _timm("EfficientNet-Lite", "efficientnet_lite0"),
         _timm("RegNet", "regnety_002"),
         _timm("ReXNet", "rexnet_100"),
@@ -303,7 +316,7 @@ FAMILIES = {
         _timm("TResNet", "tresnet_m", adapt="last-1"),
         _timm("SHViT", "shvit_s1"),
         _timm("StarNet", "starnet_s050"),
-        _timm("FBNetV3", "fbnetv3_b"),
+        _timm("FBNetV3", "fbnetv3_b", branches=0.2),
         _timm("EfficientViT (MIT)", "efficientvit_b0"),
         _timm("EfficientViT (MSRA)", "efficientvit_m0", 224),
         Family("EfficientViT-SAM encoder", efficientvit_sam, pictures, "int8", "timm"),

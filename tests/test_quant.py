@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from edgetune.export import export
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8, Static8
 from edgetune.quant.integers import Integers
@@ -197,9 +199,126 @@ def test_int8_rounds_a_layer_as_whole_numbers_do(static: tuple[nn.Module, Static
     integers = quantized.graph.get_buffer(weight.args[0].target).long()
     step = scale_in * quantized.graph.get_buffer(weight.args[1].target)
     bias = quantized.graph.get_parameter(head.args[2].target)
-    total = (seen[source.args[0].name].long() - zero_in) @ integers.T + (bias / step).round().long()
+    total = (seen[source.args[0].name].long() - zero_in) @ integers.T + (bias * (1.0 / step)).round().long()
     expected = (total * (step / scale_out)).round().long() + zero_out
     assert torch.equal(seen[output.name].long(), expected.clamp(-128, 127))
+
+
+class Gated(nn.Module):
+    """What MobileNetV3, ShuffleNetV2 and a pose head have beside convolutions: sums, gates, means, enlarging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.down, self.up = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.wide = nn.ConvTranspose2d(16, 8, 4, 2, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = F.hardswish(self.stem(pixels))
+        y = F.relu(self.depth(x))
+        gate = F.hardsigmoid(self.up(F.relu(self.down(y.mean((2, 3), keepdim=True)))))
+        return self.head(self.wide(x + self.point(y * gate)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("px", [4, 12])
+def test_int8_adds_multiplies_and_averages_as_its_program_does(tmp_path: Path, px: int) -> None:
+    """With 2 by 2 places many a mean is a half, with 12 by 12 its factor is not exact in floating point."""
+    torch.manual_seed(1)
+    pixels = torch.randn(60, 3, px, px)
+    model = Int8().apply(Gated(), Sample(pixels[:1], lambda: iter([pixels])))
+    assert isinstance(model, Static8)
+    means = [node for node in model.graph.graph.nodes if node.target == torch.ops.aten.mean.dim]
+    (last,) = means[-1].users
+    assert px != 4 or last.args[2] % 2 == 1  # with an even zero point it would not matter where a half goes
+    known = export(model, pixels[:1], tmp_path / "gated.pte", check_inputs=[pixels]).manifest
+    assert known.parity is not None
+    assert known.parity.max_abs_difference == 0.0
+    as_written = fx.Interpreter(model.graph).run(pixels)
+    assert not torch.equal(as_written, model(pixels))
+
+
+class Partial(nn.Module):
+    """ReXNet's residual: only the first channels get one, so that the others are cut out and change their scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.widen = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.stem(pixels)
+        y = self.widen(x)
+        return self.head(torch.cat([y[:, :4] + x, y[:, 4:]], 1).mean((2, 3)))
+
+
+class Padded(nn.Module):
+    """TinyViT's windows: what a quantized layer gives is padded for an operator in floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(36, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.sigmoid(F.pad(self.stem(pixels), (1, 1, 1, 1))).mean(1).flatten(1))
+
+
+class Moved(nn.Module):
+    """ShuffleNet's shuffle, a slice of one scale, and a picture as a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.point, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(6, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.stem(pixels).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        x = self.point(torch.cat([x[:, :3], x[:, 5:]], 1))
+        return self.head(x.flatten(2).permute(0, 2, 1)).mean(1)
+
+
+@pytest.mark.parametrize("kind", [Partial, Padded, Moved])
+def test_int8_values_may_be_cut_reordered_and_padded(tmp_path: Path, kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    pixels = torch.randn(20, 3, 6, 6)
+    model = Int8().apply(kind(), Sample(pixels[:1], lambda: iter([pixels])))
+    known = export(model, pixels[:1], tmp_path / "partial.pte", check_inputs=[pixels]).manifest
+    assert known.parity is not None
+    assert known.parity.max_abs_difference == 0.0
+
+
+class Branches(nn.Module):
+    """RepVGG's block: a convolution and a pointwise one beside it, which it can make one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.fused = False
+
+    def switch_to_deploy(self) -> None:
+        with torch.no_grad():
+            self.wide.weight[:, :, 1:2, 1:2] += self.point.weight
+            self.wide.bias += self.point.bias
+        del self.point
+        self.fused = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wide(x) if self.fused else self.wide(x) + self.point(x)
+
+
+@pytest.mark.parametrize(("skip", "convolutions"), [((), 1), (("*.wide",), 1), (("*.point",), 2)])
+def test_int8_rounds_fused_branches_once(skip: tuple[str, ...], convolutions: int) -> None:
+    """But for one whose branch is to stay in floating point."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("block", Branches())
+    pixels = torch.randn(8, 3, 6, 6)
+    quantized = Int8(skip=skip).apply(model, Sample(pixels[:1], lambda: iter([pixels])))
+    assert isinstance(quantized, Static8)
+    found = [node for node in quantized.graph.graph.nodes if node.target == torch.ops.aten.conv2d.default]
+    assert len(found) == convolutions
+    assert hasattr(model.block, "point")
 
 
 def test_int8_skips_the_layers_it_is_told_to() -> None:

@@ -2,67 +2,132 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
 
 _ATEN = torch.ops.aten
-_LAYERS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.linear.default})
-_MEANS = frozenset({_ATEN.adaptive_avg_pool2d.default, _ATEN.mean.dim})
-_CLAMPS = frozenset({_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default})
+_LAYERS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv_transpose2d.input, _ATEN.linear.default)
+_RELUS = frozenset({_ATEN.relu.default, _ATEN.relu_.default})
+_CLAMPS = _RELUS | {_ATEN.hardtanh.default, _ATEN.hardtanh_.default}
+_BITS = 20  # of the larger factor of an addition
 
 
 class Integers(fx.Interpreter):
-    """Runs a graph of dequantize, layer, clamp and quantize with the layers' sums as whole numbers.
+    """Runs a graph of dequantize, operator, clamp and quantize with whole numbers where XNNPACK has them.
 
     Run as it is written, the graph keeps its biases in floating point where XNNPACK rounds them to the step of the
-    sum, and scales before it adds. That moves one value in a thousand to the next of its 256 steps, later layers
-    enlarge it, and in EfficientNet-Lite0 a third of all values had moved after five blocks. The sums here are exact
-    while they stay below 2^24, in single precision. Of that network's logits 96 rows in 100 are then XNNPACK's to the
-    bit; additions and the first rounding of the input are left in floating point.
+    sum, and scales before it adds or multiplies. That moves one value in a thousand to the next of its 256 steps,
+    later layers enlarge it, and in EfficientNet-Lite0 a third of all values had moved after five blocks. The sums
+    here are exact while they stay below 2^24, in single precision. What XNNPACK computes in floating point between
+    two quantized operators (hard swish, sigmoid, softmax, layer norm) stays so.
     """
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node; a quantized layer gives multiples of the scale that the next node rounds to."""
-        if n.target in _MEANS:
-            return self._mean(n)
-        if n.target not in _LAYERS:
-            return super().run_node(n)
-        source, weight, output = n.args[0], n.args[1], _after_clamp(n)
+        """The value of a node; a quantized operator gives multiples of the scale that the next node rounds to."""
+        rule = _RULES.get(n.target)
+        found = None if rule is None else rule(self, n)
+        return super().run_node(n) if found is None else found
+
+    def layer(self, n: fx.Node) -> Tensor | None:
+        """A sum of products and a rounded bias, scaled once."""
+        source, weight, output = n.args[0], n.args[1], _after(n, _CLAMPS)
         if not (_is(source, "dequantize") and _is(weight, "dequantize") and _is(output, "quantize")):
-            return super().run_node(n)  # one that was left in floating point
+            return None  # one that was left in floating point
         args, _ = self.fetch_args_kwargs_from_env(n)
-        scale_in, scale_out = (torch.tensor(node.args[1]) for node in (source, output))
         integers, weight_scale = (self._stored(argument) for argument in weight.args[:2])
-        step = scale_in * weight_scale  # of the sum: one, or one for each output channel
+        scale: Any = source.args[1]
+        step: Any = weight_scale * scale  # of the sum: one, or one for each output channel
         along = (-1,) if n.target is _ATEN.linear.default else (-1, *[1] * (args[0].dim() - 2))
-        total: Tensor = n.target((args[0] / scale_in).round(), integers.float(), None, *args[3:])  # type: ignore[operator]
+        total: Tensor = n.target(self._integers(source), integers.float(), None, *args[3:])  # type: ignore[operator]
         if len(args) > 2 and args[2] is not None:
-            total = total + (args[2] / step).round().view(along)
-        return (total * (step / scale_out).view(along)).round() * scale_out
+            total = total + (args[2] * (1.0 / step)).round().view(along)
+        ratio = torch.as_tensor(step, dtype=torch.float32) / _scale(output)
+        return (total * ratio.view(along)).round() * _scale(output)
 
-    def _mean(self, n: fx.Node) -> Any:
-        """A mean whose exact halves go to the even neighbour: in floating point, chance decides where they go."""
-        source, output = n.args[0], _after_clamp(n)
+    def addition(self, n: fx.Node) -> Tensor | None:
+        """Both sides times whole factors, of which the larger has 21 bits; halves go up."""
+        output = self._elementwise(n, _RELUS)
+        if output is None or n.kwargs.get("alpha", 1) != 1:
+            return None
+        ratios = [float(_scale(source) / _scale(output)) for source in n.args]
+        shift = _BITS + 1 - math.frexp(max(ratios))[1]
+        if not 12 <= shift <= 30 or min(ratios) < 2**-10:  # what XNNPACK's kernel is written for
+            return None
+        factors = [round(math.ldexp(ratio, shift)) for ratio in ratios]
+        left, right = (self._integers(source).int() * factor for source, factor in zip(n.args, factors))  # noqa: B905
+        return ((left + right + (1 << (shift - 1))) >> shift) * _scale(output)
+
+    def product(self, n: fx.Node) -> Tensor | None:
+        """A whole product, scaled once."""
+        output = self._elementwise(n, frozenset())
+        if output is None:
+            return None
+        left, right = n.args
+        ratio = _scale(left) * _scale(right) / _scale(output)
+        return (self._integers(left) * self._integers(right) * ratio).round() * _scale(output)
+
+    def mean(self, n: fx.Node) -> Tensor | None:
+        """A mean over a picture. Its exact halves go to the even neighbour, the zero point counted in.
+
+        In floating point, chance decides where they go, and of a mean over four numbers every fourth is a half.
+        """
+        source, output = n.args[0], _after(n, frozenset())
         if not (_is(source, "dequantize") and _is(output, "quantize")):
-            return super().run_node(n)
+            return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        scale_in, scale_out = (torch.tensor(node.args[1]) for node in (source, output))
-        mean: Tensor = n.target((args[0] / scale_in).round(), *args[1:], **kwargs)  # type: ignore[operator]
-        return (mean * (scale_in / scale_out)).round() * scale_out
+        if not _is_pooling(n.target, args):
+            return None
+        mean: Tensor = n.target(self._integers(source), *args[1:], **kwargs)  # type: ignore[operator]
+        zero: Any = output.args[2]
+        found: Tensor = ((mean * (_scale(source) / _scale(output)) + zero).round() - zero) * _scale(output)
+        return found
 
-    def _stored(self, argument: Any) -> Tensor:
+    def _elementwise(self, n: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
+        """The node that rounds the outcome, where both sides are quantized as well."""
+        output = _after(n, clamps)
+        sides = len(n.args) == 2 and all(_is(source, "dequantize") for source in n.args)
+        return output if sides and _is(output, "quantize") else None
+
+    def _integers(self, source: Any) -> Tensor:
+        """What was dequantized, less its zero point."""
+        value: Tensor = self.env[source]
+        return (value / _scale(source)).round()
+
+    def _stored(self, argument: Any) -> Any:
         """A constant of the graph: a tensor that the module holds, or a number."""
-        if isinstance(argument, fx.Node):
-            found: Tensor = self.fetch_attr(str(argument.target))
-            return found
-        return torch.tensor(argument)
+        return self.fetch_attr(str(argument.target)) if isinstance(argument, fx.Node) else argument
 
 
-def _after_clamp(node: fx.Node) -> fx.Node | None:
+_RULES: dict[Any, Callable[[Integers, fx.Node], Tensor | None]] = {
+    **dict.fromkeys(_LAYERS, Integers.layer),
+    **dict.fromkeys((_ATEN.add.Tensor, _ATEN.add_.Tensor), Integers.addition),
+    **dict.fromkeys((_ATEN.mul.Tensor, _ATEN.mul_.Tensor), Integers.product),
+    **dict.fromkeys((_ATEN.adaptive_avg_pool2d.default, _ATEN.mean.dim), Integers.mean),
+}
+
+
+def _scale(node: Any) -> Tensor:
+    """The scale of a quantize or dequantize node, in single precision."""
+    return torch.tensor(node.args[1], dtype=torch.float32)
+
+
+def _is_pooling(target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a mean is one that XNNPACK takes between two roundings: over a whole picture, whose dims it keeps."""
+    if args[0].dim() != 4 or not args[1]:
+        return False
+    if target is _ATEN.adaptive_avg_pool2d.default:
+        return all(size == 1 for size in args[1])
+    return sorted(dim % 4 for dim in args[1]) == [2, 3] and len(args) > 2 and bool(args[2])
+
+
+def _after(node: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
+    """The one node that reads this one, or the clamp behind it."""
     users = list(node.users)
-    if len(users) == 1 and users[0].target in _CLAMPS:
+    if len(users) == 1 and users[0].target in clamps:
         users = list(users[0].users)
     return users[0] if len(users) == 1 else None
 

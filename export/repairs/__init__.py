@@ -27,6 +27,7 @@ from edgetune.export.repairs import (
     pooling,
     power,
     products,
+    rescaled,
     scalars,
     softmax,
     upsample,
@@ -65,7 +66,10 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     identities.drop(program)
     if target == "xnnpack":
         scalars.as_floats(program)
+    if target in ("xnnpack", "vulkan"):  # Vulkan's passes fail on a mask that is computed from constants
         constants.fold(program)
+    if target == "xnnpack":
         products.batch(program)
+        rescaled.apart(program)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()

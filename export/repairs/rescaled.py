@@ -1,0 +1,54 @@
+"""A quantized tensor that is cut, reordered or padded.
+
+executorch 1.4 lets XNNPACK move whole numbers where a move stands between two roundings. With two scales such a
+program does not load; with one, slices, views and permutations of pictures are laid out wrongly: other values, or
+memory that is freed twice. A padding is taken for quantized although what reads it is not, and does not load either.
+A product by one keeps the move in floating point, with a conversion before and behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+_ATEN = torch.ops.aten
+_MOVES = (
+    _ATEN.slice.Tensor, _ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default, _ATEN.permute.default,
+    _ATEN.transpose.int, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.unsqueeze.default,
+)  # fmt: skip
+_SAFE = (_ATEN.max_pool2d.default, _ATEN.relu.default)  # with one scale
+_PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
+
+
+def apart(program: ExportedProgram) -> None:
+    """Part a move from the rounding behind it, and a padding from the values before it."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        before = node.args[0] if node.target in (*_MOVES, *_SAFE, *_PADS) else None
+        if not isinstance(before, fx.Node) or not _is(before, "dequantize_per_tensor"):
+            continue
+        rounded = [user for user in node.users if _is(user, "quantize_per_tensor")]
+        if node.target in _PADS and not rounded:
+            _part(graph, before, node)
+        elif node.target not in _PADS and len(node.users) == 1 and rounded:
+            same = before.args[1:] == rounded[0].args[1:]
+            if not (same and (node.target in _SAFE or _is_flat(before))):
+                _part(graph, node, rounded[0])
+
+
+def _part(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> None:
+    with graph.inserting_before(reader):
+        value = graph.call_function(_ATEN.mul.Tensor, (node, 1.0))
+    value.meta = dict(node.meta)
+    reader.replace_input_with(node, value)
+
+
+def _is(node: fx.Node, what: str) -> bool:
+    return str(node.target) == f"quantized_decomposed.{what}.default"
+
+
+def _is_flat(node: fx.Node) -> bool:
+    """Whether a tensor lies alike with its channels first and last, as a pooled picture does."""
+    shape: tuple[int, ...] = tuple(node.meta["val"].shape)
+    return sum(size != 1 for size in shape[1:]) <= 1
