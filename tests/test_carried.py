@@ -295,7 +295,7 @@ def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, A
         "as grey, the same values in every channel",
         "mean 123.675, 116.28, 103.53, std 58.395, 57.12, 57.375",
         "classes, in order: a, b, c",
-        "compared with the model on 4 rows",
+        "compared with the model on 4 held-out rows",
         f"weights that one run reads: {read / 1024:.1f} KiB as 32-bit floats",
         f"SHA-256 `{artifact.manifest.sha256}`",
         f"executorch {artifact.manifest.versions['executorch']}",
