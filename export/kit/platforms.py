@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgetune.export.carried import TextPreprocessing
 from edgetune.technique import EdgetuneError, Exit
@@ -109,17 +109,7 @@ LINUX = Platform(
     python=True,
 )
 
-JETSON = Platform(
-    name="jetson",
-    title="Jetson",
-    targets=("xnnpack", "portable"),
-    model=".",
-    always={"jetson/README.md": "README.md", **_LINUX},
-    text=_LINUX_TEXT,
-    picture=_LINUX_PICTURE,
-    talk=_LINUX_TALK,
-    python=True,
-)
+JETSON = replace(LINUX, name="jetson", title="Jetson", always={"jetson/README.md": "README.md", **_LINUX})
 
 PLATFORMS = {platform.name: platform for platform in (ANDROID, IOS, JETSON, LINUX)}
 

@@ -12,14 +12,13 @@ from torch import nn
 from edgetune.export import targets
 from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
 from edgetune.export.card import write_card
-from edgetune.export.carried import Carried
+from edgetune.export.carried import Carried, tokenizer_file
 from edgetune.export.language import parity
 from edgetune.export.language.artifact import (
     LanguageArtifact,
     LanguageManifest,
     LanguageParity,
     TokenizerSpec,
-    tokenizer_path,
 )
 from edgetune.export.language.cached import Cached, check_model
 from edgetune.export.language.lower import LoweredLanguage, lower
@@ -73,7 +72,7 @@ def export_language(
     chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)
     found = untouched(tokenizer)
     text = found.to_str()
-    spec = described(tokenizer, tokenizer_path(path), sha256_of(text.encode()))
+    spec = described(tokenizer, tokenizer_file(path), sha256_of(text.encode()))
     prompts = [encoded(found, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
     if not prompts or not all(prompts):
         raise EdgetuneError("the program is compared on what it says after a prompt: give one, with tokens")
@@ -89,7 +88,7 @@ def export_language(
             if chosen.runs_here:
                 result = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
                 parity.check(result, min_same_prediction_pct)
-            write_whole(tokenizer_path(path), text)
+            write_whole(tokenizer_file(path), text)
             told = _manifest(program, lowered, chosen, device, spec, facts, result)
             return told.model_copy(update={"carried": own})
 

@@ -137,8 +137,3 @@ def load_any(path: str | Path) -> Artifact | LanguageArtifact:
     except (OSError, ValueError, KeyError, TypeError):
         kind = ""  # what is wrong is said by the reader of a plain one
     return LanguageArtifact.load(path) if kind == "language" else Artifact.load(path)
-
-
-def tokenizer_path(path: Path) -> Path:
-    """`model.tokenizer.json` for `model.pte`."""
-    return path.with_name(f"{path.stem}.tokenizer.json")
