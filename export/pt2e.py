@@ -1,4 +1,4 @@
-"""Static 8-bit quantization through ExecuTorch's own quantizer for XNNPACK."""
+"""Static 8-bit quantization through ExecuTorch's own quantizers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from edgetune.export import failures, operators
 from edgetune.export.lower import Positional
 from edgetune.export.reparameterize import reparameterize
+from edgetune.export.targets.target import Target
+from edgetune.export.targets.xnnpack import XNNPACK
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
@@ -25,18 +27,24 @@ def quantize_static(
     *,
     per_channel: bool,
     skip: frozenset[str] = frozenset(),
+    target: Target = XNNPACK,
 ) -> fx.GraphModule:
     """A graph of `model`, in eval mode, that rounds weights and activations to int8 with scales from `batches`.
 
     Takes the tensors of `inputs` by position, any number of rows. Weights have one scale per output channel, or
-    one in all without `per_channel`. The layers called `skip` stay in floating point. Raises `EdgetuneError` (exit
-    code 5) where the model cannot be captured with a free batch size.
+    one in all without `per_channel`. The layers called `skip` stay in floating point, which only XNNPACK's quantizer
+    can do. A target's own quantizer gets, and gives, a graph for one row: it does not know sizes that may differ.
+    Raises `EdgetuneError` (exit code 5) where the model cannot be captured with a free batch size.
     """
+    quantizer = _of(target, per_channel=per_channel, skip=skip)
+    any_rows = target.quantizer is None
     with quiet(), torch.no_grad():
-        prepared = _prepared(_fused(model, inputs, skip), inputs, _quantizer(per_channel=per_channel, skip=skip))
+        prepared = _prepared(_fused(model, inputs, skip), inputs, quantizer, any_rows=any_rows)
         seen = 0
         for batch in batches:
-            prepared(*tensors_of(batch))
+            tensors = tensors_of(batch)
+            for part in [tensors] if any_rows else zip(*(tensor.split(1) for tensor in tensors), strict=True):
+                prepared(*part)
             seen += 1
         if seen == 0:
             raise EdgetuneError("int8 got no calibration batch", action="give the sample batches", exit_code=Exit.DATA)
@@ -65,14 +73,16 @@ def _fused(model: nn.Module, inputs: Inputs, skip: frozenset[str]) -> nn.Module:
     return fused if report.branches and kept else model
 
 
-def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any) -> Any:
+def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, *, any_rows: bool) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     program = Positional(model, inputs).eval()
-    example = tuple(_two_rows(tensor) for tensor in tensors_of(inputs))
+    example = tuple(_two_rows(tensor) if any_rows else tensor[:1].cpu() for tensor in tensors_of(inputs))
     free = tuple({0: torch.export.Dim("batch", min=1, max=65536)} for _ in example)
     try:
-        captured = torch.export.export(program, example, dynamic_shapes=(free,), strict=False)
+        captured = torch.export.export(
+            program, example, dynamic_shapes=(free,) if any_rows else None, strict=False
+        )  # fmt: skip
     except Exception as error:  # torch.export raises dozens of types
         raise failures.not_captured(program, example, error) from error
     graph_module: Any = captured.module(check_guards=False)
@@ -102,7 +112,19 @@ def _keep_dims(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def _quantizer(*, per_channel: bool, skip: frozenset[str]) -> Any:
+def _of(target: Target, *, per_channel: bool, skip: frozenset[str]) -> Any:
+    """The quantizer of a target: its own, or XNNPACK's."""
+    if target.quantizer is None:
+        with quiet():
+            return _xnnpack(per_channel=per_channel, skip=skip)
+    if skip:
+        raise EdgetuneError(f"int8 for target {target.name} takes no skip", got=sorted(skip), action="leave it out")
+    target.partitioners()  # raises where the target is not installed
+    with quiet():
+        return target.quantizer(target, per_channel)
+
+
+def _xnnpack(*, per_channel: bool, skip: frozenset[str]) -> Any:
     """ExecuTorch's quantizer, with one scale after a layer and its clamp instead of one before and one after.
 
     The stock one knows a layer and a relu as one, but not relu6: it spreads the 8 bits of such a layer over values

@@ -14,7 +14,7 @@ from edgetune.export.lower import Lowered, Positional, capture, lower
 from edgetune.export.targets import TARGETS, Target, available, find, for_device, form_of
 from edgetune.profile import device
 from edgetune.quant.int4 import Int4
-from edgetune.quant.int8 import Int8, Static8
+from edgetune.quant.int8 import Int8
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Sample
 
@@ -66,15 +66,10 @@ def lowered(model: str, target: Target) -> Lowered:
 
 def quantized(model: str, target: Target) -> nn.Module:
     """The model in static int8 by the target's own quantizer, calibrated on the example."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
     kind, x = MODELS[model]
     assert target.quantizer is not None
     with quiet():
-        graph = torch.export.export(Positional(kind().eval(), x).eval(), (x,)).module(check_guards=False)
-        prepared = prepare_pt2e(graph, target.quantizer(target, True))
-        prepared(x)
-        return Static8(convert_pt2e(prepared), (), 0).eval()
+        return Int8(target=target.name).apply(kind().eval(), Sample.of(x))
 
 
 def macs_delegated_pct(found: Lowered) -> float:
@@ -176,7 +171,7 @@ def test_a_form_that_the_backend_does_not_take_is_refused() -> None:
     with quiet(), torch.no_grad():
         float32 = capture(Positional(Cnn().eval(), IMAGE).eval(), (IMAGE,))
         whole = capture(Positional(Int8().apply(Cnn().eval(), Sample.of(IMAGE)), IMAGE).eval(), (IMAGE,))
-    with pytest.raises(EdgetuneError, match=r"ethos-u does not take a model in fp32[\s\S]*own quantizer") as caught:
+    with pytest.raises(EdgetuneError, match=r"ethos-u does not take a model in fp32[\s\S]*as its `target`") as caught:
         find("ethos-u").check(float32)
     assert caught.value.exit_code == Exit.EXPORT
     with pytest.raises(EdgetuneError, match="mps does not take a model in static int8"):
@@ -219,9 +214,12 @@ def test_tosa_takes_floats(model: str) -> None:
 def test_arm_takes_int8_from_its_own_quantizer(name: str, model: str) -> None:
     target = needs(name)
     x = MODELS[model][1]
-    found = lower(Positional(quantized(model, target), x).eval(), (x,), target)
+    integers = quantized(model, target)
+    found = lower(Positional(integers, x).eval(), (x,), target)
     assert found.delegates > 0
     assert macs_delegated_pct(found) > 95
+    one, three = integers(x), integers(torch.cat([x, x, x]))
+    assert torch.equal(three, torch.cat([one, one, one]))
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ class Int8(Technique):
     is a `Static8` around a graph, not the model's own class. It runs in eager mode with any number of rows and gives
     what the exported program gives. Its batch norms are folded and its dropout is gone: it can no longer train.
     Layers that `skip` names stay in floating point; a pattern that names none raises `EdgetuneError`.
+    `target` is what the model will be exported for: Ethos-U, TOSA and QNN have quantizers of their own, which know
+    what those can compute in integers. They take no `skip`.
     """
 
     name: ClassVar[str] = "int8"
@@ -35,6 +37,7 @@ class Int8(Technique):
     per_channel: bool = True
     calibration_batches: int = Field(default=8, ge=1)
     skip: tuple[str, ...] = ()
+    target: str = "xnnpack"
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """The quantized graph of `model`; `model` itself is left in eval mode."""
@@ -49,26 +52,33 @@ class Int8(Technique):
             layers = {name for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
             skipped = layers - select(model, ("*",), self.skip, LAYERS).keys()
         from edgetune.export.pt2e import quantize_static
+        from edgetune.export.targets import find
 
+        target = find(self.target)
         source_parameters = sum(parameter.numel() for parameter in model.parameters())
         batches = islice(sample.batches(), self.calibration_batches)
         graph = quantize_static(
-            model.eval(), sample.inputs, batches, per_channel=self.per_channel, skip=frozenset(skipped)
-        )
+            model.eval(), sample.inputs, batches,
+            per_channel=self.per_channel, skip=frozenset(skipped), target=target,
+        )  # fmt: skip
         names = tuple(sample.inputs) if isinstance(sample.inputs, dict) else ()
-        return Static8(graph, names, source_parameters).eval()
+        return Static8(graph, names, source_parameters, integers=target.quantizer is None).eval()
 
 
 class Static8(nn.Module):
     """A statically quantized graph. Takes its inputs by position or by the names the model had; returns the logits.
 
-    It computes in whole numbers, as XNNPACK does. `torch.export` gets the graph that XNNPACK is lowered from.
+    With `integers` it computes in whole numbers, as XNNPACK does; else row by row, each operator in floating point
+    between roundings to 8 bits. `torch.export` gets the graph that a target is lowered from.
     """
 
-    def __init__(self, graph: fx.GraphModule, names: tuple[str, ...], source_parameters: int) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, names: tuple[str, ...], source_parameters: int, *, integers: bool = True
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.names = names
+        self.integers = integers
         self.source_parameters = source_parameters  # of the float model: the folded int8 weights are buffers
         for parameter in graph.parameters():
             parameter.requires_grad_(False)
@@ -76,8 +86,11 @@ class Static8(nn.Module):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """The logits."""
         tensors = (*inputs, *(named[name] for name in self.names[len(inputs) :]))
-        if not torch.compiler.is_exporting():
+        if self.integers and not torch.compiler.is_exporting():
             return Integers(self.graph).run(*tensors)
+        if not self.integers and len(tensors[0]) != 1:
+            rows = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+            return torch.cat([self.forward(*row) for row in rows])
         with preserve_node_meta():  # a program's operators keep the names of the float model's modules
             return fx.Interpreter(self.graph).run(*tensors)
 

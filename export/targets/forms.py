@@ -25,7 +25,7 @@ FORMS: dict[Form, Told] = {
     "fp32": Told("fp32", "export the model before it is quantized, in fp32"),
     "fp16": Told("fp16", "convert the model: model.half()"),
     "bf16": Told("bf16", "convert the model: model.bfloat16()"),
-    "int8": Told("static int8", "quantize it first, with this target's own quantizer: Target.quantizer"),
+    "int8": Told("static int8", "quantize it first, by int8 with this target as its `target`"),
     "8da4w": Told("4 or 8-bit weights with dynamic 8-bit activations", "quantize it first: et.Int4()"),
     "weights-only": Told("quantized weights with float activations", ""),
 }
