@@ -30,7 +30,7 @@ bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning a
 	$(BIN)/python tests/bench_sparse.py
 	$(BIN)/python tests/bench_training.py
 
-bench-export: $(VENV)/.test  ## families through the whole line: parity, delegated share, size; language models beside others (hours)
+bench-export: $(VENV)/.llama  ## families through the whole line: parity, delegated share, size; language models beside others (hours)
 	$(BIN)/python tests/bench_export.py; first=$$?; $(BIN)/python tests/bench_language.py && exit $$first
 
 lint: $(VENV)/.dev  ## ruff
@@ -61,6 +61,10 @@ $(VENV)/.test: $(VENV)/.demo tests/assets.txt $(VENV)/.pictures
 	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps --upgrade --target $(VENV)/timm --requirement tests/assets.txt
 	@touch $@
+
+# llama.cpp is built from its source, which takes a compiler and ten minutes; without, the bench says it was left out.
+$(VENV)/.llama: $(VENV)/.test
+	@$(PIP) "llama-cpp-python>=0.3,<0.4" && touch $@ || echo 'llama.cpp was not built; next: sudo apt-get install build-essential cmake'
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) --editable ".[dev]"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode, resolve_name
 
@@ -74,6 +77,10 @@ def not_lowered(program: ExportedProgram, target: str, error: Exception) -> Edge
         if node.op == "call_function" and _named_in(str(node.target), text):
             number = operators.number_of(node)
             found[str(node.target), modules.get(number, "") if number is not None else ""] += 1
+    worked_on = None if found else _node_in(error)
+    if worked_on is not None:
+        number = operators.number_of(worked_on)
+        found[str(_aten(worked_on)), modules.get(number, "") if number is not None else ""] += 1
     named = sorted(set(re.findall(r"Missing out variants: \{([^}]*)\}", text)))
     missing = ", ".join(named).replace("'", "")
     what = f"no kernel for {missing}" if missing else _first(error)
@@ -94,13 +101,30 @@ def _named_in(target: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(namespace)}(::|\.){re.escape(operator)}\b", text) is not None
 
 
-def _chain(error: BaseException) -> str:
-    texts = []
+def _node_in(error: BaseException) -> fx.Node | None:
+    """The node that a pass was at when it failed, where the error names none: what its innermost function was given."""
+    for each in reversed(list(_causes(error))):
+        for frame, _ in reversed(list(traceback.walk_tb(each.__traceback__))):
+            for value in frame.f_locals.values():
+                if isinstance(value, fx.Node) and isinstance(_aten(value), OpOverload):
+                    return value
+    return None
+
+
+def _aten(node: fx.Node) -> Any:
+    """What a node calls, without the dialect that executorch wraps it in."""
+    return node.target if isinstance(node.target, OpOverload) else getattr(node.target, "_op", node.target)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
-        texts.append(str(seen))
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return "\n".join(texts)
+
+
+def _chain(error: BaseException) -> str:
+    return "\n".join(str(each) for each in _causes(error))
 
 
 def _first(error: Exception) -> str:

@@ -66,6 +66,7 @@ X = randn(1, 6, 8, 10)
 ROW = randn(1, 5, 12)
 OTHER = randn(1, 7, 12)
 SCALE, SHIFT = randn(6), randn(6) * 2
+VARIANCE = randn(6).abs() + 0.1
 WIDE = randn(12)
 KERNEL = randn(4, 6, 1, 1)
 
@@ -120,6 +121,11 @@ FORMS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "product": (lambda x, y: x[0] @ y[0].T, (ROW, OTHER)),
     "product, three dims": (lambda x, y: x @ y[0].T, (ROW, OTHER)),
     "group norm": (lambda x: F.group_norm(x, 3, SCALE, SHIFT), (X,)),
+    "batch norm": (lambda x: F.batch_norm(x, SCALE, VARIANCE, None, SHIFT), (X,)),
+    "batch norm of a batch norm": (
+        lambda x: F.batch_norm(F.batch_norm(x, SCALE, VARIANCE, SHIFT, SCALE), SHIFT, VARIANCE, None, SCALE),
+        (X,),
+    ),
     "rms norm": (lambda x: F.rms_norm(x, (12,), WIDE, 1e-6), (ROW,)),
 }
 

@@ -1,17 +1,19 @@
-"""RMSNorm and group norm, by means.
+"""RMSNorm and group norm, by means; a batch norm of a batch norm, as a product and a sum.
 
 LayerNorm stays one portable operator: a BERT whose layer norms were written as linears was slower, not faster.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from edgetune.export.repairs.shapes import Repaired, takes
+from edgetune.export.repairs.shapes import Repaired, called, takes
 
 
 def rms_norm(
@@ -46,5 +48,34 @@ def group_norm(
     return found if bias is None else found + bias.reshape(form)
 
 
+def apart(program: ExportedProgram) -> None:
+    """Write a batch norm that reads another's output as `x * scale + shift`, the two computed from its weights.
+
+    XNNPACK's pass makes each batch norm a convolution, and fails on one whose input it has just made.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target != _BATCH_NORM or getattr(node.args[0], "target", None) != operator.getitem:
+            continue
+        if node.args[0].args[0].target != _BATCH_NORM:
+            continue
+        x, weight, bias, mean, variance, _, eps = node.args
+        form = [1, -1, *[1] * (x.meta["val"].dim() - 2)]
+        with graph.inserting_before(node):
+            scale = called(graph, node, _ATEN.rsqrt.default, (called(graph, node, _ATEN.add.Tensor, (variance, eps)),))
+            if weight is not None:
+                scale = called(graph, node, _ATEN.mul.Tensor, (scale, weight))
+            shift = called(graph, node, _ATEN.neg.default, (called(graph, node, _ATEN.mul.Tensor, (mean, scale)),))
+            if bias is not None:
+                shift = called(graph, node, _ATEN.add.Tensor, (shift, bias))
+            scale, shift = (called(graph, node, _ATEN.reshape.default, (value, form)) for value in (scale, shift))
+            whole = called(graph, node, _ATEN.mul.Tensor, (x, scale))
+            whole = called(graph, node, _ATEN.add.Tensor, (whole, shift))
+        for first in [user for user in node.users if user.args[1] == 0]:
+            first.replace_all_uses_with(whole)
+    graph.eliminate_dead_code()
+
+
 _ATEN = torch.ops.aten
+_BATCH_NORM = _ATEN._native_batch_norm_legit_no_training.default
 REPAIRS: dict[Any, Any] = {_ATEN.rms_norm.default: rms_norm, _ATEN.group_norm.default: group_norm}

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from edgetune.export.repairs.shapes import is_fixed
+from edgetune.export.repairs.shapes import called, is_fixed
 
 _ATEN = torch.ops.aten
 
@@ -30,20 +30,12 @@ def batch(program: ExportedProgram) -> None:
             continue
         depth, width = left.meta["val"].shape[-1], right.meta["val"].shape[-1]
         with graph.inserting_before(node):
-            rows = _call(graph, node, _ATEN.reshape.default, (left, [1, -1, depth]))
-            single = _call(graph, node, _ATEN.reshape.default, (right, [1, depth, width]))
-            product = _call(graph, node, _ATEN.bmm.default, (rows, single))
-            flat = _call(graph, node, _ATEN.reshape.default, (product, list(node.meta["val"].shape)))
+            rows = called(graph, node, _ATEN.reshape.default, (left, [1, -1, depth]))
+            single = called(graph, node, _ATEN.reshape.default, (right, [1, depth, width]))
+            product = called(graph, node, _ATEN.bmm.default, (rows, single))
+            flat = called(graph, node, _ATEN.reshape.default, (product, list(node.meta["val"].shape)))
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """A node with the history of `like`, and the value that it computes."""
-    made = graph.call_function(target, args)
-    made.meta = {key: value for key, value in like.meta.items() if key != "val"}
-    made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
-    return made
 
 
 def _rank(node: Any) -> int:

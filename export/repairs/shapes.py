@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 Repaired = Any  # what replaces the operator's tensors, or `NotImplemented`: the operator stays
 
@@ -24,3 +24,11 @@ def dims_of(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
     """The dims in ascending order, none of them negative; all of them for none."""
     listed = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     return tuple(sorted(dim % rank for dim in listed))
+
+
+def called(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A node with the history of `like`, and the value that it computes."""
+    made = graph.call_function(target, args)
+    made.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
+    return made
