@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -10,22 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
+from edgetune.export.beside import Value, check_bytes, sha256_of, unusable
 from edgetune.export.carried import Carried, files_beside
 from edgetune.export.run import run_in_child
 from edgetune.ledger import Leftover, Parity, Program
 from edgetune.profile.operators import Operator
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
+__all__ = [
+    "Artifact", "DataFile", "Lowering", "Manifest", "OfFile", "Plan", "TensorSpec", "Value", "admitted", "check_bytes",
+    "data_beside", "data_path", "described_data", "manifest_path", "read_manifest", "read_whole", "sha256_of",
+    "unusable", "write_pair",
+]  # fmt: skip
+
 _Manifest = TypeVar("_Manifest", bound=BaseModel)
-
-
-class Value(BaseModel):
-    """Base of what stands in a manifest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+_OfFile = TypeVar("_OfFile", bound="OfFile")
 
 
 class TensorSpec(Value):
@@ -35,7 +36,7 @@ class TensorSpec(Value):
     shape: tuple[int, ...]  # the largest, where sizes may differ
     dtype: str  # "int64", "float32"
     smallest: tuple[int, ...] | None = None  # None: `shape` is the only one
-    free: dict[int, str] = {}  # axes whose size may differ, by name: those of one name have one size
+    free: dict[int, str] = Field(default_factory=dict)  # axes whose size may differ, by name: equal names, equal sizes
 
     def __str__(self) -> str:
         pairs = zip(self.smallest or self.shape, self.shape, strict=True)
@@ -65,35 +66,45 @@ class DataFile(Value):
     sha256: str
 
 
-class Manifest(Value):
-    """What `model.json` holds."""
+class OfFile(Value):
+    """What a manifest says of the file, however many methods are in it."""
 
     format: Literal[1] = 1
-    kind: Literal["model"] = "model"
     target: str
     device: str | None  # the device it was made for, if one was named
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    size_bytes: int  # of the .pte
-    plan_bytes: int  # arena for the activations
+    size_bytes: int  # of the .pte; what methods share is in it once
     sha256: str
     versions: dict[str, str]
-    delegates: int  # calls into the backend
-    delegated_macs_pct: float
-    delegated_operators_pct: float
-    leftovers: tuple[Leftover, ...]
-    operators: tuple[Operator, ...]
-    parity: Parity | None  # None: this machine cannot run the target; `note` says so
-    note: str = ""
-    folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
-    carried: Carried | None = None  # what an app needs beside the program
-    plan: Plan | None = None
     data: DataFile | None = None  # None: the weights are in the program
+    note: str = ""
 
     @property
     def total_bytes(self) -> int:
         """Of the program and of its data file."""
         return self.size_bytes + (self.data.size_bytes if self.data else 0)
+
+
+class Lowering(Value):
+    """What a manifest says of one method as it was lowered."""
+
+    plan_bytes: int  # arena for the activations; each loaded method has its own
+    plan: Plan | None = None
+    delegates: int  # calls into the backend
+    delegated_macs_pct: float
+    delegated_operators_pct: float
+    leftovers: tuple[Leftover, ...]
+    operators: tuple[Operator, ...]
+    folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
+
+
+class Manifest(Lowering, OfFile):
+    """What `model.json` holds. In this order: the fields of the file come first."""
+
+    kind: Literal["model"] = "model"
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: Parity | None  # None: this machine cannot run the target; `note` says so
+    carried: Carried | None = None  # what an app needs beside the program
 
 
 @dataclass(frozen=True)
@@ -106,15 +117,14 @@ class Artifact:
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
         """Read the manifest of the `.pte` at `path` and check that it describes that very file and its data."""
-        found = cls(path=Path(path), manifest=read_manifest(Path(path), Manifest))
-        check_data(found.path, found.manifest.data)
+        found = cls(path=Path(path), manifest=read_whole(Path(path), Manifest))
         files_beside(found.manifest.carried, found.path)
         return found
 
     @property
     def data_path(self) -> Path | None:
         """The `.ptd` with the weights, where they lie apart."""
-        return self.path.with_name(self.manifest.data.file) if self.manifest.data else None
+        return data_beside(self.path, self.manifest)
 
     def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The outputs for these inputs, computed by the program in a child process.
@@ -182,28 +192,17 @@ def read_manifest(path: Path, kind: type[_Manifest]) -> _Manifest:
     return manifest
 
 
-def check_data(path: Path, data: DataFile | None) -> None:
-    """Raise unless the data file that a manifest names lies beside the program, with its bytes."""
-    if data is None:
-        return
-    file = path.with_name(data.file)
-    if not file.is_file():
-        raise unusable("no such file", file)
-    check_bytes(file, data.sha256)
+def read_whole(path: Path, kind: type[_OfFile]) -> _OfFile:
+    """The same, once its data file too is the very one that the manifest names."""
+    manifest = read_manifest(path, kind)
+    if manifest.data is not None:
+        check_bytes(path.with_name(manifest.data.file), manifest.data.sha256)
+    return manifest
 
 
-def check_bytes(file: Path, sha256: str) -> None:
-    """Raise unless these are the bytes that a manifest names."""
-    found = sha256_of(file.read_bytes())
-    if found != sha256:
-        raise unusable("the file is not the one that its manifest describes", file, got=found, allowed=[sha256])
-
-
-def unusable(what: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:
-    """What is wrong with a program or a file beside it."""
-    return EdgetuneError(
-        what, where=str(where), got=got, allowed=allowed, action="export the model again", exit_code=Exit.EXPORT
-    )
+def data_beside(path: Path, manifest: OfFile) -> Path | None:
+    """The `.ptd` with the weights of the `.pte` at `path`, where they lie apart."""
+    return path.with_name(manifest.data.file) if manifest.data is not None else None
 
 
 def manifest_path(path: Path) -> Path:
@@ -219,11 +218,6 @@ def data_path(path: Path) -> Path:
 def described_data(path: Path, weights: bytes) -> DataFile | None:
     """What the manifest of the `.pte` at `path` says of its data file."""
     return DataFile(file=data_path(path).name, size_bytes=len(weights), sha256=sha256_of(weights)) if weights else None
-
-
-def sha256_of(data: bytes) -> str:
-    """The SHA-256 in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def write_pair(path: Path, data: bytes, check: Callable[[Path], _Manifest], weights: bytes = b"") -> _Manifest:

@@ -5,21 +5,15 @@ It stands in `model.json`; the tokenizer lies beside the program as a file of it
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from edgetune.export.beside import Value, check_bytes, sha256_of
 from edgetune.files import write_whole
-from edgetune.technique import EdgetuneError, Exit
-
-
-class Value(BaseModel):
-    """Base of what is carried: immutable, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from edgetune.technique import EdgetuneError
 
 
 class ImagePreprocessing(Value):
@@ -176,7 +170,7 @@ def write_beside(carried: Carried, path: Path) -> Carried:
         raise EdgetuneError("the text's tokenizer is missing", action="make it with edgetune.export.carried")
     file = tokenizer_file(path)
     write_whole(file, told.tokenizer_json)
-    known = {"tokenizer": file.name, "sha256": _sha256(told.tokenizer_json.encode()), "tokenizer_json": ""}
+    known = {"tokenizer": file.name, "sha256": sha256_of(told.tokenizer_json.encode()), "tokenizer_json": ""}
     return carried.model_copy(update={"preprocessing": told.model_copy(update=known)})
 
 
@@ -186,11 +180,5 @@ def files_beside(carried: Carried | None, path: Path) -> tuple[Path, ...]:
     if not isinstance(told, TextPreprocessing):
         return ()
     file = path.with_name(told.tokenizer)
-    if not file.is_file() or _sha256(file.read_bytes()) != told.sha256:
-        what = "the file is not the one that its manifest describes" if file.is_file() else "no such file"
-        raise EdgetuneError(what, where=str(file), action="export the model again", exit_code=Exit.EXPORT)
+    check_bytes(file, told.sha256)
     return (file,)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

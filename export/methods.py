@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from edgetune.export import dynamic as sizes_of
 from edgetune.export import verify
-from edgetune.export.artifact import TensorSpec, admitted, data_path, described_data, sha256_of, write_pair
+from edgetune.export.artifact import TensorSpec, admitted, data_path, write_pair
 from edgetune.export.dynamic import Axis, Dynamic
 from edgetune.export.lower import Layout, Lowered, as_plain, check_plain, lower_methods
 from edgetune.export.methods_artifact import MethodParity, MethodsArtifact, MethodsManifest, MethodSpec
-from edgetune.export.operators import delegated_pct
-from edgetune.export.pipeline import chosen_target, free_specs, names_of, note_of, plan_of, specs_of, versions
+from edgetune.export.pipeline import chosen_target, free_specs, lowering_of, names_of, of_file, specs_of
 from edgetune.export.targets import Target
 from edgetune.export.verify import Row
 from edgetune.technique import EdgetuneError, Inputs, call, tensors_of
@@ -73,16 +72,7 @@ def export_methods(
             for asked in entries:
                 parity, outputs = _prove(partial, asked, chosen, data, max_relative_difference)
                 told.append(_spec(asked, lowered[asked.entry.name], parity, outputs, layout))
-            return MethodsManifest(
-                target=chosen.name,
-                device=device,
-                methods=tuple(told),
-                size_bytes=len(first.data),
-                data=described_data(path, first.weights),
-                sha256=sha256_of(first.data),
-                versions=versions(),
-                note=note_of(chosen),
-            )
+            return MethodsManifest(**dict(of_file(first, chosen, device, path)), methods=tuple(told))
 
         first = next(iter(lowered.values()))
         return MethodsArtifact(path=path, manifest=write_pair(path, first.data, prove, first.weights))
@@ -189,20 +179,12 @@ def _prove(
 def _spec(
     asked: _Asked, lowered: Lowered, parity: MethodParity | None, outputs: list[Row], layout: Layout
 ) -> MethodSpec:
-    macs_pct, operators_pct = delegated_pct(lowered.operators)
     with torch.inference_mode():
         names = tuple(asked.entry.named_outputs(asked.example))
     return MethodSpec(
+        **dict(lowering_of(lowered, layout)),
         name=asked.entry.name,
         inputs=asked.inputs,
         outputs=specs_of(outputs[0], names, outputs[1] if asked.axes else None),
-        plan_bytes=lowered.plan_bytes,
-        plan=plan_of(lowered, layout),
-        delegates=lowered.delegates,
-        delegated_macs_pct=macs_pct,
-        delegated_operators_pct=operators_pct,
-        leftovers=lowered.leftovers,
-        operators=lowered.operators,
         parity=parity,
-        folded=str(lowered.folded),
     )

@@ -8,10 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from edgetune.export.artifact import DataFile, Plan, TensorSpec, Value, admitted, check_data, read_manifest
+from edgetune.export.artifact import Lowering, OfFile, TensorSpec, Value, admitted, data_beside, read_whole
 from edgetune.export.run import run_in_child
-from edgetune.ledger import Leftover
-from edgetune.profile.operators import Operator
 from edgetune.technique import EdgetuneError, Exit, Inputs
 
 
@@ -23,36 +21,25 @@ class MethodParity(Value):
     max_relative_difference: float  # length of the difference over the length of the output, the largest of all
 
 
-class MethodSpec(Value):
-    """One method: what it takes and gives, and what is known of it."""
+class Signature(Value):
+    """One method by its name: what it takes and gives."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    plan_bytes: int  # arena for the activations; each loaded method has its own
-    plan: Plan | None = None
-    delegates: int  # calls into the backend
-    delegated_macs_pct: float
-    delegated_operators_pct: float
-    leftovers: tuple[Leftover, ...]
-    operators: tuple[Operator, ...]
+
+
+class MethodSpec(Lowering, Signature):
+    """One method, and what is known of it."""
+
     parity: MethodParity | None  # None: this machine cannot run the target; the manifest's `note` says so
-    folded: str = ""
 
 
-class MethodsManifest(Value):
+class MethodsManifest(OfFile):
     """What `model.json` holds for a program with several methods."""
 
-    format: Literal[1] = 1
     kind: Literal["methods"] = "methods"
-    target: str
-    device: str | None
     methods: tuple[MethodSpec, ...]
-    size_bytes: int  # of the .pte; what methods share is in it once
-    data: DataFile | None = None  # None: the weights are in the program
-    sha256: str
-    versions: dict[str, str]
-    note: str = ""
 
     def method(self, name: str) -> MethodSpec:
         """The method of that name."""
@@ -73,14 +60,12 @@ class MethodsArtifact:
     @classmethod
     def load(cls, path: str | Path) -> MethodsArtifact:
         """Read the manifest of the `.pte` at `path` and check that it describes that very file and its data."""
-        found = cls(path=Path(path), manifest=read_manifest(Path(path), MethodsManifest))
-        check_data(found.path, found.manifest.data)
-        return found
+        return cls(path=Path(path), manifest=read_whole(Path(path), MethodsManifest))
 
     @property
     def data_path(self) -> Path | None:
         """The `.ptd` with the weights, where they lie apart."""
-        return self.path.with_name(self.manifest.data.file) if self.manifest.data else None
+        return data_beside(self.path, self.manifest)
 
     def run(self, method: str, inputs: Inputs) -> tuple[Tensor, ...]:
         """The outputs of a method for these inputs, computed by the program in a child process.

@@ -211,8 +211,8 @@ def _source(node: fx.Node) -> _Source:
         assert isinstance(inner, fx.Node)
         held = _value(inner)
         return _Source(inner, 8 * held.element_size() if held is not None else bits, 0, quantized=True, dynamic=True)
-    # XNNPACK keeps the scales of 4-bit groups in 16 bits, all others in 32
-    width = 2 if high - low < 16 else 4
+    # XNNPACK keeps the scales of 4-bit groups in 16 bits; all others have 32, those of looked-up rows too
+    width = 2 if high - low < 16 and not any("embedding" in str(user.target) for user in node.users) else 4
     scales = _elements(_shape(scale)) * width if isinstance(scale, fx.Node) else 0
     if stored.op == "call_function" and _is_quantizing(stored):
         return _Source(stored, 8, 0, quantized=True, dynamic=False)

@@ -12,7 +12,9 @@ from torch import nn
 from edgetune.export import dynamic, targets, verify
 from edgetune.export.artifact import (
     Artifact,
+    Lowering,
     Manifest,
+    OfFile,
     Plan,
     TensorSpec,
     admitted,
@@ -61,11 +63,14 @@ def export_program(
             data = data_path(partial) if lowered.weights else None
             parity, outputs = _prove(partial, program, rows, chosen, bounds, data)
             least = outputs[1] if axes else outputs[0]
-            told = _manifest(lowered, chosen, device, inputs, specs_of(outputs[0], ("logits",), least), parity)
-            told = told.model_copy(
-                update={"plan": plan_of(lowered, layout), "data": described_data(path, lowered.weights)}
+            return Manifest(
+                **dict(of_file(lowered, chosen, device, path)),
+                **dict(lowering_of(lowered, layout)),
+                inputs=inputs,
+                outputs=specs_of(outputs[0], ("logits",), least),
+                parity=parity,
+                carried=None if carried is None else write_beside(carried, path),
             )
-            return told if carried is None else told.model_copy(update={"carried": write_beside(carried, path)})
 
         manifest = write_pair(path, lowered.data, prove, lowered.weights)
     if carried is not None:
@@ -155,39 +160,32 @@ def free_specs(example: Row, names: tuple[str, ...], axes: Sequence[Axis]) -> tu
     )
 
 
-def plan_of(lowered: Lowered, layout: Layout) -> Plan | None:
-    """The memory plan as a manifest states it."""
-    if lowered.plan is None:
-        return None
-    return Plan(way=lowered.plan.taken, tried_bytes=lowered.plan.tried_bytes, holds_io=layout.holds_io)
-
-
-def _manifest(
-    lowered: Lowered,
-    target: Target,
-    device: str | None,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    parity: Parity | None,
-) -> Manifest:
-    macs_pct, operators_pct = delegated_pct(lowered.operators)
-    return Manifest(
+def of_file(lowered: Lowered, target: Target, device: str | None, path: Path) -> OfFile:
+    """The file with these bytes, whose name will be `path`, as a manifest states it."""
+    return OfFile(
         target=target.name,
         device=device,
-        inputs=inputs,
-        outputs=outputs,
         size_bytes=len(lowered.data),
-        plan_bytes=lowered.plan_bytes,
         sha256=sha256_of(lowered.data),
         versions=versions(),
+        data=described_data(path, lowered.weights),
+        note=note_of(target),
+    )
+
+
+def lowering_of(lowered: Lowered, layout: Layout) -> Lowering:
+    """One lowered method as a manifest states it."""
+    macs_pct, operators_pct = delegated_pct(lowered.operators)
+    plan = lowered.plan
+    return Lowering(
+        plan_bytes=lowered.plan_bytes,
+        plan=plan and Plan(way=plan.taken, tried_bytes=plan.tried_bytes, holds_io=layout.holds_io),
         delegates=lowered.delegates,
         delegated_macs_pct=macs_pct,
         delegated_operators_pct=operators_pct,
         leftovers=lowered.leftovers,
         operators=lowered.operators,
-        parity=parity,
         folded=str(lowered.folded),
-        note=note_of(target),
     )
 
 

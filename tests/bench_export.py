@@ -25,7 +25,8 @@ from typing import Any
 
 import bench_export_worker as worker
 import torch
-from families import FAMILIES, TIMM, Family, import_timm
+from families import FAMILIES, Family
+from timm_apart import TIMM, import_timm
 
 from edgetune.environment import versions
 from edgetune.quiet import quiet

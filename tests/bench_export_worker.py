@@ -26,6 +26,7 @@ from edgetune.adapt.lora import LoRA, can_adapt
 from edgetune.attach import apply, finalize
 from edgetune.export import export as to_program
 from edgetune.export import verify
+from edgetune.export.repairs.experts import static_experts
 from edgetune.export.run import loaded_runtime
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
@@ -139,10 +140,10 @@ def train(family: Family, model: nn.Module) -> None:
 def quantized(family: Family, model: nn.Module) -> nn.Module:
     """In int8 with calibration rows of its own, or in int4."""
     if family.bits == "int4":
-        return apply(model, Int4()).eval()
+        return apply(model, Int4(skip=family.skip_bits)).eval()
     inputs = family.inputs(4 * BATCH)
     sample = Sample(rows_of(inputs, 0, 2), lambda: (rows_of(inputs, s, s + BATCH) for s in range(0, 4 * BATCH, BATCH)))
-    return apply(model, Int8(), sample).eval()
+    return apply(model, Int8(skip=family.skip_bits), sample).eval()
 
 
 def run_here(
@@ -210,11 +211,15 @@ def spread(model: nn.Module, rows: Inputs) -> dict[str, float]:
 
 @torch.inference_mode()
 def rounding(model: nn.Module, inputs: Inputs) -> float:
-    """How far eager mode is from itself in double precision: what no program can be held closer than. Ends `model`."""
+    """How far eager mode is from itself in double precision: what no program can be held closer than. Ends `model`.
+
+    The grouped product that a mixture of experts uses by itself has no double precision.
+    """
     single = logits_of(call(model, inputs))
     wide = [t.double() if t.is_floating_point() else t for t in tensors_of(inputs)]
     doubled: Inputs = dict(zip(inputs, wide, strict=True)) if isinstance(inputs, dict) else tuple(wide)
-    return float((logits_of(call(model.double(), doubled)) - single).abs().max())
+    with static_experts(model):
+        return float((logits_of(call(model.double(), doubled)) - single).abs().max())
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def document(found: Found) -> str:
         f"Export: {lm['export_s']:.0f} s, {lm['export_peak_mib']:,.0f} MiB at its peak with the model; "
         f"{lm['delegated_macs_pct']:.1f} % of the MACs delegated, the rest is attention.",
         "",
-        "MiniLM, 1 x 64 tokens, a head of 3 classes; embeddings of 8 bits in 8da4w:",
+        "MiniLM, 1 x 64 tokens, a head of 3 classes; embeddings of 4 bits in 8da4w:",
         "",
         *minilm_table(found["minilm"]),
         "",

@@ -201,7 +201,7 @@ def _minilm(bits: str) -> tuple[nn.Module, Any]:
 
     torch.manual_seed(0)
     found = loaded("minilm", "text-classification", None, ("a", "b", "c"))
-    return (Int4().apply(found.model) if bits == "8da4w" else found.model), found.encode
+    return (Int4(embeddings="int4").apply(found.model) if bits == "8da4w" else found.model), found.encode
 
 
 def layers_of_minilm(folder: Path) -> list[dict[str, Any]]:

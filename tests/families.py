@@ -7,21 +7,19 @@ them such that every parameter counts: a zero bias or a layer scale of 1e-6 coul
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from nets import Chela, Clip, First, Pose, SamEncoder, VoiceDetector, shared_ffn
+from timm_apart import import_timm
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.technique import Inputs, call
 
 CLASSES, WORDS, LENGTH, PX = 10, 128, 16, 64
-TIMM = Path(sys.prefix) / "timm"  # timm and torchvision, in a folder of their own: tests/assets.txt
 
 Source = Literal["timm", "transformers", "here"]
 Bits = Literal["int8", "int4"]
@@ -31,7 +29,8 @@ Bits = Literal["int8", "int4"]
 class Family:
     """How to build one. `inputs` gives a batch of that many rows; `adapt` is `lora` or a scheme of sparse-update.
 
-    `skip`: patterns of layers that LoRA leaves out, because peft refuses them. `note`: what is not as one would expect.
+    `skip`: patterns of layers that LoRA leaves out, because peft refuses them. `skip_bits`: patterns of those that
+    quantization leaves out, because it refuses them. `note`: what is not as one would expect.
     """
 
     name: str
@@ -41,6 +40,7 @@ class Family:
     source: Source
     adapt: str = "lora"
     skip: tuple[str, ...] = ()
+    skip_bits: tuple[str, ...] = ()
     note: str = ""
 
     def made(self) -> nn.Module:
@@ -135,26 +135,6 @@ def lively(model: nn.Module, examples: Inputs | None = None, *, branches: float 
         for norm in norms:
             norm.momentum = 0.1
     return model.eval()
-
-
-def import_timm() -> Any:
-    """timm; torchvision, which it imports, misses two operators on a machine without its build of torch."""
-    if not TIMM.is_dir():
-        raise FileNotFoundError("timm: pip install --no-deps --target .venv/timm -r tests/assets.txt")
-    if "timm" not in sys.modules:
-        sys.path.append(str(TIMM))
-        _operators()
-    import timm
-
-    return timm
-
-
-@functools.lru_cache
-def _operators() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def of_timm(name: str, px: int = PX, sized: bool = False, branches: float = 1.0) -> nn.Module:
@@ -344,10 +324,18 @@ FAMILIES = {
         Family("MobiLlama", mobillama, words, "int4", "transformers", "last-1"),
         _text("OLMoE", "Olmoe" + _CAUSAL, "OlmoeConfig", {**DECODER, **EXPERTS, "num_experts": 4}),
         _text("Mixtral", "Mixtral" + _CAUSAL, "MixtralConfig", {**DECODER, **EXPERTS, "num_local_experts": 4}),
-        replace(_text("Mamba", "Mamba" + _CAUSAL, "MambaConfig", MAMBA), skip=("*.out_proj",)),
+        replace(
+            _text("Mamba", "Mamba" + _CAUSAL, "MambaConfig", MAMBA),
+            skip=("*.out_proj",),
+            skip_bits=("*.dt_proj",),
+            note="int4 leaves dt_proj in fp32, whose input is 4 wide: no multiple of its groups",
+        ),
         Family("linear attention (CHELA-like)", chela, words, "int4", "here"),
         Family("Whisper encoder", whisper_encoder, lambda n: {"input_features": spectra(n)}, "int4", "transformers"),
-        Family("Whisper decoder", whisper_decoder, heard, "int4", "transformers"),
+        replace(
+            Family("Whisper decoder", whisper_decoder, heard, "int4", "transformers"),
+            note="int4 leaves the table of positions in fp32, which is read by slices",
+        ),
         Family("CLIP", clip, captioned, "int4", "transformers"),
         Family("voice detector (LSTM)", voice, spectra, "int8", "here"),
     )

@@ -15,7 +15,8 @@ import pytest
 import torch
 from bench_export import MIN_LOWERED, delegated, document, load_libraries, reasons, shown, verdicts, whole, work
 from bench_export_worker import COLUMNS, adaptable
-from families import FAMILIES, TIMM, Family
+from families import FAMILIES, Family
+from timm_apart import TIMM
 from torch import nn
 
 from edgetune.technique import call, logits_of, tensors_of

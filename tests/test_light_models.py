@@ -2,17 +2,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from laws import bert, cnn, llama, loss_of, mlp, pictures, tokens, vectors
+from timm_apart import TIMM, run_with_timm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -154,17 +151,10 @@ def test_under_a_compiler_results_stay(backend: str, whole: bool) -> None:
     assert_same(trained(model, tokens()), trained(plain, tokens()))
 
 
-# torchvision's wheel does not fit a CPU build of torch unless two operators are declared: see test_models.py
-TIMM = Path(sys.prefix) / "timm"
 TIMM_CHILD = """
 import copy, sys
 import torch
 from torch.nn import functional
-
-library = torch.library.Library("torchvision", "DEF")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-import timm
 from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.light.operators import LightOperators
 
@@ -200,9 +190,5 @@ def test_models_of_timm_train_as_before_and_keep_less() -> None:
 
     In mobilenetv3 and resnet trained convolutions keep the output of a ReLU anyhow, and its bit is extra."""
     names = ["efficientnet_lite0", "mobilenetv3_small_050", "vit_tiny_patch16_224", "convnext_atto", "resnet10t"]
-    path = os.pathsep.join([str(TIMM), *sys.path])
-    child = subprocess.run(
-        [sys.executable, "-c", TIMM_CHILD, *names],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
+    child = run_with_timm(TIMM_CHILD, *names)
     assert child.stdout == "".join(f"{name} True True\n" for name in names), child.stderr[-2000:]

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm_apart import TIMM, run_with_timm
 from torch import nn
 
 from edgetune.adapt.lora import LoRA
@@ -23,15 +21,8 @@ from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, 
 from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.technique import EdgetuneError
 
-# timm wants torchvision, whose wheel does not fit a CPU build of torch unless two operators are declared, and which,
-# once it lies beside Pillow, breaks transformers. So `make test` puts both into a folder of their own.
-TIMM = Path(sys.prefix) / "timm"
 TIMM_CHILD = """
 import torch
-
-library = torch.library.Library("torchvision", "DEF")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 from edgetune.data.dataset import Dataset, Rows
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.vision import timm_model
@@ -236,10 +227,7 @@ def test_pictures_in_files_keep_their_middle_and_their_right_side_up(tmp_path: P
 
 @pytest.mark.skipif(not TIMM.is_dir(), reason="tests/assets.txt, by `make test`")
 def test_timm_with_random_weights() -> None:
-    path = os.pathsep.join([str(TIMM), *sys.path])
-    child = subprocess.run(
-        [sys.executable, "-c", TIMM_CHILD], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    child = run_with_timm(TIMM_CHILD)
     assert child.stdout.startswith("timm:resnet10t (6, 3) random weights\n"), child.stderr
     assert "did you mean 'resnet18'" in child.stdout
 

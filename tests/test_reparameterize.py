@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from laws import cnn, pictures
+from timm_apart import TIMM, run_with_timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -209,10 +205,6 @@ def test_every_norm_of_a_network_goes() -> None:
 
 TIMM_CHILD = """
 import sys, torch
-library = torch.library.Library("torchvision", "DEF")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-import timm
 from edgetune.export.lower import Positional, lower
 from edgetune.export.reparameterize import reparameterize
 from edgetune.export.targets import TARGETS
@@ -232,15 +224,10 @@ for name in sys.argv[2:]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not TIMM.is_dir(), reason="tests/assets.txt, by `make test`")
 def test_the_networks_that_are_made_to_be_fused() -> None:
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
     names = ["mobileone_s0", "repvgg_a0", "repvit_m0_9", "fastvit_t8", "ghostnetv2_100", "resnet18"]
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    child = subprocess.run(
-        [sys.executable, "-c", TIMM_CHILD, names[0], *names],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
+    child = run_with_timm(TIMM_CHILD, names[0], *names)
     plain = {"ghostnetv2_100", "resnet18"}
     wanted = [f"{name} 0 () True {name not in plain}" for name in names]
     wanted.insert(1, "1 () True")

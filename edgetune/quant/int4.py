@@ -1,29 +1,33 @@
-"""4-bit weights in groups with 8-bit dynamic activations (8da4w), and 8-bit embeddings."""
+"""4-bit weights in groups with 8-bit dynamic activations (8da4w), and embeddings of 8 or 4 bits."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from edgetune.quant.tables import looks_up
 from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.targets import matches, select
-from edgetune.technique import EdgetuneError, Sample, Technique
+from edgetune.technique import EdgetuneError, Sample, Technique, shortened
 
 
 class Int4(Technique):
     """Linear weights to 4 bits, symmetric, one scale for each `group_size` inputs of each output.
 
     Activations are quantized to 8 bits per token while the model runs, in eager mode as in the exported program,
-    so both compute the same. Embedding tables become 8 bits with one scale per row; `padding_idx` is dropped from
-    them, which changes no output, only a gradient that a quantized table does not have.
+    so both compute the same. Embedding tables become 8 bits with one scale per row, or with `embeddings="int4"` 4 bits
+    with one scale for each `group_size` values of a row; `padding_idx` is dropped from them, which changes no output,
+    only a gradient that a quantized table does not have. A table that reads its weight in another way than by looking
+    rows up, as Whisper's positions do, stays in floating point, and a warning names it unless `skip` does.
 
     `int8_linears` are kept at 8 bits, one scale for each output: a head over a large vocabulary suffers from 4.
     A head that shares its weight with the embedding is untied: both are quantized from the shared float weight,
-    the head to its bits and the table to 8, and `config.tie_word_embeddings` becomes False.
+    the head and the table each to its bits, and `config.tie_word_embeddings` becomes False.
     Raises `EdgetuneError` for a width that `group_size` does not divide. Method: torchao,
     `Int8DynamicActivationIntxWeightConfig`; the format that ExecuTorch stores in 4 bits.
     """
@@ -36,7 +40,7 @@ class Int4(Technique):
     targets: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     int8_linears: tuple[str, ...] = ()
-    embeddings: Literal["int8", "none"] = "int8"
+    embeddings: Literal["int8", "int4", "none"] = "int8"
     activation_bits: Literal[8] = 8
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
@@ -47,18 +51,24 @@ class Int4(Technique):
         linears = select(model, self.targets, skip_linears, nn.Linear, _is_float)
         wide = select(model, self.int8_linears, skip_linears, nn.Linear, _is_float) if self.int8_linears else {}
         linears |= wide
-        tables = self._tables(model, skip_tables)
+        tables, left = self._tables(model, skip_tables)
         for name, layer in linears.items():
             _check_called(name, layer)
             if name not in wide:
-                self._check_width(name, layer)
+                self._check_width(name, layer.in_features, "the input width of a layer")  # type: ignore[arg-type]
         for name, table in tables.items():
             _check_table(name, table)
+            if self.embeddings == "int4":
+                self._check_width(name, table.embedding_dim, "the width of an embedding")
+        for told in (_not_looked_up(left), _bare(model)):
+            if told:
+                warnings.warn(told, stacklevel=3)  # who called `et.apply`
         _untie(model, linears, tables)
-        four_bits, eight_bits, table_config = _configs(self.group_size)
+        table_config = _table_config(4 if self.embeddings == "int4" else 8, self.group_size)
         for table in tables.values():
             table.padding_idx = None  # type: ignore[assignment]
             _quantize(table, table_config)
+        four_bits, eight_bits = _linear_configs(self.group_size)
         for name, layer in linears.items():
             _quantize(layer, eight_bits if name in wide else four_bits)
         return model.requires_grad_(False)
@@ -73,18 +83,20 @@ class Int4(Technique):
         for_linears = [p for p in self.skip if p not in for_tables or any(matches(n, [p]) for n in linears)]
         return for_linears, for_tables
 
-    def _tables(self, model: nn.Module, skip: list[str]) -> dict[str, nn.Embedding]:
+    def _tables(self, model: nn.Module, skip: list[str]) -> tuple[dict[str, nn.Embedding], list[str]]:
+        """The tables to quantize, and the names of those that cannot be."""
         if self.embeddings == "none":
-            return {}
+            return {}, []
         found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_float(m)}
-        return {n: m for n, m in found.items() if not matches(n, skip)}
+        wanted = {n: m for n, m in found.items() if not matches(n, skip)}
+        # one with max_norm is refused below; calling it, as looks_up may, would rewrite a row
+        fit = {n: m for n, m in wanted.items() if m.max_norm is not None or looks_up(m)}
+        return fit, [n for n in wanted if n not in fit]
 
-    def _check_width(self, name: str, layer: nn.Module) -> None:
-        assert isinstance(layer, nn.Linear)
-        width = layer.in_features
+    def _check_width(self, name: str, width: int, what: str) -> None:
         if width % self.group_size:
             raise EdgetuneError(
-                f"int4: the input width of a layer is no multiple of group_size {self.group_size}",
+                f"int4: {what} is no multiple of group_size {self.group_size}",
                 where=name,
                 got=width,
                 action=f"prune with round_to={self.group_size}, or leave the layer out with skip: [{name!r}]",
@@ -115,6 +127,29 @@ def _check_table(name: str, table: nn.Embedding) -> None:
         )
 
 
+def _not_looked_up(names: list[str]) -> str:
+    return (
+        f"int4: {shortened(names)}: an embedding that reads its weight in another way than by looking rows up; "
+        f"it stays in floating point. To say so: skip: {names}"
+        if names
+        else ""
+    )
+
+
+def _bare(model: nn.Module) -> str:
+    """What to say of matrices that no layer of their own holds: fused experts, the projections of torch's attention."""
+    layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    names = [
+        f"{name}.{own}".lstrip(".")
+        for name, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if not isinstance(module, layers) and parameter.dim() > 1 and len(parameter) > 1
+        if parameter.numel() > total / 100  # less is not worth a word
+    ]
+    return f"int4: {shortened(names)}: weights that no linear layer holds; they stay in floating point" if names else ""
+
+
 def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn.Embedding]) -> None:
     """Say in the config that shared weights are no longer shared, so that nothing ties them again."""
     chosen = [*linears.values(), *tables.values()]
@@ -130,9 +165,9 @@ def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn
         config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _configs(group_size: int) -> tuple[Any, Any, Any]:
-    """For linears in 4 and in 8 bits, and for tables."""
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, MappingType
+def _linear_configs(group_size: int) -> tuple[Any, Any]:
+    """For linears in 4 and in 8 bits."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, MappingType
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     def linears(weight_dtype: torch.dtype, granularity: Any, scale_dtype: torch.dtype) -> Any:
@@ -146,8 +181,17 @@ def _configs(group_size: int) -> tuple[Any, Any, Any]:
     return (
         linears(torch.int4, PerGroup(group_size), torch.bfloat16),  # type: ignore[attr-defined]
         linears(torch.int8, PerAxis(0), torch.float32),
-        IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)),
     )
+
+
+def _table_config(bits: Literal[4, 8], group_size: int) -> Any:
+    """For tables; `group_size` counts in 4 bits only. The scales stay as wide as the weight was."""
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    if bits == 8:
+        return IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]
 
 
 def _quantize(layer: nn.Module, config: Any) -> None:

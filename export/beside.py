@@ -1,0 +1,38 @@
+"""What describes a program and the files beside it: the base of all such values, and the check of a file's bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from edgetune.technique import EdgetuneError, Exit
+
+
+class Value(BaseModel):
+    """Base of what stands in a manifest: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def sha256_of(data: bytes) -> str:
+    """The SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_bytes(file: Path, sha256: str) -> None:
+    """Raise unless the file is there and holds the bytes that a manifest names."""
+    if not file.is_file():
+        raise unusable("no such file", file)
+    found = sha256_of(file.read_bytes())
+    if found != sha256:
+        raise unusable("the file is not the one that its manifest describes", file, got=found, allowed=[sha256])
+
+
+def unusable(what: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:
+    """What is wrong with a program or a file beside it."""
+    return EdgetuneError(
+        what, where=str(where), got=got, allowed=allowed, action="export the model again", exit_code=Exit.EXPORT
+    )
