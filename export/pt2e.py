@@ -43,7 +43,8 @@ def quantize_static(
         seen = 0
         for batch in batches:
             tensors = tensors_of(batch)
-            for part in [tensors] if any_rows else zip(*(tensor.split(1) for tensor in tensors), strict=True):
+            single = ([tensor[row : row + 1] for tensor in tensors] for row in range(len(tensors[0])))
+            for part in [tensors] if any_rows else single:
                 prepared(*part)
             seen += 1
         if seen == 0:

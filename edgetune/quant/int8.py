@@ -89,8 +89,8 @@ class Static8(nn.Module):
         if self.integers and not torch.compiler.is_exporting():
             return Integers(self.graph).run(*tensors)
         if not self.integers and len(tensors[0]) != 1:
-            rows = zip(*(tensor.split(1) for tensor in tensors), strict=True)
-            return torch.cat([self.forward(*row) for row in rows])
+            rows = range(len(tensors[0]))
+            return torch.cat([self.forward(*(tensor[row : row + 1] for tensor in tensors)) for row in rows])
         with preserve_node_meta():  # a program's operators keep the names of the float model's modules
             return fx.Interpreter(self.graph).run(*tensors)
 
