@@ -9,8 +9,7 @@ from typing import Any
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature
 
-from edgetune.export.training.order import placed
-from edgetune.export.training.plan import base_of, in_order, specs_of
+from edgetune.export.training.plan import in_order, largest_first, specs_of
 
 _MOVED = ", reordered"
 
@@ -73,25 +72,12 @@ def smallest(*, holds_io: bool = True) -> Any:
 
 def _ways() -> list[Algorithm]:
     """The algorithms, each under a name of its own, by which executorch tells them apart."""
-    from executorch.exir.memory_planning import MemoryAlgoResult, SpecAllocResult, greedy
+    from executorch.exir.memory_planning import greedy
 
     def greedy_apart(
         alignment: int, specs: Any, graph_module: fx.GraphModule, signature: Any, extra_padding: int = 0
     ) -> Any:
         return greedy(alignment, specs, graph_module, signature, extra_padding, allow_overlapping_allocations=False)
-
-    def largest_first(
-        alignment: int, specs: Any, graph_module: fx.GraphModule, signature: Any, extra_padding: int = 0
-    ) -> Any:
-        nested = any(getattr(graph_module, "input_mem_buffer_sizes", None) or ())
-        if nested or not specs or any(s.inplace_base is not None or s.mem_id is not None for s in specs):
-            return greedy(alignment, specs, graph_module, signature, extra_padding)  # which knows of these
-        bases = {base_of(spec): spec for spec in specs}
-        for spec in bases.values():
-            spec.realign(alignment)
-        total, offsets = placed({b: (s.allocated_memory, *s.lifetime) for b, s in bases.items()}, alignment)
-        rows = {spec: SpecAllocResult(1, 0, offsets[base_of(spec)]) for spec in specs}
-        return MemoryAlgoResult(rows, [0, total + extra_padding])
 
     return [greedy, greedy_apart, largest_first]
 

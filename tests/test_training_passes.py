@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgetune.export.training import conv, passes
+from edgetune.export.training.cuts import Span, cuts
 from edgetune.export.training.order import Unit, lifetimes, placed, planned, smallest
 
 aten = torch.ops.aten
@@ -123,3 +124,33 @@ def test_tensors_that_live_together_never_lie_together(seed: int) -> None:
     assert total == max(offsets[k] + -(-tensors[k][0] // 16) * 16 for k in tensors)
     alive = max(sum(s for s, a, b in tensors.values() if a <= t <= b) for t in range(40))
     assert alive <= total < 1.5 * alive + 16 * 40
+
+
+def held_at_most(spans: list[Span], ends: list[int]) -> int:
+    """The most that a stretch holds: what it reads and gives, and what goes past it."""
+    most = 0
+    for start, end in itertools.pairwise([0, *ends]):
+        alive = [s for s in spans if s.first < end and s.last >= start]
+        most = max(most, sum(s.size_bytes for s in alive if not (s.inside and start <= s.first and s.last < end)))
+    return most
+
+
+def backward_spans() -> tuple[list[Span], int]:
+    """Eight layers forth and back: activations are kept for the way back, each gradient is used at once."""
+    kept = [Span(100, n, 15 - n, True) for n in range(8)]
+    gradients = [Span(300, 8 + n, 9 + n, True) for n in range(7)]
+    return [*kept, *gradients], 16
+
+
+def test_cuts_hold_no_more_than_any_others() -> None:
+    spans, count = backward_spans()
+    ends = cuts(spans, count, [True] * (count + 1))
+    assert ends[-1] == count
+    tried = [[*chosen, count] for k in range(4) for chosen in itertools.combinations(range(1, count), k)]
+    assert held_at_most(spans, ends) <= min(held_at_most(spans, other) for other in tried)
+
+
+def test_operators_that_stay_together_are_not_cut_apart() -> None:
+    spans, count = backward_spans()
+    allowed = [place not in range(3, 14) for place in range(count + 1)]
+    assert not set(cuts(spans, count, allowed)) & set(range(3, 14))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -23,14 +24,24 @@ class Integers(fx.Interpreter):
     sum, and scales before it adds or multiplies. That moves one value in a thousand to the next of its 256 steps,
     later layers enlarge it, and in EfficientNet-Lite0 a third of all values had moved after five blocks. The sums
     here are exact while they stay below 2^24, in single precision. What XNNPACK computes in floating point between
-    two quantized operators (hard swish, sigmoid, softmax, layer norm) stays so.
+    two quantized operators (hard swish, sigmoid, softmax, layer norm) stays so, in the form that a program has it in:
+    what differs in the last bit of a float goes to another step once in some ten thousand values.
     """
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node; a quantized operator gives multiples of the scale that the next node rounds to."""
         rule = _RULES.get(n.target)
-        found = None if rule is None else rule(self, n)
+        found = self._in_program_form(n) if rule is None else rule(self, n)
         return super().run_node(n) if found is None else found
+
+    def _in_program_form(self, n: fx.Node) -> Tensor | None:
+        """A sum, a norm or an attention written as the export writes it; `None` for what it leaves alone."""
+        form = _forms().get(n.target)
+        if form is None:
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        found: Tensor | None = form(*args, **kwargs)
+        return None if found is NotImplemented else found
 
     def layer(self, n: fx.Node) -> Tensor | None:
         """A sum of products and a rounded bias, scaled once."""
@@ -77,13 +88,32 @@ class Integers(fx.Interpreter):
         """
         source, output = n.args[0], _after(n, frozenset())
         if not (_is(source, "dequantize") and _is(output, "quantize")):
-            return None
+            return self._in_program_form(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if not _is_pooling(n.target, args):
-            return None
+            return self._in_program_form(n)
         mean: Tensor = n.target(self._integers(source), *args[1:], **kwargs)  # type: ignore[operator]
         zero: Any = output.args[2]
         found: Tensor = ((mean * (_scale(source) / _scale(output)) + zero).round() - zero) * _scale(output)
+        return found
+
+    def enlarged(self, n: fx.Node) -> Tensor | None:
+        """Bilinear resizing of a picture: along the rows, then between them, in single precision.
+
+        Where each place is a mean of whole numbers, as after a doubling, many a value is a half.
+        """
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x, size, aligned = args[:3]
+        if x.dim() != 4 or x.dtype != torch.float32:
+            return None
+        if size is None:
+            size = [int(had * factor) for had, factor in zip(x.shape[2:], args[3])]  # noqa: B905
+        (top, bottom, down), (left, right, across) = (
+            _between(had, wanted, aligned) for had, wanted in zip(x.shape[2:], size)  # noqa: B905
+        )  # fmt: skip
+        above, below = x[:, :, top], x[:, :, bottom]
+        above, below = (row[..., left] + (row[..., right] - row[..., left]) * across for row in (above, below))
+        found: Tensor = above + (below - above) * down[:, None]
         return found
 
     def _elementwise(self, n: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
@@ -107,7 +137,30 @@ _RULES: dict[Any, Callable[[Integers, fx.Node], Tensor | None]] = {
     **dict.fromkeys((_ATEN.add.Tensor, _ATEN.add_.Tensor), Integers.addition),
     **dict.fromkeys((_ATEN.mul.Tensor, _ATEN.mul_.Tensor), Integers.product),
     **dict.fromkeys((_ATEN.adaptive_avg_pool2d.default, _ATEN.mean.dim), Integers.mean),
+    _ATEN.upsample_bilinear2d.vec: Integers.enlarged,
 }
+
+
+@cache
+def _forms() -> dict[Any, Callable[..., Any]]:
+    """What the export computes in other operators, of which the outcome is not the same to the last bit."""
+    from edgetune.export.repairs import activations, attention, gelu, mean, norms, power
+
+    found: dict[Any, Callable[..., Any]] = {}
+    for repair in (activations, attention, gelu, mean, norms, power):
+        found.update(repair.REPAIRS)
+    return found
+
+
+def _between(had: int, wanted: int, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of the `wanted` places of a dim the two of the `had` that it lies between, and how far along."""
+    less = int(aligned and wanted != 1)
+    step = torch.tensor(float(had - less)) / float(wanted - less)
+    places = torch.arange(wanted, dtype=torch.float32) * step
+    if not aligned:
+        places = (places + (step * 0.5 - 0.5)).clamp(0.0, had - 1.0)
+    first = places.long()
+    return first, (first + 1).clamp(max=had - 1), places - first
 
 
 def _scale(node: Any) -> Tensor:

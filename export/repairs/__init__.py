@@ -66,7 +66,7 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     identities.drop(program)
     if target == "xnnpack":
         scalars.as_floats(program)
-        norms.apart(program)
+        norms.unchain(program)
     if target in ("xnnpack", "vulkan"):  # Vulkan's passes fail on a mask that is computed from constants
         constants.fold(program)
     if target == "xnnpack":

@@ -40,15 +40,25 @@ def group_norm(
     if not takes(x) or x.dim() < 3:
         return NotImplemented
     groups = x.reshape(x.shape[0] * num_groups, 1, 1, -1)
-    apart = groups - torch.ops.aten.mean.dim(groups, [2, 3], True)
-    scaled = apart * torch.rsqrt(torch.ops.aten.mean.dim(apart * apart, [2, 3], True) + eps)
+    channels = x.shape[1] // num_groups
+    apart = groups - _mean(groups, channels)
+    scaled = apart * torch.rsqrt(_mean(apart * apart, channels) + eps)
     found = scaled.reshape(x.shape)
     form = (1, -1, *[1] * (x.dim() - 2))
     found = found if weight is None else found * weight.reshape(form)
     return found if bias is None else found + bias.reshape(form)
 
 
-def apart(program: ExportedProgram) -> None:
+def _mean(rows: Tensor, parts: int) -> Tensor:
+    """Of `(rows, 1, 1, width)`, each row in equal parts first: XNNPACK adds up one after the other, and its error grows
+    with their number. Over 4096 values it was 9e-7, and 1e-7 in 64 parts.
+    """
+    each = torch.ops.aten.mean.dim(rows.reshape(rows.shape[0] * parts, 1, 1, -1), [2, 3], True)
+    whole: Tensor = torch.ops.aten.mean.dim(each.reshape(-1, 1, 1, parts), [2, 3], True)
+    return whole
+
+
+def unchain(program: ExportedProgram) -> None:
     """Write a batch norm that reads another's output as `x * scale + shift`, the two computed from its weights.
 
     XNNPACK's pass makes each batch norm a convolution, and fails on one whose input it has just made.

@@ -4,6 +4,11 @@ executorch 1.4 lets XNNPACK move whole numbers where a move stands between two r
 program does not load; with one, slices, views and permutations of pictures are laid out wrongly: other values, or
 memory that is freed twice. A padding is taken for quantized although what reads it is not, and does not load either.
 A product by one keeps the move in floating point, with a conversion before and behind it.
+
+A dequantized tensor that two operators read is marked for both as the last of them wants it, in whole numbers or not,
+and turned for both where one wants its channels last: values of another kind or form, or sizes that do not fit. One
+that is rounded again by the same scale, as where a dropout was between, is run as if it never had been. So each reader
+gets a conversion of its own, and nothing is rounded twice.
 """
 
 from __future__ import annotations
@@ -22,8 +27,9 @@ _PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
 
 
 def apart(program: ExportedProgram) -> None:
-    """Part a move from the rounding behind it, and a padding from the values before it."""
+    """Part a move from the rounding behind it, a padding from the values before it, and a tensor's readers."""
     graph = program.graph
+    _round_once(graph)
     for node in list(graph.nodes):
         before = node.args[0] if node.target in (*_MOVES, *_SAFE, *_PADS) else None
         if not isinstance(before, fx.Node) or not _is(before, "dequantize_per_tensor"):
@@ -35,6 +41,24 @@ def apart(program: ExportedProgram) -> None:
             same = before.args[1:] == rounded[0].args[1:]
             if not (same and (node.target in _SAFE or _is_flat(before))):
                 _part(graph, node, rounded[0])
+    _share_none(graph)
+
+
+def _round_once(graph: fx.Graph) -> None:
+    """Drop a conversion to floating point and back."""
+    for node in list(graph.nodes):
+        before = node.args[0] if _is(node, "quantize_per_tensor") else None
+        if isinstance(before, fx.Node) and _is(before, "dequantize_per_tensor") and before.args[1:] == node.args[1:]:
+            node.replace_all_uses_with(before.args[0])
+            graph.erase_node(node)
+
+
+def _share_none(graph: fx.Graph) -> None:
+    """A conversion to floating point for each operator that reads one."""
+    for node in list(graph.nodes):
+        for reader in list(node.users)[1:] if _is(node, "dequantize_per_tensor") else ():
+            with graph.inserting_before(reader):
+                reader.replace_input_with(node, graph.node_copy(node))
 
 
 def _part(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> None:

@@ -14,6 +14,7 @@ from edgetune.export import failures, lower, operators
 from edgetune.export.operators import Placed
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
+from edgetune.export.training import cuts
 from edgetune.export.training.plan import is_delegate, planning
 from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
@@ -52,7 +53,7 @@ def compile_training(programs: dict[str, ExportedProgram], target: Target) -> Lo
         with fast_lowering(), _initial_values_by_themselves():
             edge = to_edge_transform_and_lower(
                 programs,
-                partitioner={name: _partitioners(target) for name in programs},
+                partitioner={name: _partitioners(target, cut=name == TRAIN) for name in programs},
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             built = edge.to_executorch(_config())
@@ -87,13 +88,14 @@ def _config() -> Any:
     )
 
 
-def _partitioners(target: Target) -> list[Any]:
+def _partitioners(target: Target, *, cut: bool) -> list[Any]:
     if target.name != "xnnpack":
         return target.partitioners()
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    return [XnnpackPartitioner(configs=[refusing(config) for config in ALL_PARTITIONER_CONFIGS])]
+    configs = [refusing(config) for config in ALL_PARTITIONER_CONFIGS]
+    return [cuts.partitioner(configs) if cut else XnnpackPartitioner(configs=configs)]
 
 
 def refusing(config: type) -> type:

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 
 from edgetune.export import lower
 from edgetune.export.training.draft import Draft
-from edgetune.export.training.order import Unit, smallest
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.permute.default, aten.clone.default, aten.unsqueeze.default, aten.t.default,
@@ -48,7 +47,7 @@ def recompute(draft: Draft) -> int:
             continue
         leaves = _leaves(node, kept - {node})
         shared = node.target in VIEWS or any(wanted[leaf] > 1 for leaf in leaves or ())
-        if leaves is None or sum(map(_bytes, leaves)) > _bytes(node) * (9 if shared else 1) // 8:
+        if leaves is None or sum(map(bytes_of, leaves)) > bytes_of(node) * (9 if shared else 1) // 8:
             continue
         users = [user for user in node.users if user in backward]
         places = {node: place for place, node in enumerate(draft.graph.nodes)}
@@ -74,7 +73,7 @@ def _leaves(node: fx.Node, kept: set[fx.Node]) -> set[fx.Node] | None:
         if source.op == "placeholder" or source in kept:
             continue
         inner = _leaves(source, kept)
-        found |= {source} if inner is None or sum(map(_bytes, inner)) > _bytes(source) * 9 // 8 else inner
+        found |= {source} if inner is None or sum(map(bytes_of, inner)) > bytes_of(source) * 9 // 8 else inner
     return found
 
 
@@ -133,7 +132,8 @@ def _normalized(draft: Draft, node: fx.Node, made: Any) -> fx.Node:
     return y if bias is None else draft.call(aten.add.Tensor, y, bias)
 
 
-def _bytes(node: Any) -> int:
+def bytes_of(node: Any) -> int:
+    """Size of the tensor that the node gives."""
     value = node.meta.get("val")
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
@@ -162,21 +162,3 @@ def sink_views(draft: Draft) -> None:
             with draft.before(user):
                 copy = draft.call(node.target, *node.args, **node.kwargs)
             user.replace_input_with(node, copy)
-
-
-def order(draft: Draft, updates: dict[str, fx.Node]) -> None:
-    """Put the operators into the order that keeps the least alive.
-
-    An update comes after every other reader of its tensor, so that it can be written where it lies, and takes no room.
-    """
-    units: dict[fx.Node, Unit] = {}
-    for place, node in enumerate(draft.nodes()):
-        units[node] = Unit(place, set(node.all_input_nodes), {node})
-        units[node].before = {units[s] for s in node.all_input_nodes if s in units}
-    for target, update in updates.items():
-        units[update].before |= {units[user] for user in draft.holder(target).users if user in units} - {units[update]}
-    sizes: dict[Any, int] = {node: 0 if node in updates.values() else _bytes(node) for node in units}
-    written = {unit: node for node, unit in units.items()}
-    kept: set[Any] = set(draft.graph.output_node().all_input_nodes)
-    for unit in smallest(list(units.values()), sizes, kept):
-        draft.graph.output_node().prepend(written[unit])

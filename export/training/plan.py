@@ -185,25 +185,27 @@ def _units(graph: fx.Graph) -> tuple[list[Unit], dict[Unit, list[fx.Node]]]:
     return units, nodes
 
 
+def largest_first(
+    alignment: int, specs: Any, graph_module: fx.GraphModule, signature: Any, extra_padding: int = 0
+) -> Any:
+    """One of executorch's planning algorithms: `order.placed`; their greedy one for nested and in-place tensors."""
+    from executorch.exir.memory_planning import MemoryAlgoResult, SpecAllocResult, greedy
+
+    nested = any(getattr(graph_module, "input_mem_buffer_sizes", None) or ())
+    if nested or not specs or any(s.inplace_base is not None or s.mem_id is not None for s in specs):
+        return greedy(alignment, specs, graph_module, signature, extra_padding)  # which knows of these
+    bases = {base_of(spec): spec for spec in specs}
+    for spec in bases.values():
+        spec.realign(alignment)
+    total, offsets = placed({b: (s.allocated_memory, *s.lifetime) for b, s in bases.items()}, alignment)
+    rows = {spec: SpecAllocResult(1, 0, offsets[base_of(spec)]) for spec in specs}
+    return MemoryAlgoResult(rows, [0, total + extra_padding])
+
+
 def planning() -> Any:
     """executorch's planning pass, with state shared by all methods, and with the order and the plan of this file."""
-    from executorch.exir.memory_planning import MemoryAlgoResult, MemoryPlanningAlgorithmSuite, SpecAllocResult, greedy
+    from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, greedy
     from executorch.exir.passes import MemoryPlanningPass
-
-    def least(
-        alignment: int,
-        specs: Any,
-        graph_module: fx.GraphModule,
-        signature: ExportGraphSignature,
-        extra_padding: int = 0,
-    ) -> Any:
-        bases = {base_of(spec): spec for spec in specs}
-        for spec in bases.values():
-            spec.realign(alignment)
-        wanted = {base: (spec.allocated_memory, *spec.lifetime) for base, spec in bases.items()}
-        total, offsets = placed(wanted, alignment)
-        rows = {spec: SpecAllocResult(1, 0, offsets[base_of(spec)]) for spec in specs}
-        return MemoryAlgoResult(rows, [0, total + extra_padding])
 
     class Planning(MemoryPlanningPass):  # type: ignore[misc]
         def run(self, graph_module: fx.GraphModule, graph_signature: ExportGraphSignature | None = None) -> Any:
@@ -216,4 +218,4 @@ def planning() -> Any:
         def _set_alloc_node_spec(self, graph_module: fx.GraphModule) -> None:
             """Done above: the order needs them."""
 
-    return Planning(MemoryPlanningAlgorithmSuite([greedy, least]), share_mutable_buffers=True)
+    return Planning(MemoryPlanningAlgorithmSuite([greedy, largest_first]), share_mutable_buffers=True)

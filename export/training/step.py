@@ -20,7 +20,7 @@ from edgetune.export import targets
 from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
 from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
-from edgetune.export.training import capture, memory, passes, update
+from edgetune.export.training import capture, memory, passes, sequence, update
 from edgetune.export.training.artifact import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity
 from edgetune.export.training.capture import Joint, Loss
 from edgetune.export.training.draft import Draft
@@ -111,7 +111,7 @@ def _with_update(joint: Joint, momentum: float) -> ExportedProgram:
     memory.sink_views(draft)
     values: tuple[fx.Node, ...] = draft.graph.output_node().args[0]  # type: ignore[assignment]
     updates = dict(zip(updates, values))  # noqa: B905  rewriting has replaced some nodes
-    memory.order(draft, updates)
+    sequence.order(draft, updates)
     return draft.finished(updates, list(values[len(updates) :]))
 
 
