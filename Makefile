@@ -17,7 +17,7 @@ demo: $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; wri
 	$(BIN)/edgetune run text-minilm
 
 test: $(VENV)/.test  ## the whole suite (minutes)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.test  ## the tests that take many minutes
 	$(BIN)/pytest -m slow
