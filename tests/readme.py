@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench_language import language_table
+
 from edgetune import report
 from edgetune.ledger import Ledger
 
@@ -54,6 +56,8 @@ def written(text: str) -> str:
         parts["demo"] = ("text", _short(report.text(Ledger.read(demo), width=100)))
     blocks = {name: f"```{kind}\n{body.rstrip()}\n```" for name, (kind, body) in parts.items()}
     blocks["sparse"] = sparse_table()
+    talked = json.loads((ROOT / "docs" / "bench-language.json").read_text(encoding="utf-8"))
+    blocks["language"] = "\n".join(language_table(talked["language"]))
     for name, block in blocks.items():
         whole = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, whole=whole: whole, text, flags=re.S)
