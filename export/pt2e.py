@@ -15,7 +15,7 @@ from edgetune.export.reparameterize import reparameterize
 from edgetune.export.targets.target import Target
 from edgetune.export.targets.xnnpack import XNNPACK
 from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
+from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
 
 _NOTE = "quantization_annotation"
 
@@ -43,7 +43,7 @@ def quantize_static(
         seen = 0
         for batch in batches:
             tensors = tensors_of(batch)
-            single = ([tensor[row : row + 1] for tensor in tensors] for row in range(len(tensors[0])))
+            single = (rows_of(tensors, row, row + 1) for row in range(len(tensors[0])))
             for part in [tensors] if any_rows else single:
                 prepared(*part)
             seen += 1
@@ -79,11 +79,9 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, *, any_rows: boo
 
     program = Positional(model, inputs).eval()
     example = tuple(_two_rows(tensor) if any_rows else tensor[:1].cpu() for tensor in tensors_of(inputs))
-    free = tuple({0: torch.export.Dim("batch", min=1, max=65536)} for _ in example)
+    free = (tuple({0: torch.export.Dim("batch", min=1, max=65536)} for _ in example),) if any_rows else None
     try:
-        captured = torch.export.export(
-            program, example, dynamic_shapes=(free,) if any_rows else None, strict=False
-        )  # fmt: skip
+        captured = torch.export.export(program, example, dynamic_shapes=free, strict=False)
     except Exception as error:  # torch.export raises dozens of types
         raise failures.not_captured(program, example, error) from error
     graph_module: Any = captured.module(check_guards=False)

@@ -276,11 +276,7 @@ def document(found: Found) -> str:
         "",
         *table(found),
         "",
-        *(
-            f"- {f.name}: {f.note}; without, eager mode is far from double precision"
-            for f in FAMILIES.values()
-            if f.note
-        ),
+        *(f"- {family.name}: {family.note}" for family in FAMILIES.values() if family.note),
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in verdicts(found)),
         "",
         "## What fails or misses, and why",

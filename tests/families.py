@@ -264,7 +264,8 @@ def _timm(
     name: str, model: str, px: int = PX, sized: bool = False, adapt: str = "lora", branches: float = 1.0
 ) -> Family:
     build = functools.partial(of_timm, model, px, sized, branches)
-    note = "" if branches == 1.0 else f"what a residual block adds is scaled by {branches}, as training makes it small"
+    scaled = f"what a residual block adds is scaled by {branches}, as training makes it small"
+    note = "" if branches == 1.0 else f"{scaled}; without, eager mode is far from double precision"
     return Family(name, build, functools.partial(pictures, px=px), "int8", "timm", adapt, note=note)
 
 

@@ -1,10 +1,23 @@
-"""Small standard networks that no library of the test environment has, for tests/families.py. Random weights."""
+"""Small standard networks that no library of the test environment has, with random weights; a function as a layer."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+class Call(nn.Module):
+    """A function of tensors as a layer."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.function(*values)
 
 
 class ConvNorm(nn.Sequential):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from nets import Call
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,17 +26,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 # Layers that torch has no module for
-
-
-class Call(nn.Module):
-    """A function of tensors as a layer."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *values: Tensor) -> Tensor:
-        return self.function(*values)
 
 
 class SelfAttention(nn.Module):

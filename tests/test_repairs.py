@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,17 +27,6 @@ with quiet():  # it warns on import
     from transformers import MixtralConfig, MixtralForCausalLM
 
 XNNPACK = TARGETS["xnnpack"]
-
-
-class Call(nn.Module):
-    """A function as a model."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors)
 
 
 def randn(*shape: int) -> Tensor:

@@ -14,7 +14,7 @@ from edgetune.quant.integers import Integers
 from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.targets import select
-from edgetune.technique import EdgetuneError, Sample, Technique, device_of
+from edgetune.technique import EdgetuneError, Sample, Technique, device_of, rows_of
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what `skip` can name
 
@@ -90,7 +90,7 @@ class Static8(nn.Module):
             return Integers(self.graph).run(*tensors)
         if not self.integers and len(tensors[0]) != 1:
             rows = range(len(tensors[0]))
-            return torch.cat([self.forward(*(tensor[row : row + 1] for tensor in tensors)) for row in rows])
+            return torch.cat([self.forward(*rows_of(tensors, row, row + 1)) for row in rows])
         with preserve_node_meta():  # a program's operators keep the names of the float model's modules
             return fx.Interpreter(self.graph).run(*tensors)
 

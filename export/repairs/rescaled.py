@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgetune.export.repairs.shapes import called
+
 _ATEN = torch.ops.aten
 _MOVES = (
     _ATEN.slice.Tensor, _ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default, _ATEN.permute.default,
@@ -63,8 +65,7 @@ def _share_none(graph: fx.Graph) -> None:
 
 def _part(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> None:
     with graph.inserting_before(reader):
-        value = graph.call_function(_ATEN.mul.Tensor, (node, 1.0))
-    value.meta = dict(node.meta)
+        value = called(graph, node, _ATEN.mul.Tensor, (node, 1.0))
     reader.replace_input_with(node, value)
 
 

@@ -40,12 +40,11 @@ def partitioner(configs: Sequence[type]) -> Any:
 
     class Cutting(XnnpackPartitioner):  # type: ignore[misc]
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
-            whole = super().generate_partitions(ep)
+            whole = [list(partition.nodes) for partition in super().generate_partitions(ep)]
             places = {n: p for p, n in enumerate(n for n in ep.graph.nodes if n.op == "call_function")}
             together = [[places[n] for n in group if n in places] for group in self.get_matched_nodes_from_configs(ep)]
-            ends = stretches(ep, [list(p.nodes) for p in whole], together)
-            nodes = _smallest(ep, [list(p.nodes) for p in whole], places, ends)
-            return [Partition(id=n, nodes=dict.fromkeys(piece)) for n, piece in enumerate(nodes)]
+            pieces = _smallest(ep, whole, places, stretches(ep, whole, together))
+            return [Partition(id=n, nodes=dict.fromkeys(piece)) for n, piece in enumerate(pieces)]
 
     return Cutting(configs=list(configs))
 
