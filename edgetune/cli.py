@@ -6,7 +6,6 @@ Results go to stdout, progress and errors to stderr. Exit codes: `technique.Exit
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import traceback
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune import cli_export, cli_generate, cli_training
+from edgetune import cli_export, cli_generate, cli_profile, cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
 from edgetune.cli_training import Overrides, RecipeName
 
@@ -32,6 +31,7 @@ app.command("train-pte")(cli_training.train_pte)
 app.command("pull")(cli_training.pull)
 app.command("inspect")(cli_export.inspect)
 app.command("generate")(cli_generate.generate)
+app.command("profile")(cli_profile.profile)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,44 +237,6 @@ def _program(program: Program) -> str:
         counted = "rows" if parity.counted == "held-out row" else f"{parity.counted}s"
         same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} {counted}"
     return f"{program.size_mib:.2f} MiB, target {program.target}{same}"
-
-
-@app.command()
-def profile(
-    program: Annotated[Path, typer.Argument(help="A .pte with its model.json beside it.")],
-    device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.")],
-    on: Annotated[str, typer.Option(help="Where to time it: host; the others are not here yet.")] = "host",
-    as_json: Json = False,
-) -> int:
-    """Say what a program costs on a device: predicted, and measured where it can be run."""
-    from edgetune.export.language.artifact import load_any
-    from edgetune.export.targets import find
-    from edgetune.profile.calls import measured_calls, predicted_calls
-    from edgetune.profile.device import HOST, load
-    from edgetune.technique import EdgetuneError
-
-    if on != "host":
-        action = "use --on host; copy the program to the device to time it there"
-        raise EdgetuneError("programs are timed on this host only", got=on, allowed=["host"], action=action)
-    artifact, described = load_any(program), load(device)
-    threads = described.thread_count if described.id == HOST else None
-    predicted = predicted_calls(artifact, described)
-    measured = measured_calls(artifact, threads=threads) if find(artifact.manifest.target).runs_here else ()
-    calls: list[dict[str, Any]] = [
-        {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None}
-        for p, m in itertools.zip_longest(predicted, measured)
-    ]
-    if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
-        printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
-        return 0
-    for call in calls:
-        printed(f"predicted: {_pairs(call['predicted'])}")
-        printed(f"measured: {_pairs(call['measured']) if call['measured'] else 'this machine cannot run it'}")
-    return 0
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v != "")
 
 
 @app.command()

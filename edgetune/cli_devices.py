@@ -6,12 +6,9 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from edgetune.profile.validate import Compared
 
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
@@ -25,13 +22,13 @@ def printed(value: object) -> None:
 
 @devices.command("list")
 def devices_list(as_json: Json = False) -> int:
-    """List the devices that are known here."""
-    from edgetune.profile import device
+    """List the devices that are known here, by family."""
+    from dataclasses import asdict
 
-    found = [device.load(name) for name in device.ids()]
-    plain = [{"id": d.id, "name": d.name, "soc": d.soc, "calibrated": d.calibration is not None} for d in found]
-    lines = [f"{d.id:<18} {d.name}, {d.soc}{', calibrated' if d.calibration else ''}" for d in found]
-    printed(plain if as_json else "\n".join(lines))
+    from edgetune.profile.listing import entries, listed
+
+    found = entries()
+    printed([asdict(entry) for entry in found] if as_json else listed(found))
     return 0
 
 
@@ -41,12 +38,27 @@ def devices_show(
     as_json: Json = False,
 ) -> int:
     """Print a descriptor, every number with its source and trust."""
-    import yaml
+    from edgetune.profile.device import load
+    from edgetune.profile.listing import shown
 
-    from edgetune.profile import device
+    device = load(device_id)
+    printed(device.model_dump(mode="json", exclude_unset=True) if as_json else shown(device))
+    return 0
 
-    plain = device.load(device_id).model_dump(mode="json", exclude_none=True, exclude_defaults=not as_json)
-    printed(plain if as_json else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).rstrip("\n"))
+
+@devices.command("add")
+def devices_add(
+    what: Annotated[str, typer.Argument(metavar="FILE.yaml|NAME", help="A descriptor; with --like, a new name.")],
+    like: Annotated[str | None, typer.Option(metavar="ID", help="Write a copy of this device, to be edited.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite one of your own of that name.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Check a descriptor and keep it among your own; or, with --like, start one from a device that is known."""
+    from edgetune.profile.adding import add, copy
+
+    path = add(Path(what), replace=replace) if like is None else copy(like, what, replace=replace)
+    said = f"{path}: added" if like is None else f"{path}: a copy of {like}; edit it, every source in it is marked"
+    printed({"id": path.stem, "path": str(path)} if as_json else said)
     return 0
 
 
@@ -55,38 +67,32 @@ def devices_validate(
     paths: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids or paths; default: all.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Check descriptors, print every fault; for all of them, also published measurements beside predictions."""
+    """Check descriptors, print every fault; for all of them, also published measurements beside predictions.
+
+    Each published row is predicted with its device left out of what is learned, then with one row of it used.
+    """
     from edgetune.document import raise_all
     from edgetune.profile import device
-    from edgetune.profile.validate import validate
+    from edgetune.profile.validate import lines, plain, validate
     from edgetune.technique import EdgetuneError, Exit
 
     errors: list[EdgetuneError] = []
-    valid = []
+    valid: dict[str, device.Device] = {}
     for name in paths or device.ids():
         try:
-            valid.append(device.load(name).id)
+            described = device.load(name)
+            valid[described.id] = described
         except EdgetuneError as error:
             errors.append(error)
-    rows = () if paths or errors else validate().rows
+    found = None if paths or errors else validate(valid)
     if as_json:
-        told = [row.model_dump(mode="json") for row in rows]
-        printed({"valid": valid, "errors": [str(error) for error in errors], "published": told})
+        printed({"valid": list(valid), "errors": [str(error) for error in errors], **plain(found)})
         return int(Exit.USAGE) if errors else 0
     raise_all("devices", errors)
     printed(f"valid: {', '.join(valid)}")
-    for row in rows:
-        printed(_published(row))
+    if found is not None:
+        printed("\n".join(lines(found)))
     return 0
-
-
-def _published(row: Compared) -> str:
-    """One published measurement beside its prediction."""
-    what = f"{row.device}, {row.engine}, {row.what}: published {row.published:g} {row.unit}"
-    if row.predicted is None:
-        return f"{what}, not predicted: {row.note}"
-    band = f"predicted {row.predicted:.3g} ({row.low:.3g} to {row.high:.3g}), {row.error_pct:+.0f} %"
-    return f"{what}, {band}, {'inside' if row.inside else 'outside'} the band{'; ' if row.note else ''}{row.note}"
 
 
 @devices.command("calibrate")

@@ -118,6 +118,14 @@ class Measured(Call):
     runs: int
     threads: int
     note: str = ""
+    first_ms: float | None = None  # the first run, with everything cold
+    noise_pct: float | None = None  # the median is known to about this much, either way
+    drift_pct: float | None = None  # the last third of the runs against the first
+    cores: tuple[int, ...] = ()  # that the process was kept to; none: the system lets nobody choose
+    energy_mj: float | None = None  # of one run, all that the meter covers; None: nothing there measures it
+    energy_note: str = ""  # which meter, or why there is none
+    temperature_c: tuple[float, float] | None = None  # of the hottest sensor, before and after the runs
+    clock_mhz: tuple[float, float] | None = None  # of the fastest core, before, and the lowest after any batch
 
 
 class Predicted(Call):
@@ -129,6 +137,9 @@ class Predicted(Call):
     peak_memory_mib: float
     calibrated: bool
     note: str = ""
+    band_pct: float | None = None  # share of programs that the band is to hold; None: nobody counted
+    energy_mj: float | None = None  # of one run; an order of magnitude
+    cold_start_ms: float | None = None  # load, pack and run once
 
 
 class Verdict(Entry):

@@ -94,6 +94,7 @@ class Lowering(Value):
     delegated_operators_pct: float
     leftovers: tuple[Leftover, ...]
     operators: tuple[Operator, ...]
+    executed: tuple[Operator, ...] = ()  # what the runtime makes of them: what a prediction is summed over
     folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
 
 

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from edgetune.export import apart, dynamic, failures, operators, repairs
 from edgetune.export.dynamic import Axis
+from edgetune.export.executed import executed
 from edgetune.export.operators import Placed
 from edgetune.export.planning import Planned, smallest
 from edgetune.export.repairs.experts import static_experts
@@ -56,6 +57,7 @@ class Lowered:
     plan: Planned | None = None
     weights: bytes = b""  # of the `.ptd`; empty: they are in `data`
     shared_bytes: int = 0  # stored once although two operators read them
+    executed: tuple[Operator, ...] = ()  # as the runtime runs them, after the backend's compiler
 
 
 class Positional(nn.Module):
@@ -243,6 +245,7 @@ def compile_programs(
             plan=plan,
             weights=weights,
             shared_bytes=shared.bytes,
+            executed=executed(data, name, _modules(built.exported_program(name), operators.modules(program))),
         )
     return found
 
@@ -328,6 +331,23 @@ def placed_in(lowered: ExportedProgram) -> Placed:
         elif isinstance(node.target, torch._ops.OpOverload) and not operators.is_free(name):
             portable.append((name, operators.number_of(node)))
     return Placed(delegated=frozenset(delegated), portable=tuple(portable), delegates=delegates)
+
+
+def _modules(lowered: ExportedProgram, modules: Mapping[int, str]) -> list[str | dict[int, str]]:
+    """For each call in the lowered graph the module it comes from; of a delegate a table by debug handle."""
+    found: list[str | dict[int, str]] = []
+    for node in lowered.graph.nodes:
+        name = str(node.target)
+        if node.op != "call_function":
+            continue
+        if "executorch_call_delegate" in name:
+            inner = getattr(lowered.graph_module, node.args[0].target).original_module
+            pairs = [(n.meta.get("debug_handle"), operators.number_of(n)) for n in inner.graph.nodes]
+            found.append({h: modules.get(n, "") for h, n in pairs if isinstance(h, int) and n is not None})
+        elif isinstance(node.target, torch._ops.OpOverload) and not operators.is_free(name):
+            number = operators.number_of(node)
+            found.append(modules.get(number, "") if number is not None else "")
+    return found
 
 
 def leftovers_of(program: ExportedProgram, placed: Placed) -> tuple[Leftover, ...]:

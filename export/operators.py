@@ -136,6 +136,11 @@ def macs_of(program: ExportedProgram) -> dict[int, int]:
     return found
 
 
+def kind_of(name: str) -> Kind:
+    """The kind of an operator by its name: `aten.mean.dim`."""
+    return _KINDS.get(_short(name), "other")
+
+
 def plain_name(name: str) -> str:
     """`aten.mean.dim` of an edge operator's `aten_mean_dim` or `<EdgeOpOverload: aten.mean.dim>: schema = ...`."""
     found = re.match(r"<EdgeOpOverload: ([^>]+)>", name)

@@ -185,6 +185,7 @@ def lowering_of(lowered: Lowered, layout: Layout) -> Lowering:
         delegated_operators_pct=operators_pct,
         leftovers=lowered.leftovers,
         operators=lowered.operators,
+        executed=lowered.executed,
         folded=str(lowered.folded),
     )
 

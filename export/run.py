@@ -1,29 +1,45 @@
 """Run and time a program in a process of its own, since a bad `.pte` can take its process down.
 
-`python -m edgetune.export.run FOLDER` is the child's side: it reads `request.json` and `inputs.safetensors` there
-and writes `outputs.safetensors` and `result.json`.
+`python -m edgetune.export.run FOLDER` is the side of the child that runs: it reads `request.json` and `inputs.pt`
+there and writes `outputs.safetensors` and `result.json`. The child that times is `edgetune.export.clock`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from edgetune.export.clock.machine import resident_mib
+from edgetune.export.clock.runs import inputs_in, loaded_runtime, serve, timings
 from edgetune.technique import EdgetuneError, Exit
 
+__all__ = [
+    "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_in_child", "serve",
+    "time_calls", "time_in_child", "timings", "write_request",
+]  # fmt: skip
+
 _MODULE = "edgetune.export.run"
+_CLOCK = "edgetune.export.clock"
+
+
+class State(BaseModel):
+    """What a machine said of its heat and speed at one moment; empty where it says nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature_c: dict[str, float] = Field(default_factory=dict)  # by sensor
+    clock_mhz: dict[str, float] = Field(default_factory=dict)  # by core
 
 
 class Timing(BaseModel):
@@ -38,6 +54,10 @@ class Timing(BaseModel):
     warm_up_runs: int
     peak_memory_mib: float
     empty_memory_mib: float  # after the imports, before the program is loaded
+    cores: tuple[int, ...] = ()  # that the process was kept to; none: the system lets nobody choose
+    states: tuple[State, ...] = ()  # before the timed runs and after each batch of them
+    energy_mj: float | None = None  # of one run; None: nothing there measures it
+    energy_note: str = ""  # what was measured, or why nothing was
 
     @property
     def latency_ms(self) -> float:
@@ -54,7 +74,7 @@ def run_in_child(
     does not load or run, or the child dies.
     """
     outputs: list[dict[int, Tensor]] = [{} for _ in batches]
-    request = {"verb": "run", "method": method, "data": _whole(data)}
+    request = {"method": method, "data": _whole(data)}
     _, tensors = ask_child(_MODULE, Path(path), request, batches)
     for key, tensor in tensors.items():
         row, _, place = key.partition(".")
@@ -77,15 +97,17 @@ def time_in_child(
     timed. With a data file the method is loaded by its first run, which `first_ms` then holds. Raises as `run_in_child`
     does.
     """
-    request = {
-        "verb": "time",
-        "threads": threads,
-        "seconds": seconds,
-        "warm_up_seconds": warm_up_seconds,
-        "data": _whole(data),
-    }
-    result, _ = ask_child(_MODULE, Path(path), request, [inputs])
-    return Timing.model_validate(result)
+    request = {"threads": threads, "seconds": seconds, "warm_up_seconds": warm_up_seconds}
+    (timing,) = time_calls(Path(path), request, [inputs], data=data)
+    return timing
+
+
+def time_calls(
+    path: Path, request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]], *, data: Path | None = None
+) -> tuple[Timing, ...]:
+    """Each call timed in one child process, as `edgetune.export.clock` is asked to. Raises as `run_in_child` does."""
+    result, _ = ask_child(_CLOCK, path, {**request, "data": _whole(data)}, calls)
+    return tuple(Timing.model_validate(call) for call in result["calls"])
 
 
 def _whole(path: Path | None) -> str | None:
@@ -103,14 +125,11 @@ def ask_child(
 
     `heard` gets each line that the child prints, as it comes.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    rows = {f"{r}.{i}": t.detach().cpu().contiguous().clone() for r, b in enumerate(batches) for i, t in enumerate(b)}
     with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
         folder = Path(name)
-        save_file(rows, folder / "inputs.safetensors")
-        wanted = {**request, "path": str(path.resolve()), "rows": len(batches)}
-        (folder / "request.json").write_text(json.dumps(wanted), encoding="utf-8")
+        write_request(folder, {**request, "path": str(path.resolve())}, batches)
         done = _ended(module, folder, heard)
         answer = folder / "result.json"
         result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
@@ -118,6 +137,13 @@ def ask_child(
             raise failed(path, done, result)
         saved = folder / "outputs.safetensors"
         return result, load_file(saved) if saved.is_file() else {}
+
+
+def write_request(folder: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]) -> None:
+    """Leave in the folder what the child reads there: `request.json`, and the rows in `inputs.pt`."""
+    rows = [tuple(tensor.detach().cpu().contiguous().clone() for tensor in batch) for batch in batches]
+    torch.save(rows, folder / "inputs.pt")
+    (folder / "request.json").write_text(json.dumps({**request, "rows": len(rows)}), encoding="utf-8")
 
 
 def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subprocess.CompletedProcess[str]:
@@ -169,49 +195,7 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-# The child's side. Only what it needs is imported before the empty process's memory is read.
-
-
-def serve(folder: Path, answer: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> int:
-    """Answer the request in `folder`. Returns the exit code."""
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    try:
-        result = answer(folder, request)
-    except Exception as error:  # everything goes to the parent, which raises
-        result = {"error": f"{type(error).__name__}: {error}"}
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(partial, folder / "result.json")
-    return 0
-
-
-def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    return _time(folder, request) if request["verb"] == "time" else _run(folder, request)
-
-
-def loaded_runtime(threads: int | None) -> Any:
-    """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
-    import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
-    from executorch.extension.pybindings import (
-        _portable_lib,
-        portable_lib,  # noqa: F401  finds OpenVINO's library beside its package
-    )
-
-    if threads is not None:
-        _portable_lib._unsafe_reset_threadpool(threads)
-    return _portable_lib
-
-
-def inputs_in(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
-    """The rows that were left in the folder for the child."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "inputs.safetensors")
-    found: list[dict[int, Tensor]] = [{} for _ in range(rows)]
-    for key, tensor in tensors.items():
-        row, _, place = key.partition(".")
-        found[int(row)][int(place)] = tensor
-    return [tuple(row[place] for place in sorted(row)) for row in found]
+# The child's side.
 
 
 def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -227,85 +211,5 @@ def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _time(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    threads = int(request["threads"])
-    (inputs,) = inputs_in(folder, 1)
-    runtime = loaded_runtime(threads)
-    empty_mib = resident_mib("VmRSS")
-    started = time.perf_counter()
-    run = _loaded(runtime, request)
-    load_ms = (time.perf_counter() - started) * 1e3
-
-    def once() -> float:
-        begun = time.perf_counter()
-        run(inputs)
-        return (time.perf_counter() - begun) * 1e3
-
-    return {
-        "threads": threads,
-        "load_ms": load_ms,
-        **timings(once, request),
-        "peak_memory_mib": resident_mib("VmHWM"),
-        "empty_memory_mib": empty_mib,
-    }
-
-
-def _loaded(runtime: Any, request: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], Any]:
-    """The method `forward`, loaded and ready to be called.
-
-    A clone of the outputs would be torch's work, not the program's, and start threads of its own.
-    """
-    if request["data"] is not None:  # which only a module takes: it loads a method at its first execution
-        module = runtime._load_for_executorch(request["path"], request["data"])
-        return lambda inputs: module.run_method("forward", inputs, clone_outputs=False)
-    program = runtime._load_program(request["path"])
-    method = program.load_method("forward")
-
-    def call(inputs: tuple[Tensor, ...]) -> Any:
-        assert program is not None  # it must outlive its method
-        return method.call(inputs, clone_outputs=False)
-
-    return call
-
-
-def timings(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
-    """The first run, the warm-up and the timed runs of what `once` does and times, as `Timing` names them."""
-    first_ms = once()
-    warm = _warm_up(once, float(request["warm_up_seconds"]))
-    latencies: list[float] = []
-    until = time.perf_counter() + float(request["seconds"])
-    while len(latencies) < 10 or time.perf_counter() < until:
-        latencies.append(once())
-    return {"first_ms": first_ms, "latencies_ms": latencies, "warm_up_runs": warm}
-
-
-def _warm_up(once: Any, seconds: float) -> int:
-    until = time.perf_counter() + seconds
-    runs: list[float] = []
-    while time.perf_counter() < until:
-        runs.append(once())
-        if len(runs) >= 10:
-            before, now = statistics.median(runs[-10:-5]), statistics.median(runs[-5:])
-            if abs(before - now) <= 0.05 * now:
-                break
-    return len(runs)
-
-
-def resident_mib(field: str) -> float:
-    """Resident memory of this process, `VmRSS` now or `VmHWM` at its peak.
-
-    Linux only counts a process's own peak there: `ru_maxrss` also carries the parent's over the fork.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 1024
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 if __name__ == "__main__":
-    sys.exit(serve(Path(sys.argv[1]), _answer))
+    sys.exit(serve(Path(sys.argv[1]), _run))

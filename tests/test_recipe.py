@@ -17,7 +17,7 @@ from edgetune.overrides import from_text
 from edgetune.profile import device
 from edgetune.recipe import Recipe
 from edgetune.schema import schema
-from edgetune.technique import EdgetuneError
+from edgetune.technique import EdgetuneError, shortened
 
 TEXT = """\
 name: mine
@@ -250,7 +250,7 @@ steps:
   - lora: {rank: 2.5, targets: ["*"]}
   - {lora: {}, train: {}}
   - train: {distill: {teacher: prunes}}
-budget: {device: pixel-9}
+budget: {device: pixel-99}
 """
     fields = ", ".join(list(type(parsed().data).model_fields))
     assert (
@@ -270,8 +270,8 @@ mine.yaml, step 4 (line 8), train.distill.teacher: the teacher is the model just
 got 'prunes'; allowed: lora
 mine.yaml, line 9, budget: limits nothing: allowed: latency_ms, size_mib, train_memory_mib, peak_memory_mib
   next: give at least one of them
-mine.yaml, line 9, budget.device: unknown device: got 'pixel-9'; allowed: {", ".join(device.ids())}, host; \
-did you mean 'pixel-8'?"""
+mine.yaml, line 9, budget.device: unknown device: got 'pixel-99'; \
+allowed: {shortened((*device.ids(), "host"))}; did you mean 'pixel-9'?"""
     )
 
 

@@ -1,72 +1,70 @@
-"""Calibrate this host: time micro-programs, fit the cost model to them, and write a descriptor."""
+"""Calibrate a machine: time micro-programs there, fit the cost model to them, and keep what came out as JSON."""
 
 from __future__ import annotations
 
+import csv
 import datetime
 import importlib.metadata
 import math
 import statistics
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from edgetune.profile import host, micro
-from edgetune.profile.cost import Fixed
-from edgetune.profile.device import HOST, SUFFIX, Calibration, Device, ids, load, parse, user_folder
-from edgetune.profile.fit import Fit, Timed, fit, fixed_costs
-from edgetune.profile.measure import WIDE, spread, time_on_host
-from edgetune.profile.rates import rates_of
+from edgetune.profile import fit, host, trials
+from edgetune.profile.calibration import Calibration, path_beside, write
+from edgetune.profile.device import HOST, SUFFIX, Device, ids, load, parse, user_folder
+from edgetune.profile.fit import Fit, Timed
+from edgetune.profile.memory import MIB
+from edgetune.profile.operators import Operator
+from edgetune.profile.rates import DEFAULT_CACHE_BYTES
+from edgetune.profile.terms import CALL, DELEGATE, Caches, footprint_bytes
+from edgetune.profile.trials import Clocked, Progress
 from edgetune.profile.yaml_file import write_yaml
-from edgetune.registry import technique
-from edgetune.technique import EdgetuneError, Exit, Sample
+from edgetune.technique import EdgetuneError, Exit
 
-if TYPE_CHECKING:
-    from edgetune.export.lower import Lowered
-
-Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many
-
-_SECONDS, _QUICK_SECONDS = 0.5, 0.05  # of timing, per program
+ENGINE = "ExecuTorch XNNPACK"
+UNSTEADY_PCT = 10.0  # between two timings of a program: above, one thread is taken where the choice is ours
+_SECONDS, _QUICK_SECONDS, _ROUNDS, _STEADY_ROUNDS = 0.1, 0.02, 2, 3
 _LEAST_PROGRAMS = 3
-
-
-@dataclass(frozen=True)
-class _Clocked:
-    timed: Timed
-    spread: float  # p90 / p10 of its runs
+_NEAR_BYTES = 1024.0 * 1024.0  # of a core's second level, where nobody knows
+_STEADY = ("abs-1x16x64", "add-1x16x64", "linear-16x64x256", "conv-3-32x16", "pointwise-64x128x14", "scores-4x64x32")
 
 
 def calibrate(
     out: Path | None = None, *, threads: int | None = None, quick: bool = False, progress: Progress | None = None
 ) -> Device:
-    """Time micro-programs on this host, fit the cost model, and write the descriptor; returns it.
+    """Time micro-programs on this host, fit the cost model, and write descriptor and calibration; returns the device.
 
-    `out`: a `.yaml` file, by default `host.yaml` in the user's folder, where `load("host")` finds it. `threads`: by
-    default all cores of the process. `quick`: few programs, for tests; its predictions are poor. Takes about three
-    minutes on 2 cores; the file is written in one step at the end, so a run that is stopped leaves the old one.
+    `out`: a `.yaml` file, by default `host.yaml` in the user's folder, where `load("host")` finds it; the calibration
+    goes beside it, as JSON. `threads`: by default all cores of the process, or one where two timings with all of them
+    differ by more than 10 %, as on a shared machine. `quick`: few programs, for tests; its predictions are poor. Takes
+    up to ten minutes on 2 cores; a calibration that was stopped goes on where it was. Both files are written at the
+    end, each in one step.
     """
     path = _path(out)
-    threads = threads if threads is not None else host.cores()
-    if not 1 <= threads <= host.cores():
+    if threads is not None and not 1 <= threads <= host.cores():
         raise EdgetuneError(f"threads must be from 1 to the {host.cores()} cores of this process", got=threads)
+    folder = trials.folder_for(quick)
+    failed = trials.build(folder, quick, progress)
+    names = [trial.name for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
+    seconds, rounds = (_QUICK_SECONDS, 1) if quick else (_SECONDS, _ROUNDS)
+    notes = ["A quick calibration, for tests: predictions from it are poor."] if quick else []
+    if threads is None:
+        threads, why = _steady_threads(folder, names)
+        notes += [why] if why else []
     described = {**host.describe(threads, host.copy_gb_s(threads)), "id": path.stem}
-    bare = parse(described, str(path))
-    tiny, programs = micro.tiny(), micro.quick() if quick else micro.programs()
-    clocked, failed = _clock((*tiny, *programs), threads, _QUICK_SECONDS if quick else _SECONDS, progress)
-    if len(clocked) - len(tiny) < _LEAST_PROGRAMS:
-        raise EdgetuneError(
-            "too few micro-programs could be timed to calibrate: " + "; ".join(failed[:3]), exit_code=Exit.EXPORT
-        )
-    one, many, portable_one, portable_many = (clocked[item.name].timed for item in tiny)
-    fixed = fixed_costs(one, many, portable_one, portable_many)
-    timed = [clocked[item.name].timed for item in programs if item.name in clocked]
-    fitted = fit(timed, rates_of(bare), fixed)
-    described["calibration"] = _section(fitted, fixed, threads, len(clocked))
-    described["notes"] = _notes(clocked, failed, quick)
     device = parse(described, str(path))
+    clocked, more = trials.clock(
+        folder, names, threads=threads, seconds=seconds, rounds=rounds, progress=progress
+    )  # fmt: skip
+    networks = {trial.name for trial in trials.trials(quick) if trial.network}
+    operators = {name: trials.operators_of(folder, name) for name in names}
+    notes += [f"not timed: {reason}" for reason in (*failed, *more)]
+    found = fitted(clocked, operators, networks, device, threads, notes)
     write_yaml(path, described)
-    return device
+    write(path_beside(path), found)
+    trials.forget(folder)
+    return device.model_copy(update={"calibration": found})
 
 
 def _path(out: Path | None) -> Path:
@@ -77,82 +75,155 @@ def _path(out: Path | None) -> Path:
     return out
 
 
-def _clock(
-    programs: Sequence[micro.Micro], threads: int, seconds: float, progress: Progress | None
-) -> tuple[dict[str, _Clocked], list[str]]:
-    """Build and time each program; those that could not be, with the reason. Without the tiny ones it cannot go on."""
-    clocked: dict[str, _Clocked] = {}
-    failed: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="edgetune-calibrate-") as folder:
-        for number, item in enumerate(programs):
-            if progress is not None:
-                progress(item.name, number, len(programs))
-            try:
-                path = Path(folder) / f"{item.name}.pte"
-                clocked[item.name] = _time(item, _build(item, path), path, threads, seconds)
-            except EdgetuneError as error:
-                if item.name.startswith("tiny-"):
-                    raise error.within(f"calibration, {item.name}") from error
-                failed.append(f"{item.name}: {error.what}")
-        if progress is not None:
-            progress("fit", len(programs), len(programs))
-    return clocked, failed
-
-
-def _build(item: micro.Micro, path: Path) -> Lowered:
-    """Lowered and written, without the comparison that `export` makes: these programs are only timed."""
-    from edgetune.export.lower import Positional, lower
-    from edgetune.export.targets import find
-
-    model, inputs = item.module().eval(), item.inputs()
-    if item.quantize:
-        model = technique(item.quantize)().apply(model, Sample.of(inputs))
-    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target))
-    path.write_bytes(lowered.data)
-    return lowered
-
-
-def _time(item: micro.Micro, lowered: Lowered, path: Path, threads: int, seconds: float) -> _Clocked:
-    """The calmer of two timings, if the first was disturbed."""
-    best = time_on_host(path, item.inputs(), threads=threads, seconds=seconds)
-    if spread(best.latencies_ms) > WIDE:
-        again = time_on_host(path, item.inputs(), threads=threads, seconds=seconds)
-        best = min(best, again, key=lambda timing: spread(timing.latencies_ms))
-    us = statistics.median(best.latencies_ms) * 1e3
-    return _Clocked(Timed(item.name, lowered.operators, lowered.delegates, us), spread(best.latencies_ms))
-
-
-def _section(fitted: Fit, fixed: Fixed, threads: int, programs: int) -> dict[str, Any]:
-    errors = sorted(fitted.errors_pct.values())
-    if not errors:
-        raise EdgetuneError("no kind of operator was timed twice: the error cannot be told", exit_code=Exit.EXPORT)
-    versions = {name: importlib.metadata.version(name) for name in ("executorch", "torch", "torchao", "edgetune")}
-    section = Calibration(
-        date=datetime.date.today().isoformat(),
-        engine="ExecuTorch XNNPACK",
-        versions=versions,
-        threads=threads,
-        programs=programs,
-        error_pct=round(statistics.median(errors), 1),
-        error_p90_pct=round(min(errors[math.ceil(0.9 * (len(errors) - 1))], 1e4), 1),
-        call_us=round(fixed.call, 3),
-        delegate_call_us=round(fixed.delegate_call, 3),
-        delegated_operator_us=round(fixed.delegated, 3),
-        portable_operator_us=round(fixed.portable, 3),
-        efficiencies=fitted.efficiencies,
+def _steady_threads(folder: Path, names: Sequence[str]) -> tuple[int, str]:
+    """All cores, or one where timings with all of them do not repeat; with the reason."""
+    cores, chosen = host.cores(), [name for name in names if name in _STEADY]
+    if cores == 1 or not chosen:
+        return cores, ""
+    timings, _ = trials.clock(folder, chosen, threads=cores, seconds=_SECONDS / 2, rounds=_STEADY_ROUNDS)
+    unsteady_pct = noise_pct(timings)
+    if unsteady_pct <= UNSTEADY_PCT:
+        return cores, ""
+    return 1, (
+        f"One thread: timings with {cores} threads differ by {unsteady_pct:.0f} % from one to the next on this machine; "
+        f"--threads {cores} calibrates for them all the same."
     )
-    return section.model_dump(mode="json")
 
 
-def _notes(clocked: dict[str, _Clocked], failed: Sequence[str], quick: bool) -> list[str]:
-    wide = [name for name, item in clocked.items() if item.spread > WIDE]
-    notes = ["A quick calibration, for tests: predictions from it are poor."] if quick else []
-    if wide:
-        notes.append(
-            f"{len(wide)} of {len(clocked)} programs were disturbed while they were timed "
-            f"(p90 over p10 above {WIDE:g}): calibrate again on an idle machine."
+def noise_pct(timings: Sequence[Clocked]) -> float:
+    """How far the timings of one program lie apart, the median over programs; 0 where each was timed once."""
+    by_name: dict[str, list[float]] = {}
+    for one in timings:
+        by_name.setdefault(one.name, []).append(one.us)
+    apart = [max(found) / min(found) - 1 for found in by_name.values() if len(found) > 1]
+    return 100 * statistics.median(apart) if apart else 0.0
+
+
+def fitted(
+    timings: Sequence[Clocked],
+    operators: Mapping[str, tuple[Operator, ...]],
+    networks: set[str],
+    device: Device,
+    threads: int,
+    notes: Sequence[str] = (),
+) -> Calibration:
+    """A calibration of the device from timed programs: of several timings of one the least, which others disturbed least."""
+    least: dict[str, Clocked] = {}
+    for one in timings:
+        if one.name not in least or one.us < least[one.name].us:
+            least[one.name] = one
+    timed = [Timed(name, operators[name], one.us, name in networks) for name, one in least.items()]
+    if len(timed) < _LEAST_PROGRAMS:
+        raise EdgetuneError(
+            "too few programs were timed to calibrate: " + "; ".join(notes[:3]), got=len(timed), exit_code=Exit.EXPORT
         )
-    return notes + [f"not timed: {reason}" for reason in failed]
+    caches = caches_of(device)
+    found = fit.fit(fit.shuffled(timed), caches)
+    load_ms, load_ms_per_mib = fit.load_costs(
+        [(footprint_bytes(operators[one.name]) / MIB, one.load_ms) for one in least.values() if one.load_ms > 0]
+    )
+    errors = _judged(found, timed)
+    return Calibration(
+        device=device.id,
+        date=datetime.date.today().isoformat(),
+        engine=ENGINE,
+        versions={name: importlib.metadata.version(name) for name in ("executorch", "torch", "torchao", "edgetune")},
+        threads=threads,
+        programs=sum(not item.network for item in timed),
+        networks=sum(item.network for item in timed),
+        error_pct=round(100 * statistics.median(map(abs, errors)), 1),
+        error_p90_pct=round(100 * sorted(map(abs, errors))[math.ceil(0.9 * len(errors)) - 1], 1),
+        noise_pct=round(noise_pct(timings), 1),
+        band_pct=fit.BAND_PCT,
+        band_log=fit.band_log(errors),
+        call_us=found.rates.get((CALL, "1"), 0.0),
+        delegate_call_us=found.rates.get((DELEGATE, "1"), 0.0),
+        load_ms=load_ms,
+        load_ms_per_mib=load_ms_per_mib,
+        near_cache_bytes=caches.near_bytes,
+        last_cache_bytes=caches.last_bytes,
+        tiles=fit.tilings(found),
+        traffic=fit.traffic(found),
+        curves=fit.curves(found, timed),
+        notes=tuple(notes),
+    )
+
+
+def _judged(found: Fit, timed: Sequence[Timed]) -> list[float]:
+    """The errors that say how good it is: of the networks left out; of the chains where no network could be."""
+    networks = [found.errors[item.name] for item in timed if item.network and item.name in found.errors]
+    errors = networks or list(found.errors.values())
+    if not errors:
+        raise EdgetuneError(
+            "no kernel was timed in two programs: the error cannot be told",
+            action="time more programs",
+            exit_code=Exit.EXPORT,
+        )
+    return errors
+
+
+def caches_of(device: Device) -> Caches:
+    """A core's second level, and half of the last: others want their share of it."""
+    near, last = device.caches.l2_kib.value, device.caches.last_level_kib.value
+    near_bytes = near * 1024 if near is not None else _NEAR_BYTES
+    return Caches(near_bytes, max((last * 1024 if last is not None else DEFAULT_CACHE_BYTES) / 2, near_bytes))
+
+
+def calibrate_from(
+    table: Path, device_id: str, *, threads: int | None = None, out: Path | None = None
+) -> Calibration:
+    """Fit a calibration of a described device to a table of measurements made elsewhere, and write it.
+
+    `table`: a CSV with the columns `program` (path of a `.pte`, relative to the table), `latency_us`, and where known
+    `load_ms` and `kind` (`network` for a whole model). The calibration goes to the user's folder, or to `out`.
+    """
+    from edgetune.export.executed import executed
+
+    device = load(device_id)
+    timings, operators, networks = [], {}, set[str]()
+    for number, row in _rows(table):
+        where = f"{table}, line {number}"
+        name, path = row["program"], table.parent / row["program"]
+        if not path.is_file():
+            raise EdgetuneError("no such program", where=where, got=row["program"])
+        timings.append(Clocked(name, _number(row, "latency_us", where), _number(row, "load_ms", where, 0.0)))
+        operators[name] = operators.get(name) or executed(path.read_bytes())
+        if (row.get("kind") or "").strip() == "network":
+            networks.add(name)
+    threads = threads if threads is not None else device.thread_count
+    note = f"From {table.name}: {len(timings)} measurements."
+    found = fitted(timings, operators, networks, device, threads, [note])
+    write(out or path_beside(user_folder() / (device.id + SUFFIX)), found)
+    return found
+
+
+def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in ("program", "latency_us") if name not in (reader.fieldnames or ())]
+            rows = list(enumerate(reader, start=2))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise EdgetuneError(f"the table cannot be read: {error}", where=str(table)) from error
+    if missing:
+        raise EdgetuneError(
+            "the table lacks a column", where=str(table), got=", ".join(missing),
+            action="its first line names them: program,latency_us,load_ms,kind",
+        )  # fmt: skip
+    return rows
+
+
+def _number(row: Mapping[str, str], column: str, where: str, default: float | None = None) -> float:
+    text = (row.get(column) or "").strip()
+    if not text and default is not None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise EdgetuneError(f"{column} must be a positive number", where=where, got=text)
+    return value
 
 
 def host_device() -> Device | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgetune.ledger import Measured, Predicted
-from edgetune.profile import host
+from edgetune.profile import prior
 from edgetune.profile.cost import predict
 from edgetune.profile.device import Device, load
-from edgetune.profile.measure import measure, measured_of
+from edgetune.profile.energy import program_mj
+from edgetune.profile.memory import peak_memory_mib
 from edgetune.profile.operators import Operator
+from edgetune.profile.runners.host import Host
+from edgetune.profile.runners.session import measured_on, piece, token
 
 if TYPE_CHECKING:
     from edgetune.export.artifact import Artifact
-    from edgetune.export.language.artifact import LanguageArtifact, LanguageManifest
+    from edgetune.export.language.artifact import LanguageArtifact
 
 _ATTENTION = "custom_sdpa"  # executorch's own kernel: blocked products on all threads, no plain loops
 
@@ -25,53 +30,65 @@ def measured_calls(
 
     `threads`: by default all cores of the process.
     """
-    from edgetune.export.language.artifact import LanguageArtifact
-
-    if not isinstance(artifact, LanguageArtifact):
-        return (measure(artifact, threads=threads, seconds=seconds),)
-    from edgetune.export.language.run import time_calls_in_child
-
-    known = artifact.manifest
-    threads = threads if threads is not None else host.cores()
-    prefill, decode = time_calls_in_child(
-        artifact.path,
-        cache_tokens=known.max_tokens,
-        prefill_tokens=known.prefill_tokens,
-        threads=threads,
-        seconds=seconds,
-        warm_up_seconds=min(seconds, 1.0),
-    )
-    return measured_of(decode, threads, _token(known)), measured_of(prefill, threads, _piece(known))
+    return measured_on(Host(), artifact, threads=threads, seconds=seconds)
 
 
 def predicted_calls(artifact: Artifact | LanguageArtifact, device: str | Device) -> tuple[Predicted, ...]:
     """What each kind of call costs on a device, in the same order. Memory is that of the call which needs most."""
     described = device if isinstance(device, Device) else load(device)
     known = artifact.manifest
-    found = [
-        predict(
+    calibrated = described.calibration is not None
+    found = []
+    for (call, operators), (_, run) in zip(_operators(artifact, calibrated), _operators(artifact, True), strict=True):
+        one = predict(
             operators,
             described,
             plan_bytes=known.plan_bytes,
             program_bytes=getattr(known, "total_bytes", known.size_bytes),
             delegate_calls=known.delegates,
-        ).model_copy(update={"call": call})
-        for call, operators in _operators(artifact)
-    ]
-    peak_mib = max(prediction.peak_memory_mib for prediction in found)
-    return tuple(prediction.model_copy(update={"peak_memory_mib": peak_mib}) for prediction in found)
+        )
+        memory_mib = peak_memory_mib(run, known.plan_bytes)
+        if not calibrated and known.target == "xnnpack":
+            one = _taught(one, operators, described)
+        found.append(one.model_copy(update={"call": call, "peak_memory_mib": memory_mib}))
+    peak_mib = max(one.peak_memory_mib for one in found)
+    return tuple(one.model_copy(update={"peak_memory_mib": peak_mib}) for one in found)
 
 
-def _operators(artifact: Artifact | LanguageArtifact) -> tuple[tuple[str, tuple[Operator, ...]], ...]:
-    """The kinds of call and their operators."""
+def _taught(found: Predicted, operators: Sequence[Operator], device: Device) -> Predicted:
+    """The prediction with what published measurements of such programs on such devices add to it."""
+    log, sigma = prior.shared().offset(device, prior.group_of(operators))
+    latency_ms, width = found.latency_ms * math.exp(log), math.exp(prior.SIGMAS * sigma)
+    return found.model_copy(
+        update={
+            "latency_ms": latency_ms,
+            "latency_low_ms": latency_ms / width,
+            "latency_high_ms": latency_ms * width,
+            "band_pct": 100 * prior.COVERAGE,
+            "energy_mj": program_mj(operators, device, latency_ms),
+            "cold_start_ms": (found.cold_start_ms or 0.0) + latency_ms - found.latency_ms,
+        }
+    )
+
+
+def _operators(
+    artifact: Artifact | LanguageArtifact, as_executed: bool
+) -> tuple[tuple[str, tuple[Operator, ...]], ...]:
+    """The kinds of call and their operators: as the runtime executes them, if the manifest says so, or as in the model."""
     from edgetune.export.language.artifact import LanguageArtifact
 
     if not isinstance(artifact, LanguageArtifact):
-        return (("", artifact.manifest.operators),)
+        plain = artifact.manifest
+        return (("", plain.executed if as_executed and plain.executed else plain.operators),)
     known = artifact.manifest
+    if as_executed and known.executed:
+        return (
+            (token(known), tuple(map(_attending, known.decode_executed))),
+            (piece(known), tuple(map(_attending, known.executed))),
+        )
     return (
-        (_token(known), tuple(map(_attending, known.decode_operators))),
-        (_piece(known), tuple(map(_attending, known.operators))),
+        (token(known), tuple(map(_attending, known.decode_operators))),
+        (piece(known), tuple(map(_attending, known.operators))),
     )
 
 
@@ -80,11 +97,3 @@ def _attending(operator: Operator) -> Operator:
     if _ATTENTION not in operator.operator:
         return operator
     return operator.model_copy(update={"delegated": True, "kind": "matmul"})
-
-
-def _token(known: LanguageManifest) -> str:
-    return f"a token after {known.prefill_tokens}"
-
-
-def _piece(known: LanguageManifest) -> str:
-    return f"{known.prefill_tokens} tokens of a prompt"

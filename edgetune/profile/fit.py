@@ -1,174 +1,251 @@
-"""Fit a calibration to timed programs: fixed costs first, then two shares for each kind and type of operator."""
+"""Fit a calibration to timed programs: positive rates for every term, by non-negative least squares.
+
+Each program is one equation, its measured microseconds the sum of its operators' terms by their rates. Relative errors
+count, large ones less than by their square. Rates that cannot be negative make every prediction positive, and rise
+with each size. (Lawson and Hanson 1974, chapter 23, by scipy.)
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from edgetune.profile.cost import Fixed, compute_us, memory_us, prior, unfolded, weights_cached
-from edgetune.profile.device import Efficiency
-from edgetune.profile.operators import DType, Kind, Operator
-from edgetune.profile.rates import Rates
+import numpy as np
+
+from edgetune.profile.calibration import Curve, Tiling, Traffic
+from edgetune.profile.operators import DType, Operator
+from edgetune.profile.terms import (
+    CALL,
+    DELEGATE,
+    TRAFFIC,
+    WEIGHTS,
+    Caches,
+    Key,
+    Tile,
+    curve_of,
+    footprint_bytes,
+    is_product,
+    shared_terms,
+    terms_of,
+)
+from edgetune.registry import require
 from edgetune.technique import EdgetuneError
 
-Key = tuple[Kind, DType, bool]
-Shares = tuple[float, float]  # compute, memory
+Rates = dict[Key, float]
+Equation = Mapping[Key, float]
 
-COMPUTE_BOUNDS, MEMORY_BOUNDS = (1e-5, 16.0), (1e-4, 64.0)
-_STEPS = (4.0, 2.0, 1.4, 1.15, 1.04, 1.01)  # of the pattern search, as factors
-_PULL = 0.01  # of the prior, where the programs do not tell one share from the other
-_SWEEPS = 3
-_LEAST_US = 0.05
+BAND_PCT = 90.0
+_FOLDS = 8
+_NETWORK_WEIGHT = 2.0  # of a network's equation: it shows what operators cost among others
+_SOFT = 0.1  # a relative error above it counts less than by its square
+_SWEEPS = 6
+_TILE_ROWS, _TILE_COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), (8, 16, 32)
+_TILED: tuple[DType, ...] = ("fp32", "int8", "8da4w")
+_LEAST_LOG = math.log(1.03)  # no band is narrower: two timings of one program differ by as much
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One program and its median latency in microseconds."""
+    """One program and its latency in microseconds. `network`: it is no chain of one operator."""
 
     name: str
     operators: tuple[Operator, ...]
-    delegate_calls: int
     us: float
+    network: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the terms depend on beside the operator."""
+
+    caches: Caches
+    tiles: Mapping[DType, Tile] = field(default_factory=dict)
+
+    def tile(self, dtype: DType) -> Tile:
+        """The tile of this type's products."""
+        return self.tiles.get(dtype, Tile(1, 1))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What came out. Errors are relative, in percent, each program predicted from the others."""
+    """What came out. Errors are relative, each program predicted from others alone."""
 
-    efficiencies: tuple[Efficiency, ...]
-    errors_pct: dict[str, float]
+    rates: Rates
+    tiles: dict[DType, Tile]
+    errors: dict[str, float]  # predicted over measured, less one
 
-
-def key_of(operator: Operator) -> Key:
-    """What shares are fitted for."""
-    return operator.kind, operator.dtype, operator.delegated
-
-
-@dataclass(frozen=True)
-class _Program:
-    """A timed program, reduced to what the fit evaluates again and again."""
-
-    name: str
-    us: float
-    fixed_us: float
-    parts: tuple[tuple[Key, float, float], ...]  # key, microseconds of arithmetic and of traffic at the peak
-
-    def predict(self, shares: dict[Key, Shares]) -> float:
-        own = sum(max(c / shares[key][0], m / shares[key][1]) for key, c, m in self.parts)
-        return self.fixed_us + own
+    def us(self, operators: Sequence[Operator], caches: Caches) -> float:
+        """Microseconds of a program."""
+        return predicted_us(equation(operators, Setting(caches, self.tiles)), self.rates)
 
 
-def fixed_costs(one: Timed, many: Timed, portable_one: Timed, portable_many: Timed) -> Fixed:
-    """Fixed costs from tiny programs: one operator against many, delegated and portable.
+def equation(operators: Sequence[Operator], setting: Setting) -> Counter[Key]:
+    """The terms of a whole program, summed over its operators."""
+    total: Counter[Key] = Counter({(CALL, "1"): 1.0})  # type: ignore[dict-item]
+    footprint, delegated = footprint_bytes(operators), False
+    for operator in operators:
+        if operator.delegated and not delegated:
+            total[(DELEGATE, "1")] += 1
+        delegated = operator.delegated
+        curve = curve_of(operator)
+        for term, size in terms_of(operator, setting.tile(operator.dtype)).items():
+            total[(curve, term)] += size  # type: ignore[assignment]
+        for key, size in shared_terms(operator, footprint, setting.caches).items():
+            total[key] += size  # type: ignore[assignment]
+    return total
 
-    Two programs whose times noise has turned around give the least positive cost, not a negative one.
+
+def predicted_us(terms: Equation, rates: Mapping[Key, float]) -> float:
+    """The sum of the terms by their rates; a term without a rate counts nothing."""
+    return sum(size * rates.get(key, 0.0) for key, size in terms.items())
+
+
+def fit(timed: Sequence[Timed], caches: Caches) -> Fit:
+    """Rates and tiles, and the error of each program when it is left out.
+
+    Raises `EdgetuneError` for a latency that is not positive and finite, and for no programs.
     """
-    delegated = _slope(one, many)
-    portable = _slope(portable_one, portable_many)
-    call = max(portable_one.us - portable * len(portable_one.operators), _LEAST_US)
-    delegate_call = (one.us - call - delegated * len(one.operators)) / max(one.delegate_calls, 1)
-    return Fixed(call=call, delegate_call=max(delegate_call, _LEAST_US), delegated=delegated, portable=portable)
+    if not timed:
+        raise EdgetuneError("no timed program: there is nothing to fit")
+    for item in timed:
+        if not (math.isfinite(item.us) and item.us > 0):
+            raise EdgetuneError("a latency must be positive", where=item.name, got=item.us)
+        if not item.operators:
+            raise EdgetuneError("a timed program has no operators", where=item.name)
+    tiles = _tiles(timed, caches)
+    setting = Setting(caches, tiles)
+    equations = [equation(item.operators, setting) for item in timed]
+    rates = solve(timed, equations)
+    return Fit(rates, tiles, _left_out(timed, equations))
 
 
-def _slope(few: Timed, many: Timed) -> float:
-    more = len(many.operators) - len(few.operators)
-    if more <= 0:
-        raise EdgetuneError(f"{many.name} must have more operators than {few.name} to tell the cost of one")
-    return max((many.us - few.us) / more, _LEAST_US)
+def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
+    """Positive rates with the least relative error."""
+    nnls = require("scipy.optimize", "a calibration").nnls
+    keys = sorted({key for terms in equations for key in terms})
+    place = {key: index for index, key in enumerate(keys)}
+    matrix = np.zeros((len(timed), len(keys)))
+    for row, (item, terms) in enumerate(zip(timed, equations, strict=True)):
+        for key, size in terms.items():
+            matrix[row, place[key]] = size / item.us
+    importance = np.array([_NETWORK_WEIGHT if item.network else 1.0 for item in timed]) ** 0.5
+    weights = importance
+    found = np.zeros(len(keys))
+    for _ in range(_SWEEPS):
+        found, _ = nnls(matrix * weights[:, None], weights, maxiter=50 * len(keys))
+        errors = np.abs(matrix @ found - 1)
+        weights = importance / np.maximum(1, errors / _SOFT) ** 0.5
+    return dict(zip(keys, (float(rate) for rate in found), strict=True))
 
 
-def fit(timed: Sequence[Timed], rates: Rates, fixed: Fixed) -> Fit:
-    """Shares of every kind and type that occurs, and the error of each program when it is left out.
+def _left_out(timed: Sequence[Timed], equations: Sequence[Equation]) -> dict[str, float]:
+    """The error of each program, predicted by a fit to the others of seven folds out of eight.
 
-    Raises `EdgetuneError` for a latency that is not positive and finite.
+    A program whose kernels are in no other cannot be predicted from others, and has none.
     """
-    programs = [_reduce(item, rates, fixed) for item in timed]
-    keys = sorted({key for program in programs for key, _, _ in program.parts})
-    shares = _shares(programs, {key: _start(key) for key in keys})
     errors: dict[str, float] = {}
-    for left_out in programs:
-        own = {key for key, _, _ in left_out.parts}
-        others = [program for program in programs if program is not left_out]
-        if not all(any(key == k for program in others for k, _, _ in program.parts) for key in own):
-            continue  # the only program of its kind: nothing to predict it from
-        refitted = _shares(others, dict(shares), only=own)
-        errors[left_out.name] = 100 * abs(left_out.predict(refitted) / left_out.us - 1)
-    return Fit(tuple(_efficiency(key, shares[key], programs, errors) for key in keys), errors)
+    for fold in range(min(_FOLDS, len(timed))):
+        kept = [index for index in range(len(timed)) if index % _FOLDS != fold]
+        if not kept:
+            continue
+        rates = solve([timed[index] for index in kept], [equations[index] for index in kept])
+        known = {curve for index in kept for curve, _ in equations[index]}
+        for index in range(fold, len(timed), _FOLDS):
+            if all(curve in known for curve, _ in equations[index]):
+                error = predicted_us(equations[index], rates) / timed[index].us - 1
+                errors[timed[index].name] = error
+    return errors
 
 
-def _reduce(item: Timed, rates: Rates, fixed: Fixed) -> _Program:
-    if not (math.isfinite(item.us) and item.us > 0):
-        raise EdgetuneError("a latency must be positive", where=item.name, got=item.us)
-    operators = unfolded(item.operators)
-    cached = weights_cached(operators, rates)
-    parts = tuple((key_of(o), compute_us(o, rates), memory_us(o, rates, cached)) for o in operators)
-    own = sum(fixed.delegated if o.delegated else fixed.portable for o in operators)
-    fixed_us = fixed.call + item.delegate_calls * fixed.delegate_call + own
-    return _Program(item.name, item.us, fixed_us, parts)
+def _tiles(timed: Sequence[Timed], caches: Caches) -> dict[DType, Tile]:
+    """The tile of each type, found by how well the programs with products of that type are fitted."""
+    found: dict[DType, Tile] = {}
+    for dtype in _TILED:
+        own = [item for item in timed if any(is_product(o) and o.dtype == dtype for o in item.operators)]
+        if len(own) < 2 * _FOLDS:
+            continue
+        columns = min(_TILE_COLUMNS, key=lambda wide: _misfit(own, caches, dtype, Tile(1, wide)))
+        rows = min(_TILE_ROWS, key=lambda high: _misfit(own, caches, dtype, Tile(high, columns)))
+        found[dtype] = Tile(rows, columns)
+    return found
 
 
-def _start(key: Key) -> Shares:
-    guess = prior(*key)
-    return guess.compute, guess.memory
+def _misfit(timed: Sequence[Timed], caches: Caches, dtype: DType, tile: Tile) -> float:
+    equations = [equation(item.operators, Setting(caches, {dtype: tile})) for item in timed]
+    rates = solve(timed, equations)
+    errors = [
+        predicted_us(terms, rates) / item.us - 1 for item, terms in zip(timed, equations, strict=True)
+    ]
+    return sum(min(abs(error), 0.5) ** 2 for error in errors)
 
 
-def _shares(programs: Sequence[_Program], shares: dict[Key, Shares], only: set[Key] | None = None) -> dict[Key, Shares]:
-    keys = sorted(shares if only is None else only)
-    for _ in range(_SWEEPS if only is None else 1):
-        for key in keys:
-            touched = [program for program in programs if any(key == k for k, _, _ in program.parts)]
-            shares[key] = _search(key, touched, shares)
-    return shares
+# What a calibration keeps of it
 
 
-def _search(key: Key, programs: Sequence[_Program], shares: dict[Key, Shares]) -> Shares:
-    """Pattern search in the logarithms of both shares: robust where the maximum makes the error flat."""
-    start = _start(key)
-
-    def loss(candidate: Shares) -> float:
-        tried = {**shares, key: candidate}
-        total = sum(math.log(program.predict(tried) / program.us) ** 2 for program in programs)
-        return total + _PULL * sum(math.log(a / b) ** 2 for a, b in zip(candidate, start, strict=True))
-
-    best = shares[key]
-    least = loss(best)
-    for step in _STEPS:
-        better = True
-        while better:
-            better = False
-            for compute, memory in (
-                (step, 1),
-                (1 / step, 1),
-                (1, step),
-                (1, 1 / step),
-                (step, step),
-                (1 / step, 1 / step),
-            ):
-                candidate = (_bounded(best[0] * compute, COMPUTE_BOUNDS), _bounded(best[1] * memory, MEMORY_BOUNDS))
-                value = loss(candidate)
-                if value < least - 1e-12:
-                    best, least, better = candidate, value, True
-    return best
+def curves(found: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
+    """The rates by kernel, with how many programs each was fitted to and the error of those that it leads."""
+    sample: dict[str, Operator] = {}
+    programs: Counter[str] = Counter()
+    leads: dict[str, list[float]] = {}
+    for item in timed:
+        own = {curve_of(operator): operator for operator in item.operators}
+        sample.update(own)
+        programs.update(own.keys())
+        if item.name in found.errors and not item.network:
+            counts = Counter(curve_of(operator) for operator in item.operators)
+            leads.setdefault(counts.most_common(1)[0][0], []).append(abs(found.errors[item.name]))
+    made: dict[str, Curve] = {}
+    for name, operator in sorted(sample.items()):
+        rates = {term: float(f"{rate:.5g}") for (curve, term), rate in found.rates.items() if curve == name}
+        if not any(rates.values()):
+            continue  # too cheap to be told from what stands around it: the fallback takes its place
+        error = 100 * statistics.median(leads[name]) if name in leads else None
+        made[name] = Curve(
+            kind=operator.kind, delegated=operator.delegated, rates=rates, programs=programs[name],
+            error_pct=None if error is None else round(error, 1),
+        )  # fmt: skip
+    return made
 
 
-def _bounded(value: float, bounds: tuple[float, float]) -> float:
-    return min(max(value, bounds[0]), bounds[1])
-
-
-def _efficiency(key: Key, shares: Shares, programs: Sequence[_Program], errors: dict[str, float]) -> Efficiency:
-    names = [program.name for program in programs if any(key == k for k, _, _ in program.parts)]
-    own = [errors[name] for name in names if name in errors]
-    bound = [c / shares[0] >= m / shares[1] for program in programs for k, c, m in program.parts if k == key]
-    kind, dtype, delegated = key
-    return Efficiency(
-        kind=kind,
-        dtype=dtype,
-        delegated=delegated,
-        compute=float(f"{shares[0]:.4g}"),
-        memory=float(f"{shares[1]:.4g}"),
-        compute_told=any(bound),
-        memory_told=not all(bound),
-        programs=len(names),
-        error_pct=round(min(max(own), 1e4), 1) if own else None,
+def traffic(found: Fit) -> Traffic:
+    """What lies beyond the caches."""
+    return Traffic(
+        weights_from_last_level=found.rates.get((WEIGHTS, "last level"), 0.0),
+        weights_from_memory=found.rates.get((WEIGHTS, "memory"), 0.0),
+        activations_from_last_level=found.rates.get((TRAFFIC, "last level"), 0.0),
     )
+
+
+def tilings(found: Fit) -> dict[DType, Tiling]:
+    """The tiles as a calibration keeps them."""
+    return {dtype: Tiling(rows=tile.rows, columns=tile.columns) for dtype, tile in found.tiles.items()}
+
+
+def band_log(errors: Sequence[float]) -> float:
+    """Half the width of a band that holds `BAND_PCT` of such errors, as a logarithm.
+
+    The quantile is that of split conformal prediction (Lei et al. 2018, section 2.2): rank ceil((n + 1) share).
+    """
+    logs = sorted(abs(math.log1p(max(error, -0.99))) for error in errors)
+    rank = math.ceil((len(logs) + 1) * BAND_PCT / 100)
+    return max(logs[min(rank, len(logs)) - 1], _LEAST_LOG) if logs else math.log(2)
+
+
+def load_costs(timed: Iterator[tuple[float, float]] | Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Milliseconds to load a program, and more for each MiB of its weights, from pairs (MiB, ms)."""
+    nnls = require("scipy.optimize", "a calibration").nnls
+    pairs = list(timed)
+    if not pairs:
+        return 0.0, 0.0
+    matrix = np.array([[1.0 / ms, mib / ms] for mib, ms in pairs])
+    (fixed, slope), _ = nnls(matrix, np.ones(len(pairs)))
+    return float(fixed), float(slope)
+
+
+def shuffled(timed: Sequence[Timed]) -> list[Timed]:
+    """In an order of their own, so that no fold holds all sizes of one kernel. The same at each call."""
+    order = np.random.default_rng(0).permutation(len(timed))
+    return [replace(timed[index]) for index in order]

@@ -157,7 +157,8 @@ def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
             "l2_kib": fact(l2, "KiB", "sysfs", "high", no_print),
             "last_level_kib": fact(last, "KiB", "sysfs", "high", no_print),
         },
-        "gpu": None,
+        "accelerators": [],
         "power": {"low_w": unseen, "high_w": unseen},
+        "storage": {"kind": unseen, "read_mb_s": unseen, "capacity_gib": unseen},
         "targets": ["xnnpack"],
     }

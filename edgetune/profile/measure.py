@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,17 @@ from edgetune.technique import EdgetuneError
 
 if TYPE_CHECKING:
     from edgetune.export.artifact import Artifact
-    from edgetune.export.run import Timing
+    from edgetune.export.run import State, Timing
 
 THIS_HOST = "this host"
 WIDE = 1.5  # p90 over p10: above, something else was running
+NOISY_PCT = 5.0  # a median less sure than this is said to be noisy
+DRIFT_PCT = 10.0  # and one that moved by more in the course of the runs
+_BLOCKS = 10
+# of a median absolute deviation: to a standard deviation; what ten values lack (Croux and Rousseeuw, n / (n - 0.8));
+# and Student's quantile for 0.37 times nine degrees of freedom, as little as it is worth of a standard deviation
+_DEVIATIONS = 1.4826 * 1.087 * 3.0
+_HEATED_C, _SLOWED = 5.0, 0.9
 
 
 def spread(latencies_ms: Sequence[float]) -> float:
@@ -31,6 +39,31 @@ def spread(latencies_ms: Sequence[float]) -> float:
 def _quantile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[round(share * (len(ordered) - 1))]
+
+
+def noise_pct(latencies_ms: Sequence[float]) -> float | None:
+    """How far off the median may be, in percent of it: half of its 95 % interval. None below ten runs.
+
+    From the medians of ten blocks of runs that follow each other, so that slow changes count too, by their median
+    absolute deviation, which a burst of other work in one block leaves alone.
+    """
+    whole = statistics.median(latencies_ms)
+    if len(latencies_ms) < _BLOCKS or whole <= 0:
+        return None
+    edges = [round(place * len(latencies_ms) / _BLOCKS) for place in range(_BLOCKS + 1)]
+    medians = [statistics.median(latencies_ms[edges[place] : edges[place + 1]]) for place in range(_BLOCKS)]
+    centre = statistics.median(medians)
+    deviation = statistics.median(abs(median - centre) for median in medians)
+    return 100 * _DEVIATIONS * deviation / math.sqrt(_BLOCKS) / whole
+
+
+def drift_pct(latencies_ms: Sequence[float]) -> float | None:
+    """By how much the median of the last third of the runs lies above that of the first, in percent of the median."""
+    third = len(latencies_ms) // 3
+    whole = statistics.median(latencies_ms)
+    if third < 1 or whole <= 0:
+        return None
+    return 100 * (statistics.median(latencies_ms[-third:]) - statistics.median(latencies_ms[:third])) / whole
 
 
 def time_on_host(
@@ -50,22 +83,24 @@ def time_on_host(
 
 
 def measure(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> Measured:
-    """Median latency, its p10 and p90, load time, and peak memory above an empty process, on this host.
+    """Median latency, its p10 and p90, first run, load time, peak memory above an empty process, and energy, here.
 
     `threads`: by default all cores of the process. Inputs are drawn from the manifest: they are valid, not real.
     """
+    from edgetune.profile.runners.host import Host
+
     threads = threads if threads is not None else host.cores()
-    inputs = inputs_of(artifact)
-    timing = time_on_host(artifact.path, inputs, threads=threads, seconds=seconds, data=artifact.data_path)
+    (timing,) = Host().time(
+        artifact.path, (inputs_of(artifact),), threads=threads, seconds=seconds, data=artifact.data_path
+    )
     return measured_of(timing, threads)
 
 
-def measured_of(timing: Timing, threads: int, call: str = "") -> Measured:
-    """A timing of this kind of call as the ledger keeps it."""
-    wide = spread(timing.latencies_ms)
-    note = f"p90 is {wide:.1f} times p10: other work was running" if wide > WIDE else ""
+def measured_of(timing: Timing, threads: int, call: str = "", device: str = THIS_HOST, note: str = "") -> Measured:
+    """A timing of this kind of call as the ledger keeps it. `note`: what else is to be said of it."""
+    notes = [note, *_noise_notes(timing.latencies_ms), *_state_notes(timing.states)]
     return Measured(
-        device=THIS_HOST,
+        device=device,
         call=call,
         latency_ms=statistics.median(timing.latencies_ms),
         latency_p10_ms=_quantile(timing.latencies_ms, 0.1),
@@ -74,8 +109,53 @@ def measured_of(timing: Timing, threads: int, call: str = "") -> Measured:
         peak_memory_mib=max(timing.peak_memory_mib - timing.empty_memory_mib, 0.0),
         runs=len(timing.latencies_ms),
         threads=threads,
-        note=note,
+        note="; ".join(filter(None, notes)),
+        first_ms=timing.first_ms,
+        noise_pct=noise_pct(timing.latencies_ms),
+        drift_pct=drift_pct(timing.latencies_ms),
+        cores=timing.cores,
+        energy_mj=timing.energy_mj,
+        energy_note=timing.energy_note,
+        temperature_c=_hottest_c(timing.states),
+        clock_mhz=_fastest_mhz(timing.states),
     )
+
+
+def _noise_notes(latencies_ms: Sequence[float]) -> list[str]:
+    """What makes these runs noisy, in words."""
+    wide, noise, drift = spread(latencies_ms), noise_pct(latencies_ms), drift_pct(latencies_ms)
+    notes = [f"p90 is {wide:.1f} times p10: other work was running"] if wide > WIDE else []
+    if noise is not None and noise > NOISY_PCT:
+        notes.append(f"noisy: the median is known to about {noise:.0f} % only")
+    if drift is not None and abs(drift) > DRIFT_PCT:
+        way = "slower" if drift > 0 else "faster"
+        notes.append(f"the last third of the runs was {abs(drift):.0f} % {way} than the first")
+    return notes
+
+
+def _hottest_c(states: Sequence[State]) -> tuple[float, float] | None:
+    """Before and after, of the sensor that is hottest after the runs."""
+    after = states[-1].temperature_c if states else {}
+    name = max(after, key=lambda sensor: after[sensor], default="")
+    before = states[0].temperature_c.get(name) if states else None
+    return (before, after[name]) if before is not None else None
+
+
+def _fastest_mhz(states: Sequence[State]) -> tuple[float, float] | None:
+    """The fastest core's clock before the runs, and its lowest after any batch."""
+    fastest = [max(state.clock_mhz.values()) for state in states if state.clock_mhz]
+    return (fastest[0], min(fastest[1:])) if len(fastest) > 1 else None
+
+
+def _state_notes(states: Sequence[State]) -> list[str]:
+    """Whether the machine got hot or slowed down, where it says so."""
+    heat, clock = _hottest_c(states), _fastest_mhz(states)
+    notes = []
+    if heat is not None and heat[1] - heat[0] >= _HEATED_C:
+        notes.append(f"it warmed from {heat[0]:.0f} to {heat[1]:.0f} degrees Celsius")
+    if clock is not None and clock[1] < _SLOWED * clock[0]:
+        notes.append(f"the clock fell from {clock[0]:.0f} to {clock[1]:.0f} MHz: throttled")
+    return notes
 
 
 def inputs_of(artifact: Artifact) -> tuple[Tensor, ...]:

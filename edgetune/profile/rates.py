@@ -13,8 +13,8 @@ TRUST_LOG = {"high": 0.05, "medium": 0.15, "low": 0.30}
 UNKNOWN_LOG = 0.60  # a named default stands in for the number: a factor of 1.8
 
 # GB/s where nobody published a figure: the middle of what vendors list for the family.
-DEFAULT_BANDWIDTH_GB_S = {"phone": 51.2, "board": 12.8, "jetson": 51.2, "computer": 20.0}
-DEFAULT_GHZ = {"phone": 2.5, "board": 1.5, "jetson": 1.5, "computer": 2.5}
+DEFAULT_BANDWIDTH_GB_S = {"phone": 51.2, "board": 12.8, "jetson": 51.2, "computer": 20.0, "microcontroller": 1.6}
+DEFAULT_GHZ = {"phone": 2.5, "board": 1.5, "jetson": 1.5, "computer": 2.5, "microcontroller": 0.2}
 DEFAULT_MACS_PER_CYCLE = 8.0  # two 128-bit FMA pipes
 DEFAULT_CACHE_BYTES = 1024 * 1024  # last level, where unknown: small enough not to flatter
 CACHE_RATIO = 4.0  # a shared cache against main memory, usual for the chips described

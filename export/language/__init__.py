@@ -209,6 +209,8 @@ def _manifest(
         leftovers=plain.leftovers,
         operators=lowered.prefill_operators,
         decode_operators=lowered.decode_operators,
+        executed=lowered.prefill_executed,
+        decode_executed=lowered.decode_executed,
         parity=result,
         note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
     )

@@ -93,7 +93,9 @@ class LanguageManifest(Value):
     leftovers: tuple[Leftover, ...]
     operators: tuple[Operator, ...]  # of a call with `prefill_tokens` tokens, the first of a prompt
     decode_operators: tuple[Operator, ...]  # of a call with the token after them
-    parity: LanguageParity | None  # None: this machine cannot run the target; `note` says so
+    executed: tuple[Operator, ...] = ()  # the same two as the runtime executes them
+    decode_executed: tuple[Operator, ...] = ()
+    parity: LanguageParity | None = None  # None: this machine cannot run the target; `note` says so
     carried: Carried | None = None  # what an app needs beside the program; the tokenizer stands above
     note: str = ""
 

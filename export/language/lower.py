@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from edgetune.export import operators
 from edgetune.export.dynamic import Axis
+from edgetune.export.executed import executed
 from edgetune.export.language.cached import Cached
 from edgetune.export.lower import Lowered, capture, compile_program, prepare
 from edgetune.export.targets import Target
@@ -30,6 +31,8 @@ class LoweredLanguage:
     program: Lowered
     prefill_operators: tuple[Operator, ...]  # of a call with as many tokens as one takes, at an empty cache
     decode_operators: tuple[Operator, ...]  # of a call with the token after them
+    prefill_executed: tuple[Operator, ...]  # the same two as the runtime executes them
+    decode_executed: tuple[Operator, ...]
 
 
 def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, Any]) -> LoweredLanguage:
@@ -48,10 +51,13 @@ def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, A
         with _of_one_token(program):
             single = operators.describe(program, lowered.placed)
     places = model.max_tokens
+    one = executed(lowered.data, instead={prefill_tokens: 1})
     return LoweredLanguage(
         program=lowered,
         prefill_operators=_reading(lowered.operators, (prefill_tokens + 1) / 2, prefill_tokens / places),
         decode_operators=_reading(single, prefill_tokens + 1, min(prefill_tokens + 1, places) / places),
+        prefill_executed=_reading(lowered.executed, (prefill_tokens + 1) / 2, prefill_tokens / places),
+        decode_executed=_reading(one, prefill_tokens + 1, min(prefill_tokens + 1, places) / places),
     )
 
 

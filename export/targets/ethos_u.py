@@ -30,6 +30,7 @@ ETHOS_U = Target(
     install='pip install "edgetune[ethos-u]"',
     needs=("ethosu.vela", "tosa_serializer"),
     chip="ethos-u85-256",
+    chips=(("Alif Ensemble", "ethos-u55-256"), ("Himax WiseEye2", "ethos-u55-64")),
     build=_build,
     quantizer=_quantizer,
 )

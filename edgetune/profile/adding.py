@@ -1,0 +1,101 @@
+"""Descriptors of one's own: a file checked and copied to where `load` finds it, or a copy of another to edit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgetune.files import write_whole
+from edgetune.profile import calibration as calibrations
+from edgetune.profile.device import HOST, ID, SUFFIX, load, own, parse, read, shipped, user_folder
+from edgetune.technique import EdgetuneError
+
+
+def add(path: Path, *, replace: bool = False) -> Path:
+    """Check a descriptor and copy it, as it stands, to the user's folder under its id; returns where it lies.
+
+    A calibration beside it comes along; one that lay beside what is replaced goes, for it was fitted to other numbers.
+    Raises `EdgetuneError` for every fault of the file, for a name that ships with edgetune, and for one that is there
+    already unless `replace`.
+    """
+    if path.suffix != SUFFIX:
+        raise EdgetuneError(
+            "what is added is a .yaml file",
+            got=str(path),
+            action="name a file, or start one with `edgetune devices add --like pixel-8 NAME`",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgetuneError(f"the descriptor could not be read ({error})", where=str(path)) from error
+    device = load(path)
+    target = _free(device.id, replace)
+    _write(target, text, device.calibration)
+    return target
+
+
+def copy(like: str, name: str, *, replace: bool = False) -> Path:
+    """Write a copy of the descriptor `like` under another name, to be edited; returns where it lies.
+
+    Every source is marked as copied and its trust is low: the numbers are of another device until someone looks. A
+    calibration is left out, for it was fitted to that device alone.
+    """
+    if not re.fullmatch(ID, name):
+        raise EdgetuneError("an id is small letters, digits and single hyphens", got=name, action="as in my-phone")
+    content, where = read(like)
+    original = parse(content, where)
+    target = _free(name, replace)
+    copied: Any = _doubted(content, original.id)
+    copied.update(id=name, name=f"{original.name} (copy)")
+    first = f"Copied from {original.id}: put in what differs, with its own source and trust."
+    copied["notes"] = [first, *original.notes]
+    parse(copied, str(target))
+    # flow style for the innermost mappings: one number, one line
+    text = yaml.safe_dump(copied, default_flow_style=None, sort_keys=False, allow_unicode=True, width=160)
+    _write(target, text, None)
+    return target
+
+
+def _doubted(value: object, like: str) -> object:
+    """The same with each source marked as copied and trusted little."""
+    if isinstance(value, list):
+        return [_doubted(item, like) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _doubted(item, like) for key, item in value.items()}
+    if "source" in found and "trust" in found:
+        found.update(source=f"copied from {like}: {found['source']}", trust="low")
+    return found
+
+
+def _free(name: str, replace: bool) -> Path:
+    """Where the descriptor of that name is to lie; refused where it would hide or overwrite another."""
+    if name == HOST:
+        raise EdgetuneError(
+            f"{HOST!r} is this machine", action="run `edgetune devices calibrate`, or give the file another id"
+        )
+    if name in shipped():
+        raise EdgetuneError(f"device {name!r} is shipped with edgetune", action="give the descriptor another id")
+    there = own().get(name)
+    if there is not None and not replace:
+        raise EdgetuneError(
+            f"there is a device {name!r} already: {there}", action="add --replace, or choose another id"
+        )
+    return user_folder() / (name + SUFFIX)
+
+
+def _write(target: Path, text: str, calibration: calibrations.Calibration | None) -> None:
+    """The descriptor, and beside it the calibration that is its own, or none."""
+    beside = calibrations.path_beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)  # first: numbers are never predicted with the rates of others
+    except OSError as error:
+        what = f"the folder of your own devices cannot be written: {error.strerror or error}"
+        raise EdgetuneError(what, got=str(target.parent), action="set XDG_CONFIG_HOME to a folder of yours") from error
+    write_whole(target, text)
+    if calibration is not None:
+        calibrations.write(beside, calibration)

@@ -1,0 +1,120 @@
+"""What a calibration found out: rates of every kernel's terms, how the products are tiled, and how far off it is.
+
+It lies as JSON beside the descriptor: `host.calibration.json` in the user's folder, or beside a descriptor of one's own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgetune.files import write_whole
+from edgetune.profile.operators import DType, Kind
+from edgetune.profile.terms import Caches, Tile
+from edgetune.technique import EdgetuneError
+
+ENDING = ".calibration.json"
+Rate = Annotated[float, Field(ge=0, le=1e9)]  # microseconds per unit of a term
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Tiling(_Value):
+    """Rows and columns that the products of one type are computed in."""
+
+    rows: int = Field(ge=1, le=64)
+    columns: int = Field(ge=1, le=256)
+
+
+class Curve(_Value):
+    """The time of one kernel: the sum of its terms (`edgetune.profile.terms`), each by its rate."""
+
+    kind: Kind
+    delegated: bool
+    rates: dict[str, Rate] = Field(min_length=1)
+    programs: int = Field(ge=1)  # that it was fitted to
+    error_pct: float | None = Field(default=None, ge=0)  # median over those where it leads, left out; None: leads none
+
+
+class Traffic(_Value):
+    """Microseconds per thousand bytes that a cache does not hold."""
+
+    weights_from_last_level: Rate
+    weights_from_memory: Rate
+    activations_from_last_level: Rate
+
+
+class Calibration(_Value):
+    """What `edgetune devices calibrate` fitted to timed programs."""
+
+    format: int = Field(default=2, ge=2, le=2)
+    device: str = Field(min_length=1)
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    engine: str = Field(min_length=1)
+    versions: dict[str, str]
+    threads: int = Field(ge=1, le=1024)
+    programs: int = Field(ge=1, le=100_000)  # chains of one operator
+    networks: int = Field(ge=0, le=100_000)  # networks of blocks
+    error_pct: float = Field(ge=0, le=1e4)  # median over the networks, or the chains where there are none, left out
+    error_p90_pct: float = Field(ge=0, le=1e4)
+    noise_pct: float = Field(ge=0, le=1e4)  # median difference between two timings of one program
+    band_pct: float = Field(gt=0, lt=100)  # share of programs that the band is to hold
+    band_log: float = Field(gt=0, le=10)  # natural logarithm of its half width
+    call_us: Rate  # one execution of a program
+    delegate_call_us: Rate
+    load_ms: Rate  # of a program, and for each MiB of its weights
+    load_ms_per_mib: Rate
+    near_cache_bytes: float = Field(gt=0)
+    last_cache_bytes: float = Field(gt=0)
+    tiles: dict[DType, Tiling]
+    traffic: Traffic
+    curves: dict[str, Curve] = Field(min_length=1)
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _useful(self) -> Calibration:
+        for name, curve in self.curves.items():
+            if not any(curve.rates.values()):
+                raise ValueError(f"curves.{name}: one of its rates must be positive")
+        return self
+
+    @property
+    def caches(self) -> Caches:
+        """The levels that traffic is told from."""
+        return Caches(self.near_cache_bytes, self.last_cache_bytes)
+
+    def tile(self, dtype: DType) -> Tile:
+        """The tile of this type's products."""
+        found = self.tiles.get(dtype)
+        return Tile(found.rows, found.columns) if found is not None else Tile(1, 1)
+
+
+def path_beside(descriptor: Path) -> Path:
+    """`host.calibration.json` for `host.yaml`."""
+    return descriptor.with_suffix("").with_name(descriptor.stem + ENDING)
+
+
+def read(path: Path) -> Calibration | None:
+    """The calibration in that file; `None` where there is none. Raises `EdgetuneError` with field and reason."""
+    if not path.is_file():
+        return None
+    try:
+        return Calibration.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        what = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}" if first else str(error)
+        raise EdgetuneError(
+            f"the calibration cannot be read: {what}",
+            where=str(path),
+            action="run `edgetune devices calibrate` again, or remove the file",
+        ) from error
+
+
+def write(path: Path, calibration: Calibration) -> None:
+    """Write so that the file is either the old one or the whole new one."""
+    write_whole(path, json.dumps(calibration.model_dump(mode="json"), indent=1) + "\n")

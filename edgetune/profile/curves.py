@@ -1,0 +1,76 @@
+"""What an operator costs on a calibrated device: its terms by the rates that were fitted there.
+
+An operator that the calibration never saw is taken for the nearest that it knows, by name, and widens the band.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from edgetune.profile.calibration import Calibration, Curve
+from edgetune.profile.device import Device
+from edgetune.profile.operators import Operator
+from edgetune.profile.part import Part
+from edgetune.profile.rates import rates_of
+from edgetune.profile.roofline import compute_us, fixed_of, memory_us, part_of, weights_cached
+from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footprint_bytes, shared_terms, terms_of
+
+# Natural logarithms of how far off a stand-in may be: the same kernel in another type, another kernel, a prior.
+TYPE_LOG, KIND_LOG, PRIOR_LOG = math.log(1.5), math.log(2.0), math.log(3.0)
+_LEAST_US = 1e-3
+
+
+def parts(operators: Sequence[Operator], device: Device, calibration: Calibration) -> list[Part]:
+    """The cost of each operator."""
+    rates, fixed, footprint = rates_of(device), fixed_of(device), footprint_bytes(operators)
+    cached = weights_cached(operators, rates)
+    found: list[Part] = []
+    for operator in operators:
+        curve, log, guessed = _curve(operator, calibration)
+        if curve is None:
+            guess = part_of(operator, rates, fixed, cached)
+            found.append(Part(operator, guess.us, log, guess.compute_us, guess.memory_us, guess.fixed_us, guessed))
+            continue
+        own_us = _own_us(operator, curve, calibration) + _traffic_us(operator, footprint, calibration)
+        full_us, traffic_us = compute_us(operator, rates), memory_us(operator, rates, cached)
+        found.append(
+            Part(operator, max(own_us, _LEAST_US), log, full_us, traffic_us, curve.rates.get("1", 0.0), guessed)
+        )
+    return found
+
+
+def _own_us(operator: Operator, curve: Curve, calibration: Calibration) -> float:
+    sizes = terms_of(operator, calibration.tile(operator.dtype))
+    return sum(size * curve.rates.get(term, 0.0) for term, size in sizes.items())
+
+
+def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) -> float:
+    known = calibration.traffic
+    rates = {
+        (WEIGHTS, "last level"): known.weights_from_last_level,
+        (WEIGHTS, "memory"): known.weights_from_memory,
+        (TRAFFIC, "last level"): known.activations_from_last_level,
+    }
+    return sum(size * rates[key] for key, size in shared_terms(operator, footprint, calibration.caches).items())
+
+
+def _curve(operator: Operator, calibration: Calibration) -> tuple[Curve | None, float, str]:
+    """The operator's curve, or the nearest, how far off it may be, and its name where it is another's."""
+    name = curve_of(operator)
+    if name in calibration.curves:
+        return calibration.curves[name], 0.0, ""
+    family = family_of(name)
+    for other, curve in calibration.curves.items():
+        if family_of(other) == family:
+            return curve, TYPE_LOG, f"{name} was never calibrated, {other} stands in"
+    like = [
+        (curve.programs, other, curve)
+        for other, curve in calibration.curves.items()
+        if (curve.kind, curve.delegated) == (operator.kind, operator.delegated)
+        and set(curve.rates) & set(terms_of(operator, calibration.tile(operator.dtype))) > {"1"}
+    ]
+    if like:
+        _, other, curve = max(like, key=lambda item: item[:2])
+        return curve, KIND_LOG, f"{name} was never calibrated, {other} stands in"
+    return None, PRIOR_LOG, f"{name} was never calibrated"

@@ -1,0 +1,122 @@
+"""Descriptors as text: one line each, or one whole with the source and trust of every number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from edgetune.profile.device import Device, Fact, Family, Flags, Stored, ids, load, own
+from edgetune.technique import EdgetuneError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One known name. `fault`: why its file cannot be used; the other fields are then empty."""
+
+    id: str
+    name: str = ""
+    soc: str = ""
+    family: str = ""
+    ram_gib: float | None = None
+    bandwidth_gb_s: float | None = None
+    calibrated: bool = False
+    own: bool = False  # it lies in the user's folder
+    fault: str = ""
+
+
+def entries() -> tuple[Entry, ...]:
+    """Every name that `load` takes, by family and then in order; those with a fault last."""
+    mine = own()
+    order = {family: number for number, family in enumerate(get_args(Family))}
+    found = [_entry(name, name in mine) for name in ids()]
+    return tuple(sorted(found, key=lambda entry: order.get(entry.family, len(order))))
+
+
+def _entry(name: str, mine: bool) -> Entry:
+    try:
+        device = load(name)
+    except EdgetuneError as error:
+        return Entry(name, own=mine, fault=str(error).split("\n", 1)[0])
+    return Entry(
+        id=name,
+        name=device.name,
+        soc=device.soc,
+        family=device.family,
+        ram_gib=device.memory.ram_gib.value,
+        bandwidth_gb_s=device.memory.bandwidth_gb_s.value,
+        calibrated=device.calibration is not None,
+        own=mine,
+    )
+
+
+def listed(found: Sequence[Entry]) -> str:
+    """A table grouped by family; `?` where nobody knows."""
+    head = ("id", "name", "SoC", "RAM", "GB/s", "")
+    rows = [_row(entry) for entry in found if not entry.fault]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines, family = [_aligned(head, widths)], ""
+    for entry, row in zip((e for e in found if not e.fault), rows, strict=True):
+        if entry.family != family:
+            family = entry.family
+            lines += ["", family]
+        lines.append(_aligned(row, widths))
+    faults = [f"  {entry.id}: {entry.fault}" for entry in found if entry.fault]
+    return "\n".join(lines + (["", "cannot be used", *faults] if faults else []))
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    marks = [word for word, is_so in (("calibrated", entry.calibrated), ("your own", entry.own)) if is_so]
+    gb_s = "?" if entry.bandwidth_gb_s is None else f"{entry.bandwidth_gb_s:.1f}"
+    return (entry.id, entry.name, entry.soc, _ram(entry.ram_gib), gb_s, ", ".join(marks))
+
+
+def _ram(gib: float | None) -> str:
+    if gib is None:
+        return "?"
+    return f"{gib:g} GiB" if gib >= 0.5 else f"{gib * 1024:.1f} MiB"
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Text to the left, numbers to the right."""
+    cells = [cell.rjust(width) if 3 <= column <= 4 else cell.ljust(width) for column, (cell, width) in
+             enumerate(zip(row, widths, strict=True))]  # fmt: skip
+    return ("  " + "  ".join(cells)).rstrip()
+
+
+def shown(device: Device) -> str:
+    """Everything that is known of a device, and for each number its trust and source."""
+    section = device.calibration
+    lines = [
+        f"{device.id}: {device.name}, {device.soc} ({device.family})",
+        f"targets: {', '.join(device.targets)}",
+        f"calibration: {'none, predictions are from priors' if section is None else section.date}",
+        "",
+    ]
+    facts = [(path, _value(fact), fact) for path, fact in device.facts()]
+    widest, longest = max(len(path) for path, _, _ in facts), max(len(value) for _, value, _ in facts)
+    for path, value, fact in facts:
+        lines += _heading(device, path)
+        told = f"{fact.trust:<6}  {fact.source}" if fact.trust is not None else f"{'':<6}  {fact.unknown}"
+        lines.append(f"  {path:<{widest}}  {value:>{longest}}  {told}")
+    return "\n".join(lines + (["", "notes", *(f"  {note}" for note in device.notes)] if device.notes else []))
+
+
+def _value(fact: Fact | Flags | Stored) -> str:
+    if fact.value is None:
+        return "unknown"
+    if isinstance(fact, Fact):
+        return f"{fact.value:g} {fact.unit}".rstrip()
+    return fact.value if isinstance(fact, Stored) else " ".join(fact.value) or "none"
+
+
+def _heading(device: Device, path: str) -> list[str]:
+    """Says what the numbers below are of, in front of the first number of a cluster or an accelerator."""
+    field, _, rest = path.partition(".")
+    number, _, name = rest.partition(".")
+    if field == "clusters" and name == "count":
+        return [f"{device.clusters[int(number)].core}"]
+    if field == "accelerators" and name == "clock_mhz":
+        found = device.accelerators[int(number)]
+        return [f"{found.name}: {found.kind}, " + (found.target or f"no target ({found.unreached})")]
+    return ["whole device"] if path == "threads" else []

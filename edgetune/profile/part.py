@@ -1,0 +1,41 @@
+"""The share of one operator in a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgetune.profile.operators import Operator
+
+Bound = Literal["compute", "memory", "overhead"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one operator is predicted to take, and what it would take at the full rates of the device."""
+
+    operator: Operator
+    us: float
+    log: float  # how far off it may be, as a natural logarithm
+    compute_us: float  # at the peak arithmetic rate
+    memory_us: float  # at the full bandwidth
+    fixed_us: float  # whatever its size
+    guessed: str = ""  # where the figure comes from, if the calibration does not know the operator
+
+    @property
+    def bound(self) -> Bound:
+        """What its time is mostly spent on: arithmetic, memory traffic, or being called at all."""
+        if self.fixed_us > self.us / 2:
+            return "overhead"
+        return "compute" if self.compute_us >= self.memory_us else "memory"
+
+    @property
+    def utilization(self) -> float:
+        """Share of the rate that bounds it, from 0 to 1."""
+        return min(max(self.compute_us, self.memory_us) / self.us, 1.0)
+
+    @property
+    def intensity(self) -> float:
+        """Multiply-accumulates for each byte moved, as stored: 8-bit operands are a quarter of the bytes."""
+        moved = self.operator.weight_bytes + self.operator.activation_bytes
+        return self.operator.macs / moved if moved else 0.0

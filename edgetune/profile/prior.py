@@ -1,0 +1,192 @@
+"""What published measurements of other devices teach about a device that was never calibrated.
+
+    log(time published / time predicted) = a[kind of program, engine, app of others or not] + b[family] + c[type]
+
+Each term is the mean over devices of what the terms before it left, a device counting once however many rows it has;
+all but the first are pulled towards zero while few devices speak for them. Nested means, no regression: with some ten
+devices for a kind of program a regression fits the devices. Tried on the rows with their device left out and not kept:
+one thread or many as a further term (fewer large errors, more of 40 %), the core's pipeline (in order or not) in place
+of the family, dot products, and the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from statistics import median
+
+from edgetune.profile.device import Device, Value
+from edgetune.profile.operators import DType, Operator
+
+FILE = "prior.json"
+COVERAGE = 0.8  # the share of left-out rows that a band claims to hold
+SIGMAS = 1.2816  # of a normal error, on each side of its middle, for that share
+_DOUBTS = (0.0, 0.5, 1.0)  # devices that a term has to outweigh, by level: one alone is halved by 1
+_PULL = 2.0  # devices that a class's own width has to outweigh
+_SPARE = 0.25  # of a device, counted beside few of them: with it, left-out rows are held as often as claimed
+_LEAST = 0.10  # no band is narrower: two labs that measured one phone differ by more
+_NOTHING = 0.7  # where fewer than two devices speak: a factor of two
+_PRECISION: dict[DType, str] = {
+    "fp32": "fp32", "fp16": "16-bit", "bf16": "16-bit", "int8": "int8", "8da4w": "4-bit",
+}  # fmt: skip
+
+Keys = tuple[str, str, str]  # from the widest term to the narrowest
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One published row: whose, under which terms, and how much slower than predicted."""
+
+    device: str
+    keys: Keys
+    log: float
+
+
+class Prior(Value):
+    """The terms, and how wide the band around their sum is. Logarithms of times."""
+
+    offsets: dict[str, float]
+    widths: dict[str, float]  # half of the band that holds `COVERAGE`, by the first and by the second key
+
+    def told(self, keys: Keys) -> tuple[float, float]:
+        """The sum of the terms known for these keys, and half the width of its band."""
+        width = self.widths.get(keys[1], self.widths.get(keys[0], _NOTHING))
+        return sum(self.offsets.get(key, 0.0) for key in keys), width
+
+    def speaks(self, keys: Keys) -> bool:
+        """Whether any device at all told of this kind of program."""
+        return keys[0] in self.offsets
+
+    def offset(self, device: Device, group: str) -> tuple[float, float]:
+        """Natural logarithm to add to a predicted time, and its standard deviation. `group`: of `group_of`."""
+        keys = keys_of(group, device, "shell")
+        log, width = self.told(keys if self.speaks(keys) else keys_of(group, device, "app"))
+        return log, width / SIGMAS
+
+
+def group_of(operators: Sequence[Operator]) -> str:
+    """What kind of program it is, from where its multiplications are: `vision int8`, `decode 4-bit`, `prefill fp32`."""
+    most = max(operators, key=lambda operator: operator.macs)
+    work: dict[tuple[str, str], int] = defaultdict(int)
+    for operator in operators:
+        if operator.kind in ("conv", "pointwise-conv", "depthwise-conv"):
+            kind = "vision"
+        else:
+            rows = math.prod(operator.output_shape[:-1])
+            kind = "decode" if rows <= 1 else "prefill"
+        work[kind, _PRECISION[operator.dtype]] += operator.macs
+    kind, precision = max(work, key=lambda key: work[key]) if most.macs else ("vision", _PRECISION[most.dtype])
+    return f"{kind} {precision}"
+
+
+def keys_of(group: str, device: Device, setting: str, engine: str = "XNNPACK") -> Keys:
+    """The terms of a program of that group on the device.
+
+    Outside of the apps of others, Apple's phones are a world of their own: all of their rows are from the engine's own
+    apps, and the figures of one phone differ from the rule by up to a factor of twenty.
+    """
+    kind, _, precision = group.partition(" ")
+    first = kind if "XNNPACK" in engine else f"{engine} {kind}"
+    apple = device.family == "phone" and "coreml" in device.targets
+    if setting == "app":
+        first = f"{first} in an app"
+    elif apple:
+        first = f"{first} on Apple"
+    second = f"{first}, {'apple' if apple else device.family}"
+    return first, second, f"{second}, {precision}"
+
+
+def fit(rows: Iterable[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
+    """The terms, from the rows of all devices but those `without`."""
+    taught = [row for row in rows if row.device not in without]
+    left = [row.log for row in taught]
+    offsets: dict[str, float] = {}
+    for level, doubt in enumerate(_DOUBTS):
+        heard: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row, log in zip(taught, left, strict=True):
+            heard[row.keys[level]][row.device].append(log)
+        for key, devices in heard.items():
+            # the first term is not pulled: the predictor's own constants then cancel, also where they were
+            # once set by rows of the very device that is left out
+            offsets[key] = sum(median(logs) for logs in devices.values()) / (len(devices) + doubt)
+        left = [log - offsets[row.keys[level]] for row, log in zip(taught, left, strict=True)]
+    return offsets
+
+
+def widths(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
+    """Half the band by first and second key: the quantile of what is missed on each device when it, too, is left out.
+
+    A class's own is pulled towards that of its kind of program, which more devices speak for.
+    """
+    missed: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    classes: dict[str, str] = {}
+    for device in sorted({row.device for row in rows} - without):
+        offsets = fit(rows, without=without | {device})
+        for row in rows:
+            if row.device == device:
+                error = abs(row.log - sum(offsets.get(key, 0.0) for key in row.keys))
+                classes[row.keys[1]] = row.keys[0]
+                for key in row.keys[:2]:
+                    missed[key][device].append(error)
+    found = {kind: max(_LEAST, _quantile(missed[kind])) for kind in classes.values() if len(missed[kind]) > 1}
+    for key, kind in classes.items():
+        if kind in found:
+            devices = len(missed[key])
+            own = _quantile(missed[key])
+            found[key] = max(_LEAST, (devices * own + _PULL * found[kind]) / (devices + _PULL))
+    return found
+
+
+def _quantile(devices: dict[str, list[float]]) -> float:
+    """The quantile at `COVERAGE`, every device counting once."""
+    errors = sorted((error, 1 / len(own)) for own in devices.values() for error in own)
+    wanted, reached = min(COVERAGE * (len(devices) + _SPARE), len(devices)) - 1e-9, 0.0
+    for error, weight in errors:
+        reached += weight
+        if reached >= wanted:
+            return error
+    return errors[-1][0]
+
+
+def trust(rows: Sequence[Seen], offsets: dict[str, float]) -> dict[str, float]:
+    """By first and second key, the part of one row's error that the device's other rows share, from 0 to 1.
+
+    The variance between devices over that between and within, both of what the terms leave.
+    """
+    left: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        error = row.log - sum(offsets.get(key, 0.0) for key in row.keys)
+        for key in row.keys[:2]:
+            left[key][row.device].append(error)
+    return {key: _between(devices) for key, devices in left.items() if len(devices) > 1}
+
+
+def _between(devices: dict[str, list[float]]) -> float:
+    middles = {device: median(errors) for device, errors in devices.items()}
+    within = [(error - middles[device]) ** 2 for device, errors in devices.items() for error in errors]
+    outside, inside = sum(middle**2 for middle in middles.values()) / len(middles), sum(within) / len(within)
+    return outside / (outside + inside) if outside + inside > 0 else 0.5
+
+
+def fitted(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> Prior:
+    """Terms and widths from all rows but those of the devices `without`."""
+    return Prior(offsets=fit(rows, without=without), widths=widths(rows, without=without))
+
+
+@cache
+def shared() -> Prior:
+    """The prior from every published row, as shipped. `python -m edgetune.profile.validate FILE` writes it anew."""
+    text = (resources.files("edgetune.devices") / FILE).read_text(encoding="utf-8")
+    return Prior.model_validate(json.loads(text))
+
+
+def write(prior: Prior, path: Path) -> None:
+    """As JSON, rounded so that a fresh fit on another machine gives the same file."""
+    plain = {name: {key: round(value, 4) for key, value in sorted(terms.items())} for name, terms in prior}
+    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")

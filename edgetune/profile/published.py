@@ -1,0 +1,238 @@
+"""Measurements that others published (`devices/published.yaml`), row by row, and what the predictor says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from edgetune.profile.cost import predict
+from edgetune.profile.device import Device, Fact, Value
+from edgetune.profile.operators import DType, Operator
+from edgetune.profile.reference import NETWORKS
+from edgetune.profile.reference.language import (
+    ARCHITECTURES,
+    SCHEMES,
+    Architecture,
+    Scheme,
+    decode,
+    file_mib,
+    prefill,
+)
+from edgetune.profile.yaml_file import read_yaml
+from edgetune.technique import EdgetuneError
+
+Quantity = Literal["decode_tokens_per_s", "prefill_tokens_per_s", "latency_ms", "file_mib", "peak_memory_mib"]
+Subject = Literal["language", "vision", "other engines", "memory"]
+
+UNITS: dict[Quantity, str] = {
+    "decode_tokens_per_s": "tokens/s",
+    "prefill_tokens_per_s": "tokens/s",
+    "latency_ms": "ms",
+    "file_mib": "MiB",
+    "peak_memory_mib": "MiB",
+}
+_COARSE = 0.1  # a row whose printed step moves it by more is no measure of anything
+_MIB = 1024.0 * 1024.0
+
+
+class Column(Value):
+    """A device as the source ran it."""
+
+    device: str = Field(min_length=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)  # default: the descriptor's
+    ghz: float | None = Field(default=None, ge=0.1, le=10)  # of the fastest cores, default: the descriptor's
+    note: str = ""
+
+
+class Table(Value):
+    """One table of one source."""
+
+    engine: str = Field(min_length=1)
+    setting: Literal["shell", "own app", "app"]
+    quantity: Quantity
+    dtype: DType | None = None  # of networks; a language model's row names its scheme
+    tokens: int = Field(default=0, ge=0, le=1_000_000)
+    rounded_to: float = Field(default=0, ge=0, le=1e6)
+    source: str = Field(min_length=1)
+    columns: tuple[Column, ...] = Field(min_length=1)
+    rows: dict[str, tuple[float | None, ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Table:
+        vision = self.quantity == "latency_ms"
+        if vision != (self.dtype is not None):
+            raise ValueError("dtype: latencies need one, language models name theirs in the row")
+        if self.quantity == "prefill_tokens_per_s" and not self.tokens:
+            raise ValueError("tokens: a prefill needs the length of its prompt")
+        for name, values in self.rows.items():
+            if vision and name not in NETWORKS:
+                raise ValueError(f"rows.{name}: no such network; known: {', '.join(NETWORKS)}")
+            if not vision:
+                _language(name)
+            if len(values) != len(self.columns):
+                raise ValueError(f"rows.{name}: {len(values)} figures for {len(self.columns)} columns")
+            for value in values:
+                if value is not None and not 0 < value < 1e9:
+                    raise ValueError(f"rows.{name}: a figure is positive, got {value:g}")
+        return self
+
+
+class Unpredicted(Value):
+    """A published figure that no list of operators stands for, with the reason."""
+
+    what: str = Field(min_length=1)
+    engine: str = Field(min_length=1)
+    value: str = Field(min_length=1)
+    why: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+
+
+class Published(Value):
+    """The file."""
+
+    format: Literal[2]
+    tables: tuple[Table, ...] = Field(min_length=1)
+    unpredicted: tuple[Unpredicted, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published figure."""
+
+    table: Table
+    column: Column
+    name: str
+    value: float
+
+    @property
+    def what(self) -> str:
+        """The row in words, without its device."""
+        words = [self.name]
+        if self.table.dtype is not None:
+            words.append(self.table.dtype)
+        if self.column.threads is not None:
+            words.append(f"{self.column.threads} thread{'s' if self.column.threads > 1 else ''}")
+        if self.table.quantity != "latency_ms":
+            words.append(self.table.quantity.rpartition("_tokens")[0] or self.table.quantity.removesuffix("_mib"))
+        return " ".join(words).replace("peak_memory", "peak memory")
+
+    @property
+    def subject(self) -> Subject:
+        """Which share the row is counted in."""
+        if self.table.quantity in ("file_mib", "peak_memory_mib"):
+            return "memory"
+        if "XNNPACK" not in self.table.engine:
+            return "other engines"
+        return "vision" if self.table.quantity == "latency_ms" else "language"
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the printed step alone moves the figure by more than a tenth."""
+        return self.table.rounded_to / 2 > _COARSE * self.value
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """What the engine ran."""
+        table = self.table
+        if table.dtype is not None:
+            return _network(self.name, table.dtype)
+        return _model(self.name, table.quantity == "prefill_tokens_per_s", table.tokens)
+
+
+def rows_of(published: Published) -> Iterator[Row]:
+    """Every figure, in the order of the file."""
+    for table in published.tables:
+        for name, values in table.rows.items():
+            for column, value in zip(table.columns, values, strict=True):
+                if value is not None:
+                    yield Row(table, column, name, value)
+
+
+@cache
+def shipped() -> Published:
+    """The measurements that others published, as shipped."""
+    name = "published.yaml"
+    text = (resources.files("edgetune.devices") / name).read_text(encoding="utf-8")
+    return parse(read_yaml(text, name), name)
+
+
+def parse(content: object, where: str) -> Published:
+    """The tables from what a YAML file held; `EdgetuneError` with field and reason."""
+    if not isinstance(content, dict):
+        raise EdgetuneError("the file is a mapping", where=where, got=type(content).__name__)
+    try:
+        return Published.model_validate(_tuples(content))
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:8]]
+        raise EdgetuneError("; ".join(lines), where=where) from error
+
+
+def run_on(device: Device, column: Column) -> Device:
+    """The device as the source ran it: its clock, its threads. Raises for more threads than cores."""
+    changes: dict[str, object] = {}
+    if column.ghz is not None:
+        first = device.clusters[0]
+        clock = Fact(value=column.ghz, unit="GHz", source="the published table", trust="high")
+        changes["clusters"] = (first.model_copy(update={"ghz": clock}), *device.clusters[1:])
+    if column.threads is not None:
+        if column.threads > device.cores:
+            raise EdgetuneError(f"{device.id} has {device.cores} cores", got=f"{column.threads} threads")
+        changes["threads"] = Fact(value=float(column.threads), source="the published table", trust="high")
+    return device.model_copy(update=changes) if changes else device
+
+
+def base(row: Row, device: Device) -> float:
+    """What the predictor says of the row by itself, in the row's unit."""
+    quantity = row.table.quantity
+    if quantity == "file_mib":
+        return file_mib(*_language(row.name))
+    used = run_on(device, row.column)
+    if quantity == "peak_memory_mib":
+        return _peak_mib(row, used)
+    latency_ms = predict(row.operators, used).latency_ms
+    if quantity == "latency_ms":
+        return latency_ms
+    return 1e3 / latency_ms * (row.table.tokens if quantity == "prefill_tokens_per_s" else 1)
+
+
+def _peak_mib(row: Row, device: Device) -> float:
+    """With the cache for `tokens` tokens."""
+    architecture, scheme = _language(row.name)
+    cache_mib = row.table.tokens * architecture.cache_mib_per_token(scheme.cache_bytes)
+    program_mib = file_mib(architecture, scheme)
+    found = predict(
+        row.operators, device, plan_bytes=round(cache_mib * _MIB), program_bytes=round(program_mib * _MIB)
+    )  # fmt: skip
+    return found.peak_memory_mib
+
+
+@cache
+def _network(name: str, dtype: DType) -> tuple[Operator, ...]:
+    return NETWORKS[name](dtype=dtype)
+
+
+@cache
+def _model(name: str, prompt: bool, tokens: int) -> tuple[Operator, ...]:
+    architecture, scheme = _language(name)
+    return prefill(architecture, scheme, tokens) if prompt else decode(architecture, scheme, tokens)
+
+
+def _language(name: str) -> tuple[Architecture, Scheme]:
+    """The model and the scheme that a row's name stands for. Raises `ValueError`, as validators do."""
+    model, _, scheme = name.partition(" ")
+    if model not in ARCHITECTURES or scheme not in SCHEMES:
+        known = f"{', '.join(ARCHITECTURES)} with {', '.join(SCHEMES)}"
+        raise ValueError(f"rows.{name}: no such language model and scheme; known: {known}")
+    return ARCHITECTURES[model], SCHEMES[scheme]
+
+
+def _tuples(value: object) -> object:
+    """Lists as tuples: strict validation takes no list for a tuple."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

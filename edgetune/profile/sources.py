@@ -1,0 +1,58 @@
+"""Sources of a descriptor, told once: `from: KEY` in a fact stands for the source and trust under `sources`."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from edgetune.profile.facts import Source
+
+
+def resolved(content: dict[object, object]) -> tuple[dict[object, object], list[str]]:
+    """The content with each `from` replaced by what it names, without `sources`; and every fault with its path.
+
+    >>> resolved({"sources": {"spec": {"source": "a page", "trust": "low"}}, "ghz": {"value": 2.0, "from": "spec"}})
+    ({'ghz': {'value': 2.0, 'source': 'a page', 'trust': 'low'}}, [])
+    """
+    faults: list[str] = []
+    known = _known(content.get("sources", {}), faults)
+    used: set[str] = set()
+    rest = {key: item for key, item in content.items() if key != "sources"}
+    found = {key: _put(item, str(key), known, used, faults) for key, item in rest.items()}
+    faults += [f"sources.{key}: nothing is from it" for key in known if key not in used]
+    return found, faults
+
+
+def _known(sources: object, faults: list[str]) -> dict[str, Source | None]:
+    """The sources by key; `None` for one with a fault, so that it is told once and not at every use."""
+    if not isinstance(sources, dict):
+        faults.append("sources: must be a mapping of keys to source and trust")
+        return {}
+    known: dict[str, Source | None] = {}
+    for key, item in sources.items():
+        known[str(key)] = None
+        try:
+            known[str(key)] = Source.model_validate(item)
+        except ValidationError as error:
+            for e in error.errors():
+                place = ".".join(str(part) for part in ("sources", key, *e["loc"]))
+                faults.append(f"{place}: {e['msg'][:1].lower()}{e['msg'][1:]}")
+    return known
+
+
+def _put(value: object, path: str, known: dict[str, Source | None], used: set[str], faults: list[str]) -> object:
+    if isinstance(value, list):
+        return [_put(item, f"{path}.{number}", known, used, faults) for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if "from" not in value:
+        return {key: _put(item, f"{path}.{key}", known, used, faults) for key, item in value.items()}
+    rest, key = {name: item for name, item in value.items() if name != "from"}, value["from"]
+    if not isinstance(key, str) or key not in known:
+        faults.append(f"{path}.from: {key!r} is not under sources ({', '.join(known) or 'there are none'})")
+        return {"source": "?", "trust": "low", **rest}
+    used.add(key)
+    given = known[key]
+    if "source" in rest or "trust" in rest:
+        faults.append(f"{path}.from: the source is given twice")
+        return {"source": "?", "trust": "low", **rest}
+    return {**rest, "source": given.source, "trust": given.trust} if given else {**rest, "source": "?", "trust": "low"}

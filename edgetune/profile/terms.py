@@ -1,0 +1,140 @@
+"""What the time of one operator grows with: its sizes, rounded up to the tiles that a kernel computes at once.
+
+    microseconds = sum over terms of (size x microseconds per unit), each rate positive
+
+A product of M x K by K x N, computed in tiles of `rows` x `columns`, has the terms M N K (padded to whole tiles), M N, M K and
+N K; dividing M N K by the sum gives an efficiency that rises with each of the sizes, as it does on real kernels. The
+rates are fitted to timed programs (`edgetune.profile.fit`), one set for each curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgetune.profile.operators import Operator
+
+PRODUCTS = frozenset({"conv", "pointwise-conv", "linear", "matmul"})
+WEIGHTS, TRAFFIC = "weights", "traffic"  # shared by all curves: what a cache does not hold is read from the next one
+CALL, DELEGATE = "call", "delegate call"
+VECTOR = 16  # channels that a depthwise kernel or a reduction takes at once; of narrower kernels a multiple
+DEPTH = 8
+_K, _M = 1e3, 1e6
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a product that one call of the innermost kernel computes."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Bytes that stay near: in the second level of one core, and in the last level."""
+
+    near_bytes: float
+    last_bytes: float
+
+
+Key = tuple[str, str]  # curve, term
+
+
+def curve_of(operator: Operator) -> str:
+    """Operators of one curve run the same kernel: name, kind where a name has several, window, type."""
+    name = operator.operator
+    if name.endswith(".conv2d"):
+        name += " pointwise" if operator.window == 1 else " spatial"
+    elif operator.kind == "depthwise-conv":
+        name += " wide" if wide_window(operator) else " 9" if operator.window <= 9 else " 25"
+    elif operator.kind == "reduction" and operator.delegated:
+        name += " of rows" if operator.columns == 1 else " of images"
+    return f"{name} {operator.dtype}"
+
+
+def family_of(curve: str) -> str:
+    """The same kernel in any type: `xnnpack.add int8` -> `xnnpack.add`."""
+    return curve.rsplit(" ", 1)[0]
+
+
+def is_product(operator: Operator) -> bool:
+    """Whether it is a matrix product, a convolution as one among them."""
+    return operator.macs > 0 and operator.kind in PRODUCTS
+
+
+def wide_window(operator: Operator) -> bool:
+    """Whether a depthwise convolution has more values under its window than XNNPACK's kernels for them take (25).
+
+    It is then run as a product for each channel, with one column of a tile in use.
+    """
+    return operator.kind == "depthwise-conv" and operator.window > 25
+
+
+def terms_of(operator: Operator, tile: Tile) -> dict[str, float]:
+    """The sizes of one operator: thousands of values, of a product millions of multiply-accumulates."""
+    elements = math.prod(operator.output_shape) if operator.output_shape else 1
+    columns = operator.columns or (operator.output_shape[-1] if operator.output_shape else 1) or 1
+    if is_product(operator):
+        return _product(operator, elements, columns, tile)
+    if wide_window(operator):
+        channels = operator.output_shape[-1]
+        places = max(elements // max(channels, 1), 1)
+        wide = DEPTH if operator.dtype == "int8" else 1
+        padded = channels * up(places, tile.rows) * tile.columns * operator.window * wide
+        return {"1": 1, "macs": padded / _M, "channels": channels / _K}
+    if operator.kind == "depthwise-conv":
+        places = elements / max(operator.output_shape[-1], 1)
+        vectors = places * up(operator.output_shape[-1], VECTOR)
+        return {"1": 1, "places": places / _K, "vectors": vectors / _K, "weights": operator.weight_bytes / _K}
+    if operator.kind == "reduction" and operator.delegated:
+        places = elements * operator.window / columns
+        return {"1": 1, "places": places / _K, "vectors": places * up(columns, VECTOR) / _K}
+    if operator.kind in ("softmax", "normalization"):
+        read = operator.activation_bytes / 8
+        return {"1": 1, "values": read / _K, "rows": read / columns / _K}
+    if operator.kind == "pooling":
+        return {"1": 1, "windows": elements * operator.window / _K, "bytes": operator.activation_bytes / _K}
+    if operator.kind == "data-movement":
+        return {"1": 1, "values": elements / _K, "rows": elements / columns / _K}
+    return {"1": 1, "values": elements / _K, "bytes": operator.activation_bytes / _K}
+
+
+def _product(operator: Operator, elements: int, columns: int, tile: Tile) -> dict[str, float]:
+    groups, depth = operator.groups, operator.macs / max(elements, 1)
+    wide = DEPTH if operator.dtype == "int8" else 1  # 8-bit kernels take this many products of one place at once
+    full = operator.window * up(round(depth / operator.window), wide)
+    rows = max(elements // (columns * groups), 1)
+    padded_rows = 1 if rows == 1 else up(rows, tile.rows)  # one row has a kernel of its own
+    whole = groups * padded_rows * up(columns, tile.columns) * full
+    single = rows == 1  # reads each weight for one product: another rate
+    return {
+        "1": 1,
+        ("one row" if single else "macs"): whole / _M,
+        "written": groups * rows * columns / _K,
+        "read": groups * rows * depth / _K,
+        "packed": groups * columns * depth / _K,
+    }
+
+
+def shared_terms(operator: Operator, footprint_bytes: float, caches: Caches) -> dict[Key, float]:
+    """Traffic beyond the caches, in thousands of bytes: weights by what the whole program reads, the rest by its own."""
+    found: dict[Key, float] = {}
+    if operator.weight_bytes:
+        for level, holds in (("last level", caches.near_bytes), ("memory", caches.last_bytes)):
+            if footprint_bytes > holds:
+                found[(WEIGHTS, level)] = operator.weight_bytes / _K
+    if operator.activation_bytes > caches.near_bytes:
+        found[(TRAFFIC, "last level")] = operator.activation_bytes / _K
+    return found
+
+
+def footprint_bytes(operators: Sequence[Operator]) -> float:
+    """What one run of a program reads of constants."""
+    return float(sum(operator.weight_bytes for operator in operators))
+
+
+def up(size: int, step: int) -> int:
+    """The least multiple of `step` that holds `size`."""
+    return -(-size // step) * step

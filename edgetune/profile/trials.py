@@ -1,0 +1,245 @@
+"""Micro-programs built and timed in processes of their own, and kept until the calibration that wants them is done.
+
+`python -m edgetune.profile.trials FOLDER PART OF QUICK` is the side that builds: each of the parts takes every so many
+programs. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its operators in `NAME.json`; timings are lines of
+`timings.jsonl`, written as they come, so that a calibration that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from edgetune.data.dataset import cache_folder
+from edgetune.files import write_whole
+from edgetune.profile import host, micro
+from edgetune.profile.blocks import blocks
+from edgetune.profile.micro import Micro
+from edgetune.profile.operators import Operator
+from edgetune.registry import technique
+from edgetune.technique import EdgetuneError, Exit, Sample
+
+Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many
+
+_BUILDERS = 2  # processes: a compiler takes a gigabyte
+_TIMINGS = "timings.jsonl"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A program of a calibration. `network`: blocks as a model has them, not a chain of one operator."""
+
+    item: Micro
+    network: bool
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return self.item.name
+
+
+def trials(quick: bool) -> tuple[Trial, ...]:
+    """All programs of a calibration, chains first; a few of each where it is quick."""
+    chains = (*micro.tiny(), *(micro.quick() if quick else micro.programs()))
+    networks = tuple(blocks())[:2] if quick else tuple(blocks())
+    return (*(Trial(item, False) for item in chains), *(Trial(item, True) for item in networks))
+
+
+def folder_for(quick: bool) -> Path:
+    """Where programs lie: by what they are and by the versions that build them."""
+    names = [trial.name for trial in trials(quick)]
+    known = [*names, *(importlib.metadata.version(package) for package in ("executorch", "torch", "torchao"))]
+    return cache_folder() / "calibrate" / hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+
+
+def forget(folder: Path) -> None:
+    """Remove programs and timings: half a gigabyte."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# Building
+
+
+def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[str]:
+    """Build what is not there yet; the programs that cannot be, each with the reason."""
+    wanted = trials(quick)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [trial.name for trial in wanted if not _built(folder, trial.name)]
+    done = len(wanted) - len(missing)
+    failed: list[str] = []
+    builders = min(_BUILDERS, host.cores(), len(missing))
+    told: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    with ThreadPoolExecutor(max(builders, 1)) as pool:
+        commands = [[str(folder), str(part), str(builders), "quick" if quick else "all"] for part in range(builders)]
+        jobs = [pool.submit(_follow, "edgetune.profile.trials", command, told) for command in commands]
+        for _ in missing:
+            answer = told.get()
+            if answer is None:
+                break
+            done += 1
+            if progress is not None:
+                progress("build", done, len(wanted))
+            if "error" in answer:
+                failed.append(f"{answer['name']}: {answer['error']}")
+        problems = [problem for job in jobs if (problem := job.result())]
+    if problems and any(not _built(folder, name) for name in missing) and not failed:
+        raise EdgetuneError(f"the micro-programs could not be built: {problems[0]}", exit_code=Exit.EXPORT)
+    return failed
+
+
+def _follow(module: str, arguments: list[str], told: SimpleQueue[dict[str, Any] | None]) -> str:
+    """Pass on what a child prints as JSON lines; how it failed, or nothing."""
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        with ThreadPoolExecutor(1) as aside:
+            errors = aside.submit(child.stderr.read)
+            for line in child.stdout:
+                if line.startswith("{"):
+                    told.put(json.loads(line))
+            code = child.wait()
+            if code == 0:
+                return ""
+            told.put(None)
+            return f"the process ended with code {code}: {' '.join(errors.result().split()[-40:])}"
+
+
+def _built(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.json").is_file()  # written last
+
+
+def build_part(folder: Path, part: int, of: int, quick: bool) -> None:
+    """Build every so many of the programs that are missing, and print each name."""
+    torch.set_num_threads(1)
+    missing = [trial for trial in trials(quick) if not _built(folder, trial.name)]
+    for trial in missing[part::of]:
+        told = {"name": trial.name}
+        try:
+            _build(trial.item, folder)
+        except EdgetuneError as error:
+            told["error"] = error.what
+        print(json.dumps(told), flush=True)
+
+
+def _build(item: Micro, folder: Path) -> None:
+    """Lowered and written, without the comparison that `export` makes: these programs are only timed."""
+    from edgetune.export.lower import Positional, lower
+    from edgetune.export.targets import find
+
+    model, inputs = item.module().eval(), item.inputs()
+    if item.quantize:
+        model = technique(item.quantize)().apply(model, Sample.of(inputs))
+    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target))
+    (folder / f"{item.name}.pte").write_bytes(lowered.data)
+    torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")
+    told = [operator.model_dump(mode="json") for operator in lowered.executed]
+    write_whole(folder / f"{item.name}.json", json.dumps(told))
+
+
+def operators_of(folder: Path, name: str) -> tuple[Operator, ...]:
+    """The operators of a built program."""
+    told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return tuple(Operator.model_validate(operator, strict=False) for operator in told)
+
+
+# Timing
+
+
+@dataclass(frozen=True)
+class Clocked:
+    """One timing of a program."""
+
+    name: str
+    us: float
+    load_ms: float
+
+
+def clock(
+    folder: Path, names: Sequence[str], *, threads: int, seconds: float, rounds: int, progress: Progress | None = None
+) -> tuple[list[Clocked], list[str]]:
+    """Time each program so many times, all of them once before any of them again; and those that do not run.
+
+    Rounds that lie apart, because a machine that others use is slow for minutes at a time. A program that takes the
+    process down is named, and the next process goes on after it.
+    """
+    kept = list(_kept(folder, threads))
+    failed: dict[str, str] = {}
+    total, done = rounds * len(names), 0
+    for number in range(rounds):
+        had = [sum(one.name == name for one in kept) for name in names]
+        waiting = [name for name, times in zip(names, had, strict=True) if times <= number and name not in failed]
+        done = (number + 1) * len(names) - len(waiting)
+        while waiting:
+            for told in _told(folder, waiting, threads, seconds):
+                waiting.remove(told["name"])
+                if "error" in told:
+                    failed[told["name"]] = told["error"]
+                else:
+                    kept.append(Clocked(told["name"], told["us"], told["load_ms"]))
+                done += 1
+                if progress is not None:
+                    progress("time", done, total)
+    return kept, [f"{name}: {why}" for name, why in failed.items()]
+
+
+def _kept(folder: Path, threads: int) -> Iterator[Clocked]:
+    """What was timed before this calibration was stopped."""
+    path = folder / _TIMINGS
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            told = json.loads(line)
+            if told["threads"] == threads:
+                yield Clocked(told["name"], float(told["us"]), float(told["load_ms"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that was being written
+
+
+def _told(folder: Path, names: Sequence[str], threads: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """What one process says of the programs it times; the one that took it down last, with an error."""
+    request = {"threads": threads, "seconds": seconds, "names": list(names)}
+    write_whole(folder / "request.json", json.dumps(request))
+    command = [sys.executable, "-m", "edgetune.export.clock.many", str(folder)]
+    begun = ""
+    with (
+        (folder / _TIMINGS).open("a", encoding="utf-8") as log,
+        (folder / "stderr").open("w", encoding="utf-8") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as child,
+    ):
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                told = json.loads(line) if line.startswith("{") else {}
+                begun = told["name"] if told.get("state") == "begun" else ""
+                if told.get("state") in ("done", "failed"):
+                    if told["state"] == "done":
+                        print(json.dumps({**told, "threads": threads}), file=log, flush=True)
+                    yield told
+            code = child.wait()
+        finally:
+            child.kill()
+    if begun:
+        yield {"name": begun, "error": f"it took its process down (code {code})"}
+    elif code != 0:
+        last = (folder / "stderr").read_text(encoding="utf-8", errors="replace").split()[-40:]
+        raise EdgetuneError(
+            f"the micro-programs could not be timed, code {code}: {' '.join(last)}", exit_code=Exit.EXPORT
+        )
+
+
+if __name__ == "__main__":
+    build_part(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "quick")

@@ -1,0 +1,100 @@
+"""What the machine says of itself: its cores, temperatures, clocks, and this process's memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+SYS = Path("/sys")
+PROC = Path("/proc")
+
+
+def text_of(path: Path) -> str:
+    """What the file holds, without spaces around it; nothing where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
+    except OSError:
+        return ""
+
+
+def number_in(path: Path) -> float | None:
+    """The number that the file holds, if it holds one."""
+    try:
+        return float(text_of(path))
+    except ValueError:
+        return None
+
+
+def allowed_cores() -> tuple[int, ...]:
+    """The cores that this process may use; nothing where the system does not say."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return tuple(sorted(affinity(0))) if affinity is not None else ()
+
+
+def best_cores(threads: int, allowed: tuple[int, ...], sys_folder: Path = SYS) -> tuple[int, ...]:
+    """So many of the allowed cores: the fastest first, and a core's second thread after all the first ones."""
+
+    def place(core: int) -> tuple[float, int, int]:
+        folder = sys_folder / "devices/system/cpu" / f"cpu{core}"
+        speed = number_in(folder / "cpu_capacity") or number_in(folder / "cpufreq/cpuinfo_max_freq") or 0.0
+        siblings = text_of(folder / "topology/thread_siblings_list").replace("-", ",").split(",")
+        return -speed, int(siblings[0].isdigit() and int(siblings[0]) != core), core
+
+    second_last = sorted(allowed, key=lambda core: (place(core)[1], *place(core)))
+    return tuple(sorted(second_last[:threads]))
+
+
+def pin(threads: int) -> tuple[int, ...]:
+    """Keep this process and all its threads to that many cores; the cores, or nothing where it cannot be done."""
+    allowed = allowed_cores()
+    cores = best_cores(threads, allowed) if allowed else ()
+    if cores:
+        os.sched_setaffinity(0, cores)
+    return cores
+
+
+def state(sys_folder: Path = SYS) -> dict[str, dict[str, float]]:
+    """Temperatures in degrees Celsius and clocks in MHz, as far as they can be read."""
+    temperatures: dict[str, float] = {}
+    for zone in sorted((sys_folder / "class/thermal").glob("thermal_zone*")):
+        milli = number_in(zone / "temp")
+        if milli is not None and -40e3 < milli < 200e3:  # a sensor that is off prints nonsense
+            kind = text_of(zone / "type") or zone.name
+            temperatures[kind if kind not in temperatures else f"{kind} {zone.name}"] = milli / 1e3
+    clocks: dict[str, float] = {}
+    for folder in (sys_folder / "devices/system/cpu").glob("cpu[0-9]*"):
+        khz = number_in(folder / "cpufreq/scaling_cur_freq")
+        if khz is not None:
+            clocks[folder.name] = khz / 1e3
+    return {"temperature_c": temperatures, "clock_mhz": dict(sorted(clocks.items()))}
+
+
+def facts(proc_folder: Path = PROC) -> dict[str, Any]:
+    """What machine this is."""
+    board = text_of(proc_folder / "device-tree/model")
+    lines = text_of(proc_folder / "cpuinfo").splitlines()
+    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    model = board or named.get("Model") or named.get("model name") or platform.processor() or ""
+    return {
+        "model": model,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cores": len(allowed_cores()) or os.cpu_count() or 1,
+    }
+
+
+def resident_mib(field: str) -> float:
+    """Resident memory of this process, `VmRSS` now or `VmHWM` at its peak.
+
+    Linux only counts a process's own peak there: `ru_maxrss` also carries the parent's over the fork.
+    """
+    for line in text_of(PROC / "self/status").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

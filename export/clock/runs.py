@@ -1,0 +1,191 @@
+"""The child's side: load a program, run it, and write down how long that took.
+
+It answers `request.json` in its folder, with the tensors of `inputs.pt`, by `result.json`. Only what it needs is
+imported before the memory of the empty process is read.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import machine, power
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MISSING = "missing"  # the kind of error where a package is not there
+
+
+def serve(folder: Path, answer: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> int:
+    """Answer the request in `folder`. Returns the exit code."""
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    try:
+        result = answer(folder, request)
+    except ImportError as error:
+        result = {"error": f"{type(error).__name__}: {error}", "kind": MISSING}
+    except Exception as error:  # everything goes to the parent, which raises
+        result = {"error": f"{type(error).__name__}: {error}"}
+    if "error" in result:
+        result = {**result, "versions": versions(), "facts": machine.facts()}
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(partial, folder / "result.json")
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a program needs; those that are not installed are left out."""
+    found = {}
+    for name in ("executorch", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Time each call of the program that the request names; its path is relative to the folder."""
+    if request.get("check"):
+        return _checked()
+    threads = int(request["threads"])
+    cores = machine.pin(threads)
+    calls = inputs_in(folder, request["rows"])
+    runtime = loaded_runtime(threads)
+    if request.get("language"):
+        load_language_operators()
+    empty_mib = machine.resident_mib("VmRSS")
+    started = time.perf_counter()
+    run = _loaded(runtime, folder, request)
+    load_ms = (time.perf_counter() - started) * 1e3
+    timed = [_timed(run, inputs, request) for inputs in calls]
+    whole = {
+        "threads": int(runtime._threadpool_get_thread_count()),
+        "cores": cores,
+        "load_ms": load_ms,
+        "peak_memory_mib": machine.resident_mib("VmHWM"),
+        "empty_memory_mib": empty_mib,
+    }
+    return {"calls": [{**call, **whole} for call in timed], "versions": versions(), "facts": machine.facts()}
+
+
+def _checked() -> dict[str, Any]:
+    """What is installed here, without the seconds that its import takes."""
+    found = versions()
+    absent = [name for name in ("executorch", "torch") if name not in found]
+    if absent:
+        raise ImportError(f"{' and '.join(absent)} not installed")
+    return {"versions": found, "facts": machine.facts()}
+
+
+def _timed(
+    run: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, ...], request: dict[str, Any]
+) -> dict[str, Any]:
+    def once() -> float:
+        begun = time.perf_counter()
+        run(inputs)
+        return (time.perf_counter() - begun) * 1e3
+
+    found = in_batches(once, request) if "batch_runs" in request else timings(once, request)
+    return {**found, **power.energy(once, float(request["energy_seconds"]))} if request.get("energy_seconds") else found
+
+
+def loaded_runtime(threads: int | None) -> Any:
+    """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
+    import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
+    import torch  # noqa: F401  first, for its libraries
+    from executorch.extension.pybindings import _portable_lib
+
+    if importlib.util.find_spec("openvino") is not None:  # whose library it finds; else it is seconds of imports
+        from executorch.extension.pybindings import portable_lib  # noqa: F401
+    if threads is not None:
+        _portable_lib._unsafe_reset_threadpool(threads)
+    return _portable_lib
+
+
+def load_language_operators() -> None:
+    """The kernels of attention and cache; importing their module would import a compiler too."""
+    import torch
+
+    package = importlib.util.find_spec("executorch.extension.llm.custom_ops")
+    folders = list(package.submodule_search_locations or []) if package is not None else []
+    found = [file for folder in folders for file in Path(folder).glob("*custom_ops_aot_lib.*")]
+    if not found:
+        raise ImportError("this executorch has no kernels for language models")
+    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+
+
+def inputs_in(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
+    """The rows that were left in the folder for the child."""
+    import torch
+
+    found: list[tuple[Tensor, ...]] = torch.load(folder / "inputs.pt", weights_only=True) if rows else []
+    return found
+
+
+def _loaded(runtime: Any, folder: Path, request: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], Any]:
+    """The method `forward`, loaded and ready to be called.
+
+    A clone of the outputs would be torch's work, not the program's, and start threads of its own.
+    """
+    path, data = str(folder / request["path"]), request.get("data")
+    if data is not None:  # which only a module takes: it loads a method at its first execution
+        module = runtime._load_for_executorch(path, str(folder / data))
+        return lambda inputs: module.run_method("forward", inputs, clone_outputs=False)
+    program = runtime._load_program(path)
+    method = program.load_method("forward")
+
+    def call(inputs: tuple[Tensor, ...]) -> Any:
+        assert program is not None  # it must outlive its method
+        return method.call(inputs, clone_outputs=False)
+
+    return call
+
+
+def timings(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
+    """The first run, the warm-up and the timed runs of what `once` does and times, as `Timing` names them."""
+    first_ms = once()
+    warm = _warm_up(once, float(request["warm_up_seconds"]))
+    states = [machine.state()]
+    latencies: list[float] = []
+    until = time.perf_counter() + float(request["seconds"])
+    while len(latencies) < 10 or time.perf_counter() < until:
+        latencies.append(once())
+    states.append(machine.state())
+    return {"first_ms": first_ms, "latencies_ms": latencies, "warm_up_runs": warm, "states": states}
+
+
+def in_batches(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
+    """The same by the thermal protocol: batches of so many warm-ups and runs, and the machine's state around each."""
+    first_ms = once()
+    states = [machine.state()]
+    latencies: list[float] = []
+    warm = 0
+    until = time.perf_counter() + float(request["seconds"])
+    while not latencies or time.perf_counter() < until:
+        for _ in range(int(request["batch_warm_ups"])):
+            once()
+            warm += 1
+        latencies += [once() for _ in range(int(request["batch_runs"]))]
+        states.append(machine.state())
+    return {"first_ms": first_ms, "latencies_ms": latencies, "warm_up_runs": warm, "states": states}
+
+
+def _warm_up(once: Callable[[], float], seconds: float) -> int:
+    until = time.perf_counter() + seconds
+    runs: list[float] = []
+    while time.perf_counter() < until:
+        runs.append(once())
+        if len(runs) >= 10:
+            before, now = statistics.median(runs[-10:-5]), statistics.median(runs[-5:])
+            if abs(before - now) <= 0.05 * now:
+                break
+    return len(runs)
