@@ -97,22 +97,44 @@ def devices_validate(
 
 @devices.command("calibrate")
 def devices_calibrate(
-    out: Annotated[Path | None, typer.Option(help="The descriptor to write; default: host.yaml of your own.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores of the process.")] = None,
+    device_id: Annotated[str, typer.Argument(metavar="[ID]", help="Of another device; default: this host.")] = "host",
+    on: Annotated[str | None, typer.Option("--on", help="Where ID is reached: ssh://user@host.")] = None,
+    table: Annotated[Path | None, typer.Option("--from", help="A CSV of measurements of ID made elsewhere.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Of this host: the descriptor to write.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores if timings with them repeat.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few programs, for a trial; predicts poorly.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Time micro-programs on this host and write its descriptor; about three minutes on 2 cores."""
-    from edgetune.profile.calibrate import calibrate
+    """Time micro-programs on a machine and fit the predictor to it; up to ten minutes, goes on where it was stopped."""
+    from edgetune.profile import calibrate
+    from edgetune.profile.calibration import path_beside
     from edgetune.profile.device import HOST, SUFFIX, user_folder
     from edgetune.progress import shown
+    from edgetune.technique import EdgetuneError
 
+    elsewhere = device_id != HOST
+    if elsewhere == (on is None and table is None) or (on is not None and table is not None):
+        action = "name a device with --on or --from, or none of them for this host"
+        raise EdgetuneError("what is to be calibrated is not clear", got=device_id, action=action)
+    if elsewhere and out is not None:
+        raise EdgetuneError("--out is for this host", got=str(out), action="leave it out")
     with shown() as progress, contextlib.redirect_stdout(sys.stderr):
 
         def told(name: str, done: int, of: int) -> None:
-            progress("calibrate", done, of, name)
+            progress(name, done, of, "")
 
-        found = calibrate(out, threads=threads, quick=quick, progress=told)
-    path = out or user_folder() / (HOST + SUFFIX)
-    printed({"path": str(path), **found.model_dump(mode="json")} if as_json else f"{path}: {found.name}, {found.soc}")
+        if table is not None:
+            found = calibrate.calibrate_from(table, device_id, threads=threads)
+        elif on is not None:
+            found = calibrate.calibrate_on(on, device_id, threads=threads, quick=quick, progress=told)
+        else:
+            described = calibrate.calibrate(out, threads=threads, quick=quick, progress=told)
+            assert described.calibration is not None
+            found = described.calibration
+    path = path_beside(out or user_folder() / (device_id + SUFFIX))
+    text = (
+        f"{path}: {found.threads} threads, {found.programs} programs; {found.networks} networks left out of the fit "
+        f"are predicted within {found.error_pct:g} % (median), {found.error_p90_pct:g} % (nine of ten)"
+    )
+    printed({"path": str(path), **found.model_dump(mode="json")} if as_json else "\n".join([text, *found.notes]))
     return 0

@@ -185,14 +185,14 @@ def _product_macs(name: str, read: Sequence[Any], elements: int) -> int:
         first = read[1] if "addmm" in name and len(read) > 1 else read[0]
         return int(elements * (first.sizes or [1])[-1])
     if "convolution" in name and len(read) > 1:
-        return elements * math.prod((read[1].sizes or [1])[1:])
+        return elements * int(math.prod((read[1].sizes or [1])[1:]))
     return 0
 
 
 def _attention_macs(tensors: Sequence[Any]) -> int:
     """Of queries (1, n, heads, width) over all places of the keys' cache: two products."""
     query, key = tensors[0].sizes or [1], tensors[1].sizes or [1, 1]
-    return 2 * math.prod(query) * int(key[1])
+    return 2 * int(math.prod(query)) * int(key[1])
 
 
 def _opaque(plan: Any, call: Any, delegate: Any, payload_bytes: int) -> Operator:

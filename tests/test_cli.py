@@ -35,7 +35,8 @@ VERBS = [
     "recipes schema",
     "devices",
     "devices list",
-    "devices show", "devices add",
+    "devices show",
+    "devices add",
     "devices validate",
     "devices calibrate",
 ]

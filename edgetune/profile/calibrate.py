@@ -23,11 +23,10 @@ from edgetune.profile.yaml_file import write_yaml
 from edgetune.technique import EdgetuneError, Exit
 
 ENGINE = "ExecuTorch XNNPACK"
-UNSTEADY_PCT = 10.0  # between two timings of a program: above, one thread is taken where the choice is ours
-_SECONDS, _QUICK_SECONDS, _ROUNDS, _STEADY_ROUNDS = 0.1, 0.02, 2, 3
+STEADY = 0.10  # between two timings of a program: above, one thread is taken where the choice is ours
+_SECONDS, _QUICK_SECONDS, _ROUNDS = 0.1, 0.02, 2
 _LEAST_PROGRAMS = 3
 _NEAR_BYTES = 1024.0 * 1024.0  # of a core's second level, where nobody knows
-_STEADY = ("abs-1x16x64", "add-1x16x64", "linear-16x64x256", "conv-3-32x16", "pointwise-64x128x14", "scores-4x64x32")
 
 
 def calibrate(
@@ -36,10 +35,9 @@ def calibrate(
     """Time micro-programs on this host, fit the cost model, and write descriptor and calibration; returns the device.
 
     `out`: a `.yaml` file, by default `host.yaml` in the user's folder, where `load("host")` finds it; the calibration
-    goes beside it, as JSON. `threads`: by default all cores of the process, or one where two timings with all of them
-    differ by more than 10 %, as on a shared machine. `quick`: few programs, for tests; its predictions are poor. Takes
-    up to ten minutes on 2 cores; a calibration that was stopped goes on where it was. Both files are written at the
-    end, each in one step.
+    goes beside it, as JSON. `threads`: by default all cores of the process, or one where timings with all of them do
+    not repeat, as on a shared machine. `quick`: few programs, for tests; its predictions are poor. Takes up to ten
+    minutes on 2 cores; a calibration that was stopped goes on where it was. Both files are written at the end.
     """
     path = _path(out)
     if threads is not None and not 1 <= threads <= host.cores():
@@ -49,18 +47,21 @@ def calibrate(
     names = [trial.name for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
     seconds, rounds = (_QUICK_SECONDS, 1) if quick else (_SECONDS, _ROUNDS)
     notes = ["A quick calibration, for tests: predictions from it are poor."] if quick else []
-    if threads is None:
-        threads, why = _steady_threads(folder, names)
-        notes += [why] if why else []
-    described = {**host.describe(threads, host.copy_gb_s(threads)), "id": path.stem}
+    cores = threads if threads is not None else host.cores()
+    clocked, more = trials.clock(folder, names, threads=cores, seconds=seconds, rounds=rounds, progress=progress)
+    if threads is None and cores > 1 and not _steady(clocked):
+        notes.append(
+            f"One thread: with {cores} a fifth of the programs took over {100 * STEADY:.0f} % longer at one time than "
+            f"at another on this machine; --threads {cores} calibrates for them all the same."
+        )
+        cores = 1
+        clocked, more = trials.clock(folder, names, threads=1, seconds=seconds, rounds=rounds, progress=progress)
+    described = {**host.describe(cores, host.copy_gb_s(cores)), "id": path.stem}
     device = parse(described, str(path))
-    clocked, more = trials.clock(
-        folder, names, threads=threads, seconds=seconds, rounds=rounds, progress=progress
-    )  # fmt: skip
     networks = {trial.name for trial in trials.trials(quick) if trial.network}
     operators = {name: trials.operators_of(folder, name) for name in names}
     notes += [f"not timed: {reason}" for reason in (*failed, *more)]
-    found = fitted(clocked, operators, networks, device, threads, notes)
+    found = fitted(clocked, operators, networks, device, cores, notes)
     write_yaml(path, described)
     write(path_beside(path), found)
     trials.forget(folder)
@@ -75,28 +76,23 @@ def _path(out: Path | None) -> Path:
     return out
 
 
-def _steady_threads(folder: Path, names: Sequence[str]) -> tuple[int, str]:
-    """All cores, or one where timings with all of them do not repeat; with the reason."""
-    cores, chosen = host.cores(), [name for name in names if name in _STEADY]
-    if cores == 1 or not chosen:
-        return cores, ""
-    timings, _ = trials.clock(folder, chosen, threads=cores, seconds=_SECONDS / 2, rounds=_STEADY_ROUNDS)
-    unsteady_pct = noise_pct(timings)
-    if unsteady_pct <= UNSTEADY_PCT:
-        return cores, ""
-    return 1, (
-        f"One thread: timings with {cores} threads differ by {unsteady_pct:.0f} % from one to the next on this machine; "
-        f"--threads {cores} calibrates for them all the same."
-    )
+def _steady(timings: Sequence[Clocked]) -> bool:
+    """Whether four programs of five take the same time twice."""
+    apart = sorted(_apart(timings))
+    return not apart or apart[math.ceil(0.8 * len(apart)) - 1] <= STEADY
 
 
 def noise_pct(timings: Sequence[Clocked]) -> float:
     """How far the timings of one program lie apart, the median over programs; 0 where each was timed once."""
+    apart = _apart(timings)
+    return 100 * statistics.median(apart) if apart else 0.0
+
+
+def _apart(timings: Sequence[Clocked]) -> list[float]:
     by_name: dict[str, list[float]] = {}
     for one in timings:
         by_name.setdefault(one.name, []).append(one.us)
-    apart = [max(found) / min(found) - 1 for found in by_name.values() if len(found) > 1]
-    return 100 * statistics.median(apart) if apart else 0.0
+    return [max(found) / min(found) - 1 for found in by_name.values() if len(found) > 1]
 
 
 def fitted(
@@ -107,7 +103,7 @@ def fitted(
     threads: int,
     notes: Sequence[str] = (),
 ) -> Calibration:
-    """A calibration of the device from timed programs: of several timings of one the least, which others disturbed least."""
+    """A calibration of the device from timed programs; of several timings of one the least, the least disturbed."""
     least: dict[str, Clocked] = {}
     for one in timings:
         if one.name not in least or one.us < least[one.name].us:
@@ -169,9 +165,46 @@ def caches_of(device: Device) -> Caches:
     return Caches(near_bytes, max((last * 1024 if last is not None else DEFAULT_CACHE_BYTES) / 2, near_bytes))
 
 
-def calibrate_from(
-    table: Path, device_id: str, *, threads: int | None = None, out: Path | None = None
+def calibrate_on(
+    on: str,
+    device_id: str,
+    *,
+    threads: int | None = None,
+    quick: bool = False,
+    python: str = "python3",
+    progress: Progress | None = None,
 ) -> Calibration:
+    """The same for a described device that `on` reaches (`ssh://user@host`): programs are built here and timed there.
+
+    Each in a process of its own, which takes some seconds there. The calibration goes to the user's folder, where
+    `load(device_id)` finds it. Raises `EdgetuneError` for what `edgetune.profile.runners` raises.
+    """
+    from edgetune.profile.runners.session import Timeable, time_programs
+
+    device, folder = load(device_id), trials.folder_for(quick)
+    threads = threads if threads is not None else device.thread_count
+    failed = trials.build(folder, quick, progress)
+    wanted = [trial for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
+    programs = (Timeable(trial.name, folder / f"{trial.name}.pte", trial.item.inputs()) for trial in wanted)
+    clocked: list[Clocked] = []
+    seconds = _QUICK_SECONDS if quick else _SECONDS
+    for done, (name, found) in enumerate(time_programs(on, programs, threads=threads, seconds=seconds, python=python)):
+        if isinstance(found, EdgetuneError):
+            failed.append(f"{name}: {found.what}")
+        else:
+            clocked.append(Clocked(name, 1e3 * found.latency_ms, found.load_ms))
+        if progress is not None:
+            progress("time", done + 1, len(wanted))
+    operators = {trial.name: trials.operators_of(folder, trial.name) for trial in wanted}
+    networks = {trial.name for trial in wanted if trial.network}
+    notes = [f"Timed over {on.partition('://')[0]}.", *(f"not timed: {reason}" for reason in failed)]
+    calibration = fitted(clocked, operators, networks, device, threads, notes)
+    write(path_beside(user_folder() / (device.id + SUFFIX)), calibration)
+    trials.forget(folder)
+    return calibration
+
+
+def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, out: Path | None = None) -> Calibration:
     """Fit a calibration of a described device to a table of measurements made elsewhere, and write it.
 
     `table`: a CSV with the columns `program` (path of a `.pte`, relative to the table), `latency_us`, and where known
@@ -180,7 +213,9 @@ def calibrate_from(
     from edgetune.export.executed import executed
 
     device = load(device_id)
-    timings, operators, networks = [], {}, set[str]()
+    timings: list[Clocked] = []
+    operators: dict[str, tuple[Operator, ...]] = {}
+    networks: set[str] = set()
     for number, row in _rows(table):
         where = f"{table}, line {number}"
         name, path = row["program"], table.parent / row["program"]

@@ -1,6 +1,7 @@
 """What a calibration found out: rates of every kernel's terms, how the products are tiled, and how far off it is.
 
-It lies as JSON beside the descriptor: `host.calibration.json` in the user's folder, or beside a descriptor of one's own.
+It lies as JSON beside the descriptor: `host.calibration.json` in the user's folder, or where a descriptor of one's own
+lies.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _taught(found: Predicted, operators: Sequence[Operator], device: Device) -> 
 def _operators(
     artifact: Artifact | LanguageArtifact, as_executed: bool
 ) -> tuple[tuple[str, tuple[Operator, ...]], ...]:
-    """The kinds of call and their operators: as the runtime executes them, if the manifest says so, or as in the model."""
+    """The kinds of call and their operators: as in the model, or as the runtime executes them if the manifest says."""
     from edgetune.export.language.artifact import LanguageArtifact
 
     if not isinstance(artifact, LanguageArtifact):

@@ -22,6 +22,7 @@ _LAYERS: frozenset[Kind] = frozenset({"conv", "pointwise-conv", "depthwise-conv"
 _CLAMPS = (".relu", "hardtanh", ".clamp")
 _MOST = 10**18  # beyond it, sizes are mistakes and sums might overflow
 
+
 def delegate_calls_of(operators: Sequence[Operator]) -> int:
     """Runs of delegated operators in program order: each is at least one call of the backend."""
     before = [False, *(operator.delegated for operator in operators)]

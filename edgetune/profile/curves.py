@@ -19,6 +19,7 @@ from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footpr
 # Natural logarithms of how far off a stand-in may be: the same kernel in another type, another kernel, a prior.
 TYPE_LOG, KIND_LOG, PRIOR_LOG = math.log(1.5), math.log(2.0), math.log(3.0)
 _LEAST_US = 1e-3
+_TWINS = {"macs": "one row", "one row": "macs"}  # rates of one kernel for products of several rows, and of one
 
 
 def parts(operators: Sequence[Operator], device: Device, calibration: Calibration) -> list[Part]:
@@ -42,7 +43,12 @@ def parts(operators: Sequence[Operator], device: Device, calibration: Calibratio
 
 def _own_us(operator: Operator, curve: Curve, calibration: Calibration) -> float:
     sizes = terms_of(operator, calibration.tile(operator.dtype))
-    return sum(size * curve.rates.get(term, 0.0) for term, size in sizes.items())
+    return sum(size * _rate(curve, term) for term, size in sizes.items())
+
+
+def _rate(curve: Curve, term: str) -> float:
+    """The term's rate. Of the largest term of a product one must be there: without it the product would be free."""
+    return curve.rates.get(term, curve.rates.get(_TWINS.get(term, ""), 0.0))
 
 
 def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) -> float:
@@ -58,19 +64,25 @@ def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) 
 def _curve(operator: Operator, calibration: Calibration) -> tuple[Curve | None, float, str]:
     """The operator's curve, or the nearest, how far off it may be, and its name where it is another's."""
     name = curve_of(operator)
+    sizes = terms_of(operator, calibration.tile(operator.dtype))
     if name in calibration.curves:
-        return calibration.curves[name], 0.0, ""
+        curve = calibration.curves[name]
+        unseen = [term for term in sizes if term in _TWINS and term not in curve.rates]
+        if unseen:
+            rows = "one row" if unseen == ["one row"] else "several rows"
+            return curve, KIND_LOG, f"{name} was never calibrated with {rows}, its other products stand in"
+        return curve, 0.0, ""
     family = family_of(name)
     for other, curve in calibration.curves.items():
         if family_of(other) == family:
             return curve, TYPE_LOG, f"{name} was never calibrated, {other} stands in"
     like = [
-        (curve.programs, other, curve)
+        (other.endswith(f" {operator.dtype}"), curve.programs, other, curve)
         for other, curve in calibration.curves.items()
         if (curve.kind, curve.delegated) == (operator.kind, operator.delegated)
-        and set(curve.rates) & set(terms_of(operator, calibration.tile(operator.dtype))) > {"1"}
+        and set(curve.rates) & set(sizes) > {"1"}
     ]
     if like:
-        _, other, curve = max(like, key=lambda item: item[:2])
+        *_, other, curve = max(like, key=lambda item: item[:3])
         return curve, KIND_LOG, f"{name} was never calibrated, {other} stands in"
     return None, PRIOR_LOG, f"{name} was never calibrated"

@@ -176,9 +176,7 @@ def _tiles(timed: Sequence[Timed], caches: Caches) -> dict[DType, Tile]:
 def _misfit(timed: Sequence[Timed], caches: Caches, dtype: DType, tile: Tile) -> float:
     equations = [equation(item.operators, Setting(caches, {dtype: tile})) for item in timed]
     rates = solve(timed, equations)
-    errors = [
-        predicted_us(terms, rates) / item.us - 1 for item, terms in zip(timed, equations, strict=True)
-    ]
+    errors = [predicted_us(terms, rates) / item.us - 1 for item, terms in zip(timed, equations, strict=True)]
     return sum(min(abs(error), 0.5) ** 2 for error in errors)
 
 

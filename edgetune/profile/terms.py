@@ -2,9 +2,9 @@
 
     microseconds = sum over terms of (size x microseconds per unit), each rate positive
 
-A product of M x K by K x N, computed in tiles of `rows` x `columns`, has the terms M N K (padded to whole tiles), M N, M K and
-N K; dividing M N K by the sum gives an efficiency that rises with each of the sizes, as it does on real kernels. The
-rates are fitted to timed programs (`edgetune.profile.fit`), one set for each curve.
+A product of M x K by K x N, computed in tiles, has the terms M N K (padded to whole tiles), M N, M K and N K. M N K over
+the sum is an efficiency that rises with each of the sizes, as it does on real kernels. The rates are fitted to timed
+programs (`edgetune.profile.fit`), one set for each curve.
 """
 
 from __future__ import annotations
@@ -79,11 +79,7 @@ def terms_of(operator: Operator, tile: Tile) -> dict[str, float]:
     if is_product(operator):
         return _product(operator, elements, columns, tile)
     if wide_window(operator):
-        channels = operator.output_shape[-1]
-        places = max(elements // max(channels, 1), 1)
-        wide = DEPTH if operator.dtype == "int8" else 1
-        padded = channels * up(places, tile.rows) * tile.columns * operator.window * wide
-        return {"1": 1, "macs": padded / _M, "channels": channels / _K}
+        return _wide_depthwise(operator, elements, tile)
     if operator.kind == "depthwise-conv":
         places = elements / max(operator.output_shape[-1], 1)
         vectors = places * up(operator.output_shape[-1], VECTOR)
@@ -99,6 +95,18 @@ def terms_of(operator: Operator, tile: Tile) -> dict[str, float]:
     if operator.kind == "data-movement":
         return {"1": 1, "values": elements / _K, "rows": elements / columns / _K}
     return {"1": 1, "values": elements / _K, "bytes": operator.activation_bytes / _K}
+
+
+def _wide_depthwise(operator: Operator, elements: int, tile: Tile) -> dict[str, float]:
+    """A product for each channel, of which a tile has one column in use."""
+    channels = operator.output_shape[-1]
+    rows = up(max(elements // max(channels, 1), 1), tile.rows)
+    deep = DEPTH if operator.dtype == "int8" else 1
+    return {
+        "1": 1,
+        "macs": channels * rows * tile.columns * operator.window * deep / _M,
+        "channels": channels / _K,
+    }
 
 
 def _product(operator: Operator, elements: int, columns: int, tile: Tile) -> dict[str, float]:
@@ -119,7 +127,7 @@ def _product(operator: Operator, elements: int, columns: int, tile: Tile) -> dic
 
 
 def shared_terms(operator: Operator, footprint_bytes: float, caches: Caches) -> dict[Key, float]:
-    """Traffic beyond the caches, in thousands of bytes: weights by what the whole program reads, the rest by its own."""
+    """Thousands of bytes from beyond the caches: weights if the whole program's do not fit, activations by themselves."""
     found: dict[Key, float] = {}
     if operator.weight_bytes:
         for level, holds in (("last level", caches.near_bytes), ("memory", caches.last_bytes)):

@@ -1,8 +1,8 @@
 """Micro-programs built and timed in processes of their own, and kept until the calibration that wants them is done.
 
 `python -m edgetune.profile.trials FOLDER PART OF QUICK` is the side that builds: each of the parts takes every so many
-programs. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its operators in `NAME.json`; timings are lines of
-`timings.jsonl`, written as they come, so that a calibration that was stopped goes on where it was.
+programs. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its operators in `NAME.json`; timings are lines
+of `timings.jsonl`, written as they come, so that a calibration that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from edgetune.data.dataset import cache_folder
 from edgetune.files import write_whole
 from edgetune.profile import host, micro
-from edgetune.profile.blocks import blocks
-from edgetune.profile.micro import Micro
+from edgetune.profile.micro.blocks import blocks
+from edgetune.profile.micro.program import Micro
 from edgetune.profile.operators import Operator
 from edgetune.registry import technique
 from edgetune.technique import EdgetuneError, Exit, Sample
@@ -102,7 +102,8 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
 def _follow(module: str, arguments: list[str], told: SimpleQueue[dict[str, Any] | None]) -> str:
     """Pass on what a child prints as JSON lines; how it failed, or nothing."""
     command = [sys.executable, "-m", module, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as child:
         assert child.stdout is not None
         assert child.stderr is not None
         with ThreadPoolExecutor(1) as aside:

@@ -149,7 +149,9 @@ def platform_of(family: str, targets: tuple[str, ...]) -> str:
     """The kit for a device of this family with these targets."""
     if family == "microcontroller" or (family == "computer" and "coreml" in targets):
         raise EdgetuneError(
-            "no kit is made for this kind of device", got=family, action="lower with `edgetune export MODEL --device ID`"
+            "no kit is made for this kind of device",
+            got=family,
+            action="lower with `edgetune export MODEL --device ID`",
         )
     if family == "phone":
         return "ios" if "coreml" in targets else "android"

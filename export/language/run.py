@@ -6,7 +6,6 @@ and where it speaks it writes each token to stdout, one a line.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from edgetune.export.run import Timing, ask_child, inputs_in, loaded_runtime, resident_mib, serve, timings
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.export.clock.runs import load_language_operators
+from edgetune.export.run import ask_child, inputs_in, loaded_runtime, resident_mib, serve
 
 _MODULE = "edgetune.export.language.run"
 
@@ -77,38 +76,12 @@ def greedy_in_child(
     return [([int(token) for token in row], outputs[str(place)]) for place, row in enumerate(result["tokens"])]
 
 
-def time_calls_in_child(
-    path: Path,
-    *,
-    cache_tokens: int,
-    prefill_tokens: int,
-    threads: int,
-    seconds: float,
-    warm_up_seconds: float = 1.0,
-) -> tuple[Timing, Timing]:
-    """A call with `prefill_tokens` tokens at an empty cache, and one with the token after them, timed in a child.
-
-    Each is run for about `seconds` after its warm-up; load time and peak memory are those of the one process.
-    A full cache has no place for the token after: then its last place is written again. Raises as `answer` does.
-    """
-    request = {
-        "verb": "time",
-        "cache_tokens": cache_tokens,
-        "prefill_tokens": prefill_tokens,
-        "threads": threads,
-        "seconds": seconds,
-        "warm_up_seconds": warm_up_seconds,
-    }
-    result, _ = ask_child(_MODULE, path, request, [])
-    return Timing.model_validate(result["prefill"]), Timing.model_validate(result["decode"])
-
-
 class LanguageProgram:
     """A language `.pte` loaded by the runtime in this process."""
 
     def __init__(self, path: str, prefill_tokens: int, threads: int | None = None) -> None:
         runtime = loaded_runtime(threads)
-        _load_operators()
+        load_language_operators()
         self.threads = int(runtime._threadpool_get_thread_count())
         self.prefill_tokens = prefill_tokens
         self._method = runtime._load_program(path).load_method("forward")
@@ -126,20 +99,6 @@ class LanguageProgram:
         (logits,) = self._method.call(given, clone_outputs=False)
         last: Tensor = logits[0, -1]
         return last
-
-
-def _load_operators() -> None:
-    """The kernels of attention and cache; importing their module would import a compiler too."""
-    package = importlib.util.find_spec("executorch.extension.llm.custom_ops")
-    folders = list(package.submodule_search_locations or []) if package is not None else []
-    found = [file for folder in folders for file in Path(folder).glob("*custom_ops_aot_lib.*")]
-    if not found:
-        raise EdgetuneError(
-            "this executorch has no kernels for language models",
-            action='pip install "edgetune[export]"',
-            exit_code=Exit.EXPORT,
-        )
-    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -209,37 +168,8 @@ def _greedy(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": said}
 
 
-def _time(request: dict[str, Any]) -> dict[str, Any]:
-    threads, count = int(request["threads"]), int(request["prefill_tokens"])
-    loaded_runtime(threads)
-    empty_mib = resident_mib("VmRSS")
-    begun = time.perf_counter()
-    program = LanguageProgram(request["path"], count, threads)
-    load_ms = (time.perf_counter() - begun) * 1e3
-    following = min(count, int(request["cache_tokens"]) - 1)
-
-    def timed(tokens: list[int], position: int) -> dict[str, Any]:
-        def once() -> float:
-            started = time.perf_counter()
-            program.step(tokens, position)
-            return (time.perf_counter() - started) * 1e3
-
-        return timings(once, request)
-
-    found = {"prefill": timed([1] * count, 0), "decode": timed([1], following)}
-    whole = {
-        "threads": program.threads,
-        "load_ms": load_ms,
-        "peak_memory_mib": resident_mib("VmHWM"),
-        "empty_memory_mib": empty_mib,
-    }
-    return {name: {**timing, **whole} for name, timing in found.items()}
-
-
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)  # the runtime has threads of its own
-    if request["verb"] == "time":
-        return _time(request)
     return _greedy(folder, request) if request["verb"] == "greedy" else _speak(request)
 
 

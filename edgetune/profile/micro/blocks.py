@@ -5,14 +5,14 @@ Their errors give a calibration its band: an operator in a network finds other t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.profile.micro import INT4, INT8, Micro, _floats, _named
+from edgetune.profile.micro.program import INT4, INT8, Micro, floats, named
 
 
 class _Inverted(nn.Module):
@@ -78,8 +78,11 @@ class _Transformer(nn.Module):
         inner = self.up(self.second(x))
         if self.gated:
             gate, value = inner.chunk(2, -1)
-            return x + self.down(functional.silu(gate) * value)
-        return x + self.down(functional.gelu(inner))
+            inner = functional.silu(gate) * value
+        else:
+            inner = functional.gelu(inner)
+        out: Tensor = x + self.down(inner)
+        return out
 
 
 class _Network(nn.Module):
@@ -96,13 +99,13 @@ class _Network(nn.Module):
 
 
 def _pictures(block: str, wide: int, size: int, times: int) -> nn.Module:
-    made = {
+    kinds: dict[str, Callable[[], nn.Module]] = {
         "inverted-3": lambda: _Inverted(wide, 3, excited=False),
         "inverted-5": lambda: _Inverted(wide, 5, excited=True),
         "residual": lambda: _Residual(wide),
         "convnext": lambda: _ConvNeXt(wide),
-    }[block]
-    return _Network(nn.Conv2d(3, wide, 4, 4), [made() for _ in range(times)], wide)
+    }
+    return _Network(nn.Conv2d(3, wide, 4, 4), [kinds[block]() for _ in range(times)], wide)
 
 
 def _tokens(wide: int, heads: int, gated: bool, times: int) -> nn.Module:
@@ -116,11 +119,11 @@ def blocks() -> Iterator[Micro]:
         ("residual", 32, 64, 3), ("residual", 192, 24, 6), ("convnext", 40, 64, 3), ("convnext", 128, 32, 4),
     ):  # fmt: skip
         for quantize in ("", INT8):
-            name = _named(f"{block}-{wide}x{size}", quantize)
-            yield Micro(name, partial(_pictures, block, wide, size, times), _floats((1, 3, size, size)), quantize)
+            name = named(f"{block}-{wide}x{size}", quantize)
+            yield Micro(name, partial(_pictures, block, wide, size, times), floats((1, 3, size, size)), quantize)
     for rows, wide, heads, gated, times in (
         (16, 64, 4, False, 4), (32, 128, 4, True, 3), (64, 256, 8, False, 2), (24, 384, 6, True, 3),
     ):  # fmt: skip
         for quantize in ("", INT4):
-            name = _named(f"transformer-{rows}x{wide}{'-gated' if gated else ''}", quantize)
-            yield Micro(name, partial(_tokens, wide, heads, gated, times), _floats((1, rows, wide)), quantize)
+            name = named(f"transformer-{rows}x{wide}{'-gated' if gated else ''}", quantize)
+            yield Micro(name, partial(_tokens, wide, heads, gated, times), floats((1, rows, wide)), quantize)

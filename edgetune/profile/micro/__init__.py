@@ -1,0 +1,57 @@
+"""Micro-programs for a calibration: chains of one operator each, in the sizes and types of models for small devices.
+
+A chain, because one small operator is over before it can be told from the call around it, and because in a model an
+operator finds its weights as the operators before it left the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from edgetune.profile.micro.functions import functions, kernels
+from edgetune.profile.micro.layers import layers, linear
+from edgetune.profile.micro.program import Calls, Function, Micro, called, floats
+
+CHAIN = 33  # operators in the long tiny programs, from which the cost of one is told
+
+
+def _tiny(name: str, function: Function, times: int) -> Micro:
+    return Micro(name, lambda: Calls(function, times), floats((1, 16)))
+
+
+def tiny() -> tuple[Micro, Micro, Micro, Micro]:
+    """One and many tiny operators: those that XNNPACK takes (abs), then those that it leaves (cumsum)."""
+
+    def portable(x: Tensor) -> Tensor:
+        return torch.cumsum(x, -1)
+
+    return (
+        _tiny("tiny-delegated-1", torch.abs, 1),
+        _tiny(f"tiny-delegated-{CHAIN}", torch.abs, CHAIN),
+        _tiny("tiny-portable-1", portable, 1),
+        _tiny(f"tiny-portable-{CHAIN}", portable, CHAIN),
+    )
+
+
+def _alternating(x: Tensor) -> Tensor:
+    """A part for the backend and a kernel outside, so that each of them is a call."""
+    return torch.cumsum(x.abs(), -1)
+
+
+def _parts() -> Iterator[Micro]:
+    """Many calls of the backend in one program."""
+    yield called("parts", _alternating, (1, 16), times=8)
+    yield called("parts", _alternating, (1, 16, 64), times=8)
+
+
+def quick() -> tuple[Micro, ...]:
+    """The few that show a calibration to work."""
+    return (linear(64, 256, 256, 1), linear(64, 512, 512, 1), called("add", torch.add, (1, 65536), (1, 65536)))
+
+
+def programs() -> tuple[Micro, ...]:
+    """All of a calibration, beside the tiny ones: sizes as they occur in small language and vision models."""
+    return (*layers(), *functions(), *kernels(), *_parts())

@@ -1,0 +1,187 @@
+"""Chains of functions of activations, and of kernels that no backend takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgetune.profile.micro.program import INT4, INT8, Function, Layers, Micro, called, floats, named
+
+_SIZES: tuple[tuple[int, ...], ...] = ((1, 16, 64), (1, 256, 1024))
+_UNARY: dict[str, Function] = {
+    "abs": torch.abs,
+    "clamp": lambda x: x.clamp(0.0, 6.0),
+    "exp": lambda x: torch.exp(-x),  # stays finite, at the price of a negation
+    "gelu": functional.gelu,
+    "hardswish": functional.hardswish,
+    "leaky-relu": lambda x: functional.leaky_relu(x, 0.1),
+    "log": lambda x: torch.log(x.abs()),
+    "negate": torch.neg,
+    "rsqrt": torch.rsqrt,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+_BINARY: dict[str, Function] = {"add": torch.add, "multiply": torch.mul, "subtract": torch.sub, "divide": torch.div}
+
+
+def _attention(heads: int, rows: int, wide: int) -> tuple[Micro, Micro]:
+    """Scores and their use: two products of activations."""
+    return (
+        called("scores", lambda q, k: torch.bmm(q, k), (heads, rows, wide), (heads, wide, rows)),
+        called("values", lambda p, v: torch.bmm(p, v), (heads, rows, rows), (heads, rows, wide)),
+    )
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return torch.softmax(x, -1)
+
+
+def _split_heads(x: Tensor) -> Tensor:
+    """Transposed there and back with something between, or the compiler takes both out."""
+    return x.transpose(1, 2).abs().transpose(1, 2).abs()
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2).abs().transpose(-1, -2).abs()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).abs().permute(0, 3, 1, 2).abs()
+
+
+def _reshaped(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1).abs().reshape(x.shape).abs()
+
+
+def _halves(x: Tensor) -> Tensor:
+    half = x.shape[1] // 2
+    return torch.cat((x[:, half:], x[:, :half]), 1)
+
+
+def _quarters(x: Tensor) -> Tensor:
+    quarter = x.shape[-1] // 4
+    return torch.cat([x[..., i * quarter : (i + 1) * quarter].abs() for i in range(4)], -1)
+
+
+def _steps(x: Tensor) -> Tensor:
+    """Thin slices out of the middle, as a recurrence takes them."""
+    total = x[:, :, 0]
+    for step in range(1, x.shape[2]):
+        total = total + x[:, :, step]
+    return total
+
+
+def _padded(x: Tensor) -> Tensor:
+    return functional.pad(x, (1, 1, 1, 1)).abs()
+
+
+def _pooled(x: Tensor) -> Tensor:
+    return functional.max_pool2d(x, 3, 1, 1)
+
+
+def _averaged(x: Tensor) -> Tensor:
+    return functional.avg_pool2d(x, 2, 2)
+
+
+def _resized(x: Tensor) -> Tensor:
+    return functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def _centered(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def _squeezed(x: Tensor) -> Tensor:
+    return x * x.mean((2, 3), keepdim=True)
+
+
+def functions() -> Iterator[Micro]:
+    """What has no weights and goes to XNNPACK."""
+    for name, function in _UNARY.items():
+        yield from (called(name, function, size, times=8) for size in _SIZES)
+    for name, function in _BINARY.items():
+        yield from (called(name, function, size, size, times=8) for size in _SIZES)
+        yield called(f"{name}-row", function, (1, 128, 384), (1, 1, 384), times=8)
+    yield from (called(n, _BINARY[n], s, s, times=4, quantize=INT8) for n in ("add", "multiply") for s in _SIZES)
+    yield from (called("hardswish", functional.hardswish, s, times=4, quantize=INT8) for s in ((1, 1, 16), *_SIZES))
+    for shape in ((1, 64, 1, 1), (1, 256, 4, 4), (1, 64, 16, 16), (1, 16, 32, 32), (1, 96, 56, 56)):
+        yield called("channels-last", _channels_last, shape, times=4)
+        yield called("squeezed", _squeezed, shape, times=4)
+    yield called("multiply-image", torch.mul, (1, 64, 16, 16), (1, 64, 1, 1), times=8)
+    yield called("multiply-scalar", lambda x: x * 1.01, (1, 16, 64), times=8)
+    for heads, rows, wide in ((2, 16, 32), (4, 64, 32), (12, 64, 32), (3, 196, 64), (9, 128, 64)):
+        yield from _attention(heads, rows, wide)
+    for left, right in (((16, 4, 64), (16, 64, 128)), ((64, 1, 64), (64, 64, 128)), ((128, 1, 16), (128, 16, 1))):
+        yield called("batched", torch.bmm, left, right)
+    yield from (called("softmax", _softmax, s, times=4) for s in ((2, 16, 16), (12, 64, 64), (3, 196, 196)))
+    for shape in ((1, 16, 2, 32), (1, 64, 12, 32), (1, 196, 3, 64)):
+        yield called("heads", _split_heads, shape, times=4)
+        yield called("turned", _turned, shape, times=4)
+        yield called("reshaped", _reshaped, shape, times=4)
+    for text in ((1, 32, 64), (1, 128, 384)):
+        yield called("halves", _halves, text, times=4)
+        yield called("quarters", _quarters, text, times=4)
+        yield called("centered", _centered, text, times=4)
+    yield from (called("steps", _steps, shape) for shape in ((1, 128, 16, 8), (1, 512, 8, 4)))
+    for shape in ((1, 16, 16, 16), (1, 64, 28, 28)):
+        yield called("halves", _halves, shape, times=2)
+        yield called("padded", _padded, shape)
+        for quantize in ("", INT8):
+            yield called("max-pool", _pooled, shape, times=2, quantize=quantize)
+        yield called("average-pool", _averaged, shape)
+        yield called("resized", _resized, shape)
+
+
+# What no backend takes
+
+
+def _layer_norm(rows: int, wide: int, times: int) -> Micro:
+    def module() -> nn.Module:
+        return Layers([nn.LayerNorm(wide) for _ in range(times)])
+
+    return Micro(f"layer-norm-{rows}x{wide}", module, floats((1, rows, wide)))
+
+
+def _embedding(rows: int, words: int, wide: int, quantize: str = "") -> Micro:
+    def tokens() -> tuple[Tensor, ...]:
+        return (torch.randint(0, words, (1, rows), generator=torch.Generator().manual_seed(0)),)
+
+    name = named(f"embedding-{rows}x{wide}", quantize)
+    # int4 wants a linear layer, and takes the table with it
+    return Micro(name, lambda: Layers([nn.Embedding(words, wide), nn.Linear(wide, wide)]), tokens, quantize)
+
+
+def _masked(x: Tensor) -> Tensor:
+    return torch.where(x > 0.5, x, 0.25)
+
+
+def _picked(x: Tensor) -> Tensor:
+    return x[:, torch.arange(x.shape[1] - 1, -1, -1)]
+
+
+def _gathered(x: Tensor) -> Tensor:
+    return x[torch.arange(x.shape[0] - 1, -1, -1)]
+
+
+def _both(x: Tensor) -> Tensor:
+    return ((x > 0.2) & (x < 0.9)).to(torch.float32)
+
+
+def kernels() -> Iterator[Micro]:
+    """Portable kernels: one thread of loops each."""
+    yield from (_layer_norm(*shape) for shape in ((16, 64, 8), (64, 384, 4), (196, 192, 4), (256, 32, 4)))
+    yield from (_embedding(rows, 1024, wide, q) for rows, wide in ((16, 64), (64, 384)) for q in ("", INT4))
+    sizes = ((1, 16, 64), (1, 64, 384))
+    functions = {"add": lambda x: x + x, "negate": torch.neg, "cumsum": lambda x: torch.cumsum(x, -1),
+                 "where": _masked, "picked": _picked, "both": _both, "top": lambda x: torch.topk(x, 2, -1)[0],
+                 "heads": lambda x: x.transpose(1, 2).contiguous(), "softmax": _softmax,
+                 "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
+    for name, function in functions.items():
+        times = 1 if name in ("top", "both", "heads") else 4
+        yield from (called(name, function, size, times=times, target="portable") for size in sizes)
+    yield from (called("gathered", _gathered, size, target="portable") for size in ((16, 64, 128), (32, 64, 32)))
+    yield called("matmul", torch.bmm, (2, 16, 32), (2, 32, 16), target="portable")
+    yield called("matmul", torch.bmm, (9, 64, 64), (9, 64, 64), target="portable")

@@ -1,0 +1,110 @@
+"""Peak memory of a program: what is packed and padded, what lies there twice for a moment, and what never shrinks it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from machine import KERNELS, Kernel, made
+
+from edgetune.profile import cost, device
+from edgetune.profile.memory import MIB, RUNTIME_MIB, packed_bytes, peak_memory_mib
+from edgetune.profile.operators import DType, Operator
+
+LINEAR, CONV, POINTWISE, MATMUL, DEPTHWISE = KERNELS[:5]
+WIDE = KERNELS[6]
+PORTABLE = Kernel("aten.cumsum.out", "other", delegated=False)
+
+
+def test_packed_weights_are_padded_to_whole_vectors() -> None:
+    assert packed_bytes(made(LINEAR, 4, 16, 10)) == 16 * (10 * 4 + 4)
+    assert packed_bytes(made(LINEAR, 4, 17, 10)) == 32 * (10 * 4 + 4)
+    assert packed_bytes(made(CONV, 4, 20, 10)) == 32 * (9 * 10 * 4 + 4)
+    assert packed_bytes(made(POINTWISE, 4, 3, 10)) == 16 * (10 * 4 + 4)
+    assert packed_bytes(made(DEPTHWISE, 4, 20, 1)) == 32 * (9 * 4 + 4)
+    assert packed_bytes(made(WIDE, 4, 20, 1)) == 20 * 16 * (49 * 4 + 4)  # a product for each channel
+    assert packed_bytes(made(MATMUL, 4, 20, 8)) == 0  # both of its sides are activations
+
+
+def test_eight_bit_weights_are_padded_in_depth_too() -> None:
+    assert packed_bytes(made(LINEAR, 4, 16, 10, "int8")) == 16 * (16 + 8)
+    assert packed_bytes(made(LINEAR, 4, 16, 16, "int8")) == 16 * (16 + 8)
+    assert packed_bytes(made(CONV, 4, 16, 3, "int8")) == 16 * (9 * 8 + 8)
+
+
+def test_four_bit_weights_keep_their_scales() -> None:
+    plain = made(LINEAR, 4, 64, 64, "8da4w")
+    scaled = plain.model_copy(update={"weight_bytes": plain.weight_bytes + 1000})
+    assert packed_bytes(scaled) == packed_bytes(plain) + 1000
+    assert packed_bytes(plain) < packed_bytes(made(LINEAR, 4, 64, 64, "int8"))
+
+
+def test_each_group_is_padded_by_itself() -> None:
+    whole = made(CONV, 4, 32, 8)
+    grouped = whole.model_copy(update={"groups": 4, "columns": 8, "macs": whole.macs // 4})
+    assert packed_bytes(grouped) == 4 * 16 * (9 * 2 * 4 + 4)
+
+
+def test_the_weights_of_one_delegate_lie_there_twice() -> None:
+    layer, left = made(LINEAR, 1, 512, 512), made(PORTABLE, 1, 1, 1)
+    together = peak_memory_mib([layer, layer, left])
+    apart = peak_memory_mib([layer, left, layer])
+    assert together - apart == pytest.approx(layer.weight_bytes / MIB)
+
+
+def test_weights_that_executorchs_attention_reads_are_not_a_delegates() -> None:
+    layer, left = made(LINEAR, 1, 512, 512), made(PORTABLE, 1, 1, 1)
+    attention = made(Kernel("llama.custom_sdpa.default", "matmul"), 1, 8, 8)
+    assert peak_memory_mib([layer, attention, layer]) < peak_memory_mib([layer, made(MATMUL, 1, 8, 8), layer])
+    assert peak_memory_mib([layer, layer, left]) > peak_memory_mib([layer, attention, layer])
+
+
+def test_an_empty_looking_program_takes_what_the_runtime_takes() -> None:
+    nothing = made(Kernel("xnnpack.add", "elementwise"), 1, 1, 1)
+    assert peak_memory_mib([nothing]) == pytest.approx(RUNTIME_MIB, rel=0.01)
+    assert peak_memory_mib([nothing], plan_bytes=3 * int(MIB)) == pytest.approx(RUNTIME_MIB + 3, rel=0.01)
+
+
+def test_kernels_outside_of_delegates_count_once_and_their_weights_as_stored() -> None:
+    def table(name: str, weights: int) -> Operator:
+        return made(Kernel(name, "embedding", delegated=False), 1, 1, 1).model_copy(update={"weight_bytes": weights})
+
+    one, again, other = table("aten.embedding.out", 0), table("aten.embedding.out", 0), table("aten.other.out", 0)
+    same, both = peak_memory_mib([one, again]), peak_memory_mib([one, other])
+    assert both > same + 0.1
+    read = table("aten.embedding.out", 2 * int(MIB))
+    assert peak_memory_mib([read]) == pytest.approx(peak_memory_mib([one]) + 2)
+
+
+def test_the_workspace_is_that_of_the_largest_operator() -> None:
+    small, large = made(KERNELS[11], 64, 64, 1), made(KERNELS[11], 1024, 1024, 1)
+    alone, beside = peak_memory_mib([large]), peak_memory_mib([large, small])
+    assert beside == pytest.approx(alone, abs=0.01)
+    assert alone > peak_memory_mib([small]) + 0.5 * large.activation_bytes / MIB
+
+
+def test_no_size_ever_shrinks_it() -> None:
+    draw = random.Random(6)
+    dtypes: tuple[DType, ...] = ("fp32", "int8", "8da4w")
+    beside = [made(LINEAR, 8, 64, 64), made(PORTABLE, 8, 8, 1)]
+    for _ in range(300):
+        kernel, dtype = draw.choice(KERNELS), draw.choice(dtypes)
+        size = [int(2 ** draw.uniform(0, 10)) for _ in range(3)]
+        one, plan = made(kernel, *size, dtype), draw.choice((0, 10**6))
+        before = peak_memory_mib([one, *beside], plan)
+        assert before > RUNTIME_MIB
+        for axis in range(3):
+            larger = list(size)
+            larger[axis] += draw.choice((1, 9, 100))
+            assert peak_memory_mib([made(kernel, *larger, dtype), *beside], plan) >= before, (kernel, dtype, size, axis)
+        for name in ("weight_bytes", "activation_bytes"):
+            grown = one.model_copy(update={name: getattr(one, name) + 10**6})
+            assert peak_memory_mib([grown, *beside], plan) >= before, (kernel, dtype, size, name)
+        assert peak_memory_mib([one, *beside], plan + 1) > before
+        assert peak_memory_mib([one, one, *beside], plan) > before
+
+
+def test_too_much_for_the_device_is_said() -> None:
+    huge = made(LINEAR, 1, 65536, 65536)
+    assert "more than the 8 GiB fitted" in cost.predict([huge], device.load("raspberry-pi-5")).note
+    assert "GiB" not in cost.predict([made(LINEAR, 1, 64, 64)], device.load("raspberry-pi-5")).note
