@@ -138,3 +138,24 @@ def devices_calibrate(
     )
     printed({"path": str(path), **found.model_dump(mode="json")} if as_json else "\n".join([text, *found.notes]))
     return 0
+
+
+@devices.command("compare")
+def devices_compare(
+    program: Annotated[Path, typer.Argument(metavar="MODEL.pte", help="A .pte with its model.json beside it.")],
+    devices: Annotated[str | None, typer.Option(metavar="A,B,C", help="Ids or paths; default: all.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with a picture.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Predict a program on every device that is known: latency, memory, energy, cold start, and whether it fits."""
+    from edgetune.profile.compare import compare, plain, text
+
+    names = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]
+    found = compare(program, names)
+    if html is not None:
+        from edgetune.profile.pictures import page
+
+        page(found, html)
+        print(f"page: {html}", file=sys.stderr)
+    printed(plain(found) if as_json else text(found))
+    return 0

@@ -34,12 +34,14 @@ def profile(
     runner: Annotated[
         Path | None, typer.Option(help="Over adb: executorch's executor_runner, built for Android.")
     ] = None,
+    by_layer: Annotated[bool, typer.Option("--layers", help="Also what bounds each layer, predicted.")] = False,
     as_json: Json = False,
 ) -> int:
     """Say what a program costs on a device: predicted, and measured where it can be run."""
     from edgetune.export.language.artifact import load_any
     from edgetune.profile.calls import predicted_calls
     from edgetune.profile.device import HOST, load
+    from edgetune.profile.layers import layers, plain, text
     from edgetune.profile.runners.place import parsed
 
     place = parsed(on)
@@ -53,12 +55,17 @@ def profile(
         {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None}
         for p, m in itertools.zip_longest(predicted, measured)
     ]
+    found = layers(artifact, described) if by_layer else ()
+    for call, of in zip(calls, found):  # noqa: B905  none without --layers
+        call["layers"] = plain(of)
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
         printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
         return 0
     for call in calls:
         printed(f"predicted: {_pairs(call['predicted'])}")
         printed(f"measured: {_pairs(call['measured']) if call['measured'] else 'this machine cannot run it'}")
+    for of in found:
+        printed("\n" + text(of))
     return 0
 
 

@@ -53,6 +53,7 @@ EXTRAS = {
     "transformers": "text",
     "PIL": "vision",
     "sklearn": "baselines",
+    "scipy": "export",
     "datasets": "hub",
     "plotly": "report",
     "lightning": "lightning",

@@ -19,6 +19,7 @@ from typing import Any
 
 from edgetune.export.operators import is_free
 from edgetune.profile.operators import DType, Kind, Operator
+from edgetune.technique import EdgetuneError
 
 _BITS = {
     "fp32": 32, "fp16": 16, "bf16": 16, "qint8": 8, "quint8": 8, "qdint8": 8, "qpint8": 8, "qcint8": 8, "qint32": 32,
@@ -72,15 +73,21 @@ def executed(
 
     `data`: the bytes of the `.pte`. `modules`: for each instruction the module it comes from, of a delegate a table
     from its nodes' debug handles; left out where they do not fit the instructions. `instead`: other sizes for those
-    of activations, such as 1 for the most tokens that a call may have.
+    of activations, such as 1 for the most tokens that a call may have. Raises `EdgetuneError` for an unknown method and
+    for what is no program.
     """
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir._serialize._program import _ExtendedHeader
 
+    if data[4:6] != b"ET":  # the flatbuffer's own mark: ET12 and its kin
+        raise EdgetuneError("this is no ExecuTorch program")
     header = _ExtendedHeader.from_bytes(data[8:40].ljust(32, b"\0"))
     size, base = (header.program_size, header.segment_base_offset) if header.is_valid() else (len(data), 0)
     program = _flatbuffer_to_program(data[:size])
-    plan = next(plan for plan in program.execution_plan if plan.name == method)
+    plans = {plan.name: plan for plan in program.execution_plan or ()}
+    if method not in plans:
+        raise EdgetuneError("the program has no such method", got=method, allowed=plans)
+    plan = plans[method]
     sizes = dict(instead or {})
     for value in plan.values:
         if type(value.val).__name__ == "Tensor" and not _is_constant(value.val):
@@ -142,11 +149,13 @@ def _portable(plan: Any, call: Any, module: str) -> Operator:
     embedding = "embedding" in name
     weight_bytes = _bytes(written[0]) if embedding and written else sum(map(_bytes, weights))
     scalar = str(written[0].scalar_type.name) if written else "FLOAT"
+    if "convolution" in name and any(type(value).__name__ == "Bool" and value.bool_val for value in values):
+        rows = math.prod(read[0].sizes or ())  # transposed: each value read is multiplied, not each one written
     macs = _attention_macs(tensors) if "sdpa" in name else _product_macs(name, read, rows)
     return Operator(
         operator=name,
         module=module,
-        kind=_portable_kind(name),
+        kind="embedding" if embedding else _portable_kind(name),  # embedding_byte among them
         dtype=_PORTABLE_DTYPES.get(scalar, "fp32"),
         output_shape=shape,
         macs=macs,

@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-profile"
 SECONDS, LIMIT_S = 0.1, 300.0
 COMPARE_S = 2.0
+TASKS = ("minilm", "effnet-lite0")
 Row = dict[str, Any]
 
 
@@ -139,6 +140,29 @@ def compared_s(name: str) -> float:
     return time.perf_counter() - begun
 
 
+def trained() -> list[Row]:
+    """Steps of training schemes predicted and measured, each task in a process of its own."""
+    found: list[Row] = []
+    for task in TASKS:
+        command = [sys.executable, str(ROOT / "tests" / "bench_profile_training.py"), task]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found += json.loads(told.splitlines()[-1])
+        print(f"{task}: steps predicted and measured", file=sys.stderr, flush=True)
+    return found
+
+
+def training_verdicts(steps: list[Row]) -> list[tuple[bool, str]]:
+    """Time within 20 %, memory within 10 %, of every scheme."""
+    if not steps:
+        return [(False, "training steps: not measured")]
+    times = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in steps]
+    kept = [abs(row["predicted_kept_mib"] / row["measured_kept_mib"] - 1) for row in steps]
+    return [
+        (max(times) <= 0.2, f"training steps within 20 % for {share(times, 0.2):.0f} % of {len(steps)} schemes (all)"),
+        (max(kept) <= 0.1, f"what they keep for backward within 10 % for {share(kept, 0.1):.0f} % of them (all)"),
+    ]
+
+
 def verdicts(rows: list[Row], band_pct: float, validation: Any, compare_s: float) -> list[tuple[bool, str]]:
     """What the whole is held to."""
     latency = [row["predicted_ms"] / row["measured_ms"] - 1 for row in rows]
@@ -172,7 +196,9 @@ def verdicts(rows: list[Row], band_pct: float, validation: Any, compare_s: float
     return found
 
 
-def document(rows: list[Row], host: Device, noise: float, found: list[tuple[bool, str]], validation: Any) -> str:
+def document(
+    rows: list[Row], steps: list[Row], host: Device, noise: float, found: list[tuple[bool, str]], validation: Any
+) -> str:
     """The page."""
     calibration, machine = host.calibration, versions()
     assert calibration is not None
@@ -188,7 +214,8 @@ def document(rows: list[Row], host: Device, noise: float, found: list[tuple[bool
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in found),
         "",
         "The kernels' terms (`edgetune/profile/terms.py`) were worked out with these programs in sight, their rates "
-        "are fitted without them. Small configurations with random weights, batch 1.",
+        "are fitted without them. The constants of peak memory (`edgetune/profile/memory.py`) are fitted to these very "
+        "programs. Small configurations with random weights, batch 1.",
         "",
         "## Unseen programs on this host",
         "",
@@ -203,6 +230,18 @@ def document(rows: list[Row], host: Device, noise: float, found: list[tuple[bool
             f"| {row['program']} | {row['measured_ms']:.3f} | {row['predicted_ms']:.3f} | {error:+.0f} % | {inside} | "
             f"{row['measured_mib']:.1f} | {row['predicted_mib']:.1f} | {memory:+.0f} % |"
         )
+    lines += [
+        "",
+        "## Training steps on this host, two threads",
+        "",
+        "| task | scheme | measured, ms | predicted, ms | kept, MiB | predicted, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['task']} | {r['method']} | {r['measured_ms']:.0f} | {r['predicted_ms']:.0f} | "
+        f"{r['measured_kept_mib']:.1f} | {r['predicted_kept_mib']:.1f} |"
+        for r in steps
+    ]  # fmt: skip
     return "\n".join([*lines, "", "## Published rows", "", "```", *told_of(validation), "```"]) + "\n"
 
 
@@ -227,6 +266,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: as `edgetune devices calibrate` chooses")
+    parser.add_argument("--no-training", dest="training", action="store_false", help="leave the steps out")
     parser.add_argument("--keep", action="store_true", help="take the last calibration")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-profile.json")
     given = parser.parse_args()
@@ -245,11 +285,13 @@ def main() -> None:
         compare_s = min(compared_s(mobile) for _ in range(3))
     except subprocess.CalledProcessError as error:
         raise EdgetuneError(f"devices compare failed: {error.stderr[-500:]!r}") from error
-    found = verdicts(rows, host.calibration.band_pct, validation, compare_s)
+    steps = trained() if given.training else []
+    found = verdicts(rows, host.calibration.band_pct, validation, compare_s) + training_verdicts(steps)
     given.out.write_text(
-        json.dumps({"rows": rows, "noise_pct": noise, "verdicts": found}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"rows": rows, "steps": steps, "noise_pct": noise, "verdicts": found}, indent=1) + "\n",
+        encoding="utf-8",
     )
-    given.out.with_suffix(".md").write_text(document(rows, host, noise, found, validation), encoding="utf-8")
+    given.out.with_suffix(".md").write_text(document(rows, steps, host, noise, found, validation), encoding="utf-8")
     print("\n".join(f"{'reached' if met else 'MISSED'}: {text}" for met, text in found))
     sys.exit(0 if all(met for met, _ in found) else 1)
 

@@ -45,7 +45,8 @@ def main(task: str) -> None:
         found.append({
             "task": task, "method": method, "predicted_ms": profile.step_ms(resolved),
             "measured_ms": statistics.median(times), "all_ms": times,
-            "predicted_kept_mib": profile.account(resolved).kept_bytes / MIB, "measured_kept_mib": worker.memory()["kept_mib"],
+            "predicted_kept_mib": profile.account(resolved).kept_bytes / MIB,
+            "measured_kept_mib": worker.memory()["kept_mib"],
         })  # fmt: skip
     print(json.dumps(found), file=out)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from edgetune.export import Artifact, export
-from edgetune.profile import calibrate, device, measure, micro, profile
+from edgetune.profile import calibrate, calibration, device, measure, micro, profile, trials
 from edgetune.technique import EdgetuneError
 
 
@@ -68,14 +71,42 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, compiler: None) -> Artifa
     return export(_Small().eval(), inputs, tmp_path_factory.mktemp("program") / "small.pte", target="xnnpack")
 
 
+Steps = list[tuple[str, int, int]]
+
+
 @pytest.fixture(scope="module")
-def host_file(tmp_path_factory: pytest.TempPathFactory, compiler: None) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory, compiler: None) -> Path:
+    """The programs of a quick calibration."""
+    folder = tmp_path_factory.mktemp("programs")
+    said: Steps = []
+    assert trials.build(folder, True, lambda *step: said.append(step)) == []
+    total = len(trials.trials(True))
+    assert said == [("build", done, total) for done in range(1, total + 1)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host_file(tmp_path_factory: pytest.TempPathFactory, built: Path) -> Path:
+    """A calibration that was stopped after eight of nine programs and three timings, one of them half written."""
     path = tmp_path_factory.mktemp("calibration") / "host.yaml"
-    said: list[tuple[str, int, int]] = []
-    calibrate.calibrate(path, threads=1, quick=True, progress=lambda *step: said.append(step))
-    assert [done for _, done, _ in said] == list(range(len(said)))
-    assert said[-1] == ("fit", said[-1][2], said[-1][2])
+    said: Steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = trials.folder_for(True)
+        shutil.copytree(built, folder)
+        (folder / "tiny-delegated-1.json").unlink()
+        timings = [{"name": name, "us": 7.0, "load_ms": 0.5, "threads": threads} for name, threads in KEPT]
+        lines = [json.dumps(line) for line in timings]
+        (folder / "timings.jsonl").write_text("\n".join([*lines, lines[0][:20]]) + "\n", encoding="utf-8")
+        calibrate.calibrate(path, threads=1, quick=True, progress=lambda *step: said.append(step))
+        assert not folder.exists()
+    total = len(trials.trials(True))
+    assert said[0] == ("build", total, total)
+    assert said[1:] == [("time", done, total) for done in range(2, total + 1)]  # one timing was kept
     return path
+
+
+KEPT = (("tiny-portable-1", 1), ("tiny-portable-33", 2))  # the second was made with other threads
 
 
 def test_inputs_are_made_from_the_manifest(artifact: Artifact) -> None:
@@ -105,23 +136,115 @@ def test_calibrate_writes_a_descriptor_that_predicts_beside_the_measurement(
     host_file: Path, artifact: Artifact, own_folder: None
 ) -> None:
     described = device.load(host_file)
-    section = described.calibration
-    assert section is not None
-    assert (section.threads, described.thread_count) == (1, 1)
-    assert section.programs == 7
-    kinds = {(e.kind, e.delegated) for e in section.efficiencies}
-    assert {("linear", True), ("elementwise", True)} <= kinds
-    assert section.versions["executorch"]
-    assert any("quick calibration" in note for note in described.notes)
-    assert [item.name for item in host_file.parent.iterdir()] == ["host.yaml"]
-    here = device.user_folder() / "host.yaml"
-    here.parent.mkdir(parents=True)
-    here.write_bytes(host_file.read_bytes())
-    found = profile(artifact, "host")
-    assert found.predicted.calibrated
-    assert "never calibrated: a guess" in found.predicted.note  # quick leaves embeddings out, and says so
-    assert found.measured is not None
-    assert found.measured.threads == 1
+    found = described.calibration
+    assert found is not None
+    assert (found.device, found.threads, described.thread_count) == ("host", 1, 1)
+    assert (found.programs, found.networks) == (7, 2)
+    kinds = {(curve.kind, curve.delegated) for curve in found.curves.values()}
+    assert {("linear", True), ("pointwise-conv", True)} <= kinds
+    assert found.versions["executorch"]
+    assert any("quick calibration" in note for note in found.notes)
+    assert {item.name for item in host_file.parent.iterdir()} == {"host.yaml", "host.calibration.json"}
+    assert "calibration" not in yaml.safe_load(host_file.read_text(encoding="utf-8"))
+    shutil.copytree(host_file.parent, device.user_folder())
+    shown = profile(artifact, "host")
+    assert shown.predicted.calibrated
+    assert "aten.embedding.out fp32 was never calibrated" in shown.predicted.note  # quick leaves it out, and says so
+    assert shown.measured is not None
+    assert shown.measured.threads == 1
+    assert calibrate.host_device() == device.load("host")
+
+
+def test_a_calibration_is_kept_whole(host_file: Path, tmp_path: Path) -> None:
+    beside = calibration.path_beside(host_file)
+    assert beside.name == "host.calibration.json"
+    found = calibration.read(beside)
+    assert found is not None
+    calibration.write(tmp_path / "again.json", found)
+    assert (tmp_path / "again.json").read_bytes() == beside.read_bytes()
+    assert calibration.read(tmp_path / "absent.json") is None
+
+
+def test_a_calibration_in_the_descriptor_is_refused_with_what_to_do(host_file: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(host_file.read_text(encoding="utf-8"))
+    content["calibration"] = {"threads": 1}
+    (tmp_path / "host.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(EdgetuneError, match="calibration: it lies in a file of its own; run `edgetune devices calibr"):
+        device.load(tmp_path / "host.yaml")
+
+
+def test_a_calibration_of_another_device_is_refused(host_file: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(host_file.read_text(encoding="utf-8"))
+    content["id"] = "other"
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    shutil.copy(calibration.path_beside(host_file), tmp_path / "other.calibration.json")
+    with pytest.raises(EdgetuneError, match=r"another device's: got 'host'; allowed: other[\s\S]*calibrate` again"):
+        device.load(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("threads", 0), ("band_log", float("inf")), ("curves", {}), ("format", 1), ("error_pct", None), ("date", "today")],
+)
+def test_a_calibration_with_a_fault_is_refused_by_field(
+    host_file: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    content = json.loads(calibration.path_beside(host_file).read_text(encoding="utf-8"))
+    (tmp_path / "host.calibration.json").write_text(json.dumps({**content, field: value}), encoding="utf-8")
+    shutil.copy(host_file, tmp_path / "host.yaml")
+    with pytest.raises(EdgetuneError, match=rf"cannot be read: {field}[\s\S]*calibrate` again"):
+        device.load(tmp_path / "host.yaml")
+
+
+def test_rates_that_are_negative_or_all_zero_are_refused(host_file: Path, tmp_path: Path) -> None:
+    content = json.loads(calibration.path_beside(host_file).read_text(encoding="utf-8"))
+    name = next(iter(content["curves"]))
+    for rates in ({"1": 0.0}, {"1": -1.0}, {}):
+        content["curves"][name]["rates"] = rates
+        (tmp_path / "x.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(EdgetuneError, match="cannot be read"):
+            calibration.read(tmp_path / "x.json")
+    (tmp_path / "x.json").write_bytes(b"{")
+    with pytest.raises(EdgetuneError, match="cannot be read"):
+        calibration.read(tmp_path / "x.json")
+
+
+def test_what_is_built_is_not_built_again(built: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in built.iterdir()}
+    said: Steps = []
+    assert trials.build(built, True, lambda *step: said.append(step)) == []
+    assert said == []
+    assert {path.name: path.stat().st_mtime_ns for path in built.iterdir()} == before
+
+
+def test_what_takes_the_timing_process_down_is_named_and_the_rest_is_timed(built: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "programs"
+    shutil.copytree(built, folder)
+    names = [trial.name for trial in trials.trials(True)][:5]
+    fatal, rubbish = folder / "linear-64x256x256.pte", folder / "tiny-delegated-1.pte"
+    whole = fatal.read_bytes()
+    fatal.write_bytes(whole[:200] + b"\xff" * 200 + whole[400:])  # offsets that lead out of the file
+    rubbish.write_bytes(b"\0" * 256)
+    said: Steps = []
+    timed, failed = trials.clock(
+        folder, names, threads=1, seconds=0.005, rounds=2, progress=lambda *step: said.append(step)
+    )
+    good = [name for name in names if name not in (fatal.stem, rubbish.stem)]
+    assert sorted(one.name for one in timed) == sorted(2 * good)
+    assert all(one.us > 0 and one.load_ms > 0 for one in timed)
+    told = dict(line.split(": ", 1) for line in failed)
+    assert set(told) == {fatal.stem, rubbish.stem}
+    assert "took its process down (code -" in told[fatal.stem]
+    assert "load" in told[rubbish.stem]
+    again, _ = trials.clock(folder, good, threads=1, seconds=0.005, rounds=2)
+    assert sorted(again, key=repr) == sorted(timed, key=repr)  # all from the file, nothing timed anew
+
+
+def test_programs_lie_by_what_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    quick, whole = trials.folder_for(True), trials.folder_for(False)
+    assert quick != whole
+    assert quick.parent == whole.parent == tmp_path / "edgetune" / "calibrate"
 
 
 def test_calibrate_refuses_before_any_work(tmp_path: Path) -> None:
@@ -133,9 +256,92 @@ def test_calibrate_refuses_before_any_work(tmp_path: Path) -> None:
 
 
 def test_every_micro_program_computes() -> None:
-    programs = (*micro.tiny(), *micro.programs(), *micro.quick())
-    assert 12 <= len(micro.programs()) <= 40
-    assert len({item.name for item in programs}) == len(programs)
+    found = trials.trials(quick=False)
+    assert len({trial.name for trial in found}) == len(found)
+    assert sum(trial.network for trial in found) >= 10
+    assert {trial.name for trial in trials.trials(quick=True) if not trial.network} <= {
+        item.name for item in (*micro.tiny(), *micro.quick())
+    }
     with torch.no_grad():
-        for item in programs:
-            assert torch.isfinite(item.module().eval()(*item.inputs())).all(), item.name
+        for trial in found:
+            item = trial.item
+            # a logarithm may meet a zero among a quarter of a million values
+            assert torch.isfinite(item.module().eval()(*item.inputs())).float().mean() > 0.9999, item.name
+
+
+# --- a table of measurements made elsewhere ---
+
+HEADER = "program,latency_us,load_ms,kind"
+
+
+@pytest.fixture
+def table(built: Path, tmp_path: Path) -> Path:
+    """A table beside the programs, as long as the work is."""
+    lines = [HEADER]
+    for trial in trials.trials(True):
+        (tmp_path / f"{trial.name}.pte").write_bytes((built / f"{trial.name}.pte").read_bytes())
+        work = sum(operator.macs for operator in trials.operators_of(built, trial.name))
+        lines.append(f"{trial.name}.pte,{20 + work / 1e4:.1f},0.8,{'network' if trial.network else ''}")
+    (tmp_path / "pi.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path / "pi.csv"
+
+
+def test_a_table_calibrates_a_device_that_was_described(table: Path) -> None:
+    found = calibrate.calibrate_from(table, "raspberry-pi-5")
+    assert (found.device, found.threads, found.programs, found.networks) == ("raspberry-pi-5", 4, 7, 2)
+    assert any("pi.csv: 9 measurements" in note for note in found.notes)
+    described = device.load("raspberry-pi-5")
+    assert described.calibration == found
+    assert [path.name for path in device.user_folder().iterdir()] == ["raspberry-pi-5.calibration.json"]
+
+
+def test_a_table_may_go_to_a_file_and_to_a_descriptor_of_ones_own(table: Path, tmp_path: Path) -> None:
+    content, _ = device.read("raspberry-pi-5")
+    assert isinstance(content, dict)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({**content, "id": "mine"}), encoding="utf-8")
+    found = calibrate.calibrate_from(table, str(mine), threads=2)
+    assert device.load(mine).calibration == found
+    assert found.threads == 2
+    calibrate.calibrate_from(table, "raspberry-pi-5", out=tmp_path / "elsewhere.json")
+    assert calibration.read(tmp_path / "elsewhere.json") is not None
+    assert not device.user_folder().exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        (["program,load_ms", "{0},1"], r"lacks a column: got 'latency_us'[\s\S]*program,latency_us,load_ms,kind"),
+        (["a,b", "1,2"], "lacks a column: got 'program, latency_us'"),
+        ([], "lacks a column"),
+        ([HEADER, "absent.pte,5"], r"line 2: no such program: got 'absent\.pte'"),
+        ([HEADER, "{0},-5"], r"line 2: latency_us must be a positive number: got '-5'"),
+        ([HEADER, "{0},nan"], "latency_us must be a positive number"),
+        ([HEADER, "{0},0"], "latency_us must be a positive number"),
+        ([HEADER, "{0}"], "latency_us must be a positive number"),
+        ([HEADER, "{0},fast"], "got 'fast'"),
+        ([HEADER, "{0},5,-1"], "load_ms must be a positive number"),
+        (["latency_us,program", "5"], "line 2: no such program"),
+        ([HEADER, "{0},5"], "too few programs"),
+        ([HEADER], "too few programs"),
+    ],
+)
+def test_a_table_with_a_fault_is_refused_by_line(table: Path, lines: list[str], match: str) -> None:
+    text = "\n".join(lines).replace("{0}", "tiny-delegated-1.pte")
+    table.write_text(text, encoding="utf-8")
+    with pytest.raises(EdgetuneError, match=match):
+        calibrate.calibrate_from(table, "raspberry-pi-5")
+    assert not device.user_folder().exists()
+
+
+def test_what_is_no_program_or_no_table_is_refused(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.pte").write_bytes(b"\0" * 256)
+    table.write_text(f"{HEADER}\nbad.pte,5\n", encoding="utf-8")
+    with pytest.raises(EdgetuneError, match=r"line 2: .*program"):
+        calibrate.calibrate_from(table, "raspberry-pi-5")
+    with pytest.raises(EdgetuneError, match="the table cannot be read"):
+        calibrate.calibrate_from(tmp_path / "absent.csv", "raspberry-pi-5")
+    with pytest.raises(EdgetuneError, match="unknown device"):
+        calibrate.calibrate_from(table, "raspberry-pie-5")
+    with pytest.raises(EdgetuneError, match="threads must be"):
+        calibrate.calibrate_from(table, "raspberry-pi-5", threads=0)

@@ -39,6 +39,7 @@ VERBS = [
     "devices add",
     "devices validate",
     "devices calibrate",
+    "devices compare",
 ]
 RECIPE = """\
 name: mine

@@ -1,4 +1,4 @@
-"""Peak memory of a program: what is packed and padded, what lies there twice for a moment, and what never shrinks it."""
+"""Peak memory of a program: what is packed and padded, what lies there twice for a moment, and that it only grows."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def calibrate(
     """Time micro-programs on this host, fit the cost model, and write descriptor and calibration; returns the device.
 
     `out`: a `.yaml` file, by default `host.yaml` in the user's folder, where `load("host")` finds it; the calibration
-    goes beside it, as JSON. `threads`: by default all cores of the process, or one where timings with all of them do
-    not repeat, as on a shared machine. `quick`: few programs, for tests; its predictions are poor. Takes up to ten
+    goes beside it, as JSON. `threads`: by default all cores of the process, or one on a virtual machine and where
+    timings with all of them do not repeat. `quick`: few programs, for tests; its predictions are poor. Takes up to ten
     minutes on 2 cores; a calibration that was stopped goes on where it was. Both files are written at the end.
     """
     path = _path(out)
@@ -47,7 +47,12 @@ def calibrate(
     names = [trial.name for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
     seconds, rounds = (_QUICK_SECONDS, 1) if quick else (_SECONDS, _ROUNDS)
     notes = ["A quick calibration, for tests: predictions from it are poor."] if quick else []
-    cores = threads if threads is not None else host.cores()
+    cores = threads if threads is not None else 1 if host.virtual() else host.cores()
+    if threads is None and host.virtual() and host.cores() > 1:
+        notes.append(
+            f"One thread: this is a virtual machine, whose cores run at the same time only when its host lets them; a "
+            f"small program then takes up to three times as long, for minutes. --threads {host.cores()} takes them all."
+        )
     clocked, more = trials.clock(folder, names, threads=cores, seconds=seconds, rounds=rounds, progress=progress)
     if threads is None and cores > 1 and not _steady(clocked):
         notes.append(
@@ -208,28 +213,42 @@ def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, o
     """Fit a calibration of a described device to a table of measurements made elsewhere, and write it.
 
     `table`: a CSV with the columns `program` (path of a `.pte`, relative to the table), `latency_us`, and where known
-    `load_ms` and `kind` (`network` for a whole model). The calibration goes to the user's folder, or to `out`.
+    `load_ms` and `kind` (`network` for a whole model). The calibration goes where `load(device_id)` looks, or to `out`.
+    Raises `EdgetuneError` for a table or a program that cannot be read, with the line.
     """
-    from edgetune.export.executed import executed
-
     device = load(device_id)
+    if threads is not None and threads < 1:
+        raise EdgetuneError("threads must be at least 1", got=threads)
     timings: list[Clocked] = []
     operators: dict[str, tuple[Operator, ...]] = {}
     networks: set[str] = set()
     for number, row in _rows(table):
         where = f"{table}, line {number}"
-        name, path = row["program"], table.parent / row["program"]
+        name = row["program"] or ""
+        path = table.parent / name
         if not path.is_file():
-            raise EdgetuneError("no such program", where=where, got=row["program"])
+            raise EdgetuneError("no such program", where=where, got=name)
         timings.append(Clocked(name, _number(row, "latency_us", where), _number(row, "load_ms", where, 0.0)))
-        operators[name] = operators.get(name) or executed(path.read_bytes())
+        operators[name] = operators.get(name) or _executed(path, where)
         if (row.get("kind") or "").strip() == "network":
             networks.add(name)
     threads = threads if threads is not None else device.thread_count
     note = f"From {table.name}: {len(timings)} measurements."
     found = fitted(timings, operators, networks, device, threads, [note])
-    write(out or path_beside(user_folder() / (device.id + SUFFIX)), found)
+    described = Path(device_id) if device_id.endswith(SUFFIX) else user_folder() / (device.id + SUFFIX)
+    write(out or path_beside(described), found)
     return found
+
+
+def _executed(path: Path, where: str) -> tuple[Operator, ...]:
+    from edgetune.export.executed import executed
+
+    try:
+        return executed(path.read_bytes())
+    except EdgetuneError as error:
+        raise error.within(where) from error
+    except Exception as error:  # whatever executorch's reader says of a file that is no program
+        raise EdgetuneError("the program cannot be read", where=where, got=path.name) from error
 
 
 def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:

@@ -39,7 +39,9 @@ def predicted_calls(artifact: Artifact | LanguageArtifact, device: str | Device)
     known = artifact.manifest
     calibrated = described.calibration is not None
     found = []
-    for (call, operators), (_, run) in zip(_operators(artifact, calibrated), _operators(artifact, True), strict=True):
+    for (call, operators), (_, run) in zip(
+        operators_of(artifact, calibrated), operators_of(artifact, True), strict=True
+    ):
         one = predict(
             operators,
             described,
@@ -47,7 +49,7 @@ def predicted_calls(artifact: Artifact | LanguageArtifact, device: str | Device)
             program_bytes=getattr(known, "total_bytes", known.size_bytes),
             delegate_calls=known.delegates,
         )
-        memory_mib = peak_memory_mib(run, known.plan_bytes)
+        memory_mib = peak_memory_mib(run, known.plan_bytes, getattr(known, "total_bytes", known.size_bytes))
         if not calibrated and known.target == "xnnpack":
             one = _taught(one, operators, described)
         found.append(one.model_copy(update={"call": call, "peak_memory_mib": memory_mib}))
@@ -71,7 +73,7 @@ def _taught(found: Predicted, operators: Sequence[Operator], device: Device) -> 
     )
 
 
-def _operators(
+def operators_of(
     artifact: Artifact | LanguageArtifact, as_executed: bool
 ) -> tuple[tuple[str, tuple[Operator, ...]], ...]:
     """The kinds of call and their operators: as in the model, or as the runtime executes them if the manifest says."""

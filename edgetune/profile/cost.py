@@ -75,7 +75,7 @@ def predict(
         log = device.calibration.band_log + sum(part.us * part.log for part in parts) / total_us
     else:
         log = (calls_us * roofline.PRIOR_LOG + sum(part.us * part.log for part in parts)) / total_us
-    memory_mib = peak_memory_mib(unfolded(operators), plan_bytes)
+    memory_mib = peak_memory_mib(unfolded(operators), plan_bytes, program_bytes)
     return Predicted(
         device=device.id,
         latency_ms=total_us / 1e3,

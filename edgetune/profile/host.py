@@ -64,6 +64,12 @@ def macs_per_cycle(flags: list[str] | None) -> float | None:
     return next((macs for flag, macs in widths.items() if flag in flags), 4.0)
 
 
+def virtual() -> bool:
+    """Whether this is a virtual machine, as far as the processor says so."""
+    fields = cpuinfo(_text(_CPUINFO)) if _CPUINFO.exists() else {}
+    return "hypervisor" in fields.get("flags", "").split()
+
+
 def cores() -> int:
     """Cores that this process may use, which in a container are fewer than those fitted."""
     affinity = getattr(os, "sched_getaffinity", None)

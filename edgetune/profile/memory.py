@@ -1,10 +1,11 @@
 """Peak memory of a program above an empty process: what is planned, what is packed, and what the runtime adds.
 
-    peak = arena + packed weights + the largest delegate's weights + workspace + tables + runtime
+    peak = arena + packed weights + the convolutions' weights of one delegate + workspace + tables + runtime
 
-XNNPACK packs the weights of one delegate after the other and gives the unpacked ones of each back; where all of a
-network is one delegate, its weights lie there twice for a moment. Packed means padded: to 16 columns and, of 8-bit
-types, to 8 products deep.
+XNNPACK packs the weights of one delegate after the other. Those of linear layers go back one by one as they are packed,
+those of convolutions when the delegate is whole: where all of a network is one delegate, they lie there twice for a
+moment (measured: of a transformer the peak holds its weights once, of a convolutional net twice). Packed means padded:
+to 16 columns and, of 8-bit types, to 8 products deep.
 """
 
 from __future__ import annotations
@@ -18,21 +19,28 @@ from edgetune.profile.terms import DEPTH, VECTOR, is_product, up, wide_window
 MIB = 1024.0 * 1024.0
 # Fitted once to the peaks of 90 programs in fresh processes (families of models in fp32, int8 and int4).
 RUNTIME_MIB = 0.65
-_KERNEL_MIB = 0.16  # code and tables of each kind of kernel outside of the delegates, paged in when first called
-_OPERATOR_MIB = 0.0019  # what the runtime keeps for each operator
-_WORKSPACE = 0.8  # of the inputs and outputs of the largest delegated operator
-_INDIRECTION = 0.5  # of a table of pointers, one for each place and value under the window
+_KERNEL_MIB = 0.17  # code and tables of each kind of kernel outside of the delegates, paged in when first called
+_OPERATOR_MIB = 0.0018  # what the runtime keeps for each operator
+_WORKSPACE = 0.4  # of the inputs and outputs of the largest delegated operator
+_INDIRECTION = 0.25  # of a table of pointers, one for each place and value under the window
 _POINTER_BYTES, _ROWS = 8, 7
 _WEIGHT_BYTES: dict[DType, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "8da4w": 0.5}
 
 
-def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0) -> float:
-    """MiB that loading and running the program adds to an empty process. Pages of it that nobody reads take nothing."""
+def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_bytes: int | None = None) -> float:
+    """MiB that loading and running the program adds to an empty process.
+
+    `program_bytes`: size of the `.pte`: what of it is no operator's weights (instructions, constants that a delegate
+    reads as an input) is paged in; of a table only the rows that are looked up.
+    """
     apart = {operator.operator for operator in operators if not operator.delegated}
     workspace = max((o.activation_bytes for o in operators if o.delegated), default=0)
-    total = plan_bytes + _largest_delegate(operators) + _WORKSPACE * workspace
+    total = plan_bytes + _kept_until_whole(operators) + _WORKSPACE * workspace
     total += sum(packed_bytes(o) + _INDIRECTION * _pointers_bytes(o) for o in operators if o.delegated)
     total += sum(operator.weight_bytes for operator in operators if not operator.delegated)
+    tables = any(operator.kind == "embedding" for operator in operators)  # most of such a file may be never read
+    if program_bytes is not None and not tables:
+        total += max(program_bytes - sum(operator.weight_bytes for operator in operators), 0)
     return total / MIB + RUNTIME_MIB + _KERNEL_MIB * len(apart) + _OPERATOR_MIB * len(operators)
 
 
@@ -65,10 +73,13 @@ def _pointers_bytes(operator: Operator) -> float:
     return up(places, _ROWS) * operator.window * _POINTER_BYTES
 
 
-def _largest_delegate(operators: Sequence[Operator]) -> float:
-    largest = current = 0
+def _kept_until_whole(operators: Sequence[Operator]) -> float:
+    """Bytes of the convolutions' weights in the delegate that has most of them."""
+    most = current = 0
     for operator in operators:
-        within = operator.delegated and "sdpa" not in operator.operator  # executorch's attention is no delegate's
-        current = current + operator.weight_bytes if within else 0
-        largest = max(largest, current)
-    return float(largest)
+        if not operator.delegated:
+            current = 0
+        elif "conv" in operator.kind:
+            current += operator.weight_bytes
+        most = max(most, current)
+    return float(most)

@@ -2,8 +2,8 @@
 
     microseconds = sum over terms of (size x microseconds per unit), each rate positive
 
-A product of M x K by K x N, computed in tiles, has the terms M N K (padded to whole tiles), M N, M K and N K. M N K over
-the sum is an efficiency that rises with each of the sizes, as it does on real kernels. The rates are fitted to timed
+A product of M x K by K x N, computed in tiles, has the terms M N K (padded to whole tiles), M N, M K and N K. M N K
+over the sum is an efficiency that rises with each of the sizes, as it does on real kernels. The rates are fitted to timed
 programs (`edgetune.profile.fit`), one set for each curve.
 """
 
@@ -127,7 +127,7 @@ def _product(operator: Operator, elements: int, columns: int, tile: Tile) -> dic
 
 
 def shared_terms(operator: Operator, footprint_bytes: float, caches: Caches) -> dict[Key, float]:
-    """Thousands of bytes from beyond the caches: weights if the whole program's do not fit, activations by themselves."""
+    """Thousands of bytes from beyond the caches: weights if the program's do not fit, activations by themselves."""
     found: dict[Key, float] = {}
     if operator.weight_bytes:
         for level, holds in (("last level", caches.near_bytes), ("memory", caches.last_bytes)):

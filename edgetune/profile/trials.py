@@ -84,23 +84,29 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
     with ThreadPoolExecutor(max(builders, 1)) as pool:
         commands = [[str(folder), str(part), str(builders), "quick" if quick else "all"] for part in range(builders)]
         jobs = [pool.submit(_follow, "edgetune.profile.trials", command, told) for command in commands]
-        for _ in missing:
+        waiting = len(jobs)
+        while waiting:
             answer = told.get()
-            if answer is None:
-                break
+            if answer is None:  # one of them has ended
+                waiting -= 1
+                continue
             done += 1
             if progress is not None:
                 progress("build", done, len(wanted))
             if "error" in answer:
                 failed.append(f"{answer['name']}: {answer['error']}")
         problems = [problem for job in jobs if (problem := job.result())]
-    if problems and any(not _built(folder, name) for name in missing) and not failed:
-        raise EdgetuneError(f"the micro-programs could not be built: {problems[0]}", exit_code=Exit.EXPORT)
+    told_of = {line.partition(":")[0] for line in failed}
+    lost = [name for name in missing if not _built(folder, name) and name not in told_of]
+    if lost:
+        why = f": {problems[0]}" if problems else ""
+        action = "run it again: it goes on where it was"
+        raise EdgetuneError(f"{len(lost)} micro-programs were not built{why}", action=action, exit_code=Exit.EXPORT)
     return failed
 
 
 def _follow(module: str, arguments: list[str], told: SimpleQueue[dict[str, Any] | None]) -> str:
-    """Pass on what a child prints as JSON lines; how it failed, or nothing."""
+    """Pass on what a child prints as JSON lines, then `None`; how it failed, or nothing."""
     command = [sys.executable, "-m", module, *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as child:
@@ -112,10 +118,8 @@ def _follow(module: str, arguments: list[str], told: SimpleQueue[dict[str, Any] 
                 if line.startswith("{"):
                     told.put(json.loads(line))
             code = child.wait()
-            if code == 0:
-                return ""
             told.put(None)
-            return f"the process ended with code {code}: {' '.join(errors.result().split()[-40:])}"
+            return "" if code == 0 else f"the process ended with code {code}: {' '.join(errors.result().split()[-40:])}"
 
 
 def _built(folder: Path, name: str) -> bool:

@@ -16,6 +16,7 @@ from edgetune.ledger import Ledger
 from edgetune.registry import require
 from edgetune.report.drawing import Figure
 from edgetune.report.figures import figures
+from edgetune.report.layer_figures import rooflines_of
 from edgetune.report.numbers import DASH, finite, noun, number, percent, plural, score, unit
 from edgetune.report.tables import (
     QUANTITIES,
@@ -49,19 +50,42 @@ def page(ledger: Ledger, path: Path) -> None:
 
     Raises `EdgetuneError` where plotly is missing.
     """
-    drawn = figures(ledger)
-    offline = require("plotly.offline", "the HTML report")
-    template = Template(resources.files("edgetune.report").joinpath("page.html").read_text(encoding="utf-8"))
-    said = sentences(ledger)
-    text = template.substitute(
-        title=escaped(f"{ledger.recipe} - edgetune"),
-        heading=escaped(ledger.recipe),
-        kind=escaped(f"edgetune run · model {ledger.model} · data {ledger.data} · seed {ledger.seed}"),
-        sentences=f'<p class="lead">{escaped(said[0])}</p>\n'
-        + "".join(f"<p>{escaped(line)}</p>\n" for line in said[1:]),
+    drawn = (*figures(ledger), *rooflines_of(ledger, path.parent))
+    write_page(
+        path,
+        drawn,
+        title=ledger.recipe,
+        kind=f"edgetune run · model {ledger.model} · data {ledger.data} · seed {ledger.seed}",
+        said=sentences(ledger),
         tiles=tiles(ledger),
         main=body(ledger, drawn),
-        footer=escaped(footer(ledger)),
+        footer=footer(drawn),
+    )
+
+
+def write_page(
+    path: Path,
+    drawn: Sequence[Figure],
+    *,
+    title: str,
+    kind: str,
+    said: Sequence[str],
+    main: str,
+    footer: str,
+    tiles: str = "",
+) -> None:
+    """Fill the page with these figures, and HTML for `tiles` and `main`; the rest is text."""
+    offline = require("plotly.offline", "the HTML report")
+    template = Template(resources.files("edgetune.report").joinpath("page.html").read_text(encoding="utf-8"))
+    text = template.substitute(
+        title=escaped(f"{title} - edgetune"),
+        heading=escaped(title),
+        kind=escaped(kind),
+        sentences=f'<p class="lead">{escaped(said[0])}</p>\n'
+        + "".join(f"<p>{escaped(line)}</p>\n" for line in said[1:]),
+        tiles=tiles,
+        main=main,
+        footer=escaped(footer),
         figures=as_json({figure.key: {"spec": figure.spec, "wide": figure.wide} for figure in drawn}),
         plotly=offline.get_plotlyjs().replace("</script", "<\\/script"),
     )
@@ -84,7 +108,9 @@ def body(ledger: Ledger, drawn: Sequence[Figure]) -> str:
         section("Budget", (), (verdict_table(ledger),), drawn),
         section("Steps", ("quality-size", "kept"), (steps, quality_table(ledger)), drawn),
         section("Training", ("loss-",), (training_table(ledger),), drawn),
-        section("On devices", ("latency", "memory"), (predicted_table(ledger), measured_table(ledger)), drawn),
+        section(
+            "On devices", ("latency", "memory", "roofline-"), (predicted_table(ledger), measured_table(ledger)), drawn
+        ),
         section("Program", ("delegated", "leftovers"), (program_table(ledger), leftover_table(ledger)), drawn),
         section("How it was run", (), (environment_table(ledger),), drawn, recipe(ledger)),
     ]
@@ -190,12 +216,13 @@ def recipe(ledger: Ledger) -> str:
     return f"<details open><summary>Resolved recipe</summary><pre>{escaped(text)}</pre></details>"
 
 
-def footer(ledger: Ledger) -> str:
+def footer(drawn: Sequence[Figure]) -> str:
     """How to tell the two kinds of numbers apart, and where they all are."""
+    rooflines = any(figure.key.startswith("roofline-") for figure in drawn)
     return (
         "Predicted: computed from a device descriptor, blue and hatched. Measured: timed on a machine, orange and "
         "filled. 1 MiB is 1,048,576 bytes. Every number of this page stands in ledger.json beside it."
-    )
+    ) + (" Rooflines are computed from the program's manifest." if rooflines else "")
 
 
 # The numbers at the top

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_map
 
 from edgetune.export import operators
@@ -77,6 +76,8 @@ def _of_one_token(program: ExportedProgram) -> Iterator[None]:
 def _single(value: Any) -> Any:
     if not isinstance(value, Tensor) or all(isinstance(size, int) for size in value.shape):
         return value
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # imports sympy, half a second
+
     sizes = []
     for size in value.shape:
         if isinstance(size, int) or free_unbacked_symbols(size):

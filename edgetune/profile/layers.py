@@ -1,0 +1,171 @@
+"""What each layer of a program is predicted to take on a device, and what bounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgetune.ledger import Predicted
+from edgetune.profile.calls import operators_of, predicted_calls
+from edgetune.profile.cost import parts_of, predict
+from edgetune.profile.device import Device, load
+from edgetune.profile.operators import DType
+from edgetune.profile.part import Bound, Part
+from edgetune.profile.rates import CACHE_RATIO, rates_of
+
+if TYPE_CHECKING:
+    from edgetune.export.artifact import Artifact
+    from edgetune.export.language.artifact import LanguageArtifact
+
+MOST = 30
+OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module, its operators summed. `utilization_pct`: of the rate that bounds it."""
+
+    module: str
+    operators: int
+    ms: float
+    share_pct: float  # of the time of one run
+    bound: Bound  # of the operators that take most of its time
+    utilization_pct: float
+    macs: int
+    moved_bytes: int  # as stored: 8-bit operands are a quarter of the bytes
+    dtype: DType  # of most of its time
+
+    @property
+    def intensity(self) -> float:
+        """Multiply-accumulates for each byte moved."""
+        return self.macs / self.moved_bytes if self.moved_bytes else 0.0
+
+    @property
+    def gmacs(self) -> float:
+        """Billion multiply-accumulates per second that it reaches."""
+        return self.macs / (self.ms * 1e6) if self.ms else 0.0
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What bounds every layer on the device, in multiply-accumulates."""
+
+    memory_gb_s: float
+    cache_gb_s: float  # of what stays in the last cache
+    gmacs: dict[DType, float]  # flat, by type
+
+
+@dataclass(frozen=True)
+class Layers:
+    """One kind of call on one device: its layers, the slowest first, and what is no layer's."""
+
+    call: Predicted
+    layers: tuple[Layer, ...]
+    other: Layer | None  # what the rest takes together
+    calls_ms: float  # of calling the program and its delegates
+    bounds_pct: dict[Bound, float]  # share of the time, the calls among the overhead
+    roof: Roof
+
+
+def layers(artifact: Artifact | LanguageArtifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
+    """The layers of each kind of call, in the order of `predicted_calls`, whose latency they add up to."""
+    described = device if isinstance(device, Device) else load(device)
+    known = artifact.manifest
+    found = []
+    calibrated = described.calibration is not None
+    pairs = zip(predicted_calls(artifact, described), operators_of(artifact, calibrated), strict=True)
+    for call, (_, operators) in pairs:
+        bare_ms = predict(operators, described, plan_bytes=known.plan_bytes, delegate_calls=known.delegates).latency_ms
+        slower = call.latency_ms / bare_ms  # what published measurements add
+        found.append(_of_call(call, parts_of(operators, described), slower, described, most))
+    return tuple(found)
+
+
+def _of_call(call: Predicted, parts: Sequence[Part], slower: float, device: Device, most: int) -> Layers:
+    modules: dict[str, list[Part]] = {}
+    for part in parts:
+        modules.setdefault(part.operator.module or NO_MODULE, []).append(part)
+    summed = [_summed(name, of, slower, call.latency_ms) for name, of in modules.items()]
+    summed.sort(key=lambda layer: -layer.ms)
+    names = {layer.module for layer in summed[most:]}
+    rest = [part for name, of in modules.items() if name in names for part in of]
+    rates = rates_of(device)
+    calls_ms = max(call.latency_ms - slower * sum(part.us for part in parts) / 1e3, 0.0)
+    bounds: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "overhead": 100 * calls_ms / call.latency_ms}
+    for part in parts:
+        bounds[part.bound] += 100 * slower * part.us / 1e3 / call.latency_ms
+    dtypes = sorted({part.operator.dtype for part in parts if part.operator.macs and part.operator.delegated})
+    return Layers(
+        call=call,
+        layers=tuple(summed[:most]),
+        other=_summed(OTHER, rest, slower, call.latency_ms) if rest else None,
+        calls_ms=calls_ms,
+        bounds_pct=bounds,
+        roof=Roof(
+            memory_gb_s=rates.memory_gb_s,
+            cache_gb_s=rates.memory_gb_s * CACHE_RATIO,
+            gmacs={dtype: rates.threads_gmacs * rates.speedup("linear", dtype) for dtype in dtypes},
+        ),
+    )
+
+
+def _summed(name: str, parts: Sequence[Part], slower: float, total_ms: float) -> Layer:
+    us = slower * sum(part.us for part in parts)
+    bounds: dict[Bound, float] = {}
+    dtypes: dict[DType, float] = {}
+    for part in parts:
+        bounds[part.bound] = bounds.get(part.bound, 0.0) + part.us
+        dtypes[part.operator.dtype] = dtypes.get(part.operator.dtype, 0.0) + part.us
+    full_us = sum(max(part.compute_us, part.memory_us) for part in parts)
+    return Layer(
+        module=name,
+        operators=len(parts),
+        ms=us / 1e3,
+        share_pct=100 * us / 1e3 / total_ms,
+        bound=max(bounds, key=lambda bound: bounds[bound]),
+        utilization_pct=100 * min(full_us / us, 1.0),
+        macs=sum(part.operator.macs for part in parts),
+        moved_bytes=sum(part.operator.weight_bytes + part.operator.activation_bytes for part in parts),
+        dtype=max(dtypes, key=lambda dtype: dtypes[dtype]),
+    )
+
+
+def plain(found: Layers) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "layers": [asdict(layer) for layer in found.layers],
+        "other": asdict(found.other) if found.other else None,
+        "calls_ms": found.calls_ms,
+        "bounds_pct": found.bounds_pct,
+    }
+
+
+def text(found: Layers) -> str:
+    """The layers as a table for a terminal."""
+    from edgetune.report.numbers import number, percent
+
+    head = ("module", "ms", "share %", "bound", "used %", "MAC/byte", "GMAC/s", "type")
+    rows: list[tuple[str, ...]] = [
+        (
+            layer.module,
+            number(layer.ms),
+            percent(layer.share_pct),
+            layer.bound,
+            percent(layer.utilization_pct),
+            number(layer.intensity),
+            number(layer.gmacs),
+            layer.dtype,
+        )
+        for layer in (*found.layers, *([found.other] if found.other else []))
+    ]
+    share = 100 * found.calls_ms / found.call.latency_ms
+    rows.append((CALLS, number(found.calls_ms), percent(share), "overhead", "-", "-", "-", "-"))
+    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
+    left = (0, 3, 7)
+    lines = [
+        "  ".join(c.ljust(w) if n in left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in (head, *rows)
+    ]
+    first = f"predicted by layer: {found.call.where}, {number(found.call.latency_ms)} ms"
+    return "\n".join([first, *(line.rstrip() for line in lines)])
