@@ -3,8 +3,8 @@
     microseconds = sum over terms of (size x microseconds per unit), each rate positive
 
 A product of M x K by K x N, computed in tiles, has the terms M N K (padded to whole tiles), M N, M K and N K. M N K
-over the sum is an efficiency that rises with each of the sizes, as it does on real kernels. The rates are fitted to timed
-programs (`edgetune.profile.fit`), one set for each curve.
+over the sum is an efficiency that rises with each of the sizes, as it does on real kernels. The rates are fitted to
+timed programs (`edgetune.profile.fit`), one set for each curve.
 """
 
 from __future__ import annotations
