@@ -99,7 +99,8 @@ def build(families: list[str]) -> list[str]:
 def measured(names: list[str], host: Device, rounds: int) -> tuple[list[Row], float]:
     """Each program predicted and measured, and how far its timings lie apart."""
     assert host.calibration is not None
-    (WORK / "timings.jsonl").unlink(missing_ok=True)
+    for stale in WORK.glob("timings-*.jsonl"):
+        stale.unlink()
     timings, failed = trials.clock(WORK, names, threads=host.calibration.threads, seconds=SECONDS, rounds=rounds)
     assert not failed, failed
     rows = []
@@ -148,6 +149,12 @@ def trained() -> list[Row]:
         told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found += json.loads(told.splitlines()[-1])
         print(f"{task}: steps predicted and measured", file=sys.stderr, flush=True)
+    return found
+
+
+def held(path: Path) -> list[Row]:
+    """The steps that stand in the file."""
+    found: list[Row] = json.loads(path.read_text(encoding="utf-8")).get("steps", []) if path.is_file() else []
     return found
 
 
@@ -266,7 +273,9 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: as `edgetune devices calibrate` chooses")
-    parser.add_argument("--no-training", dest="training", action="store_false", help="leave the steps out")
+    parser.add_argument(
+        "--no-training", dest="training", action="store_false", help="take the steps that were measured last"
+    )
     parser.add_argument("--keep", action="store_true", help="take the last calibration")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-profile.json")
     given = parser.parse_args()
@@ -285,7 +294,7 @@ def main() -> None:
         compare_s = min(compared_s(mobile) for _ in range(3))
     except subprocess.CalledProcessError as error:
         raise EdgetuneError(f"devices compare failed: {error.stderr[-500:]!r}") from error
-    steps = trained() if given.training else []
+    steps = trained() if given.training else held(given.out)
     found = verdicts(rows, host.calibration.band_pct, validation, compare_s) + training_verdicts(steps)
     given.out.write_text(
         json.dumps({"rows": rows, "steps": steps, "noise_pct": noise, "verdicts": found}, indent=1) + "\n",

@@ -31,10 +31,16 @@ def main(task: str) -> None:
     scheme = json.loads((ROOT / "docs" / f"bench-sparse-{task}.json").read_text(encoding="utf-8"))["scheme"]
     looked = Worker(task, "last-1")
     model = finalize(looked.model).requires_grad_(True)
-    head = TASKS[task].head
-    profile = Profile.of(model, looked.batches[0], looked.loss, SparseUpdate(head=head))
+    head, kept = TASKS[task].head, TASKS[task].activations  # how `auto` keeps them there
+
+    def look(technique: SparseUpdate) -> Profile:
+        return Profile.of(model, looked.batches[0], looked.loss, technique)
+
+    exact = look(SparseUpdate(head=head))
+    own = exact if kept == "exact" else look(SparseUpdate(head=head, activations=kept))
     found = []
     for method in METHODS:
+        profile = own if method == "auto" else exact
         settings = {"full-light": {"scheme": {"*": "full"}}, "auto": {"scheme": scheme, "head": "frozen"}}
         technique = SparseUpdate(**{"scheme": method, "head": head, **settings.get(method, {})})
         resolved = technique.resolve(model)

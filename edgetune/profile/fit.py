@@ -26,6 +26,7 @@ from edgetune.profile.terms import (
     Key,
     Tile,
     curve_of,
+    family_of,
     footprint_bytes,
     is_product,
     shared_terms,
@@ -44,6 +45,7 @@ _SOFT = 0.1  # a relative error above it counts less than by its square
 _SWEEPS = 6
 _TILE_ROWS, _TILE_COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), (8, 16, 32)
 _TILED: tuple[DType, ...] = ("fp32", "int8", "8da4w")
+_FEW = 4  # programs that a kernel has to occur in, if it leads none
 _LEAST_LOG = math.log(1.03)  # no band is narrower: two timings of one program differ by as much
 
 
@@ -63,6 +65,7 @@ class Setting:
 
     caches: Caches
     tiles: Mapping[DType, Tile] = field(default_factory=dict)
+    stand_ins: Mapping[str, str] = field(default_factory=dict)  # curves that another is fitted for
 
     def tile(self, dtype: DType) -> Tile:
         """The tile of this type's products."""
@@ -76,10 +79,11 @@ class Fit:
     rates: Rates
     tiles: dict[DType, Tile]
     errors: dict[str, float]  # predicted over measured, less one
+    stand_ins: dict[str, str] = field(default_factory=dict)
 
     def us(self, operators: Sequence[Operator], caches: Caches) -> float:
         """Microseconds of a program."""
-        return predicted_us(equation(operators, Setting(caches, self.tiles)), self.rates)
+        return predicted_us(equation(operators, Setting(caches, self.tiles, self.stand_ins)), self.rates)
 
 
 def equation(operators: Sequence[Operator], setting: Setting) -> Counter[Key]:
@@ -90,7 +94,7 @@ def equation(operators: Sequence[Operator], setting: Setting) -> Counter[Key]:
         if operator.delegated and not delegated:
             total[(DELEGATE, "1")] += 1
         delegated = operator.delegated
-        curve = curve_of(operator)
+        curve = setting.stand_ins.get(curve_of(operator), curve_of(operator))
         for term, size in terms_of(operator, setting.tile(operator.dtype)).items():
             total[(curve, term)] += size  # type: ignore[assignment]
         for key, size in shared_terms(operator, footprint, setting.caches).items():
@@ -116,10 +120,31 @@ def fit(timed: Sequence[Timed], caches: Caches) -> Fit:
         if not item.operators:
             raise EdgetuneError("a timed program has no operators", where=item.name)
     tiles = _tiles(timed, caches)
-    setting = Setting(caches, tiles)
+    setting = Setting(caches, tiles, stand_ins(timed))
     equations = [equation(item.operators, setting) for item in timed]
     rates = solve(timed, equations)
-    return Fit(rates, tiles, _left_out(timed, equations))
+    return Fit(rates, tiles, _left_out(timed, equations), dict(setting.stand_ins))
+
+
+def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
+    """Curves that too few programs show to be told from what stands around them, and whose they take.
+
+    That of the same kernel in another type, if it leads a program of its own: whatever is left over in the one program
+    that such a kernel occurs in would become its rate.
+    """
+    programs: Counter[str] = Counter()
+    leading: set[str] = set()
+    for item in timed:
+        counts = Counter(curve_of(operator) for operator in item.operators)
+        programs.update(counts.keys())
+        if not item.network:
+            leading.add(counts.most_common(1)[0][0])
+    found: dict[str, str] = {}
+    for curve, count in programs.items():
+        kin = sorted(other for other in leading if family_of(other) == family_of(curve) and other != curve)
+        if count < _FEW and curve not in leading and kin:
+            found[curve] = kin[0]
+    return found
 
 
 def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:

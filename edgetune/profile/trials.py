@@ -2,7 +2,7 @@
 
 `python -m edgetune.profile.trials FOLDER PART OF QUICK` is the side that builds: each of the parts takes every so many
 programs. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its operators in `NAME.json`; timings are lines
-of `timings.jsonl`, written as they come, so that a calibration that was stopped goes on where it was.
+of `timings-HOST.jsonl`, written as they come, so that a calibration that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from edgetune.technique import EdgetuneError, Exit, Sample
 Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many
 
 _BUILDERS = 2  # processes: a compiler takes a gigabyte
-_TIMINGS = "timings.jsonl"
+TIMINGS = f"timings-{platform.node() or 'here'}.jsonl"  # the folder may lie in a home that several machines share
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ def _built(folder: Path, name: str) -> bool:
 def build_part(folder: Path, part: int, of: int, quick: bool) -> None:
     """Build every so many of the programs that are missing, and print each name."""
     torch.set_num_threads(1)
-    missing = [trial for trial in trials(quick) if not _built(folder, trial.name)]
-    for trial in missing[part::of]:
+    for trial in (trial for trial in trials(quick)[part::of] if not _built(folder, trial.name)):
         told = {"name": trial.name}
         try:
             _build(trial.item, folder)
@@ -177,8 +177,7 @@ def clock(
 ) -> tuple[list[Clocked], list[str]]:
     """Time each program so many times, all of them once before any of them again; and those that do not run.
 
-    Rounds that lie apart, because a machine that others use is slow for minutes at a time. A program that takes the
-    process down is named, and the next process goes on after it.
+    Rounds that lie apart, because a machine that others use is slow for minutes at a time.
     """
     kept = list(_kept(folder, threads))
     failed: dict[str, str] = {}
@@ -187,22 +186,20 @@ def clock(
         had = [sum(one.name == name for one in kept) for name in names]
         waiting = [name for name, times in zip(names, had, strict=True) if times <= number and name not in failed]
         done = (number + 1) * len(names) - len(waiting)
-        while waiting:
-            for told in _told(folder, waiting, threads, seconds):
-                waiting.remove(told["name"])
-                if "error" in told:
-                    failed[told["name"]] = told["error"]
-                else:
-                    kept.append(Clocked(told["name"], told["us"], told["load_ms"]))
-                done += 1
-                if progress is not None:
-                    progress("time", done, total)
+        for told in _told(folder, waiting, threads, seconds) if waiting else ():
+            if "error" in told:
+                failed[told["name"]] = told["error"]
+            else:
+                kept.append(Clocked(told["name"], told["us"], told["load_ms"]))
+            done += 1
+            if progress is not None:
+                progress("time", done, total)
     return kept, [f"{name}: {why}" for name, why in failed.items()]
 
 
 def _kept(folder: Path, threads: int) -> Iterator[Clocked]:
     """What was timed before this calibration was stopped."""
-    path = folder / _TIMINGS
+    path = folder / TIMINGS
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -215,13 +212,12 @@ def _kept(folder: Path, threads: int) -> Iterator[Clocked]:
 
 
 def _told(folder: Path, names: Sequence[str], threads: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """What one process says of the programs it times; the one that took it down last, with an error."""
+    """What a process says of the programs that it times, one after the other."""
     request = {"threads": threads, "seconds": seconds, "names": list(names)}
     write_whole(folder / "request.json", json.dumps(request))
     command = [sys.executable, "-m", "edgetune.export.clock.many", str(folder)]
-    begun = ""
     with (
-        (folder / _TIMINGS).open("a", encoding="utf-8") as log,
+        (folder / TIMINGS).open("a", encoding="utf-8") as log,
         (folder / "stderr").open("w", encoding="utf-8") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as child,
     ):
@@ -229,21 +225,17 @@ def _told(folder: Path, names: Sequence[str], threads: int, seconds: float) -> I
             assert child.stdout is not None
             for line in child.stdout:
                 told = json.loads(line) if line.startswith("{") else {}
-                begun = told["name"] if told.get("state") == "begun" else ""
-                if told.get("state") in ("done", "failed"):
-                    if told["state"] == "done":
-                        print(json.dumps({**told, "threads": threads}), file=log, flush=True)
+                if told.get("state") == "done":
+                    print(json.dumps({**told, "threads": threads}), file=log, flush=True)
+                if told:
                     yield told
             code = child.wait()
         finally:
             child.kill()
-    if begun:
-        yield {"name": begun, "error": f"it took its process down (code {code})"}
-    elif code != 0:
+    if code != 0:
         last = (folder / "stderr").read_text(encoding="utf-8", errors="replace").split()[-40:]
-        raise EdgetuneError(
-            f"the micro-programs could not be timed, code {code}: {' '.join(last)}", exit_code=Exit.EXPORT
-        )
+        what = f"the micro-programs could not be timed, code {code}: {' '.join(last)}"
+        raise EdgetuneError(what, exit_code=Exit.EXPORT)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""`python -m edgetune.export.clock.many FOLDER`: time many programs in one process, one after the other.
+"""`python -m edgetune.export.clock.many FOLDER`: time many programs, each in a fork of one process.
 
-It answers `request.json` (threads, seconds, rounds, names), with `<name>.pte` and `<name>.pt` beside it, and prints
-one JSON line for each program that it has timed, so that nothing is lost when one of them takes the process down.
+It answers `request.json` (threads, seconds, names), with `<name>.pte` and `<name>.pt` beside it, and prints one JSON
+line for each program that it has timed. A fork, because a program that shares a process finds the workspace of those
+before it, and because one that crashes takes only its own fork down.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,15 +27,29 @@ def main(folder: Path) -> int:
     """Run as a program."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     machine.pin(int(request["threads"]))
-    runtime = loaded_runtime(int(request["threads"]))
+    runtime = loaded_runtime(None)  # without a thread of its own until a fork asks for some
     for name in request["names"]:
-        print(json.dumps({"name": name, "state": "begun"}), flush=True)
-        try:
-            told = {"state": "done", **_timed(runtime, folder, name, float(request["seconds"]))}
-        except Exception as error:  # one program that does not load or run: the others go on
-            told = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
-        print(json.dumps({"name": name, **told}), flush=True)
+        fork = os.fork()
+        if fork == 0:
+            os._exit(_told(runtime, folder, name, int(request["threads"]), float(request["seconds"])))
+        status = os.waitpid(fork, 0)[1]
+        if status != 0:
+            _say({"name": name, "state": "failed", "error": f"it took its process down (status {status})"})
     return 0
+
+
+def _told(runtime: Any, folder: Path, name: str, threads: int, seconds: float) -> int:
+    try:
+        runtime._unsafe_reset_threadpool(threads)
+        torch.set_num_threads(threads)  # a kernel that calls BLAS would wait for a second thread on the same core
+        _say({"name": name, "state": "done", **_timed(runtime, folder, name, seconds)})
+    except Exception as error:  # one program that does not load or run: the others go on
+        _say({"name": name, "state": "failed", "error": f"{type(error).__name__}: {error}"})
+    return 0
+
+
+def _say(told: dict[str, Any]) -> None:
+    print(json.dumps(told), flush=True)
 
 
 def _timed(runtime: Any, folder: Path, name: str, seconds: float) -> dict[str, float]:
