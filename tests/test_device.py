@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
+from test_device_fields import put
 
 from edgetune.profile import device, yaml_file
 from edgetune.technique import EdgetuneError
@@ -39,20 +39,6 @@ def content(name: str) -> dict[str, Any]:
     loaded, _ = device.read(name)
     assert isinstance(loaded, dict)
     return loaded
-
-
-def put(tree: Any, path: str, value: Any) -> Any:
-    """A copy with the value at the dotted path replaced, or removed for `...`."""
-    changed = copy.deepcopy(tree)
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    node = changed
-    for part in parents:
-        node = node[part]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
-    return changed
 
 
 def test_the_promised_devices_ship() -> None:

@@ -79,18 +79,16 @@ def operators_of(
     """The kinds of call and their operators: as in the model, or as the runtime executes them if the manifest says."""
     from edgetune.export.language.artifact import LanguageArtifact
 
-    if not isinstance(artifact, LanguageArtifact):
-        plain = artifact.manifest
-        return (("", plain.executed if as_executed and plain.executed else plain.operators),)
     known = artifact.manifest
-    if as_executed and known.executed:
-        return (
-            (token(known), tuple(map(_attending, known.decode_executed))),
-            (piece(known), tuple(map(_attending, known.executed))),
-        )
+    as_executed = as_executed and bool(known.executed)
+    whole = known.executed if as_executed else known.operators
+    if not isinstance(artifact, LanguageArtifact):
+        return (("", whole),)
+    spoken = artifact.manifest
+    single = spoken.decode_executed if as_executed else spoken.decode_operators
     return (
-        (token(known), tuple(map(_attending, known.decode_operators))),
-        (piece(known), tuple(map(_attending, known.operators))),
+        (token(spoken), tuple(map(_attending, single))),
+        (piece(spoken), tuple(map(_attending, whole))),
     )
 
 

@@ -16,6 +16,7 @@ from edgetune.profile.memory import MIB, peak_memory_mib
 from edgetune.profile.operators import Kind, Operator
 from edgetune.profile.part import Part
 from edgetune.profile.rates import Rates, rates_of
+from edgetune.profile.terms import footprint_bytes
 from edgetune.technique import EdgetuneError
 
 _LAYERS: frozenset[Kind] = frozenset({"conv", "pointwise-conv", "depthwise-conv", "linear"})
@@ -102,7 +103,7 @@ def cold_start_ms(operators: Sequence[Operator], device: Device, program_bytes: 
 
     Where the storage is unknown the file is taken to lie in memory already.
     """
-    weights = float(sum(operator.weight_bytes for operator in operators))
+    weights = footprint_bytes(operators)
     size = weights if program_bytes is None else float(program_bytes)
     speed = device.storage.read_mb_s.value
     reading_ms = size / (speed * 1e3) if speed else 0.0

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -94,7 +94,8 @@ def equation(operators: Sequence[Operator], setting: Setting) -> Counter[Key]:
         if operator.delegated and not delegated:
             total[(DELEGATE, "1")] += 1
         delegated = operator.delegated
-        curve = setting.stand_ins.get(curve_of(operator), curve_of(operator))
+        own = curve_of(operator)
+        curve = setting.stand_ins.get(own, own)
         for term, size in terms_of(operator, setting.tile(operator.dtype)).items():
             total[(curve, term)] += size  # type: ignore[assignment]
         for key, size in shared_terms(operator, footprint, setting.caches).items():
@@ -135,16 +136,20 @@ def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
     programs: Counter[str] = Counter()
     leading: set[str] = set()
     for item in timed:
-        counts = Counter(curve_of(operator) for operator in item.operators)
-        programs.update(counts.keys())
+        programs.update({curve_of(operator) for operator in item.operators})
         if not item.network:
-            leading.add(counts.most_common(1)[0][0])
+            leading.add(_leader(item))
     found: dict[str, str] = {}
     for curve, count in programs.items():
         kin = sorted(other for other in leading if family_of(other) == family_of(curve) and other != curve)
         if count < _FEW and curve not in leading and kin:
             found[curve] = kin[0]
     return found
+
+
+def _leader(item: Timed) -> str:
+    """The curve of the operator that a chain is a chain of."""
+    return Counter(curve_of(operator) for operator in item.operators).most_common(1)[0][0]
 
 
 def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
@@ -218,8 +223,7 @@ def curves(found: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
         sample.update(own)
         programs.update(own.keys())
         if item.name in found.errors and not item.network:
-            counts = Counter(curve_of(operator) for operator in item.operators)
-            leads.setdefault(counts.most_common(1)[0][0], []).append(abs(found.errors[item.name]))
+            leads.setdefault(_leader(item), []).append(abs(found.errors[item.name]))
     made: dict[str, Curve] = {}
     for name, operator in sorted(sample.items()):
         rates = {term: float(f"{rate:.5g}") for (curve, term), rate in found.rates.items() if curve == name}
@@ -257,10 +261,9 @@ def band_log(errors: Sequence[float]) -> float:
     return max(logs[min(rank, len(logs)) - 1], _LEAST_LOG) if logs else math.log(2)
 
 
-def load_costs(timed: Iterator[tuple[float, float]] | Sequence[tuple[float, float]]) -> tuple[float, float]:
+def load_costs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Milliseconds to load a program, and more for each MiB of its weights, from pairs (MiB, ms)."""
     nnls = require("scipy.optimize", "a calibration").nnls
-    pairs = list(timed)
     if not pairs:
         return 0.0, 0.0
     matrix = np.array([[1.0 / ms, mib / ms] for mib, ms in pairs])
@@ -271,4 +274,4 @@ def load_costs(timed: Iterator[tuple[float, float]] | Sequence[tuple[float, floa
 def shuffled(timed: Sequence[Timed]) -> list[Timed]:
     """In an order of their own, so that no fold holds all sizes of one kernel. The same at each call."""
     order = np.random.default_rng(0).permutation(len(timed))
-    return [replace(timed[index]) for index in order]
+    return [timed[index] for index in order]

@@ -19,7 +19,7 @@ PRODUCTS = frozenset({"conv", "pointwise-conv", "linear", "matmul"})
 WEIGHTS, TRAFFIC = "weights", "traffic"  # shared by all curves: what a cache does not hold is read from the next one
 CALL, DELEGATE = "call", "delegate call"
 VECTOR = 16  # channels that a depthwise kernel or a reduction takes at once; of narrower kernels a multiple
-DEPTH = 8
+DEPTH = 8  # products of one place that an 8-bit kernel takes at once
 _K, _M = 1e3, 1e6
 
 
@@ -111,7 +111,7 @@ def _wide_depthwise(operator: Operator, elements: int, tile: Tile) -> dict[str, 
 
 def _product(operator: Operator, elements: int, columns: int, tile: Tile) -> dict[str, float]:
     groups, depth = operator.groups, operator.macs / max(elements, 1)
-    wide = DEPTH if operator.dtype == "int8" else 1  # 8-bit kernels take this many products of one place at once
+    wide = DEPTH if operator.dtype == "int8" else 1
     full = operator.window * up(round(depth / operator.window), wide)
     rows = max(elements // (columns * groups), 1)
     padded_rows = 1 if rows == 1 else up(rows, tile.rows)  # one row has a kernel of its own
