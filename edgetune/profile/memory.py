@@ -1,11 +1,11 @@
 """Peak memory of a program above an empty process: what is planned, what is packed, and what the runtime adds.
 
-    peak = arena + packed weights + the convolutions' weights of one delegate + workspace + tables + runtime
+    peak = arena + packed weights + weights that lie beside their packed copy + workspace + tables + runtime
 
 XNNPACK packs the weights of one delegate after the other. Those of linear layers go back one by one as they are packed,
-those of convolutions when the delegate is whole: where all of a network is one delegate, they lie there twice for a
-moment (measured: of a transformer the peak holds its weights once, of a convolutional net twice). Packed means padded:
-to 16 columns and, of 8-bit types, to 8 products deep.
+so that the largest lies there twice for a moment; those of convolutions go back when the delegate is whole (measured:
+of a transformer the peak holds its weights once and one layer twice, of a convolutional net all of them twice). Packed
+means padded: to 16 columns and, of 8-bit types, to 8 products deep.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from edgetune.profile.terms import DEPTH, VECTOR, is_product, up, wide_window
 
 MIB = 1024.0 * 1024.0
 # Fitted once to the peaks of 90 programs in fresh processes (families of models in fp32, int8 and int4).
-RUNTIME_MIB = 0.65
+RUNTIME_MIB = 0.4
 _KERNEL_MIB = 0.17  # code and tables of each kind of kernel outside of the delegates, paged in when first called
-_OPERATOR_MIB = 0.0018  # what the runtime keeps for each operator
-_WORKSPACE = 0.4  # of the inputs and outputs of the largest delegated operator
-_INDIRECTION = 0.25  # of a table of pointers, one for each place and value under the window
+_DELEGATED_KERNEL_MIB = 0.02  # of each kind and type within them
+_FOUR_BIT_MIB = 0.17  # more where 4-bit weights are packed
+_OPERATOR_MIB = 0.0014  # what the runtime keeps for each operator
+_WORKSPACE = 0.67  # of the inputs and outputs of the largest delegated operator
+_INDIRECTION = 0.2  # of a table of pointers, one for each place and value under the window
 _POINTER_BYTES, _ROWS = 8, 7
 _WEIGHT_BYTES: dict[DType, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "8da4w": 0.5}
 
@@ -33,15 +35,24 @@ def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_
     `program_bytes`: size of the `.pte`: what of it is no operator's weights (instructions, constants that a delegate
     reads as an input) is paged in; of a table only the rows that are looked up.
     """
-    apart = {operator.operator for operator in operators if not operator.delegated}
-    workspace = max((o.activation_bytes for o in operators if o.delegated), default=0)
-    total = plan_bytes + _kept_until_whole(operators) + _WORKSPACE * workspace
-    total += sum(packed_bytes(o) + _INDIRECTION * _pointers_bytes(o) for o in operators if o.delegated)
-    total += sum(operator.weight_bytes for operator in operators if not operator.delegated)
+    delegated = [operator for operator in operators if operator.delegated]
+    apart = [operator for operator in operators if not operator.delegated]
+    workspace = max((operator.activation_bytes for operator in delegated), default=0)
+    total = plan_bytes + _beside_packed_bytes(operators) + _WORKSPACE * workspace
+    total += sum(packed_bytes(operator) + _INDIRECTION * _pointers_bytes(operator) for operator in delegated)
+    total += sum(operator.weight_bytes for operator in apart)
     tables = any(operator.kind == "embedding" for operator in operators)  # most of such a file may be never read
     if program_bytes is not None and not tables:
         total += max(program_bytes - sum(operator.weight_bytes for operator in operators), 0)
-    return total / MIB + RUNTIME_MIB + _KERNEL_MIB * len(apart) + _OPERATOR_MIB * len(operators)
+    return total / MIB + _runtime_mib(delegated, apart)
+
+
+def _runtime_mib(delegated: Sequence[Operator], apart: Sequence[Operator]) -> float:
+    """What the runtime itself takes: its code, the kernels that the program calls, a record of each operator."""
+    kinds = {(operator.operator, operator.dtype) for operator in delegated}
+    four_bit = any(operator.dtype == "8da4w" for operator in delegated)
+    kernels = _KERNEL_MIB * len({operator.operator for operator in apart}) + _DELEGATED_KERNEL_MIB * len(kinds)
+    return RUNTIME_MIB + kernels + _FOUR_BIT_MIB * four_bit + _OPERATOR_MIB * (len(delegated) + len(apart))
 
 
 def packed_bytes(operator: Operator) -> float:
@@ -73,13 +84,18 @@ def _pointers_bytes(operator: Operator) -> float:
     return up(places, _ROWS) * operator.window * _POINTER_BYTES
 
 
-def _kept_until_whole(operators: Sequence[Operator]) -> float:
-    """Bytes of the convolutions' weights in the delegate that has most of them."""
-    most = current = 0
+def _beside_packed_bytes(operators: Sequence[Operator]) -> float:
+    """Most bytes of weights that lie beside their packed copy: of one delegate its convolutions and its largest layer.
+
+    Operators outside of the delegates part one delegate from the next.
+    """
+    most = convolutions = largest = 0
     for operator in operators:
         if not operator.delegated:
-            current = 0
+            convolutions = largest = 0
         elif "conv" in operator.kind:
-            current += operator.weight_bytes
-        most = max(most, current)
+            convolutions += operator.weight_bytes
+        else:
+            largest = max(largest, operator.weight_bytes)
+        most = max(most, convolutions + largest)
     return float(most)
