@@ -22,6 +22,7 @@ from typing import Any
 
 import bench_export
 import bench_export_worker as worker
+import bench_profile_training
 import torch
 from families import FAMILIES
 
@@ -141,12 +142,13 @@ def compared_s(name: str) -> float:
     return time.perf_counter() - begun
 
 
-def trained() -> list[Row]:
+def trained(threads: int) -> list[Row]:
     """Steps of training schemes predicted and measured, each task in a process of its own."""
     found: list[Row] = []
     for task in TASKS:
-        command = [sys.executable, str(ROOT / "tests" / "bench_profile_training.py"), task]
-        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        command = [sys.executable, str(ROOT / "tests" / "bench_profile_training.py"), task, str(threads)]
+        environment = os.environ | bench_profile_training.ENVIRONMENT
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         found += json.loads(told.splitlines()[-1])
         print(f"{task}: steps predicted and measured", file=sys.stderr, flush=True)
     return found
@@ -213,7 +215,7 @@ def document(
         "# `make bench-profile`: predicted and measured",
         "",
         f"Made by `python tests/bench_profile.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
-        f"{machine['executorch']}. Calibrated with {calibration.threads} threads from {calibration.programs} "
+        f"{machine['executorch']}. Calibrated with threads: {calibration.threads}, from {calibration.programs} "
         f"micro-programs; {calibration.networks} small networks, left out in turn, are predicted within "
         f"{calibration.error_pct:g} % (median). Two timings of one program lie {noise:.1f} % apart (median).",
         "",
@@ -239,14 +241,15 @@ def document(
         )
     lines += [
         "",
-        "## Training steps on this host, two threads",
+        f"## Training steps on this host, threads: {calibration.threads}",
         "",
-        "| task | scheme | measured, ms | predicted, ms | kept, MiB | predicted, MiB |",
-        "|---|---|---|---|---|---|",
+        "| task | scheme | measured, ms | predicted, ms | error | kept, MiB | predicted, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['task']} | {r['method']} | {r['measured_ms']:.0f} | {r['predicted_ms']:.0f} | "
-        f"{r['measured_kept_mib']:.1f} | {r['predicted_kept_mib']:.1f} |"
+        f"{100 * (r['predicted_ms'] / r['measured_ms'] - 1):+.0f} % | {r['measured_kept_mib']:.1f} | "
+        f"{r['predicted_kept_mib']:.1f} |"
         for r in steps
     ]  # fmt: skip
     return "\n".join([*lines, "", "## Published rows", "", "```", *told_of(validation), "```"]) + "\n"
@@ -294,7 +297,7 @@ def main() -> None:
         compare_s = min(compared_s(mobile) for _ in range(3))
     except subprocess.CalledProcessError as error:
         raise EdgetuneError(f"devices compare failed: {error.stderr[-500:]!r}") from error
-    steps = trained() if given.training else held(given.out)
+    steps = trained(host.calibration.threads) if given.training else held(given.out)
     found = verdicts(rows, host.calibration.band_pct, validation, compare_s) + training_verdicts(steps)
     given.out.write_text(
         json.dumps({"rows": rows, "steps": steps, "noise_pct": noise, "verdicts": found}, indent=1) + "\n",
