@@ -1,6 +1,6 @@
 """Predictions held against measurements: unseen programs on this host, and published rows of other devices.
 
-    python tests/bench_profile.py [--families BERT,Llama] [--rounds 3] [--keep] [--threads N]
+    python tests/bench_profile.py [--families BERT,Llama] [--rounds 6] [--keep] [--threads N]
 
 The host is calibrated first (`edgetune devices calibrate`, in a folder of its own; --keep takes the calibration of the
 last time). Then the families of `make bench-export` are lowered in fp32 and in 8 or 4 bits, none of which the
@@ -274,7 +274,7 @@ def main() -> None:
     """Calibrate, lower, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, help="default: as `edgetune devices calibrate` chooses")
     parser.add_argument(
         "--no-training", dest="training", action="store_false", help="take the steps that were measured last"

@@ -7,7 +7,7 @@ import random
 from functools import cache
 
 import pytest
-from machine import CACHES, KERNELS, SETTING, TILES, made, mixes, programs, true_rate, true_us
+from machine import CACHES, KERNELS, SETTING, TILES, Kernel, made, mixes, programs, true_rate, true_us
 
 from edgetune.profile import fit
 from edgetune.profile.operators import Operator
@@ -29,8 +29,8 @@ def test_programs_that_were_never_timed_are_predicted() -> None:
 
 def test_without_noise_the_sums_are_exact() -> None:
     exact = fit.fit(fit.shuffled(programs(noise=0.0)), CACHES)
-    assert max(abs(exact.us(mix, CACHES) / true_us(mix) - 1) for mix in mixes(20)) < 1e-6
-    assert max(map(abs, exact.errors.values())) < 1e-6
+    assert max(abs(exact.us(mix, CACHES) / true_us(mix) - 1) for mix in mixes(20)) < 1e-5  # the pull to even shares
+    assert max(map(abs, exact.errors.values())) < 1e-4
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
@@ -139,6 +139,30 @@ def test_what_a_calibration_keeps() -> None:
     assert {dtype: (tile.rows, tile.columns) for dtype, tile in fit.tilings(exact).items()} == {
         "fp32": (6, 16), "int8": (4, 8),
     }  # fmt: skip
+
+
+def test_kernels_that_always_come_together_share_their_time_evenly() -> None:
+    pair = (made(Kernel("aten.gt.Scalar_out", "elementwise", delegated=False), 4, 8, 1),
+            made(Kernel("aten.where.self_out", "elementwise", delegated=False), 4, 8, 1))  # fmt: skip
+    both = fit.Timed("both", pair * 4, 80.0)
+    timed = [*programs(noise=0.0), both]
+    rates = fit.fit(timed, CACHES)
+    alone = [rates.us((one,) * 8, CACHES) for one in pair]
+    assert alone[0] == pytest.approx(alone[1], rel=0.01)
+    assert rates.us(pair * 4, CACHES) == pytest.approx(80.0, rel=0.01)
+
+
+def test_a_kernel_that_leads_no_program_takes_the_rates_of_its_kin_not_what_is_left_over() -> None:
+    reshape = Kernel("xnnpack.static-reshape", "data-movement")
+    led = [fit.Timed(f"reshape-{n}", (made(reshape, 4, 8 * n, 1),) * 8, 10.0 + n) for n in range(1, 5)]
+    timed = [*programs(noise=0.0), *led]
+    once = next(index for index, item in enumerate(timed) if "-linear-fp32" in item.name)
+    guest = made(reshape, 4, 8, 1, "int8")
+    timed[once] = fit.Timed("guest", (*timed[once].operators, guest, guest), timed[once].us * 1.5)
+    assert fit.stand_ins(timed) == {"xnnpack.static-reshape int8": "xnnpack.static-reshape fp32"}
+    found = fit.fit(timed, CACHES)
+    assert "xnnpack.static-reshape int8" not in fit.curves(found, timed)
+    assert found.us([guest], CACHES) == pytest.approx(found.us([made(reshape, 4, 8, 1)], CACHES), rel=0.01)
 
 
 def test_delegate_calls_are_runs_of_delegated_operators() -> None:

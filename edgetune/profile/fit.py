@@ -43,9 +43,10 @@ _FOLDS = 8
 _NETWORK_WEIGHT = 2.0  # of a network's equation: it shows what operators cost among others
 _SOFT = 0.1  # a relative error above it counts less than by its square
 _SWEEPS = 6
+_EVEN = 1e-3  # how much kernels that always come together are drawn to equal shares of what they take
 _TILE_ROWS, _TILE_COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), (8, 16, 32)
 _TILED: tuple[DType, ...] = ("fp32", "int8", "8da4w")
-_FEW = 4  # programs that a kernel has to occur in, if it leads none
+_FEW = 12  # programs that a kernel has to occur in, if it leads none
 _LEAST_LOG = math.log(1.03)  # no band is narrower: two timings of one program differ by as much
 
 
@@ -130,7 +131,7 @@ def fit(timed: Sequence[Timed], caches: Caches) -> Fit:
 def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
     """Curves that too few programs show to be told from what stands around them, and whose they take.
 
-    That of the same kernel in another type, if it leads a program of its own: whatever is left over in the one program
+    That of the same kernel in another type, if it leads a program of its own: whatever is left over in the few programs
     that such a kernel occurs in would become its rate.
     """
     programs: Counter[str] = Counter()
@@ -153,7 +154,11 @@ def _leader(item: Timed) -> str:
 
 
 def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
-    """Positive rates with the least relative error."""
+    """Positive rates with the least relative error.
+
+    Of terms that grow together in all programs the errors tell the sum alone; a slight pull on each term's part of the
+    whole (Hoerl and Kennard 1970) shares it evenly, where least squares by themselves give all of it to one.
+    """
     nnls = require("scipy.optimize", "a calibration").nnls
     keys = sorted({key for terms in equations for key in terms})
     place = {key: index for index, key in enumerate(keys)}
@@ -165,7 +170,10 @@ def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
     weights = importance
     found = np.zeros(len(keys))
     for _ in range(_SWEEPS):
-        found, _ = nnls(matrix * weights[:, None], weights, maxiter=50 * len(keys))
+        weighted = matrix * weights[:, None]
+        pull = np.diag(_EVEN * np.linalg.norm(weighted, axis=0))
+        goal = np.concatenate([weights, np.zeros(len(keys))])
+        found, _ = nnls(np.vstack([weighted, pull]), goal, maxiter=50 * len(keys))
         errors = np.abs(matrix @ found - 1)
         weights = importance / np.maximum(1, errors / _SOFT) ** 0.5
     return dict(zip(keys, (float(rate) for rate in found), strict=True))

@@ -158,6 +158,21 @@ def _masked(x: Tensor) -> Tensor:
     return torch.where(x > 0.5, x, 0.25)
 
 
+def _selected(x: Tensor, y: Tensor) -> Tensor:
+    """One comparison and many choices, so that each can be told from the other."""
+    mask = x > 0.5
+    for _ in range(8):
+        x = torch.where(mask, y, x)
+    return x
+
+
+def _joined(x: Tensor) -> Tensor:
+    low, high = x > 0.2, x < 0.9
+    for _ in range(8):
+        low = low & high
+    return low.to(torch.float32)
+
+
 def _picked(x: Tensor) -> Tensor:
     return x[:, torch.arange(x.shape[1] - 1, -1, -1)]
 
@@ -178,10 +193,12 @@ def kernels() -> Iterator[Micro]:
     functions = {"add": lambda x: x + x, "negate": torch.neg, "cumsum": lambda x: torch.cumsum(x, -1),
                  "where": _masked, "picked": _picked, "both": _both, "top": lambda x: torch.topk(x, 2, -1)[0],
                  "heads": lambda x: x.transpose(1, 2).contiguous(), "softmax": _softmax,
-                 "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
+                 "joined": _joined, "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
     for name, function in functions.items():
-        times = 1 if name in ("top", "both", "heads") else 4
+        times = 1 if name in ("top", "both", "joined", "heads") else 4
         yield from (called(name, function, size, times=times, target="portable") for size in sizes)
+    yield from (called("selected", _selected, size, size, target="portable") for size in sizes)
+    yield from (called("least", torch.minimum, size, size, times=4, target="portable") for size in sizes)
     yield from (called("gathered", _gathered, size, target="portable") for size in ((16, 64, 128), (32, 64, 32)))
     yield called("matmul", torch.bmm, (2, 16, 32), (2, 32, 16), target="portable")
     yield called("matmul", torch.bmm, (9, 64, 64), (9, 64, 64), target="portable")
