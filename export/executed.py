@@ -39,7 +39,7 @@ _KINDS: dict[str, Kind] = {
     "arg-max-pooling2d": "pooling",
     **dict.fromkeys(
         ("static-transpose", "static-slice", "static-constant-pad", "static-reshape", "static-resize-bilinear2d",
-         "concatenate2", "concatenate3", "concatenate4", "concatenate5", "copy"),
+         "concatenate", "copy"),
         "data-movement",
     ),
 }  # fmt: skip
@@ -259,6 +259,7 @@ def _xnnpack(payload: bytes, modules: dict[int, str], sizes: Mapping[int, int]) 
         tensors[known["id_out"]] = _Tensor(dtype, dims, constant, scales if constant else 0)
     for node in graph["xnodes"]:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", node["xnode_union_type"].removeprefix("XNN")).lower()
+        name = re.sub(r"(?<=concatenate)\d", "", name)  # one kernel, of so many pieces
         yield _node(name, node["xnode_union"], tensors, modules.get(node["debug_handle"], ""))
 
 
@@ -274,9 +275,7 @@ def _node(name: str, settings: dict[str, Any], tensors: dict[int, _Tensor], modu
     used = [tensors[index] for index in ids if index != _ABSENT and index in tensors]
     out = tensors[settings["output_id"] if "output_id" in settings else settings["output_value_id"]]
     weights, activations = [t for t in used if t.constant], [t for t in used if not t.constant]
-    window = settings.get("kernel_height", settings.get("pooling_height", 1)) * settings.get(
-        "kernel_width", settings.get("pooling_width", 1)
-    )
+    window = _kernel_window(settings)
     return Operator(
         operator=f"xnnpack.{_converted(name, activations, out)}",
         module=module,
@@ -289,7 +288,7 @@ def _node(name: str, settings: dict[str, Any], tensors: dict[int, _Tensor], modu
         delegated=True,
         columns=_columns(name, settings, used, out),
         groups=_groups(name, settings, out),
-        window=window if name != "global-avg-pooling2d" else used[0].elements // max(out.elements, 1),
+        window=_window(name, settings, used, out),
     )
 
 
@@ -329,24 +328,52 @@ def _macs(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Te
     return 0
 
 
+def _kernel_window(settings: dict[str, Any]) -> int:
+    high = settings.get("kernel_height", settings.get("pooling_height", 1))
+    return int(high * settings.get("kernel_width", settings.get("pooling_width", 1)))
+
+
+def _window(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Tensor) -> int:
+    """What `Operator.window` says."""
+    if name == "global-avg-pooling2d":
+        return used[0].elements // max(out.elements, 1)
+    if name == "static-transpose":
+        return _turned(settings["perm"], out.dims)[1]
+    return _kernel_window(settings)
+
+
 def _columns(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Tensor) -> int:
-    """Of a product the columns of one group; of a transpose the values that stay side by side; else the last size."""
+    """What `Operator.columns` says."""
     if name == "conv2d":
         return int(settings["group_output_channels"])
     if name == "static-transpose":
-        return _run(settings["perm"], out.dims)
+        return _turned(settings["perm"], out.dims)[0]
     if name == "static-slice":
         return _slice_run(used[0].dims, out.dims)
+    if name == "static-reshape":
+        return out.elements
+    if name == "concatenate":
+        return max(math.prod(out.dims[int(settings["axis"]) :]) // len(used), 1)
     return out.dims[-1] if out.dims else 1
 
 
-def _run(perm: Sequence[int], dims: Sequence[int]) -> int:
-    run = 1
-    for place in reversed(range(len(perm))):
-        if perm[place] != place:
-            break
-        run *= dims[place]
-    return run
+def _turned(perm: Sequence[int], dims: Sequence[int]) -> tuple[int, int]:
+    """Of a transpose the innermost size of what it writes, and of what it reads if that is another axis, else 1.
+
+    Axes of one value are left out and axes that stay neighbours count as one: `dims` are those of the output.
+    """
+    axes = [axis for axis, size in zip(perm, dims, strict=True) if size != 1]
+    sizes = [size for size in dims if size != 1]
+    runs: list[tuple[int, int]] = []  # the last axis of each, as it was read, and its values
+    for axis, size in zip((sorted(axes).index(axis) for axis in axes), sizes, strict=True):
+        if runs and runs[-1][0] + 1 == axis:
+            runs[-1] = (axis, runs[-1][1] * size)
+        else:
+            runs.append((axis, size))
+    if not runs:
+        return 1, 1
+    written, read = runs[-1], max(runs)
+    return written[1], 1 if read == written else read[1]
 
 
 def _slice_run(whole: Sequence[int], part: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from edgetune.profile import calibrate, device, fit
 from edgetune.profile.calibration import Calibration
 from edgetune.profile.fit import Setting, Timed
 from edgetune.profile.operators import DType, Kind, Operator
-from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, WEIGHTS, Key, Tile
+from edgetune.profile.terms import CALL, DELEGATE, PRODUCTS, TRAFFIC, WEIGHTS, Key, Tile
 from edgetune.profile.trials import Clocked
 
 BASE = "raspberry-pi-5"  # whose descriptor the calibration is for
@@ -82,8 +82,9 @@ TILES: dict[DType, Tile] = {"fp32": Tile(6, 16), "int8": Tile(4, 8)}
 CACHES = calibrate.caches_of(device.load(BASE))
 SETTING = Setting(CACHES, TILES)
 _UNITS = {
-    "1": 0.6, "macs": 20.0, "one row": 55.0, "written": 0.6, "read": 0.4, "packed": 0.3, "values": 0.5, "rows": 2.0,
-    "bytes": 0.1, "places": 6.0, "vectors": 0.4, "weights": 0.3, "windows": 0.7, "channels": 4.0,
+    "1": 0.6, "macs": 20.0, "one row": 55.0, "one column": 40.0, "written": 0.6, "read": 0.4, "packed": 0.3,
+    "values": 0.5, "rows": 2.0, "tiles": 0.9, "bytes": 0.1, "places": 6.0, "vectors": 0.4, "weights": 0.3,
+    "windows": 0.7, "channels": 4.0,
 }  # fmt: skip
 _SHARED: dict[Key, float] = {
     (CALL, "1"): 8.0,
@@ -110,7 +111,10 @@ _SIZES = (
     (1, 64, 64), (1, 500, 700), (1, 128, 1024), (4, 40, 64), (5, 64, 500), (6, 100, 128), (7, 256, 96), (8, 24, 300),
     (11, 48, 80), (13, 16, 600), (24, 17, 128), (31, 130, 64), (50, 33, 200), (64, 384, 64), (100, 64, 130),
     (196, 90, 40), (400, 20, 400), (900, 16, 16), (2000, 24, 24),
+    (40, 300, 64), (9, 700, 32), (90, 260, 20),
 )  # fmt: skip
+
+_NARROW = ((30, 1, 900), (100, 1, 64), (700, 1, 200))  # of products
 
 
 def programs(noise: float = 0.03, seed: int = 0, dtypes: Sequence[DType] = ("fp32", "int8")) -> list[Timed]:
@@ -120,7 +124,7 @@ def programs(noise: float = 0.03, seed: int = 0, dtypes: Sequence[DType] = ("fp3
         for number, kernel in enumerate(KERNELS):
             if dtype != "fp32" and not kernel.delegated:
                 continue
-            for size in _SIZES:
+            for size in (*_SIZES, *(_NARROW if kernel.kind in PRODUCTS else ())):
                 chain = (made(kernel, *size, dtype),) * draw.choice((1, 3, 8))
                 us = true_us(chain) * math.exp(draw.gauss(0, noise))
                 found.append(Timed(f"{number}-{kernel.kind}-{dtype}-{'x'.join(map(str, size))}", chain, us))

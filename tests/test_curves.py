@@ -87,15 +87,15 @@ def only(curve: str, *terms: str) -> Calibration:
     return narrowed(curves={curve: known.model_copy(update={"rates": rates})})
 
 
-@pytest.mark.parametrize(("term", "rows"), [("macs", 1), ("one row", 64)])
-def test_a_kernel_calibrated_for_other_shapes_alone_is_a_guess(term: str, rows: int) -> None:
-    """A product of one row has a kernel and a rate of its own: without it the largest term would count nothing."""
+@pytest.mark.parametrize(("term", "rows", "columns"), [("macs", 1, 256), ("one row", 64, 256), ("macs", 64, 1)])
+def test_a_kernel_calibrated_for_other_shapes_alone_is_a_guess(term: str, rows: int, columns: int) -> None:
+    """A product of one row or column has a rate of its own: without it the largest term would count nothing."""
     name = "xnnpack.fully-connected fp32"
-    operator = made(KERNELS[0], rows, 256, 1024)
+    operator = made(KERNELS[0], rows, columns, 1024)
     knows = only(name, term)
     (part,) = curves.parts([operator], calibrated(), knows)
     (full,) = curves.parts([operator], calibrated(), calibration())
-    assert full.us / 6 < part.us < full.us * 6
+    assert full.us / 10 < part.us < full.us * 10
     assert part.log > 0
     assert "never calibrated" in part.guessed
 
@@ -107,8 +107,7 @@ def test_every_operator_is_counted_and_no_prediction_is_senseless() -> None:
     for _ in range(400):
         kind, dtype = draw.choice(KINDS), draw.choice(DTYPES)
         sizes = [draw.choice((0, 1, 7, 10**4, 10**12)) for _ in range(3)]
-        least = 0 if kind in ("reduction", "elementwise", "other") else 1
-        dims = tuple(draw.choice((0, 1, 5, 4096)) for _ in range(draw.randint(least, 4)))
+        dims = tuple(draw.choice((0, 1, 5, 4096)) for _ in range(draw.randint(0, 4)))
         one = Operator(
             operator=draw.choice(("xnnpack.conv2d", "xnnpack.fully-connected", "aten.odd.out")), module="", kind=kind,
             dtype=dtype, output_shape=dims, macs=sizes[0], weight_bytes=sizes[1], activation_bytes=sizes[2],

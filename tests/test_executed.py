@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,39 @@ def test_attention_is_two_products_for_each_head(transformer: Lowered) -> None:
     assert (scores.output_shape, scores.groups, scores.macs, scores.weight_bytes) == ((2, 8, 8), 2, 2 * 8 * 8 * 16, 0)
     assert (values.output_shape, values.groups, values.macs) == ((2, 8, 16), 2, 2 * 8 * 8 * 16)
     turned = [operator for operator in transformer.executed if operator.operator == "xnnpack.static-transpose"]
-    assert sorted(operator.columns for operator in turned) == [1, 16, 16]  # values that stay side by side
+    assert sorted((operator.columns, operator.window) for operator in turned) == [(8, 16), (16, 1), (16, 1)]
+
+
+class Copies(nn.Module):
+    """Values that change places, with an operator after each so that none is folded into the next."""
+
+    def __init__(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.copy = copy
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Copy, then compute."""
+        return self.copy(x).abs()
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 3, 1, 2), (3, 1, 0, 2), (1, 0, 2, 3), (0, 1, 3, 2)])
+def test_a_transpose_tells_the_values_that_lie_side_by_side_before_and_after(order: tuple[int, ...]) -> None:
+    x = torch.arange(2.0 * 3 * 1 * 5).reshape(2, 3, 1, 5)
+    (found, *_) = lowered(Copies(lambda x: x.permute(order).clone()), x).executed
+    places = x.permute(order).flatten().diff()  # how far apart neighbours lay
+    run = int((places != places[0]).nonzero()[0]) + 1 if bool((places != places[0]).any()) else x.numel()
+    back = torch.empty(x.numel()).scatter(0, x.permute(order).flatten().long(), torch.arange(x.numel() * 1.0)).diff()
+    before = int((back != back[0]).nonzero()[0]) + 1 if bool((back != back[0]).any()) else x.numel()
+    assert found.operator == "xnnpack.static-transpose"
+    assert (found.columns, found.window) == (run, 1 if places[0] == 1 else before)
+
+
+@pytest.mark.parametrize(("axis", "together"), [(1, 3 * 4), (2, 4)])
+def test_a_concatenation_tells_the_values_of_one_piece(axis: int, together: int) -> None:
+    x = torch.ones(2, 3, 4)
+    found = lowered(Copies(lambda x: torch.cat((x.exp(), x.neg(), x.sqrt()), axis)), x).executed
+    (joined,) = (operator for operator in found if operator.operator == "xnnpack.concatenate")
+    assert (joined.kind, joined.columns) == ("data-movement", together)
 
 
 def test_tables_count_the_rows_that_are_read(transformer: Lowered) -> None:

@@ -11,7 +11,7 @@ from machine import CACHES, KERNELS, SETTING, TILES, Kernel, made, mixes, progra
 
 from edgetune.profile import fit
 from edgetune.profile.operators import Operator
-from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, WEIGHTS, Tile
+from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, WEIGHTS, Tile, curve_of
 from edgetune.technique import EdgetuneError
 
 GROWN = ("weight_bytes", "activation_bytes")
@@ -69,7 +69,10 @@ def test_growing_any_size_never_lowers_the_time() -> None:
         for axis in range(3):
             larger = list(size)
             larger[axis] += draw.choice((1, 3, 100, size[axis]))
-            after = us(made(kernel, *larger, dtype))  # type: ignore[arg-type]
+            grown = made(kernel, *larger, dtype)  # type: ignore[arg-type]
+            if curve_of(grown) != curve_of(one):
+                continue  # another kernel: ExecuTorch's layer norm takes half the time from 256 values on
+            after = us(grown)
             assert after >= before * (1 - 1e-9), (kernel, dtype, size, larger)
         for name in GROWN:
             after = us(one.model_copy(update={name: getattr(one, name) * 3 + 10**6}))
@@ -130,7 +133,7 @@ def test_what_a_calibration_keeps() -> None:
     curves = fit.curves(exact, timed)
     assert set(curves) == {curve for curve, _ in exact.rates} - {CALL, DELEGATE, WEIGHTS, TRAFFIC}
     linear = curves["xnnpack.fully-connected fp32"]
-    assert (linear.kind, linear.delegated, linear.programs) == ("linear", True, 19)
+    assert (linear.kind, linear.delegated, linear.programs) == ("linear", True, 25)
     assert linear.rates["macs"] == pytest.approx(true_rate(("xnnpack.fully-connected fp32", "macs")), rel=0.01)
     assert linear.error_pct == pytest.approx(0, abs=0.1)
     assert not curves["aten.cumsum.out fp32"].delegated
@@ -156,7 +159,8 @@ def test_a_kernel_that_leads_no_program_takes_the_rates_of_its_kin_not_what_is_l
     reshape = Kernel("xnnpack.static-reshape", "data-movement")
     led = [fit.Timed(f"reshape-{n}", (made(reshape, 4, 8 * n, 1),) * 8, 10.0 + n) for n in range(1, 5)]
     timed = [*programs(noise=0.0), *led]
-    once = next(index for index, item in enumerate(timed) if "-linear-fp32" in item.name)
+    long = [index for index, item in enumerate(timed) if "-linear-fp32" in item.name and len(item.operators) == 8]
+    once = long[0]
     guest = made(reshape, 4, 8, 1, "int8")
     timed[once] = fit.Timed("guest", (*timed[once].operators, guest, guest), timed[once].us * 1.5)
     assert fit.stand_ins(timed) == {"xnnpack.static-reshape int8": "xnnpack.static-reshape fp32"}

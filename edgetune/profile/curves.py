@@ -19,7 +19,7 @@ from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footpr
 # Natural logarithms of how far off a stand-in may be: the same kernel in another type, another kernel, a prior.
 TYPE_LOG, KIND_LOG, PRIOR_LOG = math.log(1.5), math.log(2.0), math.log(3.0)
 _LEAST_US = 1e-3
-_TWINS = {"macs": "one row", "one row": "macs"}  # rates of one kernel for products of several rows, and of one
+_SHAPES = {"macs": "several rows and columns", "one row": "one row", "one column": "one column"}  # of products
 
 
 def parts(operators: Sequence[Operator], device: Device, calibration: Calibration) -> list[Part]:
@@ -48,7 +48,8 @@ def _own_us(operator: Operator, curve: Curve, calibration: Calibration) -> float
 
 def _rate(curve: Curve, term: str) -> float:
     """The term's rate. Of the largest term of a product one must be there: without it the product would be free."""
-    return curve.rates.get(term, curve.rates.get(_TWINS.get(term, ""), 0.0))
+    others = _SHAPES if term in _SHAPES else ()
+    return next((curve.rates[name] for name in (term, *others) if name in curve.rates), 0.0)
 
 
 def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) -> float:
@@ -67,10 +68,9 @@ def _curve(operator: Operator, calibration: Calibration) -> tuple[Curve | None, 
     sizes = terms_of(operator, calibration.tile(operator.dtype))
     if name in calibration.curves:
         curve = calibration.curves[name]
-        unseen = [term for term in sizes if term in _TWINS and term not in curve.rates]
+        unseen = next((_SHAPES[term] for term in sizes if term in _SHAPES and term not in curve.rates), "")
         if unseen:
-            rows = "one row" if unseen == ["one row"] else "several rows"
-            return curve, KIND_LOG, f"{name} was never calibrated with {rows}, its other products stand in"
+            return curve, KIND_LOG, f"{name} was never calibrated with {unseen}, its other products stand in"
         return curve, 0.0, ""
     family = family_of(name)
     for other, curve in calibration.curves.items():

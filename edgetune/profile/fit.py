@@ -47,6 +47,7 @@ _EVEN = 1e-3  # how much kernels that always come together are drawn to equal sh
 _TILE_ROWS, _TILE_COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), (8, 16, 32)
 _TILED: tuple[DType, ...] = ("fp32", "int8", "8da4w")
 _FEW = 12  # programs that a kernel has to occur in, if it leads none
+_NEXT_TO_NOTHING_US = 1e-3  # of a kernel that adds nothing to the programs that it occurs in
 _LEAST_LOG = math.log(1.03)  # no band is narrower: two timings of one program differ by as much
 
 
@@ -139,13 +140,19 @@ def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
     for item in timed:
         programs.update({curve_of(operator) for operator in item.operators})
         if not item.network:
-            leading.add(_leader(item))
+            leading |= _leading(item)
     found: dict[str, str] = {}
     for curve, count in programs.items():
         kin = sorted(other for other in leading if family_of(other) == family_of(curve) and other != curve)
         if count < _FEW and curve not in leading and kin:
             found[curve] = kin[0]
     return found
+
+
+def _leading(item: Timed) -> set[str]:
+    """The curves that a chain shows: its leader, and what stands there at least half as often."""
+    counts = Counter(curve_of(operator) for operator in item.operators)
+    return {curve for curve, count in counts.items() if 2 * count >= max(counts.values())}
 
 
 def _leader(item: Timed) -> str:
@@ -236,7 +243,9 @@ def curves(found: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
     for name, operator in sorted(sample.items()):
         rates = {term: float(f"{rate:.5g}") for (curve, term), rate in found.rates.items() if curve == name}
         if not any(rates.values()):
-            continue  # too cheap to be told from what stands around it: the fallback takes its place
+            if programs[name] < _FEW:
+                continue  # too few programs to tell it from what stands around it: the fallback takes its place
+            rates["1"] = _NEXT_TO_NOTHING_US
         error = 100 * statistics.median(leads[name]) if name in leads else None
         made[name] = Curve(
             kind=operator.kind, delegated=operator.delegated, rates=rates, programs=programs[name],

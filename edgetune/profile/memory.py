@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 from edgetune.profile.operators import DType, Operator
-from edgetune.profile.terms import DEPTH, VECTOR, is_product, up, wide_window
+from edgetune.profile.terms import DEPTH, VECTOR, columns_of, is_product, up, wide_window
 
 MIB = 1024.0 * 1024.0
 # Fitted once to the peaks of 90 programs in fresh processes (families of models in fp32, int8 and int4).
@@ -62,14 +62,14 @@ def packed_bytes(operator: Operator) -> float:
     width, bias = _WEIGHT_BYTES[operator.dtype], 4.0 if operator.dtype in ("fp32", "fp16", "bf16") else 8.0
     deep = DEPTH if operator.dtype == "int8" else 1
     if operator.kind == "depthwise-conv":
-        channels = operator.output_shape[-1]
+        channels = columns_of(operator)
         if wide_window(operator):
             return channels * VECTOR * (operator.window * deep * width + bias)
         return up(channels, VECTOR) * (operator.window * width + bias)
     if not is_product(operator):
         return float(operator.weight_bytes)
     elements = max(math.prod(operator.output_shape), 1)
-    columns = operator.columns or operator.output_shape[-1]
+    columns = columns_of(operator)
     depth = round(operator.macs / elements / operator.window)
     # 4-bit weights keep their scales, which only the stored size tells
     scales = max(operator.weight_bytes - columns * depth * width, 0.0) if operator.dtype == "8da4w" else 0.0
@@ -79,8 +79,8 @@ def packed_bytes(operator: Operator) -> float:
 def _pointers_bytes(operator: Operator) -> float:
     if operator.window == 1 or "conv" not in operator.kind:
         return 0.0
-    columns = operator.output_shape[-1] if operator.kind == "depthwise-conv" else operator.columns * operator.groups
-    places = math.prod(operator.output_shape) // max(columns, 1)
+    columns = columns_of(operator) * (1 if operator.kind == "depthwise-conv" else operator.groups)
+    places = math.prod(operator.output_shape) // columns
     return up(places, _ROWS) * operator.window * _POINTER_BYTES
 
 

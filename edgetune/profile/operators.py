@@ -27,6 +27,6 @@ class Operator(BaseModel):
     weight_bytes: int  # constants read, as stored
     activation_bytes: int  # inputs read plus outputs written
     delegated: bool  # whether a backend runs it; False: a portable kernel
-    columns: int = 0  # of a product those of one group, of a transpose the values that stay together; 0: not told
+    columns: int = 0  # of a product those of one group, of a copy the values that stay side by side; 0: not told
     groups: int = 1  # products side by side: groups of a convolution, batches of a matmul
-    window: int = 1  # values under the window of a convolution or pooling
+    window: int = 1  # values read for one written; of a transpose those that lay side by side and do no longer

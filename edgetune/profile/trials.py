@@ -61,7 +61,8 @@ def trials(quick: bool) -> tuple[Trial, ...]:
 def folder_for(quick: bool) -> Path:
     """Where programs lie: by what they are and by the versions that build them."""
     names = [trial.name for trial in trials(quick)]
-    known = [*names, *(importlib.metadata.version(package) for package in ("executorch", "torch", "torchao"))]
+    packages = ("edgetune", "executorch", "torch", "torchao")
+    known = [*names, *(importlib.metadata.version(package) for package in packages)]
     return cache_folder() / "calibrate" / hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
 
@@ -140,14 +141,17 @@ def build_part(folder: Path, part: int, of: int, quick: bool) -> None:
 
 
 def _build(item: Micro, folder: Path) -> None:
-    """Lowered and written, without the comparison that `export` makes: these programs are only timed."""
-    from edgetune.export.lower import Positional, lower
+    """Lowered and written, without the comparison that `export` makes: these programs are only timed.
+
+    Inputs stay where they are: copied into the arena, those of a short chain would take as long as its operators.
+    """
+    from edgetune.export.lower import Layout, Positional, lower
     from edgetune.export.targets import find
 
     model, inputs = item.module().eval(), item.inputs()
     if item.quantize:
         model = technique(item.quantize)().apply(model, Sample.of(inputs))
-    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target))
+    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target), layout=Layout(holds_io=False))
     (folder / f"{item.name}.pte").write_bytes(lowered.data)
     torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")
     told = [operator.model_dump(mode="json") for operator in lowered.executed]

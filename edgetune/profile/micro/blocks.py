@@ -117,12 +117,14 @@ def blocks() -> Iterator[Micro]:
     for block, wide, size, times in (
         ("inverted-3", 24, 96, 4), ("inverted-3", 64, 32, 6), ("inverted-5", 32, 64, 4), ("inverted-5", 96, 24, 6),
         ("residual", 32, 64, 3), ("residual", 192, 24, 6), ("convnext", 40, 64, 3), ("convnext", 128, 32, 4),
+        ("inverted-3", 16, 48, 3), ("inverted-5", 48, 16, 5), ("residual", 64, 16, 4), ("convnext", 64, 16, 4),
     ):  # fmt: skip
         for quantize in ("", INT8):
             name = named(f"{block}-{wide}x{size}", quantize)
             yield Micro(name, partial(_pictures, block, wide, size, times), floats((1, 3, size, size)), quantize)
     for rows, wide, heads, gated, times in (
         (16, 64, 4, False, 4), (32, 128, 4, True, 3), (64, 256, 8, False, 2), (24, 384, 6, True, 3),
+        (8, 96, 3, False, 6), (48, 192, 4, True, 2), (128, 64, 2, False, 3), (12, 160, 4, False, 5),
     ):  # fmt: skip
         for quantize in ("", INT4):
             name = named(f"transformer-{rows}x{wide}{'-gated' if gated else ''}", quantize)

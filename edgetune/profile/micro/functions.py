@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from edgetune.profile.micro.program import INT4, INT8, Function, Layers, Micro, called, floats, named
 
-_SIZES: tuple[tuple[int, ...], ...] = ((1, 16, 64), (1, 256, 1024))
+_SIZES: tuple[tuple[int, ...], ...] = ((1, 16, 64), (1, 64, 384), (1, 256, 1024))
+_ENDS = _SIZES[::2]
 _UNARY: dict[str, Function] = {
     "abs": torch.abs,
     "clamp": lambda x: x.clamp(0.0, 6.0),
@@ -52,11 +53,20 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).abs().permute(0, 3, 1, 2).abs()
 
 
+def _channels_last_int8(x: Tensor) -> Tensor:
+    """With an operator that is quantized."""
+    y = x.permute(0, 2, 3, 1)
+    y = y + y
+    y = y.permute(0, 3, 1, 2)
+    return y + y
+
+
 def _reshaped(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1).abs().reshape(x.shape).abs()
 
 
-def _halves(x: Tensor) -> Tensor:
+def halves(x: Tensor) -> Tensor:
+    """Two slices and their concatenation."""
     half = x.shape[1] // 2
     return torch.cat((x[:, half:], x[:, :half]), 1)
 
@@ -78,7 +88,8 @@ def _padded(x: Tensor) -> Tensor:
     return functional.pad(x, (1, 1, 1, 1)).abs()
 
 
-def _pooled(x: Tensor) -> Tensor:
+def pooled(x: Tensor) -> Tensor:
+    """The largest of each window, as many as there were."""
     return functional.max_pool2d(x, 3, 1, 1)
 
 
@@ -98,6 +109,12 @@ def _squeezed(x: Tensor) -> Tensor:
     return x * x.mean((2, 3), keepdim=True)
 
 
+_BATCHED = (
+    ((16, 4, 64), (16, 64, 128)), ((64, 1, 64), (64, 64, 128)), ((128, 1, 16), (128, 16, 1)),
+    ((16, 64, 32), (16, 32, 1)), ((24, 128, 96), (24, 96, 1)),
+)  # fmt: skip
+
+
 def functions() -> Iterator[Micro]:
     """What has no weights and goes to XNNPACK."""
     for name, function in _UNARY.items():
@@ -105,32 +122,34 @@ def functions() -> Iterator[Micro]:
     for name, function in _BINARY.items():
         yield from (called(name, function, size, size, times=8) for size in _SIZES)
         yield called(f"{name}-row", function, (1, 128, 384), (1, 1, 384), times=8)
-    yield from (called(n, _BINARY[n], s, s, times=4, quantize=INT8) for n in ("add", "multiply") for s in _SIZES)
-    yield from (called("hardswish", functional.hardswish, s, times=4, quantize=INT8) for s in ((1, 1, 16), *_SIZES))
+    yield from (called(n, _BINARY[n], s, s, times=4, quantize=INT8) for n in ("add", "multiply") for s in _ENDS)
+    yield from (called("hardswish", functional.hardswish, s, times=4, quantize=INT8) for s in ((1, 1, 16), *_ENDS))
     for shape in ((1, 64, 1, 1), (1, 256, 4, 4), (1, 64, 16, 16), (1, 16, 32, 32), (1, 96, 56, 56)):
         yield called("channels-last", _channels_last, shape, times=4)
+        yield called("channels-last", _channels_last_int8, shape, times=2, quantize=INT8)
         yield called("squeezed", _squeezed, shape, times=4)
     yield called("multiply-image", torch.mul, (1, 64, 16, 16), (1, 64, 1, 1), times=8)
     yield called("multiply-scalar", lambda x: x * 1.01, (1, 16, 64), times=8)
     for heads, rows, wide in ((2, 16, 32), (4, 64, 32), (12, 64, 32), (3, 196, 64), (9, 128, 64)):
         yield from _attention(heads, rows, wide)
-    for left, right in (((16, 4, 64), (16, 64, 128)), ((64, 1, 64), (64, 64, 128)), ((128, 1, 16), (128, 16, 1))):
+    for left, right in _BATCHED:
         yield called("batched", torch.bmm, left, right)
     yield from (called("softmax", _softmax, s, times=4) for s in ((2, 16, 16), (12, 64, 64), (3, 196, 196)))
-    for shape in ((1, 16, 2, 32), (1, 64, 12, 32), (1, 196, 3, 64)):
+    for shape in ((1, 16, 2, 32), (1, 64, 12, 32), (1, 196, 3, 64), (1, 96, 4, 4)):
         yield called("heads", _split_heads, shape, times=4)
         yield called("turned", _turned, shape, times=4)
         yield called("reshaped", _reshaped, shape, times=4)
     for text in ((1, 32, 64), (1, 128, 384)):
-        yield called("halves", _halves, text, times=4)
+        yield called("halves", halves, text, times=4)
         yield called("quarters", _quarters, text, times=4)
-        yield called("centered", _centered, text, times=4)
+    yield called("quarters", _quarters, (1, 64, 4, 16), times=4)
+    for rows in ((1, 32, 64), (1, 128, 384), (1, 128, 4), (1, 1024, 16)):
+        yield called("centered", _centered, rows, times=4)
     yield from (called("steps", _steps, shape) for shape in ((1, 128, 16, 8), (1, 512, 8, 4)))
     for shape in ((1, 16, 16, 16), (1, 64, 28, 28)):
-        yield called("halves", _halves, shape, times=2)
+        yield called("halves", halves, shape, times=2)
         yield called("padded", _padded, shape)
-        for quantize in ("", INT8):
-            yield called("max-pool", _pooled, shape, times=2, quantize=quantize)
+        yield called("max-pool", pooled, shape, times=2)
         yield called("average-pool", _averaged, shape)
         yield called("resized", _resized, shape)
 
@@ -185,9 +204,12 @@ def _both(x: Tensor) -> Tensor:
     return ((x > 0.2) & (x < 0.9)).to(torch.float32)
 
 
+_NORMS = ((16, 64, 8), (64, 384, 4), (196, 192, 4), (256, 32, 4), (16, 512, 4), (128, 256, 4))
+
+
 def kernels() -> Iterator[Micro]:
     """Portable kernels: one thread of loops each."""
-    yield from (_layer_norm(*shape) for shape in ((16, 64, 8), (64, 384, 4), (196, 192, 4), (256, 32, 4)))
+    yield from (_layer_norm(*shape) for shape in _NORMS)
     yield from (_embedding(rows, 1024, wide, q) for rows, wide in ((16, 64), (64, 384)) for q in ("", INT4))
     sizes = ((1, 16, 64), (1, 64, 384))
     functions = {"add": lambda x: x + x, "negate": torch.neg, "cumsum": lambda x: torch.cumsum(x, -1),
@@ -199,6 +221,8 @@ def kernels() -> Iterator[Micro]:
         yield from (called(name, function, size, times=times, target="portable") for size in sizes)
     yield from (called("selected", _selected, size, size, target="portable") for size in sizes)
     yield from (called("least", torch.minimum, size, size, times=4, target="portable") for size in sizes)
-    yield from (called("gathered", _gathered, size, target="portable") for size in ((16, 64, 128), (32, 64, 32)))
+    yield from (
+        called("gathered", _gathered, size, target="portable") for size in ((16, 64, 128), (32, 64, 32), (48, 128, 96))
+    )
     yield called("matmul", torch.bmm, (2, 16, 32), (2, 32, 16), target="portable")
     yield called("matmul", torch.bmm, (9, 64, 64), (9, 64, 64), target="portable")

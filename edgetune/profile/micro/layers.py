@@ -7,7 +7,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from edgetune.profile.micro.program import INT4, INT8, Layers, Micro, floats, named
+from edgetune.profile.micro.functions import halves, pooled
+from edgetune.profile.micro.program import INT4, INT8, Function, Layers, Micro, floats, named
 
 
 def linear(rows: int, wide: int, out: int, pairs: int, quantize: str = "") -> Micro:
@@ -61,23 +62,37 @@ def _upward(wide: int, out: int, size: int, quantize: str = "") -> Micro:
     return Micro(named(f"upward-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize)
 
 
-class _Shifted(nn.Module):
-    """Convolutions with an addition between them that keeps the order of the axes: a transpose before and after."""
+class _Between(nn.Module):
+    """Convolutions with a function after each: in the types and the order of axes that convolutions leave."""
 
-    def __init__(self, wide: int, times: int) -> None:
+    def __init__(self, function: Function, wide: int, times: int) -> None:
         super().__init__()
+        self.function = function
         self.layers = nn.ModuleList([nn.Conv2d(wide, wide, 1) for _ in range(times)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Call them."""
         for layer in self.layers:
-            x = layer(x) + 3.0
+            x = self.function(layer(x))
         return x
 
 
-def _shifted(wide: int, size: int, quantize: str = "") -> Micro:
-    name = named(f"shifted-{wide}x{size}", quantize)
-    return Micro(name, partial(_Shifted, wide, 4), floats((1, wide, size, size)), quantize)
+def _shifted(x: Tensor) -> Tensor:
+    """Keeps the order of the axes, so that there is a transpose before and after."""
+    return x + 3.0
+
+
+def _shuffled(x: Tensor) -> Tensor:
+    """The channels of two halves in turn (Zhang et al. 2018, section 3.1)."""
+    return x.reshape(x.shape[0], 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
+_BETWEEN: dict[str, Function] = {"shifted": _shifted, "shuffled": _shuffled, "swapped": halves, "pooled": pooled}
+
+
+def _between(name: str, wide: int, size: int, quantize: str) -> Micro:
+    full = named(f"{name}-{wide}x{size}", quantize)
+    return Micro(full, partial(_Between, _BETWEEN[name], wide, 4), floats((1, wide, size, size)), quantize)
 
 
 _LINEAR = (
@@ -117,9 +132,10 @@ def layers() -> Iterator[Micro]:
         yield from (_pointwise(*shape, quantize=quantize) for shape in (_POINTWISE_INT8 if quantize else _POINTWISE))
         yield from (_conv(wide, size, k, times, quantize=quantize) for wide, size, k, times in _CONV)
         yield from (_conv(wide, size, k, times, wide, quantize) for wide, size, k, times in _DEPTHWISE)
-        yield _conv(64, 16, 3, 2, 4, quantize)
-        yield _conv(128, 14, 3, 2, 32, quantize)
+        for wide, size, groups in ((128, 14, 2), (64, 16, 4), (128, 14, 32), (64, 8, 8), (256, 7, 32)):
+            yield _conv(wide, size, 3, 2, groups, quantize)
         yield from (_stem(*shape, quantize=quantize) for shape in ((16, 64, 3, 2), (32, 224, 3, 2), (32, 64, 7, 4)))
         yield from (_strided(*shape, quantize=quantize) for shape in ((96, 56, 3), (64, 16, 5), (64, 32, 7)))
-        yield from (_shifted(*shape, quantize=quantize) for shape in ((64, 1), (16, 32), (128, 7)))
+        yield from (_between("shifted", *shape, quantize) for shape in ((64, 1), (16, 32), (128, 7)))
+        yield from (_between(n, *s, quantize) for n in ("shuffled", "swapped", "pooled") for s in ((16, 28), (64, 7)))
         yield from (_upward(*shape, quantize=quantize) for shape in ((64, 64, 8), (32, 32, 16)))

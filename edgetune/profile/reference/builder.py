@@ -98,10 +98,10 @@ class Builder:
         self.size = (-(-span // stride) if ceil else span // stride) + 1
         self.add("max-pooling2d", "pooling", self.shape, read, window=kernel**2)
 
-    def gather(self, channels: int, branches: int = 2) -> None:
+    def gather(self, channels: int) -> None:
         """Concatenation of branches into so many channels."""
         self.channels = channels
-        self.add(f"concatenate{branches}", "data-movement", self.shape, self.elements)
+        self.add("concatenate", "data-movement", self.shape, self.elements)
 
     def shuffle(self) -> None:
         """The channels of two branches in turn: a transpose that keeps none beside each other."""

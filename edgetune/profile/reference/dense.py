@@ -129,7 +129,7 @@ def googlenet(size: int = 224, dtype: DType = "fp32") -> Operators:
         net.channels = came_in
         net.pool(3, 1, 1)
         net.conv(pooled, 1)
-        net.gather(one + three + five + pooled, 4)
+        net.gather(one + three + five + pooled)
     net.head()
     return tuple(net.operators)
 
