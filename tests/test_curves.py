@@ -69,6 +69,20 @@ def test_then_the_nearest_of_its_kind_then_the_prior() -> None:
     assert "aten.odd.out" in note
 
 
+def test_a_copy_of_another_form_takes_its_kins_rates_never_nothing() -> None:
+    """A transpose that leaves nothing side by side has a term that copies of whole rows do not show."""
+    turned = made(KERNELS[10], 64, 64, 1, "int8").model_copy(update={"window": 64})
+    (alone,) = curves.parts([turned], calibrated(), calibration())
+    assert alone.guessed == "xnnpack.static-transpose int8 was never calibrated in such sizes"
+    assert alone.log == curves.PRIOR_LOG
+    known = calibration().curves
+    fp32 = known["xnnpack.static-transpose fp32"]
+    seen = fp32.model_copy(update={"rates": {**fp32.rates, "tiles": 0.9}})
+    (part,) = curves.parts([turned], calibrated(), narrowed(curves={**known, "xnnpack.static-transpose fp32": seen}))
+    assert part.guessed.endswith("in such sizes, xnnpack.static-transpose fp32 stands in")
+    assert part.us == pytest.approx(seen.rates["1"] + 0.9 * 64 * 64 / 1e3)
+
+
 def test_a_delegated_kernel_never_stands_in_for_a_portable_one() -> None:
     slow = made(Kernel("aten.add.out", "elementwise", delegated=False), 64, 64, 1)
     (part,) = curves.parts([slow], calibrated(), calibration())

@@ -64,25 +64,25 @@ def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) 
 
 def _curve(operator: Operator, calibration: Calibration) -> tuple[Curve | None, float, str]:
     """The operator's curve, or the nearest, how far off it may be, and its name where it is another's."""
-    name = curve_of(operator)
-    sizes = terms_of(operator, calibration.tile(operator.dtype))
-    if name in calibration.curves:
-        curve = calibration.curves[name]
-        unseen = next((_SHAPES[term] for term in sizes if term in _SHAPES and term not in curve.rates), "")
-        if unseen:
-            return curve, KIND_LOG, f"{name} was never calibrated with {unseen}, its other products stand in"
-        return curve, 0.0, ""
-    family = family_of(name)
+    name, sizes = curve_of(operator), set(terms_of(operator, calibration.tile(operator.dtype)))
+    own = calibration.curves.get(name)
+    if own is not None and sizes <= set(own.rates):
+        return own, 0.0, ""
+    shape = next((_SHAPES[term] for term in sizes if term in _SHAPES), "")
+    if own is not None and shape:
+        return own, KIND_LOG, f"{name} was never calibrated with {shape}, its other products stand in"
+    guessed = f"{name} was never calibrated" + (" in such sizes" if own is not None else "")
     for other, curve in calibration.curves.items():
-        if family_of(other) == family:
-            return curve, TYPE_LOG, f"{name} was never calibrated, {other} stands in"
+        if family_of(other) == family_of(name) and sizes <= set(curve.rates):
+            return curve, TYPE_LOG, f"{guessed}, {other} stands in"
+    if own is not None and set(own.rates) & sizes > {"1"}:
+        return own, KIND_LOG, f"{guessed}, its other sizes stand in"
     like = [
         (other.endswith(f" {operator.dtype}"), curve.programs, other, curve)
         for other, curve in calibration.curves.items()
-        if (curve.kind, curve.delegated) == (operator.kind, operator.delegated)
-        and set(curve.rates) & set(sizes) > {"1"}
+        if (curve.kind, curve.delegated) == (operator.kind, operator.delegated) and set(curve.rates) & sizes > {"1"}
     ]
     if like:
         *_, other, curve = max(like, key=lambda item: item[:3])
-        return curve, KIND_LOG, f"{name} was never calibrated, {other} stands in"
-    return None, PRIOR_LOG, f"{name} was never calibrated"
+        return curve, KIND_LOG, f"{guessed}, {other} stands in"
+    return None, PRIOR_LOG, guessed
