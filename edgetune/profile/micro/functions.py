@@ -143,8 +143,8 @@ def functions() -> Iterator[Micro]:
         yield called("halves", halves, text, times=4)
         yield called("quarters", _quarters, text, times=4)
     yield called("quarters", _quarters, (1, 64, 4, 16), times=4)
-    for rows in ((1, 32, 64), (1, 128, 384), (1, 128, 4), (1, 1024, 16)):
-        yield called("centered", _centered, rows, times=4)
+    for averaged in ((1, 32, 64), (1, 128, 384), (1, 128, 4), (1, 1024, 16)):
+        yield called("centered", _centered, averaged, times=4)
     yield from (called("steps", _steps, shape) for shape in ((1, 128, 16, 8), (1, 512, 8, 4)))
     for shape in ((1, 16, 16, 16), (1, 64, 28, 28)):
         yield called("halves", halves, shape, times=2)
