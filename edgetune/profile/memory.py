@@ -32,8 +32,9 @@ _WEIGHT_BYTES: dict[DType, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1,
 def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_bytes: int | None = None) -> float:
     """MiB that loading and running the program adds to an empty process.
 
-    `program_bytes`: size of the `.pte`: what of it is no operator's weights (instructions, constants that a delegate
-    reads as an input) is paged in; of a table only the rows that are looked up.
+    `program_bytes`: size of the `.pte`: what of it is no operator's weights (instructions, tables of embeddings) is
+    counted whole, as the runtime locks it in memory; where a process may not lock so much (`ulimit -l`), only the rows
+    that are looked up are paged in.
     """
     delegated = [operator for operator in operators if operator.delegated]
     apart = [operator for operator in operators if not operator.delegated]
@@ -41,8 +42,7 @@ def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_
     total = plan_bytes + _beside_packed_bytes(operators) + _WORKSPACE * workspace
     total += sum(packed_bytes(operator) + _INDIRECTION * _pointers_bytes(operator) for operator in delegated)
     total += sum(operator.weight_bytes for operator in apart)
-    tables = any(operator.kind == "embedding" for operator in operators)  # most of such a file may be never read
-    if program_bytes is not None and not tables:
+    if program_bytes is not None:
         total += max(program_bytes - sum(operator.weight_bytes for operator in operators), 0)
     return total / MIB + _runtime_mib(delegated, apart)
 
