@@ -9,7 +9,8 @@ profile = et.profile(artifact, device="pixel-8")
 
 from typing import TYPE_CHECKING
 
-from edgetune.adapt.lora import LoRA, load_adapter, save_adapter
+from edgetune.adapt.files import load_adapter, save_adapter
+from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply, finalize
 from edgetune.export import export
 from edgetune.profile import profile

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from edgetune.holders import held_model, hold, refuse_distributed
+from edgetune.merging import take_off_others
+from edgetune.targets import replace
 from edgetune.technique import EdgetuneError, Sample, Technique
 
 _OPEN = "edgetune_techniques"  # the attribute of a model that lists what is open on it, in order
@@ -28,7 +31,9 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     Raises:
         EdgetuneError: an order that makes no sense, targets that match nothing, a sample that is missing.
     """
-    for technique in [techniques] if isinstance(techniques, Technique) else techniques:
+    outer, model = model, held_model(model)
+    refuse_distributed(outer)
+    for technique in _listed(techniques):
         check_order(technique, opened(model))
         if closes(technique, [other.name for other in opened(model)]):
             model = finalize(model)
@@ -39,7 +44,16 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
             error.within(technique.name)
             raise
         setattr(model, _OPEN, [*before, technique])
-    return model
+    return hold(outer, model)
+
+
+def _listed(techniques: Technique | Sequence[Technique]) -> list[Technique]:
+    listed = [techniques] if isinstance(techniques, Technique) else list(techniques)
+    for other in listed:
+        if not isinstance(other, Technique):
+            action = "write [et.LoRA(rank=8, targets=[...])], one object for each technique"
+            raise EdgetuneError("this is no technique", got=other, action=action)
+    return listed
 
 
 def closes(step: object, open_names: Sequence[str]) -> bool:
@@ -49,7 +63,23 @@ def closes(step: object, open_names: Sequence[str]) -> bool:
 
 
 def finalize(model: nn.Module) -> nn.Module:
-    """Finalize every open technique in reverse order: what is left has plain layers only. Returns the model."""
+    """Finalize every open technique in reverse order: what is left has plain layers only. Returns the model.
+
+    What is open on a model inside of this one (a module of one's own around it, DistributedDataParallel, a compiled
+    model) is finalized too, and so are peft's tuner layers, of any family, and 4-bit linears that somebody else put
+    there. DistributedDataParallel and a `PeftModel` are taken off: the model that they held is returned.
+
+    Raises `EdgetuneError` where an adapter is no plain layer, or no change to layers at all (prompt tuning).
+    """
+    model = hold(model, _finalize_own(held_model(model)))
+    inner = {name: module for name, module in model.named_modules() if name and opened(module)}
+    for name, module in reversed(inner.items()):  # the innermost first
+        replace(model, name, _finalize_own(module))
+    return take_off_others(model)
+
+
+def _finalize_own(model: nn.Module) -> nn.Module:
+    """Finalize what `apply` put on this very model."""
     techniques = list(opened(model))
     while techniques:
         technique = techniques.pop()

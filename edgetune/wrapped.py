@@ -7,14 +7,11 @@ peft's tuner layers and bitsandbytes' 4-bit linears count as wrapped too.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from edgetune.targets import replace
+from edgetune.carriers import base_of, is_nf4, is_peft, nf4_weight, peft_tensors
 from edgetune.technique import EdgetuneError
 
 
@@ -32,6 +29,10 @@ class Wrapped(nn.Module):
     def dense(self) -> Tensor:
         """The equivalent plain weight, shape `(out, in, ...)` as the base's own."""
         return dense(self.base)
+
+    def dense_bias(self) -> Tensor | None:
+        """The equivalent plain bias `(out,)`; `None`: there is none."""
+        return dense_bias(self.base)
 
 
 def keep_base_keys(layer: nn.Module) -> None:
@@ -75,55 +76,27 @@ def is_wrapped(layer: nn.Module) -> bool:
     return isinstance(layer, Wrapped) or is_peft(layer) or is_nf4(layer)
 
 
-def is_peft(layer: nn.Module) -> bool:
-    """Whether it is one of peft's tuner layers."""
-    return hasattr(layer, "get_delta_weight") and hasattr(layer, "active_adapters")
-
-
-def is_nf4(layer: nn.Module) -> bool:
-    """Whether it is a 4-bit linear of bitsandbytes (and not peft's layer of the same name)."""
-    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
-
-
 def dense(layer: nn.Module) -> Tensor:
-    """The plain weight `(out, in, ...)` that the layer computes with, whatever it is wrapped in."""
+    """The plain weight that the layer computes with, whatever it is wrapped in, in the layout of its base."""
     if isinstance(layer, Wrapped):
         return layer.dense()
     if is_peft(layer):
-        return _peft_dense(layer)
+        return peft_tensors(layer)["weight"]
     if is_nf4(layer):
-        return _nf4_dense(layer)
+        return nf4_weight(layer)
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise EdgetuneError("this layer has no weight", got=type(layer).__name__, action="target linears, convolutions")
     return layer.weight  # type: ignore[return-value]
 
 
-def _peft_dense(layer: Any) -> Tensor:
-    weight = dense(layer.get_base_layer())
-    if layer.disable_adapters:
-        return weight
-    variants = getattr(layer, "lora_variant", {})
-    for adapter in layer.active_adapters:
-        if adapter in layer.merged_adapters or adapter not in layer.scaling:
-            continue  # already in the base weight, or an adapter of other layers
-        if adapter in variants:  # DoRA and its kin scale the sum: only peft knows how
-            weight = variants[adapter].merge_safe(layer, adapter, weight)
-            layer._cache_pop(f"{adapter}-weight_norm")  # what merge_safe left behind for an unmerge
-        else:
-            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-    return weight
-
-
-def _nf4_dense(layer: Any) -> Tensor:
-    from bitsandbytes import functional
-
-    data, state = layer.weight.data, getattr(layer.weight, "quant_state", None)
-    if state is None:
-        raise EdgetuneError("an NF4 layer that was never packed has no weight to give", action="apply NF4 first")
-    if getattr(state, "packing_format_for_cpu", False):  # another loader's layer, rearranged by a forward in eval mode
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
-    unpacked: Tensor = functional.dequantize_4bit(data, state)
-    return unpacked.to(torch.float32)
+def dense_bias(layer: nn.Module) -> Tensor | None:
+    """The plain bias that goes with `dense`; `None`: there is none."""
+    if isinstance(layer, Wrapped):
+        return layer.dense_bias()
+    if is_peft(layer):
+        return peft_tensors(layer).get("bias")
+    bias = getattr(layer, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
 
 
 def plain_layer(layer: nn.Module) -> nn.Module:
@@ -132,54 +105,9 @@ def plain_layer(layer: nn.Module) -> nn.Module:
         if isinstance(layer, Wrapped):
             layer = layer.base
         elif is_peft(layer):
-            layer = layer.get_base_layer()  # type: ignore[operator]
+            layer = base_of(layer)
         else:
             return layer
-
-
-@torch.no_grad()
-def merged(layer: nn.Module) -> nn.Module:
-    """The plain layer with the dense weight written into it. Trainability of the base is kept.
-
-    A 4-bit base becomes a new fp32 `nn.Linear`, which trains like any new layer.
-    """
-    inner, weight = plain_layer(layer), dense(layer).detach()
-    if is_nf4(inner):
-        plain = nn.Linear(inner.in_features, inner.out_features, False, device="meta")  # type: ignore[arg-type]
-        plain.weight, plain.bias = nn.Parameter(weight), inner.bias  # type: ignore[assignment]
-        return plain.train(layer.training)
-    inner.weight.copy_(weight)  # type: ignore[operator]
-    return inner
-
-
-def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> nn.Module:
-    """Replace every layer that `which` picks by its plain equivalent, in place, together with what it wraps.
-
-    Raises if the weight of one is tied to another layer, since the other would change with it.
-    """
-    if which(model):
-        return merged(model)
-    found = [name for name, module in model.named_modules(remove_duplicate=False) if which(module)]
-    outermost = [name for name in found if not any(name.startswith(other + ".") for other in found)]
-    done: dict[int, nn.Module] = {}  # a layer may hang in the model under several names
-    layers = {name: model.get_submodule(name) for name in outermost}
-    _refuse_tied(model, layers)
-    for name, layer in layers.items():
-        if id(layer) not in done:
-            done[id(layer)] = merged(layer)
-        replace(model, name, done[id(layer)])
-    return model
-
-
-def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    weights = {id(getattr(plain_layer(m), "weight", None)): (n, plain_layer(m)) for n, m in layers.items()}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and id(weight) in weights and weights[id(weight)][1] is not module:
-            raise EdgetuneError(
-                f"{weights[id(weight)][0]} shares its weight with {name}; merging would change both",
-                action="untie the two before wrapping: layer.weight = nn.Parameter(layer.weight.clone())",
-            )
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -213,13 +141,3 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             allowed=sorted(expected),
         )
     model.load_state_dict(state, strict=False)
-
-
-def packed_tensors(layer: Any) -> list[Tensor]:
-    """What an NF4 layer holds beside its parameters: scales and tables, which are neither parameters nor buffers."""
-    tensors: list[Tensor] = []
-    state = getattr(layer.weight, "quant_state", None)
-    while state is not None:
-        tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
-        state = state.state2
-    return tensors

@@ -22,7 +22,8 @@ from families import FAMILIES, Family
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.adapt.lora import LoRA, can_adapt
+from edgetune.adapt.inject import can_adapt
+from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply, finalize
 from edgetune.export import export as to_program
 from edgetune.export import verify

@@ -12,12 +12,14 @@ import yaml
 from laws import CASES, Case, fit, logits, loss_of
 from torch.nn import functional
 
-from edgetune.adapt.lora import LoRA, load_adapter, save_adapter
+from edgetune.adapt.files import load_adapter, save_adapter
+from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply, finalize
+from edgetune.carriers import is_peft
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.kept import kept_bytes
 from edgetune.technique import EdgetuneError, Sample, Technique, call, tensors_of
-from edgetune.wrapped import dense, is_peft, is_wrapped
+from edgetune.wrapped import dense, is_wrapped
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 

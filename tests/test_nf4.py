@@ -12,11 +12,12 @@ from torch import nn
 
 from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply, finalize
+from edgetune.carriers import is_nf4
 from edgetune.quant.nf4 import NF4, import_bitsandbytes, packed, packed_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.update import SparseUpdate
 from edgetune.technique import EdgetuneError
-from edgetune.wrapped import dense, is_nf4
+from edgetune.wrapped import dense
 
 torch.set_num_threads(1)
 

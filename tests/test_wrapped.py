@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
+from edgetune.merging import merge, merge_layer
 from edgetune.targets import replace
 from edgetune.technique import EdgetuneError
 from edgetune.wrapped import (
@@ -18,8 +19,6 @@ from edgetune.wrapped import (
     dense,
     is_wrapped,
     load_adapter_state,
-    merge,
-    merged,
     plain_layer,
 )
 
@@ -164,7 +163,7 @@ def test_dense_follows_what_peft_computes_with() -> None:
     layer.merge()  # by peft itself: the sum is in the base now and must not be added again
     torch.testing.assert_close(dense(layer), expected)
     torch.testing.assert_close(functional.linear(x, dense(layer), layer.base_layer.bias), layer(x))
-    torch.testing.assert_close(merged(layer).weight.detach(), expected)
+    torch.testing.assert_close(merge_layer(layer).weight.detach(), expected)
 
 
 def test_what_has_no_weight_raises() -> None:

@@ -14,10 +14,12 @@ from pydantic import Field
 from torch import nn
 
 from edgetune import trainable
+from edgetune.carriers import is_nf4
+from edgetune.merging import merge
 from edgetune.registry import require
 from edgetune.targets import matches, refuse_read_directly, refuse_shared, replace, select
 from edgetune.technique import EdgetuneError, Sample, Technique
-from edgetune.wrapped import is_nf4, is_wrapped, merge
+from edgetune.wrapped import is_wrapped
 
 HEADS = ("lm_head", "*.lm_head", "classifier", "classifier.*", "*.classifier", "score", "fc", "head", "head.*")
 

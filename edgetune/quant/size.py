@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from edgetune.carriers import is_nf4, nf4_tensors
 from edgetune.sparse.sliced import Sliced
-from edgetune.wrapped import is_nf4, packed_tensors
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -54,7 +54,7 @@ def weight_bits(tensor: Tensor) -> int | None:
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     seen: set[int] = set()
-    packed = [tensor for layer in model.modules() if is_nf4(layer) for tensor in packed_tensors(layer)]
+    packed = [tensor for layer in model.modules() if is_nf4(layer) for tensor in nf4_tensors(layer)]
     for tensor in (*model.parameters(), *model.buffers(), *packed):
         if id(tensor) not in seen:
             seen.add(id(tensor))

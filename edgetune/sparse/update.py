@@ -14,7 +14,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from edgetune import trainable
+from edgetune.carriers import is_peft
 from edgetune.files import write_whole
+from edgetune.merging import merge
 from edgetune.sparse import head
 from edgetune.sparse.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
 from edgetune.sparse.light.operators import Activations, LightOperators
@@ -22,7 +24,6 @@ from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, blocks_of, resolv
 from edgetune.sparse.sliced import Sliced, strongest
 from edgetune.targets import refuse_read_directly, replace
 from edgetune.technique import EdgetuneError, Sample, Technique
-from edgetune.wrapped import is_peft, merge
 
 _SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
 _SCORED_BATCHES = 4  # that slices by gradient or Fisher information look at

@@ -131,8 +131,8 @@ def pull(source: str | Path, model: nn.Module) -> nn.Module:
 
     `model` may carry its `Sliced` layers, which are merged, or be the plain model they were made from.
     """
+    from edgetune.merging import merge
     from edgetune.sparse.sliced import Sliced
-    from edgetune.wrapped import merge
 
     source = Path(source)
     if source.suffix == ".pte":

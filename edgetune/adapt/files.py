@@ -1,0 +1,152 @@
+"""Adapters on disk, in peft's own format: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgetune import attach
+from edgetune.adapt.inject import ADAPTER, exact_targets, inject, refuse_adapters, trained_type
+from edgetune.adapt.lora import LoRA
+from edgetune.carriers import is_peft, is_peft_model, is_tuner
+from edgetune.holders import COMPILED, PARALLEL, held_model, hold, plain_name, refuse_distributed
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."  # what peft puts before every key of a file
+
+# What peft's config may ask for and this loader cannot give: raise rather than leave it out.
+_UNSUPPORTED = (
+    "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config",
+    "modules_to_tie", "alora_invocation_tokens", "arrow_config",
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+    """Write `adapter_config.json` and `adapter_model.safetensors` for plain peft to load. Returns the folder.
+
+    Layers that trained whole beside the adapter go in as peft's `modules_to_save`.
+    """
+    peft, folder = require("peft", "lora"), Path(folder)
+    model, config = _adapted_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    whole = _trained_whole(model)
+    for name in whole:
+        state |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
+    config = copy.deepcopy(config)
+    config.inference_mode, config.modules_to_save = True, [plain_name(name) for name in whole] or None
+    every = [plain_name(name) for name, _ in model.named_modules() if name]
+    config.target_modules = exact_targets(every, [plain_name(n) for n, m in model.named_modules() if is_tuner(m)])
+    config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{WEIGHTS}.part"
+    require("safetensors.torch", "lora").save_file(
+        {_PREFIX + plain_name(key): value.detach().contiguous().clone() for key, value in state.items()},
+        unfinished,
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(folder))
+    os.replace(unfinished, folder / WEIGHTS)
+    return folder
+
+
+def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The model itself, without what stands around it as a whole, and the config of its adapter."""
+    config = None
+    while True:
+        config = getattr(model, "peft_config", {}).get(ADAPTER) or config
+        children = dict(model.named_children())
+        alone = set(children) in ({PARALLEL}, {COMPILED}) and not any(True for _ in model.parameters(recurse=False))
+        if is_peft_model(model):
+            model = model.get_base_model()  # type: ignore[operator]
+        elif alone:
+            (model,) = children.values()
+        else:
+            break
+    if config is None:
+        raise EdgetuneError("the model carries no adapter", action="save before et.finalize, or save the whole model")
+    model.peft_config = {ADAPTER: config}  # type: ignore[assignment]
+    return model, config
+
+
+def trained_under(model: nn.Module) -> list[str]:
+    """Names of the adapted layers whose own weight or bias trains as well."""
+    adapted = [(name, module) for name, module in model.named_modules() if is_peft(module)]
+    return [n for n, m in adapted if any(p.requires_grad for p in m.get_base_layer().parameters())]  # type: ignore[operator]
+
+
+def _trained_whole(model: nn.Module) -> list[str]:
+    """Names of the layers outside the adapter of which something trains. Raises where peft's format has no place."""
+    under = trained_under(model)
+    if under:
+        raise EdgetuneError(
+            f"{', '.join(under[:3])}: trains itself and carries an adapter; an adapter file would lose the first",
+            got=f"{len(under)} such layers",
+            action="save the whole model, or leave these layers out of the scheme or the targets",
+        )
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if is_peft(module))
+    found = []
+    for name, module in model.named_modules():
+        if name.startswith(adapted) or not any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        if not name or any(True for _ in module.children()):
+            raise EdgetuneError(f"{name or 'the model'} owns parameters beside layers; peft cannot save them alone")
+        found.append(name)
+    return found
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the adapter in `folder` (ours or plain peft's) on a plain model, in place. Every key is accounted for."""
+    peft, folder, outer = require("peft", "lora"), Path(folder), model
+    model = held_model(model)
+    refuse_distributed(outer)
+    refuse_adapters(model)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise EdgetuneError(f"{folder} holds no {file}", action="save with save_adapter or peft's save_pretrained")
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    asked = [name for name in _UNSUPPORTED if getattr(config, name, None)]
+    if config.peft_type != "LORA" or asked:
+        raise EdgetuneError("this adapter is more than LoRA", got=asked or str(config.peft_type), allowed=["LORA"])
+    state = require("safetensors.torch", "lora").load_file(folder / WEIGHTS)
+    state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    names = {key.split(".lora_")[0] for key in state if ".lora_" in key}
+    unknown = sorted(names - {name for name, _ in model.named_modules()})
+    if unknown or not names:
+        raise EdgetuneError("the adapter is for another model: no such layers", got=unknown or sorted(state))
+    config.inference_mode, config.modules_to_save = False, None
+    chosen = {name: model.get_submodule(name) for name in names}
+    inject(model, config, chosen, trained_type(chosen))
+    _load(peft, model, state)
+    loaded = LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(sorted(names)))
+    setattr(model, attach._OPEN, [*attach.opened(model), loaded])  # so that et.finalize merges it
+    return hold(outer, model)
+
+
+def _load(peft: Any, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load the adapter's tensors through peft and those of layers saved whole directly; the latter train."""
+    whole = {key: value for key, value in state.items() if ".lora_" not in key}
+    targets = model.state_dict()
+    for key, value in whole.items():
+        if key not in targets or targets[key].shape != value.shape:
+            raise EdgetuneError("the adapter holds a tensor that this model has no place for", got=key)
+        targets[key].copy_(value)
+    for name, parameter in model.named_parameters():
+        if name.replace(".base_layer.", ".") in whole:
+            parameter.requires_grad_(True)
+    rest = {key: value for key, value in state.items() if key not in whole}
+    try:
+        result = peft.set_peft_model_state_dict(model, rest, adapter_name=ADAPTER)
+    except RuntimeError as error:
+        raise EdgetuneError(f"the adapter does not fit this model: {error}") from error
+    missing = [key for key in result.missing_keys if ".lora_" in key]
+    if missing or result.unexpected_keys:
+        raise EdgetuneError("the adapter does not fit this model", got=[*missing, *result.unexpected_keys])
