@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from edgetune.holders import held_model, hold, refuse_distributed
+from edgetune.holders import held_model, hold, refuse_distributed, refuse_sharded
 from edgetune.merging import take_off_others
 from edgetune.targets import replace
 from edgetune.technique import EdgetuneError, Sample, Technique
@@ -71,6 +71,7 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Raises `EdgetuneError` where an adapter is no plain layer, or no change to layers at all (prompt tuning).
     """
+    refuse_sharded(model)
     model = hold(model, _finalize_own(held_model(model)))
     inner = {name: module for name, module in model.named_modules() if name and opened(module)}
     for name, module in reversed(inner.items()):  # the innermost first

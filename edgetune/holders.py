@@ -32,8 +32,20 @@ def hold(outer: nn.Module, model: nn.Module) -> nn.Module:
     return outer
 
 
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise where no process holds whole weights (FSDP2)."""
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise EdgetuneError(
+            "the model's weights are sharded over processes",
+            got=type(model).__name__,
+            action="gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True) "
+            "and load them into the same model, with the same techniques applied, in one process",
+        )
+
+
 def refuse_distributed(model: nn.Module) -> None:
     """Raise for a model that is already spread over processes: its new parameters would stay different in each."""
+    refuse_sharded(model)
     if is_distributed(model):
         raise EdgetuneError(
             f"{type(model).__name__} only knows the parameters that the model had when it was wrapped",

@@ -61,8 +61,11 @@ def step(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def stepping_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[list[int]]:
+def stepping_in_backward(optimizer: torch.optim.Optimizer, group: Any = None) -> Iterator[list[int]]:
     """Inside, each parameter is updated as soon as its gradient exists, and the gradient is dropped at once.
+
+    `group`: the processes (`torch.distributed.group.WORLD`) that train the same model on rows of their own; each
+    gradient is averaged over them first, since DistributedDataParallel would come too late for that.
 
     Yields a list with one number, the bytes of the largest gradient so far. Raises `EdgetuneError` (exit code 3) in
     backward for a gradient that is not finite, before it reaches the weight.
@@ -72,6 +75,9 @@ def stepping_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[list[int]
     def update(parameter: Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
+        if group is not None:
+            torch.distributed.all_reduce(gradient, group=group)
+            gradient /= torch.distributed.get_world_size(group)
         largest[0] = max(largest[0], gradient.nbytes)
         if not math.isfinite(float(gradient.sum())) and not torch.isfinite(gradient).all():
             raise EdgetuneError(

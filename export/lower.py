@@ -24,6 +24,7 @@ from edgetune.export.shared import stored_once
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
+from edgetune.holders import refuse_sharded
 from edgetune.ledger import Leftover
 from edgetune.modes import undisturbed
 from edgetune.profile.operators import Operator
@@ -100,6 +101,7 @@ def as_plain(model: nn.Module) -> Iterator[nn.Module]:
 
 def check_plain(model: nn.Module) -> None:
     """A weight that is computed in the forward pass is not seen as a constant and stays with slow kernels."""
+    refuse_sharded(model)
     found = [name for name, layer in model.named_modules() if is_wrapped(layer)]
     if found:
         raise EdgetuneError(

@@ -14,7 +14,7 @@ from edgetune import attach
 from edgetune.adapt.inject import ADAPTER, exact_targets, inject, refuse_adapters, trained_type
 from edgetune.adapt.lora import LoRA
 from edgetune.carriers import is_peft, is_peft_model, is_tuner
-from edgetune.holders import COMPILED, PARALLEL, held_model, hold, plain_name, refuse_distributed
+from edgetune.holders import COMPILED, PARALLEL, held_model, hold, plain_name, refuse_distributed, refuse_sharded
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError
 
@@ -34,6 +34,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     Layers that trained whole beside the adapter go in as peft's `modules_to_save`.
     """
     peft, folder = require("peft", "lora"), Path(folder)
+    refuse_sharded(model)
     model, config = _adapted_model(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

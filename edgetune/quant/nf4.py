@@ -110,7 +110,17 @@ def packed(bnb: Any, layer: Any, block_size: int, double_quant: bool) -> nn.Modu
     # no gradient any more, and a failure where the rows are no multiple of 32.
     new.support_avx512bf16_for_cpu = False
     new.register_load_state_dict_pre_hook(_load_packed)
+    new.register_forward_pre_hook(_refuse_without_scales)
     return new.train(layer.training)  # type: ignore[no-any-return]
+
+
+def _refuse_without_scales(layer: Any, _: object) -> None:
+    if getattr(layer.weight, "quant_state", None) is None:
+        raise EdgetuneError(
+            "a 4-bit layer has lost its scales, as it does where FSDP shards its weight",
+            got=type(layer.weight).__name__,
+            action="train a 4-bit model with DistributedDataParallel, or leave nf4 out",
+        )
 
 
 def _packed_weight(bnb: Any, weight: torch.Tensor, block_size: int, double_quant: bool) -> Any:
