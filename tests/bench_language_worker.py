@@ -114,6 +114,8 @@ def program(folder: Path, layers: int | None, threads: int) -> Says:
 def eager(dtype: torch.dtype) -> Callable[[Path, int | None, int], Says]:
     """torch in eager mode with transformers' static cache."""
 
+    from edgetune.export.language.cached import cache_argument
+
     def built(folder: Path, layers: int | None, threads: int) -> Says:
         with quiet():
             from transformers.cache_utils import StaticCache
@@ -126,7 +128,8 @@ def eager(dtype: torch.dtype) -> Callable[[Path, int | None, int], Says]:
             if position == 0:
                 cache = StaticCache(config=model.config, max_cache_len=CACHE)
             given = torch.tensor([list(tokens)])
-            logits: Tensor = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            holding = {cache_argument(model): cache}
+            logits: Tensor = model(given, use_cache=True, logits_to_keep=1, **holding).logits
             return int(logits[0, -1].argmax())
 
         return says

@@ -17,6 +17,7 @@ from edgetune.data.dataset import DataSettings
 from edgetune.export.artifact import Artifact
 from edgetune.export.language import CHECK_PROMPT, LanguageArtifact, export_language
 from edgetune.export.language.artifact import load_any
+from edgetune.export.language.cached import cache_argument
 from edgetune.export.language.parity import eager_logits
 from edgetune.export.language.run import greedy_in_child
 from edgetune.export.language.tokenizer import Carried
@@ -83,9 +84,21 @@ def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
     given, found = torch.tensor([prompt]), []
     with torch.no_grad():
         for _ in range(tokens):
-            given = model(given, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+            logits = model(given, use_cache=True, **{cache_argument(model): cache}).logits
+            given = logits[:, -1].argmax(-1, keepdim=True)
             found.append(int(given))
     return found
+
+
+def test_the_cache_is_called_as_the_model_calls_it() -> None:
+    class New(nn.Module):
+        def forward(self, input_ids: Any, cache: Any = None) -> None: ...
+
+    class Old(nn.Module):
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> None: ...
+
+    assert cache_argument(New()) == "cache"
+    assert cache_argument(Old()) == "past_key_values"
 
 
 def exported(model: nn.Module, folder: Path, **settings: Any) -> LanguageArtifact:

@@ -7,6 +7,7 @@ returns the logits of every token of a prompt.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,11 @@ from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Exit
 
 _NAME = "edgetune-static-cache"
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Cached(nn.Module):
@@ -54,9 +60,8 @@ class Cached(nn.Module):
         torch._check(start + count <= self.max_tokens)  # type: ignore[no-untyped-call]
         self.start, self.masks = start, {}
         places = (torch.arange(count) + start).unsqueeze(0)
-        output = self.model(
-            input_ids=tokens, position_ids=places, past_key_values=self._cache(), use_cache=True, logits_to_keep=1
-        )
+        cache = {cache_argument(self.model): self._cache()}
+        output = self.model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **cache)
         logits: Tensor = output.logits
         return logits
 
