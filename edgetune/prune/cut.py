@@ -23,7 +23,7 @@ from edgetune.prune.layers import (
     width_of,
 )
 from edgetune.prune.trace import tensors_in, undisturbed
-from edgetune.technique import EdgetuneError, Inputs, call
+from edgetune.technique import EdgetuneError, Inputs, call, shortened
 
 ALL_HEADS = ("all_head_size", "attn_dim", "inner_dim", "split_size")  # heads x head size, as attention modules call it
 FFN_WIDTHS = (  # as config classes call it
@@ -69,12 +69,22 @@ def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, T
             own.undo()
             if reason_alone:
                 failing[one.group.name] = reason_alone
-    names = list(failing) or [one.group.name for one in cuts]
-    reasons = "; ".join(f"{name}: {failing.get(name, reason)}" for name in names[:3])
-    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    _refuse(cuts, failing or {one.group.name: reason for one in cuts})
+
+
+def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
+    """Raise for the cuts that fail, by name of their group, and why each does."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in failing.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = [f"{shortened(names, 4)}: {reason}" for reason, names in by_reason.items()]
+    more = f"; and {len(listed) - 3} more reasons" if len(listed) > 3 else ""
+    kinds = {one.group.kind for one in cuts}
+    whole = {k for k in kinds if all(one.group.name in failing for one in cuts if one.group.kind == k)}
+    rest = sorted(kinds - whole)
     raise EdgetuneError(
-        f"a cut width is read elsewhere, so these cannot be pruned: {reasons}{more}",
-        action=f"leave them out: skip: {names}",
+        f"a cut width is read elsewhere, so these cannot be pruned: {'; '.join(listed[:3])}{more}",
+        action=f"prune what: {rest} only" if whole and rest else f"leave them out: skip: {list(failing)}",
     )
 
 
@@ -88,7 +98,7 @@ def _tried(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str
     try:
         _apply(model, cuts, fill, changes)
         _follow_config(model, cuts, changes)
-        with _outputs_of(model, dict.fromkeys(readers, set())) as got:
+        with _outputs_of(model, {name: set() for name in readers}) as got:
             got[""] = tensors_in(call(model, inputs))
     except Exception as error:  # whatever the model's own code raises
         changes.undo()
@@ -158,7 +168,8 @@ def _difference(name: str, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> s
             return f"{place} is no longer finite where it was"
         largest = before[finite].abs().max().item() if finite.any() else 0.0
         off = (before[finite] - after[finite]).abs().max().item() if finite.any() else 0.0
-        if off > (1e-4 if before.dtype in (torch.float32, torch.float64) else 5e-2) * largest:
+        tolerance = 1e-4 if before.dtype in (torch.float32, torch.float64) else 5e-2
+        if off > tolerance * largest + torch.finfo(before.dtype).tiny:
             return f"{place} is off by {off:.3g} of {largest:.3g}"
     return ""
 

@@ -95,11 +95,15 @@ class _Finder:
     def __init__(self, model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> None:
         self.model, self.inputs, self.kinds, self.skip = model, first_rows(inputs), kinds, skip
         self.names = {module: name for name, module in model.named_modules()}
-        self.graph, self.reached = trace(model, self.inputs)
+        self.traced = trace(model, self.inputs)
+        self.graph = self.traced.graph
         self.attentions = attention_names(model)
-        self.blocked: dict[str, list[str]] = {}  # layers whose group cannot be followed, and why
+        self.blocked: dict[str, str] = {}  # layers whose group cannot be followed, and why
         self.left_out: dict[str, str] = {}  # layers seen that lead to no group, and why
-        self.blocks = [block_of(model, name) + "." for name in self.attentions]
+        # FFNs are known by the attention beside them: one that cannot be cut itself will do
+        beside = self.attentions or (_named_attention(model) if "ffn" in kinds else [])
+        self.blocks = [block_of(model, name) + "." for name in beside]
+        self.inner = tuple(name + "." for name in beside if name in _named_attention(model))
         self.projections = {
             (f"{name}.{child}" if name else child)
             for name in self.attentions
@@ -123,9 +127,10 @@ class _Finder:
             self.left_out[name] = "in skip"
             return None
         for layer in layers:
-            if self.model.get_submodule(layer) not in self.graph.module2node:
+            module = self.model.get_submodule(layer)
+            if module not in self.graph.module2node:
                 raise EdgetuneError(
-                    f"the heads of {name} cannot be pruned: {layer} {self.unreached(layer)}",
+                    f"the heads of {name} cannot be pruned: {layer} ({self.traced.why_absent(module)})",
                     got=type(self.model.get_submodule(name)).__name__,
                     action=f'leave it out (skip: ["{name}"]), or prune what: ["ffn"] only',
                 )
@@ -143,12 +148,6 @@ class _Finder:
         """Whether a pattern fits one of the layers or something they lie in."""
         paths = {layer.rsplit(".", cut)[0] for layer in layers for cut in range(layer.count(".") + 1)}
         return any(matches(path, self.skip) for path in paths)
-
-    def unreached(self, layer: str) -> str:
-        """Why a layer does not stand in the graph."""
-        if any(parameter in self.reached for parameter in self.model.get_submodule(layer).parameters(recurse=False)):
-            return "is never called: its weight is read directly"
-        return "does not reach the model's output"
 
     def readers(self, layer: str) -> list[str]:
         """The first linears downstream of a layer."""
@@ -168,6 +167,10 @@ class _Finder:
         """The FFN and channel groups. Query, key and value layers are never a root: grouped heads do not end there."""
         groups: list[Group] = []
         done: set[str] = set()
+        for name in self.raw_experts():
+            self.left_out[name] = "experts whose weights are raw parameters"
+            if "ffn" in self.kinds and not self.skipped([name]):
+                self.blocked[name] = self.left_out[name]
         for layer, name in self.names.items():
             if name in done or not is_candidate(layer):
                 continue
@@ -175,7 +178,7 @@ class _Finder:
                 self.left_out[name] = "writes queries, keys or values: those are heads"
                 continue
             if layer not in self.graph.module2node:
-                self.leave_unreached(name)
+                self.leave_absent(name)
                 continue
             members, obstacles = self.items(layer)
             done |= {member.layer for member in members if member.axis == "out"}
@@ -186,20 +189,30 @@ class _Finder:
             self.raise_blocked()
         return groups
 
-    def leave_unreached(self, name: str) -> None:
-        """Leave out a layer outside the graph; one whose weight is read there is no reason to do less in silence."""
-        reason, inside = self.unreached(name), self.kind_of([name])
-        parent = self.model.get_submodule(name.rpartition(".")[0])
-        own = "directly" in reason and not isinstance(parent, nn.MultiheadAttention)
-        if own and inside in self.kinds and not self.skipped([name]):
-            self.blocked[name] = [f"the code that reads it: it {reason}"]
+    def raw_experts(self) -> list[str]:
+        """Modules that hold the FFNs of several experts as one parameter `(expert, ..., ...)`."""
+        raw = (name for name, p in self.model.named_parameters() if p.dim() == 3 and "expert" in name.lower())
+        holders = (name.rpartition(".")[0] for name in raw)
+        return list(dict.fromkeys(n for n in holders if not is_candidate(self.model.get_submodule(n))))
+
+    def leave_absent(self, name: str) -> None:
+        """Leave out a layer outside the graph, unless the output depends on it: that would be less than was asked."""
+        reason = self.traced.why_absent(self.model.get_submodule(name))
         self.left_out[name] = reason
+        raw = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        if (
+            "output" not in reason.split()
+            and not raw
+            and self.kind_of([name]) in self.kinds
+            and not self.skipped([name])
+        ):
+            self.blocked[name] = reason
 
     def raise_blocked(self) -> None:
         """Raise for the groups that were asked for and cannot be followed."""
-        read_by = (f"{name} by {shortened(obstacles, 2)}" for name, obstacles in self.blocked.items())
+        reasons = (f"{name} ({reason})" for name, reason in self.blocked.items())
         raise EdgetuneError(
-            f"these layers' widths are also read by what cannot be cut: {shortened(read_by)}",
+            f"these layers' widths cannot be cut: {shortened(reasons)}",
             action=f"leave them out: skip: {list(self.blocked)}",
         )
 
@@ -222,36 +235,34 @@ class _Finder:
 
     def items(self, layer: nn.Module) -> tuple[list[Member], list[str]]:
         """What must follow when all outputs of `layer` are cut: members, and in words what cannot be followed."""
-        graph, width = self.graph, width_of(layer, "out")
-        prune_out = graph.get_pruner_of_module(layer).prune_out_channels
+        width = width_of(layer, "out")
         try:
-            group = list(graph.get_pruning_group(layer, prune_out, list(range(width))))
-        except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError, AssertionError) as error:
+            dependents = self.traced.dependents(layer)
+        except (AttributeError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
             reason = f"a rearrangement of its outputs ({type(error).__name__} while following them)"
             return [Member(self.names[layer], "out", _each(width))], [reason]
         members: list[Member] = []
         obstacles: list[str] = []
         lost: dict[tuple[str, Axis], None] = {}  # members whose positions the graph does not give rightly
-        for item in group:
-            target, handler = item.dep.target, item.dep.handler
-            writes = graph.is_out_channel_pruning_fn(handler)
-            if target.module not in self.names:
-                if isinstance(target.module, nn.Parameter):
-                    obstacles.append(f"the parameter {graph._param_to_name.get(target.module, target.name)}")
-                elif not target.outputs:
+        for one in dependents:
+            target = one.module
+            if target not in self.names:
+                if isinstance(target, nn.Parameter):
+                    obstacles.append(f"the parameter {one.name}")
+                elif one.ends:
                     obstacles.append("output")
                 continue
-            name, reads = self.names[target.module], graph.is_in_channel_pruning_fn(handler)
-            one_axis = not is_candidate(target.module) or is_depthwise(target.module)
-            axis: Axis = "out" if one_axis or (writes and not reads) else "in"
-            if axis == "out" and not target.outputs:
+            name = self.names[target]
+            one_axis = not is_candidate(target) or is_depthwise(target)
+            axis: Axis = "out" if one_axis or (one.writes and not one.reads) else "in"
+            if axis == "out" and one.ends:
                 obstacles.append("output")
-            reason = cannot_cut(target.module, axis)
+            reason = cannot_cut(target, axis)
             if reason:
                 obstacles.append(f"{name} ({reason})")
                 members.append(Member(name, axis, ()))
                 continue
-            member = _member(name, axis, width, item.idxs, item.root_idxs, width_of(target.module, axis))
+            member = _member(name, axis, width, one.pairs, width_of(target, axis))
             if member is None:
                 lost[name, axis] = None
             members.append(member or Member(name, axis, ()))
@@ -283,7 +294,7 @@ class _Finder:
     def group(self, name: str, members: list[Member], obstacles: list[str]) -> Group | None:
         """The group, unless it is the model's output, not asked for or skipped."""
         layers = [member.layer for member in members]
-        kind = self.kind_of(layers)
+        kind = "channels" if obstacles and self.is_stream(members) else self.kind_of(layers)
         reason = ""
         if "output" in obstacles:
             reason = "writes the model's output"
@@ -298,7 +309,7 @@ class _Finder:
             reasons = reason or f"read by {shortened(sorted(set(obstacles)), 2)}"
             self.left_out |= dict.fromkeys([name, *sorted(written - {name})], reasons)
             if not reason:
-                self.blocked[name] = sorted(set(obstacles))
+                self.blocked[name] = reasons
             return None
         return Group(kind, name, len(members[0].of_unit), tuple(members))
 
@@ -313,7 +324,23 @@ class _Finder:
         """
         linears = all(is_linear(self.model.get_submodule(n)) for n in layers if self.is_candidate(n))
         within = any(all(layer.startswith(block) for layer in layers) for block in self.blocks)
-        return "ffn" if linears and within and not self.projections.intersection(layers) else "channels"
+        attends = bool(self.projections.intersection(layers)) or any(layer.startswith(self.inner) for layer in layers)
+        return "ffn" if linears and within and not attends else "channels"
+
+    def is_stream(self, members: Sequence[Member]) -> bool:
+        """Whether a layer that reads the units leads to one that writes them: a residual stream, not an FFN."""
+        node_of = self.graph.module2node
+        writers, readers = (
+            {node_of[self.model.get_submodule(m.layer)] for m in members if m.axis == axis} for axis in ("out", "in")
+        )
+        waiting, seen = list(readers), set(readers)
+        while waiting:
+            new = set(waiting.pop().outputs) - seen
+            if new & writers:
+                return True
+            seen |= new
+            waiting += new
+        return False
 
 
 def _named_attention(model: nn.Module) -> list[str]:
@@ -332,15 +359,15 @@ def _inverted(units: Units) -> list[int]:
 
 
 def _member(
-    layer: str, axis: Axis, width: int, positions: list[int], roots: list[int | None], own_width: int
+    layer: str, axis: Axis, width: int, pairs: Sequence[tuple[int, int | None]], own_width: int
 ) -> Member | None:
     """The member, unless its positions are not given for every unit alike, or lie beyond the layer's own width."""
     of_unit: list[list[int]] = [[] for _ in range(width)]
-    for position, root in zip(positions, roots, strict=True):
-        if root is None or position >= own_width:
+    for position, root in pairs:
+        if root is None or not 0 <= position < own_width:
             return None
         of_unit[root].append(position)
-    if len({len(unit) for unit in of_unit}) != 1 or len(set(positions)) != len(positions):
+    if len({len(unit) for unit in of_unit}) != 1 or len({position for position, _ in pairs}) != len(pairs):
         return None
     return Member(layer, axis, tuple(tuple(unit) for unit in of_unit))
 

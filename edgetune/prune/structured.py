@@ -109,6 +109,12 @@ class Prune(Technique):
         for kind in sorted(kinds):
             if not any(one.group.kind == kind for one in cuts):
                 widths = sorted({group.units for group in groups if group.kind == kind})
+                if widths == [1]:
+                    raise EdgetuneError(
+                        f"{kind}: every query head reads the one key-value head there is, so none can go by itself",
+                        got=[group.name for group in groups if group.kind == kind],
+                        action=f"leave {kind} out of what",
+                    )
                 raise EdgetuneError(
                     f"rounding leaves every width of {kind} as it is",
                     got=f"ratio {self._ratio(kind)}, round_to {self.round_to}, widths {widths}",

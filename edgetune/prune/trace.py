@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,20 +47,111 @@ def first_rows(inputs: Inputs) -> Inputs:
     return rows_of(inputs, 0, 2) if len(rows) == 1 and rows.pop() > 2 else inputs
 
 
-def trace(model: nn.Module, inputs: Inputs) -> tuple[Any, set[Tensor]]:
-    """The graph, and every parameter that the output depends on."""
+@dataclass(frozen=True)
+class Dependent:
+    """What must follow a cut: a module or another node of the graph, and which positions follow which outputs."""
+
+    module: Any
+    name: str  # for messages
+    writes: bool  # the units are its outputs
+    reads: bool  # they are its inputs
+    ends: bool  # nothing comes after it
+    pairs: tuple[tuple[int, int | None], ...]  # a position, and the output of the root that it follows
+
+
+_VISITS = 500  # of one node: an index that grows in a circle would be followed for ever
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The library's graph, every parameter that the output depends on, and the modules that were called."""
+
+    graph: Any
+    reached: frozenset[Tensor]
+    called: frozenset[nn.Module]
+
+    def dependents(self, layer: nn.Module) -> list[Dependent]:
+        """Everything that must follow when all outputs of `layer` are cut, the layer itself first.
+
+        Raises `LookupError` or another plain error where the library's rules lead nowhere. Not by its own
+        `get_pruning_group`, which does not end where slices shift an index in a circle.
+        """
+        graph = self.graph
+        root = graph.module2node[layer]
+        start = graph.get_pruner_of_module(layer).prune_out_channels
+        first = [_index(position, position) for position in range(width_of(layer, "out"))]
+        pairs: dict[tuple[Any, Any], dict[Any, None]] = {(root, start): dict.fromkeys(first)}
+        visits: dict[Any, int] = {}
+        waiting = [(root, start, first)]
+        while waiting:
+            node, handler, positions = waiting.pop()
+            visits[node] = visits.get(node, 0) + 1
+            if visits[node] > _VISITS:
+                raise LookupError("positions that shift without end")
+            for dependency in node.dependencies:
+                if not dependency.is_triggered_by(handler):
+                    continue
+                mapped = positions
+                for mapping in dependency.index_mapping:
+                    mapped = mapping(mapped) if mapping is not None else mapped
+                key = (dependency.target, dependency.handler)
+                before = pairs.setdefault(key, {})
+                new = [index for index in dict.fromkeys(mapped) if index not in before]
+                before.update(dict.fromkeys(new))
+                if new:
+                    waiting.append((*key, new))
+        return [
+            Dependent(
+                module=node.module,
+                name=str(graph._param_to_name.get(node.module, node.name))
+                if isinstance(node.module, nn.Parameter)
+                else str(node.name),
+                writes=graph.is_out_channel_pruning_fn(handler),
+                reads=graph.is_in_channel_pruning_fn(handler),
+                ends=not node.outputs,
+                pairs=tuple(sorted(((i.idx, i.root_idx) for i in indices), key=_order)),
+            )
+            for (node, handler), indices in pairs.items()
+            if indices
+        ]
+
+    def why_absent(self, layer: nn.Module) -> str:
+        """Why a layer does not stand in the graph, in words."""
+        if not any(parameter in self.reached for parameter in layer.parameters(recurse=False)):
+            return "does not reach the model's output"
+        if layer not in self.called:
+            return "never called: its weight is read directly"
+        return "its output is changed in place, and cannot be followed"
+
+
+def _index(position: int, root: int) -> Any:
+    """A position as the library's mappings take it."""
+    from torch_pruning import _helpers
+
+    return _helpers._HybridIndex(idx=position, root_idx=root)
+
+
+def _order(pair: tuple[int, int | None]) -> tuple[int, int]:
+    position, root = pair
+    return position, -1 if root is None else root
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Traced:
+    """Run the model once, and follow what depends on what. Its parameters ask for gradients afterwards."""
     pruning = require("torch_pruning", "prune")
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     graph = pruning.DependencyGraph()
     reached: set[Tensor] = set()
+    called: set[nn.Module] = set()
 
     def outputs(output: Any) -> list[Tensor]:
         tensors = [t for t in tensors_in(output) if t.grad_fn is not None]
         reached.update(_leaves(tensors))
         return tensors
 
+    handles = [module.register_forward_hook(lambda m, *_: called.add(m)) for module in model.modules()]
     with torch.enable_grad(), warnings.catch_warnings():
         # It warns of parameters outside known layers; here a group that holds one raises instead.
         warnings.simplefilter("ignore")
@@ -78,7 +170,10 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[Any, set[Tensor]]:
                 f"the model's layers could not be traced: {type(error).__name__}: {error}",
                 action="check that model(example inputs) runs and returns tensors that need a gradient",
             ) from error
-    return graph, reached
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Traced(graph, frozenset(reached), frozenset(called))
 
 
 def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
