@@ -38,7 +38,7 @@ def refuse_sharded(model: nn.Module) -> None:
         raise EdgetuneError(
             "the model's weights are sharded over processes",
             got=type(model).__name__,
-            action="gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True) "
+            action="gather them (torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True), "
             "and load them into the same model, with the same techniques applied, in one process",
         )
 

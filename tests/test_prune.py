@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.prune import Prune, resize_like
-from edgetune.prune.groups import find_groups, undisturbed
+from edgetune.prune.groups import find_groups
 from edgetune.prune.importance import magnitude
+from edgetune.prune.trace import undisturbed
 from edgetune.technique import EdgetuneError, Sample, call, logits_of
 
 TOKENS = torch.arange(12).reshape(2, 6)

@@ -7,24 +7,33 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from edgetune.prune.layers import is_linear, width_of
 from edgetune.technique import EdgetuneError
 
-# Names of the three projections, as transformers, timm and diffusers have them; a fused one is stored q, k, v.
+# Names of the three projections, as transformers, timm and diffusers have them.
 SEPARATE = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
     ("to_q", "to_k", "to_v"),
     ("q", "k", "v"),
 )
-FUSED = ("qkv",)
+FUSED = ("qkv", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "heads")
-HEAD_SIZES = ("attention_head_size", "head_dim", "dim_per_head", "attn_head_size")
+HEAD_SIZES = ("attention_head_size", "head_dim", "dim_per_head", "attn_head_size", "head_size", "key_value_proj_dim")
+
+Units = tuple[tuple[int, ...], ...]  # positions on an axis, by unit
+UnitsAgree = Callable[[str, str, Units, Units], bool]  # writer, reader, and the positions of each
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: layer names, and heads of `head_dim` channels. `query == value` in a fused linear."""
+    """One attention: layer names, and heads of `head_dim` channels.
+
+    A unit is one key-value head and the query heads that read it. `fused_rows` are the outputs of a unit in the one
+    linear that writes queries, keys and values, in this order; `None` where three linears do.
+    """
 
     name: str
     query: str
@@ -34,11 +43,12 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
+    fused_rows: Units | None = None
 
     @property
     def fused(self) -> bool:
-        """Whether one linear writes queries, keys and values, in this order."""
-        return self.query == self.value
+        """Whether one linear writes queries, keys and values."""
+        return self.fused_rows is not None
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -53,7 +63,7 @@ class Attention:
 
 def projections(module: nn.Module) -> tuple[str, str, str] | None:
     """The child names of queries, keys and values, if `module` is an attention of plain linears."""
-    linears = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    linears = {name for name, child in module.named_children() if is_linear(child)}
     for names in SEPARATE:
         if linears.issuperset(names):
             return names
@@ -69,42 +79,81 @@ def attention_names(model: nn.Module) -> list[str]:
 
 
 def block_of(model: nn.Module, name: str) -> str:
-    """The repeated block an attention stands in, `encoder.layer.3`; without one, its parent."""
+    """The outermost repeated block an attention stands in, `encoder.layer.3`; without one, its parent.
+
+    Outermost, since in T5 the parts of a block are numbered too: `block.0.layer.1` is its FFN.
+    """
     parts = name.split(".")
-    for end in range(len(parts), 0, -1):
+    for end in range(1, len(parts) + 1):
         parent = ".".join(parts[: end - 1])
         if parts[end - 1].isdigit() and isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential)):
             return ".".join(parts[:end])
     return ".".join(parts[:-1])
 
 
-def describe(model: nn.Module, name: str, reader: Callable[[str], list[str]]) -> Attention:
-    """The attention called `name`; `reader` gives the linears that read what a layer writes.
+def describe(model: nn.Module, name: str, readers: Callable[[str], list[str]], agree: UnitsAgree) -> Attention:
+    """The attention called `name`; `readers` gives the linears that read what a layer writes.
 
-    Raises `EdgetuneError` when its heads cannot be told from its attributes, or its output projection from the graph.
+    `agree` says whether a writer's and a reader's positions belong to the same units: how the heads lie in a fused
+    linear is not in its name. Raises `EdgetuneError` when its heads cannot be told from its attributes, or its output
+    projection from the graph.
     """
-    module = model.get_submodule(name)
-    found = projections(module)
-    if found is None:
+    children = projections(model.get_submodule(name))
+    if children is None:
         raise EdgetuneError(
             f"{name} keeps queries, keys and values in one raw parameter, which cannot be cut by heads",
-            got=type(module).__name__,
+            got=type(model.get_submodule(name)).__name__,
             action=f'leave it out (skip: ["{name}"]), or prune what: ["ffn"] only',
         )
-    query, key, value = (f"{name}.{child}" if name else child for child in found)
-    parts = 3 if query == value else 1
-    wide, narrow = _width(model, query) // parts, _width(model, value) // parts
+    query, key, value = (f"{name}.{child}" if name else child for child in children)
     head_dim = head_size(model, name)
-    if wide % head_dim or narrow % head_dim or wide % narrow or _width(model, key) // parts != narrow:
-        raise EdgetuneError(f"{name}: its widths are no whole heads", got=(wide, narrow, head_dim), action="skip it")
-    outputs = [layer for layer in reader(value) if model.get_parameter(f"{layer}.weight").shape[1] == wide]
+    if query == value:
+        return _describe_fused(model, name, query, readers, agree, head_dim)
+    wide, narrow = _width(model, query), _width(model, value)
+    if wide % head_dim or narrow % head_dim or wide % narrow or _width(model, key) != narrow:
+        raise _refusal(name, "its widths are no whole heads", (wide, narrow, head_dim))
+    outputs = [layer for layer in readers(value) if width_of(model.get_submodule(layer), "in") == wide]
     if len(outputs) != 1:
-        raise EdgetuneError(f"{name}: no single output projection reads its heads", got=outputs, action="skip it")
+        raise _refusal(name, "no single output projection reads its heads", outputs)
     return Attention(name, query, key, value, outputs[0], wide // head_dim, narrow // head_dim, head_dim)
 
 
+def _describe_fused(
+    model: nn.Module, name: str, layer: str, readers: Callable[[str], list[str]], agree: UnitsAgree, head_dim: int
+) -> Attention:
+    """Two orders are tried: all queries, then all keys, then all values; or unit after unit."""
+    outputs = readers(layer)
+    if len(outputs) != 1:
+        raise _refusal(name, "no single output projection reads its heads", outputs)
+    rows, wide = _width(model, layer), width_of(model.get_submodule(outputs[0]), "in")
+    heads = wide // head_dim
+    units = (rows // head_dim - heads) // 2
+    if wide % head_dim or rows % head_dim or units < 1 or heads % units or rows != (heads + 2 * units) * head_dim:
+        raise _refusal(name, "its widths are no whole heads", (rows, wide, head_dim))
+    queries = heads // units * head_dim
+    read = spans(units, queries)
+    for of_unit in (
+        spans(units, (queries, 0), (head_dim, wide), (head_dim, wide + units * head_dim)),
+        spans(units, queries + 2 * head_dim),
+    ):
+        if agree(layer, outputs[0], of_unit, read):
+            return Attention(name, layer, layer, layer, outputs[0], heads, units, head_dim, of_unit)
+    raise _refusal(name, f"how heads lie in the outputs of {layer} cannot be told, or they are mixed", (rows, wide))
+
+
+def _refusal(name: str, reason: str, got: object) -> EdgetuneError:
+    action = f'leave it out: skip: ["{name}"], or prune what: ["ffn"] only'
+    return EdgetuneError(f"the heads of {name} cannot be pruned: {reason}", got=got, action=action)
+
+
+def spans(units: int, *parts: int | tuple[int, int]) -> Units:
+    """Positions of each unit that has a span in every part: of so many positions, and where the part begins."""
+    pairs = [part if isinstance(part, tuple) else (part, 0) for part in parts]
+    return tuple(tuple(start + u * width + i for width, start in pairs for i in range(width)) for u in range(units))
+
+
 def _width(model: nn.Module, layer: str) -> int:
-    return model.get_parameter(f"{layer}.weight").shape[0]
+    return width_of(model.get_submodule(layer), "out")
 
 
 def head_size(model: nn.Module, name: str) -> int:

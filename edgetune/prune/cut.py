@@ -10,11 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.prune.attention import HEAD_COUNTS, attention_names, head_size, projections
-from edgetune.prune.groups import BATCH_NORMS, CONVOLUTIONS, Axis, Cut, tensors_in, undisturbed, weight_of
-from edgetune.technique import EdgetuneError, Inputs, call
+from edgetune.prune.groups import Cut
+from edgetune.prune.layers import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    Axis,
+    axis_of,
+    channel_dimension,
+    is_conv1d,
+    is_linear,
+    weight_of,
+    width_of,
+)
+from edgetune.prune.trace import tensors_in, undisturbed
+from edgetune.technique import EdgetuneError, Inputs, call, shortened
 
-ALL_HEADS = ("all_head_size", "attn_dim", "inner_dim")  # heads x head size, as attention modules call it
-FFN_WIDTHS = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")  # as config classes call it
+ALL_HEADS = ("all_head_size", "attn_dim", "inner_dim", "split_size")  # heads x head size, as attention modules call it
+FFN_WIDTHS = (  # as config classes call it
+    "intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff", "ffn_hidden_size",
+    "encoder_ffn_dim", "decoder_ffn_dim",
+)  # fmt: skip
 
 
 class Changes:
@@ -39,27 +54,79 @@ class Changes:
 def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor] | None = None) -> None:
     """Take the units out, in place, and prove it: the smaller model must equal the old one with those units at zero.
 
-    `fill`: for a layer that reads units, the value `(in,)` to hold dropped inputs at instead of zero; it is folded
-    into the layer's bias. Raises `EdgetuneError`, with the model as it was, when something else reads a cut width.
+    Every layer that reads units is compared by itself, and then the model's output. `fill`: for a layer that reads
+    units, the value `(in,)` to hold dropped inputs at instead of zero; it is folded into the layer's bias. Raises
+    `EdgetuneError`, with the model as it was, when something else reads a cut width; it names the cuts that fail.
     """
-    fill = fill or {}
-    changes = Changes()
     with undisturbed(model):
-        try:
-            with _held(model, cuts, fill):
-                wanted = tensors_in(call(model, inputs))
-            _apply(model, cuts, fill, changes)
-            _follow_config(model, cuts, changes)
-            got = tensors_in(call(model, inputs))
-            _compare(wanted, got)
-        except Exception as error:
-            changes.undo()
-            if isinstance(error, EdgetuneError):
-                raise
-            raise EdgetuneError(
-                f"the pruned model does not run, so a cut width is read elsewhere: {type(error).__name__}: {error}",
-                action="leave the layers that are reshaped by a fixed width out with skip",
-            ) from error
+        changes, reason = _tried(model, cuts, inputs, fill or {})
+        if not reason:
+            return
+        changes.undo()
+        failing: dict[str, str] = {}
+        for one in cuts if len(cuts) > 1 else ():
+            own, reason_alone = _tried(model, [one], inputs, fill or {})
+            own.undo()
+            if reason_alone:
+                failing[one.group.name] = reason_alone
+    _refuse(cuts, failing or {one.group.name: reason for one in cuts})
+
+
+def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
+    """Raise for the cuts that fail, by name of their group, and why each does."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in failing.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = [f"{shortened(names, 4)}: {reason}" for reason, names in by_reason.items()]
+    more = f"; and {len(listed) - 3} more reasons" if len(listed) > 3 else ""
+    kinds = {one.group.kind for one in cuts}
+    whole = {k for k in kinds if all(one.group.name in failing for one in cuts if one.group.kind == k)}
+    rest = sorted(kinds - whole)
+    raise EdgetuneError(
+        f"a cut width is read elsewhere, so these cannot be pruned: {'; '.join(listed[:3])}{more}",
+        action=f"prune what: {rest} only" if whole and rest else f"leave them out: skip: {list(failing)}",
+    )
+
+
+def _tried(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor]) -> tuple[Changes, str]:
+    """Make the cuts; what was changed, and in words why the result is not what it should be. Empty: it is."""
+    changes = Changes()
+    dropped = _dropped(cuts)
+    readers = {name: dropped.get((name, "out"), set()) for name, axis in dropped if axis == "in"}
+    with _held(model, cuts, fill), _outputs_of(model, readers) as wanted:
+        wanted[""] = tensors_in(call(model, inputs))
+    try:
+        _apply(model, cuts, fill, changes)
+        _follow_config(model, cuts, changes)
+        with _outputs_of(model, {name: set() for name in readers}) as got:
+            got[""] = tensors_in(call(model, inputs))
+    except Exception as error:  # whatever the model's own code raises
+        changes.undo()
+        return changes, f"without these units the model does not run ({type(error).__name__}: {error})"
+    return changes, next(filter(None, (_difference(name, wanted[name], got[name]) for name in wanted)), "")
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, layers: Mapping[str, set[int]]) -> Iterator[dict[str, list[Tensor]]]:
+    """What the layers return while the body runs, each without these positions of its channels."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    handles = []
+    for name, gone in layers.items():
+        layer = model.get_submodule(name)
+        keep = torch.tensor([i for i in range(width_of(layer, "out")) if i not in gone], device=weight_of(layer).device)
+
+        def keep_output(
+            layer: nn.Module, _: Any, output: Tensor, keep: Tensor = keep, outputs: list[Tensor] = outputs[name]
+        ) -> None:
+            # a copy: what follows may change the output in place
+            outputs.append(output.index_select(channel_dimension(layer), keep))
+
+        handles.append(layer.register_forward_hook(keep_output))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -70,7 +137,7 @@ def _held(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, Tensor]) -> Ite
         if axis == "out":
             continue
         layer = model.get_submodule(name)
-        mask = torch.ones(_width(layer, axis), dtype=torch.bool, device=weight_of(layer).device)
+        mask = torch.ones(width_of(layer, axis), dtype=torch.bool, device=weight_of(layer).device)
         mask[sorted(drop)] = False
         value = fill.get(name, torch.zeros(())).to(weight_of(layer))
         if isinstance(layer, CONVOLUTIONS):
@@ -87,32 +154,34 @@ def _held(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, Tensor]) -> Ite
             handle.remove()
 
 
-def _compare(wanted: list[Tensor], got: list[Tensor]) -> None:
+def _difference(name: str, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> str:
+    """How what a layer returned (the model: no name) differs from what it should have, in words; empty if it is right.
+
+    Within 1e-4 of the largest value in fp32, and 5e-2 in 16 bits.
+    """
+    place = f"the output of {name}" if name else "the model's output"
     if [t.shape for t in wanted] != [t.shape for t in got]:
-        raise EdgetuneError(
-            "pruning changed the shape of the model's output",
-            got=[tuple(t.shape) for t in got],
-            action="leave the layers that write the output out with skip",
-        )
+        return f"{place} changes its shape"
     for before, after in zip(wanted, got, strict=True):
-        tolerance = 1e-3 if before.dtype == torch.float32 else 5e-2
-        if not torch.allclose(before, after, rtol=tolerance, atol=tolerance * max(1.0, before.abs().max().item())):
-            raise EdgetuneError(
-                "the pruned model is not the model without those units, so a cut width is read elsewhere",
-                got=f"outputs off by {(before - after).abs().max().item():.3g}",
-                action="find the layer by pruning one at a time (skip), and leave it out",
-            )
+        finite = before.isfinite()
+        if not torch.equal(finite, after.isfinite()):
+            return f"{place} is no longer finite where it was"
+        largest = before[finite].abs().max().item() if finite.any() else 0.0
+        off = (before[finite] - after[finite]).abs().max().item() if finite.any() else 0.0
+        tolerance = 1e-4 if before.dtype in (torch.float32, torch.float64) else 5e-2
+        if off > tolerance * largest + torch.finfo(before.dtype).tiny:
+            return f"{place} is off by {off:.3g} of {largest:.3g}"
+    return ""
 
 
 def _apply(model: nn.Module, cuts: Sequence[Cut], fill: dict[str, Tensor], changes: Changes) -> None:
     """Slice every layer once along each axis: a layer that reads a concatenation is in several groups."""
     for (name, axis), drop in _dropped(cuts).items():
         layer = model.get_submodule(name)
-        if axis == "in" and name in fill and isinstance(layer, nn.Linear):
-            gone = sorted(drop)
-            constant = layer.weight[:, gone] @ fill[name][gone].to(layer.weight)
-            changes.set(layer, "bias", _like(layer.bias, layer.bias + constant))
-        _slice(layer, axis, [i for i in range(_width(layer, axis)) if i not in drop], changes)
+        if axis == "in" and name in fill and isinstance(layer.bias, Tensor):
+            gone, weight = sorted(drop), weight_of(layer)
+            changes.set(layer, "bias", _like(layer.bias, layer.bias + weight[:, gone] @ fill[name][gone].to(weight)))
+        _slice(layer, axis, [i for i in range(width_of(layer, axis)) if i not in drop], changes)
     for one in cuts:
         _follow_modules(model, one, changes)
 
@@ -125,12 +194,6 @@ def _dropped(cuts: Iterable[Cut]) -> dict[tuple[str, Axis], set[int]]:
             positions = dropped.setdefault((member.layer, member.axis), set())
             positions.update(position for unit in one.drop for position in member.of_unit[unit])
     return dropped
-
-
-def _width(layer: nn.Module, axis: Axis) -> int:
-    if isinstance(layer, BATCH_NORMS):
-        return layer.num_features
-    return weight_of(layer).shape[0 if axis == "out" else 1]
 
 
 def _follow_modules(model: nn.Module, one: Cut, changes: Changes) -> None:
@@ -151,29 +214,34 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 def _slice(layer: nn.Module, axis: Axis, keep: list[int], changes: Changes) -> None:
     """Keep these positions of a linear, convolution or batch norm along one axis, and its width attributes with it."""
-    if axis == "in":
-        weight = weight_of(layer)
-        changes.set(layer, "weight", _like(weight, weight[:, keep]))
-        changes.set(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(keep))
-        return
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    weight = getattr(layer, "weight", None)
+    if weight is not None:
+        kept = torch.tensor(keep, device=weight.device)
+        changes.set(layer, "weight", _like(weight, weight.index_select(axis_of(layer, axis), kept)))
+    for name in ("bias", "running_mean", "running_var") if axis == "out" else ():
         tensor = getattr(layer, name, None)
         if tensor is not None:
             changes.set(layer, name, _like(tensor, tensor[keep]))
+    for name in _width_attributes(layer, axis):
+        changes.set(layer, name, len(keep))
+
+
+def _width_attributes(layer: nn.Module, axis: Axis) -> tuple[str, ...]:
+    """What a layer calls its own width along an axis."""
     if isinstance(layer, BATCH_NORMS):
-        changes.set(layer, "num_features", len(keep))
-    elif isinstance(layer, CONVOLUTIONS):
-        changes.set(layer, "out_channels", len(keep))
-        if layer.groups > 1:
-            changes.set(layer, "groups", len(keep))
-            changes.set(layer, "in_channels", len(keep))
-    else:
-        changes.set(layer, "out_features", len(keep))
+        return ("num_features",)
+    if isinstance(layer, CONVOLUTIONS):
+        both = axis == "out" and layer.groups > 1
+        return ("out_channels", "groups", "in_channels") if both else (f"{axis}_channels",)
+    if is_conv1d(layer):
+        return ("nf",) if axis == "out" else ("nx",)
+    return (f"{axis}_features",)
 
 
 def _set_heads(module: nn.Module, heads: int, kv_heads: int, head_dim: int, changes: Changes) -> None:
     new = dict.fromkeys(HEAD_COUNTS, heads) | dict.fromkeys(ALL_HEADS, heads * head_dim)
-    new |= {"num_key_value_heads": kv_heads, "num_key_value_groups": heads // kv_heads}
+    new |= dict.fromkeys(("num_key_value_heads", "num_kv_heads"), kv_heads)
+    new |= {"num_key_value_groups": heads // kv_heads}
     for name, value in new.items():
         if isinstance(getattr(module, name, None), int):
             changes.set(module, name, value)
@@ -199,7 +267,8 @@ def _follow_config(model: nn.Module, cuts: Sequence[Cut], changes: Changes) -> N
         if kind == "heads" and not isinstance(getattr(config, "head_dim", None), int):
             continue
         ((before, after),) = widths
-        if getattr(config, name, None) == before:
+        unset = name == "n_inner" and hasattr(config, name) and config.n_inner is None  # four times the model's width
+        if unset or getattr(config, name, None) == before:
             changes.set(config, name, after)
 
 
@@ -216,7 +285,11 @@ def _config_widths(one: Cut) -> list[tuple[str, int, int]]:
 
 
 def _in_all_layers(config: Any, cuts: Sequence[Cut], kind: str) -> bool:
+    pairs = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
     layers = getattr(config, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False):
+        both = [(getattr(config, a, None), getattr(config, b, None)) for a, b in pairs]
+        layers = next((a + b for a, b in both if isinstance(a, int) and isinstance(b, int)), None)
     return layers is None or sum(1 for one in cuts if one.group.kind == kind) == layers
 
 
@@ -227,33 +300,45 @@ def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     For a pruned model whose config cannot say its widths (BERT takes hidden size / heads for the size of a head):
     build it from the config, resize, then `load_state_dict(state)`. Heads keep their size, so their number follows.
     """
-    sizes = {n: head_size(model, n) for n in attention_names(model) if projections(model.get_submodule(n))}
+    names = [n for n in attention_names(model) if projections(model.get_submodule(n))]
+    sizes = {n: (head_size(model, n), _queries_per_unit(model.get_submodule(n))) for n in names}
     changes = Changes()
     try:
         for name, layer in model.named_modules():
-            if isinstance(layer, (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS)) and f"{name}.weight" in state:
+            if (is_linear(layer) or isinstance(layer, (*CONVOLUTIONS, *BATCH_NORMS))) and f"{name}.weight" in state:
                 _shrink(name, layer, state[f"{name}.weight"].shape, changes)
     except EdgetuneError:
         changes.undo()
         raise
-    for name, size in sizes.items():
+    for name, (size, per_unit) in sizes.items():
         module = model.get_submodule(name)
         query, key, _ = projections(module) or ("", "", "")
-        parts = 3 if query == key else 1
-        heads, kv_heads = (module.get_parameter(f"{child}.weight").shape[0] // parts // size for child in (query, key))
+        rows, key_rows = (width_of(module.get_submodule(child), "out") for child in (query, key))
+        kv_heads = rows // size // (per_unit + 2) if query == key else key_rows // size
+        heads = kv_heads * per_unit if query == key else rows // size
         _set_heads(module, heads, kv_heads, size, changes)
     return model
 
 
+def _queries_per_unit(module: nn.Module) -> int:
+    """Query heads that read one key-value head, as the module says."""
+    per_unit = getattr(module, "num_key_value_groups", 1)
+    heads, kv_heads = getattr(module, "num_heads", None), getattr(module, "num_kv_heads", None)
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        return heads // kv_heads
+    return per_unit if isinstance(per_unit, int) else 1
+
+
 def _shrink(name: str, layer: nn.Module, shape: Sequence[int], changes: Changes) -> None:
-    old = tuple(weight_of(layer).shape)
+    old = tuple(layer.weight.shape) if isinstance(layer.weight, Tensor) else ()
     if len(old) != len(shape) or any(a < b for a, b in zip(old, shape, strict=True)) or old[2:] != tuple(shape[2:]):
         raise EdgetuneError(
             f"{name} cannot be cut to the state's shape",
             got=f"{old} -> {tuple(shape)}",
             action="pass the unpruned model",
         )
-    axes: tuple[Axis, Axis] = ("out", "in")
-    for axis, before, after in zip(axes, old, shape, strict=False):
-        if after < before:
+    axes: tuple[Axis, ...] = ("out",) if isinstance(layer, BATCH_NORMS) else ("out", "in")
+    for axis in axes:
+        after = shape[axis_of(layer, axis)]
+        if after < old[axis_of(layer, axis)]:
             _slice(layer, axis, list(range(after)), changes)

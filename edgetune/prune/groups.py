@@ -1,31 +1,25 @@
 """What must be cut together, as a value to print and then act on.
 
-The dependencies are read from torch-pruning's graph; nothing of that library leaves this file, and its own
-`group.prune` and pruners are not used.
+The dependencies are read from torch-pruning's graph; its own `group.prune` and pruners are not used.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from edgetune.prune.attention import Attention, attention_names, block_of, describe, projections
-from edgetune.registry import require
+from edgetune.prune.attention import Attention, Units, attention_names, block_of, describe, projections, spans
+from edgetune.prune.layers import Axis, cannot_cut, is_candidate, is_depthwise, is_linear, width_of
+from edgetune.prune.probe import units_agree
+from edgetune.prune.trace import first_rows, trace
 from edgetune.targets import matches
-from edgetune.technique import EdgetuneError, Inputs, call, rows_of, shortened
+from edgetune.technique import EdgetuneError, Inputs, shortened
 
 Kind = Literal["ffn", "heads", "channels"]
-Axis = Literal["out", "in"]
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -81,55 +75,35 @@ class Cut:
         return f"{self.group.kind} {self.group.name}: {self.group.units} -> {len(self.keep)}"
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a linear, convolution or batch norm."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; train/eval mode and trainability of every part as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, wanted in trainable.items():
-            parameter.requires_grad_(wanted)
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """Every floating-point tensor a model returned, in order; caches and other objects are passed over."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    return [t for value in output for t in tensors_in(value)] if isinstance(output, (tuple, list)) else []
-
-
 def find_groups(model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> list[Group]:
     """The groups of these kinds, in the model's order, without those that touch its output or a layer in `skip`.
 
-    Raises `EdgetuneError` where the graph cannot be traced, and for a wanted group that cannot be followed.
+    Raises `EdgetuneError` where the graph cannot be traced, for a wanted group that cannot be followed, and for a kind
+    of which there is no group, with every layer seen and why it was left out.
     """
-    return _Finder(model, inputs, kinds, skip).groups()
+    finder = _Finder(model, inputs, kinds, skip)
+    groups = finder.groups()
+    for kind in sorted(kinds):
+        if not any(group.kind == kind for group in groups):
+            finder.refuse(kind)
+    return groups
 
 
 class _Finder:
     """The traced graph of one model, read once."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> None:
-        self.model, self.kinds, self.skip = model, kinds, skip
+        self.model, self.inputs, self.kinds, self.skip = model, first_rows(inputs), kinds, skip
         self.names = {module: name for name, module in model.named_modules()}
-        self.graph = _trace(model, inputs)
+        self.traced = trace(model, self.inputs)
+        self.graph = self.traced.graph
         self.attentions = attention_names(model)
-        self.blocked: dict[str, list[str]] = {}  # layers whose group cannot be followed, and why
-        self.blocks = [block_of(model, name) + "." for name in self.attentions]
+        self.blocked: dict[str, str] = {}  # layers whose group cannot be followed, and why
+        self.left_out: dict[str, str] = {}  # layers seen that lead to no group, and why
+        # FFNs are known by the attention beside them: one that cannot be cut itself will do
+        beside = self.attentions or (_named_attention(model) if "ffn" in kinds else [])
+        self.blocks = [block_of(model, name) + "." for name in beside]
+        self.inner = tuple(name + "." for name in beside if name in _named_attention(model))
         self.projections = {
             (f"{name}.{child}" if name else child)
             for name in self.attentions
@@ -138,15 +112,37 @@ class _Finder:
 
     def groups(self) -> list[Group]:
         """Heads, then what the graph couples elsewhere; sorted by the model's own order."""
-        found = []
+        groups = []
         if "heads" in self.kinds:
-            wanted = [name for name in self.attentions if not self.skipped([name])]
-            described = [describe(self.model, name, self.readers) for name in wanted]
-            found = [_of_attention(a) for a in described if not self.skipped([*a.writers, a.output])]
+            groups = [_of_attention(a) for name in self.attentions if (a := self.attention(name)) is not None]
         if self.kinds & {"ffn", "channels"}:
-            found += self.coupled()
+            groups += self.coupled()
         order = {name: index for index, name in enumerate(self.names.values())}
-        return sorted(found, key=lambda group: (order[group.name], group.kind))
+        return sorted(groups, key=lambda group: (order[group.name], group.kind))
+
+    def attention(self, name: str) -> Attention | None:
+        """One attention, unless it is skipped. Raises where its heads cannot be followed."""
+        layers = [f"{name}.{child}" if name else child for child in projections(self.model.get_submodule(name)) or ()]
+        if self.skipped([name]) or (layers and self.skipped(layers)):
+            self.left_out[name] = "in skip"
+            return None
+        for layer in layers:
+            module = self.model.get_submodule(layer)
+            if module not in self.graph.module2node:
+                raise EdgetuneError(
+                    f"the heads of {name} cannot be pruned: {layer} ({self.traced.why_absent(module)})",
+                    got=type(self.model.get_submodule(name)).__name__,
+                    action=f'leave it out (skip: ["{name}"]), or prune what: ["ffn"] only',
+                )
+        attention = describe(self.model, name, self.readers, self.agree)
+        if self.skipped([*attention.writers, attention.output]):
+            self.left_out[name] = "in skip"
+            return None
+        return attention
+
+    def agree(self, writer: str, reader: str, outputs: Units, inputs: Units) -> bool:
+        """Whether the units at these positions of a writer and a reader are each by themselves."""
+        return units_agree(self.model, self.inputs, writer, reader, _inverted(outputs), _inverted(inputs))
 
     def skipped(self, layers: Collection[str]) -> bool:
         """Whether a pattern fits one of the layers or something they lie in."""
@@ -155,142 +151,233 @@ class _Finder:
 
     def readers(self, layer: str) -> list[str]:
         """The first linears downstream of a layer."""
-        waiting, seen, found = [self.graph.module2node[self.model.get_submodule(layer)]], set(), []
+        waiting, seen, readers = [self.graph.module2node[self.model.get_submodule(layer)]], set(), []
         while waiting:
             for node in waiting.pop().outputs:
                 if node in seen:
                     continue
                 seen.add(node)
-                if isinstance(node.module, nn.Linear):
-                    found.append(self.names[node.module])
+                if node.module in self.names and is_linear(node.module):
+                    readers.append(self.names[node.module])
                 else:
                     waiting.append(node)
-        return found
+        return readers
 
     def coupled(self) -> list[Group]:
         """The FFN and channel groups. Query, key and value layers are never a root: grouped heads do not end there."""
-        found: list[Group] = []
-        done = set(self.projections)
-        roots = [m for m in self.graph.module2node if isinstance(m, (nn.Linear, *CONVOLUTIONS)) and m in self.names]
-        for layer in sorted(roots, key=lambda module: list(self.names).index(module)):
-            if self.names[layer] in done:
+        groups: list[Group] = []
+        done: set[str] = set()
+        for name in self.raw_experts():
+            self.left_out[name] = "experts whose weights are raw parameters"
+            if "ffn" in self.kinds and not self.skipped([name]):
+                self.blocked[name] = self.left_out[name]
+        for layer, name in self.names.items():
+            if name in done or not is_candidate(layer):
                 continue
-            items = self.items(layer)
-            members = [m for m in items if isinstance(m, Member)]
+            if name in self.projections:
+                self.left_out[name] = "writes queries, keys or values: those are heads"
+                continue
+            if layer not in self.graph.module2node:
+                self.leave_absent(name)
+                continue
+            members, obstacles = self.items(layer)
             done |= {member.layer for member in members if member.axis == "out"}
-            group = self.group(self.names[layer], members, [m for m in items if isinstance(m, str)])
+            group = self.group(name, members, obstacles)
             if group is not None:
-                found.append(group)
+                groups.append(group)
         if self.blocked:
-            read_by = (f"{name} by {shortened(obstacles, 2)}" for name, obstacles in self.blocked.items())
-            raise EdgetuneError(
-                f"these layers' widths are also read by what cannot be cut: {shortened(read_by)}",
-                action=f"leave them out: skip: {list(self.blocked)}",
-            )
-        return found
+            self.raise_blocked()
+        return groups
 
-    def items(self, layer: nn.Module) -> list[Member | str]:
+    def raw_experts(self) -> list[str]:
+        """Modules that hold the FFNs of several experts as one parameter `(expert, ..., ...)`."""
+        raw = (name for name, p in self.model.named_parameters() if p.dim() == 3 and "expert" in name.lower())
+        holders = (name.rpartition(".")[0] for name in raw)
+        return list(dict.fromkeys(n for n in holders if not is_candidate(self.model.get_submodule(n))))
+
+    def leave_absent(self, name: str) -> None:
+        """Leave out a layer outside the graph, unless the output depends on it: that would be less than was asked."""
+        reason = self.traced.why_absent(self.model.get_submodule(name))
+        self.left_out[name] = reason
+        raw = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        if (
+            "output" not in reason.split()
+            and not raw
+            and self.kind_of([name]) in self.kinds
+            and not self.skipped([name])
+        ):
+            self.blocked[name] = reason
+
+    def raise_blocked(self) -> None:
+        """Raise for the groups that were asked for and cannot be followed."""
+        reasons = (f"{name} ({reason})" for name, reason in self.blocked.items())
+        raise EdgetuneError(
+            f"these layers' widths cannot be cut: {shortened(reasons)}",
+            action=f"leave them out: skip: {list(self.blocked)}",
+        )
+
+    def refuse(self, kind: str) -> None:
+        """Raise for a kind that has no group, with what was seen."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        seen = "; ".join(f"{shortened(names, 4)} ({reason})" for reason, names in by_reason.items())
+        if kind == "heads" and not self.attentions:
+            seen = shortened(_named_attention(self.model), 4)
+            seen = seen and f"{seen} (no linears of its own called as those of an attention are)"
+        raise EdgetuneError(
+            f"nothing to prune: no layer can be cut as {kind}; seen: {seen}"
+            if seen
+            else f"nothing to prune: the model has no {kind}",
+            got=sorted(self.kinds),
+            action="change what, or shorten skip",
+        )
+
+    def items(self, layer: nn.Module) -> tuple[list[Member], list[str]]:
         """What must follow when all outputs of `layer` are cut: members, and in words what cannot be followed."""
-        graph, width = self.graph, weight_of(layer).shape[0]
-        prune_out = graph.get_pruner_of_module(layer).prune_out_channels
-        items: list[Member | str] = []
-        for item in graph.get_pruning_group(layer, prune_out, list(range(width))):
-            target, handler = item.dep.target, item.dep.handler
-            writes = graph.is_out_channel_pruning_fn(handler)
-            if target.module not in self.names:
-                if isinstance(target.module, nn.Parameter):
-                    items.append(f"the parameter {graph._param_to_name.get(target.module, target.name)}")
-                elif not target.outputs:
-                    items.append("output")
+        width = width_of(layer, "out")
+        try:
+            dependents = self.traced.dependents(layer)
+        except (AttributeError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
+            reason = f"a rearrangement of its outputs ({type(error).__name__} while following them)"
+            return [Member(self.names[layer], "out", _each(width))], [reason]
+        members: list[Member] = []
+        obstacles: list[str] = []
+        lost: dict[tuple[str, Axis], None] = {}  # members whose positions the graph does not give rightly
+        for one in dependents:
+            target = one.module
+            if target not in self.names:
+                if isinstance(target, nn.Parameter):
+                    obstacles.append(f"the parameter {one.name}")
+                elif one.ends:
+                    obstacles.append("output")
                 continue
-            name, reads = self.names[target.module], graph.is_in_channel_pruning_fn(handler)
-            one_axis = not isinstance(target.module, (nn.Linear, *CONVOLUTIONS)) or _is_depthwise(target.module)
-            axis: Axis = "out" if one_axis or (writes and not reads) else "in"
-            if axis == "out" and not target.outputs:
-                items.append("output")
-            items.append(_member(name, axis, width, item.idxs, item.root_idxs) or f"the order of {name}'s inputs")
-            if not _can_cut(target.module, axis):
-                items.append(f"{name} ({type(target.module).__name__})")
-        return items
+            name = self.names[target]
+            one_axis = not is_candidate(target) or is_depthwise(target)
+            axis: Axis = "out" if one_axis or (one.writes and not one.reads) else "in"
+            if axis == "out" and one.ends:
+                obstacles.append("output")
+            reason = cannot_cut(target, axis)
+            if reason:
+                obstacles.append(f"{name} ({reason})")
+                members.append(Member(name, axis, ()))
+                continue
+            member = _member(name, axis, width, one.pairs, width_of(target, axis))
+            if member is None:
+                lost[name, axis] = None
+            members.append(member or Member(name, axis, ()))
+        if lost and not obstacles:
+            return self.folded(members)
+        return members, obstacles + [f"the order of {name}'s channels" for name, _ in lost]
+
+    def folded(self, members: list[Member]) -> tuple[list[Member], list[str]]:
+        """The group where several outputs of its writer are one channel of its readers.
+
+        The two halves of a fused gate and up, or the pixels of a pixel shuffle: known by the widths, and by whether
+        the readers agree that such units are each by themselves.
+        """
+        layers = {member.layer: self.model.get_submodule(member.layer) for member in members}
+        widths = [width_of(layers[member.layer], member.axis) for member in members]
+        units, wide, writer = min(widths), max(widths), members[0].layer
+        reader = next((m.layer for m in members if m.axis == "in"), None)
+        several = wide // units
+        if reader is not None and widths[0] == wide and wide % units == 0 and set(widths) == {units, wide}:
+            for outputs in (spans(units, *((1, n * units) for n in range(several))), spans(units, several)):
+                readers = [m.layer for m in members if m.axis == "in"]
+                if all(
+                    width_of(layers[r], "in") == units and self.agree(writer, r, outputs, _each(units)) for r in readers
+                ):
+                    by_width = {wide: outputs, units: _each(units)}
+                    return [Member(m.layer, m.axis, by_width[w]) for m, w in zip(members, widths, strict=True)], []
+        return members, [f"the order of {member.layer}'s channels" for member in members if not member.of_unit]
 
     def group(self, name: str, members: list[Member], obstacles: list[str]) -> Group | None:
         """The group, unless it is the model's output, not asked for or skipped."""
         layers = [member.layer for member in members]
-        reads = [member for member in members if member.axis == "in"]
-        if "output" in obstacles or not reads:
-            return None
-        kind: Kind = "ffn" if self.in_one_block(layers) and not obstacles else "channels"
-        if kind not in self.kinds or self.skipped(layers):
-            return None
-        if obstacles:
-            self.blocked[name] = sorted(set(obstacles))
+        kind = "channels" if obstacles and self.is_stream(members) else self.kind_of(layers)
+        reason = ""
+        if "output" in obstacles:
+            reason = "writes the model's output"
+        elif not any(member.axis == "in" for member in members) and not obstacles:
+            reason = "no layer reads it"
+        elif self.skipped(layers):
+            reason = "in skip"
+        elif kind not in self.kinds:
+            reason = f"{kind}, not {' or '.join(sorted(self.kinds))}"
+        if reason or obstacles:
+            written = {member.layer for member in members if member.axis == "out" and self.is_candidate(member.layer)}
+            reasons = reason or f"read by {shortened(sorted(set(obstacles)), 2)}"
+            self.left_out |= dict.fromkeys([name, *sorted(written - {name})], reasons)
+            if not reason:
+                self.blocked[name] = reasons
             return None
         return Group(kind, name, len(members[0].of_unit), tuple(members))
 
-    def in_one_block(self, layers: list[str]) -> bool:
-        """Whether the layers are linears of one transformer block, none of them its attention's."""
-        linears = all(isinstance(self.model.get_submodule(layer), nn.Linear) for layer in layers)
-        return linears and any(all(layer.startswith(block) for layer in layers) for block in self.blocks)
+    def is_candidate(self, name: str) -> bool:
+        """Whether the layer of this name is a linear or a convolution."""
+        return is_candidate(self.model.get_submodule(name))
+
+    def kind_of(self, layers: Sequence[str]) -> Kind:
+        """FFN, if the layers are linears of one transformer block, none of them its attention's; else channels.
+
+        What lies between the linears, such as a norm, may be of any class.
+        """
+        linears = all(is_linear(self.model.get_submodule(n)) for n in layers if self.is_candidate(n))
+        within = any(all(layer.startswith(block) for layer in layers) for block in self.blocks)
+        attends = bool(self.projections.intersection(layers)) or any(layer.startswith(self.inner) for layer in layers)
+        return "ffn" if linears and within and not attends else "channels"
+
+    def is_stream(self, members: Sequence[Member]) -> bool:
+        """Whether a layer that reads the units leads to one that writes them: a residual stream, not an FFN."""
+        node_of = self.graph.module2node
+        writers, readers = (
+            {node_of[self.model.get_submodule(m.layer)] for m in members if m.axis == axis} for axis in ("out", "in")
+        )
+        waiting, seen = list(readers), set(readers)
+        while waiting:
+            new = set(waiting.pop().outputs) - seen
+            if new & writers:
+                return True
+            seen |= new
+            waiting += new
+        return False
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> Any:
-    pruning = require("torch_pruning", "prune")
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    graph = pruning.DependencyGraph()
-    with torch.enable_grad(), warnings.catch_warnings():
-        # It warns of parameters outside known layers; here a group that holds one raises instead.
-        warnings.simplefilter("ignore")
-        try:
-            graph.build_dependency(
-                model,
-                example_inputs=rows_of(inputs, 0, 2),
-                forward_fn=call,
-                output_transform=lambda output: [t for t in tensors_in(output) if t.grad_fn is not None],
-                # Its default for this argument is shared between calls and models.
-                unwrapped_parameters=[],
-            )
-        except (AttributeError, KeyError, IndexError, TypeError, RuntimeError, AssertionError) as error:
-            raise EdgetuneError(
-                f"the model's layers could not be traced: {type(error).__name__}: {error}",
-                action="check that model(example inputs) runs and returns tensors that need a gradient",
-            ) from error
-    return graph
+def _named_attention(model: nn.Module) -> list[str]:
+    """Modules that call themselves an attention."""
+    return [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
 
 
-def _member(layer: str, axis: Axis, width: int, positions: list[int], roots: list[int | None]) -> Member | None:
+def _each(width: int) -> Units:
+    return tuple((position,) for position in range(width))
+
+
+def _inverted(units: Units) -> list[int]:
+    """The unit of each position."""
+    of_position = {position: unit for unit, positions in enumerate(units) for position in positions}
+    return [of_position[position] for position in range(len(of_position))]
+
+
+def _member(
+    layer: str, axis: Axis, width: int, pairs: Sequence[tuple[int, int | None]], own_width: int
+) -> Member | None:
+    """The member, unless its positions are not given for every unit alike, or lie beyond the layer's own width."""
     of_unit: list[list[int]] = [[] for _ in range(width)]
-    for position, root in zip(positions, roots, strict=True):
-        if root is None:
+    for position, root in pairs:
+        if root is None or not 0 <= position < own_width:
             return None
         of_unit[root].append(position)
-    if len({len(unit) for unit in of_unit}) != 1 or len(set(positions)) != len(positions):
+    if len({len(unit) for unit in of_unit}) != 1 or len({position for position, _ in pairs}) != len(pairs):
         return None
     return Member(layer, axis, tuple(tuple(unit) for unit in of_unit))
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
-
-
-def _can_cut(layer: nn.Module, axis: Axis) -> bool:
-    if isinstance(layer, CONVOLUTIONS):
-        return layer.groups == 1 or (axis == "out" and _is_depthwise(layer))
-    return isinstance(layer, (nn.Linear, *BATCH_NORMS))
-
-
 def _of_attention(attention: Attention) -> Group:
     units, size, per_unit = attention.kv_heads, attention.head_dim, attention.queries_per_unit
-
-    def blocks(width: int, starts: tuple[int, ...] = (0,)) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(s + u * width + i for s in starts for i in range(width)) for u in range(units))
-
-    if attention.fused:
-        whole = units * size
-        writers = [Member(attention.query, "out", blocks(size, (0, whole, 2 * whole)))]
+    if attention.fused_rows is not None:
+        writers = [Member(attention.query, "out", attention.fused_rows)]
     else:
-        writers = [Member(attention.query, "out", blocks(size * per_unit))]
-        writers += [Member(layer, "out", blocks(size)) for layer in (attention.key, attention.value)]
-    members = (*writers, Member(attention.output, "in", blocks(size * per_unit)))
+        writers = [Member(attention.query, "out", spans(units, size * per_unit))]
+        writers += [Member(layer, "out", spans(units, size)) for layer in (attention.key, attention.value)]
+    members = (*writers, Member(attention.output, "in", spans(units, size * per_unit)))
     return Group("heads", attention.name, units, members, attention)

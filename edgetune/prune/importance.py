@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgetune.prune.groups import BATCH_NORMS, CONVOLUTIONS, Group, Member, undisturbed, weight_of
+from edgetune.prune.groups import Group, Member
+from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_of, width_of
+from edgetune.prune.trace import undisturbed
 from edgetune.technique import EdgetuneError, Inputs, call
 
 
@@ -48,13 +50,12 @@ def _head_norms(model: nn.Module, group: Group) -> Tensor:
     assert attention is not None
     value, output = model.get_submodule(attention.value), model.get_submodule(attention.output)
     written = weight_of(value).double()
-    if attention.fused:
-        written = written[-attention.kv_heads * attention.head_dim :]
     if isinstance(value.bias, Tensor):
-        bias = value.bias.double()[-written.shape[0] :]
-        written = torch.cat([written, bias[:, None]], dim=1)
-    written = written.view(attention.kv_heads, attention.head_dim, -1)
-    read = weight_of(output).double().view(-1, attention.kv_heads, attention.queries_per_unit, attention.head_dim)
+        written = torch.cat([written, value.bias.double()[:, None]], dim=1)
+    if attention.fused_rows is not None:  # the last positions of a unit are its value
+        written = written[torch.tensor(attention.fused_rows, device=written.device)[:, -attention.head_dim :]]
+    written = written.reshape(attention.kv_heads, attention.head_dim, -1)
+    read = weight_of(output).double().reshape(-1, attention.kv_heads, attention.queries_per_unit, attention.head_dim)
     # ||R W||^2 = tr(R'R WW'), which needs only head_dim x head_dim matrices
     gram = torch.einsum("ourd,oure->ude", read, read)
     return (gram * (written @ written.transpose(1, 2))).sum((1, 2)).clamp(min=0).sqrt()
@@ -121,7 +122,7 @@ def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
 
 def folds(layer: nn.Module) -> bool:
     """Whether the mean of a dropped input can go into the layer's bias. Not for convolutions, which pad with zeros."""
-    return isinstance(layer, nn.Linear) and layer.bias is not None
+    return is_linear(layer) and layer.bias is not None
 
 
 @torch.no_grad()
@@ -148,8 +149,8 @@ def means(model: nn.Module, groups: Sequence[Group], moments: Mapping[Key, Momen
     for group in groups:
         for member in group.along("in"):
             layer = model.get_submodule(member.layer)
-            if isinstance(layer, nn.Linear) and folds(layer):
+            if folds(layer):
                 seen = moments[group.name, member.layer]
-                values = held.setdefault(member.layer, torch.zeros(layer.in_features, device=seen.first.device))
+                values = held.setdefault(member.layer, torch.zeros(width_of(layer, "in"), device=seen.first.device))
                 values[torch.tensor(member.of_unit)] = seen.mean.to(values.dtype)
     return held

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from edgetune.prune.attention import attention_names
 from edgetune.prune.cut import cut
-from edgetune.prune.groups import Cut, Group, Kind, find_groups, undisturbed
+from edgetune.prune.groups import Cut, Group, Kind, find_groups
 from edgetune.prune.importance import activation, magnitude, means, observe
+from edgetune.prune.trace import undisturbed
 from edgetune.targets import matches
 from edgetune.technique import EdgetuneError, Sample, Technique
 from edgetune.wrapped import is_wrapped
@@ -56,13 +57,6 @@ class Prune(Technique):
         kinds = self._kinds(model)
         with undisturbed(model):
             groups = find_groups(model, sample.inputs, kinds, self.skip)
-        for kind in sorted(kinds):
-            if not any(group.kind == kind for group in groups):
-                raise EdgetuneError(
-                    f"nothing to prune: the model has no {kind} outside skip",
-                    got=sorted(kinds),
-                    action="change what, or shorten skip",
-                )
         _refuse_shared(model, groups)
         moments = observe(model, groups, sample.batches()) if self.importance == "activation" else None
         cuts = []
@@ -115,6 +109,12 @@ class Prune(Technique):
         for kind in sorted(kinds):
             if not any(one.group.kind == kind for one in cuts):
                 widths = sorted({group.units for group in groups if group.kind == kind})
+                if widths == [1]:
+                    raise EdgetuneError(
+                        f"{kind}: every query head reads the one key-value head there is, so none can go by itself",
+                        got=[group.name for group in groups if group.kind == kind],
+                        action=f"leave {kind} out of what",
+                    )
                 raise EdgetuneError(
                     f"rounding leaves every width of {kind} as it is",
                     got=f"ratio {self._ratio(kind)}, round_to {self.round_to}, widths {widths}",

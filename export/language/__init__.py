@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from edgetune.export import targets
@@ -61,7 +63,8 @@ def export_language(
     The cache has `max_tokens` places for prompt and answer together; a prompt is read in pieces of `prefill_tokens`,
     one of `PREFILLS`. The model may have `Int4` applied. `tokenizer` is a fast tokenizer of transformers, or a
     `tokenizers.Tokenizer`. After each of `check_prompts`, which are messages of a user or the tokens of any text, the
-    program's first `check_tokens` greedy tokens are compared with those of the model in eager mode.
+    program's first `check_tokens` greedy tokens are compared with those of the model in eager mode. A model in bf16 or
+    fp16 is exported as a float32 copy of it, and compared with that copy; the manifest's note says so.
 
     Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) when the model
     cannot be lowered, the program does not run, or fewer than `min_same_prediction_pct` of the tokens are the same.
@@ -78,6 +81,7 @@ def export_language(
         raise EdgetuneError("the program is compared on what it says after a prompt: give one, with tokens")
     # how a text fills a window of tokens is no matter of a program that talks
     own = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
+    model, converted = _in_float32(model)
     with _as_program(model, max_tokens) as program:
         prefill = min(prefill_tokens, max_tokens)  # no more than the cache holds
         facts = _facts(program, found, spec, prefill)
@@ -89,7 +93,7 @@ def export_language(
                 result = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
                 parity.check(result, min_same_prediction_pct)
             write_whole(tokenizer_file(path), text)
-            told = _manifest(program, lowered, chosen, device, spec, facts, result)
+            told = _manifest(program, lowered, chosen, device, spec, facts, result, converted)
             return told.model_copy(update={"carried": own})
 
         artifact = LanguageArtifact(path=path, manifest=write_pair(path, lowered.program.data, prove))
@@ -130,6 +134,27 @@ def _checked(
         )
     chosen.partitioners()  # says what is missing before any work
     return chosen
+
+
+def _in_float32(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model; of one with 16-bit weights a float32 copy, and what they were: "bfloat16", or nothing.
+
+    The backend has no fast kernels in 16 bits. Raises `EdgetuneError` where such weights are also quantized.
+    """
+    halves = (torch.bfloat16, torch.float16)
+    named = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if t.dtype in halves]
+    if not named:
+        return model, ""
+    types = " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in named}))
+    packed = [name for name, tensor in named if type(tensor.data) is not torch.Tensor]
+    if packed:
+        raise EdgetuneError(
+            f"the model was quantized in {types}, which cannot be exported as float32",
+            got=packed[0],
+            action="model.float() before it is quantized",
+            exit_code=Exit.EXPORT,
+        )
+    return copy.deepcopy(model).float(), types
 
 
 @contextlib.contextmanager
@@ -177,11 +202,15 @@ def _manifest(
     spec: TokenizerSpec,
     facts: dict[str, Any],
     result: LanguageParity | None,
+    converted: str,
 ) -> LanguageManifest:
     prefill, vocabulary = facts["get_max_seq_len"], facts["get_vocab_size"]
     plain = lowered.program
     macs_pct, operators_pct = delegated_pct(lowered.prefill_operators)
     packages = ("torch", "executorch", "torchao", "transformers", "tokenizers", "edgetune")
+    compared = "" if result is None else ", and compared with the model in float32"
+    from_halves = f"exported in float32 from {converted} weights{compared}" if converted else ""
+    not_run = "" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime"
     return LanguageManifest(
         target=target.name,
         device=device,
@@ -212,5 +241,5 @@ def _manifest(
         executed=lowered.prefill_executed,
         decode_executed=lowered.decode_executed,
         parity=result,
-        note="" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime",
+        note="; ".join(filter(None, (not_run, from_halves))),
     )

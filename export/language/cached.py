@@ -8,7 +8,7 @@ returns the logits of every token of a prompt.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgetune.export.lower import check_plain
 from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.technique import EdgetuneError, Exit, shortened
 
 _NAME = "edgetune-static-cache"
 
@@ -30,6 +30,7 @@ def cache_argument(model: nn.Module) -> str:
 class Cached(nn.Module):
     """The model with a cache of `max_tokens` places for one sequence, `(1, place, key-value head, width)` each.
 
+    Layers may have different numbers of heads, as pruned ones do: they are counted while the model reads one token.
     The child is called `model`, as in every program of edgetune.
     """
 
@@ -41,9 +42,9 @@ class Cached(nn.Module):
         self.config = config.get_text_config()
         self.start: Any = 0
         self.masks: dict[int, Tensor] = {}
-        heads, width = _heads(self.config)
-        for layer in range(self.config.num_hidden_layers):
-            for kind in ("key", "value"):
+        check_layers(self.config)
+        for layer, shapes in enumerate(_shapes(model, self.config)):
+            for kind, (heads, width) in zip(("key", "value"), shapes, strict=True):
                 self.register_buffer(f"{kind}_{layer}", torch.zeros(1, max_tokens, heads, width))
 
     @property
@@ -140,26 +141,63 @@ class Cached(nn.Module):
     @contextmanager
     def attending(self) -> Iterator[None]:
         """While the body runs, the model attends by `attend`, and builds no masks of its own."""
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        before = self.config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS.register(_NAME, self.attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, lambda *_, **__: None)
-        self.config._attn_implementation = _NAME
         try:
-            yield
+            with _attention_by(self.config, self.attend):
+                yield
         finally:
-            self.config._attn_implementation = before
-            del ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME]
-            del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME]
             self.start, self.masks = 0, {}
 
 
-def _heads(config: Any) -> tuple[int, int]:
-    """Key-value heads and their width. Raises for a model whose layers differ in them, or keep no keys and values."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+@contextmanager
+def _attention_by(config: Any, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """While the body runs, models of this config attend by `attend`, and build no masks of their own."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, lambda *_, **__: None)
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME]
+        del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME]
+
+
+Shape = tuple[int, int]  # key-value heads, and their width
+
+
+def _shapes(model: nn.Module, config: Any) -> list[tuple[Shape, Shape]]:
+    """What each layer's keys and values are like, seen while the model reads one token.
+
+    Raises `EdgetuneError` for layers whose attention cannot be replaced: those of the model's own code.
+    """
+    shapes: dict[int, tuple[Shape, Shape]] = {}
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        index: Any = getattr(module, "layer_idx", len(shapes))
+        shapes[index] = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+        # attention to the one token is its value
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+
+    with torch.no_grad(), _attention_by(config, note):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    layers = range(config.num_hidden_layers)
+    missing = [str(layer) for layer in layers if layer not in shapes]
+    if missing:
+        raise EdgetuneError(
+            f"the attention of {type(model).__name__} is code of its own, which cannot read a static cache",
+            got=f"layers {shortened(missing)} of {len(layers)}",
+            action="export its logits for a window of tokens: et.export(model, example_inputs, path)",
+            exit_code=Exit.EXPORT,
+        )
+    return [shapes[layer] for layer in layers]
+
+
+def check_layers(config: Any) -> None:
+    """Raise for a model that has layers without keys and values of their own."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     strange = sorted(kinds - {"full_attention", "sliding_attention"})
     shared: int = getattr(config, "num_kv_shared_layers", 0)
@@ -171,7 +209,6 @@ def _heads(config: Any) -> tuple[int, int]:
             action="export its logits for a window of tokens: et.export(model, example_inputs, path)",
             exit_code=Exit.EXPORT,
         )
-    return heads, width
 
 
 def check_model(model: nn.Module, max_tokens: int) -> None:

@@ -1,0 +1,70 @@
+"""The layers that pruning can cut, each seen in one form: weights `(out, in, ...)`, units along "out" or "in"."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+Axis = Literal["out", "in"]
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is the linear of GPT-2, whose weight lies `(in, out)`: transformers' `Conv1D`, known by its name."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it is `nn.Linear` or the linear of GPT-2."""
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether it is a convolution of each channel by itself."""
+    return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
+def is_candidate(layer: nn.Module) -> bool:
+    """Whether its outputs could be units: a linear or a convolution."""
+    return is_linear(layer) or isinstance(layer, CONVOLUTIONS)
+
+
+def axis_of(layer: nn.Module, axis: Axis) -> int:
+    """The dimension of the layer's own weight along which `axis` lies."""
+    swapped = is_conv1d(layer) or (isinstance(layer, TRANSPOSED) and not is_depthwise(layer))
+    return int((axis == "in") != swapped)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear or convolution as `(out, in, ...)`, of a batch norm as `(out,)`."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.transpose(0, 1) if axis_of(layer, "out") == 1 else weight
+
+
+def width_of(layer: nn.Module, axis: Axis) -> int:
+    """Positions of the layer along an axis."""
+    if isinstance(layer, BATCH_NORMS):
+        return layer.num_features
+    return weight_of(layer).shape[0 if axis == "out" else 1]
+
+
+def channel_dimension(layer: nn.Module) -> int:
+    """The dimension of the layer's inputs and outputs in which its channels lie, counted from the end."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
+
+
+def cannot_cut(layer: nn.Module, axis: Axis) -> str:
+    """Why a layer cannot be cut along an axis, in words; empty where it can."""
+    name = type(layer).__name__
+    if is_parametrized(layer) or {n for n, _ in layer.named_parameters()} - {"weight", "bias"}:
+        return f"{name} that computes its weight"
+    if isinstance(layer, CONVOLUTIONS):
+        single = layer.groups == 1 or (axis == "out" and is_depthwise(layer))
+        return "" if single else f"{name} with {layer.groups} groups"
+    return "" if is_linear(layer) or isinstance(layer, BATCH_NORMS) else name

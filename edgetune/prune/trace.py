@@ -1,0 +1,207 @@
+"""A model's layers as a graph, by torch-pruning; and what belongs to tracing: modes, rows, outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.prune.layers import is_conv1d, width_of
+from edgetune.registry import require
+from edgetune.technique import EdgetuneError, Inputs, call, rows_of, tensors_of
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; train/eval mode and trainability of every part as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, wanted in trainable.items():
+            parameter.requires_grad_(wanted)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Every floating-point tensor a model returned, in order; caches and other objects are passed over."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return [t for value in output for t in tensors_in(value)] if isinstance(output, (tuple, list)) else []
+
+
+def first_rows(inputs: Inputs) -> Inputs:
+    """Two rows, where every tensor has one for each example: a graph needs no more."""
+    tensors = tensors_of(inputs)
+    rows = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
+    return rows_of(inputs, 0, 2) if len(rows) == 1 and rows.pop() > 2 else inputs
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """What must follow a cut: a module or another node of the graph, and which positions follow which outputs."""
+
+    module: Any
+    name: str  # for messages
+    writes: bool  # the units are its outputs
+    reads: bool  # they are its inputs
+    ends: bool  # nothing comes after it
+    pairs: tuple[tuple[int, int | None], ...]  # a position, and the output of the root that it follows
+
+
+_VISITS = 500  # of one node: an index that grows in a circle would be followed for ever
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The library's graph, every parameter that the output depends on, and the modules that were called."""
+
+    graph: Any
+    reached: frozenset[Tensor]
+    called: frozenset[nn.Module]
+
+    def dependents(self, layer: nn.Module) -> list[Dependent]:
+        """Everything that must follow when all outputs of `layer` are cut, the layer itself first.
+
+        Raises `LookupError` or another plain error where the library's rules lead nowhere. Not by its own
+        `get_pruning_group`, which does not end where slices shift an index in a circle.
+        """
+        graph = self.graph
+        root = graph.module2node[layer]
+        start = graph.get_pruner_of_module(layer).prune_out_channels
+        first = [_index(position, position) for position in range(width_of(layer, "out"))]
+        pairs: dict[tuple[Any, Any], dict[Any, None]] = {(root, start): dict.fromkeys(first)}
+        visits: dict[Any, int] = {}
+        waiting = [(root, start, first)]
+        while waiting:
+            node, handler, positions = waiting.pop()
+            visits[node] = visits.get(node, 0) + 1
+            if visits[node] > _VISITS:
+                raise LookupError("positions that shift without end")
+            for dependency in node.dependencies:
+                if not dependency.is_triggered_by(handler):
+                    continue
+                mapped = positions
+                for mapping in dependency.index_mapping:
+                    mapped = mapping(mapped) if mapping is not None else mapped
+                key = (dependency.target, dependency.handler)
+                before = pairs.setdefault(key, {})
+                new = [index for index in dict.fromkeys(mapped) if index not in before]
+                before.update(dict.fromkeys(new))
+                if new:
+                    waiting.append((*key, new))
+        return [
+            Dependent(
+                module=node.module,
+                name=str(graph._param_to_name.get(node.module, node.name))
+                if isinstance(node.module, nn.Parameter)
+                else str(node.name),
+                writes=graph.is_out_channel_pruning_fn(handler),
+                reads=graph.is_in_channel_pruning_fn(handler),
+                ends=not node.outputs,
+                pairs=tuple(sorted(((i.idx, i.root_idx) for i in indices), key=_order)),
+            )
+            for (node, handler), indices in pairs.items()
+            if indices
+        ]
+
+    def why_absent(self, layer: nn.Module) -> str:
+        """Why a layer does not stand in the graph, in words."""
+        if not any(parameter in self.reached for parameter in layer.parameters(recurse=False)):
+            return "does not reach the model's output"
+        if layer not in self.called:
+            return "never called: its weight is read directly"
+        return "its output is changed in place, and cannot be followed"
+
+
+def _index(position: int, root: int) -> Any:
+    """A position as the library's mappings take it."""
+    from torch_pruning import _helpers
+
+    return _helpers._HybridIndex(idx=position, root_idx=root)
+
+
+def _order(pair: tuple[int, int | None]) -> tuple[int, int]:
+    position, root = pair
+    return position, -1 if root is None else root
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Traced:
+    """Run the model once, and follow what depends on what. Its parameters ask for gradients afterwards."""
+    pruning = require("torch_pruning", "prune")
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    graph = pruning.DependencyGraph()
+    reached: set[Tensor] = set()
+    called: set[nn.Module] = set()
+
+    def outputs(output: Any) -> list[Tensor]:
+        tensors = [t for t in tensors_in(output) if t.grad_fn is not None]
+        reached.update(_leaves(tensors))
+        return tensors
+
+    handles = [module.register_forward_hook(lambda m, *_: called.add(m)) for module in model.modules()]
+    with torch.enable_grad(), warnings.catch_warnings():
+        # It warns of parameters outside known layers; here a group that holds one raises instead.
+        warnings.simplefilter("ignore")
+        try:
+            graph.build_dependency(
+                model,
+                example_inputs=inputs,
+                forward_fn=call,
+                output_transform=outputs,
+                # Its default for this argument is shared between calls and models.
+                unwrapped_parameters=[],
+                customized_pruners={type(m): _conv1d_pruner(pruning) for m in model.modules() if is_conv1d(m)},
+            )
+        except (AttributeError, KeyError, IndexError, TypeError, RuntimeError, AssertionError) as error:
+            raise EdgetuneError(
+                f"the model's layers could not be traced: {type(error).__name__}: {error}",
+                action="check that model(example inputs) runs and returns tensors that need a gradient",
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Traced(graph, frozenset(reached), frozenset(called))
+
+
+def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The parameters that autograd would give a gradient."""
+    waiting: list[Any] = [tensor.grad_fn for tensor in outputs]
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += (new := {source for source, _ in node.next_functions if source is not None} - seen)
+        seen |= new
+
+
+def _conv1d_pruner(pruning: Any) -> Any:
+    """What the library asks about a layer it does not know: its widths. It is never let cut."""
+
+    class Conv1DPruner(pruning.BasePruningFunc):  # type: ignore[misc]
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise NotImplementedError
+
+        def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise NotImplementedError
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return width_of(layer, "out")
+
+        def get_in_channels(self, layer: nn.Module) -> int:
+            return width_of(layer, "in")
+
+    return Conv1DPruner()
