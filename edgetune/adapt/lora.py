@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from edgetune import attach, trainable
 from edgetune.quiet import quiet
+from edgetune.reads import refuse_read_elsewhere
 from edgetune.registry import require
 from edgetune.sparse.frozen import freeze_batch_norms, remove_hooks
-from edgetune.targets import refuse_read_directly, refuse_shared, select
+from edgetune.targets import refuse_shared, select
 from edgetune.technique import EdgetuneError, Sample, Technique
 from edgetune.wrapped import is_peft, keep_base_keys, merge
 
@@ -113,7 +114,7 @@ def exact_targets(model: nn.Module, names: list[str]) -> list[str] | str:
 def inject(model: nn.Module, config: Any, chosen: dict[str, nn.Module]) -> None:
     """Let peft wrap the chosen layers, and put back what trained if sparse-update had set it. In place."""
     peft = require("peft", "lora")
-    refuse_read_directly(model, chosen)
+    refuse_read_elsewhere(model, chosen)
     refuse_shared(model, chosen)
     trainable.remember(model, LoRA.name)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
