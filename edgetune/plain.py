@@ -67,7 +67,7 @@ def how_computed(layer: nn.Module) -> str:
     if key:
         return f"its {key} is no parameter, but computed at each call, as weight_norm or prune do"
     weight = layer._parameters["weight"]
-    if nn.parameter.is_lazy(weight):
+    if weight is not None and nn.parameter.is_lazy(weight):
         return "it has no weight before its first forward; run the model once"
     if is_stock(layer):
         return ""
@@ -155,7 +155,7 @@ def probes(layer: Any) -> list[Tensor]:
     """Random inputs of a few rows that fit the layer's weight, with fewer and with more dimensions."""
     kind = kind_of(layer) or ""
     weight: Tensor = layer.weight
-    settings = {"dtype": weight.dtype, "device": weight.device}
+    settings: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     if kind == "Embedding":
         ids = torch.randint(weight.shape[0], (_ROWS, 3), device=weight.device)
         if layer.padding_idx is not None:

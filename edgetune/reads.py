@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgetune.modes import undisturbed
 from edgetune.reads_in_source import read_in_source
 from edgetune.sparse.frozen import Hook, never_compiled_alone, remove_hooks
-from edgetune.technique import EdgetuneError, Inputs, Sample, call, device_of, moved
+from edgetune.technique import EdgetuneError, Inputs, Sample, call, device_of, moved, shortened
 from edgetune.wrapped import is_wrapped, plain_layer
 
 _LOOKS_ONLY = ("new_", "sym_", "is_", "_has_", "size", "stride", "numel", "dim")  # operators that need no value of it
@@ -40,35 +40,45 @@ class Reads:
     complete: bool = True
 
 
-def refuse_read_elsewhere(
-    model: nn.Module, chosen: Iterable[str], sample: Sample | None = None, *, later: bool = True
-) -> None:
+def refuse_read_elsewhere(model: nn.Module, chosen: Iterable[str], sample: Sample | None = None) -> None:
     """Raise for a layer of `chosen` whose weight is read elsewhere: what wraps or replaces it would not run there.
 
-    Source is read for what is sure to happen. With a sample the model then runs once in each mode, without a trace.
-    Without one, or where it cannot run, the model's next forward is watched if `later`; that raises for those of the
-    layers that are wrapped by then.
+    Without a sample, or where the model cannot run on it, the model's next forward is watched; that raises for those
+    of the layers that are wrapped by then.
     """
     names = list(chosen)
-    if not names:
-        return
-    _refuse(model, read_in_source(model, names))
-    reads = None if sample is None else weights_read_elsewhere(model, sample.inputs, names)
-    if reads is not None:
-        _refuse(model, reads.elsewhere)
-    if later and (reads is None or not reads.complete):
+    readers, complete = readers_of(model, names, sample)
+    refuse_readers(model, readers)
+    if names and not complete:
         watch_first_forward(model, names)
 
 
-def _refuse(model: nn.Module, readers: dict[str, list[str]]) -> None:
+def readers_of(
+    model: nn.Module, chosen: Iterable[str], sample: Sample | None = None
+) -> tuple[dict[str, list[str]], bool]:
+    """By name of a layer, who reads its weight elsewhere; and whether a forward was watched for it to the end.
+
+    Source is read for what is sure to happen; with a sample the model then runs once in each mode, without a trace.
+    """
+    names = list(chosen)
+    readers = read_in_source(model, names)
+    if sample is None or not names:
+        return readers, False
+    reads = weights_read_elsewhere(model, sample.inputs, names)
+    return readers | reads.elsewhere, reads.complete
+
+
+def refuse_readers(model: nn.Module, readers: dict[str, list[str]]) -> None:
+    """Raise for the first layer that has readers."""
     for name, (reader, *others) in readers.items():
         kind = type(model.get_submodule(reader)).__name__
         place = f"{reader} ({kind})" if reader else kind
         also = f", as {len(others)} more do" if others else ""
+        rest = [other for other in readers if other != name]
         raise EdgetuneError(
             f"{name} is not called where its weight is used: {place} reads its weight directly{also}, and would miss "
             "what changes the layer",
-            action=f'add "{name}" to skip' + (f"; so are {', '.join(list(readers)[1:4])}" if len(readers) > 1 else ""),
+            action=f'add "{name}" to skip' + (f", and {shortened(rest, 3)}" if rest else ""),
         )
 
 
@@ -185,7 +195,7 @@ def _tensors(value: object) -> list[Tensor]:
 def _storage(tensor: Tensor) -> int:
     """What names the memory of a tensor, which its views and its `.data` share."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
         return id(tensor)
 
@@ -204,7 +214,7 @@ class FirstForward(Hook):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin to watch, unless this is being traced or watched already."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.asleep or self.watch is not None:
+        if torch.compiler.is_compiling() or torch.jit._trace.is_tracing() or self.asleep or self.watch is not None:
             return
         self.watch = _Watch(module, [name for name in self.names if _is_wrapped(module, name)])
         self.watch.__enter__()
@@ -218,7 +228,7 @@ class FirstForward(Hook):
         watch.__exit__(None, None, None)
         if output is not None:
             remove_hooks(module, FirstForward)
-            _refuse(module, watch.reads().elsewhere)
+            refuse_readers(module, watch.reads().elsewhere)
 
 
 never_compiled_alone(FirstForward.after)

@@ -150,8 +150,8 @@ class _Walk:
             yield from self.called(node)
             looks_only = _name(node.func) in _LOOKERS
             yield from self.expression(node.func)
-            for child in (*node.args, *(keyword.value for keyword in node.keywords)):
-                yield from self.expression(child, looks_only)
+            for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+                yield from self.expression(argument, looks_only)
             return
         for child in ast.iter_child_nodes(node):
             yield from self.expression(child, looks_only)
