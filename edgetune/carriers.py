@@ -127,6 +127,7 @@ def _in_float32(layer: nn.Module) -> nn.Module:
     for module in trial.modules():
         if is_nf4(module):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True  # type: ignore[assignment]
+            module.plain_dtype = torch.float32  # type: ignore[assignment]
     return trial
 
 

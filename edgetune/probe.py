@@ -52,7 +52,8 @@ def _generator() -> torch.Generator:
 
 def _normal(layer: nn.Module, *shape: int) -> Tensor:
     types = [p.dtype for p in layer.parameters() if p.is_floating_point()]
-    return (4 * torch.randn(shape, generator=_generator())).to(device_of(layer), types[0] if types else None)
+    dtype = getattr(layer, "plain_dtype", None) or next(iter(types), torch.float32)  # the first of a 4-bit linear
+    return (4 * torch.randn(shape, generator=_generator())).to(device_of(layer), dtype)
 
 
 def _smallest_image(layer: _ConvNd) -> list[int]:

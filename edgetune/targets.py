@@ -51,23 +51,6 @@ def select(
     return chosen
 
 
-def refuse_read_directly(model: nn.Module, chosen: Iterable[str]) -> None:
-    """Raise for a layer whose parent reads its weight instead of calling it: what wraps it would never run.
-
-    `nn.MultiheadAttention` does so with `out_proj`, `nn.TransformerEncoderLayer` in its fast path with all of its own.
-    """
-    for name in chosen:
-        parts = name.split(".")
-        for depth in range(len(parts)):
-            parent = model.get_submodule(".".join(parts[:depth]))
-            if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-                raise EdgetuneError(
-                    f"{name} is never called: {type(parent).__name__} reads its weight directly",
-                    got=name,
-                    action=f'add "{name}" to skip',
-                )
-
-
 def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Raise for a layer whose weight also belongs to another layer (tied embeddings): merging would change both."""
     owners: dict[int, set[str]] = {}

@@ -25,6 +25,7 @@ from edgetune import checkpoint
 from edgetune import optimizer as optimizers
 from edgetune.ledger import LossPoint, Quality
 from edgetune.plan import Plan, Split
+from edgetune.reached import Reached
 from edgetune.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
 from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of, moved
 
@@ -137,7 +138,8 @@ def train(
         prefixes: folder for `settings.cache_prefix`; by default `prefixes` in the cache folder of edgetune.
 
     Raises:
-        EdgetuneError: nothing is trainable; a loss or gradient is not finite; a checkpoint fits another training.
+        EdgetuneError: nothing is trainable; no backward reaches a trainable one; a loss or gradient is not
+            finite; a checkpoint fits another training.
         KeyboardInterrupt: on Ctrl-C, after the update at hand and a checkpoint (at once on the second Ctrl-C).
     """
     _check(settings, split, folder, resume, teacher, validation)
@@ -155,6 +157,7 @@ def train(
         _prefix(model, settings, split, prefixes) if begun else nullcontext(None) as cache,
         Interrupts(wait=saver is not None) as interrupts,
         stepping as largest_gradient,
+        Reached(model) as reached,
     ):
         for update in range(run.update, plan.updates):
             rate = optimizers.set_rate(optimizer, settings.learning_rate * plan.factor(update))
@@ -163,6 +166,7 @@ def train(
             optimizers.step(optimizer)
             run.add(loss, rate, largest_gradient[0] if largest_gradient else _gradient_bytes(parameters))
             optimizer.zero_grad(set_to_none=True)
+            reached.step(last=plan.ends_epoch(run.update))
             if settings.keep_best and validation and plan.ends_epoch(run.update):
                 _validate(model, validation, run)
             if progress:

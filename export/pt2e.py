@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgetune.export import failures, operators
+from edgetune.export.computed import fold_weights
 from edgetune.export.lower import Positional
 from edgetune.export.reparameterize import reparameterize
 from edgetune.export.targets.target import Target
@@ -39,7 +40,7 @@ def quantize_static(
     quantizer = _of(target, per_channel=per_channel, skip=skip)
     any_rows = target.quantizer is None
     with quiet(), torch.no_grad():
-        prepared = _prepared(_fused(model, inputs, skip), inputs, quantizer, any_rows=any_rows)
+        prepared = _prepared(_fused(model, inputs, skip), inputs, quantizer, skip, any_rows=any_rows)
         seen = 0
         for batch in batches:
             tensors = tensors_of(batch)
@@ -74,7 +75,7 @@ def _fused(model: nn.Module, inputs: Inputs, skip: frozenset[str]) -> nn.Module:
     return fused if report.branches and kept else model
 
 
-def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, *, any_rows: bool) -> Any:
+def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[str], *, any_rows: bool) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     program = Positional(model, inputs).eval()
@@ -86,6 +87,7 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, *, any_rows: boo
         raise failures.not_captured(program, example, error) from error
     graph_module: Any = captured.module(check_guards=False)
     _keep_dims(graph_module)
+    fold_weights(graph_module, skip, _module)
     return prepare_pt2e(graph_module, quantizer)
 
 

@@ -4,7 +4,7 @@ import pytest
 from laws import llama, mlp
 from torch import nn
 
-from edgetune.targets import matches, refuse_read_directly, refuse_shared, replace, select
+from edgetune.targets import matches, refuse_shared, replace, select
 from edgetune.technique import EdgetuneError
 
 
@@ -41,14 +41,6 @@ def test_what_matches_nothing_raises(include: list[str], skip: list[str], what: 
 def test_the_error_names_the_near_layer() -> None:
     with pytest.raises(EdgetuneError, match=r"did you mean 'classifier'"):
         select(mlp(), ["clasifier"])
-
-
-@pytest.mark.parametrize("name", ["self_attn.out_proj", "linear1"])
-def test_layers_whose_weight_is_read_directly_are_refused(name: str) -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(EdgetuneError, match="reads its weight directly"):
-        refuse_read_directly(layer, [name])
-    refuse_read_directly(mlp(), ["stem", "blocks.0.up"])
 
 
 def test_shared_weights_are_refused() -> None:

@@ -12,12 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from edgetune import trainable
 from edgetune.carriers import base_of, is_nf4, is_peft, is_transposed, is_tuner, peft_tensors
+from edgetune.plain import refuse_computed
 from edgetune.probe import outputs_of, probe_inputs, relative_difference, rounding_of
 from edgetune.quiet import quiet
+from edgetune.reads import FirstForward, refuse_read_elsewhere
 from edgetune.registry import require
-from edgetune.sparse.frozen import freeze_batch_norms
-from edgetune.targets import refuse_read_directly, refuse_shared, replace
-from edgetune.technique import EdgetuneError
+from edgetune.sparse.frozen import freeze_batch_norms, remove_hooks
+from edgetune.targets import refuse_shared, replace
+from edgetune.technique import EdgetuneError, Sample
 from edgetune.wrapped import keep_base_keys
 
 ADAPTER = "default"  # peft's own name for an only adapter
@@ -38,22 +40,30 @@ def exact_targets(every: list[str], names: list[str]) -> list[str] | str:
     return names if loose == set(names) else "|".join(re.escape(name) for name in names)
 
 
-def inject(model: nn.Module, config: Any, chosen: dict[str, nn.Module], dtype: torch.dtype | None = None) -> None:
+def inject(
+    model: nn.Module,
+    config: Any,
+    chosen: dict[str, nn.Module],
+    dtype: torch.dtype | None = None,
+    sample: Sample | None = None,
+) -> None:
     """Let peft wrap the chosen layers, and put back what trained if sparse-update had set it. In place.
 
     `dtype` is that of the adapter; `None`: the layer's own. Raises `EdgetuneError`, with the model as it was, where
     an adapted layer does not compute what the plain one does, or could not be merged once it has trained.
     """
-    refuse_read_directly(model, chosen)
-    refuse_shared(model, chosen)
     for name, layer in chosen.items():
+        refuse_computed(name, layer)
         _refuse_groups(name, layer)
+    refuse_shared(model, chosen)
+    refuse_read_elsewhere(model, chosen, sample)
     trainable.remember(model, OWNER)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         _wrap(model, config, chosen, dtype)
     except EdgetuneError:
         _take_off(model, chosen)
+        remove_hooks(model, FirstForward)
         trainable.recall(model, OWNER)
         raise
     keep = trainable.is_open(model, "sparse-update")

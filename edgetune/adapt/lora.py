@@ -64,7 +64,7 @@ class LoRA(Technique):
             use_dora=self.dora,
             fan_in_fan_out=all(is_transposed(layer) for layer in chosen.values()),
         )
-        inject(model, config, chosen, trained_type(chosen))
+        inject(model, config, chosen, trained_type(chosen), sample)
         for layer in whole.values():
             for parameter in layer.parameters():
                 parameter.requires_grad_(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgetune.integrations.inside import announce, finalize_inside
+from edgetune.reached import Reached
 from edgetune.registry import require
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 def callback() -> TrainerCallback:
     """A callback for a `Trainer` whose model went through `et.apply`.
 
-    It logs what trains, and finalizes the model in place at the end of `Trainer.train`, after the best checkpoint
+    It logs what trains, raises for what no backward reaches (after ten steps or an epoch),
+    and finalizes the model in place at the end of `Trainer.train`, after the best checkpoint
     was loaded: `Trainer.save_model` and `Trainer.evaluate` then see plain layers. Checkpoints on the way hold the
     open model, so that `resume_from_checkpoint` works on a model that went through the same `et.apply`.
     """
@@ -23,8 +25,16 @@ def callback() -> TrainerCallback:
     class EdgetuneCallback(base):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             announce(kwargs["model"])
+            self.reached = Reached(kwargs["model"]).start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.reached.step(last=state.global_step == state.max_steps)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.reached.judge()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.reached.stop()
             finalize_inside(kwargs["model"])
 
     made: TrainerCallback = EdgetuneCallback()

@@ -9,8 +9,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from edgetune.plain import computed_tensor, refuse_computed
 from edgetune.quant.tables import looks_up
 from edgetune.quiet import quiet
+from edgetune.reads import readers_of, refuse_readers
 from edgetune.registry import require
 from edgetune.targets import matches, select
 from edgetune.technique import EdgetuneError, Sample, Technique, shortened
@@ -22,8 +24,8 @@ class Int4(Technique):
     Activations are quantized to 8 bits per token while the model runs, in eager mode as in the exported program,
     so both compute the same. Embedding tables become 8 bits with one scale per row, or with `embeddings="int4"` 4 bits
     with one scale for each `group_size` values of a row; `padding_idx` is dropped from them, which changes no output,
-    only a gradient that a quantized table does not have. A table that reads its weight in another way than by looking
-    rows up, as Whisper's positions do, stays in floating point, and a warning names it unless `skip` does.
+    only a gradient that a quantized table does not have. A table whose weight is read in another way than by looking
+    rows up, as Whisper's positions are, stays in floating point, and a warning names it unless `skip` does.
 
     `int8_linears` are kept at 8 bits, one scale for each output: a head over a large vocabulary suffers from 4.
     A head that shares its weight with the embedding is untied: both are quantized from the shared float weight,
@@ -48,12 +50,15 @@ class Int4(Technique):
         with quiet():
             require("torchao", "int4")
         skip_linears, skip_tables = self._skips(model)
-        linears = select(model, self.targets, skip_linears, nn.Linear, _is_float)
-        wide = select(model, self.int8_linears, skip_linears, nn.Linear, _is_float) if self.int8_linears else {}
+        linears = select(model, self.targets, skip_linears, nn.Linear, _is_choosable)
+        wide = select(model, self.int8_linears, skip_linears, nn.Linear, _is_choosable) if self.int8_linears else {}
         linears |= wide
         tables, left = self._tables(model, skip_tables)
+        readers, _ = readers_of(model, [*linears, *tables], sample)
+        left += [name for name in readers if tables.pop(name, None)]
+        refuse_readers(model, _read_by_others(model, {n: r for n, r in readers.items() if n in linears}))
         for name, layer in linears.items():
-            _check_called(name, layer)
+            refuse_computed(name, layer)
             if name not in wide:
                 self._check_width(name, layer.in_features, "the input width of a layer")  # type: ignore[arg-type]
         for name, table in tables.items():
@@ -108,13 +113,18 @@ def _is_float(layer: nn.Module) -> bool:
     return type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check_called(name: str, layer: nn.Module) -> None:
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise EdgetuneError(
-            "int4: nn.MultiheadAttention reads the weight of this layer directly and cannot use a quantized one",
-            where=name,
-            action=f"leave it out with skip: [{name!r}]",
-        )
+def _is_choosable(layer: nn.Module) -> bool:
+    """One in floating point, or one that computes its weight, which is refused by name."""
+    return _is_float(layer) or bool(computed_tensor(layer))
+
+
+def _read_by_others(model: nn.Module, readers: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Without torch's encoder layer, which leaves its fast path where a weight is quantized, and calls its linears."""
+    others = {
+        name: [r for r in outer if not isinstance(model.get_submodule(r), nn.TransformerEncoderLayer)]
+        for name, outer in readers.items()
+    }
+    return {name: outer for name, outer in others.items() if outer}
 
 
 def _check_table(name: str, table: nn.Embedding) -> None:
@@ -129,7 +139,7 @@ def _check_table(name: str, table: nn.Embedding) -> None:
 
 def _not_looked_up(names: list[str]) -> str:
     return (
-        f"int4: {shortened(names)}: an embedding that reads its weight in another way than by looking rows up; "
+        f"int4: {shortened(names)}: an embedding whose weight is read in another way than by looking rows up; "
         f"it stays in floating point. To say so: skip: {names}"
         if names
         else ""

@@ -16,16 +16,20 @@ from torch import nn
 from edgetune import trainable
 from edgetune.carriers import is_nf4
 from edgetune.merging import merge
+from edgetune.plain import refuse_computed
+from edgetune.reads import FirstForward, refuse_read_elsewhere
 from edgetune.registry import require
-from edgetune.targets import matches, refuse_read_directly, refuse_shared, replace, select
-from edgetune.technique import EdgetuneError, Sample, Technique
+from edgetune.sparse.frozen import remove_hooks
+from edgetune.targets import matches, refuse_shared, replace, select
+from edgetune.technique import EdgetuneError, Sample, Technique, shortened
 from edgetune.wrapped import is_wrapped
 
 HEADS = ("lm_head", "*.lm_head", "classifier", "classifier.*", "*.classifier", "score", "fc", "head", "head.*")
+_PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NF4(Technique):
-    """Store linears in 4 bits; they are frozen and compute in fp32, and gradients flow through them.
+    """Store linears in 4 bits; they are frozen, compute in the type they had, and gradients flow through them.
 
     `block_size`: weights that share a scale, a divisor of every input width.
     `double_quant` stores the scales in 8 bits, 256 to a block.
@@ -47,18 +51,40 @@ class NF4(Technique):
         if trainable.is_open(model, "sparse-update") or any(is_wrapped(module) for module in model.modules()):
             raise EdgetuneError("nf4 needs plain layers", action="put nf4 before sparse-update and lora")
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        skip = self.skip if self.skip is not None else [p for p in HEADS if any(matches(n, [p]) for n in linears)]
+        heads = [p for p in HEADS if any(matches(n, [p]) for n in linears)]
+        skip = self.skip if self.skip is not None else heads
+        self._refuse_other_kinds(model, {name for name in linears if not matches(name, skip)})
         chosen = select(model, self.targets, skip, nn.Linear)
-        refuse_read_directly(model, chosen)
+        refuse_read_elsewhere(model, chosen, sample)
         refuse_shared(model, chosen)
         for name, layer in chosen.items():
+            refuse_computed(name, layer)
             if type(layer) is not nn.Linear:
                 raise EdgetuneError(f"{name} is a {type(layer).__name__}, not a plain linear", action="add it to skip")
+            if layer.weight.dtype not in _PACKABLE:  # bitsandbytes computes wrongly in others without a word
+                raise EdgetuneError(
+                    f"{name} cannot be packed in 4 bits", got=str(layer.weight.dtype), allowed=map(str, _PACKABLE),
+                    action="convert the model first, as in model.float()",
+                )  # fmt: skip
             self._check_width(name, layer.in_features)
         trainable.remember(model, self.name)
         for name, layer in chosen.items():
             replace(model, name, packed(bnb, layer, self.block_size, self.double_quant))
         return model
+
+    def _refuse_other_kinds(self, model: nn.Module, linears: set[str]) -> None:
+        """Raise where a pattern means layers that multiply by a matrix but are no `nn.Linear`, as all of GPT-2's."""
+        others = {name: type(module).__name__ for name, module in model.named_modules() if _is_other_product(module)}
+        for pattern in self.targets:
+            meant = [name for name in others if matches(name, [pattern])]
+            if meant and not any(matches(name, [pattern]) for name in linears):
+                heads = " but a head" if self.skip is None else " that skip leaves"
+                raise EdgetuneError(
+                    f"only nn.Linear is stored in 4 bits, and targets match none{heads}; "
+                    f"{shortened(meant, 3)}: {', '.join(sorted({others[name] for name in meant}))}",
+                    got=pattern,
+                    action="leave nf4 out, or build the model with nn.Linear",
+                )
 
     def _check_width(self, name: str, width: int) -> None:
         # bitsandbytes' kernel for CPUs with AVX-512 reads the wrong scales where a block goes on in the next row
@@ -70,10 +96,19 @@ class NF4(Technique):
             )
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """Turn what is still in 4 bits into plain fp32 linears, with the rounded weights."""
+        """Turn what is still in 4 bits into plain linears, with the rounded weights."""
         model = merge(model, is_nf4)
+        remove_hooks(model, FirstForward)
         trainable.recall(model, self.name)
         return model
+
+
+def _is_other_product(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D or its like: no class of torch's, with one matrix as its weight."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, (nn.Linear, nn.Embedding)) or weight is None or is_wrapped(module):
+        return False
+    return weight.dim() == 2 and not type(module).__module__.startswith("torch.")
 
 
 def packed_bytes(weights: int, block_size: int, double_quant: bool) -> int:
@@ -100,10 +135,14 @@ def import_bitsandbytes() -> Any:
 
 
 def packed(bnb: Any, layer: Any, block_size: int, double_quant: bool) -> nn.Module:
-    """The linear with its weight `(out, in)` in 4 bits; the bias is the same parameter as before."""
-    new: Any = bnb.nn.Linear4bit(
-        layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32, device="meta"
-    )
+    """The linear with its weight `(out, in)` in 4 bits; the bias is the same parameter as before.
+
+    It computes in the type that the weight had, and notes it as `plain_dtype`: bitsandbytes would turn a bias into
+    the type it computes in, and what is unpacked is to fit the layers around it.
+    """
+    dtype: torch.dtype = layer.weight.dtype
+    new: Any = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
+    new.plain_dtype = dtype
     new.weight = _packed_weight(bnb, layer.weight.detach(), block_size, double_quant)
     new.bias = layer.bias
     # In eval mode on a CPU with AVX512-BF16 the forward would rearrange the weight for good: scales rounded to bf16,

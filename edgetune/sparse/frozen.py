@@ -60,7 +60,11 @@ never_compiled_alone(Hook.after)
 
 
 class FrozenStage(Hook):
-    """Eval mode and no graph, while no parameter of the stage and none of its inputs needs a gradient."""
+    """Eval mode and no graph, while no parameter of the stage and none of its inputs needs a gradient.
+
+    A forward hook of another's inside may ask for a graph, as `enable_input_require_grads` of transformers does for
+    reentrant checkpoints: then recording is left on, which records nothing unless that hook makes it.
+    """
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         """Do nothing where something trains; else switch dropout and recording off."""
@@ -69,7 +73,7 @@ class FrozenStage(Hook):
         recording, training = torch.is_grad_enabled(), [m for m in module.modules() if m.training]
         for inner in training:
             inner.training = False
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(recording and any(_has_foreign_hook(inner) for inner in module.modules()))
 
         def leave() -> None:
             torch.set_grad_enabled(recording)
@@ -77,6 +81,10 @@ class FrozenStage(Hook):
                 inner.training = True
 
         return leave
+
+
+def _has_foreign_hook(module: nn.Module) -> bool:
+    return any(not isinstance(getattr(hook, "__self__", None), Hook) for hook in module._forward_hooks.values())
 
 
 class FrozenLayer(Hook):

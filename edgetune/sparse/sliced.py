@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from edgetune.plain import computed_tensor, how_computed, is_stock, probes
 from edgetune.sparse import onednn
 from edgetune.sparse.frozen_ops import convolved_back, padded
 from edgetune.sparse.light.operators import latest
@@ -111,6 +113,9 @@ def strongest(layer: nn.Module, ratio: float, of: str, scores: Tensor | None = N
     return (chosen[:, None] * step + torch.arange(step, device=chosen.device)).flatten(), dim
 
 
+_PRODUCTS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+
+
 class _InPlaceOf(TorchFunctionMode):
     """Puts the sliced product in the place of the one that a base calls with its weight, whatever it pads before."""
 
@@ -119,11 +124,10 @@ class _InPlaceOf(TorchFunctionMode):
         self.layer = layer
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is functional.linear:
-            return self._linear(*args, **(kwargs or {}))
-        if func in (functional.conv1d, functional.conv2d, functional.conv3d):
-            return self._convolution(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _PRODUCTS and (args[1] if len(args) > 1 else kwargs.get("weight")) is self.layer.base.weight:
+            return self._linear(*args, **kwargs) if func is functional.linear else self._convolution(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         layer = self.layer
@@ -228,10 +232,77 @@ def _inputs_of_groups(outputs: Tensor, outputs_each: int, inputs_each: int) -> T
 
 
 def refuse_slice(name: str, layer: nn.Module) -> None:
-    """Raise unless the layer is one of which a slice can train."""
+    """Raise unless the layer is one of which a slice can train: one with a weight of its own."""
     if not isinstance(layer, SLICEABLE):
         raise EdgetuneError(
             f"{name}: only linears and convolutions can train in part",
             got=type(layer).__name__,
             action='write "full", "bias" or "frozen" for it',
         )
+    if computed_tensor(layer):
+        _refuse(name, layer, how_computed(layer))
+
+
+def refuse_unfollowed(name: str, layer: nn.Module) -> None:
+    """Raise where a slice of a layer with a forward of its own gives another output or gradient than the layer.
+
+    Padding of its own is followed, as is all that ends in the product with the very weight; a standardized weight is
+    not. Tried on a copy, with random input.
+    """
+    refuse_slice(name, layer)
+    if is_stock(layer):
+        return
+    if layer.weight.is_meta:  # type: ignore[union-attr, operator]
+        _refuse(name, layer, "it has a forward of its own, and no values yet to try it with")
+    with torch.random.fork_rng(devices=[]):
+        for training in (False, True):
+            reason = _not_followed(layer, training)
+            if reason:
+                _refuse(name, layer, reason)
+
+
+def _refuse(name: str, layer: nn.Module, reason: str) -> NoReturn:
+    raise EdgetuneError(
+        f"{name} cannot train in part: {reason}",
+        got=type(layer).__name__,
+        action=f'write "full", "bias" or "frozen" for "{name}"',
+    )
+
+
+def _not_followed(layer: nn.Module, training: bool) -> str:
+    """Why a slice of the layer is not the same as the layer, in this mode; "" if it is."""
+    plain = copy.deepcopy(layer).train(training).requires_grad_(True)
+    for hooks in (plain._forward_hooks, plain._forward_pre_hooks):
+        hooks.clear()
+    error: Exception | None = None
+    for x in probes(plain):
+        try:
+            expected, gradient = _tried(plain, x, plain.weight)  # type: ignore[arg-type]
+        except Exception as refused:  # whatever a forward raises that wants something else
+            error = refused
+            continue
+        if gradient is None:
+            return "no gradient reaches its weight"
+        sliced = Sliced(plain, *strongest(plain, 0.5, "inputs"))
+        output, part = _tried(sliced, x, sliced.slice)
+        tolerance = max(1e-4, 8 * torch.finfo(gradient.dtype).eps)
+        if not _close(output, expected, tolerance):
+            return "its own forward gives something else once a slice of its weight trains"
+        if part is None or not _close(part, gradient.index_select(sliced.dim, sliced.indices), tolerance):
+            return "its own forward multiplies by something else than its weight as it stands"
+        return ""
+    return f"its own forward takes no input of its class's ({type(error).__name__}: {error})"
+
+
+def _tried(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Output for `x`, and the gradient of a weighted sum of it."""
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        output: Tensor = layer(x)
+        loss = (output * torch.linspace(-1, 1, output.numel(), device=x.device).view(output.shape)).sum()
+        (gradient,) = torch.autograd.grad(loss, [weight], allow_unused=True)
+    return output.detach(), gradient
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())

@@ -17,12 +17,13 @@ from edgetune import trainable
 from edgetune.carriers import is_peft
 from edgetune.files import write_whole
 from edgetune.merging import merge
+from edgetune.reads import refuse_read_elsewhere
 from edgetune.sparse import head
 from edgetune.sparse.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
 from edgetune.sparse.light.operators import Activations, LightOperators
 from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, blocks_of, resolve, trains
-from edgetune.sparse.sliced import Sliced, strongest
-from edgetune.targets import refuse_read_directly, replace
+from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest
+from edgetune.targets import replace
 from edgetune.technique import EdgetuneError, Sample, Technique
 
 _SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
@@ -85,7 +86,9 @@ class SparseUpdate(Technique):
             raise EdgetuneError("sparse-update would freeze the adapters", action="put sparse-update before lora")
         scheme = self.resolve(model, sample)
         slices = {c.layer: c.part for c in scheme.choices if isinstance(c.part, Slice)}
-        refuse_read_directly(model, slices)
+        refuse_read_elsewhere(model, slices, sample)
+        for name in slices:
+            refuse_unfollowed(name, model.get_submodule(name))
         scores = self._scores(model, slices, sample)
         chosen = {
             name: strongest(model.get_submodule(name), part.ratio, part.of, scores.get(name))
