@@ -1,6 +1,8 @@
-"""Random small modules for test_random_modules.py: lists of layers, each on one or two earlier values.
+"""Random small modules: lists of layers, each on one or two earlier values.
 
-`plans()` draws a list such that shapes fit; `Drawn` is its module, with the same random weights each time.
+`plans()` draws a list such that shapes fit; `Drawn` is its module, with the same random weights each time. With
+`unusual`, layers of odd_layers.py are among them, and several outputs. `python tests/random_techniques.py` puts
+techniques on them, test_random_modules.py exports them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from nets import Call
+from odd_layers import ODD_LAYERS, draw_odd_layer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -89,6 +92,7 @@ class Plan:
     shape: tuple[int, ...]
     tokens: bool
     steps: tuple[Step, ...]
+    outputs: str = "one"  # or "tuple", "dict": the head's and the last layer's mean beside it
 
 
 Shape = tuple[int, ...]
@@ -155,21 +159,25 @@ def vector_layers(draw: st.DrawFn, shape: Shape) -> tuple[str, tuple[Any, ...]]:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn, unusual: bool = False) -> Plan:
     """A module of 2 to 6 layers over a picture, a sequence, a vector or tokens."""
     tokens = draw(st.integers(0, 3)) == 0
-    first: Shape = (draw(st.sampled_from([4, 6])),) if tokens else draw(
-        st.sampled_from([(3, 8, 8), (4, 7, 9), (6, 8), (5, 12), (12,)])
-    )  # fmt: skip
+    shapes: list[Shape] = [(3, 8, 8), (4, 7, 9), (6, 8), (5, 12), (12,)]
+    if unusual:  # widths that 4 bits in groups of 32 divide
+        shapes = [(3, 8, 8), (4, 7, 9), (6, 32), (5, 64), (32,)]
+    first: Shape = (draw(st.sampled_from([4, 6])),) if tokens else draw(st.sampled_from(shapes))
     steps: list[Step] = []
     values: list[Tensor] = [torch.zeros(2, *first, dtype=torch.long if tokens else torch.float32)]
     if tokens:
-        steps.append(Step("embedding", (0,), (draw(st.sampled_from([8, 12])), draw(st.booleans()))))
+        steps.append(
+            Step("embedding", (0,), (draw(st.sampled_from([32] if unusual else [8, 12])), draw(st.booleans())))
+        )
         values.append(layer_of(steps[0], values)(*values).detach())
     for _ in range(draw(st.integers(2, 6))):
         start = 1 if tokens else 0
         source = draw(st.integers(max(start, len(values) - 2), len(values) - 1))
-        step = _next(draw, values, source, start)
+        odd = unusual and draw(st.integers(0, 2)) == 0
+        step = _odd(draw, values, source) if odd else _next(draw, values, source, start)
         try:
             with torch.no_grad():
                 made = layer_of(step, values).eval()(*(values[s] for s in step.sources))
@@ -177,7 +185,13 @@ def plans(draw: st.DrawFn) -> Plan:
             continue  # such as a window larger than the picture: torch itself has no such module
         steps.append(step)
         values.append(made)
-    return Plan(first, tokens, tuple(steps))
+    outputs = draw(st.sampled_from(["one", "one", "tuple", "dict"])) if unusual else "one"
+    return Plan(first, tokens, tuple(steps), outputs)
+
+
+def _odd(draw: st.DrawFn, values: list[Tensor], source: int) -> Step:
+    kind, given = draw_odd_layer(draw, tuple(values[source].shape[1:]))
+    return Step(kind, (source,), given)
 
 
 def _next(draw: st.DrawFn, values: list[Tensor], source: int, start: int) -> Step:
@@ -201,6 +215,8 @@ def layer_of(step: Step, values: list[Tensor]) -> nn.Module:
     """The module of a step, for values of these shapes."""
     shape = tuple(values[step.sources[0]].shape[1:])
     channels, width = shape[0], shape[-1]
+    if step.kind in ODD_LAYERS:
+        return ODD_LAYERS[step.kind](shape, *step.given)
     make = {**_common(step.given, width), **_pictures(step.given, channels), **_sequences(step.given, shape)}
     return make[step.kind]()
 
@@ -303,11 +319,12 @@ class Drawn(nn.Module):
             self.layers.append(layer)
         self.head = nn.Linear(values[-1][0].numel(), CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         values = [x]
         for step, layer in zip(self.plan.steps, self.layers, strict=True):
             values.append(layer(*(values[s] for s in step.sources)))
-        return self.head(values[-1].flatten(1))
+        logits, mean = self.head(values[-1].flatten(1)), values[-1].flatten(1).mean(1)
+        return {"one": logits, "tuple": (logits, mean), "dict": {"logits": logits, "mean": mean}}[self.plan.outputs]
 
 
 def inputs_of(plan: Plan) -> Tensor:
