@@ -116,9 +116,7 @@ def test_int4_refuses_a_table_with_max_norm() -> None:
 
 def test_int4_refuses_a_projection_that_is_read_directly() -> None:
     model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
-    with pytest.raises(
-        EdgetuneError, match=r'out_proj is not called[\s\S]*add "self_attn\.out_proj" to skip'
-    ):
+    with pytest.raises(EdgetuneError, match=r'out_proj is not called[\s\S]*add "self_attn\.out_proj" to skip'):
         Int4().apply(model)
     x = torch.randn(1, 4, 32)
     with torch.no_grad():
