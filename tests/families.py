@@ -29,8 +29,9 @@ Bits = Literal["int8", "int4"]
 class Family:
     """How to build one. `inputs` gives a batch of that many rows; `adapt` is `lora` or a scheme of sparse-update.
 
-    `skip`: patterns of layers that LoRA leaves out: peft refuses them, or the model reads their weights elsewhere. `skip_bits`: patterns of those that
-    quantization leaves out, because it refuses them. `note`: what is not as one would expect.
+    `skip`: patterns of layers that LoRA leaves out: peft refuses them, or the model reads their weights elsewhere.
+    `skip_bits`: patterns of those that quantization leaves out, because it refuses them.
+    `note`: what is not as one would expect.
     """
 
     name: str

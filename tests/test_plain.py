@@ -1,4 +1,4 @@
-"""A layer is plain if it computes its class's functional with its own weight and bias; others are named with the reason."""
+"""A layer is plain if it computes its class's functional with its own weight and bias; others are named."""
 
 from __future__ import annotations
 
