@@ -61,8 +61,7 @@ def how_computed(layer: nn.Module) -> str:
         return ""
     for key in ("weight", "bias"):
         if parametrize.is_parametrized(layer, key):
-            steps = ", ".join(type(step).__name__.strip("_") for step in layer.parametrizations[key])  # type: ignore[union-attr, index]
-            return f"its {key} is parametrized by {steps}"
+            return parametrized_by(key, layer.parametrizations[key])  # type: ignore[union-attr, index, arg-type]
     key = computed_tensor(layer)
     if key:
         return f"its {key} is no parameter, but computed at each call, as weight_norm or prune do"
@@ -82,6 +81,11 @@ def how_computed(layer: nn.Module) -> str:
         if difference:
             return difference
     return ""
+
+
+def parametrized_by(key: str, steps: parametrize.ParametrizationList) -> str:
+    """Says what computes the weight or bias."""
+    return f"its {key} is parametrized by {', '.join(type(step).__name__.strip('_') for step in steps)}"
 
 
 def kind_of(layer: nn.Module) -> str | None:

@@ -214,7 +214,7 @@ class FirstForward(Hook):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin to watch, unless this is being traced or watched already."""
-        if torch.compiler.is_compiling() or torch.jit._trace.is_tracing() or self.asleep or self.watch is not None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or self.asleep or self.watch is not None:
             return
         self.watch = _Watch(module, [name for name in self.names if _is_wrapped(module, name)])
         self.watch.__enter__()

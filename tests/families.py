@@ -29,8 +29,9 @@ Bits = Literal["int8", "int4"]
 class Family:
     """How to build one. `inputs` gives a batch of that many rows; `adapt` is `lora` or a scheme of sparse-update.
 
-    `skip`: patterns of layers that LoRA leaves out, because peft refuses them. `skip_bits`: patterns of those that
-    quantization leaves out, because it refuses them. `note`: what is not as one would expect.
+    `skip`: patterns of layers that LoRA leaves out: peft refuses them, or the model reads their weights elsewhere.
+    `skip_bits`: patterns of those that quantization leaves out, because it refuses them.
+    `note`: what is not as one would expect.
     """
 
     name: str
@@ -327,7 +328,7 @@ FAMILIES = {
         _text("Mixtral", "Mixtral" + _CAUSAL, "MixtralConfig", {**DECODER, **EXPERTS, "num_local_experts": 4}),
         replace(
             _text("Mamba", "Mamba" + _CAUSAL, "MambaConfig", MAMBA),
-            skip=("*.out_proj",),
+            skip=("*.out_proj", "*.conv1d", "*.dt_proj"),
             skip_bits=("*.dt_proj",),
             note="int4 leaves dt_proj in fp32, whose input is 4 wide: no multiple of its groups",
         ),

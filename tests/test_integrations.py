@@ -118,6 +118,32 @@ def test_what_trains_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+class Apart(nn.Module):
+    """`spare` trains, but is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("ends", ["ten steps", "epoch"])
+def test_the_callback_of_transformers_names_what_no_backward_reaches(ends: str) -> None:
+    from transformers import TrainerState
+
+    from edgetune.integrations.hf import callback
+
+    model, called, state = apply(Apart(), SparseUpdate(scheme={"*": "full"})), callback(), TrainerState(max_steps=50)
+    called.on_train_begin(None, state, None, model=model)
+    for _ in range(9 if ends == "ten steps" else 2):
+        model(torch.ones(2, 4)).sum().backward()
+        called.on_step_end(None, state, None, model=model)
+    with pytest.raises(EdgetuneError, match=r"spare\.weight, spare\.bias: trainable, but no backward has reached it"):
+        (called.on_step_end if ends == "ten steps" else called.on_epoch_end)(None, state, None, model=model)
+
+
 def test_a_callback_with_nothing_to_do_says_so() -> None:
     with pytest.raises(EdgetuneError, match="no technique is open"):
         announce(two_layers())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from laws import bert, llama, logits, mlp, tokens, vectors
 from pydantic import ValidationError
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply, finalize
@@ -133,6 +135,36 @@ def test_what_cannot_be_packed_raises() -> None:
         NF4(targets=("1",)).apply(
             nn.Sequential(nn.Linear(4, 4), nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4))
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_packed_layer_computes_in_the_type_it_had_and_notes_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64, bias=False)).to(dtype)
+    bias, x = model[0].bias, torch.randn(5, 64, dtype=dtype, requires_grad=True)
+    NF4(block_size=32).apply(model)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(layer.plain_dtype == dtype for layer in other)
+    weights = [dense(layer).to(dtype) for layer in model]
+    y = model(x)
+    expected = nn.functional.linear(nn.functional.linear(x, weights[0], bias), weights[1])
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 0.02, torch.float16: 0.002}[dtype]
+    torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, (weights[1].sum(0) @ weights[0]).expand_as(x), atol=tolerance, rtol=tolerance)
+    assert model[0].bias is bias
+    assert bias.dtype == bias.grad.dtype == dtype
+
+
+def test_what_it_cannot_pack_is_named_truly() -> None:
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 48, "bos_token_id": 1, "eos_token_id": 2}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**size))
+    with pytest.raises(EdgetuneError, match=r"only nn\.Linear is stored in 4 bits.*none but a head.*c_attn.*Conv1D"):
+        NF4(block_size=32).apply(gpt2)
+    with pytest.raises(EdgetuneError, match=r"c_fc: Conv1D: got '\*\.c_fc'"):
+        NF4(block_size=32, targets=("*.c_fc",), skip=()).apply(gpt2)
+    with pytest.raises(EdgetuneError, match=r"stem cannot be packed in 4 bits: got 'torch\.float64'"):
+        NF4(block_size=32).apply(mlp().double())
 
 
 @pytest.mark.parametrize("settings", [{"block_size": 48}, {"double": True}])

@@ -386,3 +386,62 @@ def test_int8_skips_the_layers_it_is_told_to() -> None:
 
     with pytest.raises(EdgetuneError, match="skip: the pattern matches no layer: got 'haed'"):
         Int8(skip=("haed",)).apply(model, sample)
+
+
+class Standardized(nn.Conv2d):
+    def standard(self) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.standard(), self.bias)
+
+
+def _convolved(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("kind", ["standardized", "weight norm", "weight norm, old", "spectral norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_int8_of_a_computed_weight_is_that_of_the_plain_layer(kind: str) -> None:
+    torch.manual_seed(0)
+    pictures = torch.randn(8, 4, 12, 12)
+    layer = {
+        "standardized": lambda: Standardized(4, 8, 3, padding=1),
+        "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 3, padding=1)),
+        "weight norm, old": lambda: nn.utils.weight_norm(nn.Conv2d(4, 8, 3, padding=1)),
+        "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 8, 3, padding=1)),
+    }[kind]()
+    model = _convolved(layer).eval()
+    plain = nn.Conv2d(4, 8, 3, padding=1)
+    with torch.no_grad():
+        model(pictures)  # old weight norm works its weight out here
+        plain.weight.copy_(layer.standard() if kind == "standardized" else layer.weight)
+        plain.bias.copy_(layer.bias)
+    expected = _convolved(plain).eval()
+    expected[1:].load_state_dict(model[1:].state_dict())
+    torch.testing.assert_close(expected(pictures), model(pictures), atol=1e-5, rtol=1e-5)
+    ours, theirs = (Int8().apply(each, Sample.of(pictures)) for each in (model, expected))
+    torch.testing.assert_close(ours(pictures), theirs(pictures), atol=0, rtol=0)
+    assert stored_bytes(ours) == stored_bytes(theirs)
+
+
+class OfItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.head = nn.Linear(4, 8 * 4), nn.Linear(8, 3)
+        self.by = Multiplied()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.by(x, self.maker(x.mean(0)).view(8, 4)))
+
+
+class Multiplied(nn.Module):
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight)
+
+
+def test_int8_refuses_a_weight_that_is_computed_from_the_inputs() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(EdgetuneError, match="by multiplies by a weight that it computes from its inputs"):
+        Int8().apply(OfItsInput().eval(), Sample.of(torch.randn(6, 4)))

@@ -36,9 +36,38 @@ class SamePadded(nn.Conv2d):
         )
 
 
+class TwoProducts(nn.Linear):
+    """A low-rank path of its own beside the product with its weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+        return nn.functional.linear(input=x, weight=self.weight, bias=self.bias) * 2 + side
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias)
+
+
+class Transposed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Dropping(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, nn.functional.dropout(self.weight, 0.5, self.training), self.bias)
+
+
 LAYERS = {
     "linear-2d": (lambda: nn.Linear(8, 12), (5, 8)),
     "linear-3d": (lambda: nn.Linear(8, 12), (2, 3, 8)),
+    "linear-two-products": (lambda: TwoProducts(8, 12), (5, 8)),
     "linear-1d": (lambda: nn.Linear(8, 12, bias=False), (8,)),
     "conv2d": (lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1), (2, 8, 9, 9)),
     "conv2d-dilated": (lambda: nn.Conv2d(8, 12, 3, dilation=2, bias=False), (2, 8, 9, 9)),
@@ -177,6 +206,26 @@ def test_what_cannot_be_sliced_raises_and_changes_nothing(model: Any, scheme: An
         SparseUpdate(scheme=scheme).apply(found)
     assert {name: p.requires_grad for name, p in found.named_parameters()} == before
     assert not any(isinstance(m, Sliced) for m in found.modules())
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (lambda: Standardized(8, 8, 3), "multiplies by something else than its weight"),
+        (lambda: Transposed(8, 8), "multiplies by something else than its weight"),
+        (lambda: Dropping(8, 8), "multiplies by something else than its weight"),
+        (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "its weight is no parameter"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "its weight is no parameter"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 1)), "parametrized by WeightNorm"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_layer_that_does_not_multiply_by_its_weight_is_refused(layer: Any, reason: str) -> None:
+    model = nn.Sequential(layer(), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(EdgetuneError, match=rf"0 cannot train in part: .*{reason}"):
+        SparseUpdate(scheme={"0": 0.5, "2": "full"}).apply(model)
+    assert not any(isinstance(m, Sliced) or m._forward_pre_hooks for m in model.modules() if m is not model[0])
+    apply(model, SparseUpdate(scheme={"0": "full", "2": "full"}))
 
 
 @pytest.mark.parametrize("ratio", [0, 1.0, -0.5, 1.5, float("nan"), "half"])

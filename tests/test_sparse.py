@@ -19,6 +19,7 @@ from edgetune.quant.nf4 import NF4
 from edgetune.sparse.frozen import FrozenLayer
 from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import blocks_of
+from edgetune.sparse.sliced import Sliced
 from edgetune.sparse.update import SparseUpdate, stages_of
 from edgetune.technique import EdgetuneError, call
 
@@ -384,3 +385,32 @@ def test_a_second_scheme_takes_the_place_of_the_first() -> None:
     torch.testing.assert_close(logits(model, vectors()), before)
     assert trained(model) == trained(apply(mlp(), SparseUpdate(scheme="last-1")))
     assert not any(m._forward_hooks for m in finalize(model).modules())
+
+
+@pytest.mark.parametrize("scheme", ["last-1", {"bert.encoder.layer.1": 0.5, "classifier": "full"}])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_reentrant_checkpoints_train_as_frozen_by_hand(scheme: Any) -> None:
+    gradients = {}
+    for by_hand in (False, True):
+        model = bert().train()
+        for dropout in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+            dropout.p = 0.0
+        if not by_hand:
+            apply(model, SparseUpdate(scheme=scheme))
+        for name, parameter in model.named_parameters():
+            if by_hand:
+                parameter.requires_grad_("embeddings" not in name and ".layer.0." not in name)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()  # as transformers.Trainer does
+        model(**tokens()).logits.square().sum().backward()
+        gradients[by_hand] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        if not by_hand:
+            sliced = {n: m for n, m in model.named_modules() if isinstance(m, Sliced)}
+    assert len(gradients[False]) > 4
+    for name, gradient in gradients[False].items():
+        layer = sliced.get(name.removesuffix(".slice"))
+        expected = gradients[True][name.replace(".slice", ".weight").replace(".base.", ".")]
+        if layer is not None:
+            expected = expected.index_select(layer.dim, layer.indices)
+        assert gradient is not None, name
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from edgetune import checkpoint
 from edgetune.ledger import Quality
 from edgetune.plan import Plan, epoch_order
+from edgetune.reached import Reached
 from edgetune.technique import EdgetuneError
 from edgetune.train import Distill, Train, counted, soft_loss, train
 
@@ -558,3 +559,49 @@ def test_settings_are_either_epochs_or_updates_and_come_back_from_json() -> None
     ):
         with pytest.raises(ValidationError):
             Train(**wrong)  # type: ignore[arg-type]
+
+
+# -- what no backward reaches ------------------------------------------------------------------------------------
+
+
+class WithUnused(Net):
+    """`spare` is never called; `expert` only for rows that some batches do not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(8, 8)
+        self.expert = nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = super().forward(tokens)
+        rare = tokens[:, 0] == 15  # one row of 18
+        return logits.masked_scatter(rare[:, None], self.expert(logits[rare])) if rare.any() else logits
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_what_no_backward_reaches_is_named(in_backward: bool) -> None:
+    torch.manual_seed(3)
+    model = WithUnused()
+    changes = {"in_backward": True, "clip_norm": None} if in_backward else {}
+    asked = settings(accumulate=1, batch_size=4, updates=60, **changes)
+    done: list[int] = []
+    with pytest.raises(EdgetuneError, match=r"spare\.weight, spare\.bias: trainable, but no backward .* in 10 steps"):
+        train(model, asked, Words(200), functional.cross_entropy, seed=1, progress=lambda n, *_: done.append(n))
+    assert done == list(range(1, 10))
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+    model.spare.requires_grad_(False)
+    train(model, asked, Words(200), functional.cross_entropy, seed=1)
+
+
+def test_a_short_training_is_judged_where_its_first_epoch_ends() -> None:
+    torch.manual_seed(3)
+    model = Net()
+    model.spare = nn.Parameter(torch.zeros(2))
+    with pytest.raises(EdgetuneError, match="spare: trainable, but no backward has reached it in 4 steps"):
+        train(model, settings(), Words(50), functional.cross_entropy, seed=1)
+
+
+def test_a_trainer_whose_gradients_are_elsewhere_is_not_judged() -> None:
+    with Reached(Net()) as reached:
+        for _ in range(20):
+            reached.step(last=True)

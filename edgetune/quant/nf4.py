@@ -17,7 +17,7 @@ from edgetune import trainable
 from edgetune.carriers import is_nf4
 from edgetune.merging import merge
 from edgetune.plain import refuse_computed
-from edgetune.reads import FirstForward, refuse_read_elsewhere
+from edgetune.reads import FirstForward, readers_of, refuse_readers, watch_first_forward
 from edgetune.registry import require
 from edgetune.sparse.frozen import remove_hooks
 from edgetune.targets import matches, refuse_shared, replace, select
@@ -55,7 +55,8 @@ class NF4(Technique):
         skip = self.skip if self.skip is not None else heads
         self._refuse_other_kinds(model, {name for name in linears if not matches(name, skip)})
         chosen = select(model, self.targets, skip, nn.Linear)
-        refuse_read_elsewhere(model, chosen, sample)
+        readers, watched = readers_of(model, chosen, sample)
+        refuse_readers(model, readers)
         refuse_shared(model, chosen)
         for name, layer in chosen.items():
             refuse_computed(name, layer)
@@ -70,6 +71,8 @@ class NF4(Technique):
         trainable.remember(model, self.name)
         for name, layer in chosen.items():
             replace(model, name, packed(bnb, layer, self.block_size, self.double_quant))
+        if not watched:
+            watch_first_forward(model, chosen)
         return model
 
     def _refuse_other_kinds(self, model: nn.Module, linears: set[str]) -> None:

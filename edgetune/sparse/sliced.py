@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from edgetune.plain import computed_tensor, how_computed, is_stock, probes
+from edgetune.plain import computed_tensor, how_computed, is_stock, parametrized_by, probes
 from edgetune.sparse import onednn
 from edgetune.sparse.frozen_ops import convolved_back, padded
 from edgetune.sparse.light.operators import latest
@@ -233,6 +234,9 @@ def _inputs_of_groups(outputs: Tensor, outputs_each: int, inputs_each: int) -> T
 
 def refuse_slice(name: str, layer: nn.Module) -> None:
     """Raise unless the layer is one of which a slice can train: one with a weight of its own."""
+    if isinstance(layer, ParametrizationList):
+        owner, _, key = name.rpartition(".parametrizations.")
+        _refuse(owner, layer, parametrized_by(key, layer))
     if not isinstance(layer, SLICEABLE):
         raise EdgetuneError(
             f"{name}: only linears and convolutions can train in part",

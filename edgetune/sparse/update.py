@@ -86,9 +86,9 @@ class SparseUpdate(Technique):
             raise EdgetuneError("sparse-update would freeze the adapters", action="put sparse-update before lora")
         scheme = self.resolve(model, sample)
         slices = {c.layer: c.part for c in scheme.choices if isinstance(c.part, Slice)}
-        refuse_read_elsewhere(model, slices, sample)
         for name in slices:
             refuse_unfollowed(name, model.get_submodule(name))
+        refuse_read_elsewhere(model, slices, sample)
         scores = self._scores(model, slices, sample)
         chosen = {
             name: strongest(model.get_submodule(name), part.ratio, part.of, scores.get(name))
