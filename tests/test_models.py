@@ -22,6 +22,8 @@ from edgetune.models.causal import built_once, smollm2
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
+from edgetune.pipeline import Fold
+from edgetune.recipe import load
 from edgetune.technique import EdgetuneError
 
 TIMM_CHILD = """
@@ -188,14 +190,38 @@ def test_a_checkpoint_keeps_the_order_of_its_classes_whatever_the_datas_is(tmp_p
     assert quality("text-classification", loaded.model, split).value == 100
 
 
-def test_an_exported_checkpoint_carries_its_own_classes(tmp_path: Path) -> None:
-    save_bert(tmp_path / "model", **MOODS, max_position_embeddings=64)
+@pytest.fixture(scope="module")
+def moods(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint, and a table labelled by its own answers."""
+    folder = tmp_path_factory.mktemp("moods")
+    model = save_bert(folder / "model", **MOODS, max_position_embeddings=64)
+    encode = TextEncoder(save_tokenizer(folder / "model"), 64)
     texts = [f"{a} {b} {c} {d}" for a in WORDS[5:] for b in WORDS[5:] for c in WORDS[5:] for d in ("good", "bad")]
-    lines = [f"{text},{SORTED[n % 3]}" for n, text in enumerate(texts)]
-    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    exportable = exporting.exportable(f"hf:{tmp_path / 'model'}", f"csv:{tmp_path / 'rows.csv'}")
+    with torch.no_grad():
+        model.classifier.bias -= model(**encode(texts)).logits.mean(0)
+        answers = model(**encode(texts)).logits.argmax(-1).tolist()
+    model.save_pretrained(folder / "model")
+    lines = [f"{text},{model.config.id2label[answer].upper()}" for text, answer in zip(texts, answers, strict=True)]
+    assert len(set(answers)) == 3
+    (folder / "rows.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    return folder / "model", folder / "rows.csv"
+
+
+def test_an_exported_checkpoint_carries_its_own_classes(moods: tuple[Path, Path]) -> None:
+    exportable = exporting.exportable(f"hf:{moods[0]}", f"csv:{moods[1]}")
     assert exportable.carried is not None
     assert exportable.carried.labels == ("neutral", "bad", "good")
+
+
+def test_a_run_begins_with_what_the_checkpoint_knows(moods: tuple[Path, Path], tmp_path: Path) -> None:
+    text = f"name: moods\nmodel: {{source: 'hf:{moods[0]}'}}\ndata: {{source: 'csv:{moods[1]}'}}\nsteps: [eval]\n"
+    (tmp_path / "moods.yaml").write_text(text, encoding="utf-8")
+    fold = Fold(load(tmp_path / "moods.yaml"), tmp_path, resume=False, progress=lambda *_: None, record=False)
+    fold.steps()
+    loaded = fold.ledger.rows[0]
+    assert loaded.quality is not None
+    assert loaded.quality.value == 100, "the table's labels are its own answers"
+    assert fold.carried.labels == ("neutral", "bad", "good")
 
 
 REFUSED_HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], str]] = {
