@@ -266,6 +266,7 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     settings = ModelSettings(source=source)
     torch.manual_seed(0)
     loaded = registry.loader(registry.MODELS, "model", source)(settings, dataset)
+    dataset = loaded.labelled(dataset)
     split, told = Split(dataset.task, dataset.test, loaded.encode), carried(loaded, dataset)
     by = f"{data} gave the classes and the rows to compare on, " if data else ""
     untrained = f"exported as it was loaded: {by}nothing was trained"

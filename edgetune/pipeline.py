@@ -142,6 +142,7 @@ class Fold:
         seed_everything(recipe.seed)
         loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
         progress("load", 2, 2, loaded.name)
+        self.dataset = loaded.labelled(self.dataset)  # a trained head that was kept has its own order of classes
         self.model: nn.Module = loaded.model
         self.task = self.dataset.task
         self.train_split = Split(self.task, self.dataset.train, loaded.encode)

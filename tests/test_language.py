@@ -23,9 +23,10 @@ from edgetune.export.language.run import greedy_in_child
 from edgetune.export.language.tokenizer import Carried
 from edgetune.models.loaded import ModelSettings
 from edgetune.profile.calls import measured_calls, predicted_calls
+from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.technique import EdgetuneError, Exit, Sample
 
 with quiet():  # libraries that these load warn on import
     import transformers
@@ -142,6 +143,24 @@ def test_a_long_prompt_goes_over_the_attention_kernels_blocks(tmp_path: Path) ->
         assert torch.allclose(logits, expected, atol=1e-3)
 
 
+def test_a_16_bit_model_with_other_heads_in_each_layer_is_exported_as_its_float32_copy(tmp_path: Path) -> None:
+    """Weights as `from_pretrained` gives them, and a cache of its own for each layer, as wide as that layer's heads."""
+    model: Any = decoder("Llama", num_key_value_heads=2)
+    prune = Prune(ratio=0.5, what=frozenset({"heads"}), skip=("model.layers.0.*",))
+    prune.apply(model, Sample.of({"input_ids": torch.arange(20).reshape(2, 10)})).bfloat16()
+    assert [layer.self_attn.k_proj.out_features for layer in model.model.layers] == [32, 16]
+    artifact = exported(model, tmp_path, check_tokens=4)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    note = "exported in float32 from bfloat16 weights, and compared with the model in float32"
+    assert artifact.manifest.note == note
+    assert artifact.manifest.cache_bytes == 2 * 4 * CACHE * (32 + 16)
+    prompt = list(range(40, 73))
+    ((got, logits),) = greedy_in_child(artifact.path, [prompt], 32, 32)
+    expected = eager_logits(model.float(), prompt, got)
+    assert expected.argmax(-1).tolist() == got
+    assert torch.allclose(logits, expected, atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, LanguageArtifact]:
     """A quantized decoder whose head and embedding were tied."""
@@ -253,12 +272,18 @@ def test_how_a_tokenizer_was_called_last_is_not_carried(tmp_path: Path) -> None:
     assert fast.backend_tokenizer.truncation is not None, "the user's own stays as it was"
 
 
+def quantized_in_16_bits() -> nn.Module:
+    return Int4(group_size=32, int8_linears=("lm_head",)).apply(decoder("Llama", num_hidden_layers=1).bfloat16())
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a plain module": (lambda: nn.Linear(4, 4), {}, "one of transformers"),
     "a cache beyond the positions": (lambda: decoder("Llama"), {"max_tokens": 300}, "positions"),
     "a prefill that is no multiple": (lambda: decoder("Llama"), {"prefill_tokens": 48}, "pieces of so many"),
     "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "operators of the CPU"),
     "nothing to compare on": (lambda: decoder("Llama"), {"check_prompts": ()}, "give one, with tokens"),
+    "quantized in bf16": (quantized_in_16_bits, {}, "was quantized in bfloat16"),
+    "an attention of its own code": (lambda: decoder("Bloom"), {}, "attention of BloomForCausalLM is code of its own"),
     "a prompt without tokens": (lambda: decoder("Llama"), {"check_prompts": ([],)}, "give one, with tokens"),
 }
 

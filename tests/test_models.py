@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,44 @@ import torch
 from timm_apart import TIMM, run_with_timm
 from torch import nn
 
+from edgetune import exporting
 from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply
 from edgetune.data.dataset import Dataset, Rows, Split
 from edgetune.data.task import quality
+from edgetune.models.carrying import carried
 from edgetune.models.causal import built_once, smollm2
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
+from edgetune.pipeline import Fold
+from edgetune.recipe import load
 from edgetune.technique import EdgetuneError
 
 TIMM_CHILD = """
 import torch
 from edgetune.data.dataset import Dataset, Rows
 from edgetune.models.loaded import ModelSettings
-from edgetune.models.vision import timm_model
+from edgetune.models.vision import _trained_classes, timm_model
 from edgetune.technique import EdgetuneError
 
 rows = Rows(torch.zeros(6, 28, 28, dtype=torch.uint8).numpy(), [0, 1, 2, 0, 1, 2])
 data = Dataset("tiny", "image-classification", ("a", "b", "c"), rows, rows, rows)
 loaded = timm_model("resnet10t", ModelSettings(source="timm", image_px=32, pretrained=False), data)
 print(loaded.name, tuple(loaded.model(loaded.encode(rows.inputs)).shape), *loaded.notes)
+settings = {head: ModelSettings(source="timm", head=head) for head in (None, "new", "keep")}
+names = tuple(f"n{number:04}" for number in range(1000))
+kept = timm.create_model("resnet10t")  # as many classes as it was trained on: timm keeps its head
+weight = kept.get_classifier().weight.detach().clone()
+assert list(_trained_classes("timm:resnet10t", kept, settings["keep"], names)) == list(names)
+assert torch.equal(kept.get_classifier().weight, weight)
+assert _trained_classes("timm:resnet10t", kept, settings["new"], names) is None
+assert not torch.equal(kept.get_classifier().weight, weight)
+for classes in (names, names[:3]):
+    try:
+        _trained_classes("timm:resnet10t", kept, settings["keep" if len(classes) == 3 else None], classes)
+    except EdgetuneError as error:
+        print(error.what)
 try:
     timm_model("resnet_18", ModelSettings(source="timm", pretrained=False), data)
 except EdgetuneError as error:
@@ -63,14 +81,20 @@ def save_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def save_bert(folder: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
+def save_bert(folder: Path, kind: str = "SequenceClassification", **changes: Any) -> Any:
+    import transformers
 
     save_tokenizer(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, num_labels=2, **sizes)
-    BertForSequenceClassification(config).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), **{"max_position_embeddings": 32, "num_labels": 2, **sizes, **changes}
+    )
+    model = getattr(transformers, "BertModel" if kind == "Model" else f"BertFor{kind}")(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return model.eval()
 
 
 def test_texts_are_padded_to_a_multiple_of_eight(tmp_path: Path) -> None:
@@ -108,7 +132,7 @@ def test_mean_pooling_does_not_see_padding(tmp_path: Path) -> None:
 def test_hugging_face_from_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_bert(tmp_path)
     capfd.readouterr()
-    loaded = hugging_face(str(tmp_path), settings(max_length=16), data())
+    loaded = hugging_face(str(tmp_path), settings(max_length=16, head="new"), data())
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
     assert loaded.model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
     assert loaded.notes == ("new weights, not in the checkpoint: classifier.bias, classifier.weight",)
@@ -116,12 +140,146 @@ def test_hugging_face_from_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture
     assert next(loaded.model.parameters()).dtype == torch.float32
     split = Split("text-classification", data().test, loaded.encode)
     assert quality("text-classification", loaded.model, split).rows == 6
-    same = hugging_face(str(tmp_path), settings(max_length=16), data(classes=("no", "yes")))
-    assert same.notes == ()
+    same = hugging_face(str(tmp_path), settings(max_length=16), data(classes=("0", "1")))
+    assert same.notes == ("the outputs of the checkpoint's head are taken as the classes 0, 1: it does not name them",)
     with pytest.raises(EdgetuneError, match=r"more than the model has positions"):
-        hugging_face(str(tmp_path), settings(max_length=64), data())
+        hugging_face(str(tmp_path), settings(max_length=64, head="new"), data())
     untrained = hugging_face(str(tmp_path), settings(max_length=16, pretrained=False), data())
     assert untrained.notes == ("random weights",)
+
+
+MOODS = {
+    "num_labels": 3,
+    "id2label": {0: "neutral", 1: "bad", 2: "good"},
+    "label2id": {"neutral": 0, "bad": 1, "good": 2},
+}
+SORTED = ("Bad", "Good", "Neutral")  # as a table gives them
+
+
+def answered_by(model: Any, encode: Any, classes: tuple[str, ...]) -> Dataset:
+    """Rows whose labels are the model's own answers, by name: whoever keeps the names right is right every time.
+
+    Its bias is set so that it gives every answer.
+    """
+    texts = [" ".join(words) for words in ("good bad", "bad bad a", "very good", "text", "a a a", "bad very", "good")]
+    with torch.no_grad():
+        model.classifier.bias -= model(**encode(texts)).logits.mean(0)
+        answers = model(**encode(texts)).logits.argmax(-1).tolist()
+    names = [model.config.id2label[answer].capitalize() for answer in answers]
+    rows = Rows(texts, [classes.index(name) for name in names])
+    assert len(set(names)) == 3
+    return Dataset("moods", "text-classification", classes, rows, rows, rows)
+
+
+def test_a_checkpoint_keeps_the_order_of_its_classes_whatever_the_datas_is(tmp_path: Path) -> None:
+    model = save_bert(tmp_path, **MOODS)
+    encode = TextEncoder(save_tokenizer(tmp_path / "words"), 16)
+    rows = answered_by(model, encode, SORTED)
+    model.save_pretrained(tmp_path)
+    loaded = hugging_face(str(tmp_path), settings(max_length=16), rows)
+    labelled = loaded.labelled(rows)
+    assert labelled.classes == carried(loaded, rows).labels == ("neutral", "bad", "good")
+    assert loaded.labelled(labelled) is labelled
+    assert loaded.notes == ()
+    assert loaded.model.config.id2label == MOODS["id2label"]
+    assert torch.equal(loaded.model.classifier.weight, model.classifier.weight)
+    assert [SORTED[label].lower() for label in rows.test.labels or ()] == [
+        labelled.classes[label] for label in labelled.test.labels or ()
+    ]
+    split = Split("text-classification", labelled.test, loaded.encode)
+    assert quality("text-classification", loaded.model, split).value == 100
+
+
+@pytest.fixture(scope="module")
+def moods(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint, and a table labelled by its own answers."""
+    folder = tmp_path_factory.mktemp("moods")
+    model = save_bert(folder / "model", **MOODS, max_position_embeddings=64)
+    encode = TextEncoder(save_tokenizer(folder / "model"), 64)
+    texts = [f"{a} {b} {c} {d}" for a in WORDS[5:] for b in WORDS[5:] for c in WORDS[5:] for d in ("good", "bad")]
+    with torch.no_grad():
+        model.classifier.bias -= model(**encode(texts)).logits.mean(0)
+        answers = model(**encode(texts)).logits.argmax(-1).tolist()
+    model.save_pretrained(folder / "model")
+    lines = [f"{text},{model.config.id2label[answer].upper()}" for text, answer in zip(texts, answers, strict=True)]
+    assert len(set(answers)) == 3
+    (folder / "rows.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    return folder / "model", folder / "rows.csv"
+
+
+def test_an_exported_checkpoint_carries_its_own_classes(moods: tuple[Path, Path]) -> None:
+    exportable = exporting.exportable(f"hf:{moods[0]}", f"csv:{moods[1]}")
+    assert exportable.carried is not None
+    assert exportable.carried.labels == ("neutral", "bad", "good")
+
+
+def test_a_run_begins_with_what_the_checkpoint_knows(moods: tuple[Path, Path], tmp_path: Path) -> None:
+    text = f"name: moods\nmodel: {{source: 'hf:{moods[0]}'}}\ndata: {{source: 'csv:{moods[1]}'}}\nsteps: [eval]\n"
+    (tmp_path / "moods.yaml").write_text(text, encoding="utf-8")
+    fold = Fold(load(tmp_path / "moods.yaml"), tmp_path, resume=False, progress=lambda *_: None, record=False)
+    fold.steps()
+    loaded = fold.ledger.rows[0]
+    assert loaded.quality is not None
+    assert loaded.quality.value == 100, "the table's labels are its own answers"
+    assert fold.carried.labels == ("neutral", "bad", "good")
+
+
+REFUSED_HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], str]] = {
+    "other names": (MOODS, {}, ("bad", "good", "fine"), r"other classes than the data's: neutral, bad, good"),
+    "other names, kept": (MOODS, {"head": "keep"}, ("bad", "good", "fine"), "other classes than the data's"),
+    "another number": (MOODS, {}, ("bad", "good"), r"3 classes \(neutral, bad, good\), the data 2"),
+    "no names": ({"num_labels": 3}, {}, SORTED, "does not say which classes its outputs are"),
+    "a score": ({"num_labels": 1}, {}, SORTED, r"has 1 classes \(LABEL_0\), the data 3"),
+    "several at once": (
+        {**MOODS, "problem_type": "multi_label_classification"}, {}, SORTED, "does not choose one class of several",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_HEADS)
+def test_a_trained_head_of_other_classes_is_refused_unless_a_new_one_is_asked_for(case: str, tmp_path: Path) -> None:
+    checkpoint, changes, classes, message = REFUSED_HEADS[case]
+    trained = save_bert(tmp_path, **checkpoint).state_dict()
+    with pytest.raises(EdgetuneError, match=message) as caught:
+        hugging_face(str(tmp_path), settings(max_length=16, **changes), data(classes=classes))
+    assert "head: new" in caught.value.action
+    loaded = hugging_face(str(tmp_path), settings(max_length=16, head="new"), data(classes=classes))
+    assert loaded.classes is None
+    assert loaded.model.config.id2label == dict(enumerate(classes))
+    assert "classifier.weight" in loaded.notes[0]
+    drawn = loaded.model.state_dict()
+    assert torch.equal(drawn["bert.pooler.dense.weight"], trained["bert.pooler.dense.weight"])
+    assert drawn["classifier.weight"].abs().max() < 0.2, "drawn anew: the trained one's values are larger"
+
+
+def test_outputs_without_names_are_the_datas_classes_in_order_where_the_user_says_so(tmp_path: Path) -> None:
+    trained = save_bert(tmp_path, num_labels=3)
+    loaded = hugging_face(str(tmp_path), settings(max_length=16, head="keep"), data(classes=SORTED))
+    assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
+    assert loaded.labelled(data(classes=SORTED)).classes == SORTED
+    assert "taken as the classes Bad, Good, Neutral" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["Model", "MaskedLM", "TokenClassification"])
+def test_a_checkpoint_without_a_head_for_texts_gets_a_new_one(kind: str, tmp_path: Path) -> None:
+    save_bert(tmp_path, kind, num_labels=3)
+    loaded = hugging_face(str(tmp_path), settings(max_length=16), data())
+    assert loaded.model.classifier.weight.abs().max() < 0.2  # type: ignore[union-attr, operator]
+    assert loaded.classes is None
+    assert "classifier.weight" in " ".join(loaded.notes)
+    with pytest.raises(EdgetuneError, match="no trained head of a text classifier to keep"):
+        hugging_face(str(tmp_path), settings(max_length=16, head="keep"), data())
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_has_a_head_if_its_file_holds_one(tmp_path: Path) -> None:
+    trained = save_bert(tmp_path, **MOODS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    loaded = hugging_face(str(tmp_path), settings(max_length=16), data(classes=SORTED))
+    assert loaded.labelled(data(classes=SORTED)).classes == ("neutral", "bad", "good")
+    assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
+    with pytest.raises(EdgetuneError, match="the data 2"):
+        hugging_face(str(tmp_path), settings(max_length=16), data(classes=SORTED[:2]))
 
 
 def test_hugging_face_language_model_pads_with_its_end_token(tmp_path: Path) -> None:
@@ -229,6 +387,8 @@ def test_pictures_in_files_keep_their_middle_and_their_right_side_up(tmp_path: P
 def test_timm_with_random_weights() -> None:
     child = run_with_timm(TIMM_CHILD)
     assert child.stdout.startswith("timm:resnet10t (6, 3) random weights\n"), child.stderr
+    assert "does not say which classes its outputs are" in child.stdout
+    assert "no trained head for so many classes" in child.stdout
     assert "did you mean 'resnet18'" in child.stdout
 
 

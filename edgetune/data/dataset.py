@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -78,6 +78,21 @@ class Dataset:
     validation: Rows
     test: Rows
     notes: tuple[str, ...] = ()
+
+    def with_classes(self, classes: Mapping[str, str]) -> Dataset:
+        """The same rows under other names and numbers: `classes` gives each new name, in order, and its present one.
+
+        Where they stand so already, the data set itself.
+        """
+        if tuple(classes) == self.classes:
+            return self
+        number = {self.classes.index(old): new for new, old in enumerate(classes.values())}
+
+        def numbered(rows: Rows) -> Rows:
+            return Rows(rows.inputs, None if rows.labels is None else [number[label] for label in rows.labels])
+
+        parts = {part: numbered(getattr(self, part)) for part in ("train", "validation", "test")}
+        return replace(self, classes=tuple(classes), **parts)
 
     @cached_property
     def fingerprint(self) -> str:

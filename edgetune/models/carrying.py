@@ -27,7 +27,7 @@ def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
         licence=loaded.licence,
         preprocessing=told,
         postprocessing=Postprocessing() if classes else None,
-        labels=dataset.classes,
+        labels=loaded.labelled(dataset).classes,
         notes=tuple(dict.fromkeys((*loaded.notes, *dataset.notes, *note))),
     )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from edgetune.data.dataset import Encode, Task
+from edgetune.data.dataset import Dataset, Encode, Task
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError
 
@@ -26,6 +26,10 @@ class ModelSettings(BaseModel):
     image_px: int = Field(default=112, ge=8, le=2048)  # width and height of a picture
     layers: int | None = Field(default=None, ge=1)  # only the first blocks, for quick trials; smollm2 only
     pretrained: bool = True  # False: random weights, for trials of shape, size and speed; hf and timm only
+    # A trained classifier's head is kept where its classes have the data's names. "new": draw a new one; "keep": it
+    # does not name its classes, and they are the data's, in the data's order. A model without a trained head gets a
+    # new one in any case. hf and timm only.
+    head: Literal["keep", "new"] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Loaded:
     encode: Encode
     notes: tuple[str, ...] = ()
     licence: str = ""  # of the pretrained weights, as their package says; empty: it does not
+    classes: Mapping[str, str] | None = None  # of a kept head, in its order: its own name, and the data's
+
+    def labelled(self, dataset: Dataset) -> Dataset:
+        """The data with the classes that the model's outputs are, under their names and in their order."""
+        return dataset if self.classes is None else dataset.with_classes(self.classes)
 
 
 def part_of(transformers: Any, name: str) -> Any:

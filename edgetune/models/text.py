@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file
+from edgetune.models.labels import match_classes, names_of_outputs
 from edgetune.models.loaded import (
     Loaded,
     ModelSettings,
@@ -81,7 +82,7 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head on its mean vector."""
     no_argument("minilm", argument)
     only(("text-classification",), "minilm", dataset.task)
-    takes_no("minilm", settings, "layers", "pretrained")
+    takes_no("minilm", settings, "layers", "pretrained", "head")
     transformers = require("transformers", "the model minilm")
     from safetensors.torch import load_file
 
@@ -105,21 +106,21 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
     takes_no(f"hf:{argument}", settings, "layers")
     transformers = require("transformers", f"the model hf:{argument}")
+    classes: dict[str, str] | None = None
     with reachable(argument), quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
         config = transformers.AutoConfig.from_pretrained(argument)
         _give_padding(argument, tokenizer, config)
         if dataset.task == "text-classification":
             kind = part_of(transformers, "AutoModelForSequenceClassification")
-            config.num_labels = len(dataset.classes)
-            config.id2label = dict(enumerate(dataset.classes))
-            config.label2id = {label: n for n, label in enumerate(dataset.classes)}
+            model, notes, classes = _classifier(kind, argument, config, settings, dataset.classes)
         else:
-            kind = part_of(transformers, "AutoModelForCausalLM")
-        model, notes = _built(kind, argument, config, settings)
+            takes_no(f"hf:{argument} as a language model", settings, "head")
+            model, notes = _language_model(part_of(transformers, "AutoModelForCausalLM"), argument, config, settings)
     room_for(settings.max_length, getattr(config, "max_position_embeddings", None))
     ending = (tokenizer.eos_token or "") if dataset.task == "causal-lm" else ""
-    return Loaded(f"hf:{argument}", model.eval(), TextEncoder(tokenizer, settings.max_length, ending), notes)
+    encode = TextEncoder(tokenizer, settings.max_length, ending)
+    return Loaded(f"hf:{argument}", model.eval(), encode, notes, classes=classes)
 
 
 def _give_padding(source: str, tokenizer: Any, config: Any) -> None:
@@ -132,16 +133,104 @@ def _give_padding(source: str, tokenizer: Any, config: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _built(kind: Any, source: str, config: Any, settings: ModelSettings) -> tuple[nn.Module, tuple[str, ...]]:
+def _language_model(kind: Any, source: str, config: Any, settings: ModelSettings) -> tuple[nn.Module, tuple[str, ...]]:
     if not settings.pretrained:
         return kind.from_config(config, dtype=torch.float32), ("random weights",)
+    checkpoint = _read(kind, source, config)
+    return checkpoint.model, checkpoint.notes()
+
+
+def _classifier(
+    kind: Any, source: str, config: Any, settings: ModelSettings, classes: tuple[str, ...]
+) -> tuple[nn.Module, tuple[str, ...], dict[str, str] | None]:
+    """The model, notes, and the classes of a trained head that was kept.
+
+    A checkpoint is a classifier of texts if it says so, or if it says nothing and holds a head.
+    """
+    own, problem, says = names_of_outputs(config), config.problem_type, config.architectures or ()
+    if not settings.pretrained:
+        if settings.head == "keep":
+            raise EdgetuneError("random weights hold no trained head to keep", action="leave out model.head")
+        _name_outputs(config, classes)
+        return kind.from_config(config, dtype=torch.float32), ("random weights",), None
+    if settings.head != "new" and any(name.endswith("ForSequenceClassification") for name in says):
+        matched = _matched(source, own, problem, classes, settings)
+        checkpoint = _read(kind, source, config)
+        if checkpoint.holds_head:
+            return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
+    _name_outputs(config, classes)
+    checkpoint = _read(kind, source, config)
+    if settings.head != "new" and not says and checkpoint.holds_head:
+        matched = _matched(source, own, problem, classes, settings)
+        _name_outputs(config, own)
+        checkpoint = _read(kind, source, config)
+        return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
+    if settings.head == "keep":
+        action = "leave out model.head: a new one is drawn"
+        raise EdgetuneError(f"hf:{source} holds no trained head of a text classifier to keep", got=says, action=action)
+    redrawn = checkpoint.head - checkpoint.missing - checkpoint.mismatched  # of another task, or not wanted
+    if redrawn:
+        fresh = kind.from_config(config, dtype=torch.float32).state_dict()
+        checkpoint.model.load_state_dict({name: fresh[name] for name in redrawn}, strict=False)
+    return checkpoint.model, checkpoint.notes(redrawn), None
+
+
+def _matched(
+    source: str, own: tuple[str, ...], problem: str | None, classes: tuple[str, ...], settings: ModelSettings
+) -> dict[str, str]:
+    if problem not in (None, "single_label_classification"):
+        action = f"write model: {{source: hf:{source}, head: new}} in the recipe, to train a new head"
+        raise EdgetuneError(f"the head of hf:{source} does not choose one class of several", got=problem, action=action)
+    return match_classes(f"hf:{source}", own, classes, settings.head == "keep")
+
+
+def _unnamed(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
+    """What a report has to say where classes were not matched by name."""
+    taken = f"the outputs of the checkpoint's head are taken as the classes {', '.join(matched)}: it does not name them"
+    return () if own == tuple(matched) else (taken,)
+
+
+def _name_outputs(config: Any, classes: tuple[str, ...]) -> None:
+    config.num_labels = len(classes)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: n for n, label in enumerate(classes)}
+    config.problem_type = None
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A loaded model, and which of its weights are new: missing in the checkpoint, or of other shapes there."""
+
+    model: nn.Module
+    missing: frozenset[str]
+    mismatched: frozenset[str]
+
+    @property
+    def head(self) -> frozenset[str]:
+        """The weights outside the encoder."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        return frozenset(name for name, _ in self.model.named_parameters() if not name.startswith(f"{prefix}."))
+
+    @property
+    def holds_head(self) -> bool:
+        """Whether the checkpoint has every weight of the head, though perhaps of another shape."""
+        return bool(self.head) and not self.head & self.missing
+
+    def notes(self, redrawn: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """What a report has to say of new weights."""
+        new = sorted(self.missing | self.mismatched)
+        notes = [f"new weights, not in the checkpoint: {', '.join(new)}"] if new else []
+        notes += [f"new weights in place of the checkpoint's: {', '.join(sorted(redrawn))}"] if redrawn else []
+        return tuple(notes)
+
+
+def _read(kind: Any, source: str, config: Any) -> _Checkpoint:
     # a head for another number of classes is replaced, and listed
     model, report = kind.from_pretrained(
         source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
     )
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
-    new = sorted({*report["missing_keys"], *mismatched})
-    return model, ((f"new weights, not in the checkpoint: {', '.join(new)}",) if new else ())
+    return _Checkpoint(model, frozenset(report["missing_keys"]), frozenset(mismatched))
 
 
 @contextmanager

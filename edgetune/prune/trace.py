@@ -59,7 +59,8 @@ class Dependent:
     pairs: tuple[tuple[int, int | None], ...]  # a position, and the output of the root that it follows
 
 
-_VISITS = 500  # of one node: an index that grows in a circle would be followed for ever
+_VISITS = 500  # of one node; and so many outputs for each position: the library's rules can go round in a circle
+_ROOTS = 32
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Traced:
         root = graph.module2node[layer]
         start = graph.get_pruner_of_module(layer).prune_out_channels
         first = [_index(position, position) for position in range(width_of(layer, "out"))]
+        widest = max(max(parameter.shape, default=0) for parameter in graph.model.parameters())
         pairs: dict[tuple[Any, Any], dict[Any, None]] = {(root, start): dict.fromkeys(first)}
         visits: dict[Any, int] = {}
         waiting = [(root, start, first)]
@@ -98,6 +100,8 @@ class Traced:
                 before = pairs.setdefault(key, {})
                 new = [index for index in dict.fromkeys(mapped) if index not in before]
                 before.update(dict.fromkeys(new))
+                if len(before) > _ROOTS * widest or any(index.idx >= widest for index in new):
+                    raise LookupError("positions beyond every layer's width")
                 if new:
                     waiting.append((*key, new))
         return [

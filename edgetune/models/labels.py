@@ -1,0 +1,63 @@
+"""The classes of a checkpoint's trained head beside those of the data: never renamed, matched by name or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgetune.technique import EdgetuneError, shortened
+
+
+def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep: bool) -> dict[str, str]:
+    """The name of each output of a trained head, in its order, and the data's class that it stands for.
+
+    By name, where the two sets are the same but for case and spaces around. Outputs called `LABEL_0`, `LABEL_1`, as
+    transformers calls them where nobody named them, are the data's classes `0`, `1`; other classes are taken in the
+    data's order only with `keep`, since nothing says which is which. Raises `EdgetuneError` else.
+
+    >>> match_classes("hf:x", ["neutral", "bad", "good"], ["Bad", "Good", "Neutral"], keep=False)
+    {'neutral': 'Neutral', 'bad': 'Bad', 'good': 'Good'}
+    """
+    anew = f"write model: {{source: {source}, head: new}} in the recipe, to train a new head for them"
+    if len(own) != len(classes):
+        raise EdgetuneError(
+            f"the head of {source} has {len(own)} classes ({shortened(own)}), the data {len(classes)}",
+            got=shortened(classes),
+            action=f"give data of the checkpoint's classes, or {anew}",
+        )
+    if all(name == f"LABEL_{index}" for index, name in enumerate(own)):
+        return _by_number(source, own, classes, keep, anew)
+    by_name = {_folded(name): name for name in classes}
+    if len(by_name) == len(classes) and {_folded(name) for name in own} == set(by_name):
+        return {name: by_name[_folded(name)] for name in own}
+    raise EdgetuneError(
+        f"the head of {source} is for other classes than the data's: {shortened(own)}",
+        got=shortened(classes),
+        action=f"name the data's classes as the checkpoint does, or {anew}",
+    )
+
+
+def _by_number(source: str, own: Sequence[str], classes: Sequence[str], keep: bool, anew: str) -> dict[str, str]:
+    numbers = [str(index) for index in range(len(own))]
+    if set(classes) == set(numbers):
+        return {number: number for number in numbers}
+    if set(classes) == set(own):
+        return {name: name for name in own}
+    if keep:
+        return {name: name for name in classes}
+    raise EdgetuneError(
+        f"the head of {source} does not say which classes its outputs are: they are called {shortened(own, 2)}",
+        got=shortened(classes),
+        action=f"name them in its config (id2label), write head: keep if they are in the order "
+        f"{shortened(classes)}, or {anew}",
+    )
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def names_of_outputs(config: Any) -> tuple[str, ...]:
+    """What a transformers config calls the outputs of its classifier, in order."""
+    named: Mapping[Any, str] = config.id2label
+    return tuple(str(name) for _, name in sorted(named.items(), key=lambda item: int(item[0])))
