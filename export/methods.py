@@ -21,6 +21,8 @@ from edgetune.export.pipeline import chosen_target, locator, lowering_of, of_fil
 from edgetune.export.rows import free_specs, names_of, specs_of
 from edgetune.export.targets import Target
 from edgetune.export.verify import Row
+from edgetune.modes import same_buffers
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Inputs, call, tensors_of
 
 __all__ = ["MethodParity", "MethodSpec", "MethodsArtifact", "MethodsManifest", "export_methods"]
@@ -153,7 +155,7 @@ def _prove(
 ) -> tuple[MethodParity | None, list[Row]]:
     """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
-        with torch.inference_mode():
+        with quiet(), same_buffers(asked.entry), torch.no_grad():
             return None, [asked.entry(*row) for row in asked.rows[:2]]
     name, locate = asked.entry.name, locator(asked.entry, target, most)
     compared = verify.run_both(partial, asked.entry, asked.rows, method=name, data=data, locate=locate)

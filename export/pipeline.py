@@ -30,6 +30,7 @@ from edgetune.export.rows import Trial
 from edgetune.export.targets import Target
 from edgetune.export.verify import Bounds, Row
 from edgetune.ledger import Parity
+from edgetune.modes import same_buffers
 from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
@@ -58,9 +59,11 @@ def export_program(
     trial = rows.trial(example_inputs, check_inputs, axes, one_row=one_row)
     with as_program(model, example_inputs) as program:
         names = output_names(program, trial.example)
-        if trial.batch is not None:
-            rows.check_batch_first(program, trial.batch)
-        lowered = lower(program, trial.example, chosen, axes, layout)
+        with same_buffers(program):
+            if trial.batch is not None:
+                rows.check_batch_first(program, trial.batch)
+        with same_buffers(program):
+            lowered = lower(program, trial.example, chosen, axes, layout)
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
@@ -95,7 +98,7 @@ def chosen_target(path: Path, device: str | None, target: str | None) -> Target:
 def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
     """What the outputs are called. Raises where the model does not run, or returns something that is no tensor."""
     try:
-        with quiet(), torch.inference_mode():
+        with quiet(), same_buffers(program), torch.no_grad():
             return tuple(verify.eager_outputs(program, example))
     except EdgetuneError:
         raise
@@ -113,7 +116,7 @@ def _prove(
 ) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
-        with quiet(), torch.inference_mode():
+        with quiet(), same_buffers(program), torch.no_grad():
             return None, [tuple(program.named_outputs(row).values()) for row in trial.rows[:2]]
     mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
     return verify.prove(

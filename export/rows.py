@@ -13,6 +13,7 @@ from edgetune.export import dynamic
 from edgetune.export.artifact import TensorSpec, admitted
 from edgetune.export.dynamic import Axis
 from edgetune.export.verify import FLOAT, Row, allowed_difference, eager_outputs
+from edgetune.modes import same_buffers
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
 
@@ -134,13 +135,15 @@ def _masked(names: Sequence[str], row: Row) -> tuple[tuple[str, Row], ...]:
 def check_batch_first(model: nn.Module, batch: Row) -> None:
     """Raise where the first dimension of the inputs is not that of the rows: one row gives something else alone.
 
-    `batch` holds at least two. An output has its rows along a dimension that grows with them; one that has none, such
+    `batch` holds at least two, and the last is taken: of a sequence the first step alone gives what it gives at the
+    head of the others. An output has its rows along a dimension that grows with them; one that has none, such
     as a loss, says nothing as long as another does.
     """
-    with quiet(), torch.inference_mode():
-        together = eager_outputs(model, batch)
+    with quiet(), torch.no_grad():
+        with same_buffers(model):
+            together = eager_outputs(model, batch)
         try:
-            alone = eager_outputs(model, tuple(tensor[:1] for tensor in batch))
+            alone = eager_outputs(model, tuple(tensor[-1:] for tensor in batch))
         except Exception as error:  # the model's own code
             raise _not_batch_first(f"the model does not take one row: {type(error).__name__}: {error}") from error
     rows, allowed = batch[0].shape[0], max(FLOAT, allowed_difference(model))
@@ -151,7 +154,7 @@ def check_batch_first(model: nn.Module, batch: Row) -> None:
             raise _not_batch_first(f"output {name} has another form for one row")
         dims = [dim for dim in range(whole.dim()) if _without(dim, whole) == _without(dim, single)]
         dims = [dim for dim in dims if (whole.shape[dim], single.shape[dim]) == (rows, 1)]
-        if dims and not any(_near(whole.narrow(dim, 0, 1), single, allowed) for dim in dims):
+        if dims and not any(_near(whole.narrow(dim, rows - 1, 1), single, allowed) for dim in dims):
             raise _not_batch_first(f"output {name} of one row differs from that row of a batch")
         equal += bool(dims)
     if not equal:
@@ -172,7 +175,7 @@ def _near(one: Tensor, other: Tensor, allowed: float) -> bool:
 
 def _not_batch_first(what: str) -> EdgetuneError:
     return EdgetuneError(
-        f"one row was asked for, but the first dimension of the inputs is not that of rows, it is not batch first: {what}",
+        f"one row was asked for, but the inputs are not batch first, their first dimension is not that of rows: {what}",
         action=_AS_THEY_STAND,
         exit_code=Exit.EXPORT,
     )

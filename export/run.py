@@ -25,8 +25,8 @@ from edgetune.export.clock.runs import inputs_in, loaded_runtime, serve, timings
 from edgetune.technique import EdgetuneError, Exit
 
 __all__ = [
-    "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_apart", "run_in_child",
-    "serve", "time_calls", "time_in_child", "timings", "write_request",
+    "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_apart",
+    "run_in_child", "serve", "time_calls", "time_in_child", "timings", "write_request",
 ]  # fmt: skip
 
 _MODULE = "edgetune.export.run"

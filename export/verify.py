@@ -23,6 +23,7 @@ from edgetune.export.artifact import Manifest, admitted, manifest_path, read_man
 from edgetune.export.outputs import named_outputs
 from edgetune.export.run import run_in_child
 from edgetune.ledger import OutputParity, Parity
+from edgetune.modes import same_buffers
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit
 
@@ -197,7 +198,7 @@ def run_both(
     tries = [*tries, *_reordered(rows[0])]
     results = run_in_child(path, [*rows, *(row for _, row in tries)], method=method, data=data)
     compared = Comparison(results[: len(rows)])
-    with quiet(), torch.inference_mode():
+    with quiet(), same_buffers(model), torch.no_grad():  # what keeps a state goes through the rows as the program does
         for place, row in enumerate(rows):
             expected = eager_outputs(model, row)
             got = _paired(path, expected, results[place], row, locate)
@@ -220,7 +221,8 @@ def run_both(
 
 
 def eager_outputs(model: nn.Module, row: Row) -> dict[str, Tensor]:
-    """The model's outputs by their names."""
+    """The model's outputs by their names, for a copy of the inputs: some models write into them."""
+    row = tuple(tensor.clone() for tensor in row)
     named = getattr(model, "named_outputs", None)
     return named(row) if named is not None else named_outputs(model(*row), "logits")
 
@@ -324,9 +326,7 @@ def class_dim(shape: Sequence[int], inputs: Row) -> int | None:
     first = inputs[0].shape if inputs else ()
     if len(shape) == 0 or (len(shape) == 1 and len(first) > 1 and shape[0] == first[0]):
         dim = None
-    elif len(shape) >= 4:
-        dim = 1
-    elif len(shape) == 3 and len(first) == 3 and shape[2] == first[2] and shape[1] != first[1]:
+    elif len(shape) >= 4 or (len(shape) == len(first) == 3 and shape[2] == first[2] and shape[1] != first[1]):
         dim = 1
     else:
         dim = len(shape) - 1
