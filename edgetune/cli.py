@@ -185,7 +185,10 @@ def export(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> int:
-    """Lower a model to an ExecuTorch program, run it and compare it with the model."""
+    """Lower a model to an ExecuTorch program, run it and compare it with the model.
+
+    The program takes one row; of a .pt2, the inputs that it was saved with, as they stand.
+    """
     from edgetune.export.dynamic import parsed
     from edgetune.exporting import export_from
     from edgetune.technique import EdgetuneError
@@ -234,8 +237,9 @@ def _program(program: Program) -> str:
     parity = program.parity
     same = ", lowered, not run"
     if parity is not None:
-        counted = "rows" if parity.counted == "held-out row" else f"{parity.counted}s"
-        same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.rows} {counted}"
+        same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.number}"
+        if parity.max_relative_difference is not None:
+            same += f", values within {parity.max_relative_difference:.1e} of the largest"
     return f"{program.size_mib:.2f} MiB, target {program.target}{same}"
 
 

@@ -49,7 +49,8 @@ def lint(model: str, device: str | None, target: str | None, data: str | None, a
     chosen = for_device(device, target)
     with contextlib.redirect_stdout(sys.stderr):
         found = exportable(model, data)
-        findings = lint_(found.model, rows_of(found.example, 0, 1), chosen)
+        example = rows_of(found.example, 0, 1) if found.one_row else found.example
+        findings = lint_(found.model, example, chosen)
     nothing = f"nothing to say: all of it goes to {chosen.name}"
     printed([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
     return int(Exit.EXPORT) if any(finding.severity == "error" for finding in findings) else 0

@@ -50,6 +50,7 @@ class Exportable:
     ledger: Ledger | None = None  # of the run it comes from
     dynamic: Dynamic | None = None  # sizes that may differ between calls
     external_data: bool = False  # weights in a file of their own
+    one_row: bool = True  # the program takes one row; else the example as it stands
 
 
 class _Program(nn.Module):
@@ -130,6 +131,7 @@ def to_program(
             device=device,
             target=target,
             check_inputs=found.check_inputs,
+            one_row=found.one_row and not _frees_rows(found.dynamic or {}),
             min_same_prediction_pct=found.min_same_prediction_pct,
             carried=found.carried,
             dynamic=found.dynamic,
@@ -146,6 +148,11 @@ def to_program(
         min_same_prediction_pct=found.min_same_prediction_pct,
         carried=found.carried,
     )
+
+
+def _frees_rows(sizes: Dynamic) -> bool:
+    """Whether the first axis of an input may have several sizes."""
+    return any(one.strip() == "batch" or one.strip().endswith(".0") for name in sizes for one in name.split(","))
 
 
 def tell_run(artifact: Artifact | LanguageArtifact, ledger: Ledger) -> None:
@@ -248,7 +255,7 @@ def _saved(path: Path) -> Exportable:
         raise EdgetuneError(
             "inputs by position and by name together are not read", got=str(path), exit_code=Exit.EXPORT
         )
-    return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args))
+    return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args), one_row=False)
 
 
 def _by_name(source: str, data: str | None, language: bool) -> Exportable:

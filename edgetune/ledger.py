@@ -72,13 +72,36 @@ class Leftover(Entry):
     count: int
 
 
+class OutputParity(Entry):
+    """One output of the program against the same of the eager model, over everything that it was tried on."""
+
+    name: str
+    largest: float  # absolute value in eager mode
+    max_abs_difference: float
+    max_relative_difference: float  # the same over `largest`
+    exact: bool = False  # whole numbers or truth values: no difference is allowed
+
+
 class Parity(Entry):
     """The program against the eager model it was made from, on held-out rows or at each place of its own text."""
 
     rows: int  # so many of what `counted` names
     same_prediction_pct: float
     max_abs_difference: float
-    counted: Literal["held-out row", "greedy token"] = "held-out row"
+    counted: Literal["held-out row", "greedy token", "input"] = "held-out row"
+    outputs: tuple[OutputParity, ...] = ()  # none: a program of before values were compared for each output
+    max_relative_allowed: float | None = None
+    tried: tuple[str, ...] = ()  # what else it was run on, beside the rows
+
+    @property
+    def number(self) -> str:
+        """`8 rows`, `1 input`, `64 greedy tokens`."""
+        return f"{self.rows:,} {self.counted.removeprefix('held-out ')}{'s' * (self.rows != 1)}"
+
+    @property
+    def max_relative_difference(self) -> float | None:
+        """Of the output that is furthest off."""
+        return max((output.max_relative_difference for output in self.outputs), default=None)
 
 
 class Program(Entry):

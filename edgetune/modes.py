@@ -15,7 +15,8 @@ from edgetune.technique import device_of
 def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Evaluation (or training) mode inside; each module's own mode, the buffers and the random state are put back.
 
-    Buffers are only kept where they can change, which is in training mode.
+    Buffers are only kept where they can change, which is in training mode; a model that keeps a state in them runs
+    within `same_buffers`.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
@@ -31,3 +32,21 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
                 current = dict(model.named_buffers())
                 for name, value in buffers.items():
                     current[name].copy_(value)
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back every buffer that the body writes or replaces: a model may keep a state there."""
+    held = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in held:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

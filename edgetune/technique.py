@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -159,17 +159,17 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, a Hugging Face output, or the first of a tuple."""
+    """The logits in what a model returned: a tensor, what is called `logits`, or the first of a tuple."""
     if isinstance(output, Tensor):
         return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)):
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
     if not isinstance(found, Tensor):
         raise EdgetuneError(
             "the model's output holds no logits",
             got=type(output).__name__,
-            action="return a tensor, a tuple that begins with one, or an object with .logits",
+            action='return a tensor, a tuple that begins with one, a mapping with "logits", or an object with .logits',
         )
     return found
 

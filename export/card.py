@@ -17,7 +17,7 @@ from edgetune.technique import shortened
 
 if TYPE_CHECKING:
     from edgetune.export.artifact import Manifest
-    from edgetune.ledger import Ledger
+    from edgetune.ledger import Ledger, Parity
     from edgetune.profile.operators import Operator
 
 _TYPES = {
@@ -116,8 +116,8 @@ def _shapes(manifest: Manifest) -> str:
 def _program(manifest: Manifest) -> list[str]:
     parity = manifest.parity
     same = (
-        f"run and compared with the model on {parity.rows} {parity.counted}s: the same prediction on "
-        f"{parity.same_prediction_pct:g} %, outputs at most {parity.max_abs_difference:.2g} apart"
+        f"run and compared with the model on {parity.rows} {parity.counted}{'s' * (parity.rows != 1)}: the same "
+        f"prediction on {parity.same_prediction_pct:g} %, {_values(parity)}"
         if parity is not None
         else manifest.note
     )
@@ -135,6 +135,16 @@ def _program(manifest: Manifest) -> list[str]:
         *([f"branches and norms: {manifest.folded}"] if manifest.folded else []),
         f"SHA-256 `{manifest.sha256}`",
     ]
+
+
+def _values(parity: Parity) -> str:
+    """How far the values of the outputs are from the model's, and how far they may be."""
+    apart = f"values at most {parity.max_abs_difference:.2g} apart"
+    if parity.max_relative_difference is None:
+        return apart
+    allowed = f", where {parity.max_relative_allowed:g} is allowed" if parity.max_relative_allowed is not None else ""
+    also = f"; tried as well: {', '.join(parity.tried)}" if parity.tried else ""
+    return f"{apart}, {parity.max_relative_difference:.1e} of the largest value of the output{allowed}{also}"
 
 
 def _run(ledger: Ledger) -> Iterable[str]:

@@ -16,7 +16,9 @@ from torch.export import ExportedProgram
 from edgetune.export import apart, dynamic, failures, operators, repairs
 from edgetune.export.dynamic import Axis
 from edgetune.export.executed import executed
+from edgetune.export.fast_path import slow_path
 from edgetune.export.operators import Placed
+from edgetune.export.outputs import named_outputs
 from edgetune.export.planning import Planned, smallest
 from edgetune.export.repairs.experts import static_experts
 from edgetune.export.reparameterize import Report, reparameterize
@@ -29,7 +31,7 @@ from edgetune.ledger import Leftover
 from edgetune.modes import undisturbed
 from edgetune.profile.operators import Operator
 from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of, shortened
+from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, shortened
 from edgetune.wrapped import is_wrapped
 
 
@@ -62,7 +64,7 @@ class Lowered:
 
 
 class Positional(nn.Module):
-    """The model as a program sees it: positional tensors in, logits out.
+    """The model as a program sees it: positional tensors in, every tensor that it returns out.
 
     The child has a name because XNNPACK's batch-norm fusion fails on parameters whose names begin with a digit.
     """
@@ -72,9 +74,15 @@ class Positional(nn.Module):
         self.model = model
         self.names = tuple(inputs) if isinstance(inputs, dict) else ()
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The logits for one tensor per input."""
-        return logits_of(call(self.model, dict(zip(self.names, tensors)) if self.names else tensors))  # noqa: B905
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The outputs for one tensor per input; one that stands alone, by itself."""
+        outputs = tuple(self.named_outputs(tensors).values())
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def named_outputs(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The outputs by the names that a manifest gives them."""
+        inputs: Inputs = dict(zip(self.names, tensors)) if self.names else tensors  # noqa: B905
+        return named_outputs(call(self.model, inputs), "logits")
 
 
 @contextmanager
@@ -148,7 +156,7 @@ def capture(
 ) -> ExportedProgram:
     """The model as a graph of ATen operators, functional, with the repairs that this target wants."""
     try:
-        with static_experts(model):
+        with static_experts(model), slow_path(model):
             shapes = dynamic.shapes_for(model, axes, len(inputs))
             program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
         repairs.before(program)

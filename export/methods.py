@@ -16,9 +16,13 @@ from edgetune.export.artifact import TensorSpec, admitted, data_path, write_pair
 from edgetune.export.dynamic import Axis, Dynamic
 from edgetune.export.lower import Layout, Lowered, as_plain, check_plain, lower_methods
 from edgetune.export.methods_artifact import MethodParity, MethodsArtifact, MethodsManifest, MethodSpec
-from edgetune.export.pipeline import chosen_target, free_specs, lowering_of, names_of, of_file, specs_of
+from edgetune.export.outputs import named_outputs
+from edgetune.export.pipeline import chosen_target, locator, lowering_of, of_file, output_names
+from edgetune.export.rows import free_specs, names_of, specs_of
 from edgetune.export.targets import Target
 from edgetune.export.verify import Row
+from edgetune.modes import same_buffers
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Inputs, call, tensors_of
 
 __all__ = ["MethodParity", "MethodSpec", "MethodsArtifact", "MethodsManifest", "export_methods"]
@@ -36,7 +40,7 @@ def export_methods(
     dynamic: Mapping[str, Dynamic] | None = None,
     external_data: bool = False,
     io_in_plan: bool = True,
-    max_relative_difference: float = 1e-2,
+    max_relative_difference: float | None = None,
 ) -> MethodsArtifact:
     """Lower several modules, or methods of them, into one program at `path` (a `.pte`); equal weights are stored once.
 
@@ -47,9 +51,9 @@ def export_methods(
     its example, or on `check_inputs`. `device`, `target`, `external_data` and `io_in_plan` are those of `et.export`;
     `dynamic` is too, by method.
 
-    Raises `EdgetuneError` (exit code 5) where a method cannot be lowered or does not run, a value is not finite, or an
-    output is further from eager's than `max_relative_difference`, as the length of the difference over the length of
-    the output. Nothing is left at `path` then that was not there before.
+    Raises `EdgetuneError` (exit code 5) where a method cannot be lowered or does not run, a value is not finite, or a
+    value of an output differs by more than `max_relative_difference` of the output's largest; `None`: as `et.export`
+    allows for the layers of the method's module. Nothing is left at `path` then that was not there before.
     """
     path, layout = Path(path), Layout(weights_apart=external_data, holds_io=io_in_plan)
     chosen = chosen_target(path, device, target)
@@ -102,8 +106,8 @@ class Entry(nn.Module):
         owner = getattr(self, self.child)
         given: Inputs = dict(zip(self.names, tensors)) if self.names else tensors  # noqa: B905
         if self.function is None:
-            return _named(call(owner, given))
-        return _named(self.function(owner, **given) if isinstance(given, dict) else self.function(owner, *given))
+            return named_outputs(call(owner, given))
+        return named_outputs(self.function(owner, **given) if isinstance(given, dict) else self.function(owner, *given))
 
 
 class _Asked:
@@ -122,6 +126,7 @@ class _Asked:
         sized = [sizes_of.resized(given[i % len(given)], self.axes, some) for i, some in enumerate(sizes)]
         self.rows: list[Row] = [*sized, *given]
         self.example: Row = sized[0] if sized else tensors
+        self.outputs = output_names(entry, self.example)
 
 
 def _check_names(methods: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
@@ -145,46 +150,35 @@ def _owner(name: str, method: Method) -> nn.Module:
     return owner
 
 
-def _named(output: Any) -> dict[str, Tensor]:
-    """The tensors of an output: one, a tuple or a mapping of them. What is None is left out."""
-    if isinstance(output, Tensor):
-        return {"output": output}
-    if isinstance(output, Mapping):
-        found = {str(name): value for name, value in output.items() if value is not None}
-    elif isinstance(output, (tuple, list)):
-        found = {f"output_{i}": value for i, value in enumerate(output) if value is not None}
-    else:
-        found = {"the output": output}
-    for name, value in found.items():
-        if not isinstance(value, Tensor):
-            action = "return tensors alone: one, a tuple or a mapping of them"
-            raise EdgetuneError(f"{name} is no tensor", got=type(value).__name__, action=action)
-    return found
-
-
 def _prove(
-    partial: Path, asked: _Asked, target: Target, data: Path | None, most: float
+    partial: Path, asked: _Asked, target: Target, data: Path | None, most: float | None
 ) -> tuple[MethodParity | None, list[Row]]:
     """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
-        with torch.inference_mode():
+        with quiet(), same_buffers(asked.entry), torch.no_grad():
             return None, [asked.entry(*row) for row in asked.rows[:2]]
-    name = asked.entry.name
-    difference, relative, outputs = verify.compare_outputs(partial, name, asked.entry, asked.rows, data)
-    verify.check_outputs(name, relative, most)
-    parity = MethodParity(rows=len(asked.rows), max_abs_difference=difference, max_relative_difference=relative)
-    return parity, outputs
+    name, locate = asked.entry.name, locator(asked.entry, target, most)
+    compared = verify.run_both(partial, asked.entry, asked.rows, method=name, data=data, locate=locate)
+    outputs = compared.parities()
+    allowed = verify.allowed_difference(asked.entry) if most is None else most
+    verify.check_values(outputs, allowed, lambda: locate(compared.worst), program=name)
+    parity = MethodParity(
+        rows=len(asked.rows),
+        max_abs_difference=max(output.max_abs_difference for output in outputs),
+        max_relative_difference=max(output.max_relative_difference for output in outputs),
+        max_relative_allowed=allowed,
+        outputs=outputs,
+    )
+    return parity, compared.results
 
 
 def _spec(
     asked: _Asked, lowered: Lowered, parity: MethodParity | None, outputs: list[Row], layout: Layout
 ) -> MethodSpec:
-    with torch.inference_mode():
-        names = tuple(asked.entry.named_outputs(asked.example))
     return MethodSpec(
         **dict(lowering_of(lowered, layout)),
         name=asked.entry.name,
         inputs=asked.inputs,
-        outputs=specs_of(outputs[0], names, outputs[1] if asked.axes else None),
+        outputs=specs_of(outputs[0], asked.outputs, outputs[1] if asked.axes else None),
         parity=parity,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edgetune.export.artifact import Lowering, OfFile, TensorSpec, Value, admitted, data_beside, read_whole
 from edgetune.export.run import run_in_child
+from edgetune.ledger import OutputParity
 from edgetune.technique import EdgetuneError, Exit, Inputs
 
 
@@ -18,7 +19,9 @@ class MethodParity(Value):
 
     rows: int
     max_abs_difference: float
-    max_relative_difference: float  # length of the difference over the length of the output, the largest of all
+    max_relative_difference: float  # over the largest value of the output; that of the output furthest off
+    max_relative_allowed: float | None = None
+    outputs: tuple[OutputParity, ...] = ()
 
 
 class Signature(Value):

@@ -9,15 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgetune.export import dynamic, targets, verify
+from edgetune.export import dynamic, locate, rows, targets, verify
 from edgetune.export.artifact import (
     Artifact,
     Lowering,
     Manifest,
     OfFile,
     Plan,
-    TensorSpec,
-    admitted,
     data_path,
     described_data,
     sha256_of,
@@ -25,15 +23,17 @@ from edgetune.export.artifact import (
 )
 from edgetune.export.card import write_card
 from edgetune.export.carried import Carried, write_beside
-from edgetune.export.dynamic import Axis, Dynamic
+from edgetune.export.dynamic import Dynamic
 from edgetune.export.lower import PLAIN, Layout, Lowered, Positional, as_program, check_plain, lower
 from edgetune.export.operators import delegated_pct
+from edgetune.export.rows import Trial
 from edgetune.export.targets import Target
 from edgetune.export.verify import Bounds, Row
 from edgetune.ledger import Parity
+from edgetune.modes import same_buffers
 from edgetune.quiet import quiet
 from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
+from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
 __all__ = ["Bounds", "export_program"]
 
@@ -49,25 +49,31 @@ def export_program(
     bounds: Bounds,
     carried: Carried | None = None,
     sizes: Dynamic | None = None,
+    one_row: bool = False,
     layout: Layout = PLAIN,
 ) -> Artifact:
     """See `edgetune.export.export`."""
     chosen = chosen_target(path, device, target)
     check_plain(model)
-    axes = dynamic.axes_of(sizes or {}, names_of(example_inputs), tensors_of(example_inputs))
-    inputs, example, rows = _rows(example_inputs, check_inputs, axes)
+    axes = dynamic.axes_of(sizes or {}, rows.names_of(example_inputs), tensors_of(example_inputs))
+    trial = rows.trial(example_inputs, check_inputs, axes, one_row=one_row)
     with as_program(model, example_inputs) as program:
-        lowered = lower(program, example, chosen, axes, layout)
+        names = output_names(program, trial.example)
+        with same_buffers(program):
+            if trial.batch is not None:
+                rows.check_batch_first(program, trial.batch)
+        with same_buffers(program):
+            lowered = lower(program, trial.example, chosen, axes, layout)
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
-            parity, outputs = _prove(partial, program, rows, chosen, bounds, data)
+            parity, outputs = _prove(partial, program, trial, chosen, bounds, data)
             least = outputs[1] if axes else outputs[0]
             return Manifest(
                 **dict(of_file(lowered, chosen, device, path)),
                 **dict(lowering_of(lowered, layout)),
-                inputs=inputs,
-                outputs=specs_of(outputs[0], ("logits",), least),
+                inputs=trial.inputs,
+                outputs=rows.specs_of(outputs[0], names, least),
                 parity=parity,
                 carried=None if carried is None else write_beside(carried, path),
             )
@@ -89,75 +95,47 @@ def chosen_target(path: Path, device: str | None, target: str | None) -> Target:
     return chosen
 
 
+def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
+    """What the outputs are called. Raises where the model does not run, or returns something that is no tensor."""
+    try:
+        with quiet(), same_buffers(program), torch.no_grad():
+            return tuple(verify.eager_outputs(program, example))
+    except EdgetuneError:
+        raise
+    except Exception as error:  # the model's own code
+        raise EdgetuneError(
+            f"the model does not run on the example inputs: {type(error).__name__}: {str(error).strip()[:500]}",
+            got=[tuple(tensor.shape) for tensor in example],
+            action="give inputs that the model takes in eval mode, as model.forward names them",
+            exit_code=Exit.EXPORT,
+        ) from error
+
+
 def _prove(
-    partial: Path, program: Positional, rows: list[Row], target: Target, bounds: Bounds, data: Path | None
+    partial: Path, program: Positional, trial: Trial, target: Target, bounds: Bounds, data: Path | None
 ) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
-        with torch.inference_mode():
-            return None, [(program(*row),) for row in rows[:2]]
+        with quiet(), same_buffers(program), torch.no_grad():
+            return None, [tuple(program.named_outputs(row).values()) for row in trial.rows[:2]]
     mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
-    parity, outputs = verify.compare(partial, program, rows, mask, data)
-    verify.check(parity, bounds)
-    return parity, outputs
-
-
-def names_of(inputs: Inputs) -> tuple[str, ...]:
-    """The names of the inputs as a manifest states them."""
-    return tuple(inputs) if isinstance(inputs, dict) else tuple(f"input_{i}" for i in range(len(tensors_of(inputs))))
-
-
-def _rows(
-    example_inputs: Inputs, check_inputs: Sequence[Inputs] | None, axes: Sequence[Axis]
-) -> tuple[tuple[TensorSpec, ...], Row, list[Row]]:
-    """What the program takes, an example in its greatest sizes, and the rows to compare on.
-
-    With free axes the rows come first in the sizes of `dynamic.sizes_to_check`, the greatest and then the least at
-    the head, and after that as they were given.
-    """
-    whole = any(axis.dim == 0 for axis in axes)  # a free batch is not taken apart
-    names = names_of(example_inputs)
-    example = _split(example_inputs, "the example inputs", whole)
-    inputs = free_specs(example[0], names, axes)
-    given = example if check_inputs is None else []
-    for some in check_inputs or ():
-        given += [admitted(inputs, row, "check_inputs") for row in _split(some, "check_inputs", whole)]
-    if not axes:
-        return inputs, example[0], [admitted(inputs, row, "the example inputs") for row in given]
-    seen = [*given, *example]
-    sized = [dynamic.resized(seen[i % len(seen)], axes, sizes) for i, sizes in enumerate(dynamic.sizes_to_check(axes))]
-    return inputs, sized[0], [*sized, *given] if check_inputs is not None else sized
-
-
-def _split(inputs: Inputs, what: str, whole: bool) -> list[Row]:
-    """Every row of a batch as positional tensors of batch 1, in memory order; or all of it as one."""
-    tensors = tensors_of(inputs)
-    if not tensors or any(t.dim() == 0 or t.shape[0] == 0 for t in tensors):
-        raise EdgetuneError(f"{what} must be tensors with at least one row, batch first", exit_code=Exit.EXPORT)
-    rows = [inputs] if whole else [rows_of(inputs, i, i + 1) for i in range(tensors[0].shape[0])]
-    return [tuple(t.detach().cpu().contiguous() for t in tensors_of(row)) for row in rows]
-
-
-def specs_of(tensors: Row, names: tuple[str, ...], least: Row | None = None) -> tuple[TensorSpec, ...]:
-    """The tensors as a manifest states them; `least` are the same in the smallest sizes."""
-    found = []
-    for name, tensor, small in zip(names, tensors, least or tensors, strict=True):
-        shape, low = tuple(tensor.shape), tuple(small.shape)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        found.append(TensorSpec(name=name, shape=shape, dtype=dtype, smallest=low if low != shape else None))
-    return tuple(found)
-
-
-def free_specs(example: Row, names: tuple[str, ...], axes: Sequence[Axis]) -> tuple[TensorSpec, ...]:
-    """The inputs that a program with these axes takes."""
-    if not axes:
-        return specs_of(example, names)
-    high, low = dynamic.sizes_to_check(axes)[:2]
-    found = specs_of(dynamic.resized(example, axes, high), names, dynamic.resized(example, axes, low))
-    return tuple(
-        spec.model_copy(update={"free": {axis.dim: axis.name for axis in axes if axis.place == place}})
-        for place, spec in enumerate(found)
+    return verify.prove(
+        partial,
+        program,
+        trial.rows,
+        bounds,
+        counted=trial.counted,
+        mask=mask,
+        data=data,
+        tries=trial.tries,
+        locate=locator(program, target, bounds.max_relative_difference),
     )
+
+
+def locator(program: nn.Module, target: Target, allowed: float | None) -> verify.Locate:
+    """Asked when a proof fails: see `locate.begin`."""
+    most = verify.allowed_difference(program) if allowed is None else allowed
+    return lambda row: locate.begin(program, row, target, most)
 
 
 def of_file(lowered: Lowered, target: Target, device: str | None, path: Path) -> OfFile:

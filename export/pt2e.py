@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from edgetune.export import failures, operators
 from edgetune.export.computed import fold_weights
+from edgetune.export.fast_path import slow_path
 from edgetune.export.lower import Positional
 from edgetune.export.reparameterize import reparameterize
 from edgetune.export.targets.target import Target
@@ -82,7 +83,8 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[
     example = tuple(_two_rows(tensor) if any_rows else tensor[:1].cpu() for tensor in tensors_of(inputs))
     free = (tuple({0: torch.export.Dim("batch", min=1, max=65536)} for _ in example),) if any_rows else None
     try:
-        captured = torch.export.export(program, example, dynamic_shapes=free, strict=False)
+        with slow_path(program):
+            captured = torch.export.export(program, example, dynamic_shapes=free, strict=False)
     except Exception as error:  # torch.export raises dozens of types
         raise failures.not_captured(program, example, error) from error
     graph_module: Any = captured.module(check_guards=False)

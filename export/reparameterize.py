@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.overrides import TorchFunctionMode
 
 from edgetune.sparse.frozen import tensors_in
-from edgetune.technique import Inputs, call, logits_of, shortened
+from edgetune.technique import Inputs, call, shortened
 
 _IN_PLACE = ("reparameterize", "switch_to_deploy")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -33,7 +33,7 @@ _LAYERS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was folded, and what it changed on the example. Differences are relative to the largest logit."""
+    """What was folded, and what it changed on the example. Differences are relative to an output's largest value."""
 
     branches: tuple[str, ...] = ()  # modules that fused their own branches
     norms: tuple[str, ...] = ()  # batch norms folded into the layer before them
@@ -58,7 +58,7 @@ def reparameterize(
     if model.training or not (_fusible(model) or _has_norms(model)):
         return model, Report()
     with torch.no_grad():
-        wanted = logits_of(call(model, example_inputs)).clone()
+        wanted = [tensor.clone() for tensor in tensors_in(call(model, example_inputs))]
         kept, branches, refused = _step(model, example_inputs, wanted, max_difference, _fuse_branches)
         norms: tuple[str, ...] = ()
         if _has_norms(kept):
@@ -73,7 +73,7 @@ def reparameterize(
 def _step(
     model: nn.Module,
     inputs: Inputs,
-    wanted: Tensor,
+    wanted: list[Tensor],
     most: float,
     change: Callable[[nn.Module], tuple[list[str], list[str]]],
 ) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
@@ -88,15 +88,23 @@ def _step(
     return model, (), (*refused, f"{shortened(done, 4)}: the logits would differ by {found:.1e}")
 
 
-def _difference(model: nn.Module, inputs: Inputs, wanted: Tensor) -> float:
-    """Largest difference of a logit, relative to the largest logit; infinite where it cannot be compared."""
+def _difference(model: nn.Module, inputs: Inputs, wanted: list[Tensor]) -> float:
+    """Largest difference of an output, relative to its largest value; infinite where it cannot be compared."""
     try:
-        got = logits_of(call(model, inputs))
+        got = list(tensors_in(call(model, inputs)))
     except Exception:  # a fused block that no longer fits its neighbours raises anything
         return float("inf")
+    if len(got) != len(wanted):
+        return float("inf")
+    return max((_apart(*pair) for pair in zip(got, wanted, strict=True)), default=0.0)
+
+
+def _apart(got: Tensor, wanted: Tensor) -> float:
     if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
         return float("inf")
-    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(got, wanted) else float("inf")
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)) if wanted.numel() else 0.0
 
 
 def _fusible(model: nn.Module) -> bool:

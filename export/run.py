@@ -25,8 +25,8 @@ from edgetune.export.clock.runs import inputs_in, loaded_runtime, serve, timings
 from edgetune.technique import EdgetuneError, Exit
 
 __all__ = [
-    "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_in_child", "serve",
-    "time_calls", "time_in_child", "timings", "write_request",
+    "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_apart",
+    "run_in_child", "serve", "time_calls", "time_in_child", "timings", "write_request",
 ]  # fmt: skip
 
 _MODULE = "edgetune.export.run"
@@ -80,6 +80,25 @@ def run_in_child(
         row, _, place = key.partition(".")
         outputs[int(row)][int(place)] = tensor
     return [tuple(found[place] for place in sorted(found)) for found in outputs]
+
+
+def run_apart(programs: Sequence[tuple[Path, tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...] | None]:
+    """Execute each program once on its inputs, all in one child process; `None` for one that does not run.
+
+    Raises `EdgetuneError` (exit code 5) where the child dies.
+    """
+    if not programs:
+        return []
+    request = {"programs": [_whole(path) for path, _ in programs]}
+    result, tensors = ask_child(_MODULE, programs[0][0], request, [inputs for _, inputs in programs])
+    outputs: list[dict[int, Tensor]] = [{} for _ in programs]
+    for key, tensor in tensors.items():
+        row, _, place = key.partition(".")
+        outputs[int(row)][int(place)] = tensor
+    return [
+        None if row in result["failed"] else tuple(known[place] for place in sorted(known))
+        for row, known in enumerate(outputs)
+    ]
 
 
 def time_in_child(
@@ -202,13 +221,26 @@ def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     batches = inputs_in(folder, request["rows"])
-    module = loaded_runtime(None)._load_for_executorch(request["path"], request["data"])
-    outputs = {}
-    for row, inputs in enumerate(batches):
-        for place, tensor in enumerate(module.run_method(request["method"], inputs)):
+    runtime = loaded_runtime(None)
+    outputs: dict[str, Tensor] = {}
+
+    def execute(module: Any, method: str, row: int) -> None:
+        for place, tensor in enumerate(module.run_method(method, batches[row])):
             outputs[f"{row}.{place}"] = tensor.clone().contiguous()
+
+    failed_rows = []
+    if "programs" in request:
+        for row, path in enumerate(request["programs"]):
+            try:
+                execute(runtime._load_for_executorch(path), "forward", row)
+            except RuntimeError:
+                failed_rows.append(row)
+    else:
+        module = runtime._load_for_executorch(request["path"], request["data"])
+        for row in range(len(batches)):
+            execute(module, request["method"], row)
     save_file(outputs, folder / "outputs.safetensors")
-    return {}
+    return {"failed": failed_rows}
 
 
 if __name__ == "__main__":

@@ -1,30 +1,146 @@
-"""Proof that a program computes what its model does: run in a child process, compared row by row."""
+"""Proof that a program computes what its model does: run in a child process, every value of every output compared.
+
+How far a value may be from eager mode's, as a share of the largest absolute value of its output:
+
+- a model in floating point: 1e-3 (45 families of models stay within 2e-5), 1e-2 with weights in fp16, 5e-2 in bf16;
+- activations rounded to 8 bits as they come, as under 4-bit weights: 5e-2 (the families stay within 2e-2). A value
+  that lies between two steps may go to the other one, since eager mode and the backend add in another order;
+- activations rounded to 8 bits by fixed scales: 0.25 (convolutional families are equal to the bit, small vision
+  transformers, whose attention is computed between two roundings, within 0.17);
+- whole numbers and truth values: none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from edgetune.export.artifact import Manifest, admitted, manifest_path, read_manifest
+from edgetune.export.outputs import named_outputs
 from edgetune.export.run import run_in_child
-from edgetune.ledger import Parity
+from edgetune.ledger import OutputParity, Parity
+from edgetune.modes import same_buffers
+from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit
 
-_EAGER_ROWS = 32  # rows that the model computes at once; the program takes one
+FLOAT, FP16, BF16, DYNAMIC_INT8, STATIC_INT8 = 1e-3, 1e-2, 5e-2, 5e-2, 0.25
+_TIE = 1e-5  # of the largest value: two classes that are closer than this are the same prediction
+_ALL_ZERO = 1e-3  # stands for the largest value of an output that is zero everywhere
 
 Row = tuple[Tensor, ...]
+Locate = Callable[[Row], str]
+"""Says for one set of inputs where a difference comes from; asked only when a proof fails."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the program may differ by."""
+    """What the program may differ by.
+
+    `max_relative_difference` is that of a value over the largest of its output; `None`: as the layers of the model
+    allow, `allowed_difference`. `max_abs_difference` holds beside it.
+    """
 
     min_same_prediction_pct: float = 99.0
     max_abs_difference: float | None = None
+    max_relative_difference: float | None = None
+
+
+def allowed_difference(model: nn.Module) -> float:
+    """How far a value of the program may be from this model's, by what its layers are: see the top of this file."""
+    allowed = FLOAT
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            allowed = max(allowed, _allowed_in_graph(module))
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            allowed = max(allowed, {torch.float16: FP16, torch.bfloat16: BF16}.get(tensor.dtype, FLOAT))
+            if _rounds_activations(tensor):
+                allowed = max(allowed, DYNAMIC_INT8)
+    return allowed
+
+
+def _rounds_activations(weight: Tensor) -> bool:
+    """Whether a weight of torchao comes with a rounding of what it is multiplied with."""
+    settings = (getattr(weight, name, None) for name in ("activation_quantization", "act_quant_kwargs"))
+    return type(weight).__module__.startswith("torchao") and any(setting is not None for setting in settings)
+
+
+def _allowed_in_graph(module: fx.GraphModule) -> float:
+    """For a graph that was captured, with roundings to fixed or to measured scales among its operators."""
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
+    rounding = {name for name in called if name.startswith(("quantized_decomposed.quantize", "torchao.quantize"))}
+    if not rounding:
+        return FLOAT
+    return DYNAMIC_INT8 if any("choose_qparams" in name for name in called) else STATIC_INT8
+
+
+@dataclass
+class _Output:
+    """What is known of one output so far."""
+
+    exact: bool
+    largest: float = 0.0
+    difference: float = 0.0
+
+    def add(self, expected: Tensor, got: Tensor) -> float:
+        """Take in the values of one run; returns their largest difference."""
+        if not expected.numel():
+            return 0.0
+        wide = torch.float64 if expected.is_floating_point() or expected.dtype == torch.bool else torch.int64
+        self.largest = max(self.largest, float(expected.to(wide).abs().max()))
+        difference = float((expected.to(wide) - got.to(wide)).abs().max())
+        self.difference = max(self.difference, difference)
+        return difference
+
+    def parity(self, name: str) -> OutputParity:
+        return OutputParity(
+            name=name,
+            largest=self.largest,
+            max_abs_difference=self.difference,
+            max_relative_difference=self.difference / (self.largest or _ALL_ZERO),
+            exact=self.exact,
+        )
+
+
+@dataclass
+class Comparison:
+    """A program and a model on the same inputs."""
+
+    results: list[Row]  # the program's outputs for each row
+    outputs: dict[str, _Output] = field(default_factory=dict)
+    same: int = 0  # predictions
+    predictions: int = 0
+    tried: list[str] = field(default_factory=list)
+    worst: Row = ()  # the inputs with the largest difference of a value
+    _worst_difference: float = -1.0
+
+    def add(self, expected: dict[str, Tensor], got: dict[str, Tensor], row: Row) -> None:
+        """Take in the values of one run."""
+        for name, tensor in expected.items():
+            output = self.outputs.setdefault(name, _Output(exact=not tensor.is_floating_point()))
+            difference = output.add(tensor, got[name]) / (output.largest or _ALL_ZERO)
+            if difference > self._worst_difference:
+                self.worst, self._worst_difference = row, difference
+
+    def parities(self) -> tuple[OutputParity, ...]:
+        """Of each output."""
+        return tuple(output.parity(name) for name, output in self.outputs.items())
+
+    def parity(self, rows: int, allowed: float, counted: str = "held-out row") -> Parity:
+        """What a manifest says of it."""
+        outputs = self.parities()
+        return Parity(
+            rows=rows,
+            same_prediction_pct=100.0 * self.same / max(self.predictions, 1),
+            max_abs_difference=max(output.max_abs_difference for output in outputs),
+            counted=counted,  # type: ignore[arg-type]
+            outputs=outputs,
+            max_relative_allowed=allowed,
+            tried=tuple(self.tried),
+        )
 
 
 def compare(
@@ -32,104 +148,269 @@ def compare(
 ) -> tuple[Parity, list[Row]]:
     """Run the program and the model, in eager mode, on each row. Also returns the program's outputs of each.
 
-    A prediction is the class with the largest logit; where the logits have a sequence dimension, every position is
-    one, but those that the input number `mask` (an attention mask) hides: what stands there means nothing. `data` is
-    the program's data file. Rows may differ in their sizes where the program's may.
-    Raises `EdgetuneError` (exit code 5) where the program does not run or a logit of it is not finite although the
-    model's is.
+    All values of all outputs are compared. A prediction is the class with the largest value in the output `logits`, or
+    in the first: along `class_dim`; of one logit, its sign. What the input number `mask` (an attention mask) hides in
+    an output with a value for each token is left out: it means nothing. A copy of the first row out of memory order
+    and one in channels-last order are tried as well. `data` is the program's data file. Rows may differ in their sizes
+    where the program's may; where they are smaller than what a finished program takes at once, they are put together.
+    Raises `EdgetuneError` (exit code 5) where the program does not run, or gives other outputs, shapes or types than
+    the model, or a value that is not finite.
     """
-    results = run_in_child(path, rows, data=data)
-    same = compared = 0
-    largest = 0.0
-    with torch.inference_mode():
-        for some in _alike(rows):
-            inputs = [torch.cat(tensors) for tensors in zip(*rows[some], strict=True)]
-            expected, got = model(*inputs), torch.cat([outputs[0] for outputs in results[some]])
-            _check_form(path, expected, got)
-            if mask is not None and inputs[mask].shape == expected.shape[:-1]:
-                shown = inputs[mask] != 0
-                expected, got = expected[shown], got[shown]
-            agree = expected.argmax(-1) == got.argmax(-1)
-            same, compared = same + int(agree.sum()), compared + agree.numel()
-            largest = max(largest, float((expected - got).abs().max()))
-    pct = 100.0 * same / max(compared, 1)
-    return Parity(rows=len(rows), same_prediction_pct=pct, max_abs_difference=largest), results
+    rows = _together(path, rows)
+    compared = run_both(path, model, rows, mask=mask, data=data)
+    return compared.parity(len(rows), allowed_difference(model)), compared.results
 
 
-def _alike(rows: Sequence[Row]) -> Iterator[slice]:
-    """Neighbours of the same sizes, so many that the model can compute them at once."""
-    start = 0
-    for _, group in groupby(rows, key=lambda row: [tensor.shape for tensor in row]):
-        stop = start + len(list(group))
-        for first in range(start, stop, _EAGER_ROWS):
-            yield slice(first, min(first + _EAGER_ROWS, stop))
-        start = stop
+def prove(
+    path: Path,
+    model: nn.Module,
+    rows: Sequence[Row],
+    bounds: Bounds,
+    *,
+    counted: str,
+    mask: int | None,
+    data: Path | None,
+    tries: Sequence[tuple[str, Row]],
+    locate: Locate,
+) -> tuple[Parity, list[Row]]:
+    """`compare`, then `check`; an error says where the difference comes from, as far as `locate` finds it.
+
+    `tries` are inputs by a description: their values count, they are no rows.
+    """
+    compared = run_both(path, model, rows, mask=mask, data=data, tries=tries, locate=locate)
+    parity = compared.parity(len(rows), allowed_difference(model), counted)
+    check(parity, bounds, lambda: locate(compared.worst))
+    return parity, compared.results
 
 
-def _check_form(path: Path, expected: Tensor, got: Tensor) -> None:
-    if got.shape != expected.shape:
-        raise EdgetuneError(
-            "the program's output has another shape than the model's",
-            where=str(path),
-            got=tuple(got.shape),
-            allowed=[str(tuple(expected.shape))],
-            action="report this with the model: the lowering changed what it computes",
-            exit_code=Exit.EXPORT,
+def run_both(
+    path: Path,
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    method: str = "forward",
+    mask: int | None = None,
+    data: Path | None = None,
+    tries: Sequence[tuple[str, Row]] = (),
+    locate: Locate | None = None,
+) -> Comparison:
+    """One method of the program beside the model, as `compare` describes it."""
+    tries = [*tries, *_reordered(rows[0])]
+    results = run_in_child(path, [*rows, *(row for _, row in tries)], method=method, data=data)
+    compared = Comparison(results[: len(rows)])
+    with quiet(), same_buffers(model), torch.no_grad():  # what keeps a state goes through the rows as the program does
+        for place, row in enumerate(rows):
+            expected = eager_outputs(model, row)
+            got = _paired(path, expected, results[place], row, locate)
+            expected, got = _shown(expected, got, row, mask)
+            _check_finite(path, expected, got, row, locate)
+            compared.add(expected, got, row)
+            same, predictions = predictions_of(expected, got, row)
+            compared.same, compared.predictions = compared.same + same, compared.predictions + predictions
+        for (name, row), outputs in zip(tries, results[len(rows) :], strict=True):
+            row = tuple(tensor.contiguous() for tensor in row)
+            expected = _eager_or_nothing(model, row)
+            if not expected:
+                continue
+            expected, got = _shown(expected, _paired(path, expected, outputs, row, locate), row, mask)
+            if all(bool(torch.isfinite(tensor).all()) for tensor in expected.values()):
+                _check_finite(path, expected, got, row, locate)
+                compared.add(expected, got, row)
+                compared.tried.append(name)
+    return compared
+
+
+def eager_outputs(model: nn.Module, row: Row) -> dict[str, Tensor]:
+    """The model's outputs by their names, for a copy of the inputs: some models write into them."""
+    row = tuple(tensor.clone() for tensor in row)
+    named = getattr(model, "named_outputs", None)
+    return named(row) if named is not None else named_outputs(model(*row), "logits")
+
+
+def _eager_or_nothing(model: nn.Module, row: Row) -> dict[str, Tensor]:
+    """The same, or nothing where the model does not take such inputs."""
+    try:
+        return eager_outputs(model, row)
+    except Exception:  # a model's own code: anything
+        return {}
+
+
+def _together(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows put together to the batch that the finished program at `path` takes, where they are smaller."""
+    if not manifest_path(path).is_file():
+        return rows
+    specs = read_manifest(path, Manifest).inputs
+    sizes = {spec.shape[0] for spec in specs if spec.shape}
+    smaller = all(tensor.dim() and tensor.shape[0] == 1 for row in rows for tensor in row)
+    if smaller and len(sizes) == 1 and not any(spec.free for spec in specs):
+        (batch,) = sizes
+        parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+        rows = [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in parts]
+    return [admitted(specs, row, "the rows to compare on") for row in rows]
+
+
+def _reordered(row: Row) -> list[tuple[str, Row]]:
+    """Copies of a row with the same values that lie otherwise in memory."""
+    copies = [("inputs out of memory order", tuple(map(_out_of_order, row)))]
+    if any(tensor.dim() == 4 for tensor in row):
+        last = torch.channels_last
+        copies.append(
+            ("channels-last inputs", tuple(t.contiguous(memory_format=last) if t.dim() == 4 else t for t in row))
         )
-    if not bool(torch.isfinite(got).all()):
-        also = "" if bool(torch.isfinite(expected).all()) else "; the model's own logits are not finite either"
-        raise EdgetuneError(
-            f"the program returns logits that are not finite{also}",
+    return copies
+
+
+def _out_of_order(tensor: Tensor) -> Tensor:
+    """The same values with the dimensions the other way round in memory."""
+    dims = list(range(tensor.dim()))[::-1]
+    return tensor.permute(dims).contiguous().permute(dims)
+
+
+def _paired(
+    path: Path, expected: dict[str, Tensor], outputs: Row, row: Row, locate: Locate | None
+) -> dict[str, Tensor]:
+    """The program's outputs by the names of the model's. Raises where their number, a shape or a type differs."""
+    wanted = [f"{name}: {_form(tensor)}" for name, tensor in expected.items()]
+    if [_form(tensor) for tensor in outputs] != [_form(tensor) for tensor in expected.values()]:
+        raise _differs(
+            "the program's outputs have other shapes or types than the model's",
+            locate and (lambda: locate(row)),
             where=str(path),
-            action="check the model's logits in eager mode, then lower it with target='portable' to find the operator",
-            exit_code=Exit.EXPORT,
+            got=[_form(tensor) for tensor in outputs],
+            allowed=wanted,
+        )
+    return dict(zip(expected, outputs, strict=True))
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _shown(
+    expected: dict[str, Tensor], got: dict[str, Tensor], row: Row, mask: int | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Both without the tokens that the mask hides, in outputs with a value for each token."""
+    if mask is None or mask >= len(row):
+        return expected, got
+    seen = row[mask] != 0
+    tokens = [name for name, tensor in expected.items() if tensor.dim() > 2 and tensor.shape[:2] == seen.shape]
+    return tuple({n: t[seen] if n in tokens else t for n, t in each.items()} for each in (expected, got))  # type: ignore[return-value]
+
+
+def _check_finite(
+    path: Path, expected: dict[str, Tensor], got: dict[str, Tensor], row: Row, locate: Locate | None
+) -> None:
+    for name, tensor in got.items():
+        if bool(torch.isfinite(tensor).all()):
+            continue
+        if not bool(torch.isfinite(expected[name]).all()):
+            raise EdgetuneError(
+                f"output {name} holds values that are not finite, in eager mode as in the program",
+                where=str(path),
+                action="look for a division by zero or a mask of -inf that reaches the output, or give other inputs",
+                exit_code=Exit.EXPORT,
+            )
+        raise _differs(
+            f"output {name} of the program holds values that are not finite; the model's are",
+            locate and (lambda: locate(row)),
+            where=str(path),
         )
 
 
-def check(parity: Parity, bounds: Bounds) -> None:
-    """Raise where the program is further from the model than the bounds allow."""
+def class_dim(shape: Sequence[int], inputs: Row) -> int | None:
+    """The dimension that the classes of a prediction lie along; `None`: each value is a prediction of its own.
+
+    (rows, classes), (rows, tokens, classes), but (rows, classes, height, width) and more. Three dimensions of which
+    the last, but not the second, is as long as that of an input with three are (rows, classes, length).
+    """
+    first = inputs[0].shape if inputs else ()
+    if len(shape) == 0 or (len(shape) == 1 and len(first) > 1 and shape[0] == first[0]):
+        dim = None
+    elif len(shape) >= 4 or (len(shape) == len(first) == 3 and shape[2] == first[2] and shape[1] != first[1]):
+        dim = 1
+    else:
+        dim = len(shape) - 1
+    return None if dim is None or shape[dim] == 1 else dim
+
+
+def predictions_of(expected: dict[str, Tensor], got: dict[str, Tensor], row: Row) -> tuple[int, int]:
+    """How many predictions are the same, and how many there are; see `compare`."""
+    name = "logits" if "logits" in expected else next(iter(expected))
+    model, program = expected[name], got[name]
+    if not model.numel():
+        return 0, 0
+    if not model.is_floating_point():
+        return int((model == program).sum()), model.numel()
+    model, program = model.double(), program.double()
+    tie = _TIE * float(model.abs().max())
+    dim = class_dim(model.shape, row)
+    if dim is None:
+        same = ((model > 0) == (program > 0)) | (model.abs() <= tie)
+    else:
+        chosen = model.gather(dim, program.argmax(dim, keepdim=True)).squeeze(dim)
+        same = chosen >= model.amax(dim) - tie
+    return int(same.sum()), same.numel()
+
+
+def check(parity: Parity, bounds: Bounds, place: Callable[[], str] | None = None) -> None:
+    """Raise where the program is further from the model than the bounds allow; `place` says where that begins."""
+    allowed = bounds.max_relative_difference
+    check_values(parity.outputs, parity.max_relative_allowed if allowed is None else allowed, place)
     if parity.same_prediction_pct < bounds.min_same_prediction_pct:
-        raise EdgetuneError(
-            f"the program predicts the same as the model on {parity.same_prediction_pct:.2f} % of {parity.rows} rows, "
+        raise _differs(
+            f"the program predicts the same as the model on {parity.same_prediction_pct:.2f} % of {parity.number}, "
             f"below {bounds.min_same_prediction_pct:g} % (largest difference {parity.max_abs_difference:.3g})",
-            action="compare on more rows, or lower with target='portable' to see whether the backend is at fault",
-            exit_code=Exit.EXPORT,
+            place,
+            setting="min_same_prediction_pct",
         )
     if bounds.max_abs_difference is not None and parity.max_abs_difference > bounds.max_abs_difference:
-        raise EdgetuneError(
-            f"a logit of the program differs by {parity.max_abs_difference:.3g}, more than "
+        raise _differs(
+            f"a value of the program differs by {parity.max_abs_difference:.3g}, more than "
             f"{bounds.max_abs_difference:g}",
-            action="allow more with max_abs_difference, or look at the largest layers' quantization",
-            exit_code=Exit.EXPORT,
+            place,
+            setting="max_abs_difference",
         )
 
 
-def compare_outputs(
-    path: Path, method: str, model: nn.Module, rows: Sequence[Row], data: Path | None = None
-) -> tuple[float, float, list[Row]]:
-    """Run one method of the program and the model, in eager mode, on each row; compare every output.
+def check_values(
+    outputs: Sequence[OutputParity],
+    allowed: float | None,
+    place: Callable[[], str] | None = None,
+    *,
+    program: str = "the program",
+) -> None:
+    """Raise where a value of an output is further from the model's than `allowed` of the output's largest."""
+    for output in outputs:
+        if output.exact and output.max_abs_difference > 0:
+            raise _differs(f"output {output.name} of {program} holds other whole numbers than the model's", place)
+    worst = max(outputs, key=lambda output: output.max_relative_difference, default=None)
+    if worst is None or allowed is None or worst.max_relative_difference <= allowed:
+        return
+    raise _differs(
+        f"output {worst.name} of {program} differs from the model's by {worst.max_abs_difference:.3g}, which is "
+        f"{worst.max_relative_difference:.2g} of its largest value ({worst.largest:.3g}); allowed is {allowed:g}",
+        place,
+        setting="max_relative_difference",
+    )
 
-    Returns the largest difference of a value, the largest relative difference of an output (the length of the
-    difference over the length of the output), and the program's outputs. Raises as `compare` does.
-    """
-    results = run_in_child(path, rows, method=method, data=data)
-    largest = relative = 0.0
-    with torch.inference_mode():
-        for row, outputs in zip(rows, results, strict=True):
-            for expected, got in zip(model(*row), outputs, strict=True):
-                _check_form(path, expected, got)
-                difference = (expected - got).double() if expected.is_floating_point() else (expected != got).double()
-                largest = max(largest, float(difference.abs().max()))
-                relative = max(relative, float(difference.norm() / expected.double().norm().clamp(min=1e-12)))
-    return largest, relative, results
 
-
-def check_outputs(method: str, relative: float, most: float) -> None:
-    """Raise where an output of a method is further from eager's than allowed."""
-    if relative > most:
-        raise EdgetuneError(
-            f"an output of {method} differs by {relative:.3g} of its length, more than {most:g}",
-            action="allow more with max_relative_difference, or lower with target='portable' to see whether the "
-            "backend is at fault",
-            exit_code=Exit.EXPORT,
-        )
+def _differs(
+    what: str,
+    place: Callable[[], str] | None,
+    *,
+    where: str = "",
+    got: object = None,
+    allowed: Sequence[str] = (),
+    setting: str = "",
+) -> EdgetuneError:
+    """The error for a program that computes something else, with the module where that begins."""
+    begins = place() if place is not None else ""
+    rewrite = "write that module in other operators" if begins else "look for the first layer whose values differ"
+    return EdgetuneError(
+        f"{what}; {begins}" if begins else what,
+        where=where,
+        got=got,
+        allowed=allowed,
+        action=rewrite + (f", or allow the difference: {setting}=..." if setting else ""),
+        exit_code=Exit.EXPORT,
+    )

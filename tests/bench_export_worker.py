@@ -153,7 +153,8 @@ def run_here(
     """In place of `edgetune.export.run.run_in_child`: a cell is a process of its own already."""
     assert (method, data) == ("forward", None)
     program = loaded_runtime(None)._load_for_executorch(str(path))
-    return [tuple(tensor.clone() for tensor in program.forward(row)) for row in batches]
+    ordered = [tuple(tensor.contiguous() for tensor in row) for row in batches]
+    return [tuple(tensor.clone() for tensor in program.forward(row)) for row in ordered]
 
 
 def export(family: Family, model: nn.Module, column: str, cell: Cell) -> None:
@@ -164,8 +165,8 @@ def export(family: Family, model: nn.Module, column: str, cell: Cell) -> None:
     rows = family.inputs(ROWS)
     with tempfile.TemporaryDirectory() as folder:
         artifact = to_program(
-            model, rows_of(rows, 0, 1), Path(folder) / "model.pte",
-            target=target, check_inputs=[rows], min_same_prediction_pct=0.0,
+            model, rows, Path(folder) / "model.pte",
+            target=target, one_row=True, min_same_prediction_pct=0.0,
         )  # fmt: skip
         known = artifact.manifest
     cell.found |= {

@@ -37,7 +37,7 @@ from edgetune.profile.device import Device, load
 from edgetune.profile.measure import inputs_of
 from edgetune.profile.validate import lines as told_of
 from edgetune.profile.validate import validate
-from edgetune.technique import EdgetuneError, rows_of
+from edgetune.technique import EdgetuneError
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-profile"
@@ -69,9 +69,7 @@ def lowered(family: str, column: str) -> None:
         model = worker.quantized(chosen, model)
     verify.run_in_child = worker.run_here
     rows = chosen.inputs(2)
-    artifact = export(
-        model, rows_of(rows, 0, 1), path, target="xnnpack", check_inputs=[rows], min_same_prediction_pct=0.0
-    )
+    artifact = export(model, rows, path, target="xnnpack", one_row=True, min_same_prediction_pct=0.0)
     torch.save(list(inputs_of(artifact)), path.with_suffix(".pt"))
 
 

@@ -119,9 +119,8 @@ def small_vision(inputs: Any, classes: Sequence[str]) -> tuple[Loaded, Dataset]:
 def exported(loaded: Loaded, dataset: Dataset, folder: Path) -> Artifact:
     pad_to = TOKENS if dataset.task == "text-classification" else None
     rows = [loaded.encode(dataset.test.take([n]), pad_to) for n in range(4)]
-    return export(
-        loaded.model, rows[0], folder / "model.pte", check_inputs=rows, carried=carried(loaded, dataset, "small-recipe")
-    )
+    told = carried(loaded, dataset, "small-recipe")
+    return export(loaded.model, rows[0], folder / "model.pte", check_inputs=rows, one_row=True, carried=told)
 
 
 def photographs(folder: Path) -> list[Path]:

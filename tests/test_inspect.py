@@ -39,7 +39,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     path = tmp_path_factory.mktemp("inspect") / "model.pte"
-    return export(Net().eval(), torch.randint(0, 40, (4, 8)), path, device="pixel-8")
+    return export(Net().eval(), torch.randint(0, 40, (4, 8)), path, device="pixel-8", one_row=True)
 
 
 @pytest.fixture(scope="module")

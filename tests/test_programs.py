@@ -86,7 +86,9 @@ def test_the_smallest_plan_is_taken() -> None:
 
 @pytest.mark.slow
 def test_a_reordered_program_computes_the_same(tmp_path: Path) -> None:
-    known = export(branched(), PIXELS, tmp_path / "m.pte", target="portable", max_abs_difference=1e-5).manifest
+    known = export(
+        branched(), PIXELS, tmp_path / "m.pte", target="portable", one_row=True, max_abs_difference=1e-5
+    ).manifest
     assert known.plan is not None
     assert known.plan.way.endswith(", reordered")
     assert known.plan_bytes == known.plan.tried_bytes[known.plan.way]
@@ -96,7 +98,9 @@ def test_inputs_and_outputs_may_stay_with_the_caller(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()).eval()
     inside = lowered(model, PIXELS).plan_bytes
     assert inside >= PIXELS[0].nbytes + 8 * 32 * 32 * 4
-    outside = export(model, PIXELS, tmp_path / "out.pte", io_in_plan=False, max_abs_difference=1e-5).manifest
+    outside = export(
+        model, PIXELS, tmp_path / "out.pte", one_row=True, io_in_plan=False, max_abs_difference=1e-5
+    ).manifest
     assert outside.plan is not None
     assert not outside.plan.holds_io
     assert outside.plan_bytes < 0.05 * inside
@@ -105,7 +109,7 @@ def test_inputs_and_outputs_may_stay_with_the_caller(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     path = tmp_path_factory.mktemp("apart") / "model.pte"
-    return export(branched(), PIXELS, path, external_data=True)
+    return export(branched(), PIXELS, path, one_row=True, external_data=True)
 
 
 def test_weights_lie_apart_from_the_program(apart: Artifact) -> None:
@@ -126,7 +130,7 @@ def test_weights_lie_apart_from_the_program(apart: Artifact) -> None:
 @pytest.mark.slow
 def test_a_quantized_table_lies_apart_too(tmp_path: Path) -> None:
     model = Int4(group_size=32).apply(transformer())
-    artifact = export(model, IDS, tmp_path / "m.pte", external_data=True)
+    artifact = export(model, IDS, tmp_path / "m.pte", one_row=True, external_data=True)
     held = {(c.dtype, c.shape): c.kind for c in inspect(artifact.path).constants if c.dtype}
     assert held["int8", (64, 32)] == "external"
     timing = time_in_child(
@@ -206,9 +210,9 @@ def programs(folder: Path, which: str) -> dict[str, str]:
         labels = torch.randint(0, 64, (2, 9))
         export_training(model, IDS, labels, folder / "train.pte", loss=_loss)
     else:
-        export(branched(), PIXELS, folder / "conv.pte", external_data=True)
-        export(Int4(group_size=32).apply(transformer()), IDS, folder / "int4.pte")
-        export(transformer(), IDS, folder / "free.pte", dynamic={"tokens": (2, 9)})
+        export(branched(), PIXELS, folder / "conv.pte", one_row=True, external_data=True)
+        export(Int4(group_size=32).apply(transformer()), IDS, folder / "int4.pte", one_row=True)
+        export(transformer(), IDS, folder / "free.pte", one_row=True, dynamic={"tokens": (2, 9)})
         whole = transformer()
         export_methods({"forward": (whole, IDS), "embed": (whole.table, IDS)}, folder / "methods.pte")
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}

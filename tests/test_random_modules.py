@@ -38,7 +38,7 @@ def exported(plan: Plan) -> str:
     model, inputs = Drawn(plan).eval(), inputs_of(plan)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            artifact = export(model, inputs, Path(folder) / "model.pte", min_same_prediction_pct=0.0)
+            artifact = export(model, inputs, Path(folder) / "model.pte", one_row=True, min_same_prediction_pct=0.0)
         except EdgetuneError as error:
             return f"refused: {error}"
     assert artifact.manifest.parity is not None

@@ -136,7 +136,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         warnings.simplefilter("ignore")
         importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     torch.manual_seed(0)
-    return export(_Small().eval(), torch.randn(2, 16), tmp_path_factory.mktemp("p") / "small.pte", target="xnnpack")
+    path = tmp_path_factory.mktemp("p") / "small.pte"
+    return export(_Small().eval(), torch.randn(2, 16), path, target="xnnpack", one_row=True)
 
 
 @needs_sshd

@@ -14,7 +14,7 @@ from edgetune.quant.integers import Integers
 from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.targets import select
-from edgetune.technique import EdgetuneError, Sample, Technique, device_of, rows_of
+from edgetune.technique import EdgetuneError, Sample, Technique, call, device_of, rows_of
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what `skip` can name
 
@@ -51,46 +51,65 @@ class Int8(Technique):
         if self.skip:
             layers = {name for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
             skipped = layers - select(model, ("*",), self.skip, LAYERS).keys()
+        from edgetune.export.lower import as_plain
+        from edgetune.export.outputs import named_outputs
         from edgetune.export.pt2e import quantize_static
         from edgetune.export.targets import find
 
         target = find(self.target)
         source_parameters = sum(parameter.numel() for parameter in model.parameters())
         batches = islice(sample.batches(), self.calibration_batches)
-        graph = quantize_static(
-            model.eval(), sample.inputs, batches,
-            per_channel=self.per_channel, skip=frozenset(skipped), target=target,
-        )  # fmt: skip
+        with as_plain(model.eval()) as here:
+            graph = quantize_static(
+                here, sample.inputs, batches,
+                per_channel=self.per_channel, skip=frozenset(skipped), target=target,
+            )  # fmt: skip
+            with quiet(), torch.no_grad():
+                returned = call(here, sample.inputs)
         names = tuple(sample.inputs) if isinstance(sample.inputs, dict) else ()
-        return Static8(graph, names, source_parameters, integers=target.quantizer is None).eval()
+        keys = None if isinstance(returned, (Tensor, tuple, list)) else tuple(named_outputs(returned))
+        return Static8(graph, names, source_parameters, integers=target.quantizer is None, keys=keys).eval()
 
 
 class Static8(nn.Module):
-    """A statically quantized graph. Takes its inputs by position or by the names the model had; returns the logits.
+    """A statically quantized graph. Takes its inputs by position or by the names the model had; returns its outputs.
+
+    With `keys` several of them come as a mapping, as the model returned them, else as a tuple.
 
     With `integers` it computes in whole numbers, as XNNPACK does; else row by row, each operator in floating point
     between roundings to 8 bits. `torch.export` gets the graph that a target is lowered from.
     """
 
     def __init__(
-        self, graph: fx.GraphModule, names: tuple[str, ...], source_parameters: int, *, integers: bool = True
+        self,
+        graph: fx.GraphModule,
+        names: tuple[str, ...],
+        source_parameters: int,
+        *,
+        integers: bool = True,
+        keys: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
         self.names = names
+        self.keys = keys
         self.integers = integers
         self.source_parameters = source_parameters  # of the float model: the folded int8 weights are buffers
         for parameter in graph.parameters():
             parameter.requires_grad_(False)
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
-        """The logits."""
-        tensors = (*inputs, *(named[name] for name in self.names[len(inputs) :]))
+        """What the model returned: a tensor, a tuple or a mapping of them."""
+        outputs = self._outputs((*inputs, *(named[name] for name in self.names[len(inputs) :])))
+        single = isinstance(outputs, Tensor)
+        return outputs if single or self.keys is None else dict(zip(self.keys, outputs, strict=True))
+
+    def _outputs(self, tensors: tuple[Tensor, ...]) -> Any:
         if self.integers and not torch.compiler.is_exporting():
             return Integers(self.graph).run(*tensors)
         if not self.integers and len(tensors[0]) != 1:
-            rows = range(len(tensors[0]))
-            return torch.cat([self.forward(*rows_of(tensors, row, row + 1)) for row in rows])
+            rows = [self._outputs(rows_of(tensors, row, row + 1)) for row in range(len(tensors[0]))]  # type: ignore[arg-type]
+            return torch.cat(rows) if isinstance(rows[0], Tensor) else tuple(map(torch.cat, zip(*rows, strict=True)))
         with preserve_node_meta():  # a program's operators keep the names of the float model's modules
             return fx.Interpreter(self.graph).run(*tensors)
 

@@ -178,6 +178,9 @@ def program_table(ledger: Ledger) -> Table | None:
             ("same prediction as the eager model", same),
             ("largest difference of an output", number(parity.max_abs_difference)),
         ]
+        if parity.max_relative_difference is not None:
+            allowed = "" if parity.max_relative_allowed is None else f" ({parity.max_relative_allowed:g} allowed)"
+            lines.append(("of its largest value", f"{parity.max_relative_difference:.1e}{allowed}"))
     else:
         lines.append(("same prediction as the eager model", "not checked"))
     lines.append(("SHA-256", program.sha256))

@@ -23,6 +23,7 @@ from edgetune.export.repairs import (
     indexing,
     mean,
     norms,
+    packed,
     padding,
     pooling,
     power,
@@ -72,5 +73,6 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     if target == "xnnpack":
         products.batch(program)
         rescaled.apart(program)
+        packed.part(program)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()

@@ -1,0 +1,166 @@
+"""Where a program begins to differ from its model: modules run alone, each as a program on the inputs that it gets."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from edgetune.export import operators
+from edgetune.export.lower import lower
+from edgetune.export.run import run_apart
+from edgetune.export.targets import Target
+from edgetune.export.verify import Row
+from edgetune.quiet import quiet
+from edgetune.technique import EdgetuneError
+
+_SECONDS = 180.0  # after which the search ends where it stands
+_AT_ONCE = 12  # programs in one child
+
+
+@dataclass
+class _Call:
+    """One call of a module: what it got, what it gave, and the calls inside it in their order."""
+
+    name: str
+    module: nn.Module
+    given: Any  # (args, kwargs), their tensors copied
+    tensors: list[Tensor] = field(default_factory=list)  # the outputs
+    inner: list[_Call] = field(default_factory=list)
+
+
+class _Alone(nn.Module):
+    """A module on the arguments of one call: their tensors in, every tensor of its output out."""
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__()
+        self.model = call.module
+        leaves, self.spec = pytree.tree_flatten(call.given)
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves: list[Any] = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return tuple(_tensors(self.model(*args, **kwargs)))
+
+
+def begin(program: nn.Module, row: Row, target: Target, allowed: float) -> str:
+    """Where the difference of a program from its model begins, in a sentence; empty where it cannot be found.
+
+    Of the model's parts each runs alone, in the order in which they are called, on the inputs that it got in eager
+    mode. The first whose own program is further off than `allowed` is entered, until none inside it is: the
+    difference is that of the innermost. The search ends after three minutes, with what it knows.
+    """
+    until = time.monotonic() + _SECONDS
+    try:
+        with quiet(), torch.no_grad():
+            root = _recorded(program, row)
+            place, difference, innermost = root, 0.0, False
+            while not innermost and time.monotonic() < until:
+                inside = _first_off(place.inner, target, allowed, until)
+                innermost = inside is None and time.monotonic() < until
+                place, difference = inside or (place, difference)
+    except Exception:  # the model's own code and a compiler's: the error that is being explained matters more
+        return ""
+    if place is root:
+        between = "no module alone is as far off: it comes from what is computed between the modules, or adds up"
+        return between if root.inner and innermost else ""
+    beside = ", none of the modules inside it is" if place.inner and innermost else ""
+    return (
+        f"it begins in module {place.name} ({type(place.module).__name__}): alone, on the inputs that it gets, its "
+        f"program is off by {difference:.2g} of its largest value{beside}"
+    )
+
+
+def _first_off(calls: Sequence[_Call], target: Target, allowed: float, until: float) -> tuple[_Call, float] | None:
+    """The first of the calls whose program is off, and by how much of its largest value."""
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
+        waiting = list(calls)
+        while waiting and time.monotonic() < until:
+            lowered: list[tuple[_Call, Path, Row]] = []
+            while waiting and len(lowered) < _AT_ONCE and time.monotonic() < until:
+                call = waiting.pop(0)
+                alone = _Alone(call)
+                inputs = tuple(t for t in pytree.tree_leaves(call.given) if isinstance(t, Tensor))
+                if not inputs or not call.tensors:
+                    continue
+                path = Path(folder) / f"{len(lowered)}.pte"
+                try:
+                    path.write_bytes(lower(alone, inputs, target).data)
+                except EdgetuneError:  # nothing is known of it as a whole; perhaps of its parts
+                    waiting[:0] = call.inner
+                    continue
+                lowered.append((call, path, inputs))
+            results = run_apart([(path, inputs) for _, path, inputs in lowered])
+            for (call, _, _), outputs in zip(lowered, results, strict=True):
+                difference = _difference(call.tensors, outputs)
+                if not difference <= allowed:
+                    return call, difference
+    return None
+
+
+def _difference(expected: Sequence[Tensor], got: Sequence[Tensor] | None) -> float:
+    """The largest difference over the largest value, of the output that is furthest off; infinite for another form."""
+    if got is None or [t.shape for t in expected] != [t.shape for t in got]:
+        return float("inf")
+    largest = 0.0
+    for one, other in zip(expected, got, strict=True):
+        if one.numel():
+            wide = one.double()
+            difference = float((wide - other.double()).abs().max()) / (float(wide.abs().max()) or 1.0)
+            largest = max(largest, difference) if difference == difference else float("inf")
+    return largest
+
+
+def _recorded(program: nn.Module, row: Row) -> _Call:
+    """Every call of a module while the model runs on the row, as a tree."""
+    root = _Call("", program, ())
+    stack = [root]
+    with _hooked(program, stack):
+        program(*row)
+    return root
+
+
+@contextmanager
+def _hooked(program: nn.Module, stack: list[_Call]) -> Iterator[None]:
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = _Call(name, module, pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+            stack[-1].inner.append(call)
+            stack.append(call)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        stack.pop().tensors = [tensor.clone() for tensor in _tensors(output)]
+
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    handles = []
+    for name, module in program.named_modules():
+        short = operators.shorten(name)
+        if module is not program and short not in ("", "model"):
+            handles.append(module.register_forward_pre_hook(enter(short), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it does not call its parts
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

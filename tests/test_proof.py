@@ -1,0 +1,480 @@
+"""The proof: every value of every output, on inputs as they stand; what differs is refused, told where it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgetune.export import export
+from edgetune.export.artifact import Artifact
+from edgetune.export.lower import Positional, as_program
+from edgetune.export.methods import export_methods
+from edgetune.export.outputs import named_outputs
+from edgetune.export.verify import (
+    DYNAMIC_INT8,
+    FLOAT,
+    STATIC_INT8,
+    Bounds,
+    allowed_difference,
+    check,
+    class_dim,
+    compare,
+    predictions_of,
+)
+from edgetune.ledger import OutputParity, Parity
+from edgetune.quant.int4 import Int4
+from edgetune.quant.int8 import Int8
+from edgetune.quiet import quiet
+from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, call, logits_of
+
+with quiet():  # libraries that these load warn on import
+    from transformers import BertConfig, BertForSequenceClassification
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(build: Any, *arguments: Any, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return build(*arguments).eval()
+
+
+def held(model: nn.Module, inputs: Inputs, artifact: Artifact, tolerance: float = 1e-5) -> dict[str, Tensor]:
+    """The program's outputs by name, once they are equal to the model's."""
+    with quiet(), torch.no_grad():
+        expected = named_outputs(call(model, inputs), "logits")
+    got = dict(zip([spec.name for spec in artifact.manifest.outputs], artifact.run(inputs), strict=True))
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.allclose(got[name].double(), tensor.double(), atol=tolerance), name
+    return got
+
+
+# What is compared
+
+
+def one_logit() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+
+
+def test_one_logit_is_held_to_its_sign_and_its_value(tmp_path: Path) -> None:
+    x = draw(32, 8)
+    model, other = seeded(one_logit, seed=1), seeded(one_logit, seed=2)
+    artifact = export(model, x, tmp_path / "m.pte")
+    assert artifact.manifest.inputs[0].shape == (32, 8)
+    check(compare(artifact.path, Positional(model, x).eval(), [(x,)])[0], Bounds())
+    parity, _ = compare(artifact.path, Positional(other, x).eval(), [(x,)])
+    with torch.no_grad():
+        signs = float(((model(x) > 0) == (other(x) > 0)).float().mean())
+    assert parity.same_prediction_pct == pytest.approx(100 * signs)
+    with pytest.raises(EdgetuneError, match=r"output logits of the program differs .* allowed is 0\.001"):
+        check(parity, Bounds())
+    with pytest.raises(EdgetuneError, match="predicts the same"):
+        check(parity, Bounds(max_relative_difference=10))
+
+
+def test_rows_are_put_together_to_what_a_finished_program_takes(tmp_path: Path) -> None:
+    x, model = draw(6, 8), seeded(one_logit)
+    artifact = export(model, x[:3], tmp_path / "m.pte")
+    parity, outputs = compare(artifact.path, Positional(model, x).eval(), [(row[None],) for row in x])
+    assert parity.max_abs_difference < 1e-6
+    assert [tuple(output.shape) for (output,) in outputs] == [(3, 1), (3, 1)]
+    with pytest.raises(EdgetuneError, match=r"other shapes .*float32 \(1, 8\).*float32 \(3, 8\)"):
+        compare(artifact.path, Positional(model, x).eval(), [(row[None],) for row in x[:4]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "dim"),
+    [
+        ((4, 10), (4, 8), 1), ((4, 1), (4, 8), None), ((4,), (4, 8), None), ((10,), (8,), 0), ((), (4, 8), None),
+        ((4, 6, 10), (4, 6), 2), ((4, 6, 10), (4, 6, 8), 2), ((4, 10, 6), (4, 8, 6), 1),
+        ((4, 10, 6, 6), (4, 3, 6, 6), 1),
+        ((4, 1, 6, 6), (4, 3, 6, 6), None), ((4, 10, 6, 6, 6), (4, 3, 6, 6, 6), 1),
+    ],
+)  # fmt: skip
+def test_where_the_classes_lie(shape: tuple[int, ...], inputs: tuple[int, ...], dim: int | None) -> None:
+    assert class_dim(shape, (torch.zeros(inputs),)) == dim
+
+
+def test_a_map_predicts_along_its_classes() -> None:
+    scores = torch.zeros(1, 2, 2, 3)
+    scores[0, 1] = torch.tensor([[1.0, -1, 1], [-1, 1, -1]])
+    other = scores.clone()
+    other[0, 1, 0, 0] = -1
+    assert predictions_of({"logits": scores}, {"logits": other}, (torch.zeros(1, 3, 2, 3),)) == (5, 6)
+
+
+def test_predictions_that_only_rounding_tells_apart_are_the_same() -> None:
+    scores = torch.tensor([[1.0, 1.0 - 1e-7], [1.0, 0.9]])
+    assert predictions_of({"logits": scores}, {"logits": scores.flip(1)}, (scores,)) == (1, 2)
+
+
+def parity(*outputs: OutputParity, allowed: float = FLOAT) -> Parity:
+    largest = max(output.max_abs_difference for output in outputs)
+    return Parity(
+        rows=8, same_prediction_pct=100, max_abs_difference=largest, outputs=outputs, max_relative_allowed=allowed
+    )
+
+
+def test_equal_predictions_excuse_no_value() -> None:
+    off = OutputParity(name="logits", largest=0.9, max_abs_difference=0.37, max_relative_difference=0.37 / 0.9)
+    with pytest.raises(EdgetuneError, match=r"by 0\.37, which is 0\.41 of its largest value \(0\.9\)") as caught:
+        check(parity(off), Bounds())
+    assert caught.value.exit_code == Exit.EXPORT
+    assert "backend is at fault" not in str(caught.value)
+    assert "report" not in str(caught.value)
+    check(parity(off), Bounds(max_relative_difference=0.5))
+    with pytest.raises(EdgetuneError, match=r"differs by 0\.37, more than 0\.2"):
+        check(parity(off), Bounds(max_relative_difference=0.5, max_abs_difference=0.2))
+    whole = OutputParity(name="ids", largest=900, max_abs_difference=1, max_relative_difference=1 / 900, exact=True)
+    with pytest.raises(EdgetuneError, match="output ids of the program holds other whole numbers"):
+        check(parity(whole, allowed=0.25), Bounds())
+
+
+def test_the_bound_follows_from_the_layers() -> None:
+    x = draw(4, 32)
+    build = lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))  # noqa: E731
+    assert allowed_difference(seeded(build)) == FLOAT
+    assert allowed_difference(seeded(build).half()) == 1e-2
+    assert allowed_difference(seeded(build).bfloat16()) == 5e-2
+    assert allowed_difference(Int4().apply(seeded(build))) == DYNAMIC_INT8
+    assert allowed_difference(Int8().apply(seeded(build), Sample.of(x))) == STATIC_INT8
+    table = Int4().apply(nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 3)))[:1]  # type: ignore[index]
+    assert type(table[0].weight).__module__.startswith("torchao")
+    assert allowed_difference(table) == FLOAT, "a table is looked up: nothing is rounded as it runs"
+
+
+class Elsewhere(nn.Module):
+    """Computes something else where it is captured, as a lowering that is wrong would."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.layer, self.factor = nn.Linear(8, 8), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * self.factor if torch.compiler.is_exporting() else y
+
+
+class Nested(nn.Module):
+    def __init__(self, factor: float, between: float = 1.0) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)])
+        self.blocks.append(nn.Sequential(nn.ReLU(), Elsewhere(factor)))
+        self.between, self.head = between, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x * self.between if torch.compiler.is_exporting() else x)
+
+
+def test_the_module_where_a_difference_begins_is_named(tmp_path: Path) -> None:
+    x = draw(4, 8)
+    with pytest.raises(
+        EdgetuneError, match=r"begins in module blocks\.2\.1 \(Elsewhere\).* 0\.01 .*none of the modules inside it is"
+    ) as caught:
+        export(seeded(Nested, 1.01), x, tmp_path / "m.pte")
+    assert caught.value.exit_code == Exit.EXPORT
+    assert list(tmp_path.iterdir()) == []
+    loose = export(seeded(Nested, 1.01), x, tmp_path / "m.pte", max_relative_difference=0.1)
+    assert loose.manifest.parity is not None
+    assert loose.manifest.parity.max_relative_difference is not None
+    assert loose.manifest.parity.max_relative_difference > FLOAT
+    with pytest.raises(EdgetuneError, match=r"no module alone is as far off: .* computed between the modules"):
+        export(seeded(Nested, 1.0, 1.1), x, tmp_path / "b.pte")
+
+
+def test_a_value_that_the_program_alone_makes_infinite_is_located(tmp_path: Path) -> None:
+    with pytest.raises(EdgetuneError, match=r"not finite; the model's are; it begins in module blocks\.2\.1"):
+        export(seeded(Nested, float("inf")), draw(4, 8), tmp_path / "m.pte")
+
+
+# Inputs as they stand
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, state = self.lstm(x)
+        return self.head(y), state
+
+
+def test_a_batch_that_stands_second(tmp_path: Path) -> None:
+    model, x = seeded(TimeFirst), draw(5, 2, 8)
+    artifact = export(model, x, tmp_path / "m.pte")
+    got = held(model, x, artifact)
+    assert {name: tuple(t.shape) for name, t in got.items()} == {
+        "output_0": (5, 2, 4), "output_1.0": (1, 2, 16), "output_1.1": (1, 2, 16)
+    }  # fmt: skip
+    assert artifact.manifest.parity is not None
+    assert (artifact.manifest.parity.rows, artifact.manifest.parity.counted) == (1, "input")
+    with pytest.raises(EdgetuneError, match=r"not batch first: .*\n.*as they stand") as caught:
+        export(model, x, tmp_path / "one.pte", one_row=True)
+    assert caught.value.exit_code == Exit.EXPORT
+    with pytest.raises(EdgetuneError, match=r"not batch first: their first dimensions differ: .*\(2, 4, 8\)"):
+        export(Stream().eval(), (draw(4, 5, 8), draw(2, 4, 8)), tmp_path / "one.pte", one_row=True)
+
+
+def test_one_row_takes_the_rows_apart(tmp_path: Path) -> None:
+    model, x = seeded(one_logit), draw(6, 8)
+    known = export(model, x, tmp_path / "m.pte", one_row=True).manifest
+    assert known.inputs[0].shape == (1, 8)
+    assert known.parity is not None
+    assert (known.parity.number, known.parity.counted) == ("6 rows", "held-out row")
+    with pytest.raises(EdgetuneError, match=r"check_inputs: other shapes .*\(2, 8\).*\(6, 8\)"):
+        export(model, x, tmp_path / "m.pte", check_inputs=[x[:2]])
+    with pytest.raises(EdgetuneError, match="batch is free too"):
+        export(model, x, tmp_path / "m.pte", one_row=True, dynamic={"batch": (1, 8)})
+
+
+def test_inputs_that_lie_otherwise_in_memory_give_the_same(tmp_path: Path) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    x = draw(2, 3, 8, 6)
+    artifact = export(model, x.contiguous(memory_format=torch.channels_last), tmp_path / "m.pte")
+    (expected,) = held(model, x, artifact).values()
+    turned = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    for copy in (turned, x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], -1)[..., :6]):
+        assert not copy.is_contiguous()
+        assert torch.equal(artifact.run(copy)[0], expected)
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.tried == ("inputs out of memory order", "channels-last inputs")
+
+
+def bert(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, num_labels=3, **settings,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+class MaskAtExport(nn.Module):
+    """Forgets its mask where it is captured: right on full rows, wrong on others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = torch.ones_like(attention_mask) if torch.compiler.is_exporting() else attention_mask
+        x = self.table(input_ids) * mask.unsqueeze(-1)
+        return self.head(x.sum(1) / mask.sum(1, keepdim=True) + 0.0 * attention_mask.sum())
+
+
+def test_a_mask_that_hides_something_is_tried_where_the_example_has_none(tmp_path: Path) -> None:
+    ids = torch.randint(1, 50, (2, 8), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = bert(output_hidden_states=True)
+    artifact = export(model, inputs, tmp_path / "m.pte")
+    assert list(held(model, inputs, artifact)) == ["logits", "hidden_states.0", "hidden_states.1"]
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.tried[0] == "a mask that hides the second half"
+    with pytest.raises(EdgetuneError, match="differs from the model's"):
+        export(seeded(MaskAtExport), inputs, tmp_path / "m.pte")
+
+
+# Every output
+
+
+class Detector(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.scores, self.boxes = form, nn.Linear(8, 5), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        scores, boxes = self.scores(x), self.boxes(x).sigmoid()
+        if self.form == "dict":
+            return {"boxes": boxes, "logits": scores, "nothing": None}
+        if self.form == "fields":
+            return Detection(scores, boxes)
+        return (scores, boxes) if self.form == "tuple" else (scores, [boxes, {"best": scores.argmax(-1)}])
+
+
+@dataclasses.dataclass
+class Detection:
+    logits: Tensor
+    boxes: Tensor
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(8, 16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h = self.gru(x, h)
+        return self.head(y), h
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("tuple", ["output_0", "output_1"]), ("dict", ["boxes", "logits"]), ("fields", ["logits", "boxes"]),
+        ("nested", ["output_0", "output_1.0", "output_1.1.best"]),
+    ],
+)  # fmt: skip
+def test_every_output_is_there_by_its_name(tmp_path: Path, form: str, names: list[str]) -> None:
+    model, x = seeded(Detector, form), draw(2, 8)
+    artifact = export(model, x, tmp_path / "m.pte")
+    assert list(held(model, x, artifact)) == names
+    assert artifact.manifest.parity is not None
+    assert [output.name for output in artifact.manifest.parity.outputs] == names
+    (method,) = export_methods({"forward": (model, x)}, tmp_path / "methods.pte").manifest.methods
+    assert [output.name for output in method.outputs] == names
+    assert logits_of(model(x)).shape == (2, 5)
+
+
+def test_states_go_in_and_come_out(tmp_path: Path) -> None:
+    model, x, h = seeded(Stream), draw(1, 5, 8), torch.zeros(2, 1, 16)
+    artifact = export(model, (x, h), tmp_path / "m.pte")
+    assert [spec.shape for spec in artifact.manifest.inputs] == [(1, 5, 8), (2, 1, 16)]
+    assert [spec.shape for spec in artifact.manifest.outputs] == [(1, 5, 4), (2, 1, 16)]
+    with torch.no_grad():
+        expected = model(*[x[:, :3], h])
+        expected = model(x, expected[1])
+    state = model(x[:, :3], h)[1].detach()
+    got = artifact.run((x, state))
+    assert torch.allclose(got[0], expected[0], atol=1e-5)
+    assert torch.allclose(got[1], expected[1], atol=1e-5)
+
+
+class Second(nn.Module):
+    """Only its second output is wrong where it is captured."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x + 0.1 if torch.compiler.is_exporting() else x + 0.0
+
+
+def test_a_wrong_second_output_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EdgetuneError, match="output output_1 of the program differs"):
+        export(Second().eval(), draw(2, 8), tmp_path / "m.pte")
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("fixed", torch.arange(3.0))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        return {
+            "y": y, "input": x, "again": y, "view": y[:, :2], "turned": y.mT, "constant": self.fixed, "empty": y[:, :0],
+            "parameter": self.layer.bias, "by value": x[:, :4].relu() * self.layer.bias, "sum": y.sum(),
+            "positive": y > 0, "best": y.argmax(-1), "two best": y.topk(2).indices, "zero": y.relu() * 0,
+        }  # fmt: skip
+
+
+def test_odd_outputs(tmp_path: Path) -> None:
+    """A bias that is read by its value beside its layer ended the process: XNNPACK packs it and drops it."""
+    model, x = seeded(Odd), draw(3, 8)
+    artifact = export(model, x, tmp_path / "m.pte")
+    held(model, x, artifact)
+    alone = nn.Identity()
+    held(alone, x, export(alone, x, tmp_path / "alone.pte"))
+
+
+class Counting(nn.Module):
+    """Keeps a state of its own, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        return x.add_(1) * self.total
+
+
+def test_a_model_with_a_state_inside_stays_as_it_was(tmp_path: Path) -> None:
+    model, rows = Counting().eval(), [draw(2, 8, seed=seed) for seed in range(3)]
+    before = [row.clone() for row in rows]
+    artifact = export(model, rows[0], tmp_path / "m.pte", check_inputs=rows)
+    assert torch.equal(model.total, torch.zeros(2, 8))
+    assert all(torch.equal(row, kept) for row, kept in zip(rows, before, strict=True))
+    assert artifact.manifest.parity is not None
+    assert artifact.manifest.parity.max_abs_difference < 1e-6
+    assert torch.allclose(artifact.run(rows[1])[0], (rows[1] + 1) * rows[1])
+
+
+def test_what_is_no_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"y": x * 2, "count": 3}
+
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor) -> None:
+            return None
+
+    for model, message in ((Counted(), r"output count is no tensor[\s\S]*export_methods"), (Nothing(), "no tensor")):
+        with pytest.raises(EdgetuneError, match=message) as caught:
+            export(model.eval(), draw(2, 8), tmp_path / "m.pte")
+        assert caught.value.exit_code == Exit.EXPORT
+    with pytest.raises(EdgetuneError, match=r"does not run on the example inputs: RuntimeError: [\s\S]*\(2, 9\)"):
+        export(seeded(one_logit), draw(2, 9), tmp_path / "m.pte")
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_a_statically_quantized_model_keeps_its_outputs(tmp_path: Path, form: str) -> None:
+    x = draw(16, 8)
+    model = Int8().apply(seeded(Detector, form), Sample.of(x))
+    with torch.no_grad():
+        assert named_outputs(model(x)).keys() == named_outputs(seeded(Detector, form)(x)).keys()
+    artifact = export(model, x, tmp_path / "m.pte")
+    held(model, x, artifact)
+
+
+# The fast path of torch's encoder
+
+
+class Padded(nn.Module):
+    def __init__(self, norm: bool, **settings: Any) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 16, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16) if norm else None, **settings)
+        self.head = nn.Linear(16, 3)
+        if norm:
+            nn.init.normal_(self.encoder.norm.bias)  # type: ignore[union-attr]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encoder(self.table(ids), src_key_padding_mask=ids == 0).mean(1))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_encoder_with_a_padding_mask_gives_what_eager_mode_does(tmp_path: Path, norm: bool) -> None:
+    model = seeded(Padded, norm)
+    ids = torch.randint(1, 20, (3, 6), generator=torch.Generator().manual_seed(0))
+    ids[0, 4:] = 0
+    artifact = export(model, ids, tmp_path / "m.pte")
+    held(model, ids, artifact)
+    held(model, ids.flip(1), artifact)  # padding at the start: eager mode keeps off its fast path
+    with quiet(), torch.no_grad(), as_program(model, ids) as program:
+        fast = program(ids)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            slow = program(ids)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert (fast - slow).abs().max() > 1e-2, "else the test is vacuous"
+
+
+def test_an_encoder_without_nested_tensors_gives_what_eager_mode_does(tmp_path: Path) -> None:
+    model = Padded(False, enable_nested_tensor=False).eval()
+    ids = torch.randint(1, 20, (3, 6), generator=torch.Generator().manual_seed(0))
+    ids[0, 4:] = 0
+    held(model, ids, export(model, ids, tmp_path / "m.pte"))
