@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export import apart, dynamic, failures, operators, repairs
+from edgetune.export import apart, dynamic, failures, kernels, operators, repairs
 from edgetune.export.dynamic import Axis
 from edgetune.export.executed import executed
 from edgetune.export.operators import Placed
@@ -231,6 +231,7 @@ def compile_programs(
         raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
         raise _not_lowered(programs, target, error) from error
+    kernels.check({name: built.exported_program(name) for name in programs}, programs, target)
     arenas = {plan.name: sum(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
     found = {}
     for (name, program), plan in zip(programs.items(), planning.plans, strict=True):

@@ -14,9 +14,13 @@ from torch.export import ExportedProgram
 
 from edgetune.export.repairs import (
     activations,
+    adaptive,
     attention,
+    bags,
+    complexes,
     constants,
     expand,
+    folding,
     gelu,
     grouped,
     identities,
@@ -31,6 +35,7 @@ from edgetune.export.repairs import (
     scalars,
     softmax,
     upsample,
+    volumes,
 )
 
 Decomposition = Callable[..., Any]
@@ -51,14 +56,29 @@ XNNPACK: dict[Any, Decomposition] = {
 }
 
 
+_ON_KERNELS = ("xnnpack", "portable")  # what these do not take runs on kernels; others have more operators themselves
+
+# What has no kernel, in operators that have one.
+KERNELS: dict[Any, Decomposition] = {
+    **activations.WITHOUT_KERNEL,
+    **adaptive.REPAIRS,
+    **bags.REPAIRS,
+    **folding.REPAIRS,
+    **volumes.REPAIRS,
+}
+
+
 def decompositions(target: str | None) -> dict[Any, Decomposition]:
     """The operators to write otherwise for this target; `None`: only what every target wants."""
-    return {**attention.REPAIRS, **(XNNPACK if target == "xnnpack" else {})}
+    plain = KERNELS if target in _ON_KERNELS else {}
+    return {**attention.REPAIRS, **plain, **(XNNPACK if target == "xnnpack" else {})}
 
 
 def before(program: ExportedProgram) -> None:
     """Change what is seen only before operators are written otherwise."""
     grouped.share_keys(program)
+    bags.of_one_length(program)
+    complexes.as_pairs(program)
 
 
 def repair_graph(program: ExportedProgram, target: str | None) -> None:
