@@ -19,6 +19,8 @@ from edgetune.technique import EdgetuneError, Exit, shortened
 
 _DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_scalar_dense|unbacked"
 
+_NO_OPERATOR = ("torch._C._set_grad_enabled", "_set_grad_enabled")  # what torch.export does in between
+
 
 def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> EdgetuneError:
     """The error for a model that `torch.export` cannot follow, with the module and the call it stopped at."""
@@ -41,7 +43,9 @@ class _LastCall(TorchFunctionMode):
     name = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.name = resolve_name(func) or getattr(func, "__name__", str(func))
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        if name not in _NO_OPERATOR:
+            self.name = name
         return func(*args, **(kwargs or {}))
 
 
@@ -66,6 +70,25 @@ def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node of a model that does not train draws random numbers."""
+    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+    off = str(node.target).startswith("aten.dropout") and node.args[2] is False
+    return torch.Tag.nondeterministic_seeded in tags and not off
+
+
+def check_drawn(program: ExportedProgram) -> None:
+    """Raise for a captured program that draws random numbers: no two runs of it agree, so nothing can be proven."""
+    drawn = [node for node in program.graph.nodes if draws(node)]
+    if drawn:
+        places = dict.fromkeys(f"{node.target} in {operators.module_of(node) or 'the model itself'}" for node in drawn)
+        raise EdgetuneError(
+            f"the model draws random numbers although it is in eval mode: {shortened(places, 4)}",
+            action=remedies.remedy(str(drawn[0].target)) or "draw only `if self.training`, or pass the numbers in",
+            exit_code=Exit.EXPORT,
+        )
 
 
 def not_lowered(program: ExportedProgram, target: str, error: Exception) -> EdgetuneError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export import apart, dynamic, failures, kernels, operators, repairs
+from edgetune.export import apart, dynamic, failures, kernels, operators, repairs, stored
 from edgetune.export.dynamic import Axis
 from edgetune.export.executed import executed
 from edgetune.export.operators import Placed
@@ -131,9 +131,11 @@ def lower_methods(
     programs, folded = {}, {}
     with quiet(), torch.no_grad():
         for name, (model, inputs, axes) in methods.items():
+            stored.check(model, target)
             plain, folded[name] = reparameterize(model, inputs)
             try:
                 programs[name] = capture(plain, inputs, target.name, axes)
+                failures.check_drawn(programs[name])
             except EdgetuneError as error:
                 raise error if len(methods) == 1 else error.within(f"method {name}") from error.__cause__
             prepare(programs[name])

@@ -19,6 +19,7 @@ from edgetune.export.repairs import (
     bags,
     complexes,
     constants,
+    decomposed,
     expand,
     folding,
     gelu,
@@ -63,7 +64,9 @@ KERNELS: dict[Any, Decomposition] = {
     **activations.WITHOUT_KERNEL,
     **adaptive.REPAIRS,
     **bags.REPAIRS,
+    **decomposed.REPAIRS,
     **folding.REPAIRS,
+    **padding.WITHOUT_KERNEL,
     **volumes.REPAIRS,
 }
 

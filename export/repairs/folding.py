@@ -1,4 +1,4 @@
-"""What has no kernel and is a convolution or a product: `nn.Fold` and `nn.Bilinear`."""
+"""What has no kernel and is a convolution or a product: `nn.Fold`, `nn.Bilinear`, `F.conv_tbc`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def fold(
         return NotImplemented
     sizes = list(zip(output_size, kernel_size, dilation, padding, stride, strict=True))
     counts = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, d, p, s in sizes]
-    more = [size - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for n, (size, k, d, p, s) in zip(counts, sizes, strict=True)]
     places = prod(kernel_size)
     channels = x.shape[1] // places
     kernel = torch.eye(places, dtype=x.dtype).reshape(places, 1, *kernel_size)
     blocks = x.reshape(-1, places, *counts)
-    whole = F.conv_transpose2d(blocks, kernel, None, stride, padding, 0, 1, dilation)
-    whole = F.pad(whole, [0, more[1], 0, more[0]]) if any(more) else whole
+    whole = F.conv_transpose2d(blocks, kernel, None, stride, 0, 0, 1, dilation)
+    for dim, (size, p) in enumerate(zip(output_size, padding, strict=True), 2):
+        whole = whole.narrow(dim, p, min(size, whole.shape[dim] - p))
+    after = [size - had for size, had in zip(output_size, whole.shape[2:], strict=True)]
+    whole = F.pad(whole, [0, after[1], 0, after[0]]) if any(after) else whole
     return whole.reshape(-1, channels, *output_size)
 
 
@@ -47,5 +49,14 @@ def bilinear(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = 
     return found if bias is None else found + bias
 
 
+def conv_tbc(x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Repaired:
+    """A convolution over time whose rows are (time, batch, channels)."""
+    return F.conv1d(x.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad).permute(2, 0, 1)
+
+
 _ATEN = torch.ops.aten
-REPAIRS: dict[Any, Any] = {_ATEN.col2im.default: fold, _ATEN.bilinear.default: bilinear}
+REPAIRS: dict[Any, Any] = {
+    _ATEN.col2im.default: fold,
+    _ATEN.bilinear.default: bilinear,
+    _ATEN.conv_tbc.default: conv_tbc,
+}

@@ -7,6 +7,7 @@ pictures side by side: further input channels of a convolution, further operands
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -126,7 +127,8 @@ def average(
         else:
             form = [1, 1, 1, 1, 1]
             form[dim] = len(counted)
-            means = means * torch.tensor([whole / n for n in counted], dtype=x.dtype).reshape(form)
+            shares = [x.new_full((len(list(run)),), whole / n) for n, run in groupby(counted)]
+            means = means * torch.cat(shares).reshape(form)
     return means
 
 
