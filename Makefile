@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-slow test-arm64 bench bench-sparse bench-export bench-profile lint types docs clean help
+.PHONY: demo test test-slow test-arm64 bench bench-sparse bench-export nn-table bench-profile lint types docs clean help
 
 help:           ## what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning a
 
 bench-export: $(VENV)/.llama  ## families through the whole line: parity, delegated share, size; language models beside others (hours)
 	$(BIN)/python tests/bench_export.py; first=$$?; $(BIN)/python tests/bench_language.py && exit $$first
+
+nn-table: $(VENV)/.test  ## every module and function of torch.nn through an export: docs/nn.md (half an hour)
+	$(BIN)/python tests/nn_table.py --write docs/nn.md
 
 bench-profile: $(VENV)/.test  ## predictions beside measurements: unseen programs on this host, published rows of others (half an hour)
 	$(BIN)/python tests/bench_profile.py

@@ -13,7 +13,9 @@ from edgetune.technique import EdgetuneError, Exit, shortened
 
 # A line of the runtime's log; those about the processor, and lists of what a kernel was given, say nothing.
 _LINE = re.compile(r"^(?:\[E [^\]]*\] |E \S+ )?\[[\w.]+:\d+\] (.+)$")
-_SAYS_NOTHING = re.compile(r"midr|^kernel '|Reading file|CPU info|^arg \d+|^dtype: |^\d+,$|^\]$|instructions don't have|^Error resizing")
+_SAYS_NOTHING = re.compile(
+    r"midr|^kernel '|Reading file|CPU info|^arg \d+|^dtype: |^\d+,$|^\]$|instructions don't have|^Error resizing"
+)
 
 _ACTIONS: tuple[tuple[str, str], ...] = (
     (r"Backend \w+ is not registered", "run it where that backend is, or export with target='xnnpack' to run it here"),
@@ -68,9 +70,7 @@ def failed(path: Path, done: subprocess.CompletedProcess[str], result: dict[str,
     else:
         what = f"the process that ran it ended with code {done.returncode}: {' '.join(lines[-3:])[:500]}"
         action = _action(what, {}) if lines else "run it again, and look at the machine's own log for what ended it"
-    return EdgetuneError(
-        f"the program does not run: {what}", where=str(path), action=action, exit_code=Exit.EXPORT
-    )
+    return EdgetuneError(f"the program does not run: {what}", where=str(path), action=action, exit_code=Exit.EXPORT)
 
 
 def _reasons(lines: list[str]) -> list[str]:

@@ -25,9 +25,11 @@ _NO_OPERATOR = ("torch._C._set_grad_enabled", "_set_grad_enabled")  # what torch
 def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> EdgetuneError:
     """The error for a model that `torch.export` cannot follow, with the module and the call it stopped at."""
     module, function = _where_it_stops(model, inputs)
+    node = None if module or function else _node_in(error)
+    module = module if node is None else operators.module_of(node)
     depends = re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
     what = "the forward pass decides by the values of a tensor" if depends else f"torch.export stopped: {_first(error)}"
-    known = remedies.remedy(function.rpartition(".")[2])
+    known = remedies.remedy(function) or remedies.remedy(function.rpartition(".")[2])
     change = f"change that module so that torch.export.export follows it ({type(error).__name__})"
     return EdgetuneError(
         f"the model cannot be exported: {what}" + (f"; operator {function}" if function else ""),

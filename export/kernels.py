@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 
-import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
@@ -29,11 +28,6 @@ def registered() -> frozenset[str]:
         import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
         from executorch.extension.pybindings import _portable_lib
     return frozenset(_portable_lib._get_operator_names())
-
-
-def has_kernel(operator: OpOverload) -> bool:
-    """Whether the runtime has a kernel that writes what this operator, in any of its overloads, returns."""
-    return operator._schema.name in {name.partition(".")[0] for name in registered()}
 
 
 def check(lowered: Mapping[str, ExportedProgram], captured: Mapping[str, ExportedProgram], target: Target) -> None:
@@ -75,17 +69,20 @@ def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
 
 def _lacking(node: fx.Node, target: Target) -> str:
     """The operator where it has no kernel, with the kind of number where that is why; else empty."""
-    name = node.target.name()  # type: ignore[union-attr]
-    if not target.runs_here and not name.startswith("aten::") or name.startswith(_OF_LANGUAGE):
+    name = str(node.target.name())  # type: ignore[union-attr]
+    if (not target.runs_here and not name.startswith("aten::")) or name.startswith(_OF_LANGUAGE):
         return ""
     if name not in registered():
         return name
     values = [source.meta.get("val") for source in node.all_input_nodes] + [node.meta.get("val")]
+    if name == "aten::convolution.out" and any(isinstance(v, Tensor) and v.dim() > 4 for v in values):
+        return f"{name} in three dimensions"
     complex_numbers = any(isinstance(value, Tensor) and value.dtype.is_complex for value in values)
     return f"{name} of complex numbers" if complex_numbers and name not in _COMPLEX else ""
 
 
 # Those of the kernels that were seen to compute with complex numbers.
 _COMPLEX = frozenset(
-    f"aten::{name}" for name in ("_fft_r2c.out", "_fft_c2r.out", "view_as_real_copy.out", "mul.out", "add.out", "cat.out")
+    f"aten::{name}"
+    for name in ("_fft_r2c.out", "_fft_c2r.out", "view_as_real_copy.out", "mul.out", "add.out", "cat.out")
 )

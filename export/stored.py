@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.export import operators
 from edgetune.export.targets import Target
 from edgetune.technique import EdgetuneError, Exit, shortened
 
@@ -49,7 +50,7 @@ def check(model: nn.Module, target: Target) -> None:
     if not refused:
         return
     first = refused[0]
-    alike = [one.module for one in refused if one.reason == first.reason]
+    alike = [operators.shorten(one.module) for one in refused if one.reason == first.reason]
     rest = len(refused) - len(alike)
     raise EdgetuneError(
         f"{shortened(alike, 4)}: a weight in a form that target {target.name} does not compute right: {first.reason}"

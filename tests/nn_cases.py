@@ -165,7 +165,9 @@ def _several_dims() -> dict[str, Case]:
            "padding_mode='circular'": {"padding": 1, "padding_mode": "circular"},
            "padding_mode='reflect'": {"padding": 1, "padding_mode": "reflect"}}  # fmt: skip
     for told, given in odd.items():
-        cases |= {f"{k}, {told}": c for k, c in _in_dims("Conv", lambda kind, given=given: kind(4, 6, 3, **given)).items()}  # type: ignore[misc]
+        cases |= {
+            f"{k}, {told}": c for k, c in _in_dims("Conv", lambda kind, given=given: kind(4, 6, 3, **given)).items()
+        }  # type: ignore[misc]
     deep = {"output_padding": 1, "groups": 2, "dilation": 2, "padding": 1, "stride": 2}
     cases |= {f"{k}, groups": c for k, c in _in_dims("ConvTranspose", lambda kind: kind(4, 6, 3, **deep)).items()}
     cases |= {f"{k}, indices": c for k, c in _in_dims("MaxPool", lambda kind: kind(2, return_indices=True)).items()}
@@ -201,6 +203,14 @@ def _sequences() -> dict[str, Case]:
 
         return make
 
+    def padded() -> Any:
+        encoder = nn.TransformerEncoder(layer(), 2)
+        return Calls(encoder, lambda x: encoder(x, src_key_padding_mask=last))
+
+    def listed() -> Any:
+        both = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        return Calls(both, lambda x: both[1](both[0](x)))
+
     return {
         **states,
         "LSTM, projected": of(lambda: nn.LSTM(8, 5, proj_size=3), SEQUENCE),
@@ -210,9 +220,7 @@ def _sequences() -> dict[str, Case]:
         "MultiheadAttention, padded": of(attention(key_padding_mask=last), SEQUENCE),
         "TransformerEncoderLayer": of(layer, SEQUENCE),
         "TransformerEncoder": of(lambda: nn.TransformerEncoder(layer(), 2), SEQUENCE),
-        "TransformerEncoder, padded": lambda: (
-            (e := nn.TransformerEncoder(layer(), 2)) and Calls(e, lambda x: e(x, src_key_padding_mask=last)), (SEQUENCE(),)
-        ),
+        "TransformerEncoder, padded": of(padded, SEQUENCE),
         "TransformerDecoderLayer": of(lambda: block(8, 2, 16, batch_first=True), SEQUENCE, SEQUENCE),
         "TransformerDecoder": of(lambda: nn.TransformerDecoder(block(8, 2, 16), 2), SEQUENCE, SEQUENCE),
         "Transformer": of(lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), SEQUENCE, SEQUENCE),
@@ -233,7 +241,7 @@ def _sequences() -> dict[str, Case]:
         "PairwiseDistance": of(nn.PairwiseDistance, ROW, lambda: rand(2, 6)),
         "Fold": of(lambda: nn.Fold((4, 5), 2), lambda: randn(2, 16, 12)),
         "Fold, with a stride": of(lambda: nn.Fold((6, 6), 3, 1, 1, 3), lambda: randn(2, 18, 4)),
-        "ModuleList": of(lambda: (m := nn.ModuleList([nn.Linear(6, 6)] * 2)) and Calls(m, lambda x: m[1](m[0](x))), ROW),
+        "ModuleList": of(listed, ROW),
         "ModuleDict": of(lambda: (m := nn.ModuleDict({"a": nn.Linear(6, 3)})) and Calls(m, lambda x: m["a"](x)), ROW),
         "ParameterList": of(lambda: (m := nn.ParameterList([randn(6)])) and Calls(m, lambda x: x * m[0]), ROW),
         "ParameterDict": of(lambda: (m := nn.ParameterDict({"a": randn(6)})) and Calls(m, lambda x: x * m["a"]), ROW),
@@ -368,8 +376,6 @@ FUNCTIONS: dict[str, Case] = {
         lambda: randn(16, 16), lambda: randn(16, 16),
     ),
     "triplet_margin_loss, swapped": fn(
-        lambda a, b, c: F.triplet_margin_loss(a, b, c, swap=True), *[lambda: randn(3, 5), lambda: rand(3, 5)] * 2
-    ) if False else fn(
         lambda a, b, c: F.triplet_margin_loss(a, b, c, swap=True),
         lambda: randn(3, 5), lambda: rand(3, 5), lambda: rand(3, 5).flip(0),
     ),
@@ -380,7 +386,8 @@ SAME = {
     "upsample": "Upsample", "upsample_bilinear": "UpsamplingBilinear2d", "upsample_nearest": "UpsamplingNearest2d",
     "interpolate": "Upsample", "binary_cross_entropy": "BCELoss",
     "binary_cross_entropy_with_logits": "BCEWithLogitsLoss", "kl_div": "KLDivLoss", "ctc_loss": "CTCLoss",
-    "pad": "ConstantPad2d", "native_channel_shuffle": "ChannelShuffle", "log_sigmoid": "LogSigmoid",
+    "pad": "ConstantPad2d", "batch_norm": "BatchNorm2d", "instance_norm": "InstanceNorm2d",
+    "native_channel_shuffle": "ChannelShuffle", "log_sigmoid": "LogSigmoid",
 }  # fmt: skip
 NOT_OF_USERS = {"assert_int_or_pair", "boolean_dispatch", "handle_torch_function"}
 

@@ -94,7 +94,10 @@ def tried(case: Case, target: str = "xnnpack") -> Row:
         made, inputs = case()
         model = Outputs(Layer(made)).eval()
         torch.manual_seed(0)
-        expected = model(*inputs)
+        try:
+            expected = model(*inputs)
+        except NotImplementedError:
+            return Row("refused", reason="torch itself does not compute it on this processor")
         try:
             lowered = lower(model, inputs, find(target))
         except EdgetuneError as error:
@@ -157,12 +160,38 @@ def _send(sender: Any, case: Case, target: str) -> None:
     sys.stdout.flush()
 
 
+_TOLD = """# torch.nn and torch.nn.functional through an export
+
+Made by `make nn-table` (`python tests/nn_table.py --write docs/nn.md`): every module and function, each alone with
+small inputs, is exported for XNNPACK, run and compared. {counts}. The difference is the largest of a value, by the
+largest value of its output. What stands beside it ran on portable kernels.
+
+| | outcome | not taken by XNNPACK |
+|---|---|---|
+"""
+
+
+def written(rows: dict[str, Row]) -> str:
+    """The table in Markdown."""
+    counts = Counter(row.state for row in rows.values())
+    told = ", ".join(f"{counts[state]} {state}" for state in ("right", "refused", "wrong", "crashed"))
+    lines = []
+    for name, row in rows.items():
+        outcome = f"{row.difference:.1e}" if row.state == "right" else f"{row.state}: {row.reason}".replace("|", "/")
+        left = ", ".join(f"`{one.removesuffix('.out')}`" for one in row.operators)
+        lines.append(f"| {name} | {outcome} | {left} |")
+    return _TOLD.format(counts=told) + "\n".join(lines) + "\n"
+
+
 def load_libraries() -> None:
     """What every case needs, once: the cases are forks of this process. Nothing is run, which would start threads."""
     torch.set_num_threads(1)
     with quiet():
+        import torchao.quantization
+
         loaded_runtime(None)
         lower(Outputs(nn.Linear(2, 2)).eval(), (torch.ones(1, 2),), find("xnnpack"))
+    assert torchao.quantization
 
 
 def main() -> int:
@@ -180,11 +209,15 @@ def main() -> int:
     with ThreadPoolExecutor(given.jobs) as pool:
         for name, row in zip(cases, pool.map(lambda c: tried_apart(c, given.target), cases.values()), strict=True):
             rows[name] = row
-            print(f"{row.state:8} {name}: {row.reason or f'{row.difference:.1e}'} {' '.join(row.operators)}", flush=True)
+            print(
+                f"{row.state:8} {name}: {row.reason or f'{row.difference:.1e}'} {' '.join(row.operators)}", flush=True
+            )
     counts = Counter(row.state for row in rows.values())
     print(", ".join(f"{counts[state]} {state}" for state in ("right", "refused", "wrong", "crashed")))
     if given.json:
         given.json.write_text(json.dumps({name: vars(row) for name, row in rows.items()}))
+    if given.write:
+        given.write.write_text(written(rows), encoding="utf-8")
     return int(bool(counts["wrong"] or counts["crashed"]))
 
 

@@ -98,7 +98,9 @@ class _Writer:
             return value.real, value.imag
         if not _is_complex_source(value, self.pairs):
             return value, None
-        return self.call(_ATEN.select.int, self.pairs[value], -1, 0), self.call(_ATEN.select.int, self.pairs[value], -1, 1)
+        return self.call(_ATEN.select.int, self.pairs[value], -1, 0), self.call(
+            _ATEN.select.int, self.pairs[value], -1, 1
+        )
 
     def joined(self, real: Any, imaginary: Any) -> fx.Node:
         """Pairs of two parts, each a tensor of the node's shape or one that stretches to it."""

@@ -58,6 +58,25 @@ def logaddexp(left: Tensor, right: Tensor) -> Tensor:
     return torch.maximum(left, right) + torch.log1p(torch.exp(-(left - right).abs()))
 
 
+def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    """The margins between each wanted class and each other; torch 2.13's own decomposition counts what stands behind
+    the first -1, too.
+    """
+    scores, wanted = x.reshape(-1, x.shape[-1]), target.reshape(-1, target.shape[-1])
+    count = scores.shape[1]
+    places = torch.arange(count)
+    ends = torch.where(wanted == -1, places, count).amin(-1, keepdim=True)
+    inside = places < ends
+    best = torch.gather(scores, 1, torch.where(inside, wanted, 0)).unsqueeze(-1)
+    is_wanted = (places == torch.where(inside, wanted, -1).unsqueeze(-1)).any(1)
+    margins = (1.0 - best + scores.unsqueeze(1)).clamp(min=0.0)
+    counted = torch.logical_and(inside.unsqueeze(-1), torch.logical_not(is_wanted).unsqueeze(1))
+    losses: Tensor = (margins * counted.to(x.dtype)).sum((1, 2)) / count
+    if reduction == 0:
+        return losses.reshape(x.shape[:-1])
+    return losses.mean() if reduction == 1 else losses.sum()
+
+
 _ATEN = torch.ops.aten
 _BY_TORCH = (
     _ATEN.ldexp.Tensor, _ATEN.dist.default, _ATEN._euclidean_dist.default,
@@ -73,4 +92,5 @@ REPAIRS: dict[Any, Any] = {
     _ATEN.hypot.default: hypot,
     _ATEN.copysign.Tensor: copysign,
     _ATEN.logaddexp.default: logaddexp,
+    _ATEN.multilabel_margin_loss.default: multilabel_margin_loss,
 }

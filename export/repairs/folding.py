@@ -21,7 +21,7 @@ def fold(
     padding: Sequence[int],
     stride: Sequence[int],
 ) -> Repaired:
-    """Overlapping blocks put back and added up: a transposed convolution, each block's places by a kernel of its own."""
+    """Overlapping blocks put back and added up: a transposed convolution with a kernel for each place of a block."""
     if x.dim() != 3 or not is_fixed(x) or not x.dtype.is_floating_point:
         return NotImplemented
     sizes = list(zip(output_size, kernel_size, dilation, padding, stride, strict=True))
