@@ -11,7 +11,7 @@ LOCK   := constraints.txt
 PINNED := $(if $(LOCK),--constraint $(LOCK) --build-constraint $(LOCK))
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile lint types docs clean help
+.PHONY: demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables lint types docs clean help
 
 help:           ## what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -49,6 +49,10 @@ bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning a
 
 bench-export: $(VENV)/.llama  ## families through the whole line: parity, delegated share, size; language models beside others (hours)
 	$(BIN)/python tests/bench_export.py; first=$$?; $(BIN)/python tests/bench_language.py && exit $$first
+
+tables: $(VENV)/.test  ## docs/nn.md: all of torch.nn through an export; docs/peft.md: all of peft through a merge (half an hour)
+	$(BIN)/python tests/nn_table.py --write docs/nn.md
+	$(BIN)/python tests/peft_table.py --write docs/peft.md
 
 bench-profile: $(VENV)/.test  ## predictions beside measurements: unseen programs on this host, published rows of others (half an hour)
 	$(BIN)/python tests/bench_profile.py

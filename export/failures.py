@@ -19,13 +19,17 @@ from edgetune.technique import EdgetuneError, Exit, shortened
 
 _DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_scalar_dense|unbacked"
 
+_NO_OPERATOR = ("torch._C._set_grad_enabled", "_set_grad_enabled")  # what torch.export does in between
+
 
 def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> EdgetuneError:
     """The error for a model that `torch.export` cannot follow, with the module and the call it stopped at."""
     module, function = _where_it_stops(model, inputs)
+    node = None if module or function else _node_in(error)
+    module = module if node is None else operators.module_of(node)
     depends = re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
     what = "the forward pass decides by the values of a tensor" if depends else f"torch.export stopped: {_first(error)}"
-    known = remedies.remedy(function.rpartition(".")[2])
+    known = remedies.remedy(function) or remedies.remedy(function.rpartition(".")[2])
     change = f"change that module so that torch.export.export follows it ({type(error).__name__})"
     return EdgetuneError(
         f"the model cannot be exported: {what}" + (f"; operator {function}" if function else ""),
@@ -41,7 +45,9 @@ class _LastCall(TorchFunctionMode):
     name = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.name = resolve_name(func) or getattr(func, "__name__", str(func))
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        if name not in _NO_OPERATOR:
+            self.name = name
         return func(*args, **(kwargs or {}))
 
 
@@ -66,6 +72,25 @@ def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node of a model that does not train draws random numbers."""
+    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+    off = str(node.target).startswith("aten.dropout") and node.args[2] is False
+    return torch.Tag.nondeterministic_seeded in tags and not off
+
+
+def check_drawn(program: ExportedProgram) -> None:
+    """Raise for a captured program that draws random numbers: no two runs of it agree, so nothing can be proven."""
+    drawn = [node for node in program.graph.nodes if draws(node)]
+    if drawn:
+        places = dict.fromkeys(f"{node.target} in {operators.module_of(node) or 'the model itself'}" for node in drawn)
+        raise EdgetuneError(
+            f"the model draws random numbers although it is in eval mode: {shortened(places, 4)}",
+            action=remedies.remedy(str(drawn[0].target)) or "draw only `if self.training`, or pass the numbers in",
+            exit_code=Exit.EXPORT,
+        )
 
 
 def not_lowered(program: ExportedProgram, target: str, error: Exception) -> EdgetuneError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export import operators, remedies
+from edgetune.export import failures, operators, remedies, stored
 from edgetune.export.lower import Positional, as_program, capture, marked, prepare
 from edgetune.export.targets import Target
 from edgetune.quiet import quiet
@@ -55,7 +55,7 @@ def lint(model: nn.Module, example_inputs: Inputs, target: Target) -> tuple[Find
 
     The model is captured as `export` does it, and the backend's partitioner is asked which operators it takes.
     """
-    found = [*_inputs(example_inputs), *_layers(model)]
+    found = [*_inputs(example_inputs), *_layers(model), *_quantized(model, target)]
     tensors = tuple(t.detach().cpu().contiguous() for t in tensors_of(example_inputs))
     with as_program(model, example_inputs) as program:
         found += _graph(program, tensors, target)
@@ -88,6 +88,11 @@ def _layers(model: nn.Module) -> Iterator[Finding]:
             yield Finding("warning", "", name, reason, "convert it: model.float()")
 
 
+def _quantized(model: nn.Module, target: Target) -> Iterator[Finding]:
+    for layer in stored.unfit(model, target):
+        yield Finding("error", "", layer.module, layer.reason, layer.remedy)
+
+
 def _graph(model: Positional, inputs: tuple[Tensor, ...], target: Target) -> list[Finding]:
     with quiet(), torch.no_grad():
         try:
@@ -118,9 +123,7 @@ def _shapes(program: ExportedProgram) -> Iterator[Finding]:
 def _random(program: ExportedProgram) -> Iterator[Finding]:
     """Operators that draw random numbers also in eval mode."""
     for node in program.graph.nodes:
-        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-        off = str(node.target).startswith("aten.dropout") and node.args[2] is False
-        if torch.Tag.nondeterministic_seeded in tags and not off:
+        if failures.draws(node):
             reason = "it draws random numbers although the model is in eval mode"
             yield Finding("error", str(node.target), operators.module_of(node), reason, "draw only `if self.training`")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export import apart, dynamic, failures, operators, repairs
+from edgetune.export import apart, dynamic, failures, kernels, operators, repairs, stored
 from edgetune.export.dynamic import Axis
 from edgetune.export.executed import executed
 from edgetune.export.fast_path import slow_path
@@ -141,9 +141,11 @@ def lower_methods(
     programs, folded = {}, {}
     with quiet(), torch.no_grad():
         for name, (model, inputs, axes) in methods.items():
+            stored.check(model, target)
             plain, folded[name] = reparameterize(model, inputs)
             try:
                 programs[name] = capture(plain, inputs, target.name, axes)
+                failures.check_drawn(programs[name])
             except EdgetuneError as error:
                 raise error if len(methods) == 1 else error.within(f"method {name}") from error.__cause__
             prepare(programs[name])
@@ -241,6 +243,7 @@ def compile_programs(
         raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
         raise _not_lowered(programs, target, error) from error
+    kernels.check({name: built.exported_program(name) for name in programs}, programs, target)
     arenas = {plan.name: sum(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
     found = {}
     for (name, program), plan in zip(programs.items(), planning.plans, strict=True):

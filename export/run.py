@@ -7,7 +7,6 @@ there and writes `outputs.safetensors` and `result.json`. The child that times i
 from __future__ import annotations
 
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -20,9 +19,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from edgetune.export.child_failures import failed
 from edgetune.export.clock.machine import resident_mib
 from edgetune.export.clock.runs import inputs_in, loaded_runtime, serve, timings
-from edgetune.technique import EdgetuneError, Exit
 
 __all__ = [
     "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_apart",
@@ -187,31 +186,6 @@ def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subproces
             child.kill()
         errors.seek(0)
         return subprocess.CompletedProcess(child.args, code, "", errors.read())
-
-
-def failed(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
-    """Why a child ended without an answer."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    if result is not None and "error" in result:
-        said = [line for line in lines if "issing operator" in line or "not registered" in line or "[E" in line[:4]]
-        what = "; ".join(dict.fromkeys([str(result["error"]), *said[:5]]))
-    elif done.returncode < 0:
-        what = f"the process that ran it was ended by {_signal(-done.returncode)}"
-    else:
-        what = f"the process that ran it ended with code {done.returncode}: {' '.join(lines[-3:])[:500]}"
-    return EdgetuneError(
-        f"the program does not run: {what}",
-        where=str(path),
-        action="export it again with the installed executorch version; a .pte of another one may not load",
-        exit_code=Exit.EXPORT,
-    )
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 # The child's side.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from edgetune.export import operators
+from edgetune.export import operators, stored
 from edgetune.export.dynamic import Axis
 from edgetune.export.executed import executed
 from edgetune.export.language.cached import Cached
@@ -40,6 +40,7 @@ def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, A
     `facts` become methods that return them: what ExecuTorch's own language runner asks a program for.
     Raises `EdgetuneError` (exit code 5) with what cannot be captured or lowered.
     """
+    stored.check(model, target)
     inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with quiet(), torch.no_grad(), model.attending():
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators

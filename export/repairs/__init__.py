@@ -14,9 +14,14 @@ from torch.export import ExportedProgram
 
 from edgetune.export.repairs import (
     activations,
+    adaptive,
     attention,
+    bags,
+    complexes,
     constants,
+    decomposed,
     expand,
+    folding,
     gelu,
     grouped,
     identities,
@@ -32,6 +37,7 @@ from edgetune.export.repairs import (
     scalars,
     softmax,
     upsample,
+    volumes,
 )
 
 Decomposition = Callable[..., Any]
@@ -52,14 +58,31 @@ XNNPACK: dict[Any, Decomposition] = {
 }
 
 
+_ON_KERNELS = ("xnnpack", "portable")  # what these do not take runs on kernels; others have more operators themselves
+
+# What has no kernel, in operators that have one.
+KERNELS: dict[Any, Decomposition] = {
+    **activations.WITHOUT_KERNEL,
+    **adaptive.REPAIRS,
+    **bags.REPAIRS,
+    **decomposed.REPAIRS,
+    **folding.REPAIRS,
+    **padding.WITHOUT_KERNEL,
+    **volumes.REPAIRS,
+}
+
+
 def decompositions(target: str | None) -> dict[Any, Decomposition]:
     """The operators to write otherwise for this target; `None`: only what every target wants."""
-    return {**attention.REPAIRS, **(XNNPACK if target == "xnnpack" else {})}
+    plain = KERNELS if target in _ON_KERNELS else {}
+    return {**attention.REPAIRS, **plain, **(XNNPACK if target == "xnnpack" else {})}
 
 
 def before(program: ExportedProgram) -> None:
     """Change what is seen only before operators are written otherwise."""
     grouped.share_keys(program)
+    bags.of_one_length(program)
+    complexes.as_pairs(program)
 
 
 def repair_graph(program: ExportedProgram, target: str | None) -> None:

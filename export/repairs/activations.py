@@ -49,7 +49,21 @@ def hardsigmoid(x: Tensor) -> Tensor:
     return (x + 3.0).clamp(0.0, 6.0) / 6.0
 
 
+def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None) -> Any:
+    """Outside of training the slope below zero is the mean of its bounds."""
+    return NotImplemented if training else torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+
+
+def prelu(x: Tensor, weight: Tensor) -> Any:
+    """Of five dims, which XNNPACK's partitioner takes and its passes then fail at: by its two sides."""
+    if x.dim() <= 4:
+        return NotImplemented
+    slopes = weight.reshape(1, -1, *[1] * (x.dim() - 2))
+    return torch.relu(x) - torch.relu(-x) * slopes
+
+
 _ATEN = torch.ops.aten
+WITHOUT_KERNEL: dict[Any, Any] = {_ATEN.rrelu.default: rrelu, _ATEN.prelu.default: prelu}
 REPAIRS: dict[Any, Any] = {
     _ATEN.elu.default: elu,
     _ATEN.selu.default: selu,

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from edgetune.quiet import quiet
 
 _MOST_BYTES = 2**20  # what may grow the program: a constant larger than this and than what it is computed from
+_CLONE, _PLAIN = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
 _NEVER = ("quantize", "dequantize", "choose_qparams", "full", "expand", "repeat", "zeros", "ones", "empty")
 
 
@@ -22,8 +23,14 @@ def fold(program: ExportedProgram) -> None:
     """Replace what depends on constants only by its value, except where that would make the program larger."""
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
+    copies = [node for node in program.graph.nodes if node.target == _CLONE and dict(node.kwargs) == _PLAIN]
+    for node in copies:  # as an operator without a memory format, past which the pass sees no constant
+        node.target, node.kwargs = torch.ops.aten.contiguous.default, {}
     with quiet():
         constant_prop_pass(program, custom_skip_targets=_kept(program.graph))
+    for node in program.graph.nodes:
+        if node in copies:
+            node.target, node.kwargs = _CLONE, _PLAIN
 
 
 def _kept(graph: fx.Graph) -> set[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired, takes
+from edgetune.export.repairs.shapes import Repaired, is_fixed, takes
 
 _MOST = 8  # a side: each place of it is an operand of its own
 
@@ -24,8 +24,26 @@ def replicate(x: Tensor, padding: Sequence[int]) -> Repaired:
 
 
 def pad(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Repaired:
-    """Either of them by its name."""
+    """Any of them by its name."""
+    if mode == "constant":
+        return constant(x, padding, value)
     return _padded(x, padding, mirrored=mode == "reflect") if mode in ("reflect", "replicate") else NotImplemented
+
+
+def constant(x: Tensor, padding: Sequence[int], value: float | None = None) -> Repaired:
+    """What a negative padding cuts off first, which the kernel does not take."""
+    if not is_fixed(x) or not any(isinstance(p, int) and p < 0 for p in padding):
+        return NotImplemented
+    for place in range(len(padding) // 2):
+        dim, before, after = x.dim() - 1 - place, *(max(0, -p) for p in padding[2 * place : 2 * place + 2])
+        x = x.narrow(dim, before, x.shape[dim] - before - after) if before or after else x
+    rest = [max(0, p) for p in padding]
+    return torch.nn.functional.pad(x, rest, value=value) if any(rest) else x
+
+
+def cropped(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Repaired:
+    """The same by its name."""
+    return constant(x, padding, value) if mode == "constant" else NotImplemented
 
 
 def _padded(x: Tensor, padding: Sequence[int], *, mirrored: bool) -> Repaired:
@@ -41,6 +59,7 @@ def _padded(x: Tensor, padding: Sequence[int], *, mirrored: bool) -> Repaired:
 
 
 _ATEN = torch.ops.aten
+WITHOUT_KERNEL: dict[Any, Any] = {_ATEN.pad.default: cropped, _ATEN.constant_pad_nd.default: constant}
 REPAIRS: dict[Any, Any] = {
     _ATEN.pad.default: pad,
     _ATEN.reflection_pad1d.default: reflect,

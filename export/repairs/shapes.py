@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -32,3 +32,15 @@ def called(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...]) -
     made.meta = {key: value for key, value in like.meta.items() if key != "val"}
     made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
     return made
+
+
+def calling(graph: fx.Graph, like: fx.Node) -> Callable[..., fx.Node]:
+    """A function that adds a node, `call(operator, *args)`, with the history of `like` and the value it computes."""
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        made = graph.call_function(target, args)
+        made.meta = {key: value for key, value in like.meta.items() if key != "val"}
+        made.meta["val"] = target(*fx.node.map_arg(args, lambda node: node.meta["val"]))
+        return made
+
+    return call

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
-from edgetune.export import failures, lower, operators
+from edgetune.export import failures, kernels, lower, operators
 from edgetune.export.operators import Placed
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
@@ -59,6 +59,7 @@ def compile_training(programs: dict[str, ExportedProgram], target: Target) -> Lo
             built = edge.to_executorch(_config())
             for name in programs:
                 check_delegates(built.exported_program(name), state)
+            kernels.check({name: built.exported_program(name) for name in programs}, programs, target)
             data = bytes(built.buffer)
     except EdgetuneError:
         raise
