@@ -21,7 +21,7 @@ from edgetune.export.planning import Planned, smallest
 from edgetune.export.repairs.experts import static_experts
 from edgetune.export.reparameterize import Report, reparameterize
 from edgetune.export.shared import stored_once
-from edgetune.export.speed import fast_lowering
+from edgetune.export.speed import fast_lowering, fast_decompositions
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
 from edgetune.ledger import Leftover
@@ -129,7 +129,7 @@ def lower_methods(
 ) -> dict[str, Lowered]:
     """Lower several models into one program, each as a method; `data` and `weights` are the same of all."""
     programs, folded = {}, {}
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), fast_decompositions():
         for name, (model, inputs, axes) in methods.items():
             plain, folded[name] = reparameterize(model, inputs)
             try:

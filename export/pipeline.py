@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgetune.export import dynamic, targets, verify
+from edgetune.export import dynamic, forks, targets, verify
 from edgetune.export.artifact import (
     Artifact,
     Lowering,
@@ -56,6 +56,8 @@ def export_program(
     check_plain(model)
     axes = dynamic.axes_of(sizes or {}, names_of(example_inputs), tensors_of(example_inputs))
     inputs, example, rows = _rows(example_inputs, check_inputs, axes)
+    if chosen.runs_here:
+        forks.prepare()  # it imports while this process lowers
     with as_program(model, example_inputs) as program:
         lowered = lower(program, example, chosen, axes, layout)
 
