@@ -21,7 +21,7 @@ from edgetune.export.planning import Planned, smallest
 from edgetune.export.repairs.experts import static_experts
 from edgetune.export.reparameterize import Report, reparameterize
 from edgetune.export.shared import stored_once
-from edgetune.export.speed import fast_lowering, fast_decompositions
+from edgetune.export.speed import fast_decompositions, fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
 from edgetune.ledger import Leftover
