@@ -23,7 +23,7 @@ from edgetune.export.planning import Planned, smallest
 from edgetune.export.repairs.experts import static_experts
 from edgetune.export.reparameterize import Report, reparameterize
 from edgetune.export.shared import stored_once
-from edgetune.export.speed import fast_lowering
+from edgetune.export.speed import fast_decompositions, fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
 from edgetune.holders import refuse_sharded
@@ -139,7 +139,7 @@ def lower_methods(
 ) -> dict[str, Lowered]:
     """Lower several models into one program, each as a method; `data` and `weights` are the same of all."""
     programs, folded = {}, {}
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), fast_decompositions():
         for name, (model, inputs, axes) in methods.items():
             stored.check(model, target)
             plain, folded[name] = reparameterize(model, inputs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgetune.export import dynamic, locate, rows, targets, verify
+from edgetune.export import dynamic, forks, locate, rows, targets, verify
 from edgetune.export.artifact import (
     Artifact,
     Lowering,
@@ -57,6 +57,8 @@ def export_program(
     check_plain(model)
     axes = dynamic.axes_of(sizes or {}, rows.names_of(example_inputs), tensors_of(example_inputs))
     trial = rows.trial(example_inputs, check_inputs, axes, one_row=one_row)
+    if chosen.runs_here:
+        forks.prepare()  # it imports while this process lowers
     with as_program(model, example_inputs) as program:
         names = output_names(program, trial.example)
         with same_buffers(program):

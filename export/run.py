@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from edgetune.export import forks
 from edgetune.export.child_failures import failed
 from edgetune.export.clock.machine import resident_mib
 from edgetune.export.clock.runs import inputs_in, loaded_runtime, serve, timings
@@ -124,7 +125,7 @@ def time_calls(
     path: Path, request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]], *, data: Path | None = None
 ) -> tuple[Timing, ...]:
     """Each call timed in one child process, as `edgetune.export.clock` is asked to. Raises as `run_in_child` does."""
-    result, _ = ask_child(_CLOCK, path, {**request, "data": _whole(data)}, calls)
+    result, _ = ask_child(_CLOCK, path, {**request, "data": _whole(data)}, calls, fresh=True)
     return tuple(Timing.model_validate(call) for call in result["calls"])
 
 
@@ -137,18 +138,21 @@ def ask_child(
     path: Path,
     request: dict[str, Any],
     batches: Sequence[tuple[Tensor, ...]],
+    *,
+    fresh: bool = False,
     heard: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run `python -m module` on a request about the program at `path`: its answer, and the tensors it left.
 
-    `heard` gets each line that the child prints, as it comes.
+    `fresh` asks for a process of its own, as time and memory do that are measured, not for a fork of one that has
+    torch and the runtime imported. `heard` then gets each line that the child prints, as it comes.
     """
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
         folder = Path(name)
         write_request(folder, {**request, "path": str(path.resolve())}, batches)
-        done = _ended(module, folder, heard)
+        done = (None if fresh else _forked(module, folder)) or _ended(module, folder, heard)
         answer = folder / "result.json"
         result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
         if done.returncode != 0 or result is None or "error" in result:
@@ -162,6 +166,15 @@ def write_request(folder: Path, request: dict[str, Any], batches: Sequence[tuple
     rows = [tuple(tensor.detach().cpu().contiguous().clone() for tensor in batch) for batch in batches]
     torch.save(rows, folder / "inputs.pt")
     (folder / "request.json").write_text(json.dumps({**request, "rows": len(rows)}), encoding="utf-8")
+
+
+def _forked(module: str, folder: Path) -> subprocess.CompletedProcess[str] | None:
+    code = forks.run(module, folder)
+    if code is None:
+        return None
+    errors = folder / "stderr"
+    text = errors.read_text(encoding="utf-8", errors="replace") if errors.is_file() else ""
+    return subprocess.CompletedProcess([module, str(folder)], code, "", text)
 
 
 def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subprocess.CompletedProcess[str]:
@@ -217,5 +230,10 @@ def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {"failed": failed_rows}
 
 
+def main(folder: Path) -> int:
+    """Answer the request in the folder."""
+    return serve(folder, _run)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(Path(sys.argv[1]), _run))
+    sys.exit(main(Path(sys.argv[1])))

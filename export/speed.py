@@ -3,8 +3,9 @@
 Every pass of executorch traces the whole graph anew, even where the pass only looked at it, and most of XNNPACK's
 do so once for each delegate. A retrace by a pass that overrides no hook of the interpreter only computes the
 metadata of nodes again; where all of them have it, there is nothing to compute. Each retrace also deep-copies the
-history of every node. Both are left out here while a lowering runs, and put back after it. A test holds the result
-to the bytes of the stock lowering.
+history of every node. And each decomposition walks all operators of torch to list those that it could preserve, and
+makes thirty kernels for each of them, which are those of the decomposition before. All of this is left out here while
+a lowering runs, and put back after it. A test holds the result to the bytes of the stock lowering.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 _HOOKS = (
@@ -34,12 +37,88 @@ def fast_lowering() -> Iterator[None]:
     traceback.NodeSource = _short_history(stock_source)  # type: ignore[misc, assignment]
     gc.disable()
     try:
-        yield
+        with fast_decompositions():
+            yield
     finally:
         pass_base._ExportPassBase.call = stock_call
         traceback.NodeSource = stock_source  # type: ignore[misc]
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def fast_decompositions() -> Iterator[None]:
+    """Let decompositions share the list of the operators that they could preserve, and the kernels of these."""
+    from torch.export import decomp_utils, exported_program
+
+    if exported_program._collect_all_valid_cia_ops.__module__ == __name__:  # within another
+        yield
+        return
+    stock_list, stock_override = (
+        exported_program._collect_all_valid_cia_ops,
+        exported_program._override_composite_implicit_decomp,
+    )
+    holders: tuple[Any, ...] = (decomp_utils, exported_program)
+    for module in holders:
+        module._collect_all_valid_cia_ops = lambda: _listed(stock_list)
+    holders[1]._override_composite_implicit_decomp = lambda composites: _overridden(stock_override, composites)
+    try:
+        yield
+    finally:
+        for module in holders:
+            module._collect_all_valid_cia_ops = stock_list
+        holders[1]._override_composite_implicit_decomp = stock_override
+
+
+_lists: dict[Any, set[Any]] = {}  # by the state of the registry; one at most, and nobody changes it
+
+
+def _listed(stock: Any) -> set[Any]:
+    composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")  # type: ignore[attr-defined]
+    state = (frozenset(composite), frozenset(torch.ops._dir))
+    if state not in _lists:
+        _lists.clear()
+        _lists[state] = stock()
+    return _lists[state]
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Of one operator: its kernels as they were, those that a decomposition gave it, and its rule for fake tensors."""
+
+    before: dict[Any, Any]
+    during: dict[Any, Any]
+    fake: Any
+
+
+_kernels: dict[Any, _Kernels] = {}
+
+
+@contextmanager
+def _overridden(stock: Any, composites: dict[Any, Any]) -> Iterator[None]:
+    """What torch does, which differs between two decompositions by the composite kernel alone."""
+    from torch._subclasses.fake_impls import _deregister_op_impl, op_implementations_dict
+
+    free = [op for op in composites if op not in op_implementations_dict]
+    ready = {op: _kernels[op] for op in free if op in _kernels and _kernels[op].before == op.py_kernels}
+    rest = {op: kernel for op, kernel in composites.items() if op not in ready}
+    before = {op: dict(op.py_kernels) for op in free if op in rest}
+    with stock(rest):
+        for op in before:
+            _kernels[op] = _Kernels(before[op], dict(op.py_kernels), op_implementations_dict[op])
+        try:
+            for op, kernels in ready.items():
+                composite = {torch._C.DispatchKey.CompositeImplicitAutograd: composites[op]}
+                op.py_kernels.update(kernels.during | composite)
+                op._dispatch_cache.clear()
+                op_implementations_dict[op] = kernels.fake
+            yield
+        finally:
+            for op, kernels in ready.items():
+                op.py_kernels.clear()
+                op.py_kernels.update(kernels.before)
+                op._dispatch_cache.clear()
+                _deregister_op_impl(op)
 
 
 def _call_if_needed(stock: Any, base: type) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from edgetune import checkpoint, pipeline, recipe
 from edgetune.export.language import LanguageArtifact
@@ -107,24 +109,36 @@ def test_a_budget_that_does_not_hold(small: tuple[Path, Run]) -> None:
     assert missed.value > missed.least > 50
 
 
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Children start from a process that has imported what a run needs, and has run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["edgetune.pipeline", "transformers.models.bert", "peft", "torch._dynamo", "pytest"])
+    return context
+
+
+def run_until(path: Path, folder: Path, moment: tuple[str, int]) -> None:
+    """Run, and be killed at that moment."""
+
+    def kill(what: str, done: int, of: int, detail: str) -> None:
+        if (what, done) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    pipeline.run(path, out=folder, progress=kill)
+
+
 @pytest.mark.parametrize("moment", [("3 train", 5), ("prune", 1), ("5 train", 3)])
-def test_killed_and_resumed_is_the_same_run(small: tuple[Path, Run], moment: tuple[str, int], tmp_path: Path) -> None:
+def test_killed_and_resumed_is_the_same_run(
+    small: tuple[Path, Run], server: Any, moment: tuple[str, int], tmp_path: Path
+) -> None:
     """SIGKILL in the middle of an epoch or between steps, then --resume: the same figures, losses and weights."""
     path, whole = small
     folder = tmp_path / "killed"
-    script = f"""
-import os, signal, torch
-from edgetune import pipeline
-
-def kill(what, done, of, detail):
-    if (what, done) == {moment!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.set_num_threads(1)
-pipeline.run({str(path)!r}, out={str(folder)!r}, progress=kill)
-"""
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = server.Process(target=run_until, args=(path, folder, moment))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     resumed = pipeline.run(path, out=folder, resume=True)
     assert [t.losses for t in resumed.ledger.trainings] == [t.losses for t in whole.ledger.trainings]
     for a, b in zip(whole.ledger.rows, resumed.ledger.rows, strict=True):

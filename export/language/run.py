@@ -60,7 +60,7 @@ def answer(asked: Asked, heard: Callable[[int], None] = lambda token: None) -> A
     Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
     """
     request = {"verb": "speak", "asked": asked.model_dump(mode="json")}
-    result, _ = ask_child(_MODULE, Path(asked.path), request, [], lambda line: heard(int(line)))
+    result, _ = ask_child(_MODULE, Path(asked.path), request, [], fresh=True, heard=lambda line: heard(int(line)))
     return Answer.model_validate(result)
 
 
@@ -173,5 +173,10 @@ def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return _greedy(folder, request) if request["verb"] == "greedy" else _speak(request)
 
 
+def main(folder: Path) -> int:
+    """Answer the request in the folder."""
+    return serve(folder, _answer)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(Path(sys.argv[1]), _answer))
+    sys.exit(main(Path(sys.argv[1])))

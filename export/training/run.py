@@ -200,7 +200,8 @@ def steps_in_child(path: Path, batches: Sequence[tuple[Tensor, ...]], learning_r
 
 def time_steps_in_child(path: Path, batch: tuple[Tensor, ...], *, threads: int, seconds: float) -> dict[str, Any]:
     """Step times in a fresh process: `latencies_ms`, `peak_memory_mib`, `empty_memory_mib` and `load_ms`."""
-    return ask_child(_MODULE, path, {"learning_rate": 1e-4, "seconds": seconds, "threads": threads}, [batch])[0]
+    request = {"learning_rate": 1e-4, "seconds": seconds, "threads": threads}
+    return ask_child(_MODULE, path, request, [batch], fresh=True)[0]
 
 
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -229,5 +230,10 @@ def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def main(folder: Path) -> int:
+    """Answer the request in the folder."""
+    return serve(folder, _answer)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(Path(sys.argv[1]), _answer))
+    sys.exit(main(Path(sys.argv[1])))

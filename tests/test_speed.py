@@ -1,0 +1,66 @@
+"""Decompositions that share what torch makes anew for each: the same graphs, and torch as it was afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgetune.export.speed import fast_decompositions
+from edgetune.quiet import quiet
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.conv(x))).flatten(2).transpose(1, 2)
+        return self.head(F.scaled_dot_product_attention(x, x, x)).softmax(-1)
+
+
+def decompose(preserved: list[Any]) -> str:
+    torch.manual_seed(0)
+    with quiet():
+        program = torch.export.export(Mixed().eval(), (torch.randn(1, 3, 6, 6),), strict=False)
+        table = torch.export.default_decompositions()
+        for operator in preserved:
+            table.pop(operator)
+        return str(program.run_decompositions(table).graph_module.code)
+
+
+def python_kernels() -> dict[str, dict[Any, Any]]:
+    packets = [getattr(torch.ops.aten, name) for name in torch.ops.aten]
+    operators = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
+    return {str(operator): dict(operator.py_kernels) for operator in operators}
+
+
+def test_the_graphs_are_those_that_torch_makes_alone() -> None:
+    aten = torch.ops.aten
+    wishes = [[], [aten.linear.default, aten.scaled_dot_product_attention.default], [aten.silu.default], []]
+    stock = [decompose(preserved) for preserved in wishes]
+    assert len(set(stock)) == 3, "what is preserved must show"
+    before = python_kernels()
+    assert len(before) > 100
+    with fast_decompositions():
+        first = [decompose(preserved) for preserved in wishes]
+        with fast_decompositions():
+            again = [decompose(preserved) for preserved in wishes]
+    assert first == stock
+    assert again == stock
+    assert python_kernels() == before
+
+
+def test_an_operator_registered_meanwhile_is_seen() -> None:
+    from torch.export import exported_program
+
+    with fast_decompositions():
+        before = exported_program._collect_all_valid_cia_ops()
+        with torch.library._scoped_library("edgetune_test_speed", "DEF") as library:
+            library.define("twice(Tensor x) -> Tensor")
+            library.impl("twice", lambda x: x * 2, "CompositeImplicitAutograd")
+            added = exported_program._collect_all_valid_cia_ops() - before
+    assert {str(operator) for operator in added} == {"edgetune_test_speed.twice.default"}
