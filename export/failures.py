@@ -76,9 +76,10 @@ def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
 
 def draws(node: fx.Node) -> bool:
     """Whether a node of a model that does not train draws random numbers."""
-    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-    off = str(node.target).startswith("aten.dropout") and node.args[2] is False
-    return torch.Tag.nondeterministic_seeded in tags and not off
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
+    return given.get("train", node.kwargs.get("train")) is not False  # dropout alone, or that of a recurrent layer
 
 
 def check_drawn(program: ExportedProgram) -> None:
