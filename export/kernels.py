@@ -47,7 +47,8 @@ def check(lowered: Mapping[str, ExportedProgram], captured: Mapping[str, Exporte
                 module = modules.get(number, "") if number is not None else ""
                 within = f" of method {method}" if len(lowered) > 1 else ""
                 places[f"{lacking} in {module or 'the model itself'}{within}"] += 1
-                known[remedies.remedy("complex" if lacking.endswith("numbers") else str(node.target))] = None
+                operator = "complex" if lacking.endswith("numbers") else str(node.target)
+                known[remedies.remedy(operator)] = None
     if not places:
         return
     told = [f"{place} (x{count})" if count > 1 else place for place, count in places.most_common()]
