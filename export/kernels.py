@@ -37,7 +37,7 @@ def check(lowered: Mapping[str, ExportedProgram], captured: Mapping[str, Exporte
     kernels are in every app; of a target that this machine cannot run, only they are looked at.
     """
     places: Counter[str] = Counter()
-    named: dict[str, None] = {}
+    known: dict[str, None] = {}
     for method, program in lowered.items():
         modules = operators.modules(captured[method])
         for node in _nodes(program):
@@ -47,14 +47,15 @@ def check(lowered: Mapping[str, ExportedProgram], captured: Mapping[str, Exporte
                 module = modules.get(number, "") if number is not None else ""
                 within = f" of method {method}" if len(lowered) > 1 else ""
                 places[f"{lacking} in {module or 'the model itself'}{within}"] += 1
-                named[str(node.target)] = None
-    if not named:
+                operator = "complex" if lacking.endswith("numbers") else str(node.target)
+                known[remedies.remedy(operator)] = None
+    if not places:
         return
     told = [f"{place} (x{count})" if count > 1 else place for place, count in places.most_common()]
-    known = dict.fromkeys(filter(None, map(remedies.remedy, named)))
     raise EdgetuneError(
         f"the model cannot be lowered for {target.name}: the runtime has no kernel for {shortened(told, 6)}",
-        action="; ".join(known) or "write it with other operators, or leave its module out of what is exported",
+        action="; ".join(filter(None, known))
+        or "write it with other operators, or leave its module out of what is exported",
         exit_code=Exit.EXPORT,
     )
 
@@ -81,8 +82,5 @@ def _lacking(node: fx.Node, target: Target) -> str:
     return f"{name} of complex numbers" if complex_numbers and name not in _COMPLEX else ""
 
 
-# Those of the kernels that were seen to compute with complex numbers.
-_COMPLEX = frozenset(
-    f"aten::{name}"
-    for name in ("_fft_r2c.out", "_fft_c2r.out", "view_as_real_copy.out", "mul.out", "add.out", "cat.out")
-)
+# Those of the kernels that were seen to compute with complex numbers; an addition, for one, was seen not to.
+_COMPLEX = frozenset(f"aten::{name}.out" for name in ("_fft_r2c", "_fft_c2r", "view_as_real_copy", "mul"))

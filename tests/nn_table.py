@@ -2,7 +2,8 @@
 
     python tests/nn_table.py [--only LSTM,pdist] [--target xnnpack] [--write docs/nn.md]
 
-Each case of nn_cases.py is lowered, run and compared in a process of its own, so that a crash is a row too. A row is
+Each case of nn_cases.py and nn_functions.py is lowered, run and compared in a process of its own, so that a crash is a
+row too. A row is
 `right` with the largest relative difference, `refused` with the reason, `wrong`, or `crashed`. The exit code is 1 where
 one is wrong or crashed.
 """
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nn_cases import FUNCTIONS, MODULES, Case
+from nn_cases import MODULES, Case
+from nn_functions import FUNCTIONS
 from torch import Tensor, nn
 
 from edgetune.export.lower import lower

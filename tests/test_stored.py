@@ -62,7 +62,8 @@ LINEARS: dict[str, tuple[Callable[[], AOBaseConfig], str]] = {  # the reason for
     "float8 alone": (ao.Float8WeightOnlyConfig, "only torchao runs"),
 }  # fmt: skip
 NOT_ON_CPU = {  # want a GPU or another package: no such checkpoint can be made or opened here
-    "Int4WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig", "Float8DynamicActivationInt4WeightConfig",
+    "Int4WeightOnlyConfig", "Float8StaticActivationFloat8WeightConfig",
+    "Float8DynamicActivationFloat8WeightConfig", "Float8DynamicActivationInt4WeightConfig",
 }  # fmt: skip
 OTHERS = {"FqnToConfig"}  # which only says which layer gets which of the others
 

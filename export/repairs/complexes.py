@@ -55,7 +55,10 @@ def _is_complex(node: Any) -> bool:
 def _is_known(node: fx.Node, program: ExportedProgram) -> bool:
     if not is_fixed(node.meta["val"]) or any(user.op == "output" for user in node.users if _is_complex(node)):
         return False
-    return node.name in _constants(program) if node.op == "placeholder" else node.target in _FORMS and not node.kwargs
+    if node.op == "placeholder":
+        return node.name in _constants(program)
+    matrix = node.target is not _ATEN.numpy_T.default or node.meta["val"].dim() == 2
+    return node.target in _FORMS and not node.kwargs and matrix
 
 
 def _constants(program: ExportedProgram) -> dict[str, str]:
@@ -147,6 +150,12 @@ def _permuted(w: _Writer, x: Any, dims: list[int]) -> fx.Node:
     return w.call(_ATEN.permute.default, w.pair(x), [*(d % len(dims) for d in dims), len(dims)])
 
 
+def _turned(w: _Writer, x: Any) -> fx.Node:
+    """`x.T` of a matrix, `x.mT` of any."""
+    rank = len(w.shape)
+    return w.call(_ATEN.transpose.int, w.pair(x), rank - 2, rank - 1)
+
+
 def _joined(operator: Any) -> Callable[..., fx.Node]:
     """`cat` or `stack` of complex tensors."""
 
@@ -198,6 +207,11 @@ def _quotient(w: _Writer, left: Any, right: Any) -> fx.Node:
     return w.joined(w.call(_ATEN.div.Tensor, real, square), w.call(_ATEN.div.Tensor, imaginary, square))
 
 
+def _spectrum(w: _Writer, x: Any, *given: Any) -> fx.Node:
+    """The one transform that has a kernel; its outcome is read as pairs at once."""
+    return w.call(_ATEN.view_as_real.default, w.call(_ATEN.fft_rfft.default, x, *given))
+
+
 def _conjugate(w: _Writer, x: Any) -> fx.Node:
     real, imaginary = w.parts(x)
     return w.joined(real, w.call(_ATEN.neg.default, imaginary))
@@ -227,6 +241,7 @@ _FORMS: dict[Any, Callable[..., fx.Node]] = {
     _ATEN.view_as_real.default: _same,
     _ATEN.complex.default: lambda w, real, imaginary: w.joined(real, imaginary),
     _ATEN.polar.default: _polar,
+    _ATEN.fft_rfft.default: _spectrum,
     _ATEN.real.default: lambda w, x: w.parts(x)[0],
     _ATEN.imag.default: lambda w, x: w.parts(x)[1],
     _ATEN.abs.default: _magnitude,
@@ -249,6 +264,7 @@ _FORMS: dict[Any, Callable[..., fx.Node]] = {
     _ATEN.select.int: _moved(_ATEN.select.int, 1),
     _ATEN.narrow.default: _moved(_ATEN.narrow.default, 1),
     _ATEN.permute.default: _permuted,
+    **dict.fromkeys((_ATEN.numpy_T.default, _ATEN.mT.default, _ATEN.t.default), _turned),
     _ATEN.cat.default: _joined(_ATEN.cat.default),
     _ATEN.stack.default: _joined(_ATEN.stack.default),
 }  # fmt: skip
