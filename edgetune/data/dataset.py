@@ -91,8 +91,8 @@ class Dataset:
         def numbered(rows: Rows) -> Rows:
             return Rows(rows.inputs, None if rows.labels is None else [number[label] for label in rows.labels])
 
-        parts = {part: numbered(getattr(self, part)) for part in ("train", "validation", "test")}
-        return replace(self, classes=tuple(classes), **parts)
+        train, validation, test = (numbered(rows) for rows in (self.train, self.validation, self.test))
+        return replace(self, classes=tuple(classes), train=train, validation=validation, test=test)
 
     @cached_property
     def fingerprint(self) -> str:
