@@ -50,8 +50,9 @@ def _hide(encoder: nn.TransformerEncoder) -> list[Any]:
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature.bind(*args, **kwargs).arguments
         padding, source = given.get("src_key_padding_mask"), given["src"]
-        nested = padding is not None and given.get("mask") is None and source.dim() == 3
-        zeros_at[0] = _zeros_at(padding, bool(getattr(encoder, "mask_check", True))) if nested else None
+        zeros_at[0] = None
+        if padding is not None and given.get("mask") is None and source.dim() == 3:
+            zeros_at[0] = _zeros_at(padding, bool(getattr(encoder, "mask_check", True)))
 
     def zero(x: Tensor) -> Tensor:
         return x if zeros_at[0] is None else torch.where(zeros_at[0], torch.zeros_like(x), x)

@@ -163,13 +163,29 @@ def capture(
             program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
         repairs.before(program)
         found: ExportedProgram = program.run_decompositions(repairs.decompositions(target))
+        _check_inputs_unwritten(found)
         repairs.repair_graph(found, target)
         if axes:
             dynamic.infer_views(found)
         return found
+    except EdgetuneError:
+        raise
     except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
         bounded = dynamic.refused(axes, error) if axes else None
         raise bounded or failures.not_captured(model, inputs, error) from error
+
+
+def _check_inputs_unwritten(program: ExportedProgram) -> None:
+    """Raise for a model that changes its inputs in place: a program would return them before its outputs."""
+    written = program.graph_signature.user_inputs_to_mutate
+    if written:
+        places = [program.graph_signature.user_inputs.index(name) for name in written.values()]
+        raise EdgetuneError(
+            "the model writes into its inputs, and a program returns no outputs but those that the model returns",
+            got=[f"input {place}" for place in places],
+            action="let it write into a copy, x = x.clone(), and return what is to be kept",
+            exit_code=Exit.EXPORT,
+        )
 
 
 def prepare(program: ExportedProgram) -> None:

@@ -100,8 +100,8 @@ def _whole(inputs: Inputs, what: str) -> list[Row]:
         got = [type(tensor).__name__ for tensor in tensors]
         raise EdgetuneError(f"{what} must be tensors, at least one", got=got, exit_code=Exit.EXPORT)
     if any(tensor.numel() == 0 for tensor in tensors):
-        got = [tuple(tensor.shape) for tensor in tensors]
-        raise EdgetuneError(f"{what} hold a tensor without values", got=got, exit_code=Exit.EXPORT)
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise EdgetuneError(f"{what} hold a tensor without values", got=shapes, exit_code=Exit.EXPORT)
     return [_ordered(tensors)]
 
 
