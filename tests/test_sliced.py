@@ -212,6 +212,7 @@ def test_what_cannot_be_sliced_raises_and_changes_nothing(model: Any, scheme: An
     ("layer", "reason"),
     [
         (lambda: Standardized(8, 8, 3), "multiplies by something else than its weight"),
+        (lambda: Standardized(8, 8, 3, bias=False), "multiplies by something else than its weight"),
         (lambda: Transposed(8, 8), "multiplies by something else than its weight"),
         (lambda: Dropping(8, 8), "multiplies by something else than its weight"),
         (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "its weight is no parameter"),
