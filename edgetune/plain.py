@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from edgetune.modes import undisturbed
+from edgetune.probe import probe_inputs, relative_difference
 from edgetune.technique import EdgetuneError
 from edgetune.wrapped import is_wrapped
 
-_ROWS = 2
 _REMEDIES = {
     "parametrized": 'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")',
     "recomputed": "torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove",
@@ -149,33 +149,16 @@ def _compared(output: object, expected: Tensor, training: bool) -> str:
         return f"its own forward gives something of another shape{mode}"
     if output.dtype != expected.dtype:
         return f"its own forward gives {output.dtype}{mode}"
-    off = float((output.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
+    off = relative_difference(expected, output)
     if off <= max(1e-5, 4 * torch.finfo(expected.dtype).eps):
         return ""
     return f"its own forward is off by {off:.2g} of the largest value{mode}"
 
 
-def probes(layer: Any) -> list[Tensor]:
-    """Random inputs of a few rows that fit the layer's weight, with fewer and with more dimensions."""
-    kind = kind_of(layer) or ""
-    weight: Tensor = layer.weight
-    settings: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-    if kind == "Embedding":
-        ids = torch.randint(weight.shape[0], (_ROWS, 3), device=weight.device)
-        if layer.padding_idx is not None:
-            ids[0, 0] = layer.padding_idx
-        return [ids, ids[0]]
-    if kind in ("Linear", "Conv1D"):
-        width = weight.shape[1 if kind == "Linear" else 0]
-        return [torch.randn(_ROWS, width, **settings), torch.randn(_ROWS, 3, width, **settings)]
-    transposed = kind.startswith("ConvTranspose")
-    channels = weight.shape[0] if transposed else weight.shape[1] * layer.groups
-    padding = [0] * len(layer.stride) if isinstance(layer.padding, str) else layer.padding
-    size = [
-        dilation * (kernel - 1) + 1 + pad + stride
-        for dilation, kernel, pad, stride in zip(layer.dilation, weight.shape[2:], padding, layer.stride, strict=True)
-    ]
-    return [torch.randn(_ROWS, channels, *size, **settings)]
+def probes(layer: nn.Module) -> list[Tensor]:
+    """Random inputs that fit the layer, with more and with fewer dimensions."""
+    inputs = probe_inputs(layer)
+    return [] if inputs is None else [inputs[0], inputs[0][0]]
 
 
 def _convolution(kind: Any) -> Callable[[Any, Tensor], Tensor]:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from edgetune import checkpoint
 from edgetune import optimizer as optimizers
+from edgetune.holders import is_distributed
 from edgetune.ledger import LossPoint, Quality
 from edgetune.plan import Plan, Split
 from edgetune.reached import Reached
@@ -142,6 +143,12 @@ def train(
             finite; a checkpoint fits another training.
         KeyboardInterrupt: on Ctrl-C, after the update at hand and a checkpoint (at once on the second Ctrl-C).
     """
+    if settings.in_backward and is_distributed(model):
+        raise EdgetuneError(
+            f"in_backward steps before {type(model).__name__} averages the gradients",
+            action="leave in_backward out; in a loop of your own give the plain model to it, inside "
+            "edgetune.optimizer.stepping_in_backward(optimizer, torch.distributed.group.WORLD)",
+        )
     _check(settings, split, folder, resume, teacher, validation)
     parameters = _trainable(model)
     plan = Plan(settings, split, seed)

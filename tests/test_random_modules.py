@@ -6,31 +6,28 @@ wrong number is.
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
 import os
 import re
 import signal
-import sys
 import tempfile
-import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from forked import ask_fork
 from hypothesis import HealthCheck, Phase, given, settings
 from random_modules import ROWS, Drawn, Plan, inputs_of, plans
+from random_techniques import SEED, TECHNIQUES, drawn_plans, kind_of, tried, warm_up
 from torch import Tensor, nn
 
 from edgetune.export import export
 from edgetune.export.lower import Positional, lower
 from edgetune.export.run import loaded_runtime
 from edgetune.export.targets import find
-from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError
-
-SECONDS = 240  # for one export, on a machine that does other things as well
 
 
 def exported(plan: Plan) -> str:
@@ -69,38 +66,9 @@ def judged(model: nn.Module, inputs: Tensor, difference: float) -> str:
     return "equal" if difference <= max(1e-4 * largest, 10 * rounding) else f"off by {difference} of {largest}"
 
 
-def apart(function: Callable[[Plan], str], plan: Plan) -> str:
-    """What the function says in a process of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child starts none
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_send, args=(sender, function, plan))
-        child.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(SECONDS) else f"no answer in {SECONDS} s"
-    except EOFError:
-        child.join()
-        return f"the process ended with code {child.exitcode}"
-    finally:
-        child.kill()
-        child.join()
-
-
-def _send(sender: Any, function: Callable[[Plan], str], plan: Plan) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    try:
-        sender.send(function(plan))
-    except BaseException as error:
-        sender.send(f"raised {type(error).__name__}: {error}")
-    sys.stdout.flush()
-
-
 def check(function: Callable[[Plan], str], plan: Plan) -> None:
     """The property."""
-    found = apart(function, plan)
+    found = ask_fork(lambda: function(plan))
     if found.startswith("refused"):
         assert re.search(r"\baten[.:]|operator \S|torch\.\w", found), f"names no operator: {found}\n{plan}"
     else:
@@ -110,10 +78,7 @@ def check(function: Callable[[Plan], str], plan: Plan) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _libraries() -> None:
     """Imported and used before the processes fork: once, not once for each example."""
-    with quiet():
-        import executorch.exir
-    assert executorch.exir
-    lower(Positional(nn.Linear(2, 2), torch.ones(1, 2)).eval(), (torch.ones(1, 2),), find("xnnpack"))
+    warm_up()
 
 
 EXAMPLES = settings(
@@ -137,5 +102,16 @@ def test_two_hundred_random_modules(plan: Plan) -> None:
 
 def test_a_crash_is_seen() -> None:
     """What the tests above stand on."""
-    died = apart(lambda plan: str(os.kill(os.getpid(), signal.SIGKILL)), Plan((1,), False, ()))
+    died = ask_fork(lambda: str(os.kill(os.getpid(), signal.SIGKILL)))
     assert died == f"the process ended with code -{int(signal.SIGKILL)}"
+
+
+def test_random_modules_keep_what_techniques_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    """A part of `python tests/random_techniques.py --modules 400`: each module with one technique in turn."""
+    modules = drawn_plans(12, SEED)
+    pairs = list(zip(modules, itertools.cycle(TECHNIQUES), strict=False))
+    outcomes = [(kind_of(result), technique, result, plan) for plan, technique, result in tried(pairs, 1)]
+    with capsys.disabled():
+        print(f"\n12 random modules, seed {SEED}: {dict(Counter(kind for kind, *_ in outcomes))}")
+    assert not [entry for entry in outcomes if entry[0] not in ("right", "refused")]
+    assert sum(entry[0] == "right" for entry in outcomes) >= 4
