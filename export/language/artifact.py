@@ -44,6 +44,8 @@ class LanguageParity(Value):
     first_difference: int | None  # place of the first token, from 0, that the eager model would not have chosen
     margin_at_difference: float | None  # of the eager logits there: its choice over the program's
     max_abs_difference: float  # of all logits
+    max_relative_difference: float | None = None  # over the largest logit
+    max_relative_allowed: float | None = None
 
     @property
     def same_prediction_pct(self) -> float:

@@ -147,7 +147,7 @@ def compared(
             where=str(path),
             got=f"a difference of {worst:.3g} within {check.steps} steps",
             allowed=[f"at most {check.max_loss_difference:.3g}"],
-            action="export for the target portable to see whether the backend is at fault",
+            action="check fewer steps with a smaller learning rate, or export for target='portable'",
             exit_code=Exit.EXPORT,
         )
     return TrainingParity(steps=check.steps, learning_rate=check.learning_rate, max_abs_loss_difference=worst,
