@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from edgetune.export.artifact import Manifest, admitted, manifest_path, read_manifest
 from edgetune.export.outputs import named_outputs
+from edgetune.export.predictions import predictions_of
 from edgetune.export.run import run_in_child
 from edgetune.ledger import OutputParity, Parity
 from edgetune.modes import same_buffers
@@ -28,7 +29,6 @@ from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit
 
 FLOAT, FP16, BF16, DYNAMIC_INT8, STATIC_INT8 = 1e-3, 1e-2, 5e-2, 5e-2, 0.25
-_TIE = 1e-5  # of the largest value: two classes that are closer than this are the same prediction
 _ALL_ZERO = 1e-3  # stands for the largest value of an output that is zero everywhere
 
 Row = tuple[Tensor, ...]
@@ -315,41 +315,6 @@ def _check_finite(
             locate and (lambda: locate(row)),
             where=str(path),
         )
-
-
-def class_dim(shape: Sequence[int], inputs: Row) -> int | None:
-    """The dimension that the classes of a prediction lie along; `None`: each value is a prediction of its own.
-
-    (rows, classes), (rows, tokens, classes), but (rows, classes, height, width) and more. Three dimensions of which
-    the last, but not the second, is as long as that of an input with three are (rows, classes, length).
-    """
-    first = inputs[0].shape if inputs else ()
-    if len(shape) == 0 or (len(shape) == 1 and len(first) > 1 and shape[0] == first[0]):
-        dim = None
-    elif len(shape) >= 4 or (len(shape) == len(first) == 3 and shape[2] == first[2] and shape[1] != first[1]):
-        dim = 1
-    else:
-        dim = len(shape) - 1
-    return None if dim is None or shape[dim] == 1 else dim
-
-
-def predictions_of(expected: dict[str, Tensor], got: dict[str, Tensor], row: Row) -> tuple[int, int]:
-    """How many predictions are the same, and how many there are; see `compare`."""
-    name = "logits" if "logits" in expected else next(iter(expected))
-    model, program = expected[name], got[name]
-    if not model.numel():
-        return 0, 0
-    if not model.is_floating_point():
-        return int((model == program).sum()), model.numel()
-    model, program = model.double(), program.double()
-    tie = _TIE * float(model.abs().max())
-    dim = class_dim(model.shape, row)
-    if dim is None:
-        same = ((model > 0) == (program > 0)) | (model.abs() <= tie)
-    else:
-        chosen = model.gather(dim, program.argmax(dim, keepdim=True)).squeeze(dim)
-        same = chosen >= model.amax(dim) - tie
-    return int(same.sum()), same.numel()
 
 
 def check(parity: Parity, bounds: Bounds, place: Callable[[], str] | None = None) -> None:

@@ -15,6 +15,7 @@ from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional
 from edgetune.export.methods import export_methods
 from edgetune.export.outputs import named_outputs
+from edgetune.export.predictions import class_dim, predictions_of
 from edgetune.export.verify import (
     DYNAMIC_INT8,
     FLOAT,
@@ -22,9 +23,7 @@ from edgetune.export.verify import (
     Bounds,
     allowed_difference,
     check,
-    class_dim,
     compare,
-    predictions_of,
 )
 from edgetune.ledger import OutputParity, Parity
 from edgetune.quant.int4 import Int4
