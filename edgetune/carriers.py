@@ -124,10 +124,11 @@ def peft_tensors(layer: nn.Module) -> dict[str, Tensor]:
 def _in_float32(layer: nn.Module) -> nn.Module:
     """A copy in eval mode that computes in float32, so that a merge is rounded once."""
     trial = copy.deepcopy(layer).eval().float()
-    for module in trial.modules():
+    for original, module in zip(layer.modules(), trial.modules(), strict=True):
         if is_nf4(module):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True  # type: ignore[assignment]
             module.plain_dtype = torch.float32  # type: ignore[assignment]
+            module.weight.quant_state = original.weight.quant_state  # a copy of what was unpickled has lost it
     return trial
 
 

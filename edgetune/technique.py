@@ -115,6 +115,8 @@ class Technique(BaseModel):
     `plain` says that this one needs plain layers: everything still open is finalized first.
     `replaces` says that this one, open already, is finalized first when it is applied again.
     `exact` says that `apply` leaves the model's outputs as they were.
+    `leaves` says what is there afterwards that was not: `adapter` (tensors beside frozen layers), `packed` (layers
+    stored in another way).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -124,6 +126,7 @@ class Technique(BaseModel):
     plain: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    leaves: ClassVar[frozenset[str]] = frozenset()
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Change `model` in place and return it (or what replaces it)."""

@@ -173,6 +173,10 @@ class Case:
     def exact(self) -> bool:
         return all(technique.exact for technique in self.techniques)
 
+    @property
+    def leaves(self) -> frozenset[str]:
+        return frozenset().union(*(technique.leaves for technique in self.techniques))
+
     def applied(self) -> nn.Module:
         return apply(self.model(), self.techniques, Sample.of(self.inputs()))
 

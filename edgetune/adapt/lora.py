@@ -34,6 +34,7 @@ class LoRA(Technique):
     name: ClassVar[str] = "lora"
     after: ClassVar[frozenset[str]] = frozenset({"sparse-update", "nf4", "prune", "lora"})
     exact: ClassVar[bool] = True
+    leaves: ClassVar[frozenset[str]] = frozenset({"adapter"})
 
     rank: int = Field(8, ge=1)
     alpha: int = Field(16, ge=1)

@@ -39,6 +39,7 @@ class NF4(Technique):
 
     name: ClassVar[str] = "nf4"
     after: ClassVar[frozenset[str]] = frozenset({"prune", "lora", "sparse-update"})
+    leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     targets: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] | None = None
@@ -157,7 +158,9 @@ def packed(bnb: Any, layer: Any, block_size: int, double_quant: bool) -> nn.Modu
 
 
 def _refuse_without_scales(layer: Any, _: object) -> None:
-    if getattr(layer.weight, "quant_state", None) is None:
+    # bitsandbytes takes the layer's own note of its scales where a copy of the weight lost them
+    noted = getattr(layer.weight, "quant_state", None) is not None or layer.quant_state is not None
+    if not noted or type(layer.weight).__name__ == "DTensor":
         raise EdgetuneError(
             "a 4-bit layer has lost its scales, as it does where FSDP shards its weight",
             got=type(layer.weight).__name__,
