@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgetune.quiet import quiet
@@ -34,18 +34,20 @@ def fold(program: ExportedProgram) -> None:
 
 
 def own_memory(program: ExportedProgram) -> None:
-    """Give every constant that is a view of a larger tensor memory of its own.
+    """Give each constant that is a part of a larger one memory of its own.
 
-    executorch 1.4.1 stores such a one from the beginning of that memory on: a part of a weight that the forward pass
-    cuts, as in cross-attention of `nn.MultiheadAttention`, had the values of the first part.
+    XNNPACK's compiler (executorch 1.4.1) writes a constant from where its storage begins: of a slice, such as the
+    projections of keys and values in torch's attention, it writes what stands before, silently.
     """
-    for values in (program.state_dict, program.constants):
-        for name, value in values.items():
-            if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided:
-                continue
-            if value.untyped_storage().nbytes() != value.numel() * value.element_size():
-                copy = value.detach().clone(memory_format=torch.preserve_format)
-                values[name] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+    for holder in (program.state_dict, program.constants):
+        for name, value in holder.items():
+            if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and _is_part(value):
+                own = value.detach().clone(memory_format=torch.contiguous_format)
+                holder[name] = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
+
+
+def _is_part(value: Tensor) -> bool:
+    return value.storage_offset() != 0 or value.untyped_storage().nbytes() != value.numel() * value.element_size()
 
 
 def _kept(graph: fx.Graph) -> set[Any]:
@@ -64,6 +66,6 @@ def _kept(graph: fx.Graph) -> set[Any]:
 
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
         return 0
     return value.numel() * value.element_size()
