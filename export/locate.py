@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edgetune.export import operators
+from edgetune.export.fast_path import slow_path
 from edgetune.export.lower import lower
 from edgetune.export.run import run_apart
 from edgetune.export.targets import Target
@@ -45,13 +46,13 @@ class _Alone(nn.Module):
         self.model = call.module
         leaves, self.spec = pytree.tree_flatten(call.given)
         self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.inputs = tuple({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+        order = [id(tensor) for tensor in self.inputs]
+        self.places = {i: order.index(id(leaf)) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves: list[Any] = list(self.leaves)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
+        leaves = [tensors[self.places[i]] if i in self.places else leaf for i, leaf in enumerate(self.leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return tuple(_tensors(self.model(*args, **kwargs)))
 
@@ -93,7 +94,7 @@ def _first_off(calls: Sequence[_Call], target: Target, allowed: float, until: fl
             while waiting and len(lowered) < _AT_ONCE and time.monotonic() < until:
                 call = waiting.pop(0)
                 alone = _Alone(call)
-                inputs = tuple(t for t in pytree.tree_leaves(call.given) if isinstance(t, Tensor))
+                inputs = alone.inputs
                 if not inputs or not call.tensors:
                     continue
                 path = Path(folder) / f"{len(lowered)}.pte"
@@ -128,7 +129,7 @@ def _recorded(program: nn.Module, row: Row) -> _Call:
     """Every call of a module while the model runs on the row, as a tree."""
     root = _Call("", program, ())
     stack = [root]
-    with _hooked(program, stack):
+    with slow_path(program), _hooked(program, stack):  # the fast path does not call its parts
         program(*row)
     return root
 
@@ -137,7 +138,9 @@ def _recorded(program: nn.Module, row: Row) -> _Call:
 def _hooked(program: nn.Module, stack: list[_Call]) -> Iterator[None]:
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = _Call(name, module, pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+            copies: dict[int, Tensor] = {}  # one of each: attention asks whether query and key are the same tensor
+            given = pytree.tree_map_only(Tensor, lambda t: copies.setdefault(id(t), t.clone()), (args, kwargs))
+            call = _Call(name, module, given)
             stack[-1].inner.append(call)
             stack.append(call)
 
@@ -146,7 +149,6 @@ def _hooked(program: nn.Module, stack: list[_Call]) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         stack.pop().tensors = [tensor.clone() for tensor in _tensors(output)]
 
-    enabled = torch.backends.mha.get_fastpath_enabled()
     handles = []
     for name, module in program.named_modules():
         short = operators.shorten(name)
@@ -154,10 +156,8 @@ def _hooked(program: nn.Module, stack: list[_Call]) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(enter(short), with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it does not call its parts
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
         for handle in handles:
             handle.remove()
 

@@ -282,3 +282,33 @@ def test_other_targets_keep_the_operators_that_they_have() -> None:
     with quiet(), torch.no_grad():
         program = capture(Positional(Call(lambda x: F.rms_norm(x, (12,))), inputs).eval(), inputs, "coreml")
     assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.rms_norm.default"]
+
+
+class Parts(nn.Module):
+    """Weights that lie in the memory of a larger one, cut in the forward pass or before, and a bias read by its value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        nn.init.normal_(self.attention.in_proj_bias)
+        self.first, self.second = (nn.Linear(8, 8) for _ in range(2))
+        both = torch.randn(16, 8)
+        self.first.weight, self.second.weight = nn.Parameter(both[:8]), nn.Parameter(both[8:])
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        attended = self.attention(x, y, y, need_weights=False)[0]
+        return attended, self.first(x), self.second(x), torch.relu(x * 2) * self.second.bias
+
+
+def test_parts_of_a_weight_have_their_own_values_and_one_read_twice_is_there_twice(tmp_path: Path) -> None:
+    """Cut weights had the values of the first part; a packed bias was gone when the second reader came."""
+    inputs = (randn(2, 3, 8), randn(2, 5, 8))
+    model = Positional(Parts().eval(), inputs).eval()
+    (tmp_path / "m.pte").write_bytes(lower(model, inputs, XNNPACK).data)
+    (found,) = run_in_child(tmp_path / "m.pte", [inputs])
+    with torch.no_grad():
+        wanted = model(*inputs)
+    assert len(found) == len(wanted) == 4
+    for got, expected in zip(found, wanted, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)

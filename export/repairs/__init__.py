@@ -97,5 +97,6 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
         products.batch(program)
         rescaled.apart(program)
         packed.part(program)
+    constants.own_memory(program)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from edgetune.quiet import quiet
@@ -31,6 +31,21 @@ def fold(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node in copies:
             node.target, node.kwargs = _CLONE, _PLAIN
+
+
+def own_memory(program: ExportedProgram) -> None:
+    """Give every constant that is a view of a larger tensor memory of its own.
+
+    executorch 1.4.1 stores such a one from the beginning of that memory on: a part of a weight that the forward pass
+    cuts, as in cross-attention of `nn.MultiheadAttention`, had the values of the first part.
+    """
+    for values in (program.state_dict, program.constants):
+        for name, value in values.items():
+            if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided:
+                continue
+            if value.untyped_storage().nbytes() != value.numel() * value.element_size():
+                copy = value.detach().clone(memory_format=torch.preserve_format)
+                values[name] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
 
 
 def _kept(graph: fx.Graph) -> set[Any]:
