@@ -285,7 +285,7 @@ def test_other_targets_keep_the_operators_that_they_have() -> None:
 
 
 class Parts(nn.Module):
-    """Weights in the memory of a larger one, cut in the forward pass or before, and a bias that is read by its value."""
+    """Weights in the memory of a larger one, cut in the forward pass or before, and a bias read by its value."""
 
     def __init__(self) -> None:
         super().__init__()
