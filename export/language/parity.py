@@ -67,6 +67,14 @@ def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int])
 
 def check(parity: LanguageParity, min_same_prediction_pct: float) -> None:
     """Raise where fewer tokens are the same than the bound allows, or a logit is further off than it may be."""
+    if parity.same_prediction_pct < min_same_prediction_pct:
+        raise EdgetuneError(
+            f"the program chooses the model's token at {parity.same_prediction_pct:.2f} % of {parity.tokens} places, "
+            f"below {min_same_prediction_pct:g} %: first at {parity.first_difference}, where the model's logits are "
+            f"{parity.margin_at_difference:.3g} apart (largest difference of a logit {parity.max_abs_difference:.3g})",
+            action="compare on more tokens, or allow it: min_same_prediction_pct=...",
+            exit_code=Exit.EXPORT,
+        )
     relative, allowed = parity.max_relative_difference, parity.max_relative_allowed
     if relative is not None and allowed is not None and relative > allowed:
         raise EdgetuneError(
@@ -74,13 +82,5 @@ def check(parity: LanguageParity, min_same_prediction_pct: float) -> None:
             f"{relative:.2g} of the largest; allowed is {allowed:g}",
             action="export its logits for a window of tokens, et.export(model, example_inputs, path): where that "
             "differs too, the error names the module",
-            exit_code=Exit.EXPORT,
-        )
-    if parity.same_prediction_pct < min_same_prediction_pct:
-        raise EdgetuneError(
-            f"the program chooses the model's token at {parity.same_prediction_pct:.2f} % of {parity.tokens} places, "
-            f"below {min_same_prediction_pct:g} %: first at {parity.first_difference}, where the model's logits are "
-            f"{parity.margin_at_difference:.3g} apart (largest difference of a logit {parity.max_abs_difference:.3g})",
-            action="compare on more tokens, or allow it: min_same_prediction_pct=...",
             exit_code=Exit.EXPORT,
         )
