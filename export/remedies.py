@@ -17,6 +17,7 @@ _REMEDIES: dict[str, str] = {
     "index_put": "write the whole tensor with torch.where instead of a part of it in place",
     "gather": "small tables: a product with a one-hot matrix; else none needed",
     "sort": "sort outside of the program, or use topk with a fixed k",
+    "topk": "none needed for small tensors: a portable kernel; else rank outside of the program",
     "where": "in floating point, multiply by the mask; one at the input of the model costs little",
     "bitwise_and": "combine masks before the program, or pass one float mask",
     "convolution": "1- to 3-dimensional convolutions with constant weights are taken",
