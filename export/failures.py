@@ -76,7 +76,7 @@ def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
 
 def draws(node: fx.Node) -> bool:
     """Whether a node of a model that does not train draws random numbers."""
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
     return given.get("train", node.kwargs.get("train")) is not False  # dropout alone, or that of a recurrent layer
