@@ -46,7 +46,7 @@ class _LastCall(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = resolve_name(func) or getattr(func, "__name__", str(func))
-        if name not in _NO_OPERATOR:
+        if name not in _NO_OPERATOR and not name.endswith(".__get__"):
             self.name = name
         return func(*args, **(kwargs or {}))
 

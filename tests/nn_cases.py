@@ -203,6 +203,10 @@ def _sequences() -> dict[str, Case]:
 
         return make
 
+    def crossed() -> Any:
+        layer = nn.MultiheadAttention(8, 2, batch_first=True)
+        return Calls(layer, lambda x, y: layer(x, y, y))
+
     def padded() -> Any:
         encoder = nn.TransformerEncoder(layer(), 2)
         return Calls(encoder, lambda x: encoder(x, src_key_padding_mask=last))
@@ -218,6 +222,7 @@ def _sequences() -> dict[str, Case]:
         "MultiheadAttention, no weights": of(attention(need_weights=False), SEQUENCE),
         "MultiheadAttention, causal": of(attention(attn_mask=causal), SEQUENCE),
         "MultiheadAttention, padded": of(attention(key_padding_mask=last), SEQUENCE),
+        "MultiheadAttention, of another sequence": of(crossed, SEQUENCE, lambda: randn(2, 5, 8)),
         "TransformerEncoderLayer": of(layer, SEQUENCE),
         "TransformerEncoder": of(lambda: nn.TransformerEncoder(layer(), 2), SEQUENCE),
         "TransformerEncoder, padded": of(padded, SEQUENCE),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgetune.quiet import quiet
@@ -33,6 +33,23 @@ def fold(program: ExportedProgram) -> None:
             node.target, node.kwargs = _CLONE, _PLAIN
 
 
+def own_memory(program: ExportedProgram) -> None:
+    """Give each constant that is a part of a larger one memory of its own.
+
+    XNNPACK's compiler (executorch 1.4.1) writes a constant from where its storage begins: of a slice, such as the
+    projections of keys and values in torch's attention, it writes what stands before, silently.
+    """
+    for holder in (program.state_dict, program.constants):
+        for name, value in holder.items():
+            if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and _is_part(value):
+                own = value.detach().clone(memory_format=torch.contiguous_format)
+                holder[name] = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
+
+
+def _is_part(value: Tensor) -> bool:
+    return value.storage_offset() != 0 or value.untyped_storage().nbytes() != value.numel() * value.element_size()
+
+
 def _kept(graph: fx.Graph) -> set[Any]:
     """The operators that stay: quantization, random numbers, and those of which one would give a large constant."""
     kept = set()
@@ -49,6 +66,6 @@ def _kept(graph: fx.Graph) -> set[Any]:
 
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
         return 0
     return value.numel() * value.element_size()
