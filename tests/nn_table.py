@@ -165,8 +165,9 @@ def _send(sender: Any, case: Case, target: str) -> None:
 _TOLD = """# torch.nn and torch.nn.functional through an export
 
 Made by `make tables` (`python tests/nn_table.py --write docs/nn.md`): every module and function, each alone with
-small inputs, is exported for XNNPACK, run and compared. {counts}. The difference is the largest of a value, by the
-largest value of its output. What stands beside it ran on portable kernels.
+small inputs, is exported for XNNPACK, run and compared: {counts}.
+The difference is the largest of a value, by the largest value of its output. What stands beside it ran on portable
+kernels.
 
 | | outcome | not taken by XNNPACK |
 |---|---|---|

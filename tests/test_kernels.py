@@ -24,8 +24,8 @@ torch.set_num_threads(1)
 
 REPAIRED = (
     "nn.EmbeddingBag", "nn.EmbeddingBag, padded", "nn.EmbeddingBag, weights", "nn.Conv3d, groups",
-    "nn.ConvTranspose3d, groups", "nn.MultiheadAttention, of another sequence", "nn.AvgPool3d, uneven", "nn.MaxPool3d",
-    "nn.PReLU, of a volume", "F.pad, cropping",
+    "nn.ConvTranspose3d, groups", "nn.MultiheadAttention, of another sequence",
+    "nn.AvgPool3d, uneven", "nn.MaxPool3d", "nn.PReLU, of a volume", "F.pad, cropping",
 )  # fmt: skip
 
 
