@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgetune.export import dynamic as sizes_of
 from edgetune.export import verify
+from edgetune.export.allowed import allowed_difference
 from edgetune.export.artifact import TensorSpec, admitted, data_path, write_pair
 from edgetune.export.dynamic import Axis, Dynamic
 from edgetune.export.lower import Layout, Lowered, as_plain, check_plain, lower_methods
@@ -160,7 +161,7 @@ def _prove(
     name, locate = asked.entry.name, locator(asked.entry, target, most)
     compared = verify.run_both(partial, asked.entry, asked.rows, method=name, data=data, locate=locate)
     outputs = compared.parities()
-    allowed = verify.allowed_difference(asked.entry) if most is None else most
+    allowed = allowed_difference(asked.entry) if most is None else most
     verify.check_values(outputs, allowed, lambda: locate(compared.worst), program=name)
     parity = MethodParity(
         rows=len(asked.rows),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edgetune.export import dynamic, forks, locate, rows, targets, verify
+from edgetune.export.allowed import allowed_difference
 from edgetune.export.artifact import (
     Artifact,
     Lowering,
@@ -136,7 +137,7 @@ def _prove(
 
 def locator(program: nn.Module, target: Target, allowed: float | None) -> verify.Locate:
     """Asked when a proof fails: see `locate.begin`."""
-    most = verify.allowed_difference(program) if allowed is None else allowed
+    most = allowed_difference(program) if allowed is None else allowed
     return lambda row: locate.begin(program, row, target, most)
 
 

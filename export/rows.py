@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.export import dynamic
+from edgetune.export.allowed import allowed_difference
 from edgetune.export.artifact import TensorSpec, admitted
 from edgetune.export.dynamic import Axis
-from edgetune.export.verify import FLOAT, Row, allowed_difference, eager_outputs
+from edgetune.export.verify import Row, eager_outputs
 from edgetune.modes import same_buffers
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
@@ -146,7 +147,7 @@ def check_batch_first(model: nn.Module, batch: Row) -> None:
             alone = eager_outputs(model, tuple(tensor[-1:] for tensor in batch))
         except Exception as error:  # the model's own code
             raise _not_batch_first(f"the model does not take one row: {type(error).__name__}: {error}") from error
-    rows, allowed = batch[0].shape[0], max(FLOAT, allowed_difference(model))
+    rows, allowed = batch[0].shape[0], allowed_difference(model)
     equal = 0
     for name, whole in together.items():
         single = alone.get(name)

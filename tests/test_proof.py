@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.export import export
+from edgetune.export.allowed import DYNAMIC_INT8, FLOAT, STATIC_INT8, allowed_difference
 from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional
 from edgetune.export.methods import export_methods
 from edgetune.export.outputs import named_outputs
 from edgetune.export.predictions import class_dim, predictions_of
 from edgetune.export.verify import (
-    DYNAMIC_INT8,
-    FLOAT,
-    STATIC_INT8,
     Bounds,
-    allowed_difference,
     check,
     compare,
 )

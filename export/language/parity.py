@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from edgetune.export.allowed import FLOAT, allowed_difference
 from edgetune.export.language.artifact import LanguageParity
 from edgetune.export.language.run import greedy_in_child
-from edgetune.export.verify import FLOAT, allowed_difference
 from edgetune.technique import EdgetuneError, Exit
 
 _QUANTIZED = 0.25  # of the largest logit: through the cache, what rounding moved is read again at each later token

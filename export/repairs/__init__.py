@@ -93,7 +93,6 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
         norms.unchain(program)
     if target in ("xnnpack", "vulkan"):  # Vulkan's passes fail on a mask that is computed from constants
         constants.fold(program)
-    constants.own_memory(program)
     if target == "xnnpack":
         products.batch(program)
         rescaled.apart(program)
