@@ -14,6 +14,7 @@ from edgetune.export.computed import fold_weights
 from edgetune.export.fast_path import slow_path
 from edgetune.export.lower import Positional
 from edgetune.export.reparameterize import reparameterize
+from edgetune.export.speed import fast_annotation
 from edgetune.export.targets.target import Target
 from edgetune.export.targets.xnnpack import XNNPACK
 from edgetune.quiet import quiet
@@ -90,7 +91,8 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[
     graph_module: Any = captured.module(check_guards=False)
     _keep_dims(graph_module)
     fold_weights(graph_module, skip, _module)
-    return prepare_pt2e(graph_module, quantizer)
+    with fast_annotation():
+        return prepare_pt2e(graph_module, quantizer)
 
 
 def _keep_dims(graph_module: fx.GraphModule) -> None:

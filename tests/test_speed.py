@@ -1,13 +1,17 @@
-"""Decompositions that share what torch makes anew for each: the same graphs, and torch as it was afterwards."""
+"""What the compilers make anew for each model is shared: the same graphs, and torch as it was afterwards."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from edgetune.export import pt2e
 from edgetune.export.speed import fast_decompositions
 from edgetune.quiet import quiet
 
@@ -64,3 +68,27 @@ def test_an_operator_registered_meanwhile_is_seen() -> None:
             library.impl("twice", lambda x: x * 2, "CompositeImplicitAutograd")
             added = exported_program._collect_all_valid_cia_ops() - before
     assert {str(operator) for operator in added} == {"edgetune_test_speed.twice.default"}
+
+
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.conv(x))).flatten(1))
+
+
+def test_the_quantizer_annotates_what_it_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, pixels = Normalized().eval(), torch.randn(4, 3, 6, 6)
+
+    def quantize() -> fx.GraphModule:
+        return pt2e.quantize_static(copy.deepcopy(model), pixels, [pixels], per_channel=True)
+
+    fast = quantize()
+    monkeypatch.setattr(pt2e, "fast_annotation", contextlib.nullcontext)
+    stock = quantize()
+    assert fast.code == stock.code
+    assert fast.code.count("dequantize_per_channel") == 2
+    assert torch.equal(fast(pixels), stock(pixels))
