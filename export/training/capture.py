@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from edgetune.export import failures
 from edgetune.export.repairs.attention import attention
+from edgetune.export.speed import fast_decompositions
 from edgetune.export.training import layers, passes
 from edgetune.sparse.frozen import remove_hooks
 from edgetune.sparse.frozen_ops import padded
@@ -257,10 +258,11 @@ def _captured(module: nn.Module, tensors: tuple[Tensor, ...]) -> ExportedProgram
     """As ATen operators, attention written out, quantized weights as plain tensors."""
     tensors = tuple(t.detach().cpu().contiguous() for t in tensors)
     try:
-        program = torch.export.export(module, tensors, strict=False)
-        written: ExportedProgram = program.run_decompositions(
-            {torch.ops.aten.scaled_dot_product_attention.default: attention}
-        )
+        with fast_decompositions():
+            program = torch.export.export(module, tensors, strict=False)
+            written: ExportedProgram = program.run_decompositions(
+                {torch.ops.aten.scaled_dot_product_attention.default: attention}
+            )
         layers.fuse_padding(written)
         return written
     except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
