@@ -20,7 +20,7 @@ demo: $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; wri
 	$(BIN)/edgetune run text-minilm
 
 test: $(VENV)/.test  ## the whole suite (minutes)
-	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-latest:    ## the suite with the newest versions that pyproject.toml allows, installed anew in a folder of their own
 	rm -rf $(VENV)/latest

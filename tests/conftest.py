@@ -1,8 +1,20 @@
 """One thread each: tests are small, and threads that wait for each other cost more than they bring."""
 
+from __future__ import annotations
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# a file stays with one worker: those that take minutes begin first, or one worker ends alone with them
+LONG = ("recipes", "language", "random_modules", "training_program", "export", "quant", "calibrate", "kit", "programs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
 
 # the scripts of the README train on import (test_integrations runs them); a stand-in is run by its tests
 collect_ignore_glob = ["examples_*.py", "bench*.py", "readme.py", "standin_*.py"]
