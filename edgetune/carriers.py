@@ -128,7 +128,8 @@ def _in_float32(layer: nn.Module) -> nn.Module:
         if is_nf4(module):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True  # type: ignore[assignment]
             module.plain_dtype = torch.float32  # type: ignore[assignment]
-            module.weight.quant_state = original.weight.quant_state  # a copy of what was unpickled has lost it
+            state = original.weight.quant_state  # type: ignore[union-attr]
+            module.weight.quant_state = state  # type: ignore[union-attr]  # lost by a copy of what was unpickled
     return trial
 
 

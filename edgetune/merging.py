@@ -139,7 +139,8 @@ def take_off_others(model: nn.Module) -> nn.Module:
     if any(is_wrapped(module) for module in model.modules()):
         model = merge(model)
     for name in reversed(whole):  # the innermost first
-        base: Any = (model.get_submodule(name)).get_base_model()
+        holder: Any = model.get_submodule(name)
+        base: nn.Module = holder.get_base_model()
         if not name:
             model = base
         else:

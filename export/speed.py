@@ -49,8 +49,10 @@ def fast_lowering() -> Iterator[None]:
 @contextmanager
 def fast_decompositions() -> Iterator[None]:
     """Let decompositions share the list of the operators that they could preserve, and the kernels of these."""
-    from torch.export import decomp_utils, exported_program
+    from torch.export import decomp_utils
+    from torch.export import exported_program as module_of_programs
 
+    exported_program: Any = module_of_programs  # what is put in its place there is not exported
     if exported_program._collect_all_valid_cia_ops.__module__ == __name__:  # within another
         yield
         return
