@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from edgetune.modes import same_buffers
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit
 
+_AT_ONCE = 32  # rows that the model computes together
 _ALL_ZERO = 1e-3  # stands for the largest value of an output that is zero everywhere
 
 Row = tuple[Tensor, ...]
@@ -161,8 +163,7 @@ def run_both(
     results = run_in_child(path, [*rows, *(row for _, row in tries)], method=method, data=data)
     compared = Comparison(results[: len(rows)])
     with quiet(), same_buffers(model), torch.no_grad():  # what keeps a state goes through the rows as the program does
-        for place, row in enumerate(rows):
-            expected = eager_outputs(model, row)
+        for place, (row, expected) in enumerate(zip(rows, _eager_rows(model, rows), strict=True)):
             got = _paired(path, expected, results[place], row, locate)
             expected, got = _shown(expected, got, row, mask)
             _check_finite(path, expected, got, row, locate)
@@ -180,6 +181,42 @@ def run_both(
                 compared.add(expected, got, row)
                 compared.tried.append(name)
     return compared
+
+
+def _eager_rows(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
+    """The model's outputs for each row; neighbours of one shape are computed at once where that changes nothing.
+
+    A quantized model unpacks its weights at each call, so that thousand rows one by one take minutes.
+    """
+    start = 0
+    for _, group in groupby(rows, key=lambda row: [tensor.shape for tensor in row]):
+        stop = start + len(list(group))
+        at_once = stop - start > _AT_ONCE and _rows_are_apart(model, rows[start : start + 2])
+        for first in range(start, stop, _AT_ONCE if at_once else 1):
+            some = rows[first : min(first + _AT_ONCE, stop)] if at_once else [rows[first]]
+            if len(some) == 1:
+                yield eager_outputs(model, some[0])
+                continue
+            whole = eager_outputs(model, tuple(map(torch.cat, zip(*some, strict=True))))
+            yield from ({name: t[i : i + 1] for name, t in whole.items()} for i in range(len(some)))
+        start = stop
+
+
+def _rows_are_apart(model: nn.Module, two: Sequence[Row]) -> bool:
+    """Whether two rows of one give together what each gives alone, whichever ran before: nothing joins them."""
+    if not all(tensor.dim() and tensor.shape[0] == 1 for row in two for tensor in row):
+        return False
+    with same_buffers(model):
+        together = _eager_or_nothing(model, tuple(map(torch.cat, zip(*two, strict=True))))
+        for place in (0, 1, 0):
+            for name, tensor in eager_outputs(model, two[place]).items():
+                whole = together.get(name)
+                if whole is None or whole.dim() == 0 or whole.shape[0] != 2 or whole[:1].shape != tensor.shape:
+                    return False
+                part, largest = whole[place : place + 1].double(), float(tensor.double().abs().max())
+                if not float((part - tensor.double()).abs().max()) <= 1e-4 * largest:
+                    return False
+    return True
 
 
 def eager_outputs(model: nn.Module, row: Row) -> dict[str, Tensor]:

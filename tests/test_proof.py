@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgetune.export import export
+from edgetune.export import export, verify
 from edgetune.export.allowed import DYNAMIC_INT8, FLOAT, STATIC_INT8, allowed_difference
 from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional
@@ -467,3 +467,29 @@ def test_an_encoder_with_a_padding_mask_gives_what_eager_mode_does(tmp_path: Pat
     got = held(model, ids.flip(1), artifact)  # padding at the start: eager mode keeps off its fast path
     assert got["plain"].all()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Summing(nn.Module):
+    """Keeps the sum of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += x.sum(0, keepdim=True)
+        return x + self.total
+
+
+@pytest.mark.parametrize(("model", "most"), [(nn.Linear(4, 3), 8), (Summing(), 80)])
+def test_many_rows_are_computed_at_once_where_nothing_joins_them(model: nn.Module, most: int) -> None:
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    rows = [(torch.randn(1, 4),) for _ in range(70)]
+    with torch.no_grad():
+        outputs = [each["logits"] for each in verify._eager_rows(Positional(model, rows[0]), rows)]
+        assert len(calls) <= most
+        if isinstance(model, Summing):
+            torch.testing.assert_close(outputs[-1], rows[-1][0] + torch.cat([row for (row,) in rows]).sum(0))
+        else:
+            torch.testing.assert_close(torch.cat(outputs), model(torch.cat([row for (row,) in rows])))
