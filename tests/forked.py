@@ -15,8 +15,8 @@ import torch
 SECONDS = 240  # on a machine that does other things as well
 
 
-def ask_fork(function: Callable[[], str], seconds: int = SECONDS) -> str:
-    """What the function returns in a forked process, or how that ended."""
+def ask_fork(function: Callable[[], Any], seconds: int = SECONDS) -> Any:
+    """What the function returns in a forked process; in words how that ended, where it returned nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child starts none
         context = multiprocessing.get_context("fork")
@@ -25,7 +25,7 @@ def ask_fork(function: Callable[[], str], seconds: int = SECONDS) -> str:
         child.start()
     sender.close()
     try:
-        return str(receiver.recv()) if receiver.poll(seconds) else f"no answer in {seconds} s"
+        return receiver.recv() if receiver.poll(seconds) else f"no answer in {seconds} s"
     except EOFError:
         child.join()
         return f"the process ended with code {child.exitcode}"
@@ -34,10 +34,11 @@ def ask_fork(function: Callable[[], str], seconds: int = SECONDS) -> str:
         child.join()
 
 
-def _send(sender: Any, function: Callable[[], str]) -> None:
+def _send(sender: Any, function: Callable[[], Any]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries tell the terminal about the processor
+    for stream in (1, 2):  # libraries tell the terminal about the processor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     try:
         sender.send(function())
     except BaseException as error:

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import ask_fork
 from nn_cases import MODULES, Case
 from nn_functions import FUNCTIONS
 from torch import Tensor, nn
@@ -35,7 +33,6 @@ from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError
 
 CASES = {**{f"nn.{name}": case for name, case in MODULES.items()}, **{f"F.{n}": case for n, case in FUNCTIONS.items()}}
-SECONDS = 240  # for one case, on a machine that does other things as well
 MOST = 1e-4  # of an output's largest value
 
 
@@ -127,39 +124,8 @@ def difference(expected: Tensor, got: Tensor) -> float:
 
 def tried_apart(case: Case, target: str = "xnnpack") -> Row:
     """The same in a forked process."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child starts none
-        child = context.Process(target=_send, args=(sender, case, target))
-        child.start()
-    sender.close()
-    try:
-        if not receiver.poll(SECONDS):
-            return Row("crashed", reason=f"no end after {SECONDS} s")
-        row: Row = receiver.recv()
-        return row
-    except EOFError:
-        child.join()
-        return Row("crashed", reason=f"the process ended with code {child.exitcode}")
-    finally:
-        child.kill()
-        child.join()
-
-
-def _send(sender: Any, case: Case, target: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if os.environ.get("NN_TABLE_LOG") is None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-    try:
-        row = tried(case, target)
-    except BaseException as error:
-        row = Row("crashed", reason=f"{type(error).__name__}: {str(error)[:600]}")
-    sender.send(row)
-    sys.stdout.flush()
+    answer = ask_fork(lambda: tried(case, target))
+    return answer if isinstance(answer, Row) else Row("crashed", reason=answer)
 
 
 _TOLD = """# torch.nn and torch.nn.functional through an export
