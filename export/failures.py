@@ -6,6 +6,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,13 +31,33 @@ def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception)
     depends = re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
     what = "the forward pass decides by the values of a tensor" if depends else f"torch.export stopped: {_first(error)}"
     known = remedies.remedy(function) or remedies.remedy(function.rpartition(".")[2])
+    branch = "replace the if or loop over tensor values by torch.where or torch.cond"
+    if depends and module and isinstance(_at(model, module), (nn.TransformerEncoder, nn.TransformerDecoder)):
+        branch = "pass is_causal=False to it: it then takes its mask as it is and does not look whether it is causal"
     change = f"change that module so that torch.export.export follows it ({type(error).__name__})"
     return EdgetuneError(
         f"the model cannot be exported: {what}" + (f"; operator {function}" if function else ""),
         where=f"module {module}" if module else "",
-        action="replace the if or loop over tensor values by torch.where or torch.cond" if depends else known or change,
+        action=branch if depends else known or change,
         exit_code=Exit.EXPORT,
     )
+
+
+def _at(model: nn.Module, shortened_name: str) -> nn.Module | None:
+    """The module of this name, as `operators.shorten` gives it."""
+    return next((m for name, m in model.named_modules() if operators.shorten(name) == shortened_name), None)
+
+
+@contextmanager
+def no_partial_graph() -> Iterator[None]:
+    """Where torch.export fails it prints the graph that it had so far, hundreds of lines, before it raises."""
+    from torch.export import _trace
+
+    _trace.print = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del _trace.print  # type: ignore[attr-defined]
 
 
 class _LastCall(TorchFunctionMode):
@@ -64,7 +85,7 @@ def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
         handles.append(module.register_forward_hook(left))
     last = _LastCall()
     try:
-        with last:
+        with last, no_partial_graph():
             torch.export.export(model, inputs, strict=False)
         return "", ""
     except Exception:  # the same one as before: only the place is wanted

@@ -158,7 +158,7 @@ def capture(
 ) -> ExportedProgram:
     """The model as a graph of ATen operators, functional, with the repairs that this target wants."""
     try:
-        with static_experts(model), slow_path(model):
+        with static_experts(model), slow_path(model), failures.no_partial_graph():
             shapes = dynamic.shapes_for(model, axes, len(inputs))
             program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
         repairs.before(program)

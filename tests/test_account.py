@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from edgetune.attach import apply
 from edgetune.measures import count_macs
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.auto.account import Account, Profile, Updating, account
+from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
@@ -224,6 +226,10 @@ def test_macs_are_those_of_the_ledger() -> None:
 def test_training_less_is_predicted_to_be_faster() -> None:
     model, inputs = Wide(), torch.randn(512, 64)
     told = Profile.of(model, (inputs, torch.zeros(512, dtype=torch.int64)), loss)
+    clocks = len(told.times.frozen)
+    assert clocks == len(told.times.forward) == len(told.times.backward)
+    part_ms = {layer.name: {"bias": 0.1, QUARTER: 0.5, "full": 2.0} for layer in told.layers}
+    told = replace(told, times=Times((1.0,) * clocks, (1.5,) * clocks, (1.0,) * clocks, part_ms))
     times = [told.step_ms(SparseUpdate(scheme=s).resolve(model)) for s in ("last-1", "last-2", "bias")]
     everything = told.step_ms({layer.name: "full" for layer in told.layers})
     assert sum(told.times.frozen) < times[0] < times[1] < times[2] < everything

@@ -1,10 +1,12 @@
 import operator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from edgetune.export import failures
+from edgetune.export import export, failures
+from edgetune.technique import EdgetuneError
 
 
 class Twice(nn.Module):
@@ -44,3 +46,22 @@ def test_a_getitem_is_no_operator() -> None:
     with pytest.raises(KeyError) as caught:
         failing_at(node)
     assert "(" not in str(failures.not_lowered(program, "xnnpack", caught.value)).splitlines()[0]
+
+
+class Masked(nn.Module):
+    """Builds its mask in forward, so that torch's encoder compares values to see whether it is causal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.encoder(x, mask=mask, src_key_padding_mask=x[:, :, 0] > 9)
+
+
+def test_an_encoder_that_compares_its_mask_says_what_to_pass(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(EdgetuneError, match=r"module encoder: .*decides by the values") as caught:
+        export(Masked().eval(), torch.randn(1, 4, 8), tmp_path / "m.pte")
+    assert "is_causal=False" in caught.value.action
+    assert "def forward" not in capfd.readouterr().err, "torch prints the graph it had"

@@ -146,6 +146,20 @@ def test_a_sliced_layer_computes_with_its_dense_weight_and_merges_in_the_trained
     assert torch.equal(plain.blocks[1].up.weight, trained)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_first_layer_trains_in_part_where_nothing_before_it_trains(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8, bias=bias), nn.LayerNorm(8), nn.Linear(8, 3))
+    x = torch.randn(4, 6)
+    model(x).square().sum().backward()
+    expected = model[1].weight.grad.clone()
+    opened = apply(model, SparseUpdate(scheme={"*": "frozen", "1": 0.5, "3": "full"}))
+    opened.zero_grad()
+    opened.train()(x).square().sum().backward()
+    layer: Sliced = opened[1]
+    torch.testing.assert_close(layer.slice.grad, expected.index_select(layer.dim, layer.indices))
+
+
 def test_a_slice_is_no_more_parameters() -> None:
     model = apply(mlp(), SparseUpdate(scheme={"blocks": 0.25, "classifier": "full"}))
     assert parameter_count(model) == sum(p.numel() for p in mlp().parameters())

@@ -7,7 +7,7 @@ import logging
 from torch import nn
 
 from edgetune.attach import finalize, opened
-from edgetune.targets import replace
+from edgetune.holders import held_model
 from edgetune.technique import EdgetuneError
 
 _log = logging.getLogger(__name__)
@@ -34,14 +34,7 @@ def announce(root: nn.Module) -> str:
 
 def finalize_inside(root: nn.Module) -> None:
     """Finalize `root` and every module in it that has open techniques, in place."""
-    for name, module in list(root.named_modules()):
-        if not opened(module):
-            continue
-        plain = finalize(module)
-        if plain is module:
-            continue
-        if not name:
-            raise EdgetuneError(
-                "the model itself is a layer that is replaced", action="leave the callback out and call et.finalize"
-            )
-        replace(root, name, plain)
+    if held_model(finalize(root)) is not held_model(root):
+        raise EdgetuneError(
+            "the model itself is a layer that is replaced", action="leave the callback out and call et.finalize"
+        )

@@ -25,6 +25,7 @@ from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, blocks_of, resolv
 from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest
 from edgetune.targets import replace
 from edgetune.technique import EdgetuneError, Sample, Technique
+from edgetune.wrapped import Wrapped
 
 _SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
 _SCORED_BATCHES = 4  # that slices by gradient or Fisher information look at
@@ -175,6 +176,8 @@ def _outer(name: str) -> list[str]:
 
 
 def _descend(name: str, module: nn.Module, ancestors: set[str]) -> bool:
+    if isinstance(module, Wrapped):  # its base runs with what trains beside it
+        return False
     if name in ancestors or isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return any(True for _ in module.children())
     return not ancestors and len({p.requires_grad for p in module.parameters()}) > 1
