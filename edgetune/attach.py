@@ -9,7 +9,7 @@ from torch import nn
 from edgetune.holders import held_model, hold, refuse_distributed, refuse_sharded
 from edgetune.merging import take_off_others
 from edgetune.targets import replace
-from edgetune.technique import EdgetuneError, Sample, Technique
+from edgetune.technique import EdgetuneError, Sample, Technique, fitted
 
 _OPEN = "edgetune_techniques"  # the attribute of a model that lists what is open on it, in order
 
@@ -25,7 +25,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     Args:
         model: any `nn.Module`.
         techniques: one, or several in order. A technique that needs plain layers, or that takes the place of an earlier
-            one of its name, finalizes what is open first.
+            one of its name, finalizes what is open first. A default that was not given suits those that come after.
         sample: example inputs and calibration batches, for those that look at data.
 
     Raises:
@@ -33,7 +33,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     """
     outer, model = model, held_model(model)
     refuse_distributed(outer)
-    for technique in _listed(techniques):
+    for technique in fitted(_listed(techniques)):
         check_order(technique, opened(model))
         if closes(technique, [other.name for other in opened(model)]):
             model = finalize(model)

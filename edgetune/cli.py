@@ -89,7 +89,13 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; load and write nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last unfinished run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the last run; what changed settings leave standing is reused.")
+    ] = False,
+    from_step: Annotated[
+        str | None, typer.Option("--from", metavar="STEP", help="Do this step and the rest of the last run again.")
+    ] = None,
+    until_step: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/RECIPE-NNN.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -106,13 +112,19 @@ def run(
     from edgetune.technique import Exit
 
     with shown() as progress, contextlib.redirect_stdout(sys.stderr):
-        done = pipeline.run(recipe, overrides=changes, out=out, resume=resume, progress=progress)
+        done = pipeline.run(
+            recipe, overrides=changes, out=out, resume=resume, from_step=from_step, until_step=until_step,
+            progress=progress,
+        )  # fmt: skip
+    if until_step is not None:
+        again = " ".join(["edgetune run", recipe, *(overrides or []), "--resume --out", str(done.folder)])
+        print(f"edgetune: stopped after step {until_step}; go on with: {again}", file=sys.stderr)
     if as_json:
         printed({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
     else:
         _show(done.ledger)
         program = [f"program: {done.program}"] if done.program else []
-        printed("\n".join([*program, f"report: {done.report}"]))
+        printed("\n".join([*program, *([f"report: {done.report}"] if until_step is None else [])]))
     for verdict in done.missed:
         what = f"{verdict.quantity} is {verdict.value:.4g}, the limit {verdict.limit:g}, the least {verdict.least:.4g}"
         print(f"edgetune: the budget for {verdict.device} does not hold: {what}", file=sys.stderr)

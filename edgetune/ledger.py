@@ -42,8 +42,10 @@ class Row(Entry):
     size_mib: float  # parameters and buffers, as stored in memory
     macs: int | None = None  # of one example
     backward_kept_mib: float | None = None  # activations kept for backward by one training batch
-    seconds: float  # the step itself, without measuring
+    seconds: float  # the step itself, without measuring; of a resumed training, all its parts together
     note: str = ""
+    measured_at: str = ""  # UTC, ISO 8601
+    digest: str = ""  # of the settings of this step and all before it
 
 
 class LossPoint(Entry):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from edgetune.attach import apply
 from edgetune.data.dataset import Split
+from edgetune.fold import Fold
 from edgetune.ledger import Quality
-from edgetune.pipeline import Fold
 from edgetune.plan import epoch_order
 from edgetune.recipe import Recipe
 from edgetune.technique import EdgetuneError, Inputs, Technique

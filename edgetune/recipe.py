@@ -19,7 +19,7 @@ from edgetune.document import Document, Place, dotted, raise_all, read, read_fil
 from edgetune.export.targets import TARGETS
 from edgetune.models.loaded import ModelSettings
 from edgetune.overrides import VARIANT, overridden
-from edgetune.technique import EdgetuneError, Technique
+from edgetune.technique import EdgetuneError, Technique, fitted
 from edgetune.validated import Problem, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
@@ -228,7 +228,9 @@ class _Checking:
         self.variants(values.get("variants"))
         self.errors.sort(key=lambda error: _line(error.where))
         complete = [step for _, _, step in steps if step is not None]
-        return None if found is None else found.model_copy(update={"steps": tuple(complete)})
+        settings = fitted([step.settings for step in complete])
+        fitting = tuple(Step(name=step.name, settings=each) for step, each in zip(complete, settings, strict=True))
+        return None if found is None else found.model_copy(update={"steps": fitting})
 
     def where(self, path: Place) -> str:
         """`recipe.yaml, line 4, data.train_rows`."""

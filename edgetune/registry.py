@@ -21,7 +21,7 @@ TECHNIQUES = {
 # Steps of a recipe that look at or train the model without changing its layers.
 STEPS = {
     "train": "edgetune.train:Train",
-    "eval": "edgetune.pipeline:Eval",
+    "eval": "edgetune.fold:Eval",
 }
 
 # name or prefix (before the first colon) -> loader

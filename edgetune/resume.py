@@ -32,6 +32,7 @@ class Progress:
     best: Quality | None = None
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
     resumed_from: int | None = None  # updates that an earlier process did
+    seconds: float = 0.0  # of all processes, up to the last checkpoint or the end
 
     def add(self, loss: float, rate: float, gradient_bytes: int) -> None:
         """Note one more update."""
@@ -73,6 +74,7 @@ class Saver:
             "update": progress.update,
             "losses": [[point.update, point.loss, point.learning_rate] for point in progress.losses],
             "gradient_bytes": progress.gradient_bytes,
+            "seconds": progress.seconds,
             "best": None if progress.best is None else progress.best.model_dump(mode="json"),
             "optimizer": optimizer_tree,
             "random": random_tree,
@@ -107,7 +109,8 @@ class Saver:
         losses = [LossPoint(update=int(u), loss=loss, learning_rate=rate) for u, loss, rate in state["losses"]]
         best = None if state["best"] is None else Quality.model_validate(state["best"])
         best_tensors = {name: tensors[f"best/{name}"] for name in changing_tensors(self.model)} if best else {}
-        return Progress(done, losses, state["gradient_bytes"], best, best_tensors, resumed_from=done)
+        seconds = float(state.get("seconds", 0.0))
+        return Progress(done, losses, state["gradient_bytes"], best, best_tensors, done, seconds)
 
 
 def identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[str, Any]:

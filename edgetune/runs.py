@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 
+from edgetune import reuse
 from edgetune.environment import versions
 from edgetune.files import write_whole
 from edgetune.ledger import Ledger
@@ -36,10 +38,14 @@ def new_folder(recipe: Recipe, out: Path | None) -> Path:
             raise EdgetuneError("the run's folder is not empty", got=str(folder), action=action)
     except OSError as error:
         raise EdgetuneError(f"cannot make the run's folder: {error.strerror}", got=str(folder)) from error
+    _describe(recipe, folder)
+    return folder
+
+
+def _describe(recipe: Recipe, folder: Path) -> None:
     write_whole(folder / "recipe.yaml", recipe.to_yaml())
     write_whole(folder / "environment.json", json.dumps(versions(), indent=1))
-    write_whole(folder / "digest.txt", recipe.digest)  # last: a folder without it cannot be resumed
-    return folder
+    write_whole(folder / reuse.FILE, reuse.text_for(recipe))  # last: a folder without it cannot be resumed
 
 
 def _numbered(name: str) -> Path:
@@ -59,30 +65,57 @@ def _number(folder: Path, name: str) -> int:
     return int(rest) if rest.isdecimal() else 0
 
 
-def resumable_folder(recipe: Recipe, out: Path | None) -> Path:
-    """`out`, or the newest unfinished run of this very recipe. Refused if its settings differ or it is finished."""
+def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = None) -> tuple[Path, int]:
+    """`out`, or the run of this recipe to go on with, and how many of its steps, from the first, are reused.
+
+    That is the newest unfinished run of these very settings; else the newest that began with this model and data: what
+    it did before the first step that changed stands. Steps from `again_from` on are done again even so.
+    Raises `EdgetuneError` where there is no such run, or nothing is left to do.
+    """
     numbered = [f for f in RUNS.glob(f"{recipe.name}-*") if _number(f, recipe.name)]
-    found = [out] if out else sorted(numbered, key=lambda f: _number(f, recipe.name))
-    found = [f for f in found if (f / "digest.txt").exists()]
-    if not found:
+    folders = [out] if out else sorted(numbered, key=lambda f: _number(f, recipe.name), reverse=True)
+    folders = [f for f in folders if (f / reuse.FILE).exists()]
+    if not folders:
         raise EdgetuneError("there is no run to resume", got=str(out or RUNS), action="run without --resume")
-    folder = next((f for f in reversed(found) if _can_go_on(f, recipe)), found[-1])
-    if (folder / "digest.txt").read_text(encoding="utf-8") != recipe.digest:
+    usable = [f for f in folders if reuse.unchanged_steps(recipe, f) is not None]
+    if not usable:
         raise EdgetuneError(
-            "the run was made with other settings",
-            got=str(folder),
-            action=f"give the settings of {folder / 'recipe.yaml'}, or run without --resume",
+            "nothing of this run can be reused: its model, its data or its seed are others",
+            got=str(folders[0]),
+            action=f"give the settings of {folders[0] / 'recipe.yaml'}, or run without --resume",
         )
+    folder = next((f for f in usable if _can_go_on(f, recipe)), usable[0])
+    steps = reuse.unchanged_steps(recipe, folder) or 0
     earlier = earlier_ledger(folder)
-    if earlier is not None and earlier.finished:
-        raise EdgetuneError("the run is finished", got=str(folder), action=f"edgetune report {folder}")
-    return folder
+    if again_from is None and reuse.recipe_digest(folder) == recipe.digest and earlier and earlier.finished:
+        action = f"edgetune report {folder}, or do a part of it again with --from STEP"
+        raise EdgetuneError("the run is finished", got=str(folder), action=action)
+    return folder, steps if again_from is None else min(steps, again_from - 1)
 
 
 def _can_go_on(folder: Path, recipe: Recipe) -> bool:
     earlier = earlier_ledger(folder)
-    same = (folder / "digest.txt").read_text(encoding="utf-8") == recipe.digest
-    return same and (earlier is None or not earlier.finished)
+    return reuse.recipe_digest(folder) == recipe.digest and (earlier is None or not earlier.finished)
+
+
+def take_back(recipe: Recipe, folder: Path, steps: int) -> None:
+    """Leave in the folder what the first `steps` steps made, and make it a run of this recipe.
+
+    Call it within `alone`. A kill in between loses no more than was to be done again.
+    """
+    chain = reuse.digests(recipe)
+    earlier = earlier_ledger(folder)
+    if earlier is not None:
+        rows = tuple(row for row in earlier.rows if row.digest in reuse.standing(chain, steps))
+        kept = {row.index for row in rows}
+        trainings = tuple(t for t in earlier.trainings if t.row in kept)
+        nothing = {"program": None, "measured": (), "predicted": (), "verdicts": (), "finished": False}
+        ledger = earlier.with_(rows=rows, trainings=trainings, settings=recipe.resolved(), **nothing)
+        write_whole(folder / "ledger.json", ledger.dumps())
+    for checkpoints in (folder / "checkpoints").glob("[0-9]*-train"):
+        if int(checkpoints.name.partition("-")[0]) > steps:
+            shutil.rmtree(checkpoints)
+    _describe(recipe, folder)
 
 
 @contextmanager

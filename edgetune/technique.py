@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -141,6 +141,15 @@ class Technique(BaseModel):
         """Whether `finalize` has something to do."""
         return type(self).finalize is not Technique.finalize
 
+    @property
+    def width_multiple(self) -> int:
+        """What the input width of each layer that this technique takes must be a multiple of."""
+        return 1
+
+    def fitted(self, later: Sequence[Technique]) -> Technique:
+        """This technique with the defaults that suit those that come after it; what was given stays as it is."""
+        return self
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Before finalizing: keep in `folder` what is worth keeping apart, such as an adapter. Default: nothing."""
 
@@ -152,6 +161,15 @@ class Technique(BaseModel):
                 action="pass sample=et.Sample.of(example_inputs) to et.apply",
             )
         return sample
+
+
+def fitted(steps: Sequence[Any]) -> list[Any]:
+    """The steps, each technique with the defaults that suit those after it."""
+    techniques = [(n, step) for n, step in enumerate(steps) if isinstance(step, Technique)]
+    return [
+        step.fitted([other for at, other in techniques if at > n]) if isinstance(step, Technique) else step
+        for n, step in enumerate(steps)
+    ]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

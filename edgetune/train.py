@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class TrainResult:
     optimizer_state_mib: float
     resumed_from: int | None = None  # updates that were done already
     best: Quality | None = None  # with keep_best, on the validation rows
+    seconds: float = 0.0  # of all parts of a resumed training together
     prefix: PrefixReport | None = None  # with cache_prefix
 
 
@@ -150,12 +152,13 @@ def train(
             "edgetune.optimizer.stepping_in_backward(optimizer, torch.distributed.group.WORLD)",
         )
     _check(settings, split, folder, resume, teacher, validation)
-    parameters = _trainable(model)
+    parameters = trainable_parameters(model)
     plan = Plan(settings, split, seed)
     optimizer = optimizers.build(settings, parameters)
     seed_everything(seed)
     saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
     run = saver.restore(plan.updates) if saver else Progress()
+    began = time.perf_counter() - run.seconds
     optimizer.zero_grad(set_to_none=True)
     model.train()
     stepping = optimizers.stepping_in_backward(optimizer) if settings.in_backward else nullcontext(None)
@@ -178,6 +181,7 @@ def train(
                 _validate(model, validation, run)
             if progress:
                 progress(run.update, plan.updates, loss, rate)
+            run.seconds = time.perf_counter() - began
             if saver and (interrupts.seen or plan.wants_checkpoint(run.update)):
                 saver.save(run)
             if interrupts.seen:
@@ -315,7 +319,8 @@ def _check(
         )
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What a training would change. Raises `EdgetuneError` where there is nothing."""
     found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not found:
         raise EdgetuneError(
@@ -343,6 +348,7 @@ def _result(run: Progress, optimizer: torch.optim.Optimizer, prefix: PrefixRepor
         optimizer_state_mib=optimizers.state_bytes(optimizer) / _MIB,
         resumed_from=run.resumed_from,
         best=run.best,
+        seconds=run.seconds,
         prefix=prefix,
     )
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgetune import pipeline, recipe, runs
+from edgetune import fold, pipeline, recipe, reuse, runs
 from edgetune.environment import environment
 from edgetune.ledger import Ledger
 from edgetune.overrides import from_text
@@ -49,7 +49,7 @@ def fp32_sizes(name: str, changes: dict[str, Any], out: Path) -> dict[str, float
     found = {}
     for label, steps in (("whole", ("eval",)), ("pruned", ("prune",))):
         whole = recipe.load(name, changes)
-        kept = [s for s in whole.steps if s.name in steps] or [recipe.Step(name="eval", settings=pipeline.Eval())]
+        kept = [s for s in whole.steps if s.name in steps] or [recipe.Step(name="eval", settings=fold.Eval())]
         found[label] = run(whole.model_copy(update={"steps": tuple(kept), "profile": None, "budget": ()}), out)
     return {label: ledger.program.size_mib for label, ledger in found.items() if ledger.program}
 
@@ -68,7 +68,7 @@ def run(what: recipe.Recipe, out: Path) -> Ledger:
     """Run one recipe in a folder of its own; a finished run of the very same recipe is taken as it is."""
     for digest in sorted(out.parent.rglob("digest.txt")):
         earlier = runs.earlier_ledger(digest.parent)
-        if digest.read_text(encoding="utf-8") == what.digest and earlier is not None and earlier.finished:
+        if reuse.recipe_digest(digest.parent) == what.digest and earlier is not None and earlier.finished:
             print(f"taken from {digest.parent.relative_to(ROOT)}", file=sys.stderr)
             return earlier
     number = 1 + max((int(path.name[-3:]) for path in out.glob(f"{what.name}-*")), default=0)

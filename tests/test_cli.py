@@ -249,7 +249,7 @@ def test_run_passes_everything_on(
     assert answer.json["rows"][0]["step"] == "load"
     assert answer.err == "train 1/2 loss 0.5\nnoise of a library\n"
     del seen["progress"]
-    assert seen == {"recipe": "mine.yaml", "overrides": {"train.epochs": 2}, "resume": True, "out": Path("there")}
+    assert seen == {"recipe": "mine.yaml", "overrides": {"train.epochs": 2}, "resume": True, "from_step": None, "until_step": None, "out": Path("there")}
     text = Answer(capsys, "run", "mine.yaml")
     assert text.code == 0
     assert text.out.endswith("report: runs/mine-001/report.html\n")

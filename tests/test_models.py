@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import WORDS, save_bert, save_tokenizer
 from timm_apart import TIMM, run_with_timm
 from torch import nn
 
@@ -17,12 +18,12 @@ from edgetune.adapt.lora import LoRA
 from edgetune.attach import apply
 from edgetune.data.dataset import Dataset, Rows, Split
 from edgetune.data.task import quality
+from edgetune.fold import Fold
 from edgetune.models.carrying import carried
 from edgetune.models.causal import built_once, smollm2
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
-from edgetune.pipeline import Fold
 from edgetune.recipe import load
 from edgetune.technique import EdgetuneError
 
@@ -56,8 +57,6 @@ except EdgetuneError as error:
     print(error)
 """
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "text", "very"]
-
 
 def data(task: Any = "text-classification", classes: tuple[str, ...] = ("no", "yes", "maybe")) -> Dataset:
     labels = None if task == "causal-lm" else [n % len(classes) for n in range(6)]
@@ -70,31 +69,6 @@ def data(task: Any = "text-classification", classes: tuple[str, ...] = ("no", "y
 
 def settings(**changes: object) -> ModelSettings:
     return ModelSettings.model_validate({"source": "test", **changes})
-
-
-def save_tokenizer(folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def save_bert(folder: Path, kind: str = "SequenceClassification", **changes: Any) -> Any:
-    import transformers
-
-    save_tokenizer(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), **{"max_position_embeddings": 32, "num_labels": 2, **sizes, **changes}
-    )
-    model = getattr(transformers, "BertModel" if kind == "Model" else f"BertFor{kind}")(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    return model.eval()
 
 
 def test_texts_are_padded_to_a_multiple_of_eight(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,3 +143,42 @@ def _trained_classes(
         return None
     own = config.get("label_names") or tuple(f"LABEL_{index}" for index in range(len(classes)))
     return match_classes(source, tuple(own), classes, settings.head == "keep")
+
+
+_SIZES_PX = (48, 64, 96, 112, 128, 160, 192, 224, 256, 384, 512)
+
+
+def check_takes_pictures(name: str, model: nn.Module, example: Tensor, least_batch: int | None) -> None:
+    """Raise unless `model` takes pictures of the size of `example`, `(1, channels, image_px, image_px)`.
+
+    `least_batch`: rows of the smallest batch that a training has; `None` where nothing is trained. A network that
+    halves its pictures five times leaves one value of each channel of a small one, of which a batch norm in training
+    mode makes nothing where the batch is a single row.
+    """
+    trial, image_px = copy.deepcopy(model), example.shape[-1]
+
+    def works(image_px: int, rows: int, training: bool) -> bool:
+        try:
+            with torch.no_grad():
+                trial.train(training)(torch.zeros(rows, example.shape[1], image_px, image_px))
+        except (RuntimeError, ValueError, AssertionError):  # what convolutions, norms and own checks of sizes raise
+            return False
+        return True
+
+    def fits(image_px: int) -> bool:
+        return works(image_px, 1, training=False) and (not least_batch or works(image_px, least_batch, training=True))
+
+    if fits(image_px):
+        return
+    if least_batch == 1 and works(image_px, 2, training=True):
+        raise EdgetuneError(
+            "a training with batches of one row, of which a batch norm sees one value for each channel",
+            got=f"model.image_px {image_px}",
+            action="set train.batch_size to 2 or more, or raise model.image_px",
+        )
+    enough = next((size for size in _SIZES_PX if size > image_px and fits(size)), None)
+    raise EdgetuneError(
+        f"{name} takes no pictures of this size",
+        got=f"model.image_px {image_px}",
+        action=f"set model.image_px to {enough}" if enough else "choose another model, or other pictures",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -37,9 +39,15 @@ class Prune(Technique):
     ffn_ratio: float | None = Field(default=None, ge=0, lt=1)  # of the units of an FFN; default: ratio
     head_ratio: float | None = Field(default=None, ge=0, lt=1)  # of the heads of an attention; default: ratio
     what: frozenset[Kind] | None = None  # default: ffn and heads where there is attention, else channels
-    round_to: int = Field(default=8, ge=1)
+    round_to: int = Field(default=8, ge=1)  # default: 8, and what the techniques after it divide widths by
     importance: Literal["magnitude", "activation"] = "magnitude"
     skip: tuple[str, ...] = ()  # shell patterns of layers to leave alone
+
+    def fitted(self, later: Sequence[Technique]) -> Technique:
+        """Widths that what comes later can take: those of whole groups before 4-bit weights."""
+        if "round_to" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"round_to": math.lcm(self.round_to, *(each.width_multiple for each in later))})
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Cut in place. Raises `EdgetuneError`, with the model as it was, where that cannot be done as asked."""

@@ -45,6 +45,11 @@ class Int4(Technique):
     embeddings: Literal["int8", "int4", "none"] = "int8"
     activation_bits: Literal[8] = 8
 
+    @property
+    def width_multiple(self) -> int:
+        """One group."""
+        return self.group_size
+
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Quantize in place. The model keeps its classes and runs in eager mode; its weights can no longer train."""
         with quiet():

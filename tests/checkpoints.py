@@ -1,0 +1,37 @@
+"""Small checkpoints on disk, as transformers saves them, with a tokenizer of ten words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "text", "very"]
+
+
+def save_tokenizer(folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_bert(folder: Path, kind: str = "SequenceClassification", **changes: Any) -> Any:
+    import transformers
+
+    save_tokenizer(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), **{"max_position_embeddings": 32, "num_labels": 2, **sizes, **changes}
+    )
+    model = getattr(transformers, "BertModel" if kind == "Model" else f"BertFor{kind}")(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return model.eval()
