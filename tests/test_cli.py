@@ -249,7 +249,14 @@ def test_run_passes_everything_on(
     assert answer.json["rows"][0]["step"] == "load"
     assert answer.err == "train 1/2 loss 0.5\nnoise of a library\n"
     del seen["progress"]
-    assert seen == {"recipe": "mine.yaml", "overrides": {"train.epochs": 2}, "resume": True, "from_step": None, "until_step": None, "out": Path("there")}
+    assert seen == {
+        "recipe": "mine.yaml", "overrides": {"train.epochs": 2}, "resume": True, "out": Path("there"),
+        "from_step": None, "until_step": None,
+    }  # fmt: skip
+    part = Answer(capsys, "run", "mine.yaml", "seed=1", "--from", "2", "--until", "train")
+    assert (seen["from_step"], seen["until_step"]) == ("2", "train")
+    assert "after step train; go on with: edgetune run mine.yaml seed=1 --resume --out runs/mine-001\n" in part.err
+    assert "report.html" not in part.out
     text = Answer(capsys, "run", "mine.yaml")
     assert text.code == 0
     assert text.out.endswith("report: runs/mine-001/report.html\n")
