@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 CHECK_ROWS = 100
 CACHE_TOKENS = 512
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
-ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, a run's folder, or a .pt2 file"
+CONVERTED = ("hf", "timm", "py")  # finished as they are
+ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder, or a .pt2 file"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def export_from(
     device: str | None = None,
     target: str | None = None,
     data: str | None = None,
+    inputs: str | None = None,
+    weights: Path | None = None,
     language: bool = False,
     max_tokens: int | None = None,
     dynamic: Dynamic | None = None,
@@ -83,18 +86,21 @@ def export_from(
     """Lower what `source` names to `path`.
 
     Args:
-        source: a `.pt2` that `torch.export.save` wrote, the folder of a finished run, or a model of the
-            registry (`minilm`, `hf:PATH`, `timm:NAME`).
+        source: a `.pt2` that `torch.export.save` wrote, the folder of a finished run, a function that builds a module
+            (`py:file.py:build`), or a model of the registry (`minilm`, `hf:PATH`, `timm:NAME`).
         path: the `.pte` to write.
         device: lower for its preferred target.
         target: lower for this one instead.
-        data: for a model of the registry: what gives the classes, and the rows to compare on.
+        data: for a model of the registry: what gives the classes, and the rows to compare on. A model that is finished
+            needs none: its classes are its own, and check inputs are made up where `inputs` gives none.
+        inputs: `py:file.py:function`, which returns an input of the model, or a list of them, to compare on.
+        weights: the state dict of a `py:` model, in a `.safetensors` or `.pt` file.
         language: a program that talks; what a run made such a program of becomes one anyway.
         max_tokens: places in the cache of a program that talks; by default those of the run, or 512.
         dynamic: sizes that may differ between calls, as `et.export` takes them.
         external_data: the weights into `model.ptd` beside the program.
     """
-    found = with_cache(exportable(source, data, language), max_tokens)
+    found = with_cache(exportable(source, data, language, inputs, weights), max_tokens)
     if found.talk is not None and (dynamic or external_data):
         what = "a program that talks takes prompts of any length, and keeps its weights"
         raise EdgetuneError(what, action="leave out --dynamic and --ptd, or --language")
@@ -211,9 +217,18 @@ def beginnings(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
     return tuple(found)
 
 
-def exportable(source: str, data: str | None = None, language: bool = False) -> Exportable:
+def exportable(
+    source: str,
+    data: str | None = None,
+    language: bool = False,
+    inputs: str | None = None,
+    weights: Path | None = None,
+) -> Exportable:
     """The model that `source` names; see `export_from`."""
-    place = Path(source)
+    place, kind = Path(source), source.partition(":")[0]
+    if (inputs or weights) and (kind not in CONVERTED or data or language):
+        what = "inputs and weights are for a finished model that is exported without data"
+        raise EdgetuneError(what, got=source, action="leave out --inputs and --weights, or --data and --language")
     if source.endswith(".pt2"):
         if language:
             raise EdgetuneError(
@@ -222,7 +237,11 @@ def exportable(source: str, data: str | None = None, language: bool = False) -> 
                 action="export the model itself: hf:PATH --language, or et.export_language(model, tokenizer, path)",
             )
         return _saved(place)
-    if source.partition(":")[0] in registry.MODELS:
+    if kind in CONVERTED and data is None and not language:
+        from edgetune.converting import converted
+
+        return converted(source, inputs, weights)
+    if kind in registry.MODELS:
         return _by_name(source, data, language)
     if place.is_dir():
         if not (place / "recipe.yaml").is_file():
@@ -266,9 +285,6 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     from edgetune.models.loaded import ModelSettings
 
     data = data or OWN_DATA.get(source.partition(":")[0])
-    if data is None and not language:
-        action = "pass --data, such as --data csv:rows.csv: it gives the classes, and the rows to compare on"
-        raise EdgetuneError(f"{source} needs data", action=action)
     dataset = _texts() if data is None else registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
     settings = ModelSettings(source=source)
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from edgetune import registry
 from edgetune.data.dataset import DataSettings
 from edgetune.document import Document, Place, dotted, raise_all, read, read_file
 from edgetune.export.targets import TARGETS
+from edgetune.located import located
 from edgetune.models.loaded import ModelSettings
 from edgetune.overrides import VARIANT, overridden
 from edgetune.technique import EdgetuneError, Technique, fitted
@@ -146,12 +147,16 @@ def text_of(recipe: str | Path) -> tuple[str, str]:
 
 
 def load(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read, override and check a recipe, by name or path.
+    """Read, override and check a recipe, by name or path. Its paths are relative to it, those of overrides to here.
 
     Raises:
         EdgetuneError: one error as it is; several as `document.Errors`, whose text has them all.
     """
-    return parse(*text_of(recipe), overrides=overrides)
+    text, name = text_of(recipe)
+    document = read(text, name)
+    if name == str(recipe) and isinstance(document.value, dict):  # a file, not one of the package
+        document = Document(name, located(document.value, Path(name).parent), document.places)
+    return from_document(document, located(overrides or {}, Path()))
 
 
 def parse(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:

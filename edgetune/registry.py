@@ -31,6 +31,7 @@ MODELS = {
     "effnet-lite0": "edgetune.models.vision:effnet_lite0",
     "hf": "edgetune.models.text:hugging_face",
     "timm": "edgetune.models.vision:timm_model",
+    "py": "edgetune.models.own:own_model",
 }
 
 DATASETS = {
@@ -41,6 +42,7 @@ DATASETS = {
     "jsonl": "edgetune.data.tables:from_jsonl",
     "imagefolder": "edgetune.data.vision:from_imagefolder",
     "hf": "edgetune.data.tables:from_hub",
+    "py": "edgetune.data.own:own_splits",
 }
 
 # what a missing import needs

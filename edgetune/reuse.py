@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.own_code import contents_digest
 from edgetune.technique import EdgetuneError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ _CHANGES_NO_RESULT = {"train": ("checkpoint_every", "cache_max_mib")}
 def digests(recipe: Recipe) -> tuple[str, ...]:
     """Of the model and the data as loaded, then after each step."""
     plain = recipe.resolved()
-    chain = [_sha256([plain["seed"], plain["model"], plain["data"]])]
+    own = [contents_digest(recipe.model.source), contents_digest(recipe.data.source)]
+    chain = [_sha256([plain["seed"], plain["model"], plain["data"], *own])]
     for step in plain["steps"]:
         ((name, settings),) = step.items()
         heeded = {key: value for key, value in settings.items() if key not in _CHANGES_NO_RESULT.get(name, ())}
@@ -52,6 +54,11 @@ def recipe_digest(folder: Path) -> str:
     """The recipe's own digest, as the folder has it; "" where it has none."""
     path = folder / FILE
     return path.read_text(encoding="utf-8").split("\n", 1)[0] if path.exists() else ""
+
+
+def is_of(recipe: Recipe, folder: Path) -> bool:
+    """Whether the run in the folder is of this very recipe, and of the user's own code as it is now."""
+    return (folder / FILE).read_text(encoding="utf-8") == text_for(recipe)
 
 
 def unchanged_steps(recipe: Recipe, folder: Path) -> int | None:

@@ -87,7 +87,7 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
     folder = next((f for f in usable if _can_go_on(f, recipe)), usable[0])
     steps = reuse.unchanged_steps(recipe, folder) or 0
     earlier = earlier_ledger(folder)
-    if again_from is None and reuse.recipe_digest(folder) == recipe.digest and earlier and earlier.finished:
+    if again_from is None and reuse.is_of(recipe, folder) and earlier and earlier.finished:
         action = f"edgetune report {folder}, or do a part of it again with --from STEP"
         raise EdgetuneError("the run is finished", got=str(folder), action=action)
     return folder, steps if again_from is None else min(steps, again_from - 1)
@@ -95,7 +95,7 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
 
 def _can_go_on(folder: Path, recipe: Recipe) -> bool:
     earlier = earlier_ledger(folder)
-    return reuse.recipe_digest(folder) == recipe.digest and (earlier is None or not earlier.finished)
+    return reuse.is_of(recipe, folder) and (earlier is None or not earlier.finished)
 
 
 def take_back(recipe: Recipe, folder: Path, steps: int) -> None:

@@ -390,7 +390,7 @@ def test_profile_refuses_what_it_cannot_do(mine: Path, capsys: pytest.CaptureFix
 def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unknown = Answer(capsys, "export", "minillm", "--device", "pixel-8")
     assert unknown.code == 2
-    assert "accepted are minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, a run's folder, or a .pt2" in unknown.err
+    assert "accepted are minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder" in unknown.err
     assert "did you mean 'minilm'?" in unknown.err
     Path("folder").mkdir()
     assert "this folder holds no run" in Answer(capsys, "export", "folder").err

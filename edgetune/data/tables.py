@@ -127,7 +127,7 @@ def _existing(argument: str, kind: str) -> Path:
             f"the file {path} does not exist" if not path.exists() else f"{path} is no file",
             got=path.name,
             allowed=[name for name in near if name.endswith(path.suffix)],
-            action="give a path relative to the folder you run edgetune in, or an absolute one",
+            action="paths in a recipe are relative to the recipe, on the command line to the folder you are in",
         )
     return path
 

@@ -110,7 +110,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     with reachable(argument), quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
         config = transformers.AutoConfig.from_pretrained(argument)
-        _give_padding(argument, tokenizer, config)
+        give_padding(argument, tokenizer, config)
         if dataset.task == "text-classification":
             kind = part_of(transformers, "AutoModelForSequenceClassification")
             model, notes, classes = _classifier(kind, argument, config, settings, dataset.classes)
@@ -123,7 +123,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     return Loaded(f"hf:{argument}", model.eval(), encode, notes, classes=classes)
 
 
-def _give_padding(source: str, tokenizer: Any, config: Any) -> None:
+def give_padding(source: str, tokenizer: Any, config: Any) -> None:
     """Language models often have no token for padding: the end token serves, since the mask hides it."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

@@ -1,0 +1,119 @@
+"""Rows that a function of the user's own returns: `py:file.py:splits`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetune.data.dataset import (
+    Dataset,
+    DataSettings,
+    Rows,
+    Task,
+    assemble,
+    classes_of,
+    data_error,
+    split_indices,
+)
+from edgetune.own_code import PREFIX, call_own
+
+_PARTS = ("train", "validation", "test")
+_FORM = 'return a list of (text or picture, label), or {"train": [...], "validation": [...], "test": [...]}'
+
+
+def own_splits(argument: str, settings: DataSettings) -> Dataset:
+    """What `splits()` returns: rows `(input, label)`, in one list or in one for each part; parts not given are cut.
+
+    An input is a text, the path of a picture, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
+    are of one kind, arrays of one size. A label is a string or a whole number; for a language model rows are texts.
+    """
+    source = f"{PREFIX}{argument}"
+    given = call_own(source)
+    parts = dict(given) if isinstance(given, Mapping) else {"train": given}
+    unknown = [name for name in parts if name not in _PARTS]
+    if unknown or "train" not in parts:
+        raise data_error(f"{source} returns no training rows", got=list(parts), allowed=_PARTS, action=_FORM)
+    rows = {name: _read(source, name, part) for name, part in parts.items()}
+    kinds = {kind for part in rows.values() for _, _, kind in part}
+    if len(kinds) > 1:
+        raise data_error(f"{source} returns rows of several kinds", got=", ".join(sorted(kinds)), action=_FORM)
+    labelled = {label is not None for part in rows.values() for _, label, _ in part}
+    if len(labelled) > 1:
+        raise data_error(f"{source} returns rows with and without a label", action=_FORM)
+    return _assembled(source, rows, kinds.pop(), labelled.pop(), settings)
+
+
+Record = tuple[Any, "str | None", str]  # input, label, kind
+
+
+def _read(source: str, part: str, rows: Any) -> list[Record]:
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        raise data_error(f"{source}: {part} is no list of rows", got=type(rows).__name__, action=_FORM)
+    records = []
+    for number, row in enumerate(rows):
+        value, label = row if isinstance(row, (tuple, list)) and len(row) == 2 else (row, None)
+        if label is not None and not isinstance(label, (str, int, np.integer)):
+            what = f"{source}: the label of {part} row {number} is neither a string nor a whole number"
+            raise data_error(what, got=type(label).__name__)
+        records.append((*_input(f"{source}: {part} row {number}", value), None if label is None else str(label)))
+    if not records:
+        raise data_error(f"{source} returns no {part} rows", action=_FORM)
+    return [(value, label, kind) for value, kind, label in records]
+
+
+def _input(place: str, value: Any) -> tuple[Any, str]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise data_error(f"{place} is an empty text")
+        return value, "text"
+    if isinstance(value, Path):
+        return value, "path of a picture"
+    if hasattr(value, "convert"):  # a picture of Pillow
+        return np.asarray(value.convert("RGB")), "picture"
+    array = np.asarray(value)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        shape = f"{array.dtype} {array.shape}"
+        action = "give a text, a path, a picture of Pillow, or an array of bytes (height, width[, 3])"
+        raise data_error(f"{place} is no text and no picture", got=shape, action=action)
+    return array, "picture"
+
+
+def _assembled(
+    source: str, parts: Mapping[str, list[Record]], kind: str, labelled: bool, settings: DataSettings
+) -> Dataset:
+    if not labelled and kind != "text":
+        raise data_error(f"{source} returns pictures without a label", action=_FORM)
+    classes = classes_of([str(label) for part in parts.values() for _, label, _ in part]) if labelled else ()
+    number = {label: n for n, label in enumerate(classes)}
+
+    def rows(part: list[Record]) -> Rows:
+        inputs: Any = [value for value, _, _ in part]
+        if kind == "picture":
+            shapes = sorted({value.shape for value in inputs})
+            if len(shapes) > 1:
+                action = "resize them to one size, or give paths"
+                raise data_error(f"{source} returns pictures of several sizes", got=shapes[:3], action=action)
+            inputs = np.stack(inputs)
+        return Rows(inputs, [number[str(label)] for _, label, _ in part] if labelled else None)
+
+    read = {name: rows(part) for name, part in parts.items()}
+    lacking = tuple(part for part in ("test", "validation") if part not in read)
+    if lacking:
+        given = read["train"]
+        keys = [_key(value) for value, _, _ in parts["train"]]
+        kept, *cut = split_indices(keys, given.labels, settings, lacking)
+        read |= {name: given.subset(indices) for name, indices in zip(lacking, cut, strict=True)}
+        read["train"] = given.subset(kept)
+    task: Task = "image-classification" if kind != "text" else "text-classification" if labelled else "causal-lm"
+    return assemble(source, task, classes, (read["train"], read["validation"], read["test"]), settings)
+
+
+def _key(value: Any) -> str:
+    """Equal for copies, which stand on one side of a split."""
+    if isinstance(value, str):
+        return " ".join(value.split()).lower()
+    return hashlib.sha256(value.read_bytes() if isinstance(value, Path) else value.tobytes()).hexdigest()

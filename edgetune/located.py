@@ -1,0 +1,52 @@
+"""Paths in a recipe are relative to the recipe, those given on the command line to the folder it is run in.
+
+Both become absolute when a recipe is loaded, so that the copy in a run's folder means the same files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_FILES = ("csv", "jsonl", "imagefolder", "fashion-mnist", "py")  # sources whose argument is a path
+_SOURCES = ("model", "data", "model.source", "data.source")
+
+
+def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a recipe, or changes to one, with every path as seen from `folder` made absolute."""
+    absolute = dict(values)
+    for key, value in values.items():
+        if key in _SOURCES and isinstance(value, str):
+            absolute[key] = source_from(value, folder)
+        elif key in _SOURCES and isinstance(value, Mapping) and isinstance(value.get("source"), str):
+            absolute[key] = {**value, "source": source_from(value["source"], folder)}
+        elif key == "variants" and isinstance(value, Mapping):
+            absolute[key] = {n: located(v, folder) if isinstance(v, Mapping) else v for n, v in value.items()}
+        elif key in ("profile", "budget", "devices", "profile.devices", "device"):
+            absolute[key] = _descriptors(value, folder)
+    return absolute
+
+
+def source_from(source: str, folder: Path) -> str:
+    """`csv:rows.csv` with the path as seen from `folder`; `hf:` only where such a folder exists, else it is an id."""
+    kind, colon, argument = source.partition(":")
+    if not argument or (kind not in _FILES and not (kind == "hf" and (folder / argument).expanduser().exists())):
+        return source
+    return f"{kind}{colon}{_absolute(argument, folder)}"
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return os.path.normpath(folder.absolute() / Path(path).expanduser())
+
+
+def _descriptors(value: Any, folder: Path) -> Any:
+    """The same for paths of device descriptors, which end in `.yaml`, wherever they stand in it."""
+    if isinstance(value, str):
+        return _absolute(value, folder) if value.endswith(".yaml") else value
+    if isinstance(value, list):
+        return [_descriptors(each, folder) for each in value]
+    if isinstance(value, Mapping):
+        return {k: _descriptors(v, folder) if k in ("devices", "device") else v for k, v in value.items()}
+    return value

@@ -1,0 +1,52 @@
+"""A model that a function of the user's own builds: `py:file.py:build`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from edgetune.data.dataset import Dataset
+from edgetune.models.loaded import Loaded, ModelSettings, takes_no
+from edgetune.models.text import TextEncoder
+from edgetune.models.vision import ImageEncoder
+from edgetune.own_code import PREFIX, call_own
+from edgetune.technique import EdgetuneError
+
+
+def own_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+    """What `build()` or `build(classes)` returns: a module, or `(module, encode)`; `classes` are the data's, in order.
+
+    `encode` makes the model's inputs of a list of rows: a function, or a tokenizer of transformers. Without one,
+    pictures come as fp32 `(batch, 3, image_px, image_px)` from 0 to 1; texts need one.
+    """
+    source = f"{PREFIX}{argument}"
+    takes_no(source, settings, "layers", "pretrained", "head")
+    model, encode = module_of(source, call_own(source, dataset.classes))
+    return Loaded(source, model.eval(), _encoder(source, encode, settings, dataset))
+
+
+def module_of(source: str, built: Any) -> tuple[nn.Module, Any]:
+    """The module and the encoder, if any, in what a function returned."""
+    model, encode = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module):
+        raise EdgetuneError(
+            f"{source} returns no module", got=type(model).__name__, action="return an nn.Module, or (module, encode)"
+        )
+    return model, encode
+
+
+def _encoder(source: str, encode: Any, settings: ModelSettings, dataset: Dataset) -> Any:
+    if hasattr(encode, "tokenize") or hasattr(encode, "pad_token_id"):
+        if encode.pad_token_id is None:
+            raise EdgetuneError("the tokenizer has no token for padding", action="set tokenizer.pad_token")
+        return TextEncoder(encode, settings.max_length)
+    if encode is not None:
+        if not callable(encode):
+            action = "return a function, or a tokenizer of transformers"
+            raise EdgetuneError(f"{source} returns an encoder that cannot be called", got=encode, action=action)
+        return encode
+    if dataset.task != "image-classification":
+        action = "return (module, tokenizer), or (module, encode) with encode(texts, pad_to) -> tensors"
+        raise EdgetuneError(f"{source} gives no way from a text to the model's inputs", action=action)
+    return ImageEncoder(settings.image_px, (0.0,) * 3, (255.0,) * 3)
