@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune import cli_export, cli_generate, cli_profile, cli_training
+from edgetune import __version__, cli_export, cli_generate, cli_profile, cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
 from edgetune.cli_training import Overrides, RecipeName
 
@@ -78,9 +78,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a stack trace on errors; anywhere on the line.")] = False,
 ) -> None:
     if version:
-        from importlib import metadata
-
-        printed(metadata.version("edgetune"))
+        printed(__version__)
         raise typer.Exit()
 
 
