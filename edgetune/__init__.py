@@ -91,7 +91,7 @@ else:
     }
 
     def __getattr__(name: str) -> object:
-        """Each name is imported at its first use: `edgetune --version` needs no torch, a loop of one's own no compiler."""
+        """Each name is imported at its first use: `--version` needs no torch, a loop of one's own no compiler."""
         if name not in _HOMES:
             raise AttributeError(f"module 'edgetune' has no attribute {name!r}")
         value = getattr(importlib.import_module(f"edgetune.{_HOMES[name]}"), name)

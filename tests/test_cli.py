@@ -24,7 +24,14 @@ from edgetune.technique import EdgetuneError, Exit
 VERBS = [
     "run",
     "export",
+    "kit",
+    "lint",
+    "inspect",
+    "generate",
     "profile",
+    "export-training",
+    "train-pte",
+    "pull",
     "report",
     "env",
     "recipes",
@@ -157,6 +164,20 @@ def test_interrupted(mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(pipeline, "run", fail)
     answer = Answer(capsys, "run", str(mine))
     assert (answer.code, answer.err) == (130, "edgetune: interrupted\n")
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, progress: Any, **__: object) -> None:
+        progress("load", 0, 2, "tweets")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    answer = Answer(capsys, "run", "mine.yaml", "lora.targets=['*.query']", "--out", "a run")
+    assert answer.code == 130
+    command = "edgetune run mine.yaml 'lora.targets=['\"'\"'*.query'\"'\"']' --resume --out 'a run'"
+    assert answer.err.splitlines()[-1] == f"edgetune: interrupted; go on with: {command}"
 
 
 def test_ctrl_c_in_a_process() -> None:
