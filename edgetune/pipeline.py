@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from edgetune import registry, runs
@@ -31,7 +30,7 @@ from edgetune.outline import in_words
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe import ExportSettings, ProfileSettings, Recipe, Step, load
-from edgetune.technique import EdgetuneError, Inputs, Sample, Technique
+from edgetune.technique import EdgetuneError, Inputs, Sample, Settings, Technique
 from edgetune.train import Train, seed_everything, train
 
 if TYPE_CHECKING:
@@ -45,10 +44,9 @@ CALIBRATION_BATCHES = 8
 EVALUATION_BATCH = 64
 
 
-class Eval(BaseModel):
+class Eval(Settings):
     """A step that changes nothing: its row in the ledger is the point."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "eval"
 
 

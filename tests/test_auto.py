@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from laws import Mlp, mlp
-from pydantic import ValidationError
 from schemes import loss, rows
 from torch import nn
 
@@ -172,5 +171,5 @@ def test_a_slice_takes_the_channels_that_gradients_point_to(by: Any) -> None:
     ],
 )
 def test_settings_that_do_not_fit_each_other(settings: dict[str, Any], what: str) -> None:
-    with pytest.raises(ValidationError, match=what):
+    with pytest.raises(EdgetuneError, match=what):
         SparseUpdate(**settings)
