@@ -54,10 +54,11 @@ def _listed(techniques: object) -> list[Technique]:
     if isinstance(techniques, Technique):
         return [techniques]
     several = isinstance(techniques, Iterable) and not isinstance(techniques, (str, Mapping))
-    listed = list(techniques) if several else [techniques]  # type: ignore[call-overload]
-    for other in listed:
+    listed: list[Technique] = []
+    for other in techniques if several else [techniques]:  # type: ignore[attr-defined]
         if not isinstance(other, Technique):
             raise EdgetuneError("not a technique", where="et.apply", got=other, action=_instead(other))
+        listed.append(other)
     return listed
 
 

@@ -30,7 +30,7 @@ VERBS = (  # in the order of the work, which is the order of `edgetune --help`
 class InOrder(TyperGroup):
     """Lists the verbs in the order of the work."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """As `VERBS` has them, then the rest."""
         return sorted(self.commands, key=lambda verb: VERBS.index(verb) if verb in VERBS else len(VERBS))
 
