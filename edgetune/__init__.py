@@ -9,19 +9,6 @@ profile = et.profile(artifact, device="pixel-8")
 
 from typing import TYPE_CHECKING
 
-from edgetune.adapt.files import load_adapter, save_adapter
-from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply, finalize
-from edgetune.export import export
-from edgetune.profile import profile
-from edgetune.prune.structured import Prune
-from edgetune.quant.int4 import Int4
-from edgetune.quant.int8 import Int8
-from edgetune.quant.nf4 import NF4
-from edgetune.registry import TECHNIQUES, load
-from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Sample, Technique
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -35,6 +22,7 @@ __all__ = [
     "Sample",
     "SparseUpdate",
     "Technique",
+    "Train",
     "apply",
     "export",
     "export_language",
@@ -51,25 +39,73 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgetune.adapt.files import load_adapter, save_adapter
+    from edgetune.adapt.lora import LoRA
+    from edgetune.attach import apply, finalize
+    from edgetune.export import export
     from edgetune.export.language import export_language
     from edgetune.export.methods import export_methods
     from edgetune.export.training.run import pull, train_pte
     from edgetune.export.training.step import export_training
     from edgetune.generating import generate
     from edgetune.pipeline import run
+    from edgetune.profile import profile
+    from edgetune.prune.structured import Prune
+    from edgetune.quant.int4 import Int4
+    from edgetune.quant.int8 import Int8
+    from edgetune.quant.nf4 import NF4
+    from edgetune.registry import TECHNIQUES
+    from edgetune.sparse.update import SparseUpdate
+    from edgetune.technique import EdgetuneError, Sample, Technique
+    from edgetune.train import Train
 else:
-    _LATER = {
-        "run": "edgetune.pipeline:run",
-        "generate": "edgetune.generating:generate",
-        "export_language": "edgetune.export.language:export_language",
-        "export_methods": "edgetune.export.methods:export_methods",
-        "export_training": "edgetune.export.training.step:export_training",
-        "train_pte": "edgetune.export.training.run:train_pte",
-        "pull": "edgetune.export.training.run:pull",
+    import importlib
+    import sys
+    from types import ModuleType
+
+    _HOMES = {
+        "EdgetuneError": "technique",
+        "Int4": "quant.int4",
+        "Int8": "quant.int8",
+        "LoRA": "adapt.lora",
+        "NF4": "quant.nf4",
+        "Prune": "prune.structured",
+        "Sample": "technique",
+        "SparseUpdate": "sparse.update",
+        "TECHNIQUES": "registry",
+        "Technique": "technique",
+        "Train": "train",
+        "apply": "attach",
+        "export": "export",
+        "export_language": "export.language",
+        "export_methods": "export.methods",
+        "export_training": "export.training.step",
+        "finalize": "attach",
+        "generate": "generating",
+        "load_adapter": "adapt.files",
+        "profile": "profile",
+        "pull": "export.training.run",
+        "run": "pipeline",
+        "save_adapter": "adapt.files",
+        "train_pte": "export.training.run",
     }
 
     def __getattr__(name: str) -> object:
-        """These with all they need, at their first use: a loop of one's own never pays for it."""
-        if name in _LATER:
-            return load(_LATER[name])
-        raise AttributeError(f"module 'edgetune' has no attribute {name!r}")
+        """Each name is imported at its first use: `--version` needs no torch, a loop of one's own no compiler."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'edgetune' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"edgetune.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+    class _Package(ModuleType):
+        """Keeps `et.export` and `et.profile` the functions: the packages of those names are imported, not assigned."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if not (name in _HOMES and isinstance(value, ModuleType)):
+                super().__setattr__(name, value)
+
+    sys.modules[__name__].__class__ = _Package

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from edgetune.holders import held_model, hold, refuse_distributed, refuse_sharded
 from edgetune.merging import take_off_others
+from edgetune.registry import TECHNIQUES
 from edgetune.targets import replace
 from edgetune.technique import EdgetuneError, Sample, Technique, fitted
 
@@ -31,6 +32,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     Raises:
         EdgetuneError: an order that makes no sense, targets that match nothing, a sample that is missing.
     """
+    _check_model(model, "apply")
     outer, model = model, held_model(model)
     refuse_distributed(outer)
     for technique in fitted(_listed(techniques)):
@@ -47,13 +49,36 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     return hold(outer, model)
 
 
-def _listed(techniques: Technique | Sequence[Technique]) -> list[Technique]:
-    listed = [techniques] if isinstance(techniques, Technique) else list(techniques)
-    for other in listed:
+def _listed(techniques: object) -> list[Technique]:
+    """Techniques as a list; anything else is refused with what to write instead."""
+    if isinstance(techniques, Technique):
+        return [techniques]
+    several = isinstance(techniques, Iterable) and not isinstance(techniques, (str, Mapping))
+    listed: list[Technique] = []
+    for other in techniques if several else [techniques]:  # type: ignore[attr-defined]
         if not isinstance(other, Technique):
-            action = "write [et.LoRA(rank=8, targets=[...])], one object for each technique"
-            raise EdgetuneError("this is no technique", got=other, action=action)
+            raise EdgetuneError("not a technique", where="et.apply", got=other, action=_instead(other))
+        listed.append(other)
     return listed
+
+
+def _instead(other: object) -> str:
+    """What was probably meant by something that is no technique."""
+    if isinstance(other, type) and issubclass(other, Technique):
+        required = [name for name, field in other.model_fields.items() if field.is_required()]
+        return f"make an object of the class: et.{other.__name__}({', '.join(f'{name}=...' for name in required)})"
+    name = next(iter(other), None) if isinstance(other, Mapping) else getattr(other, "name", other)
+    if name == "train":
+        return "training is a loop of your own between et.apply and et.finalize, or a step of a recipe"
+    if isinstance(name, str) and name in TECHNIQUES:
+        return f"write et.{TECHNIQUES[name].rpartition(':')[2]}(...), with its settings by name"
+    return "write [et.LoRA(rank=8, targets=[...])], one object for each technique"
+
+
+def _check_model(model: object, verb: str) -> None:
+    if not isinstance(model, nn.Module):
+        action = f"give et.{verb} an nn.Module first"
+        raise EdgetuneError("not a model", where=f"et.{verb}", got=model, action=action)
 
 
 def closes(step: object, open_names: Sequence[str]) -> bool:
@@ -71,6 +96,7 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Raises `EdgetuneError` where an adapter is no plain layer, or no change to layers at all (prompt tuning).
     """
+    _check_model(model, "finalize")
     refuse_sharded(model)
     model = hold(model, _finalize_own(held_model(model)))
     inner = {name: module for name, module in model.named_modules() if name and opened(module)}

@@ -7,31 +7,52 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from edgetune import cli_export, cli_generate, cli_profile, cli_training
+from edgetune import __version__, cli_export, cli_generate, cli_profile, cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
 from edgetune.cli_training import Overrides, RecipeName
 
-if TYPE_CHECKING:
-    from edgetune.ledger import Program
+VERBS = (  # in the order of the work, which is the order of `edgetune --help`
+    "recipes", "run", "report", "export", "kit", "lint", "inspect", "predict", "eval", "generate", "profile", "devices",
+    "export-training", "train-pte", "pull", "env",
+)  # fmt: skip
 
-app = typer.Typer(help="Fine-tune and compress PyTorch models on and for small devices.", **PLAIN)
-recipes = typer.Typer(help="The golden recipes, and checks for your own.", **PLAIN)
+
+class InOrder(TyperGroup):
+    """Lists the verbs in the order of the work."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """As `VERBS` has them, then the rest."""
+        return sorted(self.commands, key=lambda verb: VERBS.index(verb) if verb in VERBS else len(VERBS))
+
+
+app = typer.Typer(
+    help="Fine-tune and compress PyTorch models on and for small devices.",
+    cls=InOrder,
+    **{**PLAIN, "add_completion": True},
+)
+recipes = typer.Typer(help="List, copy and check recipes.", **PLAIN)
 app.add_typer(recipes, name="recipes")
 app.add_typer(devices, name="devices")
 
-app.command("train-pte")(cli_training.train_pte)
-app.command("pull")(cli_training.pull)
+app.command("export")(cli_export.export)
+app.command("kit")(cli_export.kit)
+app.command("lint")(cli_export.lint)
 app.command("inspect")(cli_export.inspect)
 app.command("generate")(cli_generate.generate)
 app.command("profile")(cli_profile.profile)
+app.command("export-training")(cli_training.export_training)
+app.command("train-pte")(cli_training.train_pte)
+app.command("pull")(cli_training.pull)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,9 +99,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a stack trace on errors; anywhere on the line.")] = False,
 ) -> None:
     if version:
-        from importlib import metadata
-
-        printed(metadata.version("edgetune"))
+        printed(__version__)
         raise typer.Exit()
 
 
@@ -99,7 +118,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/RECIPE-NNN.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Run a recipe: train, compress, export, verify, profile, report."""
+    """Run a recipe: train, compress, export, verify, profile."""
     from edgetune import recipe as recipes_of
     from edgetune.overrides import from_text
 
@@ -109,16 +128,31 @@ def run(
         return 0
     from edgetune import pipeline
     from edgetune.progress import shown
-    from edgetune.technique import Exit
+    from edgetune.technique import EdgetuneError, Exit
 
-    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
-        done = pipeline.run(
-            recipe, overrides=changes, out=out, resume=resume, from_step=from_step, until_step=until_step,
-            progress=progress,
-        )  # fmt: skip
+    begun = False
+
+    def report_progress(stage: str, done: int, of: int, detail: str) -> None:
+        nonlocal begun
+        begun = True  # the run's folder is there
+        progress(stage, done, of, detail)
+
+    try:
+        with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+            done = pipeline.run(
+                recipe, overrides=changes, out=out, resume=resume, from_step=from_step, until_step=until_step,
+                progress=report_progress,
+            )  # fmt: skip
+    except KeyboardInterrupt as interrupt:
+        if not begun:
+            raise
+        command = ["edgetune", "run", recipe, *(overrides or []), "--resume", *(["--out", str(out)] if out else [])]
+        raise EdgetuneError(
+            f"interrupted; go on with: {shlex.join(command)}", exit_code=Exit.INTERRUPTED
+        ) from interrupt
     if until_step is not None:
-        again = " ".join(["edgetune run", recipe, *(overrides or []), "--resume --out", str(done.folder)])
-        print(f"edgetune: stopped after step {until_step}; go on with: {again}", file=sys.stderr)
+        again = ["edgetune", "run", recipe, *(overrides or []), "--resume", "--out", str(done.folder)]
+        print(f"edgetune: stopped after step {until_step}; go on with: {shlex.join(again)}", file=sys.stderr)
     if as_json:
         printed({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
     else:
@@ -160,107 +194,11 @@ def _show(ledger: Any) -> None:
 
 
 @app.command()
-def export(
-    model: Annotated[
-        str,
-        typer.Argument(help="A model (minilm, hf:PATH, timm:NAME), a run folder, or a .pt2 that torch.export saved."),
-    ],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The program to write, or the kit's folder; default: model.pte.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Lower for this device's preferred target.")] = None,
-    target: Annotated[str | None, typer.Option(help="Lower for this target instead.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Data that give classes and check rows, for a model by name: tweets, csv:PATH."),
-    ] = None,
-    lint: Annotated[
-        bool, typer.Option("--lint", help="Only say what would stay off the target, why, and what helps.")
-    ] = False,
-    kit: Annotated[
-        str | None,
-        typer.Option(help="Write a folder for android, ios, jetson or linux: program, sample, README; also of a .pte."),
-    ] = None,
-    train: Annotated[
-        bool, typer.Option("--train", help="MODEL is a recipe: lower its first training, to train on a device.")
-    ] = False,
-    language: Annotated[
-        bool, typer.Option("--language", help="A program that talks: with a cache, its tokenizer beside it.")
-    ] = False,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="With --language: places in the cache; default: 512, or the run's.")
-    ] = None,
-    dynamic: Annotated[list[str] | None, typer.Option(help="Free size: tokens=1:64, batch=1:8, INPUT.2=1:8.")] = None,
-    ptd: Annotated[bool, typer.Option("--ptd", help="Weights into model.ptd beside the program.")] = False,
-    rows: Annotated[int, typer.Option(min=1, help="With --train: rows of a batch.")] = 8,
-    momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="With --train: of SGD.")] = 0.0,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> int:
-    """Lower a model to an ExecuTorch program, run it and compare it with the model.
-
-    The program takes one row; of a .pt2, the inputs that it was saved with, as they stand.
-    """
-    from edgetune.export.dynamic import parsed
-    from edgetune.exporting import export_from
-    from edgetune.technique import EdgetuneError
-
-    program = out or Path("model.pte")
-    if (dynamic or ptd) and (train or lint or kit):
-        raise EdgetuneError("--dynamic and --ptd go with none of --train, --lint and --kit", action="leave them out")
-    if train:
-        if device or data or language or max_tokens or kit:
-            raise EdgetuneError(
-                "--train takes a recipe, which has data of its own",
-                action="leave out --device, --data, --language, --max-tokens and --kit",
-            )
-        return cli_training.export_training(model, overrides or [], program, rows, momentum, target, as_json)
-    if overrides:
-        raise EdgetuneError("changes are for recipes", got=overrides, action="add --train, or leave them out")
-    if kit is not None:
-        if lint:
-            raise EdgetuneError("the lint writes nothing, a kit is written", action="leave out --lint or --kit")
-        return cli_export.kit(model, kit, out, device, target, data, language, max_tokens, as_json)
-    if lint:
-        if language or max_tokens:
-            what = "the lint looks at a program for a window of tokens, not at one that talks"
-            raise EdgetuneError(what, action="leave out --language and --max-tokens, or --lint")
-        return cli_export.lint(model, device, target, data, as_json)
-
-    with contextlib.redirect_stdout(sys.stderr):
-        artifact = export_from(
-            model,
-            program,
-            device=device,
-            target=target,
-            data=data,
-            language=language,
-            max_tokens=max_tokens,
-            dynamic=parsed(dynamic or []),
-            external_data=ptd,
-        )
-    printed(
-        artifact.manifest.model_dump(mode="json") if as_json else f"{artifact.path}: {_program(artifact.program())}"
-    )
-    return 0
-
-
-def _program(program: Program) -> str:
-    parity = program.parity
-    same = ", lowered, not run"
-    if parity is not None:
-        same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.number}"
-        if parity.max_relative_difference is not None:
-            same += f", values within {parity.max_relative_difference:.1e} of the largest"
-    return f"{program.size_mib:.2f} MiB, target {program.target}{same}"
-
-
-@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
     as_json: Json = False,
 ) -> int:
-    """Print a run's ledger, and write its page anew."""
+    """Print a run's ledger again, and rewrite its page."""
     from edgetune import report as reports
     from edgetune.ledger import Ledger
 
@@ -276,7 +214,7 @@ def report(
 
 @app.command()
 def env(as_json: Json = False) -> int:
-    """Print versions, machine, installed extras and what can be lowered here."""
+    """Print versions, machine, extras and available targets."""
     from edgetune.environment import as_text, environment
 
     found = environment()

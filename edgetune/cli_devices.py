@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from edgetune.cli_complete import device_names
+
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-devices = typer.Typer(help="Device descriptors: what is known of a phone or board, and from where.", **PLAIN)
+devices = typer.Typer(help="List, compare and calibrate phones and boards.", **PLAIN)
 
 
 def printed(value: object) -> None:
@@ -34,10 +36,12 @@ def devices_list(as_json: Json = False) -> int:
 
 @devices.command("show")
 def devices_show(
-    device_id: Annotated[str, typer.Argument(metavar="ID", help="A device id, or a path ending in .yaml.")],
+    device_id: Annotated[
+        str, typer.Argument(metavar="ID", help="A device id, or a path ending in .yaml.", autocompletion=device_names)
+    ],
     as_json: Json = False,
 ) -> int:
-    """Print a descriptor, every number with its source and trust."""
+    """Print a descriptor: each number, source and trust."""
     from edgetune.profile.device import load
     from edgetune.profile.listing import shown
 
@@ -53,7 +57,10 @@ def devices_add(
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite one of your own of that name.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Check a descriptor and keep it among your own; or, with --like, start one from a device that is known."""
+    """Check a descriptor and keep it among your own.
+
+    Or, with --like, start one from a device that is known.
+    """
     from edgetune.profile.adding import add, copy
 
     path = add(Path(what), replace=replace) if like is None else copy(like, what, replace=replace)
@@ -67,9 +74,10 @@ def devices_validate(
     paths: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids or paths; default: all.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Check descriptors, print every fault; for all of them, also published measurements beside predictions.
+    """Check descriptors, and predictions against measurements.
 
-    Each published row is predicted with its device left out of what is learned, then with one row of it used.
+    Every fault is printed. Without IDs, all descriptors are checked, and published measurements stand beside
+    predictions: each row is predicted with its device left out of what is learned, then with one row of it used.
     """
     from edgetune.document import raise_all
     from edgetune.profile import device
@@ -105,7 +113,10 @@ def devices_calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="A few programs, for a trial; predicts poorly.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Time micro-programs on a machine and fit the predictor to it; up to ten minutes, goes on where it was stopped."""
+    """Time a machine, and fit the predictor to it.
+
+    Micro-programs are timed for up to ten minutes; begun again, it goes on where it was stopped.
+    """
     from edgetune.profile import calibrate
     from edgetune.profile.calibration import path_beside
     from edgetune.profile.device import HOST, SUFFIX, user_folder
@@ -147,7 +158,10 @@ def devices_compare(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with a picture.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Predict a program on every device that is known: latency, memory, energy, cold start, and whether it fits."""
+    """Predict a program on every device, side by side.
+
+    Latency, memory, energy, cold start, and whether it fits.
+    """
     from edgetune.profile.compare import compare, plain, text
 
     names = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""The verbs around a program: `edgetune inspect` takes one apart, `edgetune export --lint` looks before."""
+"""The verbs around a program: `export` makes one, `kit` packs one, `lint` looks before, `inspect` takes one apart."""
 
 from __future__ import annotations
 
@@ -9,11 +9,184 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgetune.cli_complete import device_names, platform_names, target_names
 from edgetune.cli_devices import Json, printed
 
 if TYPE_CHECKING:
     from edgetune.export.artifact import Artifact
     from edgetune.export.language.artifact import LanguageArtifact
+    from edgetune.ledger import Program
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model (minilm, hf:PATH, timm:NAME, py:FILE.py:FUNCTION), a run folder, or a .pt2 of torch.export.",
+    ),
+]
+DeviceName = Annotated[
+    str | None, typer.Option(help="Lower for this device's preferred target.", autocompletion=device_names)
+]
+TargetName = Annotated[str | None, typer.Option(help="Lower for this target instead.", autocompletion=target_names)]
+DataName = Annotated[
+    str | None, typer.Option(help="Data that give classes and check rows, for a model by name: tweets, csv:PATH.")
+]
+InputsName = Annotated[
+    str | None,
+    typer.Option(metavar="py:FILE.py:FUNCTION", help="Without --data: returns inputs to check on, one or a list."),
+]
+Weights = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="State dict of a py: model, in a .safetensors or .pt file.")
+]
+Language = Annotated[
+    bool, typer.Option("--language", help="A program that talks: with a cache, its tokenizer beside it.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=2, help="With --language: places in the cache; default: 512, or the run's.")
+]
+
+
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("model.pte"),
+    device: DeviceName = None,
+    target: TargetName = None,
+    data: DataName = None,
+    inputs: InputsName = None,
+    weights: Weights = None,
+    language: Language = False,
+    max_tokens: MaxTokens = None,
+    dynamic: Annotated[list[str] | None, typer.Option(help="Free size: tokens=1:64, batch=1:8, INPUT.2=1:8.")] = None,
+    ptd: Annotated[bool, typer.Option("--ptd", help="Weights into model.ptd beside the program.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Turn a model into an ExecuTorch program, and check it.
+
+    The program is run, and compared with the model. It takes one row; of a .pt2, the inputs that it was saved with,
+    as they stand.
+    """
+    from edgetune.export.dynamic import parsed
+    from edgetune.exporting import export_from
+    from edgetune.technique import shortened
+
+    with contextlib.redirect_stdout(sys.stderr):
+        artifact = export_from(
+            model,
+            out,
+            device=device,
+            target=target,
+            data=data,
+            inputs=inputs,
+            weights=weights,
+            language=language,
+            max_tokens=max_tokens,
+            dynamic=parsed(dynamic or []),
+            external_data=ptd,
+        )
+    if as_json:
+        printed(artifact.manifest.model_dump(mode="json"))
+        return 0
+    carried = artifact.manifest.carried
+    classes = f"classes: {shortened(carried.labels)}" if carried and carried.labels else ""
+    notes = [f"note: {note}" for note in carried.notes] if carried else []
+    printed("\n".join(filter(None, [f"{artifact.path}: {_program(artifact.program())}", classes, *notes])))
+    return 0
+
+
+def _program(program: Program) -> str:
+    parity = program.parity
+    same = ", lowered, not run"
+    if parity is not None:
+        same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.number}"
+        if parity.max_relative_difference is not None:
+            same += f", values within {parity.max_relative_difference:.1e} of the largest"
+    return f"{program.size_mib:.2f} MiB, target {program.target}{same}"
+
+
+def kit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An exported .pte, or what `edgetune export` takes.")],
+    platform: Annotated[
+        str,
+        typer.Argument(metavar="PLATFORM", help="android, ios, jetson or linux.", autocompletion=platform_names),
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write; default: kit-PLATFORM.")] = None,
+    device: DeviceName = None,
+    target: TargetName = None,
+    data: DataName = None,
+    inputs: InputsName = None,
+    weights: Weights = None,
+    language: Language = False,
+    max_tokens: MaxTokens = None,
+    as_json: Json = False,
+) -> int:
+    """Make a folder for an app: program, sample code, README.
+
+    It holds all that an app needs: the program, how its inputs are made, tokenizer, classes, and a sample that uses
+    them. A .pte is packed as it is, with the files beside it; anything else is exported first.
+    """
+    from edgetune.export.kit import check, find, kit_of, new_kit, target_for
+    from edgetune.exporting import exportable, tell_run, to_program, with_cache
+    from edgetune.technique import EdgetuneError
+
+    chosen, folder = find(platform), out or Path(f"kit-{platform}")
+    goal = target_for(chosen, device, target)
+
+    def make(path: Path) -> Artifact | LanguageArtifact:
+        made = to_program(source, path, device=device, target=goal)
+        if source.ledger is not None:
+            tell_run(made, source.ledger)
+        return made
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if model.endswith(".pte"):
+            if device or target or data or inputs or weights or language or max_tokens:
+                fact, action = "a program is lowered already", "leave out all options but -o and --json"
+                raise EdgetuneError(fact, got=model, action=action)
+            kit_of(Path(model), chosen, folder)
+        else:
+            source = with_cache(exportable(model, data, language, inputs, weights), max_tokens)
+            if source.talk is None:
+                check(chosen, source.carried)
+            new_kit(chosen, folder, make)
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    as_data = {"folder": str(folder), "files": files}
+    printed(as_data if as_json else f"{folder}: begin with README.md\n" + "\n".join(f"  {file}" for file in files))
+    return 0
+
+
+def lint(
+    model: ModelName,
+    device: Annotated[
+        str | None, typer.Option(help="Look for this device's preferred target.", autocompletion=device_names)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Look for this target instead.", autocompletion=target_names)
+    ] = None,
+    data: DataName = None,
+    inputs: InputsName = None,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> int:
+    """Say what a target would refuse or run slowly, and why.
+
+    Nothing is written. The exit code is 5 if anything would stop the export. Of a language model it looks at a
+    program for a window of tokens, not at one that talks.
+    """
+    from dataclasses import asdict
+
+    from edgetune.export.lint import lint as lint_model
+    from edgetune.export.targets import for_device
+    from edgetune.exporting import exportable
+    from edgetune.technique import Exit, rows_of
+
+    chosen = for_device(device, target)
+    with contextlib.redirect_stdout(sys.stderr):
+        source = exportable(model, data, inputs=inputs, weights=weights)
+        example = rows_of(source.example, 0, 1) if source.one_row else source.example
+        findings = lint_model(source.model, example, chosen)
+    nothing = f"nothing to say: all of it goes to {chosen.name}"
+    printed([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
+    return int(Exit.EXPORT) if any(finding.severity == "error" for finding in findings) else 0
 
 
 def inspect(
@@ -23,76 +196,18 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Also draw it as one page.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Print what a program holds: methods, operators, delegates, memory plan, constants by size."""
-    from edgetune.export.inspect import inspect as inspect_
+    """Show what a program holds: operators, memory, weights.
+
+    By method: the operators and delegates, the memory plan, and constants by size.
+    """
+    from edgetune.export.inspect import inspect as inspect_program
     from edgetune.export.inspect_page import write_page
 
-    found = inspect_(program)
+    inspection = inspect_program(program)
     if html is not None:
-        write_page(found, html)
+        write_page(inspection, html)
     if as_json:
-        printed(found.model_dump(mode="json"))
+        printed(inspection.model_dump(mode="json"))
     else:
-        printed(str(found) + (f"\n\npage: {html}" if html is not None else ""))
-    return 0
-
-
-def lint(model: str, device: str | None, target: str | None, data: str | None, as_json: bool) -> int:
-    """`edgetune export --lint`: print what would go wrong or slow; 5 if anything would stop the export."""
-    from dataclasses import asdict
-
-    from edgetune.export.lint import lint as lint_
-    from edgetune.export.targets import for_device
-    from edgetune.exporting import exportable
-    from edgetune.technique import Exit, rows_of
-
-    chosen = for_device(device, target)
-    with contextlib.redirect_stdout(sys.stderr):
-        found = exportable(model, data)
-        example = rows_of(found.example, 0, 1) if found.one_row else found.example
-        findings = lint_(found.model, example, chosen)
-    nothing = f"nothing to say: all of it goes to {chosen.name}"
-    printed([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
-    return int(Exit.EXPORT) if any(finding.severity == "error" for finding in findings) else 0
-
-
-def kit(
-    model: str,
-    platform: str,
-    folder: Path | None,
-    device: str | None,
-    target: str | None,
-    data: str | None,
-    language: bool,
-    max_tokens: int | None,
-    as_json: bool,
-) -> int:
-    """`edgetune export --kit`: a folder with the program, what it carries, a sample and a README."""
-    from edgetune.export.kit import check, find, kit_of, new_kit, target_for
-    from edgetune.exporting import exportable, tell_run, to_program, with_cache
-    from edgetune.technique import EdgetuneError
-
-    chosen, place = find(platform), folder or Path(f"kit-{platform}")
-    goal = target_for(chosen, device, target)
-
-    def make(path: Path) -> Artifact | LanguageArtifact:
-        made = to_program(found, path, device=device, target=goal)
-        if found.ledger is not None:
-            tell_run(made, found.ledger)
-        return made
-
-    with contextlib.redirect_stdout(sys.stderr):
-        if model.endswith(".pte"):
-            if device or target or data or language or max_tokens:
-                what, action = "a program is lowered already", "leave out all but --kit, -o and --json"
-                raise EdgetuneError(what, got=model, action=action)
-            kit_of(Path(model), chosen, place)
-        else:
-            found = with_cache(exportable(model, data, language), max_tokens)
-            if found.talk is None:
-                check(chosen, found.carried)
-            new_kit(chosen, place, make)
-    files = sorted(str(file.relative_to(place)) for file in place.rglob("*") if file.is_file())
-    shown = {"folder": str(place), "files": files}
-    printed(shown if as_json else f"{place}: begin with README.md\n" + "\n".join(f"  {file}" for file in files))
+        printed(str(inspection) + (f"\n\npage: {html}" if html is not None else ""))
     return 0

@@ -24,7 +24,10 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Let an exported language model answer; the text goes to stdout as it comes, what it cost to stderr."""
+    """Let an exported language model answer a prompt.
+
+    The text goes to stdout as it comes, what it cost to stderr.
+    """
     from dataclasses import asdict
 
     from edgetune.generating import generate as generate_

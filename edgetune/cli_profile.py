@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgetune.cli_complete import device_names
 from edgetune.cli_devices import Json, printed
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def profile(
     program: Annotated[Path, typer.Argument(help="A .pte with its model.json beside it.")],
-    device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.")],
+    device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.", autocompletion=device_names)],
     on: Annotated[
         str, typer.Option(metavar="PLACE", help="Where to time it: host, ssh://user@host[:port] or adb[:serial].")
     ] = "host",
@@ -37,7 +38,7 @@ def profile(
     by_layer: Annotated[bool, typer.Option("--layers", help="Also what bounds each layer, predicted.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Say what a program costs on a device: predicted, and measured where it can be run."""
+    """Predict what a program costs on a device, or measure it."""
     from edgetune.export.language.artifact import load_any
     from edgetune.profile.calls import predicted_calls
     from edgetune.profile.device import HOST, load

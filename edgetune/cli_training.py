@@ -1,4 +1,4 @@
-"""The verbs of training programs: train with one on this host, and pull the weights back into a model."""
+"""The verbs of training programs: make one, train with it on this host, pull the weights back into a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgetune.cli_complete import recipe_names, target_names
 from edgetune.cli_devices import Json, printed
 
 if TYPE_CHECKING:
     from edgetune.prepared import Prepared
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in the package, or a path ending in .yaml.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A name in the package, or a path ending in .yaml.", autocompletion=recipe_names
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes: train.epochs=2, steps.3.ratio=0.5, variant=smoke."),
@@ -31,17 +37,25 @@ def _prepared(recipe: str, overrides: list[str]) -> Prepared:
 
 
 def export_training(
-    recipe: str, overrides: list[str], out: Path, rows: int, momentum: float, target: str | None, as_json: bool
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("train.pte"),
+    target: Annotated[str, typer.Option(help="Lower for this target.", autocompletion=target_names)] = "xnnpack",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
+    momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="Of SGD.")] = 0.0,
+    as_json: Json = False,
 ) -> int:
-    """`edgetune export RECIPE --train`: the recipe's first training as a program that trains on a device."""
+    """Turn a recipe's training into a program for a device.
+
+    The recipe's steps before its first training are done here; the program trains what is left to train, one batch
+    a call, and is compared with PyTorch.
+    """
     from edgetune.export.training.step import export_training as lower
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = _prepared(recipe, overrides)
+        found = _prepared(recipe, overrides or [])
         inputs, labels = next(found.batches(rows))
-        artifact = lower(
-            found.model, inputs, labels, out, loss=found.loss, target=target or "xnnpack", momentum=momentum
-        )
+        artifact = lower(found.model, inputs, labels, out, loss=found.loss, target=target, momentum=momentum)
     known = artifact.manifest
     if as_json:
         printed(known.model_dump(mode="json"))
@@ -56,7 +70,7 @@ def export_training(
 
 
 def train_pte(
-    program: Annotated[Path, typer.Argument(help="A program of `edgetune export RECIPE --train`.")],
+    program: Annotated[Path, typer.Argument(help="A program of `edgetune export-training`.")],
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The trained state.")] = Path("trained.safetensors"),
@@ -66,7 +80,10 @@ def train_pte(
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Train with a training program on this host, on a recipe's data."""
+    """Train with such a program on this host.
+
+    The rows are those of the recipe's data.
+    """
     from edgetune.export.training.artifact import TrainingArtifact
     from edgetune.export.training.run import pull as pull_
     from edgetune.export.training.run import train_pte as train
@@ -90,7 +107,10 @@ def pull(
     out: Annotated[Path, typer.Option("-o", "--out", help="The model's weights.")] = Path("model.safetensors"),
     as_json: Json = False,
 ) -> int:
-    """Bring weights trained by a program back into the recipe's PyTorch model, and write its state dict."""
+    """Bring weights that a program trained back to PyTorch.
+
+    They are put into the recipe's model, which is finalized, tested and written as a state dict.
+    """
     from safetensors.torch import save_model
 
     from edgetune.attach import finalize

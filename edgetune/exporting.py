@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgetune import registry
+from edgetune.quiet import quiet
 from edgetune.recipe import LANGUAGE_CHECK_ROWS
 from edgetune.technique import EdgetuneError, Exit, Inputs
 
@@ -263,7 +264,8 @@ def _saved(path: Path) -> Exportable:
     if not path.is_file():
         raise EdgetuneError("no such file", got=str(path))
     try:
-        program = torch.export.load(path)
+        with quiet():
+            program = torch.export.load(path)
     except Exception as error:  # a damaged archive raises almost anything
         what = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"
         raise EdgetuneError(what, got=str(path), action="save it with torch.export.save") from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from edgetune import registry, reuse, runs
@@ -33,7 +32,7 @@ from edgetune.quant.size import stored_bytes
 from edgetune.recipe import ExportSettings, ProfileSettings, Recipe, Step
 from edgetune.rehearsal import rehearse
 from edgetune.samples import Samples
-from edgetune.technique import EdgetuneError, Sample, Technique, tensors_of
+from edgetune.technique import EdgetuneError, Sample, Settings, Technique, tensors_of
 from edgetune.train import Train, seed_everything, train
 
 if TYPE_CHECKING:
@@ -45,10 +44,9 @@ Progress = Callable[[str, int, int, str], None]  # what is being done, how far, 
 EVALUATION_BATCH = 64
 
 
-class Eval(BaseModel):
+class Eval(Settings):
     """A step that changes nothing: its row in the ledger is the point."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "eval"
 
 

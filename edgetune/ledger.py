@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from edgetune.one_line import OneLine
 from edgetune.technique import EdgetuneError, Exit
 
 
-class Entry(BaseModel):
+class Entry(OneLine):
     """Base of everything in the ledger: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

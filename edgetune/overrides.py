@@ -11,8 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from edgetune import registry
 from edgetune.document import Document, Key, Place, dotted, read
+from edgetune.other_names import nearest
 from edgetune.technique import EdgetuneError
+from edgetune.validated import fields_of
 
 VARIANT = "variant"  # the key that chooses one of the recipe's own named sets
 
@@ -93,8 +96,20 @@ def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[Place]:
             raise EdgetuneError(f"no such step {name}; they count from one", got=f"{name}[{position}]", allowed=allowed)
         return [("steps", i, name, *below) for i in (found if position is None else [found[position - 1]])]
     if name not in top:
-        raise EdgetuneError("no such field or step", got=name, allowed=[*dict.fromkeys(filter(None, steps)), *top])
+        allowed = [*dict.fromkeys(filter(None, steps)), *top]
+        near = nearest(name, allowed, cutoff=0.75) or _field_of_step(name, steps)
+        raise EdgetuneError("no such field or step", got=name, allowed=allowed, near=near)
     return [(name, *(() if position is None else (position - 1,)), *below)]
+
+
+def _field_of_step(name: str, steps: Iterable[str]) -> str:
+    """`train.learning_rate` for `lr`: the setting of one of the steps that was probably meant; else empty."""
+    for step in dict.fromkeys(steps):
+        table = {**registry.TECHNIQUES, **registry.STEPS}
+        near = nearest(name, fields_of(registry.load(table[step])), cutoff=0.9) if step in table else ""
+        if near:
+            return f"{step}.{near}"
+    return ""
 
 
 def _steps(values: dict[str, Any]) -> list[Any]:

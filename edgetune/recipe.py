@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 
 from edgetune import registry
 from edgetune.data.dataset import DataSettings
@@ -20,7 +20,7 @@ from edgetune.export.targets import TARGETS
 from edgetune.located import located
 from edgetune.models.loaded import ModelSettings
 from edgetune.overrides import VARIANT, overridden
-from edgetune.technique import EdgetuneError, Technique, fitted
+from edgetune.technique import EdgetuneError, Settings, Technique, fitted
 from edgetune.validated import Problem, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
@@ -29,10 +29,8 @@ NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the re
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Section(BaseModel):
+class Section(Settings):
     """Base of every part of a recipe: immutable, no unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class Finalize(Section):
@@ -111,7 +109,7 @@ class Recipe(Section):
     export: ExportSettings | None = None
     profile: ProfileSettings | None = None
     budget: tuple[Budget, ...] = ()
-    variants: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012  pydantic copies it
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with every default written out; reading them gives an equal recipe."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, ClassVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
+
+from edgetune.other_names import nearest
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 Inputs = Union[Tensor, "tuple[Tensor, ...]", "dict[str, Tensor]"]
 
@@ -46,9 +52,11 @@ class EdgetuneError(ValueError):
         got: object = None,
         allowed: Iterable[str] = (),
         action: str = "",
+        near: str | None = None,
         exit_code: Exit = Exit.USAGE,
     ) -> None:
-        self.what, self.where, self.got, self.action = what, where, got, action
+        """`near`: what was probably meant; by default the allowed name that is spelt most like `got`."""
+        self.what, self.where, self.got, self.action, self.near = what, where, got, action, near
         self.allowed, self.exit_code = tuple(allowed), exit_code
         super().__init__(what)
 
@@ -61,15 +69,23 @@ class EdgetuneError(ValueError):
         text = f"{self.where}: {self.what}" if self.where else self.what
         details = []
         if self.got is not None:
-            details.append(f"got {self.got!r}")
+            details.append(f"got {_in_a_line(self.got)}")
         if self.allowed:
             details.append("allowed: " + shortened(self.allowed))
-        near = difflib.get_close_matches(str(self.got), self.allowed, n=1) if self.got is not None else []
+        near = self.near
+        if near is None:
+            near = nearest(str(self.got), self.allowed) if isinstance(self.got, (str, int)) else ""
         if near:
-            details.append(f"did you mean {near[0]!r}?")
+            details.append(f"did you mean {near!r}?")
         if details:
             text += ": " + "; ".join(details)
         return f"{text}\n  next: {self.action}" if self.action else text
+
+
+def _in_a_line(value: object, most: int = 200) -> str:
+    """How an error shows a value: a whole model that was given for a number is cut."""
+    text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def shortened(names: Iterable[str], most: int = 12) -> str:
@@ -108,7 +124,33 @@ class Sample:
         return self.labelled, self.loss
 
 
-class Technique(BaseModel):
+class _Explaining(ModelMetaclass):
+    """Makes settings, and says what is wrong with them as an `EdgetuneError`, where pydantic has one of its own."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        if args:
+            first = next(iter(cls.model_fields), "setting")  # type: ignore[attr-defined]
+            action = f"write {cls.__name__}({first}=...)"
+            raise EdgetuneError("settings are given by name", where=cls.__name__, got=args[0], action=action)
+        try:
+            return super().__call__(**settings)
+        except ValidationError as error:
+            invalid = error
+        from edgetune.document import dotted, raise_all
+        from edgetune.validated import problems_of
+
+        problems = problems_of(cls, invalid)  # type: ignore[arg-type]
+        raise_all(cls.__name__, [p.at(", ".join(filter(None, (cls.__name__, dotted(p.path))))) for p in problems])
+        raise invalid
+
+
+class Settings(BaseModel, metaclass=_Explaining):
+    """Base of all settings: immutable, no unknown fields, and errors in plain words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Technique(Settings):
     """Settings of one technique. Subclasses give `name`, `after`, and `apply`; most need nothing else.
 
     `after` names the techniques that may stand before this one in a recipe; it is checked before any work.
@@ -118,8 +160,6 @@ class Technique(BaseModel):
     `leaves` says what is there afterwards that was not: `adapter` (tensors beside frozen layers), `packed` (layers
     stored in another way).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     name: ClassVar[str]
     after: ClassVar[frozenset[str]] = frozenset()

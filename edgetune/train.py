@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,7 +29,7 @@ from edgetune.ledger import LossPoint, Quality
 from edgetune.plan import Plan, Split
 from edgetune.reached import Reached
 from edgetune.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
-from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, logits_of, moved
+from edgetune.technique import EdgetuneError, Exit, Inputs, Settings, call, device_of, logits_of, moved
 
 if TYPE_CHECKING:
     from edgetune.sparse.prefix.cache import PrefixCache, PrefixReport
@@ -38,20 +38,17 @@ _MIB = 2**20
 _IGNORED_LABEL = -100
 
 
-class Distill(BaseModel):
+class Distill(Settings):
     """Learn from the logits of an earlier model too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher: str  # name of an earlier step of the recipe: the model as it was just before that step
     weight: float = Field(default=0.5, gt=0, le=1)  # share of the teacher's loss; the labels have the rest
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
 
 
-class Train(BaseModel):
+class Train(Settings):
     """Settings of a `train` step. One update takes `batch_size * accumulate` rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
     name: ClassVar[str] = "train"
 
     epochs: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)  # or updates, not both

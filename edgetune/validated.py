@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union
+from typing import Any, TypeGuard, TypeVar, Union
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from edgetune.document import Key, Place
 from edgetune.technique import EdgetuneError
 
-Settings = TypeVar("Settings", bound=BaseModel)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 _TYPES = {
     "int": "a whole number",
@@ -50,23 +50,31 @@ class Problem:
     got: object = None
     allowed: tuple[str, ...] = ()
     action: str = ""
+    near: str | None = None
 
     def at(self, where: str) -> EdgetuneError:
         """As an error that says where."""
-        return EdgetuneError(self.what, where=where, got=self.got, allowed=self.allowed, action=self.action)
+        return EdgetuneError(
+            self.what, where=where, got=self.got, allowed=self.allowed, action=self.action, near=self.near
+        )
 
 
-def validate(kind: type[Settings], value: Mapping[str, Any]) -> tuple[Settings | None, list[Problem]]:
+def validate(kind: type[Kind], value: Mapping[str, Any]) -> tuple[Kind | None, list[Problem]]:
     """`kind` made from plain values. Nothing is converted: "8" is no number, 1 is not true, 8.0 is not whole."""
-    made: Settings | None = None
+    made: Kind | None = None
     problems: list[Problem] = []
     try:
         made = kind.model_validate(value)
     except ValidationError as error:
-        problems = [_problem(kind, details) for details in error.errors(include_url=False)]
+        problems = problems_of(kind, error)
     found = {problem.path for problem in problems}
     problems += [problem for problem in _converted(kind, value) if problem.path not in found]
     return (None if problems else made), list(_merged(iter(problems)))
+
+
+def problems_of(kind: type[BaseModel], error: ValidationError) -> list[Problem]:
+    """What pydantic found wrong, in plain words; what it says of each member of a union is said once."""
+    return list(_merged(_problem(kind, details) for details in error.errors(include_url=False)))
 
 
 def _converted(kind: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]:
@@ -93,16 +101,21 @@ def fields_of(kind: type[BaseModel]) -> tuple[str, ...]:
 
 
 def _merged(problems: Iterator[Problem]) -> Iterator[Problem]:
-    """The members of a union each complain about one value: say it once."""
+    """The members of a union each complain about one value: say it once, and of the member that fits best.
+
+    That is the one in which something deeper is wrong: a mapping with one wrong value was not meant as text.
+    """
     by_path: dict[Place, list[Problem]] = {}
     for problem in problems:
         by_path.setdefault(problem.path, []).append(problem)
+    outer = {path[:length] for path in by_path for length in range(len(path))}
+    by_path = {path: same for path, same in by_path.items() if path not in outer}
     for path, same in by_path.items():
         what, kinds = same[0].what, [p.what.removeprefix("must be ") for p in same]
         if len(same) > 1 and all(p.what.startswith("must be ") for p in same):
             what = "must be " + " or ".join(dict.fromkeys(kinds))
         allowed = tuple(dict.fromkeys(a for p in same for a in p.allowed))
-        yield Problem(path, what, same[0].got, allowed, same[0].action)
+        yield Problem(path, what, same[0].got, allowed, same[0].action, same[0].near)
 
 
 def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
@@ -125,7 +138,7 @@ def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
         return Problem(path, f"must look like {context['pattern']}", got)
     inner = context.get("error")
     if isinstance(inner, EdgetuneError):
-        return Problem(path, inner.what, inner.got, inner.allowed, inner.action)
+        return Problem(path, inner.what, inner.got, inner.allowed, inner.action, inner.near)
     if code in ("value_error", "assertion_error"):
         return Problem(path, str(inner), None if isinstance(got, dict) else got)
     if _name(code) in _TYPES:
@@ -144,7 +157,12 @@ def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[Place, type[Base
     annotations: list[Any] = [kind]
     around: type[BaseModel] | None = kind
     for part in loc:
-        models = [a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)]
+        choices = [a for a in annotations if a is not type(None)]
+        if len(choices) > 1:  # the tag of a union's member stands here
+            annotations = [a for a in choices if _is_tag(part, a)] or choices
+            if not any(part in fields_of(a) for a in choices if _is_model(a)):
+                continue
+        models = [a for a in annotations if _is_model(a)]
         holder = next((m for m in models if isinstance(part, str) and part in fields_of(m)), None)
         if holder is not None:
             field = next(f for n, f in holder.model_fields.items() if (f.alias or n) == part)
@@ -152,13 +170,31 @@ def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[Place, type[Base
             around, annotations = holder, _members(field.annotation)
         elif isinstance(part, int) or any(_is_mapping(a) for a in annotations):
             path.append(part)
-            annotations = [m for a in annotations for inner in typing.get_args(a) for m in _members(inner)]
-        elif models and part == loc[-1] and part not in {m.__name__ for m in models}:
+            annotations = [m for a in annotations for inner in _inside(a, part) for m in _members(inner)]
+        elif models and part == loc[-1]:
             path.append(part)  # a field that the class does not know
             around = models[0]
-        elif part in {m.__name__ for m in models}:
-            annotations = [m for m in models if m.__name__ == part]
     return tuple(path), around
+
+
+def _inside(annotation: Any, part: Key) -> tuple[Any, ...]:
+    """The annotation of what a collection holds at that position or key."""
+    inner = typing.get_args(annotation)
+    if _is_mapping(annotation):
+        return inner[1:]
+    if typing.get_origin(annotation) is tuple and Ellipsis not in inner:
+        return inner[part : part + 1] if isinstance(part, int) else ()
+    return tuple(each for each in inner if each is not Ellipsis)
+
+
+def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _is_tag(part: Key, annotation: Any) -> bool:
+    """Whether pydantic means this member of a union by that part of a location: `str`, `Slice`, `dict[str,...]`."""
+    name = getattr(typing.get_origin(annotation) or annotation, "__name__", "")
+    return re.split(r"[\[(]", str(part))[0] == name
 
 
 def _is_mapping(annotation: Any) -> bool:

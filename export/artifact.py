@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from edgetune.export.beside import Value, check_bytes, sha256_of, unusable
+from edgetune.export.beside import Value, artifact_line, check_bytes, sha256_of, unusable
 from edgetune.export.carried import Carried, files_beside
 from edgetune.export.run import run_in_child
 from edgetune.ledger import Leftover, Parity, Program
@@ -114,6 +114,9 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return artifact_line(self, self.path, self.manifest.total_bytes, self.manifest.target)
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:

@@ -6,15 +6,21 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from edgetune.one_line import OneLine
 from edgetune.technique import EdgetuneError, Exit
 
 
-class Value(BaseModel):
+class Value(OneLine):
     """Base of what stands in a manifest: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def artifact_line(artifact: object, path: Path, size_bytes: int, *facts: str) -> str:
+    """An artifact's `repr`: its file, size and what else tells it from others."""
+    return f"{type(artifact).__name__}({', '.join([repr(str(path)), *facts, f'{size_bytes / 2**20:.3g} MiB'])})"
 
 
 def sha256_of(data: bytes) -> str:

@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from edgetune.export import apart
 from edgetune.export.artifact import data_path, manifest_path
+from edgetune.one_line import OneLine
 from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Exit
@@ -27,7 +28,7 @@ _DTYPES = {
 _BYTES = {"8": 1, "bool": 1, "16": 2, "32": 4, "64": 8}  # by how the name of a type ends
 
 
-class _Value(BaseModel):
+class _Value(OneLine):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -98,7 +99,7 @@ class Beside(_Value):
     checksum_ok: bool = False
     target: str = ""
     device: str = ""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = {}  # noqa: RUF012  pydantic copies it
     delegated_macs_pct: float | None = None
     parity: str = ""  # in words
     note: str = ""

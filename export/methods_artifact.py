@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from edgetune.export.artifact import Lowering, OfFile, TensorSpec, Value, admitted, data_beside, read_whole
+from edgetune.export.beside import artifact_line
 from edgetune.export.run import run_in_child
 from edgetune.ledger import OutputParity
 from edgetune.technique import EdgetuneError, Exit, Inputs
@@ -59,6 +60,11 @@ class MethodsArtifact:
 
     path: Path
     manifest: MethodsManifest
+
+    def __repr__(self) -> str:
+        return artifact_line(
+            self, self.path, self.manifest.total_bytes, self.manifest.target, f"{len(self.manifest.methods)} methods"
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> MethodsArtifact:

@@ -24,7 +24,7 @@ from edgetune.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("plain", "trainer", "lightning")
-TRAINING = ("edgetune run ", "edgetune export text-minilm --train", "edgetune train-pte ", "edgetune pull ")
+TRAINING = ("edgetune run ", "edgetune export-training ", "edgetune train-pte ", "edgetune pull ")
 INSTEAD = {  # the long ones in their short form; None: what CI has run already
     "make demo": "edgetune run text-minilm variant=smoke",
     "make test": None,

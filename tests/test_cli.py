@@ -24,7 +24,14 @@ from edgetune.technique import EdgetuneError, Exit
 VERBS = [
     "run",
     "export",
+    "kit",
+    "lint",
+    "inspect",
+    "generate",
     "profile",
+    "export-training",
+    "train-pte",
+    "pull",
     "report",
     "env",
     "recipes",
@@ -157,6 +164,20 @@ def test_interrupted(mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(pipeline, "run", fail)
     answer = Answer(capsys, "run", str(mine))
     assert (answer.code, answer.err) == (130, "edgetune: interrupted\n")
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, progress: Any, **__: object) -> None:
+        progress("load", 0, 2, "tweets")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    answer = Answer(capsys, "run", "mine.yaml", "lora.targets=['*.query']", "--out", "a run")
+    assert answer.code == 130
+    command = "edgetune run mine.yaml 'lora.targets=['\"'\"'*.query'\"'\"']' --resume --out 'a run'"
+    assert answer.err.splitlines()[-1] == f"edgetune: interrupted; go on with: {command}"
 
 
 def test_ctrl_c_in_a_process() -> None:
@@ -390,7 +411,10 @@ def test_profile_refuses_what_it_cannot_do(mine: Path, capsys: pytest.CaptureFix
 def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unknown = Answer(capsys, "export", "minillm", "--device", "pixel-8")
     assert unknown.code == 2
-    assert "accepted are minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder" in unknown.err
+    assert (
+        "accepted are minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder"
+        in unknown.err
+    )
     assert "did you mean 'minilm'?" in unknown.err
     Path("folder").mkdir()
     assert "this folder holds no run" in Answer(capsys, "export", "folder").err
@@ -398,7 +422,8 @@ def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str
     broken = Answer(capsys, "export", "broken.pt2")
     assert broken.code == 2
     assert "save it with torch.export.save" in broken.err
-    assert "timm:x needs data" in Answer(capsys, "export", "timm:x").err
+    own = Answer(capsys, "export", "minilm", "--weights", "w.pt")
+    assert "for a finished model that is exported without data" in own.err
     assert list(mine.parent.glob("*.pte")) == []
 
 

@@ -235,8 +235,3 @@ def test_the_command_line_frees_sizes_and_takes_weights_apart(
     with torch.no_grad():
         assert torch.allclose(Artifact.load("net.pte").run(x)[0], net(x), atol=1e-5)
     assert {file.name for file in tmp_path.iterdir()} == {"net.pt2", "net.pte", "net.ptd", "net.json"}
-
-
-def test_the_command_line_refuses_free_sizes_where_they_mean_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "minilm", "--dynamic", "tokens=1:8", "--lint"]) == 2
-    assert "go with none of --train, --lint and --kit" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from test_carried import (
     small_vision,
 )
 
-from edgetune import cli
+from edgetune import cli, cli_complete
 from edgetune.data.dataset import Dataset
 from edgetune.export import Artifact
 from edgetune.export.carried import Carried, TextPreprocessing, text_preprocessing, write_beside
@@ -347,27 +347,31 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_the_command_makes_a_kit_of_a_program(text: Made, say: Callable[..., Any]) -> None:
-    code, out, err = say("export", str(text[2].path), "--kit", "android")
+    code, out, err = say("kit", str(text[2].path), "android")
     assert (code, err) == (0, "")
     assert out.startswith("kit-android: begin with README.md\n  README.md\n")
     assert files_of(Path("kit-android")) == {line.strip() for line in out.splitlines()[1:]}
-    code, out, _ = say("export", str(text[2].path), "--kit", "linux", "-o", "here", "--json")
+    code, out, _ = say("kit", str(text[2].path), "linux", "-o", "here", "--json")
     assert (code, json.loads(out)["folder"]) == (0, "here")
 
 
 def test_the_command_refuses_before_any_work(text: Made, say: Callable[..., Any]) -> None:
     for arguments, told in {
-        ("minilm", "--kit", "androd"): "did you mean 'android'?",
-        ("minilm", "--kit", "android", "--target", "coreml"): "do not run this target",
-        ("minilm", "--kit", "ios", "--device", "pixel-8"): "no device for this kit",
-        ("minilm", "--kit", "android", "--lint"): "leave out --lint or --kit",
-        (str(text[2].path), "--kit", "linux", "--target", "xnnpack"): "a program is lowered already",
-        ("text-minilm", "--train", "--kit", "linux"): "leave out --device, --data",
+        ("minilm", "androd"): "did you mean 'android'?",
+        ("minilm", "android", "--target", "coreml"): "do not run this target",
+        ("minilm", "ios", "--device", "pixel-8"): "no device for this kit",
+        (str(text[2].path), "linux", "--target", "xnnpack"): "a program is lowered already",
+        ("minilm", "linux", "--dynamic", "batch=1:8"): "No such option: --dynamic",
+        ("minilm",): "Missing argument 'PLATFORM'",
     }.items():
-        code, out, err = say("export", *arguments)
+        code, out, err = say("kit", *arguments)
         assert (code in (2, 5), out) == (True, ""), arguments
         assert told in err
     assert list(Path().iterdir()) == []
+
+
+def test_the_shell_completes_every_platform() -> None:
+    assert set(cli_complete.PLATFORMS) == set(PLATFORMS)
 
 
 def test_every_template_is_shipped() -> None:
@@ -435,7 +439,7 @@ def test_the_whole_line_from_a_name_to_answers(tmp_path: Path) -> None:
     """MiniLM as it is loaded, with real tweets: the command, then the sample on the rows."""
     from edgetune.exporting import exportable
 
-    assert cli.main(["export", "minilm", "--kit", "linux", "-o", str(tmp_path / "kit")]) == 0
+    assert cli.main(["kit", "minilm", "linux", "-o", str(tmp_path / "kit")]) == 0
     known = json.loads((tmp_path / "kit" / "model.json").read_text(encoding="utf-8"))
     found = exportable("minilm")
     assert found.check_inputs is not None
@@ -461,7 +465,7 @@ def test_the_whole_line_for_pictures(tmp_path: Path) -> None:
     from edgetune.data.vision import fashion_mnist
     from edgetune.exporting import exportable
 
-    assert cli.main(["export", "effnet-lite0", "--kit", "linux", "-o", str(tmp_path / "kit")]) == 0
+    assert cli.main(["kit", "effnet-lite0", "linux", "-o", str(tmp_path / "kit")]) == 0
     known = json.loads((tmp_path / "kit" / "model.json").read_text(encoding="utf-8"))
     found = exportable("effnet-lite0")
     assert found.check_inputs is not None

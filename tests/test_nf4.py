@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from laws import bert, llama, logits, mlp, tokens, vectors
-from pydantic import ValidationError
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -169,7 +168,7 @@ def test_what_it_cannot_pack_is_named_truly() -> None:
 
 @pytest.mark.parametrize("settings", [{"block_size": 48}, {"double": True}])
 def test_settings_are_checked(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(EdgetuneError):
         NF4(**settings)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -557,7 +556,7 @@ def test_settings_are_either_epochs_or_updates_and_come_back_from_json() -> None
         {"learning_rate": math.inf},
         {"batchsize": 3},
     ):
-        with pytest.raises(ValidationError):
+        with pytest.raises(EdgetuneError):
             Train(**wrong)  # type: ignore[arg-type]
 
 

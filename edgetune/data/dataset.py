@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from edgetune.technique import EdgetuneError, Exit, Inputs
+from edgetune.technique import EdgetuneError, Exit, Inputs, Settings
 
 Task = Literal["text-classification", "image-classification", "causal-lm"]
 
 IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
 
 
-class DataSettings(BaseModel):
+class DataSettings(Settings):
     """Where the data come from and how they are split. The split does not depend on the seed of a run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str  # "tweets", "csv:path", ...: a name of the registry, and what follows the first colon
     text: str = "text"  # column of the text; tables only

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from edgetune.data.dataset import Dataset, Encode, Task
 from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError
+from edgetune.technique import EdgetuneError, Settings
 
 
-class ModelSettings(BaseModel):
+class ModelSettings(Settings):
     """Which model, and in which form it takes its inputs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str  # "minilm", "hf:owner/name", ...: a name of the registry, and what follows the first colon
     max_length: int = Field(default=64, ge=8, le=8192)  # tokens; longer texts are cut

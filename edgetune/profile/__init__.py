@@ -28,6 +28,12 @@ class Profile:
     measured: Measured | None = None
     prompt: Profile | None = None
 
+    def __repr__(self) -> str:
+        call = f", {self.predicted.call}" if self.predicted.call else ""
+        measured = f"measured {self.measured.latency_ms:.3g} ms on {self.measured.device}" if self.measured else ""
+        predicted = f"{self.predicted.device}{call}: predicted {self.predicted.latency_ms:.3g} ms"
+        return f"Profile({predicted}, {measured or 'not measured'})"
+
 
 def profile(
     artifact: Artifact | LanguageArtifact | str | Path, device: str | Device = "pixel-8", *, measure: bool = False

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from edgetune.files import write_whole
+from edgetune.one_line import OneLine
 from edgetune.profile.operators import DType, Kind
 from edgetune.profile.terms import Caches, Tile
 from edgetune.technique import EdgetuneError
@@ -21,7 +22,7 @@ ENDING = ".calibration.json"
 Rate = Annotated[float, Field(ge=0, le=1e9)]  # microseconds per unit of a term
 
 
-class _Value(BaseModel):
+class _Value(OneLine):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from edgetune.one_line import OneLine
 
 Trust = Literal["high", "medium", "low"]
 Flag = Literal["neon", "dotprod", "fp16", "bf16", "i8mm", "sve2", "sme", "mve", "avx2", "avx512", "vnni", "amx"]
 Medium = Literal["ufs", "emmc", "nvme", "sata", "sd", "flash"]
 
 
-class Value(BaseModel):
+class Value(OneLine):
     """Base of everything in a descriptor: immutable, no unknown keys, no quiet conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

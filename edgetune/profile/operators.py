@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from edgetune.one_line import OneLine
 
 Kind = Literal[
     "conv", "pointwise-conv", "depthwise-conv", "linear", "matmul", "embedding",
@@ -13,7 +15,7 @@ Kind = Literal[
 DType = Literal["fp32", "fp16", "bf16", "int8", "8da4w"]
 
 
-class Operator(BaseModel):
+class Operator(OneLine):
     """One operator: what it computes, in which type, how much it multiplies and how many bytes it moves."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

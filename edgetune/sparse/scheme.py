@@ -8,23 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.sparse.sliced import SLICEABLE, channels_of, refuse_slice
 from edgetune.targets import matches
-from edgetune.technique import EdgetuneError
+from edgetune.technique import EdgetuneError, Settings
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Slice(BaseModel):
+class Slice(Settings):
     """Some channels of a linear or a convolution, and its bias: those with the largest sum of what `by` names.
 
     `inputs` keeps least for backward. A convolution in groups is sliced by whole groups.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ratio: Ratio
     by: Literal["magnitude", "gradient", "fisher"] = "magnitude"  # the last two look at batches with labels

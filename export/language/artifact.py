@@ -17,6 +17,7 @@ from edgetune.export.artifact import (
     read_manifest,
     unusable,
 )
+from edgetune.export.beside import artifact_line
 from edgetune.export.carried import Carried
 from edgetune.ledger import Leftover, Parity, Program
 from edgetune.profile.operators import Operator
@@ -114,6 +115,11 @@ class LanguageArtifact:
 
     path: Path
     manifest: LanguageManifest
+
+    def __repr__(self) -> str:
+        return artifact_line(
+            self, self.path, self.manifest.size_bytes, self.manifest.target, f"{self.manifest.max_tokens} tokens"
+        )
 
     @property
     def tokenizer_path(self) -> Path:

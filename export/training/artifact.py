@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgetune.export.artifact import TensorSpec, Value, read_manifest
+from edgetune.export.beside import artifact_line
 from edgetune.ledger import Leftover
 from edgetune.profile.operators import Operator
 
@@ -59,6 +60,9 @@ class TrainingArtifact:
 
     path: Path
     manifest: TrainingManifest
+
+    def __repr__(self) -> str:
+        return artifact_line(self, self.path, self.manifest.size_bytes, self.manifest.target)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingArtifact:

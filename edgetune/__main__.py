@@ -1,0 +1,8 @@
+"""`python -m edgetune`."""
+
+import sys
+
+from edgetune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What other libraries call our settings and steps, so that an error can answer with the name that works here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+SETTINGS = {  # peft, transformers, torch, ultralytics, torch-pruning, torchao -> ours, the likeliest first
+    "r": ("rank",),
+    "lora_r": ("rank",),
+    "lora_rank": ("rank",),
+    "lora_alpha": ("alpha",),
+    "scaling": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "p": ("dropout",),
+    "target_modules": ("targets",),
+    "modules": ("targets",),
+    "layers": ("targets",),
+    "target": ("targets",),
+    "exclude_modules": ("skip",),
+    "exclude": ("skip",),
+    "ignore": ("skip",),
+    "ignored_layers": ("skip",),
+    "modules_to_save": ("also_train",),
+    "use_dora": ("dora",),
+    "use_rslora": ("rslora",),
+    "lr": ("learning_rate",),
+    "lr0": ("learning_rate",),
+    "learningrate": ("learning_rate",),
+    "bs": ("batch_size",),
+    "batch": ("batch_size",),
+    "batchsize": ("batch_size",),
+    "train_batch_size": ("batch_size",),
+    "per_device_train_batch_size": ("batch_size",),
+    "epoch": ("epochs",),
+    "n_epochs": ("epochs",),
+    "num_epochs": ("epochs",),
+    "max_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "steps": ("updates",),
+    "max_steps": ("updates",),
+    "num_steps": ("updates",),
+    "iterations": ("updates",),
+    "wd": ("weight_decay",),
+    "decay": ("weight_decay",),
+    "optim": ("optimizer",),
+    "opt": ("optimizer",),
+    "scheduler": ("schedule",),
+    "lr_scheduler": ("schedule",),
+    "lr_scheduler_type": ("schedule",),
+    "warmup": ("warmup_pct",),
+    "warmup_ratio": ("warmup_pct",),
+    "warmup_steps": ("warmup_pct",),
+    "grad_accum": ("accumulate",),
+    "accumulate_grad_batches": ("accumulate",),
+    "gradient_accumulation": ("accumulate",),
+    "gradient_accumulation_steps": ("accumulate",),
+    "clip": ("clip_norm",),
+    "grad_clip": ("clip_norm",),
+    "max_grad_norm": ("clip_norm",),
+    "gradient_clip_val": ("clip_norm",),
+    "load_best_model_at_end": ("keep_best",),
+    "save_steps": ("checkpoint_every",),
+    "temp": ("temperature",),
+    "groupsize": ("group_size",),
+    "group": ("group_size",),
+    "q_group_size": ("group_size",),
+    "blocksize": ("block_size", "group_size"),
+    "sparsity": ("ratio",),
+    "amount": ("ratio",),
+    "pruning_ratio": ("ratio",),
+    "path": ("source",),
+    "name": ("source",),
+    "id": ("source",),
+    "model": ("source",),
+    "dataset": ("source",),
+    "file": ("source",),
+    "max_len": ("max_length",),
+    "max_seq_len": ("max_length",),
+    "max_seq_length": ("max_length",),
+    "seq_len": ("max_length",),
+    "imgsz": ("image_px",),
+    "image_size": ("image_px",),
+    "img_size": ("image_px",),
+    "text_column": ("text",),
+    "label_column": ("label",),
+    "labels": ("label",),
+    "test_size": ("test_pct",),
+    "val_size": ("validation_pct",),
+    "backend": ("target",),
+}
+STEPS = {
+    "dora": "lora",
+    "qlora": "nf4",
+    "peft": "lora",
+    "finetune": "train",
+    "fine-tune": "train",
+    "fit": "train",
+    "distill": "train",
+    "evaluate": "eval",
+    "test": "eval",
+    "validate": "eval",
+    "merge": "finalize",
+    "quantize": "int8",
+    "quantization": "int8",
+    "sparsify": "sparse-update",
+}
+
+
+def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """The allowed name that was probably meant: by another library's name for it, or by its spelling; else empty.
+
+    >>> nearest("lr", ["epochs", "learning_rate"]), nearest("LoRA", ["lora"]), nearest("colour", ["rank"])
+    ('learning_rate', 'lora', '')
+    """
+    plain = {_plain(each): each for each in reversed(list(allowed))}
+    for ours in (*SETTINGS.get(name.lower(), ()), STEPS.get(name.lower(), "")):
+        if ours in plain.values():
+            return ours
+    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+    return plain[close[0]] if close else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
