@@ -201,8 +201,10 @@ def of_split(
     kept = Exportable(model, split.one_row(0, max_length), carried=carried)
     kept = replace(kept, min_same_prediction_pct=asked.min_same_prediction_pct)
     if not (asked.language or language):
-        return replace(kept, check_inputs=[split.one_row(i, max_length) for i in range(asked.check_rows)])
-    rows = asked.check_rows if asked.language else min(asked.check_rows, LANGUAGE_CHECK_ROWS)
+        rows = asked.rows_to_check(len(split))
+        return replace(kept, check_inputs=[split.one_row(i, max_length) for i in range(rows)])
+    rows = asked.rows_to_check(len(split))
+    rows = rows if asked.language else min(rows, LANGUAGE_CHECK_ROWS)
     tokenizer = tokenizer_of(split.task, split.encode)
     return replace(kept, talk=Talk(tokenizer, asked.max_tokens, beginnings(split, rows)))
 

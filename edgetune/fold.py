@@ -104,7 +104,7 @@ class Fold:
 
             example = tensors_of(self.samples.example())[0]
             check_takes_pictures(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
-        if asked and asked.check_rows > len(self.test_split):
+        if asked and asked.rows_to_check(len(self.test_split)) > len(self.test_split):
             raise EdgetuneError(
                 "export.check_rows asks for more rows than the test set has",
                 got=asked.check_rows,

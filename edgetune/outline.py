@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from edgetune.attach import closes
-from edgetune.recipe import Recipe
+from edgetune.recipe import CHECK_ROWS, Recipe
 from edgetune.technique import Technique
 
 
@@ -41,7 +41,9 @@ def outline(recipe: Recipe) -> tuple[Planned, ...]:
     if recipe.export:
         planned.append(Planned(None, "export", recipe.export.target))
         planned.append(
-            Planned(None, "verify", f"{recipe.export.check_rows} held-out rows, program against eager model")
+            Planned(
+                None, "verify", f"{recipe.export.rows_to_check(CHECK_ROWS)} held-out rows, program against eager model"
+            )
         )
     if recipe.profile:
         host = ["this host, measured"] if recipe.profile.measure and recipe.export else []

@@ -24,7 +24,8 @@ from edgetune.technique import EdgetuneError, Settings, Technique, fitted
 from edgetune.validated import Problem, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
-LANGUAGE_CHECK_ROWS = 8
+CHECK_ROWS = 500
+LANGUAGE_CHECK_ROWS = 8  # a text takes a language program as long as a hundred rows take another
 NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
 Positive = Annotated[float, Field(gt=0)]
 
@@ -52,18 +53,10 @@ class ExportSettings(Section):
     target: str = "xnnpack"
     language: bool = False  # a program that talks, with its cache and tokenizer; else one for a window of tokens
     max_tokens: int = Field(512, ge=2)  # places in the cache of a language program, prompt and answer together
-    # held-out rows on which program and eager model are compared; a language program continues the first half of each,
-    # 8 of them unless told
-    check_rows: int = Field(500, ge=1)
+    # held-out rows on which program and eager model are compared; a language program continues the first half of each;
+    # default: 500, or 8 of a language program, or all that there are if these are fewer
+    check_rows: int | None = Field(None, ge=1)
     min_same_prediction_pct: float = Field(99.0, ge=0, le=100)  # of these rows, or tokens; under it, the export fails
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_texts(cls, given: Any) -> Any:
-        """A text takes a language program as long as a hundred rows take another."""
-        if isinstance(given, dict) and given.get("language") is True:
-            return {"check_rows": LANGUAGE_CHECK_ROWS, **given}
-        return given
 
     @model_validator(mode="after")
     def _cache_is_of_use(self) -> ExportSettings:
@@ -71,6 +64,12 @@ class ExportSettings(Section):
             what = "max_tokens is the cache of a language program, which is not asked for"
             raise EdgetuneError(what, got=self.max_tokens, action="add language: true, or leave max_tokens out")
         return self
+
+    def rows_to_check(self, available: int) -> int:
+        """How many rows program and model are compared on, of so many in the test set."""
+        if self.check_rows is not None:
+            return self.check_rows
+        return min(LANGUAGE_CHECK_ROWS if self.language else CHECK_ROWS, available)
 
 
 class ProfileSettings(Section):

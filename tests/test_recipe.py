@@ -85,11 +85,12 @@ TALKING = TEXT.replace("model: {source: minilm, max_length: 32}", "model: {sourc
 
 
 def test_a_language_program_is_compared_on_few_texts_unless_told() -> None:
-    assert parsed().export == recipe.ExportSettings(target="xnnpack", check_rows=500, language=False)
+    assert parsed().export == recipe.ExportSettings(target="xnnpack", language=False)
     found = parsed(TALKING, "export.language=true").export
     assert found is not None
-    assert (found.language, found.max_tokens, found.check_rows) == (True, 512, 8)
-    assert parsed(TALKING, "export.language=true", "export.check_rows=20").export.check_rows == 20
+    assert (found.language, found.max_tokens, found.rows_to_check(100)) == (True, 512, 8)
+    assert parsed(TALKING, "export.language=true", "export.check_rows=20").export.rows_to_check(100) == 20
+    assert [recipe.ExportSettings().rows_to_check(available) for available in (30, 3000)] == [30, 500]
     again = parsed(TALKING, "export.language=true", "export.max_tokens=64")
     assert recipe.from_plain(again.resolved()) == again
 
