@@ -20,7 +20,7 @@ from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import blocks_of
 from edgetune.sparse.sliced import Sliced
 from edgetune.sparse.update import SparseUpdate, stages_of
-from edgetune.technique import EdgetuneError, call
+from edgetune.technique import EdgetuneError, Sample, call
 
 torch.set_num_threads(1)
 
@@ -154,12 +154,40 @@ def test_blocks_are_found() -> None:
     assert blocks_of(linears) == ["layers.0", "layers.1"]
 
 
-def test_without_blocks_the_scheme_must_be_written_out_with_the_head() -> None:
+class Crossed(nn.Module):
+    """Runs its layers in another order than it defines them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.second, self.first = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.norm(self.first(x))))
+
+
+def test_without_blocks_the_layers_count_in_the_order_in_which_they_run() -> None:
+    sample = Sample.of(torch.randn(2, 4))
+    assert trained(SparseUpdate(scheme="last-1").apply(Crossed(), sample)) == {
+        "head.weight", "head.bias", "second.weight", "second.bias"
+    }  # fmt: skip
+    two = trained(SparseUpdate(scheme="last-2").apply(Crossed(), sample))
+    assert two == {name for name, _ in Crossed().named_parameters()}
+    assert trained(SparseUpdate(scheme="bias", head="frozen").apply(Crossed(), sample)) == {
+        "first.bias", "second.bias", "norm.bias"
+    }  # fmt: skip
+    with pytest.raises(EdgetuneError, match="in the order in which they run") as caught:
+        SparseUpdate(scheme="last-1").apply(Crossed())
+    assert "et.Sample.of" in caught.value.action
+    with pytest.raises(EdgetuneError, match="has 2 blocks"):
+        SparseUpdate(scheme="last-3").apply(Crossed(), sample)
+
+
+def test_a_sequential_needs_no_sample() -> None:
     def plain() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 4), nn.Linear(4, 2))
 
-    with pytest.raises(EdgetuneError, match="write the scheme out"):
-        SparseUpdate(scheme="last-1").apply(plain())
+    assert trained(SparseUpdate(scheme="last-1").apply(plain())) == {"3.weight", "3.bias", "4.weight", "4.bias"}
     with pytest.raises(EdgetuneError, match="the head cannot be told"):
         SparseUpdate(scheme={"3": "full"}).apply(plain())
     assert trained(SparseUpdate(scheme={"3": "bias", "4": "full"}).apply(plain())) == {"3.bias", "4.weight", "4.bias"}

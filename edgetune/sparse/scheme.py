@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from edgetune.sparse.order import running_order
 from edgetune.sparse.sliced import SLICEABLE, channels_of, refuse_slice
 from edgetune.targets import matches
-from edgetune.technique import EdgetuneError, Settings
+from edgetune.technique import EdgetuneError, Sample, Settings
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -132,13 +133,25 @@ def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
     return children
 
 
-def resolve(model: nn.Module, scheme: str | Mapping[str, WrittenPart], head: Part, norms: bool) -> Scheme:
+def resolve(
+    model: nn.Module,
+    scheme: str | Mapping[str, WrittenPart],
+    head: Part,
+    norms: bool,
+    sample: Sample | None = None,
+) -> Scheme:
     """The scheme for this model. `head` is everything after the last block; a written mapping is laid over it.
 
+    Where there is no list of like blocks, a named scheme takes each layer that has a weight for a block, in the order
+    in which they run on the sample, and the last of them for the head.
     A slice that covers a whole block means its linears and convolutions; the norms among them train whole.
     """
     layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
-    order, blocks = list(layers), blocks_of(model)
+    blocks = blocks_of(model)
+    if not blocks and isinstance(scheme, str):
+        layers = {name: layers[name] for name in running_order(model, layers, sample)}
+        blocks = [name for name, layer in layers.items() if not is_norm(layer)][:-1]
+    order = list(layers)
     parts: dict[str, Part] = dict.fromkeys(order, "frozen")
     if isinstance(scheme, str):
         parts |= _named(scheme, layers, blocks)
@@ -171,8 +184,7 @@ def _named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> d
         raise EdgetuneError("unknown scheme", got=scheme, allowed=["last-1", "last-2", "last-4", *NAMED[1:]])
     if not blocks:
         raise EdgetuneError(
-            f"{scheme}: no list of like blocks found in this model",
-            action='write the scheme out, as in {"features.3": "full", "classifier": "full"}',
+            f"{scheme}: the model has one layer alone", got=order, action=f'write {{"{order[-1]}": "full"}}'
         )
     if scheme == "bias":
         return dict.fromkeys(order, "bias")

@@ -75,7 +75,7 @@ class SparseUpdate(Technique):
     def resolve(self, model: nn.Module, sample: Sample | None = None) -> Scheme:
         """What this would train in `model`, as a value to print. Changes nothing. `auto` looks at the sample."""
         if self.budget_mib is None:
-            return resolve(model, self.scheme, self.head, self.norms)
+            return resolve(model, self.scheme, self.head, self.norms, sample)
         from edgetune.sparse.auto.choose import choose
 
         alone = self.model_copy(update={"scheme": "last-2", "budget_mib": None, "step_ms": None})

@@ -1,0 +1,47 @@
+"""The order in which a model's layers run, for models without a list of like blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgetune.modes import same_buffers, undisturbed
+from edgetune.technique import EdgetuneError, Sample, call
+
+
+def running_order(model: nn.Module, names: Iterable[str], sample: Sample | None) -> list[str]:
+    """The layers of these names by when each is first called on the sample's inputs; those never called come first.
+
+    Layers that stand in `nn.Sequential` alone run as they are written, and need no sample. Raises `EdgetuneError` for
+    any other model without one.
+    """
+    names = list(names)
+    if _is_written_in_order(model):
+        return names
+    if sample is None:
+        raise EdgetuneError(
+            "this model has no list of like blocks, so its layers count in the order in which they run",
+            action="pass sample=et.Sample.of(example_inputs) to et.apply, or write the scheme out",
+        )
+    called: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda *_: called.append(name)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        with undisturbed(model), same_buffers(model), torch.no_grad():
+            call(model, sample.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = {name: place for place, name in reversed(list(enumerate(called)))}
+    return sorted(names, key=lambda name: first.get(name, -1))
+
+
+def _is_written_in_order(model: nn.Module) -> bool:
+    """Whether every module that holds others is a Sequential, which calls them as they are written."""
+    return all(type(module) is nn.Sequential for module in model.modules() if any(True for _ in module.children()))
