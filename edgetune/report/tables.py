@@ -41,6 +41,7 @@ class Cell:
 
     text: str
     tone: Tone = ""
+    image: str = ""  # a data: URI, for the page
 
 
 @dataclass(frozen=True)

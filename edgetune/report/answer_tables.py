@@ -1,0 +1,105 @@
+"""Figures per class, the confusion matrix and the most confident mistakes, as tables."""
+
+from __future__ import annotations
+
+from edgetune.ledger import Answers
+from edgetune.report.numbers import percent, plural
+from edgetune.report.tables import Cell, Column, Table, cells
+
+WIDEST_MATRIX = 12  # classes; with more, the most frequent confusions are listed
+MOST_PAIRS = 15
+MOST_LETTERS = 10  # of a class's name over a column
+
+
+def answer_tables(answers: Answers) -> tuple[Table, ...]:
+    """Those that there is something to say in, in order."""
+    return tuple(
+        table for table in (class_table(answers), confusion_table(answers), mistake_table(answers)) if table is not None
+    )
+
+
+def class_table(answers: Answers) -> Table:
+    """Precision, recall and rows of each class."""
+    columns = (
+        Column("class", text=True),
+        Column("rows"),
+        Column("precision", "%"),
+        Column("recall", "%"),
+        Column("right"),
+        Column("predicted"),
+    )
+    rows = tuple(
+        cells(
+            one.name,
+            f"{one.rows:,}",
+            percent(one.precision_pct),
+            percent(one.recall_pct),
+            f"{one.right:,}",
+            f"{one.predicted:,}",
+        )
+        for one in answers.classes
+    )
+    notes = (
+        "Precision: of the rows that the model takes for this class, those that are. "
+        "Recall: of the rows of this class, those that it finds.",
+    )
+    return Table("classes", "Class by class, on the test set", columns, rows, notes)
+
+
+def confusion_table(answers: Answers) -> Table | None:
+    """A row for each true class and a column for each predicted one; the frequent confusions of many classes."""
+    if len(answers.classes) > WIDEST_MATRIX:
+        return _pairs(answers)
+    names = [one.name for one in answers.classes]
+    counted = {(one.true, one.predicted): one.rows for one in answers.confusions}
+    counted |= {(one.name, one.name): one.right for one in answers.classes}
+    columns = (Column("true, predicted as", text=True), *(Column(_short(name)) for name in names))
+    rows = tuple(
+        (Cell(true), *(_count(counted.get((true, predicted), 0), true == predicted) for predicted in names))
+        for true in names
+    )
+    return Table(
+        "confusion", "Confusion matrix: rows of each class, by the class that the model takes them for", columns, rows
+    )
+
+
+def _count(rows: int, right: bool) -> Cell:
+    if not rows:
+        return Cell("0", "faint")
+    return Cell(f"{rows:,}", "good" if right else "bad")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+
+
+def _pairs(answers: Answers) -> Table | None:
+    if not answers.confusions:
+        return None
+    columns = (Column("true", text=True), Column("predicted", text=True), Column("rows"))
+    rows = tuple(cells(one.true, one.predicted, f"{one.rows:,}") for one in answers.confusions[:MOST_PAIRS])
+    left = len(answers.confusions) - len(rows)
+    notes = (f"{plural(left, 'rarer pair')} left out.",) if left else ()
+    return Table("confusion", "The most frequent confusions", columns, rows, notes)
+
+
+def mistake_table(answers: Answers) -> Table | None:
+    """The mistakes that the model is surest of."""
+    if not answers.mistakes:
+        return None
+    columns = (
+        Column("row of the test set", text=True, short="row"),
+        Column("true", text=True),
+        Column("predicted", text=True),
+        Column("confidence", "%", short="sure\n%"),
+    )
+    rows = tuple(
+        (
+            Cell(one.text or f"row {one.row}", image=one.image),
+            Cell(one.true, "good"),
+            Cell(one.predicted, "bad"),
+            Cell(percent(one.confidence_pct)),
+        )
+        for one in answers.mistakes
+    )
+    return Table("mistakes", "The most confident mistakes", columns, rows)
