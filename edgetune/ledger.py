@@ -148,6 +148,15 @@ class Call(Entry):
         return f"{self.device}, {self.call}" if self.call else self.device
 
 
+def on_cpu(threads: int | None) -> str:
+    """`CPU, 6 threads`.
+
+    >>> on_cpu(1), on_cpu(None)
+    ('CPU, 1 thread', 'CPU')
+    """
+    return "CPU" if threads is None else f"CPU, {threads} thread{'s' * (threads != 1)}"
+
+
 class Measured(Call):
     """Timed on a real machine."""
 
@@ -170,8 +179,11 @@ class Measured(Call):
 
 
 class Predicted(Call):
-    """Computed from a device descriptor; the band is what the descriptor's trust allows."""
+    """Computed from a device descriptor, for its CPU; the band is what the descriptor's trust allows."""
 
+    name: str = ""  # of the device, as its maker writes it; empty: a ledger of before
+    threads: int | None = None  # that the prediction is for
+    accelerators: tuple[str, ...] | None = None  # kinds that the device has beside its CPU: "gpu"; none is predicted
     latency_ms: float
     latency_low_ms: float
     latency_high_ms: float
@@ -181,6 +193,17 @@ class Predicted(Call):
     band_pct: float | None = None  # share of programs that the band is to hold; None: nobody counted
     energy_mj: float | None = None  # of one run; an order of magnitude
     cold_start_ms: float | None = None  # load, pack and run once
+
+    @property
+    def runs_on(self) -> str:
+        """What the prediction is for: `CPU, 6 threads`."""
+        return on_cpu(self.threads)
+
+    @property
+    def not_predicted(self) -> str:
+        """What else the device could run it on: `GPU: not predicted`; empty where there is nothing."""
+        kinds = ", ".join(kind.upper() for kind in dict.fromkeys(self.accelerators or ()))
+        return f"{kinds}: not predicted" if kinds else ""
 
 
 class Verdict(Entry):

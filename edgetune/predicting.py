@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -235,7 +235,7 @@ def _together(parts: Sequence[Rows]) -> Rows:
     if len(parts) > 1 and hasattr(parts[0].inputs, "dtype"):
         import numpy as np
 
-        return Rows(np.concatenate([np.asarray(rows.inputs) for rows in parts]), labels)
+        return Rows(cast("Sequence[Any]", np.concatenate([np.asarray(rows.inputs) for rows in parts])), labels)
     return Rows(parts[0].inputs if len(parts) == 1 else [one for rows in parts for one in rows.inputs], labels)
 
 

@@ -201,14 +201,14 @@ class BadRows:
         if not self.found:
             return ()
         share = 100 * len(self.found) / max(total, 1)
-        first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5} more" if len(self.found) > 5 else "")
+        first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5:,} more" if len(self.found) > 5 else "")
         if share > self.max_bad_rows_pct:
             raise data_error(
-                f"{source}: {len(self.found)} of {total} rows cannot be read "
+                f"{source}: {len(self.found):,} of {total:,} rows cannot be read "
                 f"({share:.2g} %, allowed {self.max_bad_rows_pct:g} %): {first}",
                 action="mend these rows, or raise data.max_bad_rows_pct",
             )
-        return (f"left out {len(self.found)} of {total} rows that cannot be read: {first}",)
+        return (f"left out {len(self.found):,} of {total:,} rows that cannot be read: {first}",)
 
 
 def split_indices(

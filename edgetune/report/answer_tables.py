@@ -9,13 +9,13 @@ from edgetune.report.tables import Cell, Column, Table, cells
 WIDEST_MATRIX = 12  # classes; with more, the most frequent confusions are listed
 MOST_PAIRS = 15
 MOST_LETTERS = 10  # of a class's name over a column
+FEW_MISTAKES, FEW_LETTERS = 3, 90  # in a terminal
 
 
-def answer_tables(answers: Answers) -> tuple[Table, ...]:
-    """Those that there is something to say in, in order."""
-    return tuple(
-        table for table in (class_table(answers), confusion_table(answers), mistake_table(answers)) if table is not None
-    )
+def answer_tables(answers: Answers, *, brief: bool = False) -> tuple[Table, ...]:
+    """Those that there is something to say in, in order; `brief`: as a terminal shows them beside much else."""
+    candidates = (class_table(answers), confusion_table(answers), mistake_table(answers, brief=brief))
+    return tuple(table for table in candidates if table is not None)
 
 
 def class_table(answers: Answers) -> Table:
@@ -53,7 +53,7 @@ def confusion_table(answers: Answers) -> Table | None:
     names = [one.name for one in answers.classes]
     counted = {(one.true, one.predicted): one.rows for one in answers.confusions}
     counted |= {(one.name, one.name): one.right for one in answers.classes}
-    columns = (Column("true, predicted as", text=True), *(Column(_short(name)) for name in names))
+    columns = (Column("true, predicted as", text=True), *(Column(_cut(name, MOST_LETTERS)) for name in names))
     rows = tuple(
         (Cell(true), *(_count(counted.get((true, predicted), 0), true == predicted) for predicted in names))
         for true in names
@@ -69,10 +69,6 @@ def _count(rows: int, right: bool) -> Cell:
     return Cell(f"{rows:,}", "good" if right else "bad")
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
-
-
 def _pairs(answers: Answers) -> Table | None:
     if not answers.confusions:
         return None
@@ -83,23 +79,30 @@ def _pairs(answers: Answers) -> Table | None:
     return Table("confusion", "The most frequent confusions", columns, rows, notes)
 
 
-def mistake_table(answers: Answers) -> Table | None:
+def mistake_table(answers: Answers, *, brief: bool = False) -> Table | None:
     """The mistakes that the model is surest of."""
     if not answers.mistakes:
         return None
     columns = (
-        Column("row of the test set", text=True, short="row"),
+        Column("row of the test set", text=True),
         Column("true", text=True),
         Column("predicted", text=True),
-        Column("confidence", "%", short="sure\n%"),
+        Column("confidence", "%", short="conf.\n%"),
     )
+    shown = answers.mistakes[: FEW_MISTAKES if brief else None]
     rows = tuple(
         (
-            Cell(one.text or f"row {one.row}", image=one.image),
-            Cell(one.true, "good"),
+            Cell(_cut(one.text, FEW_LETTERS if brief else len(one.text)) or f"row {one.row}", image=one.image),
+            Cell(one.true),
             Cell(one.predicted, "bad"),
             Cell(percent(one.confidence_pct)),
         )
-        for one in answers.mistakes
+        for one in shown
     )
-    return Table("mistakes", "The most confident mistakes", columns, rows)
+    left = len(answers.mistakes) - len(shown)
+    notes = (f"{left} more on the page.",) if left else ()
+    return Table("mistakes", "The most confident mistakes", columns, rows, notes)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
