@@ -30,7 +30,7 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
             f"{call}; the lowest reachable is the low end of its range",
         ),
         "peak_memory_mib": (predicted.peak_memory_mib if predicted else None, "predicted"),
-        "size_mib": (program.size_mib if program else None, "of the program"),
+        "size_mib": (program.size_mib if program else None, ""),
         "train_memory_mib": (
             max(trainings, default=None),
             "weights, gradients, optimizer state, tensors saved for backward, and the teacher; the lowest reachable is "

@@ -264,3 +264,17 @@ def test_answers_are_counted_by_hand() -> None:
     assert answers.mistakes[0].confidence_pct == pytest.approx(100 * float(torch.tensor(9.0).sigmoid()))
     assert all(one.image.startswith("data:image/png;base64,") and len(one.image) < 400 for one in answers.mistakes)
     assert answers.quality.value == 25.0
+
+
+def test_a_program_for_several_rows_at_once_answers_any_number(vision: Text, tmp_path: Path) -> None:
+    loaded, dataset, artifact = vision
+    paths = list(dataset.test.inputs)
+    pair = export(loaded.model, loaded.encode(paths[:2]), tmp_path / "pair.pte", carried=artifact.manifest.carried)
+    assert pair.manifest.inputs[0].shape[0] == 2
+    assert len(paths) % 2, "the last batch is filled up"
+    assert [one.label for one in predict(pair.path, paths)] == [one.label for one in predict(artifact.path, paths)]
+    free = export(
+        loaded.model, loaded.encode(paths[:2]), tmp_path / "free.pte", carried=artifact.manifest.carried,
+        dynamic={"batch": (1, 4)},
+    )  # fmt: skip
+    assert [one.label for one in predict(free.path, paths)] == [one.label for one in predict(artifact.path, paths)]

@@ -205,7 +205,7 @@ class BadRows:
         if share > self.max_bad_rows_pct:
             raise data_error(
                 f"{source}: {len(self.found):,} of {total:,} rows cannot be read "
-                f"({share:.2g} %, allowed {self.max_bad_rows_pct:g} %): {first}",
+                f"({share:.1f} %, allowed {self.max_bad_rows_pct:g} %): {first}",
                 action="mend these rows, or raise data.max_bad_rows_pct",
             )
         return (f"left out {len(self.found):,} of {total:,} rows that cannot be read: {first}",)

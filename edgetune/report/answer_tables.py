@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from edgetune.ledger import Answers
 from edgetune.report.numbers import percent, plural
 from edgetune.report.tables import Cell, Column, Table, cells
@@ -9,13 +11,22 @@ from edgetune.report.tables import Cell, Column, Table, cells
 WIDEST_MATRIX = 12  # classes; with more, the most frequent confusions are listed
 MOST_PAIRS = 15
 MOST_LETTERS = 10  # of a class's name over a column
-FEW_MISTAKES, FEW_LETTERS = 3, 90  # in a terminal
 
 
-def answer_tables(answers: Answers, *, brief: bool = False) -> tuple[Table, ...]:
-    """Those that there is something to say in, in order; `brief`: as a terminal shows them beside much else."""
-    candidates = (class_table(answers), confusion_table(answers), mistake_table(answers, brief=brief))
+def answer_tables(answers: Answers) -> tuple[Table, ...]:
+    """Those that there is something to say in, in order."""
+    candidates = (class_table(answers), confusion_table(answers), mistake_table(answers))
     return tuple(table for table in candidates if table is not None)
+
+
+def brief_table(answers: Answers) -> Table:
+    """The figures per class, with the most frequent confusion in words: a terminal shows much else."""
+    table = class_table(answers)
+    if not answers.confusions:
+        return table
+    first = answers.confusions[0]
+    often = f"Most often confused: {first.true} taken for {first.predicted} ({plural(first.rows, 'row')})."
+    return replace(table, notes=(f"{often} The confusion matrix and the most confident mistakes are on the page.",))
 
 
 def class_table(answers: Answers) -> Table:
@@ -26,7 +37,7 @@ def class_table(answers: Answers) -> Table:
         Column("precision", "%"),
         Column("recall", "%"),
         Column("right"),
-        Column("predicted"),
+        Column("answered"),
     )
     rows = tuple(
         cells(
@@ -53,7 +64,7 @@ def confusion_table(answers: Answers) -> Table | None:
     names = [one.name for one in answers.classes]
     counted = {(one.true, one.predicted): one.rows for one in answers.confusions}
     counted |= {(one.name, one.name): one.right for one in answers.classes}
-    columns = (Column("true, predicted as", text=True), *(Column(_cut(name, MOST_LETTERS)) for name in names))
+    columns = (Column("true, answered as", text=True), *(Column(_cut(name, MOST_LETTERS)) for name in names))
     rows = tuple(
         (Cell(true), *(_count(counted.get((true, predicted), 0), true == predicted) for predicted in names))
         for true in names
@@ -72,36 +83,33 @@ def _count(rows: int, right: bool) -> Cell:
 def _pairs(answers: Answers) -> Table | None:
     if not answers.confusions:
         return None
-    columns = (Column("true", text=True), Column("predicted", text=True), Column("rows"))
+    columns = (Column("true", text=True), Column("answer", text=True), Column("rows"))
     rows = tuple(cells(one.true, one.predicted, f"{one.rows:,}") for one in answers.confusions[:MOST_PAIRS])
     left = len(answers.confusions) - len(rows)
     notes = (f"{plural(left, 'rarer pair')} left out.",) if left else ()
     return Table("confusion", "The most frequent confusions", columns, rows, notes)
 
 
-def mistake_table(answers: Answers, *, brief: bool = False) -> Table | None:
+def mistake_table(answers: Answers) -> Table | None:
     """The mistakes that the model is surest of."""
     if not answers.mistakes:
         return None
     columns = (
         Column("row of the test set", text=True),
         Column("true", text=True),
-        Column("predicted", text=True),
+        Column("answer", text=True),
         Column("confidence", "%", short="conf.\n%"),
     )
-    shown = answers.mistakes[: FEW_MISTAKES if brief else None]
     rows = tuple(
         (
-            Cell(_cut(one.text, FEW_LETTERS if brief else len(one.text)) or f"row {one.row}", image=one.image),
+            Cell(one.text or f"row {one.row}", image=one.image),
             Cell(one.true),
             Cell(one.predicted, "bad"),
             Cell(percent(one.confidence_pct)),
         )
-        for one in shown
+        for one in answers.mistakes
     )
-    left = len(answers.mistakes) - len(shown)
-    notes = (f"{left} more on the page.",) if left else ()
-    return Table("mistakes", "The most confident mistakes", columns, rows, notes)
+    return Table("mistakes", "The most confident mistakes", columns, rows)
 
 
 def _cut(text: str, most: int) -> str:

@@ -35,7 +35,7 @@ from edgetune.report.tables import (
     training_table,
 )
 
-PLAIN = ("confusion",)  # tables of many columns that a narrow screen shows as they are
+PLAIN = ("confusion", "leftovers")  # tables of many columns that a narrow screen shows as they are
 MONO = ("SHA-256", "file")  # lines of the program whose value is set in a fixed width
 
 
@@ -156,7 +156,7 @@ def plot(figure: Figure) -> str:
 def block(table: Table) -> str:
     """A table with caption, headed rows and notes, in a box that scrolls sideways where it must."""
     head = "".join(heading(column) for column in table.columns)
-    stacked = ' class="stacked"' if len(table.columns) > 3 and table.key not in PLAIN else ""
+    stacked = ' class="stacked"' if len(table.columns) > 2 and table.key not in PLAIN else ""
     head = f"<thead><tr>{head}</tr></thead>\n" if table.key != "program" else ""
     kind = f' class="of-{table.key}"' if table.key in ("predicted", "measured") else ""
     rows = "\n".join(f"<tr{kind}>{row_cells(table, row)}</tr>" for row in table.rows)

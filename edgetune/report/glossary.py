@@ -13,6 +13,7 @@ TERMS: Mapping[str, str] = {
     "points": "Percentage points: from 80 % to 82 % is 2 points.",
     "precision": "Of the rows that the model takes for a class, the share that is of that class.",
     "recall": "Of the rows of a class, the share that the model takes for it.",
+    "answered": "Rows that the model takes for this class, rightly or not.",
     "confidence": "The model's own score for its answer, as a share of all classes; not how likely it is to be right.",
     "baseline": "A simple method, trained and tested on the same rows. A model that does not beat it is of no use.",
     "parameters": "Numbers that the model has learned.",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from edgetune.ledger import Ledger
-from edgetune.report.answer_tables import answer_tables
+from edgetune.report.answer_tables import brief_table
 from edgetune.report.device_tables import measured_table, predicted_table, verdict_table
-from edgetune.report.tables import Table, leftover_table, program_table, quality_table, step_table
+from edgetune.report.tables import Table, program_table, quality_table, step_table
 
 
 def summary_tables(ledger: Ledger) -> tuple[Table, ...]:
@@ -14,9 +14,8 @@ def summary_tables(ledger: Ledger) -> tuple[Table, ...]:
         verdict_table(ledger),
         step_table(ledger) if ledger.rows else None,
         quality_table(ledger),
-        *(answer_tables(ledger.answers, brief=True) if ledger.answers else ()),
-        program_table(ledger),
-        leftover_table(ledger, by_operator=True),
+        brief_table(ledger.answers) if ledger.answers else None,
+        program_table(ledger, brief=True),
         measured_table(ledger),
         predicted_table(ledger),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.ledger import Ledger, Quality, Row
+from edgetune.ledger import Ledger, Program, Quality, Row
 from edgetune.report.numbers import (
     DASH,
     change,
@@ -20,6 +21,8 @@ from edgetune.report.numbers import (
     seconds,
     unit,
 )
+
+MOST_NAMED = 3  # undelegated operators, in a terminal
 
 Tone = Literal["", "good", "bad", "faint"]
 
@@ -175,8 +178,8 @@ def quality_table(ledger: Ledger) -> Table | None:
     return Table("quality", "Compared with simple methods on the same test set", columns, rows)
 
 
-def program_table(ledger: Ledger) -> Table | None:
-    """The exported program."""
+def program_table(ledger: Ledger, *, brief: bool = False) -> Table | None:
+    """The exported program; `brief`: without its checksum, and with what is not delegated by name."""
     program = ledger.program
     if program is None:
         return None
@@ -187,7 +190,7 @@ def program_table(ledger: Ledger) -> Table | None:
         ("memory planned for activations", f"{number(program.plan_kib)} KiB"),
         ("delegated, of the MACs", f"{percent(program.delegated_macs_pct)} %"),
         ("delegated, of the operators", f"{percent(program.delegated_operators_pct)} %"),
-        ("not delegated", plural(sum(left.count for left in program.leftovers), "operator")),
+        ("not delegated", undelegated(program, brief=brief)),
     ]
     if program.parity:
         parity = program.parity
@@ -201,31 +204,33 @@ def program_table(ledger: Ledger) -> Table | None:
             lines.append(("of its largest value", f"{parity.max_relative_difference:.1e}{allowed}"))
     else:
         lines.append(("same prediction as the PyTorch model", "not checked"))
-    lines.append(("SHA-256", program.sha256))
+    if not brief:
+        lines.append(("SHA-256", program.sha256))
     columns = (Column("program", text=True), Column("", text=True))
     return Table("program", "The exported program", columns, tuple(cells(*line) for line in lines))
 
 
-def leftover_table(ledger: Ledger, *, by_operator: bool = False) -> Table | None:
-    """The operators that the backend did not take, most frequent first; `by_operator`: one row for all its modules."""
+def leftover_table(ledger: Ledger) -> Table | None:
+    """The operators that the backend did not take, most frequent first."""
     if ledger.program is None or not ledger.program.leftovers:
         return None
     ordered = sorted(ledger.program.leftovers, key=lambda left: (-left.count, left.operator, left.module))
-    lines = [(left.operator, left.module or "(top)", left.count) for left in ordered]
-    if by_operator:
-        modules: dict[str, list[str]] = {}
-        counts: dict[str, int] = {}
-        for operator, module, count_ in lines:
-            modules.setdefault(operator, []).append(module)
-            counts[operator] = counts.get(operator, 0) + count_
-        lines = [(name, _and_more(modules[name]), many) for name, many in sorted(counts.items(), key=lambda c: -c[1])]
     columns = (Column("operator", text=True), Column("module", text=True), Column("count"))
-    rows = tuple(cells(operator, module, f"{many:,}") for operator, module, many in lines)
+    rows = tuple(cells(left.operator, left.module or "(top)", f"{left.count:,}") for left in ordered)
     return Table("leftovers", "Operators that are not delegated", columns, rows)
 
 
-def _and_more(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
+def undelegated(program: Program, *, brief: bool) -> str:
+    """How many operators the backend did not take; `brief`: the most frequent ones by name, since no table follows."""
+    text = plural(sum(left.count for left in program.leftovers), "operator")
+    if not brief or not program.leftovers:
+        return text
+    counts: Counter[str] = Counter()
+    for left in program.leftovers:
+        counts[left.operator.removesuffix(".out")] += left.count
+    named = [f"{name} {many}" for name, many in counts.most_common(MOST_NAMED)]
+    rest = len(counts) - len(named)
+    return f"{text}: {', '.join(named)}{f', {rest} other kinds' if rest else ''}"
 
 
 def training_table(ledger: Ledger) -> Table | None:
