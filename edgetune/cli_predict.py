@@ -35,7 +35,7 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Let an exported classifier answer texts or images, one line for each."""
+    """Let an exported classifier answer texts or images."""
     from edgetune.given_rows import read_rows
     from edgetune.predicting import Classifier, answers_for
     from edgetune.progress import shown
@@ -93,7 +93,10 @@ def evaluate(
     ] = "test",
     as_json: Json = False,
 ) -> int:
-    """Print the accuracy of an exported classifier on labelled data, with figures for each class."""
+    """Score an exported classifier on labelled data.
+
+    Accuracy with its 95 % interval, precision and recall of each class, and the confusion matrix.
+    """
     from edgetune.overrides import from_text
     from edgetune.predicting import evaluate as evaluate_
     from edgetune.progress import shown
