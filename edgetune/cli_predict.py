@@ -37,13 +37,13 @@ def predict(
 ) -> int:
     """Let an exported classifier answer texts or images."""
     from edgetune.given_rows import read_rows
-    from edgetune.predicting import Classifier, answers_for
+    from edgetune.predicting import ROWS_AT_ONCE, Classifier, answers_for
     from edgetune.progress import shown
 
     with contextlib.redirect_stdout(sys.stderr):
         classifier = Classifier(program)
         given = read_rows(rows, classifier.task, sys.stdin, column or _column(classifier.artifact.path))
-        with shown() if len(given) > 1 else contextlib.nullcontext(lambda *_: None) as progress:
+        with shown() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
             answers = answers_for(classifier, [one.row for one in given], progress)
     for note in classifier.notes:
         print(f"edgetune: {note}", file=sys.stderr)
@@ -142,6 +142,7 @@ def _print(evaluation: Evaluation) -> None:
     from edgetune.report.answer_tables import answer_tables
     from edgetune.report.console import clean, drawn
     from edgetune.report.numbers import accuracy_with_interval, plural
+    from edgetune.report.sentences import as_sentence
 
     console = Console()
     rows = plural(evaluation.quality.rows, "row")
@@ -155,4 +156,4 @@ def _print(evaluation: Evaluation) -> None:
         for note in table.notes:
             console.print(Text(clean(note), style="dim"))
     for note in evaluation.notes:
-        console.print(Text(clean(note), style="dim"))
+        console.print(Text(clean(as_sentence(note)), style="dim"))

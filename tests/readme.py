@@ -136,7 +136,7 @@ def terminal_picture(ledger: Ledger, to: Path) -> None:
     """The ledger as a terminal of 80 columns shows it."""
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, legacy_windows=False)
     console.print(report.terminal(ledger))
-    console.save_svg(str(to), title="edgetune report runs/text-minilm-001")
+    console.save_svg(str(to), title="edgetune report runs/text-minilm-001", unique_id="ledger")
 
 
 def main() -> int:

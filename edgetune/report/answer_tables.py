@@ -54,7 +54,7 @@ def class_table(answers: Answers) -> Table:
         "Precision: of the rows that the model takes for this class, those that are. "
         "Recall: of the rows of this class, those that it finds.",
     )
-    return Table("classes", "Class by class, on the test set", columns, rows, notes)
+    return Table("classes", "Class by class", columns, rows, notes)
 
 
 def confusion_table(answers: Answers) -> Table | None:
@@ -95,7 +95,7 @@ def mistake_table(answers: Answers) -> Table | None:
     if not answers.mistakes:
         return None
     columns = (
-        Column("row of the test set", text=True),
+        Column("row", text=True),
         Column("true", text=True),
         Column("answer", text=True),
         Column("confidence", "%", short="conf.\n%"),

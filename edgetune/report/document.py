@@ -114,7 +114,7 @@ def body(ledger: Ledger, drawn: Sequence[Figure]) -> str:
     parts = [
         section("Budget", (), (verdict_table(ledger),), drawn),
         section("Steps", ("kept",), (steps, quality_table(ledger)), drawn),
-        section("Answers", (), answers, drawn),
+        section("Answers on the test set", (), answers, drawn),
         section("Training", ("loss-",), (training_table(ledger),), drawn),
         section(
             "On devices", ("latency", "memory", "roofline-"), (predicted_table(ledger), measured_table(ledger)), drawn
