@@ -24,6 +24,7 @@ __all__ = [
     "Technique",
     "Train",
     "apply",
+    "evaluate",
     "export",
     "export_language",
     "export_methods",
@@ -31,6 +32,7 @@ __all__ = [
     "finalize",
     "generate",
     "load_adapter",
+    "predict",
     "profile",
     "pull",
     "run",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from edgetune.export.training.step import export_training
     from edgetune.generating import generate
     from edgetune.pipeline import run
+    from edgetune.predicting import evaluate, predict
     from edgetune.profile import profile
     from edgetune.prune.structured import Prune
     from edgetune.quant.int4 import Int4
@@ -76,6 +79,7 @@ else:
         "Technique": "technique",
         "Train": "train",
         "apply": "attach",
+        "evaluate": "predicting",
         "export": "export",
         "export_language": "export.language",
         "export_methods": "export.methods",
@@ -83,6 +87,7 @@ else:
         "finalize": "attach",
         "generate": "generating",
         "load_adapter": "adapt.files",
+        "predict": "predicting",
         "profile": "profile",
         "pull": "export.training.run",
         "run": "pipeline",

@@ -25,12 +25,16 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
     trainings = [t.peak_memory_mib for t in ledger.trainings if t.peak_memory_mib is not None]
     program = ledger.program
     found = {
-        "latency_ms": (predicted.latency_ms if predicted else None, f"{call}; the least is the low end of its band"),
+        "latency_ms": (
+            predicted.latency_ms if predicted else None,
+            f"{call}; the lowest reachable is the low end of its range",
+        ),
         "peak_memory_mib": (predicted.peak_memory_mib if predicted else None, "predicted"),
-        "size_mib": (program.size_mib if program else None, "of the program"),
+        "size_mib": (program.size_mib if program else None, ""),
         "train_memory_mib": (
             max(trainings, default=None),
-            "weights, gradients, optimizer state, kept for backward, and the teacher; the least: batches of one row",
+            "weights, gradients, optimizer state, tensors saved for backward, and the teacher; the lowest reachable is "
+            "with batches of one row",
         ),
     }
     least = {

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgetune import __version__, cli_export, cli_generate, cli_profile, cli_training
+from edgetune import __version__, cli_export, cli_generate, cli_predict, cli_profile, cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
 from edgetune.cli_training import Overrides, RecipeName
 
@@ -50,6 +50,8 @@ app.command("lint")(cli_export.lint)
 app.command("inspect")(cli_export.inspect)
 app.command("generate")(cli_generate.generate)
 app.command("profile")(cli_profile.profile)
+app.command("predict")(cli_predict.predict)
+app.command("eval")(cli_predict.evaluate)
 app.command("export-training")(cli_training.export_training)
 app.command("train-pte")(cli_training.train_pte)
 app.command("pull")(cli_training.pull)

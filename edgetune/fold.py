@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from edgetune import registry, reuse, runs
+from edgetune.answers import answers_on
 from edgetune.attach import apply, closes, finalize, opened
 from edgetune.budget import verdicts
 from edgetune.data import task as tasks
@@ -118,6 +119,8 @@ class Fold:
         self.steps(until)
         if until is not None:
             return self.ledger
+        answers = answers_on(self.model, self.test_split, self.dataset.classes, EVALUATION_BATCH)
+        self.ledger = self.ledger.with_(answers=answers)
         if self.recipe.export:
             self.export()
         self.ledger = self.ledger.with_(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,20 @@ class Quality(Entry):
     def higher_is_better(self) -> bool:
         """Accuracy rises, perplexity falls."""
         return self.metric == "accuracy_pct"
+
+    @property
+    def interval_pct(self) -> tuple[float, float] | None:
+        """95 % interval of an accuracy measured on so many rows (Wilson's score interval); `None` for a perplexity.
+
+        >>> [round(end, 1) for end in Quality(metric="accuracy_pct", value=90.0, rows=20).interval_pct]
+        [69.9, 97.2]
+        """
+        if self.metric != "accuracy_pct" or not self.rows or not math.isfinite(self.value):
+            return None
+        share, z2 = self.value / 100, 1.959964**2
+        middle = (share + z2 / (2 * self.rows)) / (1 + z2 / self.rows)
+        spread = math.sqrt(share * (1 - share) * z2 / self.rows + z2**2 / (4 * self.rows**2)) / (1 + z2 / self.rows)
+        return 100 * max(0.0, middle - spread), 100 * min(1.0, middle + spread)
 
 
 class Row(Entry):
@@ -133,6 +148,15 @@ class Call(Entry):
         return f"{self.device}, {self.call}" if self.call else self.device
 
 
+def on_cpu(threads: int | None) -> str:
+    """`CPU, 6 threads`.
+
+    >>> on_cpu(1), on_cpu(None)
+    ('CPU, 1 thread', 'CPU')
+    """
+    return "CPU" if threads is None else f"CPU, {threads} thread{'s' * (threads != 1)}"
+
+
 class Measured(Call):
     """Timed on a real machine."""
 
@@ -155,8 +179,11 @@ class Measured(Call):
 
 
 class Predicted(Call):
-    """Computed from a device descriptor; the band is what the descriptor's trust allows."""
+    """Computed from a device descriptor, for its CPU; the band is what the descriptor's trust allows."""
 
+    name: str = ""  # of the device, as its maker writes it; empty: a ledger of before
+    threads: int | None = None  # that the prediction is for
+    accelerators: tuple[str, ...] | None = None  # kinds that the device has beside its CPU: "gpu"; none is predicted
     latency_ms: float
     latency_low_ms: float
     latency_high_ms: float
@@ -166,6 +193,17 @@ class Predicted(Call):
     band_pct: float | None = None  # share of programs that the band is to hold; None: nobody counted
     energy_mj: float | None = None  # of one run; an order of magnitude
     cold_start_ms: float | None = None  # load, pack and run once
+
+    @property
+    def runs_on(self) -> str:
+        """What the prediction is for: `CPU, 6 threads`."""
+        return on_cpu(self.threads)
+
+    @property
+    def not_predicted(self) -> str:
+        """What else the device could run it on: `GPU: not predicted`; empty where there is nothing."""
+        kinds = ", ".join(kind.upper() for kind in dict.fromkeys(self.accelerators or ()))
+        return f"{kinds}: not predicted" if kinds else ""
 
 
 class Verdict(Entry):
@@ -187,6 +225,59 @@ class Baseline(Entry):
     value: float
 
 
+class ClassFigures(Entry):
+    """One class of a classifier, counted on the test set."""
+
+    name: str
+    rows: int  # that are of this class
+    predicted: int  # that the model takes for it
+    right: int  # both
+
+    @property
+    def precision_pct(self) -> float | None:
+        """Of the rows that the model takes for this class, those that are; `None` where it takes none for it."""
+        return 100 * self.right / self.predicted if self.predicted else None
+
+    @property
+    def recall_pct(self) -> float | None:
+        """Of the rows of this class, those that the model finds; `None` where there are none."""
+        return 100 * self.right / self.rows if self.rows else None
+
+
+class Confusion(Entry):
+    """Rows of one class that the model takes for another."""
+
+    true: str
+    predicted: str
+    rows: int
+
+
+class Mistake(Entry):
+    """A row that the model takes for another class, with its share of all classes' scores."""
+
+    row: int  # of the test set, from 0
+    text: str = ""  # the text, cut where it is long, or the name of an image's file
+    image: str = ""  # a small image as a data: URI
+    true: str
+    predicted: str
+    confidence_pct: float
+
+
+class Answers(Entry):
+    """What a classifier answers on the test set, class by class."""
+
+    classes: tuple[ClassFigures, ...]  # in the model's order
+    confusions: tuple[Confusion, ...] = ()  # the most frequent first; the rarest are left out of a long list
+    mistakes: tuple[Mistake, ...] = ()  # the most confident ones
+
+    @property
+    def quality(self) -> Quality:
+        """The accuracy over all rows."""
+        rows = sum(one.rows for one in self.classes)
+        right = sum(one.right for one in self.classes)
+        return Quality(metric="accuracy_pct", value=100 * right / rows if rows else math.nan, rows=rows)
+
+
 class Ledger(Entry):
     """A whole run."""
 
@@ -200,6 +291,7 @@ class Ledger(Entry):
     baselines: tuple[Baseline, ...] = ()
     rows: tuple[Row, ...] = ()
     trainings: tuple[Training, ...] = ()
+    answers: Answers | None = None  # of the final model; None: a language model, or a ledger of before
     program: Program | None = None
     measured: tuple[Measured, ...] = ()
     predicted: tuple[Predicted, ...] = ()

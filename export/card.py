@@ -162,7 +162,7 @@ def _run(ledger: Ledger) -> Iterable[str]:
         for found in ledger.measured
     ]
     predicted = [
-        f"predicted for {found.where}, {'calibrated' if found.calibrated else 'not calibrated'}: "
+        f"predicted for {found.where} ({found.runs_on}), {'calibrated' if found.calibrated else 'not calibrated'}: "
         f"{found.latency_ms:.2f} ms ({found.latency_low_ms:.2f} to {found.latency_high_ms:.2f})"
         for found in ledger.predicted
     ]

@@ -6,6 +6,7 @@ python tests/readme.py --run      run them one after the other in a temporary fo
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 
 from bench_language import language_table
+from PIL import Image
+from rich.console import Console
 
 from edgetune import report
 from edgetune.ledger import Ledger
@@ -85,7 +88,7 @@ def _short(text: str) -> str:
     """The parts of the report for a first look: steps, baselines, what was measured, what was predicted."""
     keep, parts = [], re.split(r"\n\n(?=\S)", text)
     for part in parts:
-        if part.startswith(("Step by step", "Against simple", "Measured", "Predicted")):
+        if part.startswith(("Step by step", "Compared with simple", "Measured", "Predicted")):
             keep.append(part.rstrip())
     return "\n\n".join(keep)
 
@@ -97,21 +100,43 @@ def write() -> None:
     if finished:
         (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / "demo.json").write_text(Ledger.read(finished[-1]).dumps(), encoding="utf-8")
-        picture(finished[-1].parent / "report.html", ROOT / "docs" / "report.png")
+        pictures(finished[-1])
     readme = ROOT / "README.md"
     readme.write_text(written(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def picture(page: Path, to: Path) -> None:
-    """A screenshot of the page, where there is a Chromium."""
+def pictures(ledger: Path) -> None:
+    """The page of a run on a desk and on a phone, and its ledger in a terminal."""
+    page, docs = ledger.parent / "report.html", ROOT / "docs"
+    picture(page, docs / "report.png", 1280, 1500)
+    picture(page, docs / "report-phone.png", 390, 1500)
+    terminal_picture(Ledger.read(ledger), docs / "report-terminal.svg")
+
+
+def picture(page: Path, to: Path, width: int, height: int) -> None:
+    """A screenshot of the page as a screen of this width shows it, where there is a Chromium."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        print("no chromium here: the picture stays as it is", file=sys.stderr)
+        print(f"no chromium here: {to.name} stays as it is", file=sys.stderr)
         return
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory() as folder:
+        # a window is never narrower than 500 pixels, a frame in it is
+        frame = Path(folder) / "frame.html"
+        style = f"border:0;width:{width}px;height:{height}px"
+        frame.write_text(f'<body style="margin:0"><iframe src="{page.resolve().as_uri()}" style="{style}"></iframe>')
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-        size = [f"--user-data-dir={profile}", f"--screenshot={to}", "--window-size=1200,1500", "--hide-scrollbars"]
-        subprocess.run([chromium, *flags, *size, page.resolve().as_uri()], check=True, capture_output=True)
+        flags += ["--allow-file-access-from-files", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        size = [f"--user-data-dir={folder}/profile", f"--screenshot={to}", f"--window-size={max(width, 500)},{height}"]
+        subprocess.run([chromium, *flags, *size, frame.as_uri()], check=True, capture_output=True)
+    image = Image.open(to).convert("RGB").crop((0, 0, width, height))
+    image.quantize(256).save(to, optimize=True)
+
+
+def terminal_picture(ledger: Ledger, to: Path) -> None:
+    """The ledger as a terminal of 80 columns shows it."""
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    console.print(report.terminal(ledger))
+    console.save_svg(str(to), title="edgetune report runs/text-minilm-001", unique_id="ledger")
 
 
 def main() -> int:

@@ -328,7 +328,7 @@ def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, A
         "| after | accuracy_pct | test rows | MiB |\n| --- | --- | --- | --- |\n| load | 81.25 | 64 | 2.00 |\n\n"
         "- always a: 50.00",
         "measured on this host: 2.00 ms",
-        "predicted for pixel-8, not calibrated: 3.00 ms (1.00 to 9.00)",
+        "predicted for pixel-8 (CPU), not calibrated: 3.00 ms (1.00 to 9.00)",
         "the pictures are made up",
     ):
         assert part in told

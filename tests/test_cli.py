@@ -28,6 +28,8 @@ VERBS = [
     "lint",
     "inspect",
     "generate",
+    "predict",
+    "eval",
     "profile",
     "export-training",
     "train-pte",

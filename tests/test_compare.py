@@ -219,7 +219,9 @@ def test_the_page_of_a_run_shows_the_roofline_of_the_program_beside_it(artifact:
     assert rooflines_of(ledger, tmp_path) == ()
     folder = artifact.path.parent
     drawn = rooflines_of(ledger, folder)
-    assert [figure.title for figure in drawn] == ["Roofline, predicted: pixel-8", "Roofline, predicted: raspberry-pi-5"]
+    assert [figure.title for figure in drawn] == [
+        "Roofline of the CPU, predicted: pixel-8", "Roofline of the CPU, predicted: raspberry-pi-5"
+    ]  # fmt: skip
     page(ledger, tmp_path / "report.html")
     assert "plot-roofline-0" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     page(ledger, folder / "report.html")

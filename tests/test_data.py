@@ -233,7 +233,7 @@ def test_tweets() -> None:
     assert sum(map(len, keys)) == len(set().union(*keys)) == 24278
     assert list(cut.test.inputs) == list(found.test.inputs)[:200]
     assert all(ord(character) < 127 for text in found.train.inputs for character in text)
-    assert "1888 near duplicates" in found.notes[0]
+    assert "1,888 near duplicates" in found.notes[0]
 
 
 @needs_chats

@@ -19,6 +19,7 @@ from edgetune.exporting import export_from
 from edgetune.generating import generate
 from edgetune.ledger import Ledger
 from edgetune.pipeline import Run
+from edgetune.predicting import evaluate
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, call, logits_of, tensors_of
 
@@ -72,6 +73,18 @@ def test_text(text: Run) -> None:
     assert program.size_mib < 19
     assert {p.device for p in text.ledger.predicted} >= {"pixel-8", "galaxy-s24", "raspberry-pi-5", "jetson-orin-nano"}
     assert [m.device for m in text.ledger.measured] == ["this host"]
+
+
+def test_the_answers_of_the_final_model_and_of_its_program(text: Run) -> None:
+    answers = text.ledger.answers
+    assert answers is not None
+    assert answers.quality == text.ledger.rows[-1].quality
+    assert [one.name for one in answers.classes] == ["negative", "neutral", "positive"]
+    assert sum(one.rows for one in answers.confusions) == 128 - sum(one.right for one in answers.classes)
+    assert len(answers.mistakes) == min(10, sum(one.rows for one in answers.confusions))
+    program = evaluate(text.folder)
+    assert program.quality.rows == 128
+    assert program.quality.value == pytest.approx(answers.quality.value, abs=2.0)
 
 
 def test_the_folder_of_a_run(text: Run) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -24,6 +24,8 @@ IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
 class DataSettings(Settings):
     """Where the data come from and how they are split. The split does not depend on the seed of a run."""
 
+    whole: ClassVar[bool] = False
+
     source: str  # "tweets", "csv:path", ...: a name of the registry, and what follows the first colon
     text: str = "text"  # column of the text; tables only
     label: str | None = "label"  # column of the class; None: the texts are for a causal language model; tables only
@@ -33,6 +35,12 @@ class DataSettings(Settings):
     validation_rows: int | None = Field(default=None, gt=0)
     test_rows: int | None = Field(default=None, gt=0)
     max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)  # more rows than this that cannot be read: stop
+
+
+class WholeData(DataSettings):
+    """The same of data that are only evaluated: nothing is kept back for training, so a few rows are enough."""
+
+    whole: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -193,14 +201,14 @@ class BadRows:
         if not self.found:
             return ()
         share = 100 * len(self.found) / max(total, 1)
-        first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5} more" if len(self.found) > 5 else "")
+        first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5:,} more" if len(self.found) > 5 else "")
         if share > self.max_bad_rows_pct:
             raise data_error(
-                f"{source}: {len(self.found)} of {total} rows cannot be read "
-                f"({share:.2g} %, allowed {self.max_bad_rows_pct:g} %): {first}",
+                f"{source}: {len(self.found):,} of {total:,} rows cannot be read "
+                f"({share:.1f} %, allowed {self.max_bad_rows_pct:g} %): {first}",
                 action="mend these rows, or raise data.max_bad_rows_pct",
             )
-        return (f"left out {len(self.found)} of {total} rows that cannot be read: {first}",)
+        return (f"left out {len(self.found):,} of {total:,} rows that cannot be read: {first}",)
 
 
 def split_indices(
@@ -212,6 +220,9 @@ def split_indices(
     duplicate never stands on both sides. Classes are spread evenly, and each keeps at least one row for training.
     Every list is in an order that is as good as random, so its beginning is a fair sample of it.
     """
+    if settings.whole:
+        holder = "test" if "test" in parts else "train"
+        return tuple(list(range(len(keys))) if part == holder else [] for part in ("train", *parts))
     groups: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest(), []).append(index)
@@ -252,7 +263,7 @@ def assemble(
     cut = []
     for part, rows in zip(("train", "validation", "test"), parts, strict=True):
         limit: int | None = getattr(settings, f"{part}_rows")
-        if not len(rows):
+        if not len(rows) and not settings.whole:
             raise data_error(f"{name}: there are no {part} rows", action="give more rows, or change the split")
         if limit is not None and limit > len(rows):
             raise data_error(
@@ -262,7 +273,7 @@ def assemble(
             )
         cut.append(rows if limit is None else rows.subset(range(limit)))
     train, validation, test = cut
-    if task != "causal-lm":
+    if task != "causal-lm" and not settings.whole:
         _check_classes(name, classes, train, (validation, test))
     return Dataset(name, task, tuple(classes), train, validation, test, tuple(notes))
 

@@ -231,7 +231,7 @@ def _finish(
     given = rows(train)
     copies = len(keys) - len(set(keys))
     if copies:
-        notes = (*notes, f"{copies} texts are copies of others; copies stand on one side of the split")
+        notes = (*notes, f"{copies:,} texts are copies of others; copies stand on one side of the split")
     task: Task = "text-classification" if settings.label else "causal-lm"
     if not others:
         return assemble(name, task, classes, split_rows(keys, given, settings), settings, notes)
@@ -242,7 +242,7 @@ def _finish(
     train_texts = {text for text, _ in train}
     shared = sum(text in train_texts for text, _ in others.get("test", ()))
     if shared:
-        notes = (*notes, f"{shared} test texts also stand among the training rows")
+        notes = (*notes, f"{shared:,} test texts also stand among the training rows")
     return assemble(name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
 
 

@@ -56,14 +56,22 @@ def quality(task: Task, model: nn.Module, split: Split, batch_size: int = 64) ->
     return Quality(metric="accuracy_pct", value=100 * total / count, rows=len(split))
 
 
-def predictions(task: Task, model: nn.Module, split: Split, batch_size: int = 64) -> Tensor:
-    """The class of each row, int64 `(rows,)`, in the split's own order. Not for a causal language model."""
+def class_logits(task: Task, model: nn.Module, split: Split, batch_size: int = 64) -> Tensor:
+    """Logits `(rows, classes)` on the CPU, in the split's own order. Not for a causal language model."""
     if task == "causal-lm":
         raise EdgetuneError("a causal language model predicts no class for a row", got=task)
-    found = torch.empty(len(split), dtype=torch.int64)
+    order: list[int] = []
+    parts: list[Tensor] = []
     for indices, logits, _ in _outputs(task, model, split, batch_size):
-        found[indices] = logits.argmax(1).cpu()
-    return found
+        order += indices
+        parts.append(logits.cpu())
+    stacked = torch.cat(parts)
+    return torch.empty_like(stacked).index_copy_(0, torch.tensor(order), stacked)
+
+
+def predictions(task: Task, model: nn.Module, split: Split, batch_size: int = 64) -> Tensor:
+    """The class of each row, int64 `(rows,)`, in the split's own order. Not for a causal language model."""
+    return class_logits(task, model, split, batch_size).argmax(1)
 
 
 def _outputs(task: Task, model: nn.Module, split: Split, batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:

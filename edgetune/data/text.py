@@ -86,9 +86,9 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
         del kept[key]
     notes = (
         *bad.notes(total, "tweets"),
-        f"left out of {total} tweets: {unsure} rated with confidence under {_MIN_CONFIDENCE}, {len(copies)} near "
-        f"duplicates, and {len(disputed)} whose copies disagree on the class",
-        f"{broken} tweets held broken characters: known ones were repaired, the rest became spaces",
+        f"left out of {total:,} tweets: {unsure:,} rated with confidence under {_MIN_CONFIDENCE}, {len(copies):,} near "
+        f"duplicates, and {len(disputed):,} whose copies disagree on the class",
+        f"{broken:,} tweets held broken characters: known ones were repaired, the rest became spaces",
         "the topic of a tweet gives away part of its label",
     )
     rows = Rows([text for text, _ in kept.values()], [label for _, label in kept.values()])
@@ -143,7 +143,7 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
             texts.setdefault(text, lines[0].lower())
     rows = Rows(list(texts))
     parts = split_rows(list(texts.values()), rows, settings)
-    notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.found) - len(texts)} exact duplicates")
+    notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.found) - len(texts):,} exact duplicates")
     return assemble("conversations", "causal-lm", (), parts, settings, notes)
 
 

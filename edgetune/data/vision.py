@@ -48,7 +48,7 @@ def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
     keys = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(train.inputs)]
     rest, validation = split_indices(keys, train.labels, settings, ("validation",))
     shared = len({hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(test.inputs)} & set(keys))
-    copies = (f"{shared} test pictures also stand among the training rows",) if shared else ()
+    copies = (f"{shared:,} test pictures also stand among the training rows",) if shared else ()
     notes = ("the official test set", *copies)
     parts = (train.subset(rest), train.subset(validation), test)
     return assemble("fashion-mnist", "image-classification", _FASHION_CLASSES, parts, settings, notes)
@@ -190,7 +190,7 @@ def _image_parts(
         given.update({part: train.subset(found) for part, found in zip(lacking, cut[1:], strict=True)})
         shared = len(set(keys) & set(read["test"][1])) if "test" in read else 0
         if shared:
-            notes = (*notes, f"{shared} test pictures also stand among the training rows")
+            notes = (*notes, f"{shared:,} test pictures also stand among the training rows")
         parts = (train.subset(cut[0]), given["validation"], given["test"])
     return assemble(name, "image-classification", classes, parts, settings, notes)
 

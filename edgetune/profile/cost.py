@@ -79,6 +79,9 @@ def predict(
     memory_mib = peak_memory_mib(unfolded(operators), plan_bytes, program_bytes)
     return Predicted(
         device=device.id,
+        name=device.name,
+        threads=device.calibration.threads if device.calibration is not None else device.thread_count,
+        accelerators=tuple(dict.fromkeys(accelerator.kind for accelerator in device.accelerators)),
         latency_ms=total_us / 1e3,
         latency_low_ms=total_us / 1e3 / math.exp(log),
         latency_high_ms=total_us / 1e3 * math.exp(log),

@@ -152,7 +152,7 @@ def roofline(found: Layers, place: int = 0) -> Figure | None:
         "xaxis": axis("multiply-accumulates per byte", type="log", range=log_range([left, right]), dtick=1),
         "yaxis": axis("GMAC/s reached, predicted", type="log", range=log_range(heights), dtick=1),
     }
-    title = f"Roofline, predicted: {found.call.where}"
+    title = f"Roofline of the CPU, predicted: {found.call.where}"
     return Figure(f"roofline-{place}", title, _told(found, len(drawn)), built(traces, layout))
 
 

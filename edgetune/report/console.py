@@ -12,10 +12,12 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from edgetune.ledger import Ledger
-from edgetune.report.tables import Cell, Column, Table, sentences, summary_tables
+from edgetune.report.sentences import details, headline, remarks
+from edgetune.report.summary import summary_tables
+from edgetune.report.tables import Cell, Column, Table
 
 WIDE = 112  # characters from which the full headings fit
-MOST_ROWS = 12  # of left-over operators in a terminal
+LONGEST_DEVICE = 22  # characters: jetson-orin-nano-super
 STYLES = {"": "", "good": "green", "bad": "bold red", "faint": "dim"}
 
 
@@ -26,11 +28,14 @@ class Terminal:
         self.ledger = ledger
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Title, sentences, tables."""
+        """Title, headline, remarks, the rest of the story, tables."""
         width = options.max_width
         ledger = self.ledger
         yield Text.assemble((clean(ledger.recipe), "bold"), (f"  seed {ledger.seed}", "dim"))
-        for sentence in sentences(ledger):
+        yield Text(clean(headline(ledger)), style="bold")
+        for remark in remarks(ledger):
+            yield Text(f"! {clean(remark)}", style="red")
+        for sentence in details(ledger):
             yield Text(clean(sentence))
         for table in summary_tables(ledger):
             yield Text("")
@@ -38,8 +43,6 @@ class Terminal:
             yield drawn(table, width)
             if table.key == "steps" and any(column.room > width for column in table.columns if column.text):
                 yield from settings_lines(ledger)
-            if table.key == "leftovers" and len(table.rows) > MOST_ROWS:
-                yield Text(f"... and {len(table.rows) - MOST_ROWS} more in model.json and the page", style="dim")
             for note in table.notes:
                 yield Text(clean(note), style="dim")
 
@@ -47,6 +50,7 @@ class Terminal:
 def drawn(table: Table, width: int) -> RichTable:
     """One table, without the columns that there is no room for."""
     shown = [place for place, column in enumerate(table.columns) if column.room <= width]
+    tight = _natural_width(table, shown, width >= WIDE) > width
     named = table.key != "program"
     drawn_table = RichTable(
         box=box.SIMPLE_HEAD if named else None,
@@ -62,11 +66,29 @@ def drawn(table: Table, width: int) -> RichTable:
             heading(column, width >= WIDE),
             justify="left" if column.text else "right",
             no_wrap=not column.text or column.heading == "step",
+            max_width=column.narrow or None if tight else None,
+            min_width=_longest_name(table, place) if column.heading == "device" else None,
             overflow="fold",
         )
-    for row in table.rows[: MOST_ROWS if table.key == "leftovers" else None]:
+    for row in table.rows:
         drawn_table.add_row(*(styled(row[place]) for place in shown))
     return drawn_table
+
+
+def _natural_width(table: Table, shown: list[int], wide: bool) -> int:
+    """Characters that these columns take where nothing wraps."""
+    widths = [
+        max(len(line) for text in (heading(table.columns[place], wide), *cells) for line in text.split("\n"))
+        for place in shown
+        for cells in [[row[place].text for row in table.rows]]
+    ]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _longest_name(table: Table, place: int) -> int:
+    """Characters of the longest word in a column that is to stay in one piece."""
+    lengths = [len(word) for row in table.rows for word in row[place].text.split()]
+    return max((length for length in lengths if length <= LONGEST_DEVICE), default=1)
 
 
 def heading(column: Column, wide: bool) -> str:

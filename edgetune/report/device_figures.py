@@ -6,6 +6,7 @@ The two never share a panel: each has its own, with its name over it, above one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from edgetune.ledger import Ledger, Measured, Predicted
@@ -18,7 +19,7 @@ def latency(ledger: Ledger) -> Figure | None:
     predicted = [line for line in ledger.predicted if finite(line.latency_ms) is not None]
     measured = [line for line in ledger.measured if finite(line.latency_ms) is not None]
     above = horizontal(
-        [line.where for line in predicted], [line.latency_ms for line in predicted], BLUE,
+        [named(line) for line in predicted], [line.latency_ms for line in predicted], BLUE,
         [f"{number(line.latency_ms)} ({number(line.latency_low_ms)} to {number(line.latency_high_ms)})"
          for line in predicted], hatched=True,
     )  # fmt: skip
@@ -33,22 +34,37 @@ def latency(ledger: Ledger) -> Figure | None:
         [(line, line.latency_ms) for line in predicted], [(line, line.latency_ms) for line in measured], "ms"
     )
     return panels("latency", "Latency of one run", "ms", above, below, told,
-                  "with its band", "median, p10 to p90")  # fmt: skip
+                  "on the CPU, with its range", "median, p10 to p90")  # fmt: skip
+
+
+def named(line: Predicted) -> str:
+    """Device and call, and that it is the CPU: a board with a GPU may be faster than the bar says."""
+    return f"{line.device} CPU, {line.call}" if line.call else f"{line.device} CPU"
 
 
 def memory(ledger: Ledger) -> Figure | None:
-    """Peak memory, in the same two panels; descriptors give no band for it."""
+    """Peak memory, in the same two panels; descriptors give no band for it, and every device the same."""
     predicted = [line for line in ledger.predicted if finite(line.peak_memory_mib) is not None]
     measured = [line for line in ledger.measured if finite(line.peak_memory_mib) is not None]
-    above = horizontal([line.where for line in predicted], [line.peak_memory_mib for line in predicted], BLUE,
-                       [number(line.peak_memory_mib) for line in predicted], hatched=True)  # fmt: skip
+    bars = [(line.where, line.peak_memory_mib) for line in predicted]
+    if len({number(value) for _, value in bars}) == 1 and len(bars) > 1:
+        bars = [(f"each of {len(bars)} devices", bars[0][1])]
+    above = horizontal([name for name, _ in bars], [value for _, value in bars], BLUE,
+                       [number(value) for _, value in bars], hatched=True)  # fmt: skip
     below = horizontal([line.where for line in measured], [line.peak_memory_mib for line in measured], ORANGE,
                        [number(line.peak_memory_mib) for line in measured])  # fmt: skip
     told = told_devices(
         [(line, line.peak_memory_mib) for line in predicted], [(line, line.peak_memory_mib) for line in measured], "MiB"
     )
-    return panels("memory", "Peak memory of one run", "MiB", above, below, told,
-                  "no band is given", "of the process, above an empty one")  # fmt: skip
+    figure = panels("memory", "Peak memory of one run", "MiB", above, below, told,
+                    "weights and planned arena", "of the process, above an empty one")  # fmt: skip
+    if figure is None or not (predicted and measured):
+        return figure
+    note = (
+        "Predicted: the program's weights and its planned arena, which need the same room on every device. "
+        "Measured: all that the process took above an empty one, the runtime's own buffers included."
+    )
+    return replace(figure, note=note)
 
 
 def told_devices(
@@ -57,7 +73,8 @@ def told_devices(
     """Both panels in words."""
     parts = []
     if predicted:
-        parts.append("Predicted: " + ", ".join(f"{line.where} {number(value)} {of}" for line, value in predicted))
+        devices = ", ".join(f"{line.where} {number(value)} {of}" for line, value in predicted)
+        parts.append(f"Predicted, on the CPU: {devices}")
     if measured:
         parts.append("Measured: " + ", ".join(f"{line.where} {number(value)} {of}" for line, value in measured))
     return ". ".join(parts)

@@ -14,29 +14,28 @@ import yaml
 from edgetune.files import write_whole
 from edgetune.ledger import Ledger
 from edgetune.registry import require
+from edgetune.report.answer_tables import answer_tables
+from edgetune.report.device_tables import QUANTITIES, measured_table, predicted_table, ran_on, verdict_table
 from edgetune.report.drawing import Figure
 from edgetune.report.figures import figures
+from edgetune.report.glossary import explained, glossary
 from edgetune.report.layer_figures import rooflines_of
 from edgetune.report.numbers import DASH, finite, noun, number, percent, plural, score, unit
+from edgetune.report.sentences import details, headline, main_prediction, remarks, smaller
 from edgetune.report.tables import (
-    QUANTITIES,
     Cell,
     Column,
     Table,
     cells,
     last_quality,
     leftover_table,
-    measured_table,
-    predicted_table,
     program_table,
     quality_table,
-    sentences,
-    smaller,
     step_table,
     training_table,
-    verdict_table,
 )
 
+PLAIN = ("confusion", "leftovers")  # tables of many columns that a narrow screen shows as they are
 MONO = ("SHA-256", "file")  # lines of the program whose value is set in a fixed width
 
 
@@ -56,9 +55,9 @@ def page(ledger: Ledger, path: Path) -> None:
         drawn,
         title=ledger.recipe,
         kind=f"edgetune run · model {ledger.model} · data {ledger.data} · seed {ledger.seed}",
-        said=sentences(ledger),
-        tiles=tiles(ledger),
-        main=body(ledger, drawn),
+        said=(headline(ledger),),
+        remarks=remarks(ledger),
+        main=opening(ledger, drawn) + body(ledger, drawn),
         footer=footer(drawn),
     )
 
@@ -72,9 +71,9 @@ def write_page(
     said: Sequence[str],
     main: str,
     footer: str,
-    tiles: str = "",
+    remarks: Sequence[str] = (),
 ) -> None:
-    """Fill the page with these figures, and HTML for `tiles` and `main`; the rest is text."""
+    """Fill the page with these figures, and HTML for `main`; the rest is text."""
     offline = require("plotly.offline", "the HTML report")
     template = Template(resources.files("edgetune.report").joinpath("page.html").read_text(encoding="utf-8"))
     text = template.substitute(
@@ -82,8 +81,8 @@ def write_page(
         heading=escaped(title),
         kind=escaped(kind),
         sentences=f'<p class="lead">{escaped(said[0])}</p>\n'
+        + "".join(f'<p class="remark">{escaped(line)}</p>\n' for line in remarks)
         + "".join(f"<p>{escaped(line)}</p>\n" for line in said[1:]),
-        tiles=tiles,
         main=main,
         footer=escaped(footer),
         figures=as_json({figure.key: {"spec": figure.spec, "wide": figure.wide} for figure in drawn}),
@@ -101,18 +100,28 @@ def as_json(value: object) -> str:
 # What stands where
 
 
+def opening(ledger: Ledger, drawn: Sequence[Figure]) -> str:
+    """The picture of quality against size, the numbers, and the run in sentences."""
+    plots = "".join(plot(figure) for figure in drawn if figure.key == "quality-size")
+    grid = f'<div class="plots first">\n{plots}</div>\n' if plots else ""
+    return grid + tiles(ledger) + "".join(f"<p>{escaped(line)}</p>\n" for line in details(ledger))
+
+
 def body(ledger: Ledger, drawn: Sequence[Figure]) -> str:
     """Sections with their plots and tables; a section without either is left out."""
     steps = step_table(ledger) if ledger.rows else None
+    answers = answer_tables(ledger.answers) if ledger.answers else ()
     parts = [
         section("Budget", (), (verdict_table(ledger),), drawn),
-        section("Steps", ("quality-size", "kept"), (steps, quality_table(ledger)), drawn),
+        section("Steps", ("kept",), (steps, quality_table(ledger)), drawn),
+        section("Answers on the test set", (), answers, drawn),
         section("Training", ("loss-",), (training_table(ledger),), drawn),
         section(
             "On devices", ("latency", "memory", "roofline-"), (predicted_table(ledger), measured_table(ledger)), drawn
         ),
         section("Program", ("delegated", "leftovers"), (program_table(ledger), leftover_table(ledger)), drawn),
         section("How it was run", (), (environment_table(ledger),), drawn, recipe(ledger)),
+        section("Terms", (), (), drawn, glossary()),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -136,8 +145,9 @@ def plot(figure: Figure) -> str:
     told = escaped(f"{figure.title}. {figure.told}.")
     wide = ' class="wide"' if figure.wide else ""
     height = figure.spec["layout"]["height"]
+    note = f"<small>{escaped(figure.note)}</small>" if figure.note else ""
     return (
-        f"<figure{wide}><figcaption>{escaped(figure.title)}</figcaption>\n"
+        f"<figure{wide}><figcaption>{escaped(figure.title)}{note}</figcaption>\n"
         f'<div class="plot" id="plot-{figure.key}" role="img" aria-label="{told}" style="min-height:{height}px"></div>'
         "</figure>\n"
     )
@@ -146,24 +156,25 @@ def plot(figure: Figure) -> str:
 def block(table: Table) -> str:
     """A table with caption, headed rows and notes, in a box that scrolls sideways where it must."""
     head = "".join(heading(column) for column in table.columns)
+    stacked = ' class="stacked"' if len(table.columns) > 2 and table.key not in PLAIN else ""
     head = f"<thead><tr>{head}</tr></thead>\n" if table.key != "program" else ""
     kind = f' class="of-{table.key}"' if table.key in ("predicted", "measured") else ""
     rows = "\n".join(f"<tr{kind}>{row_cells(table, row)}</tr>" for row in table.rows)
-    names = "" if table.key in ("program", "leftovers") else " names"
+    names = "" if table.key in ("program", "leftovers", "mistakes") else " names"
     notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes)
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
     return (
         f'<div class="block{names}" id="table-{table.key}"><div class="scroll" role="region" tabindex="0" '
-        f'aria-label="{escaped(table.title)}"><table>\n<caption>{escaped(table.title)}</caption>\n'
+        f'aria-label="{escaped(table.title)}"><table{stacked}>\n<caption>{escaped(table.title)}</caption>\n'
         f"{head}<tbody>\n{rows}\n</tbody></table></div>{notes}</div>\n"
     )
 
 
 def heading(column: Column) -> str:
     """A column heading with its unit."""
-    of = f" <small>{escaped(column.unit)}</small>" if column.unit else ""
+    of = f" <small>{explained(column.unit)}</small>" if column.unit else ""
     kind = "" if column.text else ' class="n"'
-    return f'<th scope="col"{kind}>{escaped(column.heading)}{of}</th>'
+    return f'<th scope="col"{kind}>{explained(column.heading)}{of}</th>'
 
 
 def row_cells(table: Table, row: Sequence[Cell]) -> str:
@@ -184,9 +195,12 @@ def row_cells(table: Table, row: Sequence[Cell]) -> str:
             if on
         ]
         of = f' class="{" ".join(kinds)}"' if kinds else ""
-        parts.append(
-            f'<th scope="row"{of}>{shown(cell, column)}</th>' if place == 0 else f"<td{of}>{shown(cell, column)}</td>"
-        )
+        name = ", ".join(text for text in (column.heading, column.unit) if text)
+        if place:
+            parts.append(f'<td{of} data-name="{escaped(name)}">{shown(cell, column)}</td>')
+        else:
+            name = explained(cell.text) if table.key == "program" else shown(cell, column)
+            parts.append(f'<th scope="row"{of}>{name}</th>')
     return "".join(parts)
 
 
@@ -195,7 +209,8 @@ def shown(cell: Cell, column: Column) -> str:
     if cell.text == DASH:
         return '<span aria-label="not measured">–</span>'
     text = "−" + cell.text[1:] if not column.text and cell.text.startswith("-") else cell.text
-    return escaped(text)
+    image = f'<img src="{escaped(cell.image)}" alt=""> ' if cell.image else ""
+    return image + escaped(text)
 
 
 def environment_table(ledger: Ledger) -> Table | None:
@@ -221,8 +236,8 @@ def footer(drawn: Sequence[Figure]) -> str:
     rooflines = any(figure.key.startswith("roofline-") for figure in drawn)
     return (
         "Predicted: computed from a device descriptor, blue and hatched. Measured: timed on a machine, orange and "
-        "filled. 1 MiB is 1,048,576 bytes. Every number of this page stands in ledger.json beside it."
-    ) + (" Rooflines are computed from the program's manifest." if rooflines else "")
+        "filled. Every number on this page is in ledger.json beside it."
+    ) + (" The rooflines are computed from the program's manifest." if rooflines else "")
 
 
 # The numbers at the top
@@ -233,23 +248,22 @@ def tiles(ledger: Ledger) -> str:
     found = [size_tile(ledger), quality_tile(ledger)]
     if ledger.measured:
         line = ledger.measured[0]
-        under = f"{line.where}, p10 to p90: {number(line.latency_p10_ms)} to {number(line.latency_p90_ms)} ms"
+        spread = f"{number(line.latency_p10_ms)} to {number(line.latency_p90_ms)} ms"
+        under = f"{line.where} ({ran_on(ledger, line)}), p10 to p90: {spread}"
         found.append(tile("Latency, measured", f"{number(line.latency_ms)} ms", under, "measured"))
-    if ledger.predicted:
-        wanted = {verdict.device for verdict in ledger.verdicts}
-        first = next((guess for guess in ledger.predicted if guess.device in wanted), ledger.predicted[0])
-        trust = "calibrated" if first.calibrated else "uncalibrated"
-        under = f"{first.where}, {trust}, {number(first.latency_low_ms)} to {number(first.latency_high_ms)} ms"
+    first = main_prediction(ledger)
+    if first is not None:
+        trust = "calibrated" if first.calibrated else "not calibrated"
+        spread = f"{number(first.latency_low_ms)} to {number(first.latency_high_ms)} ms"
+        under = f"{first.where} ({first.runs_on}), {trust}, {spread}"
         found.append(tile("Latency, predicted", f"{number(first.latency_ms)} ms", under, "predicted"))
     if ledger.program:
         under = f"of the MACs; {percent(ledger.program.delegated_operators_pct)} % of the operators"
         found.append(tile("Delegated", f"{percent(ledger.program.delegated_macs_pct)} %", under))
     if ledger.verdicts:
         broken = [QUANTITIES[verdict.quantity][0] for verdict in ledger.verdicts if not verdict.holds]
-        under = f"not: {', '.join(broken)}" if broken else plural(len(ledger.verdicts), "line")
-        found.append(
-            tile("Budget", "does not hold" if broken else "holds", under, "bad" if broken else "good", words=True)
-        )
+        under = f"too high: {', '.join(broken)}" if broken else plural(len(ledger.verdicts), "line")
+        found.append(tile("Budget", "missed" if broken else "holds", under, "bad" if broken else "good", words=True))
     return f'<div class="tiles">\n{"".join(found)}</div>' if any(found) else ""
 
 
@@ -285,6 +299,6 @@ def tile(name: str, value: str, under: str, kind: str = "", *, words: bool = Fal
     """One number with its name above and what it goes by below."""
     classes, big = f"tile {kind}".strip(), "big words" if words else "big"
     return (
-        f'<dl class="{classes}"><dt>{escaped(name)}</dt><dd class="{big}">{escaped(value)}</dd>'
+        f'<dl class="{classes}"><dt>{explained(name)}</dt><dd class="{big}">{escaped(value)}</dd>'
         f'<dd class="under">{escaped(under)}</dd></dl>\n'
     )

@@ -23,6 +23,7 @@ class Figure:
     told: str
     spec: dict[str, Any]
     wide: bool = False
+    note: str = ""  # what has to be known to read it
 
 
 def label(text: str, most: int = 28) -> str:

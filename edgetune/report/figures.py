@@ -165,7 +165,7 @@ def kept_for_backward(ledger: Ledger) -> Figure | None:
         "xaxis": axis("MiB", rangemode="tozero", range=[0, room_for_text(bars["x"])]),
         "yaxis": category_axis(),
     }
-    return Figure("kept", "Kept for backward by one training batch", told, built([bars], layout))
+    return Figure("kept", "Saved for backward by one training batch", told, built([bars], layout))
 
 
 def loss_curve(ledger: Ledger, training: Training, place: int) -> Figure | None:
@@ -249,10 +249,10 @@ def delegated(ledger: Ledger) -> Figure | None:
         "marker": {"color": TEAL}, "hovertemplate": "%{y}: %{x:.2f} %<extra>delegated</extra>",
     }  # fmt: skip
     left: dict[str, Any] = {
-        "type": "bar", "orientation": "h", "name": "left to portable kernels", "y": names,
+        "type": "bar", "orientation": "h", "name": "not delegated", "y": names,
         "x": [100 - share for _, share in known],
         "marker": {"color": GREY, "pattern": {"shape": "/", "fillmode": "replace", "fgcolor": GREY, "size": 6}},
-        "hovertemplate": "%{y}: %{x:.2f} %<extra>left over</extra>",
+        "hovertemplate": "%{y}: %{x:.2f} %<extra>not delegated</extra>",
     }  # fmt: skip
     layout = {
         "height": 230,
@@ -286,4 +286,4 @@ def leftovers(ledger: Ledger) -> Figure | None:
         "yaxis": category_axis(),
     }
     told = ", ".join(f"{name} {many}" for name, many in ordered)
-    return Figure("leftovers", "Left over, by operator", told, built([bars], layout))
+    return Figure("leftovers", "Not delegated, by operator", told, built([bars], layout))

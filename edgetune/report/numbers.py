@@ -90,6 +90,17 @@ def quality(value: Quality | None) -> str:
     return f"{score(value.value)} % accuracy" if value.metric == "accuracy_pct" else f"perplexity {score(value.value)}"
 
 
+def accuracy_with_interval(value: Quality) -> str:
+    """An accuracy with the 95 % interval that its number of rows allows.
+
+    >>> accuracy_with_interval(Quality(metric="accuracy_pct", value=90.0, rows=20))
+    '90.00 % accuracy on 20 rows (95 % interval: 69.9 to 97.2 %)'
+    """
+    interval = value.interval_pct
+    text = f"{quality(value)} on {plural(value.rows, 'row')}"
+    return text if interval is None else f"{text} (95 % interval: {interval[0]:.1f} to {interval[1]:.1f} %)"
+
+
 def seconds(value: float) -> str:
     """A duration, to a hundredth where it is short.
 

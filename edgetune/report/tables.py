@@ -1,11 +1,13 @@
-"""The ledger as tables and sentences: what is said, once, for the terminal and for the page."""
+"""The steps, the baselines, the trainings and the program as tables, for the terminal and for the page alike."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.ledger import Ledger, Predicted, Quality, Row, Verdict
+from edgetune.ledger import Ledger, Program, Quality, Row
 from edgetune.report.numbers import (
     DASH,
     change,
@@ -15,24 +17,29 @@ from edgetune.report.numbers import (
     number,
     percent,
     plural,
-    quality,
     score,
     seconds,
     unit,
 )
+
+MOST_NAMED = 3  # undelegated operators, in a terminal
 
 Tone = Literal["", "good", "bad", "faint"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """`short` is the heading, unit included, where room is short; `room` is the width it takes to show the column."""
+    """A column; `short` is its heading, unit included, and `narrow` its greatest width, where room is short.
+
+    `room` is the width of the whole table that it takes to show the column.
+    """
 
     heading: str
     unit: str = ""
     text: bool = False  # left-aligned, may wrap
     short: str = ""
     room: int = 0  # characters
+    narrow: int = 0  # characters; 0: as wide as it likes
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Cell:
 
     text: str
     tone: Tone = ""
+    image: str = ""  # a data: URI, for the page
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,6 @@ def gain(now: Quality | None, before: Quality | None) -> float | None:
     return finite(now.value - before.value)
 
 
-def best(rows: tuple[Row, ...]) -> Quality | None:
-    """The best quality among rows."""
-    known = [row.quality for row in rows if row.quality is not None and finite(row.quality.value) is not None]
-    if not known:
-        return None
-    return max(known, key=lambda q: q.value if q.higher_is_better else -q.value)
-
-
 def change_cell(now: Quality | None, before: Quality | None) -> Cell:
     """A change, toned by whether it is for the better."""
     difference = gain(now, before)
@@ -97,23 +97,44 @@ def step_table(ledger: Ledger) -> Table:
         Column("step", text=True),
         Column("settings", text=True, room=150),
         Column(name, of, short=short),
-        Column("since load", points, room=100),
-        Column("since best", points, short="since\nbest"),
+        Column("since load", points, short="since\nload"),
+        Column("change", points, room=96),
         Column("parameters", short="params"),
         Column("trainable", short="train-\nable"),
         Column("size", "MiB"),
         Column("MACs"),
-        Column("kept for backward", "MiB", short="kept\nMiB"),
+        Column("saved for backward", "MiB", short="saved\nMiB"),
         Column("time", "s"),
     )
     rows = tuple(step_row(ledger.rows, place) for place in range(len(ledger.rows)))
-    notes = [f"{row.index} {row.step}: {row.note}" for row in ledger.rows if row.note]
+    notes = grouped_notes((f"{row.index} {row.step}", row.note) for row in ledger.rows)
     if metric:
-        notes.insert(0, f"{noun(metric).capitalize()} on {plural(metric.rows, 'row')} of the test set; "
-                     f"{'higher' if metric.higher_is_better else 'lower'} is better.")  # fmt: skip
+        notes.insert(0, measured_on(metric))
     if any(not row.note and None in (row.quality, row.macs, row.backward_kept_mib) for row in ledger.rows):
-        notes.append(f"{DASH} not measured.")
+        notes.append(f"{DASH}: not measured.")
     return Table("steps", "Step by step", columns, rows, tuple(notes))
+
+
+def grouped_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Each note once, with the names of all that it is of; empty ones left out.
+
+    >>> grouped_notes([("a", "new"), ("b", ""), ("c", "new")])
+    ['a, c: new']
+    """
+    names: dict[str, list[str]] = {}
+    for name, note in notes:
+        if note:
+            names.setdefault(note, []).append(name)
+    return [f"{', '.join(of)}: {note}" for note, of in names.items()]
+
+
+def measured_on(metric: Quality) -> str:
+    """How far the figures of the quality column can be trusted."""
+    text = f"{noun(metric).capitalize()} on {plural(metric.rows, 'row')} of the test set"
+    interval = metric.interval_pct
+    if interval is not None:
+        text += f" (95 % interval of the last: {interval[0]:.1f} to {interval[1]:.1f} %)"
+    return f"{text}; {'higher' if metric.higher_is_better else 'lower'} is better."
 
 
 def step_row(rows: tuple[Row, ...], place: int) -> tuple[Cell, ...]:
@@ -124,7 +145,7 @@ def step_row(rows: tuple[Row, ...], place: int) -> tuple[Cell, ...]:
         Cell(row.detail, "faint"),
         *cells(score(row.quality.value) if row.quality else DASH),
         change_cell(row.quality, rows[0].quality) if place else Cell(DASH, "faint"),
-        change_cell(row.quality, best(rows[:place])),
+        change_cell(row.quality, rows[place - 1].quality) if place else Cell(DASH, "faint"),
         *cells(count(row.parameters), count(row.trainable_parameters), number(row.size_mib), count(row.macs)),
         *cells(number(row.backward_kept_mib), seconds(row.seconds)),
     )
@@ -152,13 +173,13 @@ def quality_table(ledger: Ledger) -> Table | None:
     columns = (
         Column("method", text=True),
         Column(noun(result), unit(result)),
-        Column("this run against it", unit(result) and "points"),
+        Column("this run minus it", unit(result) and "points"),
     )
-    return Table("quality", "Against simple methods, on the same test set", columns, rows)
+    return Table("quality", "Compared with simple methods on the same test set", columns, rows)
 
 
-def program_table(ledger: Ledger) -> Table | None:
-    """The exported program."""
+def program_table(ledger: Ledger, *, brief: bool = False) -> Table | None:
+    """The exported program; `brief`: without its checksum, and with what is not delegated by name."""
     program = ledger.program
     if program is None:
         return None
@@ -166,126 +187,50 @@ def program_table(ledger: Ledger) -> Table | None:
         ("file", program.path),
         ("target", program.target),
         ("size", f"{number(program.size_mib)} MiB"),
-        ("planned memory for activations", f"{number(program.plan_kib)} KiB"),
+        ("memory planned for activations", f"{number(program.plan_kib)} KiB"),
         ("delegated, of the MACs", f"{percent(program.delegated_macs_pct)} %"),
         ("delegated, of the operators", f"{percent(program.delegated_operators_pct)} %"),
-        ("left over", plural(sum(left.count for left in program.leftovers), "operator")),
+        ("not delegated", undelegated(program, brief=brief)),
     ]
     if program.parity:
         parity = program.parity
         same = f"{percent(parity.same_prediction_pct)} % of {plural(parity.rows, parity.counted)}"
         lines += [
-            ("same prediction as the eager model", same),
+            ("same prediction as the PyTorch model", same),
             ("largest difference of an output", number(parity.max_abs_difference)),
         ]
         if parity.max_relative_difference is not None:
             allowed = "" if parity.max_relative_allowed is None else f" ({parity.max_relative_allowed:g} allowed)"
             lines.append(("of its largest value", f"{parity.max_relative_difference:.1e}{allowed}"))
     else:
-        lines.append(("same prediction as the eager model", "not checked"))
-    lines.append(("SHA-256", program.sha256))
+        lines.append(("same prediction as the PyTorch model", "not checked"))
+    if not brief:
+        lines.append(("SHA-256", program.sha256))
     columns = (Column("program", text=True), Column("", text=True))
     return Table("program", "The exported program", columns, tuple(cells(*line) for line in lines))
 
 
 def leftover_table(ledger: Ledger) -> Table | None:
-    """What the backend did not take, most frequent first."""
+    """The operators that the backend did not take, most frequent first."""
     if ledger.program is None or not ledger.program.leftovers:
         return None
     ordered = sorted(ledger.program.leftovers, key=lambda left: (-left.count, left.operator, left.module))
     columns = (Column("operator", text=True), Column("module", text=True), Column("count"))
     rows = tuple(cells(left.operator, left.module or "(top)", f"{left.count:,}") for left in ordered)
-    return Table("leftovers", "Operators left to portable kernels", columns, rows)
+    return Table("leftovers", "Operators that are not delegated", columns, rows)
 
 
-def measured_table(ledger: Ledger) -> Table | None:
-    """Timed runs of the program."""
-    if not ledger.measured:
-        return None
-    columns = (
-        Column("device", text=True),
-        Column("latency, median", "ms", short="median\nms"),
-        Column("p10 to p90", "ms", short="p10 to p90\nms"),
-        Column("load", "ms"),
-        Column("peak memory", "MiB", short="peak\nMiB"),
-        Column("threads"),
-        Column("runs"),
-    )
-    rows = tuple(
-        cells(
-            line.where,
-            number(line.latency_ms),
-            f"{number(line.latency_p10_ms)} to {number(line.latency_p90_ms)}",
-            number(line.load_ms),
-            number(line.peak_memory_mib),
-            str(line.threads),
-            f"{line.runs:,}",
-        )
-        for line in ledger.measured
-    )
-    notes: tuple[str, ...] = ("Peak memory is that of the process, above an empty one.",)
-    notes += tuple(f"{line.where}: {line.note}" for line in ledger.measured if line.note)
-    return Table("measured", "Measured on real machines", columns, rows, notes)
-
-
-def predicted_table(ledger: Ledger) -> Table | None:
-    """What the descriptors let one expect. Nothing here was timed."""
-    if not ledger.predicted:
-        return None
-    columns = (
-        Column("device", text=True),
-        Column("latency", "ms"),
-        Column("band", "ms"),
-        Column("peak memory", "MiB", short="peak\nMiB"),
-        Column("trust", text=True),
-    )
-    rows = tuple(
-        (
-            *cells(line.where, number(line.latency_ms), band(line), number(line.peak_memory_mib)),
-            Cell("calibrated" if line.calibrated else "uncalibrated"),
-        )
-        for line in ledger.predicted
-    )
-    notes: tuple[str, ...] = ("Computed from device descriptors; nothing in this table was timed.",)
-    notes += tuple(f"{line.where}: {line.note}" for line in ledger.predicted if line.note)
-    return Table("predicted", "Predicted, not measured", columns, rows, notes)
-
-
-def band(line: Predicted) -> str:
-    """The latency band."""
-    return f"{number(line.latency_low_ms)} to {number(line.latency_high_ms)}"
-
-
-QUANTITIES = {
-    "latency_ms": ("latency", "ms"),
-    "size_mib": ("program size", "MiB"),
-    "train_memory_mib": ("training memory", "MiB"),
-    "peak_memory_mib": ("peak memory", "MiB"),
-}
-
-
-def verdict_table(ledger: Ledger) -> Table | None:
-    """The budget, line by line."""
-    if not ledger.verdicts:
-        return None
-    columns = (
-        Column("budget", text=True),
-        Column("device", text=True),
-        Column("limit"),
-        Column("this run"),
-        Column("least to be had", short="least to\nbe had"),
-        Column("", text=True),
-    )
-    rows = tuple(
-        (
-            Cell(", ".join(QUANTITIES[line.quantity])),
-            *cells(line.device, number(line.limit), number(line.value), number(line.least)),
-            Cell("holds", "good") if line.holds else Cell("does not hold", "bad"),
-        )
-        for line in ledger.verdicts
-    )
-    notes = tuple(f"{QUANTITIES[line.quantity][0]}: {line.note}" for line in ledger.verdicts if line.note)
-    return Table("budget", "The recipe's budget, line by line", columns, rows, notes)
+def undelegated(program: Program, *, brief: bool) -> str:
+    """How many operators the backend did not take; `brief`: the most frequent ones by name, since no table follows."""
+    text = plural(sum(left.count for left in program.leftovers), "operator")
+    if not brief or not program.leftovers:
+        return text
+    counts: Counter[str] = Counter()
+    for left in program.leftovers:
+        counts[left.operator.removesuffix(".out")] += left.count
+    named = [f"{name} {many}" for name, many in counts.most_common(MOST_NAMED)]
+    rest = len(counts) - len(named)
+    return f"{text}: {', '.join(named)}{f', {rest} other kinds' if rest else ''}"
 
 
 def training_table(ledger: Ledger) -> Table | None:
@@ -300,7 +245,7 @@ def training_table(ledger: Ledger) -> Table | None:
         Column("lowest"),
         Column("gradients", "MiB"),
         Column("optimizer state", "MiB"),
-        Column("peak, summed", "MiB"),
+        Column("peak memory", "MiB"),
     )
     rows = []
     for training in ledger.trainings:
@@ -317,83 +262,10 @@ def training_table(ledger: Ledger) -> Table | None:
                 number(training.peak_memory_mib),
             )
         )
-    notes = ("Peak: weights, gradients, optimizer state and kept activations, summed.",)
+    notes = ("Peak memory: weights, gradients, optimizer state and the tensors saved for backward, added up.",)
     return Table("trainings", "Trainings", columns, tuple(rows), notes)
 
 
 def step_name(ledger: Ledger, index: int) -> str:
     """Index and name of the row with this index."""
     return next((f"{row.index} {row.step}" for row in ledger.rows if row.index == index), f"{index} (no row)")
-
-
-def sentences(ledger: Ledger) -> tuple[str, ...]:
-    """The run in a few sentences: result, measured, predicted, budget, notes; what is missing is named."""
-    said = [result_sentence(ledger)]
-    if not ledger.finished:
-        said.append("This run is not finished: what follows is as far as it came.")
-    for line in ledger.measured:
-        said.append(f"Measured on {line.where}: {number(line.latency_ms)} ms a run, "
-                    f"{number(line.peak_memory_mib)} MiB of memory.")  # fmt: skip
-    if ledger.predicted:
-        devices = ", ".join(f"{line.where} {number(line.latency_ms)} ms ({band(line)})" for line in ledger.predicted)
-        loose = sum(not line.calibrated for line in ledger.predicted)
-        trust = "" if not loose else "; uncalibrated" if loose == len(ledger.predicted) else f"; {loose} uncalibrated"
-        said.append(f"Predicted: {devices}{trust}.")
-    if ledger.verdicts:
-        said.append(budget_sentence(ledger.verdicts))
-    return (*said, *ledger.notes)
-
-
-def result_sentence(ledger: Ledger) -> str:
-    """From what, to what, at which quality."""
-    if not ledger.rows:
-        return f"{ledger.model}: no step was finished."
-    loaded, reached = ledger.rows[0].size_mib, ledger.rows[-1]
-    text = f"{ledger.model} on {ledger.data}: "
-    if ledger.program:
-        text += f"from {number(loaded)} MiB as loaded (fp32) to a program of {number(ledger.program.size_mib)} MiB"
-        text += smaller(loaded, ledger.program.size_mib)
-    else:
-        text += f"from {number(loaded)} MiB as loaded (fp32) to {number(reached.size_mib)} MiB"
-        text += f" after {reached.index} {reached.step}; no program was exported"
-    result = last_quality(ledger)
-    text += f"; {quality(result)}"
-    if result:
-        text += f" on {plural(result.rows, 'test row')}"
-        known = ", ".join(f"{line.name} {score(line.value)}" for line in ledger.baselines)
-        text += f" (baselines: {known})" if known else ""
-    return text + "."
-
-
-def smaller(before_mib: float, after_mib: float) -> str:
-    """How many times smaller, where that says something."""
-    if finite(before_mib) is None or finite(after_mib) is None or after_mib <= 0 or before_mib <= after_mib:
-        return ""
-    return f", {before_mib / after_mib:.1f} times smaller"
-
-
-def budget_sentence(verdicts: tuple[Verdict, ...]) -> str:
-    """Which lines of the budget do not hold."""
-    broken = [line for line in verdicts if not line.holds]
-    if not broken:
-        return f"Budget: {'it holds' if len(verdicts) == 1 else f'all {len(verdicts)} lines hold'}."
-    parts = []
-    for line in broken:
-        what, of = QUANTITIES[line.quantity]
-        parts.append(f"{what} on {line.device} is {number(line.value)} {of} of {number(line.limit)} allowed, "
-                     f"the least to be had {number(line.least)}")  # fmt: skip
-    return "Budget does not hold: " + "; ".join(parts) + "."
-
-
-def summary_tables(ledger: Ledger) -> tuple[Table, ...]:
-    """What the terminal shows, in order."""
-    candidates = (
-        step_table(ledger) if ledger.rows else None,
-        quality_table(ledger),
-        program_table(ledger),
-        leftover_table(ledger),
-        measured_table(ledger),
-        predicted_table(ledger),
-        verdict_table(ledger),
-    )
-    return tuple(table for table in candidates if table is not None)

@@ -17,40 +17,28 @@ import numpy as np
 import torch
 
 
-class Model:
-    """A program and what it carries."""
+class Preparation:
+    """How a text or a picture becomes what a program takes, by what the program carries."""
 
-    def __init__(self, path: Path) -> None:
-        """Load the .pte at `path`, with its .json and the files that names beside it."""
-        import executorch.kernels.quantized  # noqa: F401  makes the kernels of quantized embeddings known
-        from executorch.runtime import Runtime
-
-        self.folder = path.parent
-        self.told: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        self.carried: dict[str, Any] = self.told["carried"]
-        self.program = Runtime.get().load_program(path)  # it must live as long as its methods
-        self.method = self.program.load_method("forward")
+    def __init__(self, manifest: dict[str, Any], folder: Path) -> None:
+        """`manifest` is what model.json holds, `folder` where the files lie that it names."""
+        self.folder, self.told = folder, manifest
+        self.carried: dict[str, Any] = manifest["carried"]
         self.tokenizer = self._tokenizer() if self.carried["preprocessing"]["kind"] == "text" else None
 
-    def answer(self, row: str) -> list[tuple[str, float]]:
-        """The classes of a text, or of the picture in a file, with their scores; the likeliest first."""
-        scores = torch.softmax(self.logits(row), 0).tolist()
-        labels = self.carried["labels"] or [str(place) for place in range(len(scores))]
-        return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
-
-    def logits(self, row: str) -> torch.Tensor:
-        """What the program gives for a text, or for the picture in a file."""
-        made = self.inputs(row)
-        outputs = self.method.execute([made[spec["name"]] for spec in self.told["inputs"]])
-        logits: torch.Tensor = outputs[0][0]
-        return logits.clone()
-
     def inputs(self, row: str) -> dict[str, torch.Tensor]:
-        """The tensors that the program takes, by name."""
+        """The tensors of a text, or of the picture in a file, by the names of the program's inputs."""
         if self.tokenizer is not None:
             return self._text(row)
+        from PIL import Image
+
+        with Image.open(row) as opened:
+            return self.picture(opened)
+
+    def picture(self, opened: Any) -> dict[str, torch.Tensor]:
+        """The same of a picture that Pillow has opened."""
         (spec,) = self.told["inputs"]
-        return {spec["name"]: self._picture(Path(row))}
+        return {spec["name"]: self._pixels(opened)}
 
     def _tokenizer(self) -> Any:
         from tokenizers import Tokenizer
@@ -74,15 +62,14 @@ class Model:
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * empty]),
         }
 
-    def _picture(self, path: Path) -> torch.Tensor:
+    def _pixels(self, opened: Any) -> torch.Tensor:
         from PIL import Image, ImageOps
 
         how = self.carried["preprocessing"]
         px = how["size_px"]
-        with Image.open(path) as opened:
-            if how["rounded"]:
-                opened.draft("RGB", (px, px))  # a JPEG is decoded at a fraction of its size, as in training
-            image = ImageOps.exif_transpose(opened).convert("L" if how["color"] == "grey" else "RGB")
+        if how["rounded"]:
+            opened.draft("RGB", (px, px))  # a JPEG is decoded at a fraction of its size, as in training
+        image = ImageOps.exif_transpose(opened).convert("L" if how["color"] == "grey" else "RGB")
         width, height = image.size
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
@@ -94,6 +81,37 @@ class Model:
         channels = np.stack(small).astype(np.float32) * np.float32(how["scale"])
         mean, std = (np.array(how[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
         return torch.from_numpy((channels - mean) / std)[None]
+
+
+class Model:
+    """A program and what it carries."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the .pte at `path`, with its .json and the files that names beside it."""
+        import executorch.kernels.quantized  # noqa: F401  makes the kernels of quantized embeddings known
+        from executorch.runtime import Runtime
+
+        self.told: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        self.preparation = Preparation(self.told, path.parent)
+        self.program = Runtime.get().load_program(path)  # it must live as long as its methods
+        self.method = self.program.load_method("forward")
+
+    def answer(self, row: str) -> list[tuple[str, float]]:
+        """The classes of a text, or of the picture in a file, with their scores; the likeliest first."""
+        scores = torch.softmax(self.logits(row), 0).tolist()
+        labels = self.told["carried"]["labels"] or [str(place) for place in range(len(scores))]
+        return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
+
+    def logits(self, row: str) -> torch.Tensor:
+        """What the program gives for a text, or for the picture in a file."""
+        made = self.inputs(row)
+        outputs = self.method.execute([made[spec["name"]] for spec in self.told["inputs"]])
+        logits: torch.Tensor = outputs[0][0]
+        return logits.clone()
+
+    def inputs(self, row: str) -> dict[str, torch.Tensor]:
+        """The tensors that the program takes, by name."""
+        return self.preparation.inputs(row)
 
 
 def main(rows: list[str]) -> int:

@@ -1,0 +1,159 @@
+"""`edgetune predict` and `edgetune eval`: an exported classifier answers rows, or is tried on labelled data."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgetune.cli_devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.given_rows import Given
+    from edgetune.predicting import Evaluation, Prediction
+
+ProgramPath = Annotated[
+    Path, typer.Argument(metavar="MODEL.PTE", help="A classifier with its model.json beside it, or a run's folder.")
+]
+MOST_CHARACTERS = 60  # of a row in front of its answer
+
+
+def predict(
+    program: ProgramPath,
+    rows: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ROW...", help="Texts, images, folders of images, .txt, .csv, .jsonl files; - is stdin."
+        ),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each row, the likeliest first.")] = 3,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the text in a .csv or .jsonl; default: the recipe's, or text.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Let an exported classifier answer texts or images."""
+    from edgetune.given_rows import read_rows
+    from edgetune.predicting import ROWS_AT_ONCE, Classifier, answers_for
+    from edgetune.progress import shown
+
+    with contextlib.redirect_stdout(sys.stderr):
+        classifier = Classifier(program)
+        given = read_rows(rows, classifier.task, sys.stdin, column or _column(classifier.artifact.path))
+        with shown() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
+            answers = answers_for(classifier, [one.row for one in given], progress)
+    for note in classifier.notes:
+        print(f"edgetune: {note}", file=sys.stderr)
+    if as_json:
+        printed([_plain(one, answer) for one, answer in zip(given, answers, strict=True)])
+        return 0
+    printed("\n".join(_line(one, answer, top) for one, answer in zip(given, answers, strict=True)))
+    return 0
+
+
+def _column(program: Path) -> str:
+    """The text's column of the recipe beside a program."""
+    from edgetune.predicting import data_settings
+    from edgetune.technique import EdgetuneError
+
+    try:
+        text = data_settings(program).text
+    except EdgetuneError:
+        return "text"
+    return text if isinstance(text, str) else "text"
+
+
+def _line(given: Given, answer: Prediction, top: int) -> str:
+    text = " ".join(answer.row.split())
+    text = text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
+    classes = ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(answer.scores.items())[:top])
+    return f"{given.source + ': ' if given.source else ''}{text}: {classes}"
+
+
+def _plain(given: Given, answer: Prediction) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**({"source": given.source} if given.source else {}), **asdict(answer)}
+
+
+def evaluate(
+    program: ProgramPath,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the data: data.label=stars.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Labelled rows: csv:PATH, jsonl:PATH, imagefolder:PATH; default: those of the run's recipe."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="test: the rows that a recipe holds back from training; all: every row.")
+    ] = "test",
+    as_json: Json = False,
+) -> int:
+    """Score an exported classifier on labelled data.
+
+    Accuracy with its 95 % interval, precision and recall of each class, and the confusion matrix.
+    """
+    from edgetune.overrides import from_text
+    from edgetune.predicting import evaluate as evaluate_
+    from edgetune.progress import shown
+    from edgetune.technique import EdgetuneError
+
+    if split not in ("test", "all"):
+        raise EdgetuneError("unknown split", got=split, allowed=["test", "all"])
+    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+        evaluation = evaluate_(
+            program, data, part="test" if split == "test" else "all", overrides=from_text(overrides or []),
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        printed(_figures(evaluation))
+    else:
+        _print(evaluation)
+    return 0
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    quality = evaluation.quality
+    classes = [
+        {**one.model_dump(), "precision_pct": one.precision_pct, "recall_pct": one.recall_pct}
+        for one in evaluation.answers.classes
+    ]
+    return {
+        "program": evaluation.program,
+        "data": evaluation.data,
+        "split": evaluation.part,
+        "rows": quality.rows,
+        "accuracy_pct": quality.value,
+        "interval_95_pct": quality.interval_pct,
+        **evaluation.answers.model_dump(mode="json"),
+        "classes": classes,
+        "notes": evaluation.notes,
+    }
+
+
+def _print(evaluation: Evaluation) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from edgetune.report.answer_tables import answer_tables
+    from edgetune.report.console import clean, drawn
+    from edgetune.report.numbers import accuracy_with_interval, plural
+    from edgetune.report.sentences import as_sentence
+
+    console = Console()
+    rows = plural(evaluation.quality.rows, "row")
+    of = f"{rows} of the test split" if evaluation.part == "test" else f"all {rows}"
+    console.print(Text(clean(f"{evaluation.program} on {evaluation.data}, {of}")))
+    console.print(Text(clean(accuracy_with_interval(evaluation.quality)), style="bold"))
+    for table in answer_tables(evaluation.answers):
+        console.print()
+        console.print(Text(table.title, style="bold"))
+        console.print(drawn(table, console.width))
+        for note in table.notes:
+            console.print(Text(clean(note), style="dim"))
+    for note in evaluation.notes:
+        console.print(Text(clean(as_sentence(note)), style="dim"))

@@ -1,0 +1,111 @@
+"""What was measured and predicted on devices, and the budget, as tables."""
+
+from __future__ import annotations
+
+from edgetune.ledger import Ledger, Measured, Predicted, on_cpu
+from edgetune.report.numbers import number
+from edgetune.report.tables import Cell, Column, Table, cells, grouped_notes
+
+CPU_TARGETS = ("", "xnnpack", "portable")
+QUANTITIES = {
+    "latency_ms": ("latency", "ms"),
+    "size_mib": ("program size", "MiB"),
+    "train_memory_mib": ("training memory", "MiB"),
+    "peak_memory_mib": ("peak memory", "MiB"),
+}
+
+
+def ran_on(ledger: Ledger, line: Measured) -> str:
+    """What a program was timed on: `CPU, 2 threads`, or the backend where that is no CPU's."""
+    target = ledger.program.target if ledger.program else ""
+    return on_cpu(line.threads) if target in CPU_TARGETS else on_cpu(line.threads).replace("CPU", target)
+
+
+def measured_table(ledger: Ledger) -> Table | None:
+    """Timed runs of the program."""
+    if not ledger.measured:
+        return None
+    columns = (
+        Column("device", text=True),
+        Column("runs on", text=True),
+        Column("latency, median", "ms", short="median\nms"),
+        Column("p10 to p90", "ms", short="p10 to p90\nms"),
+        Column("load", "ms"),
+        Column("peak memory", "MiB", short="peak\nMiB"),
+        Column("runs"),
+    )
+    rows = tuple(
+        cells(
+            line.where,
+            ran_on(ledger, line),
+            number(line.latency_ms),
+            f"{number(line.latency_p10_ms)} to {number(line.latency_p90_ms)}",
+            number(line.load_ms),
+            number(line.peak_memory_mib),
+            f"{line.runs:,}",
+        )
+        for line in ledger.measured
+    )
+    notes: tuple[str, ...] = ("Peak memory is that of the process, above an empty one.",)
+    notes += tuple(f"{line.where}: {line.note}" for line in ledger.measured if line.note)
+    return Table("measured", "Measured on real machines", columns, rows, notes)
+
+
+def predicted_table(ledger: Ledger) -> Table | None:
+    """What the descriptors let one expect. Nothing here was timed."""
+    if not ledger.predicted:
+        return None
+    accelerators = any(line.not_predicted for line in ledger.predicted)
+    columns = (
+        Column("device", text=True),
+        Column("runs on", text=True, narrow=7),
+        Column("latency", "ms"),
+        Column("range", "ms"),
+        Column("peak memory", "MiB", short="peak\nMiB"),
+        Column("calibrated", text=True, short="cali-\nbrated"),
+        *((Column("accelerator", text=True, short="accele-\nrator", narrow=9),) if accelerators else ()),
+    )
+    rows = tuple(
+        cells(
+            line.where,
+            line.runs_on,
+            number(line.latency_ms),
+            band(line),
+            number(line.peak_memory_mib),
+            "yes" if line.calibrated else "no",
+            *((line.not_predicted or "none",) if accelerators else ()),
+        )
+        for line in ledger.predicted
+    )
+    notes = ["Computed from device descriptors, for the CPU alone; nothing in this table was timed."]
+    notes += grouped_notes((line.where, line.note) for line in ledger.predicted)
+    return Table("predicted", "Predicted, not measured", columns, rows, tuple(notes))
+
+
+def band(line: Predicted) -> str:
+    """The range that the latency is expected in."""
+    return f"{number(line.latency_low_ms)} to {number(line.latency_high_ms)}"
+
+
+def verdict_table(ledger: Ledger) -> Table | None:
+    """The budget, line by line; the verdict stands where a narrow screen shows it."""
+    if not ledger.verdicts:
+        return None
+    columns = (
+        Column("budget", text=True),
+        Column("verdict", text=True),
+        Column("device", text=True),
+        Column("limit"),
+        Column("this run"),
+        Column("lowest reachable", short="lowest\nreachable"),
+    )
+    rows = tuple(
+        (
+            Cell(", ".join(QUANTITIES[line.quantity])),
+            Cell("holds", "good") if line.holds else Cell("missed", "bad"),
+            *cells(line.device, number(line.limit), number(line.value), number(line.least)),
+        )
+        for line in ledger.verdicts
+    )
+    notes = tuple(f"{QUANTITIES[line.quantity][0]}: {line.note}" for line in ledger.verdicts if line.note)
+    return Table("budget", "The recipe's budget", columns, rows, notes)

@@ -1,0 +1,180 @@
+"""The run in words: one sentence for a colleague, what to watch out for, and the rest of the story."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgetune.ledger import Ledger, Predicted, Quality, Row, Verdict
+from edgetune.report.device_tables import QUANTITIES, ran_on
+from edgetune.report.numbers import finite, noun, number, plural, quality, score
+from edgetune.report.tables import gain, last_quality
+
+LOST_POINTS = 2.0  # a step that costs more accuracy is named at the top
+LOST_PERPLEXITY_PCT = 5.0  # or raises the perplexity by more
+WIDE_POINTS = 10.0  # an interval that is wider says that the test set is small
+UNCHANGED = ("train", "load", "eval")  # steps that compress nothing
+
+
+def headline(ledger: Ledger) -> str:
+    """Size and quality before and after, and how fast the result is: one sentence."""
+    if not ledger.rows:
+        return f"{ledger.model}: no step was finished."
+    first, last = ledger.rows[0], ledger.rows[-1]
+    size_mib = ledger.program.size_mib if ledger.program else last.size_mib
+    result = last_quality(ledger)
+    parts = [f"{_state(first.size_mib, first.quality)} before"]
+    if ledger.program or len(ledger.rows) > 1:
+        parts.append(f"{_state(size_mib, result, short=first.quality is not None)} after")
+    text = ", ".join(parts)
+    if len(parts) == 1:
+        text = f"{_state(first.size_mib, first.quality)} as loaded"
+    return f"{text}; {_speed(ledger)}." if _speed(ledger) else f"{text}."
+
+
+def _state(size_mib: float, result: Quality | None, *, short: bool = False) -> str:
+    size = f"{number(size_mib)} MiB"
+    if result is None or finite(result.value) is None:
+        return f"{size} ({quality(result)})" if result else size
+    if result.metric == "perplexity":
+        return f"{size} and a perplexity of {score(result.value)}"
+    return f"{size} and {result.value:.1f} %{'' if short else ' accuracy'}"
+
+
+def _speed(ledger: Ledger) -> str:
+    """The latency on the device of the budget, or else the first one that there is a figure for."""
+    line = main_prediction(ledger)
+    if line is not None:
+        text = f"{number(line.latency_ms)} ms predicted on the CPU of {_device(line)}"
+    elif ledger.measured:
+        timed = ledger.measured[0]
+        text = f"{number(timed.latency_ms)} ms measured on {timed.device} ({ran_on(ledger, timed)})"
+    else:
+        return "" if ledger.program else "no program was exported"
+    call = (line or ledger.measured[0]).call
+    return f"{text} for {call}" if call else text
+
+
+def main_prediction(ledger: Ledger) -> Predicted | None:
+    """The prediction that the run is about: of a device in the budget, or else the first."""
+    wanted = {verdict.device for verdict in ledger.verdicts}
+    return next((line for line in ledger.predicted if line.device in wanted), next(iter(ledger.predicted), None))
+
+
+def _device(line: Predicted) -> str:
+    return f"the {line.name}" if line.name and not line.name.startswith("this ") else line.name or line.device
+
+
+def remarks(ledger: Ledger) -> tuple[str, ...]:
+    """What a reader must not miss: anything short of what was hoped for."""
+    found = [] if ledger.finished else ["This run is not finished: the figures are those up to now."]
+    broken = [line for line in ledger.verdicts if not line.holds]
+    found += [_missed(line) for line in broken]
+    found += [*_against_baselines(ledger), *_losses(ledger), *_small_test_set(ledger)]
+    return tuple(found)
+
+
+def _missed(line: Verdict) -> str:
+    name, of = QUANTITIES[line.quantity]
+    return (
+        f"The budget for {line.device} is missed: {name} is {number(line.value)} {of}, {number(line.limit)} {of} are "
+        f"allowed; the lowest that this recipe can reach is {number(line.least)} {of}."
+    )
+
+
+def _against_baselines(ledger: Ledger) -> Iterator[str]:
+    result = last_quality(ledger)
+    known = [line for line in ledger.baselines if finite(line.value) is not None]
+    if result is None or finite(result.value) is None or not known:
+        return
+    best = (max if result.higher_is_better else min)(known, key=lambda line: line.value)
+    lead = result.value - best.value if result.higher_is_better else best.value - result.value
+    interval = result.interval_pct
+    unit = " %" if result.higher_is_better else ""
+    compared = f'"{best.name}" reaches {score(best.value)}{unit}, this run {score(result.value)}{unit}'
+    if lead < 0:
+        yield f"The result is below a simple baseline: {compared}."
+    elif lead == 0:
+        yield f"The result is no better than a simple baseline: {compared}."
+    elif interval is not None and best.value > interval[0]:
+        yield f"The result is not clearly better than a simple baseline on so few test rows: {compared}."
+
+
+def _losses(ledger: Ledger) -> Iterator[str]:
+    """Steps other than training that cost quality, and what later steps won back."""
+    for before, row in zip(ledger.rows, ledger.rows[1:], strict=False):
+        difference = gain(row.quality, before.quality)
+        if difference is None or row.step in UNCHANGED:
+            continue
+        assert row.quality is not None  # `gain` has compared both
+        assert before.quality is not None
+        end, unit = last_quality(ledger), " %" if row.quality.higher_is_better else ""
+        later = f"; the run ends at {score(end.value)}{unit}" if end is not None and row is not ledger.rows[-1] else ""
+        name = f"Step {row.index}, {row.step},"
+        if row.quality.higher_is_better and -difference > LOST_POINTS:
+            lost = f"{name} lost {score(-difference)} points of {noun(row.quality)}"
+            yield f"{lost} ({score(before.quality.value)} to {score(row.quality.value)} %){later}."
+        elif not row.quality.higher_is_better and 100 * difference > LOST_PERPLEXITY_PCT * before.quality.value:
+            raised = f"{name} raised the perplexity by {100 * difference / before.quality.value:.0f} %"
+            yield f"{raised} ({score(before.quality.value)} to {score(row.quality.value)}){later}."
+
+
+def _small_test_set(ledger: Ledger) -> Iterator[str]:
+    result = last_quality(ledger)
+    interval = result.interval_pct if result is not None else None
+    if result is None or interval is None or interval[1] - interval[0] <= WIDE_POINTS:
+        return
+    yield (
+        f"The test set has only {plural(result.rows, 'row')}: an accuracy of {score(result.value)} % on so few rows "
+        f"stands for anything from {interval[0]:.1f} to {interval[1]:.1f} % (95 % interval)."
+    )
+
+
+def details(ledger: Ledger) -> tuple[str, ...]:
+    """Model, data and quality; measured, predicted and budget; what has to be known of data and model."""
+    lines = [_about(ledger)] if ledger.rows else []
+    for line in ledger.measured:
+        lines.append(
+            f"Measured on {line.where} ({ran_on(ledger, line)}): {number(line.latency_ms)} ms per run, "
+            f"{number(line.peak_memory_mib)} MiB of memory."
+        )
+    if ledger.verdicts and all(line.holds for line in ledger.verdicts):
+        many = len(ledger.verdicts)
+        lines.append("The budget holds." if many == 1 else f"The budget holds, in all {many} lines.")
+    return (*lines, *(as_sentence(note) for note in ledger.notes))
+
+
+def _about(ledger: Ledger) -> str:
+    first: Row = ledger.rows[0]
+    size_mib = ledger.program.size_mib if ledger.program else ledger.rows[-1].size_mib
+    text = f"{ledger.model} on {ledger.data}"
+    shrunk = smaller(first.size_mib, size_mib)
+    text += f"{shrunk} than as loaded" if shrunk else ""
+    result = last_quality(ledger)
+    text += f"; {quality(result)}"
+    if result is None:
+        return f"{text}."
+    text += f" on {plural(result.rows, 'test row')}"
+    interval = result.interval_pct
+    text += f" (95 % interval: {interval[0]:.1f} to {interval[1]:.1f} %)" if interval else ""
+    baselines = ", ".join(f"{line.name} {score(line.value)}" for line in ledger.baselines)
+    return f"{text}; simple baselines: {baselines}." if baselines else f"{text}."
+
+
+def smaller(before_mib: float, after_mib: float) -> str:
+    """How many times smaller, where that says something."""
+    if finite(before_mib) is None or finite(after_mib) is None or after_mib <= 0 or before_mib <= after_mib:
+        return ""
+    return f", {before_mib / after_mib:.1f} times smaller"
+
+
+def as_sentence(note: str) -> str:
+    """A note that begins in lower case and ends without a stop, as a sentence.
+
+    >>> as_sentence("random weights"), as_sentence("hf:tiny is new")
+    ('Random weights.', 'hf:tiny is new.')
+    """
+    text = note.strip()
+    first = text.partition(" ")[0].rstrip(",:")
+    if first.isalpha() and first.islower():
+        text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else f"{text}."
