@@ -105,6 +105,16 @@ class Fold:
 
             example = tensors_of(self.samples.example())[0]
             check_takes_pictures(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
+        if self.recipe.data.augment and self.task != "image-classification":
+            raise EdgetuneError("data.augment changes pictures", got=self.task, action="leave it out")
+        trainings = [step.settings for step in self.recipe.steps if isinstance(step.settings, Train)]
+        if self.recipe.data.augment and any(training.cache_prefix for training in trainings):
+            raise EdgetuneError(
+                "cache_prefix keeps what a picture gives, and data.augment changes it each time",
+                action="leave out one of the two",
+            )
+        if self.task == "causal-lm" and any(training.class_weights != "none" for training in trainings):
+            tasks.balanced_weights(self.task, self.dataset)
         if asked and asked.rows_to_check(len(self.test_split)) > len(self.test_split):
             raise EdgetuneError(
                 "export.check_rows asks for more rows than the test set has",
@@ -209,8 +219,8 @@ class Fold:
         result = train(
             self.model,
             settings,
-            self.train_split,
-            self.loss,
+            self.seen_in_training(),
+            self.loss_with(settings.class_weights),
             seed=self.recipe.seed + index,
             folder=self.folder / "checkpoints" / name,
             resume=self.resume,
@@ -231,6 +241,22 @@ class Fold:
         )
         self.ledger = self.ledger.with_(trainings=(*self.ledger.trainings, training))
         self.save()
+
+    def seen_in_training(self) -> Split:
+        """The training rows, changed each time they are seen where the data settings say so."""
+        kinds = self.recipe.data.augment
+        if not kinds:
+            return self.train_split
+        from edgetune.data.augment import Augmented
+
+        return Split(self.task, self.dataset.train, Augmented(self.train_split.encode, kinds))
+
+    def loss_with(self, class_weights: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The task's loss; "balanced" counts every class alike, however many rows it has."""
+        if class_weights == "none":
+            return self.loss
+        weights = tasks.balanced_weights(self.task, self.dataset)
+        return lambda logits, labels: tasks.loss(self.task, logits, labels, weights)
 
     def least_kept_mib(self) -> float:
         """What a training of one row at a time keeps for backward, or of two where a batch norm needs them."""

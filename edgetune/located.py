@@ -22,6 +22,10 @@ def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             absolute[key] = source_from(value, folder)
         elif key in _SOURCES and isinstance(value, Mapping) and isinstance(value.get("source"), str):
             absolute[key] = {**value, "source": source_from(value["source"], folder)}
+            if isinstance(value.get("test_file"), str):
+                absolute[key]["test_file"] = _absolute(value["test_file"], folder)
+        elif key == "data.test_file" and isinstance(value, str):
+            absolute[key] = _absolute(value, folder)
         elif key == "variants" and isinstance(value, Mapping):
             absolute[key] = {n: located(v, folder) if isinstance(v, Mapping) else v for n, v in value.items()}
         elif key in ("profile", "budget", "devices", "profile.devices", "device"):

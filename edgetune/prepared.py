@@ -49,4 +49,5 @@ def prepare(recipe: Recipe) -> Prepared:
     settings = recipe.steps[place].settings
     assert isinstance(settings, Train)
     pad_to = None if fold.task == "image-classification" else recipe.model.max_length
-    return Prepared(fold.model, settings, recipe.seed + place, fold.train_split, fold.loss, fold.quality_of, pad_to)
+    loss, rows = fold.loss_with(settings.class_weights), fold.seen_in_training()
+    return Prepared(fold.model, settings, recipe.seed + place, rows, loss, fold.quality_of, pad_to)

@@ -70,6 +70,7 @@ class Train(Settings):
     cache_dtype: Literal["fp32", "fp16"] = "fp32"
     cache_max_mib: int = Field(default=4096, ge=1)  # of all cached prefixes together
     distill: Distill | None = None
+    class_weights: Literal["none", "balanced"] = "none"  # in the loss; balanced: every class counts alike
     keep_best: bool = False  # end with the weights of the epoch that was best on the validation rows
 
     @model_validator(mode="before")

@@ -158,6 +158,8 @@ def with_trainer(techniques: str, folder: Path, rank: int, world: int) -> tuple[
         arguments = TrainingArguments(
             output_dir=str(folder / "trainer"), max_steps=steps, save_steps=2, save_strategy="steps", use_cpu=True,
             per_device_train_batch_size=ROWS // world, learning_rate=RATE, lr_scheduler_type="constant",
+            # transformers takes BERT for a model that divides its loss by the items of all processes, which it does not
+            average_tokens_across_devices=False,
             max_grad_norm=0.0, report_to="none", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         return Trainer(model, arguments, train_dataset=examples, optimizers=(sgd(model), None), callbacks=[First()])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from edgetune.technique import EdgetuneError, Exit, Inputs, Settings
@@ -27,14 +27,31 @@ class DataSettings(Settings):
     whole: ClassVar[bool] = False
 
     source: str  # "tweets", "csv:path", ...: a name of the registry, and what follows the first colon
-    text: str = "text"  # column of the text; tables only
+    # column of the text, or several whose texts are put together, one a line; tables only
+    text: str | tuple[str, ...] = "text"
     label: str | None = "label"  # column of the class; None: the texts are for a causal language model; tables only
+    # what a label in the table is called: {0: bad, 1: good}; two labels of one name are one class; tables only
+    label_names: dict[str, str] | None = None
+    test_file: str | None = None  # rows to test on, in a file of the same kind beside the training rows'; csv and jsonl
+    # what may change in a training picture each time it is seen; pictures only
+    augment: tuple[Literal["flip", "crop", "colour"], ...] = ()
     test_pct: float = Field(default=15.0, gt=0, lt=100)  # of the rows, where there is no test set of its own
     validation_pct: float = Field(default=10.0, gt=0, lt=100)  # of the rows, where there is no validation set
     train_rows: int | None = Field(default=None, gt=0)  # use only so many rows, the same ones each time
     validation_rows: int | None = Field(default=None, gt=0)
     test_rows: int | None = Field(default=None, gt=0)
     max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)  # more rows than this that cannot be read: stop
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that make up a text."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def _labels_as_text(cls, given: Any) -> Any:
+        """`{0: bad}` means the label that a table writes as 0."""
+        return {str(key): value for key, value in given.items()} if isinstance(given, dict) else given
 
 
 class WholeData(DataSettings):

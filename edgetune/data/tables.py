@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from edgetune.data.dataset import (
     split_indices,
     split_rows,
 )
+from edgetune.data.labels import check_labels, is_missing
 from edgetune.registry import require
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 Record = tuple[str, str]  # text, label
+Reader = Callable[[Path, DataSettings, BadRows], "tuple[list[Record], int]"]  # the rows, and how many there are
 
 
 def from_csv(argument: str, settings: DataSettings) -> Dataset:
@@ -33,11 +35,13 @@ def from_csv(argument: str, settings: DataSettings) -> Dataset:
 
     The columns are `settings.text` and `settings.label`; rows are split by what they hold, never by their order.
     """
-    path = _existing(argument, "csv")
-    bad = BadRows(settings.max_bad_rows_pct)
+    return _from_files(argument, "csv", settings, _read_csv)
+
+
+def _read_csv(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
     text = _decoded(path)
     header, delimiter = _header(text, path, settings)
-    columns = [header.index(name) for name in (settings.text, settings.label) if name is not None]
+    columns = [header.index(name) for name in _wanted(settings)]
     records: list[Record] = []
     total = 0
     for row, cells in _csv_rows(text, delimiter, path, bad):
@@ -48,16 +52,18 @@ def from_csv(argument: str, settings: DataSettings) -> Dataset:
             bad.add(f"row {row}", f"{len(cells)} columns where the header has {len(header)}")
         else:
             _keep(records, bad, f"row {row}", [cells[c] for c in columns], settings)
-    return _finish(path.name, records, bad, total, settings)
+    return records, total
 
 
 def from_jsonl(argument: str, settings: DataSettings) -> Dataset:
     """One JSON object a line, in UTF-8, with the fields `settings.text` and `settings.label`."""
-    path = _existing(argument, "jsonl")
-    bad = BadRows(settings.max_bad_rows_pct)
+    return _from_files(argument, "jsonl", settings, _read_jsonl)
+
+
+def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
     records: list[Record] = []
     fields: set[str] = set()
-    wanted = [name for name in (settings.text, settings.label) if name is not None]
+    wanted = _wanted(settings)
     total = 0
     for row, line in enumerate(_decoded(path).split("\n"), start=1):
         if not line.strip():
@@ -79,7 +85,23 @@ def from_jsonl(argument: str, settings: DataSettings) -> Dataset:
             _keep(records, bad, f"row {row}", [value[name] for name in wanted], settings)
     if fields:
         _check_columns(path.name, sorted(fields), settings)
-    return _finish(path.name, records, bad, total, settings)
+    return records, total
+
+
+def _from_files(argument: str, kind: str, settings: DataSettings, read: Reader) -> Dataset:
+    """The training rows of one file, and the test rows of another where `settings.test_file` names one."""
+    path, bad = _existing(argument, kind), BadRows(settings.max_bad_rows_pct)
+    test = None if settings.test_file is None else _existing(settings.test_file, kind)
+    records, total = read(path, settings, bad)
+    if test is None:
+        return _finish(path.name, records, bad, total, settings)
+    held_out, others = read(test, settings, bad)
+    return _finish(path.name, records, bad, total + others, settings, {"test": held_out})
+
+
+def _wanted(settings: DataSettings) -> list[str]:
+    """The columns that are read: those of the text, then the label's."""
+    return [*settings.text_columns, *([settings.label] if settings.label is not None else [])]
 
 
 def from_hub(argument: str, settings: DataSettings) -> Dataset:
@@ -102,16 +124,17 @@ def from_splits(name: str, tables: dict[str, Any], settings: DataSettings) -> Da
             continue
         _check_columns(f"{name}, split {split}", table.column_names, settings)
         names = _class_names(table, settings)
-        texts = list(table[settings.text])
+        columns = [list(table[name]) for name in settings.text_columns]
+        texts = list(zip(*columns, strict=True))
         labels = list(table[settings.label]) if settings.label is not None else [None] * len(texts)
         if part == "test" and names is not None and set(labels) <= {-1, None}:
             continue  # the labels of this test set are withheld
         total += len(texts)
         records = found.setdefault(part, [])
-        for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
+        for row, (parts, label) in enumerate(zip(texts, labels, strict=True), start=1):
             if names is not None and isinstance(label, int):
                 label = names[label] if 0 <= label < len(names) else None
-            _keep(records, bad, f"{split}, row {row}", (text, label), settings)
+            _keep(records, bad, f"{split}, row {row}", [*parts, label][: len(_wanted(settings))], settings)
     if "train" not in found:
         raise data_error(f"{name} has no split called train", got=", ".join(tables))
     return _finish(name, found.pop("train"), bad, total, settings, found)
@@ -150,13 +173,13 @@ def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], s
         except csv.Error as error:
             raise data_error(f"{path.name} has no header that can be read ({error})") from error
         found.append(([name.strip() for name in cells], delimiter))
-    header, delimiter = max(found, key=lambda item: (settings.text in item[0]) + (settings.label in item[0]))
+    header, delimiter = max(found, key=lambda item: sum(name in item[0] for name in _wanted(settings)))
     _check_columns(path.name, header, settings)
     return header, delimiter
 
 
 def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) -> None:
-    for option, wanted in (("text", settings.text), ("label", settings.label)):
+    for option, wanted in (*(("text", name) for name in settings.text_columns), ("label", settings.label)):
         if wanted is not None and wanted not in columns:
             raise data_error(
                 f"{name} has no column for the {option}",
@@ -190,21 +213,43 @@ def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[t
 
 def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings) -> None:
     """Add one row to `records`, or say in `bad` why it cannot be used."""
-    text = values[0]
-    if not isinstance(text, str):
-        bad.add(place, f"the text is {type(text).__name__}, not a string")
-    elif not text.strip():
+    *texts, label = values if settings.label is not None else (*values, "")
+    other = next((text for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        bad.add(place, f"the text is {type(other).__name__}, not a string")
+        return
+    text = "\n".join(part for part in texts if part.strip()) if len(texts) > 1 else texts[0]
+    if not text.strip():
         bad.add(place, "empty text")
-    elif settings.label is not None and not isinstance(values[1], (str, int)):
-        bad.add(place, f"the label is {type(values[1]).__name__}, not a string or a whole number")
-    elif settings.label is not None and not str(values[1]).strip():
+    elif not isinstance(label, (str, int)):
+        bad.add(place, f"the label is {type(label).__name__}, not a string or a whole number")
+    elif settings.label is not None and not str(label).strip():
         bad.add(place, "empty label")
-    elif any("\ud800" <= c <= "\udfff" for value in values for c in str(value)):
+    elif (
+        settings.label is not None and is_missing(str(label)) and str(label).strip() not in (settings.label_names or {})
+    ):
+        bad.add(place, f"the label is missing: {label}")
+    elif any("\ud800" <= c <= "\udfff" for value in (text, label) for c in str(value)):
         bad.add(place, "not in UTF-8")
     elif "\0" in text:
         bad.add(place, "a zero byte")
     else:
-        records.append((text, str(values[1]).strip() if settings.label is not None else ""))
+        records.append((text, _named(str(label).strip(), settings)))
+
+
+def _named(label: str, settings: DataSettings) -> str:
+    """What `settings.label_names` calls a label; raises for one that it leaves out."""
+    names = settings.label_names
+    if names is None or settings.label is None:
+        return label
+    if label not in names:
+        raise data_error(
+            "data.label_names leaves out a label of the table",
+            got=label,
+            allowed=sorted(names),
+            action=f"add it, as in {{{label}: its name}}",
+        )
+    return names[label]
 
 
 def _finish(
@@ -218,6 +263,9 @@ def _finish(
     """The data set of the rows that were read; parts that are not given are cut from the training rows."""
     others = others or {}
     notes = bad.notes(total, name)
+    if settings.label:
+        labels = [label for part in (train, *others.values()) for _, label in part]
+        notes = (*notes, *check_labels(name, settings.label, labels))
     classes = classes_of([label for part in (train, *others.values()) for _, label in part]) if settings.label else ()
     number = {label: n for n, label in enumerate(classes)}
 

@@ -9,21 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgetune.data.dataset import IGNORED_LABEL, Split, Task
+from edgetune.data.dataset import IGNORED_LABEL, Dataset, Split, Task
 from edgetune.ledger import Quality
 from edgetune.modes import undisturbed
 from edgetune.sparse.head import cross_entropy
 from edgetune.technique import EdgetuneError, Exit, call, device_of, logits_of, moved
 
 
-def loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy, a scalar.
+def balanced_weights(task: Task, dataset: Dataset) -> Tensor:
+    """The weight of each class in the loss, fp32 `(classes,)`: inverse to its share of the training rows, mean 1 a row.
+
+    King and Zeng, Logistic Regression in Rare Events Data, 2001, section 4.1: rows / (classes * rows of the class).
+    """
+    if task == "causal-lm" or dataset.train.labels is None:
+        raise EdgetuneError(
+            "class_weights are for classes, and a language model has none", action="leave out train.class_weights"
+        )
+    counts = torch.bincount(torch.tensor(dataset.train.labels), minlength=len(dataset.classes)).float()
+    return len(dataset.train) / (len(dataset.classes) * counts)
+
+
+def loss(task: Task, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Mean cross entropy, a scalar; with `class_weights`, `(classes,)`, the weighted mean.
 
     `logits` are `(batch, classes)` with labels `(batch,)`; for a causal language model `(batch, tokens, vocabulary)`
     with labels `(batch, tokens)`, where position n is judged by the label of position n + 1.
     """
     if task == "causal-lm":  # labels are moved, not logits: a frozen head then keeps none of them
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    if class_weights is not None:
+        return F.cross_entropy(logits, labels, class_weights.to(logits), ignore_index=IGNORED_LABEL)
     return cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
 

@@ -1,0 +1,162 @@
+"""Tables as people have them: texts in several columns, labels under other names, odd labels, a test file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgetune.data import task as tasks
+from edgetune.data.augment import Augmented
+from edgetune.data.dataset import Dataset, DataSettings, Rows
+from edgetune.data.own import own_splits
+from edgetune.data.tables import from_csv, from_jsonl
+from edgetune.technique import EdgetuneError, Exit
+
+
+def table(folder: Path, labels: list[str], name: str = "rows.csv") -> Path:
+    lines = ["text,label", *(f"text number {n},{label}" for n, label in enumerate(labels))]
+    (folder / name).write_text("\n".join(lines), encoding="utf-8")
+    return folder / name
+
+
+def read(path: Path, **changes: Any) -> Dataset:
+    return from_csv(str(path), DataSettings(source=f"csv:{path}", **changes))
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([f"{n / 7:.3f}" for n in range(60)], "60 different values in 60 rows, so they are numbers on a scale"),
+        ([f"user-{n}" for n in range(60)], "60 different values in 60 rows, so they are no classes"),
+        (["good"] * 60, "at least two classes are needed: got 'good'"),
+        (["good", "bad"] * 20 + ["nan"] * 20, r"20 of 60 rows cannot be read.*row 42: the label is missing: nan"),
+    ],
+)
+def test_a_column_that_names_no_classes_is_refused(labels: list[str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(EdgetuneError, match=reason) as caught:
+        read(table(tmp_path, labels))
+    assert caught.value.exit_code == Exit.DATA
+    assert caught.value.action or len(set(labels)) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (["2024-01-02", "2024-01-03"] * 30, "look like dates: 2024-01-02, 2024-01-03"),
+        (["1", "2", "good"] * 20, r"mix numbers \(1, 2\) and words \(good\)"),
+        (["good"] * 110 + ["bad"] * 10, "110 rows are 'good' and 10 are 'bad': train.class_weights: balanced"),
+    ],
+)
+def test_odd_labels_are_noted(labels: list[str], note: str, tmp_path: Path) -> None:
+    (noted,) = read(table(tmp_path, labels)).notes
+    assert re.search(note, noted), noted
+
+
+def test_ordinary_labels_are_not_noted(tmp_path: Path) -> None:
+    assert read(table(tmp_path, ["1", "2", "3"] * 20)).notes == ()
+    assert len(read(table(tmp_path, [f"class {n % 30}" for n in range(120)])).classes) == 30
+
+
+def test_a_text_in_several_columns(tmp_path: Path) -> None:
+    lines = ["title,body,label", *(f"Title {n},Body {n},{'ab'[n % 2]}" for n in range(40)), "Alone,,a"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
+    data = read(tmp_path / "rows.csv", text=["title", "body"])
+    texts = {text for part in (data.train, data.validation, data.test) for text in part.inputs}
+    assert {"Title 3\nBody 3", "Alone"} <= texts
+    with pytest.raises(EdgetuneError, match="no column for the text: got 'lead'"):
+        read(tmp_path / "rows.csv", text=["title", "lead"])
+
+
+def test_labels_under_other_names(tmp_path: Path) -> None:
+    path = table(tmp_path, ["0", "1", "2"] * 20)
+    data = read(path, label_names={"0": "bad", "1": "good", "2": "good"})
+    assert data.classes == ("bad", "good")
+    with pytest.raises(EdgetuneError, match="label_names leaves out a label of the table: got '2'"):
+        read(path, label_names={"0": "bad", "1": "good"})
+    named = read(table(tmp_path, ["nan", "good"] * 20), label_names={"nan": "an Indian bread", "good": "good"})
+    assert named.classes == ("an Indian bread", "good")
+
+
+def test_a_test_file_beside_the_training_rows(tmp_path: Path) -> None:
+    rows, held_out = table(tmp_path, ["a", "b"] * 30), table(tmp_path, ["a", "b", "b"], "test.csv")
+    data = read(rows, test_file=str(held_out))
+    assert (len(data.test), data.test.labels) == (3, [0, 1, 1])
+    assert len(data.train) + len(data.validation) == 60
+    assert "3 test texts also stand among the training rows" in data.notes
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b", "label": "a"}\n' * 3, encoding="utf-8")
+    with pytest.raises(EdgetuneError, match=r"nothere.jsonl does not exist"):
+        from_jsonl(str(tmp_path / "rows.jsonl"), DataSettings(source="x", test_file=str(tmp_path / "nothere.jsonl")))
+
+
+def test_balanced_class_weights_count_every_class_alike() -> None:
+    rows = Rows(["a"] * 8, [0, 0, 0, 0, 0, 0, 1, 1])
+    data = Dataset("d", "text-classification", ("x", "y"), rows, rows, rows)
+    weights = tasks.balanced_weights("text-classification", data)
+    torch.testing.assert_close(weights, torch.tensor([8 / 12, 2.0]))
+    logits, labels = torch.zeros(8, 2, requires_grad=True), torch.tensor(rows.labels)
+    tasks.loss("text-classification", logits, labels, weights).backward()
+    torch.testing.assert_close(logits.grad.sum(0), torch.zeros(2), msg="both classes pull alike")
+    with pytest.raises(EdgetuneError, match="a language model has none"):
+        tasks.balanced_weights("causal-lm", data)
+
+
+def plain(inputs: Any, pad_to: int | None = None) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(picture).float() for picture in inputs])
+
+
+def test_pictures_are_changed_each_by_itself_and_anew() -> None:
+    row = np.linspace(0, 255, 16, dtype=np.float32)
+    pictures = [np.broadcast_to(row, (3, 16, 16)).copy() for _ in range(64)]
+    torch.manual_seed(0)
+    mirrored = Augmented(plain, ("flip",))(pictures)
+    turned = (mirrored[:, 0, 0, 0] > mirrored[:, 0, 0, -1]).sum()
+    assert 16 < turned < 48
+    assert torch.equal(mirrored.sort(3).values, plain(pictures)), "mirrored, and nothing else"
+    cropped = Augmented(plain, ("crop",))(pictures)
+    assert cropped.shape == (64, 3, 16, 16)
+    assert len({tuple(picture[0, 0].tolist()) for picture in cropped}) == 5, "two columns to either side"
+    coloured = Augmented(plain, ("colour",))(pictures)
+    assert coloured.mean((1, 2, 3)).std() > 1
+    assert not torch.equal(coloured, Augmented(plain, ("colour",))(pictures))
+
+
+OWN = """
+def rows():
+    return [("text %d" % n, "ab"[n % 2]) for n in range(40)]
+def parts():
+    return {"train": rows(), "test": [("another", "a"), ("one more", "b")]}
+def mixed():
+    return [("text", "a"), ("text",)]
+def pictures():
+    import numpy
+    return [(numpy.zeros((4, 4 + n % 2), dtype="uint8"), n % 2) for n in range(20)]
+def texts():
+    return ["text %d" % n for n in range(40)]
+def floats():
+    return [("text", 0.5)]
+def misnamed():
+    return {"training": rows()}
+"""
+
+
+def test_rows_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+
+    def loaded(function: str) -> Dataset:
+        return own_splits(f"{tmp_path / 'own.py'}:{function}", DataSettings(source="py"))
+
+    assert (loaded("rows").task, loaded("rows").classes) == ("text-classification", ("a", "b"))
+    assert sorted(loaded("parts").test.inputs) == ["another", "one more"]
+    assert loaded("texts").task == "causal-lm"
+    for function, message in {
+        "mixed": "several kinds|no text and no picture", "pictures": "several sizes", "floats": "neither a string nor",
+        "misnamed": "returns no training rows",
+    }.items():  # fmt: skip
+        with pytest.raises(EdgetuneError, match=message) as caught:
+            loaded(function)
+        assert caught.value.exit_code == Exit.DATA
