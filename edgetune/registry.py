@@ -73,8 +73,13 @@ def loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., An
     name, _, argument = source.partition(":")
     if name not in table:
         raise EdgetuneError(f"unknown {what}", got=name, allowed=sorted(table))
-    found = load(table[name])
-    return lambda *rest: found(argument, *rest)
+    load_source = load(table[name])
+
+    def load_quietly(*rest: Any) -> Any:
+        with quiet():  # libraries import more while they load
+            return load_source(argument, *rest)
+
+    return load_quietly
 
 
 def technique(name: str) -> type[Technique]:

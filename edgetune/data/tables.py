@@ -21,6 +21,8 @@ from edgetune.data.dataset import (
     split_indices,
     split_rows,
 )
+from edgetune.hub import hub_for
+from edgetune.quiet import quiet
 from edgetune.registry import require
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -252,16 +254,16 @@ def _load_hub(argument: str) -> dict[str, Any]:
     datasets = require("datasets", "a data set of the Hugging Face hub")
     folder = Path(argument).expanduser()
     name, _, configuration = (argument, "", "") if folder.exists() else argument.partition(":")
-    try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            loaded = datasets.load_from_disk(str(folder))
-        else:
-            loaded = datasets.load_dataset(str(folder) if folder.exists() else name, configuration or None)
-    except (OSError, ValueError) as error:
-        raise data_error(
-            f"the data set {argument} could not be loaded: {error}",
-            action="check the id and the network, or give the path of a folder on this disk",
-        ) from error
+    with quiet(), hub_for(argument) as silence:
+        try:
+            if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+                loaded = datasets.load_from_disk(str(folder))
+            else:
+                loaded = datasets.load_dataset(str(folder) if folder.exists() else name, configuration or None)
+        except (OSError, ValueError) as error:
+            why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})" if silence else error
+            action = "check the id and the network, or give the path of a folder on this disk"
+            raise data_error(f"the data set {argument} could not be loaded: {why}", action=action) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 

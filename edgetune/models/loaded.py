@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from edgetune.data.dataset import Dataset, Encode, Task
+from edgetune.hub import hub_for
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Settings
 
@@ -66,17 +67,24 @@ def part_of(transformers: Any, name: str) -> Any:
 
 
 @contextmanager
-def reachable(source: str) -> Iterator[None]:
-    """Turns what the library raises for a name it cannot find, offline or not, into one clear error."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, EdgetuneError):
-            raise
-        raise EdgetuneError(
-            f"the model {source} could not be loaded: {str(error).splitlines()[0]}",
-            action="check the id and the network, or give the path of a folder on this disk",
-        ) from error
+def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
+    """Turns what the library raises for a name it cannot find, offline or not, into one clear error.
+
+    `name` is the path or the hub's name in `source`. A hub that does not answer is asked once.
+    """
+    with quiet(), hub_for(name, fetches) as silence:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, EdgetuneError):
+                raise
+            why = str(error).splitlines()[0]
+            if silence:
+                why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})"
+            raise EdgetuneError(
+                f"the model {source} could not be loaded: {why}",
+                action="check the id and the network, or give the path of a folder on this disk",
+            ) from error
 
 
 def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
