@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.data.dataset import (
+    NOT_UTF8,
     BadRows,
     Dataset,
     DataSettings,
@@ -22,6 +23,7 @@ from edgetune.data.dataset import (
     split_rows,
 )
 from edgetune.hub import hub_for
+from edgetune.other_names import SUFFIXES, nearest_file
 from edgetune.quiet import quiet
 from edgetune.registry import require
 
@@ -123,12 +125,14 @@ def _existing(argument: str, kind: str) -> Path:
     if not argument:
         raise data_error(f"{kind} needs a path", action=f"write source: {kind}:path/to/file")
     path = Path(argument).expanduser()
+    written = SUFFIXES.get(path.suffix.lower(), kind)
+    if written != kind:
+        raise data_error(f"{kind} reads no {path.suffix} files", got=f"{kind}:{argument}", near=f"{written}:{argument}")
     if not path.is_file():
-        near = [p.name for p in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
         raise data_error(
             f"the file {path} does not exist" if not path.exists() else f"{path} is no file",
             got=path.name,
-            allowed=[name for name in near if name.endswith(path.suffix)],
+            near=nearest_file(path),
             action="paths in a recipe are relative to the recipe, on the command line to the folder you are in",
         )
     return path
@@ -202,7 +206,7 @@ def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any]
     elif settings.label is not None and not str(values[1]).strip():
         bad.add(place, "empty label")
     elif any("\ud800" <= c <= "\udfff" for value in values for c in str(value)):
-        bad.add(place, "not in UTF-8")
+        bad.add(place, NOT_UTF8)
     elif "\0" in text:
         bad.add(place, "a zero byte")
     else:

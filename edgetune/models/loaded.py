@@ -87,10 +87,26 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
             ) from error
 
 
+_ROWS: dict[Task, str] = {
+    "text-classification": "texts with classes",
+    "image-classification": "images with classes",
+    "causal-lm": "texts without classes",
+}
+_MODELS: dict[Task, str] = {
+    "text-classification": "minilm or hf:PATH",
+    "image-classification": "effnet-lite0 or timm:NAME",
+    "causal-lm": "smollm2 or hf:PATH",
+}
+
+
 def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
     """Raises unless the task of the data set is one that the model has a head for."""
     if task not in tasks:
-        raise EdgetuneError(f"{model} cannot do the task of this data set", got=task, allowed=tasks)
+        takes = " or ".join(_ROWS[own] for own in tasks)
+        raise EdgetuneError(
+            f"{model} cannot do the task of this data set: the rows are {_ROWS[task]}, and it takes {takes}",
+            action=f"choose {_MODELS[task]}, or other data",
+        )
 
 
 def no_argument(model: str, argument: str) -> None:
