@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from edgetune import __version__, cli_export, cli_generate, cli_predict, cli_profile, cli_training
 from edgetune.cli_devices import PLAIN, Json, devices, printed
 from edgetune.cli_training import Overrides, RecipeName
+from edgetune.quiet import quiet_command
 
 VERBS = (  # in the order of the work, which is the order of `edgetune --help`
     "recipes", "run", "report", "export", "kit", "lint", "inspect", "predict", "eval", "generate", "profile", "devices",
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        code = app(args=[a for a in given if a != "--debug"], prog_name="edgetune", standalone_mode=False)
+        with contextlib.nullcontext() if debug else quiet_command():
+            code = app(args=[a for a in given if a != "--debug"], prog_name="edgetune", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # typer has taken the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -98,7 +100,9 @@ def _failure(error: BaseException) -> tuple[str, int]:
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a stack trace on errors; anywhere on the line.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show stack traces and warnings; anywhere on the line.")
+    ] = False,
 ) -> None:
     if version:
         printed(__version__)

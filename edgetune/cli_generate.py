@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def generate(
     program: Annotated[Path, typer.Argument(help="A language model's .pte, with model.json and tokenizer beside it.")],
-    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    prompt: Annotated[str, typer.Argument(help="What to say to it; - reads it from stdin.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws, with a temperature.")] = 0,
@@ -39,7 +39,7 @@ def generate(
 
     found = generate_(
         program,
-        prompt,
+        sys.stdin.read().rstrip("\n") if prompt == "-" else prompt,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,

@@ -67,10 +67,8 @@ Converted = tuple[nn.Module, Sequence[Inputs], "Carried"]
 
 def _hugging_face(argument: str) -> Converted:
     """Any model of transformers that takes tokens or pictures, by what its config says that it is."""
-    from edgetune.models.text import quiet
-
     transformers = require("transformers", f"the model hf:{argument}")
-    with reachable(argument), quiet(transformers):
+    with reachable(f"hf:{argument}", argument):
         config = transformers.AutoConfig.from_pretrained(argument)
         says = tuple(config.architectures or ())
         if not says:
@@ -118,7 +116,7 @@ def _timm(argument: str) -> Converted:
     timm = require("timm", f"the model timm:{argument}")
     if argument.partition(".")[0] not in timm.list_models():
         raise EdgetuneError("timm has no model of this name", got=argument, allowed=timm.list_models())
-    with reachable(f"timm:{argument}"):
+    with reachable(f"timm:{argument}", f"timm/{argument}"):
         model = timm.create_model(argument, pretrained=True)
     config = timm.data.resolve_model_data_config(model)
     encode = ImageEncoder(config["input_size"][1], _each(config["mean"], 3, 255.0), _each(config["std"], 3, 255.0))

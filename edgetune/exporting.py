@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgetune import registry
+from edgetune.other_names import nearest_source
 from edgetune.quiet import quiet
 from edgetune.recipe import LANGUAGE_CHECK_ROWS
 from edgetune.technique import EdgetuneError, Exit, Inputs
@@ -28,6 +29,12 @@ CACHE_TOKENS = 512
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
 CONVERTED = ("hf", "timm", "py")  # finished as they are
 ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder, or a .pt2 file"
+_WEIGHTS = "weights alone are no model: export py:FILE.py:FUNCTION --weights FILE"
+NO_MODELS = {  # by suffix, and what to do instead
+    **dict.fromkeys((".pt", ".pth", ".bin", ".safetensors", ".ckpt"), _WEIGHTS),
+    **dict.fromkeys((".pte", ".onnx"), "give the model that the file was made from"),
+    **dict.fromkeys((".yaml", ".yml"), "a recipe is run: edgetune run FILE"),
+}
 
 
 @dataclass(frozen=True)
@@ -257,7 +264,10 @@ def exportable(
             return found
         # what the run measured and predicted it says of its own program, not of the one made now
         return replace(found, ledger=found.ledger.with_(measured=(), predicted=()))
-    raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, allowed=registry.MODELS)
+    action = NO_MODELS.get(place.suffix.lower(), "")
+    near = "" if action else nearest_source(source, registry.MODELS, data=False)
+    near = f"py:{source}:build" if place.suffix == ".py" else near
+    raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, near=near, action=action)
 
 
 def _saved(path: Path) -> Exportable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 SETTINGS = {  # peft, transformers, torch, ultralytics, torch-pruning, torchao -> ours, the likeliest first
     "r": ("rank",),
@@ -123,3 +124,53 @@ def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
+
+
+PREFIXES = {
+    "huggingface": "hf",
+    "hub": "hf",
+    "transformers": "hf",
+    "datasets": "hf",
+    "json": "jsonl",
+    "ndjson": "jsonl",
+    "tsv": "csv",
+    "table": "csv",
+    "folder": "imagefolder",
+    "images": "imagefolder",
+    "image": "imagefolder",
+    "python": "py",
+}
+SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+
+
+def nearest_source(source: str, table: Iterable[str], data: bool) -> str:
+    """The source of a model or of data that was probably meant by one of an unknown kind; else empty.
+
+    >>> models, tables = ["minilm", "hf", "timm"], ["tweets", "csv", "jsonl", "imagefolder"]
+    >>> nearest_source("tinybert", models, False), nearest_source("minilmm", models, False)
+    ('hf:tinybert', 'minilm')
+    >>> nearest_source("cvs:a.csv", tables, True), nearest_source("a.jsonl", tables, True)
+    ('csv:a.csv', 'jsonl:a.jsonl')
+    """
+    kinds = list(table)
+    kind, colon, rest = source.partition(":")
+    written = SUFFIXES.get(Path(source).suffix.lower(), "") if data and not colon else ""
+    if written in kinds:
+        return f"{written}:{source}"
+    near = PREFIXES.get(kind.lower(), "") if colon else ""
+    near = near if near in kinds else nearest(kind, kinds, cutoff=0.66)
+    if near:
+        return f"{near}{colon}{rest}"
+    if colon:
+        return ""
+    folder = Path(source).expanduser().is_dir()
+    kind = "hf" if not data else "imagefolder" if folder else ""
+    return f"{kind}:{source}" if kind in kinds else ""
+
+
+def nearest_file(path: Path) -> str:
+    """A file of the same kind beside it with nearly the same name; else empty."""
+    if not path.parent.is_dir():
+        return ""
+    files = {each.stem: each.name for each in sorted(path.parent.iterdir()) if each.suffix == path.suffix}
+    return files.get(nearest(path.stem, files, cutoff=0.75), "")

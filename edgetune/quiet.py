@@ -1,21 +1,67 @@
-"""Keep libraries' own chatter off the terminal."""
+"""Keep libraries' own chatter off the terminal: it tears progress bars, and names nothing that the user could do."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LIBRARIES = (
+    "bitsandbytes", "datasets", "executorch", "filelock", "httpx", "huggingface_hub", "lightning", "numpy", "peft",
+    "pydantic", "safetensors", "timm", "tokenizers", "torch", "torch_pruning", "torchao", "torchvision", "transformers",
+)  # fmt: skip
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and logs of the body: the compilers' name no action that the user could take."""
+    """Silence warnings, logs and progress bars of libraries in the body."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_bars():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def quiet_command() -> Iterator[None]:
+    """For a whole command: logs below errors, and what libraries warn of in their own code.
+
+    What a file of the user's warns of is shown, and all of it where Python was told to show warnings.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The bars of transformers, with its tables of weights, and of datasets, once they are imported; then as before."""
+    transformers, datasets = (sys.modules.get(name) for name in ("transformers.utils.logging", "datasets.utils.tqdm"))
+    level = transformers.get_verbosity() if transformers else 0
+    shown = transformers is not None and transformers.is_progress_bar_enabled()
+    drawn = datasets is not None and datasets.are_progress_bars_disabled() is False
+    if transformers:
+        transformers.set_verbosity_error()
+        transformers.disable_progress_bar()
+    if datasets and drawn:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if transformers:
+            transformers.set_verbosity(level)
+        if transformers and shown:
+            transformers.enable_progress_bar()
+        if datasets and drawn:
+            datasets.enable_progress_bars()

@@ -322,8 +322,7 @@ class _Checking:
         for key, table in (("model", registry.MODELS), ("data", registry.DATASETS)):
             source = values[key].get("source") if isinstance(values.get(key), dict) else None
             if isinstance(source, str) and source.partition(":")[0] not in table:
-                where = self.where((key, "source"))
-                self.errors.append(EdgetuneError(f"unknown {key}", where=where, got=source, allowed=table))
+                self.errors.append(registry.unknown_source(table, key, source).within(self.where((key, "source"))))
 
     def devices(self, values: dict[str, Any]) -> None:
         """Every device is known, `host`, or the path of a descriptor."""

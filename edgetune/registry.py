@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
+from edgetune.other_names import nearest_source
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Technique
 
@@ -72,9 +74,21 @@ def loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., An
     """The loader of a source such as `tweets` or `csv:rows.csv`, with the part after the colon given first."""
     name, _, argument = source.partition(":")
     if name not in table:
-        raise EdgetuneError(f"unknown {what}", got=name, allowed=sorted(table))
-    found = load(table[name])
-    return lambda *rest: found(argument, *rest)
+        raise unknown_source(table, what, source)
+    load_source = load(table[name])
+
+    def load_quietly(*rest: Any) -> Any:
+        with nullcontext() if name == "py" else quiet():  # libraries import more while they load
+            return load_source(argument, *rest)
+
+    return load_quietly
+
+
+def unknown_source(table: Mapping[str, str], what: str, source: str) -> EdgetuneError:
+    """What is wrong with a source of no known kind, and what was probably meant."""
+    return EdgetuneError(
+        f"unknown {what}", got=source, allowed=sorted(table), near=nearest_source(source, table, table is DATASETS)
+    )
 
 
 def technique(name: str) -> type[Technique]:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from edgetune.other_names import nearest
 from edgetune.technique import EdgetuneError
 
 
@@ -39,16 +40,28 @@ def select(
     for what, patterns in (("targets", include), ("skip", skip)):
         for pattern in patterns:
             if not any(matches(name, [pattern]) for name in layers):
+                endings = _endings(layers)
                 raise EdgetuneError(
                     f"{what}: the pattern matches no layer",
                     got=pattern,
-                    allowed=layers,
+                    allowed=endings,
+                    near=nearest(pattern, endings) or nearest(pattern, layers),
                     action="print the names with [name for name, _ in model.named_modules()]",
                 )
     chosen = {n: m for n, m in layers.items() if matches(n, include) and not matches(n, skip)}
     if not chosen:
         raise EdgetuneError("targets: every matching layer is also skipped", got=include, action="shorten skip")
     return chosen
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    """The shortest patterns for layers of these names: `*.query` for that of every block.
+
+    >>> _endings(["blocks.0.query", "blocks.1.query", "blocks.1.norm", "0", "head.1"])
+    ['*.query', '*.norm', '0', 'head.1']
+    """
+    parts = [(name, name.rpartition(".")[2]) for name in names]
+    return list(dict.fromkeys(name if last == name or last.isdecimal() else f"*.{last}" for name, last in parts))
 
 
 def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

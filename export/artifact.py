@@ -187,13 +187,32 @@ def read_manifest(path: Path, kind: type[_Manifest]) -> _Manifest:
         told = json.loads(beside.read_text(encoding="utf-8"))
         wanted = kind.model_fields["kind"].default
         if isinstance(told, dict) and told.get("kind", "model") != wanted:
-            raise unusable("a program of another kind", path, got=told["kind"], allowed=[wanted])
+            raise _of_another_kind(path, str(told["kind"]), wanted)
         manifest = kind.model_validate(told, strict=False)
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise unusable(f"the manifest cannot be read: {what}", beside) from error
     check_bytes(path, manifest.sha256)  # type: ignore[attr-defined]
     return manifest
+
+
+_KINDS = {  # what a program is, and what reads it
+    "model": ("a plain program", "it is run by Artifact.load(path).run(inputs)"),
+    "language": ("a text-generation program", "edgetune generate lets it answer"),
+    "training": ("a training program", "edgetune train-pte trains with it"),
+    "methods": ("a program with several methods", "it is run by MethodsArtifact.load(path).run(method, inputs)"),
+}
+_MAKING = {
+    "language": "export the model with --language to have one that generates text",
+    "training": "make one with edgetune export-training",
+}
+
+
+def _of_another_kind(path: Path, kind: str, wanted: str) -> EdgetuneError:
+    """The error for a program of one kind where another is needed."""
+    this, reader = _KINDS.get(kind, (f"a program of the kind {kind}", "export the model again"))
+    what = f"a program of another kind: this is {this}, not {_KINDS[wanted][0]}"
+    return EdgetuneError(what, where=str(path), action=_MAKING.get(wanted, reader), exit_code=Exit.EXPORT)
 
 
 def read_whole(path: Path, kind: type[_OfFile]) -> _OfFile:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
-from edgetune.one_line import OneLine
+from edgetune.one_line import OneLine, figure
 from edgetune.technique import EdgetuneError, Exit
 
 
@@ -20,7 +20,7 @@ class Value(OneLine):
 
 def artifact_line(artifact: object, path: Path, size_bytes: int, *facts: str) -> str:
     """An artifact's `repr`: its file, size and what else tells it from others."""
-    return f"{type(artifact).__name__}({', '.join([repr(str(path)), *facts, f'{size_bytes / 2**20:.3g} MiB'])})"
+    return f"{type(artifact).__name__}({', '.join([repr(str(path)), *facts, f'{figure(size_bytes / 2**20)} MiB'])})"
 
 
 def sha256_of(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from test_language import CACHE, decoder, exported, tokenizer
 
 from edgetune import cli_generate
+from edgetune.cli import main
 from edgetune.export.language import LanguageArtifact
 from edgetune.generating import generate
 from edgetune.technique import EdgetuneError, Exit
@@ -81,6 +83,17 @@ def test_the_verb_prints_the_text_and_tells_what_it_cost(
     assert expected.text.startswith(printed.out.rstrip("\n"))
     assert "tokens/s; decode 6 tokens" in printed.err
     assert "peak memory" in printed.err
+
+
+def test_a_dash_reads_the_prompt_from_stdin(
+    talking: LanguageArtifact, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["generate", str(talking.path), "--max-tokens", "6", "--raw"]
+    assert main([*given, PROMPT]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    assert main([*given, "-"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_importing_it_stays_light() -> None:

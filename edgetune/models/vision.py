@@ -109,7 +109,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
         ) from error
     if argument.partition(".")[0] not in timm.list_models():
         raise EdgetuneError("timm has no model of this name", got=argument, allowed=timm.list_models())
-    with reachable(f"timm:{argument}"):
+    with reachable(f"timm:{argument}", f"timm/{argument}", settings.pretrained):
         model = timm.create_model(argument, pretrained=settings.pretrained, num_classes=len(dataset.classes))
     classes = _trained_classes(f"timm:{argument}", model, settings, dataset.classes)
     config = timm.data.resolve_model_data_config(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.ledger import Measured, Predicted
+from edgetune.one_line import figure
 from edgetune.profile.calls import measured_calls, predicted_calls
 from edgetune.profile.device import HOST, Device, load
 
@@ -30,8 +31,8 @@ class Profile:
 
     def __repr__(self) -> str:
         call = f", {self.predicted.call}" if self.predicted.call else ""
-        measured = f"measured {self.measured.latency_ms:.3g} ms on {self.measured.device}" if self.measured else ""
-        predicted = f"{self.predicted.device}{call}: predicted {self.predicted.latency_ms:.3g} ms"
+        measured = f"measured {figure(self.measured.latency_ms)} ms on {self.measured.device}" if self.measured else ""
+        predicted = f"{self.predicted.device}{call}: predicted {figure(self.predicted.latency_ms)} ms"
         return f"Profile({predicted}, {measured or 'not measured'})"
 
 

@@ -1,0 +1,41 @@
+"""The Hugging Face hub: asked once whether it answers, instead of a minute of retries for each file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def silence_of_hub() -> str:
+    """Why the hub does not answer; empty if it does. One request without retries, through the proxy if one is set."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of a class of whichever HTTP library the hub's client is built on
+        return str(error).strip() or type(error).__name__
+    return ""
+
+
+@contextmanager
+def hub_for(source: str, fetches: bool = True) -> Iterator[str]:
+    """Gives why the hub does not answer, and keeps libraries from asking it again: they look among cached files only.
+
+    Empty where it answers, and where `source` is a path on this disk or nothing is fetched, so that it is not asked.
+    """
+    silence = silence_of_hub() if fetches and not Path(source).expanduser().exists() else ""
+    if not silence:
+        yield ""
+        return
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield silence
+    finally:
+        constants.HF_HUB_OFFLINE = before
