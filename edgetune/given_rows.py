@@ -48,21 +48,24 @@ def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, column: str = 
 
 
 def _texts(argument: str, column: str) -> list[Given]:
-    path = Path(argument)
-    ending = path.suffix.lower()
-    if ending not in FILES or not (path.is_file() or _looks_like_a_path(argument)):
-        if ending in IMAGES and path.is_file():
-            raise data_error(
-                "the program takes texts, this is an image", got=argument, action="give a text or a file of them"
-            )
+    path, ending = Path(argument), Path(argument).suffix.lower()
+    here = _exists(path)
+    if not here and not (ending in FILES and len(argument.split()) == 1):  # "open a.txt" is a text, "a.txt" a file
         return [Given(argument)]
-    if not path.is_file():
+    if not here:
         near = [p.name for p in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
         raise data_error(
             f"no such file: {argument}",
             got=path.name,
             allowed=[name for name in near if name.endswith(ending)],
             action=f"give a text, or the path of a {', '.join(FILES)}",
+        )
+    if path.is_dir() or ending not in FILES:
+        raise data_error(
+            f"the program takes texts, which are not read from {'a folder' if path.is_dir() else 'such a file'}",
+            got=argument,
+            allowed=FILES,
+            action=f"give one of these; if this is a text itself, give it on stdin with {STDIN}",
         )
     if ending in TABLES:
         return _records(path, TABLES[ending], column)
@@ -72,9 +75,12 @@ def _texts(argument: str, column: str) -> list[Given]:
         raise data_error(f"{path} is not written in UTF-8", action="save it as UTF-8") from error
 
 
-def _looks_like_a_path(argument: str) -> bool:
-    """One word that ends like a file, which nobody writes to a classifier; "open a.txt" is a text."""
-    return len(argument.split()) == 1
+def _exists(path: Path) -> bool:
+    """Whether it is a file or folder; a long text, or one with a zero byte, is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _lines(text: str, source: str) -> list[Given]:

@@ -107,6 +107,8 @@ def test_the_verb_reads_files_folders_and_stdin(
         (["latin.txt"], "not written in UTF-8", "save it as UTF-8"),
         (["gap.csv"], "1 of 2 rows cannot be read", "mend these rows"),
         (["other.csv"], "no column for the text", "name the column with --column"),
+        (["rows.tsv"], "not read from such a file", "give one of these"),
+        (["."], "not read from a folder", "give one of these"),
     ],
 )
 def test_a_file_that_cannot_be_read_whole_is_refused(
@@ -117,6 +119,7 @@ def test_a_file_that_cannot_be_read_whole_is_refused(
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     (tmp_path / "gap.csv").write_text("text\na\n  \n")
     (tmp_path / "other.csv").write_text("review\na\n")
+    (tmp_path / "rows.tsv").write_text("text\na\n")
     with pytest.raises(EdgetuneError) as caught:
         cli_predict.predict(text[2].path, rows)
     assert what in caught.value.what
@@ -124,7 +127,7 @@ def test_a_file_that_cannot_be_read_whole_is_refused(
 
 
 def test_a_sentence_that_names_a_file_is_a_text(text: Text) -> None:
-    assert cli_predict.predict(text[2].path, ["please open notes.txt"]) == 0
+    assert cli_predict.predict(text[2].path, ["please open notes.txt", "long " * 200 + "a.txt", "." * 5]) == 0
 
 
 def test_what_a_program_lacks_is_named(text: Text, tmp_path: Path) -> None:
