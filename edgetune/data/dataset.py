@@ -26,15 +26,26 @@ class DataSettings(Settings):
 
     whole: ClassVar[bool] = False
 
-    source: str  # "tweets", "csv:path", ...: a name of the registry, and what follows the first colon
-    text: str = "text"  # column of the text; tables only
-    label: str | None = "label"  # column of the class; None: the texts are for a causal language model; tables only
-    test_pct: float = Field(default=15.0, gt=0, lt=100)  # of the rows, where there is no test set of its own
-    validation_pct: float = Field(default=10.0, gt=0, lt=100)  # of the rows, where there is no validation set
-    train_rows: int | None = Field(default=None, gt=0)  # use only so many rows, the same ones each time
+    source: str
+    """Data that come with edgetune (`tweets`, `conversations`, `fashion-mnist`), a file or folder of your own
+    (`csv:FILE`, `jsonl:FILE`, `imagefolder:FOLDER`), `hf:OWNER/NAME` from the Hugging Face hub, or
+    `py:FILE.py:FUNCTION`, a function that returns the rows. Paths are relative to the recipe."""
+    text: str = "text"
+    """Column that holds the text. Tables only."""
+    label: str | None = "label"
+    """Column that holds the class; `null`: there are no classes, the texts train a language model. Tables only."""
+    test_pct: float = Field(default=15.0, gt=0, lt=100)
+    """Percentage of the rows held out for testing, where the data have no test set of their own."""
+    validation_pct: float = Field(default=10.0, gt=0, lt=100)
+    """Percentage of the rows held out for validation, where the data have no validation set of their own."""
+    train_rows: int | None = Field(default=None, gt=0)
+    """Use only this many training rows, the same ones each time; `null`: all."""
     validation_rows: int | None = Field(default=None, gt=0)
+    """Use only this many validation rows; `null`: all."""
     test_rows: int | None = Field(default=None, gt=0)
-    max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)  # more rows than this that cannot be read: stop
+    """Use only this many test rows; `null`: all."""
+    max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)
+    """Stop if more than this percentage of the rows cannot be read; fewer are left out and reported."""
 
 
 class WholeData(DataSettings):
