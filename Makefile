@@ -11,7 +11,8 @@ LOCK   := constraints.txt
 PINNED := $(if $(LOCK),--constraint $(LOCK) --build-constraint $(LOCK))
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables lint types docs clean help
+.PHONY: demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables pages lint types docs site \
+	dist clean help
 
 help:           ## what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -28,8 +29,8 @@ test-latest:    ## the suite with the newest versions that pyproject.toml allows
 
 lock: $(VENV)/.uv  ## constraints.txt made anew: the newest versions that pyproject.toml allows
 	@printf '%s\n' '# The versions that edgetune was tested with, for Python 3.11 and 3.12. Made by: make lock' >$(LOCK).new
-	$(VENV)/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-annotate \
-		--no-header pyproject.toml >>$(LOCK).new
+	$(VENV)/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra docs \
+		--extra timm --no-annotate --no-header pyproject.toml >>$(LOCK).new
 	@mv $(LOCK).new $(LOCK)
 
 test-slow: $(VENV)/.test  ## the tests that take many minutes
@@ -50,9 +51,12 @@ bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning a
 bench-export: $(VENV)/.llama  ## families through the whole line: parity, delegated share, size; language models beside others (hours)
 	$(BIN)/python tests/bench_export.py; first=$$?; $(BIN)/python tests/bench_language.py && exit $$first
 
-tables: $(VENV)/.test  ## docs/nn.md: all of torch.nn through an export; docs/peft.md: all of peft through a merge (half an hour)
+tables: $(VENV)/.test pages  ## docs/nn.md: all of torch.nn through an export; docs/peft.md: all of peft through a merge (half an hour)
 	$(BIN)/python tests/nn_table.py --write docs/nn.md
 	$(BIN)/python tests/peft_table.py --write docs/peft.md
+
+pages: $(VENV)/.demo  ## docs/recipes.md and recipes/recipe.schema.json, from the settings and their descriptions (seconds)
+	$(BIN)/python tests/recipe_page.py --write
 
 bench-profile: $(VENV)/.test  ## predictions beside measurements: unseen programs on this host, published rows of others (half an hour)
 	$(BIN)/python tests/bench_profile.py
@@ -66,8 +70,18 @@ types: $(VENV)/.dev  ## mypy on what is shipped: the wheel, installed by itself
 docs: $(VENV)/.demo  ## tables and pictures of the README, made anew by the code
 	$(BIN)/python tests/readme.py --write
 
+site: $(VENV)/.docs  ## the documentation as a site in site/; dead links are errors
+	@mkdir -p build/api/edgetune && rm -rf build/api/edgetune/*
+	@ln -s $(CURDIR)/edgetune/* $(CURDIR)/export build/api/edgetune/
+	$(BIN)/zensical build --strict --clean
+
+dist: $(VENV)/.dev  ## the wheel and the source archive in dist/, checked
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:          ## remove .venv, runs and caches
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: $(LOCK)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v <= (3, 12), f"Python 3.11 or 3.12 is needed (by transformers), this is {v}; try: make PYTHON=python3.12"'
@@ -92,6 +106,10 @@ $(VENV)/.llama: $(VENV)/.test
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) $(PINNED) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) $(PINNED) --editable ".[docs]"
 	@touch $@
 
 # uv resolves for all Python versions and platforms at once, which pip does for its own alone.

@@ -10,7 +10,7 @@ from edgetune.profile.device import load
 from edgetune.technique import EdgetuneError
 
 if TYPE_CHECKING:
-    from edgetune.recipe import Budget
+    from edgetune.sections import Budget
 
 
 def verdicts(budgets: Sequence[Budget], ledger: Ledger, least_training_mib: Sequence[float]) -> tuple[Verdict, ...]:

@@ -265,6 +265,7 @@ def recipes_copy(
 ) -> int:
     """Copy a recipe to a file of your own."""
     from edgetune import recipe as recipes_of
+    from edgetune.schema import with_editor_line
     from edgetune.technique import EdgetuneError
 
     text, shown = recipes_of.text_of(name)
@@ -274,7 +275,7 @@ def recipes_copy(
         raise EdgetuneError("a recipe's file ends in .yaml", got=str(to), action=f"write {to}.yaml")
     try:
         with to.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(with_editor_line(text))
     except FileExistsError as error:
         raise EdgetuneError("the file is there already", got=str(to), action="choose another name") from error
     except OSError as error:

@@ -12,7 +12,7 @@ from torch import nn
 from edgetune import registry
 from edgetune.other_names import nearest_source
 from edgetune.quiet import quiet
-from edgetune.recipe import LANGUAGE_CHECK_ROWS
+from edgetune.sections import LANGUAGE_CHECK_ROWS
 from edgetune.technique import EdgetuneError, Exit, Inputs
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgetune.export.dynamic import Dynamic
     from edgetune.export.language import LanguageArtifact
     from edgetune.ledger import Ledger
-    from edgetune.recipe import ExportSettings
+    from edgetune.sections import ExportSettings
 
 CHECK_ROWS = 100
 CACHE_TOKENS = 512

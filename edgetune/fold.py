@@ -30,9 +30,10 @@ from edgetune.models.loaded import Loaded
 from edgetune.outline import in_words
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
-from edgetune.recipe import ExportSettings, ProfileSettings, Recipe, Step
+from edgetune.recipe import Recipe
 from edgetune.rehearsal import rehearse
 from edgetune.samples import Samples
+from edgetune.sections import ExportSettings, ProfileSettings, Step
 from edgetune.technique import EdgetuneError, Sample, Settings, Technique, tensors_of
 from edgetune.train import Train, seed_everything, train
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from edgetune.attach import closes
-from edgetune.recipe import CHECK_ROWS, Recipe
+from edgetune.recipe import Recipe
+from edgetune.sections import CHECK_ROWS
 from edgetune.technique import Technique
 
 

@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, Field
 
 from edgetune import registry
 from edgetune.data.dataset import DataSettings
@@ -20,95 +20,37 @@ from edgetune.export.targets import TARGETS
 from edgetune.located import located
 from edgetune.models.loaded import ModelSettings
 from edgetune.overrides import VARIANT, overridden
-from edgetune.technique import EdgetuneError, Settings, Technique, fitted
+from edgetune.sections import Budget, ExportSettings, Finalize, ProfileSettings, Section, Step
+from edgetune.technique import EdgetuneError, Technique, fitted
 from edgetune.validated import Problem, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
-CHECK_ROWS = 500
-LANGUAGE_CHECK_ROWS = 8  # a text takes a language program as long as a hundred rows take another
 NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Section(Settings):
-    """Base of every part of a recipe: immutable, no unknown fields."""
-
-
-class Finalize(Section):
-    """The step that finalizes every open technique: merge, freeze, pack."""
-
-    name: ClassVar[str] = "finalize"
-
-
-class Step(Section):
-    """One step: its recipe name and the settings object."""
-
-    name: str
-    settings: SerializeAsAny[BaseModel]
-
-
-class ExportSettings(Section):
-    """What to lower to. Absent from a recipe: nothing is exported."""
-
-    target: str = "xnnpack"
-    language: bool = False  # a program that talks, with its cache and tokenizer; else one for a window of tokens
-    max_tokens: int = Field(512, ge=2)  # places in the cache of a language program, prompt and answer together
-    # held-out rows on which program and eager model are compared; a language program continues the first half of each;
-    # default: 500, or 8 of a language program, or all that there are if these are fewer
-    check_rows: int | None = Field(None, ge=1)
-    min_same_prediction_pct: float = Field(99.0, ge=0, le=100)  # of these rows, or tokens; under it, the export fails
-
-    @model_validator(mode="after")
-    def _cache_is_of_use(self) -> ExportSettings:
-        if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
-            what = "max_tokens is the cache of a language program, which is not asked for"
-            raise EdgetuneError(what, got=self.max_tokens, action="add language: true, or leave max_tokens out")
-        return self
-
-    def rows_to_check(self, available: int) -> int:
-        """How many rows program and model are compared on, of so many in the test set."""
-        if self.check_rows is not None:
-            return self.check_rows
-        return min(LANGUAGE_CHECK_ROWS if self.language else CHECK_ROWS, available)
-
-
-class ProfileSettings(Section):
-    """Where to say what the program costs."""
-
-    devices: tuple[str, ...] = ()  # ids, or paths of descriptors
-    measure: bool = True  # time the program on this host too
-
-
-class Budget(Section):
-    """What the run must stay under on one device."""
-
-    device: str
-    latency_ms: Positive | None = None
-    size_mib: Positive | None = None
-    train_memory_mib: Positive | None = None
-    peak_memory_mib: Positive | None = None
-
-    @model_validator(mode="after")
-    def _limits_something(self) -> Budget:
-        if not any((self.latency_ms, self.size_mib, self.train_memory_mib, self.peak_memory_mib)):
-            limits = ["latency_ms", "size_mib", "train_memory_mib", "peak_memory_mib"]
-            raise EdgetuneError("limits nothing", allowed=limits, action="give at least one of them")
-        return self
 
 
 class Recipe(Section):
     """A whole job: model, data, ordered steps, and what to do with the result."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)  # names the run's folder
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Names the run's folder: letters, digits, `.`, `_` and `-`. Left out: the name of the file."""
     description: str = ""
+    """What the recipe is for, in a line; `edgetune recipes list` prints it."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Decides the order of rows and every random number: the same seed gives the same run."""
     model: ModelSettings
+    """The model to start from. A bare name stands for `{source: NAME}`."""
     data: DataSettings
+    """The rows to train and test on. A bare name stands for `{source: NAME}`."""
     steps: tuple[Step, ...]
+    """What is done to the model, in this order. A step is a name, or a name with its settings."""
     export: ExportSettings | None = None
+    """What to export; left out: nothing."""
     profile: ProfileSettings | None = None
+    """Where to say what the program costs; left out: nowhere."""
     budget: tuple[Budget, ...] = ()
+    """What the run must stay under: one device, or a list of them. The exit code is 4 if it does not."""
     variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012  pydantic copies it
+    """Named sets of overrides; `variant=NAME` on the command line chooses one."""
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with every default written out; reading them gives an equal recipe."""

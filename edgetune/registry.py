@@ -56,6 +56,7 @@ EXTRAS = {
     "executorch": "export",
     "transformers": "text",
     "PIL": "vision",
+    "timm": "timm",
     "sklearn": "baselines",
     "scipy": "export",
     "datasets": "hub",
@@ -104,11 +105,14 @@ def require(module: str, purpose: str) -> Any:
     try:
         with quiet():
             return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         package = module.partition(".")[0]
         action = f'pip install "edgetune[{EXTRAS.get(package, "all")}]"'
-        if package == "timm":  # no extra: torchvision has to be the build that belongs to torch
-            action = "pip install timm and torchvision, both from the index that torch came from"
+        if isinstance(error, RuntimeError):
+            if "torchvision" not in str(error):
+                raise
+            # an ordinary torchvision beside a torch without CUDA says "operator torchvision::nms does not exist"
+            action = "install torch and torchvision from the same index, both for the CPU or both for CUDA"
         raise EdgetuneError(
             f"{purpose} needs {package}, which could not be imported ({error})", action=action
         ) from error

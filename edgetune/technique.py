@@ -145,9 +145,12 @@ class _Explaining(ModelMetaclass):
 
 
 class Settings(BaseModel, metaclass=_Explaining):
-    """Base of all settings: immutable, no unknown fields, and errors in plain words."""
+    """Base of all settings: immutable, no unknown fields, and errors in plain words.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    A field is described by the string under it, which the JSON Schema and `docs/recipes.md` show.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class Technique(Settings):

@@ -41,9 +41,12 @@ _IGNORED_LABEL = -100
 class Distill(Settings):
     """Learn from the logits of an earlier model too."""
 
-    teacher: str  # name of an earlier step of the recipe: the model as it was just before that step
-    weight: float = Field(default=0.5, gt=0, le=1)  # share of the teacher's loss; the labels have the rest
+    teacher: str
+    """Name of an earlier step of the recipe: the teacher is the model as it was just before that step."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the teacher's loss; the labels have the rest."""
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    """Divisor of both models' logits; more than 1 also shows which wrong classes the teacher finds likely."""
 
 
 class Train(Settings):
@@ -51,27 +54,49 @@ class Train(Settings):
 
     name: ClassVar[str] = "train"
 
-    epochs: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)  # or updates, not both
+    epochs: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Passes over the training rows, in fractions too; give either this or `updates`."""
     updates: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=32, ge=1)  # rows at once; an epoch's batches are made equal, none is larger
-    accumulate: int = Field(default=1, ge=1)  # batches per update
+    """Steps of the optimizer; give either this or `epochs`."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows at once. The batches of an epoch are made equal; none is larger than this."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients are added up for one update."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """What turns gradients into updates."""
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)  # not of biases and norms
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd
+    """Highest learning rate, reached after the warm-up."""
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    """Pull of the weights towards zero; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two moments. `adamw` only."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the last step that goes on in the next one. `sgd` only."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_pct: float = Field(default=6.0, ge=0, le=100)  # of the updates
-    clip_norm: float | None = Field(default=1.0, gt=0)  # of all gradients together
-    in_backward: bool = False  # each parameter steps as soon as its gradient exists: gradients do not pile up
-    state_bits: Literal[32, 8] = 32  # of AdamW's two moments
-    checkpoint_every: int = Field(default=50, ge=1)  # updates
-    cache_prefix: bool = False  # keep on disk what the frozen first stages give for each row, and start behind them
+    """How the learning rate falls after the warm-up."""
+    warmup_pct: float = Field(default=6.0, ge=0, le=100)
+    """Percentage of the updates in which the learning rate rises from zero."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest norm of all gradients together; longer ones are scaled down. `null`: no limit."""
+    in_backward: bool = False
+    """Let each parameter step as soon as its gradient exists, so that gradients do not pile up in memory. Needs
+    `accumulate: 1` and `clip_norm: null`."""
+    state_bits: Literal[32, 8] = 32
+    """Bits of AdamW's two moments. `adamw` only."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Updates between two checkpoints."""
+    cache_prefix: bool = False
+    """Keep on disk what the frozen first stages give for each row, and start behind them."""
     cache_dtype: Literal["fp32", "fp16"] = "fp32"
-    cache_max_mib: int = Field(default=4096, ge=1)  # of all cached prefixes together
+    """Number format of the cached values."""
+    cache_max_mib: int = Field(default=4096, ge=1)
+    """Size of all cached values on disk together, in MiB."""
     distill: Distill | None = None
-    class_weights: Literal["none", "balanced"] = "none"  # in the loss; balanced: every class counts alike
-    keep_best: bool = False  # end with the weights of the epoch that was best on the validation rows
+    """Learn from an earlier state of the model too; `null`: from the labels alone."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each class in the loss. `balanced`: every class counts alike, however many rows it has."""
+    keep_best: bool = False
+    """End with the weights of the epoch that was best on the validation rows."""
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -355,6 +357,19 @@ def test_pictures_in_files_keep_their_middle_and_their_right_side_up(tmp_path: P
     assert plain[:, :7].min() == 1
     assert plain[:, 9:].max() == 0
     torch.testing.assert_close(turned, plain.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("path", "action"),
+    [("", 'pip install "edgetune[timm]"'), (str(TIMM), "install torch and torchvision from the same index")],
+)
+def test_timm_says_how_it_is_installed(path: str, action: str) -> None:
+    """Also where the torchvision beside it was built for another torch, as the one of tests/assets.txt is."""
+    if path and (not TIMM.is_dir() or torch.cuda.is_available()):
+        pytest.skip("tests/assets.txt, by `make test`, beside a torch for the CPU")
+    code = f"import sys; sys.path.append({path!r})\nfrom edgetune.registry import require\nrequire('timm', 'a model')"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"next: {action}" in child.stderr
 
 
 @pytest.mark.skipif(not TIMM.is_dir(), reason="tests/assets.txt, by `make test`")

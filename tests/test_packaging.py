@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tomllib
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -84,6 +85,18 @@ print(json.dumps([[m for m in {HEAVY!r} if m in sys.modules], dict(os.environ) =
     assert done.stderr == ""
 
 
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = read_project()["project"]
+    assert (citation["title"], citation["version"], citation["license"]) == ("edgetune", et.__version__, "Apache-2.0")
+    assert citation["version"] == project["version"]
+    assert citation["authors"] == project["authors"]
+
+
+def test_every_install_line_names_an_extra() -> None:
+    assert set(registry.EXTRAS.values()) <= set(read_project()["project"]["optional-dependencies"])
+
+
 def test_every_technique_has_its_names() -> None:
     for name in registry.TECHNIQUES:
         kind = registry.technique(name)
@@ -98,7 +111,7 @@ def test_the_lock_pins_every_requirement_of_the_tests_within_its_range(python: s
     """`make lock` was run since a range was changed. A package may have a pin for each Python version."""
     pins = read_pins("constraints.txt")
     here = {"python_version": python, "python_full_version": f"{python}.0"}
-    requirements = installed_requirements("dev")
+    requirements = [each for extra in ("dev", "docs", "timm") for each in installed_requirements(extra)]
     assert {"torch", "pydantic", "transformers", "lightning", "hypothesis", "mypy"} <= {r.name for r in requirements}
     for requirement in requirements:
         candidates = pins.get(canonicalize_name(requirement.name), [])

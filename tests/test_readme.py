@@ -1,9 +1,20 @@
 from __future__ import annotations
 
-import readme
+import importlib
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+import pytest
+import readme
+import recipe_page
+
+import edgetune as et
 from edgetune import recipe
+from edgetune.document import read
 from edgetune.ledger import Ledger
+from edgetune.schema import EDITOR_LINE, with_editor_line
 
 
 def test_the_generated_parts_are_what_the_code_makes() -> None:
@@ -27,3 +38,52 @@ def test_every_command_is_run_or_known_to_be_run_elsewhere() -> None:
     commands = readme.commands()
     assert commands[:2] == ["make demo", "make test"]
     assert [c for c in commands if readme.instead(c) is None] == ["make test"]
+
+
+def test_the_page_on_recipes_and_the_schema_file_are_what_the_code_makes() -> None:
+    assert recipe_page.PAGE.read_text(encoding="utf-8") == recipe_page.page(), "run: make pages"
+    assert recipe_page.SCHEMA.read_text(encoding="utf-8") == recipe_page.schema_text(), "run: make pages"
+
+
+@pytest.mark.parametrize("name", recipe_page.EXAMPLES)
+def test_every_example_of_the_page_is_a_recipe(name: str) -> None:
+    whole = read(recipe_page.WHOLE, "whole").value
+    del whole["variants"]
+    added = read(recipe_page.EXAMPLES[name], name).value
+    if isinstance(added, list):
+        opened = [{"lora": {"targets": ["*"]}}] if name == "finalize" else []
+        trained = [] if name in ("int4", "int8") else ["train"]
+        added = {"steps": [*opened, *added, *trained], "budget": []}
+    assert recipe.from_plain({**whole, **added}).steps
+
+
+def test_the_whole_recipe_of_the_page_is_one() -> None:
+    assert recipe.parse(recipe_page.WHOLE, "reviews.yaml", {"variant": "smoke"}).data.train_rows == 64
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_packaged_recipe_and_its_copy_name_a_schema_that_is_there(name: str) -> None:
+    text = recipe.text_of(name)[0]
+    first = text.splitlines()[0]
+    assert (readme.ROOT / "recipes" / first.removeprefix(EDITOR_LINE)) == recipe_page.SCHEMA
+    copied, _, rest = with_editor_line(text).partition("\n")
+    assert rest == text.partition("\n")[2]
+    assert Path(url2pathname(urlsplit(copied.removeprefix(EDITOR_LINE)).path)).samefile(recipe_page.SCHEMA)
+    assert with_editor_line("name: mine\n") == f"{copied}\nname: mine\n"
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    pages = {path.name for path in (readme.ROOT / "docs").glob("*.md")}
+    named = re.findall(r"([\w-]+\.md)$", (readme.ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(pages)
+    listed = re.findall(r"^::: edgetune\.(.*)\.(\w+)$", (readme.ROOT / "docs" / "api.md").read_text("utf-8"), re.M)
+    assert {name for _, name in listed} == set(et.__all__) - {"TECHNIQUES"}
+    for home, name in listed:
+        assert getattr(importlib.import_module(f"edgetune.{home}"), name) is getattr(et, name)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_what_a_page_links_to_is_there(page: str) -> None:
+    """`make site` checks the links of the pages under docs/."""
+    for link in re.findall(r"\]\(([^)#]+)", (readme.ROOT / page).read_text(encoding="utf-8")):
+        assert "://" in link or (readme.ROOT / link).exists(), link

@@ -24,7 +24,6 @@ from edgetune.technique import EdgetuneError, Sample, Technique
 class LoRA(Technique):
     """Train low-rank side paths on `targets`; the base stays as it is (or as an earlier sparse-update set it).
 
-    `also_train`: layers that train whole, such as a fresh classifier; they are saved with the adapter.
     The side path counts `alpha / rank` times, or `alpha / sqrt(rank)` with `rslora`.
     `dora` also trains the length of each output row (Liu et al., 2024, arXiv:2402.09353).
     On a model in 16 bits the side paths train in float32, since a small update is lost in 16 bits; the merged weight
@@ -37,13 +36,21 @@ class LoRA(Technique):
     leaves: ClassVar[frozenset[str]] = frozenset({"adapter"})
 
     rank: int = Field(8, ge=1)
+    """Inner width of each side path."""
     alpha: int = Field(16, ge=1)
+    """Weight of the side path, divided by `rank` (with `rslora` by its square root)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the side path's inputs that training drops at random."""
     targets: tuple[str, ...]
+    """Patterns of the layers that get a side path, such as `*.query`."""
     skip: tuple[str, ...] = ()
+    """Patterns of layers to leave out although `targets` names them."""
     also_train: tuple[str, ...] = ()
+    """Patterns of layers that train whole, such as a new classifier; they are saved with the adapter."""
     rslora: bool = False
+    """Divide `alpha` by the square root of `rank`, which suits high ranks."""
     dora: bool = False
+    """Train the length of each output row too (DoRA)."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Put the side paths on, in place."""

@@ -27,21 +27,34 @@ class DataSettings(Settings):
 
     whole: ClassVar[bool] = False
 
-    source: str  # "tweets", "csv:path", ...: a name of the registry, and what follows the first colon
-    # column of the text, or several whose texts are put together, one a line; tables only
+    source: str
+    """Data that come with edgetune (`tweets`, `conversations`, `fashion-mnist`), a file or folder of your own
+    (`csv:FILE`, `jsonl:FILE`, `imagefolder:FOLDER`), `hf:OWNER/NAME` from the Hugging Face hub, or
+    `py:FILE.py:FUNCTION`, a function that returns the rows. Paths are relative to the recipe."""
     text: str | tuple[str, ...] = "text"
-    label: str | None = "label"  # column of the class; None: the texts are for a causal language model; tables only
-    # what a label in the table is called: {0: bad, 1: good}; two labels of one name are one class; tables only
+    """Column that holds the text, or a list of columns whose texts are put together, one a line. Tables only."""
+    label: str | None = "label"
+    """Column that holds the class; `null`: there are no classes, the texts train a language model. Tables only."""
     label_names: dict[str, str] | None = None
-    test_file: str | None = None  # rows to test on, in a file of the same kind beside the training rows'; csv and jsonl
-    # what may change in a training picture each time it is seen; pictures only
+    """What a label of the table is called, as in `{"0": bad, "1": good}`; two labels of one name are one class.
+    Tables only."""
+    test_file: str | None = None
+    """Rows to test on, in a file of the same kind as the training rows. `csv` and `jsonl` only."""
     augment: tuple[Literal["flip", "crop", "colour"], ...] = ()
-    test_pct: float = Field(default=15.0, gt=0, lt=100)  # of the rows, where there is no test set of its own
-    validation_pct: float = Field(default=10.0, gt=0, lt=100)  # of the rows, where there is no validation set
-    train_rows: int | None = Field(default=None, gt=0)  # use only so many rows, the same ones each time
+    """What may change in a training picture each time it is seen: mirrored, moved by up to an eighth of its width,
+    brighter or darker. Pictures only."""
+    test_pct: float = Field(default=15.0, gt=0, lt=100)
+    """Percentage of the rows held out for testing, where the data have no test set of their own."""
+    validation_pct: float = Field(default=10.0, gt=0, lt=100)
+    """Percentage of the rows held out for validation, where the data have no validation set of their own."""
+    train_rows: int | None = Field(default=None, gt=0)
+    """Use only this many training rows, the same ones each time; `null`: all."""
     validation_rows: int | None = Field(default=None, gt=0)
+    """Use only this many validation rows; `null`: all."""
     test_rows: int | None = Field(default=None, gt=0)
-    max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)  # more rows than this that cannot be read: stop
+    """Use only this many test rows; `null`: all."""
+    max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)
+    """Stop if more than this percentage of the rows cannot be read; fewer are left out and reported."""
 
     @property
     def text_columns(self) -> tuple[str, ...]:

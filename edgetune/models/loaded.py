@@ -20,15 +20,22 @@ from edgetune.technique import EdgetuneError, Settings
 class ModelSettings(Settings):
     """Which model, and in which form it takes its inputs."""
 
-    source: str  # "minilm", "hf:owner/name", ...: a name of the registry, and what follows the first colon
-    max_length: int = Field(default=64, ge=8, le=8192)  # tokens; longer texts are cut
-    image_px: int = Field(default=112, ge=8, le=2048)  # width and height of a picture
-    layers: int | None = Field(default=None, ge=1)  # only the first blocks, for quick trials; smollm2 only
-    pretrained: bool = True  # False: random weights, for trials of shape, size and speed; hf and timm only
-    # A trained classifier's head is kept where its classes have the data's names. "new": draw a new one; "keep": it
-    # does not name its classes, and they are the data's, in the data's order. A model without a trained head gets a
-    # new one in any case. hf and timm only.
+    source: str
+    """A model that comes with edgetune (`minilm`, `smollm2`, `effnet-lite0`), `hf:OWNER/NAME` from the Hugging Face
+    hub or `hf:FOLDER` on this disk, `timm:NAME`, or `py:FILE.py:FUNCTION`, a function that builds the module. Paths
+    are relative to the recipe."""
+    max_length: int = Field(default=64, ge=8, le=8192)
+    """Length of a text in tokens; longer texts are cut."""
+    image_px: int = Field(default=112, ge=8, le=2048)
+    """Width and height of an image, in pixels."""
+    layers: int | None = Field(default=None, ge=1)
+    """Keep only this many blocks, from the first, for quick trials; `null`: all. `smollm2` only."""
+    pretrained: bool = True
+    """`false`: random weights, for trials of shape, size and speed. `hf` and `timm` only."""
     head: Literal["keep", "new"] | None = None
+    """What becomes of a trained classifier's head. `null`: it is kept if its classes have the names of the data's
+    classes. `new`: a new one is drawn. `keep`: it stays although it does not name its classes; they are the data's,
+    in the data's order. A model without a trained head gets a new one in any case. `hf` and `timm` only."""
 
 
 @dataclass(frozen=True)

@@ -99,14 +99,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
         raise EdgetuneError("timm needs the name of a model", action="write source: timm:mobilenetv4_conv_small")
     only(("image-classification",), f"timm:{argument}", dataset.task)
     takes_no(f"timm:{argument}", settings, "layers")
-    try:
-        timm = require("timm", f"the model timm:{argument}")
-    except RuntimeError as error:
-        # an ordinary torchvision beside a torch without CUDA says "operator torchvision::nms does not exist"
-        raise EdgetuneError(
-            f"timm could not be imported ({error})",
-            action="install torch and torchvision from the same index, both for the CPU or both for CUDA",
-        ) from error
+    timm = require("timm", f"the model timm:{argument}")
     if argument.partition(".")[0] not in timm.list_models():
         raise EdgetuneError("timm has no model of this name", got=argument, allowed=timm.list_models())
     with reachable(f"timm:{argument}", f"timm/{argument}", settings.pretrained):

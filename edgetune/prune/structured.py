@@ -35,13 +35,21 @@ class Prune(Technique):
     after: ClassVar[frozenset[str]] = frozenset({"lora", "sparse-update", "nf4", "prune"})
     plain: ClassVar[bool] = True
 
-    ratio: float = Field(default=0.3, ge=0, lt=1)  # share to remove
-    ffn_ratio: float | None = Field(default=None, ge=0, lt=1)  # of the units of an FFN; default: ratio
-    head_ratio: float | None = Field(default=None, ge=0, lt=1)  # of the heads of an attention; default: ratio
-    what: frozenset[Kind] | None = None  # default: ffn and heads where there is attention, else channels
-    round_to: int = Field(default=8, ge=1)  # default: 8, and what the techniques after it divide widths by
+    ratio: float = Field(default=0.3, ge=0, lt=1)
+    """Share to remove."""
+    ffn_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of an FFN's units to remove; `null`: as `ratio`."""
+    head_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of an attention's heads to remove; `null`: as `ratio`."""
+    what: frozenset[Kind] | None = None
+    """What to remove; `null`: FFN units and heads where there is attention, else channels."""
+    round_to: int = Field(default=8, ge=1)
+    """Widths become multiples of this; if it is left out, also of what later steps divide widths by, such as the
+    group of `int4`."""
     importance: Literal["magnitude", "activation"] = "magnitude"
-    skip: tuple[str, ...] = ()  # shell patterns of layers to leave alone
+    """How units are ranked: by their weights, or by what they put out on batches of the training data."""
+    skip: tuple[str, ...] = ()
+    """Patterns of layers to leave alone."""
 
     def fitted(self, later: Sequence[Technique]) -> Technique:
         """Widths that what comes later can take: those of whole groups before 4-bit weights."""

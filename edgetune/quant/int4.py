@@ -39,11 +39,17 @@ class Int4(Technique):
     plain: ClassVar[bool] = True
 
     group_size: int = Field(default=32, ge=32, multiple_of=32)  # XNNPACK's kernels take multiples of 32
+    """Weights that share a scale: a multiple of 32 that divides every input width."""
     targets: tuple[str, ...] = ("*",)
+    """Patterns of the linear layers to quantize."""
     skip: tuple[str, ...] = ()
+    """Patterns of linear layers and embedding tables to leave in floating point."""
     int8_linears: tuple[str, ...] = ()
+    """Patterns of linear layers that get 8 bits instead of 4."""
     embeddings: Literal["int8", "int4", "none"] = "int8"
+    """How embedding tables are stored; `none`: in floating point."""
     activation_bits: Literal[8] = 8
+    """Bits of the activations, which are quantized while the model runs."""
 
     @property
     def width_multiple(self) -> int:

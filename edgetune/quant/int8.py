@@ -35,9 +35,13 @@ class Int8(Technique):
     plain: ClassVar[bool] = True
 
     per_channel: bool = True
+    """One scale for each output channel of a weight; `false`: one for the whole weight."""
     calibration_batches: int = Field(default=8, ge=1)
+    """Batches of training rows on which the ranges of activations are measured."""
     skip: tuple[str, ...] = ()
+    """Patterns of layers to leave in floating point."""
     target: str = "xnnpack"
+    """What the model will be exported for: the `target` of `export`."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """The quantized graph of `model`; `model` itself is left in eval mode."""

@@ -10,7 +10,6 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from edgetune import trainable
@@ -31,9 +30,6 @@ _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 class NF4(Technique):
     """Store linears in 4 bits; they are frozen, compute in the type they had, and gradients flow through them.
 
-    `block_size`: weights that share a scale, a divisor of every input width.
-    `double_quant` stores the scales in 8 bits, 256 to a block.
-    `skip` left out: layers with the usual names of a classifier or language-model head, where there are any.
     Size of a layer with n weights: n/2 + 4n/block_size bytes, with `double_quant` n/2 + n/block_size and a little.
     """
 
@@ -42,9 +38,14 @@ class NF4(Technique):
     leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     targets: tuple[str, ...] = ("*",)
+    """Patterns of the linear layers to pack."""
     skip: tuple[str, ...] | None = None
+    """Patterns of layers to leave as they are; `null`: those with the usual names of a classifier or language-model
+    head, where there are any."""
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    double_quant: bool = Field(True)
+    """Weights that share a scale; it divides every input width."""
+    double_quant: bool = True
+    """Store the scales in 8 bits, 256 to a block."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Replace the linears in place."""

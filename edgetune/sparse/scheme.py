@@ -26,8 +26,11 @@ class Slice(Settings):
     """
 
     ratio: Ratio
-    by: Literal["magnitude", "gradient", "fisher"] = "magnitude"  # the last two look at batches with labels
+    """Share of the channels that trains."""
+    by: Literal["magnitude", "gradient", "fisher"] = "magnitude"
+    """What the channels are ranked by; `gradient` and `fisher` look at batches with labels."""
     of: Literal["inputs", "outputs"] = "inputs"
+    """Whether input or output channels are chosen; `inputs` keeps less for backward."""
 
     def __str__(self) -> str:
         """As a table shows it: `1/4`, or `0.3 outputs by fisher`."""

@@ -40,9 +40,8 @@ class SparseUpdate(Technique):
     pattern covers all inside the layers it names, and what no pattern names is frozen. A number is the part of a
     weight's input channels that trains, those of largest magnitude; see `Slice` for other ways to choose.
     `auto` takes what is worth most within `budget_mib`, which is what the ledger calls train_memory_mib, and if given
-    within `step_ms`; it looks at batches with labels.
-    `head`: everything after the last block. `norms`: whether normalizations in the layers of the scheme train.
-    `activations`: "8bit" keeps less for backward, with gradients off by the bounds that `sparse/light` states.
+    within `step_ms`; it looks at batches with labels. With `activations="8bit"` gradients are off by the bounds that
+    `sparse/light` states.
     """
 
     name: ClassVar[str] = "sparse-update"
@@ -51,11 +50,18 @@ class SparseUpdate(Technique):
     exact: ClassVar[bool] = True
 
     scheme: str | dict[str, WrittenPart] = "last-2"
+    """What trains: `last-2` (or any number of last blocks), `bias`, `bert-pockengine`, `auto` (with `budget_mib`), or
+    a mapping from layer patterns to `full`, `bias`, `frozen`, a share of the channels, or a slice."""
     head: Literal["full", "bias", "frozen"] = "full"
+    """What trains of everything after the last block."""
     norms: bool = True
+    """Whether the normalizations in the layers of the scheme train."""
     activations: Activations = "exact"
-    budget_mib: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `auto`
-    step_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of `auto`, on this machine
+    """How values are saved for backward; `8bit` takes less memory and makes gradients approximate."""
+    budget_mib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Training memory that the scheme `auto` may use, in MiB."""
+    step_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Time that an update may take on this machine with the scheme `auto`, in ms; `null`: no limit."""
 
     @field_validator("scheme")
     @classmethod
