@@ -31,7 +31,8 @@ def predict(
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each row, the likeliest first.")] = 3,
     column: Annotated[
-        str | None, typer.Option(help="Column of the text in a .csv or .jsonl; default: the recipe's, or text.")
+        list[str] | None,
+        typer.Option(help="Column of the text in a .csv or .jsonl, several times for several; default: the recipe's."),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -42,7 +43,7 @@ def predict(
 
     with contextlib.redirect_stdout(sys.stderr):
         classifier = Classifier(program)
-        given = read_rows(rows, classifier.task, sys.stdin, column or _column(classifier.artifact.path))
+        given = read_rows(rows, classifier.task, sys.stdin, column or _columns(classifier.artifact.path))
         with shown() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
             answers = answers_for(classifier, [one.row for one in given], progress)
     for note in classifier.notes:
@@ -54,16 +55,15 @@ def predict(
     return 0
 
 
-def _column(program: Path) -> str:
-    """The text's column of the recipe beside a program."""
+def _columns(program: Path) -> tuple[str, ...]:
+    """The text's columns in the recipe beside a program, or `text` where there is none."""
     from edgetune.predicting import data_settings
     from edgetune.technique import EdgetuneError
 
     try:
-        text = data_settings(program).text
+        return data_settings(program).text_columns
     except EdgetuneError:
-        return "text"
-    return text if isinstance(text, str) else "text"
+        return ("text",)
 
 
 def _line(given: Given, answer: Prediction, top: int) -> str:

@@ -25,11 +25,11 @@ class Given:
     source: str = ""  # "rows.csv, row 3"
 
 
-def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, column: str = "text") -> list[Given]:
+def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, columns: Sequence[str] = ("text",)) -> list[Given]:
     """Every row that the arguments name, in their order.
 
     A text is taken as it is; a `.txt` gives a row for each line, a `.csv` and a `.jsonl` one for each record (of its
-    field `column`), `-` the lines of stdin. Images are files, folders of them, or `-`: one path a line. Raises
+    fields `columns`), `-` the lines of stdin. Images are files, folders of them, or `-`: one path a line. Raises
     `EdgetuneError` (exit code 3) for a file that cannot be read whole: no row is left out.
     """
     rows: list[Given] = []
@@ -39,7 +39,7 @@ def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, column: str = 
         elif task == "image-classification":
             rows += _images(Path(argument).expanduser())
         else:
-            rows += _texts(argument, column)
+            rows += _texts(argument, columns)
     if not rows:
         raise EdgetuneError(
             "there are no rows to answer", got=list(arguments), action="give a text, an image or a file"
@@ -47,7 +47,7 @@ def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, column: str = 
     return rows
 
 
-def _texts(argument: str, column: str) -> list[Given]:
+def _texts(argument: str, columns: Sequence[str]) -> list[Given]:
     path, ending = Path(argument), Path(argument).suffix.lower()
     here = _exists(path)
     if not here and not (ending in FILES and len(argument.split()) == 1):  # "open a.txt" is a text, "a.txt" a file
@@ -68,7 +68,7 @@ def _texts(argument: str, column: str) -> list[Given]:
             action=f"give one of these; if this is a text itself, give it on stdin with {STDIN}",
         )
     if ending in TABLES:
-        return _records(path, TABLES[ending], column)
+        return _records(path, TABLES[ending], columns)
     try:
         return _lines(path.read_text(encoding="utf-8-sig"), path.name)
     except UnicodeDecodeError as error:
@@ -89,8 +89,8 @@ def _lines(text: str, source: str) -> list[Given]:
     return [Given(line.strip(), f"{source}, line {number}") for number, line in lines if line.strip()]
 
 
-def _records(path: Path, loader: str, column: str) -> list[Given]:
-    settings = WholeData(source=f"{loader}:{path}", text=column, label=None, max_bad_rows_pct=0)
+def _records(path: Path, loader: str, columns: Sequence[str]) -> list[Given]:
+    settings = WholeData(source=f"{loader}:{path}", text=tuple(columns), label=None, max_bad_rows_pct=0)
     try:
         dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
     except EdgetuneError as error:

@@ -198,7 +198,7 @@ def evaluate(
 def data_settings(program: Path, source: str | None = None, overrides: Mapping[str, Any] | None = None) -> DataSettings:
     """The data of the recipe beside the program, with another source and other settings where they are given.
 
-    A recipe's columns are kept for another source, its numbers of rows are not.
+    A recipe's columns and names of labels are kept for another source, its numbers of rows and its test file are not.
     """
     from edgetune.document import raise_all
     from edgetune.validated import validate
@@ -208,12 +208,12 @@ def data_settings(program: Path, source: str | None = None, overrides: Mapping[s
     if recipe.is_file():
         from edgetune.recipe import load
 
-        kept = load(recipe).data.model_dump()
+        kept = load(recipe).data.model_dump(mode="json")
     if source is None and not kept:
         action = "pass --data, such as --data csv:rows.csv"
         raise EdgetuneError("no recipe beside the program names its data", where=str(program), action=action)
     if source is not None and source != kept.get("source"):
-        kept = {name: kept[name] for name in ("text", "label") if name in kept} | {"source": source}
+        kept = {name: kept[name] for name in ("text", "label", "label_names") if name in kept} | {"source": source}
     for key, value in (overrides or {}).items():
         name = key.removeprefix("data.")
         if name not in DataSettings.model_fields:

@@ -218,7 +218,12 @@ def test_eval_takes_the_data_of_the_recipe_beside_the_program(
     rows = [f"text {number}" for number in range(40)]
     lines = [f"{row},{('no', 'maybe', 'yes')[place % 3]}" for place, row in enumerate(rows)]
     (tmp_path / "rows.csv").write_text("\n".join(["review,stars", *lines]))
-    data = {"source": f"csv:{tmp_path / 'rows.csv'}", "text": "review", "label": "stars", "test_pct": 25.0}
+    data: dict[str, Any] = {
+        "source": f"csv:{tmp_path / 'rows.csv'}",
+        "text": "review",
+        "label": "stars",
+        "test_pct": 25.0,
+    }
     recipe = {"name": "mine", "model": "minilm", "data": data, "steps": ["eval"]}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert main(["eval", str(tmp_path), "--json"]) == 0
@@ -231,6 +236,14 @@ def test_eval_takes_the_data_of_the_recipe_beside_the_program(
     assert json.loads(capsys.readouterr().out)["rows"] == 20
     assert main(["predict", str(tmp_path), str(tmp_path / "rows.csv"), "--json"]) == 0
     assert [one["row"] for one in json.loads(capsys.readouterr().out)] == rows, "the recipe names the column"
+    # another file of the same layout: columns and names of labels are the recipe's
+    (tmp_path / "other.csv").write_text("title,body,stars\nfine,so good,1\npoor,so bad,0\n")
+    data |= {"text": ["title", "body"], "label_names": {"0": "no", "1": "yes"}, "test_rows": 4}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "data": data}))
+    assert main(["predict", str(tmp_path), str(tmp_path / "other.csv"), "--json"]) == 0
+    assert [one["row"] for one in json.loads(capsys.readouterr().out)] == ["fine\nso good", "poor\nso bad"]
+    assert main(["eval", str(tmp_path), "--data", f"csv:{tmp_path / 'other.csv'}", "--split", "all", "--json"]) == 0
+    assert [one["rows"] for one in json.loads(capsys.readouterr().out)["classes"]] == [1, 0, 1]
 
 
 def test_eval_of_image_folders(vision: Text, tmp_path: Path) -> None:
