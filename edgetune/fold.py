@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from edgetune import registry, reuse, runs
+from edgetune import loggers, registry, reuse, runs
 from edgetune.answers import answers_on
 from edgetune.attach import apply, closes, finalize, opened
 from edgetune.budget import verdicts
@@ -24,6 +24,7 @@ from edgetune.export.targets import find
 from edgetune.exporting import Exportable, check_talks, of_split, tell_run, to_program
 from edgetune.files import write_whole
 from edgetune.ledger import Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.loggers import TrainingLog
 from edgetune.measures import MIB, kept_mib, measure
 from edgetune.models.carrying import carried
 from edgetune.models.loaded import Loaded
@@ -217,18 +218,25 @@ class Fold:
         name = f"{index + 1:02d}-train"
         kept = kept_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
         one = self.least_kept_mib()
-        result = train(
-            self.model,
-            settings,
-            self.seen_in_training(),
-            self.loss_with(settings.class_weights),
-            seed=self.recipe.seed + index,
-            folder=self.folder / "checkpoints" / name,
-            resume=self.resume,
-            teacher=teacher,
-            validation=lambda model: tasks.quality(self.task, model, self.validation_split, EVALUATION_BATCH),
-            progress=lambda done, of, loss, _: self.progress(f"{index + 1} train", done, of, f"loss {loss:.3f}"),
-        )
+        folder = self.folder / "checkpoints" / name
+        with TrainingLog(folder, f"{self.folder.name}-{name}", settings.log, settings.model_dump(mode="json")) as log:
+
+            def progress(done: int, of: int, loss: float, rate: float) -> None:
+                log.add(done, of, loss, rate)
+                self.progress(f"{index + 1} train", done, of, f"loss {loss:.3f}")
+
+            result = train(
+                self.model,
+                settings,
+                self.seen_in_training(),
+                self.loss_with(settings.class_weights),
+                seed=self.recipe.seed + index,
+                folder=folder,
+                resume=self.resume,
+                teacher=teacher,
+                validation=lambda model: tasks.quality(self.task, model, self.validation_split, EVALUATION_BATCH),
+                progress=progress,
+            )
         row = self.add_row("train", in_words(settings), result.seconds)
         taught_by = stored_bytes(teacher) / MIB if teacher is not None else 0.0
         fixed = row.size_mib + result.gradients_mib + result.optimizer_state_mib + taught_by
@@ -356,6 +364,8 @@ class Fold:
 def _check_reachable(recipe: Recipe) -> None:
     """What is only needed at the end, checked before any work: the report's library, the target, the devices."""
     registry.require("plotly", "the report")
+    for step in recipe.steps:
+        loggers.check(step.settings.log if isinstance(step.settings, Train) else ())
     if recipe.export:
         registry.require("executorch", "export")
         find(recipe.export.target).partitioners()

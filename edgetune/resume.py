@@ -21,6 +21,8 @@ from edgetune.technique import EdgetuneError, device_of
 if TYPE_CHECKING:
     from edgetune.train import Train
 
+CHANGES_NO_RESULT = ("checkpoint_every", "cache_max_mib", "log")  # settings of a training
+
 
 @dataclass
 class Progress:
@@ -122,7 +124,7 @@ def identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[st
             frozen.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in changing_tensors(model).items()]
     return {
-        "settings": settings.model_dump(mode="json", exclude={"checkpoint_every", "cache_max_mib"}),
+        "settings": settings.model_dump(mode="json", exclude=set(CHANGES_NO_RESULT)),
         "seed": seed,
         "rows": rows,
         "threads": torch.get_num_threads(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.own_code import contents_digest
+from edgetune.resume import CHANGES_NO_RESULT
 from edgetune.technique import EdgetuneError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 FILE = "digest.txt"
 EXPORT = "export"  # what may be asked for as if it were a step: everything after the last one
-_CHANGES_NO_RESULT = {"train": ("checkpoint_every", "cache_max_mib")}
+_CHANGES_NO_RESULT = {"train": CHANGES_NO_RESULT}
 
 
 def digests(recipe: Recipe) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from edgetune import checkpoint
 from edgetune import optimizer as optimizers
 from edgetune.holders import is_distributed
 from edgetune.ledger import LossPoint, Quality
+from edgetune.loggers import LoggerName
 from edgetune.plan import Plan, Split
 from edgetune.reached import Reached
 from edgetune.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
@@ -97,6 +98,9 @@ class Train(Settings):
     """Weight of each class in the loss. `balanced`: every class counts alike, however many rows it has."""
     keep_best: bool = False
     """End with the weights of the epoch that was best on the validation rows."""
+    log: tuple[LoggerName, ...] = ()
+    """Loggers that a run also writes loss and learning rate of each update to, where they are installed. The JSON lines
+    of `checkpoints/NN-train/log.jsonl` are written in any case."""
 
     @model_validator(mode="before")
     @classmethod

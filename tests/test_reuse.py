@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from checkpoints import save_bert
 
 from edgetune import pipeline, recipe, reuse
 from edgetune.ledger import Ledger
+from edgetune.loggers import read
 from edgetune.technique import EdgetuneError, Exit
 
 RECIPE = """
@@ -102,6 +104,29 @@ def test_a_step_can_be_done_again_and_a_run_can_stop_after_one(
     assert [row.quality for row in ledger.rows] == [row.quality for row in finished.ledger.rows]
 
 
+def test_loggers_change_no_result(recipe_path: Path, finished: pipeline.Run, tmp_path: Path) -> None:
+    logs = [read(finished.folder / "checkpoints" / name / "log.jsonl") for name in ("02-train", "04-train")]
+    for lines, training in zip(logs, finished.ledger.trainings, strict=True):
+        figures = [(line["update"], line["loss"], line["learning_rate"]) for line in lines]
+        assert figures == [(p.update, p.loss, p.learning_rate) for p in training.losses]
+    out = copy_of(finished, tmp_path)
+    pytest.importorskip("tensorboard")
+    ledger, done = begun(out, recipe_path, "train.log=[tensorboard]", from_step=4)
+    assert done == ["train", "after train", "after int4"]
+    assert [t.losses for t in ledger.trainings] == [t.losses for t in finished.ledger.trainings]
+    assert list(out.glob("checkpoints/*/tensorboard/events*"))
+    assert read(out / "checkpoints" / "02-train" / "log.jsonl") == logs[0]
+
+
+def test_a_missing_logger_is_known_before_any_work(recipe_path: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    with pytest.raises(EdgetuneError, match=r"train\.log names trackio") as caught:
+        pipeline.run(recipe_path, {"train.log": ["trackio"]}, out=tmp_path / "run")
+    assert caught.value.action == "pip install trackio"
+    assert not (tmp_path / "run" / "data.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -159,4 +184,5 @@ def test_a_digest_depends_on_all_that_came_before(recipe_path: Path) -> None:
     assert chain(steps__2__updates=3)[:2] == plain[:2]
     assert not set(chain(steps__2__updates=3)[2:]) & set(plain)
     assert chain(steps__2__checkpoint_every=2) == plain, "changes no result"
+    assert chain(steps__2__log=["tensorboard"]) == plain, "nor does this"
     assert not set(chain(seed=1)) & set(plain)
