@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperGroup
@@ -266,22 +267,63 @@ def recipes_copy(
     """Copy a recipe to a file of your own."""
     from edgetune import recipe as recipes_of
     from edgetune.schema import with_editor_line
-    from edgetune.technique import EdgetuneError
 
     text, shown = recipes_of.text_of(name)
     to = path or Path()
     to = to / Path(shown).name if to.is_dir() else to
-    if to.suffix not in (".yaml", ".yml"):
-        raise EdgetuneError("a recipe's file ends in .yaml", got=str(to), action=f"write {to}.yaml")
-    try:
-        with to.open("x", encoding="utf-8") as file:
-            file.write(with_editor_line(text))
-    except FileExistsError as error:
-        raise EdgetuneError("the file is there already", got=str(to), action="choose another name") from error
-    except OSError as error:
-        raise EdgetuneError(f"cannot write the file: {error.strerror}", got=str(to)) from error
+    # a run is named after its recipe: runs of the copy do not mix with those of the original
+    text = re.sub(r"^name:.*$", f"name: {to.stem}", text, count=1, flags=re.MULTILINE)
+    _write_recipe(to, with_editor_line(text))
     printed(str(to))
     return 0
+
+
+@recipes.command("new")
+def recipes_new(
+    model: Annotated[str, typer.Option(metavar="MODEL", help="minilm, hf:PATH, timm:NAME, py:FILE.py:FUNCTION.")],
+    data: Annotated[str, typer.Option(metavar="DATA", help="csv:FILE, jsonl:FILE, imagefolder:FOLDER, py:FILE.py:F.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write; its name names the recipe.")] = Path(
+        "recipe.yaml"
+    ),
+    task: Annotated[str | None, typer.Option(help="text, image or language; default: what the data look like.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text; default: what looks like it.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the class; default: what looks like it.")] = None,
+) -> int:
+    """Write a short recipe for your model and data."""
+    from edgetune import recipe as recipes_of
+    from edgetune.new_recipe import TaskName, new_recipe
+    from edgetune.schema import with_editor_line
+    from edgetune.technique import EdgetuneError
+
+    if task is not None and task not in get_args(TaskName):
+        raise EdgetuneError("unknown task", got=task, allowed=get_args(TaskName))
+    _check_recipe_path(out)
+    with contextlib.redirect_stdout(sys.stderr):
+        written = new_recipe(out, model, data, task=task, text=text, label=label)  # type: ignore[arg-type]
+    _write_recipe(out, with_editor_line(written))
+    recipes_of.load(out)
+    printed(f"{out}: next: edgetune run {out} --dry-run")
+    return 0
+
+
+def _check_recipe_path(path: Path) -> None:
+    from edgetune.technique import EdgetuneError
+
+    if path.suffix not in (".yaml", ".yml"):
+        raise EdgetuneError("a recipe's file ends in .yaml", got=str(path), action=f"write {path}.yaml")
+    if path.exists():
+        raise EdgetuneError("the file is there already", got=str(path), action="choose another name")
+
+
+def _write_recipe(path: Path, text: str) -> None:
+    from edgetune.technique import EdgetuneError
+
+    _check_recipe_path(path)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise EdgetuneError(f"cannot write the file: {error.strerror}", got=str(path)) from error
 
 
 @recipes.command("validate")

@@ -41,6 +41,13 @@ def source_from(source: str, folder: Path) -> str:
     return f"{kind}{colon}{_absolute(argument, folder)}"
 
 
+def source_for(source: str, folder: Path) -> str:
+    """A source as seen from here, written as a recipe in `folder` has to write it."""
+    absolute = source_from(source, Path())
+    kind, _, argument = absolute.partition(":")
+    return source if absolute == source else f"{kind}:{os.path.relpath(argument, folder.absolute())}"
+
+
 def _absolute(path: str, folder: Path) -> str:
     return os.path.normpath(folder.absolute() / Path(path).expanduser())
 

@@ -41,11 +41,9 @@ def outline(recipe: Recipe) -> tuple[Planned, ...]:
         planned.append(Planned(None, "finalize", joined(reversed(opened))))
     if recipe.export:
         planned.append(Planned(None, "export", recipe.export.target))
-        planned.append(
-            Planned(
-                None, "verify", f"{recipe.export.rows_to_check(CHECK_ROWS)} held-out rows, program against eager model"
-            )
-        )
+        most = recipe.export.rows_to_check(CHECK_ROWS)
+        rows = f"{most} held-out rows" if recipe.export.check_rows else f"up to {most} held-out rows"
+        planned.append(Planned(None, "verify", f"{rows}, program against eager model"))
     if recipe.profile:
         host = ["this host, measured"] if recipe.profile.measure and recipe.export else []
         planned.append(Planned(None, "profile", joined([*host, *recipe.profile.devices])))

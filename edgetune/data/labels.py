@@ -30,8 +30,8 @@ def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ..
     """
     counts = Counter(labels)
     if len(counts) > _MOST_CLASSES and len(labels) < _ROWS_EACH * len(counts):
-        numbers = sum(bool(_NUMBER.fullmatch(label)) for label in counts) > len(counts) / 2
-        kind = "numbers on a scale: that is regression, which is not supported" if numbers else "no classes"
+        scale = sum(bool(_NUMBER.fullmatch(label)) for label in counts) > len(counts) / 2
+        kind = "numbers on a scale: that is regression, which is not supported" if scale else "no classes"
         values = f"{len(counts):,} different values in {len(labels):,} rows"
         raise data_error(
             f"{name}: the column {column!r} has {values}, so they are {kind}",

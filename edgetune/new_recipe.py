@@ -1,0 +1,169 @@
+"""A first recipe for a model and data of the user's own: short, commented, and it runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+from edgetune import registry
+from edgetune.data.dataset import Dataset, DataSettings, Task
+from edgetune.located import source_for
+from edgetune.technique import EdgetuneError
+
+TaskName = Literal["text", "image", "language"]
+_TASKS: Mapping[Task, TaskName] = {
+    "text-classification": "text", "image-classification": "image", "causal-lm": "language",
+}  # fmt: skip
+_LOOKED_AT = 200  # rows, to tell which column is which
+_LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic", "intent", "y")
+_TEXTS = ("text", "sentence", "review", "comment", "message", "content", "body", "question", "tweet", "utterance")
+_STEPS: Mapping[TaskName, str] = {
+    "text": """\
+  # the last two blocks and the head train; backward ends there, so little memory is needed
+  - sparse-update: {scheme: last-2}
+  - train: {epochs: 2, learning_rate: 5e-4}
+  # 4-bit weights in groups of 32, 8-bit activations
+  - int4
+""",
+    "image": """\
+  # the last four blocks and the head train; backward ends there, so little memory is needed
+  - sparse-update: {scheme: last-4}
+  - train: {epochs: 2, learning_rate: 2e-3}
+  # 8-bit weights and activations, their ranges measured on training pictures
+  - int8
+""",
+    "language": """\
+  # adapters beside two projections of each attention train, nothing else
+  - lora: {rank: 8, targets: %s}
+  - train: {epochs: 1, batch_size: 8, learning_rate: 5e-4}
+  # 4-bit weights in groups of 32, 8-bit activations; the head stays at 8 bits
+  - int4: {int8_linears: [%s]}
+""",
+}
+
+
+def new_recipe(
+    path: Path,
+    model: str,
+    data: str,
+    *,
+    task: TaskName | None = None,
+    text: str | None = None,
+    label: str | None = None,
+) -> str:
+    """The text of a recipe that fine-tunes `model` on `data`, compresses and exports it.
+
+    Args:
+        path: where the recipe is to stand; its stem names it, and paths in it are relative to it.
+        model: `minilm`, `hf:PATH`, `timm:NAME`, `py:file.py:build`; paths as seen from here.
+        data: `csv:rows.csv`, `imagefolder:pictures`, ... It is read, to see what it holds.
+        task: "text" (classes of texts), "image" (classes of pictures) or "language"; by default what the data are for.
+        text, label: columns of a table; by default those that look like it.
+
+    Raises:
+        EdgetuneError: model or data that cannot be read, or of another task than asked for.
+    """
+    for table, kind, source in ((registry.MODELS, "model", model), (registry.DATASETS, "data", data)):
+        if source.partition(":")[0] not in table:
+            raise EdgetuneError(f"unknown {kind}", got=source, allowed=table)
+    columns = _columns(data, task, text, label)
+    settings = DataSettings.model_validate({"source": data, **columns})
+    dataset: Dataset = registry.loader(registry.DATASETS, "data", data)(settings)
+    seen = _TASKS[dataset.task]
+    if task is not None and task != seen:
+        raise EdgetuneError(f"these data are not for the task {task}", got=seen, action=f"leave out --task {task}")
+    shown = ", ".join(
+        f"{key}: {json.dumps(value)}" for key, value in {"source": source_for(data, path.parent), **columns}.items()
+    )
+    rows = f"{len(dataset.train):,} rows to train on, {len(dataset.test):,} to test on"
+    classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
+    size, unit = {
+        "text": ("max_length: 64", "tokens; longer texts are cut"),
+        "image": ("image_px: 112", "pixels, width and height"),
+        "language": ("max_length: 128", "tokens; longer texts are cut"),
+    }[seen]
+    export = "{language: true}" if seen == "language" else "{}"
+    return f"""\
+name: {path.stem}
+model: {{source: {json.dumps(source_for(model, path.parent))}, {size}}}  # {unit}
+data: {{{shown}}}  # {rows}{classes}
+
+steps:
+{_steps(seen, model)}
+export: {export}  # an ExecuTorch program, run and compared with the model
+profile: {{devices: [pixel-8, raspberry-pi-5]}}  # predictions; `edgetune devices list` shows the others
+
+variants:
+  smoke:  # a minute, to see that all of it works: edgetune run {path.name} variant=smoke
+    train.epochs: null
+    train.updates: 2
+    export.min_same_prediction_pct: 0
+"""
+
+
+def _steps(task: TaskName, model: str) -> str:
+    if task != "language":
+        return _STEPS[task]
+    targets = _attention_of(model)
+    return _STEPS[task] % (json.dumps([f"*.{target}" for target in targets]), "lm_head")
+
+
+def _attention_of(model: str) -> list[str]:
+    """The projections that adapters are put on in a language model of this kind, as peft has them."""
+    if not model.startswith("hf:"):
+        return ["q_proj", "v_proj"]
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    from edgetune.models.loaded import reachable
+
+    transformers = registry.require("transformers", f"the model {model}")
+    name = model.removeprefix("hf:")
+    with reachable(model, name):
+        config = transformers.AutoConfig.from_pretrained(name)
+    return list(known.get(config.model_type, ["q_proj", "v_proj"]))
+
+
+def _columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, str | None]:
+    """The settings that say which columns of a table are read; none where they are called as the defaults are."""
+    kind, _, argument = data.partition(":")
+    given = {key: value for key, value in (("text", text), ("label", label)) if value is not None}
+    if kind not in ("csv", "jsonl") or not Path(argument).expanduser().is_file():
+        return dict(given)
+    table = _first_rows(Path(argument).expanduser(), kind)
+    columns: dict[str, str | None] = dict(given)
+    if text is None and "text" not in table and table:
+        columns["text"] = _named(table, _TEXTS) or max(table, key=lambda name: mean(map(len, table[name])))
+    if task == "language":
+        columns["label"] = None
+    elif label is None and "label" not in table:
+        others = {name: values for name, values in table.items() if name != columns.get("text", "text")}
+        repeating = {n: v for n, v in others.items() if 2 <= len(set(v)) <= max(2, len(v) // 2)}
+        columns["label"] = _named(others, _LABELS) or min(repeating, key=lambda n: len(set(repeating[n])), default=None)
+    return columns
+
+
+def _named(table: Mapping[str, list[str]], names: tuple[str, ...]) -> str | None:
+    return next((column for name in names for column in table if column.strip().casefold() == name), None)
+
+
+def _first_rows(path: Path, kind: str) -> dict[str, list[str]]:
+    """The first values of each column as text; empty where the file is no table (reading it says what is wrong)."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if kind == "jsonl":
+        try:
+            rows = [json.loads(line) for line in islice(filter(str.strip, text.splitlines()), _LOOKED_AT)]
+        except ValueError:
+            return {}
+    else:
+        header = text.split("\n", 1)[0]
+        delimiter = max(",;\t", key=header.count)
+        rows = list(islice(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), _LOOKED_AT))
+    rows = [row for row in rows if isinstance(row, dict)]
+    names = [name for name in (rows[0] if rows else {}) if isinstance(name, str)]
+    return {name: [str(row.get(name) or "") for row in rows] for name in names}
