@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,11 @@ devices = typer.Typer(help="List, compare and calibrate phones and boards.", **P
 def printed(value: object) -> None:
     """Text as it is; anything else as JSON."""
     print(value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; `None` where it is a file or a pipe, which is never too narrow."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @devices.command("list")
@@ -171,5 +177,5 @@ def devices_compare(
 
         page(found, html)
         print(f"page: {html}", file=sys.stderr)
-    printed(plain(found) if as_json else text(found))
+    printed(plain(found) if as_json else text(found, terminal_width()))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +21,11 @@ if TYPE_CHECKING:
 def profile(
     program: Annotated[Path, typer.Argument(help="A .pte with its model.json beside it.")],
     device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.", autocompletion=device_names)],
+    measure: Annotated[bool, typer.Option("--measure", help="Time it too, on this host or where --on says.")] = False,
     on: Annotated[
-        str, typer.Option(metavar="PLACE", help="Where to time it: host, ssh://user@host[:port] or adb[:serial].")
-    ] = "host",
+        str | None,
+        typer.Option(metavar="PLACE", help="Time it there: host, ssh://user@host[:port] or adb[:serial]."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Default: here all cores, elsewhere those of the device.")
     ] = None,
@@ -38,35 +39,41 @@ def profile(
     by_layer: Annotated[bool, typer.Option("--layers", help="Also what bounds each layer, predicted.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Predict what a program costs on a device, or measure it."""
+    """Predict what a program costs on a device, or measure it.
+
+    The prediction is for the device's CPU. Nothing is timed unless --measure or --on asks for it.
+    """
     from edgetune.export.language.artifact import load_any
     from edgetune.profile.calls import predicted_calls
     from edgetune.profile.device import HOST, load
-    from edgetune.profile.layers import layers, plain, text
+    from edgetune.profile.layers import layers, plain
+    from edgetune.profile.layers import text as layers_text
     from edgetune.profile.runners.place import parsed
+    from edgetune.profile.tables import text
 
-    place = parsed(on)
+    place = parsed(on or HOST) if measure or on else None
     artifact, described = load_any(program), load(device)
-    if threads is None and (described.id == HOST or place.kind != "host"):
+    if place is not None and threads is None and (described.id == HOST or place.kind != "host"):
         threads = described.thread_count
     predicted = predicted_calls(artifact, described)
-    with contextlib.redirect_stdout(sys.stderr):
-        measured = _measured(artifact, on, threads, seconds, python, runner)
+    measured: tuple[Measured | None, ...] = (None,) * len(predicted)
+    if place is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            measured = _measured(artifact, on or HOST, threads, seconds, python, runner)
+    pairs = tuple(zip(predicted, measured, strict=True))
     calls: list[dict[str, Any]] = [
-        {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None}
-        for p, m in itertools.zip_longest(predicted, measured)
+        {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None} for p, m in pairs
     ]
-    found = layers(artifact, described) if by_layer else ()
-    for call, of in zip(calls, found):  # noqa: B905  none without --layers
+    by_call = layers(artifact, described) if by_layer else ()
+    for call, of in zip(calls, by_call):  # noqa: B905  none without --layers
         call["layers"] = plain(of)
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
         printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
         return 0
-    for call in calls:
-        printed(f"predicted: {_pairs(call['predicted'])}")
-        printed(f"measured: {_pairs(call['measured']) if call['measured'] else 'this machine cannot run it'}")
-    for of in found:
-        printed("\n" + text(of))
+    known = artifact.program()
+    printed(text(f"{artifact.path.name}: {known.target}, {known.size_mib:,.1f} MiB", pairs))
+    for of in by_call:
+        printed("\n" + layers_text(of))
     return 0
 
 
@@ -78,23 +85,14 @@ def _measured(
     python: str,
     runner: Path | None,
 ) -> tuple[Measured, ...]:
-    """Timed there; nothing where that is this host, and it cannot run the target."""
+    """Timed there. Raises where that is this host, and it cannot run the target."""
     from edgetune.export.targets import find
     from edgetune.profile.runners.session import measured_on, opened
+    from edgetune.technique import EdgetuneError, Exit
 
+    target = artifact.manifest.target
+    if on == "host" and not find(target).runs_here:
+        action = "leave out --measure, or say --on ssh://user@host"
+        raise EdgetuneError(f"this machine cannot run {target} programs", action=action, exit_code=Exit.EXPORT)
     with opened(on, python=python, runner=runner) as machine:
-        if on == "host" and not find(artifact.manifest.target).runs_here:
-            return ()
         return measured_on(machine, artifact, threads=threads, seconds=seconds)
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    """What is known, in one line."""
-    known = {key: value for key, value in values.items() if value not in ("", None, [])}
-    return ", ".join(f"{key} {_shown(value)}" for key, value in known.items())
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(_shown, value)) if all(isinstance(item, float) for item in value) else str(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 def silence_of_hub() -> str:
     """Why the hub does not answer; empty if it does. One request without retries, through the proxy if one is set."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

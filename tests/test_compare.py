@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ from edgetune.cli import main
 from edgetune.export import export
 from edgetune.export.artifact import Artifact
 from edgetune.ledger import Ledger
-from edgetune.profile import device
+from edgetune.profile import device, listing
 from edgetune.profile.adding import copy
 from edgetune.profile.calls import predicted_calls
 from edgetune.profile.compare import compare, text
@@ -71,7 +72,10 @@ def small(described: Device, usable_mib: float | None) -> Device:
 
 def test_every_known_device_has_a_line_and_the_fastest_comes_first(artifact: Artifact) -> None:
     found = compare(artifact.path)
-    assert {line.device for line in found.lines} == set(device.ids())
+    left_out = dict(found.faults)
+    assert {line.device for line in found.lines} | set(left_out) == set(device.ids())
+    assert set(left_out) == {"raspberry-pi-2", "raspberry-pi-zero-w"}
+    assert all(reason.startswith("no runtime: 32-bit Arm") for reason in left_out.values())
     predicted = [line.predicted[0].latency_ms for line in found.lines if line.predicted]
     assert predicted == sorted(predicted)
     assert len(predicted) >= 30
@@ -114,10 +118,59 @@ def test_devices_of_ones_own_are_there_and_a_broken_one_is_told(artifact: Artifa
     path.with_name("broken.yaml").write_text("format: 1\n", encoding="utf-8")
     found = compare(artifact)
     assert "my-phone" in {line.device for line in found.lines}
-    ((name, fault),) = found.faults
-    assert name == "broken"
-    assert "field required" in fault.lower()
-    assert "cannot be used\n  broken: " in text(found)
+    assert "field required" in dict(found.faults)["broken"].lower()
+    assert "left out\n  " in text(found)
+    assert "\n  broken: " in text(found)
+
+
+def test_what_cannot_be_predicted_is_left_out_and_the_others_stay(artifact: Artifact) -> None:
+    found = compare(artifact, ["pixel-8", "host", "raspberry-pi-zero-w"])
+    assert [line.device for line in found.lines] == ["pixel-8"]
+    assert "edgetune devices calibrate" in dict(found.faults)["host"]
+    with pytest.raises(EdgetuneError, match=r"no device is left to compare.*host: this host has no descriptor"):
+        compare(artifact, ["host"])
+
+
+def test_the_table_fits_80_columns_and_says_what_it_is_for(artifact: Artifact) -> None:
+    table = text(compare(artifact), 80).split("\n\n")[1].splitlines()
+    assert max(map(len, table)) <= 80
+    assert table[0].split()[:3] == ["device", "threads", "ms"]
+    (jetson,) = [row.split() for row in table if row.startswith("jetson-orin-nano ")]
+    assert (jetson[1], jetson[-2:]) == ("6", ["GPU", "yes"])
+    shown = listing.shown(device.load("jetson-orin-nano"))
+    assert "predicted: CPU, 6 threads; GPU: not predicted" in shown
+    assert "there is none: 32-bit Arm" in listing.shown(device.load("raspberry-pi-2"))
+
+
+def test_profile_prints_a_table_and_measures_only_when_asked(
+    artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["profile", str(artifact.path), "--device", "jetson-orin-nano"]
+    assert main(given) == 0
+    out = capsys.readouterr().out
+    rows = {line[:13].strip(): line[13:].strip() for line in out.splitlines()}
+    assert (rows["runs on"], rows["device"]) == ("CPU, 6 threads", "NVIDIA Jetson Orin Nano 8 GB")
+    assert "GPU: not predicted" in out
+    assert "Nothing was measured" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert main([*given, "--measure", "--seconds", "0.01", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "CPU, 1 thread\n" in out
+    assert "this host" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_profile_measures_nothing_that_this_machine_cannot_run(
+    artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "net.pte"
+    shutil.copyfile(artifact.path, foreign)
+    manifest = json.loads(artifact.path.with_suffix(".json").read_text())
+    foreign.with_suffix(".json").write_text(json.dumps({**manifest, "target": "mps"}))
+    assert main(["profile", str(foreign), "--device", "iphone-15"]) == 0
+    capsys.readouterr()
+    assert main(["profile", str(foreign), "--device", "iphone-15", "--measure"]) == 5
+    assert "this machine cannot run mps programs\n  next: leave out --measure" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_json_and_a_page(

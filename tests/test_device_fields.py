@@ -21,7 +21,7 @@ from edgetune.technique import EdgetuneError
 HUGE = 10**400  # no double holds it
 BAD = (0, -1, math.nan, math.inf, -math.inf, 1e308, HUGE, True, "furlong", None, [], {}, {"value": 1}, ...)
 # a free text: any words are right, so only what is no text is wrong
-TEXTS = {"id", "name", "soc", "clusters.0.core", "accelerators.0.name"}
+TEXTS = {"id", "name", "soc", "clusters.0.core", "accelerators.0.name", "no_runtime"}
 OPTIONAL = {"notes"}  # may be left out: there is nothing to say
 # a device without an accelerator, one without any of the flags (ARMv6), and one with nothing to say
 EMPTY = {"accelerators", "isa.value", "notes"}

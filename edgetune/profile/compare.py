@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.ledger import Predicted
 from edgetune.profile.calls import predicted_calls
 from edgetune.profile.cost import fits
-from edgetune.profile.device import Device, ids, load
+from edgetune.profile.device import HOST, Device, ids, load
 from edgetune.technique import EdgetuneError
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def compare(
 ) -> Comparison:
     """Predict a program on these devices, by default all that are known, the fastest first.
 
-    Raises `EdgetuneError` for a device by name that is unknown or has a fault; among all known ones a fault is kept in
-    `faults`.
+    Left out, with the reason in `faults`: a device that no runtime is published for, this host before it was
+    calibrated, and among all known ones a descriptor with a fault. Raises `EdgetuneError` for a device by name that is
+    unknown or has a fault, and where nothing is left to compare.
     """
     if isinstance(artifact, (str, Path)):
         from edgetune.export.language.artifact import load_any
@@ -80,11 +81,17 @@ def compare(
         try:
             described = device if isinstance(device, Device) else load(device)
         except EdgetuneError as error:
-            if devices is not None:
+            if devices is not None and device != HOST:
                 raise
-            faults.append((str(device), str(error).split("\n", 1)[0]))
+            action = f"; next: {error.action}" if device == HOST else ""
+            faults.append((str(device), str(error).split("\n", 1)[0] + action))
+            continue
+        if described.no_runtime:
+            faults.append((described.id, f"no runtime: {described.no_runtime}"))
             continue
         lines.append(_line(artifact, described))
+    if not lines:
+        raise EdgetuneError("no device is left to compare", got="; ".join(f"{name}: {fault}" for name, fault in faults))
     prefill = getattr(known, "prefill_tokens", None)
     cache_bytes = getattr(known, "cache_bytes", None)
     return Comparison(
@@ -151,7 +158,10 @@ def _order(line: Line) -> tuple[bool, float, str]:
 def _notes(target: str, lines: Sequence[Line], prefill_tokens: int | None) -> tuple[str, ...]:
     """What holds for the whole table."""
     found = [line.predicted[0] for line in lines if line.predicted]
-    said = ["Every figure is predicted from device descriptors; none was measured. Energy is an order of magnitude."]
+    said = [
+        "Every figure is predicted from device descriptors, for so many threads of the CPU; none was measured.",
+        "What else a device has (GPU, NPU) is not predicted. Energy is an order of magnitude.",
+    ]
     bands = sorted({one.band_pct for one in found if one.band_pct is not None})
     if bands:
         shares = " or ".join(f"{band:g} %" for band in bands)
@@ -166,18 +176,37 @@ def _notes(target: str, lines: Sequence[Line], prefill_tokens: int | None) -> tu
     return tuple(said)
 
 
-def text(found: Comparison) -> str:
-    """The comparison as a table for a terminal."""
-    head, rows = ("device", *headed(found), "fits"), rows_of(found)
-    widths = [max((len(row[column]) for row in (head, *rows)), default=0) for column in range(len(head))]
+# the first to go where the terminal is too narrow for all
+_SPARED = ("cold ms", "calibrated", "mJ (J/1,000)", "J/1,000 tokens", "prefill/s", "MiB")
+
+
+def text(found: Comparison, width: int | None = None) -> str:
+    """The comparison as a table for a terminal, of so many columns: those that are spared first are left out."""
+    head = ("device", *headed(found), "fits")
+    rows = [(*row[:-1], _verdict(line)) for row, line in zip(rows_of(found), found.lines, strict=True)]
+    table = [head, *rows]
+    for name in _SPARED:
+        if width is not None and sum(_widths(table)) + 2 * (len(table[0]) - 1) > width and name in table[0]:
+            place = table[0].index(name)
+            table = [(*row[:place], *row[place + 1 :]) for row in table]
     first = f"{found.program}: {found.target}, {_figure(found.size_mib)} MiB"
     if found.cache_mib is not None:
         first += f", of its memory {_figure(found.cache_mib)} MiB for the cache"
-    lines = [f"{first}; predicted on {len(rows)} devices", "", _aligned(head, widths)]
-    lines += [_aligned(row, widths) for row in rows]
-    if found.faults:
-        lines += ["", "cannot be used", *(f"  {name}: {fault}" for name, fault in found.faults)]
+    widths = _widths(table)
+    lines = [f"{first}; predicted on the CPUs of {len(rows)} devices", "", *(_aligned(row, widths) for row in table)]
+    reasons = [(line.device, line.why) for line in found.lines if line.why]
+    for title, told in (("does not fit, or nobody knows", reasons), ("left out", found.faults)):
+        if told:
+            lines += ["", title, *(f"  {name}: {reason}" for name, reason in told)]
     return "\n".join([*lines, "", *found.notes])
+
+
+def _widths(table: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+
+
+def _verdict(line: Line) -> str:
+    return "?" if line.fits is None else "yes" if line.fits else "no"
 
 
 def rows_of(found: Comparison) -> list[tuple[str, ...]]:
@@ -189,9 +218,10 @@ def headed(found: Comparison) -> tuple[str, ...]:
     """What the figures are, with their units."""
     if found.prefill_tokens is not None:
         return (
-            "tokens/s", "band", "prefill/s", "1st token ms", "band", "MiB", "J/1,000 tokens", "cold ms", "calibrated",
+            "threads", "tokens/s", "band", "prefill/s", "1st token ms", "band", "MiB", "J/1,000 tokens", "cold ms",
+            "calibrated", "not predicted",
         )  # fmt: skip
-    return ("ms", "band", "MiB", "mJ (J/1,000)", "cold ms", "calibrated")
+    return ("threads", "ms", "band", "MiB", "mJ (J/1,000)", "cold ms", "calibrated", "not predicted")
 
 
 def _figures(line: Line, many: int) -> tuple[str, ...]:
@@ -204,11 +234,21 @@ def _figures(line: Line, many: int) -> tuple[str, ...]:
         _figure(one.energy_mj),  # millijoules of one, and joules of a thousand
         _figure(line.cold_start_ms),
         "yes" if one.calibrated else "no",
+        ", ".join(kind.upper() for kind in one.accelerators or ()) or "-",
     )
+    threads = str(one.threads or "-")
     if line.speech is None:
-        return (_figure(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
+        return (threads, _figure(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
     decode, prefill, first = line.speech.decode_tokens_s, line.speech.prefill_tokens_s, line.speech.first_token_ms
-    return (_figure(decode[0]), _band(*decode[1:]), _figure(prefill[0]), _figure(first[0]), _band(*first[1:]), *shared)
+    return (
+        threads,
+        _figure(decode[0]),
+        _band(*decode[1:]),
+        _figure(prefill[0]),
+        _figure(first[0]),
+        _band(*first[1:]),
+        *shared,
+    )
 
 
 def _fits(line: Line) -> str:

@@ -161,6 +161,8 @@ def _note(device: Device, rates: Rates, parts: Sequence[Part], total_us: float) 
             f"calibrated {calibration.date} with {calibration.threads} threads, "
             f"error of networks left out {calibration.error_pct:.0f} % (median)"
         ]
+    if device.no_runtime:
+        said.insert(0, f"no runtime is there to run it: {device.no_runtime}")
     guessed: dict[str, float] = {}
     for part in parts:
         if part.guessed:

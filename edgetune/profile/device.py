@@ -164,6 +164,7 @@ class Device(Value):
     storage: Storage
     targets: tuple[TargetName, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
+    no_runtime: str = ""  # why no published ExecuTorch runs on it; empty: one does
     calibration: Calibration | None = Field(default=None, exclude=True)  # of a file of its own; see `load`
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from edgetune.ledger import on_cpu
 from edgetune.profile.device import Device, Fact, Family, Flags, Stored, ids, load, own
 from edgetune.technique import EdgetuneError
 
@@ -90,6 +91,7 @@ def shown(device: Device) -> str:
     lines = [
         f"{device.id}: {device.name}, {device.soc} ({device.family})",
         f"targets: {', '.join(device.targets)}",
+        f"predicted: {_predicted(device)}",
         f"calibration: {'none, predictions are from priors' if section is None else section.date}",
         "",
     ]
@@ -100,6 +102,15 @@ def shown(device: Device) -> str:
         told = f"{fact.trust:<6}  {fact.source}" if fact.trust is not None else f"{'':<6}  {fact.unknown}"
         lines.append(f"  {path:<{widest}}  {value:>{longest}}  {told}")
     return "\n".join(lines + (["", "notes", *(f"  {note}" for note in device.notes)] if device.notes else []))
+
+
+def _predicted(device: Device) -> str:
+    """What predictions are for, and what they are not for: a board's CPU is not the board."""
+    if device.no_runtime:
+        return f"as if a runtime were there; there is none: {device.no_runtime}"
+    threads = device.calibration.threads if device.calibration is not None else device.thread_count
+    kinds = ", ".join(dict.fromkeys(accelerator.kind.upper() for accelerator in device.accelerators))
+    return on_cpu(threads) + (f"; {kinds}: not predicted" if kinds else "")
 
 
 def _value(fact: Fact | Flags | Stored) -> str:
