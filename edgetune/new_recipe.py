@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 from edgetune import registry
 from edgetune.data.dataset import Dataset, DataSettings, Task
@@ -78,16 +78,12 @@ def new_recipe(
     seen = _TASKS[dataset.task]
     if task is not None and task != seen:
         raise EdgetuneError(f"these data are not for the task {task}", got=seen, action=f"leave out --task {task}")
-    shown = ", ".join(
-        f"{key}: {json.dumps(value)}" for key, value in {"source": source_for(data, path.parent), **columns}.items()
-    )
+    written = {"source": source_for(data, path.parent), **columns}
+    shown = ", ".join(f"{key}: {json.dumps(value)}" for key, value in written.items())
     rows = f"{len(dataset.train):,} rows to train on, {len(dataset.test):,} to test on"
     classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
-    size, unit = {
-        "text": ("max_length: 64", "tokens; longer texts are cut"),
-        "image": ("image_px: 112", "pixels, width and height"),
-        "language": ("max_length: 128", "tokens; longer texts are cut"),
-    }[seen]
+    config = _config(model)
+    size, unit = _size(seen, config)
     export = "{language: true}" if seen == "language" else "{}"
     return f"""\
 name: {path.stem}
@@ -95,7 +91,7 @@ model: {{source: {json.dumps(source_for(model, path.parent))}, {size}}}  # {unit
 data: {{{shown}}}  # {rows}{classes}
 
 steps:
-{_steps(seen, model)}
+{_steps(seen, config)}
 export: {export}  # an ExecuTorch program, run and compared with the model
 profile: {{devices: [pixel-8, raspberry-pi-5]}}  # predictions; `edgetune devices list` shows the others
 
@@ -107,26 +103,33 @@ variants:
 """
 
 
-def _steps(task: TaskName, model: str) -> str:
-    if task != "language":
-        return _STEPS[task]
-    targets = _attention_of(model)
-    return _STEPS[task] % (json.dumps([f"*.{target}" for target in targets]), "lm_head")
-
-
-def _attention_of(model: str) -> list[str]:
-    """The projections that adapters are put on in a language model of this kind, as peft has them."""
+def _config(model: str) -> Any:
+    """What transformers knows of an `hf:` model before its weights are read; `None` for any other."""
     if not model.startswith("hf:"):
-        return ["q_proj", "v_proj"]
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
-
+        return None
     from edgetune.models.loaded import reachable
 
-    transformers = registry.require("transformers", f"the model {model}")
-    name = model.removeprefix("hf:")
+    transformers, name = registry.require("transformers", f"the model {model}"), model.removeprefix("hf:")
     with reachable(model, name):
-        config = transformers.AutoConfig.from_pretrained(name)
-    return list(known.get(config.model_type, ["q_proj", "v_proj"]))
+        return transformers.AutoConfig.from_pretrained(name)
+
+
+def _size(task: TaskName, config: Any) -> tuple[str, str]:
+    """The setting for the size of an input, and its unit."""
+    if task == "image":
+        return "image_px: 112", "pixels, width and height"
+    length = {"text": 64, "language": 128}[task]
+    positions = getattr(config, "max_position_embeddings", None) or length
+    return f"max_length: {min(length, positions)}", "tokens; longer texts are cut"
+
+
+def _steps(task: TaskName, config: Any) -> str:
+    if task != "language":
+        return _STEPS[task]
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as attention
+
+    targets = attention.get(getattr(config, "model_type", ""), ["q_proj", "v_proj"])
+    return _STEPS[task] % (json.dumps([f"*.{target}" for target in targets]), "lm_head")
 
 
 def _columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, str | None]:
