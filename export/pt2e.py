@@ -140,6 +140,11 @@ def _xnnpack(*, per_channel: bool, skip: frozenset[str]) -> Any:
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
 
     class Fused(stock.XNNPACKQuantizer):  # type: ignore[misc]
+        def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+            model = super().transform_for_annotation(model)
+            _whole_constants(model)
+            return model
+
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
             model = super().annotate(model)
             for node in model.graph.nodes:
@@ -160,6 +165,22 @@ def _xnnpack(*, per_channel: bool, skip: frozenset[str]) -> Any:
     spec = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12))
     quantizer = Fused().set_global(replace(config, input_activation=spec, output_activation=spec))
     return quantizer.set_filter_function(lambda node: _module(node) not in skip)
+
+
+def _whole_constants(graph_module: fx.GraphModule) -> None:
+    """Give constants that were numbers the type of what they are added to: the quantizer makes floats of all.
+
+    An index plus 0, as transformers computes for its masks, would be a float, and a float is no index.
+    """
+    for node in graph_module.graph.nodes:
+        constant = (
+            getattr(graph_module, node.target, None) if node.op == "get_attr" and "." not in node.target else None
+        )
+        if not isinstance(constant, Tensor) or not node.target.startswith("_tensor_constant"):
+            continue
+        types = {getattr(user.meta.get("val"), "dtype", None) for user in node.users}
+        if len(types) == 1 and (dtype := types.pop()) is not None and not dtype.is_floating_point:
+            setattr(graph_module, node.target, constant.to(dtype))
 
 
 def _module(node: fx.Node) -> str:

@@ -445,3 +445,22 @@ def test_int8_refuses_a_weight_that_is_computed_from_the_inputs() -> None:
     torch.manual_seed(0)
     with pytest.raises(EdgetuneError, match="by multiplies by a weight that it computes from its inputs"):
         Int8().apply(OfItsInput().eval(), Sample.of(torch.randn(6, 4)))
+
+
+class Indexed(nn.Module):
+    """Picks columns by an index that it computes, as transformers does for its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x[:, torch.arange(x.shape[1]) + 0])
+
+
+def test_an_index_that_is_computed_stays_whole_under_int8() -> None:
+    torch.manual_seed(0)
+    model, x = Indexed().eval(), torch.randn(4, 6)
+    expected = model(x)
+    quantized = Int8().apply(model, Sample.of(x))
+    torch.testing.assert_close(quantized(x), expected, atol=0.05, rtol=0.05)

@@ -121,13 +121,13 @@ def arena_bytes(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]
         unit.place = place
         for source in node.all_input_nodes:
             if owner.get(source) is not unit:
-                unit.reads.add(source)
+                unit.reads[source] = None
                 if source in owner and source.op == "call_function":
-                    unit.before.add(owner[source])
+                    unit.before[owner[source]] = None
     returned = set(program.graph.output_node().all_input_nodes)
     for node in operators:
         if node in returned or any(owner.get(user) is not owner[node] for user in node.users):
-            owner[node].writes.add(node)
+            owner[node].writes[node] = None
     inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in signature.user_inputs]
     sizes: dict[Any, int] = {n: bytes_of(n) for n in [*inputs, *operators] if n.name not in signature.buffers_to_mutate}
     units = {owner[node]: owner[node].before for node in operators}

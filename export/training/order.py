@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Unit:
-    """One step of a program. `sizes` of what it reads and writes are known by the tensors' keys."""
+    """One step of a program. `sizes` of what it reads and writes are known by the tensors' keys.
+
+    All three are dicts without values: sets that keep their order, without which two processes would plan differently.
+    """
 
     place: int  # in the order it was written
-    reads: set[Hashable] = field(default_factory=set)
-    writes: set[Hashable] = field(default_factory=set)
-    before: set[Unit] = field(default_factory=set)  # what must have run
+    reads: dict[Hashable, None] = field(default_factory=dict)
+    writes: dict[Hashable, None] = field(default_factory=dict)
+    before: dict[Unit, None] = field(default_factory=dict)  # what must have run
 
 
 def smallest(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable]) -> list[Unit]:

@@ -59,9 +59,9 @@ def _moves(graph_module: fx.GraphModule, copy: fx.Node, holder: fx.Node, value: 
     maker = value.args[0] if value.target is operator.getitem else value
     if not isinstance(maker, fx.Node) or maker.op != "call_function":
         return False
-    readers = {user for user in holder.users if user is not copy and user is not maker and user.op != "output"}
+    readers = [user for user in holder.users if user is not copy and user is not maker and user.op != "output"]
     after = _descendants(maker)
-    if readers & after or any(_alias(user) for user in readers):
+    if any(reader in after or _alias(reader) for reader in readers):
         return False
     if is_delegate(maker):
         place: Any = value.args[1]
@@ -81,7 +81,7 @@ def _moves(graph_module: fx.GraphModule, copy: fx.Node, holder: fx.Node, value: 
     else:
         return False
     for reader in readers:  # they must stay before
-        maker.meta.setdefault("edgetune_after", set()).add(reader)
+        maker.meta.setdefault("edgetune_after", []).append(reader)
     return True
 
 
@@ -170,18 +170,18 @@ def _units(graph: fx.Graph) -> tuple[list[Unit], dict[Unit, list[fx.Node]]]:
             owner |= dict.fromkeys(outs, unit)
             units.append(unit)
         owner[node] = unit
-        unit.writes |= {base_of(s) for o in nodes[unit] for s in specs_of(o)}
+        unit.writes |= dict.fromkeys(base_of(s) for o in nodes[unit] for s in specs_of(o))
         for source in node.all_input_nodes:
             if owner.get(source) is not unit:
-                unit.reads |= {base_of(s) for s in specs_of(source)}
+                unit.reads |= dict.fromkeys(base_of(s) for s in specs_of(source))
                 if source in owner:
-                    unit.before.add(owner[source])
+                    unit.before[owner[source]] = None
     for node, unit in owner.items():
-        earlier = set(node.meta.get("edgetune_after", ()))
+        earlier = list(node.meta.get("edgetune_after", ()))
         if str(node.target) == _COPY:
             holder: Any = node.args[0]
-            earlier |= {user for user in holder.users if user is not node and user.op != "output"}
-        unit.before |= {owner[other] for other in earlier} - {unit}
+            earlier += [user for user in holder.users if user is not node and user.op != "output"]
+        unit.before |= dict.fromkeys(owner[other] for other in earlier if owner[other] is not unit)
     return units, nodes
 
 

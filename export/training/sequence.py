@@ -24,9 +24,9 @@ def order(draft: Draft, updates: dict[str, fx.Node]) -> None:
     before = _before(draft, updates)
     units: dict[fx.Node, Unit] = {}
     for place, node in enumerate(early(draft, updates, before)):
-        units[node] = Unit(place, set(node.all_input_nodes), {node})
+        units[node] = Unit(place, dict.fromkeys(node.all_input_nodes), {node: None})
     for node, unit in units.items():
-        unit.before = {units[other] for other in before[node]}
+        unit.before = dict.fromkeys(units[other] for other in sorted(before[node], key=lambda n: units[n].place))
     sizes: dict[Any, int] = {node: 0 if node in updates.values() else bytes_of(node) for node in units}
     written = {unit: node for node, unit in units.items()}
     for unit in smallest(list(units.values()), sizes, set(draft.graph.output_node().all_input_nodes)):
