@@ -19,11 +19,11 @@ from edgetune.progress import shown
 
 CHECKS = {  # what: (module, function), as the caller looks it up
     "program against model": ("edgetune.export.verify", "prove"),
-    "merged layers against unmerged": ("edgetune.merging", "relative_difference"),
+    "merged layers against unmerged": ("edgetune.merging", "merge_layer"),
     "weights read elsewhere": ("edgetune.reads", "weights_read_elsewhere"),
     "layers that compute more than their class says": ("edgetune.plain", "how_computed"),
     "slices against whole layers": ("edgetune.sparse.update", "refuse_unfollowed"),
-    "pruned model against masked": ("edgetune.prune.cut", "_check"),
+    "pruned model against masked": ("edgetune.prune.cut", "_tried"),
     "kernels": ("edgetune.export.kernels", "check"),
     "checkpoints quantized elsewhere": ("edgetune.export.stored", "check"),
     "late steps rehearsed": ("edgetune.fold", "rehearse"),
