@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -143,7 +144,15 @@ class Fold:
 
     def rehearse(self) -> None:
         """Do all steps on a copy that is not trained, where something is trained: a late step fails before that."""
-        rehearse(self.recipe, self.model, self.sample(), self.samples.example(), self.progress)
+        needed = rehearse(self.recipe, self.model, self.sample(), self.samples.example(), self.progress)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise EdgetuneError(
+                f"the run writes at least {needed / MIB:,.0f} MiB, and the disk has less",
+                where=str(self.folder),
+                got=f"{free / MIB:,.0f} MiB free",
+                action="make room there, or choose another disk with --out",
+            )
 
     def reuse(self, steps: int) -> None:
         """Take the rows that an earlier run measured up to this step as they are, and say so."""

@@ -1,7 +1,7 @@
 """All steps of a recipe once, on a copy that nothing trains: what would stop a late step stops the run before training.
 
 Widths that a cut leaves and a group size does not divide, a layer that cannot be quantized, a step that leaves nothing
-to train: none of it depends on what a training learns. Only a recipe that does something after a training is rehearsed.
+to train: none of it depends on what a training learns. A recipe that trains nothing is not rehearsed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from edgetune.attach import apply, closes, finalize, opened
 from edgetune.modes import undisturbed
+from edgetune.quant.size import stored_bytes
 from edgetune.recipe import Recipe
 from edgetune.technique import EdgetuneError, Inputs, Sample, Technique, call
 from edgetune.train import Train, seed_everything, trainable_parameters
@@ -25,15 +26,15 @@ def rehearse(
     sample: Sample,
     example: Inputs,
     progress: Callable[[str, int, int, str], None],
-) -> None:
+) -> int:
     """Apply and finalize every step to a copy of `model`, and run the result once on `example`.
 
-    Raises the `EdgetuneError` of the step, which says that nothing was trained yet.
+    Returns how many bytes a run writes at least: two checkpoints of each training, with the optimizer's two moments,
+    and the program. Raises the `EdgetuneError` of the step, which says that nothing was trained yet.
     """
-    trains = [number for number, step in enumerate(recipe.steps) if isinstance(step.settings, Train)]
-    if not trains or trains[0] == len(recipe.steps) - 1:
-        return
-    model = copy.deepcopy(model)
+    if not any(isinstance(step.settings, Train) for step in recipe.steps):
+        return 0
+    model, written_bytes = copy.deepcopy(model), 0
     for number, step in enumerate(recipe.steps, 1):
         progress("rehearse", number - 1, len(recipe.steps), step.name)
         seed_everything(recipe.seed)
@@ -44,10 +45,13 @@ def rehearse(
             error.within(where if isinstance(step.settings, Technique) else f"{where}, {step.name}")
             error.what += " (seen before anything was trained)"
             raise
+        if isinstance(step.settings, Train):
+            written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))
     model = finalize(model).eval()
     with undisturbed(model), torch.no_grad():
         call(model, example)
     progress("rehearse", len(recipe.steps), len(recipe.steps), "")
+    return written_bytes + (stored_bytes(model) if recipe.export else 0)
 
 
 def _rehearsed(model: nn.Module, settings: object, sample: Sample) -> nn.Module:
@@ -57,5 +61,4 @@ def _rehearsed(model: nn.Module, settings: object, sample: Sample) -> nn.Module:
         return apply(model, settings, sample)
     if isinstance(settings, Train):
         trainable_parameters(model)
-        return model
     return finalize(model) if getattr(settings, "name", "") == "finalize" else model

@@ -186,3 +186,15 @@ def test_a_digest_depends_on_all_that_came_before(recipe_path: Path) -> None:
     assert chain(steps__2__checkpoint_every=2) == plain, "changes no result"
     assert chain(steps__2__log=["tensorboard"]) == plain, "nor does this"
     assert not set(chain(seed=1)) & set(plain)
+
+
+def test_a_disk_without_room_stops_the_run_before_any_training(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
+    with pytest.raises(EdgetuneError, match=r"writes at least .* MiB, and the disk has less"):
+        pipeline.run(recipe_path, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
