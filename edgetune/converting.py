@@ -53,6 +53,7 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     if given is None and not made_up:
         raise EdgetuneError(
             f"nothing says which inputs {source} takes",
+            got=type(model).__name__,
             action="pass --inputs py:file.py:function, which returns one input of the model, or a list of them",
         )
     rows = given or made_up
@@ -75,9 +76,14 @@ def _hugging_face(argument: str) -> Converted:
             action = 'add "architectures" to its config.json, or build it with py:file.py:build'
             raise EdgetuneError(f"the config of hf:{argument} does not say which model it is", action=action)
         model = part_of(transformers, says[0]).from_pretrained(argument, dtype=torch.float32)
-        if hasattr(config, "image_size") and not hasattr(config, "vocab_size"):
+        takes = getattr(model, "main_input_name", "input_ids")
+        if takes == "pixel_values" and not hasattr(config, "vocab_size"):
             return _pictures_of(transformers, argument, model, config)
-        return _texts_of(transformers, argument, model, config)
+        if takes == "input_ids" and not getattr(config, "is_encoder_decoder", False):
+            return _texts_of(transformers, argument, model, config)
+    from edgetune.export.carried import Carried
+
+    return model, [], Carried(model=f"hf:{argument}")  # sound, or a text and what was written of its answer
 
 
 def _texts_of(transformers: Any, argument: str, model: nn.Module, config: Any) -> Converted:

@@ -130,6 +130,26 @@ def test_a_model_that_chooses_no_class_of_a_text_claims_none(kind: str, outputs:
     assert len(converted.model(**converted.example)) == outputs
 
 
+def test_an_encoder_decoder_asks_for_its_inputs(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 10}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    source = f"hf:{tmp_path / 't5'}"
+    with pytest.raises(
+        EdgetuneError, match=r"nothing says which inputs .*: got 'T5ForConditionalGeneration'"
+    ) as caught:
+        exportable(source)
+    assert "--inputs" in caught.value.action
+    ids = "torch.tensor([[3, 4, 5]])"
+    (tmp_path / "own.py").write_text(
+        f"import torch\ndef inputs():\n    return {{'input_ids': {ids}, 'decoder_input_ids': {ids}}}\n",
+        encoding="utf-8",
+    )
+    converted = exportable(source, inputs=f"py:{tmp_path / 'own.py'}:inputs")
+    assert set(converted.example) == {"input_ids", "decoder_input_ids"}
+    assert converted.model(**converted.example).logits.shape == (1, 3, 10)
+
+
 def test_a_vision_model_of_transformers_takes_made_up_pictures(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
