@@ -14,6 +14,7 @@ from typing import Any, Literal
 from edgetune import registry
 from edgetune.data.dataset import Dataset, DataSettings, Task
 from edgetune.located import source_for
+from edgetune.models.labels import match_classes, names_of_outputs
 from edgetune.technique import EdgetuneError
 
 TaskName = Literal["text", "image", "language"]
@@ -84,10 +85,11 @@ def new_recipe(
     classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
     config = _config(model)
     size, unit = _size(seen, config)
+    head = ", head: new" if _has_head_for_others(config, dataset) else ""
     export = "{language: true}" if seen == "language" else "{}"
     return f"""\
 name: {path.stem}
-model: {{source: {json.dumps(source_for(model, path.parent))}, {size}}}  # {unit}
+model: {{source: {json.dumps(source_for(model, path.parent))}, {size}{head}}}  # {unit}
 data: {{{shown}}}  # {rows}{classes}
 
 steps:
@@ -112,6 +114,19 @@ def _config(model: str) -> Any:
     transformers, name = registry.require("transformers", f"the model {model}"), model.removeprefix("hf:")
     with reachable(model, name):
         return transformers.AutoConfig.from_pretrained(name)
+
+
+def _has_head_for_others(config: Any, dataset: Dataset) -> bool:
+    """Whether the checkpoint is a classifier of other classes than the data's, which a run would refuse."""
+    if not any(
+        str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()
+    ):
+        return False
+    try:
+        match_classes("", names_of_outputs(config), dataset.classes, keep=False)
+    except EdgetuneError:
+        return True
+    return False
 
 
 def _size(task: TaskName, config: Any) -> tuple[str, str]:

@@ -76,6 +76,20 @@ def test_own_csv(capsys: pytest.CaptureFixture[str]) -> None:
     assert '"csv:reviews.csv", text: "review", label: "sentiment"' in recipe
 
 
+def test_a_new_recipe_draws_a_new_head_where_the_old_one_is_for_other_classes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reviews()
+    save_bert(Path("moods"), num_labels=3)
+    save_bert(Path("votes"), num_labels=2, id2label={0: "up", 1: "down"}, label2id={"up": 0, "down": 1})
+    for model, head in (("moods", True), ("votes", False), ("checkpoint", False)):
+        assert (
+            main(["recipes", "new", "--model", f"hf:{model}", "--data", "csv:reviews.csv", "-o", f"{model}.yaml"]) == 0
+        )
+        assert ("head: new" in Path(f"{model}.yaml").read_text(encoding="utf-8")) == head, model
+    capsys.readouterr()
+
+
 def test_own_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     from families import import_timm
     from PIL import Image
