@@ -29,11 +29,17 @@ torch.manual_seed(0)
 rows = torch.randn(512, 16)
 loader = DataLoader(TensorDataset(rows, rows[:, :4].argmax(1)), batch_size=32, shuffle=True)
 model = Classifier()
-model = et.apply(model, [et.SparseUpdate(scheme={"net.4": "full"}), et.LoRA(rank=8, targets=["net.2"])])  # edgetune
+techniques = [et.SparseUpdate(scheme={"net.4": "full"}), et.LoRA(rank=8, targets=["net.2"])]  # edgetune
+model = et.apply(model, techniques)  # edgetune
 
-quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", **quiet)
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", default_root_dir="out", **quiet)
 trainer.fit(model, loader)
 model = et.finalize(model)  # edgetune
+
+# A checkpoint was written before finalize: apply the same techniques, then load it.
+again = et.apply(Classifier(), techniques)  # edgetune
+again.load_state_dict(torch.load(trainer.checkpoint_callback.best_model_path)["state_dict"])  # edgetune
+again = et.finalize(again)  # edgetune
 
 print(f"loss {model.losses[0]:.2f} -> {model.losses[-1]:.2f}")

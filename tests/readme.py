@@ -1,4 +1,6 @@
-"""The README's own commands, run in smoke form: what stands in a ```sh block must work as printed.
+"""The commands of the README and its pages, run in smoke form: what stands in a ```sh block must work as printed.
+
+A ```console block is for commands that need a machine which is not here.
 
 python tests/readme.py --list     the commands, and what is run for each
 python tests/readme.py --run      run them one after the other in a temporary folder; stops at the first that fails
@@ -18,16 +20,22 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from bench_language import language_table
+from checkpoints import save_bert
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
 
 from edgetune import report
 from edgetune.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("plain", "trainer", "lightning")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("data", "devices", "kits", "language", "training-programs")))
+SCRIPTS = ("compress", "plain", "trainer", "lightning")
 TRAINING = ("edgetune run ", "edgetune export-training ", "edgetune train-pte ", "edgetune pull ")
+INSTALLING = ("git clone", "cd ", "python3 -m venv", "source ", "export ", "pip install")
 INSTEAD = {  # the long ones in their short form; None: what CI has run already
     "make demo": "edgetune run text-minilm variant=smoke",
     "make test": None,
@@ -35,11 +43,27 @@ INSTEAD = {  # the long ones in their short form; None: what CI has run already
 }
 
 
+NET = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def inputs():
+    return [torch.randn(1, 6) for _ in range(3)]
+"""
+
+
 def commands() -> list[str]:
     """Every line of every ```sh block, without its comment."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    blocks = [
+        block
+        for page in PAGES
+        for block in re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    ]
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith(("#", "git clone", "cd ", "pip install"))]
+    return [line for line in lines if line and not line.startswith(("#", *INSTALLING))]
 
 
 def instead(command: str) -> str | None:
@@ -49,6 +73,20 @@ def instead(command: str) -> str | None:
     if command.startswith(TRAINING) and "--dry-run" not in command:
         return f"{command} variant=smoke"
     return command
+
+
+def prepare(folder: Path) -> None:
+    """The files that the commands name as the reader's own."""
+    rows = [f'"{"a good" if n % 2 else "a bad"} film, seen {n} times",{"good" if n % 2 else "bad"}' for n in range(120)]
+    (folder / "reviews.csv").write_text("\n".join(["review,sentiment", *rows]), encoding="utf-8")
+    save_bert(folder / "classifier", id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    (folder / "net.py").write_text(NET, encoding="utf-8")
+    save_file(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).state_dict(), folder / "trained.safetensors")
+    for shade, name in enumerate(("dark", "light")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for n in range(20):
+            pixels = np.full((64, 64, 3), 120 * shade + 3 * n, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "pictures" / name / f"{n}.png")
 
 
 def written(text: str) -> str:
@@ -152,6 +190,7 @@ def main() -> int:
         return 0
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
         environment = {**os.environ, "PATH": path, "XDG_CONFIG_HOME": folder}
         for command in found:
             short = instead(command)
