@@ -11,14 +11,18 @@ LOCK   := constraints.txt
 PINNED := $(if $(LOCK),--constraint $(LOCK) --build-constraint $(LOCK))
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
-.PHONY: demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables pages lint types docs site \
+.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables pages lint types docs site \
 	dist clean help
 
 help:           ## what there is to make
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-demo: $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; writes runs/text-minilm-NNN/
+demo: announce $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; writes runs/text-minilm-NNN/
 	$(BIN)/edgetune run text-minilm
+
+announce:
+	@test -e $(VENV)/.demo || echo 'first an environment in $(VENV): some 700 MB to download with torch for the CPU, 2 GB on disk, a few minutes'
+	@echo 'the main job takes about 8 minutes on two cores'
 
 test: $(VENV)/.test  ## the whole suite (minutes)
 	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
