@@ -259,5 +259,5 @@ def test_a_4_bit_model_of_others_is_unpacked() -> None:
 
 
 def test_what_is_no_technique_is_named() -> None:
-    with pytest.raises(EdgetuneError, match="this is no technique"):
+    with pytest.raises(EdgetuneError, match="not a technique"):
         et.apply(Linears(), [{"lora": 8}])  # type: ignore[list-item]

@@ -102,7 +102,7 @@ def test_memory_is_held_against_what_an_app_gets(artifact: Artifact) -> None:
     assert tight.predicted, "a figure is still given"
     assert "MiB an app gets" in tight.why
     (unknown,) = compare(artifact, [small(pixel, None)]).lines
-    assert (unknown.fits, unknown.why) == (None, "nobody knows its memory")
+    assert (unknown.fits, unknown.why) == (None, "its memory is unknown")
 
 
 def test_named_devices_are_compared_once_and_an_unknown_one_is_refused(artifact: Artifact) -> None:

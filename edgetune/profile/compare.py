@@ -132,7 +132,7 @@ def _line(artifact: Artifact | LanguageArtifact, device: Device) -> Line:
         family=device.family,
         predicted=predicted,
         fits=None if unknown else not reasons,
-        why="nobody knows its memory" if unknown else "; ".join(reasons),
+        why="its memory is unknown" if unknown else "; ".join(reasons),
         speech=_speech(predicted, artifact.manifest.prefill_tokens) if len(predicted) > 1 else None,  # type: ignore[union-attr]
     )
 
@@ -159,20 +159,20 @@ def _notes(target: str, lines: Sequence[Line], prefill_tokens: int | None) -> tu
     """What holds for the whole table."""
     found = [line.predicted[0] for line in lines if line.predicted]
     said = [
-        "Every figure is predicted from device descriptors, for so many threads of the CPU; none was measured.",
+        "Every figure is predicted from a device descriptor, for the CPU and the threads given; none was measured.",
         "What else a device has (GPU, NPU) is not predicted. Energy is an order of magnitude.",
     ]
     bands = sorted({one.band_pct for one in found if one.band_pct is not None})
     if bands:
         shares = " or ".join(f"{band:g} %" for band in bands)
-        said.append(f"A band is to hold {shares} of programs; where the descriptor claims none, nobody counted.")
+        said.append(f"A range is meant to hold {shares} of programs; without a stated share, it was never checked.")
     if prefill_tokens is not None:
         said.append(
             f"Latency, energy: of one token after {prefill_tokens}. First token: a prompt of {prefill_tokens} tokens "
             "is read. Cold: the program is loaded before that."
         )
     if target not in CPU_TARGETS and found:
-        said.append(f"Computed for the CPU cores: what {target} makes of other hardware is not known to the predictor.")
+        said.append(f"Computed for the CPU cores: what {target} runs on other hardware is not predicted.")
     return tuple(said)
 
 
@@ -195,7 +195,7 @@ def text(found: Comparison, width: int | None = None) -> str:
     widths = _widths(table)
     lines = [f"{first}; predicted on the CPUs of {len(rows)} devices", "", *(_aligned(row, widths) for row in table)]
     reasons = [(line.device, line.why) for line in found.lines if line.why]
-    for title, told in (("does not fit, or nobody knows", reasons), ("left out", found.faults)):
+    for title, told in (("does not fit, or is unknown", reasons), ("left out", found.faults)):
         if told:
             lines += ["", title, *(f"  {name}: {reason}" for name, reason in told)]
     return "\n".join([*lines, "", *found.notes])
