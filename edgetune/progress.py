@@ -20,12 +20,13 @@ def shown() -> Iterator[Report]:
         yield Lines()
         return
     columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TextColumn("{task.fields[detail]}", markup=False), console=console) as bars:
+    detail = TextColumn("{task.fields[detail]}", markup=False)
+    with Progress(*columns, detail, console=console, transient=True) as bars:  # what stays is the result
         yield Bars(bars)
 
 
 class Lines:
-    """A line when something begins, and at each quarter of it."""
+    """A line at each quarter of what has several parts, and one when anything else is done."""
 
     def __init__(self) -> None:
         self.what, self.quarter = "", -1
@@ -33,14 +34,14 @@ class Lines:
     def __call__(self, what: str, done: int, of: int, detail: str) -> None:
         """Print, if there is something new to say."""
         quarter = 4 * done // of if of else 4
-        if (what, quarter) == (self.what, self.quarter):
+        if (what, quarter) == (self.what, self.quarter) or (of == 1 and not done):
             return
         self.what, self.quarter = what, quarter
         print(f"{what} {done}/{of} {detail}".rstrip(), file=sys.stderr, flush=True)
 
 
 class Bars:
-    """One bar for each thing in turn; finished ones stay."""
+    """One bar for each thing in turn, all of them until the block ends."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
