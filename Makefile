@@ -22,7 +22,7 @@ demo: announce $(VENV)/.demo  ## the main job: tune, shrink, export, verify, pro
 
 announce:
 	@test -e $(VENV)/.demo || echo 'first an environment in $(VENV): some 700 MB to download with torch for the CPU, 2 GB on disk, a few minutes'
-	@echo 'the main job takes about 8 minutes on two cores'
+	@echo 'the main job takes 4 to 8 minutes on two cores'
 
 test: $(VENV)/.test  ## the whole suite (minutes)
 	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
