@@ -45,10 +45,10 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     kind, _, argument = source.partition(":")
     if weights is not None and kind != "py":
         raise EdgetuneError("weights in a file of their own are for py: models", got=str(weights), action="leave out")
-    makers = {"hf": _hugging_face, "timm": _timm, "py": _own}
+    makers = {"hf": _hugging_face, "timm": _timm, "py": lambda argument: _own(argument, weights)}
     if kind not in makers:
         raise EdgetuneError(f"{source} needs data", action="pass --data: it gives the classes and the check rows")
-    model, made_up, carried = _own(argument, weights) if kind == "py" else makers[kind](argument)
+    model, made_up, carried = makers[kind](argument)
     given = _given(inputs) if inputs else None
     if given is None and not made_up:
         raise EdgetuneError(

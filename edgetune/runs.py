@@ -77,7 +77,8 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
     folders = [f for f in folders if (f / reuse.FILE).exists()]
     if not folders:
         raise EdgetuneError("there is no run to resume", got=str(out or RUNS), action="run without --resume")
-    usable = [f for f in folders if reuse.unchanged_steps(recipe, f) is not None]
+    unchanged = {f: reuse.unchanged_steps(recipe, f) for f in folders}
+    usable = [f for f, steps in unchanged.items() if steps is not None]
     if not usable:
         raise EdgetuneError(
             "nothing of this run can be reused: its model, its data or its seed are others",
@@ -85,7 +86,7 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
             action=f"give the settings of {folders[0] / 'recipe.yaml'}, or run without --resume",
         )
     folder = next((f for f in usable if _can_go_on(f, recipe)), usable[0])
-    steps = reuse.unchanged_steps(recipe, folder) or 0
+    steps = unchanged[folder] or 0
     earlier = earlier_ledger(folder)
     if again_from is None and reuse.is_of(recipe, folder) and earlier and earlier.finished:
         action = f"edgetune report {folder}, or do a part of it again with --from STEP"
