@@ -33,7 +33,7 @@ from edgetune.outline import in_words
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe import Recipe
-from edgetune.rehearsal import rehearse
+from edgetune.rehearsal import in_step, rehearse
 from edgetune.samples import Samples
 from edgetune.sections import ExportSettings, ProfileSettings, Step
 from edgetune.technique import EdgetuneError, Sample, Settings, Technique, tensors_of
@@ -171,12 +171,8 @@ class Fold:
             if step.name in taught and step.name not in self.teachers:
                 self.close_for(step)
                 self.teachers[step.name] = copy.deepcopy(self.model).eval().requires_grad_(False)
-            try:
+            with in_step(self.recipe, index + 1):
                 self.step(index, step)
-            except EdgetuneError as error:
-                where = f"{self.recipe.name}, step {index + 1}"  # a technique's error names it already
-                error.within(where if isinstance(step.settings, Technique) else f"{where}, {step.name}")
-                raise
         if until is None:
             self.close()
         self.model.eval()

@@ -7,7 +7,8 @@ to train: none of it depends on what a training learns. A recipe that trains not
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -39,10 +40,9 @@ def rehearse(
         progress("rehearse", number - 1, len(recipe.steps), step.name)
         seed_everything(recipe.seed)
         try:
-            model = _rehearsed(model, step.settings, sample)
+            with in_step(recipe, number):
+                model = _rehearsed(model, step.settings, sample)
         except EdgetuneError as error:
-            where = f"{recipe.name}, step {number}"  # a technique's error names it already
-            error.within(where if isinstance(step.settings, Technique) else f"{where}, {step.name}")
             error.what += " (seen before anything was trained)"
             raise
         if isinstance(step.settings, Train):
@@ -52,6 +52,18 @@ def rehearse(
         call(model, example)
     progress("rehearse", len(recipe.steps), len(recipe.steps), "")
     return written_bytes + (stored_bytes(model) if recipe.export else 0)
+
+
+@contextmanager
+def in_step(recipe: Recipe, number: int) -> Iterator[None]:
+    """An error inside says in which step of the recipe, counted from one, it happened."""
+    step = recipe.steps[number - 1]
+    try:
+        yield
+    except EdgetuneError as error:
+        where = f"{recipe.name}, step {number}"  # a technique's error names it already
+        error.within(where if isinstance(step.settings, Technique) else f"{where}, {step.name}")
+        raise
 
 
 def _rehearsed(model: nn.Module, settings: object, sample: Sample) -> nn.Module:
