@@ -117,11 +117,9 @@ def _each(values: Sequence[float], channels: int, scale: float) -> tuple[float, 
 
 
 def _timm(argument: str) -> Converted:
-    from edgetune.models.vision import ImageEncoder
+    from edgetune.models.vision import ImageEncoder, timm_with
 
-    timm = require("timm", f"the model timm:{argument}")
-    if argument.partition(".")[0] not in timm.list_models():
-        raise EdgetuneError("timm has no model of this name", got=argument, allowed=timm.list_models())
+    timm = timm_with(argument)
     with reachable(f"timm:{argument}", f"timm/{argument}"):
         model = timm.create_model(argument, pretrained=True)
     config = timm.data.resolve_model_data_config(model)
@@ -147,9 +145,9 @@ def _carried(source: str, model: nn.Module, encode: Any, config: Any) -> Carried
     kind = type(model).__name__
     labels: tuple[str, ...] = ()
     if config is None:
-        known = getattr(model, "pretrained_cfg", None) or {}
+        pretrained = getattr(model, "pretrained_cfg", None) or {}
         count = int(getattr(model, "num_classes", 0))
-        labels = tuple(known.get("label_names") or (str(n) for n in range(count)))
+        labels = tuple(pretrained.get("label_names") or (str(n) for n in range(count)))
     elif kind.endswith(("ForSequenceClassification", "ForImageClassification")) and config.problem_type in (
         None,
         "single_label_classification",

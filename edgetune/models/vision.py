@@ -93,15 +93,21 @@ def _plain_convolutions(model: nn.Module) -> None:
         replace(model, name, plain)
 
 
+def timm_with(name: str) -> Any:
+    """The library timm, once it is known to have a model of this name."""
+    timm = require("timm", f"the model timm:{name}")
+    if name.partition(".")[0] not in timm.list_models():
+        raise EdgetuneError("timm has no model of this name", got=name, allowed=timm.list_models())
+    return timm
+
+
 def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """A model of timm by its name, with a new head; pictures are normalized as its own settings say."""
     if not argument:
         raise EdgetuneError("timm needs the name of a model", action="write source: timm:mobilenetv4_conv_small")
     only(("image-classification",), f"timm:{argument}", dataset.task)
     takes_no(f"timm:{argument}", settings, "layers")
-    timm = require("timm", f"the model timm:{argument}")
-    if argument.partition(".")[0] not in timm.list_models():
-        raise EdgetuneError("timm has no model of this name", got=argument, allowed=timm.list_models())
+    timm = timm_with(argument)
     with reachable(f"timm:{argument}", f"timm/{argument}", settings.pretrained):
         model = timm.create_model(argument, pretrained=settings.pretrained, num_classes=len(dataset.classes))
     classes = _trained_classes(f"timm:{argument}", model, settings, dataset.classes)
