@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,9 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     kind, _, argument = source.partition(":")
     if weights is not None and kind != "py":
         raise EdgetuneError("weights in a file of their own are for py: models", got=str(weights), action="leave out")
-    makers = {"hf": _hugging_face, "timm": _timm, "py": lambda argument: _own(argument, weights)}
+    makers: dict[str, Callable[[str], Converted]] = {
+        "hf": _hugging_face, "timm": _timm, "py": lambda argument: _own(argument, weights),
+    }  # fmt: skip
     if kind not in makers:
         raise EdgetuneError(f"{source} needs data", action="pass --data: it gives the classes and the check rows")
     model, made_up, carried = makers[kind](argument)
