@@ -217,14 +217,21 @@ def of_split(
 
 
 def beginnings(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
-    """The first half of each of the first `rows` texts, as tokens: what a language program is to continue."""
-    found = []
+    """What a language program is to continue, as tokens, of each of the first `rows` rows.
+
+    Of a text that is its first half; of a conversation, all that stands before the first answer.
+    """
+    from edgetune.data.dataset import IGNORED_LABEL
+
+    prompts = []
     for index in range(rows):
-        inputs = split.batch([index])[0]
+        inputs, labels = split.batch([index])
         assert isinstance(inputs, dict)  # `Split` asks a language model's encoder for no less
         ids = inputs["input_ids"][0][inputs["attention_mask"][0] != 0].tolist()
-        found.append(tuple(ids[: max(1, len(ids) // 2)]))
-    return tuple(found)
+        learned = labels[0].ne(IGNORED_LABEL).nonzero()
+        given = int(learned[0]) if len(learned) else 0
+        prompts.append(tuple(ids[: given or max(1, len(ids) // 2)]))
+    return tuple(prompts)
 
 
 def exportable(

@@ -28,6 +28,7 @@ from edgetune.ledger import Ledger, Measured, Predicted, Quality, Row, Training
 from edgetune.loggers import TrainingLog
 from edgetune.measures import MIB, kept_mib, measure
 from edgetune.models.carrying import carried
+from edgetune.models.chat import without_cut_answers
 from edgetune.models.loaded import Loaded
 from edgetune.outline import in_words
 from edgetune.profile.device import load as load_device
@@ -75,6 +76,7 @@ class Fold:
         loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
         progress("load", 2, 2, loaded.name)
         self.dataset = loaded.labelled(self.dataset)  # a trained head that was kept has its own order of classes
+        self.dataset = without_cut_answers(self.dataset, loaded.encode, loaded.name, recipe.data.max_bad_rows_pct)
         self.model: nn.Module = loaded.model
         self.task = self.dataset.task
         self.train_split = Split(self.task, self.dataset.train, loaded.encode)

@@ -24,6 +24,9 @@ _TASKS: Mapping[Task, TaskName] = {
 _LOOKED_AT = 200  # rows, to tell which column is which
 _LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic", "intent", "y")
 _TEXTS = ("text", "sentence", "review", "comment", "message", "content", "body", "question", "tweet", "utterance")
+_CHATS = ("messages", "conversations", "conversation")
+_QUESTIONS = ("question", "prompt", "instruction", "user", "input")
+_ANSWERS = ("answer", "response", "completion", "assistant", "output")
 _STEPS: Mapping[TaskName, str] = {
     "text": """\
   # the last two blocks and the head train; backward ends there, so little memory is needed
@@ -147,14 +150,20 @@ def _steps(task: TaskName, config: Any) -> str:
     return _STEPS[task] % (json.dumps([f"*.{target}" for target in targets]), "lm_head")
 
 
-def _columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, str | None]:
+def _columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, Any]:
     """The settings that say which columns of a table are read; none where they are called as the defaults are."""
     kind, _, argument = data.partition(":")
     given = {key: value for key, value in (("text", text), ("label", label)) if value is not None}
     if kind not in ("csv", "jsonl") or not Path(argument).expanduser().is_file():
         return dict(given)
     table = _first_rows(Path(argument).expanduser(), kind)
-    columns: dict[str, str | None] = dict(given)
+    columns: dict[str, Any] = dict(given)
+    chat = _named(table, _CHATS)
+    if not given and task in (None, "language") and chat and table[chat][0].startswith("["):
+        return {"messages": chat}
+    pair = [_named(table, _QUESTIONS), _named(table, _ANSWERS)]
+    if not given and task == "language" and all(pair):
+        return {"messages": pair}
     if text is None and "text" not in table and table:
         columns["text"] = _named(table, _TEXTS) or max(table, key=lambda name: mean(map(len, table[name])))
     if task == "language":

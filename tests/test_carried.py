@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgetune.data.dataset import Dataset, DataSettings, Encode, Rows
 from edgetune.data.text import tweets
-from edgetune.data.vision import fashion_mnist
+from edgetune.data.vision import fashion_mnist, from_imagefolder
 from edgetune.export import Artifact, export
 from edgetune.export.card import card
 from edgetune.export.carried import (
@@ -27,6 +27,7 @@ from edgetune.export.carried import (
     text_preprocessing,
     write_beside,
 )
+from edgetune.export.kit.linux.sample import Preparation
 from edgetune.ledger import Baseline, Ledger, Measured, Predicted, Quality, Row
 from edgetune.models.carrying import carried
 from edgetune.models.loaded import Loaded, ModelSettings
@@ -96,10 +97,10 @@ def small_bert(classes: Sequence[str] = ("no", "maybe", "yes")) -> tuple[Loaded,
 class Shades(nn.Module):
     """A small convolutional classifier."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, channels: int = 3) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
         self.head = nn.Linear(8 * 8 * 8, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -110,10 +111,12 @@ class Shades(nn.Module):
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-def small_vision(inputs: Any, classes: Sequence[str]) -> tuple[Loaded, Dataset]:
+def small_vision(
+    inputs: Any, classes: Sequence[str], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> tuple[Loaded, Dataset]:
     rows = Rows(inputs, [n % len(classes) for n in range(len(inputs))])
     dataset = Dataset("pictures", "image-classification", tuple(classes), rows, rows, rows)
-    return Loaded("shades", Shades(len(classes)).eval(), ImageEncoder(32, MEAN, STD)), dataset
+    return Loaded("shades", Shades(len(classes), len(mean)).eval(), ImageEncoder(32, mean, std)), dataset
 
 
 def exported(loaded: Loaded, dataset: Dataset, folder: Path) -> Artifact:
@@ -210,6 +213,43 @@ def test_pictures_of_an_array_get_the_models_answers_from_files(
     told = known.preprocessing
     assert isinstance(told, ImagePreprocessing)
     assert (told.color, told.crop, told.rounded) == ("grey", "center", False)
+
+
+@pytest.mark.parametrize("kind", ["files", "array"])
+def test_colours_become_grey_for_a_model_with_one_channel(kind: str, tmp_path: Path) -> None:
+    """In training, in the program's manifest and in the kit's sample alike."""
+    paths: list[Any] = photographs(tmp_path)
+    inputs: Any = paths
+    if kind == "array":
+        inputs = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
+        paths = [tmp_path / f"{number}.png" for number in range(5)]
+        for path, pixels in zip(paths, inputs, strict=True):
+            Image.fromarray(pixels).save(path)
+    loaded, dataset = small_vision(inputs, ("a", "b"), (127.0,), (128.0,))
+    wanted = loaded.encode(inputs)
+    assert isinstance(wanted, Tensor)
+    assert wanted.shape == (5, 1, 32, 32)
+    artifact = exported(loaded, dataset, tmp_path)
+    preparation = Preparation(artifact.manifest.model_dump(mode="json"), tmp_path)
+    got = torch.cat([preparation.inputs(str(path))["input_0"] for path in paths])
+    assert torch.allclose(got, wanted, atol=1e-4), (got - wanted).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_images_of_more_than_8_bits_are_refused_not_made_white(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "dark" / "deep.tif"
+    path.parent.mkdir()
+    Image.fromarray(np.full((8, 8), 30_000, dtype=kind)).save(path)
+    for read in (
+        lambda: ImageEncoder(8, (127.0,), (128.0,))([path]),
+        lambda: from_imagefolder(str(tmp_path), DataSettings(source="x")),
+    ):
+        with pytest.raises(EdgetuneError, match="bits a channel, and 8 are read"):
+            read()
+    loaded, dataset = small_vision(np.zeros((4, 8, 8), np.uint8), ("a", "b"))
+    manifest = exported(loaded, dataset, tmp_path).manifest.model_dump(mode="json")
+    with pytest.raises(ValueError, match="more than 8 bits a channel"):
+        Preparation(manifest, tmp_path).inputs(str(path))
 
 
 def test_the_tokenizer_is_carried_as_it_is_not_as_it_was_last_called() -> None:

@@ -253,7 +253,7 @@ steps:
   - train: {distill: {teacher: prunes}}
 budget: {device: pixel-99}
 """
-    fields = ", ".join(list(type(parsed().data).model_fields))
+    fields = shortened(type(parsed().data).model_fields)
     assert (
         complaint(text)
         == f"""\

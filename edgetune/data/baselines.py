@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.data.dataset import Dataset, Encode, Rows
+from edgetune.data.dataset import IGNORED_LABEL, Dataset, Encode, Rows, Split
 from edgetune.data.vision import grey_pixels
 from edgetune.ledger import Baseline
 from edgetune.registry import require
-from edgetune.technique import EdgetuneError
 
 _PIXEL_TRAIN_ROWS = 3000  # more rows take much longer and gain little
 _PIXEL_SIDE = 28
@@ -85,25 +84,19 @@ def _logistic(parts: Sequence[Any], labels: Sequence[Sequence[int]]) -> float:
 
 
 def _unigram(dataset: Dataset, encode: Encode) -> Baseline:
-    train, test = _tokens(dataset.train, encode), _tokens(dataset.test, encode)
-    counts = Counter(token for row in train for token in row)
+    train, test = _learned(dataset.train, encode), _learned(dataset.test, encode)
+    counts = Counter(token for row in train for token in row if token != IGNORED_LABEL)
     total = sum(counts.values())
     # the first token of a row is given, not predicted, as it is for the model
-    judged = [token for row in test for token in row[1:]]
+    judged = [token for row in test for token in row[1:] if token != IGNORED_LABEL]
     kinds = len(counts) + len(set(judged) - set(counts))
     nats = -sum(math.log((counts[token] + 1) / (total + kinds)) for token in judged)
     return Baseline(name="token frequencies", value=math.exp(nats / len(judged)))
 
 
-def _tokens(rows: Rows, encode: Encode) -> list[list[int]]:
-    found: list[list[int]] = []
-    for start in range(0, len(rows), 512):
-        inputs = encode(rows.take(range(start, min(start + 512, len(rows)))))
-        if not isinstance(inputs, dict):
-            raise EdgetuneError("a causal language model needs input_ids and attention_mask from its encoder")
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            found.append(ids[mask.bool()].tolist())
-    return found
+def _learned(rows: Rows, encode: Encode) -> list[list[int]]:
+    """The labels of each row: its tokens, and -100 for those that take no part in the loss."""
+    return [row for _, labels in Split("causal-lm", rows, encode).batches(512) for row in labels.tolist()]
 
 
 def _labels(rows: Rows) -> list[int]:

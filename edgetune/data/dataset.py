@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from edgetune.technique import EdgetuneError, Exit, Inputs, Settings
@@ -35,6 +35,11 @@ class DataSettings(Settings):
     """Column that holds the text, or a list of columns whose texts are put together, one a line. Tables only."""
     label: str | None = "label"
     """Column that holds the class; `null`: there are no classes, the texts train a language model. Tables only."""
+    messages: str | tuple[str, str] | None = None
+    """Column that holds a conversation, as a list of `{role, content}`, or two columns, a question and its answer. The
+    model's chat template writes them as text, in place of the columns `text` and `label`. Tables only."""
+    loss_on: Literal["answers", "all"] = "answers"
+    """Which tokens of a conversation count in the loss and in the perplexity. `messages` only."""
     label_names: dict[str, str] | None = None
     """What a label of the table is called, as in `{"0": bad, "1": good}`; two labels of one name are one class.
     Tables only."""
@@ -58,8 +63,25 @@ class DataSettings(Settings):
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns that make up a text."""
-        return (self.text,) if isinstance(self.text, str) else self.text
+        """The columns that make up a text, or a conversation."""
+        columns = self.text if self.messages is None else self.messages
+        return (columns,) if isinstance(columns, str) else columns
+
+    @model_validator(mode="before")
+    @classmethod
+    def _messages_have_no_label(cls, given: Any) -> Any:
+        """Conversations have no classes, so `label` need not be set to `null` beside them."""
+        if isinstance(given, dict) and given.get("messages") is not None:
+            return {"label": None, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSettings:
+        if self.messages is None and self.loss_on != "answers":
+            raise ValueError("loss_on is for conversations: set messages to the column that holds them")
+        if self.messages is not None and (self.label is not None or self.text != "text"):
+            raise ValueError("messages takes the place of text and label: leave these out")
+        return self
 
     @field_validator("label_names", mode="before")
     @classmethod
@@ -76,7 +98,8 @@ class WholeData(DataSettings):
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs and their classes. Inputs are texts, paths of images, or one `uint8` array `(rows, height, width[, 3])`.
+    """Inputs and their classes. Inputs are texts, conversations, paths of images, or one `uint8` array
+    `(rows, height, width[, 3])`.
 
     `labels` is `None` for a causal language model, whose labels are the tokens themselves.
     """
@@ -116,6 +139,15 @@ class Dataset:
     test: Rows
     notes: tuple[str, ...] = ()
 
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """The rows by the name of their part."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    def with_parts(self, parts: Mapping[str, Rows], notes: tuple[str, ...] = ()) -> Dataset:
+        """The same data with other rows, and with `notes` added."""
+        return replace(self, **parts, notes=(*self.notes, *notes))
+
     def with_classes(self, classes: Mapping[str, str]) -> Dataset:
         """The same rows under other names and numbers: `classes` gives each new name, in order, and its present one.
 
@@ -128,14 +160,13 @@ class Dataset:
         def numbered(rows: Rows) -> Rows:
             return Rows(rows.inputs, None if rows.labels is None else [number[label] for label in rows.labels])
 
-        train, validation, test = (numbered(rows) for rows in (self.train, self.validation, self.test))
-        return replace(self, classes=tuple(classes), train=train, validation=validation, test=test)
+        return replace(self, classes=tuple(classes), **{part: numbered(rows) for part, rows in self.parts.items()})
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the classes and all rows; of a picture in a file its path, size and time of change."""
         digest = hashlib.sha256(repr(self.classes).encode())
-        for rows in (self.train, self.validation, self.test):
+        for rows in self.parts.values():
             digest.update(repr(None if rows.labels is None else [int(label) for label in rows.labels]).encode())
             if hasattr(rows.inputs, "tobytes"):
                 digest.update(rows.inputs.tobytes())
@@ -151,6 +182,7 @@ class Encode(Protocol):
     """Turns inputs into the tensors a model takes, batch first.
 
     Texts are padded to the longest of the batch, rounded up; `pad_to` asks for exactly that many tokens instead.
+    Conversations give `labels` too, which `Split` takes out: the token ids, with -100 where nothing is to be learned.
     """
 
     def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs:
@@ -177,7 +209,9 @@ class Split:
         if self.task == "causal-lm":
             if not isinstance(inputs, dict) or not {"input_ids", "attention_mask"} <= set(inputs):
                 raise EdgetuneError("a causal language model needs input_ids and attention_mask from its encoder")
-            return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
+            tensors = dict(inputs)
+            labels = tensors.pop("labels", tensors["input_ids"])
+            return tensors, labels.masked_fill(tensors["attention_mask"] == 0, IGNORED_LABEL)
         if self.rows.labels is None:
             raise EdgetuneError("these rows have no labels", got=self.task, exit_code=Exit.DATA)
         return inputs, torch.tensor([self.rows.labels[i] for i in indices], dtype=torch.int64)
@@ -229,7 +263,7 @@ class BadRows:
         """`place` as a person finds it: "row 12" (as an editor counts) or a path."""
         self.found.append(f"{place}: {reason}")
 
-    def notes(self, total: int, source: str) -> tuple[str, ...]:
+    def notes(self, total: int, source: str, reason: str = "cannot be read") -> tuple[str, ...]:
         """A note of what was left out, or `EdgetuneError` if it is more than allowed. `total` counts bad rows too."""
         if not self.found:
             return ()
@@ -240,11 +274,11 @@ class BadRows:
             if sum(reason.endswith(NOT_UTF8) for reason in self.found) > len(self.found) / 2:
                 action = "save the file as UTF-8; it is probably in Latin-1 or Windows-1252"
             raise data_error(
-                f"{source}: {len(self.found):,} of {total:,} rows cannot be read "
+                f"{source}: {len(self.found):,} of {total:,} rows {reason} "
                 f"({share:{'.0f' if share >= 10 else '.2g'}} %, allowed {self.max_bad_rows_pct:g} %): {first}",
                 action=action,
             )
-        return (f"left out {len(self.found):,} of {total:,} rows that cannot be read: {first}",)
+        return (f"left out {len(self.found):,} of {total:,} rows that {reason}: {first}",)
 
 
 def split_indices(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.data.chat import Conversation, is_messages, read_messages
 from edgetune.data.dataset import (
     Dataset,
     DataSettings,
@@ -22,6 +23,7 @@ from edgetune.data.dataset import (
 from edgetune.own_code import PREFIX, call_own
 
 _PARTS = ("train", "validation", "test")
+_TEXTS = ("text", "conversation")  # kinds of rows; the others are pictures
 _FORM = 'return a list of (text or picture, label), or {"train": [...], "validation": [...], "test": [...]}'
 
 
@@ -29,7 +31,8 @@ def own_splits(argument: str, settings: DataSettings) -> Dataset:
     """What `splits()` returns: rows `(input, label)`, in one list or in one for each part; parts not given are cut.
 
     An input is a text, the path of a picture, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
-    are of one kind, arrays of one size. A label is a string or a whole number; for a language model rows are texts.
+    are of one kind, arrays of one size. A label is a string or a whole number; for a language model rows are texts, or
+    conversations as lists of `{role, content}`.
     """
     source = f"{PREFIX}{argument}"
     given = call_own(source)
@@ -37,7 +40,7 @@ def own_splits(argument: str, settings: DataSettings) -> Dataset:
     unknown = [name for name in parts if name not in _PARTS]
     if unknown or "train" not in parts:
         raise data_error(f"{source} returns no training rows", got=list(parts), allowed=_PARTS, action=_FORM)
-    rows = {name: _read(source, name, part) for name, part in parts.items()}
+    rows = {name: _read(source, name, part, settings) for name, part in parts.items()}
     kinds = {kind for part in rows.values() for _, _, kind in part}
     if len(kinds) > 1:
         raise data_error(f"{source} returns rows of several kinds", got=", ".join(sorted(kinds)), action=_FORM)
@@ -50,22 +53,29 @@ def own_splits(argument: str, settings: DataSettings) -> Dataset:
 Record = tuple[Any, "str | None", str]  # input, label, kind
 
 
-def _read(source: str, part: str, rows: Any) -> list[Record]:
+def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Record]:
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise data_error(f"{source}: {part} is no list of rows", got=type(rows).__name__, action=_FORM)
     records = []
     for number, row in enumerate(rows):
-        value, label = row if isinstance(row, (tuple, list)) and len(row) == 2 else (row, None)
+        pair = isinstance(row, (tuple, list)) and len(row) == 2 and not is_messages(row)
+        value, label = row if pair else (row, None)
         if label is not None and not isinstance(label, (str, int, np.integer)):
             what = f"{source}: the label of {part} row {number} is neither a string nor a whole number"
             raise data_error(what, got=type(label).__name__)
-        records.append((*_input(f"{source}: {part} row {number}", value), None if label is None else str(label)))
+        read = _input(f"{source}: {part} row {number}", value, settings.loss_on == "answers")
+        records.append((*read, None if label is None else str(label)))
     if not records:
         raise data_error(f"{source} returns no {part} rows", action=_FORM)
     return [(value, label, kind) for value, kind, label in records]
 
 
-def _input(place: str, value: Any) -> tuple[Any, str]:
+def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
+    if is_messages(value):
+        try:
+            return read_messages(value, answers_only), "conversation"
+        except ValueError as error:
+            raise data_error(f"{place}: {error}") from error
     if isinstance(value, str):
         if not value.strip():
             raise data_error(f"{place} is an empty text")
@@ -85,8 +95,10 @@ def _input(place: str, value: Any) -> tuple[Any, str]:
 def _assembled(
     source: str, parts: Mapping[str, list[Record]], kind: str, labelled: bool, settings: DataSettings
 ) -> Dataset:
-    if not labelled and kind != "text":
+    if not labelled and kind not in _TEXTS:
         raise data_error(f"{source} returns pictures without a label", action=_FORM)
+    if labelled and kind == "conversation":
+        raise data_error(f"{source} returns conversations with a label", action="return the messages alone")
     classes = classes_of([str(label) for part in parts.values() for _, label, _ in part]) if labelled else ()
     number = {label: n for n, label in enumerate(classes)}
 
@@ -108,12 +120,14 @@ def _assembled(
         kept, *cut = split_indices(keys, given.labels, settings, lacking)
         read |= {name: given.subset(indices) for name, indices in zip(lacking, cut, strict=True)}
         read["train"] = given.subset(kept)
-    task: Task = "image-classification" if kind != "text" else "text-classification" if labelled else "causal-lm"
+    task: Task = "image-classification" if kind not in _TEXTS else "text-classification" if labelled else "causal-lm"
     return assemble(source, task, classes, (read["train"], read["validation"], read["test"]), settings)
 
 
 def _key(value: Any) -> str:
     """Equal for copies, which stand on one side of a split."""
+    if isinstance(value, Conversation):
+        return value.key
     if isinstance(value, str):
         return " ".join(value.split()).lower()
     return hashlib.sha256(value.read_bytes() if isinstance(value, Path) else value.tobytes()).hexdigest()

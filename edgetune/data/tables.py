@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetune.data.chat import ANSWERING, Conversation, read_messages
 from edgetune.data.dataset import (
     NOT_UTF8,
     BadRows,
@@ -30,7 +31,7 @@ from edgetune.registry import require
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
-Record = tuple[str, str]  # text, label
+Record = tuple[Any, str]  # text or conversation, label
 Reader = Callable[[Path, DataSettings, BadRows], "tuple[list[Record], int]"]  # the rows, and how many there are
 
 
@@ -185,7 +186,8 @@ def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], s
 
 
 def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) -> None:
-    for option, wanted in (*(("text", name) for name in settings.text_columns), ("label", settings.label)):
+    option = "text" if settings.messages is None else "messages"
+    for option, wanted in (*((option, name) for name in settings.text_columns), ("label", settings.label)):
         if wanted is not None and wanted not in columns:
             raise data_error(
                 f"{name} has no column for the {option}",
@@ -219,6 +221,9 @@ def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[t
 
 def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings) -> None:
     """Add one row to `records`, or say in `bad` why it cannot be used."""
+    if settings.messages is not None:
+        _keep_conversation(records, bad, place, values, settings)
+        return
     *texts, label = values if settings.label is not None else (*values, "")
     other = next((text for text in texts if not isinstance(text, str)), None)
     if other is not None:
@@ -241,6 +246,28 @@ def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any]
         bad.add(place, "a zero byte")
     else:
         records.append((text, _named(str(label).strip(), settings)))
+
+
+def _keep_conversation(
+    records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings
+) -> None:
+    answers_only = settings.loss_on == "answers"
+    try:
+        if isinstance(settings.messages, str):
+            conversation = read_messages(values[0], answers_only)
+        else:
+            conversation = read_messages(
+                [{"role": role, "content": each} for role, each in zip(("user", ANSWERING), values, strict=True)],
+                answers_only,
+            )
+    except ValueError as error:
+        bad.add(place, str(error))
+        return
+    texts = [content for _, content in conversation.messages]
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        bad.add(place, NOT_UTF8)
+    else:
+        records.append((conversation, ""))
 
 
 def _named(label: str, settings: DataSettings) -> str:
@@ -281,10 +308,12 @@ def _finish(
 
     if not train:
         raise data_error(f"{name} holds no rows")
-    keys = [" ".join(text.split()).lower() for text, _ in train]
+    keys = [text.key if isinstance(text, Conversation) else " ".join(text.split()).lower() for text, _ in train]
     given = rows(train)
     copies = len(keys) - len(set(keys))
-    if copies:
+    if copies and settings.messages is not None:
+        notes = (*notes, f"{copies:,} conversations begin like another one; such stand on one side of the split")
+    elif copies:
         notes = (*notes, f"{copies:,} texts are copies of others; copies stand on one side of the split")
     task: Task = "text-classification" if settings.label else "causal-lm"
     if not others:
@@ -296,7 +325,8 @@ def _finish(
     train_texts = {text for text, _ in train}
     shared = sum(text in train_texts for text, _ in others.get("test", ()))
     if shared:
-        notes = (*notes, f"{shared:,} test texts also stand among the training rows")
+        kind = "texts" if settings.messages is None else "conversations"
+        notes = (*notes, f"{shared:,} test {kind} also stand among the training rows")
     return assemble(name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
 
 

@@ -166,11 +166,19 @@ def _problem(path: Path) -> str:
 
     try:
         with Image.open(path) as image:
+            _check_bits(image)
             image.draft("RGB", (64, 64))  # a JPEG is decoded at a fraction of its size, which is several times as fast
             image.load()
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
     return ""
+
+
+def _check_bits(image: Any) -> None:
+    """Raise `ValueError` for more than 8 bits a channel: Pillow makes white of most such values, or black."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        bits = "16 bits" if image.mode.startswith("I;") else "32 bits"
+        raise ValueError(f"it has {bits} a channel, and 8 are read: save it with 8")
 
 
 def _image_parts(
@@ -195,20 +203,31 @@ def _image_parts(
     return assemble(name, "image-classification", classes, parts, settings, notes)
 
 
-def pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.uint8]:
-    """Pictures in files as one array `(rows, image_px, image_px, 3)` of bytes, RGB.
+def pixels(inputs: Sequence[Any], image_px: int, grey: bool = False) -> NDArray[np.uint8]:
+    """Pictures in files as one array `(rows, image_px, image_px, 3)` of bytes, RGB; without the last axis for `grey`.
 
     A picture that is no square is resized until it covers one, and its middle is taken.
     """
     from PIL import Image, ImageOps
 
-    out = np.empty((len(inputs), image_px, image_px, 3), dtype=np.uint8)
+    mode = "L" if grey else "RGB"
+    out = np.empty((len(inputs), image_px, image_px, *(() if grey else (3,))), dtype=np.uint8)
     for row, path in enumerate(inputs):
         with Image.open(path) as image:
+            try:
+                _check_bits(image)
+            except ValueError as error:
+                raise data_error(f"{path}: {error}") from error
             image.draft("RGB", (image_px, image_px))  # a JPEG at a fraction of its size, never below this one
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image).convert(mode)
         out[row] = np.asarray(ImageOps.fit(upright, (image_px, image_px), Image.Resampling.BILINEAR))
     return out
+
+
+def luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Grey values `(rows, height, width)` of RGB `(rows, height, width, 3)`, as in Pillow's mode L (ITU-R 601-2)."""
+    weighted = pixels.astype(np.uint32) @ np.array([19595, 38470, 7471], dtype=np.uint32)
+    return ((weighted + 0x8000) >> 16).astype(np.uint8)
 
 
 def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:

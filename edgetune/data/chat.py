@@ -1,0 +1,83 @@
+"""Conversations: messages of a user and an assistant, as tables of chats hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ANSWERING = "assistant"
+# Names that other tools give to the fields of a message, and to the roles (ShareGPT's among them).
+_ROLE_FIELDS, _CONTENT_FIELDS = ("role", "from"), ("content", "value")
+_ROLES = {
+    "system": "system", "user": "user", "human": "user", ANSWERING: ANSWERING, "gpt": ANSWERING, "bot": ANSWERING,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, each a role ("system", "user" or "assistant") and a text; at least one is an answer.
+
+    `answers_only`: the answers alone count in the loss; else every token does.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    answers_only: bool = True
+
+    @property
+    def plain(self) -> list[dict[str, str]]:
+        """The messages as chat templates take them."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+    @property
+    def key(self) -> str:
+        """Everything before the first answer: conversations that share it stay on one side of a split."""
+        opening: list[str] = []
+        for role, content in self.messages:
+            if role == ANSWERING:
+                break
+            opening += content.split()
+        return " ".join(opening).lower()
+
+
+def read_messages(value: Any, answers_only: bool = True) -> Conversation:
+    """The conversation in one cell of a table: a list of `{role, content}`, or the same as JSON text.
+
+    ShareGPT's `{from, value}` and the names that it gives to roles are understood too, and a mapping of lists, which
+    is how some libraries hand over a list of mappings. Raises `ValueError` with the reason where it is none.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError("the messages are text that is no JSON") from error
+    if isinstance(value, Mapping) and all(isinstance(each, Sequence) for each in value.values()):
+        value = [dict(zip(value, each, strict=False)) for each in zip(*value.values(), strict=False)]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"the messages are {type(value).__name__}, not a list of {{role, content}}")
+    return from_pairs([_message(number, each) for number, each in enumerate(value, start=1)], answers_only)
+
+
+def from_pairs(messages: Sequence[tuple[str, str]], answers_only: bool = True) -> Conversation:
+    """A conversation of roles and texts. Raises `ValueError` where it has no answer."""
+    if not any(role == ANSWERING and content.strip() for role, content in messages):
+        raise ValueError("no message is an answer of the assistant")
+    return Conversation(tuple(messages), answers_only)
+
+
+def _message(number: int, given: Any) -> tuple[str, str]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"message {number} is {type(given).__name__}, not {{role, content}}")
+    role = next((given[name] for name in _ROLE_FIELDS if name in given), None)
+    content = next((given[name] for name in _CONTENT_FIELDS if name in given), None)
+    if role not in _ROLES:
+        raise ValueError(f"message {number} has the role {role!r}, which is none of system, user and assistant")
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} has {type(content).__name__} as its content, not a string")
+    return _ROLES[str(role)], content
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a row looks like a list of messages."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, Mapping) for each in value)
