@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgetune import registry
 from edgetune.answers import count_answers
-from edgetune.data.dataset import Dataset, DataSettings, Rows, Task, WholeData, data_error
+from edgetune.data.dataset import COLUMNS, Dataset, DataSettings, Rows, Task, WholeData, data_error
 from edgetune.ledger import Answers, Quality
 from edgetune.technique import EdgetuneError, Exit, shortened
 
@@ -213,7 +213,8 @@ def data_settings(program: Path, source: str | None = None, overrides: Mapping[s
         action = "pass --data, such as --data csv:rows.csv"
         raise EdgetuneError("no recipe beside the program names its data", where=str(program), action=action)
     if source is not None and source != kept.get("source"):
-        kept = {name: kept[name] for name in ("text", "label", "label_names") if name in kept} | {"source": source}
+        columns = COLUMNS if source.partition(":")[0] in ("csv", "jsonl", "hf") else ()
+        kept = {name: kept[name] for name in columns if name in kept} | {"source": source}
     for key, value in (overrides or {}).items():
         name = key.removeprefix("data.")
         if name not in DataSettings.model_fields:

@@ -200,9 +200,13 @@ def test_settings_that_exclude_each_other() -> None:
     for changes, reason in (
         ({"messages": "messages", "label": "label"}, "takes the place of text and label"),
         ({"loss_on": "all"}, "loss_on is for conversations"),
+        ({"source": "tweets", "label_names": {"a": "b"}}, "tweets does not read label_names"),
+        ({"source": "imagefolder:x", "messages": "messages"}, "imagefolder does not read"),
+        ({"source": "hf:x", "test_file": "test.csv"}, "hf does not read test_file"),
     ):
         with pytest.raises(ValueError, match=reason):
             DataSettings.model_validate({"source": "x", **changes})
+    DataSettings.model_validate({"source": "py:own.py:rows", "loss_on": "all"})
 
 
 def test_a_batch_has_labels_on_the_answers_alone(tmp_path: Path) -> None:

@@ -22,6 +22,16 @@ NOT_UTF8 = "not in UTF-8"  # why a row cannot be read
 IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
 
 
+COLUMNS = ("messages", "text", "label", "label_names")  # settings that name the columns of a table
+
+_FIXED = ("tweets", "conversations", "fashion-mnist", "imagefolder")
+_UNREAD = {  # settings that a kind of source has no use for
+    "hf": ("test_file",),
+    "py": (*COLUMNS, "test_file"),
+    **dict.fromkeys(_FIXED, (*COLUMNS, "test_file", "loss_on")),
+}
+
+
 class DataSettings(Settings):
     """Where the data come from and how they are split. The split does not depend on the seed of a run."""
 
@@ -77,7 +87,11 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:
-        if self.messages is None and self.loss_on != "answers":
+        kind = self.source.partition(":")[0]
+        for name in _UNREAD.get(kind, ()):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{kind} does not read {name}: leave it out")
+        if self.messages is None and kind != "py" and self.loss_on != "answers":
             raise ValueError("loss_on is for conversations: set messages to the column that holds them")
         if self.messages is not None and (self.label is not None or self.text != "text"):
             raise ValueError("messages takes the place of text and label: leave these out")
