@@ -34,7 +34,10 @@ def read(path: Path, **changes: Any) -> Dataset:
         ([f"{n / 7:.3f}" for n in range(60)], "60 different values in 60 rows, so they are numbers on a scale"),
         ([f"user-{n}" for n in range(60)], "60 different values in 60 rows, so they are no classes"),
         (["good"] * 60, "at least two classes are needed: got 'good'"),
-        (["good", "bad"] * 20 + ["nan"] * 20, r"20 of 60 rows cannot be read.*row 42: the label is missing: nan"),
+        (
+            ["good", "bad"] * 20 + ["nan"] * 20,
+            r"20 of 60 rows cannot be read.*row 42 and 19 more: the label is missing: nan",
+        ),
     ],
 )
 def test_a_column_that_names_no_classes_is_refused(labels: list[str], reason: str, tmp_path: Path) -> None:

@@ -144,7 +144,6 @@ class Prune(Technique):
                     action=f"raise the ratio, lower round_to, or leave {kind} out of what",
                 )
 
-
     def _refuse_unreached(self, kinds: frozenset[Kind], groups: list[Group]) -> None:
         """Raise where a share leaves next to nothing of most widths, so that far less would go than was asked."""
         for kind in sorted(kinds):
