@@ -96,9 +96,7 @@ def _failure(error: BaseException) -> tuple[str, int]:
         hint = f"\n  next: {context.command_path} --help" if context is not None else ""
         return f"edgetune: {error.format_message()}{hint}", int(Exit.USAGE)
     if isinstance(error, OSError) and error.filename is not None:  # of a file that nobody asked about before
-        return f"edgetune: {error.filename}: {error.strerror}\n  next: give a path that is there and yours", int(
-            Exit.USAGE
-        )
+        return f"edgetune: {error.filename}: {error.strerror}\n  next: choose another path", int(Exit.USAGE)
     return f"edgetune: {type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1
 
 

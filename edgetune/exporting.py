@@ -266,7 +266,8 @@ def exportable(
     if place.is_dir():
         if not (place / "recipe.yaml").is_file():
             action = "give a run's folder, or write hf:PATH for a model's folder"
-            raise EdgetuneError("this folder holds no run", got=source, action=action)
+            near = f"hf:{source}" if (place / "config.json").is_file() else ""
+            raise EdgetuneError("this folder holds no run", got=source, near=near, action=action)
         from edgetune.pipeline import restore
 
         found = restore(place, language)

@@ -195,4 +195,7 @@ def nearest_file(path: Path, folders: bool = False) -> str:
         return ""
     beside = [each for each in sorted(path.parent.iterdir()) if each.is_dir() == folders and each.name != path.name]
     files = {each.stem: each.name for each in beside if each.suffix == path.suffix}
-    return files.get(nearest(path.stem, files, cutoff=0.75), "")
+    near = nearest(path.stem, files, cutoff=0.75)
+    # a slip of the finger seldom hits the first letter: "nothere" is not "other"
+    slip = near[:1].lower() == path.stem[:1].lower() or difflib.SequenceMatcher(None, near, path.stem).ratio() > 0.9
+    return files[near] if near and slip else ""

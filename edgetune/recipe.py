@@ -91,7 +91,8 @@ def text_of(recipe: str | Path) -> tuple[str, str]:
     if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
         place = Path(recipe)
         if not place.exists():
-            near = nearest_file(place) or nearest(place.stem, names())
+            other = place.with_suffix(".yml" if place.suffix == ".yaml" else ".yaml")
+            near = other.name if other.is_file() else nearest_file(place) or nearest(place.stem, names())
             action = "`edgetune recipes list` prints those of the package"
             raise EdgetuneError("no such recipe", got=str(recipe), near=near, action=action)
         return read_file(place), str(recipe)

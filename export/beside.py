@@ -42,7 +42,7 @@ def check_bytes(file: Path, sha256: str) -> None:
 def check_program_path(path: Path) -> None:
     """Raise, before any work, unless a program can be written there."""
     if path.suffix != ".pte":
-        action = f"write {path}.pte" if path.name else "give the name of a file"
+        action = f"write {path.with_suffix('.pte')}" if path.name else "give the name of a file"
         raise EdgetuneError("a program's name ends in .pte", got=str(path), action=action)
     check_folder(path.parent)
 

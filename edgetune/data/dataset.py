@@ -323,8 +323,9 @@ def split_indices(
         wanted = round(len(groups) * (settings.test_pct if part == "test" else settings.validation_pct) / 100)
         if not 0 < wanted <= len(left):
             lacking = part if wanted < 1 else "training"
+            several = "different rows leave" if len(groups) != 1 else "different row leaves"
             raise data_error(
-                f"too few rows to split: {len(groups)} that differ leave no {lacking} rows",
+                f"too few rows to split: {len(groups)} {several} no {lacking} rows",
                 action="give more rows, or change data.test_pct and data.validation_pct",
             )
         taken = {left[(2 * n + 1) * len(left) // (2 * wanted)] for n in range(wanted)}

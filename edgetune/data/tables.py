@@ -187,6 +187,8 @@ def _decoded(path: Path) -> str:
 
 
 def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], str]:
+    if text.lstrip().startswith(("{", "[")):
+        raise data_error(f"{path.name} is JSON, not a table", action="write one object a line, and jsonl: for csv:")
     found = []
     for delimiter in ",;\t":
         try:
@@ -209,8 +211,8 @@ def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) ->
         near = nearest(wanted, columns) or likely_column(columns, LABELS if option == "label" else TEXTS)
         action = f"set data.{option} to the name of the column"
         if len(columns) == 1 and "|" in columns[0]:
-            action = "put a comma, a semicolon or a tab between the columns"
-        elif not near:
+            near, action = "", "put a comma, a semicolon or a tab between the columns"
+        elif not near and not name.endswith(".jsonl"):
             action += "; the names stand in the first line"
         raise data_error(
             f"{name} has no column for the {option}", got=wanted, allowed=columns, near=near, action=action

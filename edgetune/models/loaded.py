@@ -117,9 +117,12 @@ def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
     """Raises unless the task of the data set is one that the model has a head for."""
     if task not in tasks:
         takes = " or ".join(ROWS_OF[own] for own in tasks)
+        action = f"choose {_MODELS[task]}, or other data"
+        if task == "text-classification" and "causal-lm" in tasks:
+            action = "write label: null in data, to train on the texts alone, or choose minilm or hf:PATH"
         raise EdgetuneError(
             f"{model} cannot do the task of this data set: the rows are {ROWS_OF[task]}, and it takes {takes}",
-            action=f"choose {_MODELS[task]}, or other data",
+            action=action,
         )
 
 
