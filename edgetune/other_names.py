@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -140,6 +141,7 @@ PREFIXES = {
     "images": "imagefolder",
     "image": "imagefolder",
     "python": "py",
+    "torchvision": "timm",
 }
 NO_MODELS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".onnx", ".tflite", ".gguf", ".h5", ".keras")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
@@ -159,6 +161,9 @@ def nearest_source(source: str, table: Iterable[str], data: bool) -> str:
     written = SUFFIXES.get(Path(source).suffix.lower(), "") if data and not colon else ""
     if written in kinds:
         return f"{written}:{source}"
+    page = re.fullmatch(r"https?://huggingface\.co/(?:datasets/)?([\w.-]+/[\w.-]+)/?.*", source)
+    if page and "hf" in kinds:
+        return f"hf:{page[1]}"
     own = nearest_function(source) if "py" in kinds else ""
     if own:
         return own

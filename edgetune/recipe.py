@@ -183,9 +183,12 @@ def _mended_step(got: Any) -> str:
     return f"indent {', '.join(settings)} further than {names[0]}"
 
 
-def _source_instead(problem: Problem, values: Mapping[str, Any]) -> str:
-    """How `data: {csv: rows.csv}` is written; empty for any other mistake."""
+def _place_instead(problem: Problem, values: Mapping[str, Any]) -> str:
+    """How `data: {csv: rows.csv}` is written, or where `epochs: 3` belongs; empty for any other mistake."""
     section, *rest = problem.path
+    if problem.what == "unknown field" and not rest:
+        holder = next((name for name in step_names() if section in fields_of(settings_class(name))), "")
+        return f"it belongs into a step: - {holder}: {{{section}: ...}}" if holder else ""
     table = {"model": registry.MODELS, "data": registry.DATASETS}.get(str(section), {})
     if problem.what != "unknown field" or len(rest) != 1 or rest[0] not in table:
         return ""
@@ -206,7 +209,7 @@ class _Checking:
         found, problems = validate(Recipe, {**head, "steps": []})
         for problem in problems:
             error = problem.at(self.where(problem.path))
-            error.action = error.action or _source_instead(problem, values)
+            error.action = error.action or _place_instead(problem, values)
             self.errors.append(error)
         self.order(steps)
         self.sources(values)

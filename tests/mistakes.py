@@ -26,6 +26,13 @@ def build():
     for inputs, outputs in ((3, 8), (8, 8), (8, 8), (8, 8), (8, 8)):
         layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
     return Net(*layers, nn.Flatten(), nn.Linear(8, 2))
+
+def frame():
+    import pandas
+    return pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]})
+
+def mappings():
+    return [{"text": "a", "label": 0}]
 """
 
 
@@ -184,6 +191,15 @@ MISTAKES: dict[str, Mistake] = {
     "more blocks than there are": run("the model has 2 blocks", "next: use last-2 at most",
                                       steps="[sparse-update: {scheme: last-9}, train]"),
     "a hub's id for a folder one letter off": run("did you mean 'hf:tinybert'?", model="hf:tinyber"),
+    "a setting outside its step": run("line 4, epochs", "next: it belongs into a step: - train: {epochs: ...}",
+                                      more="epochs: 3"),
+    "a page of the hub": run("did you mean 'hf:a/b'?", model="'https://huggingface.co/a/b'"),
+    "a file in the web": run("unknown data", "next: fetch the file first", data="'https://example.org/a.csv'"),
+    "a pattern for prune one letter off": run("skip: the pattern", "'*.query'?", steps="[prune: {skip: ['*.quary']}]"),
+    "a size of images for texts": run("hf:tinybert does not take model.image_px", "next: leave model.image_px out",
+                                      model="{source: 'hf:tinybert', max_length: 8, image_px: 32}"),
+    "BERT as a language model": run("reads the tokens that it is to predict", "choose smollm2",
+                                    data="{source: 'csv:reviews.csv', label: null}"),
     # files given to the wrong verb
     "a program as a recipe": Mistake("run classifier.pte", ("got 'classifier.pte'", "edgetune predict classifier.pte")),
     "rows as a recipe": Mistake("run reviews.csv", ("edgetune recipes new --model minilm --data csv:reviews.csv",)),
@@ -269,6 +285,14 @@ DATA_FAULTS: dict[str, Fault] = {
     "a column twice": Fault(table(TWO, "text,label,text"), ("has two columns of one name: got 'text'",)),
     "no text": Fault(table(TWO, text=""), ("40 of 40 rows", "row 2 and 39 more: empty text")),
     "copies of one text": Fault(table(TWO, text="the same"), ("1 different row leaves no test rows", "give more rows")),
+    "a share for a percentage": Fault(
+        table(TWO), ("no test rows", "a percentage: write 20 for 0.2"), "{source: 'csv:rows.csv', test_pct: 0.2}"
+    ),
+    "texts for labels": Fault(
+        table(TWO), ("the column 'text' has 40 different values",), "{source: 'csv:rows.csv', label: text}"
+    ),
+    "a data frame": Fault("", ("is a data frame, not a list of rows", "zip(frame.text"), "py:mymodel.py:frame"),
+    "mappings for rows": Fault("", ("train row 0 is a mapping: got 'text, label'",), "py:mymodel.py:mappings"),
     "an empty file": Fault("", ("rows.csv is empty",)),
     "a header alone": Fault("text,label\n", ("rows.csv holds no rows",)),
     "an Excel workbook": Fault(b"PK\x03\x04" + bytes(200), ("no text file", "save the table as CSV in UTF-8")),

@@ -324,10 +324,11 @@ def split_indices(
         if not 0 < wanted <= len(left):
             lacking = part if wanted < 1 else "training"
             several = "different rows leave" if len(groups) != 1 else "different row leaves"
-            raise data_error(
-                f"too few rows to split: {len(groups)} {several} no {lacking} rows",
-                action="give more rows, or change data.test_pct and data.validation_pct",
-            )
+            action = "give more rows, or change data.test_pct and data.validation_pct"
+            share = settings.test_pct if part == "test" else settings.validation_pct
+            if share < 1:
+                action = f"data.{part}_pct is a percentage: write {100 * share:g} for {share:g}"
+            raise data_error(f"too few rows to split: {len(groups)} {several} no {lacking} rows", action=action)
         taken = {left[(2 * n + 1) * len(left) // (2 * wanted)] for n in range(wanted)}
         chosen.append([k for k in left if k in taken])
         left = [k for k in left if k not in taken]

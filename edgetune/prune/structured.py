@@ -15,7 +15,7 @@ from edgetune.prune.cut import cut
 from edgetune.prune.groups import Cut, Group, Kind, find_groups
 from edgetune.prune.importance import activation, magnitude, means, observe
 from edgetune.prune.trace import undisturbed
-from edgetune.targets import matches
+from edgetune.targets import matches, no_match
 from edgetune.technique import EdgetuneError, Sample, Technique
 from edgetune.wrapped import is_wrapped
 
@@ -97,12 +97,7 @@ class Prune(Technique):
         names = [name for name, _ in model.named_modules() if name]
         for pattern in self.skip:
             if not any(matches(name, [pattern]) for name in names):
-                raise EdgetuneError(
-                    "skip: the pattern matches no layer",
-                    got=pattern,
-                    allowed=names,
-                    action="print the names with [name for name, _ in model.named_modules()]",
-                )
+                raise no_match("skip: the pattern matches no layer", pattern, names)
 
     def _kinds(self, model: nn.Module) -> frozenset[Kind]:
         has_attention = bool(attention_names(model))
