@@ -88,14 +88,22 @@ def _failure(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # typer turns Ctrl-C into its own
         return "edgetune: interrupted", int(Exit.INTERRUPTED)
     if isinstance(error, EdgetuneError):
-        return f"edgetune: {error}", int(error.exit_code)
+        return f"edgetune: {_as_typed(str(error))}", int(error.exit_code)
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(getattr(error, "message", error)), int(Exit.USAGE)
     if hasattr(error, "format_message"):  # typer's usage errors
         context = getattr(error, "ctx", None)
         hint = f"\n  next: {context.command_path} --help" if context is not None else ""
         return f"edgetune: {error.format_message()}{hint}", int(Exit.USAGE)
+    if isinstance(error, OSError) and error.filename is not None:  # of a file that nobody asked about before
+        return f"edgetune: {error.filename}: {error.strerror}\n  next: choose another path", int(Exit.USAGE)
     return f"edgetune: {type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1
+
+
+def _as_typed(text: str) -> str:
+    """Paths below the folder one is in as one types them: those of a recipe were made absolute."""
+    here = f"{Path.cwd()}{os.sep}"
+    return text if here == os.sep * 2 else re.sub(rf"(?<![\w/]){re.escape(here)}", "", text)
 
 
 @app.callback(invoke_without_command=True)

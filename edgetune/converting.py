@@ -13,6 +13,7 @@ from edgetune.exporting import Exportable
 from edgetune.models.labels import names_of_outputs
 from edgetune.models.loaded import ModelSettings, part_of, reachable
 from edgetune.models.own import module_of
+from edgetune.other_names import nearest_file
 from edgetune.own_code import PREFIX, call_own
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
@@ -179,7 +180,9 @@ def _own(argument: str, weights: Path | None = None) -> Converted:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Put the state dict of a `.safetensors` or `.pt` file into the model; every tensor must fit."""
     if not path.is_file():
-        raise EdgetuneError("no such file", got=str(path))
+        raise EdgetuneError(
+            "no such file", got=str(path), near=nearest_file(path), action="give a .safetensors or .pt file"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -46,6 +46,16 @@ _Reader.add_implicit_resolver(
 )
 
 
+_MENDING = {  # what PyYAML says, and what to do about it
+    "'\\t'": "indent with spaces, not with tabs",
+    "mapping values are not allowed": "put a value that holds a colon into quotes, and indent with care",
+    "quoted scalar": "close the quote",
+    "flow mapping": "close each { with }",
+    "flow sequence": "close each [ with ]",
+    "block": "begin the lines that belong together in the same column",
+}
+
+
 class Errors(EdgetuneError):
     """Several errors of one document, printed together; `errors` holds them apart."""
 
@@ -113,7 +123,8 @@ def read(text: str, name: str) -> Document:
         mark = error.problem_mark or error.context_mark
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         why = " ".join(part for part in (error.context, error.problem) if part)
-        raise EdgetuneError(f"not YAML: {why}", where=name + at) from error
+        action = next((action for part, action in _MENDING.items() if part in why), "")
+        raise EdgetuneError(f"not YAML: {why}", where=name + at, action=action) from error
     reading = _Reading(name)
     value = reading.value(node, ()) if node is not None else None
     raise_all(name, reading.errors)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgetune import registry
-from edgetune.other_names import nearest_source
+from edgetune.other_names import nearest_file, nearest_source
 from edgetune.quiet import quiet
 from edgetune.sections import LANGUAGE_CHECK_ROWS
 from edgetune.technique import EdgetuneError, Exit, Inputs
@@ -32,7 +32,10 @@ ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTI
 _WEIGHTS = "weights alone are no model: export py:FILE.py:FUNCTION --weights FILE"
 NO_MODELS = {  # by suffix, and what to do instead
     **dict.fromkeys((".pt", ".pth", ".bin", ".safetensors", ".ckpt"), _WEIGHTS),
-    **dict.fromkeys((".pte", ".onnx"), "give the model that the file was made from"),
+    **dict.fromkeys(
+        (".pte", ".onnx", ".tflite", ".gguf", ".h5", ".keras"), "give the model that the file was made from"
+    ),
+    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl"), "rows go behind the model: export MODEL --data csv:FILE"),
     **dict.fromkeys((".yaml", ".yml"), "a recipe is run: edgetune run FILE"),
 }
 
@@ -263,7 +266,8 @@ def exportable(
     if place.is_dir():
         if not (place / "recipe.yaml").is_file():
             action = "give a run's folder, or write hf:PATH for a model's folder"
-            raise EdgetuneError("this folder holds no run", got=source, action=action)
+            near = f"hf:{source}" if (place / "config.json").is_file() else ""
+            raise EdgetuneError("this folder holds no run", got=source, near=near, action=action)
         from edgetune.pipeline import restore
 
         found = restore(place, language)
@@ -273,7 +277,7 @@ def exportable(
         return replace(found, ledger=found.ledger.with_(measured=(), predicted=()))
     action = NO_MODELS.get(place.suffix.lower(), "")
     near = "" if action else nearest_source(source, registry.MODELS, data=False)
-    near = f"py:{source}:build" if place.suffix == ".py" else near
+    near = f"py:{source}:build" if place.suffix == ".py" and not near.startswith("py:") else near
     raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, near=near, action=action)
 
 
@@ -281,7 +285,9 @@ def _saved(path: Path) -> Exportable:
     import torch
 
     if not path.is_file():
-        raise EdgetuneError("no such file", got=str(path))
+        raise EdgetuneError(
+            "no such file", got=str(path), near=nearest_file(path), action="write it with torch.export.save"
+        )
     try:
         with quiet():
             program = torch.export.load(path)

@@ -29,6 +29,14 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def check_folder(path: Path) -> None:
+    """Raise where no file can be written into a folder, or no such folder be made, as far as can be seen before."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "nothing can be written into it" if there.is_dir() else "it is a file, not a folder"
+        raise EdgetuneError(reason, where=str(there), action="choose another folder")
+
+
 def flush(path: Path) -> None:
     """Make the disk hold what was written to a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)

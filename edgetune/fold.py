@@ -32,6 +32,7 @@ from edgetune.models.chat import without_cut_answers
 from edgetune.models.loaded import Loaded
 from edgetune.outline import in_words
 from edgetune.profile.device import load as load_device
+from edgetune.progress import NOTE
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe import Recipe
 from edgetune.rehearsal import in_step, rehearse
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int, str], None]  # what is being done, how far, of how much, a detail to show
 
 EVALUATION_BATCH = 64
+_FEW_ROWS = 20
 
 
 class Eval(Settings):
@@ -100,6 +102,8 @@ class Fold:
             notes=(*self.dataset.notes, *loaded.notes),
         )
         if record:
+            for note in (*self.ledger.notes, *_few(self.dataset)):  # before any training, not only in the report
+                progress(NOTE, 0, 0, note)
             self.check(loaded, batch_sizes)
 
     def check(self, loaded: Loaded, batch_sizes: list[int]) -> None:
@@ -382,3 +386,8 @@ def _check_reachable(recipe: Recipe) -> None:
 
 def _distils(step: Step) -> bool:
     return isinstance(step.settings, Train) and step.settings.distill is not None
+
+
+def _few(dataset: Dataset) -> tuple[str, ...]:
+    rows = len(dataset.test)
+    return (f"only {rows} row{'s' * (rows != 1)} to test on: give more, or data.test_file",) if rows < _FEW_ROWS else ()

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from edgetune import registry
 from edgetune.data.dataset import WholeData, data_error
+from edgetune.other_names import nearest_file
 from edgetune.technique import EdgetuneError
 
 TABLES = {".csv": "csv", ".jsonl": "jsonl"}  # ending -> loader of the registry
@@ -48,16 +49,17 @@ def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, columns: Seque
 
 
 def _texts(argument: str, columns: Sequence[str]) -> list[Given]:
+    if not argument.strip():
+        raise data_error("the text is empty", got=argument, action="give a text, an image or a file")
     path, ending = Path(argument), Path(argument).suffix.lower()
     here = _exists(path)
     if not here and not (ending in FILES and len(argument.split()) == 1):  # "open a.txt" is a text, "a.txt" a file
         return [Given(argument)]
     if not here:
-        near = [p.name for p in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
         raise data_error(
-            f"no such file: {argument}",
-            got=path.name,
-            allowed=[name for name in near if name.endswith(ending)],
+            "no such file",
+            got=argument,
+            near=nearest_file(path),
             action=f"give a text, or the path of a {', '.join(FILES)}",
         )
     if path.is_dir() or ending not in FILES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ def silence_of_hub() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # of a class of whichever HTTP library the hub's client is built on
-        return str(error).strip() or type(error).__name__
+        return re.sub(r"\[Errno -?\d+\] ", "", str(error)).strip() or type(error).__name__
     return ""
 
 

@@ -313,6 +313,6 @@ class Ledger(Entry):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            what = f"{path} cannot be read as a ledger: {first}"
+            reason = error.strerror if isinstance(error, OSError) else "it is cut off, or of another version"
+            what = f"{path} cannot be read as a ledger: {reason}"
             raise EdgetuneError(what, action="run the recipe again", exit_code=Exit.DATA) from error

@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from edgetune import registry
+from edgetune.data.columns import LABELS, TEXTS, likely_column, named_column
 from edgetune.data.dataset import Dataset, DataSettings, Task
 from edgetune.located import source_for
 from edgetune.models.labels import match_classes, names_of_outputs
@@ -22,8 +23,6 @@ _TASKS: Mapping[Task, TaskName] = {
     "text-classification": "text", "image-classification": "image", "causal-lm": "language",
 }  # fmt: skip
 _LOOKED_AT = 200  # rows, to tell which column is which
-_LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic", "intent", "y")
-_TEXTS = ("text", "sentence", "review", "comment", "message", "content", "body", "question", "tweet", "utterance")
 _CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("question", "prompt", "instruction", "user", "input")
 _ANSWERS = ("answer", "response", "completion", "assistant", "output")
@@ -75,7 +74,7 @@ def new_recipe(
     """
     for table, kind, source in ((registry.MODELS, "model", model), (registry.DATASETS, "data", data)):
         if source.partition(":")[0] not in table:
-            raise EdgetuneError(f"unknown {kind}", got=source, allowed=table)
+            raise registry.unknown_source(table, kind, source)
     columns = _columns(data, task, text, label)
     settings = DataSettings.model_validate({"source": data, **columns})
     dataset: Dataset = registry.loader(registry.DATASETS, "data", data)(settings)
@@ -158,25 +157,23 @@ def _columns(data: str, task: TaskName | None, text: str | None, label: str | No
         return dict(given)
     table = _first_rows(Path(argument).expanduser(), kind)
     columns: dict[str, Any] = dict(given)
-    chat = _named(table, _CHATS)
+    chat = named_column(table, _CHATS)
     if not given and task in (None, "language") and chat and table[chat][0].startswith("["):
         return {"messages": chat}
-    pair = [_named(table, _QUESTIONS), _named(table, _ANSWERS)]
+    pair = [named_column(table, _QUESTIONS), named_column(table, _ANSWERS)]
     if not given and task == "language" and all(pair):
         return {"messages": pair}
     if text is None and "text" not in table and table:
-        columns["text"] = _named(table, _TEXTS) or max(table, key=lambda name: mean(map(len, table[name])))
+        columns["text"] = likely_column(table, TEXTS) or max(table, key=lambda name: mean(map(len, table[name])))
     if task == "language":
         columns["label"] = None
     elif label is None and "label" not in table:
         others = {name: values for name, values in table.items() if name != columns.get("text", "text")}
         repeating = {n: v for n, v in others.items() if 2 <= len(set(v)) <= max(2, len(v) // 2)}
-        columns["label"] = _named(others, _LABELS) or min(repeating, key=lambda n: len(set(repeating[n])), default=None)
+        columns["label"] = likely_column(others, LABELS) or min(
+            repeating, key=lambda n: len(set(repeating[n])), default=None
+        )
     return columns
-
-
-def _named(table: Mapping[str, list[str]], names: tuple[str, ...]) -> str | None:
-    return next((column for name in names for column in table if column.strip().casefold() == name), None)
 
 
 def _first_rows(path: Path, kind: str) -> dict[str, list[str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -139,7 +141,9 @@ PREFIXES = {
     "images": "imagefolder",
     "image": "imagefolder",
     "python": "py",
+    "torchvision": "timm",
 }
+NO_MODELS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".onnx", ".tflite", ".gguf", ".h5", ".keras")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
 
 
@@ -157,6 +161,12 @@ def nearest_source(source: str, table: Iterable[str], data: bool) -> str:
     written = SUFFIXES.get(Path(source).suffix.lower(), "") if data and not colon else ""
     if written in kinds:
         return f"{written}:{source}"
+    page = re.fullmatch(r"https?://huggingface\.co/(?:datasets/)?([\w.-]+/[\w.-]+)/?.*", source)
+    if page and "hf" in kinds:
+        return f"hf:{page[1]}"
+    own = nearest_function(source) if "py" in kinds else ""
+    if own:
+        return own
     near = PREFIXES.get(kind.lower(), "") if colon else ""
     near = near if near in kinds else nearest(kind, kinds, cutoff=0.66)
     if near:
@@ -164,13 +174,33 @@ def nearest_source(source: str, table: Iterable[str], data: bool) -> str:
     if colon:
         return ""
     folder = Path(source).expanduser().is_dir()
-    kind = "hf" if not data else "imagefolder" if folder else ""
+    kind = "imagefolder" if folder else "" if data or Path(source).suffix.lower() in NO_MODELS else "hf"
+    kind = "hf" if folder and not data else kind
     return f"{kind}:{source}" if kind in kinds else ""
 
 
-def nearest_file(path: Path) -> str:
-    """A file of the same kind beside it with nearly the same name; else empty."""
+def nearest_function(source: str) -> str:
+    """`py:FILE.py:FUNCTION` for a file of one's own that was named in part, `net.py`, `net:build`; else empty."""
+    file, _, function = source.removeprefix("py:").partition(":")
+    path = Path(file if file.endswith(".py") else f"{file}.py").expanduser()
+    if not path.is_file():
+        return ""
+    try:
+        lines = ast.parse(path.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError):
+        lines = []
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    names = [line.name for line in lines if isinstance(line, kinds) and not line.name.startswith("_")]
+    return f"py:{path}:{function or ('build' if 'build' in names else (names or ['build'])[0])}"
+
+
+def nearest_file(path: Path, folders: bool = False) -> str:
+    """A file of the same kind (or a folder) beside it with nearly the same name; else empty."""
     if not path.parent.is_dir():
         return ""
-    files = {each.stem: each.name for each in sorted(path.parent.iterdir()) if each.suffix == path.suffix}
-    return files.get(nearest(path.stem, files, cutoff=0.75), "")
+    beside = [each for each in sorted(path.parent.iterdir()) if each.is_dir() == folders and each.name != path.name]
+    files = {each.stem: each.name for each in beside if each.suffix == path.suffix}
+    near = nearest(path.stem, files, cutoff=0.75)
+    # a slip of the finger seldom hits the first letter: "nothere" is not "other"
+    slip = near[:1].lower() == path.stem[:1].lower() or difflib.SequenceMatcher(None, near, path.stem).ratio() > 0.9
+    return files[near] if near and slip else ""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetune.other_names import nearest_file, nearest_function
 from edgetune.technique import EdgetuneError, Exit
 
 PREFIX = "py:"
@@ -21,7 +22,8 @@ def place_of(source: str) -> tuple[Path, str]:
     """The file and the function that `py:file.py:function` names. Raises `EdgetuneError` for any other form."""
     file, colon, function = source.removeprefix(PREFIX).rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
-        raise EdgetuneError("this names no function in a file", got=source, action=f"write {_FORM}")
+        near = nearest_function(source)
+        raise EdgetuneError("this names no function in a file", got=source, near=near, action=f"write {_FORM}")
     return Path(file).expanduser(), function
 
 
@@ -40,7 +42,11 @@ def load_function(source: str) -> Callable[..., Any]:
     """
     path, name = place_of(source)
     if not path.is_file():
-        raise EdgetuneError("no such file", got=str(path), action=f"write {_FORM}, the path as seen from here")
+        near = nearest_file(path)
+        action = f"write {_FORM}, the path as seen from here"
+        raise EdgetuneError(
+            "no such file", got=str(path), near=str(path.with_name(near)) if near else "", action=action
+        )
     path = path.resolve()
     module_name = f"edgetune_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if module_name not in sys.modules:

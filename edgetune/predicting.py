@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgetune import registry
 from edgetune.answers import count_answers
-from edgetune.data.dataset import COLUMNS, Dataset, DataSettings, Rows, Task, WholeData, data_error
+from edgetune.data.dataset import COLUMNS, ROWS_OF, Dataset, DataSettings, Rows, Task, WholeData, data_error
 from edgetune.ledger import Answers, Quality
 from edgetune.technique import EdgetuneError, Exit, shortened
 
@@ -63,11 +63,10 @@ class Classifier:
 
     def __init__(self, path: str | Path) -> None:
         """Read the program, or that of a run's folder. Raises `EdgetuneError` that names what it lacks."""
-        from edgetune.export.artifact import Artifact
+        from edgetune.export.artifact import Artifact, program_at
         from edgetune.export.kit.linux.sample import Preparation
 
-        place = Path(path)
-        place = place / "model.pte" if place.is_dir() else place
+        place = program_at(Path(path))
         _check_kind(place)
         self.artifact: Artifact = Artifact.load(place)
         self.task = _check(self.artifact)
@@ -181,9 +180,8 @@ def evaluate(
     dataset: Dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
     if dataset.task != classifier.task:
         raise data_error(
-            f"the program is for {classifier.task.replace('-', ' ')}, the data are for another task",
-            got=dataset.task,
-            allowed=[classifier.task],
+            f"the program takes {ROWS_OF[classifier.task]}, and the data are {ROWS_OF[dataset.task]}",
+            got=settings.source,
             action="give data of the kind that it was trained on",
         )
     rows = dataset.test if part == "test" else _together((dataset.train, dataset.validation, dataset.test))
@@ -280,11 +278,6 @@ def _check_kind(path: Path) -> None:
     """Raise for a program that answers in another way, with the verb for it."""
     from edgetune.export.artifact import manifest_path
 
-    if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), action="give model.pte, or a run's folder")
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.pte"))
-        raise EdgetuneError("no such program", got=str(path), allowed=near, action="make one with edgetune export")
     try:
         manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -304,9 +297,9 @@ def _check(artifact: Artifact) -> Task:
     manifest, carried = artifact.manifest, artifact.manifest.carried
     lacking = []
     if carried is None or carried.preprocessing is None:
-        lacking.append("how its inputs are made from a text or an image (carried.preprocessing)")
+        lacking.append("how its inputs are made from a text or an image")
     if carried is None or carried.postprocessing is None:
-        lacking.append("that its output is one of several classes (carried.postprocessing)")
+        lacking.append("that its output is one of several classes")
     if lacking or carried is None or carried.preprocessing is None:
         raise EdgetuneError(
             f"the program does not say {' nor '.join(lacking)}",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+NOTE = "note"  # what is told under this name is a sentence to read, and no part of the work
 Report = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
@@ -33,6 +34,9 @@ class Lines:
 
     def __call__(self, what: str, done: int, of: int, detail: str) -> None:
         """Print, if there is something new to say."""
+        if what == NOTE:
+            print(f"note: {detail}", file=sys.stderr, flush=True)
+            return
         quarter = 4 * done // of if of else 4
         if (what, quarter) == (self.what, self.quarter) or (of == 1 and not done):
             return
@@ -50,6 +54,9 @@ class Bars:
 
     def __call__(self, what: str, done: int, of: int, detail: str) -> None:
         """Move the bar, or begin the next one."""
+        if what == NOTE:
+            self.bars.console.print(f"note: {detail}", markup=False, highlight=False)
+            return
         if self.task is None or what != self.what:
             self.what, self.task = what, self.bars.add_task(what, total=of, detail=detail)
         self.bars.update(self.task, completed=done, total=of, detail=detail)

@@ -19,13 +19,24 @@ from edgetune.document import Document, Place, dotted, raise_all, read, read_fil
 from edgetune.export.targets import TARGETS
 from edgetune.located import located
 from edgetune.models.loaded import ModelSettings
+from edgetune.other_names import nearest, nearest_file
 from edgetune.overrides import VARIANT, overridden
 from edgetune.sections import Budget, ExportSettings, Finalize, ProfileSettings, Section, Step
 from edgetune.technique import EdgetuneError, Technique, fitted
-from edgetune.validated import Problem, validate
+from edgetune.validated import Problem, fields_of, validate
 
 QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
 NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
+
+_ROWS = "write a recipe for it: edgetune recipes new --model minilm --data csv:{0}"
+NO_RECIPES = {  # by suffix, and what to do instead
+    ".pte": "a program is asked: edgetune predict {0} TEXT, or profile, inspect, generate",
+    ".pt2": "a saved model is exported: edgetune export {0}",
+    **dict.fromkeys((".csv", ".tsv"), _ROWS),
+    ".jsonl": _ROWS.replace("csv:", "jsonl:"),
+    ".py": "write a recipe for your model: edgetune recipes new --model py:{0}:build --data csv:FILE",
+    ".json": "a recipe is YAML: save it as a file that ends in .yaml",
+}
 
 
 class Recipe(Section):
@@ -78,9 +89,21 @@ def names() -> tuple[str, ...]:
 def text_of(recipe: str | Path) -> tuple[str, str]:
     """The YAML text of a recipe, and what errors call it. A name is in the package; what ends in .yaml is a path."""
     if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
-        return read_file(Path(recipe)), str(recipe)
+        place = Path(recipe)
+        if not place.exists():
+            other = place.with_suffix(".yml" if place.suffix == ".yaml" else ".yaml")
+            near = other.name if other.is_file() else nearest_file(place) or nearest(place.stem, names())
+            action = "`edgetune recipes list` prints those of the package"
+            raise EdgetuneError("no such recipe", got=str(recipe), near=near, action=action)
+        return read_file(place), str(recipe)
     if recipe not in names():
-        action = f"write ./{recipe}/<file>.yaml" if Path(recipe).is_dir() else "a path must end in .yaml"
+        place = Path(recipe)
+        action = NO_RECIPES.get(place.suffix.lower(), "a path must end in .yaml").format(recipe)
+        if place.is_dir():
+            inside = next(
+                (each for each in (place / "recipe.yaml", *sorted(place.glob("*.y*ml"))) if each.is_file()), ""
+            )
+            action = f"write {inside}" if inside else "this is a folder: write the path of a file that ends in .yaml"
         raise EdgetuneError("no such recipe in the package", got=recipe, allowed=names(), action=action)
     return resources.files("edgetune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
 
@@ -151,6 +174,27 @@ def step_names() -> list[str]:
     return [*registry.TECHNIQUES, *registry.STEPS, "finalize"]
 
 
+def _mended_step(got: Any) -> str:
+    """What to do about a step whose settings are not indented more than its name; empty for any other mistake."""
+    names = [name for name in got if name in step_names()] if isinstance(got, list) else []
+    settings = [name for name in got if name not in names] if names else []
+    if len(names) != 1 or not set(settings) & set(fields_of(settings_class(names[0]))):
+        return ""
+    return f"indent {', '.join(settings)} further than {names[0]}"
+
+
+def _place_instead(problem: Problem, values: Mapping[str, Any]) -> str:
+    """How `data: {csv: rows.csv}` is written, or where `epochs: 3` belongs; empty for any other mistake."""
+    section, *rest = problem.path
+    if problem.what == "unknown field" and not rest:
+        holder = next((name for name in step_names() if section in fields_of(settings_class(name))), "")
+        return f"it belongs into a step: - {holder}: {{{section}: ...}}" if holder else ""
+    table = {"model": registry.MODELS, "data": registry.DATASETS}.get(str(section), {})
+    if problem.what != "unknown field" or len(rest) != 1 or rest[0] not in table:
+        return ""
+    return f"write source: {rest[0]}:{values[str(section)][rest[0]]}"
+
+
 class _Checking:
     """Plain values to a recipe, collecting errors."""
 
@@ -164,7 +208,9 @@ class _Checking:
         head = {key: value for key, value in values.items() if key != "steps"}
         found, problems = validate(Recipe, {**head, "steps": []})
         for problem in problems:
-            self.errors.append(problem.at(self.where(problem.path)))
+            error = problem.at(self.where(problem.path))
+            error.action = error.action or _place_instead(problem, values)
+            self.errors.append(error)
         self.order(steps)
         self.sources(values)
         self.devices(values)
@@ -192,15 +238,18 @@ class _Checking:
     def steps(self, plain: Any) -> list[tuple[int, str, Step | None]]:
         """Index, name and step of every step whose name is known; the step is `None` if its settings are wrong."""
         if not isinstance(plain, list) or not plain:
-            what = "a recipe needs at least one step" if plain == [] else "must be a list of steps"
-            got = None if plain == [] else plain
-            self.errors.append(EdgetuneError(what, where=self.where(("steps",)), got=got, allowed=step_names()))
+            what = "must be a list of steps" if plain else "a recipe needs at least one step"
+            action = "begin each step with a dash, as in `- train`"
+            where = self.where(("steps",))
+            self.errors.append(
+                EdgetuneError(what, where=where, got=plain or None, allowed=step_names(), action=action, near="")
+            )
             return []
         found = []
         for index, step in enumerate(plain):
             if not isinstance(step, dict) or len(step) != 1 or not isinstance(next(iter(step)), str):
                 got = list(step) if isinstance(step, dict) else step
-                action = "write `- name`, or `- name: {setting: value}`; a dash before every step"
+                action = _mended_step(got) or "write `- name`, or `- name: {setting: value}`; a dash before every step"
                 what = "a step is one name with its settings"
                 self.errors.append(EdgetuneError(what, where=self.where_step(index), got=got, action=action))
                 continue

@@ -40,18 +40,20 @@ def select(
     for what, patterns in (("targets", include), ("skip", skip)):
         for pattern in patterns:
             if not any(matches(name, [pattern]) for name in layers):
-                endings = _endings(layers)
-                raise EdgetuneError(
-                    f"{what}: the pattern matches no layer",
-                    got=pattern,
-                    allowed=endings,
-                    near=nearest(pattern, endings) or nearest(pattern, layers),
-                    action="print the names with [name for name, _ in model.named_modules()]",
-                )
+                raise no_match(f"{what}: the pattern matches no layer", pattern, layers)
     chosen = {n: m for n, m in layers.items() if matches(n, include) and not matches(n, skip)}
     if not chosen:
         raise EdgetuneError("targets: every matching layer is also skipped", got=include, action="shorten skip")
     return chosen
+
+
+def no_match(what: str, pattern: str, names: Iterable[str]) -> EdgetuneError:
+    """The error for a pattern that fits none of the names: what they end in, and which one was probably meant."""
+    names = list(names)
+    endings = _endings(names)
+    near = nearest(pattern, endings) or nearest(pattern, names)
+    action = "print the names with [name for name, _ in model.named_modules()]"
+    return EdgetuneError(what, got=pattern, allowed=endings, near=near, action=action)
 
 
 def _endings(names: Iterable[str]) -> list[str]:

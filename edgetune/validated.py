@@ -141,9 +141,22 @@ def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
         return Problem(path, inner.what, inner.got, inner.allowed, inner.action, inner.near)
     if code in ("value_error", "assertion_error"):
         return Problem(path, str(inner), None if isinstance(got, dict) else got)
+    if _name(code) in ("list", "tuple") and isinstance(got, str):
+        return Problem(path, f"must be a list, as in [{got!r}]", got)
+    if _name(code) == "model" and around is not None:
+        inside = fields_of(_section(around, path))
+        return Problem(
+            path, f"must be a mapping, as in {{{inside[0]}: ...}}" if inside else "must be a mapping", got, inside
+        )
     if _name(code) in _TYPES:
         return Problem(path, f"must be {_TYPES[_name(code)]}", got)
     return Problem(path, details["msg"], got)
+
+
+def _section(around: type[BaseModel], path: Place) -> type[BaseModel]:
+    """The class of the field that `path` ends in; where it names none, one without fields."""
+    fields = [field for name, field in around.model_fields.items() if path and (field.alias or name) == path[-1]]
+    return next((a for field in fields for a in _members(field.annotation) if _is_model(a)), BaseModel)
 
 
 def _expected(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from edgetune.export.beside import Value, artifact_line, check_bytes, sha256_of, unusable
+from edgetune.export.beside import Value, artifact_line, check_bytes, program_at, sha256_of, unusable
 from edgetune.export.carried import Carried, files_beside
 from edgetune.export.run import run_in_child
 from edgetune.ledger import Leftover, Parity, Program
@@ -21,8 +21,8 @@ from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 
 __all__ = [
     "Artifact", "DataFile", "Lowering", "Manifest", "OfFile", "Plan", "TensorSpec", "Value", "admitted", "check_bytes",
-    "data_beside", "data_path", "described_data", "manifest_path", "read_manifest", "read_whole", "sha256_of",
-    "unusable", "write_pair",
+    "data_beside", "data_path", "described_data", "manifest_path", "program_at", "read_manifest", "read_whole",
+    "sha256_of", "unusable", "write_pair",
 ]  # fmt: skip
 
 _Manifest = TypeVar("_Manifest", bound=BaseModel)
@@ -179,10 +179,11 @@ def admitted(specs: Sequence[TensorSpec], inputs: Inputs, what: str = "the input
 
 def read_manifest(path: Path, kind: type[_Manifest]) -> _Manifest:
     """The manifest beside the `.pte` at `path`, of this kind and of that very file."""
-    beside = manifest_path(path)
-    for file in (path, beside):
-        if not file.is_file():
-            raise unusable("no such file", file)
+    beside = manifest_path(program_at(path))
+    if not beside.is_file():
+        what = f"the file that belongs beside {path.name} is missing"
+        action = "copy it there, or export the model again"
+        raise EdgetuneError(what, where=str(beside), action=action, exit_code=Exit.EXPORT)
     try:
         told = json.loads(beside.read_text(encoding="utf-8"))
         wanted = kind.model_fields["kind"].default

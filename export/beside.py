@@ -8,7 +8,9 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
+from edgetune.files import check_folder
 from edgetune.one_line import OneLine, figure
+from edgetune.other_names import nearest_file
 from edgetune.technique import EdgetuneError, Exit
 
 
@@ -35,6 +37,32 @@ def check_bytes(file: Path, sha256: str) -> None:
     found = sha256_of(file.read_bytes())
     if found != sha256:
         raise unusable("the file is not the one that its manifest describes", file, got=found, allowed=[sha256])
+
+
+def check_program_path(path: Path) -> None:
+    """Raise, before any work, unless a program can be written there."""
+    if path.suffix != ".pte":
+        action = f"write {path.with_suffix('.pte')}" if path.name else "give the name of a file"
+        raise EdgetuneError("a program's name ends in .pte", got=str(path), action=action)
+    check_folder(path.parent)
+
+
+def program_at(path: Path) -> Path:
+    """The program that a path names: a `.pte`, or the `model.pte` of a run's folder.
+
+    Raises `EdgetuneError` (exit code 2) where there is none.
+    """
+    place = path / "model.pte" if path.is_dir() else path
+    if place.is_file() and place.suffix == ".pte":
+        return place
+    near = ""
+    if path.is_dir():
+        what, action = "this folder holds no model.pte", "give a program, or the folder of a run that exported one"
+    elif path.suffix != ".pte":
+        what, action = "a program's name ends in .pte", "give a program; edgetune export makes one of a model"
+    else:
+        what, action, near = "no such program", "make one with edgetune export", nearest_file(path)
+    raise EdgetuneError(what, got=str(path), near=str(path.with_name(near)) if near else "", action=action)
 
 
 def unusable(what: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from edgetune.export import apart
-from edgetune.export.artifact import data_path, manifest_path
+from edgetune.export.artifact import data_path, manifest_path, program_at
 from edgetune.one_line import OneLine
 from edgetune.quiet import quiet
 from edgetune.registry import require
@@ -126,11 +126,10 @@ class Inspection(_Value):
 def inspect(path: str | Path) -> Inspection:
     """Take the `.pte` at `path` apart. It is read in Python, not given to the runtime, which a damaged file can end.
 
-    Raises `EdgetuneError` (exit code 5) where the file is not there, is no ExecuTorch program, or is damaged.
+    Raises `EdgetuneError` (exit code 2) where there is no such file, and (5) where it is no ExecuTorch program, or
+    damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise EdgetuneError("no such file", got=str(path), action="export the model first", exit_code=Exit.EXPORT)
+    path = program_at(Path(path))
     data = path.read_bytes()
     program, header = _read(path, data)
     try:
@@ -147,7 +146,6 @@ def _read(path: Path, data: bytes) -> tuple[Any, Any]:
         raise EdgetuneError(
             "this is not an ExecuTorch program",
             where=str(path),
-            got=data[_IDENTIFIER],
             action="give the .pte that `edgetune export` wrote",
             exit_code=Exit.EXPORT,
         )

@@ -22,6 +22,7 @@ from edgetune.export.artifact import (
     sha256_of,
     write_pair,
 )
+from edgetune.export.beside import check_program_path
 from edgetune.export.card import write_card
 from edgetune.export.carried import Carried, write_beside
 from edgetune.export.dynamic import Dynamic
@@ -91,8 +92,7 @@ def chosen_target(path: Path, device: str | None, target: str | None) -> Target:
     """The target to lower for, once it is known that this machine can."""
     with quiet():
         require("executorch", "export")
-    if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+    check_program_path(path)
     chosen = targets.for_device(device, target)
     chosen.partitioners()  # says what is missing before any work
     return chosen

@@ -203,7 +203,7 @@ def test_processes_exit_as_the_function_says(mine: Path) -> None:
     mine.write_text(RECIPE.replace("rank: 4", "rank: four"))
     bad = process("recipes", "validate", str(mine))
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == f"edgetune: {mine}, step 1 (line 5), lora.rank: must be a whole number: got 'four'\n"
+    assert bad.stderr == f"edgetune: {mine.name}, step 1 (line 5), lora.rank: must be a whole number: got 'four'\n"
 
 
 def test_a_closed_pipe_is_no_error() -> None:

@@ -104,6 +104,6 @@ def test_importing_it_stays_light() -> None:
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(EdgetuneError, match="no such file") as caught:
+    with pytest.raises(EdgetuneError, match="no such program") as caught:
         generate(tmp_path / "model.pte", PROMPT)
-    assert caught.value.exit_code == Exit.EXPORT
+    assert caught.value.exit_code == Exit.USAGE

@@ -5,19 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
-import edgetune as et
 from edgetune import registry
-from edgetune.cli import main
-from edgetune.data.dataset import DataSettings
-from edgetune.data.tables import from_csv
 from edgetune.exporting import exportable
-from edgetune.models.loaded import only
 from edgetune.recipe import parse
 from edgetune.targets import select
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.technique import EdgetuneError
 
 
 def recipe_error(model: str = "minilm", data: str = "tweets") -> str:
@@ -64,51 +58,6 @@ def test_data(data: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert recipe_error(data=data).endswith(f"did you mean {near!r}?")
 
 
-def test_what_is_no_model_says_so() -> None:
-    for source, action in {"m.pth": "--weights", "m.pte": "made from", "r.yaml": "edgetune run"}.items():
-        with pytest.raises(EdgetuneError, match=f"(?s)unknown model.*next: .*{action}"):
-            exportable(source)
-    with pytest.raises(EdgetuneError, match=r"did you mean 'py:net\.py:build'"):
-        exportable("net.py")
-
-
-def load_csv(path: Path) -> str:
-    with pytest.raises(EdgetuneError) as error:
-        from_csv(str(path), DataSettings(source=f"csv:{path}"))
-    assert error.value.exit_code == Exit.DATA
-    return str(error.value)
-
-
-def test_files(tmp_path: Path) -> None:
-    (tmp_path / "othernames.csv").touch()
-    (tmp_path / "reviews.csv").touch()
-    assert "did you mean" not in load_csv(tmp_path / "nothere.csv")
-    assert "othernames" not in load_csv(tmp_path / "nothere.csv")
-    assert "did you mean 'reviews.csv'?" in load_csv(tmp_path / "review.csv")
-    assert load_csv(tmp_path / "a.jsonl").endswith(f"did you mean 'jsonl:{tmp_path}/a.jsonl'?")
-
-
-def test_a_file_in_another_encoding_is_to_be_saved_as_utf_8(tmp_path: Path) -> None:
-    rows = [f"caf\xe9 number {n},{n % 2}" for n in range(50)]
-    (tmp_path / "latin.csv").write_text("\n".join(["text,label", *rows]), encoding="latin-1")
-    written = load_csv(tmp_path / "latin.csv")
-    assert "50 of 50 rows cannot be read (100 %, allowed 1 %)" in written
-    assert "next: save the file as UTF-8" in written
-    rows = [*rows[:2], *(f"cafe {n},{n % 2}" for n in range(50)), *["too,many,commas"] * 9]
-    (tmp_path / "mixed.csv").write_text("\n".join(["text,label", *rows]), encoding="latin-1")
-    assert "next: mend these rows" in load_csv(tmp_path / "mixed.csv")
-
-
-def test_a_model_for_other_rows_says_what_rows_it_takes() -> None:
-    with pytest.raises(EdgetuneError) as error:
-        only(("text-classification", "causal-lm"), "hf:tiny", "image-classification")
-    assert str(error.value) == (
-        "hf:tiny cannot do the task of this data set: the rows are images with classes, "
-        "and it takes texts with classes or texts without classes\n"
-        "  next: choose effnet-lite0 or timm:NAME, or other data"
-    )
-
-
 def test_patterns() -> None:
     names = ("query", "key", "value", "output_projection")
     block = nn.ModuleDict({"attention": nn.ModuleDict({name: nn.Linear(2, 2) for name in names})})
@@ -125,12 +74,3 @@ def test_patterns() -> None:
         assert (f"did you mean {near!r}?" if near else "") in str(error.value)
         assert ("did you mean" in str(error.value)) == bool(near)
         assert "allowed: *.query, *.key, *.value, *.output_projection" in str(error.value)
-
-
-def test_generate_says_how_to_have_a_program_that_talks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "plain.pte"
-    et.export(nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(1, 4), path)
-    assert main(["generate", str(path), "Hello"]) == 5
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.endswith("a program of another kind: this is a plain program, not a text-generation program")
-    assert second == "  next: export the model with --language to have one that generates text"

@@ -128,7 +128,7 @@ def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
         with pytest.raises(EdgetuneError, match="not an ExecuTorch program") as caught:
             inspect(path)
         assert caught.value.exit_code == Exit.EXPORT
-    with pytest.raises(EdgetuneError, match="no such file"):
+    with pytest.raises(EdgetuneError, match="no such program"):
         inspect(tmp_path / "none.pte")
 
 

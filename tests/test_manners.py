@@ -29,7 +29,7 @@ ALL: dict[str, Any] = {"targets": ["*.query"]}
     [
         (lambda: et.LoRA(rank=-1, **ALL), ["LoRA, rank: must be at least 1: got -1"]),
         (lambda: et.LoRA(rank=-1), ["LoRA: 2 errors:", "LoRA, rank: must be", "LoRA, targets: is missing"]),
-        (lambda: et.NF4(targets="q"), ["NF4, targets: must be a list: got 'q'"]),
+        (lambda: et.NF4(targets="q"), ["NF4, targets: must be a list, as in ['q']: got 'q'"]),
         (lambda: et.Train(epochs=1, updates=2), ["Train: give either epochs or updates"]),
         (lambda: et.Train(distill={"temp": 3, "teacher": "x"}), ["Train, distill.temp: unknown field: got 'temp'"]),
         (lambda: Slice(ratio=2), ["Slice, ratio: must be less than 1: got 2"]),

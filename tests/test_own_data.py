@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,6 @@ def table(folder: Path, labels: list[str], name: str = "rows.csv") -> Path:
 
 def read(path: Path, **changes: Any) -> Dataset:
     return from_csv(str(path), DataSettings(source=f"csv:{path}", **changes))
-
-
-@pytest.mark.parametrize(
-    ("labels", "reason"),
-    [
-        ([f"{n / 7:.3f}" for n in range(60)], "60 different values in 60 rows, so they are numbers on a scale"),
-        ([f"user-{n}" for n in range(60)], "60 different values in 60 rows, so they are no classes"),
-        (["good"] * 60, "at least two classes are needed: got 'good'"),
-        (["good", "bad"] * 20 + ["nan"] * 20, r"20 of 60 rows cannot be read.*row 42: the label is missing: nan"),
-    ],
-)
-def test_a_column_that_names_no_classes_is_refused(labels: list[str], reason: str, tmp_path: Path) -> None:
-    with pytest.raises(EdgetuneError, match=reason) as caught:
-        read(table(tmp_path, labels))
-    assert caught.value.exit_code == Exit.DATA
-    assert caught.value.action or len(set(labels)) == 1
-
-
-@pytest.mark.parametrize(
-    ("labels", "note"),
-    [
-        (["2024-01-02", "2024-01-03"] * 30, "look like dates: 2024-01-02, 2024-01-03"),
-        (["1", "2", "good"] * 20, r"mix numbers \(1, 2\) and words \(good\)"),
-        (["good"] * 110 + ["bad"] * 10, "110 rows are 'good' and 10 are 'bad': train.class_weights: balanced"),
-    ],
-)
-def test_odd_labels_are_noted(labels: list[str], note: str, tmp_path: Path) -> None:
-    (noted,) = read(table(tmp_path, labels)).notes
-    assert re.search(note, noted), noted
 
 
 def test_ordinary_labels_are_not_noted(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_verb_reads_files_folders_and_stdin(
 @pytest.mark.parametrize(
     ("rows", "what", "action"),
     [
-        (["missing.csv"], "no such file: missing.csv", "give a text, or the path"),
+        (["missing.csv"], "no such file", "give a text, or the path"),
         (["empty.txt"], "there are no rows to answer", "give a text"),
         (["latin.txt"], "not written in UTF-8", "save it as UTF-8"),
         (["gap.csv"], "1 of 2 rows cannot be read", "mend these rows"),
@@ -257,7 +257,7 @@ def test_eval_of_image_folders(vision: Text, tmp_path: Path) -> None:
     evaluation = evaluate(artifact.path, f"imagefolder:{tmp_path}", part="all")
     assert (evaluation.quality.value, evaluation.quality.rows) == (100.0, len(paths))
     labelled(tmp_path / "rows.jsonl", ["a"], ["dark"])
-    with pytest.raises(EdgetuneError, match="for another task"):
+    with pytest.raises(EdgetuneError, match="takes images with classes, and the data are texts with classes"):
         evaluate(artifact.path, f"jsonl:{tmp_path / 'rows.jsonl'}", part="all")
 
 

@@ -164,4 +164,6 @@ def trained_type(layers: dict[str, nn.Module]) -> torch.dtype | None:
 def refuse_adapters(model: nn.Module) -> None:
     """Raise where the model carries an adapter of peft's."""
     if any(is_peft(module) for module in model.modules()):
-        raise EdgetuneError("the model already carries an adapter", action="call et.finalize(model) first")
+        raise EdgetuneError(
+            "the model already carries an adapter", action="put finalize between the two, or et.finalize(model)"
+        )

@@ -18,6 +18,11 @@ from edgetune.technique import EdgetuneError, Exit, Inputs, Settings
 
 Task = Literal["text-classification", "image-classification", "causal-lm"]
 
+ROWS_OF: Mapping[Task, str] = {
+    "text-classification": "texts with classes",
+    "image-classification": "images with classes",
+    "causal-lm": "texts without classes",
+}
 NOT_UTF8 = "not in UTF-8"  # why a row cannot be read
 IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
 
@@ -271,21 +276,21 @@ class BadRows:
 
     def __init__(self, max_bad_rows_pct: float) -> None:
         self.max_bad_rows_pct = max_bad_rows_pct
-        self.found: list[str] = []
+        self.found: list[tuple[str, str]] = []  # place, reason
 
     def add(self, place: str, reason: str) -> None:
         """`place` as a person finds it: "row 12" (as an editor counts) or a path."""
-        self.found.append(f"{place}: {reason}")
+        self.found.append((place, reason))
 
     def notes(self, total: int, source: str, reason: str = "cannot be read") -> tuple[str, ...]:
         """A note of what was left out, or `EdgetuneError` if it is more than allowed. `total` counts bad rows too."""
         if not self.found:
             return ()
         share = 100 * len(self.found) / max(total, 1)
-        first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5:,} more" if len(self.found) > 5 else "")
+        first = self._by_reason()
         if share > self.max_bad_rows_pct:
             action = "mend these rows, or raise data.max_bad_rows_pct"
-            if sum(reason.endswith(NOT_UTF8) for reason in self.found) > len(self.found) / 2:
+            if sum(reason == NOT_UTF8 for _, reason in self.found) > len(self.found) / 2:
                 action = "save the file as UTF-8; it is probably in Latin-1 or Windows-1252"
             raise data_error(
                 f"{source}: {len(self.found):,} of {total:,} rows {reason} "
@@ -293,6 +298,19 @@ class BadRows:
                 action=action,
             )
         return (f"left out {len(self.found):,} of {total:,} rows that {reason}: {first}",)
+
+    def _by_reason(self, most: int = 5) -> str:
+        """Each reason once, with the first place: "row 12 and 3 more: empty text"."""
+        places: dict[str, list[str]] = {}
+        for place, reason in self.found:
+            places.setdefault(reason, []).append(place)
+        listed = [
+            f"{first}{f' and {len(more):,} more' if more else ''}: {reason}"
+            for reason, (first, *more) in places.items()
+        ]
+        return "; ".join(
+            [*listed[:most], *([f"and {len(listed) - most:,} more reasons"] if len(listed) > most else [])]
+        )
 
 
 def split_indices(
@@ -319,10 +337,12 @@ def split_indices(
         wanted = round(len(groups) * (settings.test_pct if part == "test" else settings.validation_pct) / 100)
         if not 0 < wanted <= len(left):
             lacking = part if wanted < 1 else "training"
-            raise data_error(
-                f"too few rows to split: {len(groups)} different ones leave no {lacking} rows",
-                action="give more rows, or change data.test_pct and data.validation_pct",
-            )
+            several = "different rows leave" if len(groups) != 1 else "different row leaves"
+            action = "give more rows, or change data.test_pct and data.validation_pct"
+            share = settings.test_pct if part == "test" else settings.validation_pct
+            if share < 1:
+                action = f"data.{part}_pct is a percentage: write {100 * share:g} for {share:g}"
+            raise data_error(f"too few rows to split: {len(groups)} {several} no {lacking} rows", action=action)
         taken = {left[(2 * n + 1) * len(left) // (2 * wanted)] for n in range(wanted)}
         chosen.append([k for k in left if k in taken])
         left = [k for k in left if k not in taken]
@@ -364,7 +384,8 @@ def assemble(
 
 def _check_classes(name: str, classes: Sequence[str], train: Rows, others: tuple[Rows, ...]) -> None:
     if len(classes) < 2:
-        raise data_error(f"{name}: at least two classes are needed", got=", ".join(classes) or "none")
+        action = "give rows of another class too, or name the column or folder that holds the classes"
+        raise data_error(f"{name}: at least two classes are needed", got=", ".join(classes) or "none", action=action)
     seen = set(train.labels or ())
     empty = [c for n, c in enumerate(classes) if n not in seen]
     if not empty:

@@ -41,6 +41,12 @@ def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ..
     notes = []
     if all(_DATE.fullmatch(label) for label in counts):
         notes.append(f"the labels in column {column!r} look like dates: {', '.join(sorted(counts)[:3])}")
+    spelt: dict[str, list[str]] = {}
+    for label in sorted(counts):
+        spelt.setdefault(" ".join(label.casefold().split()), []).append(label)
+    alike = next((same for same in spelt.values() if len(same) > 1), [])
+    if alike:
+        notes.append(f"labels that differ in capitals or spaces alone are classes of their own: {', '.join(alike)}")
     numbers = [label for label in counts if _NUMBER.fullmatch(label)]
     if numbers and len(numbers) < len(counts):
         words = sorted(set(counts) - set(numbers))

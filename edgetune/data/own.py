@@ -54,6 +54,9 @@ Record = tuple[Any, "str | None", str]  # input, label, kind
 
 
 def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Record]:
+    if hasattr(rows, "iterrows"):  # the rows of a data frame of pandas; as a sequence it is its columns
+        action = "return the pairs of two columns: list(zip(frame.text, frame.label))"
+        raise data_error(f"{source}: {part} is a data frame, not a list of rows", action=action)
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise data_error(f"{source}: {part} is no list of rows", got=type(rows).__name__, action=_FORM)
     records = []
@@ -84,6 +87,8 @@ def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
         return value, "path of a picture"
     if hasattr(value, "convert"):  # a picture of Pillow
         return np.asarray(value.convert("RGB")), "picture"
+    if isinstance(value, Mapping):
+        raise data_error(f"{place} is a mapping", got=", ".join(map(str, value)), action=_FORM)
     array = np.asarray(value)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         shape = f"{array.dtype} {array.shape}"

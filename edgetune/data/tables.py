@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgetune.data.chat import ANSWERING, Conversation, read_messages
+from edgetune.data.columns import LABELS, TEXTS, likely_column
 from edgetune.data.dataset import (
     NOT_UTF8,
     BadRows,
@@ -25,11 +27,17 @@ from edgetune.data.dataset import (
 )
 from edgetune.data.labels import check_labels, is_missing
 from edgetune.hub import hub_for
-from edgetune.other_names import SUFFIXES, nearest_file
+from edgetune.other_names import SUFFIXES, nearest, nearest_file
 from edgetune.quiet import quiet
 from edgetune.registry import require
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+_PACKED = {  # how a file begins that is no table as it stands, and what to do with it
+    b"PK\x03\x04": "it is an Excel workbook or a zip archive: save the table as CSV in UTF-8",
+    b"\x1f\x8b": "unpack it: it is compressed by gzip",
+    b"PAR1": "it is a Parquet file: write it as CSV or JSON lines",
+}
 
 Record = tuple[Any, str]  # text or conversation, label
 Reader = Callable[[Path, DataSettings, BadRows], "tuple[list[Record], int]"]  # the rows, and how many there are
@@ -69,8 +77,11 @@ def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[
     records: list[Record] = []
     fields: set[str] = set()
     wanted = _wanted(settings)
-    total = 0
-    for row, line in enumerate(_decoded(path).split("\n"), start=1):
+    total, text = 0, _decoded(path)
+    if text.lstrip().startswith("["):
+        action = 'write one object a line; pandas: to_json(path, orient="records", lines=True)'
+        raise data_error(f"{path.name} is one JSON list, not one object a line", action=action)
+    for row, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         total += 1
@@ -168,11 +179,16 @@ def _decoded(path: Path) -> str:
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise data_error(f"{path.name} is written in UTF-16", action="save it as UTF-8")
     if not content.strip():
-        raise data_error(f"{path.name} is empty")
+        raise data_error(f"{path.name} is empty", action="give a file with rows")
+    packed = next((action for magic, action in _PACKED.items() if content.startswith(magic)), "")
+    if packed or b"\0" in content[:4096]:
+        raise data_error(f"{path.name} is no text file", action=packed or "save it as text, in UTF-8")
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
 def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], str]:
+    if text.lstrip().startswith(("{", "[")):
+        raise data_error(f"{path.name} is JSON, not a table", action="write one object a line, and jsonl: for csv:")
     found = []
     for delimiter in ",;\t":
         try:
@@ -186,15 +202,21 @@ def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], s
 
 
 def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) -> None:
-    option = "text" if settings.messages is None else "messages"
-    for option, wanted in (*((option, name) for name in settings.text_columns), ("label", settings.label)):
-        if wanted is not None and wanted not in columns:
-            raise data_error(
-                f"{name} has no column for the {option}",
-                got=wanted,
-                allowed=list(columns),
-                action=f"set data.{option} to the name of the column",
-            )
+    given = "text" if settings.messages is None else "messages"
+    for option, wanted in (*((given, name) for name in settings.text_columns), ("label", settings.label)):
+        if wanted is None or columns.count(wanted) == 1:
+            continue
+        if wanted in columns:
+            raise data_error(f"{name} has two columns of one name", got=wanted, action="give one another name")
+        near = nearest(wanted, columns) or likely_column(columns, LABELS if option == "label" else TEXTS)
+        action = f"set data.{option} to the name of the column"
+        if len(columns) == 1 and "|" in columns[0]:
+            near, action = "", "put a comma, a semicolon or a tab between the columns"
+        elif not near and not name.endswith(".jsonl"):
+            action += "; the names stand in the first line"
+        raise data_error(
+            f"{name} has no column for the {option}", got=wanted, allowed=columns, near=near, action=action
+        )
 
 
 def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[tuple[int, list[str] | str]]:
@@ -232,8 +254,10 @@ def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any]
     text = "\n".join(part for part in texts if part.strip()) if len(texts) > 1 else texts[0]
     if not text.strip():
         bad.add(place, "empty text")
-    elif not isinstance(label, (str, int)):
-        bad.add(place, f"the label is {type(label).__name__}, not a string or a whole number")
+    elif isinstance(label, float) and not math.isnan(label):
+        bad.add(place, "the label is a number with a fraction, not a class (regression is not supported)")
+    elif not isinstance(label, (str, int)) and not is_missing(label):
+        bad.add(place, f"the label is a {type(label).__name__}, not one class")
     elif settings.label is not None and not str(label).strip():
         bad.add(place, "empty label")
     elif (

@@ -7,7 +7,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from edgetune.data.dataset import (
     split_indices,
     split_rows,
 )
+from edgetune.other_names import nearest_file
 from edgetune.registry import require
+from edgetune.technique import EdgetuneError
 
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -110,9 +112,16 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
         raise data_error("imagefolder needs a path", action="write source: imagefolder:path/to/folder")
     folder = Path(argument).expanduser()
     if not folder.is_dir():
-        raise data_error(f"{folder} is no folder", action="give a folder that holds one folder for each class")
+        near = nearest_file(folder, folders=True)
+        raise data_error(
+            f"{folder} is no folder",
+            near=f"imagefolder:{folder.with_name(near)}" if near else "",
+            action="give a folder that holds one folder for each class",
+        )
     inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     parts = {_PARTS[name]: path for name, path in inside.items() if name in _PARTS}
+    if not inside:
+        raise _no_classes(folder)
     if not parts:
         parts = {"train": folder}
     elif "train" not in parts or set(inside) - set(_PARTS):
@@ -135,6 +144,23 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
     return _image_parts(folder.name, classes, read, settings, notes)
 
 
+def _no_classes(folder: Path) -> EdgetuneError:
+    """The error for a folder without folders: the pictures of one class, or of all in a heap."""
+    beside = [p for p in folder.absolute().parent.iterdir() if p.is_dir() and any(_pictures(p, "*"))]
+    return data_error(
+        f"{folder} holds no class folders",
+        near=f"imagefolder:{folder.parent}" if len(beside) > 1 and any(_pictures(folder, "*")) else "",
+        action=f"put the pictures of each class into a folder of their own: {folder.name}/CLASS/NAME.jpg",
+    )
+
+
+def _pictures(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files in it that are named as pictures are."""
+    for path in sorted(folder.glob(pattern)):
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file():
+            yield path
+
+
 def _folders(path: Path) -> list[str]:
     return [p.name for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
 
@@ -146,9 +172,7 @@ def _read_folder(path: Path, classes: tuple[str, ...], bad: BadRows, counted: di
     keys: list[str] = []
     for number, label in enumerate(classes):
         counted.setdefault(label, 0)
-        for picture in sorted((path / label).rglob("*")):
-            if picture.suffix.lower() not in _SUFFIXES or picture.name.startswith(".") or not picture.is_file():
-                continue
+        for picture in _pictures(path / label, "**/*"):
             counted[label] += 1
             problem = _problem(picture)
             if problem:

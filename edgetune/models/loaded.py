@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
 
-from edgetune.data.dataset import Dataset, Encode, Task
+from edgetune.data.dataset import ROWS_OF, Dataset, Encode, Task
 from edgetune.hub import hub_for
+from edgetune.other_names import nearest_file
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Settings
 
@@ -82,6 +84,8 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
 
     `name` is the path or the hub's name in `source`. A hub that does not answer is asked once.
     """
+    if not name:
+        raise EdgetuneError(f"{source} names no model", action="write hf:OWNER/NAME, or hf:FOLDER for one on this disk")
     with quiet(), hub_for(name, fetches) as silence:
         try:
             yield
@@ -91,17 +95,17 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
             why = str(error).splitlines()[0]
             if silence:
                 why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})"
+            near = nearest_file(Path(name).expanduser(), folders=True)
+            action = "check the id and the network, or give the path of a folder on this disk"
+            if Path(name).expanduser().is_dir():
+                action = "give a folder that save_pretrained wrote: config.json, the weights, the tokenizer"
             raise EdgetuneError(
                 f"the model {source} could not be loaded: {why}",
-                action="check the id and the network, or give the path of a folder on this disk",
+                near=f"hf:{Path(name).with_name(near)}" if near else "",
+                action=action,
             ) from error
 
 
-_ROWS: dict[Task, str] = {
-    "text-classification": "texts with classes",
-    "image-classification": "images with classes",
-    "causal-lm": "texts without classes",
-}
 _MODELS: dict[Task, str] = {
     "text-classification": "minilm or hf:PATH",
     "image-classification": "effnet-lite0 or timm:NAME",
@@ -112,10 +116,13 @@ _MODELS: dict[Task, str] = {
 def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
     """Raises unless the task of the data set is one that the model has a head for."""
     if task not in tasks:
-        takes = " or ".join(_ROWS[own] for own in tasks)
+        takes = " or ".join(ROWS_OF[own] for own in tasks)
+        action = f"choose {_MODELS[task]}, or other data"
+        if task == "text-classification" and "causal-lm" in tasks:
+            action = "write label: null in data, to train on the texts alone, or choose minilm or hf:PATH"
         raise EdgetuneError(
-            f"{model} cannot do the task of this data set: the rows are {_ROWS[task]}, and it takes {takes}",
-            action=f"choose {_MODELS[task]}, or other data",
+            f"{model} cannot do the task of this data set: the rows are {ROWS_OF[task]}, and it takes {takes}",
+            action=action,
         )
 
 

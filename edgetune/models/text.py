@@ -95,7 +95,7 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head on its mean vector."""
     no_argument("minilm", argument)
     only(("text-classification",), "minilm", dataset.task)
-    takes_no("minilm", settings, "layers", "pretrained", "head")
+    takes_no("minilm", settings, "layers", "pretrained", "head", "image_px", "image_channels")
     transformers = require("transformers", "the model minilm")
     from safetensors.torch import load_file
 
@@ -117,7 +117,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     if not argument:
         raise EdgetuneError("hf needs the id of a model or a folder", action="write source: hf:owner/name")
     only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
-    takes_no(f"hf:{argument}", settings, "layers")
+    takes_no(f"hf:{argument}", settings, "layers", "image_px", "image_channels")
     transformers = require("transformers", f"the model hf:{argument}")
     classes: dict[str, str] | None = None
     with reachable(f"hf:{argument}", argument):
@@ -130,6 +130,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
         else:
             takes_no(f"hf:{argument} as a language model", settings, "head")
             model, notes = _language_model(part_of(transformers, "AutoModelForCausalLM"), argument, config, settings)
+            _check_causal(f"hf:{argument}", model.eval())
     room_for(settings.max_length, getattr(config, "max_position_embeddings", None))
     ending = (tokenizer.eos_token or "") if dataset.task == "causal-lm" else ""
     encode = TextEncoder(tokenizer, settings.max_length, ending)
@@ -144,6 +145,19 @@ def give_padding(source: str, tokenizer: Any, config: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_causal(source: str, model: nn.Module) -> None:
+    """Raise for a model that has seen the token it predicts, as BERT has: its perplexity means nothing."""
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    with torch.no_grad():
+        one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :2]
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
+        raise EdgetuneError(
+            f"{source} reads the tokens that it is to predict, so it is no causal language model",
+            got=type(model).__name__,
+            action="choose smollm2 or a causal model, or name the column of classes: data: {label: COLUMN}",
+        )
 
 
 def _language_model(kind: Any, source: str, config: Any, settings: ModelSettings) -> tuple[nn.Module, tuple[str, ...]]:

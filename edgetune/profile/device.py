@@ -330,7 +330,9 @@ def _read(path: Path) -> object:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EdgetuneError(f"the descriptor could not be read ({error})", where=str(path)) from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        action = "`edgetune devices list` prints those that are known"
+        raise EdgetuneError(f"the descriptor could not be read: {reason}", where=str(path), action=action) from error
     return read_yaml(text, str(path))
 
 

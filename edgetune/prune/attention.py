@@ -78,6 +78,17 @@ def attention_names(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) or projections(m) is not None]
 
 
+def called(name: str) -> str:
+    """What errors call a module: by its dotted name, which the whole model does not have."""
+    return name or "(the whole model)"
+
+
+def without(name: str) -> str:
+    """How to leave an attention out; one that is the whole model cannot be named in `skip`."""
+    only = 'prune what: ["ffn"] only'
+    return f'leave it out: skip: ["{name}"], or {only}' if name else only
+
+
 def block_of(model: nn.Module, name: str) -> str:
     """The outermost repeated block an attention stands in, `encoder.layer.3`; without one, its parent.
 
@@ -101,9 +112,9 @@ def describe(model: nn.Module, name: str, readers: Callable[[str], list[str]], a
     children = projections(model.get_submodule(name))
     if children is None:
         raise EdgetuneError(
-            f"{name} keeps queries, keys and values in one raw parameter, which cannot be cut by heads",
+            f"{called(name)} keeps queries, keys and values in one raw parameter, which cannot be cut by heads",
             got=type(model.get_submodule(name)).__name__,
-            action=f'leave it out (skip: ["{name}"]), or prune what: ["ffn"] only',
+            action=without(name),
         )
     query, key, value = (f"{name}.{child}" if name else child for child in children)
     head_dim = head_size(model, name)
@@ -142,8 +153,7 @@ def _describe_fused(
 
 
 def _refusal(name: str, reason: str, got: object) -> EdgetuneError:
-    action = f'leave it out: skip: ["{name}"], or prune what: ["ffn"] only'
-    return EdgetuneError(f"the heads of {name} cannot be pruned: {reason}", got=got, action=action)
+    return EdgetuneError(f"the heads of {called(name)} cannot be pruned: {reason}", got=got, action=without(name))
 
 
 def spans(units: int, *parts: int | tuple[int, int]) -> Units:
@@ -170,7 +180,8 @@ def head_size(model: nn.Module, name: str) -> int:
         if isinstance(heads, int) and heads > 0:
             return wide // heads
     raise EdgetuneError(
-        f"{name}: an attention that does not say how many heads it has",
+        f"the attention {called(name)} does not say how many heads it has",
+        got=type(module).__name__,
         allowed=(*HEAD_COUNTS, *HEAD_SIZES),
-        action="set one of these attributes on the module, or skip it",
+        action=f"set one of these attributes, as in {type(module).__name__}.{HEAD_COUNTS[1]} = 8, or {without(name)}",
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.prune.attention import HEAD_COUNTS, attention_names, head_size, projections
+from edgetune.prune.attention import HEAD_COUNTS, attention_names, called, head_size, projections
 from edgetune.prune.groups import Cut
 from edgetune.prune.layers import (
     BATCH_NORMS,
@@ -77,14 +77,16 @@ def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, reason in failing.items():
         by_reason.setdefault(reason, []).append(name)
-    listed = [f"{shortened(names, 4)}: {reason}" for reason, names in by_reason.items()]
+    listed = [f"{shortened(map(called, names), 4)}: {reason}" for reason, names in by_reason.items()]
     more = f"; and {len(listed) - 3} more reasons" if len(listed) > 3 else ""
     kinds = {one.group.kind for one in cuts}
     whole = {k for k in kinds if all(one.group.name in failing for one in cuts if one.group.kind == k)}
     rest = sorted(kinds - whole)
+    layers = {one.group.name: [member.layer for member in one.group.members] for one in cuts}
+    skipped = [layer for name in failing for layer in ([name] if name else layers[name])]
     raise EdgetuneError(
         f"a cut width is read elsewhere, so these cannot be pruned: {'; '.join(listed[:3])}{more}",
-        action=f"prune what: {rest} only" if whole and rest else f"leave them out: skip: {list(failing)}",
+        action=f"prune what: {rest} only" if whole and rest else f"leave them out: skip: {skipped}",
     )
 
 
@@ -102,8 +104,12 @@ def _tried(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str
             got[""] = tensors_in(call(model, inputs))
     except Exception as error:  # whatever the model's own code raises
         changes.undo()
-        return changes, f"without these units the model does not run ({type(error).__name__}: {error})"
+        return changes, f"without these units the model does not run ({_reason(error)})"
     return changes, next(filter(None, (_difference(name, wanted[name], got[name]) for name in wanted)), "")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

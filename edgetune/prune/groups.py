@@ -12,7 +12,17 @@ from typing import Literal
 
 from torch import nn
 
-from edgetune.prune.attention import Attention, Units, attention_names, block_of, describe, projections, spans
+from edgetune.prune.attention import (
+    Attention,
+    Units,
+    attention_names,
+    block_of,
+    called,
+    describe,
+    projections,
+    spans,
+    without,
+)
 from edgetune.prune.layers import Axis, cannot_cut, is_candidate, is_depthwise, is_linear, width_of
 from edgetune.prune.probe import units_agree
 from edgetune.prune.trace import first_rows, trace
@@ -130,9 +140,9 @@ class _Finder:
             module = self.model.get_submodule(layer)
             if module not in self.graph.module2node:
                 raise EdgetuneError(
-                    f"the heads of {name} cannot be pruned: {layer} ({self.traced.why_absent(module)})",
+                    f"the heads of {called(name)} cannot be pruned: {layer} ({self.traced.why_absent(module)})",
                     got=type(self.model.get_submodule(name)).__name__,
-                    action=f'leave it out (skip: ["{name}"]), or prune what: ["ffn"] only',
+                    action=without(name),
                 )
         attention = describe(self.model, name, self.readers, self.agree)
         if self.skipped([*attention.writers, attention.output]):

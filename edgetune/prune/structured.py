@@ -10,14 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune.prune.attention import attention_names
+from edgetune.prune.attention import attention_names, called
 from edgetune.prune.cut import cut
 from edgetune.prune.groups import Cut, Group, Kind, find_groups
 from edgetune.prune.importance import activation, magnitude, means, observe
 from edgetune.prune.trace import undisturbed
-from edgetune.targets import matches
+from edgetune.targets import matches, no_match
 from edgetune.technique import EdgetuneError, Sample, Technique
 from edgetune.wrapped import is_wrapped
+
+_MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 
 
 class Prune(Technique):
@@ -83,6 +85,7 @@ class Prune(Technique):
             scores = magnitude(model, group) if moments is None else activation(model, group, moments)
             cuts.append(_least(group, scores, count))
         self._refuse_unchanged(kinds, groups, cuts)
+        self._refuse_unreached(kinds, groups)
         return tuple(cuts), {} if moments is None else means(model, groups, moments)
 
     def _check(self, model: nn.Module) -> None:
@@ -94,12 +97,7 @@ class Prune(Technique):
         names = [name for name, _ in model.named_modules() if name]
         for pattern in self.skip:
             if not any(matches(name, [pattern]) for name in names):
-                raise EdgetuneError(
-                    "skip: the pattern matches no layer",
-                    got=pattern,
-                    allowed=names,
-                    action="print the names with [name for name, _ in model.named_modules()]",
-                )
+                raise no_match("skip: the pattern matches no layer", pattern, names)
 
     def _kinds(self, model: nn.Module) -> frozenset[Kind]:
         has_attention = bool(attention_names(model))
@@ -115,9 +113,13 @@ class Prune(Technique):
         own = {"ffn": self.ffn_ratio, "heads": self.head_ratio, "channels": None}[kind]
         return self.ratio if own is None else own
 
+    def _step(self, kind: Kind) -> int:
+        """What the number of units that stay is a multiple of."""
+        return 1 if kind == "heads" else self.round_to
+
     def _kept(self, group: Group) -> int:
         """Units that stay, rounded to the nearest multiple (halves up) and at least one multiple."""
-        step = 1 if group.kind == "heads" else self.round_to
+        step = self._step(group.kind)
         wanted = group.units * (1 - self._ratio(group.kind))
         return min(group.units, max(step, int(wanted / step + 0.5) * step))
 
@@ -135,6 +137,23 @@ class Prune(Technique):
                     f"rounding leaves every width of {kind} as it is",
                     got=f"ratio {self._ratio(kind)}, round_to {self.round_to}, widths {widths}",
                     action=f"raise the ratio, lower round_to, or leave {kind} out of what",
+                )
+
+    def _refuse_unreached(self, kinds: frozenset[Kind], groups: list[Group]) -> None:
+        """Raise where a share leaves next to nothing of most widths, so that far less would go than was asked."""
+        for kind in sorted(kinds):
+            own, ratio = [group for group in groups if group.kind == kind], self._ratio(kind)
+            units, kept = sum(group.units for group in own), sum(map(self._kept, own))
+            emptied = [g for g in own if g.units * (1 - ratio) < self._step(kind) / 2 and g.units > self._step(kind)]
+            missed = sum(self._kept(group) - group.units * (1 - ratio) for group in emptied)
+            if missed > _MOST_MISSED * units:
+                widths = ", ".join(f"{self._kept(g)} of {g.units} in {called(g.name)}" for g in emptied[:3])
+                least = "one head" if kind == "heads" else f"round_to {self.round_to}"
+                reached = math.floor(100 * (1 - kept / units)) / 100
+                raise EdgetuneError(
+                    f"{kind}: such a ratio cannot be reached: {least} must stay, that is {widths}",
+                    got=ratio,
+                    action=f"ask for at most {reached:g}" + ("" if kind == "heads" else ", or lower round_to"),
                 )
 
 

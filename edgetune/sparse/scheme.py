@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgetune.sparse.order import running_order
 from edgetune.sparse.sliced import SLICEABLE, channels_of, refuse_slice
-from edgetune.targets import matches
+from edgetune.targets import matches, no_match
 from edgetune.technique import EdgetuneError, Sample, Settings
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -236,7 +236,7 @@ def _lay_over(
     for pattern, part in written.items():
         found = [name for name in order if any(matches(outer, [pattern]) for outer in _itself_and_outer(name))]
         if not found:
-            raise EdgetuneError("scheme: the pattern matches no layer with parameters", got=pattern, allowed=order)
+            raise no_match("scheme: the pattern matches no layer with parameters", pattern, order)
         part = Slice(ratio=part) if isinstance(part, float) else part
         for name in found:
             alone = name == pattern or not isinstance(part, Slice)

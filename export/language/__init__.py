@@ -13,6 +13,7 @@ from torch import nn
 
 from edgetune.export import targets
 from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.export.beside import check_program_path
 from edgetune.export.card import write_card
 from edgetune.export.carried import Carried, tokenizer_file
 from edgetune.export.language import parity
@@ -113,8 +114,7 @@ def _checked(
 ) -> Target:
     with quiet():
         require("executorch", "export")
-    if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+    check_program_path(path)
     check_model(model, max_tokens)
     if prefill_tokens not in PREFILLS:
         raise EdgetuneError(

@@ -14,6 +14,7 @@ from edgetune.export.artifact import (
     Value,
     check_bytes,
     manifest_path,
+    program_at,
     read_manifest,
     unusable,
 )
@@ -141,9 +142,10 @@ class LanguageArtifact:
 
 
 def load_any(path: str | Path) -> Artifact | LanguageArtifact:
-    """The program at `path` with its manifest, of whichever of the two kinds it says it is."""
+    """The program at `path`, or in that run's folder, with its manifest, of whichever of the two kinds it is."""
+    path = program_at(Path(path))
     try:
-        kind = json.loads(manifest_path(Path(path)).read_text(encoding="utf-8"))["kind"]
+        kind = json.loads(manifest_path(path).read_text(encoding="utf-8"))["kind"]
     except (OSError, ValueError, KeyError, TypeError):
         kind = ""  # what is wrong is said by the reader of a plain one
     return LanguageArtifact.load(path) if kind == "language" else Artifact.load(path)

@@ -26,7 +26,7 @@ TARGETS = {
 def find(name: str) -> Target:
     """The target of that name."""
     if name not in TARGETS:
-        raise EdgetuneError("unknown target", got=name, allowed=TARGETS, exit_code=Exit.EXPORT)
+        raise EdgetuneError("unknown target", got=name, allowed=TARGETS)
     return TARGETS[name]
 
 

@@ -18,6 +18,7 @@ from torch.export.graph_signature import OutputKind
 
 from edgetune.export import targets
 from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.export.beside import check_program_path
 from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.training import capture, memory, passes, sequence, update
@@ -67,8 +68,7 @@ def export_training(
     with quiet():
         require("executorch", "export")
     path, check = Path(path), check or Check()
-    if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+    check_program_path(path)
     chosen = targets.find(target)
     if target not in ("xnnpack", "portable"):
         raise EdgetuneError("no training on this target", got=target, allowed=["xnnpack", "portable"],
