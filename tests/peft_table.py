@@ -187,7 +187,7 @@ def table() -> str:
         "# Adapters of peft, merged by `et.finalize`",
         "",
         "Made by `make tables`. Each adapter's weights are moved at random; *exact*: the finalized model equals the",
-        f"adapted one within {BOUND:g} of its largest output value; *refused*: by name, since no plain layer computes",
+        f"adapted one within {BOUND:g} of its largest output value; *refused*: with a message, because no plain layer computes",
         "what the adapter does; -: peft has no such layer. Prompts and prefixes change no layer and are refused.",
         "",
         "| family | " + " | ".join(KINDS) + " |",

@@ -107,7 +107,7 @@ def written(text: str) -> str:
 
 def sparse_table() -> str:
     """What `make bench-sparse` measured of full fine-tuning, LoRA and `auto`."""
-    names = ("model", "trained by", "step, ms", "kept for backward, MiB", "quality on the test set")
+    names = ("model", "trained by", "step, ms", "saved for backward, MiB", "quality on the test set")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for path in sorted((ROOT / "docs").glob("bench-sparse-*.json")):
         held = json.loads(path.read_text(encoding="utf-8"))

@@ -308,7 +308,7 @@ def _sentence(share: Share) -> str:
     return (
         f"{share.subject}, {share.basis}{which}: of {share.rows} rows {share.within_10_pct:.0f} % within 10 %, "
         f"{share.within_20_pct:.0f} % within 20 %, {share.within_40_pct:.0f} % within 40 %; "
-        f"{share.covered_pct:.0f} % inside their band"
+        f"{share.covered_pct:.0f} % inside their prediction interval"
     )
 
 
