@@ -27,7 +27,7 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
     found = {
         "latency_ms": (
             predicted.latency_ms if predicted else None,
-            f"{call}; the lowest reachable is the low end of its range",
+            f"{call}; the lowest reachable value is the low end of its interval",
         ),
         "peak_memory_mib": (predicted.peak_memory_mib if predicted else None, "predicted"),
         "size_mib": (program.size_mib if program else None, ""),

@@ -334,16 +334,18 @@ class Fold:
         index = len(self.ledger.rows)
         row = self.measured_before.get(self.digest)
         if row is None:
+            from edgetune.report.numbers import quality as in_words_of
+
             self.progress("measure", 0, 1, f"after {step}")
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
             quality = self.ledger.rows[-1].quality if exact else self.quality()
-            note = "quality as before: the step changes no output" if exact else ""
+            note = "not measured again: the step does not change the output" if exact else ""
             row = Row(
                 index=index, step=step, detail=detail, quality=quality, seconds=seconds, note=note, digest=self.digest,
                 measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), **measures._asdict(),
             )  # fmt: skip
-            self.progress("measure", 1, 1, f"{quality.metric} {quality.value:.2f}" if quality else "")
+            self.progress("measure", 1, 1, in_words_of(quality) if quality else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
         self.save()
         return self.ledger.rows[-1]

@@ -269,10 +269,10 @@ def document(found: Found) -> str:
         "Parity in fp32 is the largest difference from eager mode, divided by the largest output (goal: "
         f"{MAX_RELATIVE:g}); quantized, the share of rows with the prediction of the eager quantized model (goal: "
         f"{MIN_SAME_PCT:g} %), and that difference in brackets. A prediction is the index of the largest value of the "
-        "last dimension: the class, the class of each pixel, the next word at each position, the position of each joint; "
-        "for CLIP and the encoders of Whisper and SAM, which predict nothing, the largest feature. With random weights the predictions mean "
-        "nothing: what counts is that both agree. A missed goal is bold. Core ML and Vulkan "
-        "programs are lowered here from fp32, not run: the share of MACs and the number of delegates.",
+        "last dimension: the class, the class of each pixel, the next word at each position, the position of each "
+        "joint; for CLIP and the encoders of Whisper and SAM, which predict nothing, the largest feature. With random "
+        "weights the predictions mean nothing: what counts is that both agree. A missed goal is bold. Core ML and "
+        "Vulkan programs are lowered here from fp32, not run: the share of MACs and the number of delegates.",
         "",
         *table(found),
         "",

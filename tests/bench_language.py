@@ -130,7 +130,7 @@ def language_table(lm: Found) -> list[str]:
     """Speeds side by side."""
     decode = statistics.median(speed(lm, "program", "decode"))
     lines = [
-        "| | prefill, tokens/s | decode, tokens/s | speed-up of the program in decode | load, ms | peak of the process, MiB |",
+        "| | prefill, tokens/s | decode, tokens/s | decode speed-up | load, ms | peak of the process, MiB |",
         "|---|---|---|---|---|---|",
     ]
     for name in ENGINES:
@@ -180,9 +180,9 @@ def document(found: Found) -> str:
         f"{how['rounds']} interleaved rounds, and range.{part}",
         "",
         f"SmolLM2-135M-Instruct, 4-bit weights in groups of 32, 8 bits for head, embedding and down projections: "
-        f"{lm['prompt_tokens']} prompt tokens, {lm['tokens']} generated tokens, a cache of 512. Eager: transformers with a "
-        "static cache and the unquantized weights. llama.cpp: Q4_0, converted by its own tool from the same weights. Each "
-        "engine generates everything once as a warm-up.",
+        f"{lm['prompt_tokens']} prompt tokens, {lm['tokens']} generated tokens, a cache of 512. Eager: transformers "
+        "with a static cache and the unquantized weights. llama.cpp: Q4_0, converted by its own tool from the same "
+        "weights. Each engine generates everything once as a warm-up.",
         "",
         *language_table(lm),
         "",

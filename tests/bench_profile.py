@@ -183,7 +183,7 @@ def verdicts(rows: list[Row], band_pct: float, validation: Any, compare_s: float
         (share(latency, 0.2) >= 90, f"latency within 20 % for {share(latency, 0.2):.0f} % (90)"),
         (share(memory, 0.1) >= 90, f"peak memory within 10 % for {share(memory, 0.1):.0f} % (90)"),
         (rank >= 0.97, f"rank correlation {rank:.3f} (0.97)"),
-        (abs(inside - band_pct) <= 5, f"the {band_pct:.0f} % prediction interval covers {inside:.0f} % (within 5 points)"),
+        (abs(inside - band_pct) <= 5, f"the {band_pct:.0f} % interval covers {inside:.0f} % (within 5 points)"),
     ]
     shares = {(s.subject, s.basis, s.same_rows): s for s in validation.shares}
     for subject, limit, wanted in (

@@ -150,20 +150,24 @@ def verdicts(task: str, cost: dict[str, Any], quality: dict[str, list[Any]]) -> 
     lines = []
     for (figure, other), wanted in HELD_TO.items():
         ratio = cost[other][figure] / cost["auto"][figure]
-        lines.append(f"{'reached' if ratio >= wanted else 'MISSED'}: {FIGURES[figure][0]} {ratio:.2f} times less than {other} "
+        name = FIGURES[figure][0]
+        lines.append(f"{'reached' if ratio >= wanted else 'MISSED'}: {name} {ratio:.2f} times less than {other} "
                      f"(goal: {wanted})")  # fmt: skip
     for method in ("last-1", "last-2", "auto"):
         if "epoch_s" in cost[method]:
             share = cost[method]["epoch_s"] / cost["full"]["epoch_s"]
-            lines.append(f"{'reached' if share <= EPOCH_SHARE else 'MISSED'}: {method} with a cached prefix: later epochs take "
-                         f"{share:.2f} of the time of a full epoch (goal: at most {EPOCH_SHARE})")  # fmt: skip
+            lines.append(f"{'reached' if share <= EPOCH_SHARE else 'MISSED'}: {method} with a cached prefix: later "
+                         f"epochs take {share:.2f} of the time of a full epoch "
+                         f"(goal: at most {EPOCH_SHARE})")  # fmt: skip
     if quality.get("auto") and quality.get("full"):
         ours, full = (statistics.mean(q["value"] for q in quality[m]) for m in ("auto", "full"))
         if task == "smollm2":
             lost, limit, unit = 100 * (ours / full - 1), 3.0, "%"
         else:
             lost, limit, unit = full - ours, 1.0, "points"
-        lines.append(f"{'reached' if lost <= limit else 'MISSED'}: {lost:+.2f} {unit} compared with full (goal: at most {limit})")
+        lines.append(
+            f"{'reached' if lost <= limit else 'MISSED'}: {lost:+.2f} {unit} compared with full (goal: at most {limit})"
+        )
     return lines
 
 

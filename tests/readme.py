@@ -126,7 +126,7 @@ def _short(text: str) -> str:
     """The parts of the report for a first look: steps, baselines, what was measured, what was predicted."""
     keep, parts = [], re.split(r"\n\n(?=\S)", text)
     for part in parts:
-        if part.startswith(("Step by step", "Compared with simple", "Measured", "Predicted")):
+        if part.startswith(("Step by step", "Compared with", "Measured", "Predicted")):
             keep.append(part.rstrip())
     return "\n\n".join(keep)
 

@@ -86,10 +86,10 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
         del kept[key]
     notes = (
         *bad.notes(total, "tweets"),
-        f"left out of {total:,} tweets: {unsure:,} rated with confidence under {_MIN_CONFIDENCE}, {len(copies):,} near "
-        f"duplicates, and {len(disputed):,} whose copies disagree on the class",
-        f"{broken:,} tweets held broken characters: known ones were repaired, the rest became spaces",
-        "the topic of a tweet gives away part of its label",
+        f"left out of {total:,} tweets: {unsure:,} rated with a confidence below {_MIN_CONFIDENCE}, {len(copies):,} "
+        f"near duplicates, and {len(disputed):,} whose copies disagree on the class",
+        f"repaired broken characters in {broken:,} tweets; unknown ones became spaces",
+        "the topic of a tweet partly reveals its label",
     )
     rows = Rows([text for text, _ in kept.values()], [label for _, label in kept.values()])
     # shared retweets are cut at different places: those that begin alike stay on one side of the split

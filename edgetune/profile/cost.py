@@ -155,7 +155,7 @@ def _check(
 def _note(device: Device, rates: Rates, parts: Sequence[Part], total_us: float) -> str:
     calibration = device.calibration
     if calibration is None:
-        said = ["not calibrated: priors for its class of cores", *rates.notes]
+        said = ["not calibrated: uses priors for its class of cores", *rates.notes]
     else:
         said = [
             f"calibrated {calibration.date} with {calibration.threads} threads, "
