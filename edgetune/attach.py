@@ -69,7 +69,7 @@ def _instead(other: object) -> str:
         return f"make an object of the class: et.{other.__name__}({', '.join(f'{name}=...' for name in required)})"
     name = next(iter(other), None) if isinstance(other, Mapping) else getattr(other, "name", other)
     if name == "train":
-        return "training is a loop of your own between et.apply and et.finalize, or a step of a recipe"
+        return "train in your own loop between et.apply and et.finalize, or with a step of a recipe"
     if isinstance(name, str) and name in TECHNIQUES:
         return f"write et.{TECHNIQUES[name].rpartition(':')[2]}(...), with its settings by name"
     return "write [et.LoRA(rank=8, targets=[...])], one object for each technique"

@@ -47,9 +47,9 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
             continue
         if value is None:
             raise EdgetuneError(
-                f"the budget limits {quantity}, and nothing in the recipe tells it",
+                f"the budget limits {quantity}, but nothing in the recipe provides it",
                 got=budget.device,
-                action="add export, the device under profile.devices, or a train step for train_memory_mib",
+                action="add export, add the device to profile.devices, or add a train step for train_memory_mib",
             )
         yield Verdict(
             device=budget.device,

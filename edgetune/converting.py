@@ -44,7 +44,7 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     """
     kind, _, argument = source.partition(":")
     if weights is not None and kind != "py":
-        raise EdgetuneError("weights in a file of their own are for py: models", got=str(weights), action="leave out")
+        raise EdgetuneError("--weights only applies to py: models", got=str(weights), action="leave out")
     makers: dict[str, Callable[[str], Converted]] = {
         "hf": _hugging_face, "timm": _timm, "py": lambda argument: _own(argument, weights),
     }  # fmt: skip
@@ -54,9 +54,9 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     given = _given(inputs) if inputs else None
     if given is None and not made_up:
         raise EdgetuneError(
-            f"nothing says which inputs {source} takes",
+            f"the inputs of {source} are unknown",
             got=type(model).__name__,
-            action="pass --inputs py:file.py:function, which returns one input of the model, or a list of them",
+            action="pass --inputs py:file.py:function, which returns one input or a list of inputs of the model",
         )
     rows = given or made_up
     note = GIVEN.format(source=inputs) if given else MADE_UP
@@ -76,7 +76,7 @@ def _hugging_face(argument: str) -> Converted:
         says = tuple(config.architectures or ())
         if not says:
             action = 'add "architectures" to its config.json, or build it with py:file.py:build'
-            raise EdgetuneError(f"the config of hf:{argument} does not say which model it is", action=action)
+            raise EdgetuneError(f"the config of hf:{argument} does not name the model", action=action)
         model = part_of(transformers, says[0]).from_pretrained(argument, dtype=torch.float32)
         takes = getattr(model, "main_input_name", "input_ids")
         if takes == "pixel_values" and not hasattr(config, "vocab_size"):
@@ -191,7 +191,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except Exception as error:  # damaged files raise almost anything; load_state_dict lists what does not fit
         what = f"the weights do not fit the model: {' '.join(str(error).split())[:400]}"
-        raise EdgetuneError(what, got=str(path), action="give the state dict of this very module") from error
+        raise EdgetuneError(what, got=str(path), action="give the state dict of this module") from error
 
 
 def _given(inputs: str) -> list[Inputs]:
@@ -202,9 +202,9 @@ def _given(inputs: str) -> list[Inputs]:
         flat = row.values() if isinstance(row, dict) else row if isinstance(row, tuple) else (row,)
         if not rows or not all(isinstance(each, Tensor) for each in flat):
             raise EdgetuneError(
-                f"{inputs} returns no inputs of a model",
+                f"{inputs} does not return inputs for a model",
                 got=type(row).__name__,
-                action="return a tensor, a tuple or a dict of tensors, batch first, or a list of such",
+                action="return a tensor, a tuple or a dict of tensors, batch first, or a list of these",
                 exit_code=Exit.USAGE,
             )
     if not rows:

@@ -110,7 +110,7 @@ def export_from(
     """
     found = with_cache(exportable(source, data, language, inputs, weights), max_tokens)
     if found.talk is not None and (dynamic or external_data):
-        what = "a program that talks takes prompts of any length, and keeps its weights"
+        what = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(what, action="leave out --dynamic and --ptd, or --language")
     found = replace(found, dynamic=dynamic, external_data=external_data)
     artifact = to_program(found, path, device=device, target=target)
@@ -125,7 +125,9 @@ def with_cache(found: Exportable, max_tokens: int | None) -> Exportable:
         return found
     if found.talk is None:
         raise EdgetuneError(
-            "max_tokens is the cache of a language program", got=max_tokens, action="add --language, or leave it out"
+            "max_tokens is the cache size of a text-generation program",
+            got=max_tokens,
+            action="add --language, or leave it out",
         )
     return replace(found, talk=replace(found.talk, max_tokens=max_tokens))
 
@@ -183,9 +185,9 @@ def tokenizer_of(task: str, encode: Any) -> Any:
     tokenizer = getattr(encode, "tokenizer", None)
     if task != "causal-lm" or tokenizer is None:
         raise EdgetuneError(
-            "a program that talks needs a causal language model",
+            "a text-generation program needs a causal language model",
             got=task,
-            action="choose the model smollm2 or hf:PATH with texts without classes, or leave out `language`",
+            action="use the model smollm2, or hf:PATH with texts without classes, or leave out `language`",
         )
     return tokenizer
 
@@ -249,7 +251,7 @@ def exportable(
     if source.endswith(".pt2"):
         if language:
             raise EdgetuneError(
-                "a program of torch.export has no tokenizer and no cache, so it cannot be made to talk",
+                "a program of torch.export has no tokenizer and no cache, so it cannot generate text",
                 got=source,
                 action="export the model itself: hf:PATH --language, or et.export_language(model, tokenizer, path)",
             )
@@ -263,7 +265,7 @@ def exportable(
     if place.is_dir():
         if not (place / "recipe.yaml").is_file():
             action = "give a run's folder, or write hf:PATH for a model's folder"
-            raise EdgetuneError("this folder holds no run", got=source, action=action)
+            raise EdgetuneError("this folder does not contain a run", got=source, action=action)
         from edgetune.pipeline import restore
 
         found = restore(place, language)
@@ -289,12 +291,10 @@ def _saved(path: Path) -> Exportable:
         what = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"
         raise EdgetuneError(what, got=str(path), action="save it with torch.export.save") from error
     if program.example_inputs is None:
-        raise EdgetuneError("the program holds no example inputs", got=str(path), exit_code=Exit.EXPORT)
+        raise EdgetuneError("the program has no example inputs", got=str(path), exit_code=Exit.EXPORT)
     args, kwargs = program.example_inputs
     if args and kwargs:
-        raise EdgetuneError(
-            "inputs by position and by name together are not read", got=str(path), exit_code=Exit.EXPORT
-        )
+        raise EdgetuneError("inputs by position and by name cannot be combined", got=str(path), exit_code=Exit.EXPORT)
     return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args), one_row=False)
 
 

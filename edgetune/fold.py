@@ -50,7 +50,7 @@ EVALUATION_BATCH = 64
 
 
 class Eval(Settings):
-    """A step that changes nothing: its row in the ledger is the point."""
+    """Measure the model and add a row to the report. The model does not change."""
 
     name: ClassVar[str] = "eval"
 
@@ -111,11 +111,11 @@ class Fold:
             example = tensors_of(self.samples.example())[0]
             check_takes_pictures(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
         if self.recipe.data.augment and self.task != "image-classification":
-            raise EdgetuneError("data.augment changes pictures", got=self.task, action="leave it out")
+            raise EdgetuneError("data.augment only applies to images", got=self.task, action="leave it out")
         trainings = [step.settings for step in self.recipe.steps if isinstance(step.settings, Train)]
         if self.recipe.data.augment and any(training.cache_prefix for training in trainings):
             raise EdgetuneError(
-                "cache_prefix keeps what a picture gives, and data.augment changes it each time",
+                "cache_prefix stores the outputs for each image, but data.augment changes the image each time",
                 action="leave out one of the two",
             )
         if self.task == "causal-lm" and any(training.class_weights != "none" for training in trainings):
@@ -150,10 +150,10 @@ class Fold:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise EdgetuneError(
-                f"the run writes at least {needed / MIB:,.0f} MiB, and the disk has less",
+                f"the run will write at least {needed / MIB:,.0f} MiB, and the disk has less",
                 where=str(self.folder),
                 got=f"{free / MIB:,.0f} MiB free",
-                action="make room there, or choose another disk with --out",
+                action="free some disk space, or choose another disk with --out",
             )
 
     def reuse(self, steps: int) -> None:

@@ -82,7 +82,9 @@ def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) 
             raise EdgetuneError(f"{what} is at least {least}", got=got)
     if not 0.0 <= temperature < float("inf"):
         raise EdgetuneError(
-            "temperature is a number from 0 on", got=temperature, action="0 is greedy, 1 the model's own"
+            "temperature must not be negative",
+            got=temperature,
+            action="use 0 for greedy decoding, or 1 for the distribution of the model",
         )
 
 
@@ -94,7 +96,7 @@ def _asked(
     known = artifact.manifest
     if len(prompt) > known.max_tokens:
         raise EdgetuneError(
-            "the prompt has more tokens than the program's cache has places",
+            "the prompt has more tokens than fit into the cache of the program",
             where=str(artifact.path),
             got=len(prompt),
             allowed=[f"at most {known.max_tokens}"],

@@ -42,7 +42,7 @@ def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, columns: Seque
             rows += _texts(argument, columns)
     if not rows:
         raise EdgetuneError(
-            "there are no rows to answer", got=list(arguments), action="give a text, an image or a file"
+            "there are no rows to classify", got=list(arguments), action="give a text, an image or a file"
         )
     return rows
 
@@ -108,5 +108,5 @@ def _images(path: Path) -> Iterable[Given]:
         return [Given(str(path))]
     images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     if not images:
-        raise data_error("the folder holds no images", got=str(path), allowed=IMAGES, action="give another folder")
+        raise data_error("the folder contains no images", got=str(path), allowed=IMAGES, action="give another folder")
     return [Given(str(image)) for image in images]

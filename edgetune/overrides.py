@@ -30,7 +30,7 @@ def from_text(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise EdgetuneError("an override is key=value", got=setting, action="for example train.epochs=2")
+            raise EdgetuneError("an override has the form key=value", got=setting, action="for example train.epochs=2")
         if key.strip() in found:
             raise EdgetuneError("the override is given twice", got=key.strip())
         found[key.strip()] = read(text, f"override {setting}").value

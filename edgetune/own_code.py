@@ -21,7 +21,7 @@ def place_of(source: str) -> tuple[Path, str]:
     """The file and the function that `py:file.py:function` names. Raises `EdgetuneError` for any other form."""
     file, colon, function = source.removeprefix(PREFIX).rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
-        raise EdgetuneError("this names no function in a file", got=source, action=f"write {_FORM}")
+        raise EdgetuneError("this does not name a function in a file", got=source, action=f"write {_FORM}")
     return Path(file).expanduser(), function
 
 
@@ -40,7 +40,9 @@ def load_function(source: str) -> Callable[..., Any]:
     """
     path, name = place_of(source)
     if not path.is_file():
-        raise EdgetuneError("no such file", got=str(path), action=f"write {_FORM}, the path as seen from here")
+        raise EdgetuneError(
+            "no such file", got=str(path), action=f"write {_FORM}, with a path relative to the current folder"
+        )
     path = path.resolve()
     module_name = f"edgetune_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if module_name not in sys.modules:
@@ -87,5 +89,5 @@ def _failed(path: Path, what: str, error: Exception) -> EdgetuneError:
     line = own[-1].lineno if own else getattr(error, "lineno", None)
     where = f"{path}, line {line}" if line else str(path)
     return EdgetuneError(
-        f"{what}: {type(error).__name__}: {error}", where=where, action="mend it there", exit_code=Exit.USAGE
+        f"{what}: {type(error).__name__}: {error}", where=where, action="fix it there", exit_code=Exit.USAGE
     )

@@ -74,7 +74,7 @@ def run(
     again_from = None if from_step is None else reuse.step_number(recipe, from_step, export=True)
     until = None if until_step is None else reuse.step_number(recipe, until_step)
     if again_from and until and again_from > until:
-        raise EdgetuneError("the step to stop after comes before the one to begin with", got=(from_step, until_step))
+        raise EdgetuneError("--until names an earlier step than --from", got=(from_step, until_step))
     steps = None
     if resume or again_from:
         folder, steps = runs.resumable_folder(recipe, where, again_from)
@@ -104,7 +104,9 @@ def restore(folder: str | Path, language: bool = False) -> Exportable:
     earlier = runs.earlier_ledger(folder)
     if earlier is None or not earlier.finished:
         raise EdgetuneError(
-            "the folder holds no finished run", got=str(folder), action=f"edgetune run RECIPE --resume --out {folder}"
+            "the folder does not contain a finished run",
+            got=str(folder),
+            action=f"edgetune run RECIPE --resume --out {folder}",
         )
     recipe = load(folder / "recipe.yaml")
     fold = Fold(recipe, folder, resume=True, progress=lambda *_: None, record=False)

@@ -35,7 +35,7 @@ def refuse_computed(name: str, layer: nn.Module) -> None:
     reason = how_computed(layer)
     if reason:
         raise EdgetuneError(
-            f"{name} computes more than its class says: {reason}", got=type(layer).__name__, action=_action(name, layer)
+            f"{name} computes more than its class does: {reason}", got=type(layer).__name__, action=_action(name, layer)
         )
 
 
@@ -64,18 +64,18 @@ def how_computed(layer: nn.Module) -> str:
             return parametrized_by(key, layer.parametrizations[key])  # type: ignore[union-attr, index, arg-type]
     key = computed_tensor(layer)
     if key:
-        return f"its {key} is no parameter, but computed at each call, as weight_norm or prune do"
+        return f"its {key} is not a parameter but computed at each call, as by weight_norm or prune"
     weight = layer._parameters["weight"]
     if weight is not None and nn.parameter.is_lazy(weight):
         return "it has no weight before its first forward; run the model once"
     if is_stock(layer):
         return ""
     if weight is None or weight.is_meta:
-        return "it has a forward of its own, and no values yet to compare its output by"
+        return "it has its own forward, and there are no values yet to compare its output with"
     if not weight.is_floating_point():
-        return f"it has a forward of its own, over a weight stored in {weight.dtype}"
+        return f"it has its own forward, over a weight stored in {weight.dtype}"
     if getattr(layer, "max_norm", None) is not None:
-        return "it has a forward of its own, and max_norm rewrites its rows in it"
+        return "it has its own forward, in which max_norm rewrites its rows"
     for training in (False, True):
         difference = _differs(layer, kind, training)
         if difference:

@@ -98,9 +98,9 @@ class Classifier:
         logits = torch.cat(parts).float()
         if not bool(torch.isfinite(logits).all()):
             raise EdgetuneError(
-                "the program's answers are not finite numbers",
+                "the outputs of the program are not finite",
                 where=str(self.artifact.path),
-                action="look at the run that made it: a learning rate or a quantization that overflows",
+                action="check the run that made it for a high learning rate or an overflowing quantization",
                 exit_code=Exit.EXPORT,
             )
         return logits
@@ -211,7 +211,9 @@ def data_settings(program: Path, source: str | None = None, overrides: Mapping[s
         kept = load(recipe).data.model_dump(mode="json")
     if source is None and not kept:
         action = "pass --data, such as --data csv:rows.csv"
-        raise EdgetuneError("no recipe beside the program names its data", where=str(program), action=action)
+        raise EdgetuneError(
+            "there is no recipe next to the program that names its data", where=str(program), action=action
+        )
     if source is not None and source != kept.get("source"):
         kept = {name: kept[name] for name in ("text", "label", "label_names") if name in kept} | {"source": source}
     for key, value in (overrides or {}).items():
@@ -280,7 +282,9 @@ def _check_kind(path: Path) -> None:
     from edgetune.export.artifact import manifest_path
 
     if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), action="give model.pte, or a run's folder")
+        raise EdgetuneError(
+            "the file name of a program must end in .pte", got=str(path), action="give model.pte, or a run's folder"
+        )
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.pte"))
         raise EdgetuneError("no such program", got=str(path), allowed=near, action="make one with edgetune export")
@@ -291,7 +295,11 @@ def _check_kind(path: Path) -> None:
     action = OTHER_KINDS.get(manifest.get("kind", "model")) if isinstance(manifest, dict) else None
     if action is not None:
         raise EdgetuneError(
-            "the program chooses no class", got=manifest["kind"], where=str(path), action=action, exit_code=Exit.EXPORT
+            "the program does not predict a class",
+            got=manifest["kind"],
+            where=str(path),
+            action=action,
+            exit_code=Exit.EXPORT,
         )
 
 
@@ -310,7 +318,7 @@ def _check(artifact: Artifact) -> Task:
         raise EdgetuneError(
             f"the program does not say {' nor '.join(lacking)}",
             where=str(artifact.path),
-            action="export a classifier by name (hf:PATH, timm:NAME), or a run: their programs carry it",
+            action="export a classifier by name (hf:PATH, timm:NAME), or a run: their programs contain it",
             exit_code=Exit.EXPORT,
         )
     pictures = isinstance(carried.preprocessing, ImagePreprocessing)
@@ -320,17 +328,17 @@ def _check(artifact: Artifact) -> Task:
         len(manifest.outputs[0].shape) != 2 or len(carried.labels) not in (0, outputs)
     ):
         raise EdgetuneError(
-            "the program takes or gives something else than it carries",
+            "the inputs or outputs of the program do not match its metadata",
             where=str(artifact.path),
             got=[str(spec) for spec in (*manifest.inputs, *manifest.outputs)],
-            action="give what carried.preprocessing makes, and a name for each class",
+            action="export with inputs as carried.preprocessing makes them, and a name for each class",
             exit_code=Exit.EXPORT,
         )
     if not find(manifest.target).runs_here:
         raise EdgetuneError(
             f"a program for {manifest.target} does not run on this machine",
             where=str(artifact.path),
-            action="export the same model with --target xnnpack, and ask that program",
+            action="export the same model with --target xnnpack, and use that program",
             exit_code=Exit.EXPORT,
         )
     return "image-classification" if pictures else "text-classification"

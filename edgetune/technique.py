@@ -131,7 +131,7 @@ class _Explaining(ModelMetaclass):
         if args:
             first = next(iter(cls.model_fields), "setting")  # type: ignore[attr-defined]
             action = f"write {cls.__name__}({first}=...)"
-            raise EdgetuneError("settings are given by name", where=cls.__name__, got=args[0], action=action)
+            raise EdgetuneError("settings must be given by name", where=cls.__name__, got=args[0], action=action)
         try:
             return super().__call__(**settings)
         except ValidationError as error:
@@ -231,7 +231,7 @@ def logits_of(output: Any) -> Tensor:
         found = output[0]
     if not isinstance(found, Tensor):
         raise EdgetuneError(
-            "the model's output holds no logits",
+            "the output of the model has no logits",
             got=type(output).__name__,
             action='return a tensor, a tuple that begins with one, a mapping with "logits", or an object with .logits',
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgetune.profile.operators import Operator
 
 _TYPES = {
-    "8da4w": "in 4 bits, beside activations in 8",
+    "8da4w": "in 4 bits, with 8-bit activations",
     "int8": "in 8 bits",
     "fp16": "as 16-bit floats",
     "bf16": "as 16-bit floats (bfloat16)",
@@ -63,7 +63,7 @@ def preprocessing(carried: Carried) -> list[str]:
         crop = "cut to the largest square in its middle" if told.crop == "center" else "taken whole"
         rounded = "rounded to whole numbers" if told.rounded else "not rounded"
         return [
-            "a picture, turned upright as its file says",
+            "an image, rotated as its EXIF orientation says",
             "as RGB, three channels" if told.color == "rgb" else "as grey, the same values in every channel",
             f"{crop}, resized to {told.size_px} x {told.size_px} ({told.resize}, averaged where it shrinks, {rounded})",
             f"each byte: (x * {told.scale:g} - mean) / std, mean {_numbers(told.mean)}, std {_numbers(told.std)}",

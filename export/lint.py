@@ -78,7 +78,7 @@ def _inputs(inputs: Inputs) -> Iterator[Finding]:
 def _layers(model: nn.Module) -> Iterator[Finding]:
     for name, layer in model.named_modules():
         if is_wrapped(layer):
-            reason = f"{type(layer).__name__} carries something beside its weight, which stays with slow kernels"
+            reason = f"{type(layer).__name__} has an adapter or slices, which run on slow kernels"
             yield Finding("error", "", name, reason, "fold it first: model = et.finalize(model)")
         if layer.training and isinstance(layer, _DROPOUTS) and layer.p > 0:
             reason = f"dropout in training mode (p = {layer.p:g})"

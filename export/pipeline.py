@@ -92,7 +92,7 @@ def chosen_target(path: Path, device: str | None, target: str | None) -> Target:
     with quiet():
         require("executorch", "export")
     if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+        raise EdgetuneError("the file name of a program must end in .pte", got=str(path), exit_code=Exit.USAGE)
     chosen = targets.for_device(device, target)
     chosen.partitioners()  # says what is missing before any work
     return chosen

@@ -170,7 +170,7 @@ def test_profile_measures_nothing_that_this_machine_cannot_run(
     assert main(["profile", str(foreign), "--device", "iphone-15"]) == 0
     capsys.readouterr()
     assert main(["profile", str(foreign), "--device", "iphone-15", "--measure"]) == 5
-    assert "this machine cannot run mps programs\n  next: leave out --measure" in capsys.readouterr().err
+    assert "this machine cannot run mps programs\n  next: omit --measure" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_json_and_a_page(

@@ -301,7 +301,7 @@ def test_imagefolder_with_its_own_test_folder(tmp_path: Path) -> None:
     pictures(tmp_path / "test", ("cat",), count=3)
     found = from_imagefolder(str(tmp_path), settings())
     assert [len(part) for part in (found.train, found.validation, found.test)] == [36, 4, 3]
-    assert "3 test pictures also stand among the training rows" in found.notes
+    assert "3 test images are also among the training rows" in found.notes
     pictures(tmp_path / "val", ("fox",), count=3)
     message = data_error(from_imagefolder, str(tmp_path), settings())
     assert "no training row has: fox" in message
@@ -316,7 +316,7 @@ def test_imagefolder_bad_pictures_and_empty_classes(tmp_path: Path) -> None:
     assert "1 of 40 rows" in message
     assert "left out 1 of 40" in from_imagefolder(str(tmp_path), settings(max_bad_rows_pct=3)).notes[0]
     (tmp_path / "owl").mkdir()
-    assert "class folder owl holds no picture" in data_error(from_imagefolder, str(tmp_path), settings())
+    assert "class folder owl contains no image" in data_error(from_imagefolder, str(tmp_path), settings())
 
 
 # --- batches, loss, quality ------------------------------------------------------------------------------------------

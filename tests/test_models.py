@@ -204,10 +204,10 @@ REFUSED_HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], 
     "other names": (MOODS, {}, ("bad", "good", "fine"), r"other classes than the data's: neutral, bad, good"),
     "other names, kept": (MOODS, {"head": "keep"}, ("bad", "good", "fine"), "other classes than the data's"),
     "another number": (MOODS, {}, ("bad", "good"), r"3 classes \(neutral, bad, good\), the data 2"),
-    "no names": ({"num_labels": 3}, {}, SORTED, "does not say which classes its outputs are"),
+    "no names": ({"num_labels": 3}, {}, SORTED, "does not name its classes"),
     "a score": ({"num_labels": 1}, {}, SORTED, r"has 1 classes \(LABEL_0\), the data 3"),
     "several at once": (
-        {**MOODS, "problem_type": "multi_label_classification"}, {}, SORTED, "does not choose one class of several",
+        {**MOODS, "problem_type": "multi_label_classification"}, {}, SORTED, "does not predict exactly one class",
     ),
 }  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_a_checkpoint_without_a_head_for_texts_gets_a_new_one(kind: str, tmp_pat
     assert loaded.model.classifier.weight.abs().max() < 0.2  # type: ignore[union-attr, operator]
     assert loaded.classes is None
     assert "classifier.weight" in " ".join(loaded.notes)
-    with pytest.raises(EdgetuneError, match="no trained head of a text classifier to keep"):
+    with pytest.raises(EdgetuneError, match="no trained text-classification head to keep"):
         hugging_face(str(tmp_path), settings(max_length=16, head="keep"), data())
 
 
@@ -376,7 +376,7 @@ def test_timm_says_how_it_is_installed(path: str, action: str) -> None:
 def test_timm_with_random_weights() -> None:
     child = run_with_timm(TIMM_CHILD)
     assert child.stdout.startswith("timm:resnet10t (6, 3) random weights\n"), child.stderr
-    assert "does not say which classes its outputs are" in child.stdout
+    assert "does not name its classes" in child.stdout
     assert "no trained head for so many classes" in child.stdout
     assert "did you mean 'resnet18'" in child.stdout
 

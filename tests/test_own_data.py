@@ -87,7 +87,7 @@ def test_a_test_file_beside_the_training_rows(tmp_path: Path) -> None:
     data = read(rows, test_file=str(held_out))
     assert (len(data.test), data.test.labels) == (3, [0, 1, 1])
     assert len(data.train) + len(data.validation) == 60
-    assert "3 test texts also stand among the training rows" in data.notes
+    assert "3 test texts are also among the training rows" in data.notes
     (tmp_path / "rows.jsonl").write_text('{"text": "a b", "label": "a"}\n' * 3, encoding="utf-8")
     with pytest.raises(EdgetuneError, match=r"nothere.jsonl does not exist"):
         from_jsonl(str(tmp_path / "rows.jsonl"), DataSettings(source="x", test_file=str(tmp_path / "nothere.jsonl")))
@@ -154,7 +154,7 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
     assert sorted(loaded("parts").test.inputs) == ["another", "one more"]
     assert loaded("texts").task == "causal-lm"
     for function, message in {
-        "mixed": "several kinds|no text and no picture", "pictures": "several sizes", "floats": "neither a string nor",
+        "mixed": "several kinds|neither a text nor", "pictures": "several sizes", "floats": "neither a string nor",
         "misnamed": "returns no training rows",
     }.items():  # fmt: skip
         with pytest.raises(EdgetuneError, match=message) as caught:

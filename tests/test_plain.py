@@ -152,7 +152,7 @@ def net(layer: nn.Module) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:int4. 0.parametrizations:UserWarning")
 def test_4_bits_refuse_it_unless_it_is_skipped(make: Callable[[], nn.Module], technique: Any) -> None:
     model = net(make())
-    with pytest.raises(EdgetuneError, match="0 computes more than its class says"):
+    with pytest.raises(EdgetuneError, match="0 computes more than its class does"):
         apply(model, technique)
     assert type(model[2].weight) is nn.Parameter
     apply(model, technique.model_copy(update={"skip": ("0",)}))

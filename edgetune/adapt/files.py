@@ -73,7 +73,7 @@ def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
         else:
             break
     if config is None:
-        raise EdgetuneError("the model carries no adapter", action="save before et.finalize, or save the whole model")
+        raise EdgetuneError("the model has no adapter", action="save before et.finalize, or save the whole model")
     model.peft_config = {ADAPTER: config}  # type: ignore[assignment]
     return model, config
 
@@ -89,7 +89,7 @@ def _trained_whole(model: nn.Module) -> list[str]:
     under = trained_under(model)
     if under:
         raise EdgetuneError(
-            f"{', '.join(under[:3])}: trains itself and carries an adapter; an adapter file would lose the first",
+            f"{', '.join(under[:3])}: trains and has an adapter; an adapter file would not contain the trained weight",
             got=f"{len(under)} such layers",
             action="save the whole model, or leave these layers out of the scheme or the targets",
         )
@@ -99,7 +99,9 @@ def _trained_whole(model: nn.Module) -> list[str]:
         if name.startswith(adapted) or not any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
         if not name or any(True for _ in module.children()):
-            raise EdgetuneError(f"{name or 'the model'} owns parameters beside layers; peft cannot save them alone")
+            raise EdgetuneError(
+                f"{name or 'the model'} has parameters outside its layers, which peft cannot save on their own"
+            )
         found.append(name)
     return found
 
@@ -138,7 +140,7 @@ def _load(peft: Any, model: nn.Module, state: dict[str, Tensor]) -> None:
     targets = model.state_dict()
     for key, value in whole.items():
         if key not in targets or targets[key].shape != value.shape:
-            raise EdgetuneError("the adapter holds a tensor that this model has no place for", got=key)
+            raise EdgetuneError("the adapter has a tensor that does not belong to any layer of this model", got=key)
         targets[key].copy_(value)
     for name, parameter in model.named_parameters():
         if name.replace(".base_layer.", ".") in whole:

@@ -22,7 +22,7 @@ from edgetune.technique import EdgetuneError, Sample, Technique
 
 
 class LoRA(Technique):
-    """Train low-rank side paths on `targets`; the base stays as it is (or as an earlier sparse-update set it).
+    """Train low-rank adapters on `targets`. The base stays frozen, or as an earlier sparse-update left it.
 
     The side path counts `alpha / rank` times, or `alpha / sqrt(rank)` with `rslora`.
     `dora` also trains the length of each output row (Liu et al., 2024, arXiv:2402.09353).
@@ -36,21 +36,21 @@ class LoRA(Technique):
     leaves: ClassVar[frozenset[str]] = frozenset({"adapter"})
 
     rank: int = Field(8, ge=1)
-    """Inner width of each side path."""
+    """Rank of each adapter."""
     alpha: int = Field(16, ge=1)
-    """Weight of the side path, divided by `rank` (with `rslora` by its square root)."""
+    """Scale of the adapter: `alpha / rank`, or with `rslora` `alpha` divided by the square root of `rank`."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the side path's inputs that training drops at random."""
+    """Share of the adapter's inputs that are dropped at random during training."""
     targets: tuple[str, ...]
-    """Patterns of the layers that get a side path, such as `*.query`."""
+    """Patterns of the layers that get an adapter, such as `*.query`."""
     skip: tuple[str, ...] = ()
-    """Patterns of layers to leave out although `targets` names them."""
+    """Patterns of layers to exclude from `targets`."""
     also_train: tuple[str, ...] = ()
-    """Patterns of layers that train whole, such as a new classifier; they are saved with the adapter."""
+    """Patterns of layers to train fully, such as a new classifier; they are saved with the adapter."""
     rslora: bool = False
     """Divide `alpha` by the square root of `rank`, which suits high ranks."""
     dora: bool = False
-    """Train the length of each output row too (DoRA)."""
+    """Also train the magnitude of each output row (DoRA)."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Put the side paths on, in place."""

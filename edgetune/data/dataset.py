@@ -23,7 +23,7 @@ IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
 
 
 class DataSettings(Settings):
-    """Where the data come from and how they are split. The split does not depend on the seed of a run."""
+    """The source of the data and how it is split. The split does not depend on the seed."""
 
     whole: ClassVar[bool] = False
 
@@ -32,7 +32,7 @@ class DataSettings(Settings):
     (`csv:FILE`, `jsonl:FILE`, `imagefolder:FOLDER`), `hf:OWNER/NAME` from the Hugging Face hub, or
     `py:FILE.py:FUNCTION`, a function that returns the rows. Paths are relative to the recipe."""
     text: str | tuple[str, ...] = "text"
-    """Column that holds the text, or a list of columns whose texts are put together, one a line. Tables only."""
+    """Column with the text, or a list of columns whose texts are joined with line breaks. Tables only."""
     label: str | None = "label"
     """Column that holds the class; `null`: there are no classes, the texts train a language model. Tables only."""
     messages: str | tuple[str, str] | None = None
@@ -41,25 +41,25 @@ class DataSettings(Settings):
     loss_on: Literal["answers", "all"] = "answers"
     """Which tokens of a conversation count in the loss and in the perplexity. `messages` only."""
     label_names: dict[str, str] | None = None
-    """What a label of the table is called, as in `{"0": bad, "1": good}`; two labels of one name are one class.
+    """Names of the labels, as in `{"0": bad, "1": good}`; labels with the same name become one class.
     Tables only."""
     test_file: str | None = None
-    """Rows to test on, in a file of the same kind as the training rows. `csv` and `jsonl` only."""
+    """A separate file with the test rows, in the same format as the training rows. `csv` and `jsonl` only."""
     augment: tuple[Literal["flip", "crop", "colour"], ...] = ()
-    """What may change in a training picture each time it is seen: mirrored, moved by up to an eighth of its width,
-    brighter or darker. Pictures only."""
+    """Random changes to the training images: mirror them, shift them by up to an eighth of their width, make them
+    brighter or darker. Images only."""
     test_pct: float = Field(default=15.0, gt=0, lt=100)
-    """Percentage of the rows held out for testing, where the data have no test set of their own."""
+    """Percentage of the rows held out for testing, if the data has no test set."""
     validation_pct: float = Field(default=10.0, gt=0, lt=100)
-    """Percentage of the rows held out for validation, where the data have no validation set of their own."""
+    """Percentage of the rows held out for validation, if the data has no validation set."""
     train_rows: int | None = Field(default=None, gt=0)
-    """Use only this many training rows, the same ones each time; `null`: all."""
+    """Use only this many training rows, always the same ones; `null`: all."""
     validation_rows: int | None = Field(default=None, gt=0)
     """Use only this many validation rows; `null`: all."""
     test_rows: int | None = Field(default=None, gt=0)
     """Use only this many test rows; `null`: all."""
     max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)
-    """Stop if more than this percentage of the rows cannot be read; fewer are left out and reported."""
+    """Stop if more than this percentage of the rows cannot be read; otherwise they are skipped and reported."""
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -109,7 +109,9 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.inputs):
-            raise EdgetuneError("as many labels as inputs are needed", got=(len(self.inputs), len(self.labels)))
+            raise EdgetuneError(
+                "the number of labels must equal the number of inputs", got=(len(self.inputs), len(self.labels))
+            )
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -48,6 +48,6 @@ def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ..
     if len(counts) > 1:
         (most, rows), (least, few) = counts.most_common()[0], counts.most_common()[-1]
         if rows >= _SKEWED * few:
-            advice = "train.class_weights: balanced counts each class alike"
+            advice = "train.class_weights: balanced gives each class the same weight"
             notes.append(f"{rows:,} rows are {most!r} and {few:,} are {least!r}: {advice}")
     return tuple(notes)

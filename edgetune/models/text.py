@@ -115,7 +115,7 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
 def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """A text classifier or a causal language model by its id on the hub, or by a folder that holds it."""
     if not argument:
-        raise EdgetuneError("hf needs the id of a model or a folder", action="write source: hf:owner/name")
+        raise EdgetuneError("hf: needs a model id or a folder", action="write source: hf:owner/name")
     only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
     takes_no(f"hf:{argument}", settings, "layers")
     transformers = require("transformers", f"the model hf:{argument}")
@@ -163,7 +163,7 @@ def _classifier(
     own, problem, says = names_of_outputs(config), config.problem_type, config.architectures or ()
     if not settings.pretrained:
         if settings.head == "keep":
-            raise EdgetuneError("random weights hold no trained head to keep", action="leave out model.head")
+            raise EdgetuneError("random weights have no trained head to keep", action="leave out model.head")
         _name_outputs(config, classes)
         return kind.from_config(config, dtype=torch.float32), ("random weights",), None
     if settings.head != "new" and any(name.endswith("ForSequenceClassification") for name in says):
@@ -180,7 +180,7 @@ def _classifier(
         return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
     if settings.head == "keep":
         action = "leave out model.head: a new one is drawn"
-        raise EdgetuneError(f"hf:{source} holds no trained head of a text classifier to keep", got=says, action=action)
+        raise EdgetuneError(f"hf:{source} has no trained text-classification head to keep", got=says, action=action)
     redrawn = checkpoint.head - checkpoint.missing - checkpoint.mismatched  # of another task, or not wanted
     if redrawn:
         fresh = kind.from_config(config, dtype=torch.float32).state_dict()
@@ -193,7 +193,7 @@ def _matched(
 ) -> dict[str, str]:
     if problem not in (None, "single_label_classification"):
         action = f"write model: {{source: hf:{source}, head: new}} in the recipe, to train a new head"
-        raise EdgetuneError(f"the head of hf:{source} does not choose one class of several", got=problem, action=action)
+        raise EdgetuneError(f"the head of hf:{source} does not predict exactly one class", got=problem, action=action)
     return match_classes(f"hf:{source}", own, classes, settings.head == "keep")
 
 
@@ -233,7 +233,7 @@ class _Checkpoint:
         """What a report has to say of new weights."""
         new = sorted(self.missing | self.mismatched)
         notes = [f"new weights, not in the checkpoint: {', '.join(new)}"] if new else []
-        notes += [f"new weights in place of the checkpoint's: {', '.join(sorted(redrawn))}"] if redrawn else []
+        notes += [f"new weights instead of those of the checkpoint: {', '.join(sorted(redrawn))}"] if redrawn else []
         return tuple(notes)
 
 

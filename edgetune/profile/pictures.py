@@ -161,14 +161,14 @@ def roofline(found: Layers, place: int = 0) -> Figure | None:
 
 
 def _told(found: Layers, drawn: int) -> str:
-    """The picture in words."""
+    """The chart in words."""
     bounds = ", ".join(f"{bound} {percent(share)} %" for bound, share in found.bounds_pct.items())
     slowest = found.layers[0]
     return (
         f"Of the predicted time, bound by {bounds}. The slowest layer is {slowest.module} with "
         f"{percent(slowest.share_pct)} %, {number(slowest.intensity)} multiply-accumulates per byte and "
-        f"{number(slowest.gmacs)} GMAC/s. {plural(drawn, 'layer')} drawn, sized by time; those that multiply nothing "
-        "have no place here. A point above the slope of memory is fed by a cache"
+        f"{number(slowest.gmacs)} GMAC/s. {plural(drawn, 'layer')} drawn, sized by time; layers without "
+        "multiplications are not shown. Points above the memory slope are served by a cache"
     )
 
 

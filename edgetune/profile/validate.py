@@ -181,7 +181,7 @@ def _compared(
     if row.coarse:
         notes.append(f"printed in steps of {row.table.rounded_to:g}: too coarse to count")
     if alone:
-        notes.append("no other device tells of this kind of program: the predictor's own guess, not counted")
+        notes.append("no other device has data for this kind of program: not counted")
     return Compared(
         device=item.seen.device,
         engine=row.table.engine,

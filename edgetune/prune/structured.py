@@ -21,7 +21,8 @@ from edgetune.wrapped import is_wrapped
 
 
 class Prune(Technique):
-    """Remove a share of every FFN's units, every attention's heads or every convolution's channels, in place.
+    """Remove a share of the units of every FFN, the heads of every attention or the channels of every convolution,
+    in place.
 
     The same share goes from each layer, the least important units first. FFN units and channels that stay are
     rounded to the nearest multiple of `round_to`, never to zero; heads to the nearest whole head. Where several query
@@ -36,20 +37,20 @@ class Prune(Technique):
     plain: ClassVar[bool] = True
 
     ratio: float = Field(default=0.3, ge=0, lt=1)
-    """Share to remove."""
+    """Share of the units, heads or channels to remove."""
     ffn_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of an FFN's units to remove; `null`: as `ratio`."""
+    """Share of the units of an FFN to remove; `null`: `ratio`."""
     head_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of an attention's heads to remove; `null`: as `ratio`."""
+    """Share of the heads of an attention to remove; `null`: `ratio`."""
     what: frozenset[Kind] | None = None
-    """What to remove; `null`: FFN units and heads where there is attention, else channels."""
+    """What to remove; `null`: FFN units and heads if the model has attention, else channels."""
     round_to: int = Field(default=8, ge=1)
-    """Widths become multiples of this; if it is left out, also of what later steps divide widths by, such as the
-    group of `int4`."""
+    """Remaining widths are multiples of this. If it is not set, they are also multiples of what later steps need,
+    such as the group size of `int4`."""
     importance: Literal["magnitude", "activation"] = "magnitude"
-    """How units are ranked: by their weights, or by what they put out on batches of the training data."""
+    """How units are ranked: by their weights, or by their outputs on batches of training data."""
     skip: tuple[str, ...] = ()
-    """Patterns of layers to leave alone."""
+    """Patterns of layers that are not pruned."""
 
     def fitted(self, later: Sequence[Technique]) -> Technique:
         """Widths that what comes later can take: those of whole groups before 4-bit weights."""
@@ -89,7 +90,7 @@ class Prune(Technique):
         wrapped = next((name for name, module in model.named_modules() if is_wrapped(module)), None)
         if wrapped is not None:
             raise EdgetuneError(
-                f"prune needs plain layers, and {wrapped} carries more", action="et.finalize(model) first"
+                f"prune needs plain layers, and {wrapped} has an adapter or slices", action="et.finalize(model) first"
             )
         names = [name for name, _ in model.named_modules() if name]
         for pattern in self.skip:

@@ -28,7 +28,7 @@ _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NF4(Technique):
-    """Store linears in 4 bits; they are frozen, compute in the type they had, and gradients flow through them.
+    """Store linear layers in 4 bits. They are frozen, compute in their original type, and pass gradients on.
 
     Size of a layer with n weights: n/2 + 4n/block_size bytes, with `double_quant` n/2 + n/block_size and a little.
     """
@@ -38,14 +38,13 @@ class NF4(Technique):
     leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     targets: tuple[str, ...] = ("*",)
-    """Patterns of the linear layers to pack."""
+    """Patterns of the linear layers to store in 4 bits."""
     skip: tuple[str, ...] | None = None
-    """Patterns of layers to leave as they are; `null`: those with the usual names of a classifier or language-model
-    head, where there are any."""
+    """Patterns of layers to exclude; `null`: layers with the usual names of a classifier or language-model head."""
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights that share a scale; it divides every input width."""
+    """Number of weights that share a scale; it must divide every input width."""
     double_quant: bool = True
-    """Store the scales in 8 bits, 256 to a block."""
+    """Store the scales in 8 bits too, in blocks of 256."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Replace the linears in place."""

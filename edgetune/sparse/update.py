@@ -32,7 +32,7 @@ _SCORED_BATCHES = 4  # that slices by gradient or Fisher information look at
 
 
 class SparseUpdate(Technique):
-    """Train only the layers of `scheme`; the frozen ones before them run without a graph and without dropout.
+    """Train only the layers of `scheme`. The frozen layers before them run without a graph and without dropout.
 
     `scheme`: `last-2` (any number) is the last blocks and what stands between them, `bias` all biases,
     `bert-pockengine` biases of the last half of the blocks and weights of the last third; or patterns written out,
@@ -50,18 +50,18 @@ class SparseUpdate(Technique):
     exact: ClassVar[bool] = True
 
     scheme: str | dict[str, WrittenPart] = "last-2"
-    """What trains: `last-2` (or any number of last blocks), `bias`, `bert-pockengine`, `auto` (with `budget_mib`), or
-    a mapping from layer patterns to `full`, `bias`, `frozen`, a share of the channels, or a slice."""
+    """What to train: `last-2` (or another number of last blocks), `bias`, `bert-pockengine`, `auto` (with
+    `budget_mib`), or a mapping from layer patterns to `full`, `bias`, `frozen`, a share of the channels, or a slice."""
     head: Literal["full", "bias", "frozen"] = "full"
-    """What trains of everything after the last block."""
+    """What to train of the layers after the last block."""
     norms: bool = True
-    """Whether the normalizations in the layers of the scheme train."""
+    """Also train the normalization layers within the scheme."""
     activations: Activations = "exact"
-    """How values are saved for backward; `8bit` takes less memory and makes gradients approximate."""
+    """Precision of the values saved for backward; `8bit` needs less memory and makes gradients approximate."""
     budget_mib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Training memory that the scheme `auto` may use, in MiB."""
+    """Maximum training memory for the scheme `auto`, in MiB."""
     step_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Time that an update may take on this machine with the scheme `auto`, in ms; `null`: no limit."""
+    """Maximum time of an update on this machine for the scheme `auto`, in ms; `null`: no limit."""
 
     @field_validator("scheme")
     @classmethod

@@ -78,7 +78,9 @@ def export_language(
     spec = described(tokenizer, tokenizer_file(path), sha256_of(text.encode()))
     prompts = [encoded(found, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
     if not prompts or not all(prompts):
-        raise EdgetuneError("the program is compared on what it says after a prompt: give one, with tokens")
+        raise EdgetuneError(
+            "the program is compared on the continuation of a prompt, so a prompt with tokens is needed"
+        )
     # how a text fills a window of tokens is no matter of a program that talks
     own = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
     model, converted = _in_float32(model)
@@ -114,11 +116,11 @@ def _checked(
     with quiet():
         require("executorch", "export")
     if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+        raise EdgetuneError("the file name of a program must end in .pte", got=str(path), exit_code=Exit.USAGE)
     check_model(model, max_tokens)
     if prefill_tokens not in PREFILLS:
         raise EdgetuneError(
-            "a prompt cannot be read in pieces of so many tokens",
+            "the prompt chunk size is not valid",
             got=prefill_tokens,
             allowed=map(str, PREFILLS),
             exit_code=Exit.USAGE,
@@ -126,7 +128,7 @@ def _checked(
     chosen = targets.for_device(device, target)
     if chosen.name not in ("xnnpack", "portable"):
         raise EdgetuneError(
-            "the cache is kept by operators of the CPU",
+            "the cache needs CPU operators",
             got=chosen.name,
             allowed=["xnnpack", "portable"],
             action="pass target='xnnpack'",

@@ -68,10 +68,10 @@ def export_training(
         require("executorch", "export")
     path, check = Path(path), check or Check()
     if path.suffix != ".pte":
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), exit_code=Exit.USAGE)
+        raise EdgetuneError("the file name of a program must end in .pte", got=str(path), exit_code=Exit.USAGE)
     chosen = targets.find(target)
     if target not in ("xnnpack", "portable"):
-        raise EdgetuneError("no training on this target", got=target, allowed=["xnnpack", "portable"],
+        raise EdgetuneError("this target cannot train", got=target, allowed=["xnnpack", "portable"],
                             exit_code=Exit.EXPORT)  # fmt: skip
     batches = list(check_batches or [(example_inputs, example_labels)])
     prepared = capture.prepared(model)
@@ -143,7 +143,7 @@ def compared(
     worst = max(abs(a - b) if a == a else float("inf") for a, b in zip(got, expected, strict=True))
     if not worst <= check.max_loss_difference:
         raise EdgetuneError(
-            "the program's losses are not eager's",
+            "the losses of the program differ from those of eager mode",
             where=str(path),
             got=f"a difference of {worst:.3g} within {check.steps} steps",
             allowed=[f"at most {check.max_loss_difference:.3g}"],
