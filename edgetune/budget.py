@@ -33,8 +33,8 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
         "size_mib": (program.size_mib if program else None, ""),
         "train_memory_mib": (
             max(trainings, default=None),
-            "weights, gradients, optimizer state, tensors saved for backward, and the teacher; the lowest reachable is "
-            "with batches of one row",
+            "weights, gradients, optimizer state, tensors saved for backward, and the teacher; the lowest reachable "
+            "value is with batches of one row",
         ),
     }
     least = {

@@ -20,7 +20,7 @@ from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 if TYPE_CHECKING:
     from edgetune.export.carried import Carried
 
-MADE_UP = "the program was compared with the model on made-up inputs: no data were given"
+MADE_UP = "the program was compared with the model on made-up inputs, because no data was given"
 GIVEN = "the program was compared with the model on inputs that {source} gave"
 TEXTS = (
     "Yes.", "No, thank you.", "The parcel came a day late, but nothing in it was broken.",
@@ -49,7 +49,7 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
         "hf": _hugging_face, "timm": _timm, "py": lambda argument: _own(argument, weights),
     }  # fmt: skip
     if kind not in makers:
-        raise EdgetuneError(f"{source} needs data", action="pass --data: it gives the classes and the check rows")
+        raise EdgetuneError(f"{source} needs data", action="pass --data, which provides the classes and the check rows")
     model, made_up, carried = makers[kind](argument)
     given = _given(inputs) if inputs else None
     if given is None and not made_up:

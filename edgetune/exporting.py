@@ -29,11 +29,11 @@ CACHE_TOKENS = 512
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
 CONVERTED = ("hf", "timm", "py")  # finished as they are
 ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder, or a .pt2 file"
-_WEIGHTS = "weights alone are no model: export py:FILE.py:FUNCTION --weights FILE"
+_WEIGHTS = "weights alone are not a model: export py:FILE.py:FUNCTION --weights FILE"
 NO_MODELS = {  # by suffix, and what to do instead
     **dict.fromkeys((".pt", ".pth", ".bin", ".safetensors", ".ckpt"), _WEIGHTS),
-    **dict.fromkeys((".pte", ".onnx"), "give the model that the file was made from"),
-    **dict.fromkeys((".yaml", ".yml"), "a recipe is run: edgetune run FILE"),
+    **dict.fromkeys((".pte", ".onnx"), "give the model that the file was exported from"),
+    **dict.fromkeys((".yaml", ".yml"), "run a recipe with: edgetune run FILE"),
 }
 
 
@@ -246,7 +246,7 @@ def exportable(
     """The model that `source` names; see `export_from`."""
     place, kind = Path(source), source.partition(":")[0]
     if (inputs or weights) and (kind not in CONVERTED or data or language):
-        what = "inputs and weights are for a finished model that is exported without data"
+        what = "--inputs and --weights are for models that are exported without data"
         raise EdgetuneError(what, got=source, action="leave out --inputs and --weights, or --data and --language")
     if source.endswith(".pt2"):
         if language:
@@ -313,7 +313,7 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     dataset = loaded.labelled(dataset)
     split, told = Split(dataset.task, dataset.test, loaded.encode), carried(loaded, dataset)
     by = f"{data} gave the classes and the rows to compare on, " if data else ""
-    untrained = f"exported as it was loaded: {by}nothing was trained"
+    untrained = f"exported without training: {by}nothing was trained"
     told = told.model_copy(update={"notes": (untrained, *told.notes)})
     if language:
         tokenizer = tokenizer_of(dataset.task, loaded.encode)

@@ -122,9 +122,9 @@ class Fold:
             tasks.balanced_weights(self.task, self.dataset)
         if asked and asked.rows_to_check(len(self.test_split)) > len(self.test_split):
             raise EdgetuneError(
-                "export.check_rows asks for more rows than the test set has",
+                "export.check_rows exceeds the number of test rows",
                 got=asked.check_rows,
-                action=f"ask for at most {len(self.test_split)}",
+                action=f"use at most {len(self.test_split)}",
             )
         if asked and asked.language:
             check_talks(self.model, self.task, loaded.encode, asked)
@@ -200,7 +200,7 @@ class Fold:
             self.add_row(step.name, "", 0.0)
 
     def close_for(self, step: Step) -> None:
-        """Finalize what is open before a step that needs plain layers, or that is open already."""
+        """Finalize what is open before a step that needs plain layers, or that is already applied."""
         if closes(step.settings, [technique.name for technique in opened(self.model)]):
             self.close()
 

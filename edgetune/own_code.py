@@ -26,7 +26,7 @@ def place_of(source: str) -> tuple[Path, str]:
 
 
 def contents_digest(source: str) -> str:
-    """SHA-256 of the file that `py:file.py:function` names; "" for any other source, and where there is no file."""
+    """SHA-256 of the file that `py:file.py:function` names; "" for any other source, and where there is not a file."""
     if not source.startswith(PREFIX):
         return ""
     path, _ = place_of(source)

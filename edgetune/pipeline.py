@@ -91,7 +91,7 @@ def run(
         except EdgetuneError as error:
             if fold.ledger.trainings:
                 again = f"change the recipe, then: edgetune run RECIPE --resume --out {folder}"
-                error.action = "; ".join(filter(None, [error.action, f"what was trained is kept: {again}"]))
+                error.action = "; ".join(filter(None, [error.action, f"what was trained is not lost: {again}"]))
             raise
 
 

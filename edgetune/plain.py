@@ -122,7 +122,7 @@ def _differs(layer: nn.Module, kind: str, training: bool) -> str:
                 refused = error
                 continue
             return _compared(output, expected, training)
-    return f"its own forward takes no input of its class's ({type(refused).__name__}: {refused})"
+    return f"its own forward does not take the inputs of its class ({type(refused).__name__}: {refused})"
 
 
 @contextmanager
@@ -146,13 +146,13 @@ def untouched(layer: nn.Module, training: bool) -> Iterator[None]:
 def _compared(output: object, expected: Tensor, training: bool) -> str:
     mode = " in training mode" if training else ""
     if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return f"its own forward gives something of another shape{mode}"
+        return f"its own forward returns another shape{mode}"
     if output.dtype != expected.dtype:
         return f"its own forward gives {output.dtype}{mode}"
     off = relative_difference(expected, output)
     if off <= max(1e-5, 4 * torch.finfo(expected.dtype).eps):
         return ""
-    return f"its own forward is off by {off:.2g} of the largest value{mode}"
+    return f"its own forward differs by {off:.2g} of the largest value{mode}"
 
 
 def probes(layer: nn.Module) -> list[Tensor]:

@@ -81,7 +81,7 @@ class Classifier:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of its answers has to know."""
-        return () if self.carried.labels else ("the program carries no names of classes: they are numbered from 0",)
+        return () if self.carried.labels else ("the program has no class names; classes are numbered from 0",)
 
     def logits(self, rows: Sequence[Any], progress: Progress = lambda *_: None) -> Tensor:
         """Logits `(rows, classes)` of texts, or of images in files or arrays of bytes."""
@@ -181,10 +181,10 @@ def evaluate(
     dataset: Dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
     if dataset.task != classifier.task:
         raise data_error(
-            f"the program is for {classifier.task.replace('-', ' ')}, the data are for another task",
+            f"the program is for {classifier.task.replace('-', ' ')}, the data is for another task",
             got=dataset.task,
             allowed=[classifier.task],
-            action="give data of the kind that it was trained on",
+            action="give data of the kind that the program was trained on",
         )
     rows = dataset.test if part == "test" else _together((dataset.train, dataset.validation, dataset.test))
     places = _places(dataset.classes, classifier.labels)
@@ -257,9 +257,9 @@ def _places(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
         strange += [] if len(like) == 1 else [name]
     if strange:
         raise data_error(
-            f"the data have classes that the program does not know: {shortened(strange)}",
+            f"the data has classes that the program does not have: {shortened(strange)}",
             allowed=labels,
-            action="name the data's classes as the program does, or leave these rows out",
+            action="rename the classes of the data to those of the program, or remove these rows",
         )
     return places
 

@@ -89,7 +89,7 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
     steps = unchanged[folder] or 0
     earlier = earlier_ledger(folder)
     if again_from is None and reuse.is_of(recipe, folder) and earlier and earlier.finished:
-        action = f"edgetune report {folder}, or do a part of it again with --from STEP"
+        action = f"edgetune report {folder}, or repeat part of it with --from STEP"
         raise EdgetuneError("the run is finished", got=str(folder), action=action)
     return folder, steps if again_from is None else min(steps, again_from - 1)
 

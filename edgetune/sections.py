@@ -53,7 +53,7 @@ class ExportSettings(Section):
     @model_validator(mode="after")
     def _cache_is_of_use(self) -> ExportSettings:
         if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
-            what = "max_tokens is the cache size of a text-generation program, which is not asked for"
+            what = "max_tokens is the cache size of a text-generation program, but language is false"
             raise EdgetuneError(what, got=self.max_tokens, action="add language: true, or leave max_tokens out")
         return self
 

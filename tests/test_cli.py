@@ -228,10 +228,10 @@ mine: minilm on tweets, seed 0
      finalize  lora; prune needs plain layers
   3  prune     ratio 0.5
      export    xnnpack
-     verify    100 held-out rows, program against eager model
+     verify    100 held-out rows, program compared with eager model
      profile   this host, measured, pixel-8
      budget    device pixel-8, size_mib 20
-would write runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, \
+would write to runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, \
 model.pte, model.json, model.md, model.tokenizer.json
 """
     )
@@ -428,7 +428,7 @@ def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str
     assert broken.code == 2
     assert "save it with torch.export.save" in broken.err
     own = Answer(capsys, "export", "minilm", "--weights", "w.pt")
-    assert "for a finished model that is exported without data" in own.err
+    assert "for models that are exported without data" in own.err
     assert list(mine.parent.glob("*.pte")) == []
 
 

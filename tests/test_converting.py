@@ -81,7 +81,7 @@ def test_a_module_of_ones_own_is_exported_with_its_own_inputs_and_weights(net: P
         ("build", "nothing", "returns an empty list"),
         ("build", "text", "does not return inputs for a model: got 'str'"),
         ("built", "inputs", "defines no such function.*did you mean 'build'"),
-        ("text", "inputs", "returns no module: got 'str'"),
+        ("text", "inputs", "does not return a module: got 'str'"),
         ("fails", "inputs", r"net.py, line \d+: fails in net.py failed: ZeroDivisionError"),
     ],
 )
@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_are_refused(net: Path, tmp_path: Path) -> None:
     save_file({"0.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(EdgetuneError, match=r"the weights do not fit the model: .*0.bias"):
         exportable(f"py:{net}:build", inputs=f"py:{net}:inputs", weights=tmp_path / "other.safetensors")
-    with pytest.raises(EdgetuneError, match="for a finished model"):
+    with pytest.raises(EdgetuneError, match="for models that are exported"):
         exportable("minilm", inputs=f"py:{net}:inputs")
 
 

@@ -150,7 +150,7 @@ def test_bad_encoding_names_its_row(tmp_path: Path) -> None:
 def test_a_quote_that_never_closes_stops(tmp_path: Path) -> None:
     path = table(tmp_path / "a.csv", extra='"open,good\nmore,bad\n')
     message = data_error(from_csv, str(path), settings(max_bad_rows_pct=100))
-    assert "begins on line 62 is never closed" in message
+    assert "starts on line 62 is never closed" in message
 
 
 def test_too_few_rows_and_classes(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_too_few_rows_and_classes(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("text,label\n" + "".join(f"t{n},same\n" for n in range(50)), encoding="utf-8")
     assert "at least two classes" in data_error(from_csv, str(tmp_path / "b.csv"), settings())
     (tmp_path / "c.csv").write_text("text,label\n", encoding="utf-8")
-    assert "holds no rows" in data_error(from_csv, str(tmp_path / "c.csv"), settings())
+    assert "contains no rows" in data_error(from_csv, str(tmp_path / "c.csv"), settings())
 
 
 def test_a_limit_that_empties_a_class_stops(tmp_path: Path) -> None:
@@ -270,11 +270,11 @@ def test_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.train.inputs.shape == (100, 28, 28)  # type: ignore[attr-defined]
     assert (len(found.validation), len(found.test), len(found.classes)) == (6000, 50, 10)
     idx(tmp_path, "t10k", 9_999)
-    assert "other sizes than expected" in data_error(fashion_mnist, str(tmp_path), settings())
+    assert "an unexpected size" in data_error(fashion_mnist, str(tmp_path), settings())
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b no gzip")
     assert "cannot be unpacked" in data_error(fashion_mnist, str(tmp_path), settings())
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x0d\3" + bytes(20)))
-    assert "no IDX file" in data_error(fashion_mnist, str(tmp_path), settings())
+    assert "not an IDX file" in data_error(fashion_mnist, str(tmp_path), settings())
     assert "apt-get install dataset-fashion-mnist" in data_error(fashion_mnist, str(tmp_path / "none"), settings())
 
 
@@ -304,7 +304,7 @@ def test_imagefolder_with_its_own_test_folder(tmp_path: Path) -> None:
     assert "3 test images are also among the training rows" in found.notes
     pictures(tmp_path / "val", ("fox",), count=3)
     message = data_error(from_imagefolder, str(tmp_path), settings())
-    assert "no training row has: fox" in message
+    assert "only occur in the held-out rows: fox" in message
 
 
 def test_imagefolder_bad_pictures_and_empty_classes(tmp_path: Path) -> None:

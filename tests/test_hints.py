@@ -96,7 +96,7 @@ def test_a_file_in_another_encoding_is_to_be_saved_as_utf_8(tmp_path: Path) -> N
     assert "next: save the file as UTF-8" in written
     rows = [*rows[:2], *(f"cafe {n},{n % 2}" for n in range(50)), *["too,many,commas"] * 9]
     (tmp_path / "mixed.csv").write_text("\n".join(["text,label", *rows]), encoding="latin-1")
-    assert "next: mend these rows" in load_csv(tmp_path / "mixed.csv")
+    assert "next: fix these rows" in load_csv(tmp_path / "mixed.csv")
 
 
 def test_a_model_for_other_rows_says_what_rows_it_takes() -> None:

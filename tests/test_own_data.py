@@ -76,7 +76,7 @@ def test_labels_under_other_names(tmp_path: Path) -> None:
     path = table(tmp_path, ["0", "1", "2"] * 20)
     data = read(path, label_names={"0": "bad", "1": "good", "2": "good"})
     assert data.classes == ("bad", "good")
-    with pytest.raises(EdgetuneError, match="label_names leaves out a label of the table: got '2'"):
+    with pytest.raises(EdgetuneError, match="label_names lacks a label of the table: got '2'"):
         read(path, label_names={"0": "bad", "1": "good"})
     named = read(table(tmp_path, ["nan", "good"] * 20), label_names={"nan": "an Indian bread", "good": "good"})
     assert named.classes == ("an Indian bread", "good")

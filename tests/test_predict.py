@@ -105,7 +105,7 @@ def test_the_verb_reads_files_folders_and_stdin(
         (["missing.csv"], "no such file: missing.csv", "give a text, or the path"),
         (["empty.txt"], "there are no rows to classify", "give a text"),
         (["latin.txt"], "not written in UTF-8", "save it as UTF-8"),
-        (["gap.csv"], "1 of 2 rows cannot be read", "mend these rows"),
+        (["gap.csv"], "1 of 2 rows cannot be read", "fix these rows"),
         (["other.csv"], "no column for the text", "name the column with --column"),
         (["rows.tsv"], "not read from such a file", "give one of these"),
         (["."], "not read from a folder", "give one of these"),
@@ -159,7 +159,7 @@ def test_classes_without_names_are_numbered_and_the_reader_told(
     assert cli_predict.predict(tmp_path / "model.pte", ["a"], top=1) == 0
     printed = capsys.readouterr()
     assert printed.out.split(": ")[1].split()[0] in ("0", "1", "2")
-    assert "no names of classes" in printed.err
+    assert "no class names" in printed.err
 
 
 def labelled(path: Path, rows: Sequence[str], labels: Sequence[str]) -> None:

@@ -78,9 +78,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(folder: Path, hub: tuple[str, 
     first, second = done.stderr.splitlines()
     assert first.startswith(
         "edgetune: the model hf:nobody/nothing could not be loaded: it is not on this disk, "
-        "and the Hugging Face hub does not answer ("
+        "and the Hugging Face hub does not respond ("
     )
-    assert second == "  next: check the id and the network, or give the path of a folder on this disk"
+    assert second == "  next: check the id and the network, or give the path of a local folder"
     assert len(asked) == 1
 
 

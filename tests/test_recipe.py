@@ -102,7 +102,7 @@ def test_a_language_program_is_compared_on_few_texts_unless_told() -> None:
         (
             TALKING,
             ["export.max_tokens=64"],
-            "max_tokens is the cache size of a text-generation program, which is not asked for",
+            "max_tokens is the cache size of a text-generation program, but language is false",
         ),
         (TALKING, ["export.language=true", "export.max_tokens=1"], "must be at least 2"),
         (TALKING, ["export.language=yes"], "must be true or false"),
@@ -224,7 +224,7 @@ def test_overrides_leave_the_given_mapping_alone() -> None:
         ),
         (
             "train[3].epochs=2",
-            "override train[3].epochs=2: no such step train; they count from one: got 'train[3]'; "
+            "override train[3].epochs=2: no such step train; they are numbered from 1: got 'train[3]'; "
             "allowed: train[1], train[2]; did you mean 'train[2]'?",
         ),
         (
@@ -393,9 +393,9 @@ def test_a_removed_mapping_is_named() -> None:
     [
         ("a: [1", "x.yaml, line 1, column 6: not YAML: while parsing a flow sequence expected ',' or ']'"),
         ("a: 1\nb: 2\na: 3", "x.yaml, line 3, a: given twice, first in line 1"),
-        ("a: 1\n---\nb: 1", "x.yaml, line 2: a second document begins here"),
-        ("a: !!python/object/apply:os.system [ls]", "x.yaml, line 1, a: tags are not read"),
-        ("a: {<<: {b: 1}}", "merge keys (<<) are not read"),
+        ("a: 1\n---\nb: 1", "x.yaml, line 2: a second document starts here"),
+        ("a: !!python/object/apply:os.system [ls]", "x.yaml, line 1, a: tags are not supported"),
+        ("a: {<<: {b: 1}}", "merge keys (<<) are not supported"),
         ("1: a", "x.yaml, line 1: a key must be text: got '1'"),
         ("? [a]\n: b", "a key must be text"),
         ("a: .inf", "x.yaml, line 1, a: a number must be finite"),

@@ -272,7 +272,7 @@ class BadRows:
         share = 100 * len(self.found) / max(total, 1)
         first = "; ".join(self.found[:5]) + (f"; and {len(self.found) - 5:,} more" if len(self.found) > 5 else "")
         if share > self.max_bad_rows_pct:
-            action = "mend these rows, or raise data.max_bad_rows_pct"
+            action = "fix these rows, or raise data.max_bad_rows_pct"
             if sum(reason.endswith(NOT_UTF8) for reason in self.found) > len(self.found) / 2:
                 action = "save the file as UTF-8; it is probably in Latin-1 or Windows-1252"
             raise data_error(
@@ -339,9 +339,9 @@ def assemble(
             raise data_error(f"{name}: there are no {part} rows", action="give more rows, or change the split")
         if limit is not None and limit > len(rows):
             raise data_error(
-                f"{name}: data.{part}_rows asks for more rows than there are",
+                f"{name}: data.{part}_rows exceeds the number of rows",
                 got=limit,
-                action=f"ask for at most {len(rows)}, or leave data.{part}_rows out",
+                action=f"use at most {len(rows)}, or leave data.{part}_rows out",
             )
         cut.append(rows if limit is None else rows.subset(range(limit)))
     train, validation, test = cut
@@ -359,10 +359,10 @@ def _check_classes(name: str, classes: Sequence[str], train: Rows, others: tuple
         return
     held_out = {n for rows in others for n in rows.labels or ()}
     if any(classes.index(c) in held_out for c in empty):
-        what = f"{name}: classes of the held-out rows that no training row has: {', '.join(empty)}"
+        what = f"{name}: classes that only occur in the held-out rows: {', '.join(empty)}"
     else:
         what = f"{name}: classes without a row: {', '.join(empty)}"
-    raise data_error(what, action="give training rows of every class, leave the class out, or raise data.train_rows")
+    raise data_error(what, action="add training rows of every class, remove the class, or raise data.train_rows")
 
 
 def classes_of(labels: Sequence[str]) -> tuple[str, ...]:

@@ -151,13 +151,15 @@ def _existing(argument: str, kind: str) -> Path:
     path = Path(argument).expanduser()
     written = SUFFIXES.get(path.suffix.lower(), kind)
     if written != kind:
-        raise data_error(f"{kind} reads no {path.suffix} files", got=f"{kind}:{argument}", near=f"{written}:{argument}")
+        raise data_error(
+            f"{kind} does not read {path.suffix} files", got=f"{kind}:{argument}", near=f"{written}:{argument}"
+        )
     if not path.is_file():
         raise data_error(
-            f"the file {path} does not exist" if not path.exists() else f"{path} is no file",
+            f"the file {path} does not exist" if not path.exists() else f"{path} is not a file",
             got=path.name,
             near=nearest_file(path),
-            action="paths in a recipe are relative to the recipe, on the command line to the folder you are in",
+            action="paths in a recipe are relative to the recipe, on the command line relative to the current folder",
         )
     return path
 
@@ -178,7 +180,7 @@ def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], s
         try:
             cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
         except csv.Error as error:
-            raise data_error(f"{path.name} has no header that can be read ({error})") from error
+            raise data_error(f"{path.name} has no readable header ({error})") from error
         found.append(([name.strip() for name in cells], delimiter))
     header, delimiter = max(found, key=lambda item: sum(name in item[0] for name in _wanted(settings)))
     _check_columns(path.name, header, settings)
@@ -210,7 +212,7 @@ def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[t
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise data_error(
-                    f"{path.name}: a quoted field in the row that begins on line {begins} is never closed",
+                    f"{path.name}: a quoted field in the row that starts on line {begins} is never closed",
                     action="close the quote, or double it if it is part of the text",
                 ) from error
             yield begins, str(error)
@@ -277,7 +279,7 @@ def _named(label: str, settings: DataSettings) -> str:
         return label
     if label not in names:
         raise data_error(
-            "data.label_names leaves out a label of the table",
+            "data.label_names lacks a label of the table",
             got=label,
             allowed=sorted(names),
             action=f"add it, as in {{{label}: its name}}",
@@ -332,7 +334,7 @@ def _finish(
 
 def _load_hub(argument: str) -> dict[str, Any]:
     if not argument:
-        raise data_error("hf needs the id of a data set or a folder", action="write source: hf:owner/name")
+        raise data_error("hf: needs a data set id or a folder", action="write source: hf:owner/name")
     datasets = require("datasets", "a data set of the Hugging Face hub")
     folder = Path(argument).expanduser()
     name, _, configuration = (argument, "", "") if folder.exists() else argument.partition(":")
@@ -343,8 +345,8 @@ def _load_hub(argument: str) -> dict[str, Any]:
             else:
                 loaded = datasets.load_dataset(str(folder) if folder.exists() else name, configuration or None)
         except (OSError, ValueError) as error:
-            why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})" if silence else error
-            action = "check the id and the network, or give the path of a folder on this disk"
+            why = f"it is not on this disk, and the Hugging Face hub does not respond ({silence})" if silence else error
+            action = "check the id and the network, or give the path of a local folder"
             raise data_error(f"the data set {argument} could not be loaded: {why}", action=action) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 

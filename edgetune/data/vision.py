@@ -73,7 +73,7 @@ def _idx_pair(folder: Path, part: str, rows: int) -> tuple[Any, list[int]]:
     pictures = _idx(folder / f"{part}-images-idx3-ubyte.gz", (rows, 28, 28))
     labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", (rows,))
     if labels.max() >= len(_FASHION_CLASSES):
-        raise data_error(f"{part}-labels-idx1-ubyte.gz holds a class that does not exist", got=int(labels.max()))
+        raise data_error(f"{part}-labels-idx1-ubyte.gz contains a class that does not exist", got=int(labels.max()))
     return pictures, labels.tolist()
 
 
@@ -84,17 +84,17 @@ def _idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise data_error(f"{path} is missing", action="apt-get install --reinstall dataset-fashion-mnist") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise data_error(f"{path} cannot be unpacked: {error}", action="fetch the file again") from error
+        raise data_error(f"{path} cannot be unpacked: {error}", action="download the file again") from error
     begin = 4 + 4 * len(shape)
     if len(content) < begin or content[:4] != bytes((0, 0, 8, len(shape))):
-        raise data_error(f"{path} is no IDX file of bytes with {len(shape)} dimensions", got=content[:4].hex())
+        raise data_error(f"{path} is not an IDX file of bytes with {len(shape)} dimensions", got=content[:4].hex())
     sizes = struct.unpack(f">{len(shape)}I", content[4:begin])
     if sizes != shape or len(content) - begin != np.prod(shape):
         raise data_error(
-            f"{path} holds other sizes than expected: {sizes} and {len(content) - begin} bytes",
+            f"{path} has an unexpected size: {sizes} and {len(content) - begin} bytes",
             got="x".join(map(str, sizes)),
             allowed=["x".join(map(str, shape))],
-            action="fetch the file again",
+            action="download the file again",
         )
     return np.frombuffer(content, dtype=np.uint8, offset=begin).reshape(shape)
 

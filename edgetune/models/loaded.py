@@ -91,10 +91,10 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
                 raise
             why = str(error).splitlines()[0]
             if silence:
-                why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})"
+                why = f"it is not on this disk, and the Hugging Face hub does not respond ({silence})"
             raise EdgetuneError(
                 f"the model {source} could not be loaded: {why}",
-                action="check the id and the network, or give the path of a folder on this disk",
+                action="check the id and the network, or give the path of a local folder",
             ) from error
 
 
@@ -137,7 +137,7 @@ def room_for(max_length: int, positions: int | None) -> None:
     """Raises if texts could have more tokens than the model has positions."""
     if positions is not None and max_length > positions:
         raise EdgetuneError(
-            "model.max_length is more than the model has positions for",
+            "model.max_length exceeds the positions of the model",
             got=max_length,
             action=f"set model.max_length to at most {positions}",
         )

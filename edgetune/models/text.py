@@ -140,7 +140,7 @@ def give_padding(source: str, tokenizer: Any, config: Any) -> None:
     """Language models often have no token for padding: the end token serves, since the mask hides it."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise EdgetuneError(f"hf:{source} has neither a padding nor an end token, so rows cannot be put together")
+            raise EdgetuneError(f"hf:{source} has neither a padding nor an end token, so rows cannot be batched")
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -179,7 +179,7 @@ def _classifier(
         checkpoint = _read(kind, source, config)
         return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
     if settings.head == "keep":
-        action = "leave out model.head: a new one is drawn"
+        action = "leave out model.head: the head is then new"
         raise EdgetuneError(f"hf:{source} has no trained text-classification head to keep", got=says, action=action)
     redrawn = checkpoint.head - checkpoint.missing - checkpoint.mismatched  # of another task, or not wanted
     if redrawn:
@@ -199,7 +199,7 @@ def _matched(
 
 def _unnamed(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
     """What a report has to say where classes were not matched by name."""
-    taken = f"the outputs of the checkpoint's head are taken as the classes {', '.join(matched)}: it does not name them"
+    taken = f"the checkpoint does not name its classes; they are assumed to be {', '.join(matched)}"
     return () if own == tuple(matched) else (taken,)
 
 

@@ -147,8 +147,10 @@ def _trained_classes(
     config = getattr(model, "pretrained_cfg", None) or {}
     if not settings.pretrained or config.get("num_classes") != len(classes):
         if settings.head == "keep":
-            action = "leave out model.head: a new one is drawn"
-            raise EdgetuneError(f"{source} has no trained head for so many classes", got=len(classes), action=action)
+            action = "leave out model.head: the head is then new"
+            raise EdgetuneError(
+                f"{source} has no trained head for this number of classes", got=len(classes), action=action
+            )
         return None
     if settings.head == "new":
         model.reset_classifier(len(classes))

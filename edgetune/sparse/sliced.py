@@ -298,7 +298,7 @@ def _not_followed(layer: nn.Module, training: bool) -> str:
         if part is None or not _close(part, gradient.index_select(sliced.dim, sliced.indices), tolerance):
             return "its own forward does not multiply by the plain weight"
         return ""
-    return f"its own forward takes no input of its class's ({type(error).__name__}: {error})"
+    return f"its own forward does not take the inputs of its class ({type(error).__name__}: {error})"
 
 
 def _tried(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
