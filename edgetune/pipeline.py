@@ -51,19 +51,20 @@ def run(
     """Run a recipe: by name, by path, or a `Recipe`.
 
     Args:
-        recipe: a name in the package, a path that ends in `.yaml`, or the value itself.
-        overrides: `{"train.epochs": 2}`, as on the command line; not with a `Recipe`, which is resolved already.
-        out: the run's folder; by default the next `runs/<recipe>-NNN`.
-        resume: go on with the run in `out`, or with the newest run of this recipe. Of a run that had other settings,
-            everything before the first step that changed is reused.
-        from_step: resume, and do this step (its number, or its name where only one has it; or "export") and all that
-            follow again, even where nothing changed.
-        until_step: stop after this step; `resume` goes on from there.
+        recipe: the name of a packaged recipe, a path that ends in `.yaml`, or a `Recipe`.
+        overrides: `{"train.epochs": 2}`, as on the command line; not allowed with a `Recipe`, which is already
+            resolved.
+        out: folder of the run; by default the next `runs/<recipe>-NNN`.
+        resume: continue the run in `out`, or the newest run of this recipe. If its settings differ, everything
+            before the first changed step is reused.
+        from_step: resume, and repeat this step (its number, its name if it is unique, or "export") and all later
+            steps, even if nothing changed.
+        until_step: stop after this step; `resume` continues from there.
         progress: called with (what, done, of, detail).
 
     Raises:
-        EdgetuneError: anything that stops the run; `exit_code` says of what kind. Budgets that do not hold do not
-            raise: they stand in `Run.missed`.
+        EdgetuneError: any error that stops the run, with its kind in `exit_code`. A budget that is not met does not
+            raise: it is listed in `Run.missed`.
     """
     if isinstance(recipe, Recipe):
         if overrides:

@@ -124,13 +124,13 @@ class Classifier:
 
 
 def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Prediction, ...]:
-    """What the program at `path` answers for each row: a text, or an image as a path or an array of bytes.
+    """The predictions of the program at `path` for each row: a text, or an image as a path or a `uint8` array.
 
     Args:
-        path: a `.pte` with its `model.json` beside it, or the folder of a run.
+        path: a `.pte` with its `model.json`, or the folder of a run.
         rows: one row or several; `edgetune.given_rows` reads them from files and folders.
 
-    Raises `EdgetuneError`: exit code 5 where the program lacks what an answer needs or does not run, 3 for a row that
+    Raises `EdgetuneError`, with exit code 5 if the program lacks metadata or does not run, and 3 for a row that
     cannot be read.
     """
     return answers_for(Classifier(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
@@ -165,13 +165,14 @@ def evaluate(
     """Accuracy of the program at `path` on labelled data, with figures per class.
 
     Args:
-        path: a `.pte` with its `model.json` beside it, or the folder of a run.
+        path: a `.pte` with its `model.json`, or the folder of a run.
         data: a source as in a recipe (`csv:rows.csv`), or settings; by default the data of the run's recipe.
-        part: `test` takes the rows that a recipe holds back from training, `all` every row.
+        part: `test` uses the rows that a recipe holds out from training, `all` uses every row.
         overrides: other settings of the data, as in a recipe: `{"data.label": "stars"}`.
         progress: called with (what, done, of, detail).
 
-    Raises `EdgetuneError`: exit code 3 for data of another kind or with classes that the program does not know.
+    Raises `EdgetuneError`, with exit code 3 for data of another kind or with classes that the program does not
+    have.
     """
     classifier = Classifier(path)
     settings = data if isinstance(data, DataSettings) else data_settings(classifier.artifact.path, data, overrides)

@@ -31,7 +31,7 @@ _UNSUPPORTED = (
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` for plain peft to load. Returns the folder.
 
-    Layers that trained whole beside the adapter go in as peft's `modules_to_save`.
+    Layers that were trained fully are saved as peft's `modules_to_save`.
     """
     peft, folder = require("peft", "lora"), Path(folder)
     refuse_sharded(model)
@@ -107,7 +107,7 @@ def _trained_whole(model: nn.Module) -> list[str]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter in `folder` (ours or plain peft's) on a plain model, in place. Every key is accounted for."""
+    """Load the adapter in `folder`, from edgetune or peft, into a plain model, in place. Every key must be used."""
     peft, folder, outer = require("peft", "lora"), Path(folder), model
     model = held_model(model)
     refuse_distributed(outer)

@@ -24,12 +24,12 @@ class Prune(Technique):
     """Remove a share of the units of every FFN, the heads of every attention or the channels of every convolution,
     in place.
 
-    The same share goes from each layer, the least important units first. FFN units and channels that stay are
-    rounded to the nearest multiple of `round_to`, never to zero; heads to the nearest whole head. Where several query
-    heads read one key-value head (GQA) they stay or go together, so heads remain a multiple of key-value heads.
-    What is left computes exactly what the model did with the removed units held at zero (at their mean for
-    importance "activation" where a linear with a bias reads them); this is checked on the example inputs.
-    Deterministic given the weights and the sample.
+    The same share is removed from each layer, the least important units first. The remaining number of FFN units or
+    channels is rounded to the nearest multiple of `round_to`, never to zero; heads are rounded to a whole number.
+    Query heads that share a key-value head (GQA) are kept or removed together, so the number of heads stays a
+    multiple of the key-value heads. The pruned model computes exactly what the model computes with the removed units
+    set to zero (with importance "activation" and a following linear layer with bias: to their mean); this is checked
+    on the example inputs. The result is deterministic, given the weights and the sample.
     """
 
     name: ClassVar[str] = "prune"
@@ -53,20 +53,21 @@ class Prune(Technique):
     """Patterns of layers that are not pruned."""
 
     def fitted(self, later: Sequence[Technique]) -> Technique:
-        """Widths that what comes later can take: those of whole groups before 4-bit weights."""
+        """With widths that later techniques can use, such as whole groups for 4-bit weights."""
         if "round_to" in self.model_fields_set:
             return self
         return self.model_copy(update={"round_to": math.lcm(self.round_to, *(each.width_multiple for each in later))})
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Cut in place. Raises `EdgetuneError`, with the model as it was, where that cannot be done as asked."""
+        """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
+        requested."""
         sample = self.needs_sample(sample)
         cuts, fill = self._decide(model, sample)
         cut(model, cuts, sample.inputs, fill)
         return model
 
     def plan(self, model: nn.Module, sample: Sample | None = None) -> tuple[Cut, ...]:
-        """What `apply` would take out, to print; the model is left as it is."""
+        """What `apply` would remove, as a printable value. The model does not change."""
         return self._decide(model, self.needs_sample(sample))[0]
 
     def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:

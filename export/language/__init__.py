@@ -58,18 +58,18 @@ def export_language(
     min_same_prediction_pct: float = 99.0,
     carried: Carried | None = None,
 ) -> LanguageArtifact:
-    """Lower a decoder of transformers to `path` (a `.pte`), prove that it says the same, and carry its tokenizer.
+    """Lower a transformers decoder to `path` (a `.pte`), verify that it generates the same text, and add its
+    tokenizer.
 
-    The cache has `max_tokens` places for prompt and answer together; a prompt is read in pieces of `prefill_tokens`,
-    one of `PREFILLS`. The model may have `Int4` applied. `tokenizer` is a fast tokenizer of transformers, or a
-    `tokenizers.Tokenizer`. After each of `check_prompts`, which are messages of a user or the tokens of any text, the
-    program's first `check_tokens` greedy tokens are compared with those of the model in eager mode. A model in bf16 or
-    fp16 is exported as a float32 copy of it, and compared with that copy; the manifest's note says so.
+    The cache has `max_tokens` positions for prompt and answer together. A prompt is read in chunks of
+    `prefill_tokens`, one of `PREFILLS`. The model may have `Int4` applied. `tokenizer` is a fast tokenizer of
+    transformers, or a `tokenizers.Tokenizer`. After each of `check_prompts` (user messages, or the tokens of any
+    text), the first `check_tokens` greedy tokens of the program are compared with those of the model in eager mode.
+    A bf16 or fp16 model is exported as a float32 copy and compared with that copy; the manifest has a note about it.
 
-    Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) when the model
-    cannot be lowered, the program does not run, or fewer than `min_same_prediction_pct` of the tokens are the same.
-    Then no program or manifest is left that was not there before. `carried` goes into the manifest, and onto a model
-    card, `model.md`.
+    Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) if the model
+    cannot be lowered, if the program does not run, or if fewer than `min_same_prediction_pct` of the tokens agree.
+    Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
     """
     path = Path(path)
     chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)

@@ -56,13 +56,14 @@ def export_training(
     check_batches: Sequence[Batch] | None = None,
     check: Check | None = None,
 ) -> TrainingArtifact:
-    """Lower the training step of `model` to `path` (a `.pte`), prove it beside eager SGD, and write `model.json`.
+    """Lower the training step of `model` to `path` (a `.pte`), compare it with eager SGD, and write `model.json`.
 
-    What requires a gradient trains, in evaluation mode: without dropout, with frozen statistics. Shapes are those of
-    the examples; `forward` takes `forward_rows` rows of them. `train` takes the inputs by position, the labels and
-    the learning rate, a scalar, and returns the loss and the logits. Raises `EdgetuneError` (exit code 5) where the
-    step cannot be lowered, or the losses of `check.steps` steps over `check_batches` (by default the example alone)
-    differ from eager's by more than `check.max_loss_difference`. Nothing is left at `path` then.
+    All parameters that require a gradient are trained, in evaluation mode: without dropout and with frozen
+    statistics. The shapes are those of the examples; `forward` takes `forward_rows` rows. `train` takes the inputs
+    by position, the labels and the learning rate (a scalar), and returns the loss and the logits. Raises
+    `EdgetuneError` (exit code 5) if the step cannot be lowered, or if the losses of `check.steps` steps over
+    `check_batches` (by default only the example) differ from those of eager mode by more than
+    `check.max_loss_difference`. Then nothing is left at `path`.
     """
     with quiet():
         require("executorch", "export")
