@@ -100,7 +100,7 @@ def test_a_kit_has_all_its_parts_and_nothing_to_fill_in(
     assert files_of(folder) == {where + file for file in own} | always | parts
     assert Artifact.load(folder / where / "model.pte").manifest == artifact.manifest
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    for told in (artifact.manifest.versions["executorch"], "What was checked", "the same\nprediction", *own):
+    for told in (artifact.manifest.versions["executorch"], "Verification", "the same\nprediction", *own):
         assert told.replace("\n", " ") in readme.replace("\n", " ")
     for file in always | parts:
         if not file.endswith((".kt", ".py", ".swift")):
