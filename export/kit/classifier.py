@@ -117,8 +117,8 @@ def _common(platform: Platform, manifest: Manifest, names: list[str]) -> dict[st
         "package": platform.packages.get(manifest.target, platform.packages.get("", "")),
         "products": _products(platform, manifest.target),
         "resources": ",\n".join(f'        .copy("Resources/{name}")' for name in names),
-        "parity": f"The program ran on the machine that exported it and was compared with the model on {parity.rows} rows: "
-        f"the same prediction on {parity.same_prediction_pct:g} %."
+        "parity": f"The program ran on the machine that exported it and was compared with the model on {parity.rows} "
+        f"rows: the same prediction on {parity.same_prediction_pct:g} %."
         if parity is not None
         else f"The program was {manifest.note}.",
     }

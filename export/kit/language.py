@@ -64,8 +64,8 @@ def fields(platform: Platform, artifact: LanguageArtifact, files: list[str]) -> 
             )
         ),
         "resources": ",\n".join(f'        .copy("Resources/{name}")' for name in files),
-        "parity": f"The program ran on the machine that exported it: of {parity.tokens} greedy tokens, {parity.same_tokens} "
-        "are the same as those of the model."
+        "parity": f"The program ran on the machine that exported it: of {parity.tokens} greedy tokens, "
+        f"{parity.same_tokens} are the same as those of the model."
         if parity is not None
         else f"The program was {known.note}.",
     }  # fmt: skip
