@@ -15,11 +15,11 @@ from edgetune.technique import EdgetuneError, Exit
 
 _WHAT = {
     "pte": "the program",
-    "json": "what it is: shapes, how inputs are made, classes, versions, checksums",
-    "md": "the same to read, with what is known of its quality and speed",
-    "tokenizer.json": "the tokenizer, as Hugging Face's `tokenizers` write it",
+    "json": "its metadata: shapes, preprocessing, classes, versions, checksums",
+    "md": "the model card, with its quality and speed",
+    "tokenizer.json": "the tokenizer, in the format of Hugging Face's `tokenizers`",
 }
-_NO_CPP = "No C++ sample: its tokenizer knows the BERT family only, and this program's is another.\n"
+_NO_CPP = "No C++ sample: it only supports tokenizers of the BERT family, and this program has another.\n"
 
 
 def check(platform: Platform, carried: Carried | None) -> None:

@@ -40,8 +40,8 @@ def fields(platform: Platform, artifact: LanguageArtifact, files: list[str]) -> 
     made_from = known.carried.model if known.carried is not None else ""
     parity = known.parity
     told = {
-        "json": "what it is: its cache, tokens that end an answer, versions, checksums",
-        "md": "the same to read",
+        "json": "its metadata: cache, end tokens, versions, checksums",
+        "md": "the model card",
         "pte": "the program",
     }
     what = {known.tokenizer.file: "the tokenizer", CHAT: "what the chat format puts around a message"}
