@@ -34,12 +34,12 @@ class DataSettings(Settings):
     text: str | tuple[str, ...] = "text"
     """Column with the text, or a list of columns whose texts are joined with line breaks. Tables only."""
     label: str | None = "label"
-    """Column that holds the class; `null`: there are no classes, the texts train a language model. Tables only."""
+    """Column with the class; `null`: no classes, the texts train a language model. Tables only."""
     messages: str | tuple[str, str] | None = None
-    """Column that holds a conversation, as a list of `{role, content}`, or two columns, a question and its answer. The
-    model's chat template writes them as text, in place of the columns `text` and `label`. Tables only."""
+    """Column with a conversation, as a list of `{role, content}`, or two columns with a question and its answer.
+    The model's chat template turns them into text; the columns `text` and `label` are not used. Tables only."""
     loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of a conversation count in the loss and in the perplexity. `messages` only."""
+    """Which tokens of a conversation count in the loss and the perplexity. `messages` only."""
     label_names: dict[str, str] | None = None
     """Names of the labels, as in `{"0": bad, "1": good}`; labels with the same name become one class.
     Tables only."""

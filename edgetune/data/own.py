@@ -23,14 +23,14 @@ from edgetune.data.dataset import (
 from edgetune.own_code import PREFIX, call_own
 
 _PARTS = ("train", "validation", "test")
-_TEXTS = ("text", "conversation")  # kinds of rows; the others are pictures
-_FORM = 'return a list of (text or picture, label), or {"train": [...], "validation": [...], "test": [...]}'
+_TEXTS = ("text", "conversation")  # kinds of rows; the others are images
+_FORM = 'return a list of (text or image, label), or {"train": [...], "validation": [...], "test": [...]}'
 
 
 def own_splits(argument: str, settings: DataSettings) -> Dataset:
     """What `splits()` returns: rows `(input, label)`, in one list or in one for each part; parts not given are cut.
 
-    An input is a text, the path of a picture, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
+    An input is a text, the path of an image, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
     are of one kind, arrays of one size. A label is a string or a whole number; for a language model rows are texts, or
     conversations as lists of `{role, content}`.
     """
@@ -96,9 +96,9 @@ def _assembled(
     source: str, parts: Mapping[str, list[Record]], kind: str, labelled: bool, settings: DataSettings
 ) -> Dataset:
     if not labelled and kind not in _TEXTS:
-        raise data_error(f"{source} returns pictures without a label", action=_FORM)
+        raise data_error(f"{source} returns images without a label", action=_FORM)
     if labelled and kind == "conversation":
-        raise data_error(f"{source} returns conversations with a label", action="return the messages alone")
+        raise data_error(f"{source} returns conversations with a label", action="return only the messages")
     classes = classes_of([str(label) for part in parts.values() for _, label, _ in part]) if labelled else ()
     number = {label: n for n, label in enumerate(classes)}
 

@@ -309,14 +309,14 @@ def _finish(
         return Rows([text for text, _ in records], [number[label] for _, label in records] if settings.label else None)
 
     if not train:
-        raise data_error(f"{name} holds no rows")
+        raise data_error(f"{name} contains no rows")
     keys = [text.key if isinstance(text, Conversation) else " ".join(text.split()).lower() for text, _ in train]
     given = rows(train)
     copies = len(keys) - len(set(keys))
     if copies and settings.messages is not None:
-        notes = (*notes, f"{copies:,} conversations begin like another one; such stand on one side of the split")
+        notes = (*notes, f"{copies:,} conversations start like another one; these are put into the same split")
     elif copies:
-        notes = (*notes, f"{copies:,} texts are copies of others; copies stand on one side of the split")
+        notes = (*notes, f"{copies:,} texts are copies of others; copies are put into the same split")
     task: Task = "text-classification" if settings.label else "causal-lm"
     if not others:
         return assemble(name, task, classes, split_rows(keys, given, settings), settings, notes)
@@ -328,7 +328,7 @@ def _finish(
     shared = sum(text in train_texts for text, _ in others.get("test", ()))
     if shared:
         kind = "texts" if settings.messages is None else "conversations"
-        notes = (*notes, f"{shared:,} test {kind} also stand among the training rows")
+        notes = (*notes, f"{shared:,} test {kind} are also among the training rows")
     return assemble(name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
 
 

@@ -178,7 +178,7 @@ def _check_bits(image: Any) -> None:
     """Raise `ValueError` for more than 8 bits a channel: Pillow makes white of most such values, or black."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         bits = "16 bits" if image.mode.startswith("I;") else "32 bits"
-        raise ValueError(f"it has {bits} a channel, and 8 are read: save it with 8")
+        raise ValueError(f"it has {bits} per channel, but only 8 are supported: save it with 8")
 
 
 def _image_parts(

@@ -29,8 +29,8 @@ class ModelSettings(Settings):
     image_px: int = Field(default=112, ge=8, le=2048)
     """Width and height of an image, in pixels."""
     image_channels: Literal[1, 3] = 3
-    """Channels of an image: 3, red, green and blue, which a grey image fills with the same values; 1, grey. 1 for
-    `timm` and `py` only."""
+    """Channels of an image. 3: RGB; a greyscale image gets the same values in all channels. 1: greyscale; `timm`
+    and `py` only."""
     layers: int | None = Field(default=None, ge=1)
     """Keep only the first blocks, this many, for quick experiments; `null`: all. `smollm2` only."""
     pretrained: bool = True

@@ -50,5 +50,5 @@ def _encoder(source: str, encode: Any, settings: ModelSettings, dataset: Dataset
         return encode
     if dataset.task != "image-classification":
         action = "return (module, tokenizer), or (module, encode) with encode(texts, pad_to) -> tensors"
-        raise EdgetuneError(f"{source} gives no way from a text to the model's inputs", action=action)
+        raise EdgetuneError(f"{source} does not return an encoder from texts to model inputs", action=action)
     return ImageEncoder(settings.image_px, (0.0,) * settings.image_channels, (255.0,) * settings.image_channels)

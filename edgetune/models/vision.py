@@ -37,7 +37,7 @@ class ImageEncoder:
     def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Tensor:
         """`pad_to` is for texts, and has no meaning here."""
         if pad_to is not None:
-            raise EdgetuneError("pictures are not padded", got=pad_to)
+            raise EdgetuneError("images are not padded", got=pad_to)
         grey = len(self.mean) == 1
         array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, self.image_px, grey)
         array = luma(array) if grey and array.ndim == 4 else array
