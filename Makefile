@@ -14,72 +14,72 @@ export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 .PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables pages lint types docs site \
 	dist clean help
 
-help:           ## what there is to make
+help:           ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-demo: announce $(VENV)/.demo  ## the main job: tune, shrink, export, verify, profile; writes runs/text-minilm-NNN/
+demo: announce $(VENV)/.demo  ## run the demo: tune, shrink, export, verify, profile; writes runs/text-minilm-NNN/
 	$(BIN)/edgetune run text-minilm
 
 announce:
-	@test -e $(VENV)/.demo || echo 'first an environment in $(VENV): some 700 MB to download with torch for the CPU, 2 GB on disk, a few minutes'
-	@echo 'the main job takes 4 to 8 minutes on two cores'
+	@test -e $(VENV)/.demo || echo 'first creating an environment in $(VENV): downloads about 700 MB (with torch for the CPU), takes 2 GB on disk and a few minutes'
+	@echo 'the demo takes 4 to 8 minutes on two cores'
 
-test: $(VENV)/.test  ## the whole suite (minutes)
+test: $(VENV)/.test  ## run the test suite (minutes)
 	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test-latest:    ## the suite with the newest versions that pyproject.toml allows, installed anew in a folder of their own
+test-latest:    ## run the test suite with the newest versions that pyproject.toml allows, in a separate environment
 	rm -rf $(VENV)/latest
 	$(MAKE) test VENV=$(VENV)/latest LOCK=
 
-lock: $(VENV)/.uv  ## constraints.txt made anew: the newest versions that pyproject.toml allows
+lock: $(VENV)/.uv  ## update constraints.txt to the newest versions that pyproject.toml allows
 	@printf '%s\n' '# The versions that edgetune was tested with, for Python 3.11 and 3.12. Made by: make lock' >$(LOCK).new
 	$(VENV)/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra docs \
 		--extra timm --no-annotate --no-header pyproject.toml >>$(LOCK).new
 	@mv $(LOCK).new $(LOCK)
 
-test-slow: $(VENV)/.test  ## the tests that take many minutes
+test-slow: $(VENV)/.test  ## run the tests that take many minutes
 	$(BIN)/pytest -m slow
 
-test-arm64: $(VENV)/.test  ## programs on the arm64 wheels, emulated: fetches half a gigabyte, takes minutes
+test-arm64: $(VENV)/.test  ## run programs on the arm64 wheels in an emulator: downloads half a gigabyte, takes minutes
 	$(BIN)/python tests/arm64.py $(EDGETUNE_DATA)/arm64
 	$(BIN)/pytest tests/test_arm64.py
 
-bench: $(VENV)/.demo  ## the main job with three seeds: quality with its spread, sizes, parity
+bench: $(VENV)/.demo  ## run the demo with three seeds: quality with its spread, sizes, parity
 	$(BIN)/python tests/bench_import.py
 	$(BIN)/python tests/bench.py
 
-bench-sparse: $(VENV)/.test  ## sparse backpropagation beside full fine-tuning and LoRA: time, memory, quality (hours)
+bench-sparse: $(VENV)/.test  ## compare sparse backpropagation with full fine-tuning and LoRA: time, memory, quality (hours)
 	$(BIN)/python tests/bench_sparse.py
 	$(BIN)/python tests/bench_training.py
 
-bench-export: $(VENV)/.llama  ## families through the whole line: parity, delegated share, size; language models beside others (hours)
+bench-export: $(VENV)/.llama  ## export model families: parity, delegated share, size; compare text generation with llama.cpp (hours)
 	$(BIN)/python tests/bench_export.py; first=$$?; $(BIN)/python tests/bench_language.py && exit $$first
 
-tables: $(VENV)/.test pages  ## docs/nn.md: all of torch.nn through an export; docs/peft.md: all of peft through a merge (half an hour)
+tables: $(VENV)/.test pages  ## make docs/nn.md (export all of torch.nn) and docs/peft.md (merge all of peft) (half an hour)
 	$(BIN)/python tests/nn_table.py --write docs/nn.md
 	$(BIN)/python tests/peft_table.py --write docs/peft.md
 
-pages: $(VENV)/.demo  ## docs/recipes.md and recipes/recipe.schema.json, from the settings and their descriptions (seconds)
+pages: $(VENV)/.demo  ## make docs/recipes.md and recipes/recipe.schema.json from the settings and their descriptions (seconds)
 	$(BIN)/python tests/recipe_page.py --write
 
-bench-profile: $(VENV)/.test  ## predictions beside measurements: unseen programs on this host, published rows of others (half an hour)
+bench-profile: $(VENV)/.test  ## compare predictions with measurements: unseen programs on this host, published rows (half an hour)
 	$(BIN)/python tests/bench_profile.py
 
-lint: $(VENV)/.dev  ## ruff
+lint: $(VENV)/.dev  ## run ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(VENV)/.dev  ## mypy on what is shipped: the wheel, installed by itself
+types: $(VENV)/.dev  ## run mypy on the installed wheel
 	sh tests/check_types.sh $(BIN)
 
-docs: $(VENV)/.demo  ## tables and pictures of the README, made anew by the code
+docs: $(VENV)/.demo  ## regenerate the tables and images of the README
 	$(BIN)/python tests/readme.py --write
 
-site: $(VENV)/.docs  ## the documentation as a site in site/; dead links are errors
+site: $(VENV)/.docs  ## build the documentation in site/; dead links are errors
 	@mkdir -p build/api/edgetune && rm -rf build/api/edgetune/*
 	@ln -s $(CURDIR)/edgetune/* $(CURDIR)/export build/api/edgetune/
 	$(BIN)/zensical build --strict --clean
 
-dist: $(VENV)/.dev  ## the wheel and the source archive in dist/, checked
+dist: $(VENV)/.dev  ## build and check the wheel and the sdist in dist/
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*

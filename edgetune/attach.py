@@ -21,16 +21,17 @@ def opened(model: nn.Module) -> tuple[Technique, ...]:
 
 
 def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample: Sample | None = None) -> nn.Module:
-    """Apply techniques in order, in place; returns the model, or what replaces it.
+    """Apply techniques in order, in place. Returns the model, or the module that replaces it.
 
     Args:
         model: any `nn.Module`.
-        techniques: one, or several in order. A technique that needs plain layers, or that takes the place of an earlier
-            one of its name, finalizes what is open first. A default that was not given suits those that come after.
-        sample: example inputs and calibration batches, for those that look at data.
+        techniques: one technique, or several in order. A technique that needs plain layers, or that is already
+            applied, first finalizes the applied ones. Defaults that are not set are adapted to the techniques that
+            follow.
+        sample: example inputs and calibration batches, for techniques that need data.
 
     Raises:
-        EdgetuneError: an order that makes no sense, targets that match nothing, a sample that is missing.
+        EdgetuneError: an invalid order, targets that match nothing, or a missing sample.
     """
     _check_model(model, "apply")
     outer, model = model, held_model(model)
@@ -69,7 +70,7 @@ def _instead(other: object) -> str:
         return f"make an object of the class: et.{other.__name__}({', '.join(f'{name}=...' for name in required)})"
     name = next(iter(other), None) if isinstance(other, Mapping) else getattr(other, "name", other)
     if name == "train":
-        return "training is a loop of your own between et.apply and et.finalize, or a step of a recipe"
+        return "train in your own loop between et.apply and et.finalize, or with a step of a recipe"
     if isinstance(name, str) and name in TECHNIQUES:
         return f"write et.{TECHNIQUES[name].rpartition(':')[2]}(...), with its settings by name"
     return "write [et.LoRA(rank=8, targets=[...])], one object for each technique"
@@ -88,13 +89,14 @@ def closes(step: object, open_names: Sequence[str]) -> bool:
 
 
 def finalize(model: nn.Module) -> nn.Module:
-    """Finalize every open technique in reverse order: what is left has plain layers only. Returns the model.
+    """Finalize all applied techniques in reverse order, so that only plain layers remain. Returns the model.
 
-    What is open on a model inside of this one (a module of one's own around it, DistributedDataParallel, a compiled
-    model) is finalized too, and so are peft's tuner layers, of any family, and 4-bit linears that somebody else put
-    there. DistributedDataParallel and a `PeftModel` are taken off: the model that they held is returned.
+    This includes techniques on a model inside this one (your own wrapper module, DistributedDataParallel, a
+    compiled model), peft's tuner layers of any family, and 4-bit linear layers from other libraries.
+    DistributedDataParallel and `PeftModel` are removed: the model inside is returned.
 
-    Raises `EdgetuneError` where an adapter is no plain layer, or no change to layers at all (prompt tuning).
+    Raises `EdgetuneError` for an adapter that no plain layer can represent, or that does not change layers (prompt
+    tuning).
     """
     _check_model(model, "finalize")
     refuse_sharded(model)

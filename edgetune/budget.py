@@ -27,14 +27,14 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
     found = {
         "latency_ms": (
             predicted.latency_ms if predicted else None,
-            f"{call}; the lowest reachable is the low end of its range",
+            f"{call}; the lowest reachable value is the low end of its interval",
         ),
         "peak_memory_mib": (predicted.peak_memory_mib if predicted else None, "predicted"),
         "size_mib": (program.size_mib if program else None, ""),
         "train_memory_mib": (
             max(trainings, default=None),
-            "weights, gradients, optimizer state, tensors saved for backward, and the teacher; the lowest reachable is "
-            "with batches of one row",
+            "weights, gradients, optimizer state, tensors saved for backward, and the teacher; the lowest reachable "
+            "value is with batches of one row",
         ),
     }
     least = {
@@ -47,9 +47,9 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
             continue
         if value is None:
             raise EdgetuneError(
-                f"the budget limits {quantity}, and nothing in the recipe tells it",
+                f"the budget limits {quantity}, but nothing in the recipe provides it",
                 got=budget.device,
-                action="add export, the device under profile.devices, or a train step for train_memory_mib",
+                action="add export, add the device to profile.devices, or add a train step for train_memory_mib",
             )
         yield Verdict(
             device=budget.device,

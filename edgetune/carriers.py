@@ -59,7 +59,7 @@ def nf4_weight(layer: Any) -> Tensor:
 
     data, state = layer.weight.data, getattr(layer.weight, "quant_state", None)
     if state is None:
-        raise EdgetuneError("an NF4 layer that was never packed has no weight to give", action="apply NF4 first")
+        raise EdgetuneError("this NF4 layer was never packed and has no weight", action="apply NF4 first")
     if getattr(state, "packing_format_for_cpu", False):  # another loader's layer, rearranged by a forward in eval mode
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
     unpacked: Tensor = functional.dequantize_4bit(data, state)

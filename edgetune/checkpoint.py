@@ -71,7 +71,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         raise EdgetuneError(
             f"the checkpoint could not be written ({error})",
             got=str(folder),
-            action="free some disk space or choose another folder, then resume: the checkpoint before it is kept",
+            action="free some disk space or choose another folder, then resume: the previous checkpoint is intact",
         ) from error
     _remove_unnamed(folder)
 
@@ -122,7 +122,7 @@ def latest(parent: Path) -> Path | None:
         wrong = fault(folder)
         if not wrong:
             return folder
-        _log.warning("checkpoint %s is passed over: %s", folder, wrong)
+        _log.warning("checkpoint %s is skipped: %s", folder, wrong)
     return None
 
 

@@ -108,9 +108,9 @@ def _as_typed(text: str) -> str:
 
 @app.callback(invoke_without_command=True)
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show stack traces and warnings; anywhere on the line.")
+        bool, typer.Option("--debug", help="Show stack traces and warnings; allowed in any position.")
     ] = False,
 ) -> None:
     if version:
@@ -122,15 +122,17 @@ def _options(
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; load and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan without loading or writing anything.")
+    ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the last run; what changed settings leave standing is reused.")
+        bool, typer.Option("--resume", help="Continue the last run; steps before the first change are reused.")
     ] = False,
     from_step: Annotated[
-        str | None, typer.Option("--from", metavar="STEP", help="Do this step and the rest of the last run again.")
+        str | None, typer.Option("--from", metavar="STEP", help="Repeat this step and all later steps of the last run.")
     ] = None,
     until_step: Annotated[str | None, typer.Option("--until", metavar="STEP", help="Stop after this step.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/RECIPE-NNN.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/RECIPE-NNN.")] = None,
     as_json: Json = False,
 ) -> int:
     """Run a recipe: train, compress, export, verify, profile."""
@@ -163,11 +165,11 @@ def run(
             raise
         command = ["edgetune", "run", recipe, *(overrides or []), "--resume", *(["--out", str(out)] if out else [])]
         raise EdgetuneError(
-            f"interrupted; go on with: {shlex.join(command)}", exit_code=Exit.INTERRUPTED
+            f"interrupted; continue with: {shlex.join(command)}", exit_code=Exit.INTERRUPTED
         ) from interrupt
     if until_step is not None:
         again = ["edgetune", "run", recipe, *(overrides or []), "--resume", "--out", str(done.folder)]
-        print(f"edgetune: stopped after step {until_step}; go on with: {shlex.join(again)}", file=sys.stderr)
+        print(f"edgetune: stopped after step {until_step}; continue with: {shlex.join(again)}", file=sys.stderr)
     if as_json:
         printed({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
     else:
@@ -175,8 +177,8 @@ def run(
         program = [f"program: {done.program}"] if done.program else []
         printed("\n".join([*program, *([f"report: {done.report}"] if until_step is None else [])]))
     for verdict in done.missed:
-        what = f"{verdict.quantity} is {verdict.value:.4g}, the limit {verdict.limit:g}, the least {verdict.least:.4g}"
-        print(f"edgetune: the budget for {verdict.device} does not hold: {what}", file=sys.stderr)
+        values = f"{verdict.value:.4g}, the limit is {verdict.limit:g}, the lowest reachable value {verdict.least:.4g}"
+        print(f"edgetune: the budget for {verdict.device} is not met: {verdict.quantity} is {values}", file=sys.stderr)
     return int(Exit.BUDGET) if done.missed else 0
 
 
@@ -197,7 +199,7 @@ def _plan(recipe: Any, out: Path | None, as_json: bool) -> object:
     width = max(len(p.name) for p in planned)
     lines = [f"{p.step or '':>3}  {p.name:<{width}}  {p.detail}".rstrip() for p in planned]
     head = [f"{recipe.name}: {recipe.model.source} on {recipe.data.source}, seed {recipe.seed}"]
-    return "\n".join([*head, *lines, f"would write {folder}/: {', '.join(writes)}"])
+    return "\n".join([*head, *lines, f"would write to {folder}/: {', '.join(writes)}"])
 
 
 def _show(ledger: Any) -> None:
@@ -210,10 +212,10 @@ def _show(ledger: Any) -> None:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")],
     as_json: Json = False,
 ) -> int:
-    """Print a run's ledger again, and rewrite its page."""
+    """Print the report of a run again, and rewrite its page."""
     from edgetune import report as reports
     from edgetune.ledger import Ledger
 
@@ -239,7 +241,7 @@ def env(as_json: Json = False) -> int:
 
 @recipes.command("list")
 def recipes_list(as_json: Json = False) -> int:
-    """List the recipes in the package."""
+    """List the packaged recipes."""
     from edgetune import recipe as recipes_of
 
     found = [recipes_of.load(name) for name in recipes_of.names()]
@@ -252,7 +254,7 @@ def recipes_list(as_json: Json = False) -> int:
 def recipes_show(
     recipe: RecipeName,
     overrides: Overrides = None,
-    resolved: Annotated[bool, typer.Option("--resolved", help="With every default and change written out.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Include all defaults and overrides.")] = False,
     as_json: Json = False,
 ) -> int:
     """Print a recipe, as written or resolved."""
@@ -272,7 +274,7 @@ def recipes_copy(
     name: RecipeName,
     path: Annotated[Path | None, typer.Argument(help="A folder, or a file ending in .yaml.")] = None,
 ) -> int:
-    """Copy a recipe to a file of your own."""
+    """Copy a recipe to your own file."""
     from edgetune import recipe as recipes_of
     from edgetune.schema import with_editor_line
 
@@ -290,12 +292,12 @@ def recipes_copy(
 def recipes_new(
     model: Annotated[str, typer.Option(metavar="MODEL", help="minilm, hf:PATH, timm:NAME, py:FILE.py:FUNCTION.")],
     data: Annotated[str, typer.Option(metavar="DATA", help="csv:FILE, jsonl:FILE, imagefolder:FOLDER, py:FILE.py:F.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write; its name names the recipe.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write; the recipe gets its name.")] = Path(
         "recipe.yaml"
     ),
-    task: Annotated[str | None, typer.Option(help="text, image or language; default: what the data look like.")] = None,
-    text: Annotated[str | None, typer.Option(help="Column of the text; default: what looks like it.")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the class; default: what looks like it.")] = None,
+    task: Annotated[str | None, typer.Option(help="text, image or language; default: inferred from the data.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column with the text; default: inferred.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column with the class; default: inferred.")] = None,
 ) -> int:
     """Write a short recipe for your model and data."""
     from edgetune import recipe as recipes_of
@@ -318,9 +320,9 @@ def _check_recipe_path(path: Path) -> None:
     from edgetune.technique import EdgetuneError
 
     if path.suffix not in (".yaml", ".yml"):
-        raise EdgetuneError("a recipe's file ends in .yaml", got=str(path), action=f"write {path}.yaml")
+        raise EdgetuneError("the name of a recipe file must end in .yaml", got=str(path), action=f"write {path}.yaml")
     if path.exists():
-        raise EdgetuneError("the file is there already", got=str(path), action="choose another name")
+        raise EdgetuneError("the file already exists", got=str(path), action="choose another name")
 
 
 def _write_recipe(path: Path, text: str) -> None:
@@ -336,7 +338,7 @@ def _write_recipe(path: Path, text: str) -> None:
 
 @recipes.command("validate")
 def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> int:
-    """Check a recipe and each of its variants; print every error."""
+    """Check a recipe and all its variants; print every error."""
     from edgetune import recipe as recipes_of
     from edgetune.document import Errors
     from edgetune.overrides import from_text

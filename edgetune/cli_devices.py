@@ -1,4 +1,4 @@
-"""`edgetune devices`: what is known of phones and boards, and how far predictions from it can be trusted."""
+"""`edgetune devices`: descriptors of phones and boards, their calibration, and predictions from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from edgetune.cli_complete import device_names
 
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 devices = typer.Typer(help="List, compare and calibrate phones and boards.", **PLAIN)
 
 
@@ -30,7 +30,7 @@ def terminal_width() -> int | None:
 
 @devices.command("list")
 def devices_list(as_json: Json = False) -> int:
-    """List the devices that are known here, by family."""
+    """List all devices by family."""
     from dataclasses import asdict
 
     from edgetune.profile.listing import entries, listed
@@ -47,7 +47,7 @@ def devices_show(
     ],
     as_json: Json = False,
 ) -> int:
-    """Print a descriptor: each number, source and trust."""
+    """Print a descriptor: every number, its source and trust."""
     from edgetune.profile.device import load
     from edgetune.profile.listing import shown
 
@@ -58,19 +58,21 @@ def devices_show(
 
 @devices.command("add")
 def devices_add(
-    what: Annotated[str, typer.Argument(metavar="FILE.yaml|NAME", help="A descriptor; with --like, a new name.")],
-    like: Annotated[str | None, typer.Option(metavar="ID", help="Write a copy of this device, to be edited.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Overwrite one of your own of that name.")] = False,
+    what: Annotated[
+        str, typer.Argument(metavar="FILE.yaml|NAME", help="A descriptor; with --like, the name of the new device.")
+    ],
+    like: Annotated[str | None, typer.Option(metavar="ID", help="Write a copy of this device for you to edit.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite your own device of the same name.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Check a descriptor and keep it among your own.
+    """Check a descriptor and add it to your devices.
 
-    Or, with --like, start one from a device that is known.
+    With --like, start from a copy of an existing device.
     """
     from edgetune.profile.adding import add, copy
 
     path = add(Path(what), replace=replace) if like is None else copy(like, what, replace=replace)
-    said = f"{path}: added" if like is None else f"{path}: a copy of {like}; edit it, every source in it is marked"
+    said = f"{path}: added" if like is None else f"{path}: a copy of {like}; edit it: every source is marked as copied"
     printed({"id": path.stem, "path": str(path)} if as_json else said)
     return 0
 
@@ -82,8 +84,8 @@ def devices_validate(
 ) -> int:
     """Check descriptors, and predictions against measurements.
 
-    Every fault is printed. Without IDs, all descriptors are checked, and published measurements stand beside
-    predictions: each row is predicted with its device left out of what is learned, then with one row of it used.
+    All errors are printed. Without IDs, this checks all descriptors and compares predictions with published
+    measurements. Each row is predicted without data from its device, then again with one row of that device.
     """
     from edgetune.document import raise_all
     from edgetune.profile import device
@@ -111,17 +113,23 @@ def devices_validate(
 
 @devices.command("calibrate")
 def devices_calibrate(
-    device_id: Annotated[str, typer.Argument(metavar="[ID]", help="Of another device; default: this host.")] = "host",
-    on: Annotated[str | None, typer.Option("--on", help="Where ID is reached: ssh://user@host.")] = None,
-    table: Annotated[Path | None, typer.Option("--from", help="A CSV of measurements of ID made elsewhere.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Of this host: the descriptor to write.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores if timings with them repeat.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few programs, for a trial; predicts poorly.")] = False,
+    device_id: Annotated[
+        str, typer.Argument(metavar="[ID]", help="Id of another device; default: this host.")
+    ] = "host",
+    on: Annotated[str | None, typer.Option("--on", help="Address of the device: ssh://user@host.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--from", help="CSV file with your own measurements of the device.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Descriptor to write, for this host.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: all cores if their timings are repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Time only a few programs; predictions will be poor.")] = False,
     as_json: Json = False,
 ) -> int:
     """Time a machine, and fit the predictor to it.
 
-    Micro-programs are timed for up to ten minutes; begun again, it goes on where it was stopped.
+    This times micro-programs for up to ten minutes. An interrupted calibration continues where it stopped.
     """
     from edgetune.profile import calibrate
     from edgetune.profile.calibration import path_beside
@@ -131,10 +139,10 @@ def devices_calibrate(
 
     elsewhere = device_id != HOST
     if elsewhere == (on is None and table is None) or (on is not None and table is not None):
-        action = "name a device with --on or --from, or none of them for this host"
-        raise EdgetuneError("what is to be calibrated is not clear", got=device_id, action=action)
+        action = "give a device with either --on or --from; omit all three for this host"
+        raise EdgetuneError("it is not clear what to calibrate", got=device_id, action=action)
     if elsewhere and out is not None:
-        raise EdgetuneError("--out is for this host", got=str(out), action="leave it out")
+        raise EdgetuneError("--out only applies to this host", got=str(out), action="omit --out")
     with shown() as progress, contextlib.redirect_stdout(sys.stderr):
 
         def told(name: str, done: int, of: int) -> None:
@@ -150,8 +158,8 @@ def devices_calibrate(
             found = described.calibration
     path = path_beside(out or user_folder() / (device_id + SUFFIX))
     text = (
-        f"{path}: {found.threads} threads, {found.programs} programs; {found.networks} networks left out of the fit "
-        f"are predicted within {found.error_pct:g} % (median), {found.error_p90_pct:g} % (nine of ten)"
+        f"{path}: {found.threads} threads, {found.programs} programs; on {found.networks} networks that were not used "
+        f"in the fit, the error is {found.error_pct:g} % (median) and {found.error_p90_pct:g} % (90th percentile)"
     )
     printed({"path": str(path), **found.model_dump(mode="json")} if as_json else "\n".join([text, *found.notes]))
     return 0
@@ -161,12 +169,12 @@ def devices_calibrate(
 def devices_compare(
     program: Annotated[Path, typer.Argument(metavar="MODEL.pte", help="A .pte with its model.json beside it.")],
     devices: Annotated[str | None, typer.Option(metavar="A,B,C", help="Ids or paths; default: all.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with a picture.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page with a chart.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Predict a program on every device, side by side.
+    """Predict a program for every device, side by side.
 
-    Latency, memory, energy, cold start, and whether it fits.
+    Shows latency, memory, energy, cold start, and whether the program fits.
     """
     from edgetune.profile.compare import compare, plain, text
 

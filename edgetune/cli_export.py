@@ -1,4 +1,4 @@
-"""The verbs around a program: `export` makes one, `kit` packs one, `lint` looks before, `inspect` takes one apart."""
+"""The verbs `export`, `kit`, `lint` and `inspect`."""
 
 from __future__ import annotations
 
@@ -21,34 +21,33 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A model (minilm, hf:PATH, timm:NAME, py:FILE.py:FUNCTION), a run folder, or a .pt2 of torch.export.",
+        help="A model (minilm, hf:PATH, timm:NAME, py:FILE.py:FUNCTION), a run folder, or a .pt2 file of torch.export.",
     ),
 ]
 DeviceName = Annotated[
-    str | None, typer.Option(help="Lower for this device's preferred target.", autocompletion=device_names)
+    str | None, typer.Option(help="Lower for the preferred target of this device.", autocompletion=device_names)
 ]
 TargetName = Annotated[str | None, typer.Option(help="Lower for this target instead.", autocompletion=target_names)]
 DataName = Annotated[
-    str | None, typer.Option(help="Data that give classes and check rows, for a model by name: tweets, csv:PATH.")
+    str | None, typer.Option(help="Data with the classes and check rows of a model: tweets, csv:PATH.")
 ]
 InputsName = Annotated[
     str | None,
-    typer.Option(metavar="py:FILE.py:FUNCTION", help="Without --data: returns inputs to check on, one or a list."),
+    typer.Option(metavar="py:FILE.py:FUNCTION", help="Without --data: a function that returns check inputs."),
 ]
 Weights = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="State dict of a py: model, in a .safetensors or .pt file.")
+    Path | None, typer.Option(metavar="FILE", help="State dict for a py: model, in a .safetensors or .pt file.")
 ]
-Language = Annotated[
-    bool, typer.Option("--language", help="A program that talks: with a cache, its tokenizer beside it.")
-]
+Language = Annotated[bool, typer.Option("--language", help="Export a text-generation program, with its tokenizer.")]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=2, help="With --language: places in the cache; default: 512, or the run's.")
+    int | None,
+    typer.Option(min=2, help="With --language: size of the cache in tokens; default: 512, or that of the run."),
 ]
 
 
 def export(
     model: ModelName,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("model.pte"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Program to write.")] = Path("model.pte"),
     device: DeviceName = None,
     target: TargetName = None,
     data: DataName = None,
@@ -56,14 +55,16 @@ def export(
     weights: Weights = None,
     language: Language = False,
     max_tokens: MaxTokens = None,
-    dynamic: Annotated[list[str] | None, typer.Option(help="Free size: tokens=1:64, batch=1:8, INPUT.2=1:8.")] = None,
-    ptd: Annotated[bool, typer.Option("--ptd", help="Weights into model.ptd beside the program.")] = False,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="Dynamic size: tokens=1:64, batch=1:8, INPUT.2=1:8.")
+    ] = None,
+    ptd: Annotated[bool, typer.Option("--ptd", help="Store the weights in a separate .ptd file.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Turn a model into an ExecuTorch program, and check it.
+    """Export a model to an ExecuTorch program, and verify it.
 
-    The program is run, and compared with the model. It takes one row; of a .pt2, the inputs that it was saved with,
-    as they stand.
+    The program runs and its outputs are compared with those of the model. It takes one row. A program from a .pt2
+    file takes inputs of the shapes that it was saved with.
     """
     from edgetune.export.dynamic import parsed
     from edgetune.exporting import export_from
@@ -95,16 +96,18 @@ def export(
 
 def _program(program: Program) -> str:
     parity = program.parity
-    same = ", lowered, not run"
+    same = ", lowered but not run"
     if parity is not None:
         same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.number}"
         if parity.max_relative_difference is not None:
-            same += f", values within {parity.max_relative_difference:.1e} of the largest"
+            same += f", outputs within {parity.max_relative_difference:.1e} of the largest value"
     return f"{program.size_mib:.2f} MiB, target {program.target}{same}"
 
 
 def kit(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="An exported .pte, or what `edgetune export` takes.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An exported .pte, or anything that `edgetune export` accepts.")
+    ],
     platform: Annotated[
         str,
         typer.Argument(metavar="PLATFORM", help="android, ios, jetson or linux.", autocompletion=platform_names),
@@ -119,10 +122,10 @@ def kit(
     max_tokens: MaxTokens = None,
     as_json: Json = False,
 ) -> int:
-    """Make a folder for an app: program, sample code, README.
+    """Write a folder for an app: program, sample code, README.
 
-    It holds all that an app needs: the program, how its inputs are made, tokenizer, classes, and a sample that uses
-    them. A .pte is packed as it is, with the files beside it; anything else is exported first.
+    It has everything that an app needs: the program, its preprocessing, tokenizer and classes, and sample code that
+    uses them. A .pte is copied together with its files; anything else is exported first.
     """
     from edgetune.export.kit import check, find, kit_of, new_kit, target_for
     from edgetune.exporting import exportable, tell_run, to_program, with_cache
@@ -140,7 +143,7 @@ def kit(
     with contextlib.redirect_stdout(sys.stderr):
         if model.endswith(".pte"):
             if device or target or data or inputs or weights or language or max_tokens:
-                fact, action = "a program is lowered already", "leave out all options but -o and --json"
+                fact, action = "the program is already lowered", "omit all options except -o and --json"
                 raise EdgetuneError(fact, got=model, action=action)
             kit_of(Path(model), chosen, folder)
         else:
@@ -150,27 +153,27 @@ def kit(
             new_kit(chosen, folder, make)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     as_data = {"folder": str(folder), "files": files}
-    printed(as_data if as_json else f"{folder}: begin with README.md\n" + "\n".join(f"  {file}" for file in files))
+    printed(as_data if as_json else f"{folder}: start with README.md\n" + "\n".join(f"  {file}" for file in files))
     return 0
 
 
 def lint(
     model: ModelName,
     device: Annotated[
-        str | None, typer.Option(help="Look for this device's preferred target.", autocompletion=device_names)
+        str | None, typer.Option(help="Check for the preferred target of this device.", autocompletion=device_names)
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Look for this target instead.", autocompletion=target_names)
+        str | None, typer.Option(help="Check for this target instead.", autocompletion=target_names)
     ] = None,
     data: DataName = None,
     inputs: InputsName = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> int:
-    """Say what a target would refuse or run slowly, and why.
+    """Report what a target would refuse or run slowly, and why.
 
-    Nothing is written. The exit code is 5 if anything would stop the export. Of a language model it looks at a
-    program for a window of tokens, not at one that talks.
+    Nothing is written. The exit code is 5 if something would stop the export. For a language model, this checks a
+    program that takes a window of tokens, not a text-generation program.
     """
     from dataclasses import asdict
 
@@ -184,21 +187,21 @@ def lint(
         source = exportable(model, data, inputs=inputs, weights=weights)
         example = rows_of(source.example, 0, 1) if source.one_row else source.example
         findings = lint_model(source.model, example, chosen)
-    nothing = f"nothing to say: all of it goes to {chosen.name}"
+    nothing = f"no findings: {chosen.name} takes the whole model"
     printed([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
     return int(Exit.EXPORT) if any(finding.severity == "error" for finding in findings) else 0
 
 
 def inspect(
     program: Annotated[
-        Path, typer.Argument(metavar="MODEL.PTE", help="A program; its model.json is read if it is there.")
+        Path, typer.Argument(metavar="MODEL.PTE", help="A program; its model.json is read if it exists.")
     ],
-    html: Annotated[Path | None, typer.Option(help="Also draw it as one page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Show what a program holds: operators, memory, weights.
+    """Show the operators, memory plan and weights of a program.
 
-    By method: the operators and delegates, the memory plan, and constants by size.
+    Lists the operators and delegates of each method, the memory plan, and the constants by size.
     """
     from edgetune.export.inspect import inspect as inspect_program
     from edgetune.export.inspect_page import write_page

@@ -1,4 +1,4 @@
-"""`edgetune generate`: an exported language model answers a prompt."""
+"""`edgetune generate`: generate text with an exported language model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ if TYPE_CHECKING:
 
 
 def generate(
-    program: Annotated[Path, typer.Argument(help="A language model's .pte, with model.json and tokenizer beside it.")],
-    prompt: Annotated[str, typer.Argument(help="What to say to it; - reads it from stdin.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws, with a temperature.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the runtime; default: its own choice.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    program: Annotated[Path, typer.Argument(help="The .pte of a language model; needs its model.json and tokenizer.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0: always the most likely token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the runtime; default: chosen by the runtime.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Let an exported language model answer a prompt.
+    """Generate text with an exported language model.
 
-    The text goes to stdout as it comes, what it cost to stderr.
+    The text is printed to stdout while it is generated, the speed to stderr.
     """
     from dataclasses import asdict
 
@@ -50,7 +54,7 @@ def generate(
     printed(asdict(found) if as_json else "")  # ends the line
     print(f"edgetune: {summary(found)}", file=sys.stderr)
     if found.stopped == "cache":
-        what = "edgetune: the answer stops here: the cache is full\n  next: export with a larger max_tokens"
+        what = "edgetune: the answer ends here because the cache is full\n  next: export with a larger max_tokens"
         print(what, file=sys.stderr)
     return 0
 

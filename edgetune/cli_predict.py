@@ -1,4 +1,4 @@
-"""`edgetune predict` and `edgetune eval`: an exported classifier answers rows, or is tried on labelled data."""
+"""`edgetune predict` and `edgetune eval`: classify rows with an exported classifier, or score it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from edgetune.predicting import Evaluation, Prediction
 
 ProgramPath = Annotated[
-    Path, typer.Argument(metavar="MODEL.PTE", help="A classifier with its model.json beside it, or a run's folder.")
+    Path,
+    typer.Argument(metavar="MODEL.PTE", help="An exported classifier (needs its model.json), or the folder of a run."),
 ]
 MOST_CHARACTERS = 60  # of a row in front of its answer
 
@@ -26,17 +27,17 @@ def predict(
     rows: Annotated[
         list[str],
         typer.Argument(
-            metavar="ROW...", help="Texts, images, folders of images, .txt, .csv, .jsonl files; - is stdin."
+            metavar="ROW...", help="Texts, images, folders of images, .txt, .csv or .jsonl files; - reads stdin."
         ),
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes to print for each row, the likeliest first.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print per row, most likely first.")] = 3,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="Column of the text in a .csv or .jsonl, several times for several; default: the recipe's."),
+        typer.Option(help="Column with the text in a .csv or .jsonl; may be repeated; default: as in the recipe."),
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Let an exported classifier answer texts or images."""
+    """Classify texts or images with an exported classifier."""
     from edgetune.given_rows import read_rows
     from edgetune.predicting import ROWS_AT_ONCE, Classifier, answers_for
     from edgetune.progress import shown
@@ -82,20 +83,20 @@ def _plain(given: Given, answer: Prediction) -> dict[str, Any]:
 def evaluate(
     program: ProgramPath,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the data: data.label=stars.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the data, such as data.label=stars.")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Labelled rows: csv:PATH, jsonl:PATH, imagefolder:PATH; default: those of the run's recipe."),
+        typer.Option(help="Labelled data: csv:PATH, jsonl:PATH, imagefolder:PATH; default: the data of the run."),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="test: the rows that a recipe holds back from training; all: every row.")
+        str, typer.Option(help="test: the test set, as a recipe splits the data; all: every row.")
     ] = "test",
     as_json: Json = False,
 ) -> int:
     """Score an exported classifier on labelled data.
 
-    Accuracy with its 95 % interval, precision and recall of each class, and the confusion matrix.
+    Prints the accuracy with its 95 % interval, precision and recall per class, and the confusion matrix.
     """
     from edgetune.overrides import from_text
     from edgetune.predicting import evaluate as evaluate_

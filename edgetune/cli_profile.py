@@ -1,4 +1,4 @@
-"""`edgetune profile`: what a program costs on a device, predicted, and measured where it can be run."""
+"""`edgetune profile`: predict or measure the latency and memory of a program on a device."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ if TYPE_CHECKING:
 
 
 def profile(
-    program: Annotated[Path, typer.Argument(help="A .pte with its model.json beside it.")],
+    program: Annotated[Path, typer.Argument(help="An exported .pte; needs its model.json.")],
     device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.", autocompletion=device_names)],
-    measure: Annotated[bool, typer.Option("--measure", help="Time it too, on this host or where --on says.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time the program, on this host or where --on says.")
+    ] = False,
     on: Annotated[
         str | None,
-        typer.Option(metavar="PLACE", help="Time it there: host, ssh://user@host[:port] or adb[:serial]."),
+        typer.Option(metavar="PLACE", help="Where to time it: host, ssh://user@host[:port] or adb[:serial]."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Default: here all cores, elsewhere those of the device.")
+        int | None, typer.Option(min=1, help="Default: all cores on this host, else the threads of the descriptor.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="To time each kind of call, at least.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Minimum time to measure each kind of call.")] = 2.0,
     python: Annotated[
-        str, typer.Option(help="Over ssh: the Python there that has executorch; a path begins at home.")
+        str, typer.Option(help="Over ssh: a Python with executorch; a path is relative to the home folder.")
     ] = "python3",
     runner: Annotated[
-        Path | None, typer.Option(help="Over adb: executorch's executor_runner, built for Android.")
+        Path | None, typer.Option(help="Over adb: ExecuTorch's executor_runner, built for Android.")
     ] = None,
-    by_layer: Annotated[bool, typer.Option("--layers", help="Also what bounds each layer, predicted.")] = False,
+    by_layer: Annotated[bool, typer.Option("--layers", help="Also predict what limits each layer.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Predict what a program costs on a device, or measure it.
+    """Predict or measure latency and memory on a device.
 
-    The prediction is for the device's CPU. Nothing is timed unless --measure or --on asks for it.
+    The prediction is for the CPU of the device. Nothing is timed without --measure or --on.
     """
     from edgetune.export.language.artifact import load_any
     from edgetune.profile.calls import predicted_calls
@@ -92,7 +94,7 @@ def _measured(
 
     target = artifact.manifest.target
     if on == "host" and not find(target).runs_here:
-        action = "leave out --measure, or say --on ssh://user@host"
+        action = "omit --measure, or pass --on ssh://user@host"
         raise EdgetuneError(f"this machine cannot run {target} programs", action=action, exit_code=Exit.EXPORT)
     with opened(on, python=python, runner=runner) as machine:
         return measured_on(machine, artifact, threads=threads, seconds=seconds)

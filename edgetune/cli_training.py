@@ -1,4 +1,4 @@
-"""The verbs of training programs: make one, train with it on this host, pull the weights back into a model."""
+"""The verbs of training programs: `export-training`, `train-pte` and `pull`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 
 RecipeName = Annotated[
     str,
-    typer.Argument(
-        metavar="RECIPE", help="A name in the package, or a path ending in .yaml.", autocompletion=recipe_names
-    ),
+    typer.Argument(metavar="RECIPE", help="A packaged recipe, or a path ending in .yaml.", autocompletion=recipe_names),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes: train.epochs=2, steps.3.ratio=0.5, variant=smoke."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.epochs=2, steps.3.ratio=0.5 or variant=smoke."),
 ]
 
 
@@ -39,16 +37,16 @@ def _prepared(recipe: str, overrides: list[str]) -> Prepared:
 def export_training(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The program to write.")] = Path("train.pte"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Program to write.")] = Path("train.pte"),
     target: Annotated[str, typer.Option(help="Lower for this target.", autocompletion=target_names)] = "xnnpack",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
-    momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="Of SGD.")] = 0.0,
+    rows: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="Momentum of SGD.")] = 0.0,
     as_json: Json = False,
 ) -> int:
-    """Turn a recipe's training into a program for a device.
+    """Export the training of a recipe as a program.
 
-    The recipe's steps before its first training are done here; the program trains what is left to train, one batch
-    a call, and is compared with PyTorch.
+    The steps of the recipe before its first training are applied on this host. The program then trains the trainable
+    weights, one batch per call, and is compared with PyTorch.
     """
     from edgetune.export.training.step import export_training as lower
 
@@ -63,30 +61,33 @@ def export_training(
     weights = sum(math.prod(s.shape) for s in known.trainable)
     printed(
         f"{artifact.path}: {known.size_bytes / 2**20:.2f} MiB, plan {known.plan_bytes / 2**20:.1f} MiB, "
-        f"{weights:,} values train; losses of {known.parity.steps} steps equal eager's to "
-        f"{known.parity.max_abs_loss_difference:.1e}"
+        f"{weights:,} trainable values; losses of {known.parity.steps} steps within "
+        f"{known.parity.max_abs_loss_difference:.1e} of eager mode"
     )
     return 0
 
 
 def train_pte(
-    program: Annotated[Path, typer.Argument(help="A program of `edgetune export-training`.")],
+    program: Annotated[Path, typer.Argument(help="A program from `edgetune export-training`.")],
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The trained state.")] = Path("trained.safetensors"),
-    resume: Annotated[Path | None, typer.Option(help="Go on from this state.")] = None,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of SGD.")] = 0.01,
-    epochs: Annotated[int, typer.Option(min=1, help="Times through the training rows.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write the trained state to.")] = Path(
+        "trained.safetensors"
+    ),
+    resume: Annotated[Path | None, typer.Option(help="Continue from this state.")] = None,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of SGD.")] = 0.01,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Train with such a program on this host.
+    """Train with a training program on this host.
 
-    The rows are those of the recipe's data.
+    The rows come from the data of the recipe.
     """
     from edgetune.export.training.artifact import TrainingArtifact
     from edgetune.export.training.run import pull as pull_
     from edgetune.export.training.run import train_pte as train
+    from edgetune.report.numbers import quality as in_words
 
     with contextlib.redirect_stdout(sys.stderr):
         found = _prepared(recipe, overrides or [])
@@ -95,26 +96,27 @@ def train_pte(
         losses = train(program, batches, learning_rate, steps=steps, resume=resume, checkpoint=out)
         quality = found.quality(pull_(out, found.model))
     told = {"steps": len(losses), "losses": losses, quality.metric: quality.value, "state": str(out)}
-    text = f"{out}: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {quality.metric} {quality.value:.2f}"
+    text = f"{out}: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {in_words(quality)}"
     printed(told if as_json else f"{text} on {quality.rows} test rows")
     return 0
 
 
 def pull(
-    source: Annotated[Path, typer.Argument(help="The state that `edgetune train-pte` wrote, or the program itself.")],
+    source: Annotated[Path, typer.Argument(help="The state written by `edgetune train-pte`, or the training program.")],
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The model's weights.")] = Path("model.safetensors"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write the weights to.")] = Path("model.safetensors"),
     as_json: Json = False,
 ) -> int:
-    """Bring weights that a program trained back to PyTorch.
+    """Load weights trained by a program back into PyTorch.
 
-    They are put into the recipe's model, which is finalized, tested and written as a state dict.
+    The weights are loaded into the model of the recipe, which is finalized, tested and saved as a state dict.
     """
     from safetensors.torch import save_model
 
     from edgetune.attach import finalize
     from edgetune.export.training.run import pull as pull_
+    from edgetune.report.numbers import quality as in_words
 
     with contextlib.redirect_stdout(sys.stderr):
         found = _prepared(recipe, overrides or [])
@@ -122,5 +124,5 @@ def pull(
         quality = found.quality(model)
         save_model(model, str(out))
     told = {"weights": str(out), quality.metric: quality.value, "rows": quality.rows}
-    printed(told if as_json else f"{out}: {quality.metric} {quality.value:.2f} on {quality.rows} test rows")
+    printed(told if as_json else f"{out}: {in_words(quality)} on {quality.rows} test rows")
     return 0

@@ -21,7 +21,7 @@ from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
 if TYPE_CHECKING:
     from edgetune.export.carried import Carried
 
-MADE_UP = "the program was compared with the model on made-up inputs: no data were given"
+MADE_UP = "the program was compared with the model on made-up inputs, because no data was given"
 GIVEN = "the program was compared with the model on inputs that {source} gave"
 TEXTS = (
     "Yes.", "No, thank you.", "The parcel came a day late, but nothing in it was broken.",
@@ -45,19 +45,19 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     """
     kind, _, argument = source.partition(":")
     if weights is not None and kind != "py":
-        raise EdgetuneError("weights in a file of their own are for py: models", got=str(weights), action="leave out")
+        raise EdgetuneError("--weights only applies to py: models", got=str(weights), action="leave out")
     makers: dict[str, Callable[[str], Converted]] = {
         "hf": _hugging_face, "timm": _timm, "py": lambda argument: _own(argument, weights),
     }  # fmt: skip
     if kind not in makers:
-        raise EdgetuneError(f"{source} needs data", action="pass --data: it gives the classes and the check rows")
+        raise EdgetuneError(f"{source} needs data", action="pass --data, which provides the classes and the check rows")
     model, made_up, carried = makers[kind](argument)
     given = _given(inputs) if inputs else None
     if given is None and not made_up:
         raise EdgetuneError(
-            f"nothing says which inputs {source} takes",
+            f"the inputs of {source} are unknown",
             got=type(model).__name__,
-            action="pass --inputs py:file.py:function, which returns one input of the model, or a list of them",
+            action="pass --inputs py:file.py:function, which returns one input or a list of inputs of the model",
         )
     rows = given or made_up
     note = GIVEN.format(source=inputs) if given else MADE_UP
@@ -77,7 +77,7 @@ def _hugging_face(argument: str) -> Converted:
         says = tuple(config.architectures or ())
         if not says:
             action = 'add "architectures" to its config.json, or build it with py:file.py:build'
-            raise EdgetuneError(f"the config of hf:{argument} does not say which model it is", action=action)
+            raise EdgetuneError(f"the config of hf:{argument} does not name the model", action=action)
         model = part_of(transformers, says[0]).from_pretrained(argument, dtype=torch.float32)
         takes = getattr(model, "main_input_name", "input_ids")
         if takes == "pixel_values" and not hasattr(config, "vocab_size"):
@@ -194,7 +194,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except Exception as error:  # damaged files raise almost anything; load_state_dict lists what does not fit
         what = f"the weights do not fit the model: {' '.join(str(error).split())[:400]}"
-        raise EdgetuneError(what, got=str(path), action="give the state dict of this very module") from error
+        raise EdgetuneError(what, got=str(path), action="give the state dict of this module") from error
 
 
 def _given(inputs: str) -> list[Inputs]:
@@ -205,9 +205,9 @@ def _given(inputs: str) -> list[Inputs]:
         flat = row.values() if isinstance(row, dict) else row if isinstance(row, tuple) else (row,)
         if not rows or not all(isinstance(each, Tensor) for each in flat):
             raise EdgetuneError(
-                f"{inputs} returns no inputs of a model",
+                f"{inputs} does not return inputs for a model",
                 got=type(row).__name__,
-                action="return a tensor, a tuple or a dict of tensors, batch first, or a list of such",
+                action="return a tensor, a tuple or a dict of tensors, batch first, or a list of these",
                 exit_code=Exit.USAGE,
             )
     if not rows:

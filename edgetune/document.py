@@ -151,7 +151,7 @@ def _check_limits(text: str, name: str) -> None:
         if nodes > MOST_NODES:
             raise EdgetuneError(f"more than {MOST_NODES} values", where=where)
         if documents > 1:
-            raise EdgetuneError("a second document begins here", where=where, action="keep one document in a file")
+            raise EdgetuneError("a second document starts here", where=where, action="use one document per file")
 
 
 class _Reading:
@@ -174,7 +174,7 @@ class _Reading:
             raise EdgetuneError(f"aliases expand to more than {MOST_NODES} values", where=where)
         self.places.setdefault(path, f"line {node.start_mark.line + 1}")
         if node.tag not in _PLAIN:
-            self.error(node, path, "tags are not read", got=node.tag, action="write the plain value")
+            self.error(node, path, "tags are not supported", got=node.tag, action="write the plain value")
             return None
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
@@ -186,7 +186,7 @@ class _Reading:
         found: dict[str, Any] = {}
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge" or key.value == "<<":
-                self.error(key, path, "merge keys (<<) are not read", action="write the values out")
+                self.error(key, path, "merge keys (<<) are not supported", action="write the values out")
             elif not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT:
                 self.error(
                     key, path, "a key must be text", got=key.value if isinstance(key.value, str) else "a collection"

@@ -29,14 +29,14 @@ CACHE_TOKENS = 512
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
 CONVERTED = ("hf", "timm", "py")  # finished as they are
 ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder, or a .pt2 file"
-_WEIGHTS = "weights alone are no model: export py:FILE.py:FUNCTION --weights FILE"
+_WEIGHTS = "weights alone are not a model: export py:FILE.py:FUNCTION --weights FILE"
 NO_MODELS = {  # by suffix, and what to do instead
     **dict.fromkeys((".pt", ".pth", ".bin", ".safetensors", ".ckpt"), _WEIGHTS),
     **dict.fromkeys(
-        (".pte", ".onnx", ".tflite", ".gguf", ".h5", ".keras"), "give the model that the file was made from"
+        (".pte", ".onnx", ".tflite", ".gguf", ".h5", ".keras"), "give the model that the file was exported from"
     ),
-    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl"), "rows go behind the model: export MODEL --data csv:FILE"),
-    **dict.fromkeys((".yaml", ".yml"), "a recipe is run: edgetune run FILE"),
+    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl"), "give rows with --data: export MODEL --data csv:FILE"),
+    **dict.fromkeys((".yaml", ".yml"), "run a recipe with: edgetune run FILE"),
 }
 
 
@@ -113,7 +113,7 @@ def export_from(
     """
     found = with_cache(exportable(source, data, language, inputs, weights), max_tokens)
     if found.talk is not None and (dynamic or external_data):
-        what = "a program that talks takes prompts of any length, and keeps its weights"
+        what = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(what, action="leave out --dynamic and --ptd, or --language")
     found = replace(found, dynamic=dynamic, external_data=external_data)
     artifact = to_program(found, path, device=device, target=target)
@@ -128,7 +128,9 @@ def with_cache(found: Exportable, max_tokens: int | None) -> Exportable:
         return found
     if found.talk is None:
         raise EdgetuneError(
-            "max_tokens is the cache of a language program", got=max_tokens, action="add --language, or leave it out"
+            "max_tokens is the cache size of a text-generation program",
+            got=max_tokens,
+            action="add --language, or leave it out",
         )
     return replace(found, talk=replace(found.talk, max_tokens=max_tokens))
 
@@ -186,9 +188,9 @@ def tokenizer_of(task: str, encode: Any) -> Any:
     tokenizer = getattr(encode, "tokenizer", None)
     if task != "causal-lm" or tokenizer is None:
         raise EdgetuneError(
-            "a program that talks needs a causal language model",
+            "a text-generation program needs a causal language model",
             got=task,
-            action="choose the model smollm2 or hf:PATH with texts without classes, or leave out `language`",
+            action="use the model smollm2, or hf:PATH with texts without classes, or leave out `language`",
         )
     return tokenizer
 
@@ -247,12 +249,12 @@ def exportable(
     """The model that `source` names; see `export_from`."""
     place, kind = Path(source), source.partition(":")[0]
     if (inputs or weights) and (kind not in CONVERTED or data or language):
-        what = "inputs and weights are for a finished model that is exported without data"
+        what = "--inputs and --weights are for models that are exported without data"
         raise EdgetuneError(what, got=source, action="leave out --inputs and --weights, or --data and --language")
     if source.endswith(".pt2"):
         if language:
             raise EdgetuneError(
-                "a program of torch.export has no tokenizer and no cache, so it cannot be made to talk",
+                "a program of torch.export has no tokenizer and no cache, so it cannot generate text",
                 got=source,
                 action="export the model itself: hf:PATH --language, or et.export_language(model, tokenizer, path)",
             )
@@ -267,7 +269,7 @@ def exportable(
         if not (place / "recipe.yaml").is_file():
             action = "give a run's folder, or write hf:PATH for a model's folder"
             near = f"hf:{source}" if (place / "config.json").is_file() else ""
-            raise EdgetuneError("this folder holds no run", got=source, near=near, action=action)
+            raise EdgetuneError("this folder does not contain a run", got=source, near=near, action=action)
         from edgetune.pipeline import restore
 
         found = restore(place, language)
@@ -295,12 +297,10 @@ def _saved(path: Path) -> Exportable:
         what = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"
         raise EdgetuneError(what, got=str(path), action="save it with torch.export.save") from error
     if program.example_inputs is None:
-        raise EdgetuneError("the program holds no example inputs", got=str(path), exit_code=Exit.EXPORT)
+        raise EdgetuneError("the program has no example inputs", got=str(path), exit_code=Exit.EXPORT)
     args, kwargs = program.example_inputs
     if args and kwargs:
-        raise EdgetuneError(
-            "inputs by position and by name together are not read", got=str(path), exit_code=Exit.EXPORT
-        )
+        raise EdgetuneError("inputs by position and by name cannot be combined", got=str(path), exit_code=Exit.EXPORT)
     return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args), one_row=False)
 
 
@@ -319,7 +319,7 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     dataset = loaded.labelled(dataset)
     split, told = Split(dataset.task, dataset.test, loaded.encode), carried(loaded, dataset)
     by = f"{data} gave the classes and the rows to compare on, " if data else ""
-    untrained = f"exported as it was loaded: {by}nothing was trained"
+    untrained = f"exported without training: {by}nothing was trained"
     told = told.model_copy(update={"notes": (untrained, *told.notes)})
     if language:
         tokenizer = tokenizer_of(dataset.task, loaded.encode)

@@ -25,7 +25,7 @@ def write_whole(path: Path, text: str) -> None:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             what = f"cannot write the file: {error.strerror or error}"
-            raise EdgetuneError(what, got=str(path), action="make room, or choose another folder") from error
+            raise EdgetuneError(what, got=str(path), action="free some disk space, or choose another folder") from error
         raise
 
 

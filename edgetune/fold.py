@@ -52,7 +52,7 @@ _FEW_ROWS = 20
 
 
 class Eval(Settings):
-    """A step that changes nothing: its row in the ledger is the point."""
+    """Measure the model and add a row to the report. The model does not change."""
 
     name: ClassVar[str] = "eval"
 
@@ -115,20 +115,20 @@ class Fold:
             example = tensors_of(self.samples.example())[0]
             check_takes_pictures(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
         if self.recipe.data.augment and self.task != "image-classification":
-            raise EdgetuneError("data.augment changes pictures", got=self.task, action="leave it out")
+            raise EdgetuneError("data.augment only applies to images", got=self.task, action="leave it out")
         trainings = [step.settings for step in self.recipe.steps if isinstance(step.settings, Train)]
         if self.recipe.data.augment and any(training.cache_prefix for training in trainings):
             raise EdgetuneError(
-                "cache_prefix keeps what a picture gives, and data.augment changes it each time",
+                "cache_prefix stores the outputs for each image, but data.augment changes the image each time",
                 action="leave out one of the two",
             )
         if self.task == "causal-lm" and any(training.class_weights != "none" for training in trainings):
             tasks.balanced_weights(self.task, self.dataset)
         if asked and asked.rows_to_check(len(self.test_split)) > len(self.test_split):
             raise EdgetuneError(
-                "export.check_rows asks for more rows than the test set has",
+                "export.check_rows exceeds the number of test rows",
                 got=asked.check_rows,
-                action=f"ask for at most {len(self.test_split)}",
+                action=f"use at most {len(self.test_split)}",
             )
         if asked and asked.language:
             check_talks(self.model, self.task, loaded.encode, asked)
@@ -154,10 +154,10 @@ class Fold:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise EdgetuneError(
-                f"the run writes at least {needed / MIB:,.0f} MiB, and the disk has less",
+                f"the run will write at least {needed / MIB:,.0f} MiB, and the disk has less",
                 where=str(self.folder),
                 got=f"{free / MIB:,.0f} MiB free",
-                action="make room there, or choose another disk with --out",
+                action="free some disk space, or choose another disk with --out",
             )
 
     def reuse(self, steps: int) -> None:
@@ -204,7 +204,7 @@ class Fold:
             self.add_row(step.name, "", 0.0)
 
     def close_for(self, step: Step) -> None:
-        """Finalize what is open before a step that needs plain layers, or that is open already."""
+        """Finalize what is open before a step that needs plain layers, or that is already applied."""
         if closes(step.settings, [technique.name for technique in opened(self.model)]):
             self.close()
 
@@ -338,16 +338,18 @@ class Fold:
         index = len(self.ledger.rows)
         row = self.measured_before.get(self.digest)
         if row is None:
+            from edgetune.report.numbers import quality as in_words_of
+
             self.progress("measure", 0, 1, f"after {step}")
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
             quality = self.ledger.rows[-1].quality if exact else self.quality()
-            note = "quality as before: the step changes no output" if exact else ""
+            note = "not measured again: the step does not change the output" if exact else ""
             row = Row(
                 index=index, step=step, detail=detail, quality=quality, seconds=seconds, note=note, digest=self.digest,
                 measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), **measures._asdict(),
             )  # fmt: skip
-            self.progress("measure", 1, 1, f"{quality.metric} {quality.value:.2f}" if quality else "")
+            self.progress("measure", 1, 1, in_words_of(quality) if quality else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
         self.save()
         return self.ledger.rows[-1]

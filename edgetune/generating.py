@@ -42,20 +42,21 @@ def generate(
     raw: bool = False,
     heard: Callable[[str], None] = lambda text: None,
 ) -> Generation:
-    """Let the program at `path` (a `.pte` of `export_language`) answer `prompt`; `heard` gets the text as it comes.
+    """Generate text for `prompt` with the program at `path` (a `.pte` of `export_language`).
 
     Args:
-        path: the program, with its manifest and its tokenizer beside it.
+        path: the program; its manifest and tokenizer must be in the same folder.
         prompt: one user's message; put into the model's chat template, if it has one, unless `raw`.
-        max_tokens: most tokens of the answer. It ends earlier at an end token, or when the cache is full.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn with this temperature.
-        seed: of the draws.
-        threads: of the runtime; as many as it chooses without.
-        raw: give the prompt as it is, without a chat template.
-        heard: called with each piece of text.
+        max_tokens: maximum length of the answer, in tokens. It ends earlier at an end token, or when the cache is
+            full.
+        temperature: 0 always takes the most likely token; above 0, tokens are sampled with this temperature.
+        seed: seed of the sampling.
+        threads: threads of the runtime; the default is chosen by the runtime.
+        raw: pass the prompt unchanged, without a chat template.
+        heard: called with each piece of text as it is generated.
 
-    Raises `EdgetuneError`: exit code 2 for settings that make no sense and a prompt longer than the cache, 5 where
-    the program does not load or run.
+    Raises `EdgetuneError`, with exit code 2 for invalid settings or a prompt that is longer than the cache, and 5
+    if the program does not load or run.
     """
     from edgetune.export.language.artifact import LanguageArtifact
     from edgetune.export.language.run import answer
@@ -82,7 +83,9 @@ def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) 
             raise EdgetuneError(f"{what} is at least {least}", got=got)
     if not 0.0 <= temperature < float("inf"):
         raise EdgetuneError(
-            "temperature is a number from 0 on", got=temperature, action="0 is greedy, 1 the model's own"
+            "temperature must not be negative",
+            got=temperature,
+            action="use 0 for greedy decoding, or 1 for the distribution of the model",
         )
 
 
@@ -94,7 +97,7 @@ def _asked(
     known = artifact.manifest
     if len(prompt) > known.max_tokens:
         raise EdgetuneError(
-            "the prompt has more tokens than the program's cache has places",
+            "the prompt has more tokens than fit into the cache of the program",
             where=str(artifact.path),
             got=len(prompt),
             allowed=[f"at most {known.max_tokens}"],

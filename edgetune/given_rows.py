@@ -43,7 +43,7 @@ def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, columns: Seque
             rows += _texts(argument, columns)
     if not rows:
         raise EdgetuneError(
-            "there are no rows to answer", got=list(arguments), action="give a text, an image or a file"
+            "there are no rows to classify", got=list(arguments), action="give a text, an image or a file"
         )
     return rows
 
@@ -67,7 +67,7 @@ def _texts(argument: str, columns: Sequence[str]) -> list[Given]:
             f"the program takes texts, which are not read from {'a folder' if path.is_dir() else 'such a file'}",
             got=argument,
             allowed=FILES,
-            action=f"give one of these; if this is a text itself, give it on stdin with {STDIN}",
+            action=f"give one of these; if this is a text, pass it on stdin with {STDIN}",
         )
     if ending in TABLES:
         return _records(path, TABLES[ending], columns)
@@ -106,9 +106,11 @@ def _images(path: Path) -> Iterable[Given]:
     if not path.is_dir():
         if path.suffix.lower() in FILES:
             what = "the program takes images: a file of rows is for texts"
-            raise data_error(what, got=str(path), action="give images or folders; paths one a line on stdin with -")
+            raise data_error(
+                what, got=str(path), action="give images or folders; or paths on stdin, one per line, with -"
+            )
         return [Given(str(path))]
     images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     if not images:
-        raise data_error("the folder holds no images", got=str(path), allowed=IMAGES, action="give another folder")
+        raise data_error("the folder contains no images", got=str(path), allowed=IMAGES, action="give another folder")
     return [Given(str(image)) for image in images]

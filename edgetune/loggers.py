@@ -75,7 +75,7 @@ def check(names: Iterable[LoggerName]) -> None:
             what = f"train.log names {name}, which could not be imported ({error})"
             raise EdgetuneError(what, action=f"pip install {name}") from error
         if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online" and not module.login(prompt=False):
-            what, action = "train.log names wandb, which has no account here", "wandb login, or set WANDB_MODE=offline"
+            what, action = "train.log names wandb, which is not logged in", "wandb login, or set WANDB_MODE=offline"
             raise EdgetuneError(what, action=action)
 
 
@@ -143,7 +143,7 @@ class TrainingLog:
             yield
         except Exception as error:
             self.loggers.pop(name, None)
-            warnings.warn(f"{name} no longer logs ({error}); {self.folder / FILE} has all updates", stacklevel=2)
+            warnings.warn(f"{name} stopped logging ({error}); {self.folder / FILE} has all updates", stacklevel=2)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> 
         replace(model, name, merged[id(layer)])
     left = [name for name, module in model.named_modules() if which(module)]
     if left:
-        raise EdgetuneError("layers that carry something extra are left after a merge", got=left)
+        raise EdgetuneError("some layers still have adapters or slices after the merge", got=left)
     return model
 
 
@@ -65,7 +65,7 @@ def merge_layer(layer: nn.Module) -> nn.Module:
         _undo(merged, before)
         raise EdgetuneError(
             f"a merge would change what the {type(layer).__name__} computes, by {difference:.2g} of its largest value",
-            action="leave the layer out with skip, or take off what else computes its weight",
+            action="leave the layer out with skip, or remove what else computes its weight",
         )
     return merged
 

@@ -28,21 +28,21 @@ _QUESTIONS = ("question", "prompt", "instruction", "user", "input")
 _ANSWERS = ("answer", "response", "completion", "assistant", "output")
 _STEPS: Mapping[TaskName, str] = {
     "text": """\
-  # the last two blocks and the head train; backward ends there, so little memory is needed
+  # train the last two blocks and the head; the backward pass stops there, which saves memory
   - sparse-update: {scheme: last-2}
   - train: {epochs: 2, learning_rate: 5e-4}
   # 4-bit weights in groups of 32, 8-bit activations
   - int4
 """,
     "image": """\
-  # the last four blocks and the head train; backward ends there, so little memory is needed
+  # train the last four blocks and the head; the backward pass stops there, which saves memory
   - sparse-update: {scheme: last-4}
   - train: {epochs: 2, learning_rate: 2e-3}
-  # 8-bit weights and activations, their ranges measured on training pictures
+  # 8-bit weights and activations, with ranges calibrated on training images
   - int8
 """,
     "language": """\
-  # adapters beside two projections of each attention train, nothing else
+  # train adapters on two projections of each attention, and nothing else
   - lora: {rank: 8, targets: %s}
   - train: {epochs: 1, batch_size: 8, learning_rate: 5e-4}
   # 4-bit weights in groups of 32, 8-bit activations; the head stays at 8 bits
@@ -80,10 +80,10 @@ def new_recipe(
     dataset: Dataset = registry.loader(registry.DATASETS, "data", data)(settings)
     seen = _TASKS[dataset.task]
     if task is not None and task != seen:
-        raise EdgetuneError(f"these data are not for the task {task}", got=seen, action=f"leave out --task {task}")
+        raise EdgetuneError(f"this data is not for the task {task}", got=seen, action=f"leave out --task {task}")
     written = {"source": source_for(data, path.parent), **columns}
     shown = ", ".join(f"{key}: {json.dumps(value)}" for key, value in written.items())
-    rows = f"{len(dataset.train):,} rows to train on, {len(dataset.test):,} to test on"
+    rows = f"{len(dataset.train):,} training rows, {len(dataset.test):,} to test on"
     classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
     config = _config(model)
     size, unit = _size(seen, config)
@@ -96,11 +96,11 @@ data: {{{shown}}}  # {rows}{classes}
 
 steps:
 {_steps(seen, config)}
-export: {export}  # an ExecuTorch program, run and compared with the model
-profile: {{devices: [pixel-8, raspberry-pi-5]}}  # predictions; `edgetune devices list` shows the others
+export: {export}  # an ExecuTorch program, verified against the model
+profile: {{devices: [pixel-8, raspberry-pi-5]}}  # predictions; `edgetune devices list` prints all ids
 
 variants:
-  smoke:  # a minute, to see that all of it works: edgetune run {path.name} variant=smoke
+  smoke:  # a test of the whole recipe in about a minute: edgetune run {path.name} variant=smoke
     train.epochs: null
     train.updates: 2
     export.min_same_prediction_pct: 0
@@ -137,7 +137,7 @@ def _size(task: TaskName, config: Any) -> tuple[str, str]:
         return "image_px: 112", "pixels, width and height"
     length = {"text": 64, "language": 128}[task]
     positions = getattr(config, "max_position_embeddings", None) or length
-    return f"max_length: {min(length, positions)}", "tokens; longer texts are cut"
+    return f"max_length: {min(length, positions)}", "tokens; longer texts are truncated"
 
 
 def _steps(task: TaskName, config: Any) -> str:

@@ -28,7 +28,7 @@ def outline(recipe: Recipe) -> tuple[Planned, ...]:
     opened: list[str] = []
     for index, step in enumerate(recipe.steps):
         if closes(step.settings, opened):
-            why = f"{step.name} is open already" if step.name in opened else f"{step.name} needs plain layers"
+            why = f"{step.name} is already applied" if step.name in opened else f"{step.name} needs plain layers"
             planned.append(Planned(None, "finalize", f"{joined(reversed(opened))}; {why}"))
             opened = []
         detail = joined(reversed(opened)) if step.name == "finalize" else in_words(step.settings)
@@ -43,7 +43,7 @@ def outline(recipe: Recipe) -> tuple[Planned, ...]:
         planned.append(Planned(None, "export", recipe.export.target))
         most = recipe.export.rows_to_check(CHECK_ROWS)
         rows = f"{most} held-out rows" if recipe.export.check_rows else f"up to {most} held-out rows"
-        planned.append(Planned(None, "verify", f"{rows}, program against eager model"))
+        planned.append(Planned(None, "verify", f"{rows}, program compared with eager model"))
     if recipe.profile:
         host = ["this host, measured"] if recipe.profile.measure and recipe.export else []
         planned.append(Planned(None, "profile", joined([*host, *recipe.profile.devices])))

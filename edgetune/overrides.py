@@ -30,7 +30,7 @@ def from_text(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise EdgetuneError("an override is key=value", got=setting, action="for example train.epochs=2")
+            raise EdgetuneError("an override has the form key=value", got=setting, action="for example train.epochs=2")
         if key.strip() in found:
             raise EdgetuneError("the override is given twice", got=key.strip())
         found[key.strip()] = read(text, f"override {setting}").value
@@ -86,14 +86,16 @@ def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[Place]:
         at = below[0] if position is None and below else (position or 0) - 1
         if not isinstance(at, int) or not 0 <= at < len(steps):
             allowed = [f"steps.{index + 1}.{step}" for index, step in enumerate(steps)]
-            raise EdgetuneError("no such step; steps count from one", got=key, allowed=allowed)
+            raise EdgetuneError("no such step; steps are numbered from 1", got=key, allowed=allowed)
         below = below[1:] if position is None else below
         return [("steps", at, steps[at], *(below[1:] if below[:1] == (steps[at],) else below))]
     if name in steps:
         found = [index for index, step in enumerate(steps) if step == name]
         if position is not None and not 1 <= position <= len(found):
             allowed = [f"{name}[{count + 1}]" for count in range(len(found))]
-            raise EdgetuneError(f"no such step {name}; they count from one", got=f"{name}[{position}]", allowed=allowed)
+            raise EdgetuneError(
+                f"no such step {name}; they are numbered from 1", got=f"{name}[{position}]", allowed=allowed
+            )
         return [("steps", i, name, *below) for i in (found if position is None else [found[position - 1]])]
     if name not in top:
         allowed = [*dict.fromkeys(filter(None, steps)), *top]
@@ -136,10 +138,12 @@ def _set(values: Any, path: Place, value: Any) -> None:
             inner = at.get(key)
         elif isinstance(at, list) and isinstance(key, int):
             if not 0 <= key < len(at):
-                raise EdgetuneError("no such position; they count from one", got=key + 1, allowed=[f"1 to {len(at)}"])
+                raise EdgetuneError(
+                    "no such position; they are numbered from 1", got=key + 1, allowed=[f"1 to {len(at)}"]
+                )
             inner = at[key]
         else:
-            kind = "a list: give a position" if isinstance(at, list) else "no mapping"
+            kind = "a list; give a position" if isinstance(at, list) else "no mapping"
             raise EdgetuneError(f"{dotted(done)} is {kind}", got=_shown(key), action="" if done else "give a field")
         if index == len(path) - 1:
             at[key] = value

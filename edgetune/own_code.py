@@ -23,12 +23,12 @@ def place_of(source: str) -> tuple[Path, str]:
     file, colon, function = source.removeprefix(PREFIX).rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
         near = nearest_function(source)
-        raise EdgetuneError("this names no function in a file", got=source, near=near, action=f"write {_FORM}")
+        raise EdgetuneError("this does not name a function in a file", got=source, near=near, action=f"write {_FORM}")
     return Path(file).expanduser(), function
 
 
 def contents_digest(source: str) -> str:
-    """SHA-256 of the file that `py:file.py:function` names; "" for any other source, and where there is no file."""
+    """SHA-256 of the file that `py:file.py:function` names; "" for any other source, and where there is not a file."""
     if not source.startswith(PREFIX):
         return ""
     path, _ = place_of(source)
@@ -43,7 +43,7 @@ def load_function(source: str) -> Callable[..., Any]:
     path, name = place_of(source)
     if not path.is_file():
         near = nearest_file(path)
-        action = f"write {_FORM}, the path as seen from here"
+        action = f"write {_FORM}, with a path relative to the current folder"
         raise EdgetuneError(
             "no such file", got=str(path), near=str(path.with_name(near)) if near else "", action=action
         )
@@ -93,5 +93,5 @@ def _failed(path: Path, what: str, error: Exception) -> EdgetuneError:
     line = own[-1].lineno if own else getattr(error, "lineno", None)
     where = f"{path}, line {line}" if line else str(path)
     return EdgetuneError(
-        f"{what}: {type(error).__name__}: {error}", where=where, action="mend it there", exit_code=Exit.USAGE
+        f"{what}: {type(error).__name__}: {error}", where=where, action="fix it there", exit_code=Exit.USAGE
     )

@@ -51,19 +51,20 @@ def run(
     """Run a recipe: by name, by path, or a `Recipe`.
 
     Args:
-        recipe: a name in the package, a path that ends in `.yaml`, or the value itself.
-        overrides: `{"train.epochs": 2}`, as on the command line; not with a `Recipe`, which is resolved already.
-        out: the run's folder; by default the next `runs/<recipe>-NNN`.
-        resume: go on with the run in `out`, or with the newest run of this recipe. Of a run that had other settings,
-            everything before the first step that changed is reused.
-        from_step: resume, and do this step (its number, or its name where only one has it; or "export") and all that
-            follow again, even where nothing changed.
-        until_step: stop after this step; `resume` goes on from there.
+        recipe: the name of a packaged recipe, a path that ends in `.yaml`, or a `Recipe`.
+        overrides: `{"train.epochs": 2}`, as on the command line; not allowed with a `Recipe`, which is already
+            resolved.
+        out: folder of the run; by default the next `runs/<recipe>-NNN`.
+        resume: continue the run in `out`, or the newest run of this recipe. If its settings differ, everything
+            before the first changed step is reused.
+        from_step: resume, and repeat this step (its number, its name if it is unique, or "export") and all later
+            steps, even if nothing changed.
+        until_step: stop after this step; `resume` continues from there.
         progress: called with (what, done, of, detail).
 
     Raises:
-        EdgetuneError: anything that stops the run; `exit_code` says of what kind. Budgets that do not hold do not
-            raise: they stand in `Run.missed`.
+        EdgetuneError: any error that stops the run, with its kind in `exit_code`. A budget that is not met does not
+            raise: it is listed in `Run.missed`.
     """
     if isinstance(recipe, Recipe):
         if overrides:
@@ -74,7 +75,7 @@ def run(
     again_from = None if from_step is None else reuse.step_number(recipe, from_step, export=True)
     until = None if until_step is None else reuse.step_number(recipe, until_step)
     if again_from and until and again_from > until:
-        raise EdgetuneError("the step to stop after comes before the one to begin with", got=(from_step, until_step))
+        raise EdgetuneError("--until names an earlier step than --from", got=(from_step, until_step))
     steps = None
     if resume or again_from:
         folder, steps = runs.resumable_folder(recipe, where, again_from)
@@ -91,7 +92,7 @@ def run(
         except EdgetuneError as error:
             if fold.ledger.trainings:
                 again = f"change the recipe, then: edgetune run RECIPE --resume --out {folder}"
-                error.action = "; ".join(filter(None, [error.action, f"what was trained is kept: {again}"]))
+                error.action = "; ".join(filter(None, [error.action, f"what was trained is not lost: {again}"]))
             raise
 
 
@@ -104,7 +105,9 @@ def restore(folder: str | Path, language: bool = False) -> Exportable:
     earlier = runs.earlier_ledger(folder)
     if earlier is None or not earlier.finished:
         raise EdgetuneError(
-            "the folder holds no finished run", got=str(folder), action=f"edgetune run RECIPE --resume --out {folder}"
+            "the folder does not contain a finished run",
+            got=str(folder),
+            action=f"edgetune run RECIPE --resume --out {folder}",
         )
     recipe = load(folder / "recipe.yaml")
     fold = Fold(recipe, folder, resume=True, progress=lambda *_: None, record=False)

@@ -35,7 +35,7 @@ def refuse_computed(name: str, layer: nn.Module) -> None:
     reason = how_computed(layer)
     if reason:
         raise EdgetuneError(
-            f"{name} computes more than its class says: {reason}", got=type(layer).__name__, action=_action(name, layer)
+            f"{name} computes more than its class does: {reason}", got=type(layer).__name__, action=_action(name, layer)
         )
 
 
@@ -64,18 +64,18 @@ def how_computed(layer: nn.Module) -> str:
             return parametrized_by(key, layer.parametrizations[key])  # type: ignore[union-attr, index, arg-type]
     key = computed_tensor(layer)
     if key:
-        return f"its {key} is no parameter, but computed at each call, as weight_norm or prune do"
+        return f"its {key} is not a parameter but computed at each call, as by weight_norm or prune"
     weight = layer._parameters["weight"]
     if weight is not None and nn.parameter.is_lazy(weight):
         return "it has no weight before its first forward; run the model once"
     if is_stock(layer):
         return ""
     if weight is None or weight.is_meta:
-        return "it has a forward of its own, and no values yet to compare its output by"
+        return "it has its own forward, and there are no values yet to compare its output with"
     if not weight.is_floating_point():
-        return f"it has a forward of its own, over a weight stored in {weight.dtype}"
+        return f"it has its own forward, over a weight stored in {weight.dtype}"
     if getattr(layer, "max_norm", None) is not None:
-        return "it has a forward of its own, and max_norm rewrites its rows in it"
+        return "it has its own forward, in which max_norm rewrites its rows"
     for training in (False, True):
         difference = _differs(layer, kind, training)
         if difference:
@@ -122,7 +122,7 @@ def _differs(layer: nn.Module, kind: str, training: bool) -> str:
                 refused = error
                 continue
             return _compared(output, expected, training)
-    return f"its own forward takes no input of its class's ({type(refused).__name__}: {refused})"
+    return f"its own forward does not take the inputs of its class ({type(refused).__name__}: {refused})"
 
 
 @contextmanager
@@ -146,13 +146,13 @@ def untouched(layer: nn.Module, training: bool) -> Iterator[None]:
 def _compared(output: object, expected: Tensor, training: bool) -> str:
     mode = " in training mode" if training else ""
     if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return f"its own forward gives something of another shape{mode}"
+        return f"its own forward returns another shape{mode}"
     if output.dtype != expected.dtype:
         return f"its own forward gives {output.dtype}{mode}"
     off = relative_difference(expected, output)
     if off <= max(1e-5, 4 * torch.finfo(expected.dtype).eps):
         return ""
-    return f"its own forward is off by {off:.2g} of the largest value{mode}"
+    return f"its own forward differs by {off:.2g} of the largest value{mode}"
 
 
 def probes(layer: nn.Module) -> list[Tensor]:

@@ -80,7 +80,7 @@ class Classifier:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of its answers has to know."""
-        return () if self.carried.labels else ("the program carries no names of classes: they are numbered from 0",)
+        return () if self.carried.labels else ("the program has no class names; classes are numbered from 0",)
 
     def logits(self, rows: Sequence[Any], progress: Progress = lambda *_: None) -> Tensor:
         """Logits `(rows, classes)` of texts, or of images in files or arrays of bytes."""
@@ -97,9 +97,9 @@ class Classifier:
         logits = torch.cat(parts).float()
         if not bool(torch.isfinite(logits).all()):
             raise EdgetuneError(
-                "the program's answers are not finite numbers",
+                "the outputs of the program are not finite",
                 where=str(self.artifact.path),
-                action="look at the run that made it: a learning rate or a quantization that overflows",
+                action="check the run that made it for a high learning rate or an overflowing quantization",
                 exit_code=Exit.EXPORT,
             )
         return logits
@@ -123,13 +123,13 @@ class Classifier:
 
 
 def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Prediction, ...]:
-    """What the program at `path` answers for each row: a text, or an image as a path or an array of bytes.
+    """The predictions of the program at `path` for each row: a text, or an image as a path or a `uint8` array.
 
     Args:
-        path: a `.pte` with its `model.json` beside it, or the folder of a run.
+        path: a `.pte` with its `model.json`, or the folder of a run.
         rows: one row or several; `edgetune.given_rows` reads them from files and folders.
 
-    Raises `EdgetuneError`: exit code 5 where the program lacks what an answer needs or does not run, 3 for a row that
+    Raises `EdgetuneError`, with exit code 5 if the program lacks metadata or does not run, and 3 for a row that
     cannot be read.
     """
     return answers_for(Classifier(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
@@ -164,13 +164,14 @@ def evaluate(
     """Accuracy of the program at `path` on labelled data, with figures per class.
 
     Args:
-        path: a `.pte` with its `model.json` beside it, or the folder of a run.
+        path: a `.pte` with its `model.json`, or the folder of a run.
         data: a source as in a recipe (`csv:rows.csv`), or settings; by default the data of the run's recipe.
-        part: `test` takes the rows that a recipe holds back from training, `all` every row.
+        part: `test` uses the rows that a recipe holds out from training, `all` uses every row.
         overrides: other settings of the data, as in a recipe: `{"data.label": "stars"}`.
         progress: called with (what, done, of, detail).
 
-    Raises `EdgetuneError`: exit code 3 for data of another kind or with classes that the program does not know.
+    Raises `EdgetuneError`, with exit code 3 for data of another kind or with classes that the program does not
+    have.
     """
     classifier = Classifier(path)
     settings = data if isinstance(data, DataSettings) else data_settings(classifier.artifact.path, data, overrides)
@@ -180,9 +181,9 @@ def evaluate(
     dataset: Dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
     if dataset.task != classifier.task:
         raise data_error(
-            f"the program takes {ROWS_OF[classifier.task]}, and the data are {ROWS_OF[dataset.task]}",
+            f"the program takes {ROWS_OF[classifier.task]}, and the data has {ROWS_OF[dataset.task]}",
             got=settings.source,
-            action="give data of the kind that it was trained on",
+            action="give data of the kind that the program was trained on",
         )
     rows = dataset.test if part == "test" else _together((dataset.train, dataset.validation, dataset.test))
     places = _places(dataset.classes, classifier.labels)
@@ -209,7 +210,9 @@ def data_settings(program: Path, source: str | None = None, overrides: Mapping[s
         kept = load(recipe).data.model_dump(mode="json")
     if source is None and not kept:
         action = "pass --data, such as --data csv:rows.csv"
-        raise EdgetuneError("no recipe beside the program names its data", where=str(program), action=action)
+        raise EdgetuneError(
+            "there is no recipe next to the program that names its data", where=str(program), action=action
+        )
     if source is not None and source != kept.get("source"):
         columns = COLUMNS if source.partition(":")[0] in ("csv", "jsonl", "hf") else ()
         kept = {name: kept[name] for name in columns if name in kept} | {"source": source}
@@ -254,9 +257,9 @@ def _places(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
         strange += [] if len(like) == 1 else [name]
     if strange:
         raise data_error(
-            f"the data have classes that the program does not know: {shortened(strange)}",
+            f"the data has classes that the program does not have: {shortened(strange)}",
             allowed=labels,
-            action="name the data's classes as the program does, or leave these rows out",
+            action="rename the classes of the data to those of the program, or remove these rows",
         )
     return places
 
@@ -285,7 +288,11 @@ def _check_kind(path: Path) -> None:
     action = OTHER_KINDS.get(manifest.get("kind", "model")) if isinstance(manifest, dict) else None
     if action is not None:
         raise EdgetuneError(
-            "the program chooses no class", got=manifest["kind"], where=str(path), action=action, exit_code=Exit.EXPORT
+            "the program does not predict a class",
+            got=manifest["kind"],
+            where=str(path),
+            action=action,
+            exit_code=Exit.EXPORT,
         )
 
 
@@ -304,7 +311,7 @@ def _check(artifact: Artifact) -> Task:
         raise EdgetuneError(
             f"the program does not say {' nor '.join(lacking)}",
             where=str(artifact.path),
-            action="export a classifier by name (hf:PATH, timm:NAME), or a run: their programs carry it",
+            action="export a classifier by name (hf:PATH, timm:NAME), or a run: their programs contain it",
             exit_code=Exit.EXPORT,
         )
     pictures = isinstance(carried.preprocessing, ImagePreprocessing)
@@ -314,17 +321,17 @@ def _check(artifact: Artifact) -> Task:
         len(manifest.outputs[0].shape) != 2 or len(carried.labels) not in (0, outputs)
     ):
         raise EdgetuneError(
-            "the program takes or gives something else than it carries",
+            "the inputs or outputs of the program do not match its metadata",
             where=str(artifact.path),
             got=[str(spec) for spec in (*manifest.inputs, *manifest.outputs)],
-            action="give what carried.preprocessing makes, and a name for each class",
+            action="export with inputs as carried.preprocessing makes them, and a name for each class",
             exit_code=Exit.EXPORT,
         )
     if not find(manifest.target).runs_here:
         raise EdgetuneError(
             f"a program for {manifest.target} does not run on this machine",
             where=str(artifact.path),
-            action="export the same model with --target xnnpack, and ask that program",
+            action="export the same model with --target xnnpack, and use that program",
             exit_code=Exit.EXPORT,
         )
     return "image-classification" if pictures else "text-classification"

@@ -40,7 +40,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """Do a recipe's steps before its first `train`, without measuring anything. Writes nothing."""
     place = next((n for n, step in enumerate(recipe.steps) if isinstance(step.settings, Train)), None)
     if place is None:
-        raise EdgetuneError("the recipe trains nothing", got=recipe.name, action="add a train step")
+        raise EdgetuneError("the recipe has no train step", got=recipe.name, action="add a train step")
     fold = Fold(recipe, Path(), resume=False, progress=lambda *_: None, record=False)
     for index, step in enumerate(recipe.steps[:place]):
         seed_everything(recipe.seed + 1000 * (index + 1))

@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: bars on a terminal, plain lines elsewhere."""
+"""Progress of a run on stderr: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-NOTE = "note"  # what is told under this name is a sentence to read, and no part of the work
+NOTE = "note"  # a detail under this name is a sentence to read, not a part of the work
+FEW = 16  # parts that get no line at each quarter
 Report = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
 @contextmanager
 def shown() -> Iterator[Report]:
-    """A callback `(what, done, of, detail)` that shows what it is told until the block ends."""
+    """A callback `(what, done, of, detail)` that shows progress until the block ends."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines()
@@ -27,7 +28,7 @@ def shown() -> Iterator[Report]:
 
 
 class Lines:
-    """A line at each quarter of what has several parts, and one when anything else is done."""
+    """A line at each quarter of what has many parts, at both ends of what has few, and when anything else is done."""
 
     def __init__(self) -> None:
         self.what, self.quarter = "", -1
@@ -37,11 +38,11 @@ class Lines:
         if what == NOTE:
             print(f"note: {detail}", file=sys.stderr, flush=True)
             return
-        quarter = 4 * done // of if of else 4
+        quarter = 4 * done // of if of > FEW else 4 * (done >= of)
         if (what, quarter) == (self.what, self.quarter) or (of == 1 and not done):
             return
         self.what, self.quarter = what, quarter
-        print(f"{what} {done}/{of} {detail}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{what} {f'{done}/{of} ' if of > 1 else ''}{detail}".rstrip(), file=sys.stderr, flush=True)
 
 
 class Bars:

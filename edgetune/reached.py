@@ -62,7 +62,7 @@ class Reached:
         if names and len(names) < self.total:
             raise EdgetuneError(
                 f"{shortened(names, 3)}: trainable, but no backward has reached it in {self.steps} steps; "
-                "it would stay as it is",
+                "it would not change",
                 action="leave it out of the targets or the scheme, or set requires_grad to False on it",
             )
 

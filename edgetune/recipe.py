@@ -43,25 +43,25 @@ class Recipe(Section):
     """A whole job: model, data, ordered steps, and what to do with the result."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """Names the run's folder: letters, digits, `.`, `_` and `-`. Left out: the name of the file."""
+    """Name of the recipe and of its runs: letters, digits, `.`, `_` and `-`. Default: the name of the file."""
     description: str = ""
-    """What the recipe is for, in a line; `edgetune recipes list` prints it."""
+    """Purpose of the recipe, in one line; `edgetune recipes list` prints it."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decides the order of rows and every random number: the same seed gives the same run."""
+    """Seed of the row order and of all random numbers: the same seed gives the same run."""
     model: ModelSettings
-    """The model to start from. A bare name stands for `{source: NAME}`."""
+    """The model to start from. A plain name is short for `{source: NAME}`."""
     data: DataSettings
-    """The rows to train and test on. A bare name stands for `{source: NAME}`."""
+    """The rows for training and testing. A plain name is short for `{source: NAME}`."""
     steps: tuple[Step, ...]
-    """What is done to the model, in this order. A step is a name, or a name with its settings."""
+    """The steps that are applied to the model, in this order. A step is a name, or a name with settings."""
     export: ExportSettings | None = None
-    """What to export; left out: nothing."""
+    """How to export the model; without it, nothing is exported."""
     profile: ProfileSettings | None = None
-    """Where to say what the program costs; left out: nowhere."""
+    """Devices to predict for; without it, nothing is predicted or measured."""
     budget: tuple[Budget, ...] = ()
-    """What the run must stay under: one device, or a list of them. The exit code is 4 if it does not."""
+    """Limits that the run must meet, for one device or a list of devices. If it does not, the exit code is 4."""
     variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012  pydantic copies it
-    """Named sets of overrides; `variant=NAME` on the command line chooses one."""
+    """Named sets of overrides; `variant=NAME` on the command line selects one."""
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with every default written out; reading them gives an equal recipe."""
@@ -291,7 +291,9 @@ class _Checking:
                     rest = f"; allowed before it: {', '.join(sorted(allowed)) or 'no technique'}"
                     self.errors.append(EdgetuneError(what + rest, where=where, action=action))
             if name == "finalize" and not opened:
-                self.errors.append(EdgetuneError("nothing is open here", where=where, action="remove the step"))
+                self.errors.append(
+                    EdgetuneError("there is nothing to finalize here", where=where, action="remove the step")
+                )
             if name == "finalize" or getattr(kind, "plain", False):
                 opened = 0
             opened += name in registry.TECHNIQUES and kind.finalize is not Technique.finalize  # type: ignore[attr-defined]
@@ -350,7 +352,7 @@ class _Checking:
             for limit, (known, action) in needs.items():
                 if getattr(budget, limit) is not None and not known:
                     where = self.where(("budget", index, limit))
-                    what = "nothing in the recipe tells whether this holds"
+                    what = "nothing in the recipe provides this value"
                     self.errors.append(EdgetuneError(what, where=where, action=action))
 
     def talking(self, recipe: Recipe) -> None:
@@ -358,7 +360,7 @@ class _Checking:
         if recipe.export is None or not recipe.export.language:
             return
         if recipe.model.source.partition(":")[0] in NOT_LANGUAGE:
-            what = f"{recipe.model.source} is no causal language model, so its program cannot talk"
+            what = f"{recipe.model.source} is not a causal language model, so its program cannot generate text"
             action = "leave export.language out, or choose the model smollm2 or hf:PATH"
             self.errors.append(EdgetuneError(what, where=self.where(("export", "language")), action=action))
 

@@ -43,7 +43,7 @@ def rehearse(
             with in_step(recipe, number):
                 model = _rehearsed(model, step.settings, sample)
         except EdgetuneError as error:
-            error.what += " (seen before anything was trained)"
+            error.what += " (found before any training)"
             raise
         if isinstance(step.settings, Train):
             written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))

@@ -100,10 +100,10 @@ class Saver:
         differing = [key for key in heeded if was.get(key) != self.identity[key]]
         if differing:
             raise EdgetuneError(
-                "this checkpoint belongs to another training, or would not go on with the same bits: "
+                "this checkpoint belongs to another training, or would not resume bit-identically: "
                 + "; ".join(f"{key} was {was.get(key)!r} and is {self.identity[key]!r}" for key in differing),
                 got=str(found),
-                action="put these back (threads: OMP_NUM_THREADS), or start again in another folder",
+                action="restore these (threads: OMP_NUM_THREADS), or start again in another folder",
             )
         put_back(self.model, tensors)
         optimizer.load_state_dict(self.optimizer, checkpoint.unpack(tensors, state["optimizer"]))

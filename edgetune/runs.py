@@ -34,10 +34,10 @@ def new_folder(recipe: Recipe, out: Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "digest.txt").exists() or not all(_BEGUN.fullmatch(path.name) for path in folder.iterdir()):
-            action = "pass --resume to go on with it, or choose another folder"
+            action = "pass --resume to continue it, or choose another folder"
             raise EdgetuneError("the run's folder is not empty", got=str(folder), action=action)
     except OSError as error:
-        raise EdgetuneError(f"cannot make the run's folder: {error.strerror}", got=str(folder)) from error
+        raise EdgetuneError(f"cannot create the folder of the run: {error.strerror}", got=str(folder)) from error
     _describe(recipe, folder)
     return folder
 
@@ -81,7 +81,7 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
     usable = [f for f, steps in unchanged.items() if steps is not None]
     if not usable:
         raise EdgetuneError(
-            "nothing of this run can be reused: its model, its data or its seed are others",
+            "nothing of this run can be reused: its model, data or seed is different",
             got=str(folders[0]),
             action=f"give the settings of {folders[0] / 'recipe.yaml'}, or run without --resume",
         )
@@ -89,7 +89,7 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
     steps = unchanged[folder] or 0
     earlier = earlier_ledger(folder)
     if again_from is None and reuse.is_of(recipe, folder) and earlier and earlier.finished:
-        action = f"edgetune report {folder}, or do a part of it again with --from STEP"
+        action = f"edgetune report {folder}, or repeat part of it with --from STEP"
         raise EdgetuneError("the run is finished", got=str(folder), action=action)
     return folder, steps if again_from is None else min(steps, again_from - 1)
 
@@ -127,7 +127,7 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         action = "wait for it, or choose another folder"
-        raise EdgetuneError("another process is at work on this run", got=str(folder), action=action) from error
+        raise EdgetuneError("another process is using this run", got=str(folder), action=action) from error
     try:
         for left in folder.glob(".*.json.*"):  # a kill in the middle of a write
             left.unlink()
@@ -143,9 +143,9 @@ def same_data(folder: Path, dataset: Dataset) -> None:
         write_whole(path, dataset.fingerprint)
     elif path.read_text(encoding="utf-8") != dataset.fingerprint:
         raise EdgetuneError(
-            "the data changed since the run began",
+            "the data has changed after the run started",
             got=dataset.name,
-            action="put the data back, or run without --resume",
+            action="restore the data, or run without --resume",
             exit_code=Exit.DATA,
         )
 

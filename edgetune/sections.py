@@ -18,7 +18,8 @@ class Section(Settings):
 
 
 class Finalize(Section):
-    """Finalize every open technique: merge, freeze, pack. It takes no settings, and happens by itself where needed."""
+    """Finalize every applied technique: merge, freeze, pack. It has no settings, and runs automatically where
+    needed."""
 
     name: ClassVar[str] = "finalize"
 
@@ -33,24 +34,26 @@ class Step(Section):
 
 
 class ExportSettings(Section):
-    """What to lower to. Absent from a recipe: nothing is exported."""
+    """How to export the model. Without this section, nothing is exported."""
 
     target: str = "xnnpack"
-    """The backend that the program is made for; `edgetune export --help` lists them."""
+    """The backend to lower the program for, such as `xnnpack`; `edgetune env` lists them."""
     language: bool = False
-    """Make a text-generation program, with its cache and tokenizer; else the program takes a window of tokens."""
+    """Export a text-generation program, with its cache and tokenizer; otherwise the program takes a window of
+    tokens."""
     max_tokens: int = Field(512, ge=2)
-    """Places in the cache of a text-generation program, in tokens: prompt and answer together."""
+    """Cache size of a text-generation program, in tokens, for prompt and answer together."""
     check_rows: int | None = Field(None, ge=1)
-    """Held-out rows on which program and eager model are compared; a text-generation program continues the first half
-    of each. `null`: 500, or 8 for a text-generation program, or all that there are if these are fewer."""
+    """Number of held-out rows on which the program is compared with the eager model; a text-generation program
+    continues the first half of each. `null`: 500, or 8 for a text-generation program, or all rows if there are
+    fewer."""
     min_same_prediction_pct: float = Field(99.0, ge=0, le=100)
-    """Percentage of these rows, or tokens, on which both must agree; below it the export fails."""
+    """Percentage of these rows, or tokens, on which both must agree; otherwise the export fails."""
 
     @model_validator(mode="after")
     def _cache_is_of_use(self) -> ExportSettings:
         if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
-            what = "max_tokens is the cache of a language program, which is not asked for"
+            what = "max_tokens is the cache size of a text-generation program, but language is false"
             raise EdgetuneError(what, got=self.max_tokens, action="add language: true, or leave max_tokens out")
         return self
 
@@ -62,27 +65,27 @@ class ExportSettings(Section):
 
 
 class ProfileSettings(Section):
-    """Where to say what the program costs."""
+    """Devices for which the program is profiled."""
 
     devices: tuple[str, ...] = ()
-    """Devices to predict for: ids that `edgetune devices list` prints, `host`, or paths of descriptors."""
+    """Devices to predict for: ids from `edgetune devices list`, `host`, or paths of descriptors."""
     measure: bool = True
-    """Time the program on this machine too."""
+    """Also time the program on this machine."""
 
 
 class Budget(Section):
-    """What the run must stay under on one device. At least one limit is needed."""
+    """Limits for one device. At least one limit is needed."""
 
     device: str
-    """The device: an id that `edgetune devices list` prints, `host`, or the path of a descriptor."""
+    """The device: an id from `edgetune devices list`, `host`, or the path of a descriptor."""
     latency_ms: Positive | None = None
-    """Most time of one call of the program, in ms; `null`: no limit."""
+    """Maximum latency of one call of the program, in ms; `null`: no limit."""
     size_mib: Positive | None = None
-    """Largest program file, in MiB; `null`: no limit."""
+    """Maximum size of the program, in MiB; `null`: no limit."""
     train_memory_mib: Positive | None = None
-    """Most memory of training, in MiB; `null`: no limit."""
+    """Maximum memory during training, in MiB; `null`: no limit."""
     peak_memory_mib: Positive | None = None
-    """Most memory while the program runs, in MiB; `null`: no limit."""
+    """Maximum memory while the program runs, in MiB; `null`: no limit."""
 
     @model_validator(mode="after")
     def _limits_something(self) -> Budget:

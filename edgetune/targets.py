@@ -32,7 +32,7 @@ def select(
     Raises `EdgetuneError` for each pattern of either list that fits no layer of that kind.
     """
     if isinstance(include, str) or isinstance(skip, str):
-        raise EdgetuneError("patterns are a list", got=include, action=f"write [{include!r}]")
+        raise EdgetuneError("patterns must be a list", got=include, action=f"write [{include!r}]")
     include, skip = list(include), list(skip)
     if not include:
         raise EdgetuneError("targets: no pattern given", action="name at least one layer or pattern")

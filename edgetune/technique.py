@@ -34,9 +34,9 @@ class Exit(IntEnum):
 
 
 class EdgetuneError(ValueError):
-    """What is wrong, where, what was got and allowed, and one next action.
+    """An error message with its location, the value, the allowed values and one next action.
 
-    Inner code states the fact; outer code adds where it happened:
+    Inner code states the problem, and outer code adds the location:
 
     >>> error = EdgetuneError("unknown scheme", got="last2", allowed=["last-2", "bias"], action="pick a scheme")
     >>> print(error.within("recipe.yaml, step 1, sparse-update"))
@@ -61,7 +61,7 @@ class EdgetuneError(ValueError):
         super().__init__(what)
 
     def within(self, where: str) -> EdgetuneError:
-        """The same error with `where` put in front of the place it already names."""
+        """The same error with `where` in front of its location."""
         self.where = f"{where}, {self.where}" if self.where else where
         return self
 
@@ -97,11 +97,11 @@ def shortened(names: Iterable[str], most: int = 12) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a technique may look at: example inputs, and calibration batches drawn anew at each call of `batches`.
+    """Data for techniques: example inputs, and calibration batches, which `batches` returns anew at each call.
 
     `inputs` is a tensor, a tuple of positional tensors or a dict of keyword tensors, batch first.
-    `labelled` gives training batches `(inputs, labels)`, the one that takes most memory first, and `loss` is
-    `(logits, labels)` -> scalar: both for techniques that look at gradients.
+    `labelled` returns training batches `(inputs, labels)`, the one that needs the most memory first. `loss` maps
+    `(logits, labels)` to a scalar. Both are for techniques that need gradients.
     """
 
     inputs: Inputs
@@ -115,7 +115,7 @@ class Sample:
         return cls(inputs=inputs, batches=lambda: iter([inputs]))
 
     def labels(self) -> tuple[Callable[[], Iterator[tuple[Inputs, Tensor]]], Callable[[Tensor, Tensor], Tensor]]:
-        """`labelled` and `loss`, or the error that says they are missing."""
+        """Return `labelled` and `loss`. Raises `EdgetuneError` if they are missing."""
         if self.labelled is None or self.loss is None:
             raise EdgetuneError(
                 "batches with labels and a loss are needed",
@@ -131,7 +131,7 @@ class _Explaining(ModelMetaclass):
         if args:
             first = next(iter(cls.model_fields), "setting")  # type: ignore[attr-defined]
             action = f"write {cls.__name__}({first}=...)"
-            raise EdgetuneError("settings are given by name", where=cls.__name__, got=args[0], action=action)
+            raise EdgetuneError("settings must be given by name", where=cls.__name__, got=args[0], action=action)
         try:
             return super().__call__(**settings)
         except ValidationError as error:
@@ -154,14 +154,14 @@ class Settings(BaseModel, metaclass=_Explaining):
 
 
 class Technique(Settings):
-    """Settings of one technique. Subclasses give `name`, `after`, and `apply`; most need nothing else.
+    """Settings of a technique. Subclasses define `name`, `after` and `apply`; most need nothing else.
 
-    `after` names the techniques that may stand before this one in a recipe; it is checked before any work.
-    `plain` says that this one needs plain layers: everything still open is finalized first.
-    `replaces` says that this one, open already, is finalized first when it is applied again.
-    `exact` says that `apply` leaves the model's outputs as they were.
-    `leaves` says what is there afterwards that was not: `adapter` (tensors beside frozen layers), `packed` (layers
-    stored in another way).
+    `after` names the techniques that may precede this one in a recipe; it is checked before any work.
+    `plain`: this technique needs plain layers, so all applied techniques are finalized first.
+    `replaces`: if this technique is already applied, it is finalized before it is applied again.
+    `exact`: `apply` does not change the outputs of the model.
+    `leaves`: what the technique adds, which is `adapter` (tensors in addition to frozen layers) or `packed` (layers
+    in another storage format).
     """
 
     name: ClassVar[str]
@@ -172,11 +172,11 @@ class Technique(Settings):
     leaves: ClassVar[frozenset[str]] = frozenset()
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Change `model` in place and return it (or what replaces it)."""
+        """Change `model` in place, and return it or the module that replaces it."""
         raise NotImplementedError
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """After training: merge, freeze or pack, so that plain layers are left. Default: nothing to do."""
+        """After training, merge, freeze or pack, so that only plain layers remain. By default this does nothing."""
         return model
 
     @property
@@ -186,18 +186,19 @@ class Technique(Settings):
 
     @property
     def width_multiple(self) -> int:
-        """What the input width of each layer that this technique takes must be a multiple of."""
+        """The number that must divide the input width of every layer that this technique changes."""
         return 1
 
     def fitted(self, later: Sequence[Technique]) -> Technique:
-        """This technique with the defaults that suit those that come after it; what was given stays as it is."""
+        """This technique with defaults adapted to the techniques that follow; settings that were given do not
+        change."""
         return self
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Before finalizing: keep in `folder` what is worth keeping apart, such as an adapter. Default: nothing."""
+        """Before finalizing, save separate results such as an adapter in `folder`. By default this does nothing."""
 
     def needs_sample(self, sample: Sample | None) -> Sample:
-        """The sample, or the error that says this technique cannot work without one."""
+        """Return the sample. Raises `EdgetuneError` if there is none."""
         if sample is None:
             raise EdgetuneError(
                 f"{self.name} needs example inputs",
@@ -231,7 +232,7 @@ def logits_of(output: Any) -> Tensor:
         found = output[0]
     if not isinstance(found, Tensor):
         raise EdgetuneError(
-            "the model's output holds no logits",
+            "the output of the model has no logits",
             got=type(output).__name__,
             action='return a tensor, a tuple that begins with one, a mapping with "logits", or an object with .logits',
         )

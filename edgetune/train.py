@@ -40,14 +40,14 @@ _IGNORED_LABEL = -100
 
 
 class Distill(Settings):
-    """Learn from the logits of an earlier model too."""
+    """Also learn from the logits of an earlier model."""
 
     teacher: str
-    """Name of an earlier step of the recipe: the teacher is the model as it was just before that step."""
+    """Name of an earlier step of the recipe: the teacher is the model just before that step."""
     weight: float = Field(default=0.5, gt=0, le=1)
-    """Share of the teacher's loss; the labels have the rest."""
+    """Weight of the teacher's loss; the loss of the labels has the remaining weight."""
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    """Divisor of both models' logits; more than 1 also shows which wrong classes the teacher finds likely."""
+    """Divisor of both models' logits; values above 1 also transfer the teacher's ranking of the other classes."""
 
 
 class Train(Settings):
@@ -56,51 +56,51 @@ class Train(Settings):
     name: ClassVar[str] = "train"
 
     epochs: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Passes over the training rows, in fractions too; give either this or `updates`."""
+    """Passes over the training rows, which may be a fraction; set either this or `updates`."""
     updates: int | None = Field(default=None, ge=1)
-    """Steps of the optimizer; give either this or `epochs`."""
+    """Number of optimizer steps; set either this or `epochs`."""
     batch_size: int = Field(default=32, ge=1)
-    """Rows at once. The batches of an epoch are made equal; none is larger than this."""
+    """Rows per batch. The batches of an epoch have nearly equal sizes, none larger than this."""
     accumulate: int = Field(default=1, ge=1)
-    """Batches whose gradients are added up for one update."""
+    """Number of batches whose gradients are accumulated for one update."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """What turns gradients into updates."""
+    """The optimizer."""
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
-    """Highest learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    """Pull of the weights towards zero; biases and norms have none."""
+    """Weight decay; it is not applied to biases and norms."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's two moments. `adamw` only."""
+    """Decay rates of the two AdamW moments. `adamw` only."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the last step that goes on in the next one. `sgd` only."""
+    """Momentum of SGD. `sgd` only."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     warmup_pct: float = Field(default=6.0, ge=0, le=100)
-    """Percentage of the updates in which the learning rate rises from zero."""
+    """Percentage of the updates during which the learning rate rises from zero."""
     clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest norm of all gradients together; longer ones are scaled down. `null`: no limit."""
+    """Maximum norm of all gradients together; larger ones are scaled down. `null`: no limit."""
     in_backward: bool = False
-    """Let each parameter step as soon as its gradient exists, so that gradients do not pile up in memory. Needs
+    """Update each parameter as soon as its gradient exists, so that the gradients are never all in memory. Needs
     `accumulate: 1` and `clip_norm: null`."""
     state_bits: Literal[32, 8] = 32
-    """Bits of AdamW's two moments. `adamw` only."""
+    """Bits of the two AdamW moments. `adamw` only."""
     checkpoint_every: int = Field(default=50, ge=1)
-    """Updates between two checkpoints."""
+    """Number of updates between checkpoints."""
     cache_prefix: bool = False
-    """Keep on disk what the frozen first stages give for each row, and start behind them."""
+    """Store the outputs of the frozen first stages on disk, so that later epochs skip these stages."""
     cache_dtype: Literal["fp32", "fp16"] = "fp32"
-    """Number format of the cached values."""
+    """Data type of the cached values."""
     cache_max_mib: int = Field(default=4096, ge=1)
-    """Size of all cached values on disk together, in MiB."""
+    """Maximum size of all cached values on disk, in MiB."""
     distill: Distill | None = None
-    """Learn from an earlier state of the model too; `null`: from the labels alone."""
+    """Also learn from an earlier state of the model; `null`: only from the labels."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weight of each class in the loss. `balanced`: every class counts alike, however many rows it has."""
+    """Class weights in the loss. `balanced`: every class has the same weight, regardless of its number of rows."""
     keep_best: bool = False
-    """End with the weights of the epoch that was best on the validation rows."""
+    """Keep the weights of the epoch with the best validation quality."""
     log: tuple[LoggerName, ...] = ()
-    """Loggers that a run also writes loss and learning rate of each update to, where they are installed. The JSON lines
-    of `checkpoints/NN-train/log.jsonl` are written in any case."""
+    """Additional loggers for the loss and learning rate of each update, if they are installed.
+    `checkpoints/NN-train/log.jsonl` is always written."""
 
     @model_validator(mode="before")
     @classmethod
@@ -328,21 +328,21 @@ def _check(
     if not len(split):
         raise EdgetuneError("there are no training rows", exit_code=Exit.DATA)
     if (settings.distill is None) != (teacher is None):
-        raise EdgetuneError("distill and a teacher go together", action="give both, or neither")
+        raise EdgetuneError("distill and a teacher are needed together", action="give both, or neither")
     if teacher is not None:
         teacher.eval()
     if settings.keep_best and validation is None:
         raise EdgetuneError("keep_best needs validation rows", action="pass validation=, or leave keep_best out")
     if folder is None:
         if resume:
-            raise EdgetuneError("to resume, the folder of the checkpoints is needed", action="pass folder=")
+            raise EdgetuneError("resuming needs the folder of the checkpoints", action="pass folder=")
         return
     checkpoint.tidy(folder)
     if not resume and checkpoint.latest(folder) is not None:
         raise EdgetuneError(
-            "this folder holds checkpoints of an earlier training",
+            "this folder contains checkpoints of an earlier training",
             got=str(folder),
-            action="pass resume=True to go on with it, or choose another folder",
+            action="pass resume=True to continue it, or choose another folder",
         )
 
 
@@ -352,7 +352,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not found:
         raise EdgetuneError(
             "no parameter of the model is trainable",
-            action="apply lora or sparse-update first, or set requires_grad on what is to be trained",
+            action="apply lora or sparse-update first, or set requires_grad on the parameters to train",
         )
     return found
 

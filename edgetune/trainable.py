@@ -10,7 +10,7 @@ _ATTRIBUTE = "edgetune_trainable"  # on the model itself, so that it is copied a
 
 
 def remember(model: nn.Module, owner: str) -> None:
-    """Note for the technique called `owner` what trains now. Raises if it is open already."""
+    """Note for the technique called `owner` what trains now. Raises if it is already applied."""
     notes: dict[str, dict[str, bool]] = getattr(model, _ATTRIBUTE, {})
     if owner in notes:
         raise EdgetuneError(f"{owner} is already applied to this model", action="call et.finalize(model) first")

@@ -41,7 +41,7 @@ def weights_of(built: Any, target: str) -> bytes:
         if file.is_file():
             return file.read_bytes()
     raise EdgetuneError(
-        f"no weight of this program can lie apart: target {target} keeps them inside its delegates",
+        f"no weight of this program can be stored separately: target {target} keeps them in its delegates",
         action="leave out external_data, or lower with target='xnnpack'",
         exit_code=Exit.EXPORT,
     )

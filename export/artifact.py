@@ -169,10 +169,10 @@ def admitted(specs: Sequence[TensorSpec], inputs: Inputs, what: str = "the input
         return tensors
     also = f"; {untied[0]} must be the same everywhere" if untied else ""
     raise EdgetuneError(
-        f"{what}: other shapes or types than the program takes{also}",
+        f"{what}: shapes or types that the program does not take{also}",
         got=[f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors],
         allowed=[f"{spec.name}: {spec}" for spec in specs],
-        action="pad or cut them, or export with bounds that hold them: dynamic={...}",
+        action="pad or cut them, or export with bounds that include them: dynamic={...}",
         exit_code=Exit.EXPORT,
     )
 

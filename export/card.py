@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgetune.profile.operators import Operator
 
 _TYPES = {
-    "8da4w": "in 4 bits, beside activations in 8",
+    "8da4w": "in 4 bits, with 8-bit activations",
     "int8": "in 8 bits",
     "fp16": "as 16-bit floats",
     "bf16": "as 16-bit floats (bfloat16)",
@@ -46,35 +46,36 @@ def card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> str:
         f"# {name}",
         _what(carried, ledger),
         "## Inputs and outputs\n" + _shapes(manifest),
-        _section("How an input is made", preprocessing(carried)),
-        _section("What comes out", postprocessing(carried)),
-        _section("The program", _program(manifest)),
+        _section("Preprocessing", preprocessing(carried)),
+        _section("Outputs", postprocessing(carried)),
+        _section("Program", _program(manifest)),
         *(_run(ledger) if ledger is not None else ()),
-        _section("To know", dict.fromkeys((*carried.notes, *(ledger.notes if ledger is not None else ())))),
-        _section("Made with", [f"{package} {version}" for package, version in manifest.versions.items()]),
+        _section("Notes", dict.fromkeys((*carried.notes, *(ledger.notes if ledger is not None else ())))),
+        _section("Versions", [f"{package} {version}" for package, version in manifest.versions.items()]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def preprocessing(carried: Carried) -> list[str]:
-    """How a picture or a text becomes the inputs, one step a line."""
+    """How an image or a text becomes the inputs, one step per line."""
     told = carried.preprocessing
     if isinstance(told, ImagePreprocessing):
-        crop = "cut to the largest square in its middle" if told.crop == "center" else "taken whole"
-        rounded = "rounded to whole numbers" if told.rounded else "not rounded"
+        crop = "cropped to the largest central square" if told.crop == "center" else "not cropped"
+        rounded = "rounded to integers" if told.rounded else "not rounded"
+        channels = "RGB, three channels" if told.color == "rgb" else "greyscale, with the same values in every channel"
         return [
-            "a picture, turned upright as its file says",
-            "as RGB, three channels" if told.color == "rgb" else "as grey, the same values in every channel",
-            f"{crop}, resized to {told.size_px} x {told.size_px} ({told.resize}, averaged where it shrinks, {rounded})",
+            "an image, rotated as its EXIF orientation says",
+            f"as {channels}",
+            f"{crop}, resized to {told.size_px} x {told.size_px} ({told.resize}, antialiased, {rounded})",
             f"each byte: (x * {told.scale:g} - mean) / std, mean {_numbers(told.mean)}, std {_numbers(told.std)}",
             "channels first",
         ]
     if isinstance(told, TextPreprocessing):
-        ending = f", with {told.ending!r} behind it" if told.ending else ""
+        ending = f", followed by {told.ending!r}" if told.ending else ""
         return [
-            f"a text, cut into tokens by `{told.tokenizer}`{ending}",
-            f"at most {told.max_length} tokens with the special ones; a longer text loses some on the {told.cut}",
-            f"filled up on the right with token {told.pad_id}; `attention_mask` is 1 for the text's tokens, else 0",
+            f"a text, tokenized with `{told.tokenizer}`{ending}",
+            f"at most {told.max_length} tokens, special tokens included; longer texts are truncated on the {told.cut}",
+            f"padded on the right with token {told.pad_id}; `attention_mask` is 1 for the tokens of the text, else 0",
         ]
     return []
 
@@ -82,7 +83,11 @@ def preprocessing(carried: Carried) -> list[str]:
 def postprocessing(carried: Carried) -> list[str]:
     """What the outputs mean, one step a line."""
     told = carried.postprocessing
-    lines = [f"logits; their {told.scores} is the score of each class, the highest is the answer"] if told else []
+    lines = (
+        [f"logits; their {told.scores} gives the score of each class, and the highest score is the prediction"]
+        if told
+        else []
+    )
     return lines + ([f"classes, in order: {', '.join(carried.labels)}"] if carried.labels else [])
 
 
@@ -116,7 +121,7 @@ def _shapes(manifest: Manifest) -> str:
 def _program(manifest: Manifest) -> list[str]:
     parity = manifest.parity
     same = (
-        f"run and compared with the model on {parity.rows} {parity.counted}{'s' * (parity.rows != 1)}: the same "
+        f"verified against the model on {parity.rows} {parity.counted}{'s' * (parity.rows != 1)}: same "
         f"prediction on {parity.same_prediction_pct:g} %, {_values(parity)}"
         if parity is not None
         else manifest.note
@@ -127,7 +132,7 @@ def _program(manifest: Manifest) -> list[str]:
     left = shortened([f"{count} x {name}" for name, count in outside.most_common()], 6)
     return [
         f"target {manifest.target}" + (f", for {manifest.device}" if manifest.device else ""),
-        f"{size(manifest.size_bytes)}, and {size(manifest.plan_bytes)} of memory for what it computes",
+        f"{size(manifest.size_bytes)}, and {size(manifest.plan_bytes)} of planned activation memory",
         f"weights that one run reads: {quantization(manifest.operators)}",
         f"{manifest.delegated_macs_pct:.1f} % of the multiply-accumulates run in the backend, in {manifest.delegates} "
         f"parts" + (f"; outside it: {left}" if left else ""),
@@ -139,12 +144,12 @@ def _program(manifest: Manifest) -> list[str]:
 
 def _values(parity: Parity) -> str:
     """How far the values of the outputs are from the model's, and how far they may be."""
-    apart = f"values at most {parity.max_abs_difference:.2g} apart"
+    apart = f"values differ by at most {parity.max_abs_difference:.2g}"
     if parity.max_relative_difference is None:
         return apart
-    allowed = f", where {parity.max_relative_allowed:g} is allowed" if parity.max_relative_allowed is not None else ""
-    also = f"; tried as well: {', '.join(parity.tried)}" if parity.tried else ""
-    return f"{apart}, {parity.max_relative_difference:.1e} of the largest value of the output{allowed}{also}"
+    allowed = f" ({parity.max_relative_allowed:g} allowed)" if parity.max_relative_allowed is not None else ""
+    also = f"; also tried: {', '.join(parity.tried)}" if parity.tried else ""
+    return f"{apart}, which is {parity.max_relative_difference:.1e} of the largest output value{allowed}{also}"
 
 
 def _run(ledger: Ledger) -> Iterable[str]:

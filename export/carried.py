@@ -107,7 +107,7 @@ def text_preprocessing(tokenizer: Any, max_length: int, *, ending: str = "") -> 
     padding = backend(tokenizer).padding or {}  # of a `tokenizers.Tokenizer`, which has no token named so
     pad_id = getattr(tokenizer, "pad_token_id", padding.get("pad_id"))
     if pad_id is None:
-        raise EdgetuneError("the tokenizer has no token for padding", action="set tokenizer.pad_token")
+        raise EdgetuneError("the tokenizer has no padding token", action="set tokenizer.pad_token")
     return TextPreprocessing(
         max_length=max_length,
         cut=getattr(tokenizer, "truncation_side", "right"),

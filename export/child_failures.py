@@ -38,7 +38,7 @@ _ACTIONS: tuple[tuple[str, str], ...] = (
     ),
     (
         r"FlatTensor|\b0x24\b|named_data|data map",
-        "give the data file (.ptd) that was written beside the program: its weights are there",
+        "give the data file (.ptd) that was written with the program: it contains the weights",
     ),
     (
         r"MmapDataLoader|\b0x22\b|No such file",

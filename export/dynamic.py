@@ -57,7 +57,7 @@ def _bounds(name: str, bounds: Any) -> tuple[int, int]:
         low, high = 0, 0
     if not 1 <= low < high:
         action = f'write {{"{name}": (1, 64)}}: the least size and a greater one'
-        raise EdgetuneError(f"{name} needs a least and a greatest size", got=bounds, action=action)
+        raise EdgetuneError(f"{name} needs a minimum and a maximum size", got=bounds, action=action)
     return low, high
 
 
@@ -89,7 +89,7 @@ def parsed(asked: Sequence[str]) -> dict[str, tuple[int, int]]:
         match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", one)
         if match is None or match[1] in found:
             action = "write it as tokens=1:64, once for each axis"
-            raise EdgetuneError("this is no size with its bounds", got=one, action=action)
+            raise EdgetuneError("this is not a size with bounds", got=one, action=action)
         found[match[1]] = (int(match[2]), int(match[3]))
     return found
 

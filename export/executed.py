@@ -80,7 +80,7 @@ def executed(
     from executorch.exir._serialize._program import _ExtendedHeader
 
     if data[4:6] != b"ET":  # the flatbuffer's own mark: ET12 and its kin
-        raise EdgetuneError("this is no ExecuTorch program")
+        raise EdgetuneError("this is not an ExecuTorch program")
     header = _ExtendedHeader.from_bytes(data[8:40].ljust(32, b"\0"))
     size, base = (header.program_size, header.segment_base_offset) if header.is_valid() else (len(data), 0)
     program = _flatbuffer_to_program(data[:size])

@@ -33,7 +33,7 @@ def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception)
     known = remedies.remedy(function) or remedies.remedy(function.rpartition(".")[2])
     branch = "replace the if or loop over tensor values by torch.where or torch.cond"
     if depends and module and isinstance(_at(model, module), (nn.TransformerEncoder, nn.TransformerDecoder)):
-        branch = "pass is_causal=False to it: it then takes its mask as it is and does not look whether it is causal"
+        branch = "pass is_causal=False to it: it then uses its mask unchanged, without checking whether it is causal"
     change = f"change that module so that torch.export.export follows it ({type(error).__name__})"
     return EdgetuneError(
         f"the model cannot be exported: {what}" + (f"; operator {function}" if function else ""),

@@ -172,9 +172,9 @@ def _read(path: Path, data: bytes) -> tuple[Any, Any]:
 
 def _damaged(path: Path, why: str) -> EdgetuneError:
     return EdgetuneError(
-        f"the program is damaged, or of another executorch version: {why}",
+        f"the program is damaged or from another executorch version: {why}",
         where=str(path),
-        action="export the model again, and copy the file whole",
+        action="export the model again, and copy the complete file",
         exit_code=Exit.EXPORT,
     )
 

@@ -181,7 +181,7 @@ def _drawn(bars: Sequence[tuple[str, str, int, str]], told: object) -> str:
 
 def _beside(beside: Beside | None) -> str:
     if beside is None:
-        return "<h2>model.json</h2><p>Not beside the program: versions, parity and checksum are unknown.</p>"
+        return "<h2>model.json</h2><p>The program has no model.json, so versions, parity and checksum are unknown.</p>"
     if beside.problem:
         return f'<h2>model.json</h2><p class="bad">It cannot be read: {_text(beside.problem)}</p>'
     share = "" if beside.delegated_macs_pct is None else f"{beside.delegated_macs_pct:.1f} % of multiply-accumulates"

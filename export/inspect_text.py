@@ -66,7 +66,7 @@ def _constants(constants: Sequence[Constant]) -> list[str]:
 
 def _beside(beside: Beside | None) -> list[str]:
     if beside is None:
-        return ["", "no model.json beside it: versions, parity and checksum are unknown"]
+        return ["", "no model.json: versions, parity and checksum are unknown"]
     if beside.problem:
         return ["", f"{beside.path} cannot be read: {beside.problem}"]
     checked = "ok" if beside.checksum_ok else "WRONG: this manifest describes another program"

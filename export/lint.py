@@ -66,9 +66,7 @@ def _inputs(inputs: Inputs) -> Iterator[Finding]:
     names = list(inputs) if isinstance(inputs, dict) else [f"input_{i}" for i in range(len(tensors_of(inputs)))]
     for name, tensor in zip(names, tensors_of(inputs)):  # noqa: B905  made from one another
         if not tensor.is_contiguous():
-            reason = (
-                f"{name} is not in memory order (strides {tensor.stride()}): the runtime reads such an input wrongly"
-            )
+            reason = f"{name} is not in memory order (strides {tensor.stride()}): the runtime misreads such an input"
             yield Finding("error", "", "", reason, f"give {name}.contiguous() here and in the app")
         if tensor.dtype in _REFUSED:
             reason = f"{name} is {_REFUSED[tensor.dtype]}, which the backend refuses"
@@ -78,13 +76,13 @@ def _inputs(inputs: Inputs) -> Iterator[Finding]:
 def _layers(model: nn.Module) -> Iterator[Finding]:
     for name, layer in model.named_modules():
         if is_wrapped(layer):
-            reason = f"{type(layer).__name__} carries something beside its weight, which stays with slow kernels"
+            reason = f"{type(layer).__name__} has an adapter or slices, which run on slow kernels"
             yield Finding("error", "", name, reason, "fold it first: model = et.finalize(model)")
         if layer.training and isinstance(layer, _DROPOUTS) and layer.p > 0:
             reason = f"dropout in training mode (p = {layer.p:g})"
-            yield Finding("note", "", name, reason, "call model.eval(); export does so by itself")
+            yield Finding("note", "", name, reason, "call model.eval(); export does this automatically")
         for dtype in sorted({p.dtype for p in layer.parameters(recurse=False)} & set(_REFUSED), key=str):
-            reason = f"its weights are {_REFUSED[dtype]}, which the backend refuses: they stay with slow kernels"
+            reason = f"its weights are {_REFUSED[dtype]}, which the backend refuses: they run on slow kernels"
             yield Finding("warning", "", name, reason, "convert it: model.float()")
 
 

@@ -113,8 +113,8 @@ def check_plain(model: nn.Module) -> None:
     found = [name for name, layer in model.named_modules() if is_wrapped(layer)]
     if found:
         raise EdgetuneError(
-            f"the model still has layers that carry something extra: {shortened(found, 4)}",
-            action="fold them first: model = et.finalize(model)",
+            f"the model still has layers with adapters or slices: {shortened(found, 4)}",
+            action="merge them first: model = et.finalize(model)",
             exit_code=Exit.EXPORT,
         )
 

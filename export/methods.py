@@ -47,14 +47,14 @@ def export_methods(
 
         et.export_methods({"encode": (model.encode, (audio,)), "decode": (model.decode, (tokens, states))}, "model.pte")
 
-    Each method takes the tensors of its example inputs by position, as they are, and returns all tensors that it
-    returned in eager mode: one, a tuple or a mapping of them. It is run in a child process and compared with eager on
-    its example, or on `check_inputs`. `device`, `target`, `external_data` and `io_in_plan` are those of `et.export`;
-    `dynamic` is too, by method.
+    Each method takes the tensors of its example inputs by position, with their shapes, and returns all tensors that
+    it returns in eager mode: one tensor, a tuple or a mapping. It runs in a child process and is compared with eager
+    mode on its example inputs, or on `check_inputs`. `device`, `target`, `external_data` and `io_in_plan` are as in
+    `et.export`, and so is `dynamic`, for each method.
 
-    Raises `EdgetuneError` (exit code 5) where a method cannot be lowered or does not run, a value is not finite, or a
-    value of an output differs by more than `max_relative_difference` of the output's largest; `None`: as `et.export`
-    allows for the layers of the method's module. Nothing is left at `path` then that was not there before.
+    Raises `EdgetuneError` (exit code 5) if a method cannot be lowered or does not run, if a value is not finite, or
+    if a value of an output differs by more than `max_relative_difference` of the largest value of the output;
+    `None`: as in `et.export`, for the layers of the method's module. Then nothing new is left at `path`.
     """
     path, layout = Path(path), Layout(weights_apart=external_data, holds_io=io_in_plan)
     chosen = chosen_target(path, device, target)

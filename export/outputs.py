@@ -33,7 +33,7 @@ def named_outputs(output: Any, only: str = "output") -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             place = f"output {name}" if name else "the output"
             raise EdgetuneError(
-                f"{place} is no tensor, and a program returns nothing else",
+                f"{place} is not a tensor, and a program only returns tensors",
                 got=type(value).__name__,
                 action=_ACTION,
                 exit_code=Exit.EXPORT,

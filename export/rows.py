@@ -18,7 +18,7 @@ from edgetune.modes import same_buffers
 from edgetune.quiet import quiet
 from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
 
-_AS_THEY_STAND = "leave out one_row: the example inputs are then taken as they stand"
+_AS_THEY_STAND = "leave out one_row: the program then takes inputs of the shapes of the example inputs"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _whole(inputs: Inputs, what: str) -> list[Row]:
         raise EdgetuneError(f"{what} must be tensors, at least one", got=got, exit_code=Exit.EXPORT)
     if any(tensor.numel() == 0 for tensor in tensors):
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        raise EdgetuneError(f"{what} hold a tensor without values", got=shapes, exit_code=Exit.EXPORT)
+        raise EdgetuneError(f"{what} contain a tensor without values", got=shapes, exit_code=Exit.EXPORT)
     return [_ordered(tensors)]
 
 

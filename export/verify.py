@@ -304,13 +304,13 @@ def _check_finite(
             continue
         if not bool(torch.isfinite(expected[name]).all()):
             raise EdgetuneError(
-                f"output {name} holds values that are not finite, in eager mode as in the program",
+                f"output {name} has values that are not finite, in eager mode and in the program",
                 where=str(path),
                 action="look for a division by zero or a mask of -inf that reaches the output, or give other inputs",
                 exit_code=Exit.EXPORT,
             )
         raise _differs(
-            f"output {name} of the program holds values that are not finite; the model's are",
+            f"output {name} of the program has values that are not finite; those of the model are",
             locate and (lambda: locate(row)),
             where=str(path),
         )
@@ -346,7 +346,7 @@ def check_values(
     """Raise where a value of an output is further from the model's than `allowed` of the output's largest."""
     for output in outputs:
         if output.exact and output.max_abs_difference > 0:
-            raise _differs(f"output {output.name} of {program} holds other whole numbers than the model's", place)
+            raise _differs(f"output {output.name} of {program} has other integers than that of the model", place)
     worst = max(outputs, key=lambda output: output.max_relative_difference, default=None)
     if worst is None or allowed is None or worst.max_relative_difference <= allowed:
         return

@@ -96,7 +96,7 @@ def main() -> None:
         f"# `make bench`: {name}",
         "",
         f"Made by `python tests/bench.py` on {machine.cpu}, {machine.cores} cores; seeds {SEEDS}; "
-        f"{ledgers[0].rows[-1].quality.rows} held-out rows that chose nothing.",  # type: ignore[union-attr]
+        f"{ledgers[0].rows[-1].quality.rows} held-out rows that were not used for any choice.",  # type: ignore[union-attr]
         "",
         "| test accuracy, % | mean ± deviation | each seed |",
         "|---|---|---|",
@@ -105,13 +105,13 @@ def main() -> None:
         f"| fine-tuned by the recipe, fp32, before pruning | {spread(tuned)} |",
         f"| final: pruned, distilled, 4 bits | {spread(final)} |",
         "",
-        "| held to | reached |",
+        "| goal | reached |",
         "|---|---|",
         f"| within 1.5 points of the fp32 model | {statistics.mean(tuned) - statistics.mean(final):+.2f} points lost |",
         f"| `.pte` at most 1/4 of fp32's | {program.size_mib:.2f} MiB; fp32 whole {sizes['whole']:.2f} "
         f"(1/{sizes['whole'] / program.size_mib:.2f}), fp32 pruned {sizes['pruned']:.2f} "
         f"(1/{sizes['pruned'] / program.size_mib:.2f}) |",
-        "| same predictions as the eager quantized model, % | "
+        "| same prediction as the eager quantized model, % | "
         + " / ".join(f"{p.same_prediction_pct:.2f}" for p in parities)
         + f" of {program.parity.rows if program.parity else 0} rows |",
     ]

@@ -241,15 +241,15 @@ def verdicts(found: Found) -> list[tuple[bool, str]]:
     equal = sum(all(map(whole, cells)) for cells in both.values())
     taken = sum(all(map(delegated, cells)) for cells in both.values())
     lines = [
-        (equal >= MIN_WHOLE * total, f"{equal} of {total} families through the whole line with equal outputs, fp32 and "
-         f"quantized (held to {MIN_WHOLE:.0%})"),
+        (equal >= MIN_WHOLE * total, f"{equal} of {total} families have equal outputs, fp32 and "
+         f"quantized (goal: {MIN_WHOLE:.0%})"),
         (taken >= MIN_DELEGATED * total, f"{taken} of {total} with at least {MIN_MACS_PCT:g} % of their MACs delegated "
-         f"to XNNPACK, fp32 and quantized (held to {MIN_DELEGATED:.0%})"),
+         f"to XNNPACK, fp32 and quantized (goal: {MIN_DELEGATED:.0%})"),
     ]  # fmt: skip
     for column, name in (("coreml", "Core ML"), ("vulkan", "Vulkan")):
         cells = [found.get(f"{family}/{column}") for family in FAMILIES]
         lowered = sum(c is not None and c["state"] == "done" and c["delegates"] > 0 for c in cells)
-        lines.append((lowered >= MIN_LOWERED, f"{lowered} of {total} lowered for {name} (held to {MIN_LOWERED})"))
+        lines.append((lowered >= MIN_LOWERED, f"{lowered} of {total} lowered for {name} (goal: {MIN_LOWERED})"))
     return lines
 
 
@@ -258,28 +258,28 @@ def document(found: Found) -> str:
     machine = versions()
     measured = sum(f"{name}/{column}" in found for name in FAMILIES for column in worker.COLUMNS)
     lines = [
-        "# `make bench-export`: families of models through the whole line",
+        "# `make bench-export`: model families, from adapter to verified program",
         "",
         f"Made by `python tests/bench_export.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
         f"{machine.get('executorch', 'not installed')}, torchao {machine.get('torchao', 'not installed')}; {measured} "
-        f"of {len(FAMILIES) * len(worker.COLUMNS)} cells measured. Small configurations with random weights: this is "
-        f"about shape, lowering and parity. Each family is adapted, trained for {worker.STEPS} steps, finalized, "
+        f"of {len(FAMILIES) * len(worker.COLUMNS)} cells measured. The models are small and have random weights: this "
+        f"tests shapes, lowering and parity. Each family is adapted, trained for {worker.STEPS} steps, finalized, "
         f"quantized where the column says so, exported and run on {worker.ROWS} rows.",
         "",
-        "Parity in fp32 is the largest difference to eager mode over the largest output (held to "
-        f"{MAX_RELATIVE:g}); quantized, the share of rows with the prediction of the eager quantized model (held to "
-        f"{MIN_SAME_PCT:g} %), and that difference in brackets. A prediction is the largest value over the last dim: a "
-        "class, at each pixel the class, at each place the next word, for each joint the place; of CLIP, Whisper's "
-        "encoder and SAM's, which predict nothing, the largest feature. With random weights none of them means "
-        "anything: only that both agree counts. What is held to and missed is bold. Core ML and Vulkan "
-        "programs are lowered here from fp32, not run: the share of MACs and the number of delegates.",
+        "Parity in fp32 is the largest difference from eager mode, divided by the largest output (goal: "
+        f"{MAX_RELATIVE:g}); quantized, the share of rows with the prediction of the eager quantized model (goal: "
+        f"{MIN_SAME_PCT:g} %), and that difference in brackets. A prediction is the index of the largest value of the "
+        "last dimension: the class, the class of each pixel, the next word at each position, the position of each "
+        "joint; for CLIP and the encoders of Whisper and SAM, which predict nothing, the largest feature. With random "
+        "weights the predictions mean nothing: what counts is that both agree. A missed goal is bold. Core ML and "
+        "Vulkan programs are lowered here from fp32, not run: the share of MACs and the number of delegates.",
         "",
         *table(found),
         "",
         *(f"- {family.name}: {family.note}" for family in FAMILIES.values() if family.note),
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in verdicts(found)),
         "",
-        "## What fails or misses, and why",
+        "## Failures and missed goals",
         "",
         *(reasons(found) or ["Nothing."]),
     ]

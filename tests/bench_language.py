@@ -93,7 +93,7 @@ def latency(folder: Path, path: Path, given: argparse.Namespace) -> float:
 
 
 def middle(values: list[float], digits: int = 1) -> str:
-    """The median and the range."""
+    """The median and range."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -108,21 +108,21 @@ def verdicts(found: Found) -> list[tuple[bool, str]]:
     same, tokens, itself = lm["same_tokens"], lm["tokens"], lm["eager_same_as_moved"]
     decode = statistics.median(speed(lm, "program", "decode"))
     lines = [
-        (lm["size_bytes"] <= MAX_PTE_BYTES, f".pte of {lm['size_bytes'] / 1e6:.1f} MB (held to 120)"),
-        (same == tokens, f"{same} of {tokens} greedy tokens equal the eager quantized model's; it, its embeddings "
-         f"moved by 2e-7, agrees with itself on {itself}"),
+        (lm["size_bytes"] <= MAX_PTE_BYTES, f".pte of {lm['size_bytes'] / 1e6:.1f} MB (goal: at most 120)"),
+        (same == tokens, f"{same} of {tokens} greedy tokens equal those of the eager quantized model, which agrees "
+         f"with itself on {itself} when its embeddings change by 2e-7"),
     ]  # fmt: skip
     for engine in ("eager bf16", "eager fp32"):
         other = statistics.median(speed(lm, engine, "decode"))
         lines.append((decode >= other, f"decodes {decode / other:.2f} times as fast as {engine}"))
     for bits in ("fp32", "8da4w"):
         seconds, mib = bert[bits]["export_s"], bert[bits]["export_peak_mib"]
-        text = f"MiniLM {bits}: exported in {seconds:.1f} s (held to 60) and {mib:,.0f} MiB (held to 2,048)"
+        text = f"MiniLM {bits}: exported in {seconds:.1f} s (goal: 60) and {mib:,.0f} MiB (goal: 2,048)"
         lines.append((seconds < MAX_EXPORT_S and mib < MAX_EXPORT_MIB, text))
     share = bert["8da4w"]["size_bytes"] / bert["fp32"]["size_bytes"]
-    lines.append((share <= MAX_SIZE_SHARE, f"MiniLM 8da4w: 1/{1 / share:.2f} of fp32's size (held to 1/5)"))
+    lines.append((share <= MAX_SIZE_SHARE, f"MiniLM 8da4w: 1/{1 / share:.2f} of fp32's size (goal: 1/5)"))
     ratio = statistics.median(bert["8da4w"]["latencies_ms"]) / statistics.median(bert["fp32"]["latencies_ms"])
-    lines.append((ratio <= 1.0, f"MiniLM 8da4w: {ratio:.2f} of fp32's latency (held to 1, or the reason by layer)"))
+    lines.append((ratio <= 1.0, f"MiniLM 8da4w: {ratio:.2f} of fp32's latency (goal: at most 1)"))
     return lines
 
 
@@ -130,7 +130,7 @@ def language_table(lm: Found) -> list[str]:
     """Speeds side by side."""
     decode = statistics.median(speed(lm, "program", "decode"))
     lines = [
-        "| | prefill, tokens/s | decode, tokens/s | the program's decode / its | load, ms | peak of the process, MiB |",
+        "| | prefill, tokens/s | decode, tokens/s | decode speed-up | load, ms | peak of the process, MiB |",
         "|---|---|---|---|---|---|",
     ]
     for name in ENGINES:
@@ -150,7 +150,7 @@ def language_table(lm: Found) -> list[str]:
 def minilm_table(bert: Found) -> list[str]:
     """MiniLM in both types, and its linears."""
     lines = [
-        "| | export, s | its peak, MiB | `.pte`, MiB | delegates | of the MACs | latency, ms |",
+        "| | export, s | peak of the export, MiB | `.pte`, MiB | delegates | delegated MACs | latency, ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for bits in ("fp32", "8da4w"):
@@ -159,8 +159,8 @@ def minilm_table(bert: Found) -> list[str]:
             f"| {bits} | {row['export_s']:.1f} | {row['export_peak_mib']:,.0f} | {row['size_bytes'] / MIB:.2f} "
             f"| {row['delegates']} | {row['delegated_macs_pct']:.1f} % | {middle(row['latencies_ms'], 2)} |"
         )
-    lines += ["", "Its linears, each as a program of its own:", ""]
-    lines += ["| linear, in x out | of them | fp32, ms each | 8da4w, ms each | 8da4w / fp32 |", "|---|---|---|---|---|"]
+    lines += ["", "Its linear layers, each exported and timed alone:", ""]
+    lines += ["| linear, in x out | count | fp32, ms each | 8da4w, ms each | 8da4w / fp32 |", "|---|---|---|---|---|"]
     for row in bert["layers"]:
         width, out = row["shape"]
         ratio = row["8da4w"] / row["fp32"]
@@ -173,23 +173,23 @@ def document(found: Found) -> str:
     machine, how, lm = found["machine"], found["how"], found["language"]
     part = f" Only {how['layers']} of the model's blocks: a trial, whose figures mean nothing." if how["layers"] else ""
     lines = [
-        "# `make bench-export`: a language program, and MiniLM",
+        "# `make bench-export`: a text-generation program, and MiniLM",
         "",
         f"Made by `python tests/bench_language.py` on {machine['cpu']}, {how['threads']} threads, "
         f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}; median of "
-        f"{how['rounds']} rounds in turn, and the range.{part}",
+        f"{how['rounds']} interleaved rounds, and range.{part}",
         "",
         f"SmolLM2-135M-Instruct, 4-bit weights in groups of 32, 8 bits for head, embedding and down projections: "
-        f"{lm['prompt_tokens']} tokens read, {lm['tokens']} said, a cache of 512. Eager: transformers, a static cache "
-        "and the unquantized weights. llama.cpp: Q4_0, made by its own tool of the file that all these come from. Each "
-        "says everything once to warm up.",
+        f"{lm['prompt_tokens']} prompt tokens, {lm['tokens']} generated tokens, a cache of 512. Eager: transformers "
+        "with a static cache and the unquantized weights. llama.cpp: Q4_0, converted by its own tool from the same "
+        "weights. Each engine generates everything once as a warm-up.",
         "",
         *language_table(lm),
         "",
         f"Export: {lm['export_s']:.0f} s, {lm['export_peak_mib']:,.0f} MiB at its peak with the model; "
-        f"{lm['delegated_macs_pct']:.1f} % of the MACs delegated, the rest is attention.",
+        f"{lm['delegated_macs_pct']:.1f} % of the MACs are delegated; the rest is attention.",
         "",
-        "MiniLM, 1 x 64 tokens, a head of 3 classes; embeddings of 4 bits in 8da4w:",
+        "MiniLM, 1 x 64 tokens, a head of 3 classes; 8da4w has 4-bit embeddings:",
         "",
         *minilm_table(found["minilm"]),
         "",

@@ -166,7 +166,7 @@ def training_verdicts(steps: list[Row]) -> list[tuple[bool, str]]:
     kept = [abs(row["predicted_kept_mib"] / row["measured_kept_mib"] - 1) for row in steps]
     return [
         (max(times) <= 0.2, f"training steps within 20 % for {share(times, 0.2):.0f} % of {len(steps)} schemes (all)"),
-        (max(kept) <= 0.1, f"what they keep for backward within 10 % for {share(kept, 0.1):.0f} % of them (all)"),
+        (max(kept) <= 0.1, f"their memory saved for backward within 10 % for {share(kept, 0.1):.0f} % of them (all)"),
     ]
 
 
@@ -183,7 +183,7 @@ def verdicts(rows: list[Row], band_pct: float, validation: Any, compare_s: float
         (share(latency, 0.2) >= 90, f"latency within 20 % for {share(latency, 0.2):.0f} % (90)"),
         (share(memory, 0.1) >= 90, f"peak memory within 10 % for {share(memory, 0.1):.0f} % (90)"),
         (rank >= 0.97, f"rank correlation {rank:.3f} (0.97)"),
-        (abs(inside - band_pct) <= 5, f"the band of {band_pct:.0f} % holds {inside:.0f} % (within 5 points)"),
+        (abs(inside - band_pct) <= 5, f"the {band_pct:.0f} % interval covers {inside:.0f} % (within 5 points)"),
     ]
     shares = {(s.subject, s.basis, s.same_rows): s for s in validation.shares}
     for subject, limit, wanted in (
@@ -215,7 +215,7 @@ def document(
         f"Made by `python tests/bench_profile.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
         f"{machine['executorch']}. Calibrated with threads: {calibration.threads}, from {calibration.programs} "
         f"micro-programs; {calibration.networks} small networks, left out in turn, are predicted within "
-        f"{calibration.error_pct:g} % (median). Two timings of one program lie {noise:.1f} % apart (median).",
+        f"{calibration.error_pct:g} % (median). Two timings of the same program differ by {noise:.1f} % (median).",
         "",
         *(f"- {note}" for note in calibration.notes),
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in found),
@@ -226,7 +226,7 @@ def document(
         "",
         "## Unseen programs on this host",
         "",
-        "| program | measured, ms | predicted, ms | error | in its band | peak, MiB | predicted, MiB | error |",
+        "| program | measured, ms | predicted, ms | error | in its interval | peak, MiB | predicted, MiB | error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -241,7 +241,7 @@ def document(
         "",
         f"## Training steps on this host, threads: {calibration.threads}",
         "",
-        "| task | scheme | measured, ms | predicted, ms | error | kept, MiB | predicted, MiB |",
+        "| task | scheme | measured, ms | predicted, ms | error | saved for backward, MiB | predicted, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [

@@ -80,8 +80,8 @@ def nudged(task: str, method: str, scheme: Any, batches: list[Batch]) -> float:
 def table(found: list[dict[str, Any]]) -> list[str]:
     """One row for each program."""
     lines = [
-        "| model | trains | arena, MiB | full's / arena | stock's / arena | step, ms | of eager's | process, MiB "
-        "| losses off by | eager, nudged | MACs delegated |",
+        "| model | trains | arena, MiB | full / this | stock planner / this | step, ms | step / eager | process, MiB "
+        "| largest loss difference | same, eager perturbed | MACs delegated |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     full = {row["task"]: row["arena_mib"] for row in found if row["method"] == "full"}
@@ -120,7 +120,7 @@ def main() -> None:
         "# Training programs",
         "",
         f"Made by `python tests/bench_training.py` on {machine.cpu}, {THREADS} threads; batches of {given.rows} rows; "
-        f"losses of {STEPS} steps beside eager SGD, momentum {MOMENTUM}, learning rate "
+        f"losses of {STEPS} steps compared with eager SGD, momentum {MOMENTUM}, learning rate "
         f"{', '.join(f'{rate:g} for {task}' for task, rate in LEARNING_RATES.items())}.",
         "",
         *table(list(found.values())),

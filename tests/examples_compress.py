@@ -1,4 +1,4 @@
-"""A network of your own, pruned, trained, quantized and exported."""
+"""Prune, train, quantize and export your own network."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A Lightning module. The lines marked `# edgetune` are all that is added."""
+"""A Lightning module. Only the lines marked `# edgetune` are added."""
 
 import lightning
 import torch

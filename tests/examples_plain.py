@@ -1,4 +1,4 @@
-"""A loop of one's own. The lines marked `# edgetune` are all that is added."""
+"""A plain training loop. Only the lines marked `# edgetune` are added."""
 
 import torch
 from torch import nn

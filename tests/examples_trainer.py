@@ -1,4 +1,4 @@
-"""A Hugging Face Trainer. The lines marked `# edgetune` are all that is added."""
+"""A Hugging Face Trainer. Only the lines marked `# edgetune` are added."""
 
 import torch
 from safetensors.torch import load_file  # edgetune

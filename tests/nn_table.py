@@ -130,10 +130,10 @@ def tried_apart(case: Case, target: str = "xnnpack") -> Row:
 
 _TOLD = """# torch.nn and torch.nn.functional through an export
 
-Made by `make tables` (`python tests/nn_table.py --write docs/nn.md`): every module and function, each alone with
-small inputs, is exported for XNNPACK, run and compared: {counts}.
-The difference is the largest of a value, by the largest value of its output. What stands beside it ran on portable
-kernels.
+Made by `make tables` (`python tests/nn_table.py --write docs/nn.md`): every module and function is exported for
+XNNPACK on its own, with small inputs, run and compared with eager mode: {counts}.
+The outcome is the largest difference, divided by the largest value of the output. Operators in the last column ran on
+portable kernels.
 
 | | outcome | not taken by XNNPACK |
 |---|---|---|

@@ -107,7 +107,7 @@ def written(text: str) -> str:
 
 def sparse_table() -> str:
     """What `make bench-sparse` measured of full fine-tuning, LoRA and `auto`."""
-    names = ("model", "trained by", "step, ms", "kept for backward, MiB", "quality on the test set")
+    names = ("model", "trained by", "step, ms", "saved for backward, MiB", "quality on the test set")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for path in sorted((ROOT / "docs").glob("bench-sparse-*.json")):
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def _short(text: str) -> str:
     """The parts of the report for a first look: steps, baselines, what was measured, what was predicted."""
     keep, parts = [], re.split(r"\n\n(?=\S)", text)
     for part in parts:
-        if part.startswith(("Step by step", "Compared with simple", "Measured", "Predicted")):
+        if part.startswith(("Step by step", "Compared with", "Measured", "Predicted")):
             keep.append(part.rstrip())
     return "\n\n".join(keep)
 

@@ -20,29 +20,24 @@ SCHEMA = ROOT / "recipes" / SCHEMA_FILE
 INTRODUCTION = """# Recipes
 
 A recipe is a YAML file that describes a whole job: the model, the data, the steps in order, and what to do with the
-result. `edgetune run recipe.yaml` does it and writes everything into a new folder under `runs/`.
+result. `edgetune run recipe.yaml` runs it and writes all results to a new folder under `runs/`.
 
 ```yaml
 {whole}```
 
-- `edgetune recipes list` prints the recipes that come with edgetune, `edgetune recipes copy NAME` copies one to start
-  from.
-- `edgetune run recipe.yaml --dry-run` says what a run would do. All errors of a recipe are reported at once, each with
-  its line, before any work.
-- `edgetune run recipe.yaml train.epochs=2` changes a setting for one run: `train.epochs` is that field of every `train`
-  step, `train[2].epochs` of the second one, `steps.3.ratio` of the third step.
+- `edgetune recipes list` prints the packaged recipes. `edgetune recipes copy NAME` copies one as a starting point.
+- `edgetune run recipe.yaml --dry-run` prints the plan of a run. Before a run starts, all errors of the recipe are
+  reported at once, each with its line.
+- `edgetune run recipe.yaml train.epochs=2` overrides a setting for one run. `train.epochs` is the field of every
+  `train` step, `train[2].epochs` that of the second `train` step, and `steps.3.ratio` that of the third step.
 - Paths in a recipe are relative to its file.
-- A pattern, as in `targets` and `skip`, is a shell pattern of dotted layer names: `*.query` names every layer called
+- Patterns, as in `targets` and `skip`, are shell patterns of dotted layer names: `*.query` matches every layer called
   `query`.
 - An editor with the YAML language server completes and checks a recipe whose first line is
-  `# yaml-language-server: $schema=...`; the packaged recipes and their copies begin with it. `edgetune recipes schema`
-  prints the schema.
+  `# yaml-language-server: $schema=...`, as in the packaged recipes and their copies. `edgetune recipes schema` prints
+  the schema.
 
-This page is made from that schema by `make pages`. A field without a default must be given.
-"""
-
-OPENED = """What a step opens, such as the side paths of `lora`, is finalized before the next step that needs plain
-layers, and at the end.
+This page is generated from the schema by `make pages`. A field without a default is required.
 """
 
 WHOLE = """name: reviews
@@ -86,7 +81,7 @@ EXAMPLES = {
 SECTIONS = {"model": "ModelSettings", "data": "DataSettings", "export": "ExportSettings", "profile": "ProfileSettings",
             "budget": "Budget"}  # fmt: skip
 PARTS = {"Slice": "slice", "Distill": "distill"}  # settings inside the settings of a step
-TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
+TYPES = {"string": "string", "integer": "integer", "number": "number", "boolean": "`true` or `false`"}
 
 
 def page() -> str:
@@ -102,9 +97,7 @@ def page() -> str:
     text += "\n## The whole recipe\n\n" + table(whole)
     for name, kind in SECTIONS.items():
         text += section(f"## {name}", name, kinds[kind]["description"], kinds[kind])
-    text += (
-        f"\n## Steps\n\n{whole['properties']['steps']['description']} What a step opens, such as the side paths of\n"
-    )
+    text += f"\n## Steps\n\n{whole['properties']['steps']['description']} What a step adds, such as the adapters of\n"
     text += "`lora`, is finalized before the next step that needs plain layers, and at the end.\n"
     for name, (description, settings) in steps.items():
         text += section(f"### {name}", name, description, settings)

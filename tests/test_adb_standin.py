@@ -150,7 +150,7 @@ def test_the_protocol_from_devices_to_clean_up(phone: Phone, binary: Path, progr
     assert timing.states[-1].clock_mhz == {"cpu0": 1704.0, "cpu7": 2914.0}
     assert timing.energy_mj is None
     assert timing.energy_note == (
-        "the phone is powered by USB, so its battery does not tell what a run takes: use adb over Wi-Fi"
+        "the phone is powered by USB, so its battery does not show the energy of a run: use adb over Wi-Fi"
     )
     assert "inputs are ones" in found.note
     verbs = [" ".join(words[2:3]) for words in phone.said]
@@ -211,8 +211,8 @@ def test_a_full_phone(phone: Phone, binary: Path) -> None:
 @pytest.mark.parametrize(
     ("phones", "on", "what"),
     [
-        ((), "adb", "no phone is on adb"),
-        (("A1\tdevice", "B2\tdevice"), "adb", r"several phones are on adb: got \['A1', 'B2'\]\n  next: .*--on adb:A1"),
+        ((), "adb", "adb found no phone"),
+        (("A1\tdevice", "B2\tdevice"), "adb", r"adb found several phones: got \['A1', 'B2'\]\n  next: .*--on adb:A1"),
         (("A1\tdevice",), "adb:C3", "no such phone on adb: got 'C3'; allowed: A1"),
         (("A1\tunauthorized",), "adb", "A1: the phone is not ready: unauthorized\n  next: unlock the phone"),
         (("A1\toffline",), "adb:A1", "not ready: offline\n  next: plug it in again"),
@@ -229,19 +229,19 @@ def test_phones_that_are_not_ready(phone: Phone, binary: Path, phones: tuple[str
 def test_the_runner_is_looked_at_before_anything_is_sent(phone: Phone, tmp_path: Path, binary: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(binary.read_bytes()[:18] + struct.pack("<H", 62) + bytes(44))
-    for path, what in ((other, "another processor: got 'x86_64'"), (STANDIN, "no program for Android")):
+    for path, what in ((other, "another processor: got 'x86_64'"), (STANDIN, "not an Android program")):
         with pytest.raises(EdgetuneError) as error, session.opened("adb", runner=path):
             pass
         assert what in str(error.value)
         assert "android-arm64-v8a" in error.value.action
-    with pytest.raises(EdgetuneError, match="none is given"):
+    with pytest.raises(EdgetuneError, match="needs ExecuTorch's executor_runner"):
         session.opened("adb")
     with pytest.raises(EdgetuneError, match="cannot be read"), session.opened("adb", runner=tmp_path / "none"):
         pass
-    with pytest.raises(EdgetuneError, match="a runner is for adb"):
+    with pytest.raises(EdgetuneError, match="--runner only applies to adb"):
         session.opened("host", runner=binary)
     with session.opened("adb", runner=binary) as machine:
-        with pytest.raises(EdgetuneError, match="runs no program that talks"):
+        with pytest.raises(EdgetuneError, match="cannot run text-generation programs"):
             machine.time(tmp_path / "x.pte", INPUTS, threads=1, seconds=1, language=True)
         with pytest.raises(EdgetuneError, match="from 1 to the 8 cores there"):
             machine.time(tmp_path / "x.pte", INPUTS, threads=9, seconds=1)

@@ -77,7 +77,7 @@ def _by_magnitude(part: Any) -> Any:
 
 
 def test_auto_says_the_least_that_can_be_had() -> None:
-    with pytest.raises(EdgetuneError, match=r"no scheme trains within 0.0 MiB; the least that any takes is") as error:
+    with pytest.raises(EdgetuneError, match=r"no scheme fits 0.0 MiB; the lowest possible is") as error:
         _choose(mlp(), 0.01)
     assert error.value.exit_code == Exit.BUDGET
     with pytest.raises(EdgetuneError, match=r"and 0 ms a step"):

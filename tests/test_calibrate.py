@@ -169,7 +169,7 @@ def test_a_calibration_in_the_descriptor_is_refused_with_what_to_do(host_file: P
     content = yaml.safe_load(host_file.read_text(encoding="utf-8"))
     content["calibration"] = {"threads": 1}
     (tmp_path / "host.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(EdgetuneError, match="calibration: it lies in a file of its own; run `edgetune devices calibr"):
+    with pytest.raises(EdgetuneError, match="calibration: it belongs in a separate file; run `edgetune devices calibr"):
         device.load(tmp_path / "host.yaml")
 
 

@@ -331,7 +331,7 @@ def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, A
     for part in (
         "# model.pte\n\nImage classification made from `shades`, with the data `pictures`, by the recipe",
         "| input | input_0 | 1 x 3 x 32 x 32 | float32 |",
-        "as grey, the same values in every channel",
+        "as greyscale, with the same values in every channel",
         "mean 123.675, 116.28, 103.53, std 58.395, 57.12, 57.375",
         "classes, in order: a, b, c",
         "compared with the model on 4 held-out rows",

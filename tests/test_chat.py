@@ -129,7 +129,7 @@ def test_conversations_in_the_shapes_that_tables_have(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("Hello", "text that is no JSON"),
+        ("Hello", "text that is not valid JSON"),
         ([], "list, not a list of"),
         (7, "int, not a list of"),
         (["Hello"], "message 1 is str"),

@@ -179,7 +179,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     answer = Answer(capsys, "run", "mine.yaml", "lora.targets=['*.query']", "--out", "a run")
     assert answer.code == 130
     command = "edgetune run mine.yaml 'lora.targets=['\"'\"'*.query'\"'\"']' --resume --out 'a run'"
-    assert answer.err.splitlines()[-1] == f"edgetune: interrupted; go on with: {command}"
+    assert answer.err.splitlines()[-1] == f"edgetune: interrupted; continue with: {command}"
 
 
 def test_ctrl_c_in_a_process() -> None:
@@ -228,10 +228,10 @@ mine: minilm on tweets, seed 0
      finalize  lora; prune needs plain layers
   3  prune     ratio 0.5
      export    xnnpack
-     verify    100 held-out rows, program against eager model
+     verify    100 held-out rows, program compared with eager model
      profile   this host, measured, pixel-8
      budget    device pixel-8, size_mib 20
-would write runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, \
+would write to runs/mine-NNN/: recipe.yaml, environment.json, digest.txt, checkpoints/, ledger.json, report.html, \
 model.pte, model.json, model.md, model.tokenizer.json
 """
     )
@@ -321,7 +321,7 @@ def test_recipes_copy_never_overwrites(mine: Path, capsys: pytest.CaptureFixture
     copied.write_text("my own")
     again = Answer(capsys, "recipes", "copy", "text-minilm")
     assert (again.code, copied.read_text()) == (2, "my own")
-    assert again.err == "edgetune: the file is there already: got 'text-minilm.yaml'\n  next: choose another name\n"
+    assert again.err == "edgetune: the file already exists: got 'text-minilm.yaml'\n  next: choose another name\n"
     assert Answer(capsys, "recipes", "copy", "text-minilm", "plain").code == 2
     assert not Path("plain").exists()
     assert Answer(capsys, "recipes", "copy", "text-minilm", "no/such/folder.yaml").code == 2
@@ -407,7 +407,10 @@ def test_profile_refuses_what_it_cannot_do(mine: Path, capsys: pytest.CaptureFix
     assert "none.pte" in missing.err
     remote = Answer(capsys, "profile", "none.pte", "--device", "pixel-8", "--on", "ssh://-oProxyCommand=id")
     assert remote.code == 2
-    assert "no place to time a program: got 'ssh://-oProxyCommand=id'; allowed: host, ssh://user@host" in remote.err
+    assert (
+        "not a valid place to time a program: got 'ssh://-oProxyCommand=id'; allowed: host, ssh://user@host"
+        in remote.err
+    )
 
 
 def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -419,13 +422,13 @@ def test_export_says_what_it_takes(mine: Path, capsys: pytest.CaptureFixture[str
     )
     assert "did you mean 'minilm'?" in unknown.err
     Path("folder").mkdir()
-    assert "this folder holds no run" in Answer(capsys, "export", "folder").err
+    assert "this folder does not contain a run" in Answer(capsys, "export", "folder").err
     Path("broken.pt2").write_bytes(b"nothing")
     broken = Answer(capsys, "export", "broken.pt2")
     assert broken.code == 2
     assert "save it with torch.export.save" in broken.err
     own = Answer(capsys, "export", "minilm", "--weights", "w.pt")
-    assert "for a finished model that is exported without data" in own.err
+    assert "for models that are exported without data" in own.err
     assert list(mine.parent.glob("*.pte")) == []
 
 

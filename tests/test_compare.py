@@ -102,7 +102,7 @@ def test_memory_is_held_against_what_an_app_gets(artifact: Artifact) -> None:
     assert tight.predicted, "a figure is still given"
     assert "MiB an app gets" in tight.why
     (unknown,) = compare(artifact, [small(pixel, None)]).lines
-    assert (unknown.fits, unknown.why) == (None, "its memory is unknown")
+    assert (unknown.fits, unknown.why) == (None, "memory size unknown")
 
 
 def test_named_devices_are_compared_once_and_an_unknown_one_is_refused(artifact: Artifact) -> None:
@@ -170,7 +170,7 @@ def test_profile_measures_nothing_that_this_machine_cannot_run(
     assert main(["profile", str(foreign), "--device", "iphone-15"]) == 0
     capsys.readouterr()
     assert main(["profile", str(foreign), "--device", "iphone-15", "--measure"]) == 5
-    assert "this machine cannot run mps programs\n  next: leave out --measure" in capsys.readouterr().err
+    assert "this machine cannot run mps programs\n  next: omit --measure" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_json_and_a_page(
@@ -305,7 +305,7 @@ def test_a_language_program_is_told_in_tokens(tmp_path: Path, capsys: pytest.Cap
     assert main(["devices", "compare", str(said.path), "--devices", "pixel-8", "--html", str(tmp_path / "p.html")]) == 0
     out = capsys.readouterr().out
     assert "J/1,000 tokens" in out
-    assert "MiB for the cache" in out
+    assert "MiB of memory for its cache" in out
     assert "Predicted time to the first token" in (tmp_path / "p.html").read_text(encoding="utf-8")
     token_layers, piece_layers = layers(said, "pixel-8")
     assert (token_layers.call, piece_layers.call) == compare(said, ["pixel-8"]).lines[0].predicted

@@ -77,11 +77,11 @@ def test_a_module_of_ones_own_is_exported_with_its_own_inputs_and_weights(net: P
 @pytest.mark.parametrize(
     ("function", "inputs", "message"),
     [
-        ("build", None, "nothing says which inputs"),
+        ("build", None, "are unknown"),
         ("build", "nothing", "returns an empty list"),
-        ("build", "text", "returns no inputs of a model: got 'str'"),
+        ("build", "text", "does not return inputs for a model: got 'str'"),
         ("built", "inputs", "defines no such function.*did you mean 'build'"),
-        ("text", "inputs", "returns no module: got 'str'"),
+        ("text", "inputs", "does not return a module: got 'str'"),
         ("fails", "inputs", r"net.py, line \d+: fails in net.py failed: ZeroDivisionError"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_run_is_named_with_the_line(net: Path) -> None:
         exportable(f"py:{net.parent / 'broken.py'}:build")
     with pytest.raises(EdgetuneError, match="no such file"):
         exportable("py:nowhere.py:build")
-    with pytest.raises(EdgetuneError, match="names no function in a file"):
+    with pytest.raises(EdgetuneError, match="does not name a function in a file"):
         exportable("py:net.py")
 
 
@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_are_refused(net: Path, tmp_path: Path) -> None:
     save_file({"0.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(EdgetuneError, match=r"the weights do not fit the model: .*0.bias"):
         exportable(f"py:{net}:build", inputs=f"py:{net}:inputs", weights=tmp_path / "other.safetensors")
-    with pytest.raises(EdgetuneError, match="for a finished model"):
+    with pytest.raises(EdgetuneError, match="for models that are exported"):
         exportable("minilm", inputs=f"py:{net}:inputs")
 
 
@@ -136,7 +136,7 @@ def test_an_encoder_decoder_asks_for_its_inputs(tmp_path: Path) -> None:
     transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
     source = f"hf:{tmp_path / 't5'}"
     with pytest.raises(
-        EdgetuneError, match=r"nothing says which inputs .*: got 'T5ForConditionalGeneration'"
+        EdgetuneError, match=r"the inputs of .* are unknown: got 'T5ForConditionalGeneration'"
     ) as caught:
         exportable(source)
     assert "--inputs" in caught.value.action

@@ -253,11 +253,11 @@ def test_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.train.inputs.shape == (100, 28, 28)  # type: ignore[attr-defined]
     assert (len(found.validation), len(found.test), len(found.classes)) == (6000, 50, 10)
     idx(tmp_path, "t10k", 9_999)
-    assert "other sizes than expected" in data_error(fashion_mnist, str(tmp_path), settings())
+    assert "an unexpected size" in data_error(fashion_mnist, str(tmp_path), settings())
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b no gzip")
     assert "cannot be unpacked" in data_error(fashion_mnist, str(tmp_path), settings())
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x0d\3" + bytes(20)))
-    assert "no IDX file" in data_error(fashion_mnist, str(tmp_path), settings())
+    assert "not an IDX file" in data_error(fashion_mnist, str(tmp_path), settings())
     assert "apt-get install dataset-fashion-mnist" in data_error(fashion_mnist, str(tmp_path / "none"), settings())
 
 
@@ -284,10 +284,10 @@ def test_imagefolder_with_its_own_test_folder(tmp_path: Path) -> None:
     pictures(tmp_path / "test", ("cat",), count=3)
     found = from_imagefolder(str(tmp_path), settings())
     assert [len(part) for part in (found.train, found.validation, found.test)] == [36, 4, 3]
-    assert "3 test pictures also stand among the training rows" in found.notes
+    assert "3 test images are also among the training rows" in found.notes
     pictures(tmp_path / "val", ("fox",), count=3)
     message = data_error(from_imagefolder, str(tmp_path), settings())
-    assert "no training row has: fox" in message
+    assert "only occur in the held-out rows: fox" in message
 
 
 def test_imagefolder_bad_pictures_and_empty_classes(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_imagefolder_bad_pictures_and_empty_classes(tmp_path: Path) -> None:
     assert "1 of 40 rows" in message
     assert "left out 1 of 40" in from_imagefolder(str(tmp_path), settings(max_bad_rows_pct=3)).notes[0]
     (tmp_path / "owl").mkdir()
-    assert "class folder owl holds no picture" in data_error(from_imagefolder, str(tmp_path), settings())
+    assert "class folder owl contains no image" in data_error(from_imagefolder, str(tmp_path), settings())
 
 
 # --- batches, loss, quality ------------------------------------------------------------------------------------------

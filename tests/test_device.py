@@ -218,13 +218,13 @@ def test_a_descriptor_of_ones_own_is_found_by_name_and_by_path(own_folder: Path)
     assert device.load("my-pi") == device.load(path) == device.load(str(path))
     assert device.load("my-pi").name == "Mine"
     path.rename(own_folder / "other.yaml")
-    with pytest.raises(EdgetuneError, match="must be the file's name"):
+    with pytest.raises(EdgetuneError, match="must equal the file name"):
         device.load("other")
 
 
 def test_a_shipped_name_cannot_be_shadowed_in_silence(own_folder: Path) -> None:
     yaml_file.write_yaml(own_folder / "pixel-8.yaml", content("pixel-8"))
-    with pytest.raises(EdgetuneError, match="also stands in"):
+    with pytest.raises(EdgetuneError, match="is also defined in"):
         device.load("pixel-8")
 
 

@@ -66,7 +66,7 @@ def test_a_fault_in_the_file_adds_nothing(own_folder: Path, tmp_path: Path) -> N
     broken["memory"]["ram_gib"]["value"] = -1
     with pytest.raises(EdgetuneError, match=r"memory.ram_gib: -1 is outside"):
         adding.add(written(tmp_path / "a.yaml", broken))
-    for name, reason in (("pixel-8", "is shipped with edgetune"), ("host", "is this machine")):
+    for name, reason in (("pixel-8", "is part of edgetune"), ("host", "is this machine")):
         for replace in (False, True):
             with pytest.raises(EdgetuneError, match=reason):
                 adding.add(written(tmp_path / "a.yaml", mine(name)), replace=replace)
@@ -142,7 +142,7 @@ def test_a_calibration_comes_with_its_descriptor_and_with_no_other(own_folder: P
 
 def test_a_copy_needs_a_free_name_that_is_an_id(own_folder: Path) -> None:
     for name in ("My-Phone", "my_phone", "-x", "a--b", "", "../x", "a.yaml", "a\n"):
-        with pytest.raises(EdgetuneError, match="an id is small letters"):
+        with pytest.raises(EdgetuneError, match="an id consists of lower-case letters"):
             adding.copy("pixel-8", name)
     with pytest.raises(EdgetuneError, match="is shipped"):
         adding.copy("pixel-8", "pixel-7")
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_used_is_listed_with_its_fault_and_hides_no_other(
     assert "broken: " in faults
     assert "family: input should be 'phone'" in faults
     assert "wrong-name: " in faults
-    assert "also stands in" in faults
+    assert "is also defined in" in faults
     assert "raspberry-pi-5" in out.split("cannot be used")[0]
     assert [entry.id for entry in listing.entries() if entry.fault] == ["pixel-8", "broken", "wrong-name"]
 

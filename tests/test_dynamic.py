@@ -194,9 +194,9 @@ def test_axes_by_name() -> None:
     [
         ({"token": (1, 8)}, "no such axis: got 'token'.*did you mean 'tokens'"),
         ({"x.2": (1, 8)}, r"no such axis: got 'x\.2'; allowed: batch, tokens, x\.0, x\.1"),
-        ({"tokens": (8, 8)}, "needs a least and a greatest size"),
-        ({"tokens": (0, 8)}, "needs a least and a greatest size"),
-        ({"tokens": 8}, "needs a least and a greatest size"),
+        ({"tokens": (8, 8)}, "needs a minimum and a maximum size"),
+        ({"tokens": (0, 8)}, "needs a minimum and a maximum size"),
+        ({"tokens": 8}, "needs a minimum and a maximum size"),
         ({"tokens": (1, 8), "x.1": (1, 4)}, "axis 1 of x is asked for twice"),
     ],
 )
@@ -216,7 +216,7 @@ def test_inputs_by_name_may_come_in_any_order() -> None:
 def test_bounds_of_a_command_line() -> None:
     assert parsed(["tokens=1:64", "x.2,x.3=8:16"]) == {"tokens": (1, 64), "x.2,x.3": (8, 16)}
     for one in (["tokens=64"], ["tokens=1:x"], ["=1:2"], ["tokens=1:2", "tokens=1:3"]):
-        with pytest.raises(EdgetuneError, match="no size with its bounds"):
+        with pytest.raises(EdgetuneError, match="not a size with bounds"):
             parsed(one)
 
 

@@ -157,7 +157,7 @@ def test_the_callback_of_transformers_names_what_no_backward_reaches(ends: str) 
 
 
 def test_a_callback_with_nothing_to_do_says_so() -> None:
-    with pytest.raises(EdgetuneError, match="no technique is open"):
+    with pytest.raises(EdgetuneError, match="no technique is applied"):
         announce(two_layers())
     model = two_layers()
     apply(model, SparseUpdate(scheme={"0.2": "full"}))

@@ -100,7 +100,7 @@ def test_a_kit_has_all_its_parts_and_nothing_to_fill_in(
     assert files_of(folder) == {where + file for file in own} | always | parts
     assert Artifact.load(folder / where / "model.pte").manifest == artifact.manifest
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    for told in (artifact.manifest.versions["executorch"], "What was checked", "the same\nprediction", *own):
+    for told in (artifact.manifest.versions["executorch"], "Verification", "the same\nprediction", *own):
         assert told.replace("\n", " ") in readme.replace("\n", " ")
     for file in always | parts:
         if not file.endswith((".kt", ".py", ".swift")):
@@ -252,13 +252,13 @@ def test_targets_are_those_that_the_platforms_packages_run() -> None:
     for known in device.ids():
         found = device.load(known)
         if found.family == "microcontroller" or (found.family == "computer" and "coreml" in found.targets):
-            with pytest.raises(EdgetuneError, match="no kit is made"):
+            with pytest.raises(EdgetuneError, match="there is no kit"):
                 chosen("linux", known)
             continue
         name = platform_of(found.family, found.targets)
         assert chosen(name, known) in PLATFORMS[name].targets
     assert chosen("linux", "raspberry-pi-5") == "xnnpack"
-    with pytest.raises(EdgetuneError, match="no device for this kit") as caught:
+    with pytest.raises(EdgetuneError, match="not a device for this kit") as caught:
         chosen("ios", "pixel-8")
     assert caught.value.allowed == ("android",)
     with pytest.raises(EdgetuneError, match="do not run this target") as caught:
@@ -281,7 +281,7 @@ def told_anew(made: Made, folder: Path, known: Carried | None, **changes: object
 
 def test_programs_that_carry_nothing_make_no_kit(picture: Made, tmp_path: Path) -> None:
     path = told_anew(picture, tmp_path, None)
-    with pytest.raises(EdgetuneError, match="does not carry how its inputs are made") as caught:
+    with pytest.raises(EdgetuneError, match="no preprocessing and no classes") as caught:
         kit_of(path, find("linux"), tmp_path / "kit")
     assert caught.value.exit_code == Exit.EXPORT
     assert files_of(tmp_path) == {"model.pte", "model.json"}
@@ -294,7 +294,7 @@ def test_what_is_carried_must_fit_the_program(picture: Made, tmp_path: Path) -> 
     larger = known.preprocessing.model_copy(update={"size_px": 64})
     for wrong in ({"preprocessing": larger}, {"labels": ("one",)}):
         path = told_anew(picture, tmp_path, known.model_copy(update=wrong))
-        with pytest.raises(EdgetuneError, match="something else than it carries"):
+        with pytest.raises(EdgetuneError, match="do not match its metadata"):
             kit_of(path, find("linux"), tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
 
@@ -349,7 +349,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_the_command_makes_a_kit_of_a_program(text: Made, say: Callable[..., Any]) -> None:
     code, out, err = say("kit", str(text[2].path), "android")
     assert (code, err) == (0, "")
-    assert out.startswith("kit-android: begin with README.md\n  README.md\n")
+    assert out.startswith("kit-android: start with README.md\n  README.md\n")
     assert files_of(Path("kit-android")) == {line.strip() for line in out.splitlines()[1:]}
     code, out, _ = say("kit", str(text[2].path), "linux", "-o", "here", "--json")
     assert (code, json.loads(out)["folder"]) == (0, "here")
@@ -359,8 +359,8 @@ def test_the_command_refuses_before_any_work(text: Made, say: Callable[..., Any]
     for arguments, told in {
         ("minilm", "androd"): "did you mean 'android'?",
         ("minilm", "android", "--target", "coreml"): "do not run this target",
-        ("minilm", "ios", "--device", "pixel-8"): "no device for this kit",
-        (str(text[2].path), "linux", "--target", "xnnpack"): "a program is lowered already",
+        ("minilm", "ios", "--device", "pixel-8"): "not a device for this kit",
+        (str(text[2].path), "linux", "--target", "xnnpack"): "the program is already lowered",
         ("minilm", "linux", "--dynamic", "batch=1:8"): "No such option: --dynamic",
         ("minilm",): "Missing argument 'PLATFORM'",
     }.items():

@@ -279,12 +279,12 @@ def quantized_in_16_bits() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a plain module": (lambda: nn.Linear(4, 4), {}, "one of transformers"),
     "a cache beyond the positions": (lambda: decoder("Llama"), {"max_tokens": 300}, "positions"),
-    "a prefill that is no multiple": (lambda: decoder("Llama"), {"prefill_tokens": 48}, "pieces of so many"),
+    "a prefill that is no multiple": (lambda: decoder("Llama"), {"prefill_tokens": 48}, "chunk size is not valid"),
     "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "operators of the CPU"),
-    "nothing to compare on": (lambda: decoder("Llama"), {"check_prompts": ()}, "give one, with tokens"),
+    "nothing to compare on": (lambda: decoder("Llama"), {"check_prompts": ()}, "a prompt with tokens is needed"),
     "quantized in bf16": (quantized_in_16_bits, {}, "was quantized in bfloat16"),
-    "an attention of its own code": (lambda: decoder("Bloom"), {}, "attention of BloomForCausalLM is code of its own"),
-    "a prompt without tokens": (lambda: decoder("Llama"), {"check_prompts": ([],)}, "give one, with tokens"),
+    "an attention of its own code": (lambda: decoder("Bloom"), {}, "attention of BloomForCausalLM is custom code"),
+    "a prompt without tokens": (lambda: decoder("Llama"), {"check_prompts": ([],)}, "a prompt with tokens is needed"),
 }
 
 
@@ -297,12 +297,12 @@ def test_what_cannot_be_exported_is_refused_before_any_work(case: str, tmp_path:
 
 
 def test_what_has_no_tokenizer_cannot_talk() -> None:
-    with pytest.raises(EdgetuneError, match="cannot be made to talk"):
+    with pytest.raises(EdgetuneError, match="cannot generate text"):
         exporting.exportable("model.pt2", language=True)
     with pytest.raises(EdgetuneError, match="needs a causal language model") as caught:
         exporting.tokenizer_of("image-classification", lambda inputs: inputs)
     assert "hf:PATH" in caught.value.action
-    with pytest.raises(EdgetuneError, match="max_tokens is the cache of a language program"):
+    with pytest.raises(EdgetuneError, match="max_tokens is the cache size of a text-generation program"):
         exporting.export_from("minilm", Path("model.pte"), data="tweets", max_tokens=64)
 
 

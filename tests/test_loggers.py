@@ -61,7 +61,7 @@ def test_a_logger_that_fails_costs_no_training(tmp_path: Path) -> None:
     folder = tmp_path / "01-train"
     folder.mkdir()
     (folder / "tensorboard").write_text("a file where the folder should be", encoding="utf-8")
-    with log_of(tmp_path, "tensorboard") as log, pytest.warns(UserWarning, match="tensorboard no longer logs"):
+    with log_of(tmp_path, "tensorboard") as log, pytest.warns(UserWarning, match="tensorboard stopped logging"):
         add(log, 1, 2)
     assert [line["update"] for line in read(folder / loggers.FILE)] == [1, 2]
 

@@ -110,9 +110,9 @@ def test_what_sparse_update_trained_is_saved_with_the_adapter(tmp_path: Path) ->
 
 def test_an_adapter_file_that_would_lose_something_raises(tmp_path: Path) -> None:
     model = apply(bert(), [SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.1.*.query",))])
-    with pytest.raises(EdgetuneError, match="trains itself and carries an adapter"):
+    with pytest.raises(EdgetuneError, match="trains and has an adapter"):
         save_adapter(model, tmp_path)
-    with pytest.raises(EdgetuneError, match="carries no adapter"):
+    with pytest.raises(EdgetuneError, match="has no adapter"):
         save_adapter(bert(), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -121,7 +121,7 @@ def test_an_adapter_that_does_not_fit_raises(tmp_path: Path) -> None:
     folder = save_adapter(LoRA(rank=2, targets=QUERY).apply(bert()), tmp_path)
     with pytest.raises(EdgetuneError, match="no such layers"):
         load_adapter(mlp(), folder)
-    with pytest.raises(EdgetuneError, match="already carries an adapter"):
+    with pytest.raises(EdgetuneError, match="already has an adapter"):
         load_adapter(LoRA(rank=2, targets=QUERY).apply(bert()), folder)
     state = load_file(folder / "adapter_model.safetensors")
     first = sorted(state)[0]
@@ -183,7 +183,7 @@ def test_what_cannot_be_done_raises_before_anything_changed(model: Any, settings
 
 
 def test_twice_raises() -> None:
-    with pytest.raises(EdgetuneError, match="already carries an adapter"):
+    with pytest.raises(EdgetuneError, match="already has an adapter"):
         apply(mlp(), [LoRA(rank=2, targets=("stem",)), LoRA(rank=2, targets=("classifier",))])
 
 

@@ -35,7 +35,7 @@ ALL: dict[str, Any] = {"targets": ["*.query"]}
         (lambda: Slice(ratio=2), ["Slice, ratio: must be less than 1: got 2"]),
         (lambda: et.SparseUpdate(scheme={"*": {"ratio": 3}}), ["SparseUpdate, scheme.*.ratio: must be less than 1"]),
         (lambda: et.SparseUpdate(scheme=3), ["SparseUpdate, scheme: must be text or a mapping: got 3"]),
-        (lambda: et.LoRA(8), ["LoRA: settings are given by name: got 8", "  next: write LoRA(rank=...)"]),
+        (lambda: et.LoRA(8), ["LoRA: settings must be given by name: got 8", "  next: write LoRA(rank=...)"]),
     ],
 )
 def test_wrong_settings_are_one_line_each(make: Callable[[], object], lines: list[str]) -> None:
@@ -109,7 +109,7 @@ def test_step_names_of_others_are_answered(tmp_path: Path) -> None:
         (et.Int8, r"make an object of the class: et.Int8\(\)"),
         (None, r"one object for each technique"),
         (8, r"one object for each technique"),
-        ([et.Train()], "training is a loop of your own"),
+        ([et.Train()], "train in your own loop"),
     ],
 )
 def test_apply_says_what_it_takes(given: Any, answer: str) -> None:

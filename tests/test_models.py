@@ -117,8 +117,8 @@ def test_hugging_face_from_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture
     split = Split("text-classification", data().test, loaded.encode)
     assert quality("text-classification", loaded.model, split).rows == 6
     same = hugging_face(str(tmp_path), settings(max_length=16), data(classes=("0", "1")))
-    assert same.notes == ("the outputs of the checkpoint's head are taken as the classes 0, 1: it does not name them",)
-    with pytest.raises(EdgetuneError, match=r"more than the model has positions"):
+    assert same.notes == ("the checkpoint does not name its classes; they are assumed to be 0, 1",)
+    with pytest.raises(EdgetuneError, match=r"exceeds the positions of the model"):
         hugging_face(str(tmp_path), settings(max_length=64, head="new"), data())
     untrained = hugging_face(str(tmp_path), settings(max_length=16, pretrained=False), data())
     assert untrained.notes == ("random weights",)
@@ -204,10 +204,10 @@ REFUSED_HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], 
     "other names": (MOODS, {}, ("bad", "good", "fine"), r"other classes than the data's: neutral, bad, good"),
     "other names, kept": (MOODS, {"head": "keep"}, ("bad", "good", "fine"), "other classes than the data's"),
     "another number": (MOODS, {}, ("bad", "good"), r"3 classes \(neutral, bad, good\), the data 2"),
-    "no names": ({"num_labels": 3}, {}, SORTED, "does not say which classes its outputs are"),
+    "no names": ({"num_labels": 3}, {}, SORTED, "does not name its classes"),
     "a score": ({"num_labels": 1}, {}, SORTED, r"has 1 classes \(LABEL_0\), the data 3"),
     "several at once": (
-        {**MOODS, "problem_type": "multi_label_classification"}, {}, SORTED, "does not choose one class of several",
+        {**MOODS, "problem_type": "multi_label_classification"}, {}, SORTED, "does not predict exactly one class",
     ),
 }  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_outputs_without_names_are_the_datas_classes_in_order_where_the_user_say
     loaded = hugging_face(str(tmp_path), settings(max_length=16, head="keep"), data(classes=SORTED))
     assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
     assert loaded.labelled(data(classes=SORTED)).classes == SORTED
-    assert "taken as the classes Bad, Good, Neutral" in loaded.notes[0]
+    assert "assumed to be Bad, Good, Neutral" in loaded.notes[0]
 
 
 @pytest.mark.parametrize("kind", ["Model", "MaskedLM", "TokenClassification"])
@@ -243,7 +243,7 @@ def test_a_checkpoint_without_a_head_for_texts_gets_a_new_one(kind: str, tmp_pat
     assert loaded.model.classifier.weight.abs().max() < 0.2  # type: ignore[union-attr, operator]
     assert loaded.classes is None
     assert "classifier.weight" in " ".join(loaded.notes)
-    with pytest.raises(EdgetuneError, match="no trained head of a text classifier to keep"):
+    with pytest.raises(EdgetuneError, match="no trained text-classification head to keep"):
         hugging_face(str(tmp_path), settings(max_length=16, head="keep"), data())
 
 
@@ -376,8 +376,8 @@ def test_timm_says_how_it_is_installed(path: str, action: str) -> None:
 def test_timm_with_random_weights() -> None:
     child = run_with_timm(TIMM_CHILD)
     assert child.stdout.startswith("timm:resnet10t (6, 3) random weights\n"), child.stderr
-    assert "does not say which classes its outputs are" in child.stdout
-    assert "no trained head for so many classes" in child.stdout
+    assert "does not name its classes" in child.stdout
+    assert "no trained head for this number" in child.stdout
     assert "did you mean 'resnet18'" in child.stdout
 
 

@@ -46,7 +46,7 @@ def test_labels_under_other_names(tmp_path: Path) -> None:
     path = table(tmp_path, ["0", "1", "2"] * 20)
     data = read(path, label_names={"0": "bad", "1": "good", "2": "good"})
     assert data.classes == ("bad", "good")
-    with pytest.raises(EdgetuneError, match="label_names leaves out a label of the table: got '2'"):
+    with pytest.raises(EdgetuneError, match="label_names lacks a label of the table: got '2'"):
         read(path, label_names={"0": "bad", "1": "good"})
     named = read(table(tmp_path, ["nan", "good"] * 20), label_names={"nan": "an Indian bread", "good": "good"})
     assert named.classes == ("an Indian bread", "good")
@@ -57,7 +57,7 @@ def test_a_test_file_beside_the_training_rows(tmp_path: Path) -> None:
     data = read(rows, test_file=str(held_out))
     assert (len(data.test), data.test.labels) == (3, [0, 1, 1])
     assert len(data.train) + len(data.validation) == 60
-    assert "3 test texts also stand among the training rows" in data.notes
+    assert "3 test texts are also among the training rows" in data.notes
     (tmp_path / "rows.jsonl").write_text('{"text": "a b", "label": "a"}\n' * 3, encoding="utf-8")
     with pytest.raises(EdgetuneError, match=r"nothere.jsonl does not exist"):
         from_jsonl(str(tmp_path / "rows.jsonl"), DataSettings(source="x", test_file=str(tmp_path / "nothere.jsonl")))
@@ -124,7 +124,7 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
     assert sorted(loaded("parts").test.inputs) == ["another", "one more"]
     assert loaded("texts").task == "causal-lm"
     for function, message in {
-        "mixed": "several kinds|no text and no picture", "pictures": "several sizes", "floats": "neither a string nor",
+        "mixed": "several kinds|neither a text nor", "pictures": "several sizes", "floats": "neither a string nor",
         "misnamed": "returns no training rows",
     }.items():  # fmt: skip
         with pytest.raises(EdgetuneError, match=message) as caught:

@@ -108,7 +108,7 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropping": (lambda: Dropping(8, 12), "in training mode"),
     "patched": (lambda: patched(2.0), "off by"),
     "own padding": (lambda: SamePadded(8, 12, 2), "another shape"),
-    "two inputs": (lambda: OfTwo(8, 12), "takes no input of its class's"),
+    "two inputs": (lambda: OfTwo(8, 12), "does not take the inputs of its class"),
     "scaled table": (lambda: ScaledTable(9, 8), "off by 7"),
     "lazy": (lambda: nn.LazyLinear(8), "no weight before its first forward"),
     "own forward on the meta device": (lambda: Scaled(8, 12, device="meta"), "no values yet"),
@@ -152,7 +152,7 @@ def net(layer: nn.Module) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:int4. 0.parametrizations:UserWarning")
 def test_4_bits_refuse_it_unless_it_is_skipped(make: Callable[[], nn.Module], technique: Any) -> None:
     model = net(make())
-    with pytest.raises(EdgetuneError, match="0 computes more than its class says"):
+    with pytest.raises(EdgetuneError, match="0 computes more than its class does"):
         apply(model, technique)
     assert type(model[2].weight) is nn.Parameter
     apply(model, technique.model_copy(update={"skip": ("0",)}))

@@ -103,9 +103,9 @@ def test_the_verb_reads_files_folders_and_stdin(
     ("rows", "what", "action"),
     [
         (["missing.csv"], "no such file", "give a text, or the path"),
-        (["empty.txt"], "there are no rows to answer", "give a text"),
+        (["empty.txt"], "there are no rows to classify", "give a text"),
         (["latin.txt"], "not written in UTF-8", "save it as UTF-8"),
-        (["gap.csv"], "1 of 2 rows cannot be read", "mend these rows"),
+        (["gap.csv"], "1 of 2 rows cannot be read", "fix these rows"),
         (["other.csv"], "no column for the text", "name the column with --column"),
         (["rows.tsv"], "not read from such a file", "give one of these"),
         (["."], "not read from a folder", "give one of these"),
@@ -138,12 +138,12 @@ def test_what_a_program_lacks_is_named(text: Text, tmp_path: Path) -> None:
     assert caught.value.exit_code == Exit.EXPORT
     with pytest.raises(EdgetuneError, match="no such program"):
         Classifier(tmp_path / "bear.pte")
-    with pytest.raises(EdgetuneError, match=r"ends in \.pte"):
+    with pytest.raises(EdgetuneError, match=r"must end in \.pte"):
         Classifier(tmp_path / "bare.json")
     for kind, verb in (("language", "edgetune generate"), ("training", "edgetune train-pte")):
         (tmp_path / "other.pte").write_bytes(b"")
         (tmp_path / "other.json").write_text(json.dumps({"kind": kind}))
-        with pytest.raises(EdgetuneError, match="chooses no class") as caught:
+        with pytest.raises(EdgetuneError, match="does not predict a class") as caught:
             Classifier(tmp_path / "other.pte")
         assert caught.value.action.startswith(verb)
 
@@ -159,7 +159,7 @@ def test_classes_without_names_are_numbered_and_the_reader_told(
     assert cli_predict.predict(tmp_path / "model.pte", ["a"], top=1) == 0
     printed = capsys.readouterr()
     assert printed.out.split(": ")[1].split()[0] in ("0", "1", "2")
-    assert "no names of classes" in printed.err
+    assert "no class names" in printed.err
 
 
 def labelled(path: Path, rows: Sequence[str], labels: Sequence[str]) -> None:
@@ -204,7 +204,7 @@ def test_eval_of_a_few_rows_of_one_class_and_of_strange_ones(text: Text, tmp_pat
     with pytest.raises(EdgetuneError, match="does not know: never") as caught:
         evaluate(artifact.path, f"jsonl:{tmp_path / 'strange.jsonl'}", part="all")
     assert caught.value.exit_code == Exit.DATA
-    with pytest.raises(EdgetuneError, match="no recipe beside"):
+    with pytest.raises(EdgetuneError, match="no recipe next to"):
         evaluate(artifact.path)
     with pytest.raises(EdgetuneError, match="not a setting of the data"):
         evaluate(artifact.path, "jsonl:x", overrides={"data.lable": "y"})

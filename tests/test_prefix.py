@@ -196,7 +196,7 @@ def test_under_autocast_the_values_keep_their_type(tmp_path: Path) -> None:
             close(expected, gradients(model, split, [3, 8, 1], "image-classification", cache), 1e-2)
             with (
                 torch.autocast("cpu", enabled=False),
-                pytest.raises(EdgetuneError, match="autocast is not as it was") as error,
+                pytest.raises(EdgetuneError, match="autocast differs from when") as error,
                 cache.rows([0]),
             ):
                 model(split.batch([0])[0])

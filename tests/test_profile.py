@@ -110,7 +110,10 @@ def test_what_nobody_knows_is_said_and_widens_the_band() -> None:
     described = device.load("pixel-8")
     bound_by_memory = operator(macs=10, weights=10**9)
     predicted = cost.predict([bound_by_memory], described)
-    assert f"memory bandwidth unknown: the phone default of {DEFAULT_BANDWIDTH_GB_S['phone']:g} GB/s" in predicted.note
+    assert (
+        f"memory bandwidth unknown: assumes the phone default of {DEFAULT_BANDWIDTH_GB_S['phone']:g} GB/s"
+        in predicted.note
+    )
     known = cost.predict([bound_by_memory], device.load("galaxy-s22"))
     assert "bandwidth" not in known.note
     assert predicted.latency_high_ms / predicted.latency_ms > known.latency_high_ms / known.latency_ms

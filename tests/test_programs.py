@@ -195,7 +195,7 @@ def test_what_two_operators_read_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_what_keeps_its_weights_in_delegates_has_none_apart() -> None:
-    with pytest.raises(EdgetuneError, match="no weight of this program can lie apart"):
+    with pytest.raises(EdgetuneError, match="no weight of this program can be stored separately"):
         lowered(nn.Sequential(nn.ReLU()), PIXELS, layout=Layout(weights_apart=True))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from edgetune.progress import shown
 from edgetune.quiet import quiet, quiet_command
 
 pytest.importorskip("transformers")
@@ -77,9 +78,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(folder: Path, hub: tuple[str, 
     first, second = done.stderr.splitlines()
     assert first.startswith(
         "edgetune: the model hf:nobody/nothing could not be loaded: it is not on this disk, "
-        "and the Hugging Face hub does not answer ("
+        "and the Hugging Face hub does not respond ("
     )
-    assert second == "  next: check the id and the network, or give the path of a folder on this disk"
+    assert second == "  next: check the id and the network, or give the path of a local folder"
     assert len(asked) == 1
 
 
@@ -105,3 +106,17 @@ def test_quiet_puts_bars_back() -> None:
     with quiet():
         assert not bars.is_progress_bar_enabled()
     assert (bars.is_progress_bar_enabled(), bars.get_verbosity()) == (True, level)
+
+
+def test_progress_without_a_terminal_takes_few_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    with shown() as progress:
+        for done in range(8):
+            progress("profile", done, 7, f"device {done}")
+        for done in range(1, 41):
+            progress("train", done, 40, f"loss {done}")
+        progress("export", 0, 1, "xnnpack")
+        progress("export", 1, 1, "")
+    assert capfd.readouterr().err.splitlines() == [
+        "profile 0/7 device 0", "profile 7/7 device 7", "train 1/40 loss 1", "train 10/40 loss 10",
+        "train 20/40 loss 20", "train 30/40 loss 30", "train 40/40 loss 40", "export",
+    ]  # fmt: skip

@@ -69,7 +69,7 @@ def test_values_arrive() -> None:
 @pytest.mark.parametrize("change", ["export=", "export=null"])
 def test_a_recipe_without_export(change: str) -> None:
     assert parsed(TEXT, change, "budget=[]").export is None
-    with pytest.raises(EdgetuneError, match=r"line 13, budget\.latency_ms: nothing in the recipe tells") as caught:
+    with pytest.raises(EdgetuneError, match=r"line 13, budget\.latency_ms: nothing in the recipe provides") as caught:
         parsed(TEXT, change)
     assert "add export, and pixel-8 under profile.devices" in str(caught.value)
 
@@ -98,8 +98,12 @@ def test_a_language_program_is_compared_on_few_texts_unless_told() -> None:
 @pytest.mark.parametrize(
     ("text", "changes", "told"),
     [
-        (TEXT, ["export.language=true"], "minilm is no causal language model, so its program cannot talk"),
-        (TALKING, ["export.max_tokens=64"], "max_tokens is the cache of a language program, which is not asked for"),
+        (TEXT, ["export.language=true"], "minilm is not a causal language model, so its program cannot generate text"),
+        (
+            TALKING,
+            ["export.max_tokens=64"],
+            "max_tokens is the cache size of a text-generation program, but language is false",
+        ),
         (TALKING, ["export.language=true", "export.max_tokens=1"], "must be at least 2"),
         (TALKING, ["export.language=yes"], "must be true or false"),
     ],
@@ -220,7 +224,7 @@ def test_overrides_leave_the_given_mapping_alone() -> None:
         ),
         (
             "train[3].epochs=2",
-            "override train[3].epochs=2: no such step train; they count from one: got 'train[3]'; "
+            "override train[3].epochs=2: no such step train; they are numbered from 1: got 'train[3]'; "
             "allowed: train[1], train[2]; did you mean 'train[2]'?",
         ),
         (
@@ -228,7 +232,7 @@ def test_overrides_leave_the_given_mapping_alone() -> None:
             "mine.yaml, step 2 (override lora.rank=eight), lora.rank: must be a whole number: got 'eight'",
         ),
         ("variant=smok", "override variant: no such variant: got 'smok'; allowed: smoke; did you mean 'smoke'?"),
-        ("epochs", "an override is key=value: got 'epochs'\n  next: for example train.epochs=2"),
+        ("epochs", "an override has the form key=value: got 'epochs'\n  next: for example train.epochs=2"),
         ("seed.x=1", "mine.yaml, override seed.x=1, seed: must be a whole number: got {'x': 1}"),
         ("seed=[1", "override seed=[1, line 1, column 3: not YAML: while parsing a flow sequence expected ',' or ']', "
          "but got '<stream end>'\n  next: close each [ with ]"),
@@ -293,7 +297,11 @@ allowed: {shortened((*device.ids(), "host"))}; did you mean 'pixel-9'?"""
         ("[pixel-8]", "pixel-8", "line 12, profile.devices: must be a list, as in ['pixel-8']: got 'pixel-8'"),
         ("latency_ms: 20", "latency_ms: -1", "mine.yaml, line 13, budget.latency_ms: must be more than 0: got -1"),
         ("train.updates", "trian.updates", "mine.yaml, line 15, variants.smoke, override trian.updates=4: no such"),
-        ("  - sparse-update\n", "  - finalize\n", "mine.yaml, step 1 (line 5), finalize: nothing is open here"),
+        (
+            "  - sparse-update\n",
+            "  - finalize\n",
+            "mine.yaml, step 1 (line 5), finalize: there is nothing to finalize here",
+        ),
     ],
 )
 def test_one_wrong_thing(old: str, new: str, text: str) -> None:
@@ -385,9 +393,9 @@ def test_a_removed_mapping_is_named() -> None:
     [
         ("a: [1", "x.yaml, line 1, column 6: not YAML: while parsing a flow sequence expected ',' or ']'"),
         ("a: 1\nb: 2\na: 3", "x.yaml, line 3, a: given twice, first in line 1"),
-        ("a: 1\n---\nb: 1", "x.yaml, line 2: a second document begins here"),
-        ("a: !!python/object/apply:os.system [ls]", "x.yaml, line 1, a: tags are not read"),
-        ("a: {<<: {b: 1}}", "merge keys (<<) are not read"),
+        ("a: 1\n---\nb: 1", "x.yaml, line 2: a second document starts here"),
+        ("a: !!python/object/apply:os.system [ls]", "x.yaml, line 1, a: tags are not supported"),
+        ("a: {<<: {b: 1}}", "merge keys (<<) are not supported"),
         ("1: a", "x.yaml, line 1: a key must be text: got '1'"),
         ("? [a]\n: b", "a key must be text"),
         ("a: .inf", "x.yaml, line 1, a: a number must be finite"),

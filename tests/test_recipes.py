@@ -200,7 +200,7 @@ def test_language_model(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_the_model_has_no_room_for_is_found_before_any_training(tmp_path: Path) -> None:
-    with pytest.raises(EdgetuneError, match="no more than the model has positions") as caught, quiet():
+    with pytest.raises(EdgetuneError, match="at most as many as the model") as caught, quiet():
         pipeline.run("lm-smollm2", {"variant": "smoke", "export.max_tokens": 9000}, out=tmp_path / "lm")
     assert caught.value.got == 9000
     assert not (tmp_path / "lm" / "ledger.json").exists()
@@ -221,6 +221,6 @@ def test_changed_data_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         pipeline.run(tmp_path / "mine.yaml", out=tmp_path / "run", progress=stop)
     table.write_text("\n".join(["text,label", *rows[:-1], "another text,1"]), encoding="utf-8")
-    with pytest.raises(EdgetuneError, match="the data changed since the run began") as caught:
+    with pytest.raises(EdgetuneError, match="the data has changed after the run started") as caught:
         pipeline.run(tmp_path / "mine.yaml", out=tmp_path / "run", resume=True)
     assert caught.value.exit_code == 3

@@ -31,6 +31,7 @@ from edgetune.ledger import (
     Verdict,
 )
 from edgetune.report import page, report, terminal, text, write
+from edgetune.report.sentences import details
 from edgetune.report.tables import step_table
 from edgetune.technique import EdgetuneError, Exit
 
@@ -139,30 +140,25 @@ def example() -> Ledger:
 
 
 GOLDEN = """\
-example-minilm  seed 0
+example-minilm  minilm on tweets, seed 0
 86.1 MiB and 33.5 % accuracy before, 17.4 MiB and 85.8 % after; 13.1 ms
 predicted on the CPU of the Google Pixel 8.
-! The budget for pixel-8 is missed: program size is 17.4 MiB, 16.0 MiB are
-allowed; the lowest that this recipe can reach is 17.4 MiB.
+! The budget for pixel-8 is not met: program size is 17.4 MiB, the limit is 16.0
+MiB. The lowest value that this recipe can reach is 17.4 MiB.
 ! Step 5, prune, lost 7.73 points of accuracy (86.93 to 79.20 %); the run ends
 at 85.80 %.
-minilm on tweets, 4.9 times smaller than as loaded; 85.80 % accuracy on 1,500
-test rows (95 % interval: 83.9 to 87.5 %); simple baselines: majority class
-46.20, TF-IDF + logistic regression 79.40.
-Measured on host (example, 2 threads) (CPU, 2 threads): 17.7 ms per run, 61.2
-MiB of memory.
 
-The recipe's budget
+Budget
                                                             lowest
 budget                verdict  device   limit  this run  reachable
 ──────────────────────────────────────────────────────────────────
-latency, ms           holds    pixel-8   15.0      13.1       13.1
+latency, ms           met      pixel-8   15.0      13.1       13.1
 program size, MiB     missed   pixel-8   16.0      17.4       17.4
-training memory, MiB  holds    pixel-8    600       583        279
+training memory, MiB  met      pixel-8    600       583        279
 latency: predicted, uncalibrated
 
 Step by step
-                  acc.   since          train-  size          saved  time
+                  acc.     vs.          train-  size          saved  time
 step                 %    load  params    able   MiB    MACs    MiB     s
 ─────────────────────────────────────────────────────────────────────────
 0 load           33.47       -  22.6 M  22.6 M  86.1  1.36 G    412  1.90
@@ -173,62 +169,52 @@ step                 %    load  params    able   MiB    MACs    MiB     s
 5 prune          79.20  +45.73  18.4 M  18.4 M  70.3   953 M    302  4.40
 6 train          86.40  +52.93  18.4 M  18.4 M  70.3   953 M    302  61.8
 7 int4           85.80  +52.33  18.4 M       0  16.9   953 M      -  2.20
-  0 load: minilm, 3 classes
   1 sparse-update: scheme last-2
   2 lora: rank 8 on *.query, *.value
   3 train: 2 epochs, AdamW 2e-4
-  4 finalize: lora merged
   5 prune: ratio 0.3, widths to 8
   6 train: 1 epoch, distilled from step 4
   7 int4: 8da4w group 32, embeddings int8
-Accuracy on 1,500 rows of the test set (95 % interval of the last: 83.9 to 87.5
-%); higher is better.
-7 int4: kept for backward not measured: 4-bit weights are not trained
+Accuracy on 1,500 test rows (95 % interval of the last: 83.9 to 87.5 %).
+7: kept for backward not measured: 4-bit weights are not trained
 
-Compared with simple methods on the same test set
-                              accuracy  this run minus it
-method                               %             points
-─────────────────────────────────────────────────────────
-this run                         85.80                  -
-TF-IDF + logistic regression     79.40              +6.40
-majority class                   46.20             +39.60
+Compared with baselines on the same test set
+                              accuracy  this run minus baseline
+baseline                             %                   points
+───────────────────────────────────────────────────────────────
+this run                         85.80                        -
+TF-IDF + logistic regression     79.40                    +6.40
+majority class                   46.20                   +39.60
 
-The exported program
-file                                 model.pte
-target                               xnnpack
-size                                 17.4 MiB
-memory planned for activations       388 KiB
-delegated, of the MACs               98.7 %
-delegated, of the operators          81.3 %
-not delegated                        12 operators: aten.gelu 6, aten.expand_copy
-                                     3, aten.native_layer_norm 2, 1 other kinds
-same prediction as the PyTorch model 99.8 % of 500 held-out rows
-largest difference of an output      0.0213
+Exported program
+file                       model.pte, xnnpack, 17.4 MiB
+delegated                  98.7 % of the MACs, 81.3 % of the operators
+undelegated                12 operators, most often aten.gelu (6)
+same prediction as PyTorch 99.8 % of 500 held-out rows
+largest output difference  0.0213
 
-Measured on real machines
+Measured
                                           median    p10 to p90  load  peak
 device                    runs on             ms            ms    ms   MiB  runs
 ────────────────────────────────────────────────────────────────────────────────
 host (example, 2          CPU, 2 threads    17.7  16.9 to 21.4  38.0  61.2   200
 threads)
-Peak memory is that of the process, above an empty one.
+Peak memory is that of the process, less that of an empty process.
 host (example, 2 threads): another job was running
 
 Predicted, not measured
-                                  latency         range  peak  cali-   accele-
-device                   runs on       ms            ms   MiB  brated  rator
+                                   latency      interval  peak  cali-   not pre-
+device                    runs on       ms            ms   MiB  brated  dicted
 ────────────────────────────────────────────────────────────────────────────────
-pixel-8                  CPU, 5      13.1  8.70 to 19.6  44.0  no      GPU, NPU:
-                         threads                                       not
-                                                                       predicted
-galaxy-s24               CPU         8.90  6.20 to 12.8  44.0  no      none
-raspberry-pi-5           CPU         31.5  23.6 to 42.0  41.5  no      none
-jetson-orin-nano         CPU, 6      22.8  17.1 to 30.4  41.5  no      GPU: not
-                         threads                                       predicted
-host (example, 2         CPU         16.4  14.8 to 18.1  58.0  yes     none
+pixel-8                   CPU, 5      13.1  8.70 to 19.6  44.0  no      GPU, NPU
+                          threads
+galaxy-s24                CPU         8.90  6.20 to 12.8  44.0  no      none
+raspberry-pi-5            CPU         31.5  23.6 to 42.0  41.5  no      none
+jetson-orin-nano          CPU, 6      22.8  17.1 to 30.4  41.5  no      GPU
+                          threads
+host (example, 2          CPU         16.4  14.8 to 18.1  58.0  yes     none
 threads)
-Computed from device descriptors, for the CPU alone; nothing in this table was
-timed.
+Computed from device descriptors for the CPU; nothing here was timed.
 pixel-8: memory bandwidth not found
 """
 
@@ -249,7 +235,7 @@ def test_text_fits_its_width_and_shows_more_where_there_is_room() -> None:
 
 def test_predicted_and_measured_stand_in_different_tables() -> None:
     blocks = text(example(), 120).split("\n\n")
-    measured = next(block for block in blocks if block.startswith("Measured on real machines"))
+    measured = next(block for block in blocks if block.startswith("Measured\n"))
     predicted = next(block for block in blocks if block.startswith("Predicted, not measured"))
     assert "17.7" in measured
     assert "pixel-8" not in measured
@@ -279,7 +265,7 @@ def test_perplexity_falls_to_the_better() -> None:
     ledger = example().with_(rows=(row(0, 20.0), row(1, 12.5)), baselines=(Baseline(name="unigram", value=700.0),))
     cell = step_table(ledger).rows[1][3]
     assert (cell.text, cell.tone) == ("-7.50", "good")
-    assert "perplexity 12.50 on 40 test rows; simple baselines: unigram 700.00." in text(ledger, 160)
+    assert "perplexity 12.50 on 40 test rows. Baselines: unigram 700.00." in details(ledger)[0]
 
 
 class Reading(HTMLParser):
@@ -425,7 +411,7 @@ def partial() -> list[Any]:
                      {"quality-size", "kept"}, "no program was exported", id="no program"),
         pytest.param(whole.with_(rows=tuple(row.model_copy(update={"quality": None}) for row in whole.rows)),
                      {"kept", "loss-0", "loss-1", "latency", "memory", "delegated", "leftovers"},
-                     "quality not measured", id="no quality"),
+                     "No quality was measured", id="no quality"),
         pytest.param(
             whole.with_(
                 rows=(whole.rows[0], whole.rows[1].model_copy(

@@ -134,7 +134,7 @@ def test_a_missing_logger_is_known_before_any_work(recipe_path: Path, tmp_path: 
         ({"from_step": "distil"}, "no such step"),
         ({"from_step": 6}, "no such step"),
         ({"until_step": "export"}, "no such step"),
-        ({"from_step": 5, "until_step": 2}, "comes before the one to begin with"),
+        ({"from_step": 5, "until_step": 2}, "names an earlier step than --from"),
     ],
 )
 def test_a_step_is_named_or_numbered(how: dict[str, Any], message: str, recipe_path: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_sequential_needs_no_sample() -> None:
         return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 4), nn.Linear(4, 2))
 
     assert trained(SparseUpdate(scheme="last-1").apply(plain())) == {"3.weight", "3.bias", "4.weight", "4.bias"}
-    with pytest.raises(EdgetuneError, match="the head cannot be told"):
+    with pytest.raises(EdgetuneError, match="the head is unknown"):
         SparseUpdate(scheme={"3": "full"}).apply(plain())
     assert trained(SparseUpdate(scheme={"3": "bias", "4": "full"}).apply(plain())) == {"3.bias", "4.weight", "4.bias"}
 

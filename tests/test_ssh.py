@@ -306,7 +306,7 @@ def test_who_is_not_let_in_is_told_why(server: Server, tmp_path: Path, monkeypat
     changed = (server.folder / "stranger.pub").read_text().split()[1]
     (server.folder / "changed").write_text(f"{' '.join(other)} {changed}\n")
     for name, key, known, what in (
-        ("a", "stranger", "known", "lets nobody in without a password"),
+        ("a", "stranger", "known", "does not accept a login without a password"),
         ("b", "key", "unknown", "its key is not known here"),
         ("c", "key", "changed", "its key is another one than before"),
     ):
@@ -374,7 +374,7 @@ def test_the_stopwatch_needs_nothing_of_ours(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_odd_places_are_refused(on: str) -> None:
-    with pytest.raises(EdgetuneError, match="no place to time a program"):
+    with pytest.raises(EdgetuneError, match="not a valid place to time a program"):
         parsed(on)
 
 

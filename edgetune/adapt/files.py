@@ -31,7 +31,7 @@ _UNSUPPORTED = (
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` for plain peft to load. Returns the folder.
 
-    Layers that trained whole beside the adapter go in as peft's `modules_to_save`.
+    Layers that were trained fully are saved as peft's `modules_to_save`.
     """
     peft, folder = require("peft", "lora"), Path(folder)
     refuse_sharded(model)
@@ -73,7 +73,7 @@ def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
         else:
             break
     if config is None:
-        raise EdgetuneError("the model carries no adapter", action="save before et.finalize, or save the whole model")
+        raise EdgetuneError("the model has no adapter", action="save before et.finalize, or save the whole model")
     model.peft_config = {ADAPTER: config}  # type: ignore[assignment]
     return model, config
 
@@ -89,7 +89,7 @@ def _trained_whole(model: nn.Module) -> list[str]:
     under = trained_under(model)
     if under:
         raise EdgetuneError(
-            f"{', '.join(under[:3])}: trains itself and carries an adapter; an adapter file would lose the first",
+            f"{', '.join(under[:3])}: trains and has an adapter; an adapter file would not contain the trained weight",
             got=f"{len(under)} such layers",
             action="save the whole model, or leave these layers out of the scheme or the targets",
         )
@@ -99,13 +99,15 @@ def _trained_whole(model: nn.Module) -> list[str]:
         if name.startswith(adapted) or not any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
         if not name or any(True for _ in module.children()):
-            raise EdgetuneError(f"{name or 'the model'} owns parameters beside layers; peft cannot save them alone")
+            raise EdgetuneError(
+                f"{name or 'the model'} has parameters outside its layers, which peft cannot save on their own"
+            )
         found.append(name)
     return found
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter in `folder` (ours or plain peft's) on a plain model, in place. Every key is accounted for."""
+    """Load the adapter in `folder`, from edgetune or peft, into a plain model, in place. Every key must be used."""
     peft, folder, outer = require("peft", "lora"), Path(folder), model
     model = held_model(model)
     refuse_distributed(outer)
@@ -138,7 +140,7 @@ def _load(peft: Any, model: nn.Module, state: dict[str, Tensor]) -> None:
     targets = model.state_dict()
     for key, value in whole.items():
         if key not in targets or targets[key].shape != value.shape:
-            raise EdgetuneError("the adapter holds a tensor that this model has no place for", got=key)
+            raise EdgetuneError("the adapter has a tensor that does not belong to any layer of this model", got=key)
         targets[key].copy_(value)
     for name, parameter in model.named_parameters():
         if name.replace(".base_layer.", ".") in whole:

@@ -85,7 +85,7 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], dtype: to
     adapted = {name for name, module in model.named_modules() if is_tuner(module)}
     if adapted != set(chosen):
         odd = sorted(adapted ^ set(chosen))
-        raise EdgetuneError("peft did not adapt the layers that were chosen", got=odd, action="report this model")
+        raise EdgetuneError("peft did not adapt the chosen layers", got=odd, action="report this model")
     checked: set[str] = set()
     for name, plain in chosen.items():
         layer = model.get_submodule(name)
@@ -103,8 +103,8 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], dtype: to
 def _refuse_groups(name: str, layer: nn.Module) -> None:
     if isinstance(layer, _ConvNd) and layer.groups > 1:
         raise EdgetuneError(
-            f"{name} is a convolution in {layer.groups} groups: a low-rank path would join the groups, and no such "
-            "convolution could hold the merged weight",
+            f"{name} is a convolution in {layer.groups} groups: a low-rank path would connect the groups, "
+            "and a grouped convolution could not represent the merged weight",
             got=name,
             action=f'add "{name}" to skip, or train it with et.SparseUpdate',
         )
@@ -129,7 +129,7 @@ def _check_layer(name: str, layer: nn.Module, plain: nn.Module) -> None:
     difference = relative_difference(expected, outputs_of(layer, inputs))
     if difference > rounding_of(expected.dtype):
         raise EdgetuneError(
-            f"{name}: peft's layer does not compute what the plain one does, by {difference:.2g} of its largest value",
+            f"{name}: peft's layer differs from the plain layer, by {difference:.2g} of the largest output value",
             got=type(plain).__name__,
             action=f'add "{name}" to skip',
         )
@@ -165,5 +165,5 @@ def refuse_adapters(model: nn.Module) -> None:
     """Raise where the model carries an adapter of peft's."""
     if any(is_peft(module) for module in model.modules()):
         raise EdgetuneError(
-            "the model already carries an adapter", action="put finalize between the two, or et.finalize(model)"
+            "the model already has an adapter", action="put finalize between the two, or call et.finalize(model)"
         )

@@ -22,12 +22,11 @@ from edgetune.technique import EdgetuneError, Sample, Technique
 
 
 class LoRA(Technique):
-    """Train low-rank side paths on `targets`; the base stays as it is (or as an earlier sparse-update set it).
+    """Train low-rank adapters on `targets`. The base stays frozen, or as an earlier sparse-update left it.
 
-    The side path counts `alpha / rank` times, or `alpha / sqrt(rank)` with `rslora`.
-    `dora` also trains the length of each output row (Liu et al., 2024, arXiv:2402.09353).
-    On a model in 16 bits the side paths train in float32, since a small update is lost in 16 bits; the merged weight
-    has the type of the model again.
+    The adapter is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with `rslora`. `dora` also trains the
+    magnitude of each output row (Liu et al., 2024, arXiv:2402.09353). On a 16-bit model the adapters train in
+    float32, because small updates are lost in 16 bits; the merged weight has the type of the model.
     """
 
     name: ClassVar[str] = "lora"
@@ -36,24 +35,24 @@ class LoRA(Technique):
     leaves: ClassVar[frozenset[str]] = frozenset({"adapter"})
 
     rank: int = Field(8, ge=1)
-    """Inner width of each side path."""
+    """Rank of each adapter."""
     alpha: int = Field(16, ge=1)
-    """Weight of the side path, divided by `rank` (with `rslora` by its square root)."""
+    """Scale of the adapter: `alpha / rank`, or with `rslora` `alpha` divided by the square root of `rank`."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the side path's inputs that training drops at random."""
+    """Share of the adapter's inputs that are dropped at random during training."""
     targets: tuple[str, ...]
-    """Patterns of the layers that get a side path, such as `*.query`."""
+    """Patterns of the layers that get an adapter, such as `*.query`."""
     skip: tuple[str, ...] = ()
-    """Patterns of layers to leave out although `targets` names them."""
+    """Patterns of layers to exclude from `targets`."""
     also_train: tuple[str, ...] = ()
-    """Patterns of layers that train whole, such as a new classifier; they are saved with the adapter."""
+    """Patterns of layers to train fully, such as a new classifier; they are saved with the adapter."""
     rslora: bool = False
     """Divide `alpha` by the square root of `rank`, which suits high ranks."""
     dora: bool = False
-    """Train the length of each output row too (DoRA)."""
+    """Also train the magnitude of each output row (DoRA)."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Put the side paths on, in place."""
+        """Add the adapters, in place."""
         peft = require("peft", "lora")
         refuse_adapters(model)
         chosen = select(model, self.targets, self.skip, accept=can_adapt)
@@ -79,7 +78,7 @@ class LoRA(Technique):
         return model
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """Merge the side paths into plain layers; a 4-bit base becomes a plain linear of the type that it had."""
+        """Merge the adapters into plain layers. A 4-bit base becomes a plain linear layer of its original type."""
         model = merge(model, is_peft)
         if hasattr(model, "peft_config"):
             del model.peft_config
@@ -89,7 +88,8 @@ class LoRA(Technique):
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Keep the adapter in `folder/adapter`, unless layers under it trained too: then it is no part of its own."""
+        """Save the adapter in `folder/adapter`, unless layers under it were trained too and it cannot be used
+        alone."""
         from edgetune.adapt.files import save_adapter, trained_under
 
         if not trained_under(model):

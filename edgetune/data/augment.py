@@ -32,7 +32,7 @@ class Augmented:
         """The pictures as tensors `(batch, channels, height, width)`."""
         pictures = self.encode(inputs, pad_to)
         if not isinstance(pictures, Tensor) or pictures.dim() != 4:
-            raise data_error("data.augment changes pictures, and this encoder gives something else", got=type(pictures))
+            raise data_error("data.augment changes images, but this encoder does not return images", got=type(pictures))
         if "flip" in self.kinds:
             mirrored = torch.rand(len(pictures)) < 0.5
             pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(3), pictures)

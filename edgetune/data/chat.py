@@ -51,7 +51,7 @@ def read_messages(value: Any, answers_only: bool = True) -> Conversation:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError("the messages are text that is no JSON") from error
+            raise ValueError("the messages are text that is not valid JSON") from error
     if isinstance(value, Mapping) and all(isinstance(each, Sequence) for each in value.values()):
         value = [dict(zip(value, each, strict=False)) for each in zip(*value.values(), strict=False)]
     if not isinstance(value, (list, tuple)) or not value:
@@ -62,7 +62,7 @@ def read_messages(value: Any, answers_only: bool = True) -> Conversation:
 def from_pairs(messages: Sequence[tuple[str, str]], answers_only: bool = True) -> Conversation:
     """A conversation of roles and texts. Raises `ValueError` where it has no answer."""
     if not any(role == ANSWERING and content.strip() for role, content in messages):
-        raise ValueError("no message is an answer of the assistant")
+        raise ValueError("there is no message of the assistant")
     return Conversation(tuple(messages), answers_only)
 
 
@@ -72,7 +72,7 @@ def _message(number: int, given: Any) -> tuple[str, str]:
     role = next((given[name] for name in _ROLE_FIELDS if name in given), None)
     content = next((given[name] for name in _CONTENT_FIELDS if name in given), None)
     if role not in _ROLES:
-        raise ValueError(f"message {number} has the role {role!r}, which is none of system, user and assistant")
+        raise ValueError(f"message {number} has the role {role!r}, which is not system, user or assistant")
     if not isinstance(content, str):
         raise ValueError(f"message {number} has {type(content).__name__} as its content, not a string")
     return _ROLES[str(role)], content

@@ -38,7 +38,7 @@ _UNREAD = {  # settings that a kind of source has no use for
 
 
 class DataSettings(Settings):
-    """Where the data come from and how they are split. The split does not depend on the seed of a run."""
+    """The source of the data and how it is split. The split does not depend on the seed."""
 
     whole: ClassVar[bool] = False
 
@@ -47,34 +47,34 @@ class DataSettings(Settings):
     (`csv:FILE`, `jsonl:FILE`, `imagefolder:FOLDER`), `hf:OWNER/NAME` from the Hugging Face hub, or
     `py:FILE.py:FUNCTION`, a function that returns the rows. Paths are relative to the recipe."""
     text: str | tuple[str, ...] = "text"
-    """Column that holds the text, or a list of columns whose texts are put together, one a line. Tables only."""
+    """Column with the text, or a list of columns whose texts are joined with line breaks. Tables only."""
     label: str | None = "label"
-    """Column that holds the class; `null`: there are no classes, the texts train a language model. Tables only."""
+    """Column with the class; `null`: no classes, the texts train a language model. Tables only."""
     messages: str | tuple[str, str] | None = None
-    """Column that holds a conversation, as a list of `{role, content}`, or two columns, a question and its answer. The
-    model's chat template writes them as text, in place of the columns `text` and `label`. Tables only."""
+    """Column with a conversation, as a list of `{role, content}`, or two columns with a question and its answer.
+    The model's chat template turns them into text; the columns `text` and `label` are not used. Tables only."""
     loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of a conversation count in the loss and in the perplexity. `messages` only."""
+    """Which tokens of a conversation count in the loss and the perplexity. `messages` only."""
     label_names: dict[str, str] | None = None
-    """What a label of the table is called, as in `{"0": bad, "1": good}`; two labels of one name are one class.
+    """Names of the labels, as in `{"0": bad, "1": good}`; labels with the same name become one class.
     Tables only."""
     test_file: str | None = None
-    """Rows to test on, in a file of the same kind as the training rows. `csv` and `jsonl` only."""
+    """A separate file with the test rows, in the same format as the training rows. `csv` and `jsonl` only."""
     augment: tuple[Literal["flip", "crop", "colour"], ...] = ()
-    """What may change in a training picture each time it is seen: mirrored, moved by up to an eighth of its width,
-    brighter or darker. Pictures only."""
+    """Random changes to the training images: mirror them, shift them by up to an eighth of their width, make them
+    brighter or darker. Images only."""
     test_pct: float = Field(default=15.0, gt=0, lt=100)
-    """Percentage of the rows held out for testing, where the data have no test set of their own."""
+    """Percentage of the rows held out for testing, if the data has no test set."""
     validation_pct: float = Field(default=10.0, gt=0, lt=100)
-    """Percentage of the rows held out for validation, where the data have no validation set of their own."""
+    """Percentage of the rows held out for validation, if the data has no validation set."""
     train_rows: int | None = Field(default=None, gt=0)
-    """Use only this many training rows, the same ones each time; `null`: all."""
+    """Use only this many training rows, always the same ones; `null`: all."""
     validation_rows: int | None = Field(default=None, gt=0)
     """Use only this many validation rows; `null`: all."""
     test_rows: int | None = Field(default=None, gt=0)
     """Use only this many test rows; `null`: all."""
     max_bad_rows_pct: float = Field(default=1.0, ge=0, le=100)
-    """Stop if more than this percentage of the rows cannot be read; fewer are left out and reported."""
+    """Stop if more than this percentage of the rows cannot be read; otherwise they are skipped and reported."""
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -128,7 +128,9 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.inputs):
-            raise EdgetuneError("as many labels as inputs are needed", got=(len(self.inputs), len(self.labels)))
+            raise EdgetuneError(
+                "the number of labels must equal the number of inputs", got=(len(self.inputs), len(self.labels))
+            )
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -289,7 +291,7 @@ class BadRows:
         share = 100 * len(self.found) / max(total, 1)
         first = self._by_reason()
         if share > self.max_bad_rows_pct:
-            action = "mend these rows, or raise data.max_bad_rows_pct"
+            action = "fix these rows, or raise data.max_bad_rows_pct"
             if sum(reason == NOT_UTF8 for _, reason in self.found) > len(self.found) / 2:
                 action = "save the file as UTF-8; it is probably in Latin-1 or Windows-1252"
             raise data_error(
@@ -371,9 +373,9 @@ def assemble(
             raise data_error(f"{name}: there are no {part} rows", action="give more rows, or change the split")
         if limit is not None and limit > len(rows):
             raise data_error(
-                f"{name}: data.{part}_rows asks for more rows than there are",
+                f"{name}: data.{part}_rows exceeds the number of rows",
                 got=limit,
-                action=f"ask for at most {len(rows)}, or leave data.{part}_rows out",
+                action=f"use at most {len(rows)}, or leave data.{part}_rows out",
             )
         cut.append(rows if limit is None else rows.subset(range(limit)))
     train, validation, test = cut
@@ -392,10 +394,10 @@ def _check_classes(name: str, classes: Sequence[str], train: Rows, others: tuple
         return
     held_out = {n for rows in others for n in rows.labels or ()}
     if any(classes.index(c) in held_out for c in empty):
-        what = f"{name}: classes of the held-out rows that no training row has: {', '.join(empty)}"
+        what = f"{name}: classes that only occur in the held-out rows: {', '.join(empty)}"
     else:
         what = f"{name}: classes without a row: {', '.join(empty)}"
-    raise data_error(what, action="give training rows of every class, leave the class out, or raise data.train_rows")
+    raise data_error(what, action="add training rows of every class, remove the class, or raise data.train_rows")
 
 
 def classes_of(labels: Sequence[str]) -> tuple[str, ...]:

@@ -31,12 +31,12 @@ def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ..
     counts = Counter(labels)
     if len(counts) > _MOST_CLASSES and len(labels) < _ROWS_EACH * len(counts):
         scale = sum(bool(_NUMBER.fullmatch(label)) for label in counts) > len(counts) / 2
-        kind = "numbers on a scale: that is regression, which is not supported" if scale else "no classes"
+        kind = "numbers on a scale, which would be regression and is not supported" if scale else "no classes"
         values = f"{len(counts):,} different values in {len(labels):,} rows"
         raise data_error(
             f"{name}: the column {column!r} has {values}, so they are {kind}",
             got=", ".join(list(counts)[:3]) + " ...",
-            action="set data.label to a column of classes, or put the values into a few classes first",
+            action="set data.label to a column of classes, or group the values into a few classes first",
         )
     notes = []
     if all(_DATE.fullmatch(label) for label in counts):
@@ -54,6 +54,6 @@ def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ..
     if len(counts) > 1:
         (most, rows), (least, few) = counts.most_common()[0], counts.most_common()[-1]
         if rows >= _SKEWED * few:
-            advice = "train.class_weights: balanced counts each class alike"
+            advice = "train.class_weights: balanced gives each class the same weight"
             notes.append(f"{rows:,} rows are {most!r} and {few:,} are {least!r}: {advice}")
     return tuple(notes)

@@ -23,14 +23,14 @@ from edgetune.data.dataset import (
 from edgetune.own_code import PREFIX, call_own
 
 _PARTS = ("train", "validation", "test")
-_TEXTS = ("text", "conversation")  # kinds of rows; the others are pictures
-_FORM = 'return a list of (text or picture, label), or {"train": [...], "validation": [...], "test": [...]}'
+_TEXTS = ("text", "conversation")  # kinds of rows; the others are images
+_FORM = 'return a list of (text or image, label), or {"train": [...], "validation": [...], "test": [...]}'
 
 
 def own_splits(argument: str, settings: DataSettings) -> Dataset:
     """What `splits()` returns: rows `(input, label)`, in one list or in one for each part; parts not given are cut.
 
-    An input is a text, the path of a picture, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
+    An input is a text, the path of an image, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
     are of one kind, arrays of one size. A label is a string or a whole number; for a language model rows are texts, or
     conversations as lists of `{role, content}`.
     """
@@ -58,7 +58,7 @@ def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Rec
         action = "return the pairs of two columns: list(zip(frame.text, frame.label))"
         raise data_error(f"{source}: {part} is a data frame, not a list of rows", action=action)
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
-        raise data_error(f"{source}: {part} is no list of rows", got=type(rows).__name__, action=_FORM)
+        raise data_error(f"{source}: {part} is not a list of rows", got=type(rows).__name__, action=_FORM)
     records = []
     for number, row in enumerate(rows):
         pair = isinstance(row, (tuple, list)) and len(row) == 2 and not is_messages(row)
@@ -84,7 +84,7 @@ def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
             raise data_error(f"{place} is an empty text")
         return value, "text"
     if isinstance(value, Path):
-        return value, "path of a picture"
+        return value, "path of an image"
     if hasattr(value, "convert"):  # a picture of Pillow
         return np.asarray(value.convert("RGB")), "picture"
     if isinstance(value, Mapping):
@@ -92,8 +92,8 @@ def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
     array = np.asarray(value)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         shape = f"{array.dtype} {array.shape}"
-        action = "give a text, a path, a picture of Pillow, or an array of bytes (height, width[, 3])"
-        raise data_error(f"{place} is no text and no picture", got=shape, action=action)
+        action = "give a text, a path, a Pillow image, or a uint8 array (height, width[, 3])"
+        raise data_error(f"{place} is neither a text nor an image", got=shape, action=action)
     return array, "picture"
 
 
@@ -101,9 +101,9 @@ def _assembled(
     source: str, parts: Mapping[str, list[Record]], kind: str, labelled: bool, settings: DataSettings
 ) -> Dataset:
     if not labelled and kind not in _TEXTS:
-        raise data_error(f"{source} returns pictures without a label", action=_FORM)
+        raise data_error(f"{source} returns images without a label", action=_FORM)
     if labelled and kind == "conversation":
-        raise data_error(f"{source} returns conversations with a label", action="return the messages alone")
+        raise data_error(f"{source} returns conversations with a label", action="return only the messages")
     classes = classes_of([str(label) for part in parts.values() for _, label, _ in part]) if labelled else ()
     number = {label: n for n, label in enumerate(classes)}
 
@@ -113,7 +113,7 @@ def _assembled(
             shapes = sorted({value.shape for value in inputs})
             if len(shapes) > 1:
                 action = "resize them to one size, or give paths"
-                raise data_error(f"{source} returns pictures of several sizes", got=shapes[:3], action=action)
+                raise data_error(f"{source} returns images of several sizes", got=shapes[:3], action=action)
             inputs = np.stack(inputs)
         return Rows(inputs, [number[str(label)] for _, label, _ in part] if labelled else None)
 

@@ -162,13 +162,15 @@ def _existing(argument: str, kind: str) -> Path:
     path = Path(argument).expanduser()
     written = SUFFIXES.get(path.suffix.lower(), kind)
     if written != kind:
-        raise data_error(f"{kind} reads no {path.suffix} files", got=f"{kind}:{argument}", near=f"{written}:{argument}")
+        raise data_error(
+            f"{kind} does not read {path.suffix} files", got=f"{kind}:{argument}", near=f"{written}:{argument}"
+        )
     if not path.is_file():
         raise data_error(
-            f"the file {path} does not exist" if not path.exists() else f"{path} is no file",
+            f"the file {path} does not exist" if not path.exists() else f"{path} is not a file",
             got=path.name,
             near=nearest_file(path),
-            action="paths in a recipe are relative to the recipe, on the command line to the folder you are in",
+            action="paths in a recipe are relative to the recipe, on the command line relative to the current folder",
         )
     return path
 
@@ -194,7 +196,7 @@ def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], s
         try:
             cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
         except csv.Error as error:
-            raise data_error(f"{path.name} has no header that can be read ({error})") from error
+            raise data_error(f"{path.name} has no readable header ({error})") from error
         found.append(([name.strip() for name in cells], delimiter))
     header, delimiter = max(found, key=lambda item: sum(name in item[0] for name in _wanted(settings)))
     _check_columns(path.name, header, settings)
@@ -232,7 +234,7 @@ def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[t
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise data_error(
-                    f"{path.name}: a quoted field in the row that begins on line {begins} is never closed",
+                    f"{path.name}: a quoted field in the row that starts on line {begins} is never closed",
                     action="close the quote, or double it if it is part of the text",
                 ) from error
             yield begins, str(error)
@@ -301,7 +303,7 @@ def _named(label: str, settings: DataSettings) -> str:
         return label
     if label not in names:
         raise data_error(
-            "data.label_names leaves out a label of the table",
+            "data.label_names lacks a label of the table",
             got=label,
             allowed=sorted(names),
             action=f"add it, as in {{{label}: its name}}",
@@ -331,14 +333,14 @@ def _finish(
         return Rows([text for text, _ in records], [number[label] for _, label in records] if settings.label else None)
 
     if not train:
-        raise data_error(f"{name} holds no rows")
+        raise data_error(f"{name} contains no rows")
     keys = [text.key if isinstance(text, Conversation) else " ".join(text.split()).lower() for text, _ in train]
     given = rows(train)
     copies = len(keys) - len(set(keys))
     if copies and settings.messages is not None:
-        notes = (*notes, f"{copies:,} conversations begin like another one; such stand on one side of the split")
+        notes = (*notes, f"{copies:,} conversations start like another one; these are put into the same split")
     elif copies:
-        notes = (*notes, f"{copies:,} texts are copies of others; copies stand on one side of the split")
+        notes = (*notes, f"{copies:,} texts are copies of others; copies are put into the same split")
     task: Task = "text-classification" if settings.label else "causal-lm"
     if not others:
         return assemble(name, task, classes, split_rows(keys, given, settings), settings, notes)
@@ -350,13 +352,13 @@ def _finish(
     shared = sum(text in train_texts for text, _ in others.get("test", ()))
     if shared:
         kind = "texts" if settings.messages is None else "conversations"
-        notes = (*notes, f"{shared:,} test {kind} also stand among the training rows")
+        notes = (*notes, f"{shared:,} test {kind} are also among the training rows")
     return assemble(name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
 
 
 def _load_hub(argument: str) -> dict[str, Any]:
     if not argument:
-        raise data_error("hf needs the id of a data set or a folder", action="write source: hf:owner/name")
+        raise data_error("hf: needs a data set id or a folder", action="write source: hf:owner/name")
     datasets = require("datasets", "a data set of the Hugging Face hub")
     folder = Path(argument).expanduser()
     name, _, configuration = (argument, "", "") if folder.exists() else argument.partition(":")
@@ -367,8 +369,8 @@ def _load_hub(argument: str) -> dict[str, Any]:
             else:
                 loaded = datasets.load_dataset(str(folder) if folder.exists() else name, configuration or None)
         except (OSError, ValueError) as error:
-            why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})" if silence else error
-            action = "check the id and the network, or give the path of a folder on this disk"
+            why = f"it is not on this disk, and the Hugging Face hub does not respond ({silence})" if silence else error
+            action = "check the id and the network, or give the path of a local folder"
             raise data_error(f"the data set {argument} could not be loaded: {why}", action=action) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 

@@ -23,7 +23,7 @@ def balanced_weights(task: Task, dataset: Dataset) -> Tensor:
     """
     if task == "causal-lm" or dataset.train.labels is None:
         raise EdgetuneError(
-            "class_weights are for classes, and a language model has none", action="leave out train.class_weights"
+            "class_weights needs classes, and a language model has none", action="leave out train.class_weights"
         )
     counts = torch.bincount(torch.tensor(dataset.train.labels), minlength=len(dataset.classes)).float()
     return len(dataset.train) / (len(dataset.classes) * counts)
@@ -64,7 +64,7 @@ def quality(task: Task, model: nn.Module, split: Split, batch_size: int = 64) ->
             total += int((logits.argmax(1) == labels).sum())
             count += len(labels)
     if not count:
-        raise EdgetuneError("there is nothing to measure quality on", got=f"{len(split)} rows")
+        raise EdgetuneError("there are no rows to measure quality on", got=f"{len(split)} rows")
     if task == "causal-lm":
         # above e^700 a float ends; such a model is broken and the number says so
         return Quality(metric="perplexity", value=math.exp(min(total / count, 700.0)), rows=len(split))
@@ -105,7 +105,7 @@ def _outputs(task: Task, model: nn.Module, split: Split, batch_size: int) -> Ite
         if not torch.isfinite(logits).all():
             raise EdgetuneError(
                 "the model's outputs are not finite numbers",
-                action="look at the step before: a learning rate that is too high, or a quantization that overflows",
+                action="check the previous step for a high learning rate or an overflowing quantization",
                 exit_code=Exit.DATA,
             )
         yield (indices, *_aligned(task, logits, labels))

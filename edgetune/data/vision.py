@@ -50,7 +50,7 @@ def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
     keys = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(train.inputs)]
     rest, validation = split_indices(keys, train.labels, settings, ("validation",))
     shared = len({hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(test.inputs)} & set(keys))
-    copies = (f"{shared:,} test pictures also stand among the training rows",) if shared else ()
+    copies = (f"{shared:,} test images are also among the training rows",) if shared else ()
     notes = ("the official test set", *copies)
     parts = (train.subset(rest), train.subset(validation), test)
     return assemble("fashion-mnist", "image-classification", _FASHION_CLASSES, parts, settings, notes)
@@ -75,7 +75,7 @@ def _idx_pair(folder: Path, part: str, rows: int) -> tuple[Any, list[int]]:
     pictures = _idx(folder / f"{part}-images-idx3-ubyte.gz", (rows, 28, 28))
     labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", (rows,))
     if labels.max() >= len(_FASHION_CLASSES):
-        raise data_error(f"{part}-labels-idx1-ubyte.gz holds a class that does not exist", got=int(labels.max()))
+        raise data_error(f"{part}-labels-idx1-ubyte.gz contains a class that does not exist", got=int(labels.max()))
     return pictures, labels.tolist()
 
 
@@ -86,17 +86,17 @@ def _idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise data_error(f"{path} is missing", action="apt-get install --reinstall dataset-fashion-mnist") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise data_error(f"{path} cannot be unpacked: {error}", action="fetch the file again") from error
+        raise data_error(f"{path} cannot be unpacked: {error}", action="download the file again") from error
     begin = 4 + 4 * len(shape)
     if len(content) < begin or content[:4] != bytes((0, 0, 8, len(shape))):
-        raise data_error(f"{path} is no IDX file of bytes with {len(shape)} dimensions", got=content[:4].hex())
+        raise data_error(f"{path} is not an IDX file of bytes with {len(shape)} dimensions", got=content[:4].hex())
     sizes = struct.unpack(f">{len(shape)}I", content[4:begin])
     if sizes != shape or len(content) - begin != np.prod(shape):
         raise data_error(
-            f"{path} holds other sizes than expected: {sizes} and {len(content) - begin} bytes",
+            f"{path} has an unexpected size: {sizes} and {len(content) - begin} bytes",
             got="x".join(map(str, sizes)),
             allowed=["x".join(map(str, shape))],
-            action="fetch the file again",
+            action="download the file again",
         )
     return np.frombuffer(content, dtype=np.uint8, offset=begin).reshape(shape)
 
@@ -114,9 +114,9 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
     if not folder.is_dir():
         near = nearest_file(folder, folders=True)
         raise data_error(
-            f"{folder} is no folder",
+            f"{folder} is not a folder",
             near=f"imagefolder:{folder.with_name(near)}" if near else "",
-            action="give a folder that holds one folder for each class",
+            action="give a folder with one folder for each class",
         )
     inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     parts = {_PARTS[name]: path for name, path in inside.items() if name in _PARTS}
@@ -127,7 +127,7 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
     elif "train" not in parts or set(inside) - set(_PARTS):
         raise data_error(
             f"{folder} holds {', '.join(inside)}",
-            action="give either class folders, or train, validation and test folders that hold the class folders",
+            action="give either class folders, or train, validation and test folders that contain the class folders",
         )
     names = {part: _folders(path) for part, path in parts.items()}
     classes = tuple(sorted(set().union(*names.values())))
@@ -137,8 +137,8 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
     for label in classes:
         if not counted[label]:
             raise data_error(
-                f"the class folder {label} holds no picture",
-                action=f"give it pictures ({', '.join(_SUFFIXES)}), or remove the folder",
+                f"the class folder {label} contains no image",
+                action=f"put images into it ({', '.join(_SUFFIXES)}), or remove the folder",
             )
     notes = bad.notes(sum(counted.values()), folder.name)
     return _image_parts(folder.name, classes, read, settings, notes)
@@ -202,7 +202,7 @@ def _check_bits(image: Any) -> None:
     """Raise `ValueError` for more than 8 bits a channel: Pillow makes white of most such values, or black."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         bits = "16 bits" if image.mode.startswith("I;") else "32 bits"
-        raise ValueError(f"it has {bits} a channel, and 8 are read: save it with 8")
+        raise ValueError(f"it has {bits} per channel, but only 8 are supported: save it with 8")
 
 
 def _image_parts(
@@ -222,7 +222,7 @@ def _image_parts(
         given.update({part: train.subset(found) for part, found in zip(lacking, cut[1:], strict=True)})
         shared = len(set(keys) & set(read["test"][1])) if "test" in read else 0
         if shared:
-            notes = (*notes, f"{shared:,} test pictures also stand among the training rows")
+            notes = (*notes, f"{shared:,} test images are also among the training rows")
         parts = (train.subset(cut[0]), given["validation"], given["test"])
     return assemble(name, "image-classification", classes, parts, settings, notes)
 

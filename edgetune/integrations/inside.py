@@ -21,7 +21,7 @@ def announce(root: nn.Module) -> str:
     names = [technique.name for module in root.modules() for technique in opened(module)]
     if not names:
         raise EdgetuneError(
-            "no technique is open on this model", action="call et.apply(model, [...]) before the training"
+            "no technique is applied to this model", action="call et.apply(model, [...]) before the training"
         )
     total = sum(parameter.numel() for parameter in root.parameters())
     trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
@@ -38,5 +38,6 @@ def finalize_inside(root: nn.Module) -> None:
     """Finalize `root` and every module in it that has open techniques, in place."""
     if held_model(finalize(root)) is not held_model(root):
         raise EdgetuneError(
-            "the model itself is a layer that is replaced", action="leave the callback out and call et.finalize"
+            "the model itself is a layer that edgetune must replace",
+            action="leave out the callback and call et.finalize",
         )

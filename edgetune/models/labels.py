@@ -23,7 +23,7 @@ def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep:
         raise EdgetuneError(
             f"the head of {source} has {len(own)} classes ({shortened(own)}), the data {len(classes)}",
             got=shortened(classes),
-            action=f"give data of the checkpoint's classes, or {anew}",
+            action=f"use data with the classes of the checkpoint, or {anew}",
         )
     if all(name == f"LABEL_{index}" for index, name in enumerate(own)):
         return _by_number(source, own, classes, keep, anew)
@@ -31,9 +31,9 @@ def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep:
     if len(by_name) == len(classes) and {_folded(name) for name in own} == set(by_name):
         return {name: by_name[_folded(name)] for name in own}
     raise EdgetuneError(
-        f"the head of {source} is for other classes than the data's: {shortened(own)}",
+        f"the head of {source} has other classes than the data: {shortened(own)}",
         got=shortened(classes),
-        action=f"name the data's classes as the checkpoint does, or {anew}",
+        action=f"rename the classes of the data to those of the checkpoint, or {anew}",
     )
 
 
@@ -46,10 +46,9 @@ def _by_number(source: str, own: Sequence[str], classes: Sequence[str], keep: bo
     if keep:
         return {name: name for name in classes}
     raise EdgetuneError(
-        f"the head of {source} does not say which classes its outputs are: they are called {shortened(own, 2)}",
+        f"the head of {source} does not name its classes: they are called {shortened(own, 2)}",
         got=shortened(classes),
-        action=f"name them in its config (id2label), write head: keep if they are in the order "
-        f"{shortened(classes)}, or {anew}",
+        action=f"name them in its config (id2label), set head: keep if their order is {shortened(classes)}, or {anew}",
     )
 
 

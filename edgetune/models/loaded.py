@@ -20,27 +20,28 @@ from edgetune.technique import EdgetuneError, Settings
 
 
 class ModelSettings(Settings):
-    """Which model, and in which form it takes its inputs."""
+    """The model, and the form of its inputs."""
 
     source: str
     """A model that comes with edgetune (`minilm`, `smollm2`, `effnet-lite0`), `hf:OWNER/NAME` from the Hugging Face
-    hub or `hf:FOLDER` on this disk, `timm:NAME`, or `py:FILE.py:FUNCTION`, a function that builds the module. Paths
+    hub, a local `hf:FOLDER`, `timm:NAME`, or `py:FILE.py:FUNCTION`, a function that builds the module. Paths
     are relative to the recipe."""
     max_length: int = Field(default=64, ge=8, le=8192)
-    """Length of a text in tokens; longer texts are cut."""
+    """Maximum length of a text, in tokens; longer texts are truncated."""
     image_px: int = Field(default=112, ge=8, le=2048)
     """Width and height of an image, in pixels."""
     image_channels: Literal[1, 3] = 3
-    """Channels of an image: 3, red, green and blue, which a grey image fills with the same values; 1, grey. 1 for
-    `timm` and `py` only."""
+    """Channels of an image. 3: RGB; a greyscale image gets the same values in all channels. 1: greyscale; `timm`
+    and `py` only."""
     layers: int | None = Field(default=None, ge=1)
-    """Keep only this many blocks, from the first, for quick trials; `null`: all. `smollm2` only."""
+    """Keep only the first blocks, this many, for quick experiments; `null`: all. `smollm2` only."""
     pretrained: bool = True
-    """`false`: random weights, for trials of shape, size and speed. `hf` and `timm` only."""
+    """`false`: random weights, to test shapes, size and speed. `hf` and `timm` only."""
     head: Literal["keep", "new"] | None = None
-    """What becomes of a trained classifier's head. `null`: it is kept if its classes have the names of the data's
-    classes. `new`: a new one is drawn. `keep`: it stays although it does not name its classes; they are the data's,
-    in the data's order. A model without a trained head gets a new one in any case. `hf` and `timm` only."""
+    """What to do with the trained head of a classifier. `null`: keep it if its classes have the same names as those
+    of the data. `new`: start with a new head. `keep`: keep a head that does not name its classes; they are taken
+    from the data, in the order of the data. A model without a trained head always gets a new one. `hf` and
+    `timm` only."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
                 raise
             why = str(error).splitlines()[0]
             if silence:
-                why = f"it is not on this disk, and the Hugging Face hub does not answer ({silence})"
+                why = f"it is not on this disk, and the Hugging Face hub does not respond ({silence})"
             near = nearest_file(Path(name).expanduser(), folders=True)
-            action = "check the id and the network, or give the path of a folder on this disk"
+            action = "check the id and the network, or give the path of a local folder"
             if Path(name).expanduser().is_dir():
-                action = "give a folder that save_pretrained wrote: config.json, the weights, the tokenizer"
+                action = "give a folder written by save_pretrained: config.json, the weights, the tokenizer"
             raise EdgetuneError(
                 f"the model {source} could not be loaded: {why}",
                 near=f"hf:{Path(name).with_name(near)}" if near else "",
@@ -129,7 +130,7 @@ def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
 def no_argument(model: str, argument: str) -> None:
     """Raises if something follows the colon of a model that takes nothing there."""
     if argument:
-        raise EdgetuneError(f"{model} takes nothing after a colon", got=argument, action=f"write source: {model}")
+        raise EdgetuneError(f"{model} takes no argument after a colon", got=argument, action=f"write source: {model}")
 
 
 def takes_no(model: str, settings: ModelSettings, *names: str) -> None:
@@ -143,7 +144,7 @@ def room_for(max_length: int, positions: int | None) -> None:
     """Raises if texts could have more tokens than the model has positions."""
     if positions is not None and max_length > positions:
         raise EdgetuneError(
-            "model.max_length is more than the model has positions for",
+            "model.max_length exceeds the positions of the model",
             got=max_length,
             action=f"set model.max_length to at most {positions}",
         )

@@ -31,7 +31,9 @@ def module_of(source: str, built: Any) -> tuple[nn.Module, Any]:
     model, encode = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise EdgetuneError(
-            f"{source} returns no module", got=type(model).__name__, action="return an nn.Module, or (module, encode)"
+            f"{source} does not return a module",
+            got=type(model).__name__,
+            action="return an nn.Module, or (module, encode)",
         )
     return model, encode
 
@@ -39,14 +41,14 @@ def module_of(source: str, built: Any) -> tuple[nn.Module, Any]:
 def _encoder(source: str, encode: Any, settings: ModelSettings, dataset: Dataset) -> Any:
     if hasattr(encode, "tokenize") or hasattr(encode, "pad_token_id"):
         if encode.pad_token_id is None:
-            raise EdgetuneError("the tokenizer has no token for padding", action="set tokenizer.pad_token")
+            raise EdgetuneError("the tokenizer has no padding token", action="set tokenizer.pad_token")
         return TextEncoder(encode, settings.max_length)
     if encode is not None:
         if not callable(encode):
-            action = "return a function, or a tokenizer of transformers"
-            raise EdgetuneError(f"{source} returns an encoder that cannot be called", got=encode, action=action)
+            action = "return a function, or a transformers tokenizer"
+            raise EdgetuneError(f"{source} returns an encoder that is not callable", got=encode, action=action)
         return encode
     if dataset.task != "image-classification":
         action = "return (module, tokenizer), or (module, encode) with encode(texts, pad_to) -> tensors"
-        raise EdgetuneError(f"{source} gives no way from a text to the model's inputs", action=action)
+        raise EdgetuneError(f"{source} does not return an encoder from texts to model inputs", action=action)
     return ImageEncoder(settings.image_px, (0.0,) * settings.image_channels, (255.0,) * settings.image_channels)

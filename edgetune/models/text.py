@@ -115,7 +115,7 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
 def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """A text classifier or a causal language model by its id on the hub, or by a folder that holds it."""
     if not argument:
-        raise EdgetuneError("hf needs the id of a model or a folder", action="write source: hf:owner/name")
+        raise EdgetuneError("hf: needs a model id or a folder", action="write source: hf:owner/name")
     only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
     takes_no(f"hf:{argument}", settings, "layers", "image_px", "image_channels")
     transformers = require("transformers", f"the model hf:{argument}")
@@ -141,7 +141,7 @@ def give_padding(source: str, tokenizer: Any, config: Any) -> None:
     """Language models often have no token for padding: the end token serves, since the mask hides it."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise EdgetuneError(f"hf:{source} has neither a padding nor an end token, so rows cannot be put together")
+            raise EdgetuneError(f"hf:{source} has neither a padding nor an end token, so rows cannot be batched")
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -177,7 +177,7 @@ def _classifier(
     own, problem, says = names_of_outputs(config), config.problem_type, config.architectures or ()
     if not settings.pretrained:
         if settings.head == "keep":
-            raise EdgetuneError("random weights hold no trained head to keep", action="leave out model.head")
+            raise EdgetuneError("random weights have no trained head to keep", action="leave out model.head")
         _name_outputs(config, classes)
         return kind.from_config(config, dtype=torch.float32), ("random weights",), None
     if settings.head != "new" and any(name.endswith("ForSequenceClassification") for name in says):
@@ -193,8 +193,8 @@ def _classifier(
         checkpoint = _read(kind, source, config)
         return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
     if settings.head == "keep":
-        action = "leave out model.head: a new one is drawn"
-        raise EdgetuneError(f"hf:{source} holds no trained head of a text classifier to keep", got=says, action=action)
+        action = "leave out model.head: the head is then new"
+        raise EdgetuneError(f"hf:{source} has no trained text-classification head to keep", got=says, action=action)
     redrawn = checkpoint.head - checkpoint.missing - checkpoint.mismatched  # of another task, or not wanted
     if redrawn:
         fresh = kind.from_config(config, dtype=torch.float32).state_dict()
@@ -207,13 +207,13 @@ def _matched(
 ) -> dict[str, str]:
     if problem not in (None, "single_label_classification"):
         action = f"write model: {{source: hf:{source}, head: new}} in the recipe, to train a new head"
-        raise EdgetuneError(f"the head of hf:{source} does not choose one class of several", got=problem, action=action)
+        raise EdgetuneError(f"the head of hf:{source} does not predict exactly one class", got=problem, action=action)
     return match_classes(f"hf:{source}", own, classes, settings.head == "keep")
 
 
 def _unnamed(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
     """What a report has to say where classes were not matched by name."""
-    taken = f"the outputs of the checkpoint's head are taken as the classes {', '.join(matched)}: it does not name them"
+    taken = f"the checkpoint does not name its classes; they are assumed to be {', '.join(matched)}"
     return () if own == tuple(matched) else (taken,)
 
 
@@ -247,7 +247,7 @@ class _Checkpoint:
         """What a report has to say of new weights."""
         new = sorted(self.missing | self.mismatched)
         notes = [f"new weights, not in the checkpoint: {', '.join(new)}"] if new else []
-        notes += [f"new weights in place of the checkpoint's: {', '.join(sorted(redrawn))}"] if redrawn else []
+        notes += [f"new weights instead of those of the checkpoint: {', '.join(sorted(redrawn))}"] if redrawn else []
         return tuple(notes)
 
 

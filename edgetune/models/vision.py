@@ -37,7 +37,7 @@ class ImageEncoder:
     def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Tensor:
         """`pad_to` is for texts, and has no meaning here."""
         if pad_to is not None:
-            raise EdgetuneError("pictures are not padded", got=pad_to)
+            raise EdgetuneError("images are not padded", got=pad_to)
         grey = len(self.mean) == 1
         array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, self.image_px, grey)
         array = luma(array) if grey and array.ndim == 4 else array
@@ -107,7 +107,7 @@ def timm_with(name: str) -> Any:
 def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """A model of timm by its name, with a new head; pictures are normalized as its own settings say."""
     if not argument:
-        raise EdgetuneError("timm needs the name of a model", action="write source: timm:mobilenetv4_conv_small")
+        raise EdgetuneError("timm: needs a model name", action="write source: timm:mobilenetv4_conv_small")
     only(("image-classification",), f"timm:{argument}", dataset.task)
     takes_no(f"timm:{argument}", settings, "layers", "max_length")
     timm = timm_with(argument)
@@ -123,7 +123,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
     fixed = config["input_size"][1]
     if getattr(model, "patch_embed", None) is not None and settings.image_px != fixed:
         raise EdgetuneError(
-            f"timm:{argument} takes pictures of {fixed} pixels only",
+            f"timm:{argument} only accepts images of {fixed} pixels",
             got=settings.image_px,
             action=f"set model.image_px to {fixed}",
         )
@@ -147,8 +147,10 @@ def _trained_classes(
     config = getattr(model, "pretrained_cfg", None) or {}
     if not settings.pretrained or config.get("num_classes") != len(classes):
         if settings.head == "keep":
-            action = "leave out model.head: a new one is drawn"
-            raise EdgetuneError(f"{source} has no trained head for so many classes", got=len(classes), action=action)
+            action = "leave out model.head: the head is then new"
+            raise EdgetuneError(
+                f"{source} has no trained head for this number of classes", got=len(classes), action=action
+            )
         return None
     if settings.head == "new":
         model.reset_classifier(len(classes))
@@ -161,7 +163,7 @@ _SIZES_PX = (48, 64, 96, 112, 128, 160, 192, 224, 256, 384, 512)
 
 
 def check_takes_pictures(name: str, model: nn.Module, example: Tensor, least_batch: int | None) -> None:
-    """Raise unless `model` takes pictures of the size of `example`, `(1, channels, image_px, image_px)`.
+    """Raise unless `model` accepts images of the size of `example`, `(1, channels, image_px, image_px)`.
 
     `least_batch`: rows of the smallest batch that a training has; `None` where nothing is trained. A network that
     halves its pictures five times leaves one value of each channel of a small one, of which a batch norm in training
@@ -184,13 +186,13 @@ def check_takes_pictures(name: str, model: nn.Module, example: Tensor, least_bat
         return
     if least_batch == 1 and works(image_px, 2, training=True):
         raise EdgetuneError(
-            "a training with batches of one row, of which a batch norm sees one value for each channel",
+            "a batch norm cannot train on batches of one row with one value per channel",
             got=f"model.image_px {image_px}",
             action="set train.batch_size to 2 or more, or raise model.image_px",
         )
     enough = next((size for size in _SIZES_PX if size > image_px and fits(size)), None)
     raise EdgetuneError(
-        f"{name} takes no pictures of this size",
+        f"{name} does not accept images of this size",
         got=f"model.image_px {image_px}",
-        action=f"set model.image_px to {enough}" if enough else "choose another model, or other pictures",
+        action=f"set model.image_px to {enough}" if enough else "choose another model or other images",
     )

@@ -39,9 +39,10 @@ class Profile:
 def profile(
     artifact: Artifact | LanguageArtifact | str | Path, device: str | Device = "pixel-8", *, measure: bool = False
 ) -> Profile:
-    """Predict the cost of a program on a device; for `host`, or with `measure`, also run it here.
+    """Predict the latency and memory of a program on a device. For `host`, or with `measure`, also time it on this
+    host.
 
-    `artifact`: what `export` or `export_language` returned, or the path of its `.pte`. Raises `EdgetuneError` for an
+    `artifact`: the result of `export` or `export_language`, or the path of its `.pte`. Raises `EdgetuneError` for an
     unknown device, and for `host` before `edgetune devices calibrate` has described it.
     """
     described = device if isinstance(device, Device) else load(device)

@@ -23,7 +23,7 @@ def add(path: Path, *, replace: bool = False) -> Path:
     """
     if path.suffix != SUFFIX:
         raise EdgetuneError(
-            "what is added is a .yaml file",
+            "a device is added from a .yaml file",
             got=str(path),
             action="name a file, or start one with `edgetune devices add --like pixel-8 NAME`",
         )
@@ -46,7 +46,9 @@ def copy(like: str, name: str, *, replace: bool = False) -> Path:
     calibration is left out, for it was fitted to that device alone.
     """
     if not re.fullmatch(ID, name):
-        raise EdgetuneError("an id is small letters, digits and single hyphens", got=name, action="as in my-phone")
+        raise EdgetuneError(
+            "an id consists of lower-case letters, digits and single hyphens", got=name, action="as in my-phone"
+        )
     content, where = read(like)
     original = parse(content, where)
     target = _free(name, replace)
@@ -80,12 +82,10 @@ def _free(name: str, replace: bool) -> Path:
             f"{HOST!r} is this machine", action="run `edgetune devices calibrate`, or give the file another id"
         )
     if name in shipped():
-        raise EdgetuneError(f"device {name!r} is shipped with edgetune", action="give the descriptor another id")
+        raise EdgetuneError(f"device {name!r} is part of edgetune", action="give the descriptor another id")
     there = own().get(name)
     if there is not None and not replace:
-        raise EdgetuneError(
-            f"there is a device {name!r} already: {there}", action="add --replace, or choose another id"
-        )
+        raise EdgetuneError(f"device {name!r} already exists: {there}", action="add --replace, or choose another id")
     return user_folder() / (name + SUFFIX)
 
 
@@ -96,8 +96,10 @@ def _write(target: Path, text: str, calibration: calibrations.Calibration | None
         target.parent.mkdir(parents=True, exist_ok=True)
         beside.unlink(missing_ok=True)  # first: numbers are never predicted with the rates of others
     except OSError as error:
-        what = f"the folder of your own devices cannot be written: {error.strerror or error}"
-        raise EdgetuneError(what, got=str(target.parent), action="set XDG_CONFIG_HOME to a folder of yours") from error
+        what = f"cannot write to the folder of your devices: {error.strerror or error}"
+        raise EdgetuneError(
+            what, got=str(target.parent), action="set XDG_CONFIG_HOME to a folder that you can write to"
+        ) from error
     write_whole(target, text)
     if calibration is not None:
         calibrations.write(beside, calibration)

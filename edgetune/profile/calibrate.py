@@ -156,7 +156,7 @@ def _judged(found: Fit, timed: Sequence[Timed]) -> list[float]:
     errors = networks or list(found.errors.values())
     if not errors:
         raise EdgetuneError(
-            "no kernel was timed in two programs: the error cannot be told",
+            "no kernel was timed in two programs, so the error cannot be estimated",
             action="time more programs",
             exit_code=Exit.EXPORT,
         )

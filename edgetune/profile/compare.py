@@ -113,7 +113,7 @@ def _once(devices: Sequence[str | Device]) -> tuple[str | Device, ...]:
         if device not in found:
             found.append(device)
     if not found:
-        raise EdgetuneError("no device is named", action="name one, or leave --devices out for all")
+        raise EdgetuneError("no device is named", action="name one, or omit --devices to compare all")
     return tuple(found)
 
 
@@ -132,7 +132,7 @@ def _line(artifact: Artifact | LanguageArtifact, device: Device) -> Line:
         family=device.family,
         predicted=predicted,
         fits=None if unknown else not reasons,
-        why="its memory is unknown" if unknown else "; ".join(reasons),
+        why="memory size unknown" if unknown else "; ".join(reasons),
         speech=_speech(predicted, artifact.manifest.prefill_tokens) if len(predicted) > 1 else None,  # type: ignore[union-attr]
     )
 
@@ -159,29 +159,32 @@ def _notes(target: str, lines: Sequence[Line], prefill_tokens: int | None) -> tu
     """What holds for the whole table."""
     found = [line.predicted[0] for line in lines if line.predicted]
     said = [
-        "Every figure is predicted from a device descriptor, for the CPU and the threads given; none was measured.",
-        "What else a device has (GPU, NPU) is not predicted. Energy is an order of magnitude.",
+        "All values are predicted from device descriptors, for the CPU with the threads shown. None was measured.",
+        "GPUs and NPUs are not predicted. Energy is an order-of-magnitude estimate.",
     ]
     bands = sorted({one.band_pct for one in found if one.band_pct is not None})
     if bands:
         shares = " or ".join(f"{band:g} %" for band in bands)
-        said.append(f"A range is meant to hold {shares} of programs; without a stated share, it was never checked.")
+        unchecked = " Some were never validated." if any(one.band_pct is None for one in found) else ""
+        said.append(f"The intervals are designed to cover {shares} of programs.{unchecked}")
     if prefill_tokens is not None:
         said.append(
-            f"Latency, energy: of one token after {prefill_tokens}. First token: a prompt of {prefill_tokens} tokens "
-            "is read. Cold: the program is loaded before that."
+            f"Latency and energy are those of one token after {prefill_tokens} tokens. The time to the first token is "
+            f"for a prompt of {prefill_tokens} tokens. A cold start also loads the program."
         )
     if target not in CPU_TARGETS and found:
-        said.append(f"Computed for the CPU cores: what {target} runs on other hardware is not predicted.")
+        said.append(f"Computed for the CPU cores: {target} on other hardware is not predicted.")
     return tuple(said)
 
 
 # the first to go where the terminal is too narrow for all
-_SPARED = ("cold ms", "calibrated", "mJ (J/1,000)", "J/1,000 tokens", "prefill/s", "MiB")
+_SPARED = ("cold ms", "calibrated", "mJ", "J/1,000 tokens", "prefill/s", "MiB")
 
 
 def text(found: Comparison, width: int | None = None) -> str:
     """The comparison as a table for a terminal, of so many columns: those that are spared first are left out."""
+    from edgetune.report.numbers import plural
+
     head = ("device", *headed(found), "fits")
     rows = [(*row[:-1], _verdict(line)) for row, line in zip(rows_of(found), found.lines, strict=True)]
     table = [head, *rows]
@@ -191,11 +194,15 @@ def text(found: Comparison, width: int | None = None) -> str:
             table = [(*row[:place], *row[place + 1 :]) for row in table]
     first = f"{found.program}: {found.target}, {_figure(found.size_mib)} MiB"
     if found.cache_mib is not None:
-        first += f", of its memory {_figure(found.cache_mib)} MiB for the cache"
+        first += f", and {_figure(found.cache_mib)} MiB of memory for its cache"
     widths = _widths(table)
-    lines = [f"{first}; predicted on the CPUs of {len(rows)} devices", "", *(_aligned(row, widths) for row in table)]
+    lines = [
+        f"{first}; predicted for the {'CPUs' if len(rows) > 1 else 'CPU'} of {plural(len(rows), 'device')}",
+        "",
+        *(_aligned(row, widths) for row in table),
+    ]
     reasons = [(line.device, line.why) for line in found.lines if line.why]
-    for title, told in (("does not fit, or is unknown", reasons), ("left out", found.faults)):
+    for title, told in (("does not fit, or unknown", reasons), ("left out", found.faults)):
         if told:
             lines += ["", title, *(f"  {name}: {reason}" for name, reason in told)]
     return "\n".join([*lines, "", *found.notes])
@@ -218,10 +225,10 @@ def headed(found: Comparison) -> tuple[str, ...]:
     """What the figures are, with their units."""
     if found.prefill_tokens is not None:
         return (
-            "threads", "tokens/s", "band", "prefill/s", "1st token ms", "band", "MiB", "J/1,000 tokens", "cold ms",
-            "calibrated", "not predicted",
+            "threads", "tokens/s", "interval", "prefill/s", "1st token ms", "interval", "MiB", "J/1,000 tokens",
+            "cold ms", "calibrated", "not predicted",
         )  # fmt: skip
-    return ("threads", "ms", "band", "MiB", "mJ (J/1,000)", "cold ms", "calibrated", "not predicted")
+    return ("threads", "ms", "interval", "MiB", "mJ", "cold ms", "calibrated", "not predicted")
 
 
 def _figures(line: Line, many: int) -> tuple[str, ...]:

@@ -140,7 +140,7 @@ def _check(
     operators: Sequence[Operator], plan_bytes: int, program_bytes: int | None, delegate_calls: int | None
 ) -> None:
     if not operators:
-        raise EdgetuneError("a program without operators has no cost to predict", action="export the model again")
+        raise EdgetuneError("the program has no operators to predict", action="export the model again")
     sizes = {"plan_bytes": plan_bytes, "program_bytes": program_bytes or 0, "delegate_calls": delegate_calls or 0}
     for name, size in sizes.items():
         if size < 0:
@@ -155,7 +155,7 @@ def _check(
 def _note(device: Device, rates: Rates, parts: Sequence[Part], total_us: float) -> str:
     calibration = device.calibration
     if calibration is None:
-        said = ["not calibrated: priors for its class of cores", *rates.notes]
+        said = ["not calibrated: uses priors for its class of cores", *rates.notes]
     else:
         said = [
             f"calibrated {calibration.date} with {calibration.threads} threads, "

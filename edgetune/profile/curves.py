@@ -70,13 +70,13 @@ def _curve(operator: Operator, calibration: Calibration) -> tuple[Curve | None, 
         return own, 0.0, ""
     shape = next((_SHAPES[term] for term in sizes if term in _SHAPES), "")
     if own is not None and shape:
-        return own, KIND_LOG, f"{name} was never calibrated with {shape}, its other products stand in"
+        return own, KIND_LOG, f"{name} was never calibrated with {shape}, its other products are used instead"
     guessed = f"{name} was never calibrated" + (" in such sizes" if own is not None else "")
     for other, curve in calibration.curves.items():
         if family_of(other) == family_of(name) and sizes <= set(curve.rates):
             return curve, TYPE_LOG, f"{guessed}, {other} stands in"
     if own is not None and set(own.rates) & sizes > {"1"}:
-        return own, KIND_LOG, f"{guessed}, its other sizes stand in"
+        return own, KIND_LOG, f"{guessed}, its other sizes are used instead"
     like = [
         (other.endswith(f" {operator.dtype}"), curve.programs, other, curve)
         for other, curve in calibration.curves.items()

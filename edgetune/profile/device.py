@@ -220,7 +220,7 @@ def parse(content: object, where: str) -> Device:
         raise EdgetuneError("a descriptor is a mapping", where=where, got=type(content).__name__)
     plain, lines = resolved(content)
     if "calibration" in content:
-        lines.append("calibration: it lies in a file of its own; run `edgetune devices calibrate` again")
+        lines.append("calibration: it belongs in a separate file; run `edgetune devices calibrate` again")
     try:
         device = Device.model_validate(_tuples(plain))
     except ValidationError as error:
@@ -309,7 +309,7 @@ def read(id_or_path: str | Path) -> tuple[object, str]:
     if name in shipped():
         if name in mine:
             raise EdgetuneError(
-                f"device {name!r} is shipped with edgetune and also stands in {mine[name]}",
+                f"device {name!r} is part of edgetune and is also defined in {mine[name]}",
                 action="rename your file and its id",
             )
         text = (resources.files("edgetune.devices") / (name + SUFFIX)).read_text(encoding="utf-8")
@@ -338,5 +338,5 @@ def _read(path: Path) -> object:
 
 def _named(device: Device, name: str, where: str) -> Device:
     if device.id != name:
-        raise EdgetuneError(f"id: must be the file's name, {name!r}", where=where, got=device.id)
+        raise EdgetuneError(f"id: must equal the file name, {name!r}", where=where, got=device.id)
     return device

@@ -63,7 +63,7 @@ def listed(found: Sequence[Entry]) -> str:
             lines += ["", family]
         lines.append(_aligned(row, widths))
     faults = [f"  {entry.id}: {entry.fault}" for entry in found if entry.fault]
-    return "\n".join(lines + (["", "cannot be used", *faults] if faults else []))
+    return "\n".join(lines + (["", "invalid descriptors", *faults] if faults else []))
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ def shown(device: Device) -> str:
         f"{device.id}: {device.name}, {device.soc} ({device.family})",
         f"targets: {', '.join(device.targets)}",
         f"predicted: {_predicted(device)}",
-        f"calibration: {'none, predictions are from priors' if section is None else section.date}",
+        f"calibration: {'none; predictions use priors' if section is None else section.date}",
         "",
     ]
     facts = [(path, _value(fact), fact) for path, fact in device.facts()]
@@ -107,7 +107,7 @@ def shown(device: Device) -> str:
 def _predicted(device: Device) -> str:
     """What predictions are for, and what they are not for: a board's CPU is not the board."""
     if device.no_runtime:
-        return f"as if a runtime were there; there is none: {device.no_runtime}"
+        return f"as if it had a runtime, but it has none: {device.no_runtime}"
     threads = device.calibration.threads if device.calibration is not None else device.thread_count
     kinds = ", ".join(dict.fromkeys(accelerator.kind.upper() for accelerator in device.accelerators))
     return on_cpu(threads) + (f"; {kinds}: not predicted" if kinds else "")

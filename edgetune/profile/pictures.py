@@ -1,4 +1,4 @@
-"""Pictures of predictions: a program on many devices, and the roofline of its layers on one."""
+"""Charts of predictions: a program on many devices, and the roofline of its layers on one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FEWEST_PX, _MOST_PX = 7.0, 34.0  # of a point, across
 
 
 def by_device(found: Comparison) -> tuple[Figure, ...]:
-    """Latency on each device with its band; of a language program a token, and the first token after a prompt."""
+    """Latency on each device with its interval; of a language program a token, and the first token after a prompt."""
     if found.prefill_tokens is None:
         figures = [_latencies("devices", "Predicted latency of one run", found.lines, 0)]
     else:
@@ -50,7 +50,7 @@ def _latencies(key: str, title: str, lines: Sequence[Line], call: int) -> Figure
         "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
         "margin": {"l": 8, "r": 12, "t": 56, "b": 8},
-        "xaxis": axis("ms, each with its band", type="log", range=log_range(ends), dtick=1),
+        "xaxis": axis("ms, each with its interval", type="log", range=log_range(ends), dtick=1),
         "yaxis": category_axis(categoryorder="array", categoryarray=[label(line.device) for line in drawn], dtick=1),
     }
     told = ", ".join(
@@ -99,12 +99,16 @@ def page(found: Comparison, path: Path) -> None:
     from edgetune.report.tables import Cell, Column, Table
 
     drawn = by_device(found)
-    columns = (Column("device", text=True), *(Column(name) for name in headed(found)), Column("fits", text=True))
+    columns = (
+        Column("device", text=True),
+        *(Column(name) for name in headed(found)),
+        Column("fits", text=True, wraps=True),
+    )
     rows = tuple(
         (*(Cell(text) for text in row[:-1]), Cell(row[-1], "bad" if line.fits is False else ""))
         for row, line in zip(rows_of(found), found.lines, strict=True)
     )
-    faults = tuple(f"{name} cannot be used: {fault}" for name, fault in found.faults)
+    faults = tuple(f"{name} was left out: {fault}" for name, fault in found.faults)
     table = Table("predicted", "Predicted, not measured", columns, rows, found.notes + faults)
     write_page(
         path,
@@ -112,8 +116,8 @@ def page(found: Comparison, path: Path) -> None:
         title=f"{found.program} on {plural(len(found.lines), 'device')}",
         kind=f"edgetune devices compare · {found.target} · {number(found.size_mib)} MiB",
         said=found.notes,
-        main=section("On devices", ("devices",), (), drawn) + block(table),
-        footer="Predicted: computed from device descriptors. 1 MiB is 1,048,576 bytes.",
+        main=section("Devices", ("devices",), (), drawn) + block(table),
+        footer="All values are predicted from device descriptors. 1 MiB is 1,048,576 bytes.",
     )
 
 
@@ -157,14 +161,14 @@ def roofline(found: Layers, place: int = 0) -> Figure | None:
 
 
 def _told(found: Layers, drawn: int) -> str:
-    """The picture in words."""
+    """The chart in words."""
     bounds = ", ".join(f"{bound} {percent(share)} %" for bound, share in found.bounds_pct.items())
     slowest = found.layers[0]
     return (
         f"Of the predicted time, bound by {bounds}. The slowest layer is {slowest.module} with "
         f"{percent(slowest.share_pct)} %, {number(slowest.intensity)} multiply-accumulates per byte and "
-        f"{number(slowest.gmacs)} GMAC/s. {plural(drawn, 'layer')} drawn, sized by time; those that multiply nothing "
-        "have no place here. A point above the slope of memory is fed by a cache"
+        f"{number(slowest.gmacs)} GMAC/s. {plural(drawn, 'layer')} drawn, sized by time; layers without "
+        "multiplications are not shown. Points above the memory slope are served by a cache"
     )
 
 

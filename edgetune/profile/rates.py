@@ -79,7 +79,7 @@ def rates_of(device: Device) -> Rates:
     default = DEFAULT_BANDWIDTH_GB_S[device.family]
     bandwidth = device.memory.bandwidth_gb_s
     memory_gb_s = _value(
-        bandwidth, default, f"memory bandwidth unknown: the {device.family} default of {default:g} GB/s assumed", notes
+        bandwidth, default, f"memory bandwidth unknown: assumes the {device.family} default of {default:g} GB/s", notes
     )
     if device.isa.value is None:
         notes.append("ISA flags unknown: dotprod assumed for 8-bit types")

@@ -56,7 +56,7 @@ def _rows(predicted: Predicted, measured: Measured | None) -> Iterator[tuple[str
     of = f", {predicted.band_pct:g} % of programs" if predicted.band_pct is not None else ""
     low, high = predicted.latency_low_ms, predicted.latency_high_ms
     measured_range = f"{_span(one.latency_p10_ms, one.latency_p90_ms)} ms, 80 % of runs" if one else ""
-    yield "range", f"{_span(low, high)} ms{of}", measured_range
+    yield "interval", f"{_span(low, high)} ms{of}", measured_range
     yield "first run", "", _unit(one.first_ms if one else None, "ms")
     yield "load", "", _unit(one.load_ms if one else None, "ms")
     yield "cold start", _unit(predicted.cold_start_ms, "ms"), ""

@@ -181,7 +181,7 @@ def _compared(
     if row.coarse:
         notes.append(f"printed in steps of {row.table.rounded_to:g}: too coarse to count")
     if alone:
-        notes.append("no other device tells of this kind of program: the predictor's own guess, not counted")
+        notes.append("no other device has data for this kind of program: not counted")
     return Compared(
         device=item.seen.device,
         engine=row.table.engine,
@@ -308,7 +308,7 @@ def _sentence(share: Share) -> str:
     return (
         f"{share.subject}, {share.basis}{which}: of {share.rows} rows {share.within_10_pct:.0f} % within 10 %, "
         f"{share.within_20_pct:.0f} % within 20 %, {share.within_40_pct:.0f} % within 40 %; "
-        f"{share.covered_pct:.0f} % inside their band"
+        f"{share.covered_pct:.0f} % inside their prediction interval"
     )
 
 

@@ -149,7 +149,7 @@ def _describe_fused(
     ):
         if agree(layer, outputs[0], of_unit, read):
             return Attention(name, layer, layer, layer, outputs[0], heads, units, head_dim, of_unit)
-    raise _refusal(name, f"how heads lie in the outputs of {layer} cannot be told, or they are mixed", (rows, wide))
+    raise _refusal(name, f"how heads lie in the outputs of {layer} are unknown or mixed", (rows, wide))
 
 
 def _refusal(name: str, reason: str, got: object) -> EdgetuneError:

@@ -107,7 +107,7 @@ def observe(model: nn.Module, groups: Sequence[Group], batches: Iterable[Inputs]
             handle.remove()
     if not moments:
         raise EdgetuneError(
-            "there are no calibration batches to see activations on", action="pass a Sample with batches"
+            "there are no calibration batches for measuring activations", action="pass a Sample with batches"
         )
     return moments
 

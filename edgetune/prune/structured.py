@@ -23,14 +23,15 @@ _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep b
 
 
 class Prune(Technique):
-    """Remove a share of every FFN's units, every attention's heads or every convolution's channels, in place.
+    """Remove a share of the units of every FFN, the heads of every attention or the channels of every convolution,
+    in place.
 
-    The same share goes from each layer, the least important units first. FFN units and channels that stay are
-    rounded to the nearest multiple of `round_to`, never to zero; heads to the nearest whole head. Where several query
-    heads read one key-value head (GQA) they stay or go together, so heads remain a multiple of key-value heads.
-    What is left computes exactly what the model did with the removed units held at zero (at their mean for
-    importance "activation" where a linear with a bias reads them); this is checked on the example inputs.
-    Deterministic given the weights and the sample.
+    The same share is removed from each layer, the least important units first. The remaining number of FFN units or
+    channels is rounded to the nearest multiple of `round_to`, never to zero; heads are rounded to a whole number.
+    Query heads that share a key-value head (GQA) are kept or removed together, so the number of heads stays a
+    multiple of the key-value heads. The pruned model computes exactly what the model computes with the removed units
+    set to zero (with importance "activation" and a following linear layer with bias: to their mean); this is checked
+    on the example inputs. The result is deterministic, given the weights and the sample.
     """
 
     name: ClassVar[str] = "prune"
@@ -38,36 +39,37 @@ class Prune(Technique):
     plain: ClassVar[bool] = True
 
     ratio: float = Field(default=0.3, ge=0, lt=1)
-    """Share to remove."""
+    """Share of the units, heads or channels to remove."""
     ffn_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of an FFN's units to remove; `null`: as `ratio`."""
+    """Share of the units of an FFN to remove; `null`: `ratio`."""
     head_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of an attention's heads to remove; `null`: as `ratio`."""
+    """Share of the heads of an attention to remove; `null`: `ratio`."""
     what: frozenset[Kind] | None = None
-    """What to remove; `null`: FFN units and heads where there is attention, else channels."""
+    """What to remove; `null`: FFN units and heads if the model has attention, else channels."""
     round_to: int = Field(default=8, ge=1)
-    """Widths become multiples of this; if it is left out, also of what later steps divide widths by, such as the
-    group of `int4`."""
+    """Remaining widths are multiples of this. If it is not set, they are also multiples of what later steps need,
+    such as the group size of `int4`."""
     importance: Literal["magnitude", "activation"] = "magnitude"
-    """How units are ranked: by their weights, or by what they put out on batches of the training data."""
+    """How units are ranked: by their weights, or by their outputs on batches of training data."""
     skip: tuple[str, ...] = ()
-    """Patterns of layers to leave alone."""
+    """Patterns of layers that are not pruned."""
 
     def fitted(self, later: Sequence[Technique]) -> Technique:
-        """Widths that what comes later can take: those of whole groups before 4-bit weights."""
+        """With widths that later techniques can use, such as whole groups for 4-bit weights."""
         if "round_to" in self.model_fields_set:
             return self
         return self.model_copy(update={"round_to": math.lcm(self.round_to, *(each.width_multiple for each in later))})
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Cut in place. Raises `EdgetuneError`, with the model as it was, where that cannot be done as asked."""
+        """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
+        requested."""
         sample = self.needs_sample(sample)
         cuts, fill = self._decide(model, sample)
         cut(model, cuts, sample.inputs, fill)
         return model
 
     def plan(self, model: nn.Module, sample: Sample | None = None) -> tuple[Cut, ...]:
-        """What `apply` would take out, to print; the model is left as it is."""
+        """What `apply` would remove, as a printable value. The model does not change."""
         return self._decide(model, self.needs_sample(sample))[0]
 
     def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:
@@ -92,7 +94,7 @@ class Prune(Technique):
         wrapped = next((name for name, module in model.named_modules() if is_wrapped(module)), None)
         if wrapped is not None:
             raise EdgetuneError(
-                f"prune needs plain layers, and {wrapped} carries more", action="et.finalize(model) first"
+                f"prune needs plain layers, and {wrapped} has an adapter or slices", action="et.finalize(model) first"
             )
         names = [name for name, _ in model.named_modules() if name]
         for pattern in self.skip:

@@ -125,7 +125,7 @@ class Traced:
             return "does not reach the model's output"
         if layer not in self.called:
             return "never called: its weight is read directly"
-        return "its output is changed in place, and cannot be followed"
+        return "its output is changed in place and cannot be traced"
 
 
 def _index(position: int, root: int) -> Any:

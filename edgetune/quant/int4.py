@@ -19,19 +19,18 @@ from edgetune.technique import EdgetuneError, Sample, Technique, shortened
 
 
 class Int4(Technique):
-    """Linear weights to 4 bits, symmetric, one scale for each `group_size` inputs of each output.
+    """Quantize linear weights to 4 bits, symmetric, with one scale for each `group_size` inputs of an output.
 
-    Activations are quantized to 8 bits per token while the model runs, in eager mode as in the exported program,
-    so both compute the same. Embedding tables become 8 bits with one scale per row, or with `embeddings="int4"` 4 bits
-    with one scale for each `group_size` values of a row; `padding_idx` is dropped from them, which changes no output,
-    only a gradient that a quantized table does not have. A table whose weight is read in another way than by looking
-    rows up, as Whisper's positions are, stays in floating point, and a warning names it unless `skip` does.
+    Activations are quantized dynamically to 8 bits per token, both in eager mode and in the exported program, so
+    that both compute the same. Embedding tables get 8 bits with one scale per row or, with `embeddings="int4"`, 4
+    bits with one scale for each `group_size` values of a row. Their `padding_idx` is dropped, which only affects
+    gradients. A table that is read in another way than by looking up rows, such as Whisper's positions, stays in
+    floating point; a warning names it unless `skip` does.
 
-    `int8_linears` are kept at 8 bits, one scale for each output: a head over a large vocabulary suffers from 4.
-    A head that shares its weight with the embedding is untied: both are quantized from the shared float weight,
-    the head and the table each to its bits, and `config.tie_word_embeddings` becomes False.
-    Raises `EdgetuneError` for a width that `group_size` does not divide. Method: torchao,
-    `Int8DynamicActivationIntxWeightConfig`; the format that ExecuTorch stores in 4 bits.
+    `int8_linears` get 8 bits with one scale per output, for example for a head over a large vocabulary. A head that
+    shares its weight with the embedding is untied: the head and the table are each quantized from the shared float
+    weight, and `config.tie_word_embeddings` becomes False. Raises `EdgetuneError` for a width that `group_size` does
+    not divide. It uses torchao's `Int8DynamicActivationIntxWeightConfig`, which ExecuTorch stores in 4 bits.
     """
 
     name: ClassVar[str] = "int4"
@@ -39,17 +38,17 @@ class Int4(Technique):
     plain: ClassVar[bool] = True
 
     group_size: int = Field(default=32, ge=32, multiple_of=32)  # XNNPACK's kernels take multiples of 32
-    """Weights that share a scale: a multiple of 32 that divides every input width."""
+    """Number of weights that share a scale: a multiple of 32 that divides every input width."""
     targets: tuple[str, ...] = ("*",)
     """Patterns of the linear layers to quantize."""
     skip: tuple[str, ...] = ()
-    """Patterns of linear layers and embedding tables to leave in floating point."""
+    """Patterns of linear layers and embedding tables to keep in floating point."""
     int8_linears: tuple[str, ...] = ()
-    """Patterns of linear layers that get 8 bits instead of 4."""
+    """Patterns of linear layers to quantize to 8 bits instead of 4."""
     embeddings: Literal["int8", "int4", "none"] = "int8"
-    """How embedding tables are stored; `none`: in floating point."""
+    """Precision of embedding tables; `none`: floating point."""
     activation_bits: Literal[8] = 8
-    """Bits of the activations, which are quantized while the model runs."""
+    """Bits of the activations, which are quantized dynamically."""
 
     @property
     def width_multiple(self) -> int:
@@ -57,7 +56,8 @@ class Int4(Technique):
         return self.group_size
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Quantize in place. The model keeps its classes and runs in eager mode; its weights can no longer train."""
+        """Quantize in place. The modules keep their classes and run in eager mode, but the weights can no longer be
+        trained."""
         with quiet():
             require("torchao", "int4")
         skip_linears, skip_tables = self._skips(model)
@@ -112,7 +112,7 @@ class Int4(Technique):
     def _check_width(self, name: str, width: int, what: str) -> None:
         if width % self.group_size:
             raise EdgetuneError(
-                f"int4: {what} is no multiple of group_size {self.group_size}",
+                f"int4: {what} is not a multiple of group_size {self.group_size}",
                 where=name,
                 got=width,
                 action=f"prune with round_to={self.group_size}, or leave the layer out with skip: [{name!r}]",
@@ -168,7 +168,11 @@ def _bare(model: nn.Module) -> str:
         if not isinstance(module, layers) and parameter.dim() > 1 and len(parameter) > 1
         if parameter.numel() > total / 100  # less is not worth a word
     ]
-    return f"int4: {shortened(names)}: weights that no linear layer holds; they stay in floating point" if names else ""
+    return (
+        f"int4: {shortened(names)}: these weights do not belong to linear layers and stay in floating point"
+        if names
+        else ""
+    )
 
 
 def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn.Embedding]) -> None:

@@ -20,14 +20,14 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what `skip` ca
 
 
 class Int8(Technique):
-    """Static int8: every scale is found beforehand, on `calibration_batches` batches of the sample.
+    """Quantize statically to 8 bits, with scales calibrated on `calibration_batches` batches of the sample.
 
-    The model is captured by `torch.export` and rewritten by ExecuTorch's quantizer for XNNPACK, so what comes back
-    is a `Static8` around a graph, not the model's own class. It runs in eager mode with any number of rows and gives
-    what the exported program gives. Its batch norms are folded and its dropout is gone: it can no longer train.
-    Layers that `skip` names stay in floating point; a pattern that names none raises `EdgetuneError`.
-    `target` is what the model will be exported for: Ethos-U, TOSA and QNN have quantizers of their own, which know
-    what those can compute in integers. They take no `skip`.
+    The model is captured with `torch.export` and rewritten by ExecuTorch's quantizer for XNNPACK, so the result is
+    a `Static8` around a graph, not the original class. It runs in eager mode with any number of rows and gives the
+    same results as the exported program. Batch norms are folded and dropout is removed, so it can no longer be
+    trained. Layers that `skip` matches stay in floating point; a pattern that matches no layer raises
+    `EdgetuneError`. `target` is the target of the later export: Ethos-U, TOSA and QNN have their own quantizers,
+    which do not support `skip`.
     """
 
     name: ClassVar[str] = "int8"
@@ -35,16 +35,16 @@ class Int8(Technique):
     plain: ClassVar[bool] = True
 
     per_channel: bool = True
-    """One scale for each output channel of a weight; `false`: one for the whole weight."""
+    """Use one scale for each output channel of a weight; `false`: one for the whole weight."""
     calibration_batches: int = Field(default=8, ge=1)
-    """Batches of training rows on which the ranges of activations are measured."""
+    """Number of batches of training rows on which activation ranges are measured."""
     skip: tuple[str, ...] = ()
-    """Patterns of layers to leave in floating point."""
+    """Patterns of layers to keep in floating point."""
     target: str = "xnnpack"
-    """What the model will be exported for: the `target` of `export`."""
+    """The target of the later export: the same as `target` in `export`."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """The quantized graph of `model`; `model` itself is left in eval mode."""
+        """Return the quantized graph of `model`; `model` itself is left in eval mode."""
         sample = self.needs_sample(sample)
         with quiet():
             require("executorch", "int8")

@@ -28,9 +28,10 @@ _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NF4(Technique):
-    """Store linears in 4 bits; they are frozen, compute in the type they had, and gradients flow through them.
+    """Store linear layers in 4 bits. They are frozen, compute in their original type, and pass gradients on.
 
-    Size of a layer with n weights: n/2 + 4n/block_size bytes, with `double_quant` n/2 + n/block_size and a little.
+    A layer with n weights takes n/2 + 4n/block_size bytes, or slightly more than n/2 + n/block_size with
+    `double_quant`.
     """
 
     name: ClassVar[str] = "nf4"
@@ -38,17 +39,16 @@ class NF4(Technique):
     leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
 
     targets: tuple[str, ...] = ("*",)
-    """Patterns of the linear layers to pack."""
+    """Patterns of the linear layers to store in 4 bits."""
     skip: tuple[str, ...] | None = None
-    """Patterns of layers to leave as they are; `null`: those with the usual names of a classifier or language-model
-    head, where there are any."""
+    """Patterns of layers to exclude; `null`: layers with the usual names of a classifier or language-model head."""
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights that share a scale; it divides every input width."""
+    """Number of weights that share a scale; it must divide every input width."""
     double_quant: bool = True
-    """Store the scales in 8 bits, 256 to a block."""
+    """Store the scales in 8 bits too, in blocks of 256."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Replace the linears in place."""
+        """Replace the linear layers in place."""
         bnb = import_bitsandbytes()
         if trainable.is_open(model, "sparse-update") or any(is_wrapped(module) for module in model.modules()):
             raise EdgetuneError("nf4 needs plain layers", action="put nf4 before sparse-update and lora")
@@ -101,7 +101,7 @@ class NF4(Technique):
             )
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """Turn what is still in 4 bits into plain linears, with the rounded weights."""
+        """Turn the remaining 4-bit layers into plain linear layers with the rounded weights."""
         model = merge(model, is_nf4)
         remove_hooks(model, FirstForward)
         trainable.recall(model, self.name)

@@ -10,23 +10,30 @@ from edgetune.report.tables import Cell, Column, Table, cells
 
 WIDEST_MATRIX = 12  # classes; with more, the most frequent confusions are listed
 MOST_PAIRS = 15
+MOST_CLASSES = 5  # in a terminal
 MOST_LETTERS = 10  # of a class's name over a column
 
 
 def answer_tables(answers: Answers) -> tuple[Table, ...]:
-    """Those that there is something to say in, in order."""
+    """The tables that have rows, in order."""
     candidates = (class_table(answers), confusion_table(answers), mistake_table(answers))
     return tuple(table for table in candidates if table is not None)
 
 
 def brief_table(answers: Answers) -> Table:
-    """The figures per class, with the most frequent confusion in words: a terminal shows much else."""
+    """The classes with the lowest recall, and the most frequent confusion in words, for a terminal."""
     table = class_table(answers)
-    if not answers.confusions:
-        return table
-    first = answers.confusions[0]
-    often = f"Most often confused: {first.true} taken for {first.predicted} ({plural(first.rows, 'row')})."
-    return replace(table, notes=(f"{often} The confusion matrix and the most confident mistakes are on the page.",))
+    measured = [place for place, one in enumerate(answers.classes) if one.recall_pct is not None]
+    lowest = sorted(measured, key=lambda place: answers.classes[place].recall_pct or 0.0)[:MOST_CLASSES]
+    notes = []
+    if answers.confusions:
+        first = answers.confusions[0]
+        often = f"{first.true} predicted as {first.predicted} ({plural(first.rows, 'row')})"
+        notes = [f"Most often confused: {often}."]
+    left = len(table.rows) - len(lowest)
+    title = f"Classes with the lowest recall ({plural(left, 'other')} on the page)" if left else table.title
+    shown = tuple(tuple(table.rows[place][:4]) for place in (lowest if left else range(len(table.rows))))
+    return replace(table, title=title, columns=table.columns[:4], rows=shown, notes=tuple(notes))
 
 
 def class_table(answers: Answers) -> Table:
@@ -36,8 +43,8 @@ def class_table(answers: Answers) -> Table:
         Column("rows"),
         Column("precision", "%"),
         Column("recall", "%"),
-        Column("right"),
-        Column("answered"),
+        Column("correct"),
+        Column("times predicted"),
     )
     rows = tuple(
         cells(
@@ -51,10 +58,10 @@ def class_table(answers: Answers) -> Table:
         for one in answers.classes
     )
     notes = (
-        "Precision: of the rows that the model takes for this class, those that are. "
-        "Recall: of the rows of this class, those that it finds.",
+        "Precision: the share of the rows predicted as this class that belong to it. "
+        "Recall: the share of the rows of this class that are predicted as it.",
     )
-    return Table("classes", "Class by class", columns, rows, notes)
+    return Table("classes", "Classes", columns, rows, notes)
 
 
 def confusion_table(answers: Answers) -> Table | None:
@@ -64,14 +71,12 @@ def confusion_table(answers: Answers) -> Table | None:
     names = [one.name for one in answers.classes]
     counted = {(one.true, one.predicted): one.rows for one in answers.confusions}
     counted |= {(one.name, one.name): one.right for one in answers.classes}
-    columns = (Column("true, answered as", text=True), *(Column(_cut(name, MOST_LETTERS)) for name in names))
+    columns = (Column("true, predicted as", text=True), *(Column(_cut(name, MOST_LETTERS)) for name in names))
     rows = tuple(
         (Cell(true), *(_count(counted.get((true, predicted), 0), true == predicted) for predicted in names))
         for true in names
     )
-    return Table(
-        "confusion", "Confusion matrix: rows of each class, by the class that the model takes them for", columns, rows
-    )
+    return Table("confusion", "Confusion matrix: rows by true class and predicted class", columns, rows)
 
 
 def _count(rows: int, right: bool) -> Cell:
@@ -83,21 +88,21 @@ def _count(rows: int, right: bool) -> Cell:
 def _pairs(answers: Answers) -> Table | None:
     if not answers.confusions:
         return None
-    columns = (Column("true", text=True), Column("answer", text=True), Column("rows"))
+    columns = (Column("true", text=True), Column("prediction", text=True), Column("rows"))
     rows = tuple(cells(one.true, one.predicted, f"{one.rows:,}") for one in answers.confusions[:MOST_PAIRS])
     left = len(answers.confusions) - len(rows)
-    notes = (f"{plural(left, 'rarer pair')} left out.",) if left else ()
+    notes = (f"{plural(left, 'rarer pair')} not shown.",) if left else ()
     return Table("confusion", "The most frequent confusions", columns, rows, notes)
 
 
 def mistake_table(answers: Answers) -> Table | None:
-    """The mistakes that the model is surest of."""
+    """The mistakes with the highest confidence."""
     if not answers.mistakes:
         return None
     columns = (
         Column("row", text=True),
         Column("true", text=True),
-        Column("answer", text=True),
+        Column("prediction", text=True),
         Column("confidence", "%", short="conf.\n%"),
     )
     rows = tuple(

@@ -12,12 +12,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from edgetune.ledger import Ledger
-from edgetune.report.sentences import details, headline, remarks
+from edgetune.report.sentences import budget, headline, notes, remarks
 from edgetune.report.summary import summary_tables
 from edgetune.report.tables import Cell, Column, Table
 
 WIDE = 112  # characters from which the full headings fit
 LONGEST_DEVICE = 22  # characters: jetson-orin-nano-super
+WITHOUT_SETTINGS = ("load", "finalize")  # steps whose detail repeats the title or the steps before
 STYLES = {"": "", "good": "green", "bad": "bold red", "faint": "dim"}
 
 
@@ -28,14 +29,16 @@ class Terminal:
         self.ledger = ledger
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Title, headline, remarks, the rest of the story, tables."""
+        """Title, headline, remarks, budget, notes, tables."""
         width = options.max_width
         ledger = self.ledger
-        yield Text.assemble((clean(ledger.recipe), "bold"), (f"  seed {ledger.seed}", "dim"))
+        yield Text.assemble(
+            (clean(ledger.recipe), "bold"), (clean(f"  {ledger.model} on {ledger.data}, seed {ledger.seed}"), "dim")
+        )
         yield Text(clean(headline(ledger)), style="bold")
         for remark in remarks(ledger):
             yield Text(f"! {clean(remark)}", style="red")
-        for sentence in details(ledger):
+        for sentence in (*budget(ledger), *notes(ledger)):
             yield Text(clean(sentence))
         for table in summary_tables(ledger):
             yield Text("")
@@ -51,6 +54,7 @@ def drawn(table: Table, width: int) -> RichTable:
     """One table, without the columns that there is no room for."""
     shown = [place for place, column in enumerate(table.columns) if column.room <= width]
     tight = _natural_width(table, shown, width >= WIDE) > width
+    still_tight = tight and _natural_width(table, shown, width >= WIDE, short=True) > width
     named = table.key != "program"
     drawn_table = RichTable(
         box=box.SIMPLE_HEAD if named else None,
@@ -66,21 +70,21 @@ def drawn(table: Table, width: int) -> RichTable:
             heading(column, width >= WIDE),
             justify="left" if column.text else "right",
             no_wrap=not column.text or column.heading == "step",
-            max_width=column.narrow or None if tight else None,
+            max_width=column.narrow or None if still_tight else None,
             min_width=_longest_name(table, place) if column.heading == "device" else None,
             overflow="fold",
         )
     for row in table.rows:
-        drawn_table.add_row(*(styled(row[place]) for place in shown))
+        drawn_table.add_row(*(styled(row[place], short=tight) for place in shown))
     return drawn_table
 
 
-def _natural_width(table: Table, shown: list[int], wide: bool) -> int:
-    """Characters that these columns take where nothing wraps."""
+def _natural_width(table: Table, shown: list[int], wide: bool, *, short: bool = False) -> int:
+    """Characters that these columns take where nothing wraps; `short`: with the short texts of the cells."""
     widths = [
         max(len(line) for text in (heading(table.columns[place], wide), *cells) for line in text.split("\n"))
         for place in shown
-        for cells in [[row[place].text for row in table.rows]]
+        for cells in [[(short and row[place].short) or row[place].text for row in table.rows]]
     ]
     return sum(widths) + 2 * (len(widths) - 1)
 
@@ -98,15 +102,15 @@ def heading(column: Column, wide: bool) -> str:
     return f"{column.heading}\n{column.unit}" if column.unit else column.heading
 
 
-def styled(cell: Cell) -> Text:
+def styled(cell: Cell, *, short: bool = False) -> Text:
     """A cell as rich text; markup in it stays text."""
-    return Text(clean(cell.text), style=STYLES[cell.tone])
+    return Text(clean(cell.short if short and cell.short else cell.text), style=STYLES[cell.tone])
 
 
 def settings_lines(ledger: Ledger) -> Iterator[RenderableType]:
-    """What stood in the column that was left out."""
+    """The settings column, where it has no room: the settings that the recipe chose."""
     for row in ledger.rows:
-        if row.detail:
+        if row.detail and row.step not in WITHOUT_SETTINGS:
             yield Padding(Text(clean(f"{row.index} {row.step}: {row.detail}"), style="dim"), (0, 0, 0, 2))
 
 

@@ -34,7 +34,7 @@ def latency(ledger: Ledger) -> Figure | None:
         [(line, line.latency_ms) for line in predicted], [(line, line.latency_ms) for line in measured], "ms"
     )
     return panels("latency", "Latency of one run", "ms", above, below, told,
-                  "on the CPU, with its range", "median, p10 to p90")  # fmt: skip
+                  "on the CPU, with its interval", "median, p10 to p90")  # fmt: skip
 
 
 def named(line: Predicted) -> str:
@@ -57,12 +57,12 @@ def memory(ledger: Ledger) -> Figure | None:
         [(line, line.peak_memory_mib) for line in predicted], [(line, line.peak_memory_mib) for line in measured], "MiB"
     )
     figure = panels("memory", "Peak memory of one run", "MiB", above, below, told,
-                    "weights and planned arena", "of the process, above an empty one")  # fmt: skip
+                    "weights and planned arena", "of the process, less that of an empty one")  # fmt: skip
     if figure is None or not (predicted and measured):
         return figure
     note = (
-        "Predicted: the program's weights and its planned arena, which need the same room on every device. "
-        "Measured: all that the process took above an empty one, the runtime's own buffers included."
+        "Predicted: the program's weights and its planned arena, which take the same memory on every device. "
+        "Measured: the memory of the process less that of an empty process, including the runtime's buffers."
     )
     return replace(figure, note=note)
 

@@ -1,6 +1,8 @@
-"""What was measured and predicted on devices, and the budget, as tables."""
+"""Measurements, predictions and the budget, as tables."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from edgetune.ledger import Ledger, Measured, Predicted, on_cpu
 from edgetune.report.numbers import number
@@ -46,13 +48,13 @@ def measured_table(ledger: Ledger) -> Table | None:
         )
         for line in ledger.measured
     )
-    notes: tuple[str, ...] = ("Peak memory is that of the process, above an empty one.",)
+    notes: tuple[str, ...] = ("Peak memory is that of the process, less that of an empty process.",)
     notes += tuple(f"{line.where}: {line.note}" for line in ledger.measured if line.note)
-    return Table("measured", "Measured on real machines", columns, rows, notes)
+    return Table("measured", "Measured", columns, rows, notes)
 
 
-def predicted_table(ledger: Ledger) -> Table | None:
-    """What the descriptors let one expect. Nothing here was timed."""
+def predicted_table(ledger: Ledger, *, brief: bool = False) -> Table | None:
+    """Predictions from device descriptors; `brief`: each part of the notes only once. Nothing here was timed."""
     if not ledger.predicted:
         return None
     accelerators = any(line.not_predicted for line in ledger.predicted)
@@ -60,35 +62,56 @@ def predicted_table(ledger: Ledger) -> Table | None:
         Column("device", text=True),
         Column("runs on", text=True, narrow=7),
         Column("latency", "ms"),
-        Column("range", "ms"),
+        Column("interval", "ms"),
         Column("peak memory", "MiB", short="peak\nMiB"),
         Column("calibrated", text=True, short="cali-\nbrated"),
-        *((Column("accelerator", text=True, short="accele-\nrator", narrow=9),) if accelerators else ()),
+        *((Column("accelerator", text=True, short="not pre-\ndicted", narrow=9),) if accelerators else ()),
     )
     rows = tuple(
-        cells(
-            line.where,
-            line.runs_on,
-            number(line.latency_ms),
-            band(line),
-            number(line.peak_memory_mib),
-            "yes" if line.calibrated else "no",
-            *((line.not_predicted or "none",) if accelerators else ()),
+        (
+            *cells(
+                line.where,
+                line.runs_on,
+                number(line.latency_ms),
+                band(line),
+                number(line.peak_memory_mib),
+                "yes" if line.calibrated else "no",
+            ),
+            *((_accelerator_cell(line),) if accelerators else ()),
         )
         for line in ledger.predicted
     )
-    notes = ["Computed from device descriptors, for the CPU alone; nothing in this table was timed."]
-    notes += grouped_notes((line.where, line.note) for line in ledger.predicted)
+    notes = ["Computed from device descriptors for the CPU; nothing here was timed."]
+    notes += _parted_notes(ledger.predicted) if brief else grouped_notes((x.where, x.note) for x in ledger.predicted)
     return Table("predicted", "Predicted, not measured", columns, rows, tuple(notes))
 
 
+def _accelerator_cell(line: Predicted) -> Cell:
+    kinds = ", ".join(kind.upper() for kind in line.accelerators or ())
+    return Cell(line.not_predicted or "none", short=kinds)
+
+
+def _parted_notes(predicted: Sequence[Predicted]) -> list[str]:
+    """Each part of a note once, with the devices that it holds for, or `all`."""
+    parts = [(line.where, part) for line in predicted for part in line.note.split("; ")]
+    everywhere = ", ".join(dict.fromkeys(line.where for line in predicted))
+    notes = grouped_notes(parts)
+    return [f"all{note.removeprefix(everywhere)}" if "," in everywhere and note.startswith(f"{everywhere}:") else note
+            for note in notes]  # fmt: skip
+
+
 def band(line: Predicted) -> str:
-    """The range that the latency is expected in."""
+    """The interval that the latency is expected in."""
     return f"{number(line.latency_low_ms)} to {number(line.latency_high_ms)}"
 
 
+def budget_met(ledger: Ledger) -> bool:
+    """Whether there is a budget, and all of it is met."""
+    return bool(ledger.verdicts) and all(line.holds for line in ledger.verdicts)
+
+
 def verdict_table(ledger: Ledger) -> Table | None:
-    """The budget, line by line; the verdict stands where a narrow screen shows it."""
+    """The budget, line by line, with the verdict where a narrow screen shows it."""
     if not ledger.verdicts:
         return None
     columns = (
@@ -102,10 +125,10 @@ def verdict_table(ledger: Ledger) -> Table | None:
     rows = tuple(
         (
             Cell(", ".join(QUANTITIES[line.quantity])),
-            Cell("holds", "good") if line.holds else Cell("missed", "bad"),
+            Cell("met", "good") if line.holds else Cell("missed", "bad"),
             *cells(line.device, number(line.limit), number(line.value), number(line.least)),
         )
         for line in ledger.verdicts
     )
     notes = tuple(f"{QUANTITIES[line.quantity][0]}: {line.note}" for line in ledger.verdicts if line.note)
-    return Table("budget", "The recipe's budget", columns, rows, notes)
+    return Table("budget", "Budget", columns, rows, notes)

@@ -101,7 +101,7 @@ def as_json(value: object) -> str:
 
 
 def opening(ledger: Ledger, drawn: Sequence[Figure]) -> str:
-    """The picture of quality against size, the numbers, and the run in sentences."""
+    """The chart of quality against size, the numbers, and the run in sentences."""
     plots = "".join(plot(figure) for figure in drawn if figure.key == "quality-size")
     grid = f'<div class="plots first">\n{plots}</div>\n' if plots else ""
     return grid + tiles(ledger) + "".join(f"<p>{escaped(line)}</p>\n" for line in details(ledger))
@@ -114,14 +114,14 @@ def body(ledger: Ledger, drawn: Sequence[Figure]) -> str:
     parts = [
         section("Budget", (), (verdict_table(ledger),), drawn),
         section("Steps", ("kept",), (steps, quality_table(ledger)), drawn),
-        section("Answers on the test set", (), answers, drawn),
+        section("Predictions on the test set", (), answers, drawn),
         section("Training", ("loss-",), (training_table(ledger),), drawn),
         section(
-            "On devices", ("latency", "memory", "roofline-"), (predicted_table(ledger), measured_table(ledger)), drawn
+            "Devices", ("latency", "memory", "roofline-"), (predicted_table(ledger), measured_table(ledger)), drawn
         ),
         section("Program", ("delegated", "leftovers"), (program_table(ledger), leftover_table(ledger)), drawn),
-        section("How it was run", (), (environment_table(ledger),), drawn, recipe(ledger)),
-        section("Terms", (), (), drawn, glossary()),
+        section("Environment and recipe", (), (environment_table(ledger),), drawn, recipe(ledger)),
+        section("Glossary", (), (), drawn, glossary()),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -188,7 +188,7 @@ def row_cells(table: Table, row: Sequence[Cell]) -> str:
             kind
             for kind, on in (
                 ("n", not column.text),
-                ("text", column.heading == "settings"),
+                ("text", column.wraps),
                 (cell.tone, cell.tone),
                 ("mono", mono),
             )
@@ -235,8 +235,8 @@ def footer(drawn: Sequence[Figure]) -> str:
     """How to tell the two kinds of numbers apart, and where they all are."""
     rooflines = any(figure.key.startswith("roofline-") for figure in drawn)
     return (
-        "Predicted: computed from a device descriptor, blue and hatched. Measured: timed on a machine, orange and "
-        "filled. Every number on this page is in ledger.json beside it."
+        "Predicted values are computed from a device descriptor and drawn in hatched blue. Measured values were timed "
+        "on a machine and are drawn in solid orange. Every number on this page is in ledger.json, in the same folder."
     ) + (" The rooflines are computed from the program's manifest." if rooflines else "")
 
 
@@ -262,8 +262,8 @@ def tiles(ledger: Ledger) -> str:
         found.append(tile("Delegated", f"{percent(ledger.program.delegated_macs_pct)} %", under))
     if ledger.verdicts:
         broken = [QUANTITIES[verdict.quantity][0] for verdict in ledger.verdicts if not verdict.holds]
-        under = f"too high: {', '.join(broken)}" if broken else plural(len(ledger.verdicts), "line")
-        found.append(tile("Budget", "missed" if broken else "holds", under, "bad" if broken else "good", words=True))
+        under = f"too high: {', '.join(broken)}" if broken else plural(len(ledger.verdicts), "limit")
+        found.append(tile("Budget", "missed" if broken else "met", under, "bad" if broken else "good", words=True))
     return f'<div class="tiles">\n{"".join(found)}</div>' if any(found) else ""
 
 

@@ -249,10 +249,10 @@ def delegated(ledger: Ledger) -> Figure | None:
         "marker": {"color": TEAL}, "hovertemplate": "%{y}: %{x:.2f} %<extra>delegated</extra>",
     }  # fmt: skip
     left: dict[str, Any] = {
-        "type": "bar", "orientation": "h", "name": "not delegated", "y": names,
+        "type": "bar", "orientation": "h", "name": "undelegated", "y": names,
         "x": [100 - share for _, share in known],
         "marker": {"color": GREY, "pattern": {"shape": "/", "fillmode": "replace", "fgcolor": GREY, "size": 6}},
-        "hovertemplate": "%{y}: %{x:.2f} %<extra>not delegated</extra>",
+        "hovertemplate": "%{y}: %{x:.2f} %<extra>undelegated</extra>",
     }  # fmt: skip
     layout = {
         "height": 230,
@@ -286,4 +286,4 @@ def leftovers(ledger: Ledger) -> Figure | None:
         "yaxis": category_axis(),
     }
     told = ", ".join(f"{name} {many}" for name, many in ordered)
-    return Figure("leftovers", "Not delegated, by operator", told, built([bars], layout))
+    return Figure("leftovers", "Undelegated operators", told, built([bars], layout))

@@ -1,11 +1,11 @@
-"""The run in words: one sentence for a colleague, what to watch out for, and the rest of the story."""
+"""The run in words: a headline, remarks about problems, and details."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from edgetune.ledger import Ledger, Predicted, Quality, Row, Verdict
-from edgetune.report.device_tables import QUANTITIES, ran_on
+from edgetune.report.device_tables import QUANTITIES, budget_met, ran_on
 from edgetune.report.numbers import finite, noun, number, plural, quality, score
 from edgetune.report.tables import gain, last_quality
 
@@ -65,8 +65,8 @@ def _device(line: Predicted) -> str:
 
 
 def remarks(ledger: Ledger) -> tuple[str, ...]:
-    """What a reader must not miss: anything short of what was hoped for."""
-    found = [] if ledger.finished else ["This run is not finished: the figures are those up to now."]
+    """Problems that a reader must not miss, such as a missed budget."""
+    found = [] if ledger.finished else ["This run is not finished. The figures cover the steps so far."]
     broken = [line for line in ledger.verdicts if not line.holds]
     found += [_missed(line) for line in broken]
     found += [*_against_baselines(ledger), *_losses(ledger), *_small_test_set(ledger)]
@@ -76,8 +76,8 @@ def remarks(ledger: Ledger) -> tuple[str, ...]:
 def _missed(line: Verdict) -> str:
     name, of = QUANTITIES[line.quantity]
     return (
-        f"The budget for {line.device} is missed: {name} is {number(line.value)} {of}, {number(line.limit)} {of} are "
-        f"allowed; the lowest that this recipe can reach is {number(line.least)} {of}."
+        f"The budget for {line.device} is not met: {name} is {number(line.value)} {of}, the limit is "
+        f"{number(line.limit)} {of}. The lowest value that this recipe can reach is {number(line.least)} {of}."
     )
 
 
@@ -124,23 +124,41 @@ def _small_test_set(ledger: Ledger) -> Iterator[str]:
     if result is None or interval is None or interval[1] - interval[0] <= WIDE_POINTS:
         return
     yield (
-        f"The test set has only {plural(result.rows, 'row')}: an accuracy of {score(result.value)} % on so few rows "
-        f"stands for anything from {interval[0]:.1f} to {interval[1]:.1f} % (95 % interval)."
+        f"The test set has only {plural(result.rows, 'row')}, so the accuracy of {score(result.value)} % is uncertain: "
+        f"its 95 % interval is {interval[0]:.1f} to {interval[1]:.1f} %."
     )
 
 
 def details(ledger: Ledger) -> tuple[str, ...]:
-    """Model, data and quality; measured, predicted and budget; what has to be known of data and model."""
+    """Model, data and quality; measurements; the budget; notes about data and model."""
     lines = [_about(ledger)] if ledger.rows else []
     for line in ledger.measured:
         lines.append(
             f"Measured on {line.where} ({ran_on(ledger, line)}): {number(line.latency_ms)} ms per run, "
             f"{number(line.peak_memory_mib)} MiB of memory."
         )
-    if ledger.verdicts and all(line.holds for line in ledger.verdicts):
-        many = len(ledger.verdicts)
-        lines.append("The budget holds." if many == 1 else f"The budget holds, in all {many} lines.")
-    return (*lines, *(as_sentence(note) for note in ledger.notes))
+    return (*lines, *budget(ledger), *notes(ledger))
+
+
+def budget(ledger: Ledger) -> tuple[str, ...]:
+    """Each device's budget with its values, if all of it is met; a missed one is among the remarks."""
+    if not budget_met(ledger):
+        return ()
+    sentences = []
+    for device in dict.fromkeys(line.device for line in ledger.verdicts):
+        values = [_within(line) for line in ledger.verdicts if line.device == device]
+        sentences.append(f"The budget for {device} is met: {', '.join(values)}.")
+    return tuple(sentences)
+
+
+def _within(line: Verdict) -> str:
+    name, of = QUANTITIES[line.quantity]
+    return f"{name} {number(line.value)} of {number(line.limit)} {of}"
+
+
+def notes(ledger: Ledger) -> tuple[str, ...]:
+    """Notes about data and model, as sentences."""
+    return tuple(as_sentence(note) for note in ledger.notes)
 
 
 def _about(ledger: Ledger) -> str:
@@ -157,7 +175,7 @@ def _about(ledger: Ledger) -> str:
     interval = result.interval_pct
     text += f" (95 % interval: {interval[0]:.1f} to {interval[1]:.1f} %)" if interval else ""
     baselines = ", ".join(f"{line.name} {score(line.value)}" for line in ledger.baselines)
-    return f"{text}; simple baselines: {baselines}." if baselines else f"{text}."
+    return f"{text}. Baselines: {baselines}." if baselines else f"{text}."
 
 
 def smaller(before_mib: float, after_mib: float) -> str:

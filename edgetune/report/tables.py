@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.ledger import Ledger, Program, Quality, Row
+from edgetune.ledger import Ledger, Parity, Program, Quality, Row
 from edgetune.report.numbers import (
     DASH,
     change,
@@ -22,8 +22,6 @@ from edgetune.report.numbers import (
     unit,
 )
 
-MOST_NAMED = 3  # undelegated operators, in a terminal
-
 Tone = Literal["", "good", "bad", "faint"]
 
 
@@ -36,7 +34,8 @@ class Column:
 
     heading: str
     unit: str = ""
-    text: bool = False  # left-aligned, may wrap
+    text: bool = False  # left-aligned, may wrap in a terminal
+    wraps: bool = False  # on the page too
     short: str = ""
     room: int = 0  # characters
     narrow: int = 0  # characters; 0: as wide as it likes
@@ -49,11 +48,12 @@ class Cell:
     text: str
     tone: Tone = ""
     image: str = ""  # a data: URI, for the page
+    short: str = ""  # instead of the text where a terminal is narrow
 
 
 @dataclass(frozen=True)
 class Table:
-    """A caption that stands by itself, columns, rows and what must be said below them."""
+    """A caption, columns, rows and the notes below them."""
 
     key: str
     title: str
@@ -95,9 +95,9 @@ def step_table(ledger: Ledger) -> Table:
     short = {"accuracy": "acc.\n%", "perplexity": "perpl."}.get(name, "qual.")
     columns = (
         Column("step", text=True),
-        Column("settings", text=True, room=150),
+        Column("settings", text=True, wraps=True, room=150),
         Column(name, of, short=short),
-        Column("since load", points, short="since\nload"),
+        Column("vs. load", points, short="vs.\nload"),
         Column("change", points, room=96),
         Column("parameters", short="params"),
         Column("trainable", short="train-\nable"),
@@ -107,9 +107,8 @@ def step_table(ledger: Ledger) -> Table:
         Column("time", "s"),
     )
     rows = tuple(step_row(ledger.rows, place) for place in range(len(ledger.rows)))
-    notes = grouped_notes((f"{row.index} {row.step}", row.note) for row in ledger.rows)
-    if metric:
-        notes.insert(0, measured_on(metric))
+    notes = grouped_notes((str(row.index), row.note) for row in ledger.rows)
+    notes.insert(0, measured_on(metric) if metric else "No quality was measured.")
     if any(not row.note and None in (row.quality, row.macs, row.backward_kept_mib) for row in ledger.rows):
         notes.append(f"{DASH}: not measured.")
     return Table("steps", "Step by step", columns, rows, tuple(notes))
@@ -130,11 +129,11 @@ def grouped_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 def measured_on(metric: Quality) -> str:
     """How far the figures of the quality column can be trusted."""
-    text = f"{noun(metric).capitalize()} on {plural(metric.rows, 'row')} of the test set"
+    text = f"{noun(metric).capitalize()} on {plural(metric.rows, 'test row')}"
     interval = metric.interval_pct
     if interval is not None:
         text += f" (95 % interval of the last: {interval[0]:.1f} to {interval[1]:.1f} %)"
-    return f"{text}; {'higher' if metric.higher_is_better else 'lower'} is better."
+    return f"{text}." if metric.higher_is_better else f"{text}; lower is better."
 
 
 def step_row(rows: tuple[Row, ...], place: int) -> tuple[Cell, ...]:
@@ -171,43 +170,70 @@ def quality_table(ledger: Ledger) -> Table | None:
         for name, value, ours in lines
     )
     columns = (
-        Column("method", text=True),
+        Column("baseline", text=True),
         Column(noun(result), unit(result)),
-        Column("this run minus it", unit(result) and "points"),
+        Column("this run minus baseline", unit(result) and "points"),
     )
-    return Table("quality", "Compared with simple methods on the same test set", columns, rows)
+    return Table("quality", "Compared with baselines on the same test set", columns, rows)
 
 
 def program_table(ledger: Ledger, *, brief: bool = False) -> Table | None:
-    """The exported program; `brief`: without its checksum, and with what is not delegated by name."""
+    """The exported program; `brief`: in fewer lines, for a terminal."""
     program = ledger.program
     if program is None:
         return None
+    lines = _brief_lines(program) if brief else _lines(program)
+    columns = (Column("program", text=True), Column("", text=True))
+    return Table("program", "Exported program", columns, tuple(cells(*line) for line in lines))
+
+
+def _lines(program: Program) -> list[tuple[str, str]]:
     lines = [
         ("file", program.path),
         ("target", program.target),
         ("size", f"{number(program.size_mib)} MiB"),
-        ("memory planned for activations", f"{number(program.plan_kib)} KiB"),
+        ("planned activation memory", f"{number(program.plan_kib)} KiB"),
         ("delegated, of the MACs", f"{percent(program.delegated_macs_pct)} %"),
         ("delegated, of the operators", f"{percent(program.delegated_operators_pct)} %"),
-        ("not delegated", undelegated(program, brief=brief)),
+        ("undelegated", undelegated(program)),
+        ("same prediction as the PyTorch model", _same_prediction(program)),
     ]
     if program.parity:
-        parity = program.parity
-        same = f"{percent(parity.same_prediction_pct)} % of {plural(parity.rows, parity.counted)}"
-        lines += [
-            ("same prediction as the PyTorch model", same),
-            ("largest difference of an output", number(parity.max_abs_difference)),
-        ]
-        if parity.max_relative_difference is not None:
-            allowed = "" if parity.max_relative_allowed is None else f" ({parity.max_relative_allowed:g} allowed)"
-            lines.append(("of its largest value", f"{parity.max_relative_difference:.1e}{allowed}"))
-    else:
-        lines.append(("same prediction as the PyTorch model", "not checked"))
-    if not brief:
-        lines.append(("SHA-256", program.sha256))
-    columns = (Column("program", text=True), Column("", text=True))
-    return Table("program", "The exported program", columns, tuple(cells(*line) for line in lines))
+        lines.append(("largest output difference", number(program.parity.max_abs_difference)))
+        if program.parity.max_relative_difference is not None:
+            lines.append(("relative to the largest output", _relative(program.parity)))
+    return [*lines, ("SHA-256", program.sha256)]
+
+
+def _brief_lines(program: Program) -> list[tuple[str, str]]:
+    shares = (
+        f"{percent(program.delegated_macs_pct)} % of the MACs, {percent(program.delegated_operators_pct)} % of the "
+        "operators"
+    )
+    lines = [
+        ("file", f"{program.path}, {program.target}, {number(program.size_mib)} MiB"),
+        ("delegated", shares),
+        ("undelegated", undelegated(program, brief=True)),
+        ("same prediction as PyTorch", _same_prediction(program)),
+    ]
+    if program.parity:
+        absolute = number(program.parity.max_abs_difference)
+        relative = program.parity.max_relative_difference is not None
+        difference = f"{absolute}; relative: {_relative(program.parity)}" if relative else absolute
+        lines.append(("largest output difference", difference))
+    return lines
+
+
+def _same_prediction(program: Program) -> str:
+    parity = program.parity
+    if parity is None:
+        return "not checked"
+    return f"{percent(parity.same_prediction_pct)} % of {plural(parity.rows, parity.counted)}"
+
+
+def _relative(parity: Parity) -> str:
+    allowed = "" if parity.max_relative_allowed is None else f" ({parity.max_relative_allowed:g} allowed)"
+    return f"{parity.max_relative_difference:.1e}{allowed}"
 
 
 def leftover_table(ledger: Ledger) -> Table | None:
@@ -217,20 +243,19 @@ def leftover_table(ledger: Ledger) -> Table | None:
     ordered = sorted(ledger.program.leftovers, key=lambda left: (-left.count, left.operator, left.module))
     columns = (Column("operator", text=True), Column("module", text=True), Column("count"))
     rows = tuple(cells(left.operator, left.module or "(top)", f"{left.count:,}") for left in ordered)
-    return Table("leftovers", "Operators that are not delegated", columns, rows)
+    return Table("leftovers", "Undelegated operators", columns, rows)
 
 
-def undelegated(program: Program, *, brief: bool) -> str:
-    """How many operators the backend did not take; `brief`: the most frequent ones by name, since no table follows."""
+def undelegated(program: Program, *, brief: bool = False) -> str:
+    """How many operators the backend did not take; `brief`: with the most frequent one, for want of a table."""
     text = plural(sum(left.count for left in program.leftovers), "operator")
     if not brief or not program.leftovers:
         return text
     counts: Counter[str] = Counter()
     for left in program.leftovers:
         counts[left.operator.removesuffix(".out")] += left.count
-    named = [f"{name} {many}" for name, many in counts.most_common(MOST_NAMED)]
-    rest = len(counts) - len(named)
-    return f"{text}: {', '.join(named)}{f', {rest} other kinds' if rest else ''}"
+    ((name, many),) = counts.most_common(1)
+    return f"{text}, most often {name} ({many})" if len(counts) > 1 else f"{text}: {name}"
 
 
 def training_table(ledger: Ledger) -> Table | None:
@@ -262,7 +287,7 @@ def training_table(ledger: Ledger) -> Table | None:
                 number(training.peak_memory_mib),
             )
         )
-    notes = ("Peak memory: weights, gradients, optimizer state and the tensors saved for backward, added up.",)
+    notes = ("Peak memory is the sum of weights, gradients, optimizer state and the tensors saved for backward.",)
     return Table("trainings", "Trainings", columns, tuple(rows), notes)
 
 

@@ -23,7 +23,7 @@ def running_order(model: nn.Module, names: Iterable[str], sample: Sample | None)
         return names
     if sample is None:
         raise EdgetuneError(
-            "this model has no list of like blocks, so its layers count in the order in which they run",
+            "this model has no list of equal blocks, so its layers are ordered as they run",
             action="pass sample=et.Sample.of(example_inputs) to et.apply, or write the scheme out",
         )
     called: list[str] = []

@@ -20,17 +20,17 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Slice(Settings):
-    """Some channels of a linear or a convolution, and its bias: those with the largest sum of what `by` names.
+    """Train some channels of a linear layer or a convolution, and its bias: those that rank highest by `by`.
 
     `inputs` keeps least for backward. A convolution in groups is sliced by whole groups.
     """
 
     ratio: Ratio
-    """Share of the channels that trains."""
+    """Share of the channels to train."""
     by: Literal["magnitude", "gradient", "fisher"] = "magnitude"
-    """What the channels are ranked by; `gradient` and `fisher` look at batches with labels."""
+    """How the channels are ranked; `gradient` and `fisher` use labelled batches."""
     of: Literal["inputs", "outputs"] = "inputs"
-    """Whether input or output channels are chosen; `inputs` keeps less for backward."""
+    """Whether to select input or output channels; `inputs` saves less for backward."""
 
     def __str__(self) -> str:
         """As a table shows it: `1/4`, or `0.3 outputs by fisher`."""
@@ -187,7 +187,7 @@ def _named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> d
         raise EdgetuneError("unknown scheme", got=scheme, allowed=["last-1", "last-2", "last-4", *NAMED[1:]])
     if not blocks:
         raise EdgetuneError(
-            f"{scheme}: the model has one layer alone", got=order, action=f'write {{"{order[-1]}": "full"}}'
+            f"{scheme}: the model has only one layer", got=order, action=f'write {{"{order[-1]}": "full"}}'
         )
     if scheme == "bias":
         return dict.fromkeys(order, "bias")
@@ -244,9 +244,9 @@ def _lay_over(
         named |= set(found)
     if not blocks and order[-1] not in named:
         raise EdgetuneError(
-            "scheme: without a list of like blocks the head cannot be told",
+            "scheme: without a list of equal blocks the head is unknown",
             got=list(written),
-            action=f'say what happens to the last layer, as in {{"{order[-1]}": "full"}}',
+            action=f'set the last layer explicitly, as in {{"{order[-1]}": "full"}}',
         )
 
 

@@ -257,7 +257,7 @@ def refuse_unfollowed(name: str, layer: nn.Module) -> None:
     if is_stock(layer):
         return
     if layer.weight.is_meta:  # type: ignore[union-attr, operator]
-        _refuse(name, layer, "it has a forward of its own, and no values yet to try it with")
+        _refuse(name, layer, "it has its own forward, and there are no values yet to try it with")
     with torch.random.fork_rng(devices=[]):
         for training in (False, True):
             reason = _not_followed(layer, training)
@@ -296,9 +296,9 @@ def _not_followed(layer: nn.Module, training: bool) -> str:
         if not _close(output, expected, tolerance):
             return "its own forward gives something else once a slice of its weight trains"
         if part is None or not _close(part, gradient.index_select(sliced.dim, sliced.indices), tolerance):
-            return "its own forward multiplies by something else than its weight as it stands"
+            return "its own forward does not multiply by the plain weight"
         return ""
-    return f"its own forward takes no input of its class's ({type(error).__name__}: {error})"
+    return f"its own forward does not take the inputs of its class ({type(error).__name__}: {error})"
 
 
 def _tried(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -32,16 +32,16 @@ _SCORED_BATCHES = 4  # that slices by gradient or Fisher information look at
 
 
 class SparseUpdate(Technique):
-    """Train only the layers of `scheme`; the frozen ones before them run without a graph and without dropout.
+    """Train only the layers of `scheme`. The frozen layers before them run without a graph and without dropout.
 
-    `scheme`: `last-2` (any number) is the last blocks and what stands between them, `bias` all biases,
-    `bert-pockengine` biases of the last half of the blocks and weights of the last third; or patterns written out,
-    `{"encoder.layer.5": "full", "*.query": "bias", "*.intermediate.dense": 0.25}`, where a later pattern wins, a
-    pattern covers all inside the layers it names, and what no pattern names is frozen. A number is the part of a
-    weight's input channels that trains, those of largest magnitude; see `Slice` for other ways to choose.
-    `auto` takes what is worth most within `budget_mib`, which is what the ledger calls train_memory_mib, and if given
-    within `step_ms`; it looks at batches with labels. With `activations="8bit"` gradients are off by the bounds that
-    `sparse/light` states.
+    `scheme`: `last-2` (or another number) trains the last blocks and everything between them, `bias` all biases,
+    `bert-pockengine` the biases of the last half of the blocks and the weights of the last third. It can also be a
+    mapping of patterns, `{"encoder.layer.5": "full", "*.query": "bias", "*.intermediate.dense": 0.25}`: a later
+    pattern takes precedence, a pattern includes all layers inside those it matches, and layers without a pattern are
+    frozen. A number is the share of a weight's input channels that train, those of largest magnitude; see `Slice`
+    for other selections. `auto` selects the most useful layers within `budget_mib` of training memory and, if given,
+    within `step_ms`; it needs labelled batches. With `activations="8bit"` gradients are approximate, with bounds
+    stated in `sparse/light`.
     """
 
     name: ClassVar[str] = "sparse-update"
@@ -50,18 +50,18 @@ class SparseUpdate(Technique):
     exact: ClassVar[bool] = True
 
     scheme: str | dict[str, WrittenPart] = "last-2"
-    """What trains: `last-2` (or any number of last blocks), `bias`, `bert-pockengine`, `auto` (with `budget_mib`), or
-    a mapping from layer patterns to `full`, `bias`, `frozen`, a share of the channels, or a slice."""
+    """What to train: `last-2` (or another number of last blocks), `bias`, `bert-pockengine`, `auto` (with
+    `budget_mib`), or a mapping from layer patterns to `full`, `bias`, `frozen`, a share of the channels, or a slice."""
     head: Literal["full", "bias", "frozen"] = "full"
-    """What trains of everything after the last block."""
+    """What to train of the layers after the last block."""
     norms: bool = True
-    """Whether the normalizations in the layers of the scheme train."""
+    """Also train the normalization layers within the scheme."""
     activations: Activations = "exact"
-    """How values are saved for backward; `8bit` takes less memory and makes gradients approximate."""
+    """Precision of the values saved for backward; `8bit` needs less memory and makes gradients approximate."""
     budget_mib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Training memory that the scheme `auto` may use, in MiB."""
+    """Maximum training memory for the scheme `auto`, in MiB."""
     step_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Time that an update may take on this machine with the scheme `auto`, in ms; `null`: no limit."""
+    """Maximum time of an update on this machine for the scheme `auto`, in ms; `null`: no limit."""
 
     @field_validator("scheme")
     @classmethod
@@ -79,7 +79,7 @@ class SparseUpdate(Technique):
         return self
 
     def resolve(self, model: nn.Module, sample: Sample | None = None) -> Scheme:
-        """What this would train in `model`, as a value to print. Changes nothing. `auto` looks at the sample."""
+        """What this would train in `model`, as a printable value. It changes nothing. `auto` needs the sample."""
         if self.budget_mib is None:
             return resolve(model, self.scheme, self.head, self.norms, sample)
         from edgetune.sparse.auto.choose import choose
@@ -88,7 +88,7 @@ class SparseUpdate(Technique):
         return choose(model, self.needs_sample(sample), self.budget_mib, self.step_ms, technique=alone).scheme
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Set what trains, in place, and put hooks on the frozen stages and layers."""
+        """Set what trains, in place, and add hooks to the frozen stages and layers."""
         if any(is_peft(module) for module in model.modules()):
             raise EdgetuneError("sparse-update would freeze the adapters", action="put sparse-update before lora")
         scheme = self.resolve(model, sample)
@@ -130,7 +130,7 @@ class SparseUpdate(Technique):
         return scores
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """Take the hooks off and the slices in; what trained before `apply` trains again."""
+        """Remove the hooks and merge the slices. What was trainable before `apply` is trainable again."""
         if hasattr(model, _SCHEME):
             delattr(model, _SCHEME)
         remove_hooks(model)
@@ -140,7 +140,7 @@ class SparseUpdate(Technique):
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Keep what `auto` chose in `folder/scheme.yaml`, written out as a recipe takes it."""
+        """Save the choice of `auto` in `folder/scheme.yaml`, in the format of a recipe."""
         import yaml
 
         scheme: Scheme = getattr(model, _SCHEME)

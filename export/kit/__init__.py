@@ -33,7 +33,7 @@ def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact | 
     Nothing is left where that, or the kit, fails.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise EdgetuneError("the kit's folder is there already", got=str(folder), action="choose another with -o")
+        raise EdgetuneError("the folder of the kit already exists", got=str(folder), action="choose another with -o")
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:

@@ -15,11 +15,11 @@ from edgetune.technique import EdgetuneError, Exit
 
 _WHAT = {
     "pte": "the program",
-    "json": "what it is: shapes, how inputs are made, classes, versions, checksums",
-    "md": "the same to read, with what is known of its quality and speed",
-    "tokenizer.json": "the tokenizer, as Hugging Face's `tokenizers` write it",
+    "json": "its metadata: shapes, preprocessing, classes, versions, checksums",
+    "md": "the model card, with its quality and speed",
+    "tokenizer.json": "the tokenizer, in the format of Hugging Face's `tokenizers`",
 }
-_NO_CPP = "No C++ sample: its tokenizer knows the BERT family only, and this program's is another.\n"
+_NO_CPP = "No C++ sample: it only supports tokenizers of the BERT family, and this program has another.\n"
 
 
 def check(platform: Platform, carried: Carried | None) -> None:
@@ -27,13 +27,13 @@ def check(platform: Platform, carried: Carried | None) -> None:
     told = carried.preprocessing if carried is not None else None
     if carried is None or told is None or carried.postprocessing is None:
         raise EdgetuneError(
-            "the program does not carry how its inputs are made and what comes out",
-            action="make kits of classifiers and of programs that talk: a model by name, or the folder of a run",
+            "the program has no preprocessing and no classes in its metadata",
+            action="make kits of classifiers and text-generation programs: give a model by name, or a run's folder",
             exit_code=Exit.EXPORT,
         )
     if not platform.python and isinstance(told, TextPreprocessing) and told.wordpiece is None:
         raise EdgetuneError(
-            f"the sample for {platform.title} has a tokenizer of the BERT family only",
+            f"the sample for {platform.title} only supports tokenizers of the BERT family",
             action="use a model of that family, or give the app a library that reads model.tokenizer.json",
             exit_code=Exit.EXPORT,
         )
@@ -88,14 +88,14 @@ def _check_inputs(manifest: Manifest) -> None:
     fits = fits and len(carried.labels) in (0, manifest.outputs[0].shape[-1])
     if not fits:
         raise EdgetuneError(
-            "the program takes or gives something else than it carries",
+            "the inputs or outputs of the program do not match its metadata",
             got=[str(spec) for spec in (*manifest.inputs, *manifest.outputs)],
-            action="give one row of what carried.preprocessing makes, and a name for each class",
+            action="export with one row as carried.preprocessing makes it, and a name for each class",
             exit_code=Exit.EXPORT,
         )
     if manifest.data is not None:
         raise EdgetuneError(
-            "the program's weights lie in a file apart",
+            "the weights of the program are in a separate file",
             got=manifest.data.file,
             action="export it with its weights inside",
             exit_code=Exit.EXPORT,
@@ -117,8 +117,8 @@ def _common(platform: Platform, manifest: Manifest, names: list[str]) -> dict[st
         "package": platform.packages.get(manifest.target, platform.packages.get("", "")),
         "products": _products(platform, manifest.target),
         "resources": ",\n".join(f'        .copy("Resources/{name}")' for name in names),
-        "parity": f"The program was run on the machine that made it and compared with the model on {parity.rows} rows: "
-        f"the same prediction on {parity.same_prediction_pct:g} %."
+        "parity": f"The program ran on the machine that exported it and was compared with the model on {parity.rows} "
+        f"rows: the same prediction on {parity.same_prediction_pct:g} %."
         if parity is not None
         else f"The program was {manifest.note}.",
     }
@@ -139,7 +139,7 @@ def _of_pictures() -> dict[str, str]:
     return {
         "kind": "Picture",
         "argument": "picture",
-        "rows": "picture.jpg another.png",
+        "rows": "image.jpg another.png",
         "cpp_rows": "picture.ppm",
         "library": "pillow>=10",
     }

@@ -40,8 +40,8 @@ def fields(platform: Platform, artifact: LanguageArtifact, files: list[str]) -> 
     made_from = known.carried.model if known.carried is not None else ""
     parity = known.parity
     told = {
-        "json": "what it is: its cache, tokens that end an answer, versions, checksums",
-        "md": "the same to read",
+        "json": "its metadata: cache, end tokens, versions, checksums",
+        "md": "the model card",
         "pte": "the program",
     }
     what = {known.tokenizer.file: "the tokenizer", CHAT: "what the chat format puts around a message"}
@@ -64,8 +64,8 @@ def fields(platform: Platform, artifact: LanguageArtifact, files: list[str]) -> 
             )
         ),
         "resources": ",\n".join(f'        .copy("Resources/{name}")' for name in files),
-        "parity": f"The program was run on the machine that made it: of {parity.tokens} tokens, the likeliest each "
-        f"time, {parity.same_tokens} are the model's own."
+        "parity": f"The program ran on the machine that exported it: of {parity.tokens} greedy tokens, "
+        f"{parity.same_tokens} are the same as those of the model."
         if parity is not None
         else f"The program was {known.note}.",
     }  # fmt: skip

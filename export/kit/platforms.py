@@ -133,7 +133,7 @@ def target_for(platform: Platform, device: str | None, target: str | None) -> st
         known = load(device)
         kind = platform_of(known.family, known.targets)
         if platform.name != kind and not (platform is LINUX and kind in ("linux", "jetson")):
-            raise EdgetuneError(f"{device} is no device for this kit", got=platform.name, allowed=[kind])
+            raise EdgetuneError(f"{device} is not a device for this kit", got=platform.name, allowed=[kind])
         preferred = tuple(name for name in known.targets if name in platform.targets) or ("portable",)
     if target is not None and target not in platform.targets:
         raise EdgetuneError(
@@ -149,7 +149,7 @@ def platform_of(family: str, targets: tuple[str, ...]) -> str:
     """The kit for a device of this family with these targets."""
     if family == "microcontroller" or (family == "computer" and "coreml" in targets):
         raise EdgetuneError(
-            "no kit is made for this kind of device",
+            "there is no kit for this kind of device",
             got=family,
             action="lower with `edgetune export MODEL --device ID`",
         )

@@ -59,18 +59,18 @@ def export_language(
     min_same_prediction_pct: float = 99.0,
     carried: Carried | None = None,
 ) -> LanguageArtifact:
-    """Lower a decoder of transformers to `path` (a `.pte`), prove that it says the same, and carry its tokenizer.
+    """Lower a transformers decoder to `path` (a `.pte`), verify that it generates the same text, and add its
+    tokenizer.
 
-    The cache has `max_tokens` places for prompt and answer together; a prompt is read in pieces of `prefill_tokens`,
-    one of `PREFILLS`. The model may have `Int4` applied. `tokenizer` is a fast tokenizer of transformers, or a
-    `tokenizers.Tokenizer`. After each of `check_prompts`, which are messages of a user or the tokens of any text, the
-    program's first `check_tokens` greedy tokens are compared with those of the model in eager mode. A model in bf16 or
-    fp16 is exported as a float32 copy of it, and compared with that copy; the manifest's note says so.
+    The cache has `max_tokens` positions for prompt and answer together. A prompt is read in chunks of
+    `prefill_tokens`, one of `PREFILLS`. The model may have `Int4` applied. `tokenizer` is a fast tokenizer of
+    transformers, or a `tokenizers.Tokenizer`. After each of `check_prompts` (user messages, or the tokens of any
+    text), the first `check_tokens` greedy tokens of the program are compared with those of the model in eager mode.
+    A bf16 or fp16 model is exported as a float32 copy and compared with that copy; the manifest has a note about it.
 
-    Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) when the model
-    cannot be lowered, the program does not run, or fewer than `min_same_prediction_pct` of the tokens are the same.
-    Then no program or manifest is left that was not there before. `carried` goes into the manifest, and onto a model
-    card, `model.md`.
+    Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) if the model
+    cannot be lowered, if the program does not run, or if fewer than `min_same_prediction_pct` of the tokens agree.
+    Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
     """
     path = Path(path)
     chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)
@@ -79,7 +79,9 @@ def export_language(
     spec = described(tokenizer, tokenizer_file(path), sha256_of(text.encode()))
     prompts = [encoded(found, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
     if not prompts or not all(prompts):
-        raise EdgetuneError("the program is compared on what it says after a prompt: give one, with tokens")
+        raise EdgetuneError(
+            "the program is compared on the continuation of a prompt, so a prompt with tokens is needed"
+        )
     # how a text fills a window of tokens is no matter of a program that talks
     own = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
     model, converted = _in_float32(model)
@@ -118,7 +120,7 @@ def _checked(
     check_model(model, max_tokens)
     if prefill_tokens not in PREFILLS:
         raise EdgetuneError(
-            "a prompt cannot be read in pieces of so many tokens",
+            "the prompt chunk size is not valid",
             got=prefill_tokens,
             allowed=map(str, PREFILLS),
             exit_code=Exit.USAGE,
@@ -126,7 +128,7 @@ def _checked(
     chosen = targets.for_device(device, target)
     if chosen.name not in ("xnnpack", "portable"):
         raise EdgetuneError(
-            "the cache is kept by operators of the CPU",
+            "the cache needs CPU operators",
             got=chosen.name,
             allowed=["xnnpack", "portable"],
             action="pass target='xnnpack'",

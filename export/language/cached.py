@@ -188,7 +188,7 @@ def _shapes(model: nn.Module, config: Any) -> list[tuple[Shape, Shape]]:
     missing = [str(layer) for layer in layers if layer not in shapes]
     if missing:
         raise EdgetuneError(
-            f"the attention of {type(model).__name__} is code of its own, which cannot read a static cache",
+            f"the attention of {type(model).__name__} is custom code that cannot use a static cache",
             got=f"layers {shortened(missing)} of {len(layers)}",
             action="export its logits for a window of tokens: et.export(model, example_inputs, path)",
             exit_code=Exit.EXPORT,
@@ -203,7 +203,7 @@ def check_layers(config: Any) -> None:
     shared: int = getattr(config, "num_kv_shared_layers", 0)
     if strange or shared:
         raise EdgetuneError(
-            "a static cache holds one key and one value for each layer; this model has other layers",
+            "a static cache has one key and one value for each layer; this model has other layers",
             got=strange or "layers that share a cache",
             allowed=["full_attention", "sliding_attention"],
             action="export its logits for a window of tokens: et.export(model, example_inputs, path)",
@@ -225,7 +225,7 @@ def check_model(model: nn.Module, max_tokens: int) -> None:
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_tokens < 2 or (room is not None and max_tokens > room):
         raise EdgetuneError(
-            "the cache must have at least 2 places, and no more than the model has positions",
+            "the cache must have at least 2 positions, and at most as many as the model",
             got=max_tokens,
             action=f"set max_tokens to at most {room}" if room is not None else "set max_tokens to 2 or more",
             exit_code=Exit.EXPORT,

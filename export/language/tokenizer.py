@@ -74,7 +74,7 @@ def backend(tokenizer: Any) -> Any:
     found = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(found, tokenizers.Tokenizer):
         raise EdgetuneError(
-            "a program carries its tokenizer as a tokenizer.json, which this tokenizer has none of",
+            "the program needs a tokenizer.json, which this tokenizer does not have",
             got=type(tokenizer).__name__,
             action="load it with AutoTokenizer, which gives a fast one where there is one",
             exit_code=Exit.EXPORT,

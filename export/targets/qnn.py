@@ -25,7 +25,7 @@ def _missing() -> str:
     if not root:
         return "Qualcomm's AI Engine Direct SDK is not here: QNN_SDK_ROOT is not set"
     if not (Path(root) / "lib" / "x86_64-linux-clang" / "libQnnHtp.so").is_file():
-        return f"QNN_SDK_ROOT={root} holds no lib/x86_64-linux-clang/libQnnHtp.so"
+        return f"QNN_SDK_ROOT={root} does not contain lib/x86_64-linux-clang/libQnnHtp.so"
     return "" if importlib.util.find_spec("cpuinfo") else "no module named 'cpuinfo'"
 
 

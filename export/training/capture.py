@@ -154,7 +154,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     every = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     if not found:
-        raise EdgetuneError("nothing in this model trains", action="choose a scheme first", exit_code=Exit.EXPORT)
+        raise EdgetuneError("nothing in this model is trainable", action="choose a scheme first", exit_code=Exit.EXPORT)
     tied = sorted(set(every) - set(found))
     if tied:
         raise EdgetuneError(
@@ -228,7 +228,7 @@ def _opaque_quantization(program: ExportedProgram, wanted: set[str]) -> Iterator
             nodes.append(node)
             if node in fed:
                 raise EdgetuneError(
-                    "a gradient would have to go through a quantized layer",
+                    "a gradient would have to pass through a quantized layer",
                     action="quantize only layers before the first one that trains",
                     exit_code=Exit.EXPORT,
                 )

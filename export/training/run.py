@@ -107,10 +107,10 @@ def train_pte(
     resume: str | Path | None = None,
     checkpoint: str | Path | None = None,
 ) -> list[float]:
-    """Train the program at `path` on this host. The losses, one a step.
+    """Train with the program at `path` on this host. Returns the loss of each step.
 
-    Goes on from the checkpoint `resume`, and writes one to `checkpoint` at the end. Stops after `steps`, or with the
-    batches. Batches have exactly the shapes that the program was exported for.
+    Continues from the checkpoint `resume`, and writes one to `checkpoint` at the end. Stops after `steps`, or at
+    the end of the batches. The batches must have the shapes that the program was exported for.
     """
     program = TrainingProgram(path)
     if resume is not None:
@@ -127,9 +127,9 @@ def train_pte(
 
 @torch.no_grad()
 def pull(source: str | Path, model: nn.Module) -> nn.Module:
-    """Write trained values into `model`, in place: from a checkpoint, or the initial ones of a `.pte`.
+    """Write trained values into `model`, in place, from a checkpoint, or the initial values from a `.pte`.
 
-    `model` may carry its `Sliced` layers, which are merged, or be the plain model they were made from.
+    `model` may have `Sliced` layers, which are merged, or be the plain model from which they were made.
     """
     from edgetune.merging import merge
     from edgetune.sparse.sliced import Sliced

@@ -57,13 +57,14 @@ def export_training(
     check_batches: Sequence[Batch] | None = None,
     check: Check | None = None,
 ) -> TrainingArtifact:
-    """Lower the training step of `model` to `path` (a `.pte`), prove it beside eager SGD, and write `model.json`.
+    """Lower the training step of `model` to `path` (a `.pte`), compare it with eager SGD, and write `model.json`.
 
-    What requires a gradient trains, in evaluation mode: without dropout, with frozen statistics. Shapes are those of
-    the examples; `forward` takes `forward_rows` rows of them. `train` takes the inputs by position, the labels and
-    the learning rate, a scalar, and returns the loss and the logits. Raises `EdgetuneError` (exit code 5) where the
-    step cannot be lowered, or the losses of `check.steps` steps over `check_batches` (by default the example alone)
-    differ from eager's by more than `check.max_loss_difference`. Nothing is left at `path` then.
+    All parameters that require a gradient are trained, in evaluation mode: without dropout and with frozen
+    statistics. The shapes are those of the examples; `forward` takes `forward_rows` rows. `train` takes the inputs
+    by position, the labels and the learning rate (a scalar), and returns the loss and the logits. Raises
+    `EdgetuneError` (exit code 5) if the step cannot be lowered, or if the losses of `check.steps` steps over
+    `check_batches` (by default only the example) differ from those of eager mode by more than
+    `check.max_loss_difference`. Then nothing is left at `path`.
     """
     with quiet():
         require("executorch", "export")
@@ -71,7 +72,7 @@ def export_training(
     check_program_path(path)
     chosen = targets.find(target)
     if target not in ("xnnpack", "portable"):
-        raise EdgetuneError("no training on this target", got=target, allowed=["xnnpack", "portable"],
+        raise EdgetuneError("this target cannot train", got=target, allowed=["xnnpack", "portable"],
                             exit_code=Exit.EXPORT)  # fmt: skip
     batches = list(check_batches or [(example_inputs, example_labels)])
     prepared = capture.prepared(model)
@@ -143,7 +144,7 @@ def compared(
     worst = max(abs(a - b) if a == a else float("inf") for a, b in zip(got, expected, strict=True))
     if not worst <= check.max_loss_difference:
         raise EdgetuneError(
-            "the program's losses are not eager's",
+            "the losses of the program differ from those of eager mode",
             where=str(path),
             got=f"a difference of {worst:.3g} within {check.steps} steps",
             allowed=[f"at most {check.max_loss_difference:.3g}"],

@@ -49,7 +49,7 @@ class Adb:
 
     def __init__(self, place: Place, runner: Path | None, *, timeout_seconds: float = 900.0) -> None:
         if runner is None:
-            raise EdgetuneError("adb times with executorch's executor_runner, and none is given", action=_BUILD)
+            raise EdgetuneError("adb needs ExecuTorch's executor_runner", action=_BUILD)
         self.place, self.runner, self.timeout_seconds = place, runner, timeout_seconds
         self.serial = self.model = self.folder = self.means = ""
         self._cores = 0
@@ -118,10 +118,12 @@ class Adb:
         from edgetune.export.run import State, Timing
 
         if language or len(calls) != 1:
-            raise EdgetuneError("executor_runner runs no program that talks", action="time it over ssh, or on the host")
+            raise EdgetuneError(
+                "executor_runner cannot run text-generation programs", action="time it over ssh, or on the host"
+            )
         if not 1 <= threads <= self.cores:
             what = f"threads must be from 1 to the {self.cores} cores there"
-            raise EdgetuneError(what, where=self.name, got=threads, action=f"say --threads {self.cores}")
+            raise EdgetuneError(what, where=self.name, got=threads, action=f"pass --threads {self.cores}")
         self._push(path, "model.pte")
         command = [f"./{_RUNNER}", "--model_path=model.pte", f"--cpu_threads={threads}"]
         if data is not None:
@@ -223,7 +225,7 @@ class Adb:
                 timeout=seconds, encoding="utf-8", errors="replace", check=False,
             )  # fmt: skip
         except FileNotFoundError as error:
-            raise EdgetuneError("there is no adb here", action="sudo apt-get install adb") from error
+            raise EdgetuneError("adb is not installed", action="sudo apt-get install adb") from error
         except subprocess.TimeoutExpired as error:
             what = f"`adb {arguments[0]}` took more than {seconds:.0f} s"
             raise EdgetuneError(
@@ -239,10 +241,10 @@ class Adb:
             raise EdgetuneError(what, got=self.place.serial, allowed=found, action=action)
         if not found:
             action = "plug a phone in and allow USB debugging in its developer options"
-            raise EdgetuneError("no phone is on adb", action=action)
+            raise EdgetuneError("adb found no phone", action=action)
         if not self.place.serial and len(found) > 1:
             first = next(iter(found))
-            raise EdgetuneError("several phones are on adb", got=list(found), action=f"name one: --on adb:{first}")
+            raise EdgetuneError("adb found several phones", got=list(found), action=f"name one: --on adb:{first}")
         serial = self.place.serial or next(iter(found))
         state = found[serial]
         if state != "device":
@@ -277,6 +279,6 @@ def _machine(runner: Path) -> str:
     except OSError as error:
         raise EdgetuneError(f"the runner cannot be read: {error.strerror}", got=str(runner), action=_BUILD) from error
     if len(head) < 20 or head[:4] != b"\x7fELF":
-        raise EdgetuneError("the runner is no program for Android", got=str(runner), action=_BUILD)
+        raise EdgetuneError("the runner is not an Android program", got=str(runner), action=_BUILD)
     number = struct.unpack_from("<H", head, 18)[0]
     return _MACHINES.get(number, f"machine {number}")

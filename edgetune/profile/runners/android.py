@@ -88,7 +88,7 @@ def power_w(watched: str, service: str) -> tuple[float | None, str]:
     """
     powered = re.search(r"^\s*(\w+) powered: true", service, re.M)
     if powered is not None:
-        why = f"the phone is powered by {powered[1]}, so its battery does not tell what a run takes"
+        why = f"the phone is powered by {powered[1]}, so its battery does not show the energy of a run"
         return None, f"{why}: use adb over Wi-Fi"
     read, why = [], "the battery cannot be read by adb's shell"
     for line in re.findall(r"^battery (.+)$", watched, re.M):

@@ -36,10 +36,10 @@ _LONGEST_SOCKET = 70  # of 104 characters at most, ssh adds some of its own
 # what ssh says, in part, and what to do about it
 _REFUSED = (
     ("Could not resolve", "no machine has this name", "check the name, or give its address"),
-    ("REMOTE HOST IDENTIFICATION", "its key is another one than before", "see why: `ssh {to}` by hand tells more"),
+    ("REMOTE HOST IDENTIFICATION", "its key is another one than before", "run `ssh {to}` yourself to see why"),
     ("Host key verification failed", "its key is not known here",
      "connect once by hand, `ssh {to}`, and compare the key it shows"),
-    ("Permission denied", "it lets nobody in without a password", "copy your key there: `ssh-copy-id {to}`"),
+    ("Permission denied", "it does not accept a login without a password", "copy your key there: `ssh-copy-id {to}`"),
     ("Too many authentication failures", "it takes none of the keys tried", "name the key in ~/.ssh/config"),
     ("Connection refused", "nothing listens there", "start sshd there, or name its port: ssh://user@host:port"),
     ("timed out", "it does not answer", "check that it is on and in this network"),
@@ -114,7 +114,7 @@ class Connection:
         try:
             return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
         except FileNotFoundError as error:
-            raise EdgetuneError("there is no ssh here", action="sudo apt-get install openssh-client") from error
+            raise EdgetuneError("ssh is not installed", action="sudo apt-get install openssh-client") from error
 
     def run(
         self,

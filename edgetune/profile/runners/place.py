@@ -94,7 +94,7 @@ def parsed(on: str) -> Place:
     port = int(found["port"]) if found is not None and found["port"] else None
     if found is None or (port is not None and not 1 <= port <= 65535):
         raise EdgetuneError(
-            "no place to time a program",
+            "not a valid place to time a program",
             got=on,
             allowed=FORMS,
             action="a user and a host are letters, digits, dots, dashes and underscores, and begin with no dash; "

@@ -43,7 +43,7 @@ def opened(on: str | Place, *, python: str = "python3", runner: Path | None = No
     """
     place = on if isinstance(on, Place) else parsed(on)
     if runner is not None and place.kind != "adb":
-        raise EdgetuneError("a runner is for adb", got=str(runner), action="leave out --runner, or say --on adb")
+        raise EdgetuneError("--runner only applies to adb", got=str(runner), action="omit --runner, or pass --on adb")
     if place.kind == "ssh":
         return Ssh(place, python=python)
     if place.kind == "adb":

@@ -113,7 +113,7 @@ class Ssh:
 
         if not 1 <= threads <= self.cores:
             what = f"threads must be from 1 to the {self.cores} cores there"
-            raise EdgetuneError(what, where=str(self.place), got=threads, action=f"say --threads {self.cores}")
+            raise EdgetuneError(what, where=str(self.place), got=threads, action=f"pass --threads {self.cores}")
         request = {
             "threads": threads,
             "seconds": seconds,

@@ -173,7 +173,7 @@ class Profile:
         be under a sparse update; it is left as it was.
         """
         if any(isinstance(t, SparseUpdate) for t in opened(model)):
-            raise EdgetuneError("the model is under a sparse update already", action="call et.finalize(model) first")
+            raise EdgetuneError("the model already has a sparse update", action="call et.finalize(model) first")
         technique = technique or SparseUpdate()
         layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
         shared, able = _shared(layers), {name: _floating(layer) for name, layer in layers.items()}

@@ -156,13 +156,13 @@ class Task:
         else:
             costs = [self.cost({n: o}) for n, options in self.options.items() for o in options if o.part != "frozen"]
         if not costs:
-            return EdgetuneError("there is no layer that could train", exit_code=Exit.BUDGET)
+            return EdgetuneError("no layer can train", exit_code=Exit.BUDGET)
         least, fastest, limit = min(c[0] for c in costs) / MIB, min(c[1] for c in costs), self.limits.step_ms
         wanted = f"{self.limits.bytes / MIB:.1f} MiB" + ("" if limit is None else f" and {limit:g} ms a step")
         has = f"{least:.1f} MiB" + ("" if limit is None else f", and the fastest step {fastest:.0f} ms")
         raised = f"raise budget_mib to {math.ceil(10 * least) / 10:.1f} or more, or make batches smaller"
         return EdgetuneError(
-            f"no scheme trains within {wanted}; the least that any takes is {has}",
+            f"no scheme fits {wanted}; the lowest possible is {has}",
             action=raised + ("" if limit is None else f", or raise step_ms to {math.ceil(fastest)}"),
             exit_code=Exit.BUDGET,
         )

@@ -187,7 +187,7 @@ def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _still(held: weakref.ref[Tensor]) -> Tensor:
     found = held()
     if found is None:
-        raise RuntimeError("nothing was kept for this backward")
+        raise RuntimeError("nothing was saved for this backward")
     return found
 
 

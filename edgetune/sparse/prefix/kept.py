@@ -143,7 +143,7 @@ class KeptRows:
         """The kept tensors of these rows as one batch, padded with zeros; computes what is not there."""
         if autocast_of(self.device) != self.autocast:
             raise EdgetuneError(
-                "cache_prefix: autocast is not as it was when the cache was opened",
+                "cache_prefix: autocast differs from when the cache was opened",
                 got=autocast_of(self.device),
                 action=f"open the cache and train under the same autocast: {self.autocast}",
             )
@@ -167,7 +167,7 @@ class KeptRows:
                 found = self.store.read(row)
         if found is None:
             raise EdgetuneError(
-                f"cache_prefix: row {row} was kept and cannot be read back whole",
+                f"cache_prefix: row {row} was stored but cannot be read back",
                 got=str(self.store.folder),
                 action="choose a folder on another disk",
                 exit_code=Exit.DATA,
@@ -192,7 +192,7 @@ def _stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
     found = tensor.detach().to("cpu", kind)
     if kind != tensor.dtype and not torch.isfinite(found).all():
         raise EdgetuneError(
-            "cache_prefix: what the prefix gives is too large for fp16",
+            "cache_prefix: the outputs of the prefix are too large for fp16",
             got=float(tensor.abs().max()),
             action="set cache_dtype to fp32",
         )

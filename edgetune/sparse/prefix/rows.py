@@ -74,7 +74,7 @@ def form_of(what: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widths)
             sizes.append("tokens")
         else:
             raise EdgetuneError(
-                f"cache_prefix: how {what} depends on the rows cannot be told: {tuple(one.shape)} for one row, "
+                f"cache_prefix: how {what} depends on the rows is unclear: {tuple(one.shape)} for one row, "
                 f"{tuple(two.shape)} for two, {tuple(longer.shape)} for a longer one",
                 action="leave cache_prefix out for this model",
             )
@@ -131,7 +131,7 @@ def template_of(what: str, one: Any, two: Any, longer: Any, widths: Widths) -> A
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         raise EdgetuneError(
-            f"cache_prefix: {what} holds what cannot be kept",
+            f"cache_prefix: {what} contains values that cannot be stored",
             got=type(value).__name__,
             action="leave cache_prefix out for this model",
         )

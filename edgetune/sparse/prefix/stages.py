@@ -221,7 +221,7 @@ def _watched(stages: Stages, split: Split, rows: Sequence[int]) -> _Watcher:
             pass
         else:
             if not any(parameter.requires_grad for parameter in stages.model.parameters()):
-                raise EdgetuneError("cache_prefix: nothing trains, so there is no prefix to keep")
+                raise EdgetuneError("cache_prefix: nothing trains, so there is no prefix to store")
     return watcher
 
 

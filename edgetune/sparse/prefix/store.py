@@ -216,7 +216,7 @@ def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock:
     if needed - there > free:
         raise EdgetuneError(
             f"the cached prefix needs {(needed - there) / _MIB:.1f} MiB, and there are {free / _MIB:.1f} in {folder}",
-            action="make room, choose another folder, or leave cache_prefix out",
+            action="free some disk space, choose another folder, or leave cache_prefix out",
             exit_code=Exit.DATA,
         )
 
@@ -250,6 +250,6 @@ def _refused(place: Path, error: OSError) -> EdgetuneError:
     return EdgetuneError(
         f"the cached prefix cannot be written or read ({error.strerror or error})",
         got=str(place),
-        action="make room, choose another folder, or leave cache_prefix out",
+        action="free some disk space, choose another folder, or leave cache_prefix out",
         exit_code=Exit.DATA,
     )
