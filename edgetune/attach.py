@@ -33,7 +33,10 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     Raises:
         EdgetuneError: an invalid order, targets that match nothing, or a missing sample.
     """
-    _check_model(model, "apply")
+    check_model(model, "apply")
+    if sample is not None and not isinstance(sample, Sample):
+        action = "write sample=et.Sample.of(inputs)"
+        raise EdgetuneError("sample is not a Sample", where="et.apply", got=type(sample).__name__, action=action)
     outer, model = model, held_model(model)
     refuse_distributed(outer)
     for technique in fitted(_listed(techniques)):
@@ -76,7 +79,8 @@ def _instead(other: object) -> str:
     return "write [et.LoRA(rank=8, targets=[...])], one object for each technique"
 
 
-def _check_model(model: object, verb: str) -> None:
+def check_model(model: object, verb: str) -> None:
+    """Raise for what is no module where `et.<verb>` takes one first."""
     if not isinstance(model, nn.Module):
         action = f"give et.{verb} an nn.Module first"
         raise EdgetuneError("not a model", where=f"et.{verb}", got=model, action=action)
@@ -98,7 +102,7 @@ def finalize(model: nn.Module) -> nn.Module:
     Raises `EdgetuneError` for an adapter that no plain layer can represent, or that does not change layers (prompt
     tuning).
     """
-    _check_model(model, "finalize")
+    check_model(model, "finalize")
     refuse_sharded(model)
     model = hold(model, _finalize_own(held_model(model)))
     inner = {name: module for name, module in model.named_modules() if name and opened(module)}

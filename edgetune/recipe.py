@@ -114,6 +114,8 @@ def load(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Reci
     Raises:
         EdgetuneError: one error as it is; several as `document.Errors`, whose text has them all.
     """
+    if not isinstance(overrides or {}, Mapping):
+        raise EdgetuneError("overrides are a mapping", got=overrides, action='write {"train.epochs": 2}')
     text, name = text_of(recipe)
     document = read(text, name)
     if name == str(recipe) and isinstance(document.value, dict):  # a file, not one of the package

@@ -10,7 +10,7 @@ from torch import nn
 from edgetune.export.artifact import Artifact, Manifest
 from edgetune.export.carried import Carried
 from edgetune.export.dynamic import Dynamic
-from edgetune.technique import Inputs
+from edgetune.technique import EdgetuneError, Inputs
 
 __all__ = ["Artifact", "Carried", "Manifest", "export"]
 
@@ -58,8 +58,14 @@ def export(
     outputs from the memory plan: the program then reads and writes the caller's memory, and XNNPACK may read up to
     64 bytes past the end of an input.
     """
+    from edgetune.attach import check_model
     from edgetune.export.lower import Layout
     from edgetune.export.pipeline import Bounds, export_program
+
+    check_model(model, "export")
+    if not isinstance(path, (str, Path)):
+        action = 'write et.export(model, example_inputs, "model.pte")'
+        raise EdgetuneError("the path comes third", where="et.export", got=type(path).__name__, action=action)
 
     bounds = Bounds(min_same_prediction_pct, max_abs_difference, max_relative_difference)
     return export_program(

@@ -99,7 +99,10 @@ def _whole(inputs: Inputs, what: str) -> list[Row]:
     tensors: Any = tensors_of(inputs)
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
         got = [type(tensor).__name__ for tensor in tensors]
-        raise EdgetuneError(f"{what} must be tensors, at least one", got=got, exit_code=Exit.EXPORT)
+        action = (
+            "give tensors: torch.from_numpy(array)" if "ndarray" in got else "give a tensor, a tuple or a dict of them"
+        )
+        raise EdgetuneError(f"{what} must be tensors, at least one", got=got, action=action, exit_code=Exit.EXPORT)
     if any(tensor.numel() == 0 for tensor in tensors):
         shapes = [tuple(tensor.shape) for tensor in tensors]
         raise EdgetuneError(f"{what} contain a tensor without values", got=shapes, exit_code=Exit.EXPORT)

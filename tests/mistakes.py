@@ -115,6 +115,22 @@ MISTAKES: dict[str, Mistake] = {
         lambda: et.apply(nn.Linear(2, 2), {"lora": 8}),  # type: ignore[arg-type]
         ("et.apply: not a technique: got {'lora': 8}", "next: write et.LoRA(...)"),
     ),
+    "a path for a model": Mistake(
+        lambda: et.export("model.pt", torch.zeros(1, 2), "model.pte"),  # type: ignore[arg-type]
+        ("et.export: not a model: got 'model.pt'", "next: give et.export an nn.Module first"),
+    ),
+    "inputs for a sample": Mistake(
+        lambda: et.apply(nn.Linear(2, 2), et.Prune(), torch.zeros(1, 2)),  # type: ignore[arg-type]
+        ("et.apply: sample is not a Sample: got 'Tensor'", "next: write sample=et.Sample.of(inputs)"),
+    ),
+    "an array for a tensor": Mistake(
+        lambda: et.export(nn.Linear(2, 2), torch.zeros(1, 2).numpy(), "model.pte"),  # type: ignore[arg-type]
+        ("the example inputs must be tensors", "next: give tensors: torch.from_numpy(array)"), code=5,
+    ),
+    "a list of changes": Mistake(
+        lambda: et.run("text-minilm", ["train.epochs=2"]),  # type: ignore[arg-type]
+        ("overrides are a mapping: got ['train.epochs=2']", 'next: write {"train.epochs": 2}'),
+    ),
     "own attention without num_heads": Mistake(
         prune(own_attention(None), torch.zeros(2, 3, 64), what=["heads"]),
         ("the attention 0.0 does not say how many heads", "as in Attention.num_heads = 8", 'skip: ["0.0"]'),
