@@ -190,7 +190,7 @@ def _place_instead(problem: Problem, values: Mapping[str, Any]) -> str:
     section, *rest = problem.path
     if problem.what == "unknown field" and not rest:
         holder = next((name for name in step_names() if section in fields_of(settings_class(name))), "")
-        return f"it belongs into a step: - {holder}: {{{section}: ...}}" if holder else ""
+        return f"it belongs in a step: - {holder}: {{{section}: ...}}" if holder else ""
     table = {"model": registry.MODELS, "data": registry.DATASETS}.get(str(section), {})
     if problem.what != "unknown field" or len(rest) != 1 or rest[0] not in table:
         return ""

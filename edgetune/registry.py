@@ -88,7 +88,7 @@ def loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., An
 def unknown_source(table: Mapping[str, str], what: str, source: str) -> EdgetuneError:
     """What is wrong with a source of no known kind, and what was probably meant."""
     near = nearest_source(source, table, table is DATASETS)
-    action = "fetch the file first, and give its path" if "://" in source and not near else ""
+    action = "download the file first, and give its path" if "://" in source and not near else ""
     return EdgetuneError(f"unknown {what}", got=source, allowed=sorted(table), near=near, action=action)
 
 

@@ -57,7 +57,7 @@ def program_at(path: Path) -> Path:
         return place
     near = ""
     if path.is_dir():
-        what, action = "this folder holds no model.pte", "give a program, or the folder of a run that exported one"
+        what, action = "this folder contains no model.pte", "give a program, or the folder of a run that exported one"
     elif path.suffix != ".pte":
         what, action = "a program's name ends in .pte", "give a program; edgetune export makes one of a model"
     else:

@@ -386,7 +386,7 @@ def assemble(
 
 def _check_classes(name: str, classes: Sequence[str], train: Rows, others: tuple[Rows, ...]) -> None:
     if len(classes) < 2:
-        action = "give rows of another class too, or name the column or folder that holds the classes"
+        action = "add rows of a second class, or give the column or folder that holds the classes"
         raise data_error(f"{name}: at least two classes are needed", got=", ".join(classes) or "none", action=action)
     seen = set(train.labels or ())
     empty = [c for n, c in enumerate(classes) if n not in seen]

@@ -46,7 +46,7 @@ def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ..
         spelt.setdefault(" ".join(label.casefold().split()), []).append(label)
     alike = next((same for same in spelt.values() if len(same) > 1), [])
     if alike:
-        notes.append(f"labels that differ in capitals or spaces alone are classes of their own: {', '.join(alike)}")
+        notes.append(f"labels that differ only in capitals or spaces are separate classes: {', '.join(alike)}")
     numbers = [label for label in counts if _NUMBER.fullmatch(label)]
     if numbers and len(numbers) < len(counts):
         words = sorted(set(counts) - set(numbers))

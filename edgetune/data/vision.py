@@ -148,7 +148,7 @@ def _no_classes(folder: Path) -> EdgetuneError:
     """The error for a folder without folders: the pictures of one class, or of all in a heap."""
     beside = [p for p in folder.absolute().parent.iterdir() if p.is_dir() and any(_pictures(p, "*"))]
     return data_error(
-        f"{folder} holds no class folders",
+        f"{folder} contains no class folders",
         near=f"imagefolder:{folder.parent}" if len(beside) > 1 and any(_pictures(folder, "*")) else "",
         action=f"put the pictures of each class into a folder of their own: {folder.name}/CLASS/NAME.jpg",
     )

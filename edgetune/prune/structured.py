@@ -150,10 +150,10 @@ class Prune(Technique):
             missed = sum(self._kept(group) - group.units * (1 - ratio) for group in emptied)
             if missed > _MOST_MISSED * units:
                 widths = ", ".join(f"{self._kept(g)} of {g.units} in {called(g.name)}" for g in emptied[:3])
-                least = "one head" if kind == "heads" else f"round_to {self.round_to}"
+                least = "at least one head" if kind == "heads" else f"round_to={self.round_to}"
                 reached = math.floor(100 * (1 - kept / units)) / 100
                 raise EdgetuneError(
-                    f"{kind}: such a ratio cannot be reached: {least} must stay, that is {widths}",
+                    f"{kind}: the ratio cannot be reached: {least} keeps {widths}",
                     got=ratio,
                     action=f"ask for at most {reached:g}" + ("" if kind == "heads" else ", or lower round_to"),
                 )
