@@ -99,7 +99,7 @@ def test_names_of_completion_are_the_real_ones(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     assert cli_complete.recipe_names("") == list(recipe.names())
     (tmp_path / "text-mine.yaml").touch()
-    assert cli_complete.recipe_names("text-") == ["text-minilm", "text-mine.yaml"]
+    assert cli_complete.recipe_names("text-") == ["text-csv", "text-minilm", "text-mine.yaml"]
     device.user_folder().mkdir(parents=True)
     (device.user_folder() / "pixel-99.yaml").touch()
     assert cli_complete.device_names("") == list(device.ids())
