@@ -90,7 +90,7 @@ def small_net() -> nn.Module:
 MISTAKES: dict[str, Mistake] = {
     # the list of the first newcomer
     "prune leaves widths that int4 cannot divide": run(
-        "r, step 3, int4, bert.encoder.layer.0.output.dense", "before anything was trained", "got 88",
+        "r, step 3, int4, bert.encoder.layer.0.output.dense", "before any training", "got 88",
         "next: prune with round_to=32", steps="[train, prune: {ratio: 0.3, what: [ffn], round_to: 4}, int4]",
     ),
     "a head for other classes than the data's": Mistake(
@@ -101,11 +101,11 @@ MISTAKES: dict[str, Mistake] = {
     "an own file by its name": Mistake("export mymodel", ("did you mean 'py:mymodel.py:build'?",)),
     "an own function without py:": Mistake("export mymodel.py:build", ("did you mean 'py:mymodel.py:build'?",)),
     "an own class without a file": Mistake("export mymodel:Net", ("did you mean 'py:mymodel.py:Net'?",)),
-    "py: without the function": Mistake("export py:mymodel.py", ("no function", "did you mean 'py:mymodel.py:build'?")),
+    "py: without the function": Mistake("export py:mymodel.py", ("does not name a function", "did you mean 'py:mymodel.py:build'?")),
     "a function that is not there": Mistake("export py:mymodel.py:biuld", ("mymodel.py defines no", "mean 'build'?")),
-    "an own model without inputs": Mistake("export py:mymodel.py:build", ("which inputs", "next: pass --inputs py:")),
-    "a .pth for a model": Mistake("export w.pth", ("got 'w.pth'", "next: weights alone are no model", "--weights")),
-    "a state dict for a model": Mistake("export w.safetensors", ("next: weights alone are no model: export py:",)),
+    "an own model without inputs": Mistake("export py:mymodel.py:build", ("the inputs of", "next: pass --inputs py:")),
+    "a .pth for a model": Mistake("export w.pth", ("got 'w.pth'", "next: weights alone are not a model", "--weights")),
+    "a state dict for a model": Mistake("export w.safetensors", ("next: weights alone are not a model: export py:",)),
     "a rank below one": Mistake(lambda: et.LoRA(rank=-1, targets=["*"]), ("LoRA, rank: must be at least 1: got -1",)),
     "peft's names": Mistake(
         lambda: et.LoRA(r=8, target_modules=["q"]),  # type: ignore[call-arg]
@@ -129,7 +129,7 @@ MISTAKES: dict[str, Mistake] = {
     "a ratio that leaves nothing": Mistake(
         prune(small_net(), torch.zeros(2, 16), ratio=0.99),
         ("channels: such a ratio cannot be reached: round_to 8 must stay, that is 8 of 32 in 0, 8 of 64 in 2: got 0.99",
-         "next: ask for at most 0.83, or lower round_to"),
+         "next: use at most 0.83, or lower round_to"),
     ),
     "lr": run("r.yaml, step 1 (line 3), train.lr", "did you mean 'learning_rate'?", steps="[train: {lr: 1e-3}]"),
     "bs": run("train.bs: unknown field", "did you mean 'batch_size'?", steps="[train: {bs: 4}]"),
@@ -147,7 +147,7 @@ MISTAKES: dict[str, Mistake] = {
         "generate classifier.pte Hello", ("a plain program, not a text-generation program", "--language"),
         code=5,
     ),
-    "a hub that does not answer": run("hf:nobody/nothing could not be loaded", "does not answer", "next: check the id",
+    "a hub that does not answer": run("hf:nobody/nothing could not be loaded", "does not respond", "next: check the id",
                                       model="hf:nobody/nothing"),
     "a text model for pictures": run(
         "hf:tinybert cannot do the task", "the rows are images with classes", "next: choose effnet-lite0 or timm:NAME",
@@ -203,31 +203,31 @@ MISTAKES: dict[str, Mistake] = {
     # files given to the wrong verb
     "a program as a recipe": Mistake("run classifier.pte", ("got 'classifier.pte'", "edgetune predict classifier.pte")),
     "rows as a recipe": Mistake("run reviews.csv", ("edgetune recipes new --model minilm --data csv:reviews.csv",)),
-    "a recipe as a model": Mistake("export r.yaml", ("next: a recipe is run: edgetune run",), recipe()),
-    "rows as a model": Mistake("export reviews.csv", ("next: rows go behind the model", "--data csv:FILE")),
-    "a program as a model": Mistake("export classifier.pte", ("next: give the model that the file was made from",)),
-    "a program of another tool": Mistake("export m.tflite", ("next: give the model that the file was made from",)),
-    "a model's folder as a run": Mistake("export lab", ("holds no run", "did you mean 'hf:lab'?")),
-    "hf: of a folder without a model": Mistake("export hf:photos", ("could not be loaded", "save_pretrained wrote")),
-    "hf: without a name": Mistake("export hf:", ("hf: names no model", "next: write hf:OWNER/NAME")),
+    "a recipe as a model": Mistake("export r.yaml", ("next: run a recipe with: edgetune run",), recipe()),
+    "rows as a model": Mistake("export reviews.csv", ("next: give rows with --data", "--data csv:FILE")),
+    "a program as a model": Mistake("export classifier.pte", ("next: give the model that the file was exported from",)),
+    "a program of another tool": Mistake("export m.tflite", ("next: give the model that the file was exported from",)),
+    "a model's folder as a run": Mistake("export lab", ("does not contain a run", "did you mean 'hf:lab'?")),
+    "hf: of a folder without a model": Mistake("export hf:photos", ("could not be loaded", "written by save_pretrained")),
+    "hf: without a name": Mistake("export hf:", ("hf: does not name a model", "next: write hf:OWNER/NAME")),
     "rows without csv:": Mistake("export hf:lab --data reviews.csv", ("did you mean 'csv:reviews.csv'?",)),
     "a new recipe without prefixes": Mistake("recipes new --model tinybert --data reviews.csv", ("'hf:tinybert'?",)),
     "a program that is not there": Mistake("predict classifer.pte hello", ("no such", "mean 'classifier.pte'?")),
-    "a table for a program": Mistake("predict reviews.csv hello", ("ends in .pte: got 'reviews.csv'",)),
-    "a folder for a program": Mistake("inspect photos", ("this folder holds no model.pte: got 'photos'",)),
+    "a table for a program": Mistake("predict reviews.csv hello", ("must end in .pte: got 'reviews.csv'",)),
+    "a folder for a program": Mistake("inspect photos", ("this folder does not contain model.pte: got 'photos'",)),
     "rubbish for a program": Mistake("inspect junk.pte", ("junk.pte: this is not an ExecuTorch program",), code=5),
     "a program without its manifest": Mistake(
-        "profile junk.pte --device pixel-8", ("junk.json: the file that belongs beside junk.pte is missing",), code=5
+        "profile junk.pte --device pixel-8", ("junk.json: the file that belongs to junk.pte is missing",), code=5
     ),
     "predict with a program that names no classes": Mistake(
         "predict classifier.pte hello", ("does not say how its inputs are made", "export a classifier by name"), code=5
     ),
     "a report of no run": Mistake("report photos", ("has no ledger.json: got 'photos'", "that `edgetune run` wrote")),
     "a report of a file": Mistake("report reviews.csv", ("no such run folder: got 'reviews.csv'",)),
-    "a program that is no .pte": Mistake("export hf:lab -o m.onnx", ("a program's name ends in .pte", "write m.pte")),
+    "a program that is no .pte": Mistake("export hf:lab -o m.onnx", ("must end in .pte", "write m.pte")),
     "a file for a folder": Mistake("export hf:lab -o reviews.csv/m.pte", ("reviews.csv: it is a file, not a folder",)),
     "a run in a folder with files": run("is not empty: got 'photos'", command="run r.yaml --out photos"),
-    "a run in a file": run("cannot make the run's folder", "'reviews.csv'", command="run r.yaml --out reviews.csv"),
+    "a run in a file": run("cannot create the folder of", "'reviews.csv'", command="run r.yaml --out reviews.csv"),
     "nothing to resume": run("there is no run to resume", command="run r.yaml --resume"),
     "an image model for texts": run("the rows are texts with classes", model="hf:tinybert", data="csv:reviews.csv",
                                     command="run r.yaml model.source=effnet-lite0"),
@@ -259,12 +259,12 @@ DATA_FAULTS: dict[str, Fault] = {
     ),
     "latin-1 here and there": Fault(
         (table(["too,many"] * 9 + TWO) + "\ncaf\xe9,good").encode("latin-1"),
-        ("row 2 and 8 more: 3 columns where the header has 2; row 51: not in UTF-8", "next: mend these rows"),
+        ("row 2 and 8 more: 3 columns where the header has 2; row 51: not in UTF-8", "next: fix these rows"),
     ),
     "UTF-16": Fault(table(TWO).encode("utf-16"), ("rows.csv is written in UTF-16", "next: save it as UTF-8")),
     "star ratings": Fault(
         table([f"{1 + n / 375:.4f}" for n in range(1500)]),
-        ("the column 'label' has 1,500 different values in 1,500 rows", "regression, which is not supported"),
+        ("the column 'label' has 1,500 different values in 1,500 rows", "regression and is not supported"),
     ),
     "ids for labels": Fault(table([f"user-{n}" for n in range(60)]), ("60 different values", "so they are no classes")),
     "missing labels": Fault(
@@ -273,16 +273,16 @@ DATA_FAULTS: dict[str, Fault] = {
     "one label": Fault(table(["good"] * 40), ("at least two classes are needed: got 'good'", "rows of another class")),
     "dates for labels": Fault(table([f"2024-01-{1 + n % 28:02}" for n in range(60)]), ("28 different values",)),
     "a quote that never closes": Fault(
-        table(TWO) + '\n"open,good\nmore,bad', ("that begins on line 42 is never closed", "next: close the quote")
+        table(TWO) + '\n"open,good\nmore,bad', ("that starts on line 42 is never closed", "next: close the quote")
     ),
     "another column": Fault(
         table(TWO, "txt,label"), ("no column for the text: got 'text'", "did you mean 'txt'?", "next: set data.text")
     ),
     "columns in words": Fault(table(TWO, "Review Text,Sentiment"), ("did you mean 'Review Text'?",)),
     "a label column in words": Fault(table(TWO, "text,Sentiment"), ("for the label", "did you mean 'Sentiment'?")),
-    "no header": Fault(table(TWO, "a first row,good"), ("no column for the text", "stand in the first line")),
+    "no header": Fault(table(TWO, "a first row,good"), ("no column for the text", "are in the first line")),
     "bars between columns": Fault("text|label\na|b\n", ("no column for the text", "put a comma, a semicolon or a tab")),
-    "a column twice": Fault(table(TWO, "text,label,text"), ("has two columns of one name: got 'text'",)),
+    "a column twice": Fault(table(TWO, "text,label,text"), ("has two columns with the same name: got 'text'",)),
     "no text": Fault(table(TWO, text=""), ("40 of 40 rows", "row 2 and 39 more: empty text")),
     "copies of one text": Fault(table(TWO, text="the same"), ("1 different row leaves no test rows", "give more rows")),
     "a share for a percentage": Fault(
@@ -294,15 +294,15 @@ DATA_FAULTS: dict[str, Fault] = {
     "a data frame": Fault("", ("is a data frame, not a list of rows", "zip(frame.text"), "py:mymodel.py:frame"),
     "mappings for rows": Fault("", ("train row 0 is a mapping: got 'text, label'",), "py:mymodel.py:mappings"),
     "an empty file": Fault("", ("rows.csv is empty",)),
-    "a header alone": Fault("text,label\n", ("rows.csv holds no rows",)),
-    "an Excel workbook": Fault(b"PK\x03\x04" + bytes(200), ("no text file", "save the table as CSV in UTF-8")),
-    "a packed table": Fault(gzip.compress(table(TWO).encode()), ("no text file", "next: unpack it")),
-    "JSON for a table": Fault(jsonl('"a"'), ("rows.csv is JSON, not a table", "jsonl: for csv:")),
+    "a header alone": Fault("text,label\n", ("rows.csv contains no rows",)),
+    "an Excel workbook": Fault(b"PK\x03\x04" + bytes(200), ("not a text file", "save the table as CSV in UTF-8")),
+    "a packed table": Fault(gzip.compress(table(TWO).encode()), ("not a text file", "next: unpack it")),
+    "JSON for a table": Fault(jsonl('"a"'), ("rows.csv is JSON, not a table", "jsonl: instead of csv:")),
     "a JSON list": Fault(f"[{jsonl('1')}]", ("one JSON list, not one object a line", "lines=True"), "jsonl:rows.csv2"),
     "fractions for labels": Fault(jsonl("1.5"), ("row 1 and 39 more", "regression is not"), "jsonl:rows.csv2"),
     "lists for labels": Fault(jsonl('["a", "b"]'), ("the label is a list, not one class",), "jsonl:rows.csv2"),
     "null for labels": Fault(jsonl("null"), ("the label is missing",), "jsonl:rows.csv2"),
-    "a folder for a table": Fault("", ("photos is no file",), "csv:photos"),
+    "a folder for a table": Fault("", ("photos is not a file",), "csv:photos"),
     "pictures in a heap": Fault("", ("photos/cat holds no class folders", "did you mean 'imagefolder:photos'?"),
                                 "imagefolder:photos/cat"),
     "an empty folder": Fault("", ("nothing holds no class folders", "nothing/CLASS/NAME.jpg"), "imagefolder:nothing"),

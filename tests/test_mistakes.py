@@ -134,11 +134,11 @@ def test_doubts_about_the_data_are_told_before_the_training(
     Path("r.yaml").write_text(recipe(data="csv:rows.csv"), encoding="utf-8")
     assert main(["run", "r.yaml"]) == 0
     out, err = capsys.readouterr()
-    assert note in err.partition("1 train 1/1")[0]
+    assert note in err.partition("1 train loss")[0]
     if len(labels) == 6:
         words = " ".join(out.split())
         assert "! The result is no better than a simple baseline" in words
-        assert "on so few rows stands for anything from 20.7 to 100.0 % (95 % interval)" in words
+        assert "is uncertain: its 95 % interval is 20.7 to 100.0 %" in words
 
 
 # Mistakes that are none any more
@@ -172,11 +172,11 @@ def test_ctrl_c_and_changed_settings_cost_no_training(capsys: pytest.CaptureFixt
     code, err = answer_of("run r.yaml --out done", capsys)
     assert code == 130
     command = "edgetune run r.yaml --resume --out done"
-    assert err.splitlines()[-1] == f"edgetune: interrupted; go on with: {command}"
+    assert err.splitlines()[-1] == f"edgetune: interrupted; continue with: {command}"
     Path("ctrl-c").unlink()
     assert main(shlex.split(command)[1:]) == 0
     code, err = answer_of(f"{command.removeprefix('edgetune ')} steps.2.ratio=0.25", capsys)
     assert code == 0
     assert "reuse 2/2 load, train of done" in err
     assert "1 train" not in err
-    assert "3 train 1/1" in err
+    assert "3 train loss" in err

@@ -79,8 +79,8 @@ def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[
     wanted = _wanted(settings)
     total, text = 0, _decoded(path)
     if text.lstrip().startswith("["):
-        action = 'write one object a line; pandas: to_json(path, orient="records", lines=True)'
-        raise data_error(f"{path.name} is one JSON list, not one object a line", action=action)
+        action = 'write one object per line; pandas: to_json(path, orient="records", lines=True)'
+        raise data_error(f"{path.name} is one JSON list, not one object per line", action=action)
     for row, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -184,13 +184,15 @@ def _decoded(path: Path) -> str:
         raise data_error(f"{path.name} is empty", action="give a file with rows")
     packed = next((action for magic, action in _PACKED.items() if content.startswith(magic)), "")
     if packed or b"\0" in content[:4096]:
-        raise data_error(f"{path.name} is no text file", action=packed or "save it as text, in UTF-8")
+        raise data_error(f"{path.name} is not a text file", action=packed or "save it as text, in UTF-8")
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
 def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], str]:
     if text.lstrip().startswith(("{", "[")):
-        raise data_error(f"{path.name} is JSON, not a table", action="write one object a line, and jsonl: for csv:")
+        raise data_error(
+            f"{path.name} is JSON, not a table", action="write one object per line, and use jsonl: instead of csv:"
+        )
     found = []
     for delimiter in ",;\t":
         try:
@@ -209,13 +211,13 @@ def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) ->
         if wanted is None or columns.count(wanted) == 1:
             continue
         if wanted in columns:
-            raise data_error(f"{name} has two columns of one name", got=wanted, action="give one another name")
+            raise data_error(f"{name} has two columns with the same name", got=wanted, action="rename one of them")
         near = nearest(wanted, columns) or likely_column(columns, LABELS if option == "label" else TEXTS)
         action = f"set data.{option} to the name of the column"
         if len(columns) == 1 and "|" in columns[0]:
             near, action = "", "put a comma, a semicolon or a tab between the columns"
         elif not near and not name.endswith(".jsonl"):
-            action += "; the names stand in the first line"
+            action += "; the column names are in the first line"
         raise data_error(
             f"{name} has no column for the {option}", got=wanted, allowed=columns, near=near, action=action
         )

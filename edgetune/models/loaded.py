@@ -86,7 +86,9 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
     `name` is the path or the hub's name in `source`. A hub that does not answer is asked once.
     """
     if not name:
-        raise EdgetuneError(f"{source} names no model", action="write hf:OWNER/NAME, or hf:FOLDER for one on this disk")
+        raise EdgetuneError(
+            f"{source} does not name a model", action="write hf:OWNER/NAME, or hf:FOLDER for a local folder"
+        )
     with quiet(), hub_for(name, fetches) as silence:
         try:
             yield
