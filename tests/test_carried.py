@@ -308,7 +308,7 @@ def test_an_encoder_of_the_users_own_is_named_as_not_carried() -> None:
     dataset = Dataset("tiny", "text-classification", ("a", "b"), rows, rows, rows)
     known = carried(Loaded("mine", nn.Linear(3, 2), encode), dataset)
     assert known.preprocessing is None
-    assert any("not carried" in note for note in known.notes)
+    assert any("not part of the program" in note for note in known.notes)
 
 
 def test_a_tokenizer_of_another_program_is_refused(tmp_path: Path) -> None:

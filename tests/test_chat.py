@@ -198,7 +198,7 @@ def test_conversations_that_begin_alike_stay_together(tmp_path: Path) -> None:
 
 def test_settings_that_exclude_each_other() -> None:
     for changes, reason in (
-        ({"messages": "messages", "label": "label"}, "takes the place of text and label"),
+        ({"messages": "messages", "label": "label"}, "replaces text and label"),
         ({"loss_on": "all"}, "loss_on is for conversations"),
         ({"source": "tweets", "label_names": {"a": "b"}}, "tweets does not read label_names"),
         ({"source": "imagefolder:x", "messages": "messages"}, "imagefolder does not read"),
