@@ -319,7 +319,7 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     dataset = loaded.labelled(dataset)
     split, told = Split(dataset.task, dataset.test, loaded.encode), carried(loaded, dataset)
     by = f"{data} gave the classes and the rows to compare on, " if data else ""
-    untrained = f"exported without training: {by}nothing was trained"
+    untrained = f"exported as loaded: {by}nothing was trained"
     told = told.model_copy(update={"notes": (untrained, *told.notes)})
     if language:
         tokenizer = tokenizer_of(dataset.task, loaded.encode)

@@ -181,7 +181,7 @@ def read_manifest(path: Path, kind: type[_Manifest]) -> _Manifest:
     """The manifest beside the `.pte` at `path`, of this kind and of that very file."""
     beside = manifest_path(program_at(path))
     if not beside.is_file():
-        what = f"the file that belongs beside {path.name} is missing"
+        what = f"the file that belongs to {path.name} is missing"
         action = "copy it there, or export the model again"
         raise EdgetuneError(what, where=str(beside), action=action, exit_code=Exit.EXPORT)
     try:

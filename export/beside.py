@@ -43,7 +43,7 @@ def check_program_path(path: Path) -> None:
     """Raise, before any work, unless a program can be written there."""
     if path.suffix != ".pte":
         action = f"write {path.with_suffix('.pte')}" if path.name else "give the name of a file"
-        raise EdgetuneError("a program's name ends in .pte", got=str(path), action=action)
+        raise EdgetuneError("the file name of a program must end in .pte", got=str(path), action=action)
     check_folder(path.parent)
 
 
@@ -59,7 +59,10 @@ def program_at(path: Path) -> Path:
     if path.is_dir():
         what, action = "this folder contains no model.pte", "give a program, or the folder of a run that exported one"
     elif path.suffix != ".pte":
-        what, action = "a program's name ends in .pte", "give a program; edgetune export makes one of a model"
+        what, action = (
+            "the file name of a program must end in .pte",
+            "give a program; edgetune export makes one of a model",
+        )
     else:
         what, action, near = "no such program", "make one with edgetune export", nearest_file(path)
     raise EdgetuneError(what, got=str(path), near=str(path.with_name(near)) if near else "", action=action)

@@ -233,14 +233,14 @@ MISTAKES: dict[str, Mistake] = {
     "a folder for a program": Mistake("inspect photos", ("this folder contains no model.pte: got 'photos'",)),
     "rubbish for a program": Mistake("inspect junk.pte", ("junk.pte: this is not an ExecuTorch program",), code=5),
     "a program without its manifest": Mistake(
-        "profile junk.pte --device pixel-8", ("junk.json: the file that belongs beside junk.pte is missing",), code=5
+        "profile junk.pte --device pixel-8", ("junk.json: the file that belongs to junk.pte is missing",), code=5
     ),
     "predict with a program that names no classes": Mistake(
         "predict classifier.pte hello", ("does not say how its inputs are made", "export a classifier by name"), code=5
     ),
     "a report of no run": Mistake("report photos", ("has no ledger.json: got 'photos'", "that `edgetune run` wrote")),
     "a report of a file": Mistake("report reviews.csv", ("no such run folder: got 'reviews.csv'",)),
-    "a program that is no .pte": Mistake("export hf:lab -o m.onnx", ("a program's name ends in .pte", "write m.pte")),
+    "a program that is no .pte": Mistake("export hf:lab -o m.onnx", ("must end in .pte", "write m.pte")),
     "a file for a folder": Mistake("export hf:lab -o reviews.csv/m.pte", ("reviews.csv: it is a file, not a folder",)),
     "a run in a folder with files": run("is not empty: got 'photos'", command="run r.yaml --out photos"),
     "a run in a file": run("cannot create the folder of the run", command="run r.yaml --out reviews.csv"),

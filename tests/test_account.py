@@ -238,7 +238,7 @@ def test_training_less_is_predicted_to_be_faster() -> None:
 def test_an_account_prints() -> None:
     mib = 2**20
     assert str(Account("last-1", 10 * mib, mib, 2 * mib, 5 * mib, mib // 2)) == (
-        "last-1: 18.0 MiB (weights 10.0, gradients 1.0, optimizer 2.0, kept for backward 5.0); at the peak 18.5"
+        "last-1: 18.0 MiB (weights 10.0, gradients 1.0, optimizer 2.0, saved for backward 5.0); at the peak 18.5"
     )
 
 

@@ -244,7 +244,7 @@ def test_images_of_more_than_8_bits_are_refused_not_made_white(kind: str, tmp_pa
         lambda: ImageEncoder(8, (127.0,), (128.0,))([path]),
         lambda: from_imagefolder(str(tmp_path), DataSettings(source="x")),
     ):
-        with pytest.raises(EdgetuneError, match="bits a channel, and 8 are read"):
+        with pytest.raises(EdgetuneError, match="bits per channel, but only 8 are supported"):
             read()
     loaded, dataset = small_vision(np.zeros((4, 8, 8), np.uint8), ("a", "b"))
     manifest = exported(loaded, dataset, tmp_path).manifest.model_dump(mode="json")
@@ -308,7 +308,7 @@ def test_an_encoder_of_the_users_own_is_named_as_not_carried() -> None:
     dataset = Dataset("tiny", "text-classification", ("a", "b"), rows, rows, rows)
     known = carried(Loaded("mine", nn.Linear(3, 2), encode), dataset)
     assert known.preprocessing is None
-    assert any("not carried" in note for note in known.notes)
+    assert any("not part of the program" in note for note in known.notes)
 
 
 def test_a_tokenizer_of_another_program_is_refused(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_the_answer_is_not_looked_for_in_the_question() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (UPPER, TWICE, "does not write message 2 as it is"),
+        (UPPER, TWICE, "changes message 2"),
         (BRACKETS, [("system", "Be short."), *TWICE], "the chat template refuses it: no system message"),
     ],
 )
@@ -133,8 +133,8 @@ def test_conversations_in_the_shapes_that_tables_have(value: Any) -> None:
         ([], "list, not a list of"),
         (7, "int, not a list of"),
         (["Hello"], "message 1 is str"),
-        ([{"role": "user", "content": "Hello"}], "no message is an answer"),
-        ([{"role": "assistant", "content": "  "}], "no message is an answer"),
+        ([{"role": "user", "content": "Hello"}], "there is no message of the assistant"),
+        ([{"role": "assistant", "content": "  "}], "there is no message of the assistant"),
         ([{"role": "tool", "content": "2"}], "the role 'tool'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 1 has list as its content"),
         ([{"content": "Hello"}], "the role None"),
@@ -193,12 +193,12 @@ def test_conversations_that_begin_alike_stay_together(tmp_path: Path) -> None:
     data = read(tmp_path / "rows.jsonl")
     parts = [{row.key for row in rows.inputs} for rows in data.parts.values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 40
-    assert "40 conversations begin like another one" in data.notes[0]
+    assert "40 conversations start like another one" in data.notes[0]
 
 
 def test_settings_that_exclude_each_other() -> None:
     for changes, reason in (
-        ({"messages": "messages", "label": "label"}, "takes the place of text and label"),
+        ({"messages": "messages", "label": "label"}, "replaces text and label"),
         ({"loss_on": "all"}, "loss_on is for conversations"),
         ({"source": "tweets", "label_names": {"a": "b"}}, "tweets does not read label_names"),
         ({"source": "imagefolder:x", "messages": "messages"}, "imagefolder does not read"),
@@ -248,5 +248,5 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     data = read(chats(tmp_path))
     with pytest.raises(EdgetuneError, match="has no chat template"):
         without_cut_answers(data, TextEncoder(tokenizer(None), 100), "m", 1)
-    with pytest.raises(EdgetuneError, match="takes no conversations"):
+    with pytest.raises(EdgetuneError, match="does not take conversations"):
         without_cut_answers(data, lambda inputs, pad_to=None: torch.zeros(1), "m", 1)

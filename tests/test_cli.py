@@ -278,7 +278,7 @@ def test_run_passes_everything_on(
     }  # fmt: skip
     part = Answer(capsys, "run", "mine.yaml", "seed=1", "--from", "2", "--until", "train")
     assert (seen["from_step"], seen["until_step"]) == ("2", "train")
-    assert "after step train; go on with: edgetune run mine.yaml seed=1 --resume --out runs/mine-001\n" in part.err
+    assert "after step train; continue with: edgetune run mine.yaml seed=1 --resume --out runs/mine-001\n" in part.err
     assert "report.html" not in part.out
     text = Answer(capsys, "run", "mine.yaml")
     assert text.code == 0
@@ -297,7 +297,7 @@ def test_a_missed_budget_is_exit_code_4(
     answer = Answer(capsys, "run", "mine.yaml")
     assert answer.code == 4
     assert answer.err.splitlines()[-1] == (
-        "edgetune: the budget for pixel-8 does not hold: size_mib is 7.25, the limit 5, the least 6.5"
+        "edgetune: the budget for pixel-8 is not met: size_mib is 7.25, the limit is 5, the lowest reachable value 6.5"
     )
 
 

@@ -139,7 +139,7 @@ def test_the_table_fits_80_columns_and_says_what_it_is_for(artifact: Artifact) -
     assert (jetson[1], jetson[-2:]) == ("6", ["GPU", "yes"])
     shown = listing.shown(device.load("jetson-orin-nano"))
     assert "predicted: CPU, 6 threads; GPU: not predicted" in shown
-    assert "there is none: 32-bit Arm" in listing.shown(device.load("raspberry-pi-2"))
+    assert "it has none: 32-bit Arm" in listing.shown(device.load("raspberry-pi-2"))
 
 
 def test_profile_prints_a_table_and_measures_only_when_asked(

@@ -53,7 +53,7 @@ def test_what_is_added_is_found_by_name_and_kept_as_it_was_written(own_folder: P
 def test_one_of_your_own_is_replaced_only_when_asked(tmp_path: Path) -> None:
     adding.add(written(tmp_path / "a.yaml", mine()))
     other = written(tmp_path / "b.yaml", {**mine(), "name": "Another"})
-    with pytest.raises(EdgetuneError, match="there is a device 'my-pi' already") as caught:
+    with pytest.raises(EdgetuneError, match="device 'my-pi' already exists") as caught:
         adding.add(other)
     assert "--replace" in caught.value.action
     assert device.load("my-pi").name == "Raspberry Pi 5"
@@ -144,7 +144,7 @@ def test_a_copy_needs_a_free_name_that_is_an_id(own_folder: Path) -> None:
     for name in ("My-Phone", "my_phone", "-x", "a--b", "", "../x", "a.yaml", "a\n"):
         with pytest.raises(EdgetuneError, match="an id consists of lower-case letters"):
             adding.copy("pixel-8", name)
-    with pytest.raises(EdgetuneError, match="is shipped"):
+    with pytest.raises(EdgetuneError, match="is part of edgetune"):
         adding.copy("pixel-8", "pixel-7")
     with pytest.raises(EdgetuneError, match="did you mean 'pixel-8'"):
         adding.copy("pixel8", "my-phone")
@@ -158,7 +158,7 @@ def test_a_copy_needs_a_free_name_that_is_an_id(own_folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "config").write_text("a file where the folder should be", encoding="utf-8")
-    with pytest.raises(EdgetuneError, match="cannot be written") as caught:
+    with pytest.raises(EdgetuneError, match="cannot write to the folder") as caught:
         adding.copy("pixel-8", "my-phone")
     assert "XDG_CONFIG_HOME" in caught.value.action
 
@@ -217,12 +217,12 @@ def test_a_file_that_cannot_be_used_is_listed_with_its_fault_and_hides_no_other(
     written(own_folder / "pixel-8.yaml", mine("pixel-8"))
     code, out, _ = call(capsys, "list")
     assert code == 0
-    faults = out.split("\ncannot be used\n")[1]
+    faults = out.split("\ninvalid descriptors\n")[1]
     assert "broken: " in faults
     assert "family: input should be 'phone'" in faults
     assert "wrong-name: " in faults
     assert "is also defined in" in faults
-    assert "raspberry-pi-5" in out.split("cannot be used")[0]
+    assert "raspberry-pi-5" in out.split("invalid descriptors")[0]
     assert [entry.id for entry in listing.entries() if entry.fault] == ["pixel-8", "broken", "wrong-name"]
 
 

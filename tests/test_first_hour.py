@@ -132,8 +132,8 @@ def test_mended_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     ledgers = []
     monkeypatch.setattr("edgetune.cli._show", lambda _: ledgers.append(Ledger.read(Path("runs/mended/ledger.json"))))
     failed, *_ = follow("5_mended_recipe.sh", capsys)
-    assert "no multiple of group_size 32" in failed
-    assert "before anything was trained" in failed
+    assert "not a multiple of group_size 32" in failed
+    assert "before any training" in failed
     first, second = ledgers
     trained = [[row for row in ledger.rows if row.step == "train"] for ledger in ledgers]
     assert trained[0] == trained[1], "with their time stamps"

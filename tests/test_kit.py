@@ -301,7 +301,7 @@ def test_what_is_carried_must_fit_the_program(picture: Made, tmp_path: Path) -> 
 
 def test_a_folder_with_something_in_it_is_left_alone(text: Made, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(EdgetuneError, match="there already"):
+    with pytest.raises(EdgetuneError, match="already exists"):
         kit_of(text[2].path, find("linux"), tmp_path)
     assert files_of(tmp_path) == {"mine.txt"}
 

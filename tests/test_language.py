@@ -280,7 +280,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a plain module": (lambda: nn.Linear(4, 4), {}, "one of transformers"),
     "a cache beyond the positions": (lambda: decoder("Llama"), {"max_tokens": 300}, "positions"),
     "a prefill that is no multiple": (lambda: decoder("Llama"), {"prefill_tokens": 48}, "chunk size is not valid"),
-    "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "operators of the CPU"),
+    "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "CPU operators"),
     "nothing to compare on": (lambda: decoder("Llama"), {"check_prompts": ()}, "a prompt with tokens is needed"),
     "quantized in bf16": (quantized_in_16_bits, {}, "was quantized in bfloat16"),
     "an attention of its own code": (lambda: decoder("Bloom"), {}, "attention of BloomForCausalLM is custom code"),

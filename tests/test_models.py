@@ -202,7 +202,7 @@ def test_a_run_begins_with_what_the_checkpoint_knows(moods: tuple[Path, Path], t
 
 REFUSED_HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], str]] = {
     "other names": (MOODS, {}, ("bad", "good", "fine"), r"other classes than the data's: neutral, bad, good"),
-    "other names, kept": (MOODS, {"head": "keep"}, ("bad", "good", "fine"), "other classes than the data's"),
+    "other names, kept": (MOODS, {"head": "keep"}, ("bad", "good", "fine"), "other classes than the data"),
     "another number": (MOODS, {}, ("bad", "good"), r"3 classes \(neutral, bad, good\), the data 2"),
     "no names": ({"num_labels": 3}, {}, SORTED, "does not name its classes"),
     "a score": ({"num_labels": 1}, {}, SORTED, r"has 1 classes \(LABEL_0\), the data 3"),
@@ -286,7 +286,7 @@ def test_hugging_face_says_what_cannot_be_reached(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(EdgetuneError, match="could not be loaded") as caught:
         hugging_face("nobody/no-such-model", settings(), data())
-    assert "give the path of a folder" in str(caught.value)
+    assert "give the path of a local folder" in str(caught.value)
     with pytest.raises(EdgetuneError, match="cannot do the task"):
         hugging_face("nobody/no-such-model", settings(), data("image-classification"))
 

@@ -190,7 +190,7 @@ def test_eval_counts_what_the_program_answers(text: Text, tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert "75.00 % accuracy on 24 rows (95 % interval: 55.1 to 88.0 %)" in printed
     assert max(map(len, printed.splitlines())) <= 80
-    for heading in ("Class by class", "Confusion matrix", "The most confident mistakes"):
+    for heading in ("Classes", "Confusion matrix", "The most confident mistakes"):
         assert heading in printed
 
 
@@ -201,7 +201,7 @@ def test_eval_of_a_few_rows_of_one_class_and_of_strange_ones(text: Text, tmp_pat
     assert answers.quality.rows == 1
     assert [one.rows for one in answers.answers.classes] == [1, 0, 0]
     labelled(tmp_path / "strange.jsonl", ["a", "b"], ["no", "never"])
-    with pytest.raises(EdgetuneError, match="does not know: never") as caught:
+    with pytest.raises(EdgetuneError, match="does not have: never") as caught:
         evaluate(artifact.path, f"jsonl:{tmp_path / 'strange.jsonl'}", part="all")
     assert caught.value.exit_code == Exit.DATA
     with pytest.raises(EdgetuneError, match="no recipe next to"):
@@ -257,7 +257,7 @@ def test_eval_of_image_folders(vision: Text, tmp_path: Path) -> None:
     evaluation = evaluate(artifact.path, f"imagefolder:{tmp_path}", part="all")
     assert (evaluation.quality.value, evaluation.quality.rows) == (100.0, len(paths))
     labelled(tmp_path / "rows.jsonl", ["a"], ["dark"])
-    with pytest.raises(EdgetuneError, match="takes images with classes, and the data are texts with classes"):
+    with pytest.raises(EdgetuneError, match="takes images with classes, and the data has texts with classes"):
         evaluate(artifact.path, f"jsonl:{tmp_path / 'rows.jsonl'}", part="all")
 
 

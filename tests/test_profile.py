@@ -160,7 +160,7 @@ def test_training_memory_is_the_sum_of_what_was_measured() -> None:
 
 def test_senseless_programs_are_refused() -> None:
     described = device.load("pixel-8")
-    with pytest.raises(EdgetuneError, match="without operators"):
+    with pytest.raises(EdgetuneError, match="no operators"):
         cost.predict([], described)
     with pytest.raises(EdgetuneError, match="cannot be negative"):
         cost.predict([operator(macs=-1)], described)

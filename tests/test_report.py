@@ -74,7 +74,7 @@ def example() -> Ledger:
             backward_kept_mib=301.7, seconds=61.8),
         Row(index=7, step="int4", detail="8da4w group 32, embeddings int8", quality=accuracy(85.8),
             parameters=18_442_371, trainable_parameters=0, size_mib=16.9, macs=952_700_000, backward_kept_mib=None,
-            seconds=2.2, note="kept for backward not measured: 4-bit weights are not trained"),
+            seconds=2.2, note="saved for backward not measured: 4-bit weights are not trained"),
     )  # fmt: skip
     return Ledger(
         recipe="example-minilm",
@@ -148,7 +148,7 @@ MiB. The lowest value that this recipe can reach is 17.4 MiB.
 ! Step 5, prune, lost 7.73 points of accuracy (86.93 to 79.20 %); the run ends
 at 85.80 %.
 
-Budget
+Budget of the recipe
                                                             lowest
 budget                verdict  device   limit  this run  reachable
 ──────────────────────────────────────────────────────────────────
@@ -176,7 +176,7 @@ step                 %    load  params    able   MiB    MACs    MiB     s
   6 train: 1 epoch, distilled from step 4
   7 int4: 8da4w group 32, embeddings int8
 Accuracy on 1,500 test rows (95 % interval of the last: 83.9 to 87.5 %).
-7: kept for backward not measured: 4-bit weights are not trained
+7: saved for backward not measured: 4-bit weights are not trained
 
 Compared with baselines on the same test set
                               accuracy  this run minus baseline

@@ -153,7 +153,7 @@ def test_a_late_step_that_cannot_work_stops_the_run_before_any_training(
     recipe_path: Path, finished: pipeline.Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with pytest.raises(EdgetuneError, match=r"step 5, int4, .*no multiple of group_size 32.*before anything") as caught:
+    with pytest.raises(EdgetuneError, match=r"step 5, int4, .*not a multiple of group_size 32.*before any") as caught:
         pipeline.run(recipe_path, {"steps.3.ratio": 0.3, "steps.3.round_to": 4}, out=out)
     assert caught.value.exit_code == Exit.USAGE
     assert not (out / "checkpoints").exists()
@@ -195,6 +195,6 @@ def test_a_disk_without_room_stops_the_run_before_any_training(
     from types import SimpleNamespace
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
-    with pytest.raises(EdgetuneError, match=r"writes at least .* MiB, and the disk has less"):
+    with pytest.raises(EdgetuneError, match=r"will write at least .* MiB, and the disk has less"):
         pipeline.run(recipe_path, out=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -229,8 +229,8 @@ def test_what_cannot_be_sliced_raises_and_changes_nothing(model: Any, scheme: An
         (lambda: Standardized(8, 8, 3, bias=False), "does not multiply by the plain weight"),
         (lambda: Transposed(8, 8), "does not multiply by the plain weight"),
         (lambda: Dropping(8, 8), "does not multiply by the plain weight"),
-        (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "its weight is no parameter"),
-        (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "its weight is no parameter"),
+        (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "its weight is not a parameter"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "its weight is not a parameter"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 1)), "parametrized by WeightNorm"),
     ],
 )

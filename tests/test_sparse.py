@@ -176,7 +176,7 @@ def test_without_blocks_the_layers_count_in_the_order_in_which_they_run() -> Non
     assert trained(SparseUpdate(scheme="bias", head="frozen").apply(Crossed(), sample)) == {
         "first.bias", "second.bias", "norm.bias"
     }  # fmt: skip
-    with pytest.raises(EdgetuneError, match="in the order in which they run") as caught:
+    with pytest.raises(EdgetuneError, match="ordered as they run") as caught:
         SparseUpdate(scheme="last-1").apply(Crossed())
     assert "et.Sample.of" in caught.value.action
     with pytest.raises(EdgetuneError, match="has 2 blocks"):

@@ -97,9 +97,9 @@ class DataSettings(Settings):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{kind} does not read {name}: leave it out")
         if self.messages is None and kind != "py" and self.loss_on != "answers":
-            raise ValueError("loss_on is for conversations: set messages to the column that holds them")
+            raise ValueError("loss_on is for conversations: set messages to their column")
         if self.messages is not None and (self.label is not None or self.text != "text"):
-            raise ValueError("messages takes the place of text and label: leave these out")
+            raise ValueError("messages replaces text and label: leave these out")
         return self
 
     @field_validator("label_names", mode="before")

@@ -150,7 +150,7 @@ def _no_classes(folder: Path) -> EdgetuneError:
     return data_error(
         f"{folder} contains no class folders",
         near=f"imagefolder:{folder.parent}" if len(beside) > 1 and any(_pictures(folder, "*")) else "",
-        action=f"put the pictures of each class into a folder of their own: {folder.name}/CLASS/NAME.jpg",
+        action=f"put the images of each class into a separate folder: {folder.name}/CLASS/NAME.jpg",
     )
 
 

@@ -155,7 +155,7 @@ class Prune(Technique):
                 raise EdgetuneError(
                     f"{kind}: the ratio cannot be reached: {least} keeps {widths}",
                     got=ratio,
-                    action=f"ask for at most {reached:g}" + ("" if kind == "heads" else ", or lower round_to"),
+                    action=f"use at most {reached:g}" + ("" if kind == "heads" else ", or lower round_to"),
                 )
 
 

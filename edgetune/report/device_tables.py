@@ -131,4 +131,4 @@ def verdict_table(ledger: Ledger) -> Table | None:
         for line in ledger.verdicts
     )
     notes = tuple(f"{QUANTITIES[line.quantity][0]}: {line.note}" for line in ledger.verdicts if line.note)
-    return Table("budget", "Budget", columns, rows, notes)
+    return Table("budget", "Budget of the recipe", columns, rows, notes)

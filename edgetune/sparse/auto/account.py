@@ -69,7 +69,7 @@ class Account:
     def __str__(self) -> str:
         parts = {
             "weights": self.weights_bytes, "gradients": self.gradients_bytes, "optimizer": self.optimizer_bytes,
-            "kept for backward": self.kept_bytes,
+            "saved for backward": self.kept_bytes,
         }  # fmt: skip
         told = ", ".join(f"{name} {value / MIB:.1f}" for name, value in parts.items())
         return f"{self.scheme}: {self.total_bytes / MIB:.1f} MiB ({told}); at the peak {self.peak_bytes / MIB:.1f}"
