@@ -145,7 +145,7 @@ MISTAKES: dict[str, Mistake] = {
     "a ratio that leaves nothing": Mistake(
         prune(small_net(), torch.zeros(2, 16), ratio=0.99),
         ("channels: the ratio cannot be reached: round_to=8 keeps 8 of 32 in 0, 8 of 64 in 2: got 0.99",
-         "next: ask for at most 0.83, or lower round_to"),
+         "next: use at most 0.83, or lower round_to"),
     ),
     "lr": run("r.yaml, step 1 (line 3), train.lr", "did you mean 'learning_rate'?", steps="[train: {lr: 1e-3}]"),
     "bs": run("train.bs: unknown field", "did you mean 'batch_size'?", steps="[train: {bs: 4}]"),
@@ -229,7 +229,7 @@ MISTAKES: dict[str, Mistake] = {
     "rows without csv:": Mistake("export hf:lab --data reviews.csv", ("did you mean 'csv:reviews.csv'?",)),
     "a new recipe without prefixes": Mistake("recipes new --model tinybert --data reviews.csv", ("'hf:tinybert'?",)),
     "a program that is not there": Mistake("predict classifer.pte hello", ("no such", "mean 'classifier.pte'?")),
-    "a table for a program": Mistake("predict reviews.csv hello", ("ends in .pte: got 'reviews.csv'",)),
+    "a table for a program": Mistake("predict reviews.csv hello", ("must end in .pte: got 'reviews.csv'",)),
     "a folder for a program": Mistake("inspect photos", ("this folder contains no model.pte: got 'photos'",)),
     "rubbish for a program": Mistake("inspect junk.pte", ("junk.pte: this is not an ExecuTorch program",), code=5),
     "a program without its manifest": Mistake(
