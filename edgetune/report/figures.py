@@ -139,9 +139,9 @@ def label_side(values: Sequence[float], place: int) -> str:
 
 
 def span(rows: Sequence[Row], group: Sequence[int]) -> str:
-    """First and last of many rows in one place."""
+    """Numbers of many rows in one place, and the name of the last: "5 to 8 finalize"."""
     first, last = rows[group[0]], rows[group[-1]]
-    return f"{first.index} {label(first.step)} … {last.index} {label(last.step)}"
+    return f"{first.index} to {last.index} {label(last.step)}"
 
 
 def kept_for_backward(ledger: Ledger) -> Figure | None:
