@@ -298,7 +298,7 @@ DATA_FAULTS: dict[str, Fault] = {
     "an Excel workbook": Fault(b"PK\x03\x04" + bytes(200), ("not a text file", "save the table as CSV in UTF-8")),
     "a packed table": Fault(gzip.compress(table(TWO).encode()), ("not a text file", "next: unpack it")),
     "JSON for a table": Fault(jsonl('"a"'), ("rows.csv is JSON, not a table", "jsonl: instead of csv:")),
-    "a JSON list": Fault(f"[{jsonl('1')}]", ("one JSON list, not one object per line", "lines=True"), "jsonl:rows.csv2"),
+    "a JSON list": Fault(f"[{jsonl('1')}]", ("not one object per line", "lines=True"), "jsonl:rows.csv2"),
     "fractions for labels": Fault(jsonl("1.5"), ("row 1 and 39 more", "regression is not"), "jsonl:rows.csv2"),
     "lists for labels": Fault(jsonl('["a", "b"]'), ("the label is a list, not one class",), "jsonl:rows.csv2"),
     "null for labels": Fault(jsonl("null"), ("the label is missing",), "jsonl:rows.csv2"),
