@@ -269,7 +269,7 @@ def test_the_tokenizer_is_carried_as_it_is_not_as_it_was_last_called() -> None:
 def test_another_tokenizer_is_no_wordpiece() -> None:
     plain = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[PAD]": 2}, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(EdgetuneError, match="no token for padding"):
+    with pytest.raises(EdgetuneError, match="no padding token"):
         text_preprocessing(plain, 8)
     plain.enable_padding(pad_id=2)
     told = text_preprocessing(plain, 8)
@@ -334,7 +334,7 @@ def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, A
         "as greyscale, with the same values in every channel",
         "mean 123.675, 116.28, 103.53, std 58.395, 57.12, 57.375",
         "classes, in order: a, b, c",
-        "compared with the model on 4 held-out rows",
+        "verified against the model on 4 held-out rows",
         f"weights that one run reads: {read / 1024:.1f} KiB as 32-bit floats",
         f"SHA-256 `{artifact.manifest.sha256}`",
         f"executorch {artifact.manifest.versions['executorch']}",

@@ -118,7 +118,7 @@ def test_inputs_out_of_memory_order_and_of_refused_types() -> None:
 def test_wrapped_layers_and_dropout_in_training_mode() -> None:
     model = LoRA(rank=2, targets=["*query"]).apply(bert()).train()
     findings = found(model, tokens())
-    wrapped = [f for f in findings if "carries something" in f.reason]
+    wrapped = [f for f in findings if "has an adapter or slices" in f.reason]
     assert len(wrapped) == sum(name.endswith("query") for name, _ in bert().named_modules())
     assert all(f.severity == "error" and "finalize" in f.remedy for f in wrapped)
     assert any("dropout in training mode" in f.reason for f in findings)

@@ -201,7 +201,7 @@ def test_a_run_begins_with_what_the_checkpoint_knows(moods: tuple[Path, Path], t
 
 
 REFUSED_HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], str]] = {
-    "other names": (MOODS, {}, ("bad", "good", "fine"), r"other classes than the data's: neutral, bad, good"),
+    "other names": (MOODS, {}, ("bad", "good", "fine"), r"other classes than the data: neutral, bad, good"),
     "other names, kept": (MOODS, {"head": "keep"}, ("bad", "good", "fine"), "other classes than the data"),
     "another number": (MOODS, {}, ("bad", "good"), r"3 classes \(neutral, bad, good\), the data 2"),
     "no names": ({"num_labels": 3}, {}, SORTED, "does not name its classes"),
