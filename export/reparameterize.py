@@ -160,7 +160,9 @@ def _fuse_branches(model: nn.Module) -> tuple[list[str], list[str]]:
 
 def _fold_norms(model: nn.Module, inputs: Inputs) -> tuple[list[str], list[str]]:
     """Fold each batch norm that reads the output of a convolution or linear layer which nothing else reads."""
-    layers = {id(m.weight): m for m in model.modules() if isinstance(m, (*_CONVS, nn.Linear))}
+    # a weight that is computed when it is read has no identity of its own: the next tensor may take its place
+    plain = (m for m in model.modules() if isinstance(m, (*_CONVS, nn.Linear)) and "weight" in m._parameters)
+    layers = {id(m.weight): m for m in plain}
     norms = {id(m.running_mean): (name, m) for name, m in model.named_modules() if isinstance(m, _NORMS)}
     seen = _Calls()
     with seen:

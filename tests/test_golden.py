@@ -98,4 +98,4 @@ def test_train_on_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train-pte", "train.pte", "train-on-device", *changes, "--steps", "2"]) == 0
     capsys.readouterr()
     assert main(["pull", "trained.safetensors", "train-on-device", *changes]) == 0
-    assert "accuracy_pct" in capsys.readouterr().out
+    assert "% accuracy" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The proof: every value of every output, on inputs as they stand; what differs is refused, told where it begins."""
+"""The proof: every value of every output, on inputs as they are; what differs is refused, told where it begins."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_rows_are_put_together_to_what_a_finished_program_takes(tmp_path: Path) 
     parity, outputs = compare(artifact.path, Positional(model, x).eval(), [(row[None],) for row in x])
     assert parity.max_abs_difference < 1e-6
     assert [tuple(output.shape) for (output,) in outputs] == [(3, 1), (3, 1)]
-    with pytest.raises(EdgetuneError, match=r"other shapes .*float32 \(1, 8\).*float32 \(3, 8\)"):
+    with pytest.raises(EdgetuneError, match=r"does not take.*float32 \(1, 8\).*float32 \(3, 8\)"):
         compare(artifact.path, Positional(model, x).eval(), [(row[None],) for row in x[:4]])
 
 
@@ -192,7 +192,7 @@ def test_a_value_that_the_program_alone_makes_infinite_is_located(tmp_path: Path
         export(model.eval(), draw(4, 8), tmp_path / "m.pte")
 
 
-# Inputs as they stand
+# Inputs as they are
 
 
 class TimeFirst(nn.Module):
@@ -215,7 +215,7 @@ def test_a_batch_that_stands_second(tmp_path: Path) -> None:
     assert artifact.manifest.parity is not None
     assert (artifact.manifest.parity.rows, artifact.manifest.parity.counted) == (1, "input")
     with pytest.raises(
-        EdgetuneError, match=r"not batch first, [\s\S]*differs from that row of a batch[\s\S]*as they stand"
+        EdgetuneError, match=r"not batch first, [\s\S]*differs from that row of a batch[\s\S]*leave out one_row"
     ) as caught:
         export(model, x, tmp_path / "one.pte", one_row=True)
     assert caught.value.exit_code == Exit.EXPORT
@@ -229,7 +229,7 @@ def test_one_row_takes_the_rows_apart(tmp_path: Path) -> None:
     assert known.inputs[0].shape == (1, 8)
     assert known.parity is not None
     assert (known.parity.number, known.parity.counted) == ("6 rows", "held-out row")
-    with pytest.raises(EdgetuneError, match=r"check_inputs: other shapes .*\(2, 8\).*\(6, 8\)"):
+    with pytest.raises(EdgetuneError, match=r"check_inputs: shapes.*does not take.*\(2, 8\).*\(6, 8\)"):
         export(model, x, tmp_path / "m.pte", check_inputs=[x[:2]])
     with pytest.raises(EdgetuneError, match="batch is free too"):
         export(model, x, tmp_path / "m.pte", one_row=True, dynamic={"batch": (1, 8)})
@@ -418,7 +418,7 @@ def test_what_is_no_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> None:
             return None
 
-    for model, message in ((Counted(), r"output count is no tensor[\s\S]*export_methods"), (Nothing(), "no tensor")):
+    for model, message in ((Counted(), r"output count is not a tensor[\s\S]*export_methods"), (Nothing(), "no tensor")):
         with pytest.raises(EdgetuneError, match=message) as caught:
             export(model.eval(), draw(2, 8), tmp_path / "m.pte")
         assert caught.value.exit_code == Exit.EXPORT

@@ -203,7 +203,7 @@ def test_the_command_line(reached: Server, artifact: Artifact, capsys: pytest.Ca
     assert main([*asked, "--seconds", "0.01"]) == Exit.USAGE  # the Pixel's four threads
     told = capsys.readouterr()
     if os.cpu_count() == 2:
-        assert "threads must be from 1 to the 2 cores there: got 4\n  next: say --threads 2" in told.err
+        assert "threads must be from 1 to the 2 cores there: got 4\n  next: pass --threads 2" in told.err
     assert main([*asked, "--seconds", "0.01", "--threads", "1"]) == 0
     out = capsys.readouterr().out
     (device,) = [line for line in out.splitlines() if line.startswith("device ")]

@@ -532,7 +532,7 @@ def test_what_cannot_be_trained_is_said(tmp_path: Path) -> None:
         train(frozen, settings(), Words(), functional.cross_entropy, seed=0)
     with pytest.raises(EdgetuneError, match="no training rows"):
         train(net(), settings(), Words(rows=0, lengths=False), functional.cross_entropy, seed=0)
-    with pytest.raises(EdgetuneError, match="go together"):
+    with pytest.raises(EdgetuneError, match="needed together"):
         train(net(), settings(), Words(), functional.cross_entropy, seed=0, teacher=net())
     with pytest.raises(EdgetuneError, match="keep_best"):
         train(net(), settings(keep_best=True), Words(), functional.cross_entropy, seed=0)
