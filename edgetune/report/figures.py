@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgetune.ledger import Ledger, Row, Training
@@ -73,19 +73,17 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
         "customdata": [[label(f"{row.index} {row.step}"), label(row.detail, 60)] for row in rows],
         "hovertemplate": "<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{y:.2f}, %{x:.3s} MiB<extra></extra>",
     }
-    baselines = [line.value for line in ledger.baselines if finite(line.value) is not None]
+    baselines = {line.name: line.value for line in ledger.baselines if finite(line.value) is not None}
     y_title = f"{noun(result)}{', %' if unit(result) else ''}, test set"
     layout: dict[str, Any] = {
         "height": 380,
         "xaxis": axis("size in memory, MiB", range=[0, 1.12 * max(sizes)]),
-        "yaxis": axis(y_title, range=padded([*values, *baselines])),
-        "margin": {"l": 8, "r": 28, "t": 28, "b": 8},
+        "yaxis": axis(y_title, range=padded([*values, *baselines.values()])),
+        "margin": {"l": 8, "r": 44, "t": 28 + 20 * len(baselines), "b": 8},
         "shapes": [],
         "annotations": [],
     }
-    for baseline in ledger.baselines:
-        if finite(baseline.value) is not None:
-            add_line(layout, f"{label(baseline.name, 34)} {score(baseline.value)}", baseline.value)
+    add_baselines(layout, baselines)
     told = "; ".join(f"{row.index} {row.step}: {score(v)} at {number(row.size_mib)} MiB"
                      for row, v in zip(rows, values, strict=True))  # fmt: skip
     title = f"{noun(result).capitalize()} against size, step by step"
@@ -99,16 +97,20 @@ def padded(values: Sequence[float]) -> list[float]:
     return [low - room, high + room]
 
 
-def add_line(layout: dict[str, Any], text: str, height: float) -> None:
-    """A dashed line across the plot for a baseline, named below its left end."""
-    layout["shapes"].append(
-        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height,
-         "line": {"color": GREY, "width": 1, "dash": "dash"}}
-    )  # fmt: skip
-    layout["annotations"].append(
-        {"xref": "paper", "x": 0, "y": height, "text": text, "showarrow": False, "xanchor": "left", "yanchor": "top",
-         "font": {"size": 12}}
-    )  # fmt: skip
+def add_baselines(layout: dict[str, Any], baselines: Mapping[str, float]) -> None:
+    """A dashed line across the plot for each baseline, its value at the right end; their names above the plot."""
+    common = {"xref": "paper", "showarrow": False, "xanchor": "left", "align": "left", "font": {"size": 12}}
+    for value in baselines.values():
+        layout["shapes"].append(
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "layer": "below",
+             "line": {"color": GREY, "width": 1, "dash": "dash"}}
+        )  # fmt: skip
+        layout["annotations"].append({**common, "x": 1, "y": value, "yanchor": "middle", "text": score(value)})
+    if baselines:
+        names = "<br>".join(f"– – {score(value)} {label(name, 34)}" for name, value in baselines.items())
+        layout["annotations"].append(
+            {**common, "x": 0, "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 12, "text": names}
+        )
 
 
 def point_labels(rows: Sequence[Row], sizes: Sequence[float], values: Sequence[float]) -> list[str]:
