@@ -167,7 +167,8 @@ class Dataset:
 
     def with_parts(self, parts: Mapping[str, Rows], notes: tuple[str, ...] = ()) -> Dataset:
         """The same data with other rows, and with `notes` added."""
-        return replace(self, **parts, notes=(*self.notes, *notes))
+        train, validation, test = (parts.get(part, rows) for part, rows in self.parts.items())
+        return replace(self, train=train, validation=validation, test=test, notes=(*self.notes, *notes))
 
     def with_classes(self, classes: Mapping[str, str]) -> Dataset:
         """The same rows under other names and numbers: `classes` gives each new name, in order, and its present one.
@@ -181,7 +182,9 @@ class Dataset:
         def numbered(rows: Rows) -> Rows:
             return Rows(rows.inputs, None if rows.labels is None else [number[label] for label in rows.labels])
 
-        return replace(self, classes=tuple(classes), **{part: numbered(rows) for part, rows in self.parts.items()})
+        return replace(
+            self.with_parts({part: numbered(rows) for part, rows in self.parts.items()}), classes=tuple(classes)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
