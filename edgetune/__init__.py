@@ -41,58 +41,61 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from edgetune.adapt.files import load_adapter, save_adapter
+    from edgetune.adapt.files import save_adapter
+    from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
-    from edgetune.attach import apply, finalize
+    from edgetune.core.apply import apply, finalize
+    from edgetune.core.errors import EdgetuneError
+    from edgetune.core.registry import TECHNIQUES
+    from edgetune.core.technique import Sample, Technique
     from edgetune.export import export
     from edgetune.export.language import export_language
     from edgetune.export.methods import export_methods
-    from edgetune.export.training.run import pull, train_pte
+    from edgetune.export.training.pull import pull
     from edgetune.export.training.step import export_training
-    from edgetune.generating import generate
-    from edgetune.pipeline import run
-    from edgetune.predicting import evaluate, predict
     from edgetune.profile import profile
     from edgetune.prune.structured import Prune
     from edgetune.quant.int4 import Int4
     from edgetune.quant.int8 import Int8
     from edgetune.quant.nf4 import NF4
-    from edgetune.registry import TECHNIQUES
+    from edgetune.run.pipeline import run
+    from edgetune.run.predicting import evaluate, predict
+    from edgetune.runtime.generating import generate
+    from edgetune.runtime.training import train_pte
     from edgetune.sparse.update import SparseUpdate
-    from edgetune.technique import EdgetuneError, Sample, Technique
-    from edgetune.train import Train
+    from edgetune.train.settings import Train
 else:
     import importlib
     import sys
     from types import ModuleType
 
     _HOMES = {
-        "EdgetuneError": "technique",
+        "EdgetuneError": "core.technique",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",
         "Prune": "prune.structured",
-        "Sample": "technique",
+        "Sample": "core.technique",
         "SparseUpdate": "sparse.update",
-        "TECHNIQUES": "registry",
-        "Technique": "technique",
-        "Train": "train",
-        "apply": "attach",
-        "evaluate": "predicting",
+        "TECHNIQUES": "core.registry",
+        "Technique": "core.technique",
+        "Train": "train.settings",
+        "apply": "core.apply",
+        "evaluate": "run.predicting",
         "export": "export",
         "export_language": "export.language",
         "export_methods": "export.methods",
         "export_training": "export.training.step",
-        "finalize": "attach",
-        "generate": "generating",
-        "load_adapter": "adapt.files",
-        "predict": "predicting",
+        "finalize": "core.apply",
+        "generate": "runtime.generating",
+        "load_adapter": "adapt.loading",
+        "predict": "run.predicting",
         "profile": "profile",
-        "pull": "export.training.run",
-        "run": "pipeline",
+        "pull": "export.training.pull",
+        "run": "run.pipeline",
         "save_adapter": "adapt.files",
-        "train_pte": "export.training.run",
+        "train_pte": "runtime.training",
     }
 
     def __getattr__(name: str) -> object:

@@ -2,7 +2,7 @@
 
 import sys
 
-from edgetune.cli import main
+from edgetune.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

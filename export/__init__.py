@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from edgetune.export.artifact import Artifact, Manifest
-from edgetune.export.carried import Carried
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs
 from edgetune.export.dynamic import Dynamic
-from edgetune.technique import EdgetuneError, Inputs
+from edgetune.program.artifact import Artifact, Manifest
+from edgetune.program.carried import Carried
 
 __all__ = ["Artifact", "Carried", "Manifest", "export"]
 
@@ -58,7 +59,7 @@ def export(
     outputs from the memory plan: the program then reads and writes the caller's memory, and XNNPACK may read up to
     64 bytes past the end of an input.
     """
-    from edgetune.attach import check_model
+    from edgetune.core.apply import check_model
     from edgetune.export.lower import Layout
     from edgetune.export.pipeline import Bounds, export_program
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
 
 _FILE = "weights"
 

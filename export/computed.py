@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
 
 _aten = torch.ops.aten
 _PRODUCTS = {

@@ -9,14 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
 from edgetune.export import apart
-from edgetune.export.artifact import data_path, manifest_path, program_at
-from edgetune.one_line import OneLine
-from edgetune.quiet import quiet
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.program.artifact import data_path, manifest_path, program_at
+from edgetune.program.inspection import Beside, Constant, Count, Delegate, Inspection, Method, Part, Slot
 
 _IDENTIFIER = slice(4, 8)  # of a flatbuffer; executorch's are ET12 and the like
 _HEADER = slice(8, 40)
@@ -26,101 +24,6 @@ _DTYPES = {
     "UINT32": "uint32", "UINT64": "uint64",
 }  # fmt: skip
 _BYTES = {"8": 1, "bool": 1, "16": 2, "32": 4, "64": 8}  # by how the name of a type ends
-
-
-class _Value(OneLine):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Slot(_Value):
-    """One input or output of a method. Numbers and text that are passed have neither type nor shape."""
-
-    kind: str  # "tensor", "int", "bool", "double", "string", "list"
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    dynamic: bool = False  # the shape is the largest, not the only one
-
-    def __str__(self) -> str:
-        if self.kind != "tensor":
-            return self.kind
-        bound = "up to " if self.dynamic else ""
-        return f"{self.dtype} {bound}{list(self.shape)}"
-
-
-class Count(_Value):
-    """How often a method calls an operator."""
-
-    name: str
-    count: int
-
-
-class Delegate(_Value):
-    """One part of a method that a backend runs. Its weights may lie in `Inspection.constants` instead."""
-
-    backend: str
-    size_bytes: int
-    calls: int
-    settings: tuple[str, ...]  # names of its compile specs
-
-
-class Method(_Value):
-    """One entry point of the program."""
-
-    name: str
-    inputs: tuple[Slot, ...]
-    outputs: tuple[Slot, ...]
-    operators: tuple[Count, ...]  # kernels outside the delegates, most frequent first
-    delegates: tuple[Delegate, ...]
-    arenas_bytes: tuple[int, ...]  # planned memory; all of them live at once
-
-
-class Constant(_Value):
-    """One constant. A delegate's own has neither type nor shape: only the backend knows its layout."""
-
-    name: str
-    size_bytes: int
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    kind: str = "constant"  # or "delegate's weight", "initial state"; "external" lies in a .ptd
-
-
-class Part(_Value):
-    """A share of the file."""
-
-    name: str
-    size_bytes: int
-
-
-class Beside(_Value):
-    """What `model.json` adds, or why it does not."""
-
-    path: str
-    problem: str = ""  # it cannot be read
-    checksum_ok: bool = False
-    target: str = ""
-    device: str = ""
-    versions: dict[str, str] = {}  # noqa: RUF012  pydantic copies it
-    delegated_macs_pct: float | None = None
-    parity: str = ""  # in words
-    note: str = ""
-
-
-class Inspection(_Value):
-    """A program file, taken apart. `str()` gives the text that `edgetune inspect` prints."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-    schema_version: int
-    methods: tuple[Method, ...]
-    constants: tuple[Constant, ...]  # largest first
-    parts: tuple[Part, ...]  # largest first; together the whole file
-    beside: Beside | None
-
-    def __str__(self) -> str:
-        from edgetune.export.inspect_text import text_of
-
-        return text_of(self)
 
 
 def inspect(path: str | Path) -> Inspection:

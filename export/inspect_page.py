@@ -10,11 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune.export.inspect_text import size
-from edgetune.files import write_whole
+from edgetune.core.files import write_whole
+from edgetune.core.numbers import size
 
 if TYPE_CHECKING:
-    from edgetune.export.inspect import Beside, Constant, Inspection, Method
+    from edgetune.program.inspection import Beside, Constant, Inspection, Method
 
 _MOST = 40  # bars of one figure; the rest is one bar more
 _BARS = """

@@ -10,10 +10,11 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
-from edgetune.export import operators, remedies
+from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.quiet import quiet
+from edgetune.export import operators
 from edgetune.export.targets import Target
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, shortened
+from edgetune.runtime import remedies
 
 _OF_LANGUAGE = "llama::"  # attention and cache, in a library of their own that language programs load
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export import failures, operators, remedies, stored
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, tensors_of
+from edgetune.core.quiet import quiet
+from edgetune.core.wrapped import is_wrapped
+from edgetune.export import failures, operators, stored
 from edgetune.export.lower import Positional, as_program, capture, marked, prepare
 from edgetune.export.targets import Target
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Inputs, tensors_of
-from edgetune.wrapped import is_wrapped
+from edgetune.program import operator_kinds
+from edgetune.runtime import remedies
 
 Severity = Literal["error", "warning", "note"]
 
@@ -137,7 +140,7 @@ def _undelegated(program: ExportedProgram, tagged: ExportedProgram, reasons: dic
             continue
         number = operators.number_of(node)
         module = modules.get(number, "") if number is not None else ""
-        key = (operators.plain_name(name), module, reasons.get(node.name) or _why(node))
+        key = (operator_kinds.plain_name(name), module, reasons.get(node.name) or _why(node))
         grouped.setdefault(key, []).append(number)
     found = []
     for (operator, module, reason), numbers in grouped.items():
@@ -151,7 +154,7 @@ def _undelegated(program: ExportedProgram, tagged: ExportedProgram, reasons: dic
 
 def _is_bookkeeping(node: fx.Node) -> bool:
     name = str(node.target)
-    return operators.is_free(operators.plain_name(name)) or name.startswith("<built-in")
+    return operator_kinds.is_free(operator_kinds.plain_name(name)) or name.startswith("<built-in")
 
 
 def _why(node: fx.Node) -> str:

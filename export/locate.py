@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.quiet import quiet
 from edgetune.export import operators
 from edgetune.export.fast_path import slow_path
 from edgetune.export.lower import lower
-from edgetune.export.run import run_apart
 from edgetune.export.targets import Target
-from edgetune.export.verify import Row
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError
+from edgetune.runtime.run import run_apart
+from edgetune.runtime.verify import Row
 
 _SECONDS = 180.0  # after which the search ends where it stands
 _AT_ONCE = 12  # programs in one child

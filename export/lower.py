@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.holders import refuse_sharded
+from edgetune.core.inputs import Inputs, call, device_of
+from edgetune.core.ledger import Leftover
+from edgetune.core.modes import undisturbed
+from edgetune.core.outputs import named_outputs
+from edgetune.core.quiet import quiet
+from edgetune.core.wrapped import is_wrapped
 from edgetune.export import apart, dynamic, failures, kernels, operators, repairs, stored
 from edgetune.export.dynamic import Axis
-from edgetune.export.executed import executed
 from edgetune.export.fast_path import slow_path
 from edgetune.export.operators import Placed
-from edgetune.export.outputs import named_outputs
 from edgetune.export.planning import Planned, smallest
 from edgetune.export.repairs.experts import static_experts
 from edgetune.export.reparameterize import Report, reparameterize
@@ -26,13 +32,9 @@ from edgetune.export.shared import stored_once
 from edgetune.export.speed import fast_decompositions, fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
-from edgetune.holders import refuse_sharded
-from edgetune.ledger import Leftover
-from edgetune.modes import undisturbed
-from edgetune.profile.operators import Operator
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Inputs, call, device_of, shortened
-from edgetune.wrapped import is_wrapped
+from edgetune.program import operator_kinds
+from edgetune.program.executed import executed
+from edgetune.program.operators import Operator
 
 
 @dataclass(frozen=True)
@@ -357,7 +359,7 @@ def placed_in(lowered: ExportedProgram) -> Placed:
             delegates += 1
             inner = getattr(lowered.graph_module, node.args[0].target).original_module
             delegated |= {n for n in map(operators.number_of, inner.graph.nodes) if n is not None}
-        elif isinstance(node.target, torch._ops.OpOverload) and not operators.is_free(name):
+        elif isinstance(node.target, torch._ops.OpOverload) and not operator_kinds.is_free(name):
             portable.append((name, operators.number_of(node)))
     return Placed(delegated=frozenset(delegated), portable=tuple(portable), delegates=delegates)
 
@@ -373,7 +375,7 @@ def _modules(lowered: ExportedProgram, modules: Mapping[int, str]) -> list[str |
             inner = getattr(lowered.graph_module, node.args[0].target).original_module
             pairs = [(n.meta.get("debug_handle"), operators.number_of(n)) for n in inner.graph.nodes]
             found.append({h: modules.get(n, "") for h, n in pairs if isinstance(h, int) and n is not None})
-        elif isinstance(node.target, torch._ops.OpOverload) and not operators.is_free(name):
+        elif isinstance(node.target, torch._ops.OpOverload) and not operator_kinds.is_free(name):
             number = operators.number_of(node)
             found.append(modules.get(number, "") if number is not None else "")
     return found

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call, tensors_of
+from edgetune.core.modes import same_buffers
+from edgetune.core.outputs import named_outputs
+from edgetune.core.quiet import quiet
 from edgetune.export import dynamic as sizes_of
-from edgetune.export import verify
-from edgetune.export.allowed import allowed_difference
-from edgetune.export.artifact import TensorSpec, admitted, data_path, write_pair
 from edgetune.export.dynamic import Axis, Dynamic
 from edgetune.export.lower import Layout, Lowered, as_plain, check_plain, lower_methods
 from edgetune.export.methods_artifact import MethodParity, MethodsArtifact, MethodsManifest, MethodSpec
-from edgetune.export.outputs import named_outputs
 from edgetune.export.pipeline import chosen_target, locator, lowering_of, of_file, output_names
 from edgetune.export.rows import free_specs, names_of, specs_of
 from edgetune.export.targets import Target
-from edgetune.export.verify import Row
-from edgetune.modes import same_buffers
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Inputs, call, tensors_of
+from edgetune.program.artifact import TensorSpec, admitted, data_path, write_pair
+from edgetune.runtime import verify
+from edgetune.runtime.allowed import allowed_difference
+from edgetune.runtime.verify import Row
 
 __all__ = ["MethodParity", "MethodSpec", "MethodsArtifact", "MethodsManifest", "export_methods"]
 

@@ -8,11 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from edgetune.export.artifact import Lowering, OfFile, TensorSpec, Value, admitted, data_beside, read_whole
-from edgetune.export.beside import artifact_line
-from edgetune.export.run import run_in_child
-from edgetune.ledger import OutputParity
-from edgetune.technique import EdgetuneError, Exit, Inputs
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs
+from edgetune.core.ledger import OutputParity
+from edgetune.program.artifact import Lowering, OfFile, TensorSpec, Value, admitted, data_beside, read_whole
+from edgetune.program.beside import artifact_line
+from edgetune.runtime.run import run_in_child
 
 
 class MethodParity(Value):

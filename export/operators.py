@@ -17,58 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgetune.profile.operators import DType, Kind, Operator
+from edgetune.program.operator_kinds import is_free, kind_of, short_name
+from edgetune.program.operators import DType, Kind, Operator
 
 _NUMBER = "edgetune_operator"
 _WRAPPER = re.compile(r"^model(__\w+)?(\.|$)")  # the wrapper's child; of several methods, with the method's name
 
-_FREE = frozenset(
-    ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias", "detach", "unsqueeze_copy", "squeeze_copy",
-     "view_copy", "flatten", "unflatten", "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_size",
-     "lift_fresh_copy")
-)  # fmt: skip
 _QUANTIZING = (
     "quantized_decomposed.quantize", "quantized_decomposed.dequantize", "quantized_decomposed.choose_qparams",
     "torchao.quantize_affine", "torchao.dequantize_affine", "torchao.choose_qparams_affine",
 )  # fmt: skip
-_KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("linear", "addmm", "mm"), "linear"),
-    **dict.fromkeys(("matmul", "bmm", "baddbmm"), "matmul"),
-    **dict.fromkeys(("embedding",), "embedding"),
-    **dict.fromkeys(
-        ("layer_norm", "native_layer_norm", "batch_norm", "_native_batch_norm_legit_no_training", "group_norm",
-         "native_group_norm", "rms_norm", "instance_norm"),
-        "normalization",
-    ),
-    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"), "softmax"),
-    **dict.fromkeys(
-        ("mean", "sum", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "var", "std", "cumsum",
-         "norm", "linalg_vector_norm", "topk"),
-        "reduction",
-    ),
-    **dict.fromkeys(
-        ("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d",
-         "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"),
-        "pooling",
-    ),
-    **dict.fromkeys(
-        ("permute", "transpose", "t", "cat", "stack", "slice", "select", "expand", "clone", "contiguous", "copy",
-         "_to_copy", "to", "index", "index_select", "gather", "repeat", "repeat_interleave", "pad",
-         "constant_pad_nd", "split", "split_with_sizes", "chunk", "unbind", "roll", "flip", "permute_copy",
-         "expand_copy", "slice_copy", "select_copy", "slice_scatter", "index_put", "scatter", "pixel_shuffle",
-         "upsample_bilinear2d", "upsample_nearest2d", "narrow", "unfold", "full", "full_like", "zeros", "ones",
-         "new_ones", "new_zeros", "zeros_like", "ones_like", "arange", "scalar_tensor"),
-        "data-movement",
-    ),
-    **dict.fromkeys(
-        ("add", "sub", "rsub", "mul", "div", "pow", "sqrt", "rsqrt", "reciprocal", "neg", "abs", "exp", "log", "tanh",
-         "sigmoid", "relu", "relu6", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "prelu",
-         "elu", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "where", "masked_fill", "eq", "ne", "lt", "le",
-         "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "bitwise_not",
-         "__and__", "__or__", "sin", "cos", "erf", "floor", "ceil", "round", "square", "softplus", "triu", "tril"),
-        "elementwise",
-    ),
-}  # fmt: skip
 _DTYPES: dict[torch.dtype, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
@@ -105,11 +63,6 @@ def number_of(node: fx.Node) -> int | None:
     return found
 
 
-def is_free(name: str) -> bool:
-    """Whether an operator of the lowered graph is bookkeeping: a view, an assertion, an allocation."""
-    return _short(name) in _FREE
-
-
 def modules(program: ExportedProgram) -> dict[int, str]:
     """Module path of every numbered operator, in the user's own names."""
     found = {}
@@ -136,17 +89,6 @@ def macs_of(program: ExportedProgram) -> dict[int, int]:
     return found
 
 
-def kind_of(name: str) -> Kind:
-    """The kind of an operator by its name: `aten.mean.dim`."""
-    return _KINDS.get(_short(name), "other")
-
-
-def plain_name(name: str) -> str:
-    """`aten.mean.dim` of an edge operator's `aten_mean_dim` or `<EdgeOpOverload: aten.mean.dim>: schema = ...`."""
-    found = re.match(r"<EdgeOpOverload: ([^>]+)>", name)
-    return found.group(1) if found else name
-
-
 def shorten(path: str) -> str:
     """A module path of the exported wrapper as the user knows it: without the wrapper's own child."""
     return _WRAPPER.sub("", path)
@@ -164,7 +106,7 @@ def describe(program: ExportedProgram, placed: Placed) -> tuple[Operator, ...]:
     found = []
     for node in program.graph.nodes:
         index = number_of(node)
-        if index is None or _is_quantizing(node) or _short(str(node.target)) in _FREE:
+        if index is None or _is_quantizing(node) or is_free(str(node.target)):
             continue
         if not str(node.target).startswith("<") and (index in portable or index in placed.delegated):
             found.append(_operator(node, constants, delegated=index not in portable))
@@ -234,9 +176,9 @@ def _written_bits(node: fx.Node) -> int:
 def _is_rounded(node: fx.Node) -> bool:
     """Whether what the node writes has a fixed 8-bit scale; a clamp after it runs as one with it."""
     users = list(node.users)
-    if len(users) == 1 and _short(str(users[0].target)) in ("relu", "hardtanh"):
+    if len(users) == 1 and short_name(str(users[0].target)) in ("relu", "hardtanh"):
         return _is_rounded(users[0])
-    return bool(users) and all(_short(str(user.target)).startswith("quantize_per") for user in users)
+    return bool(users) and all(short_name(str(user.target)).startswith("quantize_per") for user in users)
 
 
 def _dtype(node: fx.Node, kind: Kind, weights: list[_Source], activations: list[_Source]) -> DType:
@@ -252,9 +194,9 @@ def _dtype(node: fx.Node, kind: Kind, weights: list[_Source], activations: list[
 
 
 def _kind(node: fx.Node) -> Kind:
-    name = _short(str(node.target))
+    name = short_name(str(node.target))
     if name not in ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d"):
-        return _KINDS.get(name, "other")
+        return kind_of(str(node.target))
     weight = _shape(node.args[1])
     groups = node.args[-1] if name == "convolution" else node.args[6] if len(node.args) > 6 else 1
     if isinstance(groups, int) and groups > 1 and weight[1] == 1:
@@ -263,7 +205,7 @@ def _kind(node: fx.Node) -> Kind:
 
 
 def _macs(node: fx.Node, kind: Kind, elements: int) -> int:
-    name = _short(str(node.target))
+    name = short_name(str(node.target))
     if kind in ("conv", "pointwise-conv", "depthwise-conv"):
         return elements * _elements(_shape(node.args[1])[1:])
     if name in ("addmm", "baddbmm"):
@@ -281,12 +223,6 @@ def _module(node: fx.Node) -> str:
 
 def _is_quantizing(node: fx.Node) -> bool:
     return str(node.target).startswith(_QUANTIZING)
-
-
-def _short(name: str) -> str:
-    """`layer_norm` of `aten.layer_norm.default`."""
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 else name
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -9,9 +9,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgetune.export import dynamic, forks, locate, rows, targets, verify
-from edgetune.export.allowed import allowed_difference
-from edgetune.export.artifact import (
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs, tensors_of
+from edgetune.core.ledger import Parity
+from edgetune.core.modes import same_buffers
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
+from edgetune.export import dynamic, locate, rows, targets
+from edgetune.export.dynamic import Dynamic
+from edgetune.export.lower import PLAIN, Layout, Lowered, Positional, as_program, check_plain, lower
+from edgetune.export.operators import delegated_pct
+from edgetune.export.rows import Trial
+from edgetune.export.targets import Target
+from edgetune.program.artifact import (
     Artifact,
     Lowering,
     Manifest,
@@ -22,20 +32,12 @@ from edgetune.export.artifact import (
     sha256_of,
     write_pair,
 )
-from edgetune.export.beside import check_program_path
-from edgetune.export.card import write_card
-from edgetune.export.carried import Carried, write_beside
-from edgetune.export.dynamic import Dynamic
-from edgetune.export.lower import PLAIN, Layout, Lowered, Positional, as_program, check_plain, lower
-from edgetune.export.operators import delegated_pct
-from edgetune.export.rows import Trial
-from edgetune.export.targets import Target
-from edgetune.export.verify import Bounds, Row
-from edgetune.ledger import Parity
-from edgetune.modes import same_buffers
-from edgetune.quiet import quiet
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit, Inputs, tensors_of
+from edgetune.program.beside import check_program_path
+from edgetune.program.card import write_card
+from edgetune.program.carried import Carried, write_beside
+from edgetune.runtime import forks, verify
+from edgetune.runtime.allowed import allowed_difference
+from edgetune.runtime.verify import Bounds, Row
 
 __all__ = ["Bounds", "export_program"]
 

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs, rows_of, tensors_of
+from edgetune.core.quiet import quiet
 from edgetune.export import failures, operators
 from edgetune.export.computed import fold_weights
 from edgetune.export.fast_path import slow_path
@@ -17,8 +20,6 @@ from edgetune.export.reparameterize import reparameterize
 from edgetune.export.speed import fast_annotation
 from edgetune.export.targets.target import Target
 from edgetune.export.targets.xnnpack import XNNPACK
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
 
 _NOTE = "quantization_annotation"
 

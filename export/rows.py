@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs, rows_of, tensors_of
+from edgetune.core.modes import same_buffers
+from edgetune.core.quiet import quiet
 from edgetune.export import dynamic
-from edgetune.export.allowed import allowed_difference
-from edgetune.export.artifact import TensorSpec, admitted
 from edgetune.export.dynamic import Axis
-from edgetune.export.verify import Row, eager_outputs
-from edgetune.modes import same_buffers
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Inputs, rows_of, tensors_of
+from edgetune.program.artifact import TensorSpec, admitted
+from edgetune.runtime.allowed import allowed_difference
+from edgetune.runtime.verify import Row, eager_outputs
 
 _AS_THEY_STAND = "leave out one_row: the program then takes inputs of the shapes of the example inputs"
 

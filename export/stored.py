@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.export import operators
 from edgetune.export.targets import Target
-from edgetune.technique import EdgetuneError, Exit, shortened
 
 _MODULES = ("torchao.",)
 _LINEAR = "quantize the float model by et.Int4(), or torchao's Int8DynamicActivationIntxWeightConfig with symmetric "

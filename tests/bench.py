@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgetune import fold, pipeline, recipe, reuse, runs
-from edgetune.environment import environment
-from edgetune.ledger import Ledger
-from edgetune.overrides import from_text
-from edgetune.progress import shown
+from edgetune.cli.progress import shown
+from edgetune.core.ledger import Ledger
+from edgetune.recipe import recipe
+from edgetune.recipe.overrides import from_text
+from edgetune.run import fold, pipeline, reuse, runs
+from edgetune.run.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)

@@ -14,19 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgetune import pipeline
-from edgetune.progress import shown
+from edgetune.cli.progress import shown
+from edgetune.run import pipeline
 
 CHECKS = {  # what: (module, function), as the caller looks it up
-    "program against model": ("edgetune.export.verify", "prove"),
-    "merged layers against unmerged": ("edgetune.merging", "merge_layer"),
-    "weights read elsewhere": ("edgetune.reads", "weights_read_elsewhere"),
-    "layers that compute more than their class says": ("edgetune.plain", "how_computed"),
+    "program against model": ("edgetune.runtime.verify", "prove"),
+    "merged layers against unmerged": ("edgetune.core.merging", "merge_layer"),
+    "weights read elsewhere": ("edgetune.lean.reads", "weights_read_elsewhere"),
+    "layers that compute more than their class says": ("edgetune.core.plain", "how_computed"),
     "slices against whole layers": ("edgetune.sparse.update", "refuse_unfollowed"),
     "pruned model against masked": ("edgetune.prune.cut", "_tried"),
     "kernels": ("edgetune.export.kernels", "check"),
     "checkpoints quantized elsewhere": ("edgetune.export.stored", "check"),
-    "late steps rehearsed": ("edgetune.fold", "rehearse"),
+    "late steps rehearsed": ("edgetune.run.fold", "rehearse"),
 }
 _SHARE_PCT = 5.0
 

@@ -28,8 +28,8 @@ import torch
 from families import FAMILIES, Family
 from timm_apart import TIMM, import_timm
 
-from edgetune.environment import versions
-from edgetune.quiet import quiet
+from edgetune.core.quiet import quiet
+from edgetune.run.environment import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 900.0  # for one cell, on a machine that does other things as well

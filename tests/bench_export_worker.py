@@ -24,15 +24,17 @@ from torch.nn import functional
 
 from edgetune.adapt.inject import can_adapt
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply, finalize
+from edgetune.core.apply import apply, finalize
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call, logits_of, rows_of, tensors_of
+from edgetune.core.technique import Sample, Technique
 from edgetune.export import export as to_program
-from edgetune.export import verify
 from edgetune.export.repairs.experts import static_experts
-from edgetune.export.run import loaded_runtime
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
+from edgetune.runtime import verify
+from edgetune.runtime.run import loaded_runtime
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Inputs, Sample, Technique, call, logits_of, rows_of, tensors_of
 
 ROWS = 100  # that the program and the model are compared on
 STEPS, BATCH, RATE = 2, 8, 1e-3
@@ -150,7 +152,7 @@ def quantized(family: Family, model: nn.Module) -> nn.Module:
 def run_here(
     path: str | Path, batches: Sequence[tuple[Tensor, ...]], *, method: str = "forward", data: Path | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """In place of `edgetune.export.run.run_in_child`: a cell is a process of its own already."""
+    """In place of `edgetune.runtime.run.run_in_child`: a cell is a process of its own already."""
     assert (method, data) == ("forward", None)
     program = loaded_runtime(None)._load_for_executorch(str(path))
     ordered = [tuple(tensor.contiguous() for tensor in row) for row in batches]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune import registry
+from edgetune.core import registry
+from edgetune.core.quiet import quiet
 from edgetune.data.dataset import Dataset, Rows
-from edgetune.export.run import resident_mib
 from edgetune.models.loaded import Loaded, ModelSettings
-from edgetune.quiet import quiet
+from edgetune.runtime.run import resident_mib
 
 CACHE = 512
 EIGHT_BITS = ("lm_head", "*.down_proj")  # as in the recipe lm-smollm2
@@ -44,9 +44,9 @@ def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
     """Quantize SmolLM2 and export it; greedy tokens beside eager's, and eager's beside its own, moved by rounding."""
     from edgetune.export.language import CHECK_PROMPT, export_language
     from edgetune.export.language.parity import eager_logits
-    from edgetune.export.language.run import greedy_in_child
-    from edgetune.export.language.tokenizer import Carried
+    from edgetune.program.tokenizer import Carried
     from edgetune.quant.int4 import Int4
+    from edgetune.runtime.language import greedy_in_child
 
     found = loaded("smollm2", "causal-lm", layers)
     model: Any = Int4(group_size=32, int8_linears=EIGHT_BITS).apply(found.model)
@@ -99,7 +99,7 @@ def say(engine: str, folder: Path, layers: int | None, threads: int, prompt: lis
 def program(folder: Path, layers: int | None, threads: int) -> Says:
     """The exported program, by ExecuTorch's runtime."""
     from edgetune.export.language import LanguageArtifact
-    from edgetune.export.language.run import LanguageProgram
+    from edgetune.runtime.language import LanguageProgram
 
     artifact = LanguageArtifact.load(folder / "model.pte")
     torch.set_num_threads(1)  # as in `edgetune generate`: the runtime has threads of its own
@@ -236,8 +236,8 @@ def layers_of_minilm(folder: Path) -> list[dict[str, Any]]:
 
 def time_program(path: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Median latency of a plain program."""
-    from edgetune.export.artifact import Artifact
-    from edgetune.profile.measure import measure
+    from edgetune.program.artifact import Artifact
+    from edgetune.runtime.measure import measure
 
     return measure(Artifact.load(path), threads=threads, seconds=seconds).model_dump(mode="json")
 

@@ -26,18 +26,19 @@ import bench_profile_training
 import torch
 from families import FAMILIES
 
-from edgetune.environment import versions
-from edgetune.export import export, verify
-from edgetune.export.artifact import Artifact
-from edgetune.export.run import time_in_child
+from edgetune.core.errors import EdgetuneError
+from edgetune.export import export
 from edgetune.profile import trials
 from edgetune.profile.calibrate import calibrate, noise_pct
 from edgetune.profile.calls import predicted_calls
 from edgetune.profile.device import Device, load
-from edgetune.profile.measure import inputs_of
 from edgetune.profile.validate import lines as told_of
 from edgetune.profile.validate import validate
-from edgetune.technique import EdgetuneError
+from edgetune.program.artifact import Artifact
+from edgetune.run.environment import versions
+from edgetune.runtime import verify
+from edgetune.runtime.measure import inputs_of
+from edgetune.runtime.run import time_in_child
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-profile"
@@ -134,7 +135,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 
 def compared_s(name: str) -> float:
     """Wall seconds of `edgetune devices compare` on a program, the interpreter's start included."""
-    command = [sys.executable, "-m", "edgetune.cli", "devices", "compare", str(WORK / f"{name}.pte")]
+    command = [sys.executable, "-m", "edgetune.cli.main", "devices", "compare", str(WORK / f"{name}.pte")]
     begun = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - begun

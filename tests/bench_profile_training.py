@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from bench_sparse_worker import MIB, TASKS, Worker
 
-from edgetune.attach import finalize
+from edgetune.core.apply import finalize
 from edgetune.sparse.auto.account import Profile
 from edgetune.sparse.update import SparseUpdate
 

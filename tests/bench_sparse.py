@@ -23,7 +23,7 @@ from typing import Any
 
 from bench_sparse_worker import TASKS
 
-from edgetune.environment import environment
+from edgetune.run.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "tests" / "bench_sparse_worker.py")]

@@ -21,21 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgetune import optimizer as optimizers
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply, finalize
-from edgetune.data import task as tasks
-from edgetune.data.dataset import DataSettings, Split
+from edgetune.core.apply import apply, finalize
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.registry import DATASETS, MODELS, loader
+from edgetune.core.technique import Sample
+from edgetune.data.dataset import Split
+from edgetune.data.settings import DataSettings
+from edgetune.lean.kept import kept_bytes
+from edgetune.lean.operators import Activations
 from edgetune.models.loaded import ModelSettings
-from edgetune.registry import DATASETS, MODELS, loader
 from edgetune.sparse.auto import choose as auto
 from edgetune.sparse.auto.account import Updating
-from edgetune.sparse.kept import kept_bytes
-from edgetune.sparse.light.operators import Activations
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import Inputs, Sample, call, logits_of
-from edgetune.train import Train, seed_everything, train
+from edgetune.tasks import task as tasks
+from edgetune.train import optimizer as optimizers
+from edgetune.train.loop import seed_everything, train
+from edgetune.train.settings import Train
 
 MIB = 2**20
 

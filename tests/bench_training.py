@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from bench_sparse_worker import TASKS, Worker
 
-from edgetune.environment import environment
 from edgetune.export.training.measure import loss_difference, step_times, stock_plan_bytes
 from edgetune.export.training.step import Batch, Check, eager_losses, export_training
+from edgetune.run.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("full", "last-2", "auto")

@@ -12,7 +12,7 @@ rm -rf "$root/build"
 cd "$work"
 PYTHONPATH="$work/site" "$bin/python" -c "
 import edgetune.report, pathlib
-from edgetune import recipe
+from edgetune.recipe import recipe
 from edgetune.profile import device
 here = pathlib.Path(edgetune.__file__).parent
 assert here.is_relative_to('$work'), here

@@ -1,10 +1,11 @@
-"""Small checkpoints on disk, as transformers saves them, with a tokenizer of ten words."""
+"""Small checkpoints on disk, as transformers saves them, with a tokenizer of ten words; and folders of images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,3 +36,15 @@ def save_bert(folder: Path, kind: str = "SequenceClassification", **changes: Any
         nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def save_images(folder: Path, count: int = 20) -> None:
+    """Noise of two classes, "dark" and "light", in one folder each."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(("dark", "light")):
+        (folder / name).mkdir(parents=True)
+        for n in range(count):
+            pixels = generator.integers(120 * number, 120 * number + 60, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{n}.png")

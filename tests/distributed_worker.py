@@ -66,7 +66,7 @@ def mine(rank: int, world: int) -> dict[str, Tensor]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    from edgetune.holders import held_model, plain_name
+    from edgetune.core.holders import held_model, plain_name
 
     inner = held_model(model)
     return {plain_name(n): p.detach().clone() for n, p in inner.named_parameters() if p.requires_grad}
@@ -84,7 +84,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, 
 
 
 def with_ddp(techniques: str, folder: Path, rank: int, world: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    from edgetune import optimizer as optimizers
+    from edgetune.train import optimizer as optimizers
 
     model, batch = prepared(techniques), mine(rank, world)
     before, optimizer = trained(model), sgd(model)

@@ -17,7 +17,7 @@ from timm_apart import import_timm
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.technique import Inputs, call
+from edgetune.core.inputs import Inputs, call
 
 CLASSES, WORDS, LENGTH, PX = 10, 128, 16, 64
 

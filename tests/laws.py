@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply
+from edgetune.core.apply import apply
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.technique import Sample, Technique
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.nf4 import NF4, packed_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import Inputs, Sample, Technique, call, logits_of
 
 
 class Block(nn.Module):

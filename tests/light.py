@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.sparse.kept import kept_bytes
-from edgetune.sparse.light.operators import LightOperators
+from edgetune.lean.kept import kept_bytes
+from edgetune.lean.operators import LightOperators
 
 
 class Call(nn.Module):

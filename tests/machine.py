@@ -11,9 +11,9 @@ from functools import cache
 from edgetune.profile import calibrate, device, fit
 from edgetune.profile.calibration import Calibration
 from edgetune.profile.fit import Setting, Timed
-from edgetune.profile.operators import DType, Kind, Operator
 from edgetune.profile.terms import CALL, DELEGATE, PRODUCTS, TRAFFIC, WEIGHTS, Key, Tile
 from edgetune.profile.trials import Clocked
+from edgetune.program.operators import DType, Kind, Operator
 
 BASE = "raspberry-pi-5"  # whose descriptor the calibration is for
 _BYTES: dict[DType, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "8da4w": 0.5}
@@ -21,7 +21,7 @@ _BYTES: dict[DType, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "8da4w
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel by the name that `edgetune.export.executed` gives it."""
+    """A kernel by the name that `edgetune.program.executed` gives it."""
 
     name: str
     kind: Kind

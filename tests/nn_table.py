@@ -26,11 +26,11 @@ from nn_cases import MODULES, Case
 from nn_functions import FUNCTIONS
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.quiet import quiet
 from edgetune.export.lower import lower
-from edgetune.export.run import loaded_runtime
 from edgetune.export.targets import find
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError
+from edgetune.runtime.run import loaded_runtime
 
 CASES = {**{f"nn.{name}": case for name, case in MODULES.items()}, **{f"F.{n}": case for n, case in FUNCTIONS.items()}}
 MOST = 1e-4  # of an output's largest value

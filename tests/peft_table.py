@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import edgetune as et
-from edgetune.carriers import is_peft
-from edgetune.probe import relative_difference
+from edgetune.core.carriers import is_peft
+from edgetune.core.probe import relative_difference
 
 BOUND = 1e-5
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply
-from edgetune.data import task
+from edgetune.core.apply import apply
+from edgetune.core.inputs import call, logits_of
 from edgetune.data.dataset import Rows, Split
-from edgetune.plan import epoch_order
-from edgetune.sparse.prefix.cache import PrefixCache
-from edgetune.sparse.prefix.rows import bytes_of
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import call, logits_of
+from edgetune.tasks import task
+from edgetune.train.plan import epoch_order
+from edgetune.train.prefix.cache import PrefixCache
+from edgetune.train.prefix.rows import bytes_of
 
 torch.set_num_threads(1)
 

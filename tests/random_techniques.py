@@ -27,12 +27,14 @@ from random_modules import ROWS, Drawn, Plan, inputs_of, plans
 from torch import Tensor, nn
 
 import edgetune as et
-from edgetune.export.allowed import allowed_difference
+from edgetune.core.apply import opened
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Technique
 from edgetune.export.lower import Positional, lower
-from edgetune.export.run import loaded_runtime
 from edgetune.export.targets import find
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Technique
+from edgetune.runtime.allowed import allowed_difference
+from edgetune.runtime.run import loaded_runtime
 
 SEED = 14
 _RIGHT = 1e-4  # of the largest output
@@ -140,7 +142,7 @@ def train(model: nn.Module, inputs: Tensor) -> list[str]:
     """Three updates, if anything trains; the names of trainable tensors that no gradient reached."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     floating = [p for p in parameters.values() if p.is_floating_point()]
-    if not floating or not any(et.attach.opened(model)):
+    if not floating or not any(opened(model)):
         return []
     optimizer = torch.optim.AdamW(floating, lr=1e-2)
     model.train()

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgetune import report
-from edgetune.ledger import Ledger
+from edgetune.core.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("data", "devices", "kits", "language", "training-programs")))

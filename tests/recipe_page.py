@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgetune import recipe
-from edgetune.schema import SCHEMA_FILE, first_line, schema
+from edgetune.recipe import recipe
+from edgetune.recipe.schema import SCHEMA_FILE, first_line, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"

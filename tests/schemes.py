@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgetune.technique import Inputs
+from edgetune.core.inputs import Inputs
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from edgetune.attach import apply
-from edgetune.measures import count_macs
+from edgetune.core.apply import apply
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import stored_bytes
+from edgetune.run.measures import count_macs
 from edgetune.sparse.auto.account import Account, Profile, Updating, account
 from edgetune.sparse.auto.timing import QUARTER, Times
-from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Inputs, call, logits_of
 
 torch.set_num_threads(1)
 
@@ -252,7 +253,7 @@ def _real(name: str) -> tuple[nn.Module, Batch, list[Any], str]:
     """A model of the golden recipes, a batch of random contents, schemes, and what happens to the head."""
     from types import SimpleNamespace
 
-    from edgetune import registry
+    from edgetune.core import registry
     from edgetune.models.loaded import ModelSettings
 
     task, classes = {
@@ -288,7 +289,7 @@ def _real(name: str) -> tuple[nn.Module, Batch, list[Any], str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["minilm", "effnet-lite0", "smollm2"])
 def test_memory_is_predicted_within_a_tenth_on_real_models(name: str) -> None:
-    from edgetune.data import task as tasks
+    from edgetune.tasks import task as tasks
 
     model, batch, written, head = _real(name)
 
@@ -306,8 +307,8 @@ def test_memory_is_predicted_within_a_tenth_on_real_models(name: str) -> None:
 
 
 def test_eight_bit_state_is_counted_as_torchao_keeps_it() -> None:
-    from edgetune import optimizer
-    from edgetune.train import Train
+    from edgetune.train import optimizer
+    from edgetune.train.settings import Train
 
     parameters = [nn.Parameter(torch.randn(*shape)) for shape in ((128, 64), (64,), (100, 50))]
     built = optimizer.build(Train(state_bits=8), parameters)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgetune.profile.measure import measured_of
-from edgetune.profile.runners import android, session
-from edgetune.profile.runners.adb import Adb
-from edgetune.profile.runners.place import Place
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.runtime.hosts import android, session
+from edgetune.runtime.hosts.adb import Adb
+from edgetune.runtime.hosts.place import Place
+from edgetune.runtime.measure import measured_of
 
 STANDIN = Path(__file__).with_name("standin_adb.py")
 INPUTS = [(torch.ones(1, 4),)]

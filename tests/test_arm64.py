@@ -11,12 +11,12 @@ import torch
 from arm64 import command
 from torch import nn
 
+from edgetune.core.technique import Sample
 from edgetune.export import export
-from edgetune.export.run import run_in_child, write_request
-from edgetune.profile.runners.ssh import script
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.technique import Sample
+from edgetune.runtime.hosts.ssh import script
+from edgetune.runtime.run import run_in_child, write_request
 
 ARM64 = Path(os.environ.get("EDGETUNE_DATA", ".venv/share")).resolve() / "arm64"
 pytestmark = [

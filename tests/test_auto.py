@@ -11,7 +11,10 @@ from laws import Mlp, mlp
 from schemes import loss, rows
 from torch import nn
 
-from edgetune.attach import apply, finalize
+from edgetune.core.apply import apply, finalize
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.technique import Sample
+from edgetune.lean.kept import kept_bytes
 from edgetune.sparse.auto.account import Profile, Updating
 from edgetune.sparse.auto.choose import choose
 from edgetune.sparse.auto.contribution import (
@@ -19,10 +22,8 @@ from edgetune.sparse.auto.contribution import (
 )
 from edgetune.sparse.auto.evolve import by_evolution
 from edgetune.sparse.auto.search import Limits, exactly
-from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Exit, Sample
 
 torch.set_num_threads(1)
 
@@ -63,7 +64,7 @@ def test_auto_stays_in_its_budget_and_does_more_with_more() -> None:
 
 
 def test_auto_predicts_what_its_scheme_keeps() -> None:
-    from edgetune.sparse.kept import kept_bytes
+    from edgetune.lean.kept import kept_bytes
 
     model, batch = Mlp(64), rows(64, 8)[0]
     found = _choose(model, 0.25)

@@ -13,9 +13,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.export import Artifact, export
-from edgetune.profile import calibrate, calibration, device, measure, micro, profile, trials
-from edgetune.technique import EdgetuneError
+from edgetune.profile import calibrate, calibration, device, micro, profile, trials
+from edgetune.runtime import measure
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_timing_becomes_a_measurement() -> None:
-    from edgetune.export.run import Timing
+    from edgetune.runtime.run import Timing
 
     def timing(*latencies_ms: float) -> Timing:
         return Timing(

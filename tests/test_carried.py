@@ -14,27 +14,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgetune.data.dataset import Dataset, DataSettings, Encode, Rows
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Baseline, Ledger, Measured, Predicted, Quality, Row
+from edgetune.core.quiet import quiet
+from edgetune.data.dataset import Dataset, Encode, Rows
+from edgetune.data.settings import DataSettings
 from edgetune.data.text import tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
 from edgetune.export import Artifact, export
-from edgetune.export.card import card
-from edgetune.export.carried import (
-    Carried,
-    ImagePreprocessing,
-    TextPreprocessing,
-    files_beside,
-    text_preprocessing,
-    write_beside,
-)
 from edgetune.export.kit.linux.sample import Preparation
-from edgetune.ledger import Baseline, Ledger, Measured, Predicted, Quality, Row
 from edgetune.models.carrying import carried
 from edgetune.models.loaded import Loaded, ModelSettings
+from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.program.card import card
+from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, files_beside, write_beside
 
 with quiet():  # libraries that these load warn on import
     import transformers

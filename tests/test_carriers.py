@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import edgetune as et
-from edgetune.attach import opened
-from edgetune.carriers import is_nf4, is_peft
-from edgetune.technique import EdgetuneError
-from edgetune.wrapped import is_wrapped
+from edgetune.core.apply import opened
+from edgetune.core.carriers import is_nf4, is_peft
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.wrapped import is_wrapped
 
 MERGED = set(FAMILIES) - {"LILY", "POLY"}  # the other two depend on their input, or on a task
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from edgetune.data.baselines import baselines
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
 from edgetune.data.chat import Conversation, read_messages
-from edgetune.data.dataset import IGNORED_LABEL, Dataset, DataSettings, Rows, Split
+from edgetune.data.dataset import IGNORED_LABEL, Dataset, Rows, Split
 from edgetune.data.own import own_splits
+from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_jsonl, from_splits
-from edgetune.exporting import beginnings
 from edgetune.models.chat import chat_tokens, without_cut_answers
 from edgetune.models.text import TextEncoder
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.run.exportable import beginnings
+from edgetune.tasks.baselines import baselines
 
 with quiet():
     import transformers

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgetune import checkpoint
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.train import checkpoint
 
 FILES = 3
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from edgetune import pipeline, recipe
-from edgetune.cli import main
-from edgetune.environment import Environment, as_text
-from edgetune.ledger import Ledger, Row, Verdict
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Ledger, Row, Verdict
 from edgetune.profile import device
-from edgetune.schema import schema
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.recipe import recipe
+from edgetune.recipe.schema import schema
+from edgetune.run import pipeline
+from edgetune.run.environment import Environment, as_text
 
 VERBS = [
     "run",
@@ -93,7 +94,7 @@ def ledger(**changes: Any) -> Ledger:
 
 
 def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edgetune.cli", *arguments]
+    command = [sys.executable, "-m", "edgetune.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
@@ -184,11 +185,11 @@ def test_an_interrupted_run_says_how_to_go_on(
 
 def test_ctrl_c_in_a_process() -> None:
     script = (
-        "import signal, sys, threading; from edgetune import cli, pipeline\n"
+        "import signal, sys, threading; from edgetune.cli import main; from edgetune.run import pipeline\n"
         # a shell starts what runs in the background with Ctrl-C ignored, and children inherit that
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(*_, **__): print('ready', file=sys.stderr, flush=True); threading.Event().wait(60)\n"
-        "pipeline.run = wait; sys.exit(cli.main(['run', 'mine.yaml']))"
+        "pipeline.run = wait; sys.exit(main.main(['run', 'mine.yaml']))"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
@@ -207,7 +208,7 @@ def test_processes_exit_as_the_function_says(mine: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m edgetune.cli recipes schema | head -n 1"
+    command = f"{sys.executable} -m edgetune.cli.main recipes schema | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("{\n", "")
 
@@ -247,7 +248,7 @@ def test_dry_run_as_json(mine: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_dry_run_loads_no_model_library(mine: Path) -> None:
     script = (
-        "import sys; from edgetune.cli import main; assert main(['run', 'mine.yaml', '--dry-run']) == 0;"
+        "import sys; from edgetune.cli.main import main; assert main(['run', 'mine.yaml', '--dry-run']) == 0;"
         "found = {'transformers', 'executorch', 'bitsandbytes', 'plotly'} & set(sys.modules); assert not found, found"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import edgetune as et
-from edgetune import cli, cli_complete, recipe
+from edgetune.cli import complete, main
 from edgetune.export.targets import TARGETS
 from edgetune.profile import device
+from edgetune.recipe import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,12 +29,12 @@ def edgetune(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-HEAVY = ("torch", "numpy", "yaml", "rich", "transformers", "executorch", "edgetune.technique")
+HEAVY = ("torch", "numpy", "yaml", "rich", "transformers", "executorch", "edgetune.core.technique")
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"], ["devices", "compare", "--help"]])
 def test_version_and_help_import_nothing_heavy(arguments: list[str]) -> None:
-    code = f"import sys; from edgetune import cli; cli.main({arguments!r})"
+    code = f"import sys; from edgetune.cli import main; main.main({arguments!r})"
     assert python(f"{code}; print([name for name in {HEAVY} if name in sys.modules])").splitlines()[-1] == "[]"
 
 
@@ -44,21 +45,21 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_every_public_name_is_there_and_stays_the_function() -> None:
     code = """
-import edgetune.export.lower, edgetune.profile.device, edgetune as et
+import edgetune.export.lower, edgetune.profile.device, edgetune.run.fold, edgetune as et
 from edgetune import export, profile, recipe
 assert all(hasattr(et, name) for name in et.__all__) and set(et.__all__) <= set(dir(et))
 assert et.export is export and et.profile is profile and callable(export) and callable(profile)
-assert et.export.__name__ == "export" and recipe.__name__ == "edgetune.recipe"
+assert et.export.__name__ == "export" and et.run.__name__ == "run" and recipe.__name__ == "edgetune.recipe"
 assert not hasattr(et, "nothing")
 """
     assert python(code) == ""
 
 
 def test_verbs_stand_in_the_order_of_the_work(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     out = capsys.readouterr().out
     shown = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert shown == [verb for verb in cli.VERBS if verb in shown]
+    assert shown == [verb for verb in main.VERBS if verb in shown]
     assert shown[:2] + shown[-1:] == ["recipes", "run", "env"]
 
 
@@ -67,7 +68,7 @@ def test_no_help_text_is_cut_at_80_columns(
     group: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli.main([*group, "--help"]) == 0
+    assert main.main([*group, "--help"]) == 0
     out = capsys.readouterr().out
     assert "..." not in out.replace("[ARGS]...", "")
     assert max(map(len, out.splitlines())) <= 80
@@ -87,7 +88,7 @@ def test_no_help_text_is_cut_at_80_columns(
 def test_each_verb_has_only_the_options_that_mean_something(
     arguments: list[str], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert f"No such option: {option}" in capsys.readouterr().err
 
 
@@ -97,15 +98,15 @@ def test_each_verb_has_only_the_options_that_mean_something(
 def test_names_of_completion_are_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    assert cli_complete.recipe_names("") == list(recipe.names())
+    assert complete.recipe_names("") == list(recipe.names())
     (tmp_path / "text-mine.yaml").touch()
     packaged = [name for name in recipe.names() if name.startswith("text-")]
-    assert cli_complete.recipe_names("text-") == [*packaged, "text-mine.yaml"]
+    assert complete.recipe_names("text-") == [*packaged, "text-mine.yaml"]
     device.user_folder().mkdir(parents=True)
     (device.user_folder() / "pixel-99.yaml").touch()
-    assert cli_complete.device_names("") == list(device.ids())
-    assert "pixel-99" in cli_complete.device_names("pixel-9")
-    assert cli_complete.target_names("") == list(TARGETS)
+    assert complete.device_names("") == list(device.ids())
+    assert "pixel-99" in complete.device_names("pixel-9")
+    assert complete.target_names("") == list(TARGETS)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune.cli import main
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import Ledger
 from edgetune.export import export
-from edgetune.export.artifact import Artifact
-from edgetune.ledger import Ledger
 from edgetune.profile import device, listing
 from edgetune.profile.adding import copy
 from edgetune.profile.calls import predicted_calls
-from edgetune.profile.compare import compare, text
 from edgetune.profile.device import Device
 from edgetune.profile.layers import layers
-from edgetune.profile.pictures import by_device, roofline
+from edgetune.program.artifact import Artifact
 from edgetune.report import page
+from edgetune.report.compare import compare, text
 from edgetune.report.layer_figures import rooflines_of
-from edgetune.technique import EdgetuneError
+from edgetune.report.pictures import by_device, roofline
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +212,7 @@ def test_the_picture_marks_what_does_not_fit(artifact: Artifact) -> None:
 
 def test_the_comparison_imports_no_executorch(artifact: Artifact) -> None:
     code = (
-        "import sys; from edgetune.cli import main; main(['devices', 'compare', sys.argv[1]]); "
+        "import sys; from edgetune.cli.main import main; main(['devices', 'compare', sys.argv[1]]); "
         "heavy = {'executorch', 'torchao', 'transformers', 'plotly', 'pandas'} & set(sys.modules); "
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )

@@ -10,6 +10,8 @@ from laws import cnn, llama, mlp
 from schemes import loss, rows
 from torch import Tensor
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs
 from edgetune.sparse.auto import contribution
 from edgetune.sparse.auto.contribution import (
     Contributions,
@@ -21,7 +23,6 @@ from edgetune.sparse.auto.contribution import (
 )
 from edgetune.sparse.auto.trials import Analysis
 from edgetune.sparse.scheme import Slice
-from edgetune.technique import EdgetuneError, Exit, Inputs
 
 torch.set_num_threads(1)
 

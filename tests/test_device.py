@@ -10,8 +10,8 @@ import pytest
 import yaml
 from test_device_fields import put
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device, yaml_file
-from edgetune.technique import EdgetuneError
 
 SHIPPED = (
     # phones

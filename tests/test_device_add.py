@@ -9,9 +9,9 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from edgetune.cli import main
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile import adding, calibration, device, listing, yaml_file
-from edgetune.technique import EdgetuneError
 
 
 @pytest.fixture(autouse=True)

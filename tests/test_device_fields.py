@@ -12,11 +12,11 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from edgetune.cli import main
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device, yaml_file
 from edgetune.profile.facts import Fact, Flags, Stored, Value
 from edgetune.profile.sources import resolved
-from edgetune.technique import EdgetuneError
 
 HUGE = 10**400  # no double holds it
 BAD = (0, -1, math.nan, math.inf, -math.inf, 1e308, HUGE, True, "furlong", None, [], {}, {"value": 1}, ...)

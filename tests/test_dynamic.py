@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgetune.cli import main
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
 from edgetune.export import export
-from edgetune.export.artifact import Artifact, TensorSpec, admitted
 from edgetune.export.dynamic import axes_of, parsed, resized, sizes_to_check
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import as_program, capture, lower
-from edgetune.export.run import run_in_child
 from edgetune.export.targets import find
+from edgetune.program.artifact import Artifact, TensorSpec, admitted
 from edgetune.quant.int4 import Int4
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.runtime.run import run_in_child
 
 with quiet():  # libraries that these load warn on import
     from transformers import BertConfig, BertForSequenceClassification

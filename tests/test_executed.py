@@ -14,16 +14,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Sample
 from edgetune.export import Artifact, export
-from edgetune.export.executed import executed
 from edgetune.export.lower import Lowered, Positional, lower, lower_methods
 from edgetune.export.targets import find
 from edgetune.profile import cost, device
-from edgetune.profile.operators import Operator
+from edgetune.program.executed import executed
+from edgetune.program.operators import Operator
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Sample
 
 
 def lowered(model: nn.Module, x: torch.Tensor, target: str = "xnnpack") -> Lowered:

@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Parity
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Sample
 from edgetune.export import export
-from edgetune.export.artifact import Artifact
 from edgetune.export.lower import Positional, capture, compile_program, prepare
 from edgetune.export.repairs.attention import attention
-from edgetune.export.run import failed, run_in_child, time_in_child
 from edgetune.export.targets import TARGETS, available, for_device
-from edgetune.export.verify import compare
-from edgetune.ledger import Parity
+from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Sample
+from edgetune.runtime.run import failed, run_in_child, time_in_child
+from edgetune.runtime.verify import compare
 
 with quiet():  # libraries that these load warn on import
     from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -306,7 +307,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_program_further_off_than_allowed_gets_no_name() -> None:
-    from edgetune.export.verify import Bounds, check
+    from edgetune.runtime.verify import Bounds, check
 
     parity = Parity(rows=200, same_prediction_pct=98.5, max_abs_difference=0.3)
     check(parity, Bounds(min_same_prediction_pct=98))
@@ -359,7 +360,7 @@ def test_a_child_that_dies_by_a_signal_is_an_error(tmp_path: Path) -> None:
 
 
 def test_layers_that_are_still_wrapped_are_refused(tmp_path: Path) -> None:
-    from edgetune.wrapped import Wrapped
+    from edgetune.core.wrapped import Wrapped
 
     model = nn.Sequential(Wrapped(nn.Linear(4, 4)))
     with pytest.raises(EdgetuneError, match=r"adapters or slices: 0[\s\S]*et\.finalize"):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.export import export, failures
-from edgetune.technique import EdgetuneError
 
 
 class Twice(nn.Module):

@@ -19,7 +19,7 @@ from families import FAMILIES, Family
 from timm_apart import TIMM
 from torch import nn
 
-from edgetune.technique import call, logits_of, tensors_of
+from edgetune.core.inputs import call, logits_of, tensors_of
 
 ISSUE = """MobileNetV3, MobileNetV4, MobileOne, EfficientNet, EfficientNet-Lite, RegNet, ReXNet, GENet, TResNet, SHViT,
 StarNet, FBNetV3, EfficientViT (MIT), EfficientViT-SAM encoder, RepViT, FastViT, MobileViTv2, ConvNeXt-atto, ViT-tiny,

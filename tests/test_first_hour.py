@@ -6,15 +6,14 @@ import json
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from checkpoints import save_bert
+from checkpoints import save_bert, save_images
 from safetensors.torch import save_file
 from torch import nn
 
-from edgetune.cli import main
-from edgetune.ledger import Ledger
+from edgetune.cli.main import main
+from edgetune.core.ledger import Ledger
 
 SCRIPTS = Path(__file__).with_name("first_hour")
 NET = """
@@ -92,15 +91,9 @@ def test_a_new_recipe_draws_a_new_head_where_the_old_one_is_for_other_classes(
 
 def test_own_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     from families import import_timm
-    from PIL import Image
 
     import_timm()
-    generator = np.random.default_rng(0)
-    for number, name in enumerate(("dark", "light")):
-        (Path("pictures") / name).mkdir(parents=True)
-        for n in range(20):
-            pixels = generator.integers(120 * number, 120 * number + 60, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(Path("pictures") / name / f"{n}.png")
+    save_images(Path("pictures"))
     *_, answer = follow("2_own_pictures.sh", capsys)
     assert "dark" in answer
 
@@ -130,7 +123,9 @@ def test_mended_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     reviews()
     Path("mended.yaml").write_text(MENDED, encoding="utf-8")
     ledgers = []
-    monkeypatch.setattr("edgetune.cli._show", lambda _: ledgers.append(Ledger.read(Path("runs/mended/ledger.json"))))
+    monkeypatch.setattr(
+        "edgetune.cli.main._show", lambda _: ledgers.append(Ledger.read(Path("runs/mended/ledger.json")))
+    )
     failed, *_ = follow("5_mended_recipe.sh", capsys)
     assert "not a multiple of group_size 32" in failed
     assert "before any training" in failed

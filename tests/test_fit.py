@@ -9,10 +9,10 @@ from functools import cache
 import pytest
 from machine import CACHES, KERNELS, SETTING, TILES, Kernel, made, mixes, programs, true_rate, true_us
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile import fit
-from edgetune.profile.operators import Operator
 from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, WEIGHTS, Tile, curve_of
-from edgetune.technique import EdgetuneError
+from edgetune.program.operators import Operator
 
 GROWN = ("weight_bytes", "activation_bytes")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgetune.export import forks
-from edgetune.export.forks import ForkServer
-from edgetune.export.run import run_in_child
+from edgetune.runtime import forks
+from edgetune.runtime.forks import ForkServer
+from edgetune.runtime.run import run_in_child
 
 pytestmark = pytest.mark.skipif(not forks.AVAILABLE, reason="processes are forked on Linux alone")
 

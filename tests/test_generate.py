@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_language import CACHE, decoder, exported, tokenizer
 
-from edgetune import cli_generate
-from edgetune.cli import main
+from edgetune.cli import generate as cli_generate
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.language import LanguageArtifact
-from edgetune.generating import generate
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.runtime.generating import generate
 
 PROMPT = "a small model talks"
 
@@ -98,7 +98,7 @@ def test_a_dash_reads_the_prompt_from_stdin(
 
 def test_importing_it_stays_light() -> None:
     heavy = "{'executorch', 'transformers'} & set(sys.modules)"
-    code = f"import sys, edgetune.generating, edgetune.cli_generate; print({heavy})"
+    code = f"import sys, edgetune.runtime.generating, edgetune.cli.generate; print({heavy})"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "set()"
 

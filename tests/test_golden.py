@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from checkpoints import save_bert
+from checkpoints import save_bert, save_images
 
-from edgetune.cli import main
-from edgetune.ledger import Ledger
+from edgetune.cli.main import main
+from edgetune.core.ledger import Ledger
 
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 3}
 
@@ -48,15 +47,9 @@ def test_text_csv(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_images_timm(capsys: pytest.CaptureFixture[str]) -> None:
     from families import import_timm
-    from PIL import Image
 
     import_timm()
-    generator = np.random.default_rng(0)
-    for number, name in enumerate(("dark", "light")):
-        (Path("images") / name).mkdir(parents=True)
-        for n in range(20):
-            pixels = generator.integers(120 * number, 120 * number + 60, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(Path("images") / name / f"{n}.png")
+    save_images(Path("images"))
     ledger = run("images-timm", "model.pretrained=false")
     assert steps_of(ledger) == ["load", "sparse-update", "train", "finalize", "int8"]
     assert ledger.rows[-1].size_mib < 0.35 * ledger.rows[0].size_mib

@@ -11,12 +11,12 @@ from laws import llama, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.attach import apply, finalize
-from edgetune.data import task
-from edgetune.sparse import head
-from edgetune.sparse.kept import kept_bytes
+from edgetune.core.apply import apply, finalize
+from edgetune.core.inputs import call, logits_of
+from edgetune.lean import head
+from edgetune.lean.kept import kept_bytes
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import call, logits_of
+from edgetune.tasks import task
 
 torch.set_num_threads(1)
 

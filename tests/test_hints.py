@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from edgetune import registry
-from edgetune.exporting import exportable
-from edgetune.recipe import parse
-from edgetune.targets import select
-from edgetune.technique import EdgetuneError
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import select
+from edgetune.recipe.recipe import parse
+from edgetune.run.exporting import exportable
 
 
 def recipe_error(model: str = "minilm", data: str = "tweets") -> str:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune import cli_export
+from edgetune.cli import export as cli_export
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import export
-from edgetune.export.artifact import Artifact
-from edgetune.export.inspect import Inspection, inspect
+from edgetune.export.inspect import inspect
 from edgetune.export.inspect_page import page
 from edgetune.export.lower import Positional, lower
 from edgetune.export.targets import find
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.program.artifact import Artifact
+from edgetune.program.inspection import Inspection
 
 
 class Net(nn.Module):

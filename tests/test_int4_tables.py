@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgetune.attach import apply
+from edgetune.core.apply import apply
+from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
 from edgetune.quant.int4 import Int4
 from edgetune.quant.size import stored_bytes
 from edgetune.quant.tables import looks_up
-from edgetune.technique import EdgetuneError
 
 WORDS, WIDE = 300, 64
 

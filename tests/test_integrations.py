@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune.attach import apply, opened
+from edgetune.core.apply import apply, opened
+from edgetune.core.errors import EdgetuneError
 from edgetune.integrations.inside import announce, finalize_inside
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError
 
 HERE = Path(__file__).parent
 MARK = "# edgetune"

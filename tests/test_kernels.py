@@ -14,11 +14,11 @@ from nn_table import CASES, load_libraries, tried, tried_apart
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.lower import Positional, lower
 from edgetune.export.repairs import bags, decomposed, folding, volumes
-from edgetune.export.run import failed, run_in_child
 from edgetune.export.targets import find
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.runtime.run import failed, run_in_child
 
 torch.set_num_threads(1)
 

@@ -27,17 +27,18 @@ from test_carried import (
     small_vision,
 )
 
-from edgetune import cli, cli_complete
+from edgetune.cli import complete, main
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
 from edgetune.data.dataset import Dataset
 from edgetune.export import Artifact
-from edgetune.export.carried import Carried, TextPreprocessing, text_preprocessing, write_beside
 from edgetune.export.kit import PLATFORMS, check, find, kit_of, target_for
 from edgetune.export.kit.platforms import platform_of
 from edgetune.models.carrying import carried
 from edgetune.models.loaded import Loaded
+from edgetune.models.preprocessing import text_preprocessing
 from edgetune.profile import device
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.program.carried import Carried, TextPreprocessing, write_beside
 
 with quiet():
     from PIL import Image, ImageOps
@@ -339,7 +340,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
 
     def said(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main([*arguments])
+        code = main.main([*arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -371,7 +372,7 @@ def test_the_command_refuses_before_any_work(text: Made, say: Callable[..., Any]
 
 
 def test_the_shell_completes_every_platform() -> None:
-    assert set(cli_complete.PLATFORMS) == set(PLATFORMS)
+    assert set(complete.PLATFORMS) == set(PLATFORMS)
 
 
 def test_every_template_is_shipped() -> None:
@@ -409,7 +410,7 @@ def test_a_language_model_talks_from_its_kit(tmp_path: Path) -> None:
     from test_language import decoder
     from test_language import exported as language_program
 
-    from edgetune.generating import generate
+    from edgetune.runtime.generating import generate
 
     model = decoder("Llama", num_key_value_heads=2, num_hidden_layers=1)
     artifact = language_program(model, tmp_path)
@@ -437,13 +438,13 @@ def test_a_language_model_talks_from_its_kit(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_line_from_a_name_to_answers(tmp_path: Path) -> None:
     """MiniLM as it is loaded, with real tweets: the command, then the sample on the rows."""
-    from edgetune.exporting import exportable
+    from edgetune.run.exporting import exportable
 
-    assert cli.main(["kit", "minilm", "linux", "-o", str(tmp_path / "kit")]) == 0
+    assert main.main(["kit", "minilm", "linux", "-o", str(tmp_path / "kit")]) == 0
     known = json.loads((tmp_path / "kit" / "model.json").read_text(encoding="utf-8"))
     found = exportable("minilm")
     assert found.check_inputs is not None
-    from edgetune.data.dataset import DataSettings
+    from edgetune.data.settings import DataSettings
     from edgetune.data.text import tweets
 
     rows = [str(row) for row in tweets("", DataSettings(source="tweets")).test.inputs[:40]]
@@ -461,11 +462,11 @@ def test_the_whole_line_from_a_name_to_answers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_line_for_pictures(tmp_path: Path) -> None:
     """EfficientNet-Lite0 as it is loaded, with Fashion-MNIST's pictures in files."""
-    from edgetune.data.dataset import DataSettings
+    from edgetune.data.settings import DataSettings
     from edgetune.data.vision import fashion_mnist
-    from edgetune.exporting import exportable
+    from edgetune.run.exporting import exportable
 
-    assert cli.main(["kit", "effnet-lite0", "linux", "-o", str(tmp_path / "kit")]) == 0
+    assert main.main(["kit", "effnet-lite0", "linux", "-o", str(tmp_path / "kit")]) == 0
     known = json.loads((tmp_path / "kit" / "model.json").read_text(encoding="utf-8"))
     found = exportable("effnet-lite0")
     assert found.check_inputs is not None

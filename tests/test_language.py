@@ -12,21 +12,23 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune import exporting, registry
-from edgetune.data.dataset import DataSettings
-from edgetune.export.artifact import Artifact
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Sample
+from edgetune.data.settings import DataSettings
 from edgetune.export.language import CHECK_PROMPT, LanguageArtifact, export_language
-from edgetune.export.language.artifact import load_any
 from edgetune.export.language.cached import cache_argument
 from edgetune.export.language.parity import eager_logits
-from edgetune.export.language.run import greedy_in_child
-from edgetune.export.language.tokenizer import Carried
 from edgetune.models.loaded import ModelSettings
 from edgetune.profile.calls import measured_calls, predicted_calls
+from edgetune.program.artifact import Artifact
+from edgetune.program.language import load_any
+from edgetune.program.tokenizer import Carried
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Sample
+from edgetune.run import exporting
+from edgetune.runtime.language import greedy_in_child
 
 with quiet():  # libraries that these load warn on import
     import transformers

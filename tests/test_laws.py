@@ -13,14 +13,17 @@ from laws import CASES, Case, fit, logits, loss_of
 from torch import nn
 from torch.nn import functional
 
-from edgetune.adapt.files import load_adapter, save_adapter
-from edgetune.attach import apply, finalize
-from edgetune.carriers import is_peft
-from edgetune.probe import outputs_of, probe_inputs, relative_difference
+from edgetune.adapt.files import save_adapter
+from edgetune.adapt.loading import load_adapter
+from edgetune.core.apply import apply, finalize
+from edgetune.core.carriers import is_peft
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import call, tensors_of
+from edgetune.core.probe import outputs_of, probe_inputs, relative_difference
+from edgetune.core.technique import Sample, Technique
+from edgetune.core.wrapped import dense, dense_bias, is_wrapped, plain_layer
+from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import stored_bytes
-from edgetune.sparse.kept import kept_bytes
-from edgetune.technique import EdgetuneError, Sample, Technique, call, tensors_of
-from edgetune.wrapped import dense, dense_bias, is_wrapped, plain_layer
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 

@@ -9,8 +9,8 @@ from light import Call, agree, gradients, kept, leaf, light
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.sparse.light import attention
-from edgetune.sparse.light.operators import LightOperators
+from edgetune.lean import attention
+from edgetune.lean.operators import LightOperators
 
 torch.set_num_threads(1)
 

@@ -13,11 +13,11 @@ from timm_apart import TIMM, run_with_timm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edgetune.sparse.frozen import remove_hooks, replacing
-from edgetune.sparse.kept import kept_bytes
-from edgetune.sparse.light.operators import LightModule, LightOperators
+from edgetune.core.inputs import call
+from edgetune.lean.frozen import remove_hooks, replacing
+from edgetune.lean.kept import kept_bytes
+from edgetune.lean.operators import LightModule, LightOperators
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import call
 
 torch.set_num_threads(1)
 
@@ -155,8 +155,8 @@ TIMM_CHILD = """
 import copy, sys
 import torch
 from torch.nn import functional
-from edgetune.sparse.kept import kept_bytes
-from edgetune.sparse.light.operators import LightOperators
+from edgetune.lean.kept import kept_bytes
+from edgetune.lean.operators import LightOperators
 
 torch.set_num_threads(1)
 for name in sys.argv[1:]:

@@ -11,8 +11,8 @@ from light import Call, agree, gradients, kept, leaf, light
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.sparse.light.operators import LightModule, LightOperators, latest
-from edgetune.sparse.light.products import columns_of, kept_columns
+from edgetune.lean.operators import LightModule, LightOperators, latest
+from edgetune.lean.products import columns_of, kept_columns
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ from light import Call, agree, gradients, kept, leaf, light
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.sparse.light.packing import dropout_noise, from_rows, pack_bits, seeded, to_rows, unpack_bits
+from edgetune.lean.packing import dropout_noise, from_rows, pack_bits, seeded, to_rows, unpack_bits
 
 torch.set_num_threads(1)
 

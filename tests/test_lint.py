@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.adapt.lora import LoRA
+from edgetune.core.inputs import Inputs
 from edgetune.export.lint import Finding, lint
-from edgetune.export.remedies import remedy
 from edgetune.export.targets import TARGETS
-from edgetune.technique import Inputs
+from edgetune.runtime.remedies import remedy
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edgetune import loggers
-from edgetune.loggers import LoggerName, TrainingLog, read
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.train import loggers
+from edgetune.train.loggers import LoggerName, TrainingLog, read
 
 
 def log_of(folder: Path, *names: LoggerName) -> TrainingLog:

@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgetune import SparseUpdate  # the public name
-from edgetune.adapt.files import load_adapter, save_adapter
+from edgetune.adapt.files import save_adapter
+from edgetune.adapt.loading import load_adapter
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply, finalize
-from edgetune.carriers import is_peft
+from edgetune.core.apply import apply, finalize
+from edgetune.core.carriers import is_peft
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import call
+from edgetune.core.wrapped import dense
 from edgetune.quant.nf4 import NF4
-from edgetune.technique import EdgetuneError, call
-from edgetune.wrapped import dense
 
 torch.set_num_threads(1)
 

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 import edgetune as et
-from edgetune import other_names, recipe
-from edgetune.document import Errors
+from edgetune.core import other_names
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import Predicted
+from edgetune.core.places import Errors
+from edgetune.core.registry import STEPS, TECHNIQUES
+from edgetune.core.validated import fields_of
 from edgetune.export.methods_artifact import MethodsArtifact, MethodsManifest
-from edgetune.ledger import Predicted
 from edgetune.profile import Profile, device
-from edgetune.registry import STEPS, TECHNIQUES
+from edgetune.recipe import recipe
 from edgetune.sparse.scheme import Slice
-from edgetune.technique import EdgetuneError
-from edgetune.validated import fields_of
 
 ALL: dict[str, Any] = {"targets": ["*.query"]}
 
@@ -76,7 +77,7 @@ def test_names_of_other_libraries_are_answered_with_ours(step: str, names: dict[
 
 
 def test_every_answer_is_a_setting_or_a_step_that_exists() -> None:
-    from edgetune.data.dataset import DataSettings
+    from edgetune.data.settings import DataSettings
     from edgetune.models.loaded import ModelSettings
 
     kinds = [recipe.settings_class(name) for name in (*TECHNIQUES, *STEPS)]

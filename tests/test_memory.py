@@ -9,7 +9,7 @@ from machine import KERNELS, Kernel, made
 
 from edgetune.profile import cost, device
 from edgetune.profile.memory import MIB, RUNTIME_MIB, packed_bytes, peak_memory_mib
-from edgetune.profile.operators import DType, Operator
+from edgetune.program.operators import DType, Operator
 
 LINEAR, CONV, POINTWISE, MATMUL, DEPTHWISE = KERNELS[:5]
 WIDE = KERNELS[6]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import lower
 from edgetune.export.methods import Entry, MethodsArtifact, export_methods
 from edgetune.export.targets import find
 from edgetune.quant.int4 import Int4
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
 
 with quiet():  # libraries that these load warn on import
     from transformers import T5Config, T5ForConditionalGeneration

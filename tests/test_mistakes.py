@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import edgetune as et
-from edgetune.cli import main
-from edgetune.technique import EdgetuneError
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError
 
 NO_WORDS_OF_OURS = ("Traceback", "pydantic", "RuntimeError", "ValidationError", "KeyError", "Errno")
 MOST_LETTERS = 420  # of a line, about five of a terminal's

@@ -15,26 +15,26 @@ from checkpoints import WORDS, save_bert, save_tokenizer
 from timm_apart import TIMM, run_with_timm
 from torch import nn
 
-from edgetune import exporting
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply
+from edgetune.core.apply import apply
+from edgetune.core.errors import EdgetuneError
 from edgetune.data.dataset import Dataset, Rows, Split
-from edgetune.data.task import quality
-from edgetune.fold import Fold
 from edgetune.models.carrying import carried
 from edgetune.models.causal import built_once, smollm2
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
-from edgetune.recipe import load
-from edgetune.technique import EdgetuneError
+from edgetune.recipe.recipe import load
+from edgetune.run import exporting
+from edgetune.run.fold import Fold
+from edgetune.tasks.task import quality
 
 TIMM_CHILD = """
 import torch
 from edgetune.data.dataset import Dataset, Rows
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.vision import _trained_classes, timm_model
-from edgetune.technique import EdgetuneError
+from edgetune.core.technique import EdgetuneError
 
 rows = Rows(torch.zeros(6, 28, 28, dtype=torch.uint8).numpy(), [0, 1, 2, 0, 1, 2])
 data = Dataset("tiny", "image-classification", ("a", "b", "c"), rows, rows, rows)
@@ -367,7 +367,9 @@ def test_timm_says_how_it_is_installed(path: str, action: str) -> None:
     """Also where the torchvision beside it was built for another torch, as the one of tests/assets.txt is."""
     if path and (not TIMM.is_dir() or torch.cuda.is_available()):
         pytest.skip("tests/assets.txt, by `make test`, beside a torch for the CPU")
-    code = f"import sys; sys.path.append({path!r})\nfrom edgetune.registry import require\nrequire('timm', 'a model')"
+    code = (
+        f"import sys; sys.path.append({path!r})\nfrom edgetune.core.registry import require\nrequire('timm', 'a model')"
+    )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"next: {action}" in child.stderr
 

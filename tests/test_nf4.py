@@ -12,13 +12,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply, finalize
-from edgetune.carriers import is_nf4
+from edgetune.core.apply import apply, finalize
+from edgetune.core.carriers import is_nf4
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.wrapped import dense
 from edgetune.quant.nf4 import NF4, import_bitsandbytes, packed, packed_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError
-from edgetune.wrapped import dense
 
 torch.set_num_threads(1)
 

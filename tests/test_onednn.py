@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.sparse import onednn
-from edgetune.sparse.frozen_ops import convolved_back
-from edgetune.sparse.light.operators import LightOperators
+from edgetune.lean import onednn
+from edgetune.lean.frozen_ops import convolved_back
+from edgetune.lean.operators import LightOperators
 
 torch.set_num_threads(1)
 SHAPES = [(2048, 48, 384), (257, 1536, 384), (300, 384, 1536), (4096, 64, 64)]

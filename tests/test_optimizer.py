@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune import optimizer as optimizers
-from edgetune.technique import EdgetuneError
-from edgetune.train import Train, TrainResult, train
+from edgetune.core.errors import EdgetuneError
+from edgetune.train import optimizer as optimizers
+from edgetune.train.loop import TrainResult, train
+from edgetune.train.settings import Train
 
 torch.set_num_threads(1)
 

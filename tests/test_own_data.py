@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from edgetune.data import task as tasks
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.data.augment import Augmented
-from edgetune.data.dataset import Dataset, DataSettings, Rows
+from edgetune.data.dataset import Dataset, Rows
 from edgetune.data.own import own_splits
+from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_jsonl
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.tasks import task as tasks
 
 
 def table(folder: Path, labels: list[str], name: str = "rows.csv") -> Path:

@@ -16,8 +16,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import edgetune as et
-from edgetune import recipe, registry
+from edgetune.core import registry
 from edgetune.profile import device
+from edgetune.recipe import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("transformers", "peft", "executorch", "torchao", "bitsandbytes", "torch_pruning", "sklearn", "plotly", "typer")

@@ -14,12 +14,12 @@ from torch.nn.utils import parametrizations, prune
 from transformers.pytorch_utils import Conv1D
 
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply
-from edgetune.plain import how_computed, refuse_computed
+from edgetune.core.apply import apply
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.plain import how_computed, refuse_computed
 from edgetune.quant.int4 import Int4
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 

@@ -14,15 +14,16 @@ import torch
 from test_carried import exported, photographs, small_bert, small_vision
 from torch import nn
 
-from edgetune import cli_predict
-from edgetune.answers import count_answers
-from edgetune.cli import main
-from edgetune.data.dataset import Dataset, DataSettings, Rows, WholeData
+from edgetune.cli import predict as cli_predict
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.data.dataset import Dataset, Rows
+from edgetune.data.settings import DataSettings, WholeData
 from edgetune.data.tables import from_csv
 from edgetune.export import Artifact, export
 from edgetune.models.loaded import Loaded
-from edgetune.predicting import Classifier, evaluate, predict
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.run.predicting import Classifier, evaluate, predict
+from edgetune.tasks.answers import count_answers
 
 Text = tuple[Loaded, Dataset, Artifact]
 

@@ -29,10 +29,10 @@ from prefixes import (
 )
 from torch import Tensor
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.data.dataset import Rows, Split
-from edgetune.sparse.prefix.cache import PrefixCache
-from edgetune.sparse.prefix.rows import Form, bytes_of, filled, mapped, nothing_in, tensor_of
-from edgetune.technique import EdgetuneError
+from edgetune.train.prefix.cache import PrefixCache
+from edgetune.train.prefix.rows import Form, bytes_of, filled, mapped, nothing_in, tensor_of
 
 torch.set_num_threads(1)
 
@@ -173,7 +173,7 @@ def test_outside_of_rows_and_after_closing_the_model_is_as_ever(tmp_path: Path) 
             model(**inputs)
         assert torch.equal(model(**other).logits, expected[1])
         for other_model in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.bert.encoder.layer[0]))):
-            assert not any("edgetune.sparse.prefix" in type(m.forward).__module__ for m in other_model.modules())
+            assert not any("edgetune.train.prefix" in type(m.forward).__module__ for m in other_model.modules())
     assert torch.equal(model(**inputs).logits, expected[0])
     assert [module.__dict__.keys() for module in model.modules()] == [before.keys() for before in modules]
     assert [list(module._forward_pre_hooks) for module in model.modules()] == hooks

@@ -24,8 +24,8 @@ from prefixes import (
 from torch import nn
 from torch.nn import functional
 
-from edgetune.sparse.prefix.cache import PrefixCache
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.train.prefix.cache import PrefixCache
 
 torch.set_num_threads(1)
 

@@ -25,10 +25,10 @@ from prefixes import (
     trained_bits,
 )
 
-from edgetune.sparse.prefix import store as prefix_store
-from edgetune.sparse.prefix.cache import PrefixCache
-from edgetune.sparse.prefix.store import RowStore
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.train.prefix import store as prefix_store
+from edgetune.train.prefix.cache import PrefixCache
+from edgetune.train.prefix.store import RowStore
 
 torch.set_num_threads(1)
 

@@ -12,9 +12,10 @@ from prefixes import Counting, bits, sparse, texts
 from torch import nn
 from torch.nn import functional
 
-from edgetune.ledger import Quality
-from edgetune.technique import EdgetuneError
-from edgetune.train import Train, TrainResult, train
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import Quality
+from edgetune.train.loop import TrainResult, train
+from edgetune.train.settings import Train
 
 torch.set_num_threads(1)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile import cost, device, roofline
-from edgetune.profile.operators import DType, Kind, Operator
 from edgetune.profile.rates import CACHE_RATIO, DEFAULT_BANDWIDTH_GB_S, rates_of
 from edgetune.profile.reference import mobilenet_v2
-from edgetune.technique import EdgetuneError
+from edgetune.program.operators import DType, Kind, Operator
 
 KINDS: tuple[Kind, ...] = (
     "conv", "pointwise-conv", "depthwise-conv", "linear", "matmul", "embedding", "normalization", "softmax",

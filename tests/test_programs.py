@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import export
-from edgetune.export.artifact import Artifact, Manifest, data_path, write_pair
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import PLAIN, Layout, Lowered, as_program, lower
-from edgetune.export.run import run_in_child, time_in_child
 from edgetune.export.targets import find
+from edgetune.program.artifact import Artifact, Manifest, data_path, write_pair
 from edgetune.quant.int4 import Int4
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.runtime.run import run_in_child, time_in_child
 
 
 class Branched(nn.Module):

@@ -10,23 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgetune.export import export, verify
-from edgetune.export.allowed import DYNAMIC_INT8, FLOAT, STATIC_INT8, allowed_difference
-from edgetune.export.artifact import Artifact
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.ledger import OutputParity, Parity
+from edgetune.core.outputs import named_outputs
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Sample
+from edgetune.export import export
 from edgetune.export.lower import Positional
 from edgetune.export.methods import export_methods
-from edgetune.export.outputs import named_outputs
-from edgetune.export.predictions import class_dim, predictions_of
-from edgetune.export.verify import (
-    Bounds,
-    check,
-    compare,
-)
-from edgetune.ledger import OutputParity, Parity
+from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, call, logits_of
+from edgetune.runtime import verify
+from edgetune.runtime.allowed import DYNAMIC_INT8, FLOAT, STATIC_INT8, allowed_difference
+from edgetune.runtime.predictions import class_dim, predictions_of
+from edgetune.runtime.verify import Bounds, check, compare
 
 with quiet():  # libraries that these load warn on import
     from transformers import BertConfig, BertForSequenceClassification

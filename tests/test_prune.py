@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.technique import Sample
 from edgetune.prune import Prune, resize_like
 from edgetune.prune.groups import Cut, find_groups
 from edgetune.prune.importance import magnitude
 from edgetune.prune.trace import undisturbed
-from edgetune.technique import EdgetuneError, Inputs, Sample, call, logits_of
 
 TOKENS = torch.arange(12).reshape(2, 6)
 
@@ -377,7 +379,7 @@ def test_pruning_one_model_does_not_touch_the_next() -> None:
 
 
 def test_a_wrapped_layer_is_refused() -> None:
-    from edgetune.wrapped import Wrapped
+    from edgetune.core.wrapped import Wrapped
 
     model = mlp()
     model[2] = Wrapped(model[2])

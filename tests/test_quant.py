@@ -11,12 +11,13 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.technique import Sample
 from edgetune.export import export
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8, Static8
 from edgetune.quant.integers import Integers
 from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
-from edgetune.technique import EdgetuneError, Sample
 
 
 class Tied(nn.Module):

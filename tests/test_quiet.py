@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.progress import shown
-from edgetune.quiet import quiet, quiet_command
+from edgetune.cli.progress import shown
+from edgetune.core.quiet import quiet, quiet_command
 
 pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
@@ -46,7 +46,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def test_a_model_of_the_hub_loads_without_a_word(folder: Path) -> None:
-    code = "from edgetune.exporting import exportable; print(exportable('hf:tiny', 'csv:rows.csv').model.training)"
+    code = "from edgetune.run.exporting import exportable; print(exportable('hf:tiny', 'csv:rows.csv').model.training)"
     done = run(folder, "-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 

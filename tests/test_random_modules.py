@@ -23,11 +23,11 @@ from random_modules import ROWS, Drawn, Plan, inputs_of, plans
 from random_techniques import SEED, TECHNIQUES, drawn_plans, kind_of, tried, warm_up
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
 from edgetune.export.lower import Positional, lower
-from edgetune.export.run import loaded_runtime
 from edgetune.export.targets import find
-from edgetune.technique import EdgetuneError
+from edgetune.runtime.run import loaded_runtime
 
 
 def exported(plan: Plan) -> str:

@@ -11,10 +11,10 @@ import readme
 import recipe_page
 
 import edgetune as et
-from edgetune import recipe
-from edgetune.document import read
-from edgetune.ledger import Ledger
-from edgetune.schema import EDITOR_LINE, with_editor_line
+from edgetune.core.ledger import Ledger
+from edgetune.recipe import recipe
+from edgetune.recipe.document import read
+from edgetune.recipe.schema import EDITOR_LINE, with_editor_line
 
 
 def test_the_generated_parts_are_what_the_code_makes() -> None:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply, finalize
+from edgetune.core.apply import apply, finalize
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.technique import Sample, Technique
+from edgetune.lean.frozen import has_hook
+from edgetune.lean.reads import FirstForward, refuse_read_elsewhere, weights_read_elsewhere
+from edgetune.lean.reads_in_source import read_in_source
 from edgetune.quant.int4 import Int4
 from edgetune.quant.nf4 import NF4
-from edgetune.reads import FirstForward, refuse_read_elsewhere, weights_read_elsewhere
-from edgetune.reads_in_source import read_in_source
-from edgetune.sparse.frozen import has_hook
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Sample, Technique
 
 WIDE = 32
 

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from edgetune import recipe, registry
-from edgetune.document import MOST_ALIASES, MOST_BYTES, Errors, read
-from edgetune.outline import outline
-from edgetune.overrides import from_text
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.places import Errors
 from edgetune.profile import device
-from edgetune.recipe import Recipe
-from edgetune.schema import schema
-from edgetune.technique import EdgetuneError, shortened
+from edgetune.recipe import recipe
+from edgetune.recipe.document import MOST_ALIASES, MOST_BYTES, read
+from edgetune.recipe.outline import outline
+from edgetune.recipe.overrides import from_text
+from edgetune.recipe.recipe import Recipe
+from edgetune.recipe.schema import schema
 
 TEXT = """\
 name: mine

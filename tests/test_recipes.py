@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from edgetune import checkpoint, pipeline, recipe
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import call, logits_of, tensors_of
+from edgetune.core.ledger import Ledger
+from edgetune.core.quiet import quiet
 from edgetune.export.language import LanguageArtifact
-from edgetune.export.run import run_in_child
-from edgetune.exporting import export_from
-from edgetune.generating import generate
-from edgetune.ledger import Ledger
-from edgetune.pipeline import Run
-from edgetune.predicting import evaluate
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, call, logits_of, tensors_of
+from edgetune.recipe import recipe
+from edgetune.run import pipeline
+from edgetune.run.exporting import export_from
+from edgetune.run.pipeline import Run
+from edgetune.run.predicting import evaluate
+from edgetune.runtime.generating import generate
+from edgetune.runtime.run import run_in_child
+from edgetune.train import checkpoint
 
 FIGURES = ("parameters", "trainable_parameters", "size_mib", "macs", "backward_kept_mib")
 SMALL = """
@@ -126,7 +129,9 @@ def test_a_budget_that_does_not_hold(small: tuple[Path, Run]) -> None:
 def server() -> Any:
     """Children start from a process that has imported what a run needs, and has run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["edgetune.pipeline", "transformers.models.bert", "peft", "torch._dynamo", "pytest"])
+    context.set_forkserver_preload(
+        ["edgetune.run.pipeline", "transformers.models.bert", "peft", "torch._dynamo", "pytest"]
+    )
     return context
 
 

@@ -70,7 +70,7 @@ def test_a_type_changes_bytes_and_nothing_else(name: str) -> None:
 
 
 def test_operators_are_told_as_a_program_tells_them() -> None:
-    """The names and sizes of `edgetune.export.executed`: channels last, columns of one group."""
+    """The names and sizes of `edgetune.program.executed`: channels last, columns of one group."""
     first, depthwise, pointwise, *_, mean, classifier = NETWORKS["mobilenet-v1"](dtype="fp32")
     assert (first.operator, first.kind, first.output_shape) == ("xnnpack.conv2d", "conv", (1, 112, 112, 32))
     assert (first.columns, first.window) == (32, 9)

@@ -13,13 +13,13 @@ from nets import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.core.quiet import quiet
 from edgetune.export import repairs
 from edgetune.export.lower import Positional, capture, lower, marked, prepare
-from edgetune.export.operators import is_free, plain_name
 from edgetune.export.repairs.attention import attention
-from edgetune.export.run import run_in_child
 from edgetune.export.targets import TARGETS
-from edgetune.quiet import quiet
+from edgetune.program.operator_kinds import is_free, plain_name
+from edgetune.runtime.run import run_in_child
 
 torch.set_num_threads(1)
 

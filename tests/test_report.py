@@ -16,7 +16,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from edgetune.ledger import (
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import (
     Baseline,
     Ledger,
     Leftover,
@@ -33,7 +34,6 @@ from edgetune.ledger import (
 from edgetune.report import page, report, terminal, text, write
 from edgetune.report.sentences import details
 from edgetune.report.tables import step_table
-from edgetune.technique import EdgetuneError, Exit
 
 
 def accuracy(value: float) -> Quality:

@@ -9,13 +9,13 @@ import pytest
 from test_report import Reading, example
 from torch import tensor
 
-from edgetune.answers import count_answers
+from edgetune.core.ledger import Answers, Baseline, ClassFigures, Ledger, Predicted, Quality, Row, Verdict
 from edgetune.data.dataset import Rows
-from edgetune.ledger import Answers, Baseline, ClassFigures, Ledger, Predicted, Quality, Row, Verdict
 from edgetune.report import page, text
 from edgetune.report.answer_tables import confusion_table
 from edgetune.report.glossary import TERMS
 from edgetune.report.sentences import as_sentence, headline, remarks
+from edgetune.tasks.answers import count_answers
 
 DEMO = Path(__file__).resolve().parents[1] / "docs" / "demo.json"
 
@@ -166,7 +166,7 @@ def test_a_prediction_says_what_it_is_for(tmp_path: Path) -> None:
 def test_a_real_prediction_knows_threads_and_accelerators() -> None:
     from edgetune.profile.cost import predict
     from edgetune.profile.device import load
-    from edgetune.profile.operators import Operator
+    from edgetune.program.operators import Operator
 
     linear = Operator(
         operator="linear", module="", kind="linear", dtype="fp32", delegated=True, macs=1000, weight_bytes=4000,

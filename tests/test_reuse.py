@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from checkpoints import save_bert
 
-from edgetune import pipeline, recipe, reuse
-from edgetune.ledger import Ledger
-from edgetune.loggers import read
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Ledger
+from edgetune.recipe import recipe
+from edgetune.run import pipeline, reuse
+from edgetune.train.loggers import read
 
 RECIPE = """
 name: small
@@ -51,7 +52,7 @@ def copy_of(run: pipeline.Run, folder: Path) -> Path:
 
 def begun(out: Path, path: Path, *changes: str, **how: Any) -> tuple[Ledger, list[str]]:
     """The ledger of a resumed run, and the names of what it did (not of what it reused)."""
-    from edgetune.overrides import from_text
+    from edgetune.recipe.overrides import from_text
 
     done: list[str] = []
 
@@ -165,7 +166,7 @@ def test_a_late_step_that_cannot_work_stops_the_run_before_any_training(
 
 def test_widths_are_rounded_to_what_comes_later(recipe_path: Path) -> None:
     def rounded(*changes: str) -> int:
-        from edgetune.overrides import from_text
+        from edgetune.recipe.overrides import from_text
 
         settings: Any = recipe.load(recipe_path, from_text(list(changes))).steps[2].settings
         return settings.round_to

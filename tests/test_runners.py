@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.export.clock import machine, power, runs
-from edgetune.export.run import State, Timing
-from edgetune.ledger import Measured
-from edgetune.profile import measure
+from edgetune.core.ledger import Measured
+from edgetune.runtime import measure
+from edgetune.runtime.clock import machine, power, runs
+from edgetune.runtime.run import State, Timing
 
 
 def timing(latencies_ms: list[float], **known: object) -> Timing:

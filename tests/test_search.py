@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.sparse.auto.account import Layer, Profile, Updating
 from edgetune.sparse.auto.evolve import by_evolution
 from edgetune.sparse.auto.search import Found, Limits, Values, exactly
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.auto.trace import Save
 from edgetune.sparse.scheme import Part, Slice
-from edgetune.technique import EdgetuneError, Exit
 
 HALF, EIGHTH = Slice(ratio=0.5), Slice(ratio=0.125)
 

@@ -8,15 +8,15 @@ import torch
 from laws import bert, cnn, fit, llama, logits, mlp, pictures, tokens, vectors
 from torch import Tensor, nn
 
-from edgetune.attach import apply, finalize
+from edgetune.core.apply import apply, finalize
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.wrapped import dense
+from edgetune.lean.kept import kept_bytes
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.size import parameter_count
-from edgetune.sparse.kept import kept_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.sliced import Sliced, strongest
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError
-from edgetune.wrapped import dense
 
 torch.set_num_threads(1)
 

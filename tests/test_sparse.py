@@ -13,14 +13,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
-from edgetune.attach import apply, finalize
+from edgetune.core.apply import apply, finalize
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import call
+from edgetune.core.technique import Sample
+from edgetune.lean.frozen import FrozenLayer
+from edgetune.lean.kept import kept_bytes
+from edgetune.lean.stages import blocks_of, stages_of
 from edgetune.quant.nf4 import NF4
-from edgetune.sparse.frozen import FrozenLayer
-from edgetune.sparse.kept import kept_bytes
-from edgetune.sparse.scheme import blocks_of
 from edgetune.sparse.sliced import Sliced
-from edgetune.sparse.update import SparseUpdate, stages_of
-from edgetune.technique import EdgetuneError, Sample, call
+from edgetune.sparse.update import SparseUpdate
 
 torch.set_num_threads(1)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from edgetune.core.quiet import quiet
 from edgetune.export import pt2e
 from edgetune.export.speed import fast_decompositions
-from edgetune.quiet import quiet
 
 
 class Mixed(nn.Module):

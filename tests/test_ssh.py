@@ -22,12 +22,12 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune.cli import main
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import Artifact, export
-from edgetune.profile.runners import connection, session, ssh
-from edgetune.profile.runners.connection import Connection
-from edgetune.profile.runners.place import Place, parsed
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.runtime.hosts import connection, session, ssh
+from edgetune.runtime.hosts.connection import Connection
+from edgetune.runtime.hosts.place import Place, parsed
 
 UNPACKED = Path(os.environ.get("EDGETUNE_DATA", ".venv/share")) / "sshd"  # tests/sshd.sh puts it there without root
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:{UNPACKED}/usr/sbin")
@@ -340,8 +340,8 @@ def test_an_interrupt_leaves_nothing(reached: Server) -> None:
 def test_whoever_is_killed_leaves_nothing_either(reached: Server, tmp_path: Path) -> None:
     place = repr(reached.place)
     script = f"""
-from edgetune.profile.runners.connection import Connection
-from edgetune.profile.runners.place import Place
+from edgetune.runtime.hosts.connection import Connection
+from edgetune.runtime.hosts.place import Place
 with Connection({place}) as there:
     print(there.folder, flush=True)
     there.run("cat >/dev/null", seconds=60, hold=True)

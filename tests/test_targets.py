@@ -4,8 +4,8 @@ import pytest
 from laws import llama, mlp
 from torch import nn
 
-from edgetune.targets import matches, refuse_shared, replace, select
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import matches, refuse_shared, replace, select
 
 
 def test_patterns_choose_in_the_models_order_and_skip_takes_away() -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Sample
 from edgetune.export.lower import Lowered, Positional, capture, lower
 from edgetune.export.targets import TARGETS, Target, available, find, for_device, form_of
 from edgetune.profile import device
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit, Sample
 
 IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(8).reshape(1, 8)

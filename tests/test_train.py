@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune import checkpoint
-from edgetune.ledger import Quality
-from edgetune.plan import Plan, epoch_order
-from edgetune.reached import Reached
-from edgetune.technique import EdgetuneError
-from edgetune.train import Distill, Train, counted, soft_loss, train
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import Quality
+from edgetune.train import checkpoint
+from edgetune.train.loop import counted, soft_loss, train
+from edgetune.train.plan import Plan, epoch_order
+from edgetune.train.reached import Reached
+from edgetune.train.settings import Distill, Train
 
 UPDATES = 12
 
@@ -139,7 +140,9 @@ def killable(pipe: Connection, folder: str, target: str, optimizer: str) -> None
 def server() -> Any:
     """Children start from a process that has torch loaded and has never run it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["edgetune.train", "torch._dynamo", "pytest"])  # building an optimizer loads dynamo
+    context.set_forkserver_preload(
+        ["edgetune.train.loop", "torch._dynamo", "pytest"]
+    )  # building an optimizer loads dynamo
     return context
 
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
 from edgetune.export.training import lower
-from edgetune.export.training.artifact import TrainingArtifact
 from edgetune.export.training.measure import loss_difference, stock_plan_bytes
-from edgetune.export.training.run import TrainingProgram, pull, time_steps_in_child, train_pte
+from edgetune.export.training.pull import pull
 from edgetune.export.training.step import Check, eager_losses, export_training
+from edgetune.program.training import TrainingArtifact
 from edgetune.quant.int4 import Int4
-from edgetune.quiet import quiet
+from edgetune.runtime.training import TrainingProgram, time_steps_in_child, train_pte
 from edgetune.sparse.sliced import Sliced
-from edgetune.technique import EdgetuneError, Exit
 
 RATE, MOMENTUM = 0.05, 0.9
 

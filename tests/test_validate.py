@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from edgetune.cli import main
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device, prior, published, validate
 from edgetune.profile.published import Column, Published
 from edgetune.profile.reference import NETWORKS
 from edgetune.profile.reference.language import ARCHITECTURES, SCHEMES, decode, prefill
-from edgetune.technique import EdgetuneError
 
 PHONES = ("oneplus-12", "galaxy-s22")
 

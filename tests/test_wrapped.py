@@ -10,17 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
-from edgetune.merging import merge, merge_layer
-from edgetune.targets import replace
-from edgetune.technique import EdgetuneError
-from edgetune.wrapped import (
-    Wrapped,
-    adapter_state,
-    dense,
-    is_wrapped,
-    load_adapter_state,
-    plain_layer,
-)
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import replace
+from edgetune.core.merging import merge, merge_layer
+from edgetune.core.wrapped import Wrapped, adapter_state, dense, is_wrapped, load_adapter_state, plain_layer
 
 
 class Scaled(Wrapped):

@@ -10,17 +10,18 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from edgetune import trainable
-from edgetune.carriers import base_of, is_nf4, is_peft, is_transposed, is_tuner, peft_tensors
-from edgetune.plain import refuse_computed
-from edgetune.probe import outputs_of, probe_inputs, relative_difference, rounding_of
-from edgetune.quiet import quiet
-from edgetune.reads import FirstForward, refuse_read_elsewhere
-from edgetune.registry import require
-from edgetune.sparse.frozen import freeze_batch_norms, remove_hooks
-from edgetune.targets import refuse_shared, replace
-from edgetune.technique import EdgetuneError, Sample
-from edgetune.wrapped import keep_base_keys
+from edgetune.core import trainable
+from edgetune.core.carriers import base_of, is_nf4, is_peft, is_transposed, is_tuner, peft_tensors
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import refuse_shared, replace
+from edgetune.core.plain import refuse_computed
+from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_of
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
+from edgetune.core.technique import Sample
+from edgetune.core.wrapped import keep_base_keys
+from edgetune.lean.frozen import freeze_batch_norms, remove_hooks
+from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 
 ADAPTER = "default"  # peft's own name for an only adapter
 OWNER = "lora"

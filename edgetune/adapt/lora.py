@@ -11,14 +11,15 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from edgetune import trainable
 from edgetune.adapt.inject import can_adapt, exact_targets, inject, refuse_adapters, trained_type
-from edgetune.carriers import is_peft, is_transposed
-from edgetune.merging import merge
-from edgetune.registry import require
-from edgetune.sparse.frozen import remove_hooks
-from edgetune.targets import refuse_shared, select
-from edgetune.technique import EdgetuneError, Sample, Technique
+from edgetune.core import trainable
+from edgetune.core.carriers import is_peft, is_transposed
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import refuse_shared, select
+from edgetune.core.merging import merge
+from edgetune.core.registry import require
+from edgetune.core.technique import Sample, Technique
+from edgetune.lean.frozen import remove_hooks
 
 
 class LoRA(Technique):

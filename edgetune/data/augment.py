@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgetune.core.inputs import Inputs
 from edgetune.data.dataset import Encode, data_error
-from edgetune.technique import Inputs
 
 _SHIFT = 0.125  # of a picture's width, that a crop moves by at most
 _STRENGTH = 0.3  # of brightness and contrast

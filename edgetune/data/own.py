@@ -9,18 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.core.own_code import PREFIX, call_own
 from edgetune.data.chat import Conversation, is_messages, read_messages
-from edgetune.data.dataset import (
-    Dataset,
-    DataSettings,
-    Rows,
-    Task,
-    assemble,
-    classes_of,
-    data_error,
-    split_indices,
-)
-from edgetune.own_code import PREFIX, call_own
+from edgetune.data.dataset import Dataset, Rows, Task, assemble, classes_of, data_error, split_indices
+from edgetune.data.settings import DataSettings
 
 _PARTS = ("train", "validation", "test")
 _TEXTS = ("text", "conversation")  # kinds of rows; the others are images

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgetune.core.hub import hub_for
+from edgetune.core.other_names import SUFFIXES, nearest, nearest_file
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
 from edgetune.data.chat import ANSWERING, Conversation, read_messages
 from edgetune.data.columns import LABELS, TEXTS, likely_column
 from edgetune.data.dataset import (
     NOT_UTF8,
     BadRows,
     Dataset,
-    DataSettings,
     Rows,
     Task,
     assemble,
@@ -26,10 +29,7 @@ from edgetune.data.dataset import (
     split_rows,
 )
 from edgetune.data.labels import check_labels, is_missing
-from edgetune.hub import hub_for
-from edgetune.other_names import SUFFIXES, nearest, nearest_file
-from edgetune.quiet import quiet
-from edgetune.registry import require
+from edgetune.data.settings import DataSettings
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from edgetune.data.dataset import BadRows, Dataset, DataSettings, Rows, assemble, data_error, split_rows
+from edgetune.data.dataset import BadRows, Dataset, Rows, assemble, data_error, split_rows
+from edgetune.data.settings import DataSettings
 
 _SENTIMENTS = ("negative", "neutral", "positive")
 _MIN_CONFIDENCE = 0.7

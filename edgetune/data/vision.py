@@ -16,20 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from edgetune.data.dataset import (
-    BadRows,
-    Dataset,
-    DataSettings,
-    Rows,
-    assemble,
-    cache_folder,
-    data_error,
-    split_indices,
-    split_rows,
-)
-from edgetune.other_names import nearest_file
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.other_names import nearest_file
+from edgetune.core.registry import require
+from edgetune.data.dataset import BadRows, Dataset, Rows, assemble, cache_folder, data_error, split_indices, split_rows
+from edgetune.data.settings import DataSettings
 
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

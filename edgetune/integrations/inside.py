@@ -6,9 +6,9 @@ import logging
 
 from torch import nn
 
-from edgetune.attach import finalize, opened
-from edgetune.holders import held_model
-from edgetune.technique import EdgetuneError
+from edgetune.core.apply import finalize, opened
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.holders import held_model
 
 _log = logging.getLogger(__name__)
 

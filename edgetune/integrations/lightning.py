@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgetune.core.registry import require
 from edgetune.integrations.inside import announce, finalize_inside
-from edgetune.reached import Reached
-from edgetune.registry import require
+from edgetune.train.reached import Reached
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback

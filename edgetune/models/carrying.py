@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.data.dataset import Dataset
-from edgetune.export.carried import Carried, ImagePreprocessing, Postprocessing, TextPreprocessing, text_preprocessing
 from edgetune.models.loaded import Loaded
+from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import TextEncoder
 from edgetune.models.vision import ImageEncoder
-from edgetune.technique import EdgetuneError
+from edgetune.program.carried import Carried, ImagePreprocessing, Postprocessing, TextPreprocessing
 
 
 def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
 from edgetune.data.dataset import Dataset, cache_folder
 from edgetune.data.text import asset_file, package_folder
 from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, part_of, room_for, takes_no
 from edgetune.models.text import TextEncoder
-from edgetune.quiet import quiet
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError
 
 _NOTE = "the weights of smollm2 are 4-bit values stored as floats: the unquantized model is a degraded baseline"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.data.chat import ANSWERING, Conversation
 from edgetune.data.dataset import IGNORED_LABEL, BadRows, Dataset, Encode, Rows, data_error
-from edgetune.technique import EdgetuneError
 
 
 def chat_tokens(tokenizer: Any, conversation: Conversation) -> tuple[list[int], list[int]]:

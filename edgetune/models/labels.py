@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgetune.technique import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, shortened
 
 
 def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep: bool) -> dict[str, str]:

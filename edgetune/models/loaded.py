@@ -12,11 +12,12 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.hub import hub_for
+from edgetune.core.other_names import nearest_file
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Settings
 from edgetune.data.dataset import ROWS_OF, Dataset, Encode, Task
-from edgetune.hub import hub_for
-from edgetune.other_names import nearest_file
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Settings
 
 
 class ModelSettings(Settings):

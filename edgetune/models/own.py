@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.own_code import PREFIX, call_own
 from edgetune.data.dataset import Dataset
 from edgetune.models.loaded import Loaded, ModelSettings, takes_no
 from edgetune.models.text import TextEncoder
 from edgetune.models.vision import ImageEncoder
-from edgetune.own_code import PREFIX, call_own
-from edgetune.technique import EdgetuneError
 
 
 def own_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:

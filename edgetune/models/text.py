@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs
+from edgetune.core.registry import require
 from edgetune.data.chat import Conversation
 from edgetune.data.dataset import IGNORED_LABEL, Dataset
 from edgetune.data.text import asset_file
@@ -25,8 +28,6 @@ from edgetune.models.loaded import (
     room_for,
     takes_no,
 )
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Inputs
 
 _ROUND_TOKENS = 8  # kernels like such lengths, and there are fewer different shapes
 

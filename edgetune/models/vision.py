@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import replace
+from edgetune.core.registry import require
 from edgetune.data.dataset import Dataset
 from edgetune.data.text import asset_file, package_folder
 from edgetune.data.vision import luma, pixels
 from edgetune.models.labels import match_classes
 from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, reachable, takes_no
-from edgetune.registry import require
-from edgetune.targets import replace
-from edgetune.technique import EdgetuneError
 
 
 @dataclass(frozen=True)

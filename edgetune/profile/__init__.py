@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune.ledger import Measured, Predicted
-from edgetune.one_line import figure
+from edgetune.core.ledger import Measured, Predicted
+from edgetune.core.one_line import figure
 from edgetune.profile.calls import measured_calls, predicted_calls
-from edgetune.profile.device import HOST, Device, load
+from edgetune.profile.device import Device, load
+from edgetune.recipe.names import HOST
 
 if TYPE_CHECKING:
-    from edgetune.export.artifact import Artifact
-    from edgetune.export.language.artifact import LanguageArtifact
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact
 
 __all__ = ["Profile", "profile"]
 
@@ -47,7 +48,7 @@ def profile(
     """
     described = device if isinstance(device, Device) else load(device)
     if isinstance(artifact, (str, Path)):
-        from edgetune.export.language.artifact import load_any
+        from edgetune.program.language import load_any
 
         artifact = load_any(artifact)
     predicted = predicted_calls(artifact, described)

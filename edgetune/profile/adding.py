@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from edgetune.files import write_whole
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
 from edgetune.profile import calibration as calibrations
-from edgetune.profile.device import HOST, ID, SUFFIX, load, own, parse, read, shipped, user_folder
-from edgetune.technique import EdgetuneError
+from edgetune.profile.device import ID, load, parse, read
+from edgetune.recipe.names import HOST, SUFFIX, own, shipped, user_folder
 
 
 def add(path: Path, *, replace: bool = False) -> Path:

@@ -10,17 +10,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgetune.profile import fit, host, trials
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.profile import fit, trials
 from edgetune.profile.calibration import Calibration, path_beside, write
-from edgetune.profile.device import HOST, SUFFIX, Device, ids, load, parse, user_folder
+from edgetune.profile.device import Device, load, parse
 from edgetune.profile.fit import Fit, Timed
 from edgetune.profile.memory import MIB
-from edgetune.profile.operators import Operator
 from edgetune.profile.rates import DEFAULT_CACHE_BYTES
 from edgetune.profile.terms import CALL, DELEGATE, Caches, footprint_bytes
 from edgetune.profile.trials import Clocked, Progress
 from edgetune.profile.yaml_file import write_yaml
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.program.operators import Operator
+from edgetune.recipe.names import HOST, SUFFIX, ids, user_folder
+from edgetune.runtime import host
 
 ENGINE = "ExecuTorch XNNPACK"
 STEADY = 0.10  # between two timings of a program: above, one thread is taken where the choice is ours
@@ -182,9 +184,9 @@ def calibrate_on(
     """The same for a described device that `on` reaches (`ssh://user@host`): programs are built here and timed there.
 
     Each in a process of its own, which takes some seconds there. The calibration goes to the user's folder, where
-    `load(device_id)` finds it. Raises `EdgetuneError` for what `edgetune.profile.runners` raises.
+    `load(device_id)` finds it. Raises `EdgetuneError` for what `edgetune.runtime.hosts` raises.
     """
-    from edgetune.profile.runners.session import Timeable, time_programs
+    from edgetune.runtime.hosts.session import Timeable, time_programs
 
     device, folder = load(device_id), trials.folder_for(quick)
     threads = threads if threads is not None else device.thread_count
@@ -241,7 +243,7 @@ def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, o
 
 
 def _executed(path: Path, where: str) -> tuple[Operator, ...]:
-    from edgetune.export.executed import executed
+    from edgetune.program.executed import executed
 
     try:
         return executed(path.read_bytes())

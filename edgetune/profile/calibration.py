@@ -12,11 +12,11 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from edgetune.files import write_whole
-from edgetune.one_line import OneLine
-from edgetune.profile.operators import DType, Kind
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
+from edgetune.core.one_line import OneLine
 from edgetune.profile.terms import Caches, Tile
-from edgetune.technique import EdgetuneError
+from edgetune.program.operators import DType, Kind
 
 ENDING = ".calibration.json"
 Rate = Annotated[float, Field(ge=0, le=1e9)]  # microseconds per unit of a term

@@ -6,19 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgetune.ledger import Measured, Predicted
+from edgetune.core.ledger import Measured, Predicted
 from edgetune.profile import prior
 from edgetune.profile.cost import predict
 from edgetune.profile.device import Device, load
 from edgetune.profile.energy import program_mj
 from edgetune.profile.memory import peak_memory_mib
-from edgetune.profile.operators import Operator
-from edgetune.profile.runners.host import Host
-from edgetune.profile.runners.session import measured_on, piece, token
+from edgetune.program.operators import Operator
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.session import measured_on, piece, token
 
 if TYPE_CHECKING:
-    from edgetune.export.artifact import Artifact
-    from edgetune.export.language.artifact import LanguageArtifact
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact
 
 _ATTENTION = "custom_sdpa"  # executorch's own kernel: blocked products on all threads, no plain loops
 
@@ -77,7 +77,7 @@ def operators_of(
     artifact: Artifact | LanguageArtifact, as_executed: bool
 ) -> tuple[tuple[str, tuple[Operator, ...]], ...]:
     """The kinds of call and their operators: as in the model, or as the runtime executes them if the manifest says."""
-    from edgetune.export.language.artifact import LanguageArtifact
+    from edgetune.program.language import LanguageArtifact
 
     known = artifact.manifest
     as_executed = as_executed and bool(known.executed)

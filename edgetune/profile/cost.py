@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from edgetune.ledger import Predicted
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import Predicted
 from edgetune.profile import curves, energy, roofline
 from edgetune.profile.device import Device
 from edgetune.profile.memory import MIB, peak_memory_mib
-from edgetune.profile.operators import Kind, Operator
 from edgetune.profile.part import Part
 from edgetune.profile.rates import Rates, rates_of
 from edgetune.profile.terms import footprint_bytes
-from edgetune.technique import EdgetuneError
+from edgetune.program.operators import Kind, Operator
 
 _LAYERS: frozenset[Kind] = frozenset({"conv", "pointwise-conv", "depthwise-conv", "linear"})
 _CLAMPS = (".relu", "hardtanh", ".clamp")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from edgetune.profile.calibration import Calibration, Curve
 from edgetune.profile.device import Device
-from edgetune.profile.operators import Operator
 from edgetune.profile.part import Part
 from edgetune.profile.rates import rates_of
 from edgetune.profile.roofline import compute_us, fixed_of, memory_us, part_of, weights_cached
 from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footprint_bytes, shared_terms, terms_of
+from edgetune.program.operators import Operator
 
 # Natural logarithms of how far off a stand-in may be: the same kernel in another type, another kernel, a prior.
 TYPE_LOG, KIND_LOG, PRIOR_LOG = math.log(1.5), math.log(2.0), math.log(3.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -11,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile.calibration import Calibration, path_beside
 from edgetune.profile.calibration import read as read_calibration
 from edgetune.profile.facts import (
@@ -37,7 +37,7 @@ from edgetune.profile.facts import (
 )
 from edgetune.profile.sources import resolved
 from edgetune.profile.yaml_file import read_yaml
-from edgetune.technique import EdgetuneError
+from edgetune.recipe.names import HOST, SUFFIX, ids, own, shipped, user_folder
 
 __all__ = [
     "HOST", "ID", "SUFFIX", "Accelerator", "Caches", "Cluster", "Device", "Fact", "Family",
@@ -48,10 +48,7 @@ __all__ = [
 Family = Literal["phone", "board", "jetson", "computer", "microcontroller"]
 TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openvino", "ethos-u", "tosa"]
 
-SUFFIX = ".yaml"
-HOST = "host"
 ID = r"^[a-z0-9]+(-[a-z0-9]+)*$"
-PUBLISHED = "published"  # beside the descriptors: measurements, no device
 
 _LEAST_RAM_GIB, _LEAST_GHZ = 0.125, 0.3  # of what runs an operating system
 
@@ -248,32 +245,6 @@ def _tuples(value: object) -> object:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def user_folder() -> Path:
-    """Where descriptors of one's own lie: `$XDG_CONFIG_HOME/edgetune/devices`, by default under `~/.config`."""
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    # the XDG specification says to ignore a relative path
-    folder = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"
-    return folder / "edgetune" / "devices"
-
-
-def shipped() -> tuple[str, ...]:
-    """Names of the descriptors in the package."""
-    names = (item.name for item in resources.files("edgetune.devices").iterdir())
-    return tuple(sorted(n.removesuffix(SUFFIX) for n in names if n.endswith(SUFFIX) and n != PUBLISHED + SUFFIX))
-
-
-def own() -> dict[str, Path]:
-    """Descriptors in the user's folder, by name."""
-    folder = user_folder()
-    return {path.stem: path for path in sorted(folder.glob("*" + SUFFIX))} if folder.is_dir() else {}
-
-
-def ids() -> tuple[str, ...]:
-    """Names that `load` takes: those in the package, then those in the user's folder."""
-    names = shipped()
-    return names + tuple(name for name in own() if name not in names)
 
 
 def load(id_or_path: str | Path) -> Device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetune.profile.device import Device
-from edgetune.profile.operators import DType, Operator
+from edgetune.program.operators import DType, Operator
 
 # Picojoules of one multiply-accumulate, the core that issues it included. A multiplier alone takes 4.6 pJ in fp32 and
 # 0.23 in int8 (45 nm: Horowitz, ISSCC 2014, figure 1.1.9), and instruction, registers and caches some ten times that

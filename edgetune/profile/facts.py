@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from edgetune.one_line import OneLine
+from edgetune.core.one_line import OneLine
 
 Trust = Literal["high", "medium", "low"]
 Flag = Literal["neon", "dotprod", "fp16", "bf16", "i8mm", "sve2", "sme", "mve", "avx2", "avx512", "vnni", "amx"]

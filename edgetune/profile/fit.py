@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.registry import require
 from edgetune.profile.calibration import Curve, Tiling, Traffic
-from edgetune.profile.operators import DType, Operator
 from edgetune.profile.terms import (
     CALL,
     DELEGATE,
@@ -32,8 +33,7 @@ from edgetune.profile.terms import (
     shared_terms,
     terms_of,
 )
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError
+from edgetune.program.operators import DType, Operator
 
 Rates = dict[Key, float]
 Equation = Mapping[Key, float]

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgetune.ledger import Predicted
+from edgetune.core.ledger import Predicted
 from edgetune.profile.calls import operators_of, predicted_calls
 from edgetune.profile.cost import parts_of, predict
 from edgetune.profile.device import Device, load
-from edgetune.profile.operators import DType
 from edgetune.profile.part import Bound, Part
 from edgetune.profile.rates import CACHE_RATIO, rates_of
+from edgetune.program.operators import DType
 
 if TYPE_CHECKING:
-    from edgetune.export.artifact import Artifact
-    from edgetune.export.language.artifact import LanguageArtifact
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact
 
 MOST = 30
 OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
@@ -143,7 +143,7 @@ def plain(found: Layers) -> dict[str, Any]:
 
 def text(found: Layers) -> str:
     """The layers as a table for a terminal."""
-    from edgetune.report.numbers import number, percent
+    from edgetune.core.numbers import number, percent
 
     head = ("module", "ms", "share %", "bound", "used %", "MAC/byte", "GMAC/s", "type")
     rows: list[tuple[str, ...]] = [

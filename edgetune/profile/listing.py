@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from edgetune.ledger import on_cpu
-from edgetune.profile.device import Device, Fact, Family, Flags, Stored, ids, load, own
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import on_cpu
+from edgetune.profile.device import Device, Fact, Family, Flags, Stored, load
+from edgetune.recipe.names import ids, own
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from edgetune.profile.operators import DType, Operator
 from edgetune.profile.terms import DEPTH, VECTOR, columns_of, is_product, up, wide_window
+from edgetune.program.operators import DType, Operator
 
 MIB = 1024.0 * 1024.0
 # Fitted once to the peaks of 90 programs in fresh processes (families of models in fp32, int8 and int4).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.profile.operators import Operator
+from edgetune.program.operators import Operator
 
 Bound = Literal["compute", "memory", "overhead"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from edgetune.profile.device import Device, Value
-from edgetune.profile.operators import DType, Operator
+from edgetune.program.operators import DType, Operator
 
 FILE = "prior.json"
 COVERAGE = 0.8  # the share of left-out rows that a band claims to hold

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.profile.cost import predict
 from edgetune.profile.device import Device, Fact, Value
-from edgetune.profile.operators import DType, Operator
 from edgetune.profile.reference import NETWORKS
 from edgetune.profile.reference.language import (
     ARCHITECTURES,
@@ -24,7 +24,7 @@ from edgetune.profile.reference.language import (
     prefill,
 )
 from edgetune.profile.yaml_file import read_yaml
-from edgetune.technique import EdgetuneError
+from edgetune.program.operators import DType, Operator
 
 Quantity = Literal["decode_tokens_per_s", "prefill_tokens_per_s", "latency_ms", "file_mib", "peak_memory_mib"]
 Subject = Literal["language", "vision", "other engines", "memory"]

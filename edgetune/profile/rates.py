@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edgetune.profile.device import Device, Fact
-from edgetune.profile.operators import DType, Kind
+from edgetune.program.operators import DType, Kind
 
 # How far a number of this trust may be off, as a natural logarithm (0.15: a factor of 1.16).
 TRUST_LOG = {"high": 0.05, "medium": 0.15, "low": 0.30}

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgetune.profile.device import Device
-from edgetune.profile.operators import DType, Kind, Operator
 from edgetune.profile.part import Part
 from edgetune.profile.rates import CACHE_RATIO, Rates, rates_of
+from edgetune.program.operators import DType, Kind, Operator
 
 # Share of the peak that a delegated operator reaches without any calibration: (float, 8-bit activations).
 # linear: OnePlus 12, Llama 3.2 1B, prefill 117 GOPS in bf16 of 259 peak, 507 of 2074 with 8da4w (executorch's

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from edgetune.ledger import Measured, Predicted, on_cpu
-from edgetune.report.numbers import number
+from edgetune.core.ledger import Measured, Predicted, on_cpu
+from edgetune.core.numbers import number
 
 WIDTH = 80
 Pair = tuple[Predicted, "Measured | None"]

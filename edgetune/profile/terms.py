@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgetune.profile.operators import Operator
+from edgetune.program.operators import Operator
 
 PRODUCTS = frozenset({"conv", "pointwise-conv", "linear", "matmul"})
 WEIGHTS, TRAFFIC = "weights", "traffic"  # shared by all curves: what a cache does not hold is read from the next one

@@ -23,14 +23,16 @@ from typing import Any
 
 import torch
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import write_whole
+from edgetune.core.registry import technique
+from edgetune.core.technique import Sample
 from edgetune.data.dataset import cache_folder
-from edgetune.files import write_whole
-from edgetune.profile import host, micro
+from edgetune.profile import micro
 from edgetune.profile.micro.blocks import blocks
 from edgetune.profile.micro.program import Micro
-from edgetune.profile.operators import Operator
-from edgetune.registry import technique
-from edgetune.technique import EdgetuneError, Exit, Sample
+from edgetune.program.operators import Operator
+from edgetune.runtime import host
 
 Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many
 
@@ -219,7 +221,7 @@ def _told(folder: Path, names: Sequence[str], threads: int, seconds: float) -> I
     """What a process says of the programs that it times, one after the other."""
     request = {"threads": threads, "seconds": seconds, "names": list(names)}
     write_whole(folder / "request.json", json.dumps(request))
-    command = [sys.executable, "-m", "edgetune.export.clock.many", str(folder)]
+    command = [sys.executable, "-m", "edgetune.runtime.clock.many", str(folder)]
     with (
         (folder / TIMINGS).open("a", encoding="utf-8") as log,
         (folder / "stderr").open("w", encoding="utf-8") as errors,

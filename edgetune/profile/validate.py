@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgetune.profile import prior, published
-from edgetune.profile.device import Device, Value, ids, load
+from edgetune.profile.device import Device, Value, load
 from edgetune.profile.published import UNITS, Published, Row
+from edgetune.recipe.names import ids
 
 Basis = Literal["device left out", "one row used"]
 SUBJECTS = (

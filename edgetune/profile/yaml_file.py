@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from edgetune.files import write_whole
-from edgetune.technique import EdgetuneError
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
 
 _MOST_CHARACTERS = 262_144
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from edgetune.core.errors import EdgetuneError
 from edgetune.prune.layers import is_linear, width_of
-from edgetune.technique import EdgetuneError
 
 # Names of the three projections, as transformers, timm and diffusers have them.
 SEPARATE = (

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.inputs import Inputs, call
 from edgetune.prune.attention import HEAD_COUNTS, attention_names, called, head_size, projections
 from edgetune.prune.groups import Cut
 from edgetune.prune.layers import (
@@ -23,7 +25,6 @@ from edgetune.prune.layers import (
     width_of,
 )
 from edgetune.prune.trace import tensors_in, undisturbed
-from edgetune.technique import EdgetuneError, Inputs, call, shortened
 
 ALL_HEADS = ("all_head_size", "attn_dim", "inner_dim", "split_size")  # heads x head size, as attention modules call it
 FFN_WIDTHS = (  # as config classes call it

@@ -12,6 +12,9 @@ from typing import Literal
 
 from torch import nn
 
+from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.inputs import Inputs
+from edgetune.core.layers import matches
 from edgetune.prune.attention import (
     Attention,
     Units,
@@ -26,8 +29,6 @@ from edgetune.prune.attention import (
 from edgetune.prune.layers import Axis, cannot_cut, is_candidate, is_depthwise, is_linear, width_of
 from edgetune.prune.probe import units_agree
 from edgetune.prune.trace import first_rows, trace
-from edgetune.targets import matches
-from edgetune.technique import EdgetuneError, Inputs, shortened
 
 Kind = Literal["ffn", "heads", "channels"]
 

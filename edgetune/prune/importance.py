@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call
 from edgetune.prune.groups import Group, Member
 from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_of, width_of
 from edgetune.prune.trace import undisturbed
-from edgetune.technique import EdgetuneError, Inputs, call
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.inputs import Inputs, call
 from edgetune.prune.layers import channel_dimension
-from edgetune.technique import Inputs, call
 
 
 def units_agree(

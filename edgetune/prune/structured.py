@@ -10,14 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import matches, no_match
+from edgetune.core.technique import Sample, Technique
+from edgetune.core.wrapped import is_wrapped
 from edgetune.prune.attention import attention_names, called
 from edgetune.prune.cut import cut
 from edgetune.prune.groups import Cut, Group, Kind, find_groups
 from edgetune.prune.importance import activation, magnitude, means, observe
 from edgetune.prune.trace import undisturbed
-from edgetune.targets import matches, no_match
-from edgetune.technique import EdgetuneError, Sample, Technique
-from edgetune.wrapped import is_wrapped
 
 _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call, rows_of, tensors_of
+from edgetune.core.registry import require
 from edgetune.prune.layers import is_conv1d, width_of
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Inputs, call, rows_of, tensors_of
 
 
 @contextmanager

@@ -9,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from edgetune.plain import computed_tensor, refuse_computed
+from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.layers import matches, select
+from edgetune.core.plain import computed_tensor, refuse_computed
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
+from edgetune.core.technique import Sample, Technique
+from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.tables import looks_up
-from edgetune.quiet import quiet
-from edgetune.reads import readers_of, refuse_readers
-from edgetune.registry import require
-from edgetune.targets import matches, select
-from edgetune.technique import EdgetuneError, Sample, Technique, shortened
 
 
 class Int4(Technique):

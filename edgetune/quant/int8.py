@@ -10,11 +10,13 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import call, device_of, rows_of
+from edgetune.core.layers import select
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
+from edgetune.core.technique import Sample, Technique
 from edgetune.quant.integers import Integers
-from edgetune.quiet import quiet
-from edgetune.registry import require
-from edgetune.targets import select
-from edgetune.technique import EdgetuneError, Sample, Technique, call, device_of, rows_of
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what `skip` can name
 
@@ -55,8 +57,8 @@ class Int8(Technique):
         if self.skip:
             layers = {name for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
             skipped = layers - select(model, ("*",), self.skip, LAYERS).keys()
+        from edgetune.core.outputs import named_outputs
         from edgetune.export.lower import as_plain
-        from edgetune.export.outputs import named_outputs
         from edgetune.export.pt2e import quantize_static
         from edgetune.export.targets import find
 

@@ -12,16 +12,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from edgetune import trainable
-from edgetune.carriers import is_nf4
-from edgetune.merging import merge
-from edgetune.plain import refuse_computed
-from edgetune.reads import FirstForward, readers_of, refuse_readers, watch_first_forward
-from edgetune.registry import require
-from edgetune.sparse.frozen import remove_hooks
-from edgetune.targets import matches, refuse_shared, replace, select
-from edgetune.technique import EdgetuneError, Sample, Technique, shortened
-from edgetune.wrapped import is_wrapped
+from edgetune.core import trainable
+from edgetune.core.carriers import is_nf4
+from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.layers import matches, refuse_shared, replace, select
+from edgetune.core.merging import merge
+from edgetune.core.plain import refuse_computed
+from edgetune.core.registry import require
+from edgetune.core.technique import Sample, Technique
+from edgetune.core.wrapped import is_wrapped
+from edgetune.lean.frozen import remove_hooks
+from edgetune.lean.reads import FirstForward, readers_of, refuse_readers, watch_first_forward
 
 HEADS = ("lm_head", "*.lm_head", "classifier", "classifier.*", "*.classifier", "score", "fc", "head", "head.*")
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)

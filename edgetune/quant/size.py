@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from edgetune.carriers import is_nf4, nf4_tensors
+from edgetune.core.carriers import is_nf4, nf4_tensors
 from edgetune.sparse.sliced import Sliced
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetune.files import write_whole
-from edgetune.ledger import Ledger
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
+from edgetune.core.ledger import Ledger
 from edgetune.report.console import terminal, text
 from edgetune.report.document import page
-from edgetune.technique import EdgetuneError
 
 __all__ = ["page", "report", "terminal", "text", "write"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgetune.ledger import Answers
-from edgetune.report.numbers import percent, plural
+from edgetune.core.ledger import Answers
+from edgetune.core.numbers import percent, plural
 from edgetune.report.tables import Cell, Column, Table, cells
 
 WIDEST_MATRIX = 12  # classes; with more, the most frequent confusions are listed

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from edgetune.ledger import Ledger
+from edgetune.core.ledger import Ledger
 from edgetune.report.sentences import budget, headline, notes, remarks
 from edgetune.report.summary import summary_tables
 from edgetune.report.tables import Cell, Column, Table

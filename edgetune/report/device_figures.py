@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgetune.ledger import Ledger, Measured, Predicted
+from edgetune.core.ledger import Ledger, Measured, Predicted
+from edgetune.core.numbers import finite, number
 from edgetune.report.drawing import BAR_PX, BLUE, ORANGE, Figure, axis, built, category_axis, horizontal, room_for_text
-from edgetune.report.numbers import finite, number
 
 
 def latency(ledger: Ledger) -> Figure | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgetune.ledger import Ledger, Measured, Predicted, on_cpu
-from edgetune.report.numbers import number
+from edgetune.core.ledger import Ledger, Measured, Predicted, on_cpu
+from edgetune.core.numbers import number
 from edgetune.report.tables import Cell, Column, Table, cells, grouped_notes
 
 CPU_TARGETS = ("", "xnnpack", "portable")

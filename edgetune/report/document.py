@@ -11,16 +11,16 @@ from string import Template
 
 import yaml
 
-from edgetune.files import write_whole
-from edgetune.ledger import Ledger
-from edgetune.registry import require
+from edgetune.core.files import write_whole
+from edgetune.core.ledger import Ledger
+from edgetune.core.numbers import DASH, finite, noun, number, percent, plural, score, unit
+from edgetune.core.registry import require
 from edgetune.report.answer_tables import answer_tables
 from edgetune.report.device_tables import QUANTITIES, measured_table, predicted_table, ran_on, verdict_table
 from edgetune.report.drawing import Figure
 from edgetune.report.figures import figures
 from edgetune.report.glossary import explained, glossary
 from edgetune.report.layer_figures import rooflines_of
-from edgetune.report.numbers import DASH, finite, noun, number, percent, plural, score, unit
 from edgetune.report.sentences import details, headline, main_prediction, remarks, smaller
 from edgetune.report.tables import (
     Cell,

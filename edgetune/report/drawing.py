@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.registry import require
+from edgetune.core.registry import require
 
 # Legible on white and on near-black; told apart by most colour-blind people, and by pattern as well.
 BLUE, ORANGE, TEAL, GREY = "#3b82d9", "#d9770f", "#159a86", "#8a8f98"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgetune.ledger import Ledger, Row, Training
+from edgetune.core.ledger import Ledger, Row, Training
+from edgetune.core.numbers import count, finite, noun, number, percent, score, seconds, unit
 from edgetune.report.device_figures import latency, memory
 from edgetune.report.drawing import (
     BLUE,
@@ -20,7 +21,6 @@ from edgetune.report.drawing import (
     label,
     room_for_text,
 )
-from edgetune.report.numbers import count, finite, noun, number, percent, score, seconds, unit
 from edgetune.report.tables import last_quality, step_name
 
 NEAR = 0.035  # points closer than this share of both ranges get one label

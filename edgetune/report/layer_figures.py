@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from edgetune.ledger import Ledger
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import Ledger
 from edgetune.report.drawing import Figure
-from edgetune.technique import EdgetuneError
 
 
 def rooflines_of(ledger: Ledger, folder: Path) -> tuple[Figure, ...]:
@@ -20,9 +20,9 @@ def rooflines_of(ledger: Ledger, folder: Path) -> tuple[Figure, ...]:
     path = folder / Path(ledger.program.path).name
     if not path.with_suffix(".json").is_file():
         return ()
-    from edgetune.export.language.artifact import load_any
     from edgetune.profile.layers import Layers, layers
-    from edgetune.profile.pictures import rooflines
+    from edgetune.program.language import load_any
+    from edgetune.report.pictures import rooflines
 
     try:
         artifact = load_any(path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgetune.ledger import Ledger, Predicted, Quality, Row, Verdict
+from edgetune.core.ledger import Ledger, Predicted, Quality, Row, Verdict
+from edgetune.core.numbers import finite, noun, number, plural, quality, score
 from edgetune.report.device_tables import QUANTITIES, budget_met, ran_on
-from edgetune.report.numbers import finite, noun, number, plural, quality, score
 from edgetune.report.tables import gain, last_quality
 
 LOST_POINTS = 2.0  # a step that costs more accuracy is named at the top

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgetune.ledger import Ledger
+from edgetune.core.ledger import Ledger
 from edgetune.report.answer_tables import brief_table
 from edgetune.report.device_tables import budget_met, measured_table, predicted_table, verdict_table
 from edgetune.report.tables import Table, program_table, quality_table, step_table

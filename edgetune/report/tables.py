@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.ledger import Ledger, Parity, Program, Quality, Row
-from edgetune.report.numbers import (
+from edgetune.core.ledger import Ledger, Parity, Program, Quality, Row
+from edgetune.core.numbers import (
     DASH,
     change,
     count,

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgetune.modes import same_buffers, undisturbed
-from edgetune.technique import EdgetuneError, Sample, call
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import call
+from edgetune.core.modes import same_buffers, undisturbed
+from edgetune.core.technique import Sample
 
 
 def running_order(model: nn.Module, names: Iterable[str], sample: Sample | None) -> list[str]:

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import matches, no_match
+from edgetune.core.technique import Sample, Settings
+from edgetune.lean.stages import blocks_of
 from edgetune.sparse.order import running_order
 from edgetune.sparse.sliced import SLICEABLE, channels_of, refuse_slice
-from edgetune.targets import matches, no_match
-from edgetune.technique import EdgetuneError, Sample, Settings
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -100,40 +102,6 @@ def trains(part: Part, parameter_name: str) -> bool:
 def is_norm(layer: nn.Module) -> bool:
     """Whether the layer is a normalization, by its class name: BatchNorm2d, LayerNorm, LlamaRMSNorm."""
     return "norm" in type(layer).__name__.lower() and not any(True for _ in layer.children())
-
-
-def blocks_of(model: nn.Module) -> list[str]:
-    """Names of the repeated blocks, in the model's order; empty when there are none.
-
-    The longest ModuleList or Sequential whose children are of one class says which class is the block; then every
-    outermost module of that class is one. Sequentials of Sequentials (stages) count as one list.
-    """
-    longest: list[str] = []
-    for name, module in model.named_modules():
-        children = _flat_children(name, module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else {}
-        if len({type(child) for child in children.values()}) != 1 or not any(True for _ in module.parameters()):
-            continue
-        longest = list(children) if len(children) > max(1, len(longest)) else longest
-    if not longest:
-        return []
-    kind = type(model.get_submodule(longest[0]))
-    if kind.__module__.startswith("torch.nn"):  # linears in a list: other linears are not their kind of block
-        return longest
-    names = [name for name, module in model.named_modules() if type(module) is kind]
-    return [name for name in names if not any(name.startswith(other + ".") for other in names)]
-
-
-def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
-    """Children by full name; if all are Sequentials or ModuleLists themselves, theirs instead."""
-    children = {f"{name}.{key}".lstrip("."): child for key, child in module.named_children()}
-    if children and all(isinstance(child, (nn.ModuleList, nn.Sequential)) for child in children.values()):
-        inner = [_flat_children(key, child) for key, child in children.items()]
-        # the commonest class only: stages often begin with one block of another class
-        flat = {k: m for found in inner for k, m in found.items()}
-        kinds = [type(m) for m in flat.values()]
-        common = max(set(kinds), key=lambda kind: (kinds.count(kind), -kinds.index(kind))) if kinds else None
-        return {k: m for k, m in flat.items() if type(m) is common}
-    return children
 
 
 def resolve(

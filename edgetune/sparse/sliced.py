@@ -12,13 +12,13 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from edgetune.plain import computed_tensor, how_computed, is_stock, parametrized_by, probes
-from edgetune.sparse import onednn
-from edgetune.sparse.frozen_ops import convolved_back, padded
-from edgetune.sparse.light.operators import latest
-from edgetune.sparse.light.products import columns_of, kept_columns
-from edgetune.technique import EdgetuneError
-from edgetune.wrapped import Wrapped
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.plain import computed_tensor, how_computed, is_stock, parametrized_by, probes
+from edgetune.core.wrapped import Wrapped
+from edgetune.lean import onednn
+from edgetune.lean.frozen_ops import convolved_back, padded
+from edgetune.lean.operators import latest
+from edgetune.lean.products import columns_of, kept_columns
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SLICEABLE = (nn.Linear, *CONVOLUTIONS)

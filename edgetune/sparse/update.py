@@ -13,19 +13,20 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from edgetune import trainable
-from edgetune.carriers import is_peft
-from edgetune.files import write_whole
-from edgetune.merging import merge
-from edgetune.reads import refuse_read_elsewhere
-from edgetune.sparse import head
-from edgetune.sparse.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
-from edgetune.sparse.light.operators import Activations, LightOperators
-from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, blocks_of, resolve, trains
+from edgetune.core import trainable
+from edgetune.core.carriers import is_peft
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
+from edgetune.core.layers import replace
+from edgetune.core.merging import merge
+from edgetune.core.technique import Sample, Technique
+from edgetune.lean import head
+from edgetune.lean.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
+from edgetune.lean.operators import Activations, LightOperators
+from edgetune.lean.reads import refuse_read_elsewhere
+from edgetune.lean.stages import stages_of
+from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, resolve, trains
 from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest
-from edgetune.targets import replace
-from edgetune.technique import EdgetuneError, Sample, Technique
-from edgetune.wrapped import Wrapped
 
 _SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
 _SCORED_BATCHES = 4  # that slices by gradient or Fisher information look at
@@ -149,41 +150,3 @@ class SparseUpdate(Technique):
         told = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.written().items()}
         comment = "".join(f"# {line}\n" for line in str(scheme).splitlines())
         write_whole(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": told}, sort_keys=False))
-
-
-def stages_of(model: nn.Module) -> list[nn.Module]:
-    """The pieces that run one after the other: the blocks, and the outermost modules around them.
-
-    Where there are no blocks: the outermost modules that do not train only in part. A module without parameters is a
-    stage only before the last block, where nothing but noise could come from it; after it, dropout serves the head.
-    """
-    blocks = set(blocks_of(model))
-    ancestors = {outer for name in blocks for outer in _outer(name)}
-    found: list[nn.Module] = []
-    remaining = len(blocks)
-
-    def walk(name: str, module: nn.Module) -> None:
-        nonlocal remaining
-        remaining -= name in blocks
-        if name in blocks or (name and not _descend(name, module, ancestors)):
-            if remaining or name in blocks or any(True for _ in module.parameters()):
-                found.append(module)
-            return
-        for key, child in module.named_children():
-            walk(f"{name}.{key}".lstrip("."), child)
-
-    walk("", model)
-    return found
-
-
-def _outer(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
-
-
-def _descend(name: str, module: nn.Module, ancestors: set[str]) -> bool:
-    if isinstance(module, Wrapped):  # its base runs with what trains beside it
-        return False
-    if name in ancestors or isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-        return any(True for _ in module.children())
-    return not ancestors and len({p.requires_grad for p in module.parameters()}) > 1

@@ -10,14 +10,14 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from edgetune.export.artifact import Artifact, manifest_path
-from edgetune.export.card import card_path
-from edgetune.export.carried import files_beside
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
 from edgetune.export.kit import classifier, language
 from edgetune.export.kit.platforms import PLATFORMS, Platform, find, target_for
-from edgetune.export.language.artifact import LanguageArtifact, load_any
-from edgetune.files import write_whole
-from edgetune.technique import EdgetuneError
+from edgetune.program.artifact import Artifact, manifest_path
+from edgetune.program.card import card_path
+from edgetune.program.carried import files_beside
+from edgetune.program.language import LanguageArtifact, load_any
 
 __all__ = ["PLATFORMS", "check", "find", "kit_of", "new_kit", "target_for"]
 

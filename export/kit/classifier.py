@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetune.export.artifact import Artifact, Manifest, manifest_path
-from edgetune.export.card import card_path, postprocessing, preprocessing, write_card
-from edgetune.export.carried import Carried, ImagePreprocessing, TextPreprocessing, files_beside
-from edgetune.export.inspect_text import size
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import write_whole
+from edgetune.core.numbers import size
 from edgetune.export.kit import cpp
 from edgetune.export.kit.platforms import Platform
-from edgetune.files import write_whole
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.program.artifact import Artifact, Manifest, manifest_path
+from edgetune.program.card import card_path, postprocessing, preprocessing, write_card
+from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, files_beside
 
 _WHAT = {
     "pte": "the program",

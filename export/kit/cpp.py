@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from edgetune.export.artifact import Manifest
-from edgetune.export.carried import ImagePreprocessing, TextPreprocessing, WordPiece
+from edgetune.program.artifact import Manifest
+from edgetune.program.carried import ImagePreprocessing, TextPreprocessing, WordPiece
 
 CHINESE = (
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),

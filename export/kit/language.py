@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from edgetune.export.card import card_path, write_card
-from edgetune.export.inspect_text import size
+from edgetune.core.files import write_whole
+from edgetune.core.numbers import size
 from edgetune.export.kit.platforms import Platform
-from edgetune.export.language.artifact import LanguageArtifact, TokenizerSpec
-from edgetune.export.language.tokenizer import chat_text
-from edgetune.files import write_whole
+from edgetune.program.card import card_path, write_card
+from edgetune.program.language import LanguageArtifact, TokenizerSpec
+from edgetune.program.tokenizer import chat_text
 
 _MESSAGE = "EDGETUNE-MESSAGE"  # stands for the user's while the template is rendered
 CHAT = "chat.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from edgetune.export.carried import TextPreprocessing
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.program.carried import TextPreprocessing
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import write_whole
+from edgetune.core.inputs import device_of
+from edgetune.core.modes import undisturbed
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
 from edgetune.export import targets
-from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
-from edgetune.export.beside import check_program_path
-from edgetune.export.card import write_card
-from edgetune.export.carried import Carried, tokenizer_file
 from edgetune.export.language import parity
-from edgetune.export.language.artifact import (
-    LanguageArtifact,
-    LanguageManifest,
-    LanguageParity,
-    TokenizerSpec,
-)
 from edgetune.export.language.cached import Cached, check_model
 from edgetune.export.language.lower import LoweredLanguage, lower
-from edgetune.export.language.tokenizer import backend, described, encoded, untouched
 from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.targets import Target
-from edgetune.files import write_whole
-from edgetune.modes import undisturbed
-from edgetune.quiet import quiet
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit, device_of
+from edgetune.program.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.program.beside import check_program_path
+from edgetune.program.card import write_card
+from edgetune.program.carried import Carried, tokenizer_file
+from edgetune.program.language import LanguageArtifact, LanguageManifest, LanguageParity, TokenizerSpec
+from edgetune.program.tokenizer import backend, described, encoded, untouched
 
 __all__ = ["LanguageArtifact", "LanguageManifest", "LanguageParity", "export_language"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.registry import require
 from edgetune.export.lower import check_plain
-from edgetune.registry import require
-from edgetune.technique import EdgetuneError, Exit, shortened
 
 _NAME = "edgetune-static-cache"
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
+from edgetune.core.quiet import quiet
 from edgetune.export import operators, stored
 from edgetune.export.dynamic import Axis
-from edgetune.export.executed import executed
 from edgetune.export.language.cached import Cached
 from edgetune.export.lower import Lowered, capture, compile_program, prepare
 from edgetune.export.targets import Target
-from edgetune.profile.operators import Operator
-from edgetune.quiet import quiet
+from edgetune.program.executed import executed
+from edgetune.program.operators import Operator
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgetune.export.allowed import FLOAT, allowed_difference
-from edgetune.export.language.artifact import LanguageParity
-from edgetune.export.language.run import greedy_in_child
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.program.language import LanguageParity
+from edgetune.runtime.allowed import FLOAT, allowed_difference
+from edgetune.runtime.language import greedy_in_child
 
 _QUANTIZED = 0.25  # of the largest logit: through the cache, what rounding moved is read again at each later token
 _AT_ONCE = 16  # prompts in one child: all the logits of their answers are kept until it ends

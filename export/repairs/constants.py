@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.quiet import quiet
+from edgetune.core.quiet import quiet
 
 _MOST_BYTES = 2**20  # what may grow the program: a constant larger than this and than what it is computed from
 _CLONE, _PLAIN = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.targets.coreml import COREML
 from edgetune.export.targets.cuda import CUDA
 from edgetune.export.targets.ethos_u import ETHOS_U
@@ -14,7 +15,6 @@ from edgetune.export.targets.target import Target, Way
 from edgetune.export.targets.tosa import TOSA
 from edgetune.export.targets.vulkan import VULKAN
 from edgetune.export.targets.xnnpack import XNNPACK
-from edgetune.technique import EdgetuneError, Exit
 
 __all__ = ["TARGETS", "Form", "Target", "Way", "available", "find", "for_device", "form_of"]
 

@@ -8,8 +8,8 @@ import importlib.util
 import io
 from typing import Any
 
+from edgetune.core.quiet import quiet
 from edgetune.export.targets.target import Target
-from edgetune.quiet import quiet
 
 
 def _missing() -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
 from edgetune.export.targets.forms import FORMS, Form, form_of
-from edgetune.quiet import quiet
-from edgetune.technique import EdgetuneError, Exit
 
 WHEEL = "wheel"  # every executorch wheel runs it
 EXTRA = 'pip install "edgetune[export]"'

@@ -15,14 +15,15 @@ from torch.export.graph_signature import OutputKind
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
 from edgetune.export import failures
 from edgetune.export.repairs.attention import attention
 from edgetune.export.speed import fast_decompositions
 from edgetune.export.training import layers, passes
-from edgetune.sparse.frozen import remove_hooks
-from edgetune.sparse.frozen_ops import padded
+from edgetune.lean.frozen import remove_hooks
+from edgetune.lean.frozen_ops import padded
 from edgetune.sparse.sliced import Sliced
-from edgetune.technique import EdgetuneError, Exit, Inputs, call, logits_of, tensors_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 CHILD = "model"  # what the wrappers here call the user's model

@@ -10,15 +10,15 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Leftover
 from edgetune.export import failures, kernels, lower, operators
 from edgetune.export.operators import Placed
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.training import cuts
 from edgetune.export.training.plan import is_delegate, planning
-from edgetune.ledger import Leftover
-from edgetune.profile.operators import Operator
-from edgetune.technique import EdgetuneError, Exit
+from edgetune.program.operators import Operator
 
 TRAIN, FORWARD = "train", "forward"
 

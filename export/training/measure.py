@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edgetune.export.training.artifact import TrainingArtifact
+from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
+from edgetune.core.quiet import quiet
 from edgetune.export.training.capture import Loss, Step, prepared
-from edgetune.export.training.run import TrainingProgram, time_steps_in_child
 from edgetune.export.training.step import Batch, eager_losses
-from edgetune.quiet import quiet
-from edgetune.technique import Inputs, call, logits_of, tensors_of
+from edgetune.program.training import TrainingArtifact
+from edgetune.runtime.training import TrainingProgram, time_steps_in_child
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,22 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs, call, logits_of, rows_of, tensors_of
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
 from edgetune.export import targets
-from edgetune.export.artifact import TensorSpec, sha256_of, write_pair
-from edgetune.export.beside import check_program_path
 from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.training import capture, memory, passes, sequence, update
-from edgetune.export.training.artifact import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity
 from edgetune.export.training.capture import Joint, Loss
 from edgetune.export.training.draft import Draft
 from edgetune.export.training.lower import FORWARD, TRAIN, LoweredTraining, compile_training
-from edgetune.export.training.run import steps_in_child
-from edgetune.quiet import quiet
-from edgetune.registry import require
+from edgetune.program.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.program.beside import check_program_path
+from edgetune.program.training import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity
+from edgetune.runtime.training import steps_in_child
 from edgetune.sparse.sliced import Sliced
-from edgetune.technique import EdgetuneError, Exit, Inputs, call, logits_of, rows_of, tensors_of
 
 Batch = tuple[Inputs, Tensor]
 

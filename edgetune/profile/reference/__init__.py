@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from edgetune.profile.operators import DType, Operator
 from edgetune.profile.reference.dense import (
     googlenet,
     resnet18,
@@ -24,6 +23,7 @@ from edgetune.profile.reference.mobile import (
     mobilenet_v3_large,
     mobilenet_v3_small,
 )
+from edgetune.program.operators import DType, Operator
 
 
 class Network(Protocol):

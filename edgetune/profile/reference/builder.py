@@ -1,13 +1,13 @@
 """Writes a convolutional network down layer by layer as the operators that XNNPACK runs: norms and ReLUs folded.
 
-Names, shapes and the rest are those that `edgetune.export.executed` reads from a program.
+Names, shapes and the rest are those that `edgetune.program.executed` reads from a program.
 """
 
 from __future__ import annotations
 
 from math import prod
 
-from edgetune.profile.operators import DType, Kind, Operator
+from edgetune.program.operators import DType, Kind, Operator
 
 _ELEMENT_BYTES: dict[DType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "8da4w": 4}
 

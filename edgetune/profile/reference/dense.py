@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edgetune.profile.operators import DType, Operator
 from edgetune.profile.reference.builder import Builder
+from edgetune.program.operators import DType, Operator
 
 Operators = tuple[Operator, ...]
 

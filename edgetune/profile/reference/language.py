@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from edgetune.profile.operators import DType, Kind, Operator
+from edgetune.program.operators import DType, Kind, Operator
 
 _MIB = 1024.0 * 1024.0
 

@@ -15,14 +15,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from edgetune.attach import opened
+from edgetune.core.apply import opened
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.auto.timing import QUARTER, TRIED, Times, measured
 from edgetune.sparse.auto.trace import Loss, Save, StorageName, Trace, trace_live, trace_saves
 from edgetune.sparse.scheme import Choice, Part, Scheme, Slice, trains
 from edgetune.sparse.sliced import SLICEABLE, channels_of
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Inputs
 
 MIB = 2**20
 

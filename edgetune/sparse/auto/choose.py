@@ -11,15 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import write_whole
+from edgetune.core.inputs import Inputs, tensors_of
+from edgetune.core.technique import Sample
 from edgetune.data.dataset import cache_folder
-from edgetune.files import write_whole
+from edgetune.lean.stages import blocks_of
 from edgetune.sparse.auto.account import MIB, Account, Profile, Updating
 from edgetune.sparse.auto.contribution import Contributions, contributions
 from edgetune.sparse.auto.search import Found, Limits, exactly
 from edgetune.sparse.auto.trials import Analysis
-from edgetune.sparse.scheme import Part, Scheme, Slice, blocks_of, is_norm, resolve
+from edgetune.sparse.scheme import Part, Scheme, Slice, is_norm, resolve
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import EdgetuneError, Exit, Inputs, Sample, tensors_of
 
 _MOST_ROWS = 128  # that the contribution analysis looks at
 

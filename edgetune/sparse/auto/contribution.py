@@ -17,14 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import write_whole
+from edgetune.core.inputs import call, device_of, logits_of, moved, rows_of, tensors_of
+from edgetune.core.modes import undisturbed
 from edgetune.data.dataset import cache_folder
-from edgetune.files import write_whole
-from edgetune.modes import undisturbed
 from edgetune.sparse.auto.trace import Loss
 from edgetune.sparse.auto.trials import Analysis, By, Labelled, by_training
 from edgetune.sparse.scheme import Part, Slice, trains
 from edgetune.sparse.sliced import SLICEABLE, channels_of, strongest
-from edgetune.technique import EdgetuneError, Exit, call, device_of, logits_of, moved, rows_of, tensors_of
 
 _VERSION = 1  # of what is computed; another number leaves old caches alone
 

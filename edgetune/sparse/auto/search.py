@@ -15,10 +15,10 @@ from functools import cached_property
 
 import numpy as np
 
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.sparse.auto.account import MIB, Layer, Profile, Updating
 from edgetune.sparse.auto.trace import StorageName
 from edgetune.sparse.scheme import Part
-from edgetune.technique import EdgetuneError, Exit
 
 Values = Mapping[str, Mapping[Part, float]]  # of each layer's parts; "frozen", worth nothing, need not be there
 

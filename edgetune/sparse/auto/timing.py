@@ -19,13 +19,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from edgetune import optimizer
-from edgetune.modes import undisturbed
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.modes import undisturbed
+from edgetune.lean.frozen import tensors_in
 from edgetune.sparse.auto.trace import Clock, Loss
-from edgetune.sparse.frozen import tensors_in
 from edgetune.sparse.scheme import Part, Slice
-from edgetune.technique import Inputs, call, logits_of
-from edgetune.train import Train
+from edgetune.train import optimizer
+from edgetune.train.settings import Train
 
 QUARTER = Slice(ratio=0.25)
 TRIED: tuple[Part, ...] = ("frozen", "bias", QUARTER, "full")

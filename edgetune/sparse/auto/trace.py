@@ -14,11 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgetune.modes import undisturbed
-from edgetune.sparse.frozen import tensors_in
-from edgetune.sparse.onednn import is_channels_last
-from edgetune.technique import Inputs, call, logits_of
-from edgetune.wrapped import Wrapped
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.modes import undisturbed
+from edgetune.core.wrapped import Wrapped
+from edgetune.lean.frozen import tensors_in
+from edgetune.lean.onednn import is_channels_last
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 StorageName = tuple[Any, ...]  # the same in every forward of one model: how the storage was first seen

@@ -9,13 +9,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from edgetune import checkpoint
-from edgetune.modes import undisturbed
+from edgetune.core.inputs import Inputs, call, device_of, logits_of, moved
+from edgetune.core.modes import undisturbed
+from edgetune.lean.stages import blocks_of
 from edgetune.sparse.auto.trace import Loss
-from edgetune.sparse.scheme import Part, Slice, blocks_of
+from edgetune.sparse.scheme import Part, Slice
 from edgetune.sparse.update import SparseUpdate
-from edgetune.technique import Inputs, call, device_of, logits_of, moved
-from edgetune.train import Train, train
+from edgetune.train import checkpoint
+from edgetune.train.loop import train
+from edgetune.train.settings import Train
 
 By = Literal["magnitude", "gradient", "fisher"]
 Labelled = tuple[Inputs, Tensor]

@@ -1,0 +1,189 @@
+"""`edgetune devices`: descriptors of phones and boards, their calibration, and predictions from them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgetune.cli.complete import device_names
+
+PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+devices = typer.Typer(help="List, compare and calibrate phones and boards.", **PLAIN)
+
+
+def printed(value: object) -> None:
+    """Text as it is; anything else as JSON."""
+    print(value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; `None` where it is a file or a pipe, which is never too narrow."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+@devices.command("list")
+def devices_list(as_json: Json = False) -> int:
+    """List all devices by family."""
+    from dataclasses import asdict
+
+    from edgetune.profile.listing import entries, listed
+
+    found = entries()
+    printed([asdict(entry) for entry in found] if as_json else listed(found))
+    return 0
+
+
+@devices.command("show")
+def devices_show(
+    device_id: Annotated[
+        str, typer.Argument(metavar="ID", help="A device id, or a path ending in .yaml.", autocompletion=device_names)
+    ],
+    as_json: Json = False,
+) -> int:
+    """Print a descriptor: every number, its source and trust."""
+    from edgetune.profile.device import load
+    from edgetune.profile.listing import shown
+
+    device = load(device_id)
+    printed(device.model_dump(mode="json", exclude_unset=True) if as_json else shown(device))
+    return 0
+
+
+@devices.command("add")
+def devices_add(
+    what: Annotated[
+        str, typer.Argument(metavar="FILE.yaml|NAME", help="A descriptor; with --like, the name of the new device.")
+    ],
+    like: Annotated[str | None, typer.Option(metavar="ID", help="Write a copy of this device for you to edit.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite your own device of the same name.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Check a descriptor and add it to your devices.
+
+    With --like, start from a copy of an existing device.
+    """
+    from edgetune.profile.adding import add, copy
+
+    path = add(Path(what), replace=replace) if like is None else copy(like, what, replace=replace)
+    said = f"{path}: added" if like is None else f"{path}: a copy of {like}; edit it: every source is marked as copied"
+    printed({"id": path.stem, "path": str(path)} if as_json else said)
+    return 0
+
+
+@devices.command("validate")
+def devices_validate(
+    paths: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids or paths; default: all.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Check descriptors, and predictions against measurements.
+
+    All errors are printed. Without IDs, this checks all descriptors and compares predictions with published
+    measurements. Each row is predicted without data from its device, then again with one row of that device.
+    """
+    from edgetune.core.errors import EdgetuneError, Exit
+    from edgetune.core.places import raise_all
+    from edgetune.profile import device
+    from edgetune.profile.validate import lines, plain, validate
+
+    errors: list[EdgetuneError] = []
+    valid: dict[str, device.Device] = {}
+    for name in paths or device.ids():
+        try:
+            described = device.load(name)
+            valid[described.id] = described
+        except EdgetuneError as error:
+            errors.append(error)
+    found = None if paths or errors else validate(valid)
+    if as_json:
+        printed({"valid": list(valid), "errors": [str(error) for error in errors], **plain(found)})
+        return int(Exit.USAGE) if errors else 0
+    raise_all("devices", errors)
+    printed(f"valid: {', '.join(valid)}")
+    if found is not None:
+        printed("\n".join(lines(found)))
+    return 0
+
+
+@devices.command("calibrate")
+def devices_calibrate(
+    device_id: Annotated[
+        str, typer.Argument(metavar="[ID]", help="Id of another device; default: this host.")
+    ] = "host",
+    on: Annotated[str | None, typer.Option("--on", help="Address of the device: ssh://user@host.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--from", help="CSV file with your own measurements of the device.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Descriptor to write, for this host.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: all cores if their timings are repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Time only a few programs; predictions will be poor.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Time a machine, and fit the predictor to it.
+
+    This times micro-programs for up to ten minutes. An interrupted calibration continues where it stopped.
+    """
+    from edgetune.cli.progress import shown
+    from edgetune.core.errors import EdgetuneError
+    from edgetune.profile import calibrate
+    from edgetune.profile.calibration import path_beside
+    from edgetune.recipe.names import HOST, SUFFIX, user_folder
+
+    elsewhere = device_id != HOST
+    if elsewhere == (on is None and table is None) or (on is not None and table is not None):
+        action = "give a device with either --on or --from; omit all three for this host"
+        raise EdgetuneError("it is not clear what to calibrate", got=device_id, action=action)
+    if elsewhere and out is not None:
+        raise EdgetuneError("--out only applies to this host", got=str(out), action="omit --out")
+    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+
+        def told(name: str, done: int, of: int) -> None:
+            progress(name, done, of, "")
+
+        if table is not None:
+            found = calibrate.calibrate_from(table, device_id, threads=threads)
+        elif on is not None:
+            found = calibrate.calibrate_on(on, device_id, threads=threads, quick=quick, progress=told)
+        else:
+            described = calibrate.calibrate(out, threads=threads, quick=quick, progress=told)
+            assert described.calibration is not None
+            found = described.calibration
+    path = path_beside(out or user_folder() / (device_id + SUFFIX))
+    text = (
+        f"{path}: {found.threads} threads, {found.programs} programs; on {found.networks} networks that were not used "
+        f"in the fit, the error is {found.error_pct:g} % (median) and {found.error_p90_pct:g} % (90th percentile)"
+    )
+    printed({"path": str(path), **found.model_dump(mode="json")} if as_json else "\n".join([text, *found.notes]))
+    return 0
+
+
+@devices.command("compare")
+def devices_compare(
+    program: Annotated[Path, typer.Argument(metavar="MODEL.pte", help="A .pte with its model.json beside it.")],
+    devices: Annotated[str | None, typer.Option(metavar="A,B,C", help="Ids or paths; default: all.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page with a chart.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Predict a program for every device, side by side.
+
+    Shows latency, memory, energy, cold start, and whether the program fits.
+    """
+    from edgetune.report.compare import compare, plain, text
+
+    names = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]
+    found = compare(program, names)
+    if html is not None:
+        from edgetune.report.compare_page import page
+
+        page(found, html)
+        print(f"page: {html}", file=sys.stderr)
+    printed(plain(found) if as_json else text(found, terminal_width()))
+    return 0

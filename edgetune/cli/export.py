@@ -1,0 +1,218 @@
+"""The verbs `export`, `kit`, `lint` and `inspect`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgetune.cli.complete import device_names, platform_names, target_names
+from edgetune.cli.devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.core.ledger import Program
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model (minilm, hf:PATH, timm:NAME, py:FILE.py:FUNCTION), a run folder, or a .pt2 file of torch.export.",
+    ),
+]
+DeviceName = Annotated[
+    str | None, typer.Option(help="Lower for the preferred target of this device.", autocompletion=device_names)
+]
+TargetName = Annotated[str | None, typer.Option(help="Lower for this target instead.", autocompletion=target_names)]
+DataName = Annotated[
+    str | None, typer.Option(help="Data with the classes and check rows of a model: tweets, csv:PATH.")
+]
+InputsName = Annotated[
+    str | None,
+    typer.Option(metavar="py:FILE.py:FUNCTION", help="Without --data: a function that returns check inputs."),
+]
+Weights = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="State dict for a py: model, in a .safetensors or .pt file.")
+]
+Language = Annotated[bool, typer.Option("--language", help="Export a text-generation program, with its tokenizer.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=2, help="With --language: size of the cache in tokens; default: 512, or that of the run."),
+]
+
+
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Program to write.")] = Path("model.pte"),
+    device: DeviceName = None,
+    target: TargetName = None,
+    data: DataName = None,
+    inputs: InputsName = None,
+    weights: Weights = None,
+    language: Language = False,
+    max_tokens: MaxTokens = None,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="Dynamic size: tokens=1:64, batch=1:8, INPUT.2=1:8.")
+    ] = None,
+    ptd: Annotated[bool, typer.Option("--ptd", help="Store the weights in a separate .ptd file.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Export a model to an ExecuTorch program, and verify it.
+
+    The program runs and its outputs are compared with those of the model. It takes one row. A program from a .pt2
+    file takes inputs of the shapes that it was saved with.
+    """
+    from edgetune.core.errors import shortened
+    from edgetune.export.dynamic import parsed
+    from edgetune.run.exporting import export_from
+
+    with contextlib.redirect_stdout(sys.stderr):
+        artifact = export_from(
+            model,
+            out,
+            device=device,
+            target=target,
+            data=data,
+            inputs=inputs,
+            weights=weights,
+            language=language,
+            max_tokens=max_tokens,
+            dynamic=parsed(dynamic or []),
+            external_data=ptd,
+        )
+    if as_json:
+        printed(artifact.manifest.model_dump(mode="json"))
+        return 0
+    carried = artifact.manifest.carried
+    classes = f"classes: {shortened(carried.labels)}" if carried and carried.labels else ""
+    notes = [f"note: {note}" for note in carried.notes] if carried else []
+    printed("\n".join(filter(None, [f"{artifact.path}: {_program(artifact.program())}", classes, *notes])))
+    return 0
+
+
+def _program(program: Program) -> str:
+    parity = program.parity
+    same = ", lowered but not run"
+    if parity is not None:
+        same = f", same prediction on {parity.same_prediction_pct:g} % of {parity.number}"
+        if parity.max_relative_difference is not None:
+            same += f", outputs within {parity.max_relative_difference:.1e} of the largest value"
+    return f"{program.size_mib:.2f} MiB, target {program.target}{same}"
+
+
+def kit(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An exported .pte, or anything that `edgetune export` accepts.")
+    ],
+    platform: Annotated[
+        str,
+        typer.Argument(metavar="PLATFORM", help="android, ios, jetson or linux.", autocompletion=platform_names),
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write; default: kit-PLATFORM.")] = None,
+    device: DeviceName = None,
+    target: TargetName = None,
+    data: DataName = None,
+    inputs: InputsName = None,
+    weights: Weights = None,
+    language: Language = False,
+    max_tokens: MaxTokens = None,
+    as_json: Json = False,
+) -> int:
+    """Write a folder for an app: program, sample code, README.
+
+    It has everything that an app needs: the program, its preprocessing, tokenizer and classes, and sample code that
+    uses them. A .pte is copied together with its files; anything else is exported first.
+    """
+    from edgetune.core.errors import EdgetuneError
+    from edgetune.export.kit import check, find, kit_of, new_kit, target_for
+    from edgetune.run.exportable import tell_run, to_program, with_cache
+    from edgetune.run.exporting import exportable
+
+    chosen, folder = find(platform), out or Path(f"kit-{platform}")
+    goal = target_for(chosen, device, target)
+
+    def make(path: Path) -> Artifact | LanguageArtifact:
+        made = to_program(source, path, device=device, target=goal)
+        if source.ledger is not None:
+            tell_run(made, source.ledger)
+        return made
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if model.endswith(".pte"):
+            if device or target or data or inputs or weights or language or max_tokens:
+                fact, action = "the program is already lowered", "omit all options except -o and --json"
+                raise EdgetuneError(fact, got=model, action=action)
+            kit_of(Path(model), chosen, folder)
+        else:
+            source = with_cache(exportable(model, data, language, inputs, weights), max_tokens)
+            if source.talk is None:
+                check(chosen, source.carried)
+            new_kit(chosen, folder, make)
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    as_data = {"folder": str(folder), "files": files}
+    printed(as_data if as_json else f"{folder}: start with README.md\n" + "\n".join(f"  {file}" for file in files))
+    return 0
+
+
+def lint(
+    model: ModelName,
+    device: Annotated[
+        str | None, typer.Option(help="Check for the preferred target of this device.", autocompletion=device_names)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Check for this target instead.", autocompletion=target_names)
+    ] = None,
+    data: DataName = None,
+    inputs: InputsName = None,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> int:
+    """Report what a target would refuse or run slowly, and why.
+
+    Nothing is written. The exit code is 5 if something would stop the export. For a language model, this checks a
+    program that takes a window of tokens, not a text-generation program.
+    """
+    from dataclasses import asdict
+
+    from edgetune.core.errors import Exit
+    from edgetune.core.inputs import rows_of
+    from edgetune.export.lint import lint as lint_model
+    from edgetune.export.targets import for_device
+    from edgetune.run.exporting import exportable
+
+    chosen = for_device(device, target)
+    with contextlib.redirect_stdout(sys.stderr):
+        source = exportable(model, data, inputs=inputs, weights=weights)
+        example = rows_of(source.example, 0, 1) if source.one_row else source.example
+        findings = lint_model(source.model, example, chosen)
+    nothing = f"no findings: {chosen.name} takes the whole model"
+    printed([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
+    return int(Exit.EXPORT) if any(finding.severity == "error" for finding in findings) else 0
+
+
+def inspect(
+    program: Annotated[
+        Path, typer.Argument(metavar="MODEL.PTE", help="A program; its model.json is read if it exists.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Show the operators, memory plan and weights of a program.
+
+    Lists the operators and delegates of each method, the memory plan, and the constants by size.
+    """
+    from edgetune.export.inspect import inspect as inspect_program
+    from edgetune.export.inspect_page import write_page
+
+    inspection = inspect_program(program)
+    if html is not None:
+        write_page(inspection, html)
+    if as_json:
+        printed(inspection.model_dump(mode="json"))
+    else:
+        printed(str(inspection) + (f"\n\npage: {html}" if html is not None else ""))
+    return 0

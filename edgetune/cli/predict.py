@@ -1,0 +1,160 @@
+"""`edgetune predict` and `edgetune eval`: classify rows with an exported classifier, or score it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgetune.cli.devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.run.given_rows import Given
+    from edgetune.run.predicting import Evaluation, Prediction
+
+ProgramPath = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL.PTE", help="An exported classifier (needs its model.json), or the folder of a run."),
+]
+MOST_CHARACTERS = 60  # of a row in front of its answer
+
+
+def predict(
+    program: ProgramPath,
+    rows: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ROW...", help="Texts, images, folders of images, .txt, .csv or .jsonl files; - reads stdin."
+        ),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print per row, most likely first.")] = 3,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column with the text in a .csv or .jsonl; may be repeated; default: as in the recipe."),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Classify texts or images with an exported classifier."""
+    from edgetune.cli.progress import shown
+    from edgetune.run.given_rows import read_rows
+    from edgetune.run.predicting import ROWS_AT_ONCE, Classifier, answers_for
+
+    with contextlib.redirect_stdout(sys.stderr):
+        classifier = Classifier(program)
+        given = read_rows(rows, classifier.task, sys.stdin, column or _columns(classifier.artifact.path))
+        with shown() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
+            answers = answers_for(classifier, [one.row for one in given], progress)
+    for note in classifier.notes:
+        print(f"edgetune: {note}", file=sys.stderr)
+    if as_json:
+        printed([_plain(one, answer) for one, answer in zip(given, answers, strict=True)])
+        return 0
+    printed("\n".join(_line(one, answer, top) for one, answer in zip(given, answers, strict=True)))
+    return 0
+
+
+def _columns(program: Path) -> tuple[str, ...]:
+    """The text's columns in the recipe beside a program, or `text` where there is none."""
+    from edgetune.core.errors import EdgetuneError
+    from edgetune.run.predicting import data_settings
+
+    try:
+        return data_settings(program).text_columns
+    except EdgetuneError:
+        return ("text",)
+
+
+def _line(given: Given, answer: Prediction, top: int) -> str:
+    text = " ".join(answer.row.split())
+    text = text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
+    classes = ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(answer.scores.items())[:top])
+    return f"{given.source + ': ' if given.source else ''}{text}: {classes}"
+
+
+def _plain(given: Given, answer: Prediction) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**({"source": given.source} if given.source else {}), **asdict(answer)}
+
+
+def evaluate(
+    program: ProgramPath,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the data, such as data.label=stars.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Labelled data: csv:PATH, jsonl:PATH, imagefolder:PATH; default: the data of the run."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="test: the test set, as a recipe splits the data; all: every row.")
+    ] = "test",
+    as_json: Json = False,
+) -> int:
+    """Score an exported classifier on labelled data.
+
+    Prints the accuracy with its 95 % interval, precision and recall per class, and the confusion matrix.
+    """
+    from edgetune.cli.progress import shown
+    from edgetune.core.errors import EdgetuneError
+    from edgetune.recipe.overrides import from_text
+    from edgetune.run.predicting import evaluate as evaluate_
+
+    if split not in ("test", "all"):
+        raise EdgetuneError("unknown split", got=split, allowed=["test", "all"])
+    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+        evaluation = evaluate_(
+            program, data, part="test" if split == "test" else "all", overrides=from_text(overrides or []),
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        printed(_figures(evaluation))
+    else:
+        _print(evaluation)
+    return 0
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    quality = evaluation.quality
+    classes = [
+        {**one.model_dump(), "precision_pct": one.precision_pct, "recall_pct": one.recall_pct}
+        for one in evaluation.answers.classes
+    ]
+    return {
+        "program": evaluation.program,
+        "data": evaluation.data,
+        "split": evaluation.part,
+        "rows": quality.rows,
+        "accuracy_pct": quality.value,
+        "interval_95_pct": quality.interval_pct,
+        **evaluation.answers.model_dump(mode="json"),
+        "classes": classes,
+        "notes": evaluation.notes,
+    }
+
+
+def _print(evaluation: Evaluation) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from edgetune.core.numbers import accuracy_with_interval, plural
+    from edgetune.report.answer_tables import answer_tables
+    from edgetune.report.console import clean, drawn
+    from edgetune.report.sentences import as_sentence
+
+    console = Console()
+    rows = plural(evaluation.quality.rows, "row")
+    of = f"{rows} of the test split" if evaluation.part == "test" else f"all {rows}"
+    console.print(Text(clean(f"{evaluation.program} on {evaluation.data}, {of}")))
+    console.print(Text(clean(accuracy_with_interval(evaluation.quality)), style="bold"))
+    for table in answer_tables(evaluation.answers):
+        console.print()
+        console.print(Text(table.title, style="bold"))
+        console.print(drawn(table, console.width))
+        for note in table.notes:
+            console.print(Text(clean(note), style="dim"))
+    for note in evaluation.notes:
+        console.print(Text(clean(as_sentence(note)), style="dim"))

@@ -1,0 +1,101 @@
+"""`edgetune profile`: predict or measure the latency and memory of a program on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgetune.cli.complete import device_names
+from edgetune.cli.devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.core.ledger import Measured
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact
+
+
+def profile(
+    program: Annotated[Path, typer.Argument(help="An exported .pte; needs its model.json.")],
+    device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.", autocompletion=device_names)],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time the program, on this host or where --on says.")
+    ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="Where to time it: host, ssh://user@host[:port] or adb[:serial]."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: all cores on this host, else the threads of the descriptor.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Minimum time to measure each kind of call.")] = 2.0,
+    python: Annotated[
+        str, typer.Option(help="Over ssh: a Python with executorch; a path is relative to the home folder.")
+    ] = "python3",
+    runner: Annotated[
+        Path | None, typer.Option(help="Over adb: ExecuTorch's executor_runner, built for Android.")
+    ] = None,
+    by_layer: Annotated[bool, typer.Option("--layers", help="Also predict what limits each layer.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Predict or measure latency and memory on a device.
+
+    The prediction is for the CPU of the device. Nothing is timed without --measure or --on.
+    """
+    from edgetune.profile.calls import predicted_calls
+    from edgetune.profile.device import load
+    from edgetune.profile.layers import layers, plain
+    from edgetune.profile.layers import text as layers_text
+    from edgetune.profile.tables import text
+    from edgetune.program.language import load_any
+    from edgetune.recipe.names import HOST
+    from edgetune.runtime.hosts.place import parsed
+
+    place = parsed(on or HOST) if measure or on else None
+    artifact, described = load_any(program), load(device)
+    if place is not None and threads is None and (described.id == HOST or place.kind != "host"):
+        threads = described.thread_count
+    predicted = predicted_calls(artifact, described)
+    measured: tuple[Measured | None, ...] = (None,) * len(predicted)
+    if place is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            measured = _measured(artifact, on or HOST, threads, seconds, python, runner)
+    pairs = tuple(zip(predicted, measured, strict=True))
+    calls: list[dict[str, Any]] = [
+        {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None} for p, m in pairs
+    ]
+    by_call = layers(artifact, described) if by_layer else ()
+    for call, of in zip(calls, by_call):  # noqa: B905  none without --layers
+        call["layers"] = plain(of)
+    if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
+        printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
+        return 0
+    known = artifact.program()
+    printed(text(f"{artifact.path.name}: {known.target}, {known.size_mib:,.1f} MiB", pairs))
+    for of in by_call:
+        printed("\n" + layers_text(of))
+    return 0
+
+
+def _measured(
+    artifact: Artifact | LanguageArtifact,
+    on: str,
+    threads: int | None,
+    seconds: float,
+    python: str,
+    runner: Path | None,
+) -> tuple[Measured, ...]:
+    """Timed there. Raises where that is this host, and it cannot run the target."""
+    from edgetune.core.errors import EdgetuneError, Exit
+    from edgetune.export.targets import find
+    from edgetune.runtime.hosts.session import measured_on, opened
+
+    target = artifact.manifest.target
+    if on == "host" and not find(target).runs_here:
+        action = "omit --measure, or pass --on ssh://user@host"
+        raise EdgetuneError(f"this machine cannot run {target} programs", action=action, exit_code=Exit.EXPORT)
+    with opened(on, python=python, runner=runner) as machine:
+        return measured_on(machine, artifact, threads=threads, seconds=seconds)

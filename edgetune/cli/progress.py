@@ -1,0 +1,66 @@
+"""Progress of a run on stderr: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from edgetune.core.progress import NOTE
+
+FEW = 16  # parts that get no line at each quarter
+Report = Callable[[str, int, int, str], None]  # what, done, of, detail
+
+
+@contextmanager
+def shown() -> Iterator[Report]:
+    """A callback `(what, done, of, detail)` that shows progress until the block ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines()
+        return
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    detail = TextColumn("{task.fields[detail]}", markup=False)
+    with Progress(*columns, detail, console=console, transient=True) as bars:  # what stays is the result
+        yield Bars(bars)
+
+
+class Lines:
+    """A line at each quarter of what has many parts, at both ends of what has few, and when anything else is done."""
+
+    def __init__(self) -> None:
+        self.what, self.quarter = "", -1
+
+    def __call__(self, what: str, done: int, of: int, detail: str) -> None:
+        """Print, if there is something new to say."""
+        if what == NOTE:
+            print(f"note: {detail}", file=sys.stderr, flush=True)
+            return
+        quarter = 4 * done // of if of > FEW else 4 * (done >= of)
+        if (what, quarter) == (self.what, self.quarter) or (of == 1 and not done):
+            return
+        self.what, self.quarter = what, quarter
+        print(f"{what} {f'{done}/{of} ' if of > 1 else ''}{detail}".rstrip(), file=sys.stderr, flush=True)
+
+
+class Bars:
+    """One bar for each thing in turn, all of them until the block ends."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.what: str = ""
+        self.task: TaskID | None = None
+
+    def __call__(self, what: str, done: int, of: int, detail: str) -> None:
+        """Move the bar, or begin the next one."""
+        if what == NOTE:
+            self.bars.console.print(f"note: {detail}", markup=False, highlight=False)
+            return
+        if self.task is None or what != self.what:
+            self.what, self.task = what, self.bars.add_task(what, total=of, detail=detail)
+        self.bars.update(self.task, completed=done, total=of, detail=detail)
+        if done >= of:
+            self.task = None  # the next one is a new bar, even if it is called the same

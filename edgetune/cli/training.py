@@ -1,0 +1,128 @@
+"""The verbs of training programs: `export-training`, `train-pte` and `pull`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgetune.cli.complete import recipe_names, target_names
+from edgetune.cli.devices import Json, printed
+
+if TYPE_CHECKING:
+    from edgetune.run.prepared import Prepared
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A packaged recipe, or a path ending in .yaml.", autocompletion=recipe_names),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.epochs=2, steps.3.ratio=0.5 or variant=smoke."),
+]
+
+
+def _prepared(recipe: str, overrides: list[str]) -> Prepared:
+    from edgetune.recipe.overrides import from_text
+    from edgetune.recipe.recipe import load
+    from edgetune.run.prepared import prepare
+
+    return prepare(load(recipe, from_text(overrides)))
+
+
+def export_training(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Program to write.")] = Path("train.pte"),
+    target: Annotated[str, typer.Option(help="Lower for this target.", autocompletion=target_names)] = "xnnpack",
+    rows: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="Momentum of SGD.")] = 0.0,
+    as_json: Json = False,
+) -> int:
+    """Export the training of a recipe as a program.
+
+    The steps of the recipe before its first training are applied on this host. The program then trains the trainable
+    weights, one batch per call, and is compared with PyTorch.
+    """
+    from edgetune.export.training.step import export_training as lower
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found = _prepared(recipe, overrides or [])
+        inputs, labels = next(found.batches(rows))
+        artifact = lower(found.model, inputs, labels, out, loss=found.loss, target=target, momentum=momentum)
+    known = artifact.manifest
+    if as_json:
+        printed(known.model_dump(mode="json"))
+        return 0
+    weights = sum(math.prod(s.shape) for s in known.trainable)
+    printed(
+        f"{artifact.path}: {known.size_bytes / 2**20:.2f} MiB, plan {known.plan_bytes / 2**20:.1f} MiB, "
+        f"{weights:,} trainable values; losses of {known.parity.steps} steps within "
+        f"{known.parity.max_abs_loss_difference:.1e} of eager mode"
+    )
+    return 0
+
+
+def train_pte(
+    program: Annotated[Path, typer.Argument(help="A program from `edgetune export-training`.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write the trained state to.")] = Path(
+        "trained.safetensors"
+    ),
+    resume: Annotated[Path | None, typer.Option(help="Continue from this state.")] = None,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of SGD.")] = 0.01,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Train with a training program on this host.
+
+    The rows come from the data of the recipe.
+    """
+    from edgetune.core.numbers import quality as in_words
+    from edgetune.export.training.pull import pull as pull_
+    from edgetune.program.training import TrainingArtifact
+    from edgetune.runtime.training import train_pte as train
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found = _prepared(recipe, overrides or [])
+        rows = TrainingArtifact.load(program).manifest.inputs[0].shape[0]
+        batches = (batch for epoch in range(epochs) for batch in found.batches(rows, epoch))
+        losses = train(program, batches, learning_rate, steps=steps, resume=resume, checkpoint=out)
+        quality = found.quality(pull_(out, found.model))
+    told = {"steps": len(losses), "losses": losses, quality.metric: quality.value, "state": str(out)}
+    text = f"{out}: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {in_words(quality)}"
+    printed(told if as_json else f"{text} on {quality.rows} test rows")
+    return 0
+
+
+def pull(
+    source: Annotated[Path, typer.Argument(help="The state written by `edgetune train-pte`, or the training program.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write the weights to.")] = Path("model.safetensors"),
+    as_json: Json = False,
+) -> int:
+    """Load weights trained by a program back into PyTorch.
+
+    The weights are loaded into the model of the recipe, which is finalized, tested and saved as a state dict.
+    """
+    from safetensors.torch import save_model
+
+    from edgetune.core.apply import finalize
+    from edgetune.core.numbers import quality as in_words
+    from edgetune.export.training.pull import pull as pull_
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found = _prepared(recipe, overrides or [])
+        model = finalize(pull_(source, found.model))
+        quality = found.quality(model)
+        save_model(model, str(out))
+    told = {"weights": str(out), quality.metric: quality.value, "rows": quality.rows}
+    printed(told if as_json else f"{out}: {in_words(quality)} on {quality.rows} test rows")
+    return 0

@@ -1,0 +1,140 @@
+"""`apply` and `finalize`: techniques on a model, outside of any recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.holders import held_model, hold, refuse_distributed, refuse_sharded
+from edgetune.core.layers import replace
+from edgetune.core.merging import take_off_others
+from edgetune.core.registry import TECHNIQUES
+from edgetune.core.technique import Sample, Technique, fitted
+
+_OPEN = "edgetune_techniques"  # the attribute of a model that lists what is open on it, in order
+
+
+def opened(model: nn.Module) -> tuple[Technique, ...]:
+    """The techniques applied to `model` and not finalized yet, in order."""
+    return tuple(getattr(model, _OPEN, ()))
+
+
+def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample: Sample | None = None) -> nn.Module:
+    """Apply techniques in order, in place. Returns the model, or the module that replaces it.
+
+    Args:
+        model: any `nn.Module`.
+        techniques: one technique, or several in order. A technique that needs plain layers, or that is already
+            applied, first finalizes the applied ones. Defaults that are not set are adapted to the techniques that
+            follow.
+        sample: example inputs and calibration batches, for techniques that need data.
+
+    Raises:
+        EdgetuneError: an invalid order, targets that match nothing, or a missing sample.
+    """
+    check_model(model, "apply")
+    if sample is not None and not isinstance(sample, Sample):
+        action = "write sample=et.Sample.of(inputs)"
+        raise EdgetuneError("sample is not a Sample", where="et.apply", got=type(sample).__name__, action=action)
+    outer, model = model, held_model(model)
+    refuse_distributed(outer)
+    for technique in fitted(_listed(techniques)):
+        check_order(technique, opened(model))
+        if closes(technique, [other.name for other in opened(model)]):
+            model = finalize(model)
+        before = opened(model)
+        try:
+            model = technique.apply(model, sample)
+        except EdgetuneError as error:
+            error.within(technique.name)
+            raise
+        setattr(model, _OPEN, [*before, technique])
+    return hold(outer, model)
+
+
+def _listed(techniques: object) -> list[Technique]:
+    """Techniques as a list; anything else is refused with what to write instead."""
+    if isinstance(techniques, Technique):
+        return [techniques]
+    several = isinstance(techniques, Iterable) and not isinstance(techniques, (str, Mapping))
+    listed: list[Technique] = []
+    for other in techniques if several else [techniques]:  # type: ignore[attr-defined]
+        if not isinstance(other, Technique):
+            raise EdgetuneError("not a technique", where="et.apply", got=other, action=_instead(other))
+        listed.append(other)
+    return listed
+
+
+def _instead(other: object) -> str:
+    """What was probably meant by something that is no technique."""
+    if isinstance(other, type) and issubclass(other, Technique):
+        required = [name for name, field in other.model_fields.items() if field.is_required()]
+        return f"make an object of the class: et.{other.__name__}({', '.join(f'{name}=...' for name in required)})"
+    name = next(iter(other), None) if isinstance(other, Mapping) else getattr(other, "name", other)
+    if name == "train":
+        return "train in your own loop between et.apply and et.finalize, or with a step of a recipe"
+    if isinstance(name, str) and name in TECHNIQUES:
+        return f"write et.{TECHNIQUES[name].rpartition(':')[2]}(...), with its settings by name"
+    return "write [et.LoRA(rank=8, targets=[...])], one object for each technique"
+
+
+def check_model(model: object, verb: str) -> None:
+    """Raise for what is no module where `et.<verb>` takes one first."""
+    if not isinstance(model, nn.Module):
+        action = f"give et.{verb} an nn.Module first"
+        raise EdgetuneError("not a model", where=f"et.{verb}", got=model, action=action)
+
+
+def closes(step: object, open_names: Sequence[str]) -> bool:
+    """Whether what is open must be finalized before this step: it needs plain layers, or takes its own place."""
+    again = getattr(step, "replaces", False) and getattr(step, "name", None) in open_names
+    return bool(open_names) and (getattr(step, "plain", False) or again)
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Finalize all applied techniques in reverse order, so that only plain layers remain. Returns the model.
+
+    This includes techniques on a model inside this one (your own wrapper module, DistributedDataParallel, a
+    compiled model), peft's tuner layers of any family, and 4-bit linear layers from other libraries.
+    DistributedDataParallel and `PeftModel` are removed: the model inside is returned.
+
+    Raises `EdgetuneError` for an adapter that no plain layer can represent, or that does not change layers (prompt
+    tuning).
+    """
+    check_model(model, "finalize")
+    refuse_sharded(model)
+    model = hold(model, _finalize_own(held_model(model)))
+    inner = {name: module for name, module in model.named_modules() if name and opened(module)}
+    for name, module in reversed(inner.items()):  # the innermost first
+        replace(model, name, _finalize_own(module))
+    return take_off_others(model)
+
+
+def _finalize_own(model: nn.Module) -> nn.Module:
+    """Finalize what `apply` put on this very model."""
+    techniques = list(opened(model))
+    while techniques:
+        technique = techniques.pop()
+        try:
+            model = technique.finalize(model)
+        except EdgetuneError as error:
+            error.within(f"{technique.name}, finalize")
+            raise
+        setattr(model, _OPEN, list(techniques))
+    if hasattr(model, _OPEN):
+        delattr(model, _OPEN)
+    return model
+
+
+def check_order(technique: Technique, earlier: Sequence[Technique]) -> None:
+    """Raise unless `technique` may follow each of `earlier`."""
+    for other in earlier:
+        if other.name not in technique.after:
+            raise EdgetuneError(
+                f"{technique.name} cannot follow {other.name}",
+                got=other.name,
+                allowed=sorted(technique.after),
+                action=f"put {technique.name} before {other.name}",
+            )

@@ -1,0 +1,68 @@
+"""A model's inputs and outputs, whatever their form: a tensor, a tuple, a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.errors import EdgetuneError
+
+Inputs = Union[Tensor, "tuple[Tensor, ...]", "dict[str, Tensor]"]
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Run `model` on inputs of any of the three forms."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, what is called `logits`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise EdgetuneError(
+            "the output of the model has no logits",
+            got=type(output).__name__,
+            action='return a tensor, a tuple that begins with one, a mapping with "logits", or an object with .logits',
+        )
+    return found
+
+
+def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The tensors of the inputs, in order."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    return tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)
+
+
+def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Rows `start:stop` of every tensor, in the same form."""
+    if isinstance(inputs, Tensor):
+        return inputs[start:stop]
+    if isinstance(inputs, dict):
+        return {name: value[start:stop] for name, value in inputs.items()}
+    return tuple(value[start:stop] for value in inputs)
+
+
+def moved(inputs: Inputs, device: torch.device) -> Inputs:
+    """The inputs on `device`, in the same form."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return tuple(value.to(device) for value in inputs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer lies; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

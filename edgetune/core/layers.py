@@ -1,0 +1,89 @@
+"""Shell patterns that choose layers by their dotted names. A pattern that matches nothing raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.other_names import nearest
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted name fits one of the patterns; `*.query` also fits `query` itself.
+
+    >>> matches("encoder.layer.0.query", ["*.query"]), matches("query", ["*.query"]), matches("key", ["*.query"])
+    (True, True, False)
+    """
+    return any(fnmatchcase(name, p) or fnmatchcase("." + name, p) for p in patterns)
+
+
+def select(
+    model: nn.Module,
+    include: Iterable[str],
+    skip: Iterable[str] = (),
+    kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module,
+    accept: Callable[[nn.Module], bool] | None = None,
+) -> dict[str, nn.Module]:
+    """Layers of `kind` whose name fits `include` and not `skip`, in the model's own order.
+
+    Raises `EdgetuneError` for each pattern of either list that fits no layer of that kind.
+    """
+    if isinstance(include, str) or isinstance(skip, str):
+        raise EdgetuneError("patterns must be a list", got=include, action=f"write [{include!r}]")
+    include, skip = list(include), list(skip)
+    if not include:
+        raise EdgetuneError("targets: no pattern given", action="name at least one layer or pattern")
+    layers = {n: m for n, m in model.named_modules() if n and isinstance(m, kind) and (accept is None or accept(m))}
+    for what, patterns in (("targets", include), ("skip", skip)):
+        for pattern in patterns:
+            if not any(matches(name, [pattern]) for name in layers):
+                raise no_match(f"{what}: the pattern matches no layer", pattern, layers)
+    chosen = {n: m for n, m in layers.items() if matches(n, include) and not matches(n, skip)}
+    if not chosen:
+        raise EdgetuneError("targets: every matching layer is also skipped", got=include, action="shorten skip")
+    return chosen
+
+
+def no_match(what: str, pattern: str, names: Iterable[str]) -> EdgetuneError:
+    """The error for a pattern that fits none of the names: what they end in, and which one was probably meant."""
+    names = list(names)
+    endings = _endings(names)
+    near = nearest(pattern, endings) or nearest(pattern, names)
+    action = "print the names with [name for name, _ in model.named_modules()]"
+    return EdgetuneError(what, got=pattern, allowed=endings, near=near, action=action)
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    """The shortest patterns for layers of these names: `*.query` for that of every block.
+
+    >>> _endings(["blocks.0.query", "blocks.1.query", "blocks.1.norm", "0", "head.1"])
+    ['*.query', '*.norm', '0', 'head.1']
+    """
+    parts = [(name, name.rpartition(".")[2]) for name in names]
+    return list(dict.fromkeys(name if last == name or last.isdecimal() else f"*.{last}" for name, last in parts))
+
+
+def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raise for a layer whose weight also belongs to another layer (tied embeddings): merging would change both."""
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    for name, layer in chosen.items():
+        for parameter in layer.parameters(recurse=False):
+            others = owners.get(id(parameter), set()) - {name}
+            if others:
+                raise EdgetuneError(
+                    f"{name} shares its weight with {', '.join(sorted(others))}; a change to one would change both",
+                    got=name,
+                    action=f'add "{name}" to skip, or untie it: layer.weight = nn.Parameter(layer.weight.clone())',
+                )
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the layer called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

@@ -1,0 +1,321 @@
+"""The ledger: what a run measured, step by step, as one value that goes to JSON, the terminal and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.one_line import OneLine
+
+
+class Entry(OneLine):
+    """Base of everything in the ledger: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Quality(Entry):
+    """One number on the held-out test set."""
+
+    metric: Literal["accuracy_pct", "perplexity"]
+    value: float
+    rows: int
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Accuracy rises, perplexity falls."""
+        return self.metric == "accuracy_pct"
+
+    @property
+    def interval_pct(self) -> tuple[float, float] | None:
+        """95 % interval of an accuracy measured on so many rows (Wilson's score interval); `None` for a perplexity.
+
+        >>> [round(end, 1) for end in Quality(metric="accuracy_pct", value=90.0, rows=20).interval_pct]
+        [69.9, 97.2]
+        """
+        if self.metric != "accuracy_pct" or not self.rows or not math.isfinite(self.value):
+            return None
+        share, z2 = self.value / 100, 1.959964**2
+        middle = (share + z2 / (2 * self.rows)) / (1 + z2 / self.rows)
+        spread = math.sqrt(share * (1 - share) * z2 / self.rows + z2**2 / (4 * self.rows**2)) / (1 + z2 / self.rows)
+        return 100 * max(0.0, middle - spread), 100 * min(1.0, middle + spread)
+
+
+class Row(Entry):
+    """The model as it stood after one step. `None`: not measured, with the reason in `note`."""
+
+    index: int  # 0 is the model as loaded
+    step: str  # recipe name of the step, "load" or "finalize"
+    detail: str = ""  # the settings in a few words
+    quality: Quality | None = None
+    parameters: int
+    trainable_parameters: int
+    size_mib: float  # parameters and buffers, as stored in memory
+    macs: int | None = None  # of one example
+    backward_kept_mib: float | None = None  # activations kept for backward by one training batch
+    seconds: float  # the step itself, without measuring; of a resumed training, all its parts together
+    note: str = ""
+    measured_at: str = ""  # UTC, ISO 8601
+    digest: str = ""  # of the settings of this step and all before it
+
+
+class LossPoint(Entry):
+    """One optimizer update."""
+
+    update: int
+    loss: float
+    learning_rate: float
+
+
+class Training(Entry):
+    """One `train` step."""
+
+    row: int  # index of its row
+    losses: tuple[LossPoint, ...]
+    optimizer_state_mib: float
+    gradients_mib: float
+    peak_memory_mib: float | None = None  # weights, gradients, optimizer state, kept activations and the teacher
+
+
+class Leftover(Entry):
+    """An operator that the backend did not take."""
+
+    operator: str
+    module: str
+    count: int
+
+
+class OutputParity(Entry):
+    """One output of the program against the same of the eager model, over everything that it was tried on."""
+
+    name: str
+    largest: float  # absolute value in eager mode
+    max_abs_difference: float
+    max_relative_difference: float  # the same over `largest`
+    exact: bool = False  # whole numbers or truth values: no difference is allowed
+
+
+class Parity(Entry):
+    """The program against the eager model it was made from, on held-out rows or at each place of its own text."""
+
+    rows: int  # so many of what `counted` names
+    same_prediction_pct: float
+    max_abs_difference: float
+    counted: Literal["held-out row", "greedy token", "input"] = "held-out row"
+    outputs: tuple[OutputParity, ...] = ()  # none: a program of before values were compared for each output
+    max_relative_allowed: float | None = None
+    tried: tuple[str, ...] = ()  # what else it was run on, beside the rows
+
+    @property
+    def number(self) -> str:
+        """`8 rows`, `1 input`, `64 greedy tokens`."""
+        return f"{self.rows:,} {self.counted.removeprefix('held-out ')}{'s' * (self.rows != 1)}"
+
+    @property
+    def max_relative_difference(self) -> float | None:
+        """Of the output that is furthest off."""
+        return max((output.max_relative_difference for output in self.outputs), default=None)
+
+
+class Program(Entry):
+    """The exported program, as its `model.json` states it."""
+
+    path: str
+    target: str
+    size_mib: float
+    plan_kib: float  # planned arena for activations
+    sha256: str
+    delegated_macs_pct: float
+    delegated_operators_pct: float
+    leftovers: tuple[Leftover, ...] = ()
+    parity: Parity | None = None
+
+
+class Call(Entry):
+    """One kind of call of a program on one device."""
+
+    device: str
+    call: str = ""  # of a language program: one token, or a piece of a prompt; else there is one kind
+
+    @property
+    def where(self) -> str:
+        """Device and call: `this host, a token after 128`."""
+        return f"{self.device}, {self.call}" if self.call else self.device
+
+
+def on_cpu(threads: int | None) -> str:
+    """`CPU, 6 threads`.
+
+    >>> on_cpu(1), on_cpu(None)
+    ('CPU, 1 thread', 'CPU')
+    """
+    return "CPU" if threads is None else f"CPU, {threads} thread{'s' * (threads != 1)}"
+
+
+class Measured(Call):
+    """Timed on a real machine."""
+
+    latency_ms: float  # median
+    latency_p10_ms: float
+    latency_p90_ms: float
+    load_ms: float
+    peak_memory_mib: float  # of the process, above an empty one
+    runs: int
+    threads: int
+    note: str = ""
+    first_ms: float | None = None  # the first run, with everything cold
+    noise_pct: float | None = None  # the median is known to about this much, either way
+    drift_pct: float | None = None  # the last third of the runs against the first
+    cores: tuple[int, ...] = ()  # that the process was kept to; none: the system lets nobody choose
+    energy_mj: float | None = None  # of one run, all that the meter covers; None: nothing there measures it
+    energy_note: str = ""  # which meter, or why there is none
+    temperature_c: tuple[float, float] | None = None  # of the hottest sensor, before and after the runs
+    clock_mhz: tuple[float, float] | None = None  # of the fastest core, before, and the lowest after any batch
+
+
+class Predicted(Call):
+    """Computed from a device descriptor, for its CPU; the band is what the descriptor's trust allows."""
+
+    name: str = ""  # of the device, as its maker writes it; empty: a ledger of before
+    threads: int | None = None  # that the prediction is for
+    accelerators: tuple[str, ...] | None = None  # kinds that the device has beside its CPU: "gpu"; none is predicted
+    latency_ms: float
+    latency_low_ms: float
+    latency_high_ms: float
+    peak_memory_mib: float
+    calibrated: bool
+    note: str = ""
+    band_pct: float | None = None  # share of programs that the band is to hold; None: nobody counted
+    energy_mj: float | None = None  # of one run; an order of magnitude
+    cold_start_ms: float | None = None  # load, pack and run once
+
+    @property
+    def runs_on(self) -> str:
+        """What the prediction is for: `CPU, 6 threads`."""
+        return on_cpu(self.threads)
+
+    @property
+    def not_predicted(self) -> str:
+        """What else the device could run it on: `GPU: not predicted`; empty where there is nothing."""
+        kinds = ", ".join(kind.upper() for kind in dict.fromkeys(self.accelerators or ()))
+        return f"{kinds}: not predicted" if kinds else ""
+
+
+class Verdict(Entry):
+    """One line of the recipe's budget."""
+
+    device: str
+    quantity: Literal["latency_ms", "size_mib", "train_memory_mib", "peak_memory_mib"]
+    limit: float
+    value: float  # what the run came to
+    least: float  # the least that this run shows can be had
+    holds: bool
+    note: str = ""
+
+
+class Baseline(Entry):
+    """A simple method on the same test set."""
+
+    name: str
+    value: float
+
+
+class ClassFigures(Entry):
+    """One class of a classifier, counted on the test set."""
+
+    name: str
+    rows: int  # that are of this class
+    predicted: int  # that the model takes for it
+    right: int  # both
+
+    @property
+    def precision_pct(self) -> float | None:
+        """Of the rows that the model takes for this class, those that are; `None` where it takes none for it."""
+        return 100 * self.right / self.predicted if self.predicted else None
+
+    @property
+    def recall_pct(self) -> float | None:
+        """Of the rows of this class, those that the model finds; `None` where there are none."""
+        return 100 * self.right / self.rows if self.rows else None
+
+
+class Confusion(Entry):
+    """Rows of one class that the model takes for another."""
+
+    true: str
+    predicted: str
+    rows: int
+
+
+class Mistake(Entry):
+    """A row that the model takes for another class, with its share of all classes' scores."""
+
+    row: int  # of the test set, from 0
+    text: str = ""  # the text, cut where it is long, or the name of an image's file
+    image: str = ""  # a small image as a data: URI
+    true: str
+    predicted: str
+    confidence_pct: float
+
+
+class Answers(Entry):
+    """What a classifier answers on the test set, class by class."""
+
+    classes: tuple[ClassFigures, ...]  # in the model's order
+    confusions: tuple[Confusion, ...] = ()  # the most frequent first; the rarest are left out of a long list
+    mistakes: tuple[Mistake, ...] = ()  # the most confident ones
+
+    @property
+    def quality(self) -> Quality:
+        """The accuracy over all rows."""
+        rows = sum(one.rows for one in self.classes)
+        right = sum(one.right for one in self.classes)
+        return Quality(metric="accuracy_pct", value=100 * right / rows if rows else math.nan, rows=rows)
+
+
+class Ledger(Entry):
+    """A whole run."""
+
+    format: Literal[1] = 1
+    recipe: str  # name
+    seed: int
+    model: str
+    data: str
+    settings: dict[str, Any]  # the resolved recipe
+    environment: dict[str, str]
+    baselines: tuple[Baseline, ...] = ()
+    rows: tuple[Row, ...] = ()
+    trainings: tuple[Training, ...] = ()
+    answers: Answers | None = None  # of the final model; None: a language model, or a ledger of before
+    program: Program | None = None
+    measured: tuple[Measured, ...] = ()
+    predicted: tuple[Predicted, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    notes: tuple[str, ...] = ()  # what a reader has to know about the data and the model
+    finished: bool = False
+
+    def with_(self, **changes: Any) -> Ledger:
+        """A copy with these fields replaced."""
+        return self.model_copy(update=changes)
+
+    def dumps(self) -> str:
+        """As indented JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """Read `ledger.json`. Raises `EdgetuneError` (exit code 3) where it cannot be read as a ledger."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is cut off, or of another version"
+            what = f"{path} cannot be read as a ledger: {reason}"
+            raise EdgetuneError(what, action="run the recipe again", exit_code=Exit.DATA) from error
+
+
+THIS_HOST = "this host"

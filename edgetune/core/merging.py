@@ -1,0 +1,150 @@
+"""Layers that carry something extra become plain ones again; each is compared before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.carriers import is_nf4, is_peft, is_peft_model, peft_tensors
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import replace
+from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_of
+from edgetune.core.wrapped import dense, dense_bias, is_wrapped, plain_layer
+
+
+def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> nn.Module:
+    """Replace every layer that `which` picks by its plain equivalent, in place, together with what it wraps.
+
+    Raises `EdgetuneError` if the weight of one is tied to another layer, since the other would change with it, or if
+    no plain layer computes what the layer does. What was merged before then stays merged: the outputs are the same.
+    """
+    if which(model):
+        return merge_layer(model)
+    chosen = [name for name, module in model.named_modules(remove_duplicate=False) if which(module)]
+    outermost = [name for name in chosen if not any(name.startswith(other + ".") for other in chosen)]
+    layers = {name: model.get_submodule(name) for name in outermost}
+    _refuse_tied(model, layers)
+    merged: dict[int, nn.Module] = {}  # a layer may hang in the model under several names
+    for name, layer in layers.items():
+        if id(layer) not in merged:
+            try:
+                merged[id(layer)] = merge_layer(layer)
+            except EdgetuneError as error:
+                error.within(name)
+                raise
+        replace(model, name, merged[id(layer)])
+    left = [name for name, module in model.named_modules() if which(module)]
+    if left:
+        raise EdgetuneError("some layers still have adapters or slices after the merge", got=left)
+    return model
+
+
+@torch.no_grad()
+def merge_layer(layer: nn.Module) -> nn.Module:
+    """The plain layer with the dense weight and bias written into it. Trainability of the base is kept.
+
+    A 4-bit base becomes a new `nn.Linear` of the type that it had before, which trains like any new layer. Raises
+    `EdgetuneError`, with the layer as it was, where the plain layer does not compute the same.
+    """
+    plain = plain_layer(layer)
+    tensors = peft_tensors(layer) if is_peft(layer) else _own_tensors(layer)
+    inputs = probe_inputs(plain)
+    expected = None if inputs is None else outputs_of(layer, inputs)
+    if is_nf4(plain):
+        merged, before = _new_linear(plain, tensors), {}
+    else:
+        before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+        merged = _write(plain, tensors)
+    difference = (
+        0.0 if expected is None or inputs is None else relative_difference(expected, outputs_of(merged, inputs))
+    )
+    if difference > rounding_of(next(merged.parameters()).dtype):
+        _undo(merged, before)
+        raise EdgetuneError(
+            f"a merge would change what the {type(layer).__name__} computes, by {difference:.2g} of its largest value",
+            action="leave the layer out with skip, or remove what else computes its weight",
+        )
+    return merged
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    weight, bias = dense(layer).detach(), dense_bias(layer)
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.detach()}
+
+
+def _new_linear(packed: Any, tensors: dict[str, Tensor]) -> nn.Module:
+    """An `nn.Linear` in the place of a 4-bit one; a bias that did not change stays the parameter that it was."""
+    linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(tensors["weight"])
+    bias = tensors.get("bias")
+    kept = bias is None or (packed.bias is not None and torch.equal(bias, packed.bias))
+    linear.bias = packed.bias if kept else nn.Parameter(bias)  # type: ignore[assignment, arg-type]
+    return linear.train(packed.training)
+
+
+def _write(plain: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Write the tensors into the plain layer, in place; a bias is made where there was none."""
+    own = plain.state_dict(keep_vars=True)
+    if not set(tensors) - {"bias"} <= set(own):
+        raise EdgetuneError(
+            f"the weight of this {type(plain).__name__} is computed at each call, so nothing can be written into it",
+            got=sorted(own),
+            action="fold it first: torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm",
+        )
+    for name, tensor in tensors.items():
+        if name in own:
+            own[name].data.copy_(tensor)
+        else:
+            trains = any(parameter.requires_grad for parameter in plain.parameters(recurse=False))
+            plain.register_parameter(name, nn.Parameter(tensor.to(own["weight"].dtype), requires_grad=trains))
+    return plain
+
+
+def _undo(plain: nn.Module, before: dict[str, Tensor]) -> None:
+    for name in [name for name in plain.state_dict() if before and name not in before]:
+        plain.register_parameter(name, None)
+    for name, tensor in before.items():
+        plain.state_dict(keep_vars=True)[name].data.copy_(tensor)
+
+
+def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    weights = {id(getattr(plain_layer(m), "weight", None)): (n, plain_layer(m)) for n, m in layers.items()}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in weights and weights[id(weight)][1] is not module:
+            raise EdgetuneError(
+                f"{weights[id(weight)][0]} shares its weight with {name}; merging would change both",
+                action="untie the two before wrapping: layer.weight = nn.Parameter(layer.weight.clone())",
+            )
+
+
+def take_off_others(model: nn.Module) -> nn.Module:
+    """Merge what peft and bitsandbytes put on the model without edgetune, and take peft's own model off.
+
+    Raises `EdgetuneError` for an adapter of peft that changes no layer: prompts, prefixes.
+    """
+    whole = {name: module for name, module in model.named_modules() if is_peft_model(module)}
+    for name, module in whole.items():
+        config: Any = module.active_peft_config
+        if config.is_prompt_learning or not any(is_peft(inner) for inner in module.modules()):
+            raise EdgetuneError(
+                "this adapter changes no layer, so there is nothing to merge it into",
+                where=name,
+                got=str(getattr(config.peft_type, "value", config.peft_type)),
+                action="train an adapter of weights (LoRA, LoHa, IA3, ...)",
+            )
+    if any(is_wrapped(module) for module in model.modules()):
+        model = merge(model)
+    for name in reversed(whole):  # the innermost first
+        holder: Any = model.get_submodule(name)
+        base: nn.Module = holder.get_base_model()
+        if not name:
+            model = base
+        else:
+            replace(model, name, base)
+    for module in model.modules():
+        module.__dict__.pop("peft_config", None)
+    return model

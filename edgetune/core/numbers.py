@@ -1,0 +1,140 @@
+"""Numbers as people read them. Everything that is missing or not finite becomes a word or a dash, never `nan`."""
+
+from __future__ import annotations
+
+import math
+
+from edgetune.core.ledger import Quality
+
+DASH = "-"  # not measured
+STEPS_OF_1000 = ("", " k", " M", " G", " T", " P")
+
+
+def finite(value: float | None) -> float | None:
+    """The value where there is one that can be drawn, else `None`."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """To `digits` significant figures, without exponents down to a thousandth.
+
+    >>> [number(v) for v in (0.0, 0.004217, 1.0, 86.64, 1234.4, None, float("nan"))]
+    ['0', '0.00422', '1.00', '86.6', '1,234', '-', 'not finite']
+    """
+    if value is None:
+        return DASH
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        return f"{value:.{digits - 1}g}"
+    leading = int(f"{value:.{digits - 1}e}".partition("e")[2]) + 1
+    return f"{value:,.{max(digits - leading, 0)}f}"
+
+
+def count(value: int | None) -> str:
+    """How many, with k, M, G.
+
+    >>> [count(v) for v in (0, 512, 999_999, 22_713_601, 1_361_000_000, None)]
+    ['0', '512', '1.00 M', '22.7 M', '1.36 G', '-']
+    """
+    if value is None:
+        return DASH
+    if abs(value) < 1000:
+        return str(value)
+    scaled, step = float(value), 0
+    while abs(scaled) >= 999.5 and step < len(STEPS_OF_1000) - 1:
+        scaled, step = scaled / 1000, step + 1
+    return number(scaled) + STEPS_OF_1000[step]
+
+
+def percent(value: float | None) -> str:
+    """A share with one decimal; 100.0 only where it is all, 0.0 only where it is nothing.
+
+    >>> [percent(v) for v in (100.0, 99.98, 0.01, 0.0, 42.25)]
+    ['100.0', '> 99.9', '< 0.1', '0.0', '42.2']
+    """
+    if value is None or not math.isfinite(value):
+        return number(value)
+    if 99.95 <= value < 100:
+        return "> 99.9"
+    if 0 < value < 0.05:
+        return "< 0.1"
+    return f"{value:.1f}"
+
+
+def score(value: float | None) -> str:
+    """A quality, to two decimals."""
+    return f"{value:,.2f}" if finite(value) is not None else number(value)
+
+
+def change(value: float | None) -> str:
+    """A difference of two qualities, with its sign.
+
+    >>> [change(v) for v in (1.204, -0.3, -0.001, None)]
+    ['+1.20', '-0.30', '0.00', '-']
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    rounded = round(value, 2)
+    return f"{rounded:+.2f}" if rounded else "0.00"
+
+
+def quality(value: Quality | None) -> str:
+    """A quality with its unit, for running text."""
+    if value is None:
+        return "quality not measured"
+    if finite(value.value) is None:
+        return f"{noun(value)} not finite"
+    return f"{score(value.value)} % accuracy" if value.metric == "accuracy_pct" else f"perplexity {score(value.value)}"
+
+
+def accuracy_with_interval(value: Quality) -> str:
+    """An accuracy with the 95 % interval that its number of rows allows.
+
+    >>> accuracy_with_interval(Quality(metric="accuracy_pct", value=90.0, rows=20))
+    '90.00 % accuracy on 20 rows (95 % interval: 69.9 to 97.2 %)'
+    """
+    interval = value.interval_pct
+    text = f"{quality(value)} on {plural(value.rows, 'row')}"
+    return text if interval is None else f"{text} (95 % interval: {interval[0]:.1f} to {interval[1]:.1f} %)"
+
+
+def seconds(value: float) -> str:
+    """A duration, to a hundredth where it is short.
+
+    >>> [seconds(v) for v in (0.019, 9.5, 94.32, 1234.5)]
+    ['0.02', '9.50', '94.3', '1,234']
+    """
+    return f"{value:.2f}" if 0 <= value < 1 else number(value)
+
+
+def noun(value: Quality) -> str:
+    """The name of the metric."""
+    return "accuracy" if value.metric == "accuracy_pct" else "perplexity"
+
+
+def unit(value: Quality) -> str:
+    """The unit of the metric; perplexity has none."""
+    return "%" if value.metric == "accuracy_pct" else ""
+
+
+def plural(many: int, thing: str) -> str:
+    """The number and its noun.
+
+    >>> plural(1, "row"), plural(1500, "row")
+    ('1 row', '1,500 rows')
+    """
+    return f"{many:,} {thing}" if many == 1 else f"{many:,} {thing}s"
+
+
+def size(size_bytes: int) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> size(512), size(20480), size(5 * 2**20)
+    ('512 B', '20.0 KiB', '5.00 MiB')
+    """
+    if size_bytes < 2**10:
+        return f"{size_bytes} B"
+    return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,179 @@
+"""Whether a layer computes what its class says: its own weight and bias, in the functional of its class.
+
+Weight norm, spectral norm and parametrizations give a layer a weight that is computed at each call; standardized and
+scaled layers change it in a forward of their own. A technique that takes the weight as it stands is wrong on those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.modes import undisturbed
+from edgetune.core.probe import probe_inputs, relative_difference
+from edgetune.core.wrapped import is_wrapped
+
+_REMEDIES = {
+    "parametrized": 'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")',
+    "recomputed": "torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove",
+}
+
+
+def refuse_computed(name: str, layer: nn.Module) -> None:
+    """Raise unless the layer equals the functional of its class with its own weight and bias.
+
+    Looks at linears, convolutions, embeddings and transformers' Conv1D; layers of other classes pass. One with a
+    forward of its own is called on random input of its own shape, dtype and device, without its hooks and in both
+    modes; that leaves no trace. One on the meta device has no values to compare: its forward must be its class's own.
+    """
+    reason = how_computed(layer)
+    if reason:
+        raise EdgetuneError(
+            f"{name} computes more than its class does: {reason}", got=type(layer).__name__, action=_action(name, layer)
+        )
+
+
+def _action(name: str, layer: nn.Module) -> str:
+    skip = f'add "{name}" to skip'
+    if parametrize.is_parametrized(layer):
+        return f"{skip}, or make it plain first: {_REMEDIES['parametrized']}"
+    return f"{skip}, or make it plain first: {_REMEDIES['recomputed']}" if computed_tensor(layer) else skip
+
+
+def computed_tensor(layer: nn.Module) -> str:
+    """`weight` or `bias` where the layer computes that at each call, so that it is no parameter of its own; else ""."""
+    for key in ("weight", "bias"):
+        if getattr(layer, key, None) is not layer._parameters.get(key):
+            return key
+    return ""
+
+
+def how_computed(layer: nn.Module) -> str:
+    """What the layer computes beside its class; "" for a plain one, and for one of a class that is not looked at."""
+    kind = kind_of(layer)
+    if kind is None or is_wrapped(layer):
+        return ""
+    for key in ("weight", "bias"):
+        if parametrize.is_parametrized(layer, key):
+            return parametrized_by(key, layer.parametrizations[key])  # type: ignore[union-attr, index, arg-type]
+    key = computed_tensor(layer)
+    if key:
+        return f"its {key} is not a parameter but computed at each call, as by weight_norm or prune"
+    weight = layer._parameters["weight"]
+    if weight is not None and nn.parameter.is_lazy(weight):
+        return "it has no weight before its first forward; run the model once"
+    if is_stock(layer):
+        return ""
+    if weight is None or weight.is_meta:
+        return "it has its own forward, and there are no values yet to compare its output with"
+    if not weight.is_floating_point():
+        return f"it has its own forward, over a weight stored in {weight.dtype}"
+    if getattr(layer, "max_norm", None) is not None:
+        return "it has its own forward, in which max_norm rewrites its rows"
+    for training in (False, True):
+        difference = _differs(layer, kind, training)
+        if difference:
+            return difference
+    return ""
+
+
+def parametrized_by(key: str, steps: parametrize.ParametrizationList) -> str:
+    """Says what computes the weight or bias."""
+    return f"its {key} is parametrized by {', '.join(type(step).__name__.strip('_') for step in steps)}"
+
+
+def kind_of(layer: nn.Module) -> str | None:
+    """The class of torch (or transformers' Conv1D) that the layer is one of; None for any other."""
+    return next((kind for kind in _FUNCTIONALS if _is_a(layer, kind)), None)
+
+
+def _is_a(layer: nn.Module, kind: str) -> bool:
+    own = getattr(nn, kind, None)
+    return isinstance(layer, own) if own is not None else any(c.__name__ == kind for c in type(layer).__mro__)
+
+
+def is_stock(layer: nn.Module) -> bool:
+    """Whether its forward is the very one of its class in torch (or of transformers' Conv1D)."""
+    kind = kind_of(layer)
+    if kind is None or "forward" in layer.__dict__ or type(layer).__call__ is not nn.Module.__call__:
+        return False
+    own = getattr(nn, kind, None)
+    if own is None:
+        return type(layer).__name__ == kind and type(layer).__module__.startswith("transformers.")
+    inner = getattr(own, "_conv_forward", None)
+    return type(layer).forward is own.forward and getattr(type(layer), "_conv_forward", None) is inner
+
+
+def _differs(layer: nn.Module, kind: str, training: bool) -> str:
+    """How the layer's output differs from the functional's in this mode; "" where it does not."""
+    refused: Exception | None = None
+    with untouched(layer, training), torch.no_grad():
+        for x in probes(layer):
+            try:
+                output = layer.forward(x)
+                expected = _FUNCTIONALS[kind](layer, x)
+            except Exception as error:  # whatever a forward raises that wants something else
+                refused = error
+                continue
+            return _compared(output, expected, training)
+    return f"its own forward does not take the inputs of its class ({type(refused).__name__}: {refused})"
+
+
+@contextmanager
+def untouched(layer: nn.Module, training: bool) -> Iterator[None]:
+    """For a call of one layer in this mode: what its forward notes or changes on it is put back."""
+    attributes, buffers = dict(layer.__dict__), dict(layer._buffers)
+    values = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    try:
+        with undisturbed(layer, training):
+            yield
+    finally:
+        layer.__dict__.clear()
+        layer.__dict__.update(attributes)
+        layer._buffers.update(buffers)
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if not torch.equal(parameter, values[name]):
+                    parameter.copy_(values[name])
+
+
+def _compared(output: object, expected: Tensor, training: bool) -> str:
+    mode = " in training mode" if training else ""
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return f"its own forward returns another shape{mode}"
+    if output.dtype != expected.dtype:
+        return f"its own forward gives {output.dtype}{mode}"
+    off = relative_difference(expected, output)
+    if off <= max(1e-5, 4 * torch.finfo(expected.dtype).eps):
+        return ""
+    return f"its own forward differs by {off:.2g} of the largest value{mode}"
+
+
+def probes(layer: nn.Module) -> list[Tensor]:
+    """Random inputs that fit the layer, with more and with fewer dimensions."""
+    inputs = probe_inputs(layer)
+    return [] if inputs is None else [inputs[0], inputs[0][0]]
+
+
+def _convolution(kind: Any) -> Callable[[Any, Tensor], Tensor]:
+    return lambda layer, x: kind._conv_forward(layer, x, layer.weight, layer.bias)
+
+
+# What each class computes; those of torch read stride, padding and so on off the layer themselves.
+_FUNCTIONALS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "Linear": nn.Linear.forward,
+    "Conv1d": _convolution(nn.Conv1d),
+    "Conv2d": _convolution(nn.Conv2d),
+    "Conv3d": _convolution(nn.Conv3d),
+    "ConvTranspose1d": nn.ConvTranspose1d.forward,
+    "ConvTranspose2d": nn.ConvTranspose2d.forward,
+    "ConvTranspose3d": nn.ConvTranspose3d.forward,
+    "Embedding": nn.Embedding.forward,
+    "Conv1D": lambda layer, x: x @ layer.weight + layer.bias,  # transformers', weight (in, out)
+}

@@ -1,0 +1,119 @@
+"""Literal tables from a name to `module:attribute`. Nothing is imported before it is used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.other_names import nearest_source
+from edgetune.core.quiet import quiet
+from edgetune.core.technique import Technique
+
+TECHNIQUES = {
+    "lora": "edgetune.adapt.lora:LoRA",
+    "sparse-update": "edgetune.sparse.update:SparseUpdate",
+    "prune": "edgetune.prune.structured:Prune",
+    "int4": "edgetune.quant.int4:Int4",
+    "int8": "edgetune.quant.int8:Int8",
+    "nf4": "edgetune.quant.nf4:NF4",
+}
+
+# Steps of a recipe that look at or train the model without changing its layers.
+STEPS = {
+    "train": "edgetune.train.settings:Train",
+    "eval": "edgetune.run.fold:Eval",
+}
+
+# name or prefix (before the first colon) -> loader
+MODELS = {
+    "minilm": "edgetune.models.text:minilm",
+    "smollm2": "edgetune.models.causal:smollm2",
+    "effnet-lite0": "edgetune.models.vision:effnet_lite0",
+    "hf": "edgetune.models.text:hugging_face",
+    "timm": "edgetune.models.vision:timm_model",
+    "py": "edgetune.models.own:own_model",
+}
+
+DATASETS = {
+    "tweets": "edgetune.data.text:tweets",
+    "conversations": "edgetune.data.text:conversations",
+    "fashion-mnist": "edgetune.data.vision:fashion_mnist",
+    "csv": "edgetune.data.tables:from_csv",
+    "jsonl": "edgetune.data.tables:from_jsonl",
+    "imagefolder": "edgetune.data.vision:from_imagefolder",
+    "hf": "edgetune.data.tables:from_hub",
+    "py": "edgetune.data.own:own_splits",
+}
+
+# what a missing import needs
+EXTRAS = {
+    "peft": "lora",
+    "bitsandbytes": "nf4",
+    "torch_pruning": "prune",
+    "torchao": "export",
+    "executorch": "export",
+    "transformers": "text",
+    "PIL": "vision",
+    "timm": "timm",
+    "sklearn": "baselines",
+    "scipy": "export",
+    "datasets": "hub",
+    "plotly": "report",
+    "lightning": "lightning",
+}
+
+
+def load(path: str) -> Any:
+    """Import `module:attribute`."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., Any]:
+    """The loader of a source such as `tweets` or `csv:rows.csv`, with the part after the colon given first."""
+    name, _, argument = source.partition(":")
+    if name not in table:
+        raise unknown_source(table, what, source)
+    load_source = load(table[name])
+
+    def load_quietly(*rest: Any) -> Any:
+        with nullcontext() if name == "py" else quiet():  # libraries import more while they load
+            return load_source(argument, *rest)
+
+    return load_quietly
+
+
+def unknown_source(table: Mapping[str, str], what: str, source: str) -> EdgetuneError:
+    """What is wrong with a source of no known kind, and what was probably meant."""
+    near = nearest_source(source, table, table is DATASETS)
+    action = "download the file first, and give its path" if "://" in source and not near else ""
+    return EdgetuneError(f"unknown {what}", got=source, allowed=sorted(table), near=near, action=action)
+
+
+def technique(name: str) -> type[Technique]:
+    """The technique class of a recipe name."""
+    if name not in TECHNIQUES:
+        raise EdgetuneError("unknown technique", got=name, allowed=sorted(TECHNIQUES))
+    found: type[Technique] = load(TECHNIQUES[name])
+    return found
+
+
+def require(module: str, purpose: str) -> Any:
+    """Import an optional dependency, or say which extra installs it."""
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        package = module.partition(".")[0]
+        action = f'pip install "edgetune[{EXTRAS.get(package, "all")}]"'
+        if isinstance(error, RuntimeError):
+            if "torchvision" not in str(error):
+                raise
+            # an ordinary torchvision beside a torch without CUDA says "operator torchvision::nms does not exist"
+            action = "install torch and torchvision from the same index, both for the CPU or both for CUDA"
+        raise EdgetuneError(
+            f"{purpose} needs {package}, which could not be imported ({error})", action=action
+        ) from error

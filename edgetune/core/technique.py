@@ -1,0 +1,140 @@
+"""The one abstraction: a technique is its settings plus `apply` and `finalize`. And the one error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Data for techniques: example inputs, and calibration batches, which `batches` returns anew at each call.
+
+    `inputs` is a tensor, a tuple of positional tensors or a dict of keyword tensors, batch first.
+    `labelled` returns training batches `(inputs, labels)`, the one that needs the most memory first. `loss` maps
+    `(logits, labels)` to a scalar. Both are for techniques that need gradients.
+    """
+
+    inputs: Inputs
+    batches: Callable[[], Iterator[Inputs]]
+    labelled: Callable[[], Iterator[tuple[Inputs, Tensor]]] | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Sample:
+        """A sample whose only calibration batch is the example itself."""
+        return cls(inputs=inputs, batches=lambda: iter([inputs]))
+
+    def labels(self) -> tuple[Callable[[], Iterator[tuple[Inputs, Tensor]]], Callable[[Tensor, Tensor], Tensor]]:
+        """Return `labelled` and `loss`. Raises `EdgetuneError` if they are missing."""
+        if self.labelled is None or self.loss is None:
+            raise EdgetuneError(
+                "batches with labels and a loss are needed",
+                action="pass et.Sample(inputs, batches, labelled=..., loss=...)",
+            )
+        return self.labelled, self.loss
+
+
+class _Explaining(ModelMetaclass):
+    """Makes settings, and says what is wrong with them as an `EdgetuneError`, where pydantic has one of its own."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        if args:
+            first = next(iter(cls.model_fields), "setting")  # type: ignore[attr-defined]
+            action = f"write {cls.__name__}({first}=...)"
+            raise EdgetuneError("settings must be given by name", where=cls.__name__, got=args[0], action=action)
+        try:
+            return super().__call__(**settings)
+        except ValidationError as error:
+            invalid = error
+        from edgetune.core.places import dotted, raise_all
+        from edgetune.core.validated import problems_of
+
+        problems = problems_of(cls, invalid)  # type: ignore[arg-type]
+        raise_all(cls.__name__, [p.at(", ".join(filter(None, (cls.__name__, dotted(p.path))))) for p in problems])
+        raise invalid
+
+
+class Settings(BaseModel, metaclass=_Explaining):
+    """Base of all settings: immutable, no unknown fields, and errors in plain words.
+
+    A field is described by the string under it, which the JSON Schema and `docs/recipes.md` show.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class Technique(Settings):
+    """Settings of a technique. Subclasses define `name`, `after` and `apply`; most need nothing else.
+
+    `after` names the techniques that may precede this one in a recipe; it is checked before any work.
+    `plain`: this technique needs plain layers, so all applied techniques are finalized first.
+    `replaces`: if this technique is already applied, it is finalized before it is applied again.
+    `exact`: `apply` does not change the outputs of the model.
+    `leaves`: what the technique adds, which is `adapter` (tensors in addition to frozen layers) or `packed` (layers
+    in another storage format).
+    """
+
+    name: ClassVar[str]
+    after: ClassVar[frozenset[str]] = frozenset()
+    plain: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    leaves: ClassVar[frozenset[str]] = frozenset()
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """Change `model` in place, and return it or the module that replaces it."""
+        raise NotImplementedError
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """After training, merge, freeze or pack, so that only plain layers remain. By default this does nothing."""
+        return model
+
+    @property
+    def opens(self) -> bool:
+        """Whether `finalize` has something to do."""
+        return type(self).finalize is not Technique.finalize
+
+    @property
+    def width_multiple(self) -> int:
+        """The number that must divide the input width of every layer that this technique changes."""
+        return 1
+
+    def fitted(self, later: Sequence[Technique]) -> Technique:
+        """This technique with defaults adapted to the techniques that follow; settings that were given do not
+        change."""
+        return self
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Before finalizing, save separate results such as an adapter in `folder`. By default this does nothing."""
+
+    def needs_sample(self, sample: Sample | None) -> Sample:
+        """Return the sample. Raises `EdgetuneError` if there is none."""
+        if sample is None:
+            raise EdgetuneError(
+                f"{self.name} needs example inputs",
+                action="pass sample=et.Sample.of(example_inputs) to et.apply",
+            )
+        return sample
+
+
+def fitted(steps: Sequence[Any]) -> list[Any]:
+    """The steps, each technique with the defaults that suit those after it."""
+    techniques = [(n, step) for n, step in enumerate(steps) if isinstance(step, Technique)]
+    return [
+        step.fitted([other for at, other in techniques if at > n]) if isinstance(step, Technique) else step
+        for n, step in enumerate(steps)
+    ]

@@ -1,0 +1,271 @@
+"""Weights that are read outside their layer's own forward: what wraps or replaces such a layer would never run there.
+
+timm's BEiT and SwinV2 call `F.linear(x, self.qkv.weight, bias)`, own code ties a head by `h @ self.wte.weight.T`,
+`nn.MultiheadAttention` hands `out_proj.weight` on. One forward is watched: each operator that is given a weight, and
+the modules whose forward runs at that moment. Without inputs the source of the modules around a layer is read for what
+is sure to happen (`edgetune.lean.reads_in_source`), and the model's first forward is watched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.inputs import Inputs, call, device_of, moved
+from edgetune.core.modes import undisturbed
+from edgetune.core.technique import Sample
+from edgetune.core.wrapped import is_wrapped, plain_layer
+from edgetune.lean.frozen import Hook, never_compiled_alone, remove_hooks
+from edgetune.lean.reads_in_source import read_in_source
+
+_LOOKS_ONLY = ("new_", "sym_", "is_", "_has_", "size", "stride", "numel", "dim")  # operators that need no value of it
+
+
+@dataclass
+class Reads:
+    """What was seen: for each layer whose weight is read elsewhere the readers' names; the layers that never ran.
+
+    `complete`: whether the model ran in evaluation mode to the end.
+    """
+
+    elsewhere: dict[str, list[str]]
+    idle: list[str]
+    complete: bool = True
+
+
+def refuse_read_elsewhere(model: nn.Module, chosen: Iterable[str], sample: Sample | None = None) -> None:
+    """Raise for a layer of `chosen` whose weight is read elsewhere: what wraps or replaces it would not run there.
+
+    Without a sample, or where the model cannot run on it, the model's next forward is watched; that raises for those
+    of the layers that are wrapped by then.
+    """
+    names = list(chosen)
+    readers, complete = readers_of(model, names, sample)
+    refuse_readers(model, readers)
+    if names and not complete:
+        watch_first_forward(model, names)
+
+
+def readers_of(
+    model: nn.Module, chosen: Iterable[str], sample: Sample | None = None
+) -> tuple[dict[str, list[str]], bool]:
+    """By name of a layer, who reads its weight elsewhere; and whether a forward was watched for it to the end.
+
+    Source is read for what is sure to happen; with a sample the model then runs once in each mode, without a trace.
+    """
+    names = list(chosen)
+    readers = read_in_source(model, names)
+    if sample is None or not names:
+        return readers, False
+    reads = weights_read_elsewhere(model, sample.inputs, names)
+    return readers | reads.elsewhere, reads.complete
+
+
+def refuse_readers(model: nn.Module, readers: dict[str, list[str]]) -> None:
+    """Raise for the first layer that has readers."""
+    for name, (reader, *others) in readers.items():
+        kind = type(model.get_submodule(reader)).__name__
+        place = f"{reader} ({kind})" if reader else kind
+        also = f", as {len(others)} more do" if others else ""
+        rest = [other for other in readers if other != name]
+        raise EdgetuneError(
+            f"{name} is not called where its weight is used: {place} reads its weight directly{also}, and would miss "
+            "what changes the layer",
+            action=f'add "{name}" to skip' + (f", and {shortened(rest, 3)}" if rest else ""),
+        )
+
+
+def weights_read_elsewhere(model: nn.Module, inputs: Inputs, names: Iterable[str] | None = None) -> Reads:
+    """Run the model in evaluation and in training mode, and report on the layers called `names` (all by default).
+
+    A model that cannot run on these inputs in one of the modes is watched as far as it gets.
+    """
+    watch, complete = _Watch(model, names), True
+    for training in (False, True):  # torch's attention has a fast path in evaluation
+        with undisturbed(model, training), torch.no_grad(), _asleep(model), watch:
+            try:
+                call(model, moved(inputs, device_of(model)))
+            except Exception:  # inputs of another form than forward wants: the first real forward is to be watched
+                complete &= training
+    return watch.reads(complete)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which weights the operators are given, and whose forward runs meanwhile."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        layers = dict(model.named_modules(remove_duplicate=False))
+        self.names = {id(module): name for name, module in reversed(layers.items())}
+        chosen = [name for name in (layers if names is None else names) if name in layers]
+        self.owners: dict[int, set[int]] = {}  # by weight: the layers in whose forward it may be read
+        self.chosen: dict[int, list[str]] = {}
+        self.layers = {name: layers[name] for name in chosen}
+        for name in chosen:
+            weight = plain_layer(layers[name])._parameters.get("weight")
+            if weight is not None:
+                self.chosen.setdefault(_storage(weight), []).append(name)
+        for name, module in layers.items():
+            for parameter in module._parameters.values():
+                if parameter is not None and _storage(parameter) in self.chosen:
+                    around = (layers[outer] for outer in _outer(name) if is_wrapped(layers[outer]))
+                    self.owners.setdefault(_storage(parameter), set()).update(map(id, (module, *around)))
+        self.running: list[nn.Module] = []
+        self.thread = threading.get_ident()
+        self.ran: set[int] = set()
+        self.readers: dict[str, list[str]] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        # for all modules there are: hooks of its own would keep a torch encoder layer off its fast path
+        self.handles = [
+            hooks_of_all.register_module_forward_pre_hook(self._begin),
+            hooks_of_all.register_module_forward_hook(self._end, always_call=True),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self.handles:
+            handle.remove()
+        self.running.clear()
+
+    def _begin(self, module: nn.Module, args: object) -> None:
+        if id(module) in self.names:
+            self.running.append(module)
+            self.ran.add(id(module))
+
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        if module in self.running:
+            while self.running.pop() is not module:
+                pass
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operator = func._schema.name.partition("::")[2]
+        if not (operator.startswith(_LOOKS_ONLY) or operator.endswith("_like")):
+            self._note(func, operator, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _note(self, func: Any, operator: str, args: Any, kwargs: Any) -> None:
+        tensors = _tensors((args, kwargs))
+        if operator in ("copy_", "index_copy_", "fill_", "zero_"):  # written, not read: a slice is put in its place
+            tensors = _tensors((args[1:], kwargs))
+        for tensor in tensors:
+            storage = _storage(tensor)
+            owners = self.owners.get(storage)
+            if owners is None or any(id(module) in owners for module in self.running):
+                continue
+            reader = self.names[id(self.running[-1])] if self.running else ""
+            for name in self.chosen[storage]:
+                readers = self.readers.setdefault(name, [])
+                if reader not in readers:
+                    readers.append(reader)
+
+    def reads(self, complete: bool = True) -> Reads:
+        """What was seen so far."""
+        idle = [name for name, layer in self.layers.items() if id(layer) not in self.ran]
+        return Reads(dict(self.readers), idle, complete)
+
+
+def _outer(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:depth]) for depth in range(len(parts)))
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values: Iterable[object] = ()
+    if isinstance(value, (tuple, list)):
+        values = value
+    elif isinstance(value, dict):
+        values = value.values()
+    return [tensor for item in values for tensor in _tensors(item)]
+
+
+def _storage(tensor: Tensor) -> int:
+    """What names the memory of a tensor, which its views and its `.data` share."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+        return id(tensor)
+
+
+class FirstForward(Hook):
+    """Watches the model's first forward and takes itself off; raises where it reads a weight of `names` elsewhere.
+
+    Idle while a compiler or an exporter traces. A forward that fails leaves it on.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.asleep = False
+        self.watch: _Watch | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin to watch, unless this is being traced or watched already."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or self.asleep or self.watch is not None:
+            return
+        self.watch = _Watch(module, [name for name in self.names if _is_wrapped(module, name)])
+        self.watch.__enter__()
+        self.watch._begin(module, args)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Judge what was seen; `output` is None where the forward failed."""
+        if torch.compiler.is_compiling() or self.watch is None or self.watch.thread != threading.get_ident():
+            return
+        watch, self.watch = self.watch, None
+        watch.__exit__(None, None, None)
+        if output is not None:
+            remove_hooks(module, FirstForward)
+            refuse_readers(module, watch.reads().elsewhere)
+
+
+never_compiled_alone(FirstForward.after)
+
+
+def watch_first_forward(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the model's next forward be watched, for techniques that had no inputs to try beforehand."""
+    earlier = _first_forward(model)
+    if earlier is None:
+        FirstForward(names).put_on(model)
+    else:
+        earlier.names += [name for name in names if name not in earlier.names]
+
+
+def _is_wrapped(model: nn.Module, name: str) -> bool:
+    """Whether a wrapped layer has this name; what was to be wrapped may have been refused for another reason."""
+    try:
+        return is_wrapped(model.get_submodule(name))
+    except AttributeError:
+        return False
+
+
+def _first_forward(model: nn.Module) -> FirstForward | None:
+    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, FirstForward)), None)
+
+
+@contextmanager
+def _asleep(model: nn.Module) -> Iterator[None]:
+    """Keep the hook idle for a forward that is watched already."""
+    hook = _first_forward(model)
+    if hook is not None:
+        hook.asleep = True
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.asleep = False

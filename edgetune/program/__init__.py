@@ -1,0 +1,1 @@
+"""What an exported program is, without the compiler that makes it: operators, manifest, metadata for apps."""

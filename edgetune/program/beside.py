@@ -1,0 +1,75 @@
+"""What describes a program and the files beside it: the base of all such values, and the check of a file's bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import check_folder
+from edgetune.core.one_line import OneLine, figure
+from edgetune.core.other_names import nearest_file
+
+
+class Value(OneLine):
+    """Base of what stands in a manifest: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def artifact_line(artifact: object, path: Path, size_bytes: int, *facts: str) -> str:
+    """An artifact's `repr`: its file, size and what else tells it from others."""
+    return f"{type(artifact).__name__}({', '.join([repr(str(path)), *facts, f'{figure(size_bytes / 2**20)} MiB'])})"
+
+
+def sha256_of(data: bytes) -> str:
+    """The SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_bytes(file: Path, sha256: str) -> None:
+    """Raise unless the file is there and holds the bytes that a manifest names."""
+    if not file.is_file():
+        raise unusable("no such file", file)
+    found = sha256_of(file.read_bytes())
+    if found != sha256:
+        raise unusable("the file is not the one that its manifest describes", file, got=found, allowed=[sha256])
+
+
+def check_program_path(path: Path) -> None:
+    """Raise, before any work, unless a program can be written there."""
+    if path.suffix != ".pte":
+        action = f"write {path.with_suffix('.pte')}" if path.name else "give the name of a file"
+        raise EdgetuneError("the file name of a program must end in .pte", got=str(path), action=action)
+    check_folder(path.parent)
+
+
+def program_at(path: Path) -> Path:
+    """The program that a path names: a `.pte`, or the `model.pte` of a run's folder.
+
+    Raises `EdgetuneError` (exit code 2) where there is none.
+    """
+    place = path / "model.pte" if path.is_dir() else path
+    if place.is_file() and place.suffix == ".pte":
+        return place
+    near = ""
+    if path.is_dir():
+        what, action = "this folder contains no model.pte", "give a program, or the folder of a run that exported one"
+    elif path.suffix != ".pte":
+        what, action = (
+            "the file name of a program must end in .pte",
+            "give a program; edgetune export makes one of a model",
+        )
+    else:
+        what, action, near = "no such program", "make one with edgetune export", nearest_file(path)
+    raise EdgetuneError(what, got=str(path), near=str(path.with_name(near)) if near else "", action=action)
+
+
+def unusable(what: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:
+    """What is wrong with a program or a file beside it."""
+    return EdgetuneError(
+        what, where=str(where), got=got, allowed=allowed, action="export the model again", exit_code=Exit.EXPORT
+    )

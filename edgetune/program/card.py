@@ -1,0 +1,188 @@
+"""The model card beside a program: what its manifest, and the ledger of the run it came from, say, as a page to read.
+
+Every line is made from data; what nobody recorded is left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune.core.errors import shortened
+from edgetune.core.files import write_whole
+from edgetune.core.numbers import size
+from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing
+
+if TYPE_CHECKING:
+    from edgetune.core.ledger import Ledger, Parity
+    from edgetune.program.artifact import Manifest
+    from edgetune.program.operators import Operator
+
+_TYPES = {
+    "8da4w": "in 4 bits, with 8-bit activations",
+    "int8": "in 8 bits",
+    "fp16": "as 16-bit floats",
+    "bf16": "as 16-bit floats (bfloat16)",
+    "fp32": "as 32-bit floats",
+}
+
+
+def card_path(path: Path) -> Path:
+    """`model.md` for `model.pte`."""
+    return path.with_suffix(".md")
+
+
+def write_card(path: Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
+    """Write the card of the program at `path` beside it."""
+    write_whole(card_path(path), card(path.name, manifest, ledger))
+
+
+def card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> str:
+    """The card of the program called `name`, as Markdown."""
+    carried = manifest.carried or Carried()
+    parts = [
+        f"# {name}",
+        _what(carried, ledger),
+        "## Inputs and outputs\n" + _shapes(manifest),
+        _section("Preprocessing", preprocessing(carried)),
+        _section("Outputs", postprocessing(carried)),
+        _section("Program", _program(manifest)),
+        *(_run(ledger) if ledger is not None else ()),
+        _section("Notes", dict.fromkeys((*carried.notes, *(ledger.notes if ledger is not None else ())))),
+        _section("Versions", [f"{package} {version}" for package, version in manifest.versions.items()]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def preprocessing(carried: Carried) -> list[str]:
+    """How an image or a text becomes the inputs, one step per line."""
+    told = carried.preprocessing
+    if isinstance(told, ImagePreprocessing):
+        crop = "cropped to the largest central square" if told.crop == "center" else "not cropped"
+        rounded = "rounded to integers" if told.rounded else "not rounded"
+        channels = "RGB, three channels" if told.color == "rgb" else "greyscale, with the same values in every channel"
+        return [
+            "an image, rotated as its EXIF orientation says",
+            f"as {channels}",
+            f"{crop}, resized to {told.size_px} x {told.size_px} ({told.resize}, antialiased, {rounded})",
+            f"each byte: (x * {told.scale:g} - mean) / std, mean {_numbers(told.mean)}, std {_numbers(told.std)}",
+            "channels first",
+        ]
+    if isinstance(told, TextPreprocessing):
+        ending = f", followed by {told.ending!r}" if told.ending else ""
+        return [
+            f"a text, tokenized with `{told.tokenizer}`{ending}",
+            f"at most {told.max_length} tokens, special tokens included; longer texts are truncated on the {told.cut}",
+            f"padded on the right with token {told.pad_id}; `attention_mask` is 1 for the tokens of the text, else 0",
+        ]
+    return []
+
+
+def postprocessing(carried: Carried) -> list[str]:
+    """What the outputs mean, one step a line."""
+    told = carried.postprocessing
+    lines = (
+        [f"logits; their {told.scores} gives the score of each class, and the highest score is the prediction"]
+        if told
+        else []
+    )
+    return lines + ([f"classes, in order: {', '.join(carried.labels)}"] if carried.labels else [])
+
+
+def quantization(operators: Sequence[Operator]) -> str:
+    """The types that weights are multiplied in, by the bytes that one run reads: of an embedding only its rows."""
+    found: Counter[str] = Counter()
+    for operator in operators:
+        if operator.weight_bytes:
+            found[operator.dtype] += operator.weight_bytes
+    return "; ".join(f"{size(count)} {_TYPES.get(name, name)}" for name, count in found.most_common()) or "none"
+
+
+def _what(carried: Carried, ledger: Ledger | None) -> str:
+    made = [f"made from `{carried.model}`"] if carried.model else []
+    made += [f"with the data `{carried.data}`"] if carried.data else []
+    made += [f"by the recipe `{carried.recipe}`"] if carried.recipe else []
+    made += [f"seed {ledger.seed}"] if ledger is not None else []
+    task = carried.task.replace("-", " ") or "a model"
+    lines = [f"{task[:1].upper()}{task[1:]}{' ' * bool(made)}{', '.join(made)}."]
+    lines += [f"Licence of the pretrained weights: {carried.licence}."] if carried.licence else []
+    return "\n".join(lines)
+
+
+def _shapes(manifest: Manifest) -> str:
+    rows = [("input", spec) for spec in manifest.inputs] + [("output", spec) for spec in manifest.outputs]
+    return _table(
+        ("", "name", "shape", "type"), [(way, s.name, " x ".join(map(str, s.shape)), s.dtype) for way, s in rows]
+    )
+
+
+def _program(manifest: Manifest) -> list[str]:
+    parity = manifest.parity
+    same = (
+        f"verified against the model on {parity.rows} {parity.counted}{'s' * (parity.rows != 1)}: same "
+        f"prediction on {parity.same_prediction_pct:g} %, {_values(parity)}"
+        if parity is not None
+        else manifest.note
+    )
+    outside: Counter[str] = Counter()
+    for leftover in manifest.leftovers:
+        outside[leftover.operator] += leftover.count
+    left = shortened([f"{count} x {name}" for name, count in outside.most_common()], 6)
+    return [
+        f"target {manifest.target}" + (f", for {manifest.device}" if manifest.device else ""),
+        f"{size(manifest.size_bytes)}, and {size(manifest.plan_bytes)} of planned activation memory",
+        f"weights that one run reads: {quantization(manifest.operators)}",
+        f"{manifest.delegated_macs_pct:.1f} % of the multiply-accumulates run in the backend, in {manifest.delegates} "
+        f"parts" + (f"; outside it: {left}" if left else ""),
+        *([same] if same else []),
+        *([f"branches and norms: {manifest.folded}"] if manifest.folded else []),
+        f"SHA-256 `{manifest.sha256}`",
+    ]
+
+
+def _values(parity: Parity) -> str:
+    """How far the values of the outputs are from the model's, and how far they may be."""
+    apart = f"values differ by at most {parity.max_abs_difference:.2g}"
+    if parity.max_relative_difference is None:
+        return apart
+    allowed = f" ({parity.max_relative_allowed:g} allowed)" if parity.max_relative_allowed is not None else ""
+    also = f"; also tried: {', '.join(parity.tried)}" if parity.tried else ""
+    return f"{apart}, which is {parity.max_relative_difference:.1e} of the largest output value{allowed}{also}"
+
+
+def _run(ledger: Ledger) -> Iterable[str]:
+    """Training data, quality and speed, as the ledger has them."""
+    rows = [(row.step, row.quality, row.size_mib) for row in ledger.rows if row.quality is not None]
+    if rows:
+        body = [(step, f"{found.value:.2f}", str(found.rows), f"{mib:.2f}") for step, found, mib in rows]
+        metric = rows[-1][1].metric
+        beside = [f"\n- {baseline.name}: {baseline.value:.2f}" for baseline in ledger.baselines]
+        text = _table(("after", metric, "test rows", "MiB"), body)
+        yield f"## Quality, on held-out rows of `{ledger.data}`\n{text}" + "".join(["\n", *beside] if beside else [])
+    measured = [
+        f"measured on {found.where}: {found.latency_ms:.2f} ms (10th to 90th percentile {found.latency_p10_ms:.2f} to "
+        f"{found.latency_p90_ms:.2f}), {found.threads} threads, peak {found.peak_memory_mib:.1f} MiB"
+        for found in ledger.measured
+    ]
+    predicted = [
+        f"predicted for {found.where} ({found.runs_on}), {'calibrated' if found.calibrated else 'not calibrated'}: "
+        f"{found.latency_ms:.2f} ms ({found.latency_low_ms:.2f} to {found.latency_high_ms:.2f})"
+        for found in ledger.predicted
+    ]
+    yield _section("Speed", measured + predicted)
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    found = [f"- {line}" for line in lines]
+    return "\n".join((f"## {title}", *found)) if found else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in (values if len(set(values)) > 1 else values[:1]))

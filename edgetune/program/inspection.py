@@ -1,0 +1,185 @@
+"""What a `.pte` holds, as a value, and as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pydantic import ConfigDict
+
+from edgetune.core.numbers import size
+from edgetune.core.one_line import OneLine
+
+
+class _Value(OneLine):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Slot(_Value):
+    """One input or output of a method. Numbers and text that are passed have neither type nor shape."""
+
+    kind: str  # "tensor", "int", "bool", "double", "string", "list"
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    dynamic: bool = False  # the shape is the largest, not the only one
+
+    def __str__(self) -> str:
+        if self.kind != "tensor":
+            return self.kind
+        bound = "up to " if self.dynamic else ""
+        return f"{self.dtype} {bound}{list(self.shape)}"
+
+
+class Count(_Value):
+    """How often a method calls an operator."""
+
+    name: str
+    count: int
+
+
+class Delegate(_Value):
+    """One part of a method that a backend runs. Its weights may lie in `Inspection.constants` instead."""
+
+    backend: str
+    size_bytes: int
+    calls: int
+    settings: tuple[str, ...]  # names of its compile specs
+
+
+class Method(_Value):
+    """One entry point of the program."""
+
+    name: str
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    operators: tuple[Count, ...]  # kernels outside the delegates, most frequent first
+    delegates: tuple[Delegate, ...]
+    arenas_bytes: tuple[int, ...]  # planned memory; all of them live at once
+
+
+class Constant(_Value):
+    """One constant. A delegate's own has neither type nor shape: only the backend knows its layout."""
+
+    name: str
+    size_bytes: int
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    kind: str = "constant"  # or "delegate's weight", "initial state"; "external" lies in a .ptd
+
+
+class Part(_Value):
+    """A share of the file."""
+
+    name: str
+    size_bytes: int
+
+
+class Beside(_Value):
+    """What `model.json` adds, or why it does not."""
+
+    path: str
+    problem: str = ""  # it cannot be read
+    checksum_ok: bool = False
+    target: str = ""
+    device: str = ""
+    versions: dict[str, str] = {}  # noqa: RUF012  pydantic copies it
+    delegated_macs_pct: float | None = None
+    parity: str = ""  # in words
+    note: str = ""
+
+
+class Inspection(_Value):
+    """A program file, taken apart. `str()` gives the text that `edgetune inspect` prints."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    schema_version: int
+    methods: tuple[Method, ...]
+    constants: tuple[Constant, ...]  # largest first
+    parts: tuple[Part, ...]  # largest first; together the whole file
+    beside: Beside | None
+
+    def __str__(self) -> str:
+        return text_of(self)
+
+
+_MOST = 12  # constants and operators that are listed; the rest is counted
+
+
+def text_of(found: Inspection) -> str:
+    """Everything that is known, most important first."""
+    lines = [f"{found.path}: {size(found.size_bytes)}, schema version {found.schema_version}"]
+    lines += _rows("in the file", [(part.name, size(part.size_bytes)) for part in found.parts])
+    for method in found.methods:
+        lines += _method(method)
+    lines += _constants(found.constants)
+    lines += _beside(found.beside)
+    return "\n".join(lines)
+
+
+def _method(method: Method) -> list[str]:
+    lines = ["", f"method {method.name}"]
+    lines += [f"  input {i}: {slot}" for i, slot in enumerate(method.inputs)]
+    lines += [f"  output {i}: {slot}" for i, slot in enumerate(method.outputs)]
+    arenas = " + ".join(size(arena) for arena in method.arenas_bytes)
+    lines.append(f"  memory plan: {arenas or 'none'}")
+    backends = Counter(delegate.backend for delegate in method.delegates)
+    for backend, count in backends.most_common():
+        taken = [delegate for delegate in method.delegates if delegate.backend == backend]
+        total = size(sum(delegate.size_bytes for delegate in taken))
+        calls = sum(delegate.calls for delegate in taken)
+        lines.append(f"  delegated to {backend}: {count} {'part' if count == 1 else 'parts'}, {total}, {calls} calls")
+    kernels = sum(operator.count for operator in method.operators)
+    lines.append(f"  kernels outside delegates: {kernels} calls of {len(method.operators)} operators")
+    lines += _columns((str(operator.count), operator.name) for operator in method.operators[:_MOST])
+    return lines + _rest(len(method.operators))
+
+
+def _constants(constants: Sequence[Constant]) -> list[str]:
+    if not constants:
+        return ["", "constants: none outside the delegates"]
+    inside = sum(constant.size_bytes for constant in constants if constant.kind != "external")
+    lines = ["", f"constants: {len(constants)}, {size(inside)}"]
+    lines += _columns(
+        (size(c.size_bytes), f"{c.dtype} {list(c.shape)}" if c.dtype else c.kind, c.name if c.dtype else c.name[:16])
+        for c in constants[:_MOST]
+    )
+    return lines + _rest(len(constants))
+
+
+def _beside(beside: Beside | None) -> list[str]:
+    if beside is None:
+        return ["", "no model.json: versions, parity and checksum are unknown"]
+    if beside.problem:
+        return ["", f"{beside.path} cannot be read: {beside.problem}"]
+    checked = "ok" if beside.checksum_ok else "WRONG: this manifest describes another program"
+    share = "" if beside.delegated_macs_pct is None else f"{beside.delegated_macs_pct:.1f} % of multiply-accumulates"
+    rows = [
+        ("checksum", checked),
+        ("target", beside.target + (f" for {beside.device}" if beside.device else "")),
+        ("delegated", share),
+        ("parity", beside.parity),
+        ("note", beside.note),
+        ("versions", ", ".join(f"{name} {version}" for name, version in beside.versions.items())),
+    ]
+    return ["", *_rows(f"from {beside.path}", [(name, value) for name, value in rows if value])]
+
+
+def _rows(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    table = list(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return [
+        "    "
+        + "  ".join([row[0].rjust(widths[0]), *(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in table
+    ]
+
+
+def _rest(total: int) -> list[str]:
+    return [f"    ... and {total - _MOST} more"] if total > _MOST else []

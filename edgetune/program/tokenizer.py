@@ -1,0 +1,103 @@
+"""The tokenizer that a program carries: text to tokens and back, with nothing but what lies beside the program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.registry import require
+from edgetune.program.language import LanguageArtifact, TokenizerSpec
+
+
+class Carried:
+    """The tokenizer of a language program."""
+
+    def __init__(self, artifact: LanguageArtifact) -> None:
+        tokenizers = require("tokenizers", "language models")
+        self._spec = artifact.manifest.tokenizer
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(artifact.tokenizer_path))
+
+    def tokens(self, prompt: str, *, raw: bool = False) -> list[int]:
+        """The prompt as one user's message of a chat, or, `raw` or without a chat template, as it is."""
+        return encoded(self._tokenizer, self._spec, prompt, raw=raw)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of an answer."""
+        decoded: str = self._tokenizer.decode(list(tokens))
+        return decoded
+
+    def stream(self) -> _Stream:
+        """Text token by token."""
+        return _Stream(self._tokenizer)
+
+
+class _Stream:
+    """Gives the text that each token adds; a character of several tokens comes with the last of them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """What the token adds to the text."""
+        found: str | None = self._stream.step(self._tokenizer, token)
+        return found or ""
+
+
+def encoded(tokenizer: Any, spec: TokenizerSpec, prompt: str, *, raw: bool) -> list[int]:
+    """Tokens of a prompt. A chat template writes its special tokens itself; plain text gets the tokenizer's own."""
+    chat = spec.chat_template is not None and not raw
+    text = chat_text(spec, prompt) if chat else prompt
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not chat).ids
+    if not ids:
+        raise EdgetuneError("the prompt has no tokens", got=prompt, action="write a prompt")
+    return ids
+
+
+def chat_text(spec: TokenizerSpec, prompt: str) -> str:
+    """The prompt as one turn of a chat, as the model's template writes it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    message = [{"role": "user", "content": prompt}]
+    found = render_jinja_template(
+        [message], chat_template=spec.chat_template, add_generation_prompt=True, **spec.special_tokens
+    )
+    return str((found[0] if isinstance(found, tuple) else found)[0])
+
+
+def backend(tokenizer: Any) -> Any:
+    """The `tokenizers.Tokenizer` in what the user gave: one itself, or a fast tokenizer of transformers."""
+    tokenizers = require("tokenizers", "language models")
+    found = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(found, tokenizers.Tokenizer):
+        raise EdgetuneError(
+            "the program needs a tokenizer.json, which this tokenizer does not have",
+            got=type(tokenizer).__name__,
+            action="load it with AutoTokenizer, which gives a fast one where there is one",
+            exit_code=Exit.EXPORT,
+        )
+    return found
+
+
+def untouched(tokenizer: Any) -> Any:
+    """A `tokenizers.Tokenizer` of its own: without the cutting and padding that were asked of the user's last."""
+    found = backend(tokenizer)
+    plain = type(found).from_str(found.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
+
+
+def described(tokenizer: Any, file: Path, sha256: str) -> TokenizerSpec:
+    """What the manifest says about the user's tokenizer, written to `file`."""
+    template = getattr(tokenizer, "chat_template", None)
+    named = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return TokenizerSpec(
+        file=file.name,
+        sha256=sha256,
+        chat_template=template.get("default") if isinstance(template, dict) else template,
+        special_tokens={name: str(token) for name, token in named.items() if token is not None},
+    )

@@ -1,0 +1,1 @@
+"""Recipes: YAML text to a checked value, with places, overrides and the schema."""

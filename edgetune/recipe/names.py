@@ -1,0 +1,41 @@
+"""Names that a recipe may use and that need nothing heavy to be known: targets, and devices with a descriptor."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+TARGET_NAMES = (
+    "xnnpack", "portable", "coreml", "mps", "vulkan", "openvino", "ethos-u", "tosa", "qnn", "cuda",
+)  # fmt: skip
+
+SUFFIX = ".yaml"
+HOST = "host"
+PUBLISHED = "published"  # beside the descriptors: measurements, no device
+
+
+def user_folder() -> Path:
+    """Where descriptors of one's own lie: `$XDG_CONFIG_HOME/edgetune/devices`, by default under `~/.config`."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    # the XDG specification says to ignore a relative path
+    folder = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"
+    return folder / "edgetune" / "devices"
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the descriptors in the package."""
+    names = (item.name for item in resources.files("edgetune.devices").iterdir())
+    return tuple(sorted(n.removesuffix(SUFFIX) for n in names if n.endswith(SUFFIX) and n != PUBLISHED + SUFFIX))
+
+
+def own() -> dict[str, Path]:
+    """Descriptors in the user's folder, by name."""
+    folder = user_folder()
+    return {path.stem: path for path in sorted(folder.glob("*" + SUFFIX))} if folder.is_dir() else {}
+
+
+def ids() -> tuple[str, ...]:
+    """Names that `load` takes: those in the package, then those in the user's folder."""
+    names = shipped()
+    return names + tuple(name for name in own() if name not in names)

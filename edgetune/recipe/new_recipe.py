@@ -1,0 +1,194 @@
+"""A first recipe for a model and data of the user's own: short, commented, and it runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError
+from edgetune.data.columns import LABELS, TEXTS, likely_column, named_column
+from edgetune.data.dataset import Dataset, Task
+from edgetune.data.settings import DataSettings
+from edgetune.models.labels import match_classes, names_of_outputs
+from edgetune.recipe.located import source_for
+
+TaskName = Literal["text", "image", "language"]
+_TASKS: Mapping[Task, TaskName] = {
+    "text-classification": "text", "image-classification": "image", "causal-lm": "language",
+}  # fmt: skip
+_LOOKED_AT = 200  # rows, to tell which column is which
+_CHATS = ("messages", "conversations", "conversation")
+_QUESTIONS = ("question", "prompt", "instruction", "user", "input")
+_ANSWERS = ("answer", "response", "completion", "assistant", "output")
+_STEPS: Mapping[TaskName, str] = {
+    "text": """\
+  # train the last two blocks and the head; the backward pass stops there, which saves memory
+  - sparse-update: {scheme: last-2}
+  - train: {epochs: 2, learning_rate: 5e-4}
+  # 4-bit weights in groups of 32, 8-bit activations
+  - int4
+""",
+    "image": """\
+  # train the last four blocks and the head; the backward pass stops there, which saves memory
+  - sparse-update: {scheme: last-4}
+  - train: {epochs: 2, learning_rate: 2e-3}
+  # 8-bit weights and activations, with ranges calibrated on training images
+  - int8
+""",
+    "language": """\
+  # train adapters on two projections of each attention, and nothing else
+  - lora: {rank: 8, targets: %s}
+  - train: {epochs: 1, batch_size: 8, learning_rate: 5e-4}
+  # 4-bit weights in groups of 32, 8-bit activations; the head stays at 8 bits
+  - int4: {int8_linears: [%s]}
+""",
+}
+
+
+def new_recipe(
+    path: Path,
+    model: str,
+    data: str,
+    *,
+    task: TaskName | None = None,
+    text: str | None = None,
+    label: str | None = None,
+) -> str:
+    """The text of a recipe that fine-tunes `model` on `data`, compresses and exports it.
+
+    Args:
+        path: where the recipe is to stand; its stem names it, and paths in it are relative to it.
+        model: `minilm`, `hf:PATH`, `timm:NAME`, `py:file.py:build`; paths as seen from here.
+        data: `csv:rows.csv`, `imagefolder:pictures`, ... It is read, to see what it holds.
+        task: "text" (classes of texts), "image" (classes of pictures) or "language"; by default what the data are for.
+        text, label: columns of a table; by default those that look like it.
+
+    Raises:
+        EdgetuneError: model or data that cannot be read, or of another task than asked for.
+    """
+    for table, kind, source in ((registry.MODELS, "model", model), (registry.DATASETS, "data", data)):
+        if source.partition(":")[0] not in table:
+            raise registry.unknown_source(table, kind, source)
+    columns = _columns(data, task, text, label)
+    settings = DataSettings.model_validate({"source": data, **columns})
+    dataset: Dataset = registry.loader(registry.DATASETS, "data", data)(settings)
+    seen = _TASKS[dataset.task]
+    if task is not None and task != seen:
+        raise EdgetuneError(f"this data is not for the task {task}", got=seen, action=f"leave out --task {task}")
+    written = {"source": source_for(data, path.parent), **columns}
+    shown = ", ".join(f"{key}: {json.dumps(value)}" for key, value in written.items())
+    rows = f"{len(dataset.train):,} training rows, {len(dataset.test):,} to test on"
+    classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
+    config = _config(model)
+    size, unit = _size(seen, config)
+    head = ", head: new" if _has_head_for_others(config, dataset) else ""
+    export = "{language: true}" if seen == "language" else "{}"
+    return f"""\
+name: {path.stem}
+model: {{source: {json.dumps(source_for(model, path.parent))}, {size}{head}}}  # {unit}
+data: {{{shown}}}  # {rows}{classes}
+
+steps:
+{_steps(seen, config)}
+export: {export}  # an ExecuTorch program, verified against the model
+profile: {{devices: [pixel-8, raspberry-pi-5]}}  # predictions; `edgetune devices list` prints all ids
+
+variants:
+  smoke:  # a test of the whole recipe in about a minute: edgetune run {path.name} variant=smoke
+    train.epochs: null
+    train.updates: 2
+    export.min_same_prediction_pct: 0
+"""
+
+
+def _config(model: str) -> Any:
+    """What transformers knows of an `hf:` model before its weights are read; `None` for any other."""
+    if not model.startswith("hf:"):
+        return None
+    from edgetune.models.loaded import reachable
+
+    transformers, name = registry.require("transformers", f"the model {model}"), model.removeprefix("hf:")
+    with reachable(model, name):
+        return transformers.AutoConfig.from_pretrained(name)
+
+
+def _has_head_for_others(config: Any, dataset: Dataset) -> bool:
+    """Whether the checkpoint is a classifier of other classes than the data's, which a run would refuse."""
+    if not any(
+        str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()
+    ):
+        return False
+    try:
+        match_classes("", names_of_outputs(config), dataset.classes, keep=False)
+    except EdgetuneError:
+        return True
+    return False
+
+
+def _size(task: TaskName, config: Any) -> tuple[str, str]:
+    """The setting for the size of an input, and its unit."""
+    if task == "image":
+        return "image_px: 112", "pixels, width and height"
+    length = {"text": 64, "language": 128}[task]
+    positions = getattr(config, "max_position_embeddings", None) or length
+    return f"max_length: {min(length, positions)}", "tokens; longer texts are truncated"
+
+
+def _steps(task: TaskName, config: Any) -> str:
+    if task != "language":
+        return _STEPS[task]
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as attention
+
+    targets = attention.get(getattr(config, "model_type", ""), ["q_proj", "v_proj"])
+    return _STEPS[task] % (json.dumps([f"*.{target}" for target in targets]), "lm_head")
+
+
+def _columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, Any]:
+    """The settings that say which columns of a table are read; none where they are called as the defaults are."""
+    kind, _, argument = data.partition(":")
+    given = {key: value for key, value in (("text", text), ("label", label)) if value is not None}
+    if kind not in ("csv", "jsonl") or not Path(argument).expanduser().is_file():
+        return dict(given)
+    table = _first_rows(Path(argument).expanduser(), kind)
+    columns: dict[str, Any] = dict(given)
+    chat = named_column(table, _CHATS)
+    if not given and task in (None, "language") and chat and table[chat][0].startswith("["):
+        return {"messages": chat}
+    pair = [named_column(table, _QUESTIONS), named_column(table, _ANSWERS)]
+    if not given and task == "language" and all(pair):
+        return {"messages": pair}
+    if text is None and "text" not in table and table:
+        columns["text"] = likely_column(table, TEXTS) or max(table, key=lambda name: mean(map(len, table[name])))
+    if task == "language":
+        columns["label"] = None
+    elif label is None and "label" not in table:
+        others = {name: values for name, values in table.items() if name != columns.get("text", "text")}
+        repeating = {n: v for n, v in others.items() if 2 <= len(set(v)) <= max(2, len(v) // 2)}
+        columns["label"] = likely_column(others, LABELS) or min(
+            repeating, key=lambda n: len(set(repeating[n])), default=None
+        )
+    return columns
+
+
+def _first_rows(path: Path, kind: str) -> dict[str, list[str]]:
+    """The first values of each column as text; empty where the file is no table (reading it says what is wrong)."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if kind == "jsonl":
+        try:
+            rows = [json.loads(line) for line in islice(filter(str.strip, text.splitlines()), _LOOKED_AT)]
+        except ValueError:
+            return {}
+    else:
+        header = text.split("\n", 1)[0]
+        delimiter = max(",;\t", key=header.count)
+        rows = list(islice(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), _LOOKED_AT))
+    rows = [row for row in rows if isinstance(row, dict)]
+    names = [name for name in (rows[0] if rows else {}) if isinstance(name, str)]
+    return {name: [str(row.get(name) or "") for row in rows] for name in names}

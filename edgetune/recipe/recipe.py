@@ -1,0 +1,395 @@
+"""YAML -> a frozen `Recipe`: every error at once with its line, order rules checked before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field
+
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.other_names import nearest, nearest_file
+from edgetune.core.places import Place, dotted, raise_all
+from edgetune.core.technique import Technique, fitted
+from edgetune.core.validated import Problem, fields_of, validate
+from edgetune.data.settings import DataSettings
+from edgetune.models.loaded import ModelSettings
+from edgetune.recipe.document import Document, read, read_file
+from edgetune.recipe.located import located
+from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, ids
+from edgetune.recipe.overrides import VARIANT, overridden
+from edgetune.recipe.sections import Budget, ExportSettings, Finalize, ProfileSettings, Section, Step
+
+QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
+NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
+
+_ROWS = "write a recipe for it: edgetune recipes new --model minilm --data csv:{0}"
+NO_RECIPES = {  # by suffix, and what to do instead
+    ".pte": "a program is asked: edgetune predict {0} TEXT, or profile, inspect, generate",
+    ".pt2": "a saved model is exported: edgetune export {0}",
+    **dict.fromkeys((".csv", ".tsv"), _ROWS),
+    ".jsonl": _ROWS.replace("csv:", "jsonl:"),
+    ".py": "write a recipe for your model: edgetune recipes new --model py:{0}:build --data csv:FILE",
+    ".json": "a recipe is YAML: save it as a file that ends in .yaml",
+}
+
+
+class Recipe(Section):
+    """A whole job: model, data, ordered steps, and what to do with the result."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the recipe and of its runs: letters, digits, `.`, `_` and `-`. Default: the name of the file."""
+    description: str = ""
+    """Purpose of the recipe, in one line; `edgetune recipes list` prints it."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the row order and of all random numbers: the same seed gives the same run."""
+    model: ModelSettings
+    """The model to start from. A plain name is short for `{source: NAME}`."""
+    data: DataSettings
+    """The rows for training and testing. A plain name is short for `{source: NAME}`."""
+    steps: tuple[Step, ...]
+    """The steps that are applied to the model, in this order. A step is a name, or a name with settings."""
+    export: ExportSettings | None = None
+    """How to export the model; without it, nothing is exported."""
+    profile: ProfileSettings | None = None
+    """Devices to predict for; without it, nothing is predicted or measured."""
+    budget: tuple[Budget, ...] = ()
+    """Limits that the run must meet, for one device or a list of devices. If it does not, the exit code is 4."""
+    variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012  pydantic copies it
+    """Named sets of overrides; `variant=NAME` on the command line selects one."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values with every default written out; reading them gives an equal recipe."""
+        plain = self.model_dump(mode="json")
+        plain["steps"] = [{s["name"]: s["settings"]} for s in plain["steps"]]
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved settings, without what changes no result (description, unchosen variants)."""
+        plain = {k: v for k, v in self.resolved().items() if k not in ("description", "variants")}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def names() -> tuple[str, ...]:
+    """The recipes in the package."""
+    files = resources.files("edgetune.recipes").iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
+
+
+def text_of(recipe: str | Path) -> tuple[str, str]:
+    """The YAML text of a recipe, and what errors call it. A name is in the package; what ends in .yaml is a path."""
+    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
+        place = Path(recipe)
+        if not place.exists():
+            other = place.with_suffix(".yml" if place.suffix == ".yaml" else ".yaml")
+            near = other.name if other.is_file() else nearest_file(place) or nearest(place.stem, names())
+            action = "`edgetune recipes list` prints those of the package"
+            raise EdgetuneError("no such recipe", got=str(recipe), near=near, action=action)
+        return read_file(place), str(recipe)
+    if recipe not in names():
+        place = Path(recipe)
+        action = NO_RECIPES.get(place.suffix.lower(), "a path must end in .yaml").format(recipe)
+        if place.is_dir():
+            inside = next(
+                (each for each in (place / "recipe.yaml", *sorted(place.glob("*.y*ml"))) if each.is_file()), ""
+            )
+            action = f"write {inside}" if inside else "this is a folder: write the path of a file that ends in .yaml"
+        raise EdgetuneError("no such recipe in the package", got=recipe, allowed=names(), action=action)
+    return resources.files("edgetune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
+
+
+def load(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read, override and check a recipe, by name or path. Its paths are relative to it, those of overrides to here.
+
+    Raises:
+        EdgetuneError: one error as it is; several as `document.Errors`, whose text has them all.
+    """
+    if not isinstance(overrides or {}, Mapping):
+        raise EdgetuneError("overrides are a mapping", got=overrides, action='write {"train.epochs": 2}')
+    text, name = text_of(recipe)
+    document = read(text, name)
+    if name == str(recipe) and isinstance(document.value, dict):  # a file, not one of the package
+        document = Document(name, located(document.value, Path(name).parent), document.places)
+    return from_document(document, located(overrides or {}, Path()))
+
+
+def parse(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read, override and check the text of a recipe; `name` is what errors call it."""
+    return from_document(read(text, name), overrides)
+
+
+def from_plain(plain: Mapping[str, Any], name: str = "recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from plain values, such as `Recipe.resolved` gives."""
+    return from_document(Document(name, dict(plain)), overrides)
+
+
+def from_document(document: Document, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Override and check plain values whose lines are known."""
+    if not isinstance(document.value, dict):
+        what = "a recipe is a mapping"
+        raise EdgetuneError(what, where=document.name, got=document.value, allowed=Recipe.model_fields)
+    document, errors = overridden(_long_form(document), overrides or {}, list(Recipe.model_fields))
+    document = _long_form(document)
+    checking = _Checking(document)
+    recipe = checking.recipe()
+    raise_all(document.name, [*errors, *checking.errors])
+    if recipe is None:
+        raise AssertionError("a recipe without an error must exist")
+    return recipe
+
+
+def _long_form(document: Document) -> Document:
+    """Shorthands written out: `model: minilm`, one budget, a step that is only a name."""
+    values = dict(document.value)
+    values.setdefault("name", Path(document.name).stem)
+    for key in ("model", "data"):
+        if isinstance(values.get(key), str):
+            values[key] = {"source": values[key]}
+    if isinstance(values.get("budget"), dict):
+        values["budget"] = [values["budget"]]
+    values.setdefault("steps", [])
+    if isinstance(values["steps"], list):
+        values["steps"] = [_long_step(step) for step in values["steps"]]
+    return Document(document.name, values, document.places)
+
+
+def _long_step(step: Any) -> Any:
+    if isinstance(step, str):
+        return {step: {}}
+    if isinstance(step, dict) and len(step) == 1:
+        return {name: {} if settings is None else settings for name, settings in step.items()}
+    return step
+
+
+def step_names() -> list[str]:
+    """Every word that may begin a step."""
+    return [*registry.TECHNIQUES, *registry.STEPS, "finalize"]
+
+
+def _mended_step(got: Any) -> str:
+    """What to do about a step whose settings are not indented more than its name; empty for any other mistake."""
+    names = [name for name in got if name in step_names()] if isinstance(got, list) else []
+    settings = [name for name in got if name not in names] if names else []
+    if len(names) != 1 or not set(settings) & set(fields_of(settings_class(names[0]))):
+        return ""
+    return f"indent {', '.join(settings)} further than {names[0]}"
+
+
+def _place_instead(problem: Problem, values: Mapping[str, Any]) -> str:
+    """How `data: {csv: rows.csv}` is written, or where `epochs: 3` belongs; empty for any other mistake."""
+    section, *rest = problem.path
+    if problem.what == "unknown field" and not rest:
+        holder = next((name for name in step_names() if section in fields_of(settings_class(name))), "")
+        return f"it belongs in a step: - {holder}: {{{section}: ...}}" if holder else ""
+    table = {"model": registry.MODELS, "data": registry.DATASETS}.get(str(section), {})
+    if problem.what != "unknown field" or len(rest) != 1 or rest[0] not in table:
+        return ""
+    return f"write source: {rest[0]}:{values[str(section)][rest[0]]}"
+
+
+class _Checking:
+    """Plain values to a recipe, collecting errors."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.errors: list[EdgetuneError] = []
+
+    def recipe(self) -> Recipe | None:
+        values = self.document.value
+        steps = self.steps(values["steps"])
+        head = {key: value for key, value in values.items() if key != "steps"}
+        found, problems = validate(Recipe, {**head, "steps": []})
+        for problem in problems:
+            error = problem.at(self.where(problem.path))
+            error.action = error.action or _place_instead(problem, values)
+            self.errors.append(error)
+        self.order(steps)
+        self.sources(values)
+        self.devices(values)
+        self.reachable(found, steps)
+        self.variants(values.get("variants"))
+        self.errors.sort(key=lambda error: _line(error.where))
+        complete = [step for _, _, step in steps if step is not None]
+        settings = fitted([step.settings for step in complete])
+        fitting = tuple(Step(name=step.name, settings=each) for step, each in zip(complete, settings, strict=True))
+        return None if found is None else found.model_copy(update={"steps": fitting})
+
+    def where(self, path: Place) -> str:
+        """`recipe.yaml, line 4, data.train_rows`."""
+        place, found = self.document.place(path)
+        named = [key for key in path if isinstance(key, str)]
+        shown = found if list(found) == named else path
+        return ", ".join(part for part in (self.document.name, place, dotted(shown)) if part)
+
+    def where_step(self, index: int, name: str = "", path: Place = ()) -> str:
+        """`recipe.yaml, step 3 (line 12), lora.rank`."""
+        place, _ = self.document.place(("steps", index, *([name] if name else []), *path))
+        at = f"step {index + 1} ({place})" if place else f"step {index + 1}"
+        return ", ".join(part for part in (self.document.name, at, dotted((name, *path)) if name else "") if part)
+
+    def steps(self, plain: Any) -> list[tuple[int, str, Step | None]]:
+        """Index, name and step of every step whose name is known; the step is `None` if its settings are wrong."""
+        if not isinstance(plain, list) or not plain:
+            what = "must be a list of steps" if plain else "a recipe needs at least one step"
+            action = "begin each step with a dash, as in `- train`"
+            where = self.where(("steps",))
+            self.errors.append(
+                EdgetuneError(what, where=where, got=plain or None, allowed=step_names(), action=action, near="")
+            )
+            return []
+        found = []
+        for index, step in enumerate(plain):
+            if not isinstance(step, dict) or len(step) != 1 or not isinstance(next(iter(step)), str):
+                got = list(step) if isinstance(step, dict) else step
+                action = _mended_step(got) or "write `- name`, or `- name: {setting: value}`; a dash before every step"
+                what = "a step is one name with its settings"
+                self.errors.append(EdgetuneError(what, where=self.where_step(index), got=got, action=action))
+                continue
+            name, settings = next(iter(step.items()))
+            if name not in step_names():
+                where = self.where_step(index)
+                self.errors.append(EdgetuneError("unknown step", where=where, got=name, allowed=step_names()))
+                continue
+            found.append((index, name, self.step(index, name, settings)))
+        return found
+
+    def step(self, index: int, name: str, settings: Any) -> Step | None:
+        kind = settings_class(name)
+        if not isinstance(settings, dict):
+            action = f"write `- {name}: {{{next(iter(kind.model_fields), 'setting')}: ...}}`"
+            problems = [Problem((), "settings must be a mapping", settings, tuple(kind.model_fields), action)]
+        else:
+            made, problems = validate(kind, settings)
+            if made is not None:
+                return Step(name=name, settings=made)
+        self.errors += [problem.at(self.where_step(index, name, problem.path)) for problem in problems]
+        return None
+
+    def order(self, steps: list[tuple[int, str, Step | None]]) -> None:
+        """What may follow what; known from the names, so it is said together with wrong settings."""
+        earlier: list[str] = []
+        opened = 0
+        for index, name, step in steps:
+            kind, where = settings_class(name), self.where_step(index, name)
+            techniques = [other for other in earlier if other in registry.TECHNIQUES]
+            allowed = getattr(kind, "after", None)
+            if allowed is None:
+                allowed = set(registry.TECHNIQUES) - QUANTIZED if name == "train" else set(registry.TECHNIQUES)
+            for other in dict.fromkeys(techniques):
+                if other not in allowed:
+                    what, action = f"cannot follow {other}", f"move it before {other}"
+                    if name == other:
+                        what, action = "stands twice", "keep one of the two"
+                    rest = f"; allowed before it: {', '.join(sorted(allowed)) or 'no technique'}"
+                    self.errors.append(EdgetuneError(what + rest, where=where, action=action))
+            if name == "finalize" and not opened:
+                self.errors.append(
+                    EdgetuneError("there is nothing to finalize here", where=where, action="remove the step")
+                )
+            if name == "finalize" or getattr(kind, "plain", False):
+                opened = 0
+            opened += name in registry.TECHNIQUES and kind.finalize is not Technique.finalize  # type: ignore[attr-defined]
+            self.teacher(where, step, earlier)
+            earlier.append(name)
+
+    def teacher(self, where: str, step: Step | None, earlier: list[str]) -> None:
+        """`distill.teacher` names an earlier step: the model as it was just before that step."""
+        distill = getattr(step.settings, "distill", None) if step is not None else None
+        name = getattr(distill, "teacher", None)
+        if isinstance(name, str) and name not in earlier:
+            what = "the teacher is the model just before an earlier step"
+            self.errors.append(
+                EdgetuneError(what, where=f"{where}.distill.teacher", got=name, allowed=list(dict.fromkeys(earlier)))
+            )
+
+    def sources(self, values: dict[str, Any]) -> None:
+        """Model and data are names of the registry, with an argument after the first colon."""
+        for key, table in (("model", registry.MODELS), ("data", registry.DATASETS)):
+            source = values[key].get("source") if isinstance(values.get(key), dict) else None
+            if isinstance(source, str) and source.partition(":")[0] not in table:
+                self.errors.append(registry.unknown_source(table, key, source).within(self.where((key, "source"))))
+
+    def devices(self, values: dict[str, Any]) -> None:
+        """Every device is known, `host`, or the path of a descriptor."""
+        profile, budgets = values.get("profile"), values.get("budget")
+        named = profile.get("devices") if isinstance(profile, dict) else None
+        found: list[tuple[Place, Any]] = [
+            (("profile", "devices", i), d) for i, d in enumerate(named if isinstance(named, list) else [])
+        ]
+        for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
+            found += [(("budget", index, "device"), budget.get("device"))] if isinstance(budget, dict) else []
+        allowed = dict.fromkeys([*ids(), HOST])
+        for path, name in found:
+            if isinstance(name, str) and name not in allowed and not name.endswith(SUFFIX):
+                self.errors.append(EdgetuneError("unknown device", where=self.where(path), got=name, allowed=allowed))
+
+    def reachable(self, recipe: Recipe | None, steps: list[tuple[int, str, Step | None]]) -> None:
+        """Targets and devices that exist, and budgets that something in the recipe tells."""
+        if recipe is None:
+            return
+        if recipe.export is not None and recipe.export.target not in TARGET_NAMES:
+            where = self.where(("export", "target"))
+            target = recipe.export.target
+            self.errors.append(EdgetuneError("unknown target", where=where, got=target, allowed=TARGET_NAMES))
+        self.talking(recipe)
+        told = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
+        for index, budget in enumerate(recipe.budget):
+            needs = {
+                "latency_ms": (budget.device in told, f"add export, and {budget.device} under profile.devices"),
+                "peak_memory_mib": (budget.device in told, f"add export, and {budget.device} under profile.devices"),
+                "size_mib": (recipe.export is not None, "add export"),
+                "train_memory_mib": (any(name == "train" for _, name, _ in steps), "add a train step"),
+            }
+            for limit, (known, action) in needs.items():
+                if getattr(budget, limit) is not None and not known:
+                    where = self.where(("budget", index, limit))
+                    what = "nothing in the recipe provides this value"
+                    self.errors.append(EdgetuneError(what, where=where, action=action))
+
+    def talking(self, recipe: Recipe) -> None:
+        """Whether the model can be a language model, as far as its name tells; the rest is known when it is loaded."""
+        if recipe.export is None or not recipe.export.language:
+            return
+        if recipe.model.source.partition(":")[0] in NOT_LANGUAGE:
+            what = f"{recipe.model.source} is not a causal language model, so its program cannot generate text"
+            action = "leave export.language out, or choose the model smollm2 or hf:PATH"
+            self.errors.append(EdgetuneError(what, where=self.where(("export", "language")), action=action))
+
+    def variants(self, plain: Any) -> None:
+        """Every key of every variant must mean something, chosen or not."""
+        if not isinstance(plain, dict):
+            return
+        for name, overrides in plain.items():
+            if not isinstance(overrides, dict):
+                continue
+            where = self.where(("variants", name))
+            if VARIANT in overrides:
+                self.errors.append(EdgetuneError("a variant cannot choose a variant", where=where))
+            _, errors = overridden(self.document, overrides, list(Recipe.model_fields))
+            self.errors += [error.within(where) for error in errors if VARIANT not in overrides]
+
+
+def settings_class(name: str) -> type[BaseModel]:
+    """The settings class of one step name; only its own module is imported."""
+    found: type[BaseModel] = (
+        Finalize if name == "finalize" else registry.load({**registry.TECHNIQUES, **registry.STEPS}[name])
+    )
+    return found
+
+
+def _line(where: str) -> int:
+    """The line number in an error's place, for sorting; 0 for an override."""
+    found = re.search(r"\bline (\d+)", where)
+    return int(found[1]) if found else 0

@@ -1,0 +1,70 @@
+"""The JSON Schema of a recipe file."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from edgetune.recipe.recipe import Recipe, settings_class, step_names
+
+SCHEMA_FILE = "recipe.schema.json"  # beside the packaged recipes, made by `make pages`
+EDITOR_LINE = "# yaml-language-server: $schema="  # what editors read the schema of a YAML file from
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file, with the settings of every technique; for editors and other tools."""
+    whole = Recipe.model_json_schema(ref_template="#/$defs/{model}")
+    definitions: dict[str, Any] = whole["$defs"]
+    del definitions["Step"], definitions["BaseModel"]
+    forms: list[dict[str, Any]] = [{"enum": step_names(), "description": "A step with the defaults of its settings."}]
+    for name, kind in ((name, settings_class(name)) for name in step_names()):
+        own = kind.model_json_schema(ref_template="#/$defs/{model}")
+        definitions |= own.pop("$defs", {})
+        settings = {"description": first_line(own["description"]), "anyOf": [own, {"type": "null"}]}
+        forms.append(
+            {"type": "object", "properties": {name: settings}, "required": [name], "additionalProperties": False}
+        )
+    properties = whole["properties"]
+    steps = {"type": "array", "minItems": 1, "items": {"anyOf": forms}}
+    properties["steps"] = {"description": properties["steps"]["description"], **steps}
+    properties["model"] = _either({"type": "string"}, properties["model"])
+    properties["data"] = _either({"type": "string"}, properties["data"])
+    properties["budget"] = _either({"$ref": "#/$defs/Budget"}, properties["budget"])
+    whole["required"] = [key for key in whole["required"] if key != "name"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_unwrapped(whole)}
+
+
+def _either(short: dict[str, Any], long: dict[str, Any]) -> dict[str, Any]:
+    """A property that has a short form too; what is said of the long one holds for both."""
+    shared: dict[str, Any] = {key: long[key] for key in ("title", "description", "default") if key in long}
+    return {**shared, "anyOf": [short, {key: value for key, value in long.items() if key not in shared}]}
+
+
+def _unwrapped(value: Any) -> Any:
+    """The same with each paragraph of a description in one line, as editors show it."""
+    if isinstance(value, list):
+        return [_unwrapped(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    plain = {key: _unwrapped(inner) for key, inner in value.items()}
+    if isinstance(plain.get("description"), str):
+        plain["description"] = "\n\n".join(" ".join(part.split()) for part in plain["description"].split("\n\n"))
+    return plain
+
+
+def first_line(text: str) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def with_editor_line(text: str) -> str:
+    """The text of a recipe that may lie anywhere on this disk; its first line names the schema in the package.
+
+    >>> print(with_editor_line("name: mine").replace(str(Path.cwd()), "..."))  # doctest: +ELLIPSIS
+    # yaml-language-server: $schema=file://...recipe.schema.json
+    name: mine
+    """
+    path = Path(str(resources.files("edgetune.recipes").joinpath(SCHEMA_FILE)))
+    first, _, rest = text.partition("\n")
+    return f"{EDITOR_LINE}{path.as_uri()}\n{rest if first.startswith(EDITOR_LINE) else text}"

@@ -1,0 +1,96 @@
+"""The sections of a recipe beside model and data: what a step is, export, profile, budget."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.technique import Settings
+
+CHECK_ROWS = 500
+LANGUAGE_CHECK_ROWS = 8  # a text takes a language program as long as a hundred rows take another
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(Settings):
+    """Base of every part of a recipe: immutable, no unknown fields."""
+
+
+class Finalize(Section):
+    """Finalize every applied technique: merge, freeze, pack. It has no settings, and runs automatically where
+    needed."""
+
+    name: ClassVar[str] = "finalize"
+
+
+class Step(Section):
+    """One step: its recipe name and the settings object."""
+
+    name: str
+    """A technique, `train`, `eval` or `finalize`."""
+    settings: SerializeAsAny[BaseModel]
+    """What that step takes."""
+
+
+class ExportSettings(Section):
+    """How to export the model. Without this section, nothing is exported."""
+
+    target: str = "xnnpack"
+    """The backend to lower the program for, such as `xnnpack`; `edgetune env` lists them."""
+    language: bool = False
+    """Export a text-generation program, with its cache and tokenizer; otherwise the program takes a window of
+    tokens."""
+    max_tokens: int = Field(512, ge=2)
+    """Cache size of a text-generation program, in tokens, for prompt and answer together."""
+    check_rows: int | None = Field(None, ge=1)
+    """Number of held-out rows on which the program is compared with the eager model; a text-generation program
+    continues the first half of each. `null`: 500, or 8 for a text-generation program, or all rows if there are
+    fewer."""
+    min_same_prediction_pct: float = Field(99.0, ge=0, le=100)
+    """Percentage of these rows, or tokens, on which both must agree; otherwise the export fails."""
+
+    @model_validator(mode="after")
+    def _cache_is_of_use(self) -> ExportSettings:
+        if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
+            what = "max_tokens is the cache size of a text-generation program, but language is false"
+            raise EdgetuneError(what, got=self.max_tokens, action="add language: true, or leave max_tokens out")
+        return self
+
+    def rows_to_check(self, available: int) -> int:
+        """How many rows program and model are compared on, of so many in the test set."""
+        if self.check_rows is not None:
+            return self.check_rows
+        return min(LANGUAGE_CHECK_ROWS if self.language else CHECK_ROWS, available)
+
+
+class ProfileSettings(Section):
+    """Devices for which the program is profiled."""
+
+    devices: tuple[str, ...] = ()
+    """Devices to predict for: ids from `edgetune devices list`, `host`, or paths of descriptors."""
+    measure: bool = True
+    """Also time the program on this machine."""
+
+
+class Budget(Section):
+    """Limits for one device. At least one limit is needed."""
+
+    device: str
+    """The device: an id from `edgetune devices list`, `host`, or the path of a descriptor."""
+    latency_ms: Positive | None = None
+    """Maximum latency of one call of the program, in ms; `null`: no limit."""
+    size_mib: Positive | None = None
+    """Maximum size of the program, in MiB; `null`: no limit."""
+    train_memory_mib: Positive | None = None
+    """Maximum memory during training, in MiB; `null`: no limit."""
+    peak_memory_mib: Positive | None = None
+    """Maximum memory while the program runs, in MiB; `null`: no limit."""
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Budget:
+        if not any((self.latency_ms, self.size_mib, self.train_memory_mib, self.peak_memory_mib)):
+            limits = ["latency_ms", "size_mib", "train_memory_mib", "peak_memory_mib"]
+            raise EdgetuneError("limits nothing", allowed=limits, action="give at least one of them")
+        return self

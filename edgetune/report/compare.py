@@ -1,0 +1,318 @@
+"""One program on every device that is known: predicted latency, memory, energy and cold start, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import Predicted
+from edgetune.profile.calls import predicted_calls
+from edgetune.profile.cost import fits
+from edgetune.profile.device import Device, load
+from edgetune.recipe.names import HOST, ids
+
+if TYPE_CHECKING:
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact
+
+CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
+_MS = 1e3
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What a language program does on one device, predicted; each rate with the ends of its band."""
+
+    decode_tokens_s: tuple[float, float, float]  # middle, low, high
+    prefill_tokens_s: tuple[float, float, float]
+    first_token_ms: tuple[float, float, float]  # after a prompt of `prefill_tokens`, the program loaded
+
+
+@dataclass(frozen=True)
+class Line:
+    """One device. `predicted`: each kind of call, the one that says a token first; none where it cannot run there."""
+
+    device: str
+    name: str
+    family: str
+    predicted: tuple[Predicted, ...]
+    fits: bool | None  # None: its memory is unknown
+    why: str = ""  # it does not fit, or nobody knows
+    speech: Speech | None = None
+
+    @property
+    def cold_start_ms(self) -> float | None:
+        """Load, pack and run once; of a language program read a prompt of `prefill_tokens`."""
+        return self.predicted[-1].cold_start_ms if self.predicted else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The program, its devices by predicted latency, and the descriptors that could not be used."""
+
+    program: str
+    target: str
+    size_mib: float
+    lines: tuple[Line, ...]
+    faults: tuple[tuple[str, str], ...] = ()  # the descriptor, and what is wrong with it
+    prefill_tokens: int | None = None  # of a language program, and what its cache takes
+    cache_mib: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def compare(
+    artifact: Artifact | LanguageArtifact | str | Path, devices: Sequence[str | Device] | None = None
+) -> Comparison:
+    """Predict a program on these devices, by default all that are known, the fastest first.
+
+    Left out, with the reason in `faults`: a device that no runtime is published for, this host before it was
+    calibrated, and among all known ones a descriptor with a fault. Raises `EdgetuneError` for a device by name that is
+    unknown or has a fault, and where nothing is left to compare.
+    """
+    if isinstance(artifact, (str, Path)):
+        from edgetune.program.language import load_any
+
+        artifact = load_any(artifact)
+    known, faults = artifact.manifest, list[tuple[str, str]]()
+    lines: list[Line] = []
+    for device in ids() if devices is None else _once(devices):
+        try:
+            described = device if isinstance(device, Device) else load(device)
+        except EdgetuneError as error:
+            if devices is not None and device != HOST:
+                raise
+            action = f"; next: {error.action}" if device == HOST else ""
+            faults.append((str(device), str(error).split("\n", 1)[0] + action))
+            continue
+        if described.no_runtime:
+            faults.append((described.id, f"no runtime: {described.no_runtime}"))
+            continue
+        lines.append(_line(artifact, described))
+    if not lines:
+        raise EdgetuneError("no device is left to compare", got="; ".join(f"{name}: {fault}" for name, fault in faults))
+    prefill = getattr(known, "prefill_tokens", None)
+    cache_bytes = getattr(known, "cache_bytes", None)
+    return Comparison(
+        program=artifact.path.name,
+        target=known.target,
+        size_mib=getattr(known, "total_bytes", known.size_bytes) / 2**20,
+        lines=tuple(sorted(lines, key=_order)),
+        faults=tuple(faults),
+        prefill_tokens=prefill,
+        cache_mib=None if cache_bytes is None else cache_bytes / 2**20,
+        notes=_notes(known.target, lines, prefill),
+    )
+
+
+def _once(devices: Sequence[str | Device]) -> tuple[str | Device, ...]:
+    """The devices, each one time."""
+    found: list[str | Device] = []
+    for device in devices:
+        if device not in found:
+            found.append(device)
+    if not found:
+        raise EdgetuneError("no device is named", action="name one, or omit --devices to compare all")
+    return tuple(found)
+
+
+def _line(artifact: Artifact | LanguageArtifact, device: Device) -> Line:
+    target = artifact.manifest.target
+    if target != "portable" and target not in device.targets:
+        why = f"cannot run {target} programs, only {', '.join(device.targets)}"
+        return Line(device.id, device.name, device.family, (), False, why)
+    predicted = predicted_calls(artifact, device)
+    reasons = fits(device, predicted[0].peak_memory_mib)
+    memory = device.memory
+    unknown = memory.usable_app_memory_mib.value is None and memory.ram_gib.value is None
+    return Line(
+        device=device.id,
+        name=device.name,
+        family=device.family,
+        predicted=predicted,
+        fits=None if unknown else not reasons,
+        why="memory size unknown" if unknown else "; ".join(reasons),
+        speech=_speech(predicted, artifact.manifest.prefill_tokens) if len(predicted) > 1 else None,  # type: ignore[union-attr]
+    )
+
+
+def _speech(predicted: Sequence[Predicted], prefill_tokens: int) -> Speech:
+    token, piece = predicted
+    return Speech(
+        decode_tokens_s=(_MS / token.latency_ms, _MS / token.latency_high_ms, _MS / token.latency_low_ms),
+        prefill_tokens_s=(
+            prefill_tokens * _MS / piece.latency_ms,
+            prefill_tokens * _MS / piece.latency_high_ms,
+            prefill_tokens * _MS / piece.latency_low_ms,
+        ),
+        first_token_ms=(piece.latency_ms, piece.latency_low_ms, piece.latency_high_ms),
+    )
+
+
+def _order(line: Line) -> tuple[bool, float, str]:
+    """By latency, those without any last."""
+    return not line.predicted, line.predicted[0].latency_ms if line.predicted else 0.0, line.device
+
+
+def _notes(target: str, lines: Sequence[Line], prefill_tokens: int | None) -> tuple[str, ...]:
+    """What holds for the whole table."""
+    found = [line.predicted[0] for line in lines if line.predicted]
+    said = [
+        "All values are predicted from device descriptors, for the CPU with the threads shown. None was measured.",
+        "GPUs and NPUs are not predicted. Energy is an order-of-magnitude estimate.",
+    ]
+    bands = sorted({one.band_pct for one in found if one.band_pct is not None})
+    if bands:
+        shares = " or ".join(f"{band:g} %" for band in bands)
+        unchecked = " Some were never validated." if any(one.band_pct is None for one in found) else ""
+        said.append(f"The intervals are designed to cover {shares} of programs.{unchecked}")
+    if prefill_tokens is not None:
+        said.append(
+            f"Latency and energy are those of one token after {prefill_tokens} tokens. The time to the first token is "
+            f"for a prompt of {prefill_tokens} tokens. A cold start also loads the program."
+        )
+    if target not in CPU_TARGETS and found:
+        said.append(f"Computed for the CPU cores: {target} on other hardware is not predicted.")
+    return tuple(said)
+
+
+# the first to go where the terminal is too narrow for all
+_SPARED = ("cold ms", "calibrated", "mJ", "J/1,000 tokens", "prefill/s", "MiB")
+
+
+def text(found: Comparison, width: int | None = None) -> str:
+    """The comparison as a table for a terminal, of so many columns: those that are spared first are left out."""
+    from edgetune.core.numbers import plural
+
+    head = ("device", *headed(found), "fits")
+    rows = [(*row[:-1], _verdict(line)) for row, line in zip(rows_of(found), found.lines, strict=True)]
+    table = [head, *rows]
+    for name in _SPARED:
+        if width is not None and sum(_widths(table)) + 2 * (len(table[0]) - 1) > width and name in table[0]:
+            place = table[0].index(name)
+            table = [(*row[:place], *row[place + 1 :]) for row in table]
+    first = f"{found.program}: {found.target}, {_figure(found.size_mib)} MiB"
+    if found.cache_mib is not None:
+        first += f", and {_figure(found.cache_mib)} MiB of memory for its cache"
+    widths = _widths(table)
+    lines = [
+        f"{first}; predicted for the {'CPUs' if len(rows) > 1 else 'CPU'} of {plural(len(rows), 'device')}",
+        "",
+        *(_aligned(row, widths) for row in table),
+    ]
+    reasons = [(line.device, line.why) for line in found.lines if line.why]
+    for title, told in (("does not fit, or unknown", reasons), ("left out", found.faults)):
+        if told:
+            lines += ["", title, *(f"  {name}: {reason}" for name, reason in told)]
+    return "\n".join([*lines, "", *found.notes])
+
+
+def _widths(table: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+
+
+def _verdict(line: Line) -> str:
+    return "?" if line.fits is None else "yes" if line.fits else "no"
+
+
+def rows_of(found: Comparison) -> list[tuple[str, ...]]:
+    """The device, its figures under `headed`, and whether it fits, line by line."""
+    return [(line.device, *_figures(line, len(headed(found))), _fits(line)) for line in found.lines]
+
+
+def headed(found: Comparison) -> tuple[str, ...]:
+    """What the figures are, with their units."""
+    if found.prefill_tokens is not None:
+        return (
+            "threads", "tokens/s", "interval", "prefill/s", "1st token ms", "interval", "MiB", "J/1,000 tokens",
+            "cold ms", "calibrated", "not predicted",
+        )  # fmt: skip
+    return ("threads", "ms", "interval", "MiB", "mJ", "cold ms", "calibrated", "not predicted")
+
+
+def _figures(line: Line, many: int) -> tuple[str, ...]:
+    """The cells between name and verdict."""
+    if not line.predicted:
+        return ("-",) * many
+    one = line.predicted[0]
+    shared = (
+        _figure(one.peak_memory_mib),
+        _figure(one.energy_mj),  # millijoules of one, and joules of a thousand
+        _figure(line.cold_start_ms),
+        "yes" if one.calibrated else "no",
+        ", ".join(kind.upper() for kind in one.accelerators or ()) or "-",
+    )
+    threads = str(one.threads or "-")
+    if line.speech is None:
+        return (threads, _figure(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
+    decode, prefill, first = line.speech.decode_tokens_s, line.speech.prefill_tokens_s, line.speech.first_token_ms
+    return (
+        threads,
+        _figure(decode[0]),
+        _band(*decode[1:]),
+        _figure(prefill[0]),
+        _figure(first[0]),
+        _band(*first[1:]),
+        *shared,
+    )
+
+
+def _fits(line: Line) -> str:
+    if line.fits is None:
+        return f"? {line.why}"
+    return "yes" if line.fits else f"no: {line.why}"
+
+
+def _band(low: float, high: float) -> str:
+    return f"{_figure(low)} to {_figure(high)}"
+
+
+def _figure(value: float | None) -> str:
+    from edgetune.core.numbers import number
+
+    return number(value)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Names and reasons to the left, figures to the right."""
+    last = len(row) - 1
+    cells = [
+        cell.ljust(width) if place in (0, last) else cell.rjust(width)
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def plain(found: Comparison) -> dict[str, Any]:
+    """The comparison as JSON values."""
+    return {
+        "program": found.program,
+        "target": found.target,
+        "size_mib": found.size_mib,
+        "prefill_tokens": found.prefill_tokens,
+        "cache_mib": found.cache_mib,
+        "devices": [_plain_line(line) for line in found.lines],
+        "faults": [{"device": name, "fault": fault} for name, fault in found.faults],
+        "notes": list(found.notes),
+    }
+
+
+def _plain_line(line: Line) -> dict[str, Any]:
+    one = line.predicted[0] if line.predicted else None
+    values: dict[str, Any] = {
+        "device": line.device,
+        "name": line.name,
+        "family": line.family,
+        "fits": line.fits,
+        "why": line.why,
+        "calibrated": one.calibrated if one is not None else None,
+        "cold_start_ms": line.cold_start_ms,
+        "energy_j_per_1000": one.energy_mj if one is not None else None,
+        "predicted": [call.model_dump(mode="json") for call in line.predicted],
+    }
+    if line.speech is not None:
+        for name in ("decode_tokens_s", "prefill_tokens_s", "first_token_ms"):
+            values[name] = dict(zip(("middle", "low", "high"), getattr(line.speech, name), strict=True))
+    return values

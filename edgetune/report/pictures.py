@@ -1,0 +1,172 @@
+"""Charts of predictions: a program on many devices, and the roofline of its layers on one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgetune.core.numbers import number, percent, plural
+from edgetune.profile.layers import Layer, Layers
+from edgetune.report.compare import Comparison, Line
+from edgetune.report.device_figures import whiskers
+from edgetune.report.drawing import BLUE, GREY, ORANGE, TEAL, Figure, axis, built, category_axis, label
+
+PURPLE = "#8b5fc7"
+_FAMILIES = {"phone": BLUE, "board": TEAL, "jetson": PURPLE, "computer": ORANGE, "microcontroller": GREY}
+_BOUNDS = {"compute": BLUE, "memory": ORANGE, "overhead": GREY}
+_ROW_PX = 22
+_FEWEST_PX, _MOST_PX = 7.0, 34.0  # of a point, across
+
+
+def by_device(found: Comparison) -> tuple[Figure, ...]:
+    """Latency on each device with its interval; of a language program a token, and the first token after a prompt."""
+    if found.prefill_tokens is None:
+        figures = [_latencies("devices", "Predicted latency of one run", found.lines, 0)]
+    else:
+        first = f"Predicted time to the first token, after a prompt of {plural(found.prefill_tokens, 'token')}"
+        figures = [
+            _latencies("devices", "Predicted latency of one token", found.lines, 0),
+            _latencies("devices-first", first, found.lines, 1),
+        ]
+    return tuple(figure for figure in figures if figure is not None)
+
+
+def _latencies(key: str, title: str, lines: Sequence[Line], call: int) -> Figure | None:
+    drawn = sorted((line for line in lines if line.predicted), key=lambda line: line.predicted[call].latency_ms)
+    if not drawn:
+        return None
+    traces = []
+    for family in dict.fromkeys(line.family for line in drawn):
+        for fits in (True, False):
+            of = [line for line in drawn if line.family == family and (line.fits is not False) == fits]
+            if of:
+                traces.append(_points(of, call, family, fits))
+    ends = [
+        end for line in drawn for end in (line.predicted[call].latency_low_ms, line.predicted[call].latency_high_ms)
+    ]
+    layout = {
+        "height": len(drawn) * _ROW_PX + 120,
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
+        "margin": {"l": 8, "r": 12, "t": 56, "b": 8},
+        "xaxis": axis("ms, each with its interval", type="log", range=log_range(ends), dtick=1),
+        "yaxis": category_axis(categoryorder="array", categoryarray=[label(line.device) for line in drawn], dtick=1),
+    }
+    told = ", ".join(
+        f"{line.device} {number(line.predicted[call].latency_ms)} ms"
+        + (" (does not fit)" if line.fits is False else "")
+        for line in drawn
+    )
+    return Figure(key, title, told, built(traces, layout), wide=True)
+
+
+def _points(lines: Sequence[Line], call: int, family: str, fits: bool) -> dict[str, Any]:
+    """The devices of one family that it fits, or does not."""
+    calls = [line.predicted[call] for line in lines]
+    marks = [
+        f"{number(one.latency_ms)} ms ({number(one.latency_low_ms)} to {number(one.latency_high_ms)}), predicted<br>"
+        f"{number(one.peak_memory_mib)} MiB{'' if fits else ': ' + label(line.why, 80)}"
+        for line, one in zip(lines, calls, strict=True)
+    ]
+    color = _FAMILIES.get(family, GREY)
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": family if fits else f"{family}, does not fit",
+        "x": [one.latency_ms for one in calls],
+        "y": [label(line.device) for line in lines],
+        "error_x": whiskers([(one.latency_ms, one.latency_low_ms, one.latency_high_ms) for one in calls]),
+        "marker": {"color": color, "size": 11, "symbol": "circle" if fits else "x-open", "line": {"width": 2}},
+        "hovertext": marks,
+        "hovertemplate": "<b>%{y}</b><br>%{hovertext}<extra></extra>",
+    }
+
+
+def log_range(values: Sequence[float]) -> list[float]:
+    """The range of a logarithmic axis with some room at both ends, as plotly takes it: exponents of ten."""
+    from math import log10
+
+    low, high = log10(min(values)), log10(max(values))
+    room = max(0.05 * (high - low), 0.1)
+    return [low - room, high + room]
+
+
+def rooflines(found: Sequence[Layers]) -> tuple[Figure, ...]:
+    """One for each kind of call on each device: what its layers reach, beneath what the device allows."""
+    figures = [roofline(of, place) for place, of in enumerate(found)]
+    return tuple(figure for figure in figures if figure is not None)
+
+
+def roofline(found: Layers, place: int = 0) -> Figure | None:
+    """Intensity against the rate reached, one point a layer; `None` where nothing multiplies."""
+    drawn = [layer for layer in found.layers if layer.macs]
+    if not drawn:
+        return None
+    roof = found.roof
+    left = 0.5 * min(layer.intensity for layer in drawn)
+    ridge = max(roof.gmacs.values(), default=0.0) / roof.memory_gb_s
+    right = 2.0 * max(*(layer.intensity for layer in drawn), ridge)
+    slopes = [("memory", roof.memory_gb_s, "solid"), ("last cache", roof.cache_gb_s, "dot")]
+    top = max(roof.gmacs.values(), default=max(layer.gmacs for layer in drawn))
+    traces = [_line_of(f"{name}, {number(gb_s)} GB/s", [left, min(top / gb_s, right)],
+                       [left * gb_s, min(top, right * gb_s)], dash) for name, gb_s, dash in slopes]  # fmt: skip
+    for dtype, gmacs in roof.gmacs.items():
+        start = min(max(left, gmacs / roof.cache_gb_s), right)
+        traces.append(_line_of(f"{dtype}, {number(gmacs)} GMAC/s", [start, right], [gmacs, gmacs], "dash"))
+    for bound, color in _BOUNDS.items():
+        of = [layer for layer in drawn if layer.bound == bound]
+        if of:
+            traces.append(_layers_of(of, bound, color))
+    heights = [layer.gmacs for layer in drawn] + [left * roof.memory_gb_s, top]
+    layout = {
+        "height": 440,
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
+        "margin": {"l": 8, "r": 12, "t": 70, "b": 8},
+        "xaxis": axis("multiply-accumulates per byte", type="log", range=log_range([left, right]), dtick=1),
+        "yaxis": axis("GMAC/s reached, predicted", type="log", range=log_range(heights), dtick=1),
+    }
+    title = f"Roofline of the CPU, predicted: {found.call.where}"
+    return Figure(f"roofline-{place}", title, _told(found, len(drawn)), built(traces, layout))
+
+
+def _told(found: Layers, drawn: int) -> str:
+    """The chart in words."""
+    bounds = ", ".join(f"{bound} {percent(share)} %" for bound, share in found.bounds_pct.items())
+    slowest = found.layers[0]
+    return (
+        f"Of the predicted time, bound by {bounds}. The slowest layer is {slowest.module} with "
+        f"{percent(slowest.share_pct)} %, {number(slowest.intensity)} multiply-accumulates per byte and "
+        f"{number(slowest.gmacs)} GMAC/s. {plural(drawn, 'layer')} drawn, sized by time; layers without "
+        "multiplications are not shown. Points above the memory slope are served by a cache"
+    )
+
+
+def _line_of(name: str, x: Sequence[float], y: Sequence[float], dash: str) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines", "name": name, "x": list(x), "y": list(y),
+        "line": {"color": GREY, "width": 1.5, "dash": dash}, "hoverinfo": "name",
+    }  # fmt: skip
+
+
+def _layers_of(layers: Sequence[Layer], bound: str, color: str) -> dict[str, Any]:
+    """The layers with one bound; area stands for time."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": f"bound by {bound}",
+        "x": [layer.intensity for layer in layers],
+        "y": [layer.gmacs for layer in layers],
+        "marker": {
+            "color": color,
+            "opacity": 0.75,
+            "size": [max(_FEWEST_PX, _MOST_PX * (layer.share_pct / 100) ** 0.5) for layer in layers],
+            "line": {"width": 1, "color": color},
+        },
+        "hovertext": [
+            f"<b>{label(layer.module, 60)}</b><br>{number(layer.ms)} ms, {percent(layer.share_pct)} % of the time<br>"
+            f"{percent(layer.utilization_pct)} % of what bounds it, {layer.dtype}"
+            for layer in layers
+        ],
+        "hovertemplate": "%{hovertext}<br>%{x:.3s} MAC/byte, %{y:.3s} GMAC/s<extra></extra>",
+    }

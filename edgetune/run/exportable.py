@@ -1,0 +1,168 @@
+"""A model with what its program is made of, compared on and bundled with, and the program made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs
+from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
+
+if TYPE_CHECKING:
+    from edgetune.core.ledger import Ledger
+    from edgetune.data.dataset import Split
+    from edgetune.export import Artifact
+    from edgetune.export.dynamic import Dynamic
+    from edgetune.export.language import LanguageArtifact
+    from edgetune.program.carried import Carried
+    from edgetune.recipe.sections import ExportSettings
+
+CHECK_ROWS = 100
+CACHE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What makes of a language model a program that talks, instead of one for a window of tokens."""
+
+    tokenizer: Any
+    max_tokens: int = CACHE_TOKENS  # places in the cache
+    prompts: tuple[tuple[int, ...], ...] = ()  # that the program and the model continue; none: the exporter's own
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model in eval mode, one example, rows to compare on (none: the example), and what its program carries."""
+
+    model: nn.Module
+    example: Inputs
+    check_inputs: Sequence[Inputs] | None = None
+    talk: Talk | None = None
+    min_same_prediction_pct: float = 99.0
+    carried: Carried | None = None  # None: nobody knows how its inputs are made
+    ledger: Ledger | None = None  # of the run it comes from
+    dynamic: Dynamic | None = None  # sizes that may differ between calls
+    external_data: bool = False  # weights in a file of their own
+    one_row: bool = True  # the program takes one row; else the example as it stands
+
+
+def with_cache(found: Exportable, max_tokens: int | None) -> Exportable:
+    """With so many places in its cache; raises for a model that is not to talk."""
+    if max_tokens is None:
+        return found
+    if found.talk is None:
+        raise EdgetuneError(
+            "max_tokens is the cache size of a text-generation program",
+            got=max_tokens,
+            action="add --language, or leave it out",
+        )
+    return replace(found, talk=replace(found.talk, max_tokens=max_tokens))
+
+
+def to_program(
+    found: Exportable, path: Path, *, device: str | None = None, target: str | None = None
+) -> Artifact | LanguageArtifact:
+    """Lower it, prove it, and write what lies beside it: a language program where it is to talk."""
+    from edgetune.export import export
+    from edgetune.export.language import CHECK_PROMPT, export_language
+
+    if found.talk is None:
+        return export(
+            found.model,
+            found.example,
+            path,
+            device=device,
+            target=target,
+            check_inputs=found.check_inputs,
+            one_row=found.one_row and not _frees_rows(found.dynamic or {}),
+            min_same_prediction_pct=found.min_same_prediction_pct,
+            carried=found.carried,
+            dynamic=found.dynamic,
+            external_data=found.external_data,
+        )
+    return export_language(
+        found.model,
+        found.talk.tokenizer,
+        path,
+        max_tokens=found.talk.max_tokens,
+        device=device,
+        target=target,
+        check_prompts=found.talk.prompts or (CHECK_PROMPT,),
+        min_same_prediction_pct=found.min_same_prediction_pct,
+        carried=found.carried,
+    )
+
+
+def _frees_rows(sizes: Dynamic) -> bool:
+    """Whether the first axis of an input may have several sizes."""
+    return any(one.strip() == "batch" or one.strip().endswith(".0") for name in sizes for one in name.split(","))
+
+
+def tell_run(artifact: Artifact | LanguageArtifact, ledger: Ledger) -> None:
+    """Write the program's model card anew, with what the run measured."""
+    from edgetune.program.artifact import Manifest
+    from edgetune.program.card import write_card
+
+    known = artifact.manifest
+    write_card(artifact.path, known if isinstance(known, Manifest) else known.plain(), ledger)
+
+
+def tokenizer_of(task: str, encode: Any) -> Any:
+    """The tokenizer of a loaded language model. Raises for any other model."""
+    tokenizer = getattr(encode, "tokenizer", None)
+    if task != "causal-lm" or tokenizer is None:
+        raise EdgetuneError(
+            "a text-generation program needs a causal language model",
+            got=task,
+            action="use the model smollm2, or hf:PATH with texts without classes, or leave out `language`",
+        )
+    return tokenizer
+
+
+def check_talks(model: nn.Module, task: str, encode: Any, asked: ExportSettings) -> None:
+    """Raise before a training what would stop the export of a language program after it."""
+    from edgetune.export.language import check_exportable
+
+    try:
+        check_exportable(model, tokenizer_of(task, encode), max_tokens=asked.max_tokens, target=asked.target)
+    except EdgetuneError as error:
+        error.within("export")
+        raise
+
+
+def of_split(
+    model: nn.Module, split: Split, max_length: int, asked: ExportSettings, carried: Carried, language: bool = False
+) -> Exportable:
+    """A model, and of held-out rows what its program is compared on, as a recipe asks; `language`: it talks anyway."""
+    kept = Exportable(model, split.one_row(0, max_length), carried=carried)
+    kept = replace(kept, min_same_prediction_pct=asked.min_same_prediction_pct)
+    if not (asked.language or language):
+        rows = asked.rows_to_check(len(split))
+        return replace(kept, check_inputs=[split.one_row(i, max_length) for i in range(rows)])
+    rows = asked.rows_to_check(len(split))
+    rows = rows if asked.language else min(rows, LANGUAGE_CHECK_ROWS)
+    tokenizer = tokenizer_of(split.task, split.encode)
+    return replace(kept, talk=Talk(tokenizer, asked.max_tokens, beginnings(split, rows)))
+
+
+def beginnings(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
+    """What a language program is to continue, as tokens, of each of the first `rows` rows.
+
+    Of a text that is its first half; of a conversation, all that stands before the first answer.
+    """
+    from edgetune.data.dataset import IGNORED_LABEL
+
+    prompts = []
+    for index in range(rows):
+        inputs, labels = split.batch([index])
+        assert isinstance(inputs, dict)  # `Split` asks a language model's encoder for no less
+        ids = inputs["input_ids"][0][inputs["attention_mask"][0] != 0].tolist()
+        learned = labels[0].ne(IGNORED_LABEL).nonzero()
+        given = int(learned[0]) if len(learned) else 0
+        prompts.append(tuple(ids[: given or max(1, len(ids) // 2)]))
+    return tuple(prompts)

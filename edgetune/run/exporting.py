@@ -1,0 +1,201 @@
+"""`edgetune export MODEL`: a model by name, a run's folder or a saved program, with example inputs, to `export`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.other_names import nearest_file, nearest_source
+from edgetune.core.quiet import quiet
+from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
+from edgetune.run.exportable import (
+    CHECK_ROWS,
+    Exportable,
+    Talk,
+    beginnings,
+    tell_run,
+    to_program,
+    tokenizer_of,
+    with_cache,
+)
+
+if TYPE_CHECKING:
+    from edgetune.data.dataset import Dataset
+    from edgetune.export import Artifact
+    from edgetune.export.dynamic import Dynamic
+    from edgetune.export.language import LanguageArtifact
+
+OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
+CONVERTED = ("hf", "timm", "py")  # finished as they are
+ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder, or a .pt2 file"
+_WEIGHTS = "weights alone are not a model: export py:FILE.py:FUNCTION --weights FILE"
+NO_MODELS = {  # by suffix, and what to do instead
+    **dict.fromkeys((".pt", ".pth", ".bin", ".safetensors", ".ckpt"), _WEIGHTS),
+    **dict.fromkeys(
+        (".pte", ".onnx", ".tflite", ".gguf", ".h5", ".keras"), "give the model that the file was exported from"
+    ),
+    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl"), "give rows with --data: export MODEL --data csv:FILE"),
+    **dict.fromkeys((".yaml", ".yml"), "run a recipe with: edgetune run FILE"),
+}
+
+
+class _Program(nn.Module):
+    """A program of `torch.export`, which has one mode only and refuses `eval()`."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.program(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> _Program:
+        self.training = mode
+        return self
+
+
+def export_from(
+    source: str,
+    path: Path,
+    *,
+    device: str | None = None,
+    target: str | None = None,
+    data: str | None = None,
+    inputs: str | None = None,
+    weights: Path | None = None,
+    language: bool = False,
+    max_tokens: int | None = None,
+    dynamic: Dynamic | None = None,
+    external_data: bool = False,
+) -> Artifact | LanguageArtifact:
+    """Lower what `source` names to `path`.
+
+    Args:
+        source: a `.pt2` that `torch.export.save` wrote, the folder of a finished run, a function that builds a module
+            (`py:file.py:build`), or a model of the registry (`minilm`, `hf:PATH`, `timm:NAME`).
+        path: the `.pte` to write.
+        device: lower for its preferred target.
+        target: lower for this one instead.
+        data: for a model of the registry: what gives the classes, and the rows to compare on. A model that is finished
+            needs none: its classes are its own, and check inputs are made up where `inputs` gives none.
+        inputs: `py:file.py:function`, which returns an input of the model, or a list of them, to compare on.
+        weights: the state dict of a `py:` model, in a `.safetensors` or `.pt` file.
+        language: a program that talks; what a run made such a program of becomes one anyway.
+        max_tokens: places in the cache of a program that talks; by default those of the run, or 512.
+        dynamic: sizes that may differ between calls, as `et.export` takes them.
+        external_data: the weights into `model.ptd` beside the program.
+    """
+    found = with_cache(exportable(source, data, language, inputs, weights), max_tokens)
+    if found.talk is not None and (dynamic or external_data):
+        what = "a text-generation program takes prompts of any length and contains its weights"
+        raise EdgetuneError(what, action="leave out --dynamic and --ptd, or --language")
+    found = replace(found, dynamic=dynamic, external_data=external_data)
+    artifact = to_program(found, path, device=device, target=target)
+    if found.ledger is not None:
+        tell_run(artifact, found.ledger)
+    return artifact
+
+
+def exportable(
+    source: str,
+    data: str | None = None,
+    language: bool = False,
+    inputs: str | None = None,
+    weights: Path | None = None,
+) -> Exportable:
+    """The model that `source` names; see `export_from`."""
+    place, kind = Path(source), source.partition(":")[0]
+    if (inputs or weights) and (kind not in CONVERTED or data or language):
+        what = "--inputs and --weights are for models that are exported without data"
+        raise EdgetuneError(what, got=source, action="leave out --inputs and --weights, or --data and --language")
+    if source.endswith(".pt2"):
+        if language:
+            raise EdgetuneError(
+                "a program of torch.export has no tokenizer and no cache, so it cannot generate text",
+                got=source,
+                action="export the model itself: hf:PATH --language, or et.export_language(model, tokenizer, path)",
+            )
+        return _saved(place)
+    if kind in CONVERTED and data is None and not language:
+        from edgetune.run.converting import converted
+
+        return converted(source, inputs, weights)
+    if kind in registry.MODELS:
+        return _by_name(source, data, language)
+    if place.is_dir():
+        if not (place / "recipe.yaml").is_file():
+            action = "give a run's folder, or write hf:PATH for a model's folder"
+            near = f"hf:{source}" if (place / "config.json").is_file() else ""
+            raise EdgetuneError("this folder does not contain a run", got=source, near=near, action=action)
+        from edgetune.run.pipeline import restore
+
+        found = restore(place, language)
+        if found.ledger is None:
+            return found
+        # what the run measured and predicted it says of its own program, not of the one made now
+        return replace(found, ledger=found.ledger.with_(measured=(), predicted=()))
+    action = NO_MODELS.get(place.suffix.lower(), "")
+    near = "" if action else nearest_source(source, registry.MODELS, data=False)
+    near = f"py:{source}:build" if place.suffix == ".py" and not near.startswith("py:") else near
+    raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, near=near, action=action)
+
+
+def _saved(path: Path) -> Exportable:
+    import torch
+
+    if not path.is_file():
+        raise EdgetuneError(
+            "no such file", got=str(path), near=nearest_file(path), action="write it with torch.export.save"
+        )
+    try:
+        with quiet():
+            program = torch.export.load(path)
+    except Exception as error:  # a damaged archive raises almost anything
+        what = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise EdgetuneError(what, got=str(path), action="save it with torch.export.save") from error
+    if program.example_inputs is None:
+        raise EdgetuneError("the program has no example inputs", got=str(path), exit_code=Exit.EXPORT)
+    args, kwargs = program.example_inputs
+    if args and kwargs:
+        raise EdgetuneError("inputs by position and by name cannot be combined", got=str(path), exit_code=Exit.EXPORT)
+    return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args), one_row=False)
+
+
+def _by_name(source: str, data: str | None, language: bool) -> Exportable:
+    import torch
+
+    from edgetune.data.dataset import Split
+    from edgetune.data.settings import DataSettings
+    from edgetune.models.carrying import carried
+    from edgetune.models.loaded import ModelSettings
+
+    data = data or OWN_DATA.get(source.partition(":")[0])
+    dataset = _texts() if data is None else registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
+    settings = ModelSettings(source=source)
+    torch.manual_seed(0)
+    loaded = registry.loader(registry.MODELS, "model", source)(settings, dataset)
+    dataset = loaded.labelled(dataset)
+    split, told = Split(dataset.task, dataset.test, loaded.encode), carried(loaded, dataset)
+    by = f"{data} gave the classes and the rows to compare on, " if data else ""
+    untrained = f"exported as loaded: {by}nothing was trained"
+    told = told.model_copy(update={"notes": (untrained, *told.notes)})
+    if language:
+        tokenizer = tokenizer_of(dataset.task, loaded.encode)
+        prompts = beginnings(split, min(LANGUAGE_CHECK_ROWS, len(split)))
+        example = loaded.encode(["An example."])
+        return Exportable(loaded.model, example, talk=Talk(tokenizer, prompts=prompts), carried=told)
+    rows = [split.one_row(i, settings.max_length) for i in range(min(CHECK_ROWS, len(split)))]
+    return Exportable(loaded.model, rows[0], rows, carried=told)
+
+
+def _texts() -> Dataset:
+    """No rows, for a language model: it has no classes to learn from them."""
+    from edgetune.data.dataset import Dataset, Rows
+
+    none = Rows([])
+    return Dataset("", "causal-lm", (), none, none, none)

@@ -1,0 +1,398 @@
+"""The fold over a recipe's steps: the model, with a row in the ledger after each; then export, proof and profile."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from edgetune.core import registry
+from edgetune.core.apply import apply, closes, finalize, opened
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
+from edgetune.core.inputs import tensors_of
+from edgetune.core.ledger import Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.core.progress import NOTE, Progress
+from edgetune.core.technique import Sample, Settings, Technique
+from edgetune.data.dataset import Dataset, Split
+from edgetune.export.targets import find
+from edgetune.models.carrying import carried
+from edgetune.models.chat import without_cut_answers
+from edgetune.models.loaded import Loaded
+from edgetune.profile.device import load as load_device
+from edgetune.quant.size import stored_bytes
+from edgetune.recipe.outline import in_words
+from edgetune.recipe.recipe import Recipe
+from edgetune.recipe.sections import ExportSettings, ProfileSettings, Step
+from edgetune.run import reuse, runs
+from edgetune.run.budget import verdicts
+from edgetune.run.environment import versions
+from edgetune.run.exportable import Exportable, check_talks, of_split, tell_run, to_program
+from edgetune.run.measures import MIB, kept_mib, measure
+from edgetune.run.rehearsal import in_step, rehearse
+from edgetune.run.samples import Samples
+from edgetune.tasks import task as tasks
+from edgetune.tasks.answers import answers_on
+from edgetune.tasks.baselines import baselines
+from edgetune.train import loggers
+from edgetune.train.loggers import TrainingLog
+from edgetune.train.loop import seed_everything, train
+from edgetune.train.settings import Train
+
+if TYPE_CHECKING:
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact
+
+EVALUATION_BATCH = 64
+_FEW_ROWS = 20
+
+
+class Eval(Settings):
+    """Measure the model and add a row to the report. The model does not change."""
+
+    name: ClassVar[str] = "eval"
+
+
+class Fold:
+    """The state that the steps are folded over: the model, and the ledger so far."""
+
+    def __init__(self, recipe: Recipe, folder: Path, resume: bool, progress: Progress, record: bool = True) -> None:
+        self.recipe, self.folder, self.resume, self.progress, self.record = recipe, folder, resume, progress, record
+        earlier = runs.earlier_ledger(folder) if resume else None
+        self.measured_before = {row.digest: row for row in earlier.rows} if earlier else {}
+        self.digests = reuse.digests(recipe)
+        self.digest = self.digests[0]  # of what was done to the model so far
+        if record:
+            _check_reachable(recipe)
+        started = time.perf_counter()
+        progress("load", 0, 2, recipe.data.source)
+        self.dataset: Dataset = registry.loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
+        if record:
+            runs.same_data(folder, self.dataset)
+        progress("load", 1, 2, recipe.model.source)
+        seed_everything(recipe.seed)
+        loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
+        progress("load", 2, 2, loaded.name)
+        self.dataset = loaded.labelled(self.dataset)  # a trained head that was kept has its own order of classes
+        self.dataset = without_cut_answers(self.dataset, loaded.encode, loaded.name, recipe.data.max_bad_rows_pct)
+        self.model: nn.Module = loaded.model
+        self.task = self.dataset.task
+        self.train_split = Split(self.task, self.dataset.train, loaded.encode)
+        self.validation_split = Split(self.task, self.dataset.validation, loaded.encode)
+        self.test_split = Split(self.task, self.dataset.test, loaded.encode)
+        self.load_seconds = time.perf_counter() - started
+        self.carried = carried(loaded, self.dataset, recipe.name)
+        batch_sizes = [step.settings.batch_size for step in recipe.steps if isinstance(step.settings, Train)]
+        batch_size = next(iter(batch_sizes), 32)
+        self.samples = Samples(self.train_split, self.test_split, recipe.model.max_length, batch_size)
+        self.teachers: dict[str, nn.Module] = {}
+        self.least_training_mib: list[float] = []
+        self.ledger = Ledger(
+            recipe=recipe.name,
+            seed=recipe.seed,
+            model=loaded.name,
+            data=self.dataset.name,
+            settings=recipe.resolved(),
+            environment=versions(),
+            baselines=earlier.baselines if earlier else baselines(self.dataset, loaded.encode),
+            notes=(*self.dataset.notes, *loaded.notes),
+        )
+        if record:
+            for note in (*self.ledger.notes, *_few(self.dataset)):  # before any training, not only in the report
+                progress(NOTE, 0, 0, note)
+            self.check(loaded, batch_sizes)
+
+    def check(self, loaded: Loaded, batch_sizes: list[int]) -> None:
+        """What model and data tell of steps that come later: raise before any work is done."""
+        asked = self.recipe.export
+        if self.task == "image-classification":
+            from edgetune.models.vision import check_takes_pictures
+
+            example = tensors_of(self.samples.example())[0]
+            check_takes_pictures(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
+        if self.recipe.data.augment and self.task != "image-classification":
+            raise EdgetuneError("data.augment only applies to images", got=self.task, action="leave it out")
+        trainings = [step.settings for step in self.recipe.steps if isinstance(step.settings, Train)]
+        if self.recipe.data.augment and any(training.cache_prefix for training in trainings):
+            raise EdgetuneError(
+                "cache_prefix stores the outputs for each image, but data.augment changes the image each time",
+                action="leave out one of the two",
+            )
+        if self.task == "causal-lm" and any(training.class_weights != "none" for training in trainings):
+            tasks.balanced_weights(self.task, self.dataset)
+        if asked and asked.rows_to_check(len(self.test_split)) > len(self.test_split):
+            raise EdgetuneError(
+                "export.check_rows exceeds the number of test rows",
+                got=asked.check_rows,
+                action=f"use at most {len(self.test_split)}",
+            )
+        if asked and asked.language:
+            check_talks(self.model, self.task, loaded.encode, asked)
+
+    def run(self, until: int | None = None) -> Ledger:
+        """Steps, export, profile, verdicts; or only the steps up to this one."""
+        self.steps(until)
+        if until is not None:
+            return self.ledger
+        answers = answers_on(self.model, self.test_split, self.dataset.classes, EVALUATION_BATCH)
+        self.ledger = self.ledger.with_(answers=answers)
+        if self.recipe.export:
+            self.export()
+        self.ledger = self.ledger.with_(
+            verdicts=verdicts(self.recipe.budget, self.ledger, self.least_training_mib), finished=True
+        )
+        self.save()
+        return self.ledger
+
+    def rehearse(self) -> None:
+        """Do all steps on a copy that is not trained, where something is trained: a late step fails before that."""
+        needed = rehearse(self.recipe, self.model, self.sample(), self.samples.example(), self.progress)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise EdgetuneError(
+                f"the run will write at least {needed / MIB:,.0f} MiB, and the disk has less",
+                where=str(self.folder),
+                got=f"{free / MIB:,.0f} MiB free",
+                action="free some disk space, or choose another disk with --out",
+            )
+
+    def reuse(self, steps: int) -> None:
+        """Take the rows that an earlier run measured up to this step as they are, and say so."""
+        standing = reuse.standing(self.digests, steps)
+        self.measured_before = {d: row for d, row in self.measured_before.items() if d in standing}
+        names = [row.step for row in self.measured_before.values()]
+        if names:
+            self.progress("reuse", len(names), len(names), f"{', '.join(names)} of {self.folder}")
+
+    def steps(self, until: int | None = None) -> None:
+        """All steps, and what is open at the end finalized; or those up to this one, which leaves open what is."""
+        self.add_row("load", self.recipe.model.source, self.load_seconds)
+        taught = {s.settings.distill.teacher for s in self.recipe.steps if _distils(s)}  # type: ignore[attr-defined]
+        for index, step in enumerate(self.recipe.steps[:until]):
+            seed_everything(self.recipe.seed + 1000 * (index + 1))  # so that a resumed run replays the same step
+            if step.name in taught and step.name not in self.teachers:
+                self.close_for(step)
+                self.teachers[step.name] = copy.deepcopy(self.model).eval().requires_grad_(False)
+            with in_step(self.recipe, index + 1):
+                self.step(index, step)
+        if until is None:
+            self.close()
+        self.model.eval()
+
+    def step(self, index: int, step: Step) -> None:
+        """One step of the recipe."""
+        self.close_for(step)
+        if step.name != "finalize":
+            self.digest = self.digests[index + 1]
+        started = time.perf_counter()
+        if isinstance(step.settings, Technique):
+            self.progress(step.name, 0, 1, in_words(step.settings))
+            self.model = apply(self.model, step.settings, self.sample())
+            self.progress(step.name, 1, 1, "")
+            seconds = time.perf_counter() - started
+            self.add_row(step.name, in_words(step.settings), seconds, exact=step.settings.exact)
+        elif isinstance(step.settings, Train):
+            self.train(index, step.settings)
+        elif step.name == "finalize":
+            self.close()
+            self.digest = self.digests[index + 1]
+        else:
+            self.add_row(step.name, "", 0.0)
+
+    def close_for(self, step: Step) -> None:
+        """Finalize what is open before a step that needs plain layers, or that is already applied."""
+        if closes(step.settings, [technique.name for technique in opened(self.model)]):
+            self.close()
+
+    def close(self) -> None:
+        """Finalize what is open, as a row of its own; keep what can be kept apart, such as an adapter."""
+        techniques = [t for t in opened(self.model) if t.opens]
+        if not techniques:
+            self.model = finalize(self.model)
+            return
+        started = time.perf_counter()
+        if self.record:
+            for technique in techniques:
+                technique.save(self.model, self.folder)
+        names = ", ".join(t.name for t in reversed(techniques))
+        self.model = finalize(self.model)
+        self.digest = reuse.finalized(self.digest)
+        self.add_row("finalize", names, time.perf_counter() - started)
+
+    def train(self, index: int, settings: Train) -> None:
+        """A `train` step, with what its memory comes to."""
+        teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
+        name = f"{index + 1:02d}-train"
+        kept = kept_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
+        one = self.least_kept_mib()
+        folder = self.folder / "checkpoints" / name
+        with TrainingLog(folder, f"{self.folder.name}-{name}", settings.log, settings.model_dump(mode="json")) as log:
+
+            def progress(done: int, of: int, loss: float, rate: float) -> None:
+                log.add(done, of, loss, rate)
+                self.progress(f"{index + 1} train", done, of, f"loss {loss:.3f}")
+
+            result = train(
+                self.model,
+                settings,
+                self.seen_in_training(),
+                self.loss_with(settings.class_weights),
+                seed=self.recipe.seed + index,
+                folder=folder,
+                resume=self.resume,
+                teacher=teacher,
+                validation=lambda model: tasks.quality(self.task, model, self.validation_split, EVALUATION_BATCH),
+                progress=progress,
+            )
+        row = self.add_row("train", in_words(settings), result.seconds)
+        taught_by = stored_bytes(teacher) / MIB if teacher is not None else 0.0
+        fixed = row.size_mib + result.gradients_mib + result.optimizer_state_mib + taught_by
+        self.least_training_mib.append(fixed + one)
+        training = Training(
+            row=row.index,
+            losses=result.losses,
+            optimizer_state_mib=result.optimizer_state_mib,
+            gradients_mib=result.gradients_mib,
+            peak_memory_mib=fixed + kept,
+        )
+        self.ledger = self.ledger.with_(trainings=(*self.ledger.trainings, training))
+        self.save()
+
+    def seen_in_training(self) -> Split:
+        """The training rows, changed each time they are seen where the data settings say so."""
+        kinds = self.recipe.data.augment
+        if not kinds:
+            return self.train_split
+        from edgetune.data.augment import Augmented
+
+        return Split(self.task, self.dataset.train, Augmented(self.train_split.encode, kinds))
+
+    def loss_with(self, class_weights: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The task's loss; "balanced" counts every class alike, however many rows it has."""
+        if class_weights == "none":
+            return self.loss
+        weights = tasks.balanced_weights(self.task, self.dataset)
+        return lambda logits, labels: tasks.loss(self.task, logits, labels, weights)
+
+    def least_kept_mib(self) -> float:
+        """What a training of one row at a time keeps for backward, or of two where a batch norm needs them."""
+        try:
+            return kept_mib(self.model, self.samples.largest_batch(1), self.loss)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            return kept_mib(self.model, self.samples.largest_batch(2), self.loss)
+
+    def export(self) -> None:
+        """The program, measured here and predicted for the devices."""
+        assert self.recipe.export is not None
+        self.progress("export", 0, 1, self.recipe.export.target)
+        artifact = to_program(self.exportable(), self.folder / "model.pte", target=self.recipe.export.target)
+        self.progress("export", 1, 1, "")
+        self.ledger = self.ledger.with_(program=artifact.program().model_copy(update={"path": artifact.path.name}))
+        self.save()
+        if self.recipe.profile is not None:
+            self.profile(artifact, self.recipe.profile, find(self.recipe.export.target).runs_here)
+        tell_run(artifact, self.ledger)
+
+    def profile(self, artifact: Artifact | LanguageArtifact, asked: ProfileSettings, runs_here: bool) -> None:
+        """Every kind of call of the program, timed on this host and predicted for each device."""
+        from edgetune.profile.calls import measured_calls, predicted_calls
+        from edgetune.recipe.names import HOST, ids
+
+        devices = [*asked.devices]
+        measured: tuple[Measured, ...] = ()
+        if asked.measure and runs_here:
+            self.progress("profile", 0, len(devices) + 1, "this host")
+            measured = measured_calls(artifact)
+            devices += [HOST] if HOST in ids() and HOST not in devices else []  # predicted beside measured
+        predicted: list[Predicted] = []
+        for number, device in enumerate(devices):
+            self.progress("profile", number + 1, len(devices) + 1, device)
+            predicted += predicted_calls(artifact, device)
+        self.progress("profile", 1, 1, "")
+        self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted))
+
+    def exportable(self, language: bool = False) -> Exportable:
+        """The model as it stands, and what its program is made of, compared on and has beside it."""
+        asked = self.recipe.export or ExportSettings(check_rows=min(EVALUATION_BATCH, len(self.test_split)))
+        return of_split(self.model, self.test_split, self.recipe.model.max_length, asked, self.carried, language)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The task's loss."""
+        return tasks.loss(self.task, logits, labels)
+
+    def sample(self) -> Sample:
+        """What techniques may look at."""
+        return self.samples.sample(self.loss)
+
+    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> Row:
+        """Measure the model as it stands; a row that was measured of the same steps before is taken as it is.
+
+        After an `exact` step, whose outputs are the same by law, quality is the last row's, and the row says so.
+        """
+        index = len(self.ledger.rows)
+        row = self.measured_before.get(self.digest)
+        if row is None:
+            from edgetune.core.numbers import quality as in_words_of
+
+            self.progress("measure", 0, 1, f"after {step}")
+            batch = self.samples.largest_batch(self.samples.batch_size)
+            measures = measure(self.model, self.samples.example(), batch, self.loss)
+            quality = self.ledger.rows[-1].quality if exact else self.quality()
+            note = "not measured again: the step does not change the output" if exact else ""
+            row = Row(
+                index=index, step=step, detail=detail, quality=quality, seconds=seconds, note=note, digest=self.digest,
+                measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), **measures._asdict(),
+            )  # fmt: skip
+            self.progress("measure", 1, 1, in_words_of(quality) if quality else "")
+        self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
+        self.save()
+        return self.ledger.rows[-1]
+
+    def quality(self) -> Quality:
+        """Of the model as it stands, on the test set."""
+        return self.quality_of(self.model)
+
+    def quality_of(self, model: nn.Module) -> Quality:
+        """Of any model, on the test set."""
+        return tasks.quality(self.task, model, self.test_split, EVALUATION_BATCH)
+
+    def save(self) -> None:
+        """Write the ledger, and when finished the report."""
+        from edgetune.report import write
+
+        if not self.record:
+            return
+        if self.ledger.finished:
+            write(self.ledger, self.folder)
+        else:
+            write_whole(self.folder / "ledger.json", self.ledger.dumps())
+
+
+def _check_reachable(recipe: Recipe) -> None:
+    """What is only needed at the end, checked before any work: the report's library, the target, the devices."""
+    registry.require("plotly", "the report")
+    for step in recipe.steps:
+        loggers.check(step.settings.log if isinstance(step.settings, Train) else ())
+    if recipe.export:
+        registry.require("executorch", "export")
+        find(recipe.export.target).partitioners()
+    for name in recipe.profile.devices if recipe.profile else ():
+        load_device(name)
+
+
+def _distils(step: Step) -> bool:
+    return isinstance(step.settings, Train) and step.settings.distill is not None
+
+
+def _few(dataset: Dataset) -> tuple[str, ...]:
+    rows = len(dataset.test)
+    return (f"only {rows} row{'s' * (rows != 1)} to test on: give more, or data.test_file",) if rows < _FEW_ROWS else ()

@@ -1,0 +1,117 @@
+"""The rows that a command line names: texts, files of texts, images, folders of images, or lines from stdin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.other_names import nearest_file
+from edgetune.data.dataset import data_error
+from edgetune.data.settings import WholeData
+
+TABLES = {".csv": "csv", ".jsonl": "jsonl"}  # ending -> loader of the registry
+FILES = (".txt", *TABLES)
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Given:
+    """One row, and where it came from: empty where it was given as it is."""
+
+    row: str
+    source: str = ""  # "rows.csv, row 3"
+
+
+def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, columns: Sequence[str] = ("text",)) -> list[Given]:
+    """Every row that the arguments name, in their order.
+
+    A text is taken as it is; a `.txt` gives a row for each line, a `.csv` and a `.jsonl` one for each record (of its
+    fields `columns`), `-` the lines of stdin. Images are files, folders of them, or `-`: one path a line. Raises
+    `EdgetuneError` (exit code 3) for a file that cannot be read whole: no row is left out.
+    """
+    rows: list[Given] = []
+    for argument in arguments:
+        if argument == STDIN:
+            rows += _lines(stdin.read(), "stdin")
+        elif task == "image-classification":
+            rows += _images(Path(argument).expanduser())
+        else:
+            rows += _texts(argument, columns)
+    if not rows:
+        raise EdgetuneError(
+            "there are no rows to classify", got=list(arguments), action="give a text, an image or a file"
+        )
+    return rows
+
+
+def _texts(argument: str, columns: Sequence[str]) -> list[Given]:
+    if not argument.strip():
+        raise data_error("the text is empty", got=argument, action="give a text, an image or a file")
+    path, ending = Path(argument), Path(argument).suffix.lower()
+    here = _exists(path)
+    if not here and not (ending in FILES and len(argument.split()) == 1):  # "open a.txt" is a text, "a.txt" a file
+        return [Given(argument)]
+    if not here:
+        raise data_error(
+            "no such file",
+            got=argument,
+            near=nearest_file(path),
+            action=f"give a text, or the path of a {', '.join(FILES)}",
+        )
+    if path.is_dir() or ending not in FILES:
+        raise data_error(
+            f"the program takes texts, which are not read from {'a folder' if path.is_dir() else 'such a file'}",
+            got=argument,
+            allowed=FILES,
+            action=f"give one of these; if this is a text, pass it on stdin with {STDIN}",
+        )
+    if ending in TABLES:
+        return _records(path, TABLES[ending], columns)
+    try:
+        return _lines(path.read_text(encoding="utf-8-sig"), path.name)
+    except UnicodeDecodeError as error:
+        raise data_error(f"{path} is not written in UTF-8", action="save it as UTF-8") from error
+
+
+def _exists(path: Path) -> bool:
+    """Whether it is a file or folder; a long text, or one with a zero byte, is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _lines(text: str, source: str) -> list[Given]:
+    """A row for each line that is not blank, with the number an editor shows."""
+    lines = enumerate(text.splitlines(), start=1)
+    return [Given(line.strip(), f"{source}, line {number}") for number, line in lines if line.strip()]
+
+
+def _records(path: Path, loader: str, columns: Sequence[str]) -> list[Given]:
+    settings = WholeData(source=f"{loader}:{path}", text=tuple(columns), label=None, max_bad_rows_pct=0)
+    try:
+        dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
+    except EdgetuneError as error:
+        error.action = error.action.replace("set data.text to the name of the column", "name the column with --column")
+        error.action = error.action.replace(", or raise data.max_bad_rows_pct", "")
+        raise
+    return [Given(text, f"{path.name}, row {number}") for number, text in enumerate(dataset.test.inputs, start=1)]
+
+
+def _images(path: Path) -> Iterable[Given]:
+    if not path.is_dir():
+        if path.suffix.lower() in FILES:
+            what = "the program takes images: a file of rows is for texts"
+            raise data_error(
+                what, got=str(path), action="give images or folders; or paths on stdin, one per line, with -"
+            )
+        return [Given(str(path))]
+    images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
+    if not images:
+        raise data_error("the folder contains no images", got=str(path), allowed=IMAGES, action="give another folder")
+    return [Given(str(image)) for image in images]

@@ -1,0 +1,67 @@
+"""What the ledger says of any model: counted, not guessed, and the same for every technique."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.modes import undisturbed
+from edgetune.lean.kept import kept_bytes
+from edgetune.quant.size import parameter_count, stored_bytes
+
+MIB = 2**20
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Measures(NamedTuple):
+    """The columns of a ledger row that belong to the model alone."""
+
+    parameters: int
+    trainable_parameters: int
+    size_mib: float
+    macs: int
+    backward_kept_mib: float
+
+
+def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss: Loss) -> Measures:
+    """Count `model`: MACs on `inputs` (one example), bytes kept for backward on `batch` (inputs, labels)."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Measures(
+        parameters=parameter_count(model),
+        trainable_parameters=trainable,
+        size_mib=stored_bytes(model) / MIB,
+        macs=count_macs(model, inputs),
+        backward_kept_mib=kept_mib(model, batch, loss) if trainable else 0.0,
+    )
+
+
+def count_macs(model: nn.Module, inputs: Inputs) -> int:
+    """Multiply-accumulates of one forward, by torch's own counter (which counts two operations for each)."""
+    counter = FlopCounterMode(display=False, custom_mapping=_packed_products())
+    with undisturbed(model), torch.no_grad(), counter:
+        call(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def _packed_products() -> dict[Any, Any]:
+    """The product of bitsandbytes' 4-bit layers, which torch's counter does not know; nothing where none is loaded."""
+    product = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+    if product is None:
+        return {}
+
+    def flops(inputs: tuple[int, ...], _: object, weight: tuple[int, ...], *__: object, **___: object) -> int:
+        return 2 * math.prod(inputs) * weight[0]  # weight: the shape (out, in)
+
+    return {product: flops}
+
+
+def kept_mib(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> float:
+    """MiB that one training forward keeps for backward, parameters not counted."""
+    inputs, labels = batch
+    return kept_bytes(model, inputs, lambda output: loss(logits_of(output), labels)) / MIB

@@ -1,0 +1,60 @@
+"""A recipe up to its first training, for those that train elsewhere: a training program, a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from edgetune.core.apply import apply, finalize
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs
+from edgetune.core.ledger import Quality
+from edgetune.core.technique import Technique
+from edgetune.data.dataset import Split
+from edgetune.recipe.recipe import Recipe
+from edgetune.run.fold import Fold
+from edgetune.run.rehearsal import in_step
+from edgetune.train.loop import seed_everything
+from edgetune.train.plan import epoch_order
+from edgetune.train.settings import Train
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe's model as its first `train` step finds it, with the data it would train on."""
+
+    model: nn.Module
+    settings: Train
+    seed: int
+    train_split: Split
+    loss: Callable[[Tensor, Tensor], Tensor]
+    quality: Callable[[nn.Module], Quality]  # on the test set
+    pad_to: int | None  # tokens of every row, so that all batches have one shape
+
+    def batches(self, rows: int, epoch: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
+        """Batches of exactly so many rows, shuffled by seed and epoch; what is left over waits for another epoch."""
+        for indices in epoch_order(len(self.train_split) // rows * rows, rows, None, self.seed, epoch):
+            yield self.train_split.batch(indices, pad_to=self.pad_to)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Do a recipe's steps before its first `train`, without measuring anything. Writes nothing."""
+    place = next((n for n, step in enumerate(recipe.steps) if isinstance(step.settings, Train)), None)
+    if place is None:
+        raise EdgetuneError("the recipe has no train step", got=recipe.name, action="add a train step")
+    fold = Fold(recipe, Path(), resume=False, progress=lambda *_: None, record=False)
+    for index, step in enumerate(recipe.steps[:place]):
+        seed_everything(recipe.seed + 1000 * (index + 1))
+        with in_step(recipe, index + 1):
+            if isinstance(step.settings, Technique):
+                fold.model = apply(fold.model, step.settings, fold.sample())
+            elif step.name == "finalize":
+                fold.model = finalize(fold.model)
+    settings = recipe.steps[place].settings
+    assert isinstance(settings, Train)
+    pad_to = None if fold.task == "image-classification" else recipe.model.max_length
+    loss, rows = fold.loss_with(settings.class_weights), fold.seen_in_training()
+    return Prepared(fold.model, settings, recipe.seed + place, rows, loss, fold.quality_of, pad_to)

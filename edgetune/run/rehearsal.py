@@ -1,0 +1,79 @@
+"""All steps of a recipe once, on a copy that nothing trains: what would stop a late step stops the run before training.
+
+Widths that a cut leaves and a group size does not divide, a layer that cannot be quantized, a step that leaves nothing
+to train: none of it depends on what a training learns. A recipe that trains nothing is not rehearsed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from edgetune.core.apply import apply, closes, finalize, opened
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call
+from edgetune.core.modes import undisturbed
+from edgetune.core.technique import Sample, Technique
+from edgetune.quant.size import stored_bytes
+from edgetune.recipe.recipe import Recipe
+from edgetune.train.loop import seed_everything, trainable_parameters
+from edgetune.train.settings import Train
+
+
+def rehearse(
+    recipe: Recipe,
+    model: nn.Module,
+    sample: Sample,
+    example: Inputs,
+    progress: Callable[[str, int, int, str], None],
+) -> int:
+    """Apply and finalize every step to a copy of `model`, and run the result once on `example`.
+
+    Returns how many bytes a run writes at least: two checkpoints of each training, with the optimizer's two moments,
+    and the program. Raises the `EdgetuneError` of the step, which says that nothing was trained yet.
+    """
+    if not any(isinstance(step.settings, Train) for step in recipe.steps):
+        return 0
+    model, written_bytes = copy.deepcopy(model), 0
+    for number, step in enumerate(recipe.steps, 1):
+        progress("rehearse", number - 1, len(recipe.steps), step.name)
+        seed_everything(recipe.seed)
+        try:
+            with in_step(recipe, number):
+                model = _rehearsed(model, step.settings, sample)
+        except EdgetuneError as error:
+            error.what += " (found before any training)"
+            raise
+        if isinstance(step.settings, Train):
+            written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))
+    model = finalize(model).eval()
+    with undisturbed(model), torch.no_grad():
+        call(model, example)
+    progress("rehearse", len(recipe.steps), len(recipe.steps), "")
+    return written_bytes + (stored_bytes(model) if recipe.export else 0)
+
+
+@contextmanager
+def in_step(recipe: Recipe, number: int) -> Iterator[None]:
+    """An error inside says in which step of the recipe, counted from one, it happened."""
+    step = recipe.steps[number - 1]
+    try:
+        yield
+    except EdgetuneError as error:
+        where = f"{recipe.name}, step {number}"  # a technique's error names it already
+        error.within(where if isinstance(step.settings, Technique) else f"{where}, {step.name}")
+        raise
+
+
+def _rehearsed(model: nn.Module, settings: object, sample: Sample) -> nn.Module:
+    if closes(settings, [technique.name for technique in opened(model)]):
+        model = finalize(model)
+    if isinstance(settings, Technique):
+        return apply(model, settings, sample)
+    if isinstance(settings, Train):
+        trainable_parameters(model)
+    return finalize(model) if getattr(settings, "name", "") == "finalize" else model

@@ -1,0 +1,94 @@
+"""What of an earlier run still stands once its recipe has changed: everything before the first step that changed.
+
+Each step has a digest of its settings and of all that came before it, so two runs whose digests are equal up to a step
+had the same model there. A run's folder keeps them in `digest.txt`: the recipe's own first, then one for the model and
+the data as loaded, then one for each step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.own_code import contents_digest
+from edgetune.train.resume import CHANGES_NO_RESULT
+
+if TYPE_CHECKING:
+    from edgetune.recipe.recipe import Recipe
+
+FILE = "digest.txt"
+EXPORT = "export"  # what may be asked for as if it were a step: everything after the last one
+_CHANGES_NO_RESULT = {"train": CHANGES_NO_RESULT}
+
+
+def digests(recipe: Recipe) -> tuple[str, ...]:
+    """Of the model and the data as loaded, then after each step."""
+    plain = recipe.resolved()
+    own = [contents_digest(recipe.model.source), contents_digest(recipe.data.source)]
+    chain = [_sha256([plain["seed"], plain["model"], plain["data"], *own])]
+    for step in plain["steps"]:
+        ((name, settings),) = step.items()
+        heeded = {key: value for key, value in settings.items() if key not in _CHANGES_NO_RESULT.get(name, ())}
+        chain.append(_sha256([chain[-1], name, heeded]))
+    return tuple(chain)
+
+
+def finalized(digest: str) -> str:
+    """Of a model of this digest once what is open on it is finalized."""
+    return _sha256([digest, "finalize"])
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def text_for(recipe: Recipe) -> str:
+    """What a run of this recipe keeps in `digest.txt`."""
+    return "\n".join([recipe.digest, *digests(recipe)]) + "\n"
+
+
+def recipe_digest(folder: Path) -> str:
+    """The recipe's own digest, as the folder has it; "" where it has none."""
+    path = folder / FILE
+    return path.read_text(encoding="utf-8").split("\n", 1)[0] if path.exists() else ""
+
+
+def is_of(recipe: Recipe, folder: Path) -> bool:
+    """Whether the run in the folder is of this very recipe, and of the user's own code as it is now."""
+    return (folder / FILE).read_text(encoding="utf-8") == text_for(recipe)
+
+
+def unchanged_steps(recipe: Recipe, folder: Path) -> int | None:
+    """How many steps, from the first, the run in `folder` has just so; `None` where its model or data are others."""
+    earlier = (folder / FILE).read_text(encoding="utf-8").split()[1:]
+    pairs = zip(earlier, digests(recipe), strict=False)
+    equal = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(recipe.steps) + 1))
+    return equal - 1 if equal else None
+
+
+def step_number(recipe: Recipe, given: str | int, export: bool = False) -> int:
+    """The step, from one, that a number or a name means; with `export`, "export" is the step after the last one."""
+    names = [step.name for step in recipe.steps]
+    text = str(given)
+    if export and text == EXPORT:
+        return len(names) + 1
+    if text.isdecimal() and 1 <= int(text) <= len(names):
+        return int(text)
+    places = [number for number, name in enumerate(names, 1) if name == text]
+    if len(places) == 1:
+        return places[0]
+    numbered = [f"{number} {name}" for number, name in enumerate(names, 1)]
+    if places:
+        raise EdgetuneError("several steps have this name", got=text, allowed=numbered, action="give its number")
+    allowed = [*numbered, EXPORT] if export else numbered
+    raise EdgetuneError("the recipe has no such step", got=given, allowed=allowed, action="give its number")
+
+
+def standing(chain: Sequence[str], steps: int) -> frozenset[str]:
+    """The digests of all rows of a ledger that stand where the first `steps` steps do."""
+    reached = chain[: steps + 1]
+    return frozenset([*reached, *(finalized(digest) for digest in reached)])

@@ -1,0 +1,1 @@
+"""What runs exported programs: child processes, the stopwatch, this host and others."""

@@ -1,0 +1,82 @@
+"""`python -m edgetune.runtime.clock.many FOLDER`: time many programs, each in a fork of one process.
+
+It answers `request.json` (threads, seconds, names), with `<name>.pte` and `<name>.pt` beside it, and prints one JSON
+line for each program that it has timed. A fork, because a program that shares a process finds the workspace of those
+before it, and because one that crashes takes only its own fork down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine
+from .runs import loaded_runtime
+
+_LEAST_RUNS = 5
+
+
+def main(folder: Path) -> int:
+    """Run as a program."""
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    machine.pin(int(request["threads"]))
+    runtime = loaded_runtime(None)  # without a thread of its own until a fork asks for some
+    for name in request["names"]:
+        fork = os.fork()
+        if fork == 0:
+            os._exit(_told(runtime, folder, name, int(request["threads"]), float(request["seconds"])))
+        status = os.waitpid(fork, 0)[1]
+        if status != 0:
+            _say({"name": name, "state": "failed", "error": f"it took its process down (status {status})"})
+    return 0
+
+
+def _told(runtime: Any, folder: Path, name: str, threads: int, seconds: float) -> int:
+    try:
+        runtime._unsafe_reset_threadpool(threads)
+        torch.set_num_threads(threads)  # a kernel that calls BLAS would wait for a second thread on the same core
+        _say({"name": name, "state": "done", **_timed(runtime, folder, name, seconds)})
+    except Exception as error:  # one program that does not load or run: the others go on
+        _say({"name": name, "state": "failed", "error": f"{type(error).__name__}: {error}"})
+    return 0
+
+
+def _say(told: dict[str, Any]) -> None:
+    print(json.dumps(told), flush=True)
+
+
+def _timed(runtime: Any, folder: Path, name: str, seconds: float) -> dict[str, float]:
+    """Load time, and the median and spread of the runs, after a warm-up of a third of the time."""
+    inputs = torch.load(folder / f"{name}.pt", weights_only=True)
+    begun = time.perf_counter()
+    program = runtime._load_program(str(folder / f"{name}.pte"))
+    method = program.load_method("forward")
+    load_ms = (time.perf_counter() - begun) * 1e3
+    until = time.perf_counter() + seconds / 3
+    method.call(inputs, clone_outputs=False)
+    while time.perf_counter() < until:
+        method.call(inputs, clone_outputs=False)
+    runs: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(runs) < _LEAST_RUNS or time.perf_counter() < until:
+        started = time.perf_counter()
+        method.call(inputs, clone_outputs=False)
+        runs.append((time.perf_counter() - started) * 1e6)
+    runs.sort()
+    return {
+        "us": statistics.median(runs),
+        "p10_us": runs[len(runs) // 10],
+        "p90_us": runs[9 * len(runs) // 10],
+        "load_ms": load_ms,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

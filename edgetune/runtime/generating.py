@@ -1,0 +1,131 @@
+"""Text from an exported language model, by the real runtime in a child process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edgetune.core.errors import EdgetuneError, Exit
+
+if TYPE_CHECKING:
+    from edgetune.program.language import LanguageArtifact
+    from edgetune.runtime.language import Answer, Asked
+
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer, and what it cost on this host."""
+
+    text: str
+    tokens: tuple[int, ...]  # an end token included
+    prompt_tokens: int
+    stopped: Literal["end", "length", "cache"]  # by the model; as long as asked for; the cache is full
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None  # None: the answer is one token, which the prompt gave
+    load_ms: float
+    peak_memory_mib: float  # of the process that ran it
+    threads: int
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
+    raw: bool = False,
+    heard: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Generate text for `prompt` with the program at `path` (a `.pte` of `export_language`).
+
+    Args:
+        path: the program; its manifest and tokenizer must be in the same folder.
+        prompt: one user's message; put into the model's chat template, if it has one, unless `raw`.
+        max_tokens: maximum length of the answer, in tokens. It ends earlier at an end token, or when the cache is
+            full.
+        temperature: 0 always takes the most likely token; above 0, tokens are sampled with this temperature.
+        seed: seed of the sampling.
+        threads: threads of the runtime; the default is chosen by the runtime.
+        raw: pass the prompt unchanged, without a chat template.
+        heard: called with each piece of text as it is generated.
+
+    Raises `EdgetuneError`, with exit code 2 for invalid settings or a prompt that is longer than the cache, and 5
+    if the program does not load or run.
+    """
+    from edgetune.program.language import LanguageArtifact
+    from edgetune.program.tokenizer import Carried
+    from edgetune.runtime.language import answer
+
+    _check(max_tokens, temperature, seed, threads)
+    artifact = LanguageArtifact.load(path)
+    carried = Carried(artifact)
+    asked = _asked(artifact, carried.tokens(prompt, raw=raw), max_tokens, temperature, seed, threads)
+    stream = carried.stream()
+
+    def hear(token: int) -> None:
+        text = stream.add(token)
+        if text:
+            heard(text)
+
+    found = answer(asked, hear)
+    return _generation(found, len(asked.prompt), carried.text(found.tokens))
+
+
+def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
+    for what, got, least in (("max_tokens", max_tokens, 1), ("threads", threads, 1), ("seed", seed, 0)):
+        if got is not None and got < least:
+            raise EdgetuneError(f"{what} is at least {least}", got=got)
+    if not 0.0 <= temperature < float("inf"):
+        raise EdgetuneError(
+            "temperature must not be negative",
+            got=temperature,
+            action="use 0 for greedy decoding, or 1 for the distribution of the model",
+        )
+
+
+def _asked(
+    artifact: LanguageArtifact, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
+) -> Asked:
+    from edgetune.runtime.language import Asked
+
+    known = artifact.manifest
+    if len(prompt) > known.max_tokens:
+        raise EdgetuneError(
+            "the prompt has more tokens than fit into the cache of the program",
+            where=str(artifact.path),
+            got=len(prompt),
+            allowed=[f"at most {known.max_tokens}"],
+            action="shorten the prompt, or export the model with a larger max_tokens",
+            exit_code=Exit.USAGE,
+        )
+    return Asked(
+        path=str(artifact.path.resolve()),
+        prompt=tuple(prompt),
+        cache_tokens=known.max_tokens,
+        prefill_tokens=known.prefill_tokens,
+        eos_ids=known.eos_ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        threads=threads,
+    )
+
+
+def _generation(found: Answer, prompt_tokens: int, text: str) -> Generation:
+    return Generation(
+        text=text,
+        tokens=found.tokens,
+        prompt_tokens=prompt_tokens,
+        stopped=found.stopped,
+        prefill_tokens_per_s=1e3 * prompt_tokens / found.prefill_ms,
+        decode_tokens_per_s=1e3 * found.decode_calls / found.decode_ms if found.decode_calls else None,
+        load_ms=found.load_ms,
+        peak_memory_mib=found.peak_memory_mib,
+        threads=found.threads,
+    )

@@ -1,0 +1,66 @@
+"""This host as a place to time programs: a fresh process for each, kept to so many cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.ledger import THIS_HOST
+from edgetune.runtime import host
+
+if TYPE_CHECKING:
+    from edgetune.runtime.run import Timing
+
+_WARM_UP_SECONDS = 1.0  # at most; it ends when the runs are steady
+_ENERGY_SECONDS = 1.0
+
+
+class Host:
+    """Times programs here. A context, as the runners of other machines are; there is nothing to close."""
+
+    name = THIS_HOST
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        """Nothing to do."""
+
+    @property
+    def cores(self) -> int:
+        """Cores that a program may use."""
+        return host.cores()
+
+    def time(
+        self,
+        path: Path,
+        calls: Sequence[tuple[Tensor, ...]],
+        *,
+        threads: int,
+        seconds: float,
+        data: Path | None = None,
+        language: bool = False,
+        energy: bool = True,
+    ) -> tuple[Timing, ...]:
+        """Each call of the program timed for about `seconds`; see `Runner`."""
+        from edgetune.runtime.run import time_calls
+
+        request = {
+            "threads": threads,
+            "seconds": seconds,
+            "warm_up_seconds": min(seconds, _WARM_UP_SECONDS),
+            "language": language,
+            "energy_seconds": _ENERGY_SECONDS if energy else 0.0,
+        }
+        timings = time_calls(path, request, calls, data=data)
+        if not all(timing.latencies_ms for timing in timings):
+            raise EdgetuneError("the program was timed, but never ran", where=str(path))
+        return timings
+
+    def told_of(self, built_with: dict[str, str]) -> str:
+        """What is to be said of the place beside each measurement: of this host nothing."""
+        return ""

@@ -1,0 +1,103 @@
+"""Where a program is to be timed: `host`, `ssh://user@host:port` or `adb:serial`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor
+
+from edgetune.core.errors import EdgetuneError
+
+if TYPE_CHECKING:
+    from edgetune.runtime.run import Timing
+
+FORMS = ("host", "ssh://user@host", "ssh://user@host:port", "adb", "adb:serial")
+
+# Neither a user nor a host begins with "-" (it would be an option) or holds anything that a shell reads.
+_SSH = re.compile(
+    r"ssh://(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9._-]*)@)?"
+    r"(?P<host>[A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\])(?::(?P<port>[0-9]{1,5}))?/?"
+)
+_SERIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]*")
+
+
+class Runner(Protocol):
+    """A machine on which programs can be timed, as a context."""
+
+    @property
+    def name(self) -> str:
+        """What a measurement taken there is labelled with."""
+
+    @property
+    def cores(self) -> int:
+        """Cores that a program may use there."""
+
+    def time(
+        self,
+        path: Path,
+        calls: Sequence[tuple[Tensor, ...]],
+        *,
+        threads: int,
+        seconds: float,
+        data: Path | None = None,
+        language: bool = False,
+        energy: bool = True,
+    ) -> tuple[Timing, ...]:
+        """Each call of the program timed in one fresh process, for about `seconds` each.
+
+        `data`: the `.ptd` with its weights, where they lie apart. `language`: the program needs the kernels of
+        language models. `energy`: also look for a meter. Raises `EdgetuneError` (exit code 5) where it does not run.
+        """
+
+    def told_of(self, built_with: dict[str, str]) -> str:
+        """What is to be said beside a measurement of a program made with these versions."""
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(self, *problem: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place of one kind; what it does not need stays empty."""
+
+    kind: Literal["host", "ssh", "adb"]
+    user: str = ""
+    host: str = ""
+    port: int | None = None
+    serial: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "ssh":
+            return (f"{self.user}@" if self.user else "") + self.host + (f":{self.port}" if self.port else "")
+        return f"{self.kind}:{self.serial}" if self.serial else self.kind
+
+
+def parsed(on: str) -> Place:
+    """What `--on` names. Raises `EdgetuneError` for anything else than `FORMS`.
+
+    >>> parsed("ssh://pi@raspberrypi.local:2222")
+    Place(kind='ssh', user='pi', host='raspberrypi.local', port=2222, serial='')
+    >>> parsed("adb:192.168.0.7:5555").serial
+    '192.168.0.7:5555'
+    """
+    if on == "host":
+        return Place("host")
+    kind, _, serial = on.partition(":")
+    if kind == "adb" and (on == "adb" or _SERIAL.fullmatch(serial)):
+        return Place("adb", serial=serial)
+    found = _SSH.fullmatch(on)
+    port = int(found["port"]) if found is not None and found["port"] else None
+    if found is None or (port is not None and not 1 <= port <= 65535):
+        raise EdgetuneError(
+            "not a valid place to time a program",
+            got=on,
+            allowed=FORMS,
+            action="a user and a host are letters, digits, dots, dashes and underscores, and begin with no dash; "
+            "give anything else a name in ~/.ssh/config",
+        )
+    return Place("ssh", found["user"] or "", found["host"].strip("[]"), port)

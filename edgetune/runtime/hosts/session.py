@@ -1,0 +1,142 @@
+"""Many programs timed on one machine, and a program with its manifest measured there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Measured
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.place import Place, Runner, parsed
+from edgetune.runtime.hosts.ssh import Ssh
+from edgetune.runtime.measure import inputs_of, measured_of
+
+if TYPE_CHECKING:
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.language import LanguageArtifact, LanguageManifest
+    from edgetune.runtime.run import Timing
+
+Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many; 0: nobody knows
+
+
+@dataclass(frozen=True)
+class Timeable:
+    """A program to time, and the inputs of the call that is timed."""
+
+    name: str
+    path: Path
+    inputs: tuple[Tensor, ...]
+    data: Path | None = None  # the `.ptd` with its weights, where they lie apart
+
+
+def opened(on: str | Place, *, python: str = "python3", runner: Path | None = None) -> AbstractContextManager[Runner]:
+    """The machine that `on` names (see `place.FORMS`), to be entered.
+
+    `python`: the Python over ssh. `runner`: executorch's `executor_runner` built for Android, which adb takes.
+    """
+    place = on if isinstance(on, Place) else parsed(on)
+    if runner is not None and place.kind != "adb":
+        raise EdgetuneError("--runner only applies to adb", got=str(runner), action="omit --runner, or pass --on adb")
+    if place.kind == "ssh":
+        return Ssh(place, python=python)
+    if place.kind == "adb":
+        from edgetune.runtime.hosts.adb import Adb
+
+        return Adb(place, runner)
+    return Host()
+
+
+def time_programs(
+    on: str | Runner,
+    programs: Iterable[Timeable],
+    *,
+    threads: int | None = None,
+    seconds: float = 0.5,
+    python: str = "python3",
+    count: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Timing | EdgetuneError]]:
+    """Time many programs on one machine, each in a fresh process there, over one connection; one at a time.
+
+    `programs` may be a generator that lowers each just before it is timed, and removes it after. `threads`: by default
+    all cores there. `count`: how many there will be, for `progress`. A program that does not run gives its error
+    as its value; what concerns the machine (no connection, no runtime) is raised.
+    """
+    if isinstance(on, str):
+        with opened(on, python=python) as machine:
+            yield from time_programs(
+                machine, programs, threads=threads, seconds=seconds, count=count, progress=progress
+            )
+        return
+    for done, program in enumerate(programs):
+        if progress is not None:
+            progress(program.name, done, count)
+        found: Timing | EdgetuneError
+        try:
+            wanted = threads if threads is not None else on.cores
+            (found,) = on.time(
+                program.path, [program.inputs], threads=wanted, seconds=seconds, data=program.data, energy=False
+            )
+        except EdgetuneError as error:
+            if error.exit_code != Exit.EXPORT:
+                raise
+            found = error
+        yield program.name, found
+
+
+def measured_on(
+    machine: Runner,
+    artifact: Artifact | LanguageArtifact,
+    *,
+    threads: int | None = None,
+    seconds: float = 2.0,
+) -> tuple[Measured, ...]:
+    """Each kind of call timed there for about `seconds`; of a language program the token comes first.
+
+    `threads`: by default all cores that a program may use there. Inputs are valid, not real.
+    """
+    from edgetune.program.language import LanguageArtifact
+
+    threads = threads if threads is not None else machine.cores
+    versions = artifact.manifest.versions
+    if not isinstance(artifact, LanguageArtifact):
+        calls = [inputs_of(artifact)]
+        (timing,) = machine.time(artifact.path, calls, threads=threads, seconds=seconds, data=artifact.data_path)
+        return (measured_of(timing, threads, device=machine.name, note=machine.told_of(versions)),)
+    known = artifact.manifest
+    timings = machine.time(artifact.path, _spoken(known), threads=threads, seconds=seconds, language=True)
+    names, note = (piece(known), token(known)), machine.told_of(versions)
+    found = [
+        measured_of(timing, threads, call, machine.name, note) for timing, call in zip(timings, names, strict=True)
+    ]
+    return tuple(reversed(found))
+
+
+def _spoken(known: LanguageManifest) -> list[tuple[Tensor, ...]]:
+    """A call with a piece of a prompt at an empty cache, and one with the token after it.
+
+    A full cache has no place for the token after: then its last place is written again.
+    """
+    count = known.prefill_tokens
+    following = min(count, known.max_tokens - 1)
+    return [
+        (torch.ones(1, count, dtype=torch.long), torch.tensor([0])),
+        (torch.ones(1, 1, dtype=torch.long), torch.tensor([following])),
+    ]
+
+
+def token(known: LanguageManifest) -> str:
+    """The kind of call that says a token."""
+    return f"a token after {known.prefill_tokens}"
+
+
+def piece(known: LanguageManifest) -> str:
+    """The kind of call that reads a prompt."""
+    return f"{known.prefill_tokens} tokens of a prompt"

@@ -1,0 +1,222 @@
+"""A machine that ssh reaches, as a place to time programs: a Raspberry Pi, a Jetson, any Linux with the runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.runtime.hosts.connection import NO_SPACE, Connection, shell_words
+from edgetune.runtime.hosts.place import Place
+
+if TYPE_CHECKING:
+    from edgetune.runtime.run import Timing
+
+WARM_UPS, RUNS = 3, 20  # of each batch
+_CLOCK = "clock.pyz"
+_RESULT = "edgetune-result:"
+_ENERGY_SECONDS = 2.0
+_MAIN = "import sys\nfrom clock.__main__ import main\nsys.exit(main())\n"
+_KILLED = {
+    signal.SIGKILL: ("killed, most likely because memory ran out", "close other programs there, or use a smaller one"),
+    signal.SIGILL: ("ended by an instruction that its processor lacks", "install wheels built for that processor"),
+}
+
+
+def script() -> bytes:
+    """The stopwatch as one file that any Python runs: a zip of `edgetune.runtime.clock`."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("__main__.py", _MAIN)
+        for file in sorted(resources.files("edgetune.runtime.clock").iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py"):
+                archive.writestr(f"clock/{file.name}", file.read_bytes())
+    return made.getvalue()
+
+
+def _packed(request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]]) -> bytes:
+    """What the stopwatch is asked, as the zip that it unpacks: each file by itself would be a turn over the line."""
+    from edgetune.runtime.run import write_request
+
+    made = io.BytesIO()
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as name, zipfile.ZipFile(made, "w") as archive:
+        write_request(Path(name), request, calls)
+        for file in Path(name).iterdir():
+            archive.write(file, file.name)
+    return made.getvalue()
+
+
+class Ssh:
+    """Times programs on another machine; a context that keeps one connection.
+
+    `python` is the Python there, whose packages hold executorch: a name, or a path from that user's home.
+    `timeout_seconds` is what one program may take.
+    """
+
+    def __init__(self, place: Place, *, python: str = "python3", timeout_seconds: float = 900.0) -> None:
+        self.place = place
+        self.python = python.removeprefix("~/")  # a command begins at home
+        self.timeout_seconds = timeout_seconds
+        self.connection = Connection(place)
+        self.facts: dict[str, Any] = {}
+        self.versions: dict[str, str] = {}
+        self._jobs = 0
+
+    def __enter__(self) -> Ssh:
+        self.connection.__enter__()
+        try:
+            self.connection.push(script(), _CLOCK)
+            found = self._ask({"check": True}, [])
+            self.facts, self.versions = found["facts"], found["versions"]
+        except BaseException:
+            self.connection.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.connection.__exit__(*problem)
+
+    @property
+    def name(self) -> str:
+        """User, host and what machine that says it is."""
+        model = self.facts.get("model") or self.facts.get("machine")
+        return f"{self.place} ({model})" if model else str(self.place)
+
+    @property
+    def cores(self) -> int:
+        """Cores that a program may use there."""
+        return int(self.facts["cores"])
+
+    def time(
+        self,
+        path: Path,
+        calls: Sequence[tuple[Tensor, ...]],
+        *,
+        threads: int,
+        seconds: float,
+        data: Path | None = None,
+        language: bool = False,
+        energy: bool = True,
+    ) -> tuple[Timing, ...]:
+        """Each call timed there by the thermal protocol: batches of 3 warm-ups and 20 runs, for `seconds` at least."""
+        from edgetune.runtime.run import Timing
+
+        if not 1 <= threads <= self.cores:
+            what = f"threads must be from 1 to the {self.cores} cores there"
+            raise EdgetuneError(what, where=str(self.place), got=threads, action=f"pass --threads {self.cores}")
+        request = {
+            "threads": threads,
+            "seconds": seconds,
+            "batch_warm_ups": WARM_UPS,
+            "batch_runs": RUNS,
+            "language": language,
+            "energy_seconds": _ENERGY_SECONDS if energy else 0.0,
+        }
+        found = self._ask(request, calls, path, data)
+        return tuple(Timing.model_validate(call) for call in found["calls"])
+
+    def told_of(self, built_with: dict[str, str]) -> str:
+        """Whether the executorch there is another one than the program was made with."""
+        there, here = self.versions.get("executorch"), built_with.get("executorch")
+        return f"made with executorch {here}, run with {there}" if here and there != here else ""
+
+    def _ask(
+        self,
+        request: dict[str, Any],
+        calls: Sequence[tuple[Tensor, ...]],
+        path: Path | None = None,
+        data: Path | None = None,
+    ) -> dict[str, Any]:
+        """The clock's answer, in a process of its own there; what was pushed for it is removed after."""
+        self._jobs += 1
+        folder = f"{self._jobs}"
+        try:
+            for file, source in (("model.pte", path), ("model.ptd", data)):
+                if source is not None:
+                    self.connection.push(source, f"{folder}/{file}")
+            named = {"path": "model.pte", "data": "model.ptd" if data is not None else None}
+            self.connection.push(_packed({**request, **named}, calls), f"{folder}/job.zip")
+            return self._answered(folder, path)
+        except EdgetuneError:
+            with contextlib.suppress(EdgetuneError):  # the line may be cut; the folder goes away with it
+                self.connection.remove(folder)
+            raise
+
+    def _answered(self, folder: str, path: Path | None) -> dict[str, Any]:
+        there = f"{self.connection.folder}/{folder}"
+        command = shell_words([self.python, f"{self.connection.folder}/{_CLOCK}", there, "--leashed"])
+        script = (
+            f"TMPDIR={shell_words([there])} {command}; c=$?; "  # torch leaves folders where that is
+            f"echo; echo {_RESULT}; cat {shell_words([f'{there}/result.json'])} 2>/dev/null; "
+            f"rm -rf -- {shell_words([there])}; exit $c"
+        )
+        late = Exit.EXPORT if path is not None else Exit.USAGE
+        done = self.connection.run(script, seconds=self.timeout_seconds, hold=True, on_timeout=late)
+        answer = done.stdout.rpartition(_RESULT.encode())[2].strip() if done.returncode == 0 else b""
+        result: dict[str, Any] | None = json.loads(answer) if answer else None
+        if result is None or "error" in result:
+            raise self._failed(done.returncode, done.stderr.decode("utf-8", "replace"), result, path)
+        return result
+
+    def _failed(self, code: int, said: str, result: dict[str, Any] | None, path: Path | None) -> EdgetuneError:
+        """Why there is no answer, and what to do about it."""
+        if result is not None:
+            return self._told(result, path)
+        what, action, exit_code = _reason(code, said, self.python)
+        error = self.connection.failed(what, said)
+        error.action, error.exit_code = action, exit_code
+        return error
+
+    def _told(self, result: dict[str, Any], path: Path | None) -> EdgetuneError:
+        """The error that the other side found."""
+        needed = _needed()
+        wants = " ".join(f'"{name}=={version}"' for name, version in needed.items())
+        if result.get("kind") == "missing":
+            return EdgetuneError(
+                f"its {self.python} (Python {result['facts']['python']}) has no runtime: {result['error']}",
+                where=str(self.place),
+                action=f"there: python3 -m venv edgetune && edgetune/bin/pip install {wants}, with Python 3.10 to "
+                "3.12 (of torch, the CPU build of pytorch.org is enough); then add --python edgetune/bin/python",
+            )
+        there, here = result["versions"].get("executorch"), needed.get("executorch")
+        other = f"; executorch there is {there}, here {here}" if there != here else ""
+        return EdgetuneError(
+            f"{path} does not run there{other}: {result['error']}",
+            where=str(self.place),
+            action=f"there: {self.python} -m pip install {wants}" if other else "try it on this host: --on host",
+            exit_code=Exit.EXPORT,
+        )
+
+
+def _reason(code: int, said: str, python: str) -> tuple[str, str, Exit]:
+    """What a shell's exit code means, and what to do about it."""
+    if code == 127:
+        action = "install Python 3.10 to 3.12 there, or name yours: --python PATH"
+        return f"there is no {python!r}", action, Exit.USAGE
+    if code == 126:
+        return f"{python!r} cannot be run", "name another Python there: --python PATH", Exit.USAGE
+    if NO_SPACE in said:
+        return "its disk is full", "free some there, or let TMPDIR there name a folder on a larger disk", Exit.USAGE
+    for number, (what, action) in _KILLED.items():
+        if code == 128 + number:
+            return f"the program was {what}", action, Exit.EXPORT
+    if code > 128:
+        return f"the program was ended by signal {code - 128}", "try it on this host: --on host", Exit.EXPORT
+    return f"the stopwatch ended with code {code}", "see what it says above", Exit.EXPORT
+
+
+def _needed() -> dict[str, str]:
+    """The versions here, which a program made here runs with; without a part of torch's that names its build."""
+    from edgetune.runtime.clock.runs import versions
+
+    return {name: version.partition("+")[0] for name, version in versions().items()}

@@ -1,0 +1,182 @@
+"""Run a language program in a process of its own, and hear its tokens as they come.
+
+`python -m edgetune.runtime.language FOLDER` is the child's side. It speaks the protocol of `edgetune.runtime.run`,
+and where it speaks it writes each token to stdout, one a line.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from edgetune.runtime.clock.runs import load_language_operators
+from edgetune.runtime.run import ask_child, inputs_in, loaded_runtime, resident_mib, serve
+
+_MODULE = "edgetune.runtime.language"
+
+
+class Answer(BaseModel):
+    """One answer of a program, timed. Memory is resident memory of the whole child process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: tuple[int, ...]
+    stopped: Literal["end", "length", "cache"]  # an end token; as many as asked for; the cache is full
+    threads: int
+    load_ms: float
+    prefill_ms: float  # of the prompt, up to the first token
+    decode_ms: float  # of all calls with one token
+    decode_calls: int
+    peak_memory_mib: float
+    empty_memory_mib: float  # after the imports, before the program is loaded
+
+
+class Asked(BaseModel):
+    """What the child is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    prompt: tuple[int, ...]
+    cache_tokens: int
+    prefill_tokens: int
+    eos_ids: tuple[int, ...]
+    max_tokens: int  # of the answer
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0
+    threads: int | None = None
+
+
+def answer(asked: Asked, heard: Callable[[int], None] = lambda token: None) -> Answer:
+    """Let a child process answer; `heard` gets each token as it comes.
+
+    Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
+    """
+    request = {"verb": "speak", "asked": asked.model_dump(mode="json")}
+    result, _ = ask_child(_MODULE, Path(asked.path), request, [], fresh=True, heard=lambda line: heard(int(line)))
+    return Answer.model_validate(result)
+
+
+def greedy_in_child(
+    path: Path, prompts: Sequence[Sequence[int]], tokens: int, prefill_tokens: int
+) -> list[tuple[list[int], Tensor]]:
+    """For each prompt the program's first `tokens` greedy tokens, past any end token, and the logits of each.
+
+    The logits are `(tokens, vocabulary)`. Raises as `answer` does.
+    """
+    request = {"verb": "greedy", "tokens": tokens, "prefill_tokens": prefill_tokens}
+    result, outputs = ask_child(_MODULE, path, request, [(torch.tensor([list(prompt)]),) for prompt in prompts])
+    return [([int(token) for token in row], outputs[str(place)]) for place, row in enumerate(result["tokens"])]
+
+
+class LanguageProgram:
+    """A language `.pte` loaded by the runtime in this process."""
+
+    def __init__(self, path: str, prefill_tokens: int, threads: int | None = None) -> None:
+        runtime = loaded_runtime(threads)
+        load_language_operators()
+        self.threads = int(runtime._threadpool_get_thread_count())
+        self.prefill_tokens = prefill_tokens
+        self._method = runtime._load_program(path).load_method("forward")
+
+    def prefill(self, prompt: Sequence[int]) -> Tensor:
+        """Put the prompt at the begin of the cache. The logits `(vocabulary,)` after it."""
+        logits = torch.empty(0)
+        for start in range(0, len(prompt), self.prefill_tokens):
+            logits = self.step(prompt[start : start + self.prefill_tokens], start)
+        return logits
+
+    def step(self, tokens: Sequence[int], position: int) -> Tensor:
+        """The logits after `tokens`, which go to the cache at `position`. Overwritten by the next step."""
+        given = (torch.tensor([list(tokens)]), torch.tensor([position]))
+        (logits,) = self._method.call(given, clone_outputs=False)
+        last: Tensor = logits[0, -1]
+        return last
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the logits are not finite")
+    if temperature == 0.0:
+        return int(logits.argmax())
+    likely = torch.softmax(logits.float() / temperature, -1)
+    return int(torch.multinomial(likely, 1, generator=generator))
+
+
+def _speak(request: dict[str, Any]) -> dict[str, Any]:
+    asked = Asked.model_validate(request["asked"])
+    generator = torch.Generator().manual_seed(asked.seed)
+    loaded_runtime(asked.threads)
+    empty_mib = resident_mib("VmRSS")
+    started = time.perf_counter()
+    program = LanguageProgram(asked.path, asked.prefill_tokens, asked.threads)
+    loaded = time.perf_counter()
+    logits = program.prefill(asked.prompt)
+    token = _choose(logits, asked.temperature, generator)
+    prefilled = time.perf_counter()
+    decode = 0.0
+    tokens: list[int] = []
+    position, stopped = len(asked.prompt), "length"
+    while True:
+        tokens.append(token)
+        print(token, flush=True)
+        if token in asked.eos_ids:
+            stopped = "end"
+            break
+        if len(tokens) >= asked.max_tokens:
+            break
+        if position >= asked.cache_tokens:
+            stopped = "cache"
+            break
+        begun = time.perf_counter()
+        token = _choose(program.step([token], position), asked.temperature, generator)
+        decode += time.perf_counter() - begun
+        position += 1
+    return {
+        "tokens": tokens,
+        "stopped": stopped,
+        "threads": program.threads,
+        "load_ms": (loaded - started) * 1e3,
+        "prefill_ms": (prefilled - loaded) * 1e3,
+        "decode_ms": decode * 1e3,
+        "decode_calls": len(tokens) - 1,
+        "peak_memory_mib": resident_mib("VmHWM"),
+        "empty_memory_mib": empty_mib,
+    }
+
+
+def _greedy(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    program = LanguageProgram(request["path"], request["prefill_tokens"])
+    said: list[list[int]] = []
+    saved: dict[str, Tensor] = {}
+    for (prompt,) in inputs_in(folder, request["rows"]):
+        logits = [program.prefill(prompt[0].tolist()).clone()]
+        for position in range(prompt.shape[1], prompt.shape[1] + request["tokens"] - 1):
+            logits.append(program.step([int(logits[-1].argmax())], position).clone())
+        saved[str(len(said))] = torch.stack(logits)
+        said.append([int(row.argmax()) for row in logits])
+    save_file(saved, folder / "outputs.safetensors")
+    return {"tokens": said}
+
+
+def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)  # the runtime has threads of its own
+    return _greedy(folder, request) if request["verb"] == "greedy" else _speak(request)
+
+
+def main(folder: Path) -> int:
+    """Answer the request in the folder."""
+    return serve(folder, _answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,239 @@
+"""Run and time a program in a process of its own, since a bad `.pte` can take its process down.
+
+`python -m edgetune.runtime.run FOLDER` is the side of the child that runs: it reads `request.json` and `inputs.pt`
+there and writes `outputs.safetensors` and `result.json`. The child that times is `edgetune.runtime.clock`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from edgetune.runtime import forks
+from edgetune.runtime.child_failures import failed
+from edgetune.runtime.clock.machine import resident_mib
+from edgetune.runtime.clock.runs import inputs_in, loaded_runtime, serve, timings
+
+__all__ = [
+    "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_apart",
+    "run_in_child", "serve", "time_calls", "time_in_child", "timings", "write_request",
+]  # fmt: skip
+
+_MODULE = "edgetune.runtime.run"
+_CLOCK = "edgetune.runtime.clock"
+
+
+class State(BaseModel):
+    """What a machine said of its heat and speed at one moment; empty where it says nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature_c: dict[str, float] = Field(default_factory=dict)  # by sensor
+    clock_mhz: dict[str, float] = Field(default_factory=dict)  # by core
+
+
+class Timing(BaseModel):
+    """One program timed in a fresh process. Memory is resident memory of the whole process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int
+    load_ms: float
+    first_ms: float  # the first execution, with everything cold
+    latencies_ms: tuple[float, ...]  # after the warm-up
+    warm_up_runs: int
+    peak_memory_mib: float
+    empty_memory_mib: float  # after the imports, before the program is loaded
+    cores: tuple[int, ...] = ()  # that the process was kept to; none: the system lets nobody choose
+    states: tuple[State, ...] = ()  # before the timed runs and after each batch of them
+    energy_mj: float | None = None  # of one run; None: nothing there measures it
+    energy_note: str = ""  # what was measured, or why nothing was
+
+    @property
+    def latency_ms(self) -> float:
+        """The median."""
+        return statistics.median(self.latencies_ms)
+
+
+def run_in_child(
+    path: str | Path, batches: Sequence[tuple[Tensor, ...]], *, method: str = "forward", data: Path | None = None
+) -> list[tuple[Tensor, ...]]:
+    """Execute a method once for each tuple of inputs, in a child process; returns the outputs of each.
+
+    `data` is the `.ptd` of a program whose weights lie apart. Raises `EdgetuneError` (exit code 5) where the program
+    does not load or run, or the child dies.
+    """
+    outputs: list[dict[int, Tensor]] = [{} for _ in batches]
+    request = {"method": method, "data": _whole(data)}
+    _, tensors = ask_child(_MODULE, Path(path), request, batches)
+    for key, tensor in tensors.items():
+        row, _, place = key.partition(".")
+        outputs[int(row)][int(place)] = tensor
+    return [tuple(found[place] for place in sorted(found)) for found in outputs]
+
+
+def run_apart(programs: Sequence[tuple[Path, tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...] | None]:
+    """Execute each program once on its inputs, all in one child process; `None` for one that does not run.
+
+    Raises `EdgetuneError` (exit code 5) where the child dies.
+    """
+    if not programs:
+        return []
+    request = {"programs": [_whole(path) for path, _ in programs]}
+    result, tensors = ask_child(_MODULE, programs[0][0], request, [inputs for _, inputs in programs])
+    outputs: list[dict[int, Tensor]] = [{} for _ in programs]
+    for key, tensor in tensors.items():
+        row, _, place = key.partition(".")
+        outputs[int(row)][int(place)] = tensor
+    return [
+        None if row in result["failed"] else tuple(known[place] for place in sorted(known))
+        for row, known in enumerate(outputs)
+    ]
+
+
+def time_in_child(
+    path: str | Path,
+    inputs: tuple[Tensor, ...],
+    *,
+    threads: int,
+    seconds: float,
+    warm_up_seconds: float = 1.0,
+    data: Path | None = None,
+) -> Timing:
+    """Load the program in a child process with `threads` threads, warm up, and run it for about `seconds`.
+
+    Warm-up ends when two windows of five runs agree within 5 %, or after `warm_up_seconds`. At least ten runs are
+    timed. With a data file the method is loaded by its first run, which `first_ms` then holds. Raises as `run_in_child`
+    does.
+    """
+    request = {"threads": threads, "seconds": seconds, "warm_up_seconds": warm_up_seconds}
+    (timing,) = time_calls(Path(path), request, [inputs], data=data)
+    return timing
+
+
+def time_calls(
+    path: Path, request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]], *, data: Path | None = None
+) -> tuple[Timing, ...]:
+    """Each call timed in one child process, as `edgetune.runtime.clock` is asked to. Raises as `run_in_child` does."""
+    result, _ = ask_child(_CLOCK, path, {**request, "data": _whole(data)}, calls, fresh=True)
+    return tuple(Timing.model_validate(call) for call in result["calls"])
+
+
+def _whole(path: Path | None) -> str | None:
+    return str(path.resolve()) if path is not None else None
+
+
+def ask_child(
+    module: str,
+    path: Path,
+    request: dict[str, Any],
+    batches: Sequence[tuple[Tensor, ...]],
+    *,
+    fresh: bool = False,
+    heard: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Run `python -m module` on a request about the program at `path`: its answer, and the tensors it left.
+
+    `fresh` asks for a process of its own, as time and memory do that are measured, not for a fork of one that has
+    torch and the runtime imported. `heard` then gets each line that the child prints, as it comes.
+    """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
+        folder = Path(name)
+        write_request(folder, {**request, "path": str(path.resolve())}, batches)
+        done = (None if fresh else _forked(module, folder)) or _ended(module, folder, heard)
+        answer = folder / "result.json"
+        result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
+        if done.returncode != 0 or result is None or "error" in result:
+            raise failed(path, done, result)
+        saved = folder / "outputs.safetensors"
+        return result, load_file(saved) if saved.is_file() else {}
+
+
+def write_request(folder: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]) -> None:
+    """Leave in the folder what the child reads there: `request.json`, and the rows in `inputs.pt`."""
+    rows = [tuple(tensor.detach().cpu().contiguous().clone() for tensor in batch) for batch in batches]
+    torch.save(rows, folder / "inputs.pt")
+    (folder / "request.json").write_text(json.dumps({**request, "rows": len(rows)}), encoding="utf-8")
+
+
+def _forked(module: str, folder: Path) -> subprocess.CompletedProcess[str] | None:
+    code = forks.run(module, folder)
+    if code is None:
+        return None
+    errors = folder / "stderr"
+    text = errors.read_text(encoding="utf-8", errors="replace") if errors.is_file() else ""
+    return subprocess.CompletedProcess([module, str(folder)], code, "", text)
+
+
+def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subprocess.CompletedProcess[str]:
+    """The child's side, run to its end. Its working directory is the folder: nothing there can shadow a package."""
+    with (
+        (folder / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(folder)],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+            errors="replace",
+        ) as child,
+    ):
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                heard(line)
+            code = child.wait()
+        finally:  # interrupted, or the listener raised
+            child.kill()
+        errors.seek(0)
+        return subprocess.CompletedProcess(child.args, code, "", errors.read())
+
+
+# The child's side.
+
+
+def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    batches = inputs_in(folder, request["rows"])
+    runtime = loaded_runtime(None)
+    outputs: dict[str, Tensor] = {}
+
+    def execute(module: Any, method: str, row: int) -> None:
+        for place, tensor in enumerate(module.run_method(method, batches[row])):
+            outputs[f"{row}.{place}"] = tensor.clone().contiguous()
+
+    failed_rows = []
+    if "programs" in request:
+        for row, path in enumerate(request["programs"]):
+            try:
+                execute(runtime._load_for_executorch(path), "forward", row)
+            except RuntimeError:
+                failed_rows.append(row)
+    else:
+        module = runtime._load_for_executorch(request["path"], request["data"])
+        for row in range(len(batches)):
+            execute(module, request["method"], row)
+    save_file(outputs, folder / "outputs.safetensors")
+    return {"failed": failed_rows}
+
+
+def main(folder: Path) -> int:
+    """Answer the request in the folder."""
+    return serve(folder, _run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

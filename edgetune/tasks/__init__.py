@@ -1,0 +1,1 @@
+"""What is minimized, measured and compared for each task."""

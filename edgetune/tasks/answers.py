@@ -1,0 +1,90 @@
+"""A classifier's answers on its test set, counted class by class, with the mistakes it is surest of."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.ledger import Answers, ClassFigures, Confusion, Mistake
+from edgetune.data.dataset import Rows, Split, Task
+from edgetune.tasks import task as tasks
+
+MOST_CONFUSIONS = 200  # a matrix of 14 classes is whole; beyond, the rarest are left out
+MOST_MISTAKES = 10
+MOST_CHARACTERS = 200  # of a text
+THUMBNAIL_PX = 64
+
+
+def answers_on(model: nn.Module, split: Split, classes: Sequence[str], batch_size: int = 64) -> Answers | None:
+    """What `model` answers on a split; `None` where it is no classifier. Leaves the model as it was."""
+    if split.task == "causal-lm" or split.rows.labels is None:
+        return None
+    logits = tasks.class_logits(split.task, model, split, batch_size)
+    return count_answers(split.task, classes, split.rows, logits)
+
+
+def count_answers(task: Task, classes: Sequence[str], rows: Rows, logits: Tensor) -> Answers:
+    """Figures per class, confusions and mistakes from labelled rows and their logits `(rows, classes)`."""
+    scores = logits.float().softmax(1)
+    sureness, predicted = scores.max(1)
+    true = torch.tensor([int(label) for label in rows.labels or ()], dtype=torch.int64)
+    cells = Counter(zip(true.tolist(), predicted.tolist(), strict=True))
+    figures = tuple(
+        ClassFigures(
+            name=name,
+            rows=int((true == place).sum()),
+            predicted=int((predicted == place).sum()),
+            right=cells[place, place],
+        )
+        for place, name in enumerate(classes)
+    )
+    wrong = sorted((-count, cell) for cell, count in cells.items() if cell[0] != cell[1])
+    confusions = tuple(
+        Confusion(true=classes[one], predicted=classes[other], rows=-count)
+        for count, (one, other) in wrong[:MOST_CONFUSIONS]
+    )
+    order = sorted((predicted != true).nonzero().flatten().tolist(), key=lambda row: (-float(sureness[row]), row))
+    mistakes = tuple(
+        Mistake(
+            row=row,
+            true=classes[int(true[row])],
+            predicted=classes[int(predicted[row])],
+            confidence_pct=100 * float(sureness[row]),
+            **_preview(rows.inputs[row], pictures=task == "image-classification"),
+        )
+        for row in order[:MOST_MISTAKES]
+    )
+    return Answers(classes=figures, confusions=confusions, mistakes=mistakes)
+
+
+def _preview(row: Any, *, pictures: bool) -> dict[str, str]:
+    """A row as a reader sees it: the beginning of a text, or a small image and the name of its file."""
+    if pictures:
+        return {"text": Path(row).name if isinstance(row, (str, Path)) else "", "image": _thumbnail(row)}
+    text = " ".join(row.split())
+    return {"text": text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"}
+
+
+def _thumbnail(picture: Any) -> str:
+    """The picture in a file, or in an array of bytes, as a `data:` URI of at most 64 pixels a side."""
+    from PIL import Image, ImageOps
+
+    if isinstance(picture, (str, Path)):
+        with Image.open(picture) as opened:
+            opened.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    else:
+        image = Image.fromarray(picture)
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    file = io.BytesIO()
+    small = max(image.size) <= THUMBNAIL_PX // 2  # few pixels: lossless is no larger
+    image.save(file, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 70}))
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

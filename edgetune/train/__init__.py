@@ -1,0 +1,1 @@
+"""Training: settings, one plain loop, optimizer, checkpoints, and the cache of the frozen prefix."""

@@ -1,0 +1,143 @@
+"""The optimizer of a training: which one, its state in 32 or 8 bits, and its step inside backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.quiet import quiet
+from edgetune.core.registry import require
+
+if TYPE_CHECKING:
+    from edgetune.train.settings import Train
+
+_PARTS = ("codes", "scale", "qmap")  # of torchao's 8-bit state
+
+
+def build(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or SGD. Biases and norms, whose tensors have one dimension, are not decayed.
+
+    With `state_bits` 8 the two moments of AdamW are kept in 8 bits, in blocks of 256 values with a scale each
+    (Dettmers et al., 2021, arXiv:2110.02861; torchao's); tensors below 4,096 values keep 32 bits.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    if settings.state_bits == 8:
+        with quiet():
+            torchao = require("torchao.optim", "train with state_bits: 8")
+        found: torch.optim.Optimizer = torchao.AdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas)
+        return found
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """Set the learning rate of every group; returns it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return rate
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """One step; torchao would compile its own, which needs a compiler on the machine."""
+    if type(optimizer).__module__.startswith("torchao."):
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+    else:
+        optimizer.step()
+
+
+@contextmanager
+def stepping_in_backward(optimizer: torch.optim.Optimizer, group: Any = None) -> Iterator[list[int]]:
+    """Inside, each parameter is updated as soon as its gradient exists, and the gradient is dropped at once.
+
+    `group`: the processes (`torch.distributed.group.WORLD`) that train the same model on rows of their own; each
+    gradient is averaged over them first, since DistributedDataParallel would come too late for that.
+
+    Yields a list with one number, the bytes of the largest gradient so far. Raises `EdgetuneError` (exit code 3) in
+    backward for a gradient that is not finite, before it reaches the weight.
+    """
+    largest = [0]
+
+    def update(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if group is not None:
+            torch.distributed.all_reduce(gradient, group=group)
+            gradient /= torch.distributed.get_world_size(group)
+        largest[0] = max(largest[0], gradient.nbytes)
+        if not math.isfinite(float(gradient.sum())) and not torch.isfinite(gradient).all():
+            raise EdgetuneError(
+                "a gradient is not finite",
+                got=tuple(parameter.shape),
+                action="lower learning_rate, or look for inputs that are not finite",
+                exit_code=Exit.DATA,
+            )
+        step(optimizer)  # heeds only what has a gradient: this parameter
+        parameter.grad = None
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    handles = [p.register_post_accumulate_grad_hook(update) for p in parameters]
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state as it lies in memory."""
+    values = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    return sum(sum(p.nbytes for p in _parts(v).values()) if _is_8_bit(v) else v.nbytes for v in values)
+
+
+def state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state in plain tensors, for a checkpoint."""
+    state = optimizer.state_dict()
+    entries = {
+        index: {key: _flat(value) if _is_8_bit(value) else value for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
+def load_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put back what `state_dict` gave."""
+    entries = {
+        index: {key: _whole(value) if isinstance(value, dict) else value for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": entries})
+
+
+def _is_8_bit(value: object) -> bool:
+    return type(value).__name__ == "OptimState8bit"
+
+
+def _parts(value: Any) -> dict[str, Tensor]:
+    return {name: getattr(value, name) for name in _PARTS}
+
+
+def _flat(value: Any) -> dict[str, Any]:
+    return {**_parts(value), "signed": value.signed, "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _whole(value: dict[str, Any]) -> Tensor:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    parts = [value[name] for name in _PARTS]
+    found: Tensor = OptimState8bit(*parts, value["signed"], getattr(torch, value["dtype"]))
+    return found

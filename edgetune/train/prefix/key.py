@@ -1,0 +1,70 @@
+"""What a cached prefix depends on: the frozen stages, how they are computed, and which rows it is for."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.inputs import device_of, tensors_of
+from edgetune.train.plan import Split
+from edgetune.train.prefix.rows import Form, bytes_of, digest_of, mapped
+from edgetune.train.prefix.stages import Prefix
+
+_FORMAT = 1
+_SAMPLED_ROWS = 16
+
+
+def about(model: nn.Module, split: Split, prefix: Prefix, dtype: str, chunk_rows: int, autocast: str) -> dict[str, Any]:
+    """Everything that must be the same for a kept row to have the bits it would be computed with again.
+
+    Of the rows' inputs only a few are looked at here; each kept row carries what tells its own.
+    """
+    lengths = split.lengths
+    return {
+        "format": _FORMAT,
+        "dtype": dtype,
+        "stages": prefix.stages,
+        "calls": [repr(mapped(_written, made.template)) for made in prefix.calls],
+        "weights": _weights(model, prefix),
+        "layers": _hash("\n".join(str(model.get_submodule(name)) for name in prefix.stages)),
+        "config": _hash(str(getattr(model, "config", ""))),
+        "rows": len(split),
+        "lengths": None if lengths is None else _hash(repr(list(lengths))),
+        "sample": _sample(split),
+        "chunk_rows": chunk_rows,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "device": device_of(model).type,
+        "autocast": autocast,
+    }
+
+
+def _written(value: Any) -> Any:
+    return f"{value.sizes} {value.dtype}" if isinstance(value, Form) else value
+
+
+def _weights(model: nn.Module, prefix: Prefix) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for stage in prefix.stages:
+        module = model.get_submodule(stage)
+        # the scales of 4-bit weights are in the state dict alone, and buffers that are not saved are not in it
+        found = {**dict(module.named_parameters()), **dict(module.named_buffers()), **module.state_dict()}
+        for name, value in sorted(found.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{stage}.{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(bytes_of(value.detach().cpu()))
+    return digest.hexdigest()
+
+
+def _sample(split: Split) -> str:
+    count = len(split)
+    rows = dict.fromkeys((count - 1) * n // (_SAMPLED_ROWS - 1) for n in range(_SAMPLED_ROWS))
+    digests = [digest_of(tensors_of(split.batch([row])[0])) for row in rows]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

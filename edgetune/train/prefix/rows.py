@@ -1,0 +1,210 @@
+"""Shapes that depend on how many rows and tokens a batch has, and rows cut out of such tensors and put back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from edgetune.core.errors import EdgetuneError
+
+Size = int | Literal["rows", "tokens"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The shape of a tensor for any batch, and its type."""
+
+    sizes: tuple[Size, ...]
+    dtype: torch.dtype
+
+    def shape(self, rows: int, tokens: int) -> tuple[int, ...]:
+        """The shape for so many rows, padded to so many tokens."""
+        return tuple(rows if size == "rows" else tokens if size == "tokens" else size for size in self.sizes)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the tensor holds something for each row."""
+        return "rows" in self.sizes
+
+    def values(self, length: int) -> int:
+        """How many values one row of `length` tokens has."""
+        return math.prod(self.shape(1, length))
+
+    def row(self, tensor: Tensor, row: int, length: int) -> Tensor:
+        """A view of one row without its padding."""
+        axis = self.sizes.index("rows")
+        found = tensor.select(axis, row)
+        for place, size in enumerate(s for n, s in enumerate(self.sizes) if n != axis):
+            if size == "tokens":
+                found = found.narrow(place, 0, length)
+        return found
+
+    def row_shape(self, length: int) -> tuple[int, ...]:
+        """The shape of one row without its padding."""
+        axis = self.sizes.index("rows")
+        shape = self.shape(1, length)
+        return shape[:axis] + shape[axis + 1 :]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How wide the inputs of the short and of the long probe were; equal where rows have no tokens."""
+
+    short: int
+    long: int
+
+
+def form_of(what: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widths) -> Form:
+    """The form of a tensor seen for one row, for two rows and for one longer row."""
+    if not one.dim() == two.dim() == longer.dim():
+        raise EdgetuneError(f"cache_prefix: {what} changes its number of dimensions with the batch")
+    sizes: list[Size] = []
+    for a, b, c in zip(one.shape, two.shape, longer.shape, strict=True):
+        if a == b == c:
+            sizes.append(a)
+        elif (a, b, c) == (1, 2, 1) and "rows" not in sizes:
+            sizes.append("rows")
+        elif (a, b, c) == (widths.short, widths.short, widths.long):
+            sizes.append("tokens")
+        else:
+            raise EdgetuneError(
+                f"cache_prefix: how {what} depends on the rows is unclear: {tuple(one.shape)} for one row, "
+                f"{tuple(two.shape)} for two, {tuple(longer.shape)} for a longer one",
+                action="leave cache_prefix out for this model",
+            )
+    return Form(tuple(sizes), one.dtype)
+
+
+def widths_of(one: Sequence[Tensor], longer: Sequence[Tensor]) -> Widths:
+    """The widths of the inputs of a short and a long row: the only two sizes that may differ between them."""
+    found = {
+        (a, b)
+        for short, long in zip(one, longer, strict=True)
+        for a, b in zip(short.shape, long.shape, strict=True)
+        if a != b
+    }
+    if len(found) > 1:
+        raise EdgetuneError("cache_prefix: the inputs differ in more than one size", got=sorted(found))
+    return Widths(*next(iter(found))) if found else Widths(0, 0)
+
+
+def leaves(value: object) -> Iterator[Any]:
+    """Every value in nested tuples, lists and dicts, in order."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same nest with `function` of every value; keeps named tuples and dicts of their own class."""
+    if isinstance(value, dict):
+        items = {key: mapped(function, item) for key, item in value.items()}
+        return items if type(value) is dict else type(value)(**items)
+    if isinstance(value, (tuple, list)):
+        found = [mapped(function, item) for item in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    return function(value)
+
+
+def template_of(what: str, one: Any, two: Any, longer: Any, widths: Widths) -> Any:
+    """What a stage gave, with a `Form` in the place of each tensor."""
+    others = list(zip(leaves(two), leaves(longer), strict=True))
+    if len(others) != sum(1 for _ in leaves(one)):
+        raise EdgetuneError(f"cache_prefix: {what} changes its structure with the batch")
+    rest = iter(others)
+
+    def form(value: Any) -> Any:
+        b, c = next(rest)
+        if isinstance(value, Tensor):
+            return form_of(what, value, b, c, widths)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise EdgetuneError(
+            f"cache_prefix: {what} contains values that cannot be stored",
+            got=type(value).__name__,
+            action="leave cache_prefix out for this model",
+        )
+
+    return mapped(form, one)
+
+
+def forms_in(template: Any) -> list[Form]:
+    """The forms of a template, in order."""
+    return [value for value in leaves(template) if isinstance(value, Form)]
+
+
+def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
+    """The template with tensors in the place of its forms."""
+    rest = iter(tensors)
+    return mapped(lambda value: next(rest) if isinstance(value, Form) else value, template)
+
+
+def nothing_in(template: Any, rows: int, tokens: int, device: torch.device, whole: bool) -> Any:
+    """The template with tensors that nobody may read: not a number everywhere, or zero for whole numbers.
+
+    They take the room of one value, or with `whole` all of it, for code that writes into them.
+    """
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, Form):
+            return value
+        blank = float("nan") if value.dtype.is_floating_point or value.dtype.is_complex else 0
+        shape = value.shape(rows, tokens)
+        if whole:
+            return torch.full(shape, blank, dtype=value.dtype, device=device)
+        return torch.full((), blank, dtype=value.dtype, device=device).expand(shape)
+
+    return mapped(stand_in, template)
+
+
+def stored_type(dtype: torch.dtype, setting: str) -> torch.dtype:
+    """How values of this type are kept: `fp32` keeps every bit, `fp16` keeps floats wider than 16 bits in 16."""
+    wide = dtype in (torch.float32, torch.float64)
+    return torch.float16 if setting == "fp16" and wide else dtype
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The values of a CPU tensor as bytes, in order."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def tensor_of(data: bytearray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """The tensor of `bytes_of`."""
+    return torch.frombuffer(data, dtype=dtype).view(*shape) if data else torch.empty(*shape, dtype=dtype)
+
+
+def digest_of(values: Sequence[Tensor]) -> bytes:
+    """16 bytes that tell these CPU tensors from others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(bytes_of(value))
+    return digest.digest()
+
+
+def named(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str | int, Any]:
+    """What a model was called with, by name or by place."""
+    found: dict[str | int, Any] = dict(enumerate(args))
+    found.update(kwargs)
+    return found
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value of `a`; not a number if only `b` holds such."""
+    same = a == b
+    if bool(same.all()):
+        return 0.0
+    a, b = a.double(), b.double()
+    scale = a[a.isfinite()].abs().max() if bool(a.isfinite().any()) else a.new_tensor(1.0)
+    return float((a - b).abs().masked_fill(same, 0.0).max() / scale.clamp(min=1e-12))

@@ -1,0 +1,71 @@
+"""Which trainable parameters a backward has reached: one that none reaches would stay as it is without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgetune.core.errors import EdgetuneError, shortened
+
+STEPS = 10  # after which each must have had a gradient; an expert without tokens in the first batches is none's fault
+
+
+class Reached:
+    """Notes first gradients, from `start` to `stop`. Nothing is left on a parameter once it has had one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.waiting = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters: list[Tensor] = [p for p in model.parameters() if id(p) in self.waiting]
+        self.total = len(self.parameters)
+        self.handles: dict[int, Any] = {}
+        self.steps = 0
+
+    def start(self) -> Reached:
+        """Begin to look."""
+        self.handles = {
+            id(p): p.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+            for p in self.parameters
+        }
+        return self
+
+    def stop(self) -> None:
+        """Take off what is left."""
+        for handle in self.handles.values():
+            handle.remove()
+        self.handles, self.parameters = {}, []
+
+    def __enter__(self) -> Reached:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _note(self, parameter: Tensor) -> None:
+        self.waiting.pop(id(parameter), None)  # its hook is taken off later: hooks are being gone through now
+
+    def step(self, last: bool) -> None:
+        """After an optimizer's step: judge after ten of them, or after the `last` of the first epoch or of all."""
+        self.steps += 1
+        for key in [key for key in self.handles if key not in self.waiting]:
+            self.handles.pop(key).remove()
+        if last or self.steps >= STEPS:
+            self.judge()
+
+    def judge(self) -> None:
+        """Raise `EdgetuneError`, once, for trainable parameters without any gradient so far.
+
+        Where there was none at all, as for those that a sharded trainer holds elsewhere, nothing can be said.
+        """
+        names = self._unreached()
+        self.stop()
+        if names and len(names) < self.total:
+            raise EdgetuneError(
+                f"{shortened(names, 3)}: trainable, but no backward has reached it in {self.steps} steps; "
+                "it would not change",
+                action="leave it out of the targets or the scheme, or set requires_grad to False on it",
+            )
+
+    def _unreached(self) -> list[str]:
+        trains = {id(p) for p in self.parameters if p.requires_grad}  # others were frozen in the meantime
+        return [name for key, name in self.waiting.items() if key in trains]

@@ -1,0 +1,59 @@
+"""Bring the weights that a training program trained back into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.merging import merge
+from edgetune.program.training import SliceSpec
+from edgetune.runtime.training import MOMENTUM, TrainingProgram, read_checkpoint
+from edgetune.sparse.sliced import Sliced
+
+
+@torch.no_grad()
+def pull(source: str | Path, model: nn.Module) -> nn.Module:
+    """Write trained values into `model`, in place, from a checkpoint, or the initial values from a `.pte`.
+
+    `model` may have `Sliced` layers, which are merged, or be the plain model from which they were made.
+    """
+    source = Path(source)
+    if source.suffix == ".pte":
+        program = TrainingProgram(source)
+        state, slices = program.state(), program.artifact.manifest.slices
+    else:
+        state, slices = read_checkpoint(source)
+    by_layer = {s.layer: s for s in slices}
+    for name, value in state.items():
+        if name.endswith(MOMENTUM) and name.removesuffix(MOMENTUM) in state:
+            continue
+        _write(model, name, value, by_layer)
+    return merge(model, lambda layer: isinstance(layer, Sliced))
+
+
+def _write(model: nn.Module, name: str, value: Tensor, slices: dict[str, SliceSpec]) -> None:
+    layer, _, key = name.rpartition(".")
+    own = dict(model.named_parameters())
+    if name in own and own[name].shape == value.shape:
+        own[name].copy_(value)
+        return
+    plain = layer.removesuffix(".base") if layer != "base" else ""
+    weight = own.get(f"{layer}.weight".lstrip("."))
+    if key == "slice" and layer in slices and weight is not None:
+        part = slices[layer]
+        weight.index_copy_(part.dim, torch.tensor(part.indices), value)
+        return
+    unwrapped = own.get(f"{plain}.{key}".lstrip("."))
+    if plain != layer and unwrapped is not None and unwrapped.shape == value.shape:
+        unwrapped.copy_(value)
+        return
+    raise EdgetuneError(
+        "the model has no parameter of this name and shape",
+        got=f"{name} {tuple(value.shape)}",
+        allowed=sorted(own),
+        action="pull into the model that was exported",
+        exit_code=Exit.EXPORT,
+    )

@@ -1,0 +1,117 @@
+"""The house: rooms stand on floors, and import from their own floor or below; no circle among the files.
+
+Every import counts, also those inside of functions and those for types alone.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = (
+    ("core",),
+    ("recipe", "data", "models", "tasks", "lean", "train", "program", "runtime"),
+    ("adapt", "sparse", "prune", "quant", "integrations"),
+    ("export", "profile"),
+    ("report",),
+    ("run",),
+    ("cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MAY_EXPORT = {"export", "run", "cli"}  # the rooms that import what makes a program
+
+# Still to be cut: each line that goes must be taken out here.
+TO_CUT = {
+    ("quant.int8", "export"),  # ExecuTorch's own quantizer, by target
+    ("quant.integers", "export"),  # the forms in which an export writes norms and attention
+    ("profile.trials", "export"),  # makes the small programs that a calibration times
+}
+CIRCLE_TO_CUT = {f"sparse.auto.{name}" for name in ("account", "choose", "contribution", "search", "trials")}
+
+
+@cache
+def files() -> Mapping[str, Path]:
+    """The modules by name, `edgetune.` left out: `run.fold`, `export.lower`."""
+    found = {}
+    for folder, prefix in ((ROOT / "edgetune", ()), (ROOT / "export", ("export",))):
+        for path in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str) -> Iterator[str]:
+    """The modules that a module imports, `edgetune.` left out."""
+    for node in ast.walk(ast.parse(files()[name].read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:  # the few relative ones stay in their folder
+            names = [f"{node.module}.{other}" for other in names]
+        for full in names:
+            own = full.removeprefix("edgetune.") if full.startswith("edgetune.") else ""
+            while own and own not in files():
+                own = own.rpartition(".")[0]
+            if own and own != name:
+                yield own
+
+
+@cache
+def graph() -> Mapping[str, frozenset[str]]:
+    return {name: frozenset(imports(name)) for name in files()}
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_only_rooms_stand_at_the_root_of_the_package() -> None:
+    assert {path.stem for path in (ROOT / "edgetune").glob("*.py")} == {"__init__", "__main__"}
+    assert {room(name) for name in files()} - {"", "__main__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", list(FLOOR))
+def test_a_room_imports_from_its_floor_or_below(name: str) -> None:
+    upward = {
+        (module, room(other))
+        for module, others in graph().items()
+        if room(module) == name
+        for other in others
+        if FLOOR[room(other)] > FLOOR[name] or (room(other) == "export" and name not in MAY_EXPORT)
+    }
+    assert upward == {pair for pair in TO_CUT if room(pair[0]) == name}
+
+
+def circles() -> list[set[str]]:
+    """The strongly connected sets of more than one file (Tarjan, 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph()[name]):
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            component = set(stack[stack.index(name) :])
+            del stack[stack.index(name) :]
+            if len(component) > 1:
+                found.append(component)
+
+    for name in graph():
+        if name not in index:
+            visit(name)
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circles() == [CIRCLE_TO_CUT | {"sparse.update"}]

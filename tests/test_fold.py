@@ -1,0 +1,113 @@
+"""Law: what a recipe does to a model is what `et.apply` does with its steps in order, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_bert
+from torch import nn
+
+import edgetune as et
+from edgetune.core.inputs import call, logits_of
+from edgetune.core.technique import Technique
+from edgetune.recipe import recipe
+from edgetune.recipe.recipe import Recipe
+from edgetune.run.fold import Fold
+from edgetune.run.prepared import prepare
+from edgetune.train.loop import seed_everything, train
+from edgetune.train.settings import Train
+
+RECIPES = {
+    "sparse, adapted, pruned, distilled, quantized": """
+  - sparse-update: {scheme: last-1}
+  - lora: {rank: 2, targets: ["*.layer.0.*.query"]}
+  - train: {updates: 3, batch_size: 8}
+  - prune: {ratio: 0.3, what: [ffn], importance: activation}
+  - train: {updates: 2, batch_size: 8, distill: {teacher: prune}}
+  - int4
+""",
+    "finalized between": """
+  - lora: {rank: 2, targets: ["*.query"]}
+  - finalize
+  - sparse-update: {scheme: bias}
+  - train: {updates: 2, batch_size: 8}
+  - int8
+""",
+    "on a 4-bit base": """
+  - nf4: {block_size: 64}
+  - lora: {rank: 2, targets: ["*.query", "*.value"]}
+  - train: {updates: 2, batch_size: 8}
+  - prune: {ratio: 0.5, what: [ffn], round_to: 8}
+""",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    save_bert(tmp_path / "encoder", "Model", **sizes)
+    rows = [f"{'good' if n % 2 else 'bad'} text {'very ' * (n % 7)}a,{n % 2}" for n in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    return tmp_path
+
+
+def read(steps: str) -> Recipe:
+    return recipe.parse(f"model: {{source: 'hf:encoder', max_length: 8}}\ndata: csv:rows.csv\nsteps:{steps}", "r.yaml")
+
+
+def begun(chosen: Recipe, folder: Path) -> Fold:
+    return Fold(chosen, folder, resume=False, progress=lambda *_: None, record=False)
+
+
+def by_hand(fold: Fold, chosen: Recipe) -> nn.Module:
+    """The recipe's steps with `et.apply`, `et.finalize` and `train`, on a copy of the fold's first model."""
+    model, sample = copy.deepcopy(fold.model), fold.sample()
+    teacher: nn.Module | None = None
+    for index, step in enumerate(chosen.steps):
+        seed_everything(chosen.seed + 1000 * (index + 1))
+        if step.name == "prune":
+            model = et.finalize(model)
+            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        if isinstance(step.settings, Technique):
+            model = et.apply(model, step.settings, sample)
+        elif isinstance(step.settings, Train):
+            taught = teacher if step.settings.distill else None
+            train(model, step.settings, fold.train_split, fold.loss, seed=chosen.seed + index, teacher=taught)
+        else:
+            model = et.finalize(model)
+    return et.finalize(model).eval()
+
+
+def same(left: nn.Module, right: nn.Module) -> None:
+    ours, theirs = left.state_dict(), right.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert str(tensor) == str(theirs[name]) if type(tensor) is not torch.Tensor else tensor.equal(theirs[name]), (
+            name
+        )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_et_apply_of_its_steps(name: str, folder: Path) -> None:
+    chosen = read(RECIPES[name])
+    fold = begun(chosen, folder)
+    expected = by_hand(fold, chosen)
+    fold.steps()
+    same(fold.model, expected)
+    inputs = fold.samples.example()
+    with torch.no_grad():
+        left, right = (logits_of(call(model, inputs)) for model in (fold.model, expected))
+    assert left.equal(right)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_prepared_for_a_training_elsewhere_is_what_the_fold_trains(name: str, folder: Path) -> None:
+    chosen = read(RECIPES[name])
+    place = next(n for n, step in enumerate(chosen.steps) if isinstance(step.settings, Train))
+    fold = begun(chosen, folder)
+    fold.steps(until=place)
+    same(prepare(chosen).model, fold.model)
