@@ -11,6 +11,10 @@ torch.set_num_threads(1)
 LONG = ("recipes", "language", "random_modules", "training_program", "export", "quant", "calibrate", "kit", "programs")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update", action="store_true", help="write the values of golden files anew")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
