@@ -29,7 +29,6 @@ MAY_EXPORT = {"export", "run", "cli"}  # the rooms that import what makes a prog
 TO_CUT = {
     ("quant.int8", "export"),  # ExecuTorch's own quantizer, by target
     ("quant.integers", "export"),  # the forms in which an export writes norms and attention
-    ("profile.trials", "export"),  # makes the small programs that a calibration times
 }
 CIRCLE_TO_CUT = {f"sparse.auto.{name}" for name in ("account", "choose", "contribution", "search", "trials")}
 

@@ -1,7 +1,6 @@
 """Micro-programs built and timed in processes of their own, and kept until the calibration that wants them is done.
 
-`python -m edgetune.profile.trials FOLDER PART OF QUICK` is the side that builds: each of the parts takes every so many
-programs. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its operators in `NAME.json`; timings are lines
+`edgetune.export.trials` is the side that builds. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its operators in `NAME.json`; timings are lines
 of `timings-HOST.jsonl`, written as they come, so that a calibration that was stopped goes on where it was.
 """
 
@@ -21,12 +20,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
-from edgetune.core.registry import technique
-from edgetune.core.technique import Sample
 from edgetune.data.dataset import cache_folder
 from edgetune.profile import micro
 from edgetune.profile.micro.blocks import blocks
@@ -80,14 +75,14 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
     """Build what is not there yet; the programs that cannot be, each with the reason."""
     wanted = trials(quick)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [trial.name for trial in wanted if not _built(folder, trial.name)]
+    missing = [trial.name for trial in wanted if not is_built(folder, trial.name)]
     done = len(wanted) - len(missing)
     failed: list[str] = []
     builders = min(_BUILDERS, host.cores(), len(missing))
     told: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
     with ThreadPoolExecutor(max(builders, 1)) as pool:
         commands = [[str(folder), str(part), str(builders), "quick" if quick else "all"] for part in range(builders)]
-        jobs = [pool.submit(_follow, "edgetune.profile.trials", command, told) for command in commands]
+        jobs = [pool.submit(_follow, "edgetune.export.trials", command, told) for command in commands]
         waiting = len(jobs)
         while waiting:
             answer = told.get()
@@ -101,7 +96,7 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
                 failed.append(f"{answer['name']}: {answer['error']}")
         problems = [problem for job in jobs if (problem := job.result())]
     told_of = {line.partition(":")[0] for line in failed}
-    lost = [name for name in missing if not _built(folder, name) and name not in told_of]
+    lost = [name for name in missing if not is_built(folder, name) and name not in told_of]
     if lost:
         why = f": {problems[0]}" if problems else ""
         action = "run it again: it goes on where it was"
@@ -126,38 +121,9 @@ def _follow(module: str, arguments: list[str], told: SimpleQueue[dict[str, Any] 
             return "" if code == 0 else f"the process ended with code {code}: {' '.join(errors.result().split()[-40:])}"
 
 
-def _built(folder: Path, name: str) -> bool:
+def is_built(folder: Path, name: str) -> bool:
+    """Whether a program of this name is there, whole."""
     return (folder / f"{name}.json").is_file()  # written last
-
-
-def build_part(folder: Path, part: int, of: int, quick: bool) -> None:
-    """Build every so many of the programs that are missing, and print each name."""
-    torch.set_num_threads(1)
-    for trial in (trial for trial in trials(quick)[part::of] if not _built(folder, trial.name)):
-        told = {"name": trial.name}
-        try:
-            _build(trial.item, folder)
-        except EdgetuneError as error:
-            told["error"] = error.what
-        print(json.dumps(told), flush=True)
-
-
-def _build(item: Micro, folder: Path) -> None:
-    """Lowered and written, without the comparison that `export` makes: these programs are only timed.
-
-    Inputs stay where they are: copied into the arena, those of a short chain would take as long as its operators.
-    """
-    from edgetune.export.lower import Layout, Positional, lower
-    from edgetune.export.targets import find
-
-    model, inputs = item.module().eval(), item.inputs()
-    if item.quantize:
-        model = technique(item.quantize)().apply(model, Sample.of(inputs))
-    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target), layout=Layout(holds_io=False))
-    (folder / f"{item.name}.pte").write_bytes(lowered.data)
-    torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")
-    told = [operator.model_dump(mode="json") for operator in lowered.executed]
-    write_whole(folder / f"{item.name}.json", json.dumps(told))
 
 
 def operators_of(folder: Path, name: str) -> tuple[Operator, ...]:
@@ -242,7 +208,3 @@ def _told(folder: Path, names: Sequence[str], threads: int, seconds: float) -> I
         last = (folder / "stderr").read_text(encoding="utf-8", errors="replace").split()[-40:]
         what = f"the micro-programs could not be timed, code {code}: {' '.join(last)}"
         raise EdgetuneError(what, exit_code=Exit.EXPORT)
-
-
-if __name__ == "__main__":
-    build_part(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "quick")

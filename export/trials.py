@@ -1,0 +1,52 @@
+"""Builds the micro-programs of a calibration: `python -m edgetune.export.trials FOLDER PART OF QUICK`.
+
+Each of the parts takes every so many programs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
+from edgetune.core.registry import technique
+from edgetune.core.technique import Sample
+from edgetune.export.lower import Layout, Positional, lower
+from edgetune.export.targets import find
+from edgetune.profile.micro.program import Micro
+from edgetune.profile.trials import is_built, trials
+
+
+def build_part(folder: Path, part: int, of: int, quick: bool) -> None:
+    """Build every so many of the programs that are missing, and print each name."""
+    torch.set_num_threads(1)
+    for trial in (trial for trial in trials(quick)[part::of] if not is_built(folder, trial.name)):
+        told = {"name": trial.name}
+        try:
+            _build(trial.item, folder)
+        except EdgetuneError as error:
+            told["error"] = error.what
+        print(json.dumps(told), flush=True)
+
+
+def _build(item: Micro, folder: Path) -> None:
+    """Lowered and written, without the comparison that `export` makes: these programs are only timed.
+
+    Inputs stay where they are: copied into the arena, those of a short chain would take as long as its operators.
+    """
+    model, inputs = item.module().eval(), item.inputs()
+    if item.quantize:
+        model = technique(item.quantize)().apply(model, Sample.of(inputs))
+    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target), layout=Layout(holds_io=False))
+    (folder / f"{item.name}.pte").write_bytes(lowered.data)
+    torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")
+    told = [operator.model_dump(mode="json") for operator in lowered.executed]
+    write_whole(folder / f"{item.name}.json", json.dumps(told))
+
+
+if __name__ == "__main__":
+    build_part(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "quick")
