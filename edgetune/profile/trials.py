@@ -1,8 +1,8 @@
 """Micro-programs built and timed in processes of their own, and kept until the calibration that wants them is done.
 
 `edgetune.export.trials` is the side that builds. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its
-operators in `NAME.json`; timings are lines of `timings-HOST.jsonl`, written as they come, so that a calibration that was
-stopped goes on where it was.
+operators in `NAME.json`; timings are lines of `timings-HOST.jsonl`, written as they come, so that a calibration that
+was stopped goes on where it was.
 """
 
 from __future__ import annotations
