@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+import networkx  # torch brings it
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,31 +86,9 @@ def test_a_room_imports_from_its_floor_or_below(name: str) -> None:
 
 
 def circles() -> list[set[str]]:
-    """The strongly connected sets of more than one file (Tarjan, 1972)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[set[str]] = []
-
-    def visit(name: str) -> None:
-        index[name] = low[name] = len(index)
-        stack.append(name)
-        for other in sorted(graph()[name]):
-            if other not in index:
-                visit(other)
-                low[name] = min(low[name], low[other])
-            elif other in stack:
-                low[name] = min(low[name], index[other])
-        if low[name] == index[name]:
-            component = set(stack[stack.index(name) :])
-            del stack[stack.index(name) :]
-            if len(component) > 1:
-                found.append(component)
-
-    for name in graph():
-        if name not in index:
-            visit(name)
-    return found
+    """The sets of files that reach each other by their imports."""
+    together = networkx.strongly_connected_components(networkx.DiGraph(graph()))
+    return [component for component in together if len(component) > 1]
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

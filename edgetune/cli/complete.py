@@ -5,29 +5,26 @@ Where nothing begins with what was typed, the shell offers files.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
-SUFFIX = ".yaml"
+from edgetune.recipe.names import SUFFIX, TARGET_NAMES, ids
+
 PLATFORMS = ("android", "ios", "jetson", "linux")  # of kits
-TARGETS = ("xnnpack", "portable", "coreml", "mps", "vulkan", "openvino", "ethos-u", "tosa", "qnn", "cuda")
 
 
 def recipe_names(incomplete: str) -> list[str]:
     """Recipes in the package, and YAML files in the working folder."""
     files = sorted(path.name for path in Path().iterdir() if path.suffix == SUFFIX)
-    return _beginning(incomplete, [*_packaged("edgetune.recipes"), *files])
+    packaged = [item.name for item in resources.files("edgetune.recipes").iterdir()]
+    names = sorted(name.removesuffix(SUFFIX) for name in packaged if name.endswith(SUFFIX))
+    return _beginning(incomplete, [*names, *files])
 
 
 def device_names(incomplete: str) -> list[str]:
     """Devices in the package and in the user's folder."""
-    base = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    folder = (base if base.is_absolute() else Path.home() / ".config") / "edgetune" / "devices"
-    own = sorted(path.stem for path in folder.glob("*" + SUFFIX))
-    packaged = [name for name in _packaged("edgetune.devices") if name != "published"]
-    return _beginning(incomplete, [*packaged, *own])
+    return _beginning(incomplete, ids())
 
 
 def platform_names(incomplete: str) -> list[str]:
@@ -37,12 +34,7 @@ def platform_names(incomplete: str) -> list[str]:
 
 def target_names(incomplete: str) -> list[str]:
     """What a program can be lowered to."""
-    return _beginning(incomplete, TARGETS)
-
-
-def _packaged(package: str) -> list[str]:
-    names = [item.name for item in resources.files(package).iterdir()]
-    return sorted(name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
+    return _beginning(incomplete, TARGET_NAMES)
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:

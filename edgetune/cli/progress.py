@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from edgetune.core.progress import NOTE
+from edgetune.core.progress import Progress as Report
 
 FEW = 16  # parts that get no line at each quarter
-Report = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
 @contextmanager

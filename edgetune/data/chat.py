@@ -56,11 +56,7 @@ def read_messages(value: Any, answers_only: bool = True) -> Conversation:
         value = [dict(zip(value, each, strict=False)) for each in zip(*value.values(), strict=False)]
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"the messages are {type(value).__name__}, not a list of {{role, content}}")
-    return from_pairs([_message(number, each) for number, each in enumerate(value, start=1)], answers_only)
-
-
-def from_pairs(messages: Sequence[tuple[str, str]], answers_only: bool = True) -> Conversation:
-    """A conversation of roles and texts. Raises `ValueError` where it has no answer."""
+    messages = [_message(number, each) for number, each in enumerate(value, start=1)]
     if not any(role == ANSWERING and content.strip() for role, content in messages):
         raise ValueError("there is no message of the assistant")
     return Conversation(tuple(messages), answers_only)
@@ -71,11 +67,16 @@ def _message(number: int, given: Any) -> tuple[str, str]:
         raise ValueError(f"message {number} is {type(given).__name__}, not {{role, content}}")
     role = next((given[name] for name in _ROLE_FIELDS if name in given), None)
     content = next((given[name] for name in _CONTENT_FIELDS if name in given), None)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"message {number} has the role {role!r}, which is not system, user or assistant")
     if not isinstance(content, str):
         raise ValueError(f"message {number} has {type(content).__name__} as its content, not a string")
-    return _ROLES[str(role)], content
+    return _ROLES[role], content
+
+
+def split_key(row: str | Conversation) -> str:
+    """Equal for rows that must not be on both sides of a split: copies of a text, conversations that start alike."""
+    return row.key if isinstance(row, Conversation) else " ".join(row.split()).lower()
 
 
 def is_messages(value: Any) -> bool:

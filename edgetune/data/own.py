@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.core.own_code import PREFIX, call_own
-from edgetune.data.chat import Conversation, is_messages, read_messages
+from edgetune.data.chat import Conversation, is_messages, read_messages, split_key
 from edgetune.data.dataset import Dataset, Rows, Task, assemble, classes_of, data_error, split_indices
 from edgetune.data.settings import DataSettings
 
@@ -123,8 +123,6 @@ def _assembled(
 
 def _key(value: Any) -> str:
     """Equal for copies, which stand on one side of a split."""
-    if isinstance(value, Conversation):
-        return value.key
-    if isinstance(value, str):
-        return " ".join(value.split()).lower()
+    if isinstance(value, (str, Conversation)):
+        return split_key(value)
     return hashlib.sha256(value.read_bytes() if isinstance(value, Path) else value.tobytes()).hexdigest()

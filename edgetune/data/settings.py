@@ -17,6 +17,11 @@ _UNREAD = {  # settings that a kind of source has no use for
 }
 
 
+def unread_by(source: str) -> tuple[str, ...]:
+    """The settings that this kind of source has no use for."""
+    return _UNREAD.get(source.partition(":")[0], ())
+
+
 class DataSettings(Settings):
     """The source of the data and how it is split. The split does not depend on the seed."""
 
@@ -73,7 +78,7 @@ class DataSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:
         kind = self.source.partition(":")[0]
-        for name in _UNREAD.get(kind, ()):
+        for name in unread_by(self.source):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{kind} does not read {name}: leave it out")
         if self.messages is None and kind != "py" and self.loss_on != "answers":

@@ -14,7 +14,7 @@ from edgetune.core.hub import hub_for
 from edgetune.core.other_names import SUFFIXES, nearest, nearest_file
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
-from edgetune.data.chat import ANSWERING, Conversation, read_messages
+from edgetune.data.chat import ANSWERING, read_messages, split_key
 from edgetune.data.columns import LABELS, TEXTS, likely_column
 from edgetune.data.dataset import (
     NOT_UTF8,
@@ -268,7 +268,7 @@ def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any]
         settings.label is not None and is_missing(str(label)) and str(label).strip() not in (settings.label_names or {})
     ):
         bad.add(place, f"the label is missing: {label}")
-    elif any("\ud800" <= c <= "\udfff" for value in (text, label) for c in str(value)):
+    elif _undecoded(text) or _undecoded(str(label)):
         bad.add(place, NOT_UTF8)
     elif "\0" in text:
         bad.add(place, "a zero byte")
@@ -276,23 +276,23 @@ def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any]
         records.append((text, _named(str(label).strip(), settings)))
 
 
+def _undecoded(text: str) -> bool:
+    """Whether bytes that are not UTF-8 are in a text, as the lone surrogates that `_decoded` makes of them."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _keep_conversation(
     records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings
 ) -> None:
-    answers_only = settings.loss_on == "answers"
+    messages = values[0]
+    if not isinstance(settings.messages, str):
+        messages = [{"role": role, "content": each} for role, each in zip(("user", ANSWERING), values, strict=True)]
     try:
-        if isinstance(settings.messages, str):
-            conversation = read_messages(values[0], answers_only)
-        else:
-            conversation = read_messages(
-                [{"role": role, "content": each} for role, each in zip(("user", ANSWERING), values, strict=True)],
-                answers_only,
-            )
+        conversation = read_messages(messages, settings.loss_on == "answers")
     except ValueError as error:
         bad.add(place, str(error))
         return
-    texts = [content for _, content in conversation.messages]
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+    if any(_undecoded(content) for _, content in conversation.messages):
         bad.add(place, NOT_UTF8)
     else:
         records.append((conversation, ""))
@@ -336,7 +336,7 @@ def _finish(
 
     if not train:
         raise data_error(f"{name} contains no rows")
-    keys = [text.key if isinstance(text, Conversation) else " ".join(text.split()).lower() for text, _ in train]
+    keys = [split_key(row) for row, _ in train]
     given = rows(train)
     copies = len(keys) - len(set(keys))
     if copies and settings.messages is not None:

@@ -181,19 +181,17 @@ def _problem(path: Path) -> str:
 
     try:
         with Image.open(path) as image:
-            _check_bits(image)
             image.draft("RGB", (64, 64))  # a JPEG is decoded at a fraction of its size, which is several times as fast
             image.load()
+            return _too_many_bits(image)
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
-    return ""
 
 
-def _check_bits(image: Any) -> None:
-    """Raise `ValueError` for more than 8 bits a channel: Pillow makes white of most such values, or black."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        bits = "16 bits" if image.mode.startswith("I;") else "32 bits"
-        raise ValueError(f"it has {bits} per channel, but only 8 are supported: save it with 8")
+def _too_many_bits(image: Any) -> str:
+    """What is wrong with more than 8 bits a channel, of which Pillow makes white or black; nothing for 8."""
+    bits = 16 if image.mode.startswith("I;") else 32 if image.mode in ("I", "F") else 8
+    return f"it has {bits} bits per channel, but only 8 are supported: save it with 8" if bits > 8 else ""
 
 
 def _image_parts(
@@ -229,10 +227,8 @@ def pixels(inputs: Sequence[Any], image_px: int, grey: bool = False) -> NDArray[
     out = np.empty((len(inputs), image_px, image_px, *(() if grey else (3,))), dtype=np.uint8)
     for row, path in enumerate(inputs):
         with Image.open(path) as image:
-            try:
-                _check_bits(image)
-            except ValueError as error:
-                raise data_error(f"{path}: {error}") from error
+            if reason := _too_many_bits(image):
+                raise data_error(f"{path}: {reason}")
             image.draft("RGB", (image_px, image_px))  # a JPEG at a fraction of its size, never below this one
             upright = ImageOps.exif_transpose(image).convert(mode)
         out[row] = np.asarray(ImageOps.fit(upright, (image_px, image_px), Image.Resampling.BILINEAR))

@@ -19,6 +19,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import tensors_of
 from edgetune.core.ledger import Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.core.numbers import quality as quality_in_words
 from edgetune.core.progress import NOTE, Progress
 from edgetune.core.technique import Sample, Settings, Technique
 from edgetune.data.dataset import Dataset, Split
@@ -28,6 +29,7 @@ from edgetune.models.chat import without_cut_answers
 from edgetune.models.loaded import Loaded
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
+from edgetune.recipe.names import HOST, ids
 from edgetune.recipe.outline import in_words
 from edgetune.recipe.recipe import Recipe
 from edgetune.recipe.sections import ExportSettings, ProfileSettings, Step
@@ -305,7 +307,6 @@ class Fold:
     def profile(self, artifact: Artifact | LanguageArtifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Every kind of call of the program, timed on this host and predicted for each device."""
         from edgetune.profile.calls import measured_calls, predicted_calls
-        from edgetune.recipe.names import HOST, ids
 
         devices = [*asked.devices]
         measured: tuple[Measured, ...] = ()
@@ -341,8 +342,6 @@ class Fold:
         index = len(self.ledger.rows)
         row = self.measured_before.get(self.digest)
         if row is None:
-            from edgetune.core.numbers import quality as in_words_of
-
             self.progress("measure", 0, 1, f"after {step}")
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
@@ -352,7 +351,7 @@ class Fold:
                 index=index, step=step, detail=detail, quality=quality, seconds=seconds, note=note, digest=self.digest,
                 measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), **measures._asdict(),
             )  # fmt: skip
-            self.progress("measure", 1, 1, in_words_of(quality) if quality else "")
+            self.progress("measure", 1, 1, quality_in_words(quality) if quality else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
         self.save()
         return self.ledger.rows[-1]

@@ -17,7 +17,7 @@ from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.ledger import Answers, Quality
 from edgetune.core.progress import Progress
 from edgetune.data.dataset import ROWS_OF, Dataset, Rows, Task, data_error
-from edgetune.data.settings import COLUMNS, DataSettings, WholeData
+from edgetune.data.settings import COLUMNS, DataSettings, WholeData, unread_by
 from edgetune.tasks.answers import count_answers
 
 if TYPE_CHECKING:
@@ -215,8 +215,8 @@ def data_settings(program: Path, source: str | None = None, overrides: Mapping[s
             "there is no recipe next to the program that names its data", where=str(program), action=action
         )
     if source is not None and source != kept.get("source"):
-        columns = COLUMNS if source.partition(":")[0] in ("csv", "jsonl", "hf") else ()
-        kept = {name: kept[name] for name in columns if name in kept} | {"source": source}
+        columns = [name for name in COLUMNS if name in kept and name not in unread_by(source)]
+        kept = {name: kept[name] for name in columns} | {"source": source}
     for key, value in (overrides or {}).items():
         name = key.removeprefix("data.")
         if name not in DataSettings.model_fields:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,22 +62,6 @@ def drift_pct(latencies_ms: Sequence[float]) -> float | None:
     if third < 1 or whole <= 0:
         return None
     return 100 * (statistics.median(latencies_ms[-third:]) - statistics.median(latencies_ms[:third])) / whole
-
-
-def time_on_host(
-    path: Path, inputs: Sequence[Tensor], *, threads: int, seconds: float, data: Path | None = None
-) -> Timing:
-    """Load and run the program for about `seconds`, after a warm-up of at most as long, in a fresh process.
-
-    `data`: the `.ptd` with its weights, where they lie apart.
-    """
-    from edgetune.runtime.run import time_in_child
-
-    warm_up = min(seconds, 1.0)
-    timing = time_in_child(path, tuple(inputs), threads=threads, seconds=seconds, warm_up_seconds=warm_up, data=data)
-    if not timing.latencies_ms:
-        raise EdgetuneError("the program was timed, but never ran", where=str(path))
-    return timing
 
 
 def measure(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> Measured:
