@@ -32,6 +32,7 @@ __all__ = [
     "finalize",
     "generate",
     "load_adapter",
+    "penalty",
     "predict",
     "profile",
     "pull",
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from edgetune.adapt.files import save_adapter
     from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
-    from edgetune.core.apply import apply, finalize
+    from edgetune.core.apply import apply, finalize, penalty
     from edgetune.core.errors import EdgetuneError
     from edgetune.core.registry import TECHNIQUES
     from edgetune.core.technique import Sample, Technique
@@ -90,6 +91,7 @@ else:
         "finalize": "core.apply",
         "generate": "runtime.generating",
         "load_adapter": "adapt.loading",
+        "penalty": "core.apply",
         "predict": "run.predicting",
         "profile": "profile",
         "pull": "export.training.pull",

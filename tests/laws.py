@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
+from gain import Gain
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,6 +16,7 @@ from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.technique import Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
@@ -175,8 +179,8 @@ class Case:
         return all(technique.exact for technique in self.techniques)
 
     @property
-    def leaves(self) -> frozenset[str]:
-        return frozenset().union(*(technique.leaves for technique in self.techniques))
+    def leaves(self) -> Trait:
+        return reduce(or_, (technique.leaves for technique in self.techniques))
 
     def applied(self) -> nn.Module:
         return apply(self.model(), self.techniques, Sample.of(self.inputs()))
@@ -296,6 +300,12 @@ CASES = [
     Case("int4-bert", (Int4(),), bert, tokens, error=0.4, size=int4_size, trains=False),
     Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
+    ),
+    Case("gain-mlp", (Gain(targets=("*.up",)),), mlp, vectors, unmatched=Gain(targets=("nothing",))),
+    Case(
+        "nf4-sparse-gain-mlp",
+        (NF4(block_size=32, skip=("blocks.2.*", "classifier")), SparseUpdate(scheme="last-1"), Gain(targets=("blocks.0.down",))),
+        mlp, vectors, error=0.2,
     ),
     Case("nf4-double-llama", (NF4(block_size=32),), llama, tokens, error=0.2, size=nf4_size(True, "lm_head")),
     Case(

@@ -13,7 +13,7 @@ from edgetune.adapt.lora import LoRA
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.merging import merge, merge_layer
-from edgetune.core.wrapped import Wrapped, adapter_state, dense, is_wrapped, load_adapter_state, plain_layer
+from edgetune.core.wrapped import Wrapped, dense, is_wrapped, plain_layer
 
 
 class Scaled(Wrapped):
@@ -72,19 +72,6 @@ def test_keys_are_the_plain_ones_at_every_depth_and_load_both_ways() -> None:
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(other, vectors()), logits(model, vectors()), atol=0, rtol=0)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k not in extra})
-
-
-def test_adapter_state_is_what_the_base_does_not_have() -> None:
-    model, other = wrapped_mlp(), wrapped_mlp()
-    state = adapter_state(model)
-    assert set(state) == {"stem.scale", "blocks.0.up.scale", "blocks.0.up.low.weight"}
-    with torch.no_grad():
-        other.stem.scale.mul_(2)
-        other.get_submodule("blocks.0.up").low.weight.mul_(2)
-    load_adapter_state(other, state)
-    assert all(torch.equal(value, adapter_state(other)[key]) for key, value in state.items())
-    with pytest.raises(EdgetuneError, match="does not fit"):
-        load_adapter_state(other, {"stem.scale": state["stem.scale"]})
 
 
 def test_merge_leaves_plain_layers_with_the_same_outputs_and_trainability() -> None:

@@ -48,7 +48,7 @@ def inject(
     dtype: torch.dtype | None = None,
     sample: Sample | None = None,
 ) -> None:
-    """Let peft wrap the chosen layers, and put back what trained if sparse-update had set it. In place.
+    """Let peft wrap the chosen layers, and put back what trained if an open technique had chosen it. In place.
 
     `dtype` is that of the adapter; `None`: the layer's own. Raises `EdgetuneError`, with the model as it was, where
     an adapted layer does not compute what the plain one does, or could not be merged once it has trained.
@@ -67,7 +67,7 @@ def inject(
         remove_hooks(model, FirstForward)
         trainable.recall(model, OWNER)
         raise
-    keep = trainable.is_open(model, "sparse-update")
+    keep = trainable.is_chosen(model)
     for parameter, training in before:
         parameter.requires_grad_(training and keep)
     for name in chosen:

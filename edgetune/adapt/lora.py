@@ -19,6 +19,7 @@ from edgetune.core.layers import refuse_shared, select
 from edgetune.core.merging import merge
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.lean.frozen import remove_hooks
 
 
@@ -31,9 +32,9 @@ class LoRA(Technique):
     """
 
     name: ClassVar[str] = "lora"
-    after: ClassVar[frozenset[str]] = frozenset({"sparse-update", "nf4", "prune", "lora"})
+    takes: ClassVar[Trait] = Trait.FROZEN | Trait.PACKED | Trait.LEAN
+    leaves: ClassVar[Trait] = Trait.ADAPTED
     exact: ClassVar[bool] = True
-    leaves: ClassVar[frozenset[str]] = frozenset({"adapter"})
 
     rank: int = Field(8, ge=1)
     """Rank of each adapter."""
@@ -83,7 +84,7 @@ class LoRA(Technique):
         model = merge(model, is_peft)
         if hasattr(model, "peft_config"):
             del model.peft_config
-        if not trainable.is_open(model, "sparse-update"):
+        if not trainable.is_chosen(model):
             remove_hooks(model)
         trainable.recall(model, self.name)
         return model

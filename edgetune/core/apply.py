@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.holders import held_model, hold, refuse_distributed, refuse_sharded
 from edgetune.core.layers import replace
 from edgetune.core.merging import take_off_others
+from edgetune.core.order import planned
 from edgetune.core.registry import TECHNIQUES
 from edgetune.core.technique import Sample, Technique, fitted
 
@@ -40,10 +42,15 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
         raise EdgetuneError("sample is not a Sample", where="et.apply", got=type(sample).__name__, action=action)
     outer, model = model, held_model(model)
     refuse_distributed(outer)
-    for technique in fitted(_listed(techniques)):
-        check_order(technique, opened(model))
-        if closes(technique, [other.name for other in opened(model)]):
+    steps = fitted(_listed(techniques))
+    for technique in steps:
+        if technique.needs != "nothing":
+            technique.required(sample)
+    for move in planned(steps, opened(model)):
+        technique = steps[move.index]
+        if move.implied:
             model = finalize(model)
+            continue
         before = opened(model)
         try:
             model = technique.apply(model, sample)
@@ -87,10 +94,11 @@ def check_model(model: object, verb: str) -> None:
         raise EdgetuneError("not a model", where=f"et.{verb}", got=model, action=action)
 
 
-def closes(step: object, open_names: Sequence[str]) -> bool:
-    """Whether what is open must be finalized before this step: it needs plain layers, or takes its own place."""
-    again = getattr(step, "replaces", False) and getattr(step, "name", None) in open_names
-    return bool(open_names) and (getattr(step, "plain", False) or again)
+def penalty(model: nn.Module) -> Tensor | None:
+    """What the techniques that are open on `model` add to the loss in training; `None`: nothing."""
+    terms = [technique.penalty(model) for technique in opened(held_model(model))]
+    added = [term for term in terms if term is not None]
+    return torch.stack(added).sum() if added else None
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -126,15 +134,3 @@ def _finalize_own(model: nn.Module) -> nn.Module:
     if hasattr(model, _OPEN):
         delattr(model, _OPEN)
     return model
-
-
-def check_order(technique: Technique, earlier: Sequence[Technique]) -> None:
-    """Raise unless `technique` may follow each of `earlier`."""
-    for other in earlier:
-        if other.name not in technique.after:
-            raise EdgetuneError(
-                f"{technique.name} cannot follow {other.name}",
-                got=other.name,
-                allowed=sorted(technique.after),
-                action=f"put {technique.name} before {other.name}",
-            )

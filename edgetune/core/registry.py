@@ -21,10 +21,11 @@ TECHNIQUES = {
     "nf4": "edgetune.quant.nf4:NF4",
 }
 
-# Steps of a recipe that look at or train the model without changing its layers.
+# Steps of a recipe that are no techniques.
 STEPS = {
     "train": "edgetune.train.settings:Train",
     "eval": "edgetune.run.fold:Eval",
+    "finalize": "edgetune.recipe.sections:Finalize",
 }
 
 # name or prefix (before the first colon) -> loader

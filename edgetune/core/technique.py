@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
+from edgetune.core.traits import Trait
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
     ModelMetaclass = type(BaseModel)
+
+
+Needs = Literal["nothing", "inputs", "batches", "labels"]
 
 
 @dataclass(frozen=True)
@@ -77,23 +81,34 @@ class Settings(BaseModel, metaclass=_Explaining):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
-class Technique(Settings):
-    """Settings of a technique. Subclasses define `name`, `after` and `apply`; most need nothing else.
+class StepSettings(Settings):
+    """Base of what a recipe's steps take: techniques, `train`, `eval`, `finalize`. `core.order` reads the traits.
 
-    `after` names the techniques that may precede this one in a recipe; it is checked before any work.
-    `plain`: this technique needs plain layers, so all applied techniques are finalized first.
-    `replaces`: if this technique is already applied, it is finalized before it is applied again.
-    `exact`: `apply` does not change the outputs of the model.
-    `leaves`: what the technique adds, which is `adapter` (tensors in addition to frozen layers) or `packed` (layers
-    in another storage format).
+    `takes`: what the model may be when it comes. What is open and not taken is finalized first; what stays, such as
+    integer weights, is an error.
+    `leaves`: what the model is afterwards, in addition.
+    `closes`: the step finalizes whatever is open.
     """
 
     name: ClassVar[str]
-    after: ClassVar[frozenset[str]] = frozenset()
-    plain: ClassVar[bool] = False
-    replaces: ClassVar[bool] = False
+    takes: ClassVar[Trait] = ~Trait.PLAIN
+    leaves: ClassVar[Trait] = Trait.PLAIN
+    closes: ClassVar[bool] = False
+
+    @classmethod
+    def needs_finalize(cls) -> bool:
+        """Whether `finalize` has something to do."""
+        return False
+
+
+class Technique(StepSettings):
+    """Settings of a technique. Subclasses define `name`, `takes`, `leaves` and `apply`; most need nothing else.
+
+    No technique names another one. `exact`: `apply` does not change the outputs of the model.
+    """
+
+    takes: ClassVar[Trait] = Trait.PLAIN
     exact: ClassVar[bool] = False
-    leaves: ClassVar[frozenset[str]] = frozenset()
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Change `model` in place, and return it or the module that replaces it."""
@@ -103,10 +118,19 @@ class Technique(Settings):
         """After training, merge, freeze or pack, so that only plain layers remain. By default this does nothing."""
         return model
 
-    @property
-    def opens(self) -> bool:
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """What training adds to the loss while this is open, a scalar with a gradient. By default nothing."""
+        return None
+
+    @classmethod
+    def needs_finalize(cls) -> bool:
         """Whether `finalize` has something to do."""
-        return type(self).finalize is not Technique.finalize
+        return cls.finalize is not Technique.finalize
+
+    @property
+    def needs(self) -> Needs:
+        """What `apply` takes from the sample, with these settings: nothing, example inputs, batches, or labels too."""
+        return "nothing"
 
     @property
     def width_multiple(self) -> int:
@@ -121,20 +145,22 @@ class Technique(Settings):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Before finalizing, save separate results such as an adapter in `folder`. By default this does nothing."""
 
-    def needs_sample(self, sample: Sample | None) -> Sample:
-        """Return the sample. Raises `EdgetuneError` if there is none."""
+    def required(self, sample: Sample | None) -> Sample:
+        """The sample, once it has what this technique needs of it. Raises `EdgetuneError` if it does not."""
         if sample is None:
             raise EdgetuneError(
                 f"{self.name} needs example inputs",
                 action="pass sample=et.Sample.of(example_inputs) to et.apply",
             )
+        if self.needs == "labels":
+            sample.labels()
         return sample
 
 
 def fitted(steps: Sequence[Any]) -> list[Any]:
     """The steps, each technique with the defaults that suit those after it."""
-    techniques = [(n, step) for n, step in enumerate(steps) if isinstance(step, Technique)]
-    return [
-        step.fitted([other for at, other in techniques if at > n]) if isinstance(step, Technique) else step
-        for n, step in enumerate(steps)
-    ]
+
+    def later(index: int) -> list[Technique]:
+        return [step for step in steps[index + 1 :] if isinstance(step, Technique)]
+
+    return [step.fitted(later(n)) if isinstance(step, Technique) else step for n, step in enumerate(steps)]

@@ -108,36 +108,3 @@ def plain_layer(layer: nn.Module) -> nn.Module:
             layer = base_of(layer)
         else:
             return layer
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that `Wrapped` layers carry beside their bases, under their state-dict keys."""
-    state: dict[str, Tensor] = model.state_dict()
-    kept: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Wrapped):
-            prefix, own = _key_prefix(model, name), _own_names(layer) - {"base"}
-            kept |= {k: v for k, v in state.items() if k.startswith(prefix) and k[len(prefix) :].split(".")[0] in own}
-    return kept
-
-
-def _key_prefix(model: nn.Module, name: str) -> str:
-    """What the state-dict keys of the layer called `name` begin with: its name without the words for bases."""
-    prefix, module = "", model
-    for part in name.split(".") if name else []:
-        inner = is_wrapped(module) and part == _base_name(module)
-        module = module.get_submodule(part)
-        prefix += "" if inner else f"{part}."
-    return prefix
-
-
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what `adapter_state` gave. Raises unless the keys are the same."""
-    expected = set(adapter_state(model))
-    if expected != set(state):
-        raise EdgetuneError(
-            "the adapter state does not fit this model",
-            got=sorted(set(state) - expected) or f"no {sorted(expected - set(state))}",
-            allowed=sorted(expected),
-        )
-    model.load_state_dict(state, strict=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import matches, no_match
-from edgetune.core.technique import Sample, Technique
+from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.wrapped import is_wrapped
 from edgetune.prune.attention import attention_names, called
 from edgetune.prune.cut import cut
@@ -36,8 +36,6 @@ class Prune(Technique):
     """
 
     name: ClassVar[str] = "prune"
-    after: ClassVar[frozenset[str]] = frozenset({"lora", "sparse-update", "nf4", "prune"})
-    plain: ClassVar[bool] = True
 
     ratio: float = Field(default=0.3, ge=0, lt=1)
     """Share of the units, heads or channels to remove."""
@@ -61,17 +59,22 @@ class Prune(Technique):
             return self
         return self.model_copy(update={"round_to": math.lcm(self.round_to, *(each.width_multiple for each in later))})
 
+    @property
+    def needs(self) -> Needs:
+        """Example inputs to follow the layers; batches to rank by activations."""
+        return "batches" if self.importance == "activation" else "inputs"
+
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
         requested."""
-        sample = self.needs_sample(sample)
+        sample = self.required(sample)
         cuts, fill = self._decide(model, sample)
         cut(model, cuts, sample.inputs, fill)
         return model
 
     def plan(self, model: nn.Module, sample: Sample | None = None) -> tuple[Cut, ...]:
         """What `apply` would remove, as a printable value. The model does not change."""
-        return self._decide(model, self.needs_sample(sample))[0]
+        return self._decide(model, self.required(sample))[0]
 
     def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:
         self._check(model)

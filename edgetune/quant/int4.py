@@ -15,6 +15,7 @@ from edgetune.core.plain import computed_tensor, refuse_computed
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.tables import looks_up
 
@@ -35,8 +36,7 @@ class Int4(Technique):
     """
 
     name: ClassVar[str] = "int4"
-    after: ClassVar[frozenset[str]] = frozenset({"lora", "sparse-update", "nf4", "prune"})
-    plain: ClassVar[bool] = True
+    leaves: ClassVar[Trait] = Trait.INTEGER
 
     group_size: int = Field(default=32, ge=32, multiple_of=32)  # XNNPACK's kernels take multiples of 32
     """Number of weights that share a scale: a multiple of 32 that divides every input width."""

@@ -15,7 +15,8 @@ from edgetune.core.inputs import call, device_of, rows_of
 from edgetune.core.layers import select
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
-from edgetune.core.technique import Sample, Technique
+from edgetune.core.technique import Needs, Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.quant.integers import Integers
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what `skip` can name
@@ -33,8 +34,7 @@ class Int8(Technique):
     """
 
     name: ClassVar[str] = "int8"
-    after: ClassVar[frozenset[str]] = frozenset({"lora", "sparse-update", "nf4", "prune"})
-    plain: ClassVar[bool] = True
+    leaves: ClassVar[Trait] = Trait.INTEGER
 
     per_channel: bool = True
     """Use one scale for each output channel of a weight; `false`: one for the whole weight."""
@@ -45,9 +45,14 @@ class Int8(Technique):
     target: str = "xnnpack"
     """The target of the later export: the same as `target` in `export`."""
 
+    @property
+    def needs(self) -> Needs:
+        """Batches to calibrate on."""
+        return "batches"
+
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Return the quantized graph of `model`; `model` itself is left in eval mode."""
-        sample = self.needs_sample(sample)
+        sample = self.required(sample)
         with quiet():
             require("executorch", "int8")
             require("torchao", "int8")

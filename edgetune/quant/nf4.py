@@ -20,6 +20,7 @@ from edgetune.core.merging import merge
 from edgetune.core.plain import refuse_computed
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.core.wrapped import is_wrapped
 from edgetune.lean.frozen import remove_hooks
 from edgetune.lean.reads import FirstForward, readers_of, refuse_readers, watch_first_forward
@@ -36,8 +37,8 @@ class NF4(Technique):
     """
 
     name: ClassVar[str] = "nf4"
-    after: ClassVar[frozenset[str]] = frozenset({"prune", "lora", "sparse-update"})
-    leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
+    takes: ClassVar[Trait] = Trait.LEAN
+    leaves: ClassVar[Trait] = Trait.PACKED
 
     targets: tuple[str, ...] = ("*",)
     """Patterns of the linear layers to store in 4 bits."""
@@ -51,7 +52,7 @@ class NF4(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Replace the linear layers in place."""
         bnb = import_bitsandbytes()
-        if trainable.is_open(model, "sparse-update") or any(is_wrapped(module) for module in model.modules()):
+        if trainable.is_chosen(model) or any(is_wrapped(module) for module in model.modules()):
             raise EdgetuneError("nf4 needs plain layers", action="put nf4 before sparse-update and lora")
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         heads = [p for p in HEADS if any(matches(n, [p]) for n in linears)]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from edgetune.core.apply import closes
-from edgetune.core.technique import Technique
+from edgetune.core.order import planned
 from edgetune.recipe.recipe import Recipe
 from edgetune.recipe.sections import CHECK_ROWS
 
 
 @dataclass(frozen=True)
-class Planned:
+class Line:
     """One thing that a run will do. `step` is the recipe's step, from one; `None`: implied by the order."""
 
     step: int | None
@@ -22,33 +21,28 @@ class Planned:
     detail: str
 
 
-def outline(recipe: Recipe) -> tuple[Planned, ...]:
+def outline(recipe: Recipe) -> tuple[Line, ...]:
     """Everything a run of the recipe does, in order."""
-    planned: list[Planned] = []
-    opened: list[str] = []
-    for index, step in enumerate(recipe.steps):
-        if closes(step.settings, opened):
-            why = f"{step.name} is already applied" if step.name in opened else f"{step.name} needs plain layers"
-            planned.append(Planned(None, "finalize", f"{joined(reversed(opened))}; {why}"))
-            opened = []
-        detail = joined(reversed(opened)) if step.name == "finalize" else in_words(step.settings)
-        planned.append(Planned(index + 1, step.name, detail))
-        if step.name == "finalize":
-            opened = []
-        elif isinstance(step.settings, Technique) and step.settings.opens:
-            opened.append(step.name)
-    if opened:
-        planned.append(Planned(None, "finalize", joined(reversed(opened))))
+    lines: list[Line] = []
+    plan = planned([step.settings for step in recipe.steps])
+    for move in plan:
+        step = recipe.steps[move.index]
+        if move.implied:
+            lines.append(Line(None, "finalize", f"{joined(move.finalizes)}; {move.reason}"))
+        else:
+            lines.append(Line(move.index + 1, step.name, joined(move.finalizes) or in_words(step.settings)))
+    if plan and plan[-1].open:
+        lines.append(Line(None, "finalize", joined(reversed(plan[-1].open))))
     if recipe.export:
-        planned.append(Planned(None, "export", recipe.export.target))
+        lines.append(Line(None, "export", recipe.export.target))
         most = recipe.export.rows_to_check(CHECK_ROWS)
         rows = f"{most} held-out rows" if recipe.export.check_rows else f"up to {most} held-out rows"
-        planned.append(Planned(None, "verify", f"{rows}, program compared with eager model"))
+        lines.append(Line(None, "verify", f"{rows}, program compared with eager model"))
     if recipe.profile:
         host = ["this host, measured"] if recipe.profile.measure and recipe.export else []
-        planned.append(Planned(None, "profile", joined([*host, *recipe.profile.devices])))
-    planned += [Planned(None, "budget", in_words(budget)) for budget in recipe.budget]
-    return tuple(planned)
+        lines.append(Line(None, "profile", joined([*host, *recipe.profile.devices])))
+    lines += [Line(None, "budget", in_words(budget)) for budget in recipe.budget]
+    return tuple(lines)
 
 
 def in_words(settings: BaseModel) -> str:
@@ -56,8 +50,8 @@ def in_words(settings: BaseModel) -> str:
     plain = settings.model_dump(mode="json")
     fields = type(settings).model_fields
     first = next(iter(fields), None)
-    told = [n for n in plain if n == first or getattr(settings, n) != fields[n].default]
-    return joined(f"{name} {_value(plain[name])}" for name in told if plain[name] is not None)
+    shown = [n for n in plain if n == first or getattr(settings, n) != fields[n].default]
+    return joined(f"{name} {_value(plain[name])}" for name in shown if plain[name] is not None)
 
 
 def _value(value: object) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.order import planned
 from edgetune.core.other_names import nearest, nearest_file
-from edgetune.core.places import Place, dotted, raise_all
-from edgetune.core.technique import Technique, fitted
+from edgetune.core.places import Errors, Place, dotted, raise_all
+from edgetune.core.technique import StepSettings, fitted
 from edgetune.core.validated import Problem, fields_of, validate
 from edgetune.data.settings import DataSettings
 from edgetune.models.loaded import ModelSettings
@@ -25,9 +26,8 @@ from edgetune.recipe.document import Document, read, read_file
 from edgetune.recipe.located import located
 from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, ids
 from edgetune.recipe.overrides import VARIANT, overridden
-from edgetune.recipe.sections import Budget, ExportSettings, Finalize, ProfileSettings, Section, Step
+from edgetune.recipe.sections import Budget, ExportSettings, ProfileSettings, Section, Step
 
-QUANTIZED = frozenset({"int4", "int8"})  # the weights are integers from here on: nothing can train them
 NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
 
 _ROWS = "write a recipe for it: edgetune recipes new --model minilm --data csv:{0}"
@@ -175,7 +175,7 @@ def _long_step(step: Any) -> Any:
 
 def step_names() -> list[str]:
     """Every word that may begin a step."""
-    return [*registry.TECHNIQUES, *registry.STEPS, "finalize"]
+    return [*registry.TECHNIQUES, *registry.STEPS]
 
 
 def _mended_step(got: Any) -> str:
@@ -278,31 +278,14 @@ class _Checking:
         return None
 
     def order(self, steps: list[tuple[int, str, Step | None]]) -> None:
-        """What may follow what; known from the names, so it is said together with wrong settings."""
-        earlier: list[str] = []
-        opened = 0
-        for index, name, step in steps:
-            kind, where = settings_class(name), self.where_step(index, name)
-            techniques = [other for other in earlier if other in registry.TECHNIQUES]
-            allowed = getattr(kind, "after", None)
-            if allowed is None:
-                allowed = set(registry.TECHNIQUES) - QUANTIZED if name == "train" else set(registry.TECHNIQUES)
-            for other in dict.fromkeys(techniques):
-                if other not in allowed:
-                    what, action = f"cannot follow {other}", f"move it before {other}"
-                    if name == other:
-                        what, action = "stands twice", "keep one of the two"
-                    rest = f"; allowed before it: {', '.join(sorted(allowed)) or 'no technique'}"
-                    self.errors.append(EdgetuneError(what + rest, where=where, action=action))
-            if name == "finalize" and not opened:
-                self.errors.append(
-                    EdgetuneError("there is nothing to finalize here", where=where, action="remove the step")
-                )
-            if name == "finalize" or getattr(kind, "plain", False):
-                opened = 0
-            opened += name in registry.TECHNIQUES and kind.finalize is not Technique.finalize  # type: ignore[attr-defined]
-            self.teacher(where, step, earlier)
-            earlier.append(name)
+        """What may follow what; read from the classes, so it is reported together with wrong settings."""
+        kinds = [settings_class(name) for _, name, _ in steps]
+        try:
+            planned(kinds, place=lambda n: self.where_step(*steps[n][:2]))
+        except EdgetuneError as error:
+            self.errors += error.errors if isinstance(error, Errors) else [error]
+        for n, (index, name, step) in enumerate(steps):
+            self.teacher(self.where_step(index, name), step, [earlier for _, earlier, _ in steps[:n]])
 
     def teacher(self, where: str, step: Step | None, earlier: list[str]) -> None:
         """`distill.teacher` names an earlier step: the model as it was just before that step."""
@@ -381,12 +364,10 @@ class _Checking:
             self.errors += [error.within(where) for error in errors if VARIANT not in overrides]
 
 
-def settings_class(name: str) -> type[BaseModel]:
+def settings_class(name: str) -> type[StepSettings]:
     """The settings class of one step name; only its own module is imported."""
-    found: type[BaseModel] = (
-        Finalize if name == "finalize" else registry.load({**registry.TECHNIQUES, **registry.STEPS}[name])
-    )
-    return found
+    kind: type[StepSettings] = registry.load({**registry.TECHNIQUES, **registry.STEPS}[name])
+    return kind
 
 
 def _line(where: str) -> int:

@@ -16,7 +16,7 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of a recipe file, with the settings of every technique; for editors and other tools."""
     whole = Recipe.model_json_schema(ref_template="#/$defs/{model}")
     definitions: dict[str, Any] = whole["$defs"]
-    del definitions["Step"], definitions["BaseModel"]
+    del definitions["Step"], definitions["StepSettings"]
     forms: list[dict[str, Any]] = [{"enum": step_names(), "description": "A step with the defaults of its settings."}]
     for name, kind in ((name, settings_class(name)) for name in step_names()):
         own = kind.model_json_schema(ref_template="#/$defs/{model}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.technique import Settings
+from edgetune.core.technique import Settings, StepSettings
 
 CHECK_ROWS = 500
 LANGUAGE_CHECK_ROWS = 8  # a text takes a language program as long as a hundred rows take another
@@ -18,11 +18,12 @@ class Section(Settings):
     """Base of every part of a recipe: immutable, no unknown fields."""
 
 
-class Finalize(Section):
+class Finalize(StepSettings):
     """Finalize every applied technique: merge, freeze, pack. It has no settings, and runs automatically where
     needed."""
 
     name: ClassVar[str] = "finalize"
+    closes: ClassVar[bool] = True
 
 
 class Step(Section):
@@ -30,7 +31,7 @@ class Step(Section):
 
     name: str
     """A technique, `train`, `eval` or `finalize`."""
-    settings: SerializeAsAny[BaseModel]
+    settings: SerializeAsAny[StepSettings]
     """What that step takes."""
 
 

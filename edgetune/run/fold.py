@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from edgetune.core import registry
-from edgetune.core.apply import apply, closes, finalize, opened
+from edgetune.core.apply import apply, finalize, opened
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import tensors_of
 from edgetune.core.ledger import Ledger, Measured, Predicted, Quality, Row, Training
 from edgetune.core.numbers import quality as quality_in_words
+from edgetune.core.order import planned
 from edgetune.core.progress import NOTE, Progress
-from edgetune.core.technique import Sample, Settings, Technique
+from edgetune.core.technique import Sample, StepSettings, Technique
 from edgetune.data.dataset import Dataset, Split
 from edgetune.export.targets import find
 from edgetune.models.carrying import carried
@@ -56,7 +57,7 @@ EVALUATION_BATCH = 64
 _FEW_ROWS = 20
 
 
-class Eval(Settings):
+class Eval(StepSettings):
     """Measure the model and add a row to the report. The model does not change."""
 
     name: ClassVar[str] = "eval"
@@ -176,23 +177,27 @@ class Fold:
     def steps(self, until: int | None = None) -> None:
         """All steps, and what is open at the end finalized; or those up to this one, which leaves open what is."""
         self.add_row("load", self.recipe.model.source, self.load_seconds)
+        steps = self.recipe.steps[:until]
         taught = {s.settings.distill.teacher for s in self.recipe.steps if _distils(s)}  # type: ignore[attr-defined]
-        for index, step in enumerate(self.recipe.steps[:until]):
-            seed_everything(self.recipe.seed + 1000 * (index + 1))  # so that a resumed run replays the same step
-            if step.name in taught and step.name not in self.teachers:
-                self.close_for(step)
-                self.teachers[step.name] = copy.deepcopy(self.model).eval().requires_grad_(False)
-            with in_step(self.recipe, index + 1):
-                self.step(index, step)
+        for move in planned([step.settings for step in steps]):
+            step = steps[move.index]
+            seed_everything(self.recipe.seed + 1000 * (move.index + 1))  # so that a resumed run replays the same step
+            with in_step(self.recipe, move.index + 1):
+                if move.implied:
+                    self.close()
+                    continue
+                if step.name in taught and step.name not in self.teachers:
+                    self.teachers[step.name] = copy.deepcopy(self.model).eval().requires_grad_(False)
+                self.step(move.index, step)
         if until is None:
             self.close()
         self.model.eval()
 
     def step(self, index: int, step: Step) -> None:
         """One step of the recipe."""
-        self.close_for(step)
-        if step.name != "finalize":
-            self.digest = self.digests[index + 1]
+        if step.settings.closes:
+            self.close()
+        self.digest = self.digests[index + 1]
         started = time.perf_counter()
         if isinstance(step.settings, Technique):
             self.progress(step.name, 0, 1, in_words(step.settings))
@@ -202,20 +207,12 @@ class Fold:
             self.add_row(step.name, in_words(step.settings), seconds, exact=step.settings.exact)
         elif isinstance(step.settings, Train):
             self.train(index, step.settings)
-        elif step.name == "finalize":
-            self.close()
-            self.digest = self.digests[index + 1]
-        else:
+        elif not step.settings.closes:
             self.add_row(step.name, "", 0.0)
-
-    def close_for(self, step: Step) -> None:
-        """Finalize what is open before a step that needs plain layers, or that is already applied."""
-        if closes(step.settings, [technique.name for technique in opened(self.model)]):
-            self.close()
 
     def close(self) -> None:
         """Finalize what is open, as a row of its own; keep what can be kept apart, such as an adapter."""
-        techniques = [t for t in opened(self.model) if t.opens]
+        techniques = [t for t in opened(self.model) if t.needs_finalize()]
         if not techniques:
             self.model = finalize(self.model)
             return
@@ -253,12 +250,12 @@ class Fold:
                 validation=lambda model: tasks.quality(self.task, model, self.validation_split, EVALUATION_BATCH),
                 progress=progress,
             )
-        row = self.add_row("train", in_words(settings), result.seconds)
+        self.add_row("train", in_words(settings), result.seconds)
         taught_by = stored_bytes(teacher) / MIB if teacher is not None else 0.0
-        fixed = row.size_mib + result.gradients_mib + result.optimizer_state_mib + taught_by
+        fixed = stored_bytes(self.model) / MIB + result.gradients_mib + result.optimizer_state_mib + taught_by
         self.least_training_mib.append(fixed + one)
         training = Training(
-            row=row.index,
+            row=len(self.ledger.rows) - 1,
             losses=result.losses,
             optimizer_state_mib=result.optimizer_state_mib,
             gradients_mib=result.gradients_mib,
@@ -334,11 +331,13 @@ class Fold:
         """What techniques may look at."""
         return self.samples.sample(self.loss)
 
-    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> Row:
+    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> None:
         """Measure the model as it stands; a row that was measured of the same steps before is taken as it is.
 
         After an `exact` step, whose outputs are the same by law, quality is the last row's, and the row says so.
         """
+        if not self.record:
+            return
         index = len(self.ledger.rows)
         row = self.measured_before.get(self.digest)
         if row is None:
@@ -354,7 +353,6 @@ class Fold:
             self.progress("measure", 1, 1, quality_in_words(quality) if quality else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
         self.save()
-        return self.ledger.rows[-1]
 
     def quality(self) -> Quality:
         """Of the model as it stands, on the test set."""

@@ -8,16 +8,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.ledger import Quality
-from edgetune.core.technique import Technique
 from edgetune.data.dataset import Split
 from edgetune.recipe.recipe import Recipe
 from edgetune.run.fold import Fold
-from edgetune.run.rehearsal import in_step
-from edgetune.train.loop import seed_everything
 from edgetune.train.plan import epoch_order
 from edgetune.train.settings import Train
 
@@ -46,13 +42,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if place is None:
         raise EdgetuneError("the recipe has no train step", got=recipe.name, action="add a train step")
     fold = Fold(recipe, Path(), resume=False, progress=lambda *_: None, record=False)
-    for index, step in enumerate(recipe.steps[:place]):
-        seed_everything(recipe.seed + 1000 * (index + 1))
-        with in_step(recipe, index + 1):
-            if isinstance(step.settings, Technique):
-                fold.model = apply(fold.model, step.settings, fold.sample())
-            elif step.name == "finalize":
-                fold.model = finalize(fold.model)
+    fold.steps(until=place)
     settings = recipe.steps[place].settings
     assert isinstance(settings, Train)
     pad_to = None if fold.task == "image-classification" else recipe.model.max_length

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from edgetune.core.apply import apply, closes, finalize, opened
+from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call
 from edgetune.core.modes import undisturbed
+from edgetune.core.order import planned
 from edgetune.core.technique import Sample, Technique
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe.recipe import Recipe
@@ -39,17 +40,21 @@ def rehearse(
     if not any(isinstance(step.settings, Train) for step in recipe.steps):
         return 0
     model, written_bytes = copy.deepcopy(model), 0
-    for number, step in enumerate(recipe.steps, 1):
-        progress("rehearse", number - 1, len(recipe.steps), step.name)
+    for move in planned([step.settings for step in recipe.steps]):
+        step = recipe.steps[move.index]
+        progress("rehearse", move.index, len(recipe.steps), step.name)
         seed_everything(recipe.seed)
         try:
-            with in_step(recipe, number):
-                model = _rehearsed(model, step.settings, sample)
+            with in_step(recipe, move.index + 1):
+                if move.finalizes:
+                    model = finalize(model)
+                elif isinstance(step.settings, Technique):
+                    model = apply(model, step.settings, sample)
+                elif isinstance(step.settings, Train):
+                    written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))
         except EdgetuneError as error:
             error.what += " (found before any training)"
             raise
-        if isinstance(step.settings, Train):
-            written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))
     model = finalize(model).eval()
     with undisturbed(model), torch.no_grad():
         call(model, example)
@@ -67,13 +72,3 @@ def in_step(recipe: Recipe, number: int) -> Iterator[None]:
         where = f"{recipe.name}, step {number}"  # a technique's error names it already
         error.within(where if isinstance(step.settings, Technique) else f"{where}, {step.name}")
         raise
-
-
-def _rehearsed(model: nn.Module, settings: object, sample: Sample) -> nn.Module:
-    if closes(settings, [technique.name for technique in opened(model)]):
-        model = finalize(model)
-    if isinstance(settings, Technique):
-        return apply(model, settings, sample)
-    if isinstance(settings, Train):
-        trainable_parameters(model)
-    return finalize(model) if getattr(settings, "name", "") == "finalize" else model

@@ -19,7 +19,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.layers import replace
 from edgetune.core.merging import merge
-from edgetune.core.technique import Sample, Technique
+from edgetune.core.technique import Needs, Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.lean import head
 from edgetune.lean.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
 from edgetune.lean.operators import Activations, LightOperators
@@ -46,8 +47,8 @@ class SparseUpdate(Technique):
     """
 
     name: ClassVar[str] = "sparse-update"
-    after: ClassVar[frozenset[str]] = frozenset({"lora", "nf4", "prune", "sparse-update"})
-    replaces: ClassVar[bool] = True
+    takes: ClassVar[Trait] = Trait.PACKED | Trait.LEAN
+    leaves: ClassVar[Trait] = Trait.FROZEN
     exact: ClassVar[bool] = True
 
     scheme: str | dict[str, WrittenPart] = "last-2"
@@ -79,6 +80,13 @@ class SparseUpdate(Technique):
             raise ValueError('step_ms is a limit for scheme "auto"')
         return self
 
+    @property
+    def needs(self) -> Needs:
+        """Labels, for what is chosen by gradients."""
+        parts = self.scheme.values() if isinstance(self.scheme, dict) else ()
+        by_gradient = any(isinstance(part, Slice) and part.by != "magnitude" for part in parts)
+        return "labels" if by_gradient or self.scheme == "auto" else "nothing"
+
     def resolve(self, model: nn.Module, sample: Sample | None = None) -> Scheme:
         """What this would train in `model`, as a printable value. It changes nothing. `auto` needs the sample."""
         if self.budget_mib is None:
@@ -86,7 +94,7 @@ class SparseUpdate(Technique):
         from edgetune.sparse.auto.choose import choose
 
         alone = self.model_copy(update={"scheme": "last-2", "budget_mib": None, "step_ms": None})
-        return choose(model, self.needs_sample(sample), self.budget_mib, self.step_ms, technique=alone).scheme
+        return choose(model, self.required(sample), self.budget_mib, self.step_ms, technique=alone).scheme
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Set what trains, in place, and add hooks to the frozen stages and layers."""
@@ -102,7 +110,7 @@ class SparseUpdate(Technique):
             name: strongest(model.get_submodule(name), part.ratio, part.of, scores.get(name))
             for name, part in slices.items()
         }
-        trainable.remember(model, self.name)
+        trainable.remember(model, self.name, chooses=True)
         setattr(model, _SCHEME, scheme)
         for choice in scheme.choices:
             layer = model.get_submodule(choice.layer)
@@ -126,7 +134,7 @@ class SparseUpdate(Technique):
             from edgetune.sparse.auto.contribution import weight_scores
 
             names = [name for name, part in slices.items() if part.by == by]
-            labelled, loss = self.needs_sample(sample).labels()
+            labelled, loss = self.required(sample).labels()
             scores |= weight_scores(model, names, itertools.islice(labelled(), _SCORED_BATCHES), loss, by)
         return scores
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgetune.core.apply import penalty
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.holders import is_distributed
 from edgetune.core.inputs import Inputs, call, device_of, logits_of, moved
@@ -179,6 +180,8 @@ def _backward(
                 target = logits_of(call(teacher, inputs))
             soft = soft_loss(logits, target, labels, distill.temperature)
             loss = (1 - distill.weight) * loss + distill.weight * soft
+        added = penalty(model)
+        loss = loss if added is None else loss + added
         loss = loss * (count / sum(counts))
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()

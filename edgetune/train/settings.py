@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from edgetune.core.technique import Settings
+from edgetune.core.technique import Settings, StepSettings
+from edgetune.core.traits import Trait
 from edgetune.train.loggers import LoggerName
 
 
@@ -21,10 +22,11 @@ class Distill(Settings):
     """Divisor of both models' logits; values above 1 also transfer the teacher's ranking of the other classes."""
 
 
-class Train(Settings):
+class Train(StepSettings):
     """Settings of a `train` step. One update takes `batch_size * accumulate` rows."""
 
     name: ClassVar[str] = "train"
+    takes: ClassVar[Trait] = ~Trait.INTEGER
 
     epochs: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Passes over the training rows, which may be a fraction; set either this or `updates`."""

@@ -1,0 +1,32 @@
+"""What a technique can make of a model: the one vocabulary in which techniques say what they need and what they do."""
+
+from __future__ import annotations
+
+from enum import Flag, auto
+
+
+class Trait(Flag):
+    """What a model is beside plain layers in floating point. Several hold at once: `Trait.FROZEN | Trait.PACKED`."""
+
+    PLAIN = 0
+    ADAPTED = auto()  # trained tensors in addition to frozen layers
+    FROZEN = auto()  # only some of the layers train
+    PACKED = auto()  # weights in a storage format that trains nothing itself, as a base for adapters
+    LEAN = auto()  # operators that save less for backward
+    INTEGER = auto()  # integer weights, for good: nothing trains any more
+
+    @property
+    def in_words(self) -> str:
+        """`adapters, frozen layers`."""
+        return ", ".join(words for trait, words in _WORDS.items() if trait in self)
+
+
+OPEN = ~Trait.INTEGER  # what `finalize` turns into plain layers again; it can train, or carries what can
+
+_WORDS = {
+    Trait.ADAPTED: "adapters",
+    Trait.FROZEN: "frozen layers",
+    Trait.PACKED: "packed weights",
+    Trait.LEAN: "lean operators",
+    Trait.INTEGER: "integer weights",
+}
