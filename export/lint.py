@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.quiet import quiet
-from edgetune.core.wrapped import is_wrapped
 from edgetune.export import failures, operators, stored
 from edgetune.export.lower import Positional, as_program, capture, marked, prepare
 from edgetune.export.targets import Target

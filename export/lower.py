@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.holders import refuse_sharded
 from edgetune.core.inputs import Inputs, call, device_of
@@ -20,7 +21,6 @@ from edgetune.core.ledger import Leftover
 from edgetune.core.modes import undisturbed
 from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
-from edgetune.core.wrapped import is_wrapped
 from edgetune.export import apart, dynamic, failures, kernels, operators, repairs, stored
 from edgetune.export.dynamic import Axis
 from edgetune.export.fast_path import slow_path

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core import trainable
+from edgetune.core.carriers import dense, dense_bias
 from edgetune.core.layers import replace, select
 from edgetune.core.merging import merge
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.core.wrapped import Wrapped, dense, dense_bias
+from edgetune.core.wrapped import Wrapped
 
 
 class Gained(Wrapped):

@@ -304,7 +304,10 @@ CASES = [
     Case("gain-mlp", (Gain(targets=("*.up",)),), mlp, vectors, unmatched=Gain(targets=("nothing",))),
     Case(
         "nf4-sparse-gain-mlp",
-        (NF4(block_size=32, skip=("blocks.2.*", "classifier")), SparseUpdate(scheme="last-1"), Gain(targets=("blocks.0.down",))),
+        (
+            NF4(block_size=32, skip=("blocks.2.*", "classifier")), SparseUpdate(scheme="last-1"),
+            Gain(targets=("blocks.0.down",)),
+        ),
         mlp, vectors, error=0.2,
     ),
     Case("nf4-double-llama", (NF4(block_size=32),), llama, tokens, error=0.2, size=nf4_size(True, "lm_head")),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import edgetune as et
-from edgetune.core.carriers import is_peft
+from edgetune.core.peft_layers import is_peft
 from edgetune.core.probe import relative_difference
 
 BOUND = 1e-5

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import edgetune as et
 from edgetune.core.apply import opened
-from edgetune.core.carriers import is_nf4, is_peft
+from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.wrapped import is_wrapped
+from edgetune.core.packed_layers import is_nf4
+from edgetune.core.peft_layers import is_peft
 
 MERGED = set(FAMILIES) - {"LILY", "POLY"}  # the other two depend on their input, or on a task
 

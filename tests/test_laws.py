@@ -16,13 +16,13 @@ from torch.nn import functional
 from edgetune.adapt.files import save_adapter
 from edgetune.adapt.loading import load_adapter
 from edgetune.core.apply import apply, finalize
-from edgetune.core.carriers import is_peft
+from edgetune.core.carriers import dense, dense_bias, is_wrapped, plain_layer
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, tensors_of
+from edgetune.core.peft_layers import is_peft
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.core.wrapped import dense, dense_bias, is_wrapped, plain_layer
 from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.train.resume import changing_tensors, put_back

@@ -9,8 +9,8 @@ from laws import bert, cnn, fit, llama, logits, mlp, pictures, tokens, vectors
 from torch import Tensor, nn
 
 from edgetune.core.apply import apply, finalize
+from edgetune.core.carriers import dense
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.wrapped import dense
 from edgetune.lean.kept import kept_bytes
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.size import parameter_count

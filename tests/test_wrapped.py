@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
+from edgetune.core.carriers import dense, is_wrapped, plain_layer
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.merging import merge, merge_layer
-from edgetune.core.wrapped import Wrapped, dense, is_wrapped, plain_layer
+from edgetune.core.wrapped import Wrapped
 
 
 class Scaled(Wrapped):

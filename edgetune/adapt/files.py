@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from edgetune.adapt.inject import ADAPTER, exact_targets
-from edgetune.core.carriers import is_peft, is_peft_model, is_tuner
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
+from edgetune.core.peft_layers import is_peft, is_peft_model, is_tuner
 from edgetune.core.registry import require
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

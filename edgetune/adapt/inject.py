@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from edgetune.core import trainable
-from edgetune.core.carriers import base_of, is_nf4, is_peft, is_transposed, is_tuner, peft_tensors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, replace
+from edgetune.core.packed_layers import is_nf4
+from edgetune.core.peft_layers import base_of, is_peft, is_transposed, is_tuner, peft_tensors
 from edgetune.core.plain import refuse_computed
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_of
 from edgetune.core.quiet import quiet

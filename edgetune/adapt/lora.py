@@ -13,10 +13,10 @@ from torch import nn
 
 from edgetune.adapt.inject import can_adapt, exact_targets, inject, refuse_adapters, trained_type
 from edgetune.core import trainable
-from edgetune.core.carriers import is_peft, is_transposed
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, select
 from edgetune.core.merging import merge
+from edgetune.core.peft_layers import is_peft, is_transposed
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait

@@ -1,208 +1,96 @@
-"""Layers that other libraries put around a plain one: peft's tuner layers and bitsandbytes' 4-bit linears.
+"""Layers that carry something extra, and the plain layer that each stands for: one line in one table for each kind.
 
-A tuner layer is never taken at its class's word: what it merges to is compared with what it computes, on random input,
-since several families change the bias as well as the weight, and some are no plain layer at all.
+Ours (`Wrapped`), peft's tuner layers of any family, and the 4-bit linears of bitsandbytes.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
-from typing import Any
+from functools import cache
 
-import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
-from edgetune.core.quiet import quiet
+from edgetune.core.registry import load
 
-_FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
-
-
-def is_peft(layer: nn.Module) -> bool:
-    """Whether peft put the layer there: a tuner layer of any family, or a layer kept beside a trained copy of it."""
-    return is_tuner(layer) or _is_auxiliary(layer)
+CARRIERS = (  # the outer ones of a nest first
+    "edgetune.core.wrapped:Own",
+    "edgetune.core.peft_layers:Peft",
+    "edgetune.core.packed_layers:Packed",
+)
 
 
-def is_tuner(layer: nn.Module) -> bool:
-    """Whether it is one of peft's tuner layers, of any family."""
-    module = sys.modules.get("peft.tuners.tuners_utils")  # not imported: there is none, and peft takes seconds
-    return module is not None and isinstance(layer, module.BaseTunerLayer)
+class Carrier:
+    """One kind of layer that carries something extra. `base_name`: under which name it holds its base, if it does."""
+
+    base_name = ""
+
+    def owns(self, layer: nn.Module) -> bool:
+        """Whether the layer is of this kind."""
+        raise NotImplementedError
+
+    def base(self, layer: nn.Module) -> nn.Module:
+        """The layer inside; the layer itself where it stands in the plain one's place."""
+        return layer
+
+    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Weight and bias of the plain layer that computes the same, in the layout of the base.
+
+        Raises `EdgetuneError` if there is no such plain layer.
+        """
+        raise NotImplementedError
+
+    def hidden_tensors(self, layer: nn.Module) -> list[Tensor]:
+        """What it stores beside its parameters and buffers."""
+        return []
+
+    def counts(self, layer: nn.Module) -> dict[Tensor, int]:
+        """Own parameters that stand for another number of values than they have."""
+        return {}
 
 
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether it is peft's own model around another."""
-    module = sys.modules.get("peft.peft_model")
-    return module is not None and isinstance(model, module.PeftModel)
+@cache
+def carriers() -> tuple[Carrier, ...]:
+    """The table, one object for each line."""
+    return tuple(load(line)() for line in CARRIERS)
 
 
-def _is_auxiliary(layer: nn.Module) -> bool:
-    """Whether peft keeps the layer beside a trained copy (`modules_to_save`) or trained rows (trainable tokens)."""
-    module = sys.modules.get("peft.utils.other")
-    return module is not None and isinstance(layer, module.AuxiliaryTrainingWrapper)
+def carrier_of(layer: nn.Module) -> Carrier | None:
+    """The kind of a layer that carries something extra; `None` for any other."""
+    return next((carrier for carrier in carriers() if carrier.owns(layer)), None)
 
 
-def is_nf4(layer: nn.Module) -> bool:
-    """Whether it is a 4-bit linear of bitsandbytes (and not peft's layer of the same name)."""
-    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
+def is_wrapped(layer: nn.Module) -> bool:
+    """Whether the layer carries something extra."""
+    return carrier_of(layer) is not None
 
 
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether it is the linear layer of transformers whose weight is `(in, out)`."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+def dense_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """Weight and, if there is one, bias that the layer computes with, whatever it is wrapped in.
 
-
-def nf4_weight(layer: Any) -> Tensor:
-    """The unpacked weight `(out, in)` of a 4-bit linear, in the type that it had before it was packed."""
-    from bitsandbytes import functional
-
-    data, state = layer.weight.data, getattr(layer.weight, "quant_state", None)
-    if state is None:
-        raise EdgetuneError("this NF4 layer was never packed and has no weight", action="apply NF4 first")
-    if getattr(state, "packing_format_for_cpu", False):  # another loader's layer, rearranged by a forward in eval mode
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
-    unpacked: Tensor = functional.dequantize_4bit(data, state)
-    return unpacked.to(getattr(layer, "plain_dtype", torch.float32))
-
-
-def nf4_tensors(layer: Any) -> list[Tensor]:
-    """What an NF4 layer holds beside its parameters: scales and tables, which are neither parameters nor buffers."""
-    tensors: list[Tensor] = []
-    state = getattr(layer.weight, "quant_state", None)
-    while state is not None:
-        tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
-        state = state.state2
-    return tensors
-
-
-def base_of(layer: Any) -> nn.Module:
-    """The layer that peft wraps, with every tuner layer around it taken off."""
-    if _is_auxiliary(layer):
-        trained = _trained_copy(layer)
-        return base_of(trained) if is_peft(trained) else trained
-    base: nn.Module = layer.get_base_layer()
-    return base_of(base) if is_peft(base) else base
-
-
-def _trained_copy(wrapper: Any) -> nn.Module:
-    """What computes in the place of a layer that peft keeps: its trained copy, its tuner layer, or itself."""
-    if hasattr(wrapper, "token_adapter"):
-        return wrapper.token_adapter  # type: ignore[no-any-return]
-    active = [] if wrapper.disable_adapters else wrapper.active_adapters
-    return wrapper.modules_to_save[active[0]] if active else wrapper.original_module  # type: ignore[no-any-return]
-
-
-def peft_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the plain layer that computes what peft's layer does, by their names in the plain layer.
-
-    In the layout and the type of the base. Raises `EdgetuneError` where there is no such plain layer: an adapter whose
-    effect depends on its input, or one that peft merges wrongly.
+    In the layout of its base. Raises `EdgetuneError` for a layer without a weight, and for an adapter that no plain
+    layer can represent.
     """
-    if _is_auxiliary(layer):
-        trained = _trained_copy(layer)
-        return peft_tensors(trained) if is_peft(trained) else dict(trained.state_dict())
-    plain = base_of(layer)
-    trial = _in_float32(layer)
-    inputs = probe_inputs(base_of(trial))
-    expected = None if inputs is None else _computed(trial, inputs)
-    merged = _merge_tuner(trial, plain)
-    if merged is not None and (_agrees(merged, inputs, expected) if inputs else _is_for_parameters(layer)):
-        return _as_stored(merged, plain)
-    if inputs is not None and expected is not None and _is_linear(plain):
-        linear = _read_affine_map(_in_float32(layer), plain)
-        if _agrees(linear, inputs, expected):
-            return _as_stored(linear, plain)
-    family = type(layer).__module__.split(".")[2] if type(layer).__module__.startswith("peft.") else ""
-    raise EdgetuneError(
-        f"this adapter cannot be merged: no plain {type(plain).__name__} computes what it does",
-        got=f"{family} {type(layer).__name__}".strip(),
-        action="train a family that merges (LoRA, LoHa, LoKr, IA3, ...), or keep the adapter and do not finalize",
-    )
+    carrier = carrier_of(layer)
+    if carrier is not None:
+        return carrier.tensors(layer)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise EdgetuneError("this layer has no weight", got=type(layer).__name__, action="target linears, convolutions")
+    return {"weight": weight, "bias": bias} if isinstance(bias, Tensor) else {"weight": weight}
 
 
-def _in_float32(layer: nn.Module) -> nn.Module:
-    """A copy in eval mode that computes in float32, so that a merge is rounded once."""
-    trial = copy.deepcopy(layer).eval().float()
-    for original, module in zip(layer.modules(), trial.modules(), strict=True):
-        if is_nf4(module):
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True  # type: ignore[assignment]
-            module.plain_dtype = torch.float32  # type: ignore[assignment]
-            state = original.weight.quant_state  # type: ignore[union-attr]
-            module.weight.quant_state = state  # type: ignore[union-attr]  # lost by a copy of what was unpickled
-    return trial
+def dense(layer: nn.Module) -> Tensor:
+    """The plain weight that the layer computes with, `(out, in, ...)` as its base's own."""
+    return dense_tensors(layer)["weight"]
 
 
-def _computed(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
-    """What the layer computes; `None` where it wants more than its base's inputs."""
-    try:
-        return outputs_of(layer, inputs)
-    except _FAILURES:
-        return None
+def dense_bias(layer: nn.Module) -> Tensor | None:
+    """The plain bias `(out,)` that goes with `dense`; `None`: there is none."""
+    return dense_tensors(layer).get("bias")
 
 
-def _agrees(plain: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor | None) -> bool:
-    return expected is not None and relative_difference(expected, outputs_of(plain, inputs)) <= EXACT
-
-
-def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
-    """The base layer after peft's own merge, the innermost tuner first; `None` where peft cannot.
-
-    A 4-bit base is left to the other way: peft would round the sum to 4 bits again.
-    """
-    if is_nf4(plain):
-        return None
-    chain = [trial]
-    while is_tuner(chain[-1].base_layer):
-        chain.append(chain[-1].base_layer)
-    try:
-        with quiet():  # it warns of adapters that are merged already
-            for tuner in reversed(chain):
-                if not tuner.disable_adapters:
-                    tuner.merge(safe_merge=True)
-                elif tuner.merged:
-                    tuner.unmerge()
-        return base_of(trial)  # asked for after the merge: LayerNorm tuning puts another layer there
-    except _FAILURES:
-        return None
-
-
-def _is_for_parameters(layer: nn.Module) -> bool:
-    """Whether peft adapts a bare parameter of a module of any class, such as fused experts: it adds to it, no more."""
-    return type(layer).__name__ == "ParamWrapper"
-
-
-def _is_linear(plain: nn.Module) -> bool:
-    return isinstance(plain, nn.Linear) or is_nf4(plain) or is_transposed(plain)
-
-
-@torch.no_grad()
-def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
-    """The linear layer with the map that the tuner layer computes: its value at zero, and at each unit vector."""
-    width = plain.weight.shape[0] if is_transposed(plain) else plain.in_features
-    device = plain.weight.device
-    bias = outputs_of(trial, (torch.zeros(1, width, device=device),))[0]
-    base = base_of(trial)
-    if base.bias is not None:  # read without it: a small weight beside a large bias would be rounded away
-        base.bias.zero_()  # type: ignore[operator]
-    offset = outputs_of(trial, (torch.zeros(1, width, device=device),))
-    weight = (outputs_of(trial, (torch.eye(width, device=device),)) - offset).T
-    linear = nn.Linear(width, len(bias), bias=plain.bias is not None or bool(bias.any()), device=device)
-    linear.weight.copy_(weight)
-    if linear.bias is not None:
-        linear.bias.copy_(bias)
-    return linear
-
-
-def _as_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
-    """The merged tensors in the layout and the types of the plain layer."""
-    dtype = getattr(plain, "plain_dtype", torch.float32) if is_nf4(plain) else None
-    own = {} if is_nf4(plain) else plain.state_dict()
-    weight_type = dtype or own["weight"].dtype if "weight" in own or dtype else None
-    stored = {}
-    for name, tensor in merged.state_dict().items():
-        if name == "weight" and is_transposed(plain) and not is_transposed(merged):
-            tensor = tensor.T.contiguous()
-        reference = own.get(name)
-        stored[name] = tensor.to(reference.dtype if reference is not None else weight_type or tensor.dtype)
-    return stored
+def plain_layer(layer: nn.Module) -> nn.Module:
+    """The innermost layer, with everything wrapped around it taken off."""
+    carrier = carrier_of(layer)
+    inner = layer if carrier is None else carrier.base(layer)
+    return layer if inner is layer else plain_layer(inner)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.carriers import is_nf4, is_peft, is_peft_model, peft_tensors
+from edgetune.core.carriers import dense_tensors, is_wrapped, plain_layer
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
+from edgetune.core.peft_layers import is_peft, is_peft_model
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_of
-from edgetune.core.wrapped import dense, dense_bias, is_wrapped, plain_layer
 
 
 def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> nn.Module:
@@ -50,10 +50,10 @@ def merge_layer(layer: nn.Module) -> nn.Module:
     `EdgetuneError`, with the layer as it was, where the plain layer does not compute the same.
     """
     plain = plain_layer(layer)
-    tensors = peft_tensors(layer) if is_peft(layer) else _own_tensors(layer)
+    tensors = {name: tensor.detach() for name, tensor in dense_tensors(layer).items()}
     inputs = probe_inputs(plain)
     expected = None if inputs is None else outputs_of(layer, inputs)
-    if is_nf4(plain):
+    if is_wrapped(plain):  # it stands in the place of a plain layer, in a storage format of its own
         merged, before = _new_linear(plain, tensors), {}
     else:
         before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
@@ -68,11 +68,6 @@ def merge_layer(layer: nn.Module) -> nn.Module:
             action="leave the layer out with skip, or remove what else computes its weight",
         )
     return merged
-
-
-def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    weight, bias = dense(layer).detach(), dense_bias(layer)
-    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.detach()}
 
 
 def _new_linear(packed: Any, tensors: dict[str, Tensor]) -> nn.Module:

@@ -86,8 +86,8 @@ def _wrong_order(
     if blocking is not None and blocking.name == step.name:
         return EdgetuneError("stands twice", where=where, action="keep one of the two")
     leaves = (other.leaves & ~step.takes).in_words
-    before = f"put {step.name} before {other.name}"
-    action = before if blocking else f"{before}, or finalize between the two"
+    ways = [] if other.name == step.name else [f"put {step.name} before {other.name}"]
+    action = ", or ".join(ways if blocking else [*ways, "finalize between the two"])
     return EdgetuneError(f"cannot follow {other.name}, which leaves {leaves}", where=where, action=action)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.modes import undisturbed
 from edgetune.core.probe import probe_inputs, relative_difference
-from edgetune.core.wrapped import is_wrapped
 
 _REMEDIES = {
     "parametrized": 'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")',

@@ -2,16 +2,15 @@
 
 `Wrapped` keeps the plain layer as `base`. The base's tensors keep their state-dict keys: `q.weight` stays
 `q.weight`, not `q.base.weight`, so a wrapped model loads the plain model's checkpoint and the other way round.
-peft's tuner layers and bitsandbytes' 4-bit linears count as wrapped too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from edgetune.core.carriers import base_of, is_nf4, is_peft, nf4_weight, peft_tensors
+from edgetune.core.carriers import Carrier, carrier_of, dense, dense_bias
 from edgetune.core.errors import EdgetuneError
 
 
@@ -20,6 +19,8 @@ class Wrapped(nn.Module):
 
     The extra tensors must not be called as the base's own (`weight`, `bias`): both would want the same key.
     """
+
+    repeats: ClassVar[tuple[str, ...]] = ()  # names of own parameters whose values lie in the base's weight too
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -35,6 +36,29 @@ class Wrapped(nn.Module):
         return dense_bias(self.base)
 
 
+class Own(Carrier):
+    """The line of the table."""
+
+    base_name = "base"
+
+    def owns(self, layer: nn.Module) -> bool:
+        """Whether it is ours."""
+        return isinstance(layer, Wrapped)
+
+    def base(self, layer: Any) -> nn.Module:
+        """The layer inside."""
+        return layer.base  # type: ignore[no-any-return]
+
+    def tensors(self, layer: Any) -> dict[str, Tensor]:
+        """What the subclass says."""
+        bias = layer.dense_bias()
+        return {"weight": layer.dense()} if bias is None else {"weight": layer.dense(), "bias": bias}
+
+    def counts(self, layer: Any) -> dict[Tensor, int]:
+        """A parameter that repeats values of the base counts no more."""
+        return {getattr(layer, name): 0 for name in layer.repeats}
+
+
 def keep_base_keys(layer: nn.Module) -> None:
     """Make a wrapping layer read and write its base's tensors under the base's own keys."""
     layer.register_state_dict_post_hook(_shorten_keys)  # type: ignore[no-untyped-call]
@@ -42,7 +66,8 @@ def keep_base_keys(layer: nn.Module) -> None:
 
 
 def _base_name(layer: nn.Module) -> str:
-    return "base_layer" if is_peft(layer) else "base"
+    carrier = carrier_of(layer)
+    return carrier.base_name if carrier is not None else Own.base_name
 
 
 def _own_names(layer: nn.Module) -> set[str]:
@@ -69,42 +94,3 @@ def _lengthen_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: ob
         rest = key[len(prefix) :]
         if rest.partition(".")[0] not in own:
             state[f"{prefix}{_base_name(module)}.{rest}"] = state.pop(key)
-
-
-def is_wrapped(layer: nn.Module) -> bool:
-    """Whether the layer carries something extra: ours, peft's tuner layers, or bitsandbytes' 4-bit linears."""
-    return isinstance(layer, Wrapped) or is_peft(layer) or is_nf4(layer)
-
-
-def dense(layer: nn.Module) -> Tensor:
-    """The plain weight that the layer computes with, whatever it is wrapped in, in the layout of its base."""
-    if isinstance(layer, Wrapped):
-        return layer.dense()
-    if is_peft(layer):
-        return peft_tensors(layer)["weight"]
-    if is_nf4(layer):
-        return nf4_weight(layer)
-    if not isinstance(getattr(layer, "weight", None), Tensor):
-        raise EdgetuneError("this layer has no weight", got=type(layer).__name__, action="target linears, convolutions")
-    return layer.weight  # type: ignore[return-value]
-
-
-def dense_bias(layer: nn.Module) -> Tensor | None:
-    """The plain bias that goes with `dense`; `None`: there is none."""
-    if isinstance(layer, Wrapped):
-        return layer.dense_bias()
-    if is_peft(layer):
-        return peft_tensors(layer).get("bias")
-    bias = getattr(layer, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
-
-
-def plain_layer(layer: nn.Module) -> nn.Module:
-    """The innermost layer, with everything wrapped around it taken off."""
-    while True:
-        if isinstance(layer, Wrapped):
-            layer = layer.base
-        elif is_peft(layer):
-            layer = base_of(layer)
-        else:
-            return layer

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgetune.core.carriers import is_wrapped, plain_layer
 from edgetune.core.errors import EdgetuneError, shortened
 from edgetune.core.inputs import Inputs, call, device_of, moved
 from edgetune.core.modes import undisturbed
 from edgetune.core.technique import Sample
-from edgetune.core.wrapped import is_wrapped, plain_layer
 from edgetune.lean.frozen import Hook, never_compiled_alone, remove_hooks
 from edgetune.lean.reads_in_source import read_in_source
 

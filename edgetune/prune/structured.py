@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import matches, no_match
 from edgetune.core.technique import Needs, Sample, Technique
-from edgetune.core.wrapped import is_wrapped
 from edgetune.prune.attention import attention_names, called
 from edgetune.prune.cut import cut
 from edgetune.prune.groups import Cut, Group, Kind, find_groups

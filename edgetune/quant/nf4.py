@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from edgetune.core import trainable
-from edgetune.core.carriers import is_nf4
+from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError, shortened
 from edgetune.core.layers import matches, refuse_shared, replace, select
 from edgetune.core.merging import merge
+from edgetune.core.packed_layers import is_nf4
 from edgetune.core.plain import refuse_computed
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.core.wrapped import is_wrapped
 from edgetune.lean.frozen import remove_hooks
 from edgetune.lean.reads import FirstForward, readers_of, refuse_readers, watch_first_forward
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.carriers import is_nf4, nf4_tensors
-from edgetune.sparse.sliced import Sliced
+from edgetune.core.carriers import Carrier, carrier_of
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -23,14 +22,13 @@ def stored_bytes(model: nn.Module) -> int:
 def parameter_count(model: nn.Module) -> int:
     """Weights of the model as its architecture counts them, however many bits each has. A shared one counts once.
 
-    A slice that trains apart lies in its layer's weight and does not count. A program-like model (`int8`) says itself
+    What carries a layer says how many values it stands for. A program-like model (`int8`) says itself
     how many it was made from, in `source_parameters`.
     """
     whole = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "source_parameters", None), int)}
     inside = {id(p) for m in whole.values() for p in m.parameters()}
-    inside |= {id(m.slice) for m in model.modules() if isinstance(m, Sliced)}
-    packed = {id(m.weight): m.weight.quant_state.shape.numel() for m in model.modules() if is_nf4(m)}  # type: ignore[union-attr, operator]
-    own = sum(packed.get(id(p), p.numel()) for p in model.parameters() if id(p) not in inside)
+    counts = {id(p): count for c, m in _carried(model) for p, count in c.counts(m).items()}
+    own = sum(counts.get(id(p), p.numel()) for p in model.parameters() if id(p) not in inside)
     return own + sum(int(m.source_parameters) for m in whole.values())  # type: ignore[arg-type]
 
 
@@ -54,8 +52,13 @@ def weight_bits(tensor: Tensor) -> int | None:
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     seen: set[int] = set()
-    packed = [tensor for layer in model.modules() if is_nf4(layer) for tensor in nf4_tensors(layer)]
-    for tensor in (*model.parameters(), *model.buffers(), *packed):
+    hidden = [tensor for carrier, layer in _carried(model) for tensor in carrier.hidden_tensors(layer)]
+    for tensor in (*model.parameters(), *model.buffers(), *hidden):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield tensor
+
+
+def _carried(model: nn.Module) -> list[tuple[Carrier, nn.Module]]:
+    pairs = [(carrier_of(layer), layer) for layer in model.modules()]
+    return [(carrier, layer) for carrier, layer in pairs if carrier is not None]

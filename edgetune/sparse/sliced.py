@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Sliced(Wrapped):
     base's weight at every call. The state dict holds both; one without `slice` takes it from the weight.
     """
 
+    repeats: ClassVar[tuple[str, ...]] = ("slice",)
     base: nn.Module
     indices: Tensor
     slice: nn.Parameter

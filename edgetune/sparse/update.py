@@ -14,11 +14,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from edgetune.core import trainable
-from edgetune.core.carriers import is_peft
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.layers import replace
 from edgetune.core.merging import merge
+from edgetune.core.peft_layers import is_peft
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean import head

@@ -1,0 +1,57 @@
+"""The 4-bit linears of bitsandbytes, whichever library put them into the model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.carriers import Carrier
+from edgetune.core.errors import EdgetuneError
+
+
+def is_nf4(layer: nn.Module) -> bool:
+    """Whether it is a 4-bit linear of bitsandbytes (and not peft's layer of the same name)."""
+    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(layer).__mro__)
+
+
+def nf4_weight(layer: Any) -> Tensor:
+    """The unpacked weight `(out, in)` of a 4-bit linear, in the type that it had before it was packed."""
+    from bitsandbytes import functional
+
+    data, state = layer.weight.data, getattr(layer.weight, "quant_state", None)
+    if state is None:
+        raise EdgetuneError("this NF4 layer was never packed and has no weight", action="apply NF4 first")
+    if getattr(state, "packing_format_for_cpu", False):  # another loader's layer, rearranged by a forward in eval mode
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
+    unpacked: Tensor = functional.dequantize_4bit(data, state)
+    return unpacked.to(getattr(layer, "plain_dtype", torch.float32))
+
+
+class Packed(Carrier):
+    """The line of the table."""
+
+    def owns(self, layer: nn.Module) -> bool:
+        """Whether it is a 4-bit linear."""
+        return is_nf4(layer)
+
+    def tensors(self, layer: Any) -> dict[str, Tensor]:
+        """The unpacked weight, and the bias as it is."""
+        return (
+            {"weight": nf4_weight(layer)} if layer.bias is None else {"weight": nf4_weight(layer), "bias": layer.bias}
+        )
+
+    def hidden_tensors(self, layer: Any) -> list[Tensor]:
+        """Scales and tables."""
+        tensors: list[Tensor] = []
+        state = getattr(layer.weight, "quant_state", None)
+        while state is not None:
+            tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
+            state = state.state2
+        return tensors
+
+    def counts(self, layer: Any) -> dict[Tensor, int]:
+        """A byte of the weight holds two of its values."""
+        return {layer.weight: layer.weight.quant_state.shape.numel()}

@@ -1,0 +1,200 @@
+"""Layers that peft puts around a plain one.
+
+A tuner layer is never taken at its class's word: what it merges to is compared with what it computes, on random input,
+since several families change the bias as well as the weight, and some are no plain layer at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.carriers import Carrier
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.packed_layers import is_nf4
+from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
+from edgetune.core.quiet import quiet
+
+_FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
+
+def is_peft(layer: nn.Module) -> bool:
+    """Whether peft put the layer there: a tuner layer of any family, or a layer kept beside a trained copy of it."""
+    return is_tuner(layer) or _is_auxiliary(layer)
+
+
+def is_tuner(layer: nn.Module) -> bool:
+    """Whether it is one of peft's tuner layers, of any family."""
+    module = sys.modules.get("peft.tuners.tuners_utils")  # not imported: there is none, and peft takes seconds
+    return module is not None and isinstance(layer, module.BaseTunerLayer)
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether it is peft's own model around another."""
+    module = sys.modules.get("peft.peft_model")
+    return module is not None and isinstance(model, module.PeftModel)
+
+
+def _is_auxiliary(layer: nn.Module) -> bool:
+    """Whether peft keeps the layer beside a trained copy (`modules_to_save`) or trained rows (trainable tokens)."""
+    module = sys.modules.get("peft.utils.other")
+    return module is not None and isinstance(layer, module.AuxiliaryTrainingWrapper)
+
+
+class Peft(Carrier):
+    """The line of the table."""
+
+    base_name = "base_layer"
+
+    def owns(self, layer: nn.Module) -> bool:
+        """Whether peft put the layer there."""
+        return is_peft(layer)
+
+    def base(self, layer: Any) -> nn.Module:
+        """The layer that peft wraps, with every tuner layer around it taken off."""
+        return base_of(layer)
+
+    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
+        """What peft merges it to, compared with what it computes."""
+        return peft_tensors(layer)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers whose weight is `(in, out)`."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def base_of(layer: Any) -> nn.Module:
+    """The layer that peft wraps, with every tuner layer around it taken off."""
+    if _is_auxiliary(layer):
+        trained = _trained_copy(layer)
+        return base_of(trained) if is_peft(trained) else trained
+    base: nn.Module = layer.get_base_layer()
+    return base_of(base) if is_peft(base) else base
+
+
+def _trained_copy(wrapper: Any) -> nn.Module:
+    """What computes in the place of a layer that peft keeps: its trained copy, its tuner layer, or itself."""
+    if hasattr(wrapper, "token_adapter"):
+        return wrapper.token_adapter  # type: ignore[no-any-return]
+    active = [] if wrapper.disable_adapters else wrapper.active_adapters
+    return wrapper.modules_to_save[active[0]] if active else wrapper.original_module  # type: ignore[no-any-return]
+
+
+def peft_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the plain layer that computes what peft's layer does, by their names in the plain layer.
+
+    In the layout and the type of the base. Raises `EdgetuneError` where there is no such plain layer: an adapter whose
+    effect depends on its input, or one that peft merges wrongly.
+    """
+    if _is_auxiliary(layer):
+        trained = _trained_copy(layer)
+        return peft_tensors(trained) if is_peft(trained) else dict(trained.state_dict())
+    plain = base_of(layer)
+    trial = _in_float32(layer)
+    inputs = probe_inputs(base_of(trial))
+    expected = None if inputs is None else _computed(trial, inputs)
+    merged = _merge_tuner(trial, plain)
+    if merged is not None and (_agrees(merged, inputs, expected) if inputs else _is_for_parameters(layer)):
+        return _as_stored(merged, plain)
+    if inputs is not None and expected is not None and _is_linear(plain):
+        linear = _read_affine_map(_in_float32(layer), plain)
+        if _agrees(linear, inputs, expected):
+            return _as_stored(linear, plain)
+    family = type(layer).__module__.split(".")[2] if type(layer).__module__.startswith("peft.") else ""
+    raise EdgetuneError(
+        f"this adapter cannot be merged: no plain {type(plain).__name__} computes what it does",
+        got=f"{family} {type(layer).__name__}".strip(),
+        action="train a family that merges (LoRA, LoHa, LoKr, IA3, ...), or keep the adapter and do not finalize",
+    )
+
+
+def _in_float32(layer: nn.Module) -> nn.Module:
+    """A copy in eval mode that computes in float32, so that a merge is rounded once."""
+    trial = copy.deepcopy(layer).eval().float()
+    for original, module in zip(layer.modules(), trial.modules(), strict=True):
+        if is_nf4(module):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True  # type: ignore[assignment]
+            module.plain_dtype = torch.float32  # type: ignore[assignment]
+            state = original.weight.quant_state  # type: ignore[union-attr]
+            module.weight.quant_state = state  # type: ignore[union-attr]  # lost by a copy of what was unpickled
+    return trial
+
+
+def _computed(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+    """What the layer computes; `None` where it wants more than its base's inputs."""
+    try:
+        return outputs_of(layer, inputs)
+    except _FAILURES:
+        return None
+
+
+def _agrees(plain: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor | None) -> bool:
+    return expected is not None and relative_difference(expected, outputs_of(plain, inputs)) <= EXACT
+
+
+def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
+    """The base layer after peft's own merge, the innermost tuner first; `None` where peft cannot.
+
+    A 4-bit base is left to the other way: peft would round the sum to 4 bits again.
+    """
+    if is_nf4(plain):
+        return None
+    chain = [trial]
+    while is_tuner(chain[-1].base_layer):
+        chain.append(chain[-1].base_layer)
+    try:
+        with quiet():  # it warns of adapters that are merged already
+            for tuner in reversed(chain):
+                if not tuner.disable_adapters:
+                    tuner.merge(safe_merge=True)
+                elif tuner.merged:
+                    tuner.unmerge()
+        return base_of(trial)  # asked for after the merge: LayerNorm tuning puts another layer there
+    except _FAILURES:
+        return None
+
+
+def _is_for_parameters(layer: nn.Module) -> bool:
+    """Whether peft adapts a bare parameter of a module of any class, such as fused experts: it adds to it, no more."""
+    return type(layer).__name__ == "ParamWrapper"
+
+
+def _is_linear(plain: nn.Module) -> bool:
+    return isinstance(plain, nn.Linear) or is_nf4(plain) or is_transposed(plain)
+
+
+@torch.no_grad()
+def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
+    """The linear layer with the map that the tuner layer computes: its value at zero, and at each unit vector."""
+    width = plain.weight.shape[0] if is_transposed(plain) else plain.in_features
+    device = plain.weight.device
+    bias = outputs_of(trial, (torch.zeros(1, width, device=device),))[0]
+    base = base_of(trial)
+    if base.bias is not None:  # read without it: a small weight beside a large bias would be rounded away
+        base.bias.zero_()  # type: ignore[operator]
+    offset = outputs_of(trial, (torch.zeros(1, width, device=device),))
+    weight = (outputs_of(trial, (torch.eye(width, device=device),)) - offset).T
+    linear = nn.Linear(width, len(bias), bias=plain.bias is not None or bool(bias.any()), device=device)
+    linear.weight.copy_(weight)
+    if linear.bias is not None:
+        linear.bias.copy_(bias)
+    return linear
+
+
+def _as_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
+    """The merged tensors in the layout and the types of the plain layer."""
+    dtype = getattr(plain, "plain_dtype", torch.float32) if is_nf4(plain) else None
+    own = {} if is_nf4(plain) else plain.state_dict()
+    weight_type = dtype or own["weight"].dtype if "weight" in own or dtype else None
+    stored = {}
+    for name, tensor in merged.state_dict().items():
+        if name == "weight" and is_transposed(plain) and not is_transposed(merged):
+            tensor = tensor.T.contiguous()
+        reference = own.get(name)
+        stored[name] = tensor.to(reference.dtype if reference is not None else weight_type or tensor.dtype)
+    return stored
