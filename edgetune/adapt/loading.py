@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS
 from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, trained_type
 from edgetune.adapt.lora import LoRA
-from edgetune.core import apply
+from edgetune.core.apply import add_opened
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.holders import held_model, hold, refuse_distributed
 from edgetune.core.registry import require
@@ -46,7 +46,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     inject(model, config, chosen, trained_type(chosen))
     _load(peft, model, state)
     loaded = LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(sorted(names)))
-    setattr(model, apply._OPEN, [*apply.opened(model), loaded])  # so that et.finalize merges it
+    add_opened(model, loaded)  # so that et.finalize merges it
     return hold(outer, model)
 
 

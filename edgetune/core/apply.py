@@ -23,6 +23,11 @@ def opened(model: nn.Module) -> tuple[Technique, ...]:
     return tuple(getattr(model, _OPEN, ()))
 
 
+def add_opened(model: nn.Module, technique: Technique) -> None:
+    """Note that a technique is applied to `model`, so that `finalize` undoes it."""
+    setattr(model, _OPEN, [*opened(model), technique])
+
+
 def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample: Sample | None = None) -> nn.Module:
     """Apply techniques in order, in place. Returns the model, or the module that replaces it.
 
@@ -57,7 +62,8 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
         except EdgetuneError as error:
             error.within(technique.name)
             raise
-        setattr(model, _OPEN, [*before, technique])
+        setattr(model, _OPEN, list(before))  # on the module that `apply` returned, which may be another
+        add_opened(model, technique)
     return hold(outer, model)
 
 
