@@ -32,6 +32,7 @@ __all__ = [
     "finalize",
     "generate",
     "load_adapter",
+    "open_run",
     "penalty",
     "predict",
     "profile",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from edgetune.quant.int4 import Int4
     from edgetune.quant.int8 import Int8
     from edgetune.quant.nf4 import NF4
+    from edgetune.run.finished import open_run
     from edgetune.run.pipeline import run
     from edgetune.run.predicting import evaluate, predict
     from edgetune.runtime.generating import generate
@@ -91,6 +93,7 @@ else:
         "finalize": "core.apply",
         "generate": "runtime.generating",
         "load_adapter": "adapt.loading",
+        "open_run": "run.finished",
         "penalty": "core.apply",
         "predict": "run.predicting",
         "profile": "profile",

@@ -38,6 +38,20 @@ def save_bert(folder: Path, kind: str = "SequenceClassification", **changes: Any
     return model.eval()
 
 
+def save_llama(folder: Path, **changes: Any) -> Any:
+    import transformers
+
+    save_tokenizer(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), max_position_embeddings=32, **{"num_key_value_heads": 1, **sizes, **changes}
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
 def save_images(folder: Path, count: int = 20) -> None:
     """Noise of two classes, "dark" and "light", in one folder each."""
     from PIL import Image

@@ -20,6 +20,7 @@ from edgetune.export.language import LanguageArtifact
 from edgetune.recipe import recipe
 from edgetune.run import pipeline
 from edgetune.run.exporting import export_from
+from edgetune.run.finished import open_run
 from edgetune.run.pipeline import Run
 from edgetune.run.predicting import evaluate
 from edgetune.runtime.generating import generate
@@ -100,9 +101,9 @@ def test_the_folder_of_a_run(text: Run) -> None:
     assert json.loads((text.folder / "model.json").read_text())["sha256"] == text.ledger.program.sha256
 
 
-def test_a_finished_run_is_restored_and_not_resumed(text: Run) -> None:
+def test_a_finished_run_is_opened_and_not_resumed(text: Run) -> None:
     with quiet():
-        restored = pipeline.restore(text.folder)
+        restored = open_run(text.folder).exportable()
     rows = restored.check_inputs[:32]
     assert len(restored.check_inputs) == text.ledger.program.parity.rows
     told = run_in_child(text.program, [tensors_of(row) for row in rows])

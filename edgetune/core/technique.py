@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -141,6 +141,13 @@ class Technique(StepSettings):
         """This technique with defaults adapted to the techniques that follow; settings that were given do not
         change."""
         return self
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """Give a plain model the structure that this technique left, without its work, and return it.
+
+        `state`: the tensors that the model will load, by name. By default the structure is the plain one.
+        """
+        return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Before finalizing, save separate results such as an adapter in `folder`. By default this does nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import matches, no_match
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.prune.attention import attention_names, called
-from edgetune.prune.cut import cut
+from edgetune.prune.cut import cut, resize_like
 from edgetune.prune.groups import Cut, Group, Kind, find_groups
 from edgetune.prune.importance import activation, magnitude, means, observe
 from edgetune.prune.trace import undisturbed
@@ -71,6 +71,10 @@ class Prune(Technique):
         cuts, fill = self._decide(model, sample)
         cut(model, cuts, sample.inputs, fill)
         return model
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """The widths of the pruned weights."""
+        return resize_like(model, state)
 
     def plan(self, model: nn.Module, sample: Sample | None = None) -> tuple[Cut, ...]:
         """What `apply` would remove, as a printable value. The model does not change."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, shortened
 from edgetune.core.layers import matches, select
@@ -17,6 +18,7 @@ from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.reads import readers_of, refuse_readers
+from edgetune.quant.size import weight_bits
 from edgetune.quant.tables import looks_up
 
 
@@ -89,6 +91,13 @@ class Int4(Technique):
         for name, layer in linears.items():
             _quantize(layer, eight_bits if name in wide else four_bits)
         return model.requires_grad_(False)
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """Quantized tables without their `padding_idx`."""
+        for name, table in model.named_modules():
+            if isinstance(table, nn.Embedding) and weight_bits(state[f"{name}.weight"]) is not None:
+                table.padding_idx = None  # type: ignore[assignment]
+        return model
 
     def _skips(self, model: nn.Module) -> tuple[list[str], list[str]]:
         """The skip patterns that name linears and those that name embeddings; one that names neither goes to

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +84,9 @@ class Int8(Technique):
         return Static8(graph, names, source_parameters, integers=target.quantizer is None, keys=keys).eval()
 
 
+_STORED = ("names", "source_parameters", "integers", "keys")  # of a Static8, beside its graph
+
+
 class Static8(nn.Module):
     """A statically quantized graph. Takes its inputs by position or by the names the model had; returns its outputs.
 
@@ -123,6 +128,23 @@ class Static8(nn.Module):
             return torch.cat(rows) if isinstance(rows[0], Tensor) else tuple(map(torch.cat, zip(*rows, strict=True)))
         with preserve_node_meta():  # a program's operators keep the names of the float model's modules
             return fx.Interpreter(self.graph).run(*tensors)
+
+    def write(self, path: Path, inputs: tuple[Tensor, ...]) -> None:
+        """Store the graph as a program of `torch.export`; `inputs`: an example, whose rows may be of any number."""
+        sizes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+        settings = {name: getattr(self, name) for name in _STORED}
+        with quiet():
+            program = torch.export.export(self.graph, inputs, dynamic_shapes=sizes)
+            torch.export.save(program, path, extra_files={"static8.json": json.dumps(settings)})
+
+    @classmethod
+    def read(cls, path: Path) -> Static8:
+        """The graph that `write` stored."""
+        extra = {"static8.json": ""}
+        with quiet():
+            graph = torch.export.load(path, extra_files=extra).module(check_guards=False)
+        settings: dict[str, Any] = json.loads(extra["static8.json"])
+        return cls(graph, **{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}).eval()
 
     def train(self, mode: bool = True) -> Static8:
         """Sets the flag only: a captured graph has no second mode, and refuses to be asked."""

@@ -132,13 +132,11 @@ def exportable(
             action = "give a run's folder, or write hf:PATH for a model's folder"
             near = f"hf:{source}" if (place / "config.json").is_file() else ""
             raise EdgetuneError("this folder does not contain a run", got=source, near=near, action=action)
-        from edgetune.run.pipeline import restore
+        from edgetune.run.finished import open_run
 
-        found = restore(place, language)
-        if found.ledger is None:
-            return found
+        opened = open_run(place)
         # what the run measured and predicted it says of its own program, not of the one made now
-        return replace(found, ledger=found.ledger.with_(measured=(), predicted=()))
+        return replace(opened.exportable(language), ledger=opened.ledger.with_(measured=(), predicted=()))
     action = NO_MODELS.get(place.suffix.lower(), "")
     near = "" if action else nearest_source(source, registry.MODELS, data=False)
     near = f"py:{source}:build" if place.suffix == ".py" and not near.startswith("py:") else near

@@ -38,6 +38,7 @@ from edgetune.run import reuse, runs
 from edgetune.run.budget import verdicts
 from edgetune.run.environment import versions
 from edgetune.run.exportable import Exportable, check_talks, of_split, tell_run, to_program
+from edgetune.run.finished import save_finished
 from edgetune.run.measures import MIB, kept_mib, measure
 from edgetune.run.rehearsal import in_step, rehearse
 from edgetune.run.samples import Samples
@@ -83,6 +84,7 @@ class Fold:
         seed_everything(recipe.seed)
         loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
         progress("load", 2, 2, loaded.name)
+        self.data_as_read = self.dataset
         self.dataset = loaded.labelled(self.dataset)  # a trained head that was kept has its own order of classes
         self.dataset = without_cut_answers(self.dataset, loaded.encode, loaded.name, recipe.data.max_bad_rows_pct)
         self.model: nn.Module = loaded.model
@@ -144,6 +146,7 @@ class Fold:
         self.steps(until)
         if until is not None:
             return self.ledger
+        save_finished(self.folder, self.model, self.recipe, self.data_as_read, self.carried, self.samples.example())
         answers = answers_on(self.model, self.test_split, self.dataset.classes, EVALUATION_BATCH)
         self.ledger = self.ledger.with_(answers=answers)
         if self.recipe.export:

@@ -1,9 +1,9 @@
-"""Run a recipe, go on with a run, or bring back the model that one ended with."""
+"""Run a recipe, or continue a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from edgetune.core.ledger import Ledger, Verdict
 from edgetune.core.progress import Progress
 from edgetune.recipe.recipe import Recipe, load
 from edgetune.run import reuse, runs
-from edgetune.run.exportable import Exportable
 from edgetune.run.fold import Fold
 
 
@@ -95,22 +94,3 @@ def run(
                 again = f"change the recipe, then: edgetune run RECIPE --resume --out {folder}"
                 error.action = "; ".join(filter(None, [error.action, f"what was trained is not lost: {again}"]))
             raise
-
-
-def restore(folder: str | Path, language: bool = False) -> Exportable:
-    """The model a finished run ended with: its steps again, with the trained weights from its checkpoints.
-
-    `language`: its program is to talk, whether or not the recipe says so.
-    """
-    folder = Path(folder)
-    earlier = runs.earlier_ledger(folder)
-    if earlier is None or not earlier.finished:
-        raise EdgetuneError(
-            "the folder does not contain a finished run",
-            got=str(folder),
-            action=f"edgetune run RECIPE --resume --out {folder}",
-        )
-    recipe = load(folder / "recipe.yaml")
-    fold = Fold(recipe, folder, resume=True, progress=lambda *_: None, record=False)
-    fold.steps()
-    return replace(fold.exportable(language), ledger=earlier)

@@ -35,7 +35,7 @@ def rehearse(
     """Apply and finalize every step to a copy of `model`, and run the result once on `example`.
 
     Returns how many bytes a run writes at least: two checkpoints of each training, with the optimizer's two moments,
-    and the program. Raises the `EdgetuneError` of the step, which says that nothing was trained yet.
+    the stored model and the program. Raises the `EdgetuneError` of the step, which says that nothing was trained yet.
     """
     if not any(isinstance(step.settings, Train) for step in recipe.steps):
         return 0
@@ -59,7 +59,7 @@ def rehearse(
     with undisturbed(model), torch.no_grad():
         call(model, example)
     progress("rehearse", len(recipe.steps), len(recipe.steps), "")
-    return written_bytes + (stored_bytes(model) if recipe.export else 0)
+    return written_bytes + stored_bytes(model) * (2 if recipe.export else 1)
 
 
 @contextmanager

@@ -113,6 +113,7 @@ def take_back(recipe: Recipe, folder: Path, steps: int) -> None:
         nothing = {"program": None, "measured": (), "predicted": (), "verdicts": (), "finished": False}
         ledger = earlier.with_(rows=rows, trainings=trainings, settings=recipe.resolved(), **nothing)
         write_whole(folder / "ledger.json", ledger.dumps())
+    shutil.rmtree(folder / "finished", ignore_errors=True)
     for checkpoints in (folder / "checkpoints").glob("[0-9]*-train"):
         if int(checkpoints.name.partition("-")[0]) > steps:
             shutil.rmtree(checkpoints)
