@@ -69,13 +69,14 @@ def modules(program: ExportedProgram) -> dict[int, str]:
     for node in program.graph.nodes:
         index = number_of(node)
         if index is not None:
-            found[index] = _module(node)
+            found[index] = module_of(node)
     return found
 
 
 def module_of(node: fx.Node) -> str:
     """The module that a node of the captured program comes from, in the user's own names."""
-    return _module(node)
+    stack = node.meta.get("nn_module_stack") or {}
+    return shorten(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def macs_of(program: ExportedProgram) -> dict[int, int]:
@@ -129,7 +130,7 @@ def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operato
     read = sum(_elements(_shape(s.node)) * s.bits // 8 for s in activations)
     return Operator(
         operator=str(node.target),
-        module=_module(node),
+        module=module_of(node),
         kind=kind,
         dtype=_dtype(node, kind, weights, activations),
         output_shape=shape,
@@ -213,12 +214,6 @@ def _macs(node: fx.Node, kind: Kind, elements: int) -> int:
     if kind in ("linear", "matmul"):
         return elements * _shape(node.args[0])[-1]
     return 0
-
-
-def _module(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(entry[0]) for entry in stack.values()]
-    return shorten(paths[-1]) if paths else ""
 
 
 def _is_quantizing(node: fx.Node) -> bool:
