@@ -26,9 +26,6 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MAY_EXPORT = {"export", "run", "cli"}  # the rooms that import what makes a program
 
-# Still to be cut.
-CIRCLE_TO_CUT = {f"sparse.auto.{name}" for name in ("account", "choose", "contribution", "search", "trials")}
-
 
 @cache
 def files() -> Mapping[str, Path]:
@@ -88,4 +85,4 @@ def circles() -> list[set[str]]:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    assert circles() == [CIRCLE_TO_CUT | {"sparse.update"}]
+    assert circles() == []
