@@ -136,8 +136,7 @@ def _infeasible(options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[st
 
 def _within(sums: np.ndarray, limits: Mapping[str, float]) -> np.ndarray:
     """Which points are within the limits."""
-    inside: np.ndarray = (sums[:, :-1] <= np.array(list(limits.values()))).all(axis=1)
-    return inside
+    return np.all(sums[:, :-1] <= np.array(list(limits.values())), axis=1)  # type: ignore[no-any-return]
 
 
 def _unbeaten(sums: np.ndarray) -> np.ndarray:

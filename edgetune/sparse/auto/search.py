@@ -121,9 +121,11 @@ class _Problem:
 
     def infeasible(self) -> EdgetuneError:
         """The error that says what least can be had."""
-        training = [{n: o.part} for n, options in self.options.items() for o in options if o.part != "frozen"]
+        training: list[Mapping[str, Part]] = [
+            {n: o.part} for n, options in self.options.items() for o in options if o.part != "frozen"
+        ]
         if any(part != "frozen" for part in self.fixed.values()):
-            training = [dict(self.fixed)]
+            training = [self.fixed]
         if not training:
             return EdgetuneError("no layer can train", exit_code=Exit.BUDGET)
         costs = [self.solution(parts, 0.0) for parts in training]
