@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edgetune.core.inputs import tensors_in
 from edgetune.program.operator_kinds import is_free, kind_of, short_name
 from edgetune.program.operators import DType, Kind, Operator
 
@@ -220,16 +221,8 @@ def _is_quantizing(node: fx.Node) -> bool:
     return str(node.target).startswith(_QUANTIZING)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _value(node: Any) -> Tensor | None:
-    return next(_tensors(node.meta.get("val")), None) if isinstance(node, fx.Node) else None
+    return next(tensors_in(node.meta.get("val")), None) if isinstance(node, fx.Node) else None
 
 
 def _shape(node: Any) -> tuple[int, ...]:

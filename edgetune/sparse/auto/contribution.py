@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import Inputs, call, device_of, logits_of, moved, rows_of, tensors_of
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import same_trainability, undisturbed
 from edgetune.core.technique import Settings
 from edgetune.data.dataset import cache_folder
 from edgetune.sparse.auto.trace import Loss
@@ -165,17 +165,12 @@ def each_gradient(
 @contextmanager
 def _only_trains(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Only these layers' parameters take part inside."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = {id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None}
-    try:
-        for parameter, _ in before:
+    with same_trainability(model):
+        for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in chosen)
         yield
-    finally:
-        for parameter, trained in before:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(trained)
 
 
 @contextmanager

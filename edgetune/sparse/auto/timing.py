@@ -18,9 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.inputs import Inputs, call, logits_of, tensors_in
 from edgetune.core.modes import undisturbed
-from edgetune.lean.frozen import tensors_in
 from edgetune.sparse.auto.trace import Clock, Loss
 from edgetune.sparse.scheme import Part, Slice, Under
 from edgetune.train import optimizer

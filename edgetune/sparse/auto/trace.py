@@ -14,11 +14,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.inputs import Inputs, call, logits_of, tensors_in
 from edgetune.core.layers import parameter_layers
 from edgetune.core.modes import undisturbed
 from edgetune.core.wrapped import Wrapped
-from edgetune.lean.frozen import tensors_in
 from edgetune.lean.onednn import is_channels_last
 
 Loss = Callable[[Tensor, Tensor], Tensor]
