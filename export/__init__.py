@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from edgetune.capture.dynamic import Dynamic
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
-from edgetune.export.dynamic import Dynamic
 from edgetune.program.artifact import Artifact, Manifest
 from edgetune.program.carried import Carried
 
@@ -53,7 +53,7 @@ def export(
     `model.tokenizer.json`, and a model card to `model.md`.
 
     `dynamic` allows sizes to differ between calls: `{"tokens": (1, 64), "batch": (1, 8)}`, or any axis by its name, as
-    in `{"pixels.2": (64, 256)}` (see `edgetune.export.dynamic`). The program is compared at the bounds and between
+    in `{"pixels.2": (64, 256)}` (see `edgetune.capture.dynamic`). The program is compared at the bounds and between
     them, and its memory is planned for the largest sizes.
     `external_data` stores the weights in `model.ptd` next to the program. `io_in_plan=False` excludes inputs and
     outputs from the memory plan: the program then reads and writes the caller's memory, and XNNPACK may read up to

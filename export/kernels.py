@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from edgetune.capture import operators
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.quiet import quiet
-from edgetune.export import operators
 from edgetune.export.targets import Target
 from edgetune.runtime import remedies
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from edgetune.capture import failures, operators
+from edgetune.capture.graph import capture, prepare
+from edgetune.capture.positional import Positional, as_program
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.quiet import quiet
-from edgetune.export import failures, operators, stored
-from edgetune.export.lower import Positional, as_program, capture, marked, prepare
+from edgetune.export import stored
+from edgetune.export.lower import marked
 from edgetune.export.targets import Target
 from edgetune.program import operator_kinds
 from edgetune.runtime import remedies

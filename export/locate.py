@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edgetune.capture import operators
+from edgetune.capture.fast_path import slow_path
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import quiet
-from edgetune.export import operators
-from edgetune.export.fast_path import slow_path
 from edgetune.export.lower import lower
 from edgetune.export.targets import Target
 from edgetune.runtime.run import run_apart

@@ -1,33 +1,29 @@
-"""A model becomes an ExecuTorch program: capture, prepare, lower. All calls into executorch's compiler are here."""
+"""A captured model becomes an ExecuTorch program. All calls into executorch's compiler are here."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from edgetune.capture import failures, operators
+from edgetune.capture.dynamic import Axis
+from edgetune.capture.graph import capture, prepare
+from edgetune.capture.operators import Placed
+from edgetune.capture.reparameterize import Report, reparameterize
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.holders import refuse_sharded
-from edgetune.core.inputs import Inputs, call, device_of
 from edgetune.core.ledger import Leftover
-from edgetune.core.modes import undisturbed
-from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
-from edgetune.export import apart, dynamic, failures, kernels, operators, repairs, stored
-from edgetune.export.dynamic import Axis
-from edgetune.export.fast_path import slow_path
-from edgetune.export.operators import Placed
+from edgetune.export import apart, kernels, stored
 from edgetune.export.planning import Planned, smallest
-from edgetune.export.repairs.experts import static_experts
-from edgetune.export.reparameterize import Report, reparameterize
 from edgetune.export.shared import stored_once
 from edgetune.export.speed import fast_decompositions, fast_lowering
 from edgetune.export.targets import Target
@@ -63,50 +59,6 @@ class Lowered:
     weights: bytes = b""  # of the `.ptd`; empty: they are in `data`
     shared_bytes: int = 0  # stored once although two operators read them
     executed: tuple[Operator, ...] = ()  # as the runtime runs them, after the backend's compiler
-
-
-class Positional(nn.Module):
-    """The model as a program sees it: positional tensors in, every tensor that it returns out.
-
-    The child has a name because XNNPACK's batch-norm fusion fails on parameters whose names begin with a digit.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(inputs) if isinstance(inputs, dict) else ()
-
-    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The outputs for one tensor per input; one that stands alone, by itself."""
-        outputs = tuple(self.named_outputs(tensors).values())
-        return outputs[0] if len(outputs) == 1 else outputs
-
-    def named_outputs(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The outputs by the names that a manifest gives them."""
-        inputs: Inputs = dict(zip(self.names, tensors)) if self.names else tensors  # noqa: B905
-        return named_outputs(call(self.model, inputs), "logits")
-
-
-@contextmanager
-def as_program(model: nn.Module, inputs: Inputs) -> Iterator[Positional]:
-    """The model in eval mode, on the CPU and without a key-value cache; put back as it was afterwards."""
-    with as_plain(model) as here:
-        yield Positional(here, inputs).eval()
-
-
-@contextmanager
-def as_plain(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, or a copy on the CPU, in eval mode and without a key-value cache; put back as it was afterwards."""
-    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
-    caching = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
-    with undisturbed(model):
-        try:
-            for config, _ in caching:
-                config.use_cache = False
-            yield model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
-        finally:
-            for config, before in caching:
-                config.use_cache = before
 
 
 def check_plain(model: nn.Module) -> None:
@@ -153,83 +105,6 @@ def lower_methods(
             prepare(programs[name])
         found = compile_programs(programs, target, layout)
     return {name: replace(lowered, folded=folded[name]) for name, lowered in found.items()}
-
-
-def capture(
-    model: nn.Module, inputs: tuple[Tensor, ...], target: str | None = None, axes: Sequence[Axis] = ()
-) -> ExportedProgram:
-    """The model as a graph of ATen operators, functional, with the repairs that this target wants."""
-    try:
-        with static_experts(model), slow_path(model), failures.no_partial_graph():
-            shapes = dynamic.shapes_for(model, axes, len(inputs))
-            program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
-        repairs.before(program)
-        found: ExportedProgram = program.run_decompositions(repairs.decompositions(target))
-        _check_inputs_unwritten(found)
-        repairs.repair_graph(found, target)
-        if axes:
-            dynamic.infer_views(found)
-        return found
-    except EdgetuneError:
-        raise
-    except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
-        bounded = dynamic.refused(axes, error) if axes else None
-        raise bounded or failures.not_captured(model, inputs, error) from error
-
-
-def _check_inputs_unwritten(program: ExportedProgram) -> None:
-    """Raise for a model that changes its inputs in place: a program would return them before its outputs."""
-    written = program.graph_signature.user_inputs_to_mutate
-    if written:
-        places = [program.graph_signature.user_inputs.index(name) for name in written.values()]
-        raise EdgetuneError(
-            "the model writes into its inputs, and a program returns no outputs but those that the model returns",
-            got=[f"input {place}" for place in places],
-            action="let it write into a copy, x = x.clone(), and return what is to be kept",
-            exit_code=Exit.EXPORT,
-        )
-
-
-def prepare(program: ExportedProgram) -> None:
-    """Compute what is computed twice once (every layer converts the same mask), and number the operators."""
-    graph = program.graph
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        key = key_of(node)
-        if key is None:
-            continue
-        if key in seen:
-            node.replace_all_uses_with(seen[key])
-            graph.erase_node(node)
-        else:
-            seen[key] = node
-    program.graph_module.recompile()
-    operators.number(program)
-
-
-def key_of(node: fx.Node) -> Any:
-    """Equal for nodes that compute the same; `None` for one that must stay.
-
-    Quantization is left alone: XNNPACK takes a dynamically quantized linear only with a quantizer of its own.
-    """
-    if node.op != "call_function" or not str(node.target).startswith("aten."):
-        return None
-    if torch.Tag.nondeterministic_seeded in node.target.tags or any(user.op == "output" for user in node.users):  # type: ignore[union-attr]
-        return None
-    key = (node.target, _hashable(node.args), _hashable(node.kwargs))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((name, _hashable(item)) for name, item in sorted(value.items()))
-    return value if isinstance(value, fx.Node) else (type(value), value)
 
 
 def compile_program(

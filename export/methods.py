@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.capture import dynamic as sizes_of
+from edgetune.capture.dynamic import Axis, Dynamic
+from edgetune.capture.positional import as_plain
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, tensors_of
 from edgetune.core.modes import same_buffers
 from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
-from edgetune.export import dynamic as sizes_of
-from edgetune.export.dynamic import Axis, Dynamic
-from edgetune.export.lower import Layout, Lowered, as_plain, check_plain, lower_methods
+from edgetune.export.lower import Layout, Lowered, check_plain, lower_methods
 from edgetune.export.methods_artifact import MethodParity, MethodsArtifact, MethodsManifest, MethodSpec
 from edgetune.export.pipeline import chosen_target, locator, lowering_of, of_file, output_names
 from edgetune.export.rows import free_specs, names_of, specs_of

@@ -9,16 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edgetune.capture import dynamic
+from edgetune.capture.dynamic import Dynamic
+from edgetune.capture.operators import delegated_pct
+from edgetune.capture.positional import Positional, as_program
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import same_buffers
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
-from edgetune.export import dynamic, locate, rows, targets
-from edgetune.export.dynamic import Dynamic
-from edgetune.export.lower import PLAIN, Layout, Lowered, Positional, as_program, check_plain, lower
-from edgetune.export.operators import delegated_pct
+from edgetune.export import locate, rows, targets
+from edgetune.export.lower import PLAIN, Layout, Lowered, check_plain, lower
 from edgetune.export.rows import Trial
 from edgetune.export.targets import Target
 from edgetune.program.artifact import (

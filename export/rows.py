@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.capture import dynamic
+from edgetune.capture.dynamic import Axis
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
 from edgetune.core.modes import same_buffers
 from edgetune.core.quiet import quiet
-from edgetune.export import dynamic
-from edgetune.export.dynamic import Axis
 from edgetune.program.artifact import TensorSpec, admitted
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Row, eager_outputs

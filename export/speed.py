@@ -123,32 +123,6 @@ def _overridden(stock: Any, composites: dict[Any, Any]) -> Iterator[None]:
                 _deregister_op_impl(op)
 
 
-@contextmanager
-def fast_annotation() -> Iterator[None]:
-    """Let XNNPACK's quantizer look for convolutions with a batch norm only where a graph has a batch norm left.
-
-    It traces its twelve patterns anew for each model, which takes longer than all else that quantizing a small one
-    does, and those that it looks for have been folded before.
-    """
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
-
-    quantizer: Any = xnnpack_quantizer_utils
-    stock = quantizer._do_annotate_conv_bn
-
-    def annotate(graph_module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if any("batch_norm" in str(node.target) for node in graph_module.graph.nodes):
-            return stock(graph_module, *args, **kwargs)
-        graph_module.graph.eliminate_dead_code()  # as it does before it looks
-        graph_module.recompile()
-        return []
-
-    quantizer._do_annotate_conv_bn = annotate
-    try:
-        yield
-    finally:
-        quantizer._do_annotate_conv_bn = stock
-
-
 def _call_if_needed(stock: Any, base: type) -> Any:
     from torch.fx.passes.infra.pass_base import PassResult
 

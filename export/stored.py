@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.capture import operators
 from edgetune.core.errors import EdgetuneError, Exit, shortened
-from edgetune.export import operators
 from edgetune.export.targets import Target
 
 _MODULES = ("torchao.",)

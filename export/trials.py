@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.registry import technique
 from edgetune.core.technique import Sample
-from edgetune.export.lower import Layout, Positional, lower
+from edgetune.export.lower import Layout, lower
 from edgetune.export.targets import find
 from edgetune.profile.micro.program import Micro
 from edgetune.profile.trials import is_built, trials

@@ -19,7 +19,7 @@ from edgetune.cli.progress import shown
 from edgetune.core.ledger import Ledger
 from edgetune.recipe import recipe
 from edgetune.recipe.overrides import from_text
-from edgetune.run import fold, pipeline, reuse, runs
+from edgetune.run import fold, pipeline, runs
 from edgetune.run.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,8 @@ def run(what: recipe.Recipe, out: Path) -> Ledger:
     """Run one recipe in a folder of its own; a finished run of the very same recipe is taken as it is."""
     for digest in sorted(out.parent.rglob("digest.txt")):
         earlier = runs.earlier_ledger(digest.parent)
-        if reuse.recipe_digest(digest.parent) == what.digest and earlier is not None and earlier.finished:
+        same = digest.read_text(encoding="utf-8").startswith(what.digest + "\n")
+        if same and earlier is not None and earlier.finished:
             print(f"taken from {digest.parent.relative_to(ROOT)}", file=sys.stderr)
             return earlier
     number = 1 + max((int(path.name[-3:]) for path in out.glob(f"{what.name}-*")), default=0)

@@ -24,12 +24,12 @@ from torch.nn import functional
 
 from edgetune.adapt.inject import can_adapt
 from edgetune.adapt.lora import LoRA
+from edgetune.capture.repairs.experts import static_experts
 from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, logits_of, rows_of, tensors_of
 from edgetune.core.technique import Sample, Technique
 from edgetune.export import export as to_program
-from edgetune.export.repairs.experts import static_experts
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.runtime import verify

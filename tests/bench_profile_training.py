@@ -37,7 +37,7 @@ def main(task: str, threads: int) -> None:
     head, kept = TASKS[task].head, TASKS[task].activations  # how `auto` keeps them there
 
     def look(technique: SparseUpdate) -> Profile:
-        return Profile.of(model, looked.batches[0], looked.loss, technique)
+        return Profile.of(model, looked.batches[0], looked.loss, technique.under(model))
 
     workers = {method: Worker(task, method, scheme=scheme) for method in METHODS}
     exact, own = [], []

@@ -229,7 +229,8 @@ def choose(worker: Worker, step_ms: float) -> dict[str, Any]:
     task, model = worker.task, finalize(worker.model).requires_grad_(True)
     technique = SparseUpdate(head=task.head, activations=task.activations)
     updating = Updating(in_backward=True)
-    found = auto.choose(model, worker.sample(), task.budget_mib, step_ms, technique=technique, updating=updating)
+    found = auto.choose(model, worker.sample(), task.budget_mib, step_ms, under=technique.under(model),
+        head=task.head, updating=updating)  # fmt: skip
     print(found, file=sys.stderr)
     written = found.scheme.written()
     return {

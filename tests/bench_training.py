@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from bench_sparse_worker import TASKS, Worker
+from training_measures import loss_difference, step_times, stock_plan_bytes
 
-from edgetune.export.training.measure import loss_difference, step_times, stock_plan_bytes
 from edgetune.export.training.step import Batch, Check, eager_losses, export_training
 from edgetune.run.environment import environment
 

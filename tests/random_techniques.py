@@ -27,11 +27,12 @@ from random_modules import ROWS, Drawn, Plan, inputs_of, plans
 from torch import Tensor, nn
 
 import edgetune as et
+from edgetune.capture.positional import Positional
 from edgetune.core.apply import opened
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Technique
-from edgetune.export.lower import Positional, lower
+from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.run import loaded_runtime

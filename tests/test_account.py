@@ -18,7 +18,7 @@ from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.run.measures import count_macs
-from edgetune.sparse.auto.account import Account, Profile, Updating, account
+from edgetune.sparse.auto.account import Account, Profile, Updating
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
@@ -98,7 +98,7 @@ def test_kept_bytes_are_predicted_for_every_scheme(case: str) -> None:
     build, inputs = CASES[case]
     model = build()
     batch = batch_of(inputs(), model)
-    told = Profile.of(model, batch, loss)
+    told = Profile.of(model, batch, loss, SparseUpdate().under(model))
     head = "frozen" if case == "tied" else "full"
     named: list[Any] = ["last-1", "last-2", *([] if case in ("llama", "tied") else ["bias"])]
     for scheme in [*named, *schemes(model)]:
@@ -121,7 +121,7 @@ def test_kept_bytes_are_predicted_for_operators_in_8_bits(case: str) -> None:
     model = build()
     batch = batch_of(inputs(), model)
     technique = SparseUpdate(scheme="last-2", activations="8bit")
-    predicted = Profile.of(model, batch, loss, technique).account(technique.resolve(model))
+    predicted = Profile.of(model, batch, loss, technique.under(model)).account(technique.resolve(model))
     measured = measured_bytes(apply(copy.deepcopy(model), technique), batch)
     assert abs(predicted.kept_bytes - measured) <= 0.1 * measured
     assert predicted.peak_bytes > predicted.weights_bytes
@@ -131,7 +131,7 @@ def test_full_training_is_predicted_exactly() -> None:
     model = bert()
     batch = batch_of(tokens(), model)
     technique = SparseUpdate(scheme={"*": "full"})
-    told = Profile.of(model, batch, loss).account(technique.resolve(model))
+    told = Profile.of(model, batch, loss, SparseUpdate().under(model)).account(technique.resolve(model))
     assert told.kept_bytes == measured_bytes(technique.apply(model), batch)
 
 
@@ -157,7 +157,7 @@ def test_the_peak_of_a_step_is_predicted(scheme: Any) -> None:
     model, inputs = Wide(), torch.randn(2048, 64)
     batch = (inputs, torch.zeros(2048, dtype=torch.int64))
     technique = SparseUpdate(scheme=scheme)
-    predicted = account(model, technique.resolve(model), batch, loss)
+    predicted = Profile.of(model, batch, loss, technique.under(model)).account(technique.resolve(model))
     measured = peak_of_step(technique.apply(model), batch)
     assert predicted.peak_bytes == pytest.approx(measured, rel=0.25)  # hardly any weights: the transients are all
     assert predicted.peak_bytes > 1.2 * predicted.weights_bytes
@@ -175,7 +175,7 @@ def test_layers_that_share_an_input_keep_it_once_and_slices_keep_their_own() -> 
 
     model = Parallel()
     batch = (torch.randn(16, 8), torch.zeros(16, dtype=torch.int64))
-    told = Profile.of(model, batch, loss)
+    told = Profile.of(model, batch, loss, SparseUpdate().under(model))
     whole = 16 * 8 * 4
 
     def kept(**parts: Any) -> int:
@@ -193,7 +193,7 @@ def test_looking_changes_nothing() -> None:
     batch = batch_of(pictures(), model)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    Profile.of(model, batch, loss)
+    Profile.of(model, batch, loss, SparseUpdate().under(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -205,7 +205,7 @@ def test_looking_changes_nothing() -> None:
 def test_the_optimizer_is_counted() -> None:
     model = mlp()
     batch = batch_of(vectors(), model)
-    told = Profile.of(model, batch, loss)
+    told = Profile.of(model, batch, loss, SparseUpdate().under(model))
     scheme = SparseUpdate(scheme="last-1").resolve(model)
     values = sum(choice.training for choice in scheme.choices)
     tensors = sum(len(told.layer(c.layer).sizes(c.part)) for c in scheme.choices)
@@ -221,12 +221,14 @@ def test_the_optimizer_is_counted() -> None:
 def test_macs_are_those_of_the_ledger() -> None:
     model = cnn()
     batch = batch_of(pictures(), model)
-    assert sum(layer.macs for layer in Profile.of(model, batch, loss).layers) == count_macs(model, batch[0])
+    assert sum(
+        layer.macs for layer in Profile.of(model, batch, loss, SparseUpdate().under(model)).layers
+    ) == count_macs(model, batch[0])
 
 
 def test_training_less_is_predicted_to_be_faster() -> None:
     model, inputs = Wide(), torch.randn(512, 64)
-    told = Profile.of(model, (inputs, torch.zeros(512, dtype=torch.int64)), loss)
+    told = Profile.of(model, (inputs, torch.zeros(512, dtype=torch.int64)), loss, SparseUpdate().under(model))
     clocks = len(told.times.frozen)
     assert clocks == len(told.times.forward) == len(told.times.backward)
     part_ms = {layer.name: {"bias": 0.1, QUARTER: 0.5, "full": 2.0} for layer in told.layers}
@@ -246,7 +248,7 @@ def test_an_account_prints() -> None:
 def test_a_model_under_a_sparse_update_is_refused() -> None:
     model = apply(mlp(), SparseUpdate(scheme="last-1"))
     with pytest.raises(EdgetuneError, match="already"):
-        Profile.of(model, batch_of(vectors(), model), loss)
+        Profile.of(model, batch_of(vectors(), model), loss, SparseUpdate().under(model))
 
 
 def _real(name: str) -> tuple[nn.Module, Batch, list[Any], str]:
@@ -259,7 +261,8 @@ def _real(name: str) -> tuple[nn.Module, Batch, list[Any], str]:
     task, classes = {
         "minilm": ("text-classification", 3), "effnet-lite0": ("image-classification", 10), "smollm2": ("causal-lm", 0),
     }[name]  # fmt: skip
-    settings = ModelSettings(source=name, max_length=256, image_px=112, layers=6 if name == "smollm2" else None)
+    heeded = {"minilm": {"max_length": 256}, "effnet-lite0": {"image_px": 112}, "smollm2": {"layers": 6}}[name]
+    settings = ModelSettings(source=name, **heeded)  # type: ignore[arg-type]
     stand_in = SimpleNamespace(task=task, classes=("a",) * classes)
     model = registry.loader(registry.MODELS, "model", name)(settings, stand_in).model
     generator = torch.Generator().manual_seed(0)
@@ -296,7 +299,7 @@ def test_memory_is_predicted_within_a_tenth_on_real_models(name: str) -> None:
     def real_loss(logits: Tensor, labels: Tensor) -> Tensor:
         return tasks.loss("causal-lm" if name == "smollm2" else "text-classification", logits, labels)
 
-    told = Profile.of(model, batch, real_loss)
+    told = Profile.of(model, batch, real_loss, SparseUpdate().under(model))
     for scheme in ["last-1", "last-2", *written]:
         technique = SparseUpdate(scheme=scheme, head=head)  # type: ignore[arg-type]
         predicted = told.account(technique.resolve(model))

@@ -15,7 +15,7 @@ import torch
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.runtime.hosts import android, session
 from edgetune.runtime.hosts.adb import Adb
-from edgetune.runtime.hosts.place import Place
+from edgetune.runtime.hosts.place import Place, TimingRequest
 from edgetune.runtime.measure import measured_of
 
 STANDIN = Path(__file__).with_name("standin_adb.py")
@@ -140,7 +140,7 @@ def test_the_protocol_from_devices_to_clean_up(phone: Phone, binary: Path, progr
     with session.opened("adb", runner=binary) as machine:
         assert machine.name == "EXAMPLE Stand-in 8 (adb:R5CT1234)"
         assert machine.cores == 8
-        (timing,) = machine.time(program, INPUTS, threads=4, seconds=0.1)
+        (timing,) = machine.time(TimingRequest(program, INPUTS, threads=4, seconds=0.1))
         found = measured_of(timing, 4, device=machine.name, note=machine.told_of({}))
     assert phone.left == []
     assert timing.latencies_ms == (2.5,) * 40  # two batches of 71.5 ms each make up the 100 asked for
@@ -166,7 +166,7 @@ def test_the_protocol_from_devices_to_clean_up(phone: Phone, binary: Path, progr
 def test_energy_where_the_battery_tells_it(phone: Phone, binary: Path, program: Path) -> None:
     phone.service("dumpsys", f"[ $1 = battery ] && cat <<'E'\n{BATTERY.format(usb='false')}E\ntrue")
     with session.opened("adb:R5CT1234", runner=binary) as machine:
-        (timing,) = machine.time(program, INPUTS, threads=1, seconds=0.01)
+        (timing,) = machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01))
     assert timing.energy_mj == pytest.approx(2.0 * 2.5)  # 2 W for 2.5 ms
     assert "battery: the whole phone, idle included" in timing.energy_note
     assert timing.states[0].temperature_c == {"cpu-big": 41.0}  # no thermal service: the sensors
@@ -175,7 +175,7 @@ def test_energy_where_the_battery_tells_it(phone: Phone, binary: Path, program: 
 def test_a_runner_that_prints_a_mean_only(phone: Phone, binary: Path, program: Path) -> None:
     phone.runner(COUNT + "[ $n -gt 23 ] && " + "{ " + STAYS.replace("\n", "; ") + "}\n" + OLD)
     with session.opened("adb", runner=binary) as machine:
-        (timing,) = machine.time(program, INPUTS, threads=1, seconds=0.01)
+        (timing,) = machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01))
         assert "each time is a mean of 23 runs" in machine.told_of({})
     assert timing.latencies_ms == (2.0,) * 5
     assert (timing.load_ms, timing.first_ms) == (6.5, 2.0)
@@ -195,7 +195,7 @@ def test_a_program_that_does_not_run(
 ) -> None:
     phone.runner(script)
     with session.opened("adb", runner=binary) as machine, pytest.raises(EdgetuneError, match=what) as error:
-        machine.time(program, INPUTS, threads=1, seconds=0.01)
+        machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01))
     assert action in error.value.action
     assert error.value.exit_code == Exit.EXPORT
     assert phone.left == []
@@ -242,9 +242,9 @@ def test_the_runner_is_looked_at_before_anything_is_sent(phone: Phone, tmp_path:
         session.opened("host", runner=binary)
     with session.opened("adb", runner=binary) as machine:
         with pytest.raises(EdgetuneError, match="cannot run text-generation programs"):
-            machine.time(tmp_path / "x.pte", INPUTS, threads=1, seconds=1, language=True)
+            machine.time(TimingRequest(tmp_path / "x.pte", INPUTS, threads=1, seconds=1, language=True))
         with pytest.raises(EdgetuneError, match="from 1 to the 8 cores there"):
-            machine.time(tmp_path / "x.pte", INPUTS, threads=9, seconds=1)
+            machine.time(TimingRequest(tmp_path / "x.pte", INPUTS, threads=9, seconds=1))
 
 
 def test_a_phone_that_goes_away_is_said_with_what_is_left_on_it(phone: Phone, binary: Path) -> None:

@@ -15,13 +15,8 @@ from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.technique import Sample
 from edgetune.lean.kept import kept_bytes
-from edgetune.sparse.auto.account import Profile, Updating
+from edgetune.sparse.auto.account import Profile
 from edgetune.sparse.auto.choose import choose
-from edgetune.sparse.auto.contribution import (
-    contributions,
-)
-from edgetune.sparse.auto.evolve import by_evolution
-from edgetune.sparse.auto.search import Limits, exactly
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 
@@ -45,14 +40,13 @@ def sample() -> Sample:
 
 
 def _choose(model: nn.Module, budget_mib: float, **settings: Any) -> Any:
-    return choose(model, sample(), budget_mib, **settings)
+    return choose(model, sample(), budget_mib, under=SparseUpdate().under(model), **settings)
 
 
 def test_auto_stays_in_its_budget_and_does_more_with_more() -> None:
     model = Mlp(64)
-    whole = (
-        Profile.of(model, rows(8, 8)[0], loss).account({n: "full" for n, _ in model.named_modules()}).total_bytes / MIB
-    )
+    profile = Profile.of(model, rows(8, 8)[0], loss, SparseUpdate().under(model))
+    whole = profile.account({n: "full" for n, _ in model.named_modules()}).total_bytes / MIB
     chosen = [_choose(model, share * whole) for share in (0.45, 0.6, 0.8, 1.01)]
     for share, found in zip((0.45, 0.6, 0.8, 1.01), chosen, strict=True):
         assert found.account.total_bytes <= share * whole * MIB
@@ -86,7 +80,7 @@ def test_auto_says_the_least_that_can_be_had() -> None:
 
 
 def test_auto_heeds_the_settings_of_the_technique() -> None:
-    found = _choose(mlp(), 100.0, technique=SparseUpdate(head="frozen", norms=False))
+    found = _choose(mlp(), 100.0, head="frozen", norms=False)
     parts = {choice.layer: choice.part for choice in found.scheme.choices}
     assert parts["classifier"] == parts["blocks.1.norm"] == "frozen"
     assert parts["blocks.1.up"] == "full"
@@ -100,7 +94,7 @@ def test_auto_with_a_time_limit_answers_the_same_again() -> None:
 
 def test_auto_needs_labels() -> None:
     with pytest.raises(EdgetuneError, match="batches with labels and a loss are needed"):
-        choose(mlp(), Sample.of(rows(8, 0)[0][0]), 10.0)
+        SparseUpdate(scheme="auto", budget_mib=10.0).resolve(mlp(), Sample.of(rows(8, 0)[0][0]))
 
 
 def test_a_choice_prints() -> None:
@@ -108,21 +102,6 @@ def test_a_choice_prints() -> None:
     assert text.startswith("scheme auto: 13,923 of 13,923 parameters train")
     assert "predicted auto:" in text
     assert "contributions by fisher: 100 % of all" in text
-
-
-def test_both_searches_agree_on_a_real_model() -> None:
-    model = mlp()
-    profile = Profile.of(model, rows(8, 8)[0], loss)
-    values = contributions(model, rows(64, 8), [], loss, head=["classifier"]).values
-    for updating in (Updating(), Updating(in_backward=True)):
-        most = profile.account(dict.fromkeys(values, "full"), updating).total_bytes
-        for share in (0.5, 0.75):
-            limits = Limits(share * most)
-            best = exactly(profile, values, limits, fixed={"classifier": "full"}, updating=updating)
-            evolved = by_evolution(
-                profile, values, limits, fixed={"classifier": "full"}, updating=updating, generations=40
-            )
-            assert 0.95 * best.value <= evolved.value <= best.value * (1 + 1e-9)
 
 
 # The technique

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.export import Artifact, export
-from edgetune.profile import calibrate, calibration, device, micro, profile, trials
+from edgetune.profile import calibrate, calibration, calls, device, micro, profile, trials
 from edgetune.runtime import measure
 
 
@@ -122,7 +122,7 @@ def test_a_program_is_predicted_for_a_phone_and_measured_here(artifact: Artifact
     assert only.measured is None
     assert only.predicted.device == "pixel-8"
     assert profile(str(artifact.path)) == only
-    here = measure.measure(artifact, threads=1, seconds=0.05)
+    (here,) = calls.measured_calls(artifact, threads=1, seconds=0.05)
     assert here.device == "this host"
     assert 0 < here.latency_p10_ms <= here.latency_ms <= here.latency_p90_ms
     assert here.runs >= 10
@@ -153,7 +153,6 @@ def test_calibrate_writes_a_descriptor_that_predicts_beside_the_measurement(
     assert "aten.embedding.out fp32 was never calibrated" in shown.predicted.note  # quick leaves it out, and says so
     assert shown.measured is not None
     assert shown.measured.threads == 1
-    assert calibrate.host_device() == device.load("host")
 
 
 def test_a_calibration_is_kept_whole(host_file: Path, tmp_path: Path) -> None:

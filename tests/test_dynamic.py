@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgetune.capture.dynamic import axes_of, parsed, resized, sizes_to_check
+from edgetune.capture.graph import capture
+from edgetune.capture.positional import as_program
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.export import export
-from edgetune.export.dynamic import axes_of, parsed, resized, sizes_to_check
 from edgetune.export.inspect import inspect
-from edgetune.export.lower import as_program, capture, lower
+from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.program.artifact import Artifact, TensorSpec, admitted
 from edgetune.quant.int4 import Int4

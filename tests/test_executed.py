@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Sample
 from edgetune.export import Artifact, export
-from edgetune.export.lower import Lowered, Positional, lower, lower_methods
+from edgetune.export.lower import Lowered, lower, lower_methods
 from edgetune.export.targets import find
 from edgetune.profile import cost, device
 from edgetune.program.executed import executed

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgetune.capture.graph import capture, prepare
+from edgetune.capture.positional import Positional
+from edgetune.capture.repairs.attention import attention
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Sample
 from edgetune.export import export
-from edgetune.export.lower import Positional, capture, compile_program, prepare
-from edgetune.export.repairs.attention import attention
+from edgetune.export.lower import compile_program
 from edgetune.export.targets import TARGETS, available, for_device
 from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from edgetune.capture import failures
 from edgetune.core.errors import EdgetuneError
-from edgetune.export import export, failures
+from edgetune.export import export
 
 
 class Twice(nn.Module):

@@ -14,9 +14,10 @@ from nn_table import CASES, load_libraries, tried, tried_apart
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.capture.positional import Positional
+from edgetune.capture.repairs import bags, decomposed, folding, volumes
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.export.lower import Positional, lower
-from edgetune.export.repairs import bags, decomposed, folding, volumes
+from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.run import failed, run_in_child
 

@@ -150,14 +150,6 @@ def test_what_the_backend_folds_into_a_layer_costs_nothing() -> None:
     assert cost.predict([conv, norm, clamp], described).latency_ms == cost.predict([conv], described).latency_ms
 
 
-def test_training_memory_is_the_sum_of_what_was_measured() -> None:
-    total = cost.train_memory_mib(weights_mib=1.0, gradients_mib=2.0, optimizer_state_mib=4.0, kept_activations_mib=8.0)
-    assert total == 15.0
-    for bad in (-1.0, math.nan, math.inf):
-        with pytest.raises(EdgetuneError, match="gradients_mib"):
-            cost.train_memory_mib(weights_mib=1.0, gradients_mib=bad, optimizer_state_mib=0.0, kept_activations_mib=0.0)
-
-
 def test_senseless_programs_are_refused() -> None:
     described = device.load("pixel-8")
     with pytest.raises(EdgetuneError, match="no operators"):

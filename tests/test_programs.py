@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.capture.positional import as_program
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import export
 from edgetune.export.inspect import inspect
-from edgetune.export.lower import PLAIN, Layout, Lowered, as_program, lower
+from edgetune.export.lower import PLAIN, Layout, Lowered, lower
 from edgetune.export.targets import find
 from edgetune.program.artifact import Artifact, Manifest, data_path, write_pair
 from edgetune.quant.int4 import Int4

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.ledger import OutputParity, Parity
@@ -17,7 +18,6 @@ from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Sample
 from edgetune.export import export
-from edgetune.export.lower import Positional
 from edgetune.export.methods import export_methods
 from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4

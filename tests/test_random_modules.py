@@ -23,9 +23,10 @@ from random_modules import ROWS, Drawn, Plan, inputs_of, plans
 from random_techniques import SEED, TECHNIQUES, drawn_plans, kind_of, tried, warm_up
 from torch import Tensor, nn
 
+from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
-from edgetune.export.lower import Positional, lower
+from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.run import loaded_runtime
 

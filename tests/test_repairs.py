@@ -13,10 +13,12 @@ from nets import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.capture import repairs
+from edgetune.capture.graph import capture, prepare
+from edgetune.capture.positional import Positional
+from edgetune.capture.repairs.attention import attention
 from edgetune.core.quiet import quiet
-from edgetune.export import repairs
-from edgetune.export.lower import Positional, capture, lower, marked, prepare
-from edgetune.export.repairs.attention import attention
+from edgetune.export.lower import lower, marked
 from edgetune.export.targets import TARGETS
 from edgetune.program.operator_kinds import is_free, plain_name
 from edgetune.runtime.run import run_in_child

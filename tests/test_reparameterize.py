@@ -11,7 +11,7 @@ from timm_apart import TIMM, run_with_timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgetune.export.reparameterize import reparameterize
+from edgetune.capture.reparameterize import reparameterize
 
 torch.set_num_threads(1)
 
@@ -205,8 +205,9 @@ def test_every_norm_of_a_network_goes() -> None:
 
 TIMM_CHILD = """
 import sys, torch
-from edgetune.export.lower import Positional, lower
-from edgetune.export.reparameterize import reparameterize
+from edgetune.capture.positional import Positional
+from edgetune.export.lower import lower
+from edgetune.capture.reparameterize import reparameterize
 from edgetune.export.targets import TARGETS
 from test_reparameterize import norms, settled
 

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
 
 import pytest
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.sparse.auto.account import Layer, Profile, Updating
-from edgetune.sparse.auto.evolve import by_evolution
-from edgetune.sparse.auto.search import Found, Limits, Values, exactly
+from edgetune.sparse.auto.search import Limits, Solution, Values, find_scheme
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.auto.trace import Save
 from edgetune.sparse.scheme import Part, Slice
@@ -78,7 +76,7 @@ def brute_force(
     return best
 
 
-def agree(found: Found, expected: tuple[float, int]) -> None:
+def agree(found: Solution, expected: tuple[float, int]) -> None:
     assert found.value == pytest.approx(expected[0], rel=1e-9)
     assert found.bytes == expected[1]
 
@@ -95,34 +93,18 @@ def test_exactly_finds_what_trying_everything_finds(seed: int) -> None:
     expected = brute_force(profile, values, limits, fixed, updating)
     if expected is None:
         with pytest.raises(EdgetuneError, match="lowest possible"):
-            exactly(profile, values, limits, fixed=fixed, updating=updating)
+            find_scheme(profile, values, limits, fixed=fixed, updating=updating)
         return
-    agree(exactly(profile, values, limits, fixed=fixed, updating=updating), expected)
-    evolved = by_evolution(profile, values, limits, fixed=fixed, updating=updating, generations=40, population=24)
-    assert evolved.value >= 0.97 * expected[0]
-    assert evolved.bytes <= limits.bytes
+    agree(find_scheme(profile, values, limits, fixed=fixed, updating=updating), expected)
 
 
 def test_few_points_lose_little_and_never_exceed_the_budget() -> None:
     profile = profile_of(1, layers=40)
     values = values_of(profile, 1)
     limits = Limits(60_000)
-    best, rough = exactly(profile, values, limits), exactly(profile, values, limits, most_points=256)
+    best, rough = find_scheme(profile, values, limits), find_scheme(profile, values, limits, most_points=256)
     assert rough.bytes <= best.bytes or rough.bytes <= limits.bytes
     assert 0.97 * best.value <= rough.value <= best.value
-
-
-@pytest.mark.parametrize("step_ms", [None, 12.0])
-def test_evolution_comes_near_the_exact_answer_in_a_net_of_fifty_layers(step_ms: float | None) -> None:
-    profile = profile_of(7, layers=50)
-    values = values_of(profile, 7)
-    limits = Limits(90_000, step_ms)
-    best = exactly(profile, values, limits)
-    evolved = by_evolution(profile, values, limits, seed=3)
-    assert 0.95 * best.value <= evolved.value
-    assert evolved.value <= 1.01 * best.value  # exact up to its points
-    assert evolved.bytes <= limits.bytes
-    assert by_evolution(profile, values, limits, seed=3) == evolved
 
 
 def test_a_budget_that_cannot_be_met_says_the_least_that_can() -> None:
@@ -132,27 +114,14 @@ def test_a_budget_that_cannot_be_met_says_the_least_that_can() -> None:
         profile.account({n: part}).total_bytes for n, parts in values.items() for part in parts
         if profile.layer(n).sizes(part)
     )  # fmt: skip
-    for search in (exactly, by_evolution):
-        with pytest.raises(EdgetuneError, match=rf"lowest possible is {least / 2**20:.1f} MiB") as error:
-            search(profile, values, Limits(5_000))
-        assert error.value.exit_code == Exit.BUDGET
-    agreed = exactly(profile, values, Limits(least))
+    with pytest.raises(EdgetuneError, match=rf"lowest possible is {least / 2**20:.1f} MiB") as error:
+        find_scheme(profile, values, Limits(5_000))
+    assert error.value.exit_code == Exit.BUDGET
+    agreed = find_scheme(profile, values, Limits(least))
     assert agreed.bytes == least
-
-
-def test_evolution_takes_a_cost_that_does_not_add_up() -> None:
-    profile = profile_of(4, layers=5)
-    values = values_of(profile, 4)
-
-    def at_most_two(parts: Any) -> tuple[float, float]:
-        return float(sum(part != "frozen" for part in parts.values())), 0.0
-
-    found = by_evolution(profile, values, Limits(2), cost=at_most_two, generations=30, population=16)
-    best = sorted((max(parts.values()) for parts in values.values()), reverse=True)
-    assert found.value == pytest.approx(sum(best[:2]))
 
 
 def test_unknown_layers_are_refused() -> None:
     profile = profile_of(4, layers=2)
     with pytest.raises(EdgetuneError, match="no such layer"):
-        exactly(profile, {"elsewhere": {"full": 1.0}}, Limits(1e9))
+        find_scheme(profile, {"elsewhere": {"full": 1.0}}, Limits(1e9))

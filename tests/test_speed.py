@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from edgetune.core.quiet import quiet
-from edgetune.export import pt2e
 from edgetune.export.speed import fast_decompositions
+from edgetune.quant import pt2e
 
 
 class Mixed(nn.Module):

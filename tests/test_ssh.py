@@ -27,7 +27,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import Artifact, export
 from edgetune.runtime.hosts import connection, session, ssh
 from edgetune.runtime.hosts.connection import Connection
-from edgetune.runtime.hosts.place import Place, parsed
+from edgetune.runtime.hosts.place import Place, TimingRequest, parsed
 
 UNPACKED = Path(os.environ.get("EDGETUNE_DATA", ".venv/share")) / "sshd"  # tests/sshd.sh puts it there without root
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:{UNPACKED}/usr/sbin")
@@ -256,10 +256,10 @@ def test_ends_of_a_program_are_told_apart(reached: Server, artifact: Artifact, t
         ("full", "echo 'cannot write: No space left on device' >&2; exit 1", "its disk is full"),
     ):
         with opened_with(reached, answers(name, script)) as machine, pytest.raises(EdgetuneError, match=what) as error:
-            machine.time(artifact.path, [(torch.zeros(1, 16),)], threads=1, seconds=0.01)
+            machine.time(TimingRequest(artifact.path, [(torch.zeros(1, 16),)], threads=1, seconds=0.01))
         assert error.value.action
     with opened_with(reached, answers("late", "cat >/dev/null"), 3.0) as machine, pytest.raises(EdgetuneError) as late:
-        machine.time(artifact.path, [(torch.zeros(1, 16),)], threads=1, seconds=0.01)
+        machine.time(TimingRequest(artifact.path, [(torch.zeros(1, 16),)], threads=1, seconds=0.01))
     assert "took more than 3 s" in str(late.value)
     assert late.value.exit_code == Exit.EXPORT
     assert left_over(reached) == []
@@ -268,7 +268,7 @@ def test_ends_of_a_program_are_told_apart(reached: Server, artifact: Artifact, t
 @needs_sshd
 def test_more_threads_than_cores_are_refused(reached: Server, artifact: Artifact) -> None:
     with opened_with(reached, sys.executable) as machine, pytest.raises(EdgetuneError, match="cores there"):
-        machine.time(artifact.path, [(torch.zeros(1, 16),)], threads=10_000, seconds=0.01)
+        machine.time(TimingRequest(artifact.path, [(torch.zeros(1, 16),)], threads=10_000, seconds=0.01))
 
 
 @needs_sshd

@@ -10,11 +10,12 @@ import torch
 from nn_table import load_libraries, tried_apart
 from torch import nn
 
+from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.export import stored
 from edgetune.export.lint import lint
-from edgetune.export.lower import Positional, lower
+from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.quant.int4 import Int4
 

@@ -10,14 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgetune.capture.graph import capture
+from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Sample
-from edgetune.export.lower import Lowered, Positional, capture, lower
+from edgetune.export.lower import Lowered, lower
 from edgetune.export.targets import TARGETS, Target, available, find, for_device, form_of
 from edgetune.profile import device
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
+from edgetune.quant.quantizers import OWN
 
 IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(8).reshape(1, 8)
@@ -68,7 +71,7 @@ def lowered(model: str, target: Target) -> Lowered:
 def quantized(model: str, target: Target) -> nn.Module:
     """The model in static int8 by the target's own quantizer, calibrated on the example."""
     kind, x = MODELS[model]
-    assert target.quantizer is not None
+    assert target.name in OWN
     with quiet():
         return Int8(target=target.name).apply(kind().eval(), Sample.of(x))
 
@@ -221,6 +224,24 @@ def test_arm_takes_int8_from_its_own_quantizer(name: str, model: str) -> None:
     assert macs_delegated_pct(found) > 95
     one, three = integers(x), integers(torch.cat([x, x, x]))
     assert torch.equal(three, torch.cat([one, one, one]))
+
+
+@pytest.mark.parametrize("name", list(OWN))
+def test_int8_says_what_a_target_of_its_own_quantizer_lacks_or_takes(name: str) -> None:
+    with pytest.raises(EdgetuneError, match="takes no skip"):
+        Int8(target=name, skip=("head",)).apply(Cnn().eval(), Sample.of(IMAGE))
+    if not find(name).lacks():
+        pytest.skip(f"{name} is here")
+    with pytest.raises(EdgetuneError, match=f"int8 cannot quantize for target {name}") as caught:
+        Int8(target=name).apply(Cnn().eval(), Sample.of(IMAGE))
+    assert caught.value.exit_code == Exit.EXPORT
+    assert caught.value.action == find(name).install
+
+
+def test_int8_for_a_target_that_is_none_names_those_that_are() -> None:
+    with pytest.raises(EdgetuneError, match="unknown target") as caught:
+        Int8(target="toaster").apply(Cnn().eval(), Sample.of(IMAGE))
+    assert list(caught.value.allowed or ()) == list(TARGETS)
 
 
 @pytest.mark.slow

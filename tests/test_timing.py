@@ -13,6 +13,7 @@ from torch.nn import functional
 from edgetune.sparse.auto.account import Profile
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.scheme import Slice
+from edgetune.sparse.update import SparseUpdate
 
 torch.set_num_threads(1)
 TIMES = Times(
@@ -60,7 +61,12 @@ def test_every_layer_is_timed_in_every_part_and_the_model_is_left_as_it_was() ->
         Padded(3, 8), nn.BatchNorm2d(8), nn.ReLU(), Padded(8, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 4)
     )
     before = copy.deepcopy(model.state_dict())
-    profile = Profile.of(model, (torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])), functional.cross_entropy)
+    profile = Profile.of(
+        model,
+        (torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])),
+        functional.cross_entropy,
+        SparseUpdate().under(model),
+    )
     times = profile.times
     assert len(times.frozen) == len(times.forward) == len(times.backward) == len(profile.live)
     assert set(times.parts) == {layer.name for layer in profile.layers} == {"0", "1", "3", "6"}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_measures import loss_difference, stock_plan_bytes
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.export.training import lower
-from edgetune.export.training.measure import loss_difference, stock_plan_bytes
 from edgetune.export.training.pull import pull
 from edgetune.export.training.step import Check, eager_losses, export_training
 from edgetune.program.training import TrainingArtifact

@@ -66,8 +66,8 @@ def export(
     The program runs and its outputs are compared with those of the model. It takes one row. A program from a .pt2
     file takes inputs of the shapes that it was saved with.
     """
+    from edgetune.capture.dynamic import parsed
     from edgetune.core.errors import shortened
-    from edgetune.export.dynamic import parsed
     from edgetune.run.exporting import export_from
 
     with contextlib.redirect_stdout(sys.stderr):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Union
 
 import torch
@@ -41,6 +41,17 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
     if isinstance(inputs, Tensor):
         return (inputs,)
     return tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
 
 
 def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -47,6 +47,11 @@ def select(
     return chosen
 
 
+def parameter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with parameters of their own, by name, in the model's order."""
+    return {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+
+
 def no_match(what: str, pattern: str, names: Iterable[str]) -> EdgetuneError:
     """The error for a pattern that fits none of the names: what they end in, and which one was probably meant."""
     names = list(names)

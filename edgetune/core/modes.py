@@ -35,6 +35,17 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def same_trainability(model: nn.Module) -> Iterator[None]:
+    """Let each parameter require a gradient again, or none, as it did."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """Put back every buffer that the body writes or replaces: a model may keep a state there."""
     held = [

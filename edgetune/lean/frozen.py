@@ -9,15 +9,16 @@ it. Both look at what trains at every call, so a layer made trainable later is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._C._dynamo import eval_frame
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from edgetune.core.inputs import tensors_in
 from edgetune.lean.frozen_ops import REPLACED
 
 
@@ -142,17 +143,6 @@ def in_checkpoint() -> bool:
 
 def nothing() -> None:
     """Undo nothing."""
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

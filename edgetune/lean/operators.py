@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgetune.core.inputs import tensors_in
 from edgetune.lean import activations, products
 from edgetune.lean.activations import ACTIVATIONS, byte_derivative, from_input
 from edgetune.lean.attention import Repeats, scaled_dot_product_attention
@@ -29,7 +30,6 @@ from edgetune.lean.frozen import (
     never_compiled_alone,
     nothing,
     replacing,
-    tensors_in,
 )
 from edgetune.lean.frozen_ops import REPLACED
 from edgetune.lean.loss import cross_entropy

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.core.carriers import is_wrapped, plain_layer
 from edgetune.core.errors import EdgetuneError, shortened
-from edgetune.core.inputs import Inputs, call, device_of, moved
+from edgetune.core.inputs import Inputs, call, device_of, moved, tensors_in
 from edgetune.core.modes import undisturbed
 from edgetune.core.technique import Sample
 from edgetune.lean.frozen import Hook, never_compiled_alone, remove_hooks
@@ -158,9 +158,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _note(self, func: Any, operator: str, args: Any, kwargs: Any) -> None:
-        tensors = _tensors((args, kwargs))
+        tensors = list(tensors_in((args, kwargs)))
         if operator in ("copy_", "index_copy_", "fill_", "zero_"):  # written, not read: a slice is put in its place
-            tensors = _tensors((args[1:], kwargs))
+            tensors = list(tensors_in((args[1:], kwargs)))
         for tensor in tensors:
             storage = _storage(tensor)
             owners = self.owners.get(storage)
@@ -181,17 +181,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _outer(name: str) -> Iterator[str]:
     parts = name.split(".")
     return (".".join(parts[:depth]) for depth in range(len(parts)))
-
-
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    values: Iterable[object] = ()
-    if isinstance(value, (tuple, list)):
-        values = value
-    elif isinstance(value, dict):
-        values = value.values()
-    return [tensor for item in values for tensor in _tensors(item)]
 
 
 def _storage(tensor: Tensor) -> int:

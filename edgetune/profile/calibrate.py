@@ -21,7 +21,7 @@ from edgetune.profile.terms import CALL, DELEGATE, Caches, footprint_bytes
 from edgetune.profile.trials import Clocked, Progress
 from edgetune.profile.yaml_file import write_yaml
 from edgetune.program.operators import Operator
-from edgetune.recipe.names import HOST, SUFFIX, ids, user_folder
+from edgetune.recipe.names import HOST, SUFFIX, user_folder
 from edgetune.runtime import host
 
 ENGINE = "ExecuTorch XNNPACK"
@@ -280,8 +280,3 @@ def _number(row: Mapping[str, str], column: str, where: str, default: float | No
     if not (math.isfinite(value) and value > 0):
         raise EdgetuneError(f"{column} must be a positive number", where=where, got=text)
     return value
-
-
-def host_device() -> Device | None:
-    """The calibrated descriptor of this host, or `None` if it was never calibrated."""
-    return load(HOST) if HOST in ids() else None

@@ -120,22 +120,6 @@ def cold_start_ms(operators: Sequence[Operator], device: Device, program_bytes: 
 _LOAD_MS = 1.0  # to set up a program; a small one took 0.5 ms on a server core
 
 
-def train_memory_mib(
-    *, weights_mib: float, gradients_mib: float, optimizer_state_mib: float, kept_activations_mib: float
-) -> float:
-    """Memory of one training step: the sum of what the ledger measured. Raises for a negative or infinite part."""
-    parts = {
-        "weights_mib": weights_mib,
-        "gradients_mib": gradients_mib,
-        "optimizer_state_mib": optimizer_state_mib,
-        "kept_activations_mib": kept_activations_mib,
-    }
-    for name, value in parts.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise EdgetuneError(f"{name} must be finite and not negative", got=value)
-    return sum(parts.values())
-
-
 def _check(
     operators: Sequence[Operator], plan_bytes: int, program_bytes: int | None, delegate_calls: int | None
 ) -> None:

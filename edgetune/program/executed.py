@@ -1,6 +1,6 @@
 """The operators of a program as the runtime executes them, read from the file alone.
 
-Between two calls of `edgetune.export.operators` and these lies the backend's compiler: it folds, adds a transpose
+Between two calls of `edgetune.capture.operators` and these lies the backend's compiler: it folds, adds a transpose
 before a convolution and a conversion around an 8-bit operator, and each of those takes time. XNNPACK's parts are read
 from their own flatbuffer; of any other backend one operator stands for each call.
 """

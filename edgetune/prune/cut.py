@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, shortened
-from edgetune.core.inputs import Inputs, call
+from edgetune.core.inputs import Inputs, call, tensors_in
+from edgetune.core.modes import undisturbed
 from edgetune.prune.attention import HEAD_COUNTS, attention_names, called, head_size, projections
 from edgetune.prune.groups import Cut
 from edgetune.prune.layers import (
@@ -24,7 +25,6 @@ from edgetune.prune.layers import (
     weight_of,
     width_of,
 )
-from edgetune.prune.trace import tensors_in, undisturbed
 
 ALL_HEADS = ("all_head_size", "attn_dim", "inner_dim", "split_size")  # heads x head size, as attention modules call it
 FFN_WIDTHS = (  # as config classes call it
@@ -97,16 +97,20 @@ def _tried(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str
     dropped = _dropped(cuts)
     readers = {name: dropped.get((name, "out"), set()) for name, axis in dropped if axis == "in"}
     with _held(model, cuts, fill), _outputs_of(model, readers) as wanted:
-        wanted[""] = tensors_in(call(model, inputs))
+        wanted[""] = _floats_in(call(model, inputs))
     try:
         _apply(model, cuts, fill, changes)
         _follow_config(model, cuts, changes)
         with _outputs_of(model, {name: set() for name in readers}) as got:
-            got[""] = tensors_in(call(model, inputs))
+            got[""] = _floats_in(call(model, inputs))
     except Exception as error:  # whatever the model's own code raises
         changes.undo()
         return changes, f"without these units the model does not run ({_reason(error)})"
     return changes, next(filter(None, (_difference(name, wanted[name], got[name]) for name in wanted)), "")
+
+
+def _floats_in(output: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
 def _reason(error: Exception) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call
+from edgetune.core.modes import undisturbed
 from edgetune.prune.groups import Group, Member
 from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_of, width_of
-from edgetune.prune.trace import undisturbed
 
 
 @torch.no_grad()

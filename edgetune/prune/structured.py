@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import matches, no_match
+from edgetune.core.modes import same_trainability, undisturbed
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.prune.attention import attention_names, called
 from edgetune.prune.cut import cut, resize_like
 from edgetune.prune.groups import Cut, Group, Kind, find_groups
 from edgetune.prune.importance import activation, magnitude, means, observe
-from edgetune.prune.trace import undisturbed
 
 _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 
@@ -83,7 +83,7 @@ class Prune(Technique):
     def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:
         self._check(model)
         kinds = self._kinds(model)
-        with undisturbed(model):
+        with undisturbed(model), same_trainability(model):
             groups = find_groups(model, sample.inputs, kinds, self.skip)
         _refuse_shared(model, groups)
         moments = observe(model, groups, sample.batches()) if self.importance == "activation" else None

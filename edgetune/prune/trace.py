@@ -1,10 +1,9 @@
-"""A model's layers as a graph, by torch-pruning; and what belongs to tracing: modes, rows, outputs."""
+"""A model's layers as a graph, by torch-pruning; and what belongs to tracing: rows, outputs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,33 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import Inputs, call, rows_of, tensors_of
+from edgetune.core.inputs import Inputs, call, rows_of, tensors_in, tensors_of
 from edgetune.core.registry import require
 from edgetune.prune.layers import is_conv1d, width_of
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; train/eval mode and trainability of every part as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, wanted in trainable.items():
-            parameter.requires_grad_(wanted)
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """Every floating-point tensor a model returned, in order; caches and other objects are passed over."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    return [t for value in output for t in tensors_in(value)] if isinstance(output, (tuple, list)) else []
 
 
 def first_rows(inputs: Inputs) -> Inputs:

@@ -12,14 +12,17 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
+from edgetune.capture.positional import as_plain
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, device_of, rows_of
 from edgetune.core.layers import select
+from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.quant.integers import Integers
+from edgetune.quant.quantizers import OWN
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # what `skip` can name
 
@@ -64,24 +67,20 @@ class Int8(Technique):
         if self.skip:
             layers = {name for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
             skipped = layers - select(model, ("*",), self.skip, LAYERS).keys()
-        from edgetune.core.outputs import named_outputs
-        from edgetune.export.lower import as_plain
-        from edgetune.export.pt2e import quantize_static
-        from edgetune.export.targets import find
+        from edgetune.quant.pt2e import quantize_static
 
-        target = find(self.target)
         source_parameters = sum(parameter.numel() for parameter in model.parameters())
         batches = islice(sample.batches(), self.calibration_batches)
         with as_plain(model.eval()) as here:
             graph = quantize_static(
                 here, sample.inputs, batches,
-                per_channel=self.per_channel, skip=frozenset(skipped), target=target,
+                per_channel=self.per_channel, skip=frozenset(skipped), target=self.target,
             )  # fmt: skip
             with quiet(), torch.no_grad():
                 returned = call(here, sample.inputs)
         names = tuple(sample.inputs) if isinstance(sample.inputs, dict) else ()
         keys = None if isinstance(returned, (Tensor, tuple, list)) else tuple(named_outputs(returned))
-        return Static8(graph, names, source_parameters, integers=target.quantizer is None, keys=keys).eval()
+        return Static8(graph, names, source_parameters, integers=self.target not in OWN, keys=keys).eval()
 
 
 _STORED = ("names", "source_parameters", "integers", "keys")  # of a Static8, beside its graph

@@ -144,7 +144,7 @@ _RULES: dict[Any, Callable[[Integers, fx.Node], Tensor | None]] = {
 @cache
 def _forms() -> dict[Any, Callable[..., Any]]:
     """What the export computes in other operators, of which the outcome is not the same to the last bit."""
-    from edgetune.export.repairs import activations, attention, gelu, mean, norms, power
+    from edgetune.capture.repairs import activations, attention, gelu, mean, norms, power
 
     found: dict[Any, Callable[..., Any]] = {}
     for repair in (activations, attention, gelu, mean, norms, power):

@@ -14,10 +14,10 @@ from edgetune.core.inputs import Inputs
 from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
 
 if TYPE_CHECKING:
+    from edgetune.capture.dynamic import Dynamic
     from edgetune.core.ledger import Ledger
     from edgetune.data.dataset import Split
     from edgetune.export import Artifact
-    from edgetune.export.dynamic import Dynamic
     from edgetune.export.language import LanguageArtifact
     from edgetune.program.carried import Carried
     from edgetune.recipe.sections import ExportSettings

@@ -25,9 +25,9 @@ from edgetune.run.exportable import (
 )
 
 if TYPE_CHECKING:
+    from edgetune.capture.dynamic import Dynamic
     from edgetune.data.dataset import Dataset
     from edgetune.export import Artifact
-    from edgetune.export.dynamic import Dynamic
     from edgetune.export.language import LanguageArtifact
 
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}

@@ -51,12 +51,6 @@ def text_for(recipe: Recipe) -> str:
     return "\n".join([recipe.digest, *digests(recipe)]) + "\n"
 
 
-def recipe_digest(folder: Path) -> str:
-    """The recipe's own digest, as the folder has it; "" where it has none."""
-    path = folder / FILE
-    return path.read_text(encoding="utf-8").split("\n", 1)[0] if path.exists() else ""
-
-
 def is_of(recipe: Recipe, folder: Path) -> bool:
     """Whether the run in the folder is of this very recipe, and of the user's own code as it is now."""
     return (folder / FILE).read_text(encoding="utf-8") == text_for(recipe)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import matches, no_match
+from edgetune.core.layers import matches, no_match, parameter_layers
 from edgetune.core.technique import Sample, Settings
 from edgetune.lean.stages import blocks_of
 from edgetune.sparse.order import running_order
@@ -44,6 +45,7 @@ class Slice(Settings):
 
 Part = Literal["full", "bias", "frozen"] | Slice
 WrittenPart = Literal["full", "bias", "frozen"] | Ratio | Slice  # a bare number is a slice of that ratio
+Under = Callable[[Mapping[str, Part]], AbstractContextManager[None]]  # inside, these parts of a model train alone
 
 NAMED = ("last-<k>", "bias", "bert-pockengine", "auto")  # the last with a budget only, see auto/choose.py
 
@@ -117,7 +119,7 @@ def resolve(
     in which they run on the sample, and the last of them for the head.
     A slice that covers a whole block means its linears and convolutions; the norms among them train whole.
     """
-    layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+    layers = parameter_layers(model)
     blocks = blocks_of(model)
     if not blocks and isinstance(scheme, str):
         layers = {name: layers[name] for name in running_order(model, layers, sample)}

@@ -7,6 +7,8 @@ arXiv:2007.11622) and of sparse update (Lin et al., 2022, arXiv:2206.15472).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
-from edgetune.core.layers import replace
+from edgetune.core.layers import parameter_layers, replace
 from edgetune.core.merging import merge
 from edgetune.core.peft_layers import is_peft
 from edgetune.core.technique import Needs, Sample, Technique
@@ -26,7 +28,7 @@ from edgetune.lean.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
 from edgetune.lean.operators import Activations, LightOperators
 from edgetune.lean.reads import refuse_read_elsewhere
 from edgetune.lean.stages import stages_of
-from edgetune.sparse.scheme import Scheme, Slice, WrittenPart, resolve, trains
+from edgetune.sparse.scheme import Part, Scheme, Slice, Under, WrittenPart, resolve, trains
 from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest
 
 _SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
@@ -93,8 +95,26 @@ class SparseUpdate(Technique):
             return resolve(model, self.scheme, self.head, self.norms, sample)
         from edgetune.sparse.auto.choose import choose
 
-        alone = self.model_copy(update={"scheme": "last-2", "budget_mib": None, "step_ms": None})
-        return choose(model, self.required(sample), self.budget_mib, self.step_ms, technique=alone).scheme
+        sample = self.required(sample)
+        return choose(
+            model, sample, self.budget_mib, self.step_ms, under=self.under(model), head=self.head, norms=self.norms
+        ).scheme
+
+    def under(self, model: nn.Module) -> Under:
+        """Inside `under(parts)` the model trains these parts alone, by these settings; then it is as it was."""
+
+        @contextmanager
+        def training(parts: Mapping[str, Part]) -> Iterator[None]:
+            written = {name: parts.get(name, "frozen") for name in parameter_layers(model)}
+            update = {"scheme": written, "head": "frozen", "norms": True, "budget_mib": None, "step_ms": None}
+            technique = self.model_copy(update=update)
+            technique.apply(model)
+            try:
+                yield
+            finally:
+                technique.finalize(model)
+
+        return training
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Set what trains, in place, and add hooks to the frozen stages and layers."""
@@ -155,6 +175,6 @@ class SparseUpdate(Technique):
         scheme: Scheme = getattr(model, _SCHEME)
         if self.scheme != "auto":
             return
-        told = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.written().items()}
+        written = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.written().items()}
         comment = "".join(f"# {line}\n" for line in str(scheme).splitlines())
-        write_whole(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": told}, sort_keys=False))
+        write_whole(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": written}, sort_keys=False))

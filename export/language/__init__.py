@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgetune.capture.operators import delegated_pct
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import device_of
@@ -21,7 +22,6 @@ from edgetune.export import targets
 from edgetune.export.language import parity
 from edgetune.export.language.cached import Cached, check_model
 from edgetune.export.language.lower import LoweredLanguage, lower
-from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.targets import Target
 from edgetune.program.artifact import TensorSpec, sha256_of, write_pair

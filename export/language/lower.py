@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
+from edgetune.capture import operators
+from edgetune.capture.dynamic import Axis
+from edgetune.capture.graph import capture, prepare
 from edgetune.core.quiet import quiet
-from edgetune.export import operators, stored
-from edgetune.export.dynamic import Axis
+from edgetune.export import stored
 from edgetune.export.language.cached import Cached
-from edgetune.export.lower import Lowered, capture, compile_program, prepare
+from edgetune.export.lower import Lowered, compile_program
 from edgetune.export.targets import Target
 from edgetune.program.executed import executed
 from edgetune.program.operators import Operator

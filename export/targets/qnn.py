@@ -6,27 +6,13 @@ found. The steps are those of `to_edge_transform_and_lower_to_qnn`, which takes 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
 
 from edgetune.export.targets.forms import form_of
 from edgetune.export.targets.target import Target, Way
-
-
-def _missing() -> str:
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"Qualcomm's compiler runs on x86 Linux, this is {platform.system()} {platform.machine()}"
-    root = os.environ.get("QNN_SDK_ROOT", "")
-    if not root:
-        return "Qualcomm's AI Engine Direct SDK is not here: QNN_SDK_ROOT is not set"
-    if not (Path(root) / "lib" / "x86_64-linux-clang" / "libQnnHtp.so").is_file():
-        return f"QNN_SDK_ROOT={root} does not contain lib/x86_64-linux-clang/libQnnHtp.so"
-    return "" if importlib.util.find_spec("cpuinfo") else "no module named 'cpuinfo'"
+from edgetune.quant.quantizers import QNN_INSTALL, qnn_lacks
 
 
 def _specs(target: Target, *, quantized: bool) -> Any:
@@ -61,22 +47,12 @@ def _way(program: ExportedProgram, target: Target) -> Way:
     )
 
 
-def _quantizer(target: Target, per_channel: bool) -> Any:
-    target.partitioners()
-    from executorch.backends.qualcomm.quantizer.quantizer import QnnQuantizer
-
-    return QnnQuantizer()
-
-
 QNN = Target(
     name="qnn",
     serves="the Hexagon NPU of Snapdragon phones",
     partitioner="executorch.backends.qualcomm.partition.qnn_partitioner:QnnPartitioner",
     takes=("fp32", "int8"),
-    install=(
-        "install Qualcomm's AI Engine Direct SDK, set QNN_SDK_ROOT to it and put its lib/x86_64-linux-clang on "
-        "LD_LIBRARY_PATH, then pip install py-cpuinfo"
-    ),
+    install=QNN_INSTALL,
     chip="SM8650",
     chips=(
         ("Snapdragon 8 Gen 1", "SM8450"),
@@ -86,8 +62,7 @@ QNN = Target(
         ("Snapdragon 8 Elite Gen 5", "SM8850"),
         ("Snapdragon 8 Elite", "SM8750"),
     ),
-    missing=_missing,
+    missing=qnn_lacks,
     build=_build,
     way=_way,
-    quantizer=_quantizer,
 )

@@ -57,7 +57,6 @@ class Target:
     missing: Callable[[], str] = _nothing  # what else is not on this machine: an SDK, a GPU
     build: Callable[[Any, Target], Any] = _plain  # from the class to the partitioner
     way: Callable[[ExportedProgram, Target], Way] = _straight
-    quantizer: Callable[[Target, bool], Any] | None = None  # of static int8, given `per_channel`; None: XNNPACK's
 
     @property
     def runs_here(self) -> bool:

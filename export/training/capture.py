@@ -15,10 +15,10 @@ from torch.export.graph_signature import OutputKind
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from edgetune.capture import failures
+from edgetune.capture.repairs.attention import attention
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
-from edgetune.export import failures
-from edgetune.export.repairs.attention import attention
 from edgetune.export.speed import fast_decompositions
 from edgetune.export.training import layers, passes
 from edgetune.lean.frozen import remove_hooks

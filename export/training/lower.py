@@ -10,10 +10,11 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgetune.capture import failures, operators
+from edgetune.capture.operators import Placed
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Leftover
-from edgetune.export import failures, kernels, lower, operators
-from edgetune.export.operators import Placed
+from edgetune.export import kernels, lower
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.training import cuts

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edgetune.export import lower
+from edgetune.capture.graph import key_of
 from edgetune.export.training.draft import Draft
 
 aten = torch.ops.aten
@@ -142,7 +142,7 @@ def merge_equal(draft: Draft, nodes: set[fx.Node] | None = None) -> None:
     """Compute once what is computed twice (of `nodes`, if given): every layer converts the same mask."""
     seen: dict[Any, fx.Node] = {}
     for node in draft.nodes():
-        key = lower.key_of(node) if nodes is None or node in nodes else None
+        key = key_of(node) if nodes is None or node in nodes else None
         if key is None:
             continue
         if key in seen:

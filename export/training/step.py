@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from edgetune.capture.operators import delegated_pct
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, logits_of, rows_of, tensors_of
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.export import targets
-from edgetune.export.operators import delegated_pct
 from edgetune.export.pipeline import version_of
 from edgetune.export.training import capture, memory, passes, sequence, update
 from edgetune.export.training.capture import Joint, Loss

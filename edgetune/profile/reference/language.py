@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 from edgetune.program.operators import DType, Kind, Operator
 
@@ -260,6 +259,3 @@ def file_mib(architecture: Architecture, scheme: Scheme) -> float:
     bits = architecture.block_parameters * scheme.file_block_bits + architecture.head_parameters * table_bits
     small = architecture.small_parameters + adapter_parameters(architecture, scheme.adapter_rank)
     return (bits / 8 + 4 * small) / _MIB
-
-
-Quantity = Literal["decode_tokens_per_s", "prefill_tokens_per_s", "file_mib", "peak_memory_mib"]

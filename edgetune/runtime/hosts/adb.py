@@ -8,15 +8,12 @@ import shlex
 import statistics
 import struct
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.runtime.hosts import android
-from edgetune.runtime.hosts.place import Place
+from edgetune.runtime.hosts.place import Place, TimingRequest
 
 if TYPE_CHECKING:
     from edgetune.runtime.run import Timing
@@ -103,36 +100,25 @@ class Adb:
         """That its inputs are ones, that memory is the whole process's, and what else the runner cannot say."""
         return "; ".join(filter(None, ("executor_runner: inputs are ones, memory is of the whole process", self.means)))
 
-    def time(
-        self,
-        path: Path,
-        calls: Sequence[tuple[Tensor, ...]],
-        *,
-        threads: int,
-        seconds: float,
-        data: Path | None = None,
-        language: bool = False,
-        energy: bool = True,
-    ) -> tuple[Timing, ...]:
-        """One call, timed in batches of 3 warm-ups and 20 runs, for `seconds` at least; the inputs are all ones."""
+    def time(self, request: TimingRequest) -> tuple[Timing, ...]:
+        """One call, timed in batches of 3 warm-ups and 20 runs; the inputs are all ones."""
         from edgetune.runtime.run import State, Timing
 
-        if language or len(calls) != 1:
+        if request.language or len(request.calls) != 1:
             raise EdgetuneError(
                 "executor_runner cannot run text-generation programs", action="time it over ssh, or on the host"
             )
-        if not 1 <= threads <= self.cores:
-            what = f"threads must be from 1 to the {self.cores} cores there"
-            raise EdgetuneError(what, where=self.name, got=threads, action=f"pass --threads {self.cores}")
+        request.check_threads(self.cores, self.name)
+        path = request.path
         self._push(path, "model.pte")
-        command = [f"./{_RUNNER}", "--model_path=model.pte", f"--cpu_threads={threads}"]
-        if data is not None:
-            self._push(data, "model.ptd")
+        command = [f"./{_RUNNER}", "--model_path=model.pte", f"--cpu_threads={request.threads}"]
+        if request.data is not None:
+            self._push(request.data, "model.ptd")
             command.append("--data_path=model.ptd")
-        first, runs, states = self._batches(command, path, seconds)
-        watched = self._watched(command, path, statistics.median(runs), energy)
+        first, runs, states = self._batches(command, path, request.seconds)
+        watched = self._watched(command, path, statistics.median(runs), request.energy)
         timing = Timing(
-            threads=threads,
+            threads=request.threads,
             load_ms=first.load_ms,
             first_ms=first.runs_ms[0] if first.runs_ms else first.total_ms / first.runs,
             latencies_ms=tuple(runs),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import THIS_HOST
 from edgetune.runtime import host
+from edgetune.runtime.hosts.place import TimingRequest
 
 if TYPE_CHECKING:
     from edgetune.runtime.run import Timing
@@ -35,30 +32,20 @@ class Host:
         """Cores that a program may use."""
         return host.cores()
 
-    def time(
-        self,
-        path: Path,
-        calls: Sequence[tuple[Tensor, ...]],
-        *,
-        threads: int,
-        seconds: float,
-        data: Path | None = None,
-        language: bool = False,
-        energy: bool = True,
-    ) -> tuple[Timing, ...]:
-        """Each call of the program timed for about `seconds`; see `Runner`."""
+    def time(self, request: TimingRequest) -> tuple[Timing, ...]:
+        """Each call of the program timed; see `Runner`."""
         from edgetune.runtime.run import time_calls
 
-        request = {
-            "threads": threads,
-            "seconds": seconds,
-            "warm_up_seconds": min(seconds, _WARM_UP_SECONDS),
-            "language": language,
-            "energy_seconds": _ENERGY_SECONDS if energy else 0.0,
+        settings = {
+            "threads": request.threads,
+            "seconds": request.seconds,
+            "warm_up_seconds": min(request.seconds, _WARM_UP_SECONDS),
+            "language": request.language,
+            "energy_seconds": _ENERGY_SECONDS if request.energy else 0.0,
         }
-        timings = time_calls(path, request, calls, data=data)
+        timings = time_calls(request.path, settings, request.calls, data=request.data)
         if not all(timing.latencies_ms for timing in timings):
-            raise EdgetuneError("the program was timed, but never ran", where=str(path))
+            raise EdgetuneError("the program was timed, but never ran", where=str(request.path))
         return timings
 
     def told_of(self, built_with: dict[str, str]) -> str:

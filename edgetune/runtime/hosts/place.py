@@ -25,6 +25,29 @@ _SSH = re.compile(
 _SERIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]*")
 
 
+@dataclass(frozen=True)
+class TimingRequest:
+    """A program to time: the inputs of each call, which is run for about so many seconds."""
+
+    path: Path
+    calls: Sequence[tuple[Tensor, ...]]
+    threads: int
+    seconds: float
+    data: Path | None = None  # the `.ptd` with its weights, where they lie apart
+    language: bool = False  # it needs the kernels of language models
+    energy: bool = True  # also look for a meter
+
+    def check_threads(self, cores: int, where: str) -> None:
+        """Raise for more threads than the machine has cores."""
+        if not 1 <= self.threads <= cores:
+            raise EdgetuneError(
+                f"threads must be from 1 to the {cores} cores there",
+                where=where,
+                got=self.threads,
+                action=f"pass --threads {cores}",
+            )
+
+
 class Runner(Protocol):
     """A machine on which programs can be timed, as a context."""
 
@@ -36,22 +59,8 @@ class Runner(Protocol):
     def cores(self) -> int:
         """Cores that a program may use there."""
 
-    def time(
-        self,
-        path: Path,
-        calls: Sequence[tuple[Tensor, ...]],
-        *,
-        threads: int,
-        seconds: float,
-        data: Path | None = None,
-        language: bool = False,
-        energy: bool = True,
-    ) -> tuple[Timing, ...]:
-        """Each call of the program timed in one fresh process, for about `seconds` each.
-
-        `data`: the `.ptd` with its weights, where they lie apart. `language`: the program needs the kernels of
-        language models. `energy`: also look for a meter. Raises `EdgetuneError` (exit code 5) where it does not run.
-        """
+    def time(self, request: TimingRequest) -> tuple[Timing, ...]:
+        """Each call of the program timed in one fresh process. Raises `EdgetuneError` (exit code 5) where it fails."""
 
     def told_of(self, built_with: dict[str, str]) -> str:
         """What is to be said beside a measurement of a program made with these versions."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Measured
 from edgetune.runtime.hosts.host import Host
-from edgetune.runtime.hosts.place import Place, Runner, parsed
+from edgetune.runtime.hosts.place import Place, Runner, TimingRequest, parsed
 from edgetune.runtime.hosts.ssh import Ssh
 from edgetune.runtime.measure import inputs_of, measured_of
 
@@ -81,9 +81,8 @@ def time_programs(
         found: Timing | EdgetuneError
         try:
             wanted = threads if threads is not None else on.cores
-            (found,) = on.time(
-                program.path, [program.inputs], threads=wanted, seconds=seconds, data=program.data, energy=False
-            )
+            request = TimingRequest(program.path, [program.inputs], wanted, seconds, program.data, energy=False)
+            (found,) = on.time(request)
         except EdgetuneError as error:
             if error.exit_code != Exit.EXPORT:
                 raise
@@ -108,10 +107,10 @@ def measured_on(
     versions = artifact.manifest.versions
     if not isinstance(artifact, LanguageArtifact):
         calls = [inputs_of(artifact)]
-        (timing,) = machine.time(artifact.path, calls, threads=threads, seconds=seconds, data=artifact.data_path)
+        (timing,) = machine.time(TimingRequest(artifact.path, calls, threads, seconds, artifact.data_path))
         return (measured_of(timing, threads, device=machine.name, note=machine.told_of(versions)),)
     known = artifact.manifest
-    timings = machine.time(artifact.path, _spoken(known), threads=threads, seconds=seconds, language=True)
+    timings = machine.time(TimingRequest(artifact.path, _spoken(known), threads, seconds, language=True))
     names, note = (piece(known), token(known)), machine.told_of(versions)
     found = [
         measured_of(timing, threads, call, machine.name, note) for timing, call in zip(timings, names, strict=True)

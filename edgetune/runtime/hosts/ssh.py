@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.runtime.hosts.connection import NO_SPACE, Connection, shell_words
-from edgetune.runtime.hosts.place import Place
+from edgetune.runtime.hosts.place import Place, TimingRequest
 
 if TYPE_CHECKING:
     from edgetune.runtime.run import Timing
@@ -97,33 +97,21 @@ class Ssh:
         """Cores that a program may use there."""
         return int(self.facts["cores"])
 
-    def time(
-        self,
-        path: Path,
-        calls: Sequence[tuple[Tensor, ...]],
-        *,
-        threads: int,
-        seconds: float,
-        data: Path | None = None,
-        language: bool = False,
-        energy: bool = True,
-    ) -> tuple[Timing, ...]:
-        """Each call timed there by the thermal protocol: batches of 3 warm-ups and 20 runs, for `seconds` at least."""
+    def time(self, request: TimingRequest) -> tuple[Timing, ...]:
+        """Each call timed there by the thermal protocol: batches of 3 warm-ups and 20 runs."""
         from edgetune.runtime.run import Timing
 
-        if not 1 <= threads <= self.cores:
-            what = f"threads must be from 1 to the {self.cores} cores there"
-            raise EdgetuneError(what, where=str(self.place), got=threads, action=f"pass --threads {self.cores}")
-        request = {
-            "threads": threads,
-            "seconds": seconds,
+        request.check_threads(self.cores, str(self.place))
+        settings = {
+            "threads": request.threads,
+            "seconds": request.seconds,
             "batch_warm_ups": WARM_UPS,
             "batch_runs": RUNS,
-            "language": language,
-            "energy_seconds": _ENERGY_SECONDS if energy else 0.0,
+            "language": request.language,
+            "energy_seconds": _ENERGY_SECONDS if request.energy else 0.0,
         }
-        found = self._ask(request, calls, path, data)
-        return tuple(Timing.model_validate(call) for call in found["calls"])
+        answer = self._ask(settings, request.calls, request.path, request.data)
+        return tuple(Timing.model_validate(call) for call in answer["calls"])
 
     def told_of(self, built_with: dict[str, str]) -> str:
         """Whether the executorch there is another one than the program was made with."""

@@ -8,22 +8,20 @@ scheme keeps is then the union of storages: those kept after its first layer, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from edgetune.core.apply import opened
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
+from edgetune.core.layers import parameter_layers
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.auto.timing import QUARTER, TRIED, Times, measured
 from edgetune.sparse.auto.trace import Loss, Save, StorageName, Trace, trace_live, trace_saves
-from edgetune.sparse.scheme import Choice, Part, Scheme, Slice, trains
+from edgetune.sparse.scheme import Part, Scheme, Slice, Under, trains
 from edgetune.sparse.sliced import SLICEABLE, channels_of
-from edgetune.sparse.update import SparseUpdate
 
 MIB = 2**20
 
@@ -165,22 +163,16 @@ class Profile:
     weights_bytes: int
 
     @classmethod
-    def of(
-        cls, model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, technique: SparseUpdate | None = None
-    ) -> Profile:
+    def of(cls, model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, under: Under) -> Profile:
         """Look at `model` by some forwards of `batch`, and time some steps that train a part of every layer.
 
-        `technique` gives the settings that are not the scheme, such as how activations are kept. The model must not
-        be under a sparse update; it is left as it was.
+        `under` puts the model under a scheme: see `SparseUpdate.under`. The model is left as it was.
         """
-        if any(isinstance(t, SparseUpdate) for t in opened(model)):
-            raise EdgetuneError("the model already has a sparse update", action="call et.finalize(model) first")
-        technique = technique or SparseUpdate()
-        layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+        layers = parameter_layers(model)
         shared, able = _shared(layers), {name: _floating(layer) for name, layer in layers.items()}
 
         def look(parts: Mapping[str, Part], alone: bool = False) -> Trace:
-            with _under(model, technique, {n: parts.get(n, "frozen") for n in layers}):
+            with under(parts):
                 return trace_saves(model, batch, loss, alone)
 
         everything: dict[str, Part] = {name: "full" if able[name] else "frozen" for name in layers}
@@ -195,7 +187,7 @@ class Profile:
         traces = {"frozen": frozen, "bias": bias, "full": full, "alone": look(everything, alone=True)}
         owned = {part: _by_owner(trace.saves) for part, trace in traces.items()}
         owned["frozen"][first] = owned["bias"][first] = ()  # it was what trained; no gradient passes the first layer
-        with _under(model, technique, {n: "full" if n == first else "frozen" for n in layers}):
+        with under({first: "full"}):
             live = trace_live(model, batch, loss)
         found = tuple(
             _layer(name, layers[name], full, {part: owned[part].get(name, ()) for part in owned}, name in shared)
@@ -209,7 +201,7 @@ class Profile:
                 model,
                 batch,
                 loss,
-                lambda parts: _under(model, technique, {n: parts.get(n, "frozen") for n in layers}),
+                under,
                 order,
                 {layer.name: layer.able for layer in found},
                 {layer.name: layer.clocks for layer in found},
@@ -313,29 +305,6 @@ class Profile:
         return self.times.part(layer.name, part, layer.share(part), quarter, layer.sizes(part))
 
 
-def account(
-    model: nn.Module,
-    scheme: Scheme,
-    batch: tuple[Inputs, Tensor],
-    loss: Loss,
-    updating: Updating | None = None,
-    technique: SparseUpdate | None = None,
-) -> Account:
-    """The memory of training `scheme` on batches like this one. For several schemes, keep the `Profile`."""
-    return Profile.of(model, batch, loss, technique).account(scheme, updating)
-
-
-@contextmanager
-def _under(model: nn.Module, technique: SparseUpdate, parts: Mapping[str, Part]) -> Iterator[None]:
-    """Inside, the model is as `technique` leaves it for these parts."""
-    whole = technique.model_copy(update={"scheme": dict(parts), "head": "frozen", "norms": True})
-    whole.apply(model)
-    try:
-        yield
-    finally:
-        whole.finalize(model)
-
-
 def _layer(name: str, layer: nn.Module, trace: Trace, saves: dict[str, tuple[Save, ...]], shared: bool) -> Layer:
     start, end = _of_called(trace.entered, name), _of_called(trace.left, name)
     own = {key: value for key, value in layer._parameters.items() if value is not None}
@@ -387,12 +356,9 @@ def _has_bias(layer: nn.Module) -> bool:
 
 def _shared(layers: Mapping[str, nn.Module]) -> set[str]:
     """Layers with a parameter that another layer has too."""
-    owners: dict[int, list[str]] = {}
+    names_of: dict[int, list[str]] = {}
     for name, layer in layers.items():
         for parameter in layer._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
-
-
-__all__ = ["MIB", "Account", "Choice", "Layer", "Profile", "Updating", "account"]
+                names_of.setdefault(id(parameter), []).append(name)
+    return {name for names in names_of.values() if len(names) > 1 for name in names}

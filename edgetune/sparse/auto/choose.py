@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import Inputs, tensors_of
+from edgetune.core.layers import parameter_layers
 from edgetune.core.technique import Sample
 from edgetune.data.dataset import cache_folder
 from edgetune.lean.stages import blocks_of
 from edgetune.sparse.auto.account import MIB, Account, Profile, Updating
 from edgetune.sparse.auto.contribution import Contributions, contributions
-from edgetune.sparse.auto.search import Found, Limits, exactly
-from edgetune.sparse.auto.trials import Analysis
-from edgetune.sparse.scheme import Part, Scheme, Slice, is_norm, resolve
-from edgetune.sparse.update import SparseUpdate
+from edgetune.sparse.auto.search import Limits, find_scheme
+from edgetune.sparse.scheme import Part, Scheme, Slice, Under, is_norm, resolve
 
 _MOST_ROWS = 128  # that the contribution analysis looks at
 
@@ -42,7 +41,7 @@ class Chosen:
         most = sum(max(own.values(), default=0.0) for own in values.values())
         lines = [str(self.scheme), f"  predicted {self.account}; a step {self.step_ms:.0f} ms on this machine"]
         share = f"{100 * self.value / most:.0f} % of all" if most else "nothing"
-        lines.append(f"  contributions by {self.contributions.mode}: {share}")
+        lines.append(f"  contributions by fisher: {share}")
         worth = {c.layer: values[c.layer][c.part] for c in self.scheme.choices if c.part in values.get(c.layer, {})}
         for name in sorted(worth, key=lambda name: -worth[name])[:12]:
             lines.append(f"    {100 * worth[name] / max(self.value, 1e-30):4.1f} % {self.scheme.part(name)!s} {name}")
@@ -55,9 +54,10 @@ def choose(
     budget_mib: float,
     step_ms: float | None = None,
     *,
-    technique: SparseUpdate | None = None,
+    under: Under,
+    head: Part = "full",
+    norms: bool = True,
     updating: Updating | None = None,
-    analysis: Analysis | None = None,
 ) -> Chosen:
     """The scheme with the largest sum of contributions within a budget; of equally good ones the smallest.
 
@@ -68,42 +68,39 @@ def choose(
         budget_mib: weights, gradients, optimizer state and activations kept for backward together, which is what
             the ledger calls train_memory_mib.
         step_ms: most time of one training step on this machine, without loading data.
-        technique: its `head` trains in any case (but not where it is tied to the embedding); `norms` and how
-            activations are kept are heeded too.
+        under: puts the model under a scheme, see `SparseUpdate.under`.
+        head: what of the head trains in any case (but not where it is tied to the embedding).
+        norms: whether normalization layers may train.
         updating: the optimizer.
-        analysis: how contributions are found.
 
     Raises:
         EdgetuneError: (exit code 4) no scheme fits; it says the least that can be had.
     """
     labelled, loss = sample.labels()
-    technique, updating, analysis = technique or SparseUpdate(), updating or Updating(), analysis or Analysis()
+    updating = updating or Updating()
     batches = list(_first(labelled(), _MOST_ROWS))
     if not batches:
         raise EdgetuneError("sample.labelled gives no batch", exit_code=Exit.DATA)
     largest = max(batches, key=lambda batch: sum(t.numel() for t in tensors_of(batch[0])))
-    profile = Profile.of(model, largest, loss, technique)
-    fixed = _fixed(model, profile, technique)
-    held_out = batches[::4] if analysis.mode == "train" else []
-    seen = [batch for number, batch in enumerate(batches) if number % 4 or not held_out]
-    found = contributions(model, seen, held_out, loss, analysis, head=list(fixed))
+    profile = Profile.of(model, largest, loss, under)
+    fixed = _fixed(model, profile, head, norms)
+    contributed = contributions(model, batches, loss, head=list(fixed))
     values = {
         name: own
-        for name, own in found.values.items()
+        for name, own in contributed.values.items()
         if name in {layer.name for layer in profile.layers if layer.trainable and not layer.shared}
-        and (technique.norms or not is_norm(model.get_submodule(name)))
+        and (norms or not is_norm(model.get_submodule(name)))
     }
     limits = Limits(budget_mib * MIB, step_ms)
     parts = _remembered(profile, values, limits, fixed, updating)
-    layers = [n for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())]
-    written = {name: parts.get(name, "frozen") for name in layers}
+    written = {name: parts.get(name, "frozen") for name in parameter_layers(model)}
     scheme = dataclasses.replace(resolve(model, written, "frozen", True), name="auto")
     return Chosen(
         scheme=scheme,
         account=profile.account(scheme, updating),
         step_ms=profile.step_ms(scheme),
         value=sum(values[name][part] for name, part in parts.items() if name in values),
-        contributions=found,
+        contributions=contributed,
     )
 
 
@@ -117,7 +114,7 @@ def _first(batches: Iterator[tuple[Inputs, Tensor]], rows: int) -> Iterator[tupl
             return
 
 
-def _fixed(model: nn.Module, profile: Profile, technique: SparseUpdate) -> dict[str, Part]:
+def _fixed(model: nn.Module, profile: Profile, head: Part, norms: bool) -> dict[str, Part]:
     """What the head's setting decides: everything after the last block, or where there are no blocks the last layer."""
     names, blocks = (
         [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))],
@@ -128,8 +125,8 @@ def _fixed(model: nn.Module, profile: Profile, technique: SparseUpdate) -> dict[
     fixed: dict[str, Part] = {}
     for name in names[inside[-1] + 1 :] if inside else [profile.layers[-1].name]:
         layer = known[name]
-        held = not layer.trainable or layer.shared or (is_norm(model.get_submodule(name)) and not technique.norms)
-        fixed[name] = "frozen" if held or not layer.sizes(technique.head) else technique.head
+        held = not layer.trainable or layer.shared or (is_norm(model.get_submodule(name)) and not norms)
+        fixed[name] = "frozen" if held or not layer.sizes(head) else head
     return fixed
 
 
@@ -139,14 +136,14 @@ def _remembered(
 ) -> Mapping[str, Part]:  # fmt: skip
     """The search; with a limit of time, which is measured anew in every process, its answer is kept on disk."""
     if limits.step_ms is None:
-        return exactly(profile, values, limits, fixed=fixed, updating=updating).parts
+        return find_scheme(profile, values, limits, fixed=fixed, updating=updating).parts
     what = (limits, sorted(fixed.items()), updating, sorted((n, list(own.items())) for n, own in values.items()))
     memory = [(layer.name, layer.start, layer.parameters, layer.saves) for layer in profile.layers]
     digest = hashlib.sha256(repr((what, memory, profile.between, torch.get_num_threads())).encode()).hexdigest()
     path = cache_folder() / "schemes" / f"{digest}.json"
     if not path.is_file():
-        found: Found = exactly(profile, values, limits, fixed=fixed, updating=updating)
-        told = {n: part.model_dump() if isinstance(part, Slice) else part for n, part in found.parts.items()}
-        write_whole(path, json.dumps(told))
+        parts = find_scheme(profile, values, limits, fixed=fixed, updating=updating).parts
+        written = {n: part.model_dump() if isinstance(part, Slice) else part for n, part in parts.items()}
+        write_whole(path, json.dumps(written))
     read = json.loads(path.read_text(encoding="utf-8"))
     return {n: Slice.model_validate(part) if isinstance(part, dict) else part for n, part in read.items()}

@@ -1,8 +1,7 @@
-"""What training each layer is worth: by short trainings of one layer at a time, or by Fisher information.
+"""What training each layer is worth, by Fisher information.
 
-After the contribution analysis of Lin et al., On-device training under 256KB memory, 2022, arXiv:2206.15472, section
-3.2, which PockEngine (Zhu et al., 2023, arXiv:2310.17752, section 4) takes over: the biases of the last k blocks, and
-one layer's weights at several ratios. Values add up in the search, which is an approximation of theirs too.
+In the place of the short trainings of Lin et al., On-device training under 256KB memory, 2022, arXiv:2206.15472,
+section 3.2. Values add up in the search, which is an approximation of theirs too.
 """
 
 from __future__ import annotations
@@ -15,32 +14,43 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
-from edgetune.core.inputs import call, device_of, logits_of, moved, rows_of, tensors_of
-from edgetune.core.modes import undisturbed
+from edgetune.core.inputs import Inputs, call, device_of, logits_of, moved, rows_of, tensors_of
+from edgetune.core.modes import same_trainability, undisturbed
+from edgetune.core.technique import Settings
 from edgetune.data.dataset import cache_folder
 from edgetune.sparse.auto.trace import Loss
-from edgetune.sparse.auto.trials import Analysis, By, Labelled, by_training
 from edgetune.sparse.scheme import Part, Slice, trains
 from edgetune.sparse.sliced import SLICEABLE, channels_of, strongest
 
-_VERSION = 1  # of what is computed; another number leaves old caches alone
+_VERSION = 2  # of what is computed; another number leaves old caches alone
+
+By = Literal["magnitude", "gradient", "fisher"]
+Labelled = tuple[Inputs, Tensor]
+
+
+class Analysis(Settings):
+    """Settings of a contribution analysis."""
+
+    ratios: tuple[float, ...] = (0.5, 0.25, 0.125)  # of the input channels, beside the whole layer
+    by: By = "fisher"  # how the channels of a slice are chosen
+    rows_at_once: int = Field(default=4, ge=1)  # whose gradients are squared together
 
 
 @dataclass(frozen=True)
 class Contributions:
     """What each part of each layer is worth, at least nothing; more of a layer is never worth less."""
 
-    mode: str
     values: Mapping[str, Mapping[Part, float]]
     cached: bool = False
 
     def __str__(self) -> str:
         best = sorted(self.values, key=lambda name: -max(self.values[name].values(), default=0.0))
-        lines = [f"contributions by {self.mode}, of {len(self.values)} layers the best:"]
+        lines = [f"contributions by fisher, of {len(self.values)} layers the best:"]
         for name in best[:12]:
             told = ", ".join(f"{part} {value:.3g}" for part, value in self.values[name].items())
             lines.append(f"  {name}: {told}")
@@ -49,14 +59,13 @@ class Contributions:
     def dumps(self) -> str:
         """As JSON."""
         values = {n: [[_written(part), value] for part, value in own.items()] for n, own in self.values.items()}
-        return json.dumps({"mode": self.mode, "values": values})
+        return json.dumps(values)
 
     @classmethod
     def loads(cls, text: str) -> Contributions:
         """What `dumps` wrote, marked as cached."""
-        found = json.loads(text)
-        values = {n: {_read(part): value for part, value in own} for n, own in found["values"].items()}
-        return cls(found["mode"], values, cached=True)
+        values = {n: {_read(part): value for part, value in own} for n, own in json.loads(text).items()}
+        return cls(values, cached=True)
 
 
 def _written(part: Part) -> object:
@@ -70,7 +79,6 @@ def _read(part: Any) -> Part:
 def contributions(
     model: nn.Module,
     labelled: Iterable[Labelled],
-    held_out: Iterable[Labelled],
     loss: Loss,
     analysis: Analysis | None = None,
     *,
@@ -82,29 +90,22 @@ def contributions(
     Args:
         model: not under a sparse update.
         labelled: training batches with their labels; a few.
-        held_out: batches to measure by, for mode "train"; never rows of the test set.
         loss: `(logits, labels)` -> mean loss.
         analysis: settings.
         head: layers that train in any case, as a new head must; they are no candidates.
         cache: keep the result under the cache folder, by the hash of weights, data and settings.
     """
     analysis = analysis or Analysis()
-    batches, measured = list(labelled), list(held_out) if analysis.mode == "train" else []
-    if not batches or (analysis.mode == "train" and not measured):
+    batches = list(labelled)
+    if not batches:
         raise EdgetuneError("contribution analysis needs batches with labels", exit_code=Exit.DATA)
-    path = cache_folder() / "contributions" / f"{_digest(model, batches, measured, analysis, head)}.json"
+    path = cache_folder() / "contributions" / f"{_digest(model, batches, analysis, head)}.json"
     if cache and path.is_file():
         return Contributions.loads(path.read_text(encoding="utf-8"))
-    layers = candidates(model, head)
-    if analysis.mode == "fisher":
-        values = by_fisher(model, layers, batches, loss, analysis)
-    else:
-        parts = {name: _parts(layer, analysis) for name, layer in layers.items()}
-        values = by_training(model, parts, batches, measured, loss, analysis, head)
-    found = Contributions(analysis.mode, values)
+    contributed = Contributions(by_fisher(model, candidates(model, head), batches, loss, analysis))
     if cache:
-        write_whole(path, found.dumps())
-    return found
+        write_whole(path, contributed.dumps())
+    return contributed
 
 
 def candidates(model: nn.Module, head: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -164,17 +165,12 @@ def each_gradient(
 @contextmanager
 def _only_trains(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Only these layers' parameters take part inside."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = {id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None}
-    try:
-        for parameter, _ in before:
+    with same_trainability(model):
+        for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in chosen)
         yield
-    finally:
-        for parameter, trained in before:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(trained)
 
 
 @contextmanager
@@ -202,33 +198,11 @@ def _taken(layers: Mapping[str, nn.Module], use: Callable[[str, str, Tensor], No
             handle.remove()
 
 
-def channel_scores(weight: Tensor, gradients: Iterable[Tensor], by: By, of: Literal["inputs", "outputs"]) -> Tensor:
-    """A score for each input or output channel of a weight `(out, in, ...)`, none negative.
-
-    `magnitude`: sum of absolute values; `gradient`: of the mean gradient's; `fisher`: of the mean squared gradient.
-    """
-    dim = 1 if of == "inputs" else 0
-    score = weight.detach().abs() if by == "magnitude" else _mean(gradients, by)
-    return score.sum([d for d in range(score.dim()) if d != dim])
-
-
-def _mean(gradients: Iterable[Tensor], by: By) -> Tensor:
-    total, count = None, 0
-    for gradient in gradients:
-        term = gradient.square() if by == "fisher" else gradient
-        total, count = term.clone() if total is None else total.add_(term), count + 1
-    if total is None:
-        raise EdgetuneError(f"scores by {by} need gradients", got="none")
-    return (total / count).abs()
-
-
 def weight_scores(
     model: nn.Module, names: Iterable[str], batches: Iterable[Labelled], loss: Loss, by: By, rows_at_once: int = 4
 ) -> dict[str, Tensor]:
     """Scores of the shape of each layer's weight, to choose a slice's channels by."""
     layers = {name: model.get_submodule(name) for name in names}
-    if by == "magnitude":
-        return {name: layer.weight.detach().abs() for name, layer in layers.items()}  # type: ignore[union-attr, operator]
     totals: dict[str, Tensor] = {}
 
     def add(name: str, key: str, gradient: Tensor) -> None:
@@ -295,17 +269,11 @@ def _worth_of(layer: nn.Module, part: Part, worth: Mapping[tuple[str, int], Tens
     return total + float(channels[indices].sum())
 
 
-def _digest(
-    model: nn.Module,
-    batches: Sequence[Labelled],
-    held_out: Sequence[Labelled],
-    analysis: Analysis,
-    head: Sequence[str],
-) -> str:
+def _digest(model: nn.Module, batches: Sequence[Labelled], analysis: Analysis, head: Sequence[str]) -> str:
     """SHA-256 of everything that the result depends on."""
     found = hashlib.sha256(repr((_VERSION, analysis.model_dump(), sorted(head), torch.__version__)).encode())
     tensors = [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
-    for number, (inputs, labels) in enumerate((*batches, *held_out)):
+    for number, (inputs, labels) in enumerate(batches):
         tensors += [(f"{number}", tensor) for tensor in (*tensors_of(inputs), labels)]
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

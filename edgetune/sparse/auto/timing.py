@@ -12,18 +12,16 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.inputs import Inputs, call, logits_of, tensors_in
 from edgetune.core.modes import undisturbed
-from edgetune.lean.frozen import tensors_in
 from edgetune.sparse.auto.trace import Clock, Loss
-from edgetune.sparse.scheme import Part, Slice
+from edgetune.sparse.scheme import Part, Slice, Under
 from edgetune.train import optimizer
 from edgetune.train.settings import Train
 
@@ -31,7 +29,6 @@ QUARTER = Slice(ratio=0.25)
 TRIED: tuple[Part, ...] = ("frozen", "bias", QUARTER, "full")
 _RUNS = 3  # of which the median counts, after one to warm up
 Spans = tuple[list[float], list[float]]  # milliseconds at each clock of forward and of backward
-Under = Callable[[Mapping[str, Part]], AbstractContextManager[None]]  # the model under a scheme, inside
 
 
 @dataclass(frozen=True)

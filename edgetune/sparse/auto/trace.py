@@ -14,10 +14,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgetune.core.inputs import Inputs, call, logits_of
+from edgetune.core.inputs import Inputs, call, logits_of, tensors_in
+from edgetune.core.layers import parameter_layers
 from edgetune.core.modes import undisturbed
 from edgetune.core.wrapped import Wrapped
-from edgetune.lean.frozen import tensors_in
 from edgetune.lean.onednn import is_channels_last
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +49,7 @@ class Clock:
 
     def __init__(self, model: nn.Module) -> None:
         self.now, self.calls = 0, 0
-        self.owners = {m: n for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+        self.owners = {layer: name for name, layer in parameter_layers(model).items()}
         self.stack: list[tuple[int, str | None]] = []
         self.entered: dict[str, int] = {}
         self.left: dict[str, int] = {}

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import call, device_of, moved
+from edgetune.core.inputs import call, device_of, moved, tensors_in
 from edgetune.core.modes import undisturbed
-from edgetune.lean.frozen import tensors_in
 from edgetune.lean.stages import stages_of
 from edgetune.train.plan import Split
 from edgetune.train.prefix.rows import Form, Widths, form_of, forms_in, named, template_of, widths_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from edgetune.export.repairs import (
+from edgetune.capture.repairs import (
     activations,
     adaptive,
     attention,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edgetune.core.inputs import tensors_in
 from edgetune.program.operator_kinds import is_free, kind_of, short_name
 from edgetune.program.operators import DType, Kind, Operator
 
@@ -69,13 +70,14 @@ def modules(program: ExportedProgram) -> dict[int, str]:
     for node in program.graph.nodes:
         index = number_of(node)
         if index is not None:
-            found[index] = _module(node)
+            found[index] = module_of(node)
     return found
 
 
 def module_of(node: fx.Node) -> str:
     """The module that a node of the captured program comes from, in the user's own names."""
-    return _module(node)
+    stack = node.meta.get("nn_module_stack") or {}
+    return shorten(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def macs_of(program: ExportedProgram) -> dict[int, int]:
@@ -129,7 +131,7 @@ def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operato
     read = sum(_elements(_shape(s.node)) * s.bits // 8 for s in activations)
     return Operator(
         operator=str(node.target),
-        module=_module(node),
+        module=module_of(node),
         kind=kind,
         dtype=_dtype(node, kind, weights, activations),
         output_shape=shape,
@@ -215,26 +217,12 @@ def _macs(node: fx.Node, kind: Kind, elements: int) -> int:
     return 0
 
 
-def _module(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(entry[0]) for entry in stack.values()]
-    return shorten(paths[-1]) if paths else ""
-
-
 def _is_quantizing(node: fx.Node) -> bool:
     return str(node.target).startswith(_QUANTIZING)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _value(node: Any) -> Tensor | None:
-    return next(_tensors(node.meta.get("val")), None) if isinstance(node, fx.Node) else None
+    return next(tensors_in(node.meta.get("val")), None) if isinstance(node, fx.Node) else None
 
 
 def _shape(node: Any) -> tuple[int, ...]:

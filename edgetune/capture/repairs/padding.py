@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired, is_fixed, takes
+from edgetune.capture.repairs.shapes import Repaired, is_fixed, takes
 
 _MOST = 8  # a side: each place of it is an operand of its own
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from edgetune.capture import failures
+from edgetune.capture.computed import fold_weights
+from edgetune.capture.fast_path import slow_path
+from edgetune.capture.positional import Positional
+from edgetune.capture.reparameterize import reparameterize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
 from edgetune.core.quiet import quiet
-from edgetune.export import failures, operators
-from edgetune.export.computed import fold_weights
-from edgetune.export.fast_path import slow_path
-from edgetune.export.lower import Positional
-from edgetune.export.reparameterize import reparameterize
-from edgetune.export.speed import fast_annotation
-from edgetune.export.targets.target import Target
-from edgetune.export.targets.xnnpack import XNNPACK
-
-_NOTE = "quantization_annotation"
+from edgetune.quant.quantizers import OWN, fast_annotation, quantizer_for
 
 
 def quantize_static(
@@ -31,7 +26,7 @@ def quantize_static(
     *,
     per_channel: bool,
     skip: frozenset[str] = frozenset(),
-    target: Target = XNNPACK,
+    target: str = "xnnpack",
 ) -> fx.GraphModule:
     """A graph of `model`, in eval mode, that rounds weights and activations to int8 with scales from `batches`.
 
@@ -40,8 +35,8 @@ def quantize_static(
     can do. A target's own quantizer gets, and gives, a graph for one row: it does not know sizes that may differ.
     Raises `EdgetuneError` (exit code 5) where the model cannot be captured with a free batch size.
     """
-    quantizer = _of(target, per_channel=per_channel, skip=skip)
-    any_rows = target.quantizer is None
+    quantizer = quantizer_for(target, per_channel=per_channel, skip=skip)
+    any_rows = target not in OWN
     with quiet(), torch.no_grad():
         prepared = _prepared(_fused(model, inputs, skip), inputs, quantizer, skip, any_rows=any_rows)
         seen = 0
@@ -91,7 +86,7 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[
         raise failures.not_captured(program, example, error) from error
     graph_module: Any = captured.module(check_guards=False)
     _keep_dims(graph_module)
-    fold_weights(graph_module, skip, _module)
+    fold_weights(graph_module, skip)
     with fast_annotation():
         return prepare_pt2e(graph_module, quantizer)
 
@@ -116,78 +111,6 @@ def _keep_dims(graph_module: fx.GraphModule) -> None:
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
     graph_module.recompile()
-
-
-def _of(target: Target, *, per_channel: bool, skip: frozenset[str]) -> Any:
-    """The quantizer of a target: its own, or XNNPACK's."""
-    if target.quantizer is None:
-        with quiet():
-            return _xnnpack(per_channel=per_channel, skip=skip)
-    if skip:
-        raise EdgetuneError(f"int8 for target {target.name} takes no skip", got=sorted(skip), action="leave it out")
-    target.partitioners()  # raises where the target is not installed
-    with quiet():
-        return target.quantizer(target, per_channel)
-
-
-def _xnnpack(*, per_channel: bool, skip: frozenset[str]) -> Any:
-    """ExecuTorch's quantizer, with one scale after a layer and its clamp instead of one before and one after.
-
-    The stock one knows a layer and a relu as one, but not relu6: it spreads the 8 bits of such a layer over values
-    that the clamp then cuts off, which cost EfficientNet-Lite0 a tenth of its predictions. XNNPACK runs both as one.
-    """
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
-    from torchao.quantization.pt2e.observer import MinMaxObserver
-    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
-
-    class Fused(stock.XNNPACKQuantizer):  # type: ignore[misc]
-        def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
-            model = super().transform_for_annotation(model)
-            _whole_constants(model)
-            return model
-
-        def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-            model = super().annotate(model)
-            for node in model.graph.nodes:
-                layer = node.args[0] if node.target in clamps else None
-                if not isinstance(layer, fx.Node) or layer.target not in layers or len(layer.users) != 1:
-                    continue
-                noted = layer.meta.get(_NOTE)
-                if noted is not None:
-                    node.meta[_NOTE] = QuantizationAnnotation(output_qspec=noted.output_qspec, _annotated=True)
-                    noted.output_qspec = None
-            return model
-
-    aten = torch.ops.aten
-    clamps = {aten.hardtanh.default, aten.hardtanh_.default}
-    layers = {aten.conv1d.default, aten.conv2d.default, aten.linear.default}
-    config = stock.get_symmetric_quantization_config(is_per_channel=per_channel)
-    # least and largest value: the stock histogram takes minutes where this takes seconds
-    spec = replace(config.input_activation, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12))
-    quantizer = Fused().set_global(replace(config, input_activation=spec, output_activation=spec))
-    return quantizer.set_filter_function(lambda node: _module(node) not in skip)
-
-
-def _whole_constants(graph_module: fx.GraphModule) -> None:
-    """Give constants that were numbers the type of what they are added to: the quantizer makes floats of all.
-
-    An index plus 0, as transformers computes for its masks, would be a float, and a float is no index.
-    """
-    for node in graph_module.graph.nodes:
-        constant = (
-            getattr(graph_module, node.target, None) if node.op == "get_attr" and "." not in node.target else None
-        )
-        if not isinstance(constant, Tensor) or not node.target.startswith("_tensor_constant"):
-            continue
-        types = {getattr(user.meta.get("val"), "dtype", None) for user in node.users}
-        if len(types) == 1 and (dtype := types.pop()) is not None and not dtype.is_floating_point:
-            setattr(graph_module, node.target, constant.to(dtype))
-
-
-def _module(node: fx.Node) -> str:
-    """The module that a node of a captured `Positional` comes from, in the user's own names."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return operators.shorten(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def _two_rows(tensor: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ which changes nothing else; one that is computed from the inputs cannot.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from edgetune.capture.operators import module_of
 from edgetune.core.errors import EdgetuneError
 
 _aten = torch.ops.aten
@@ -24,10 +24,10 @@ _PRODUCTS = {
 _WEIGHT, _BIAS = 1, 2  # their places among the arguments
 
 
-def fold_weights(graph_module: fx.GraphModule, skip: frozenset[str], name_of: Callable[[fx.Node], str]) -> None:
+def fold_weights(graph_module: fx.GraphModule, skip: frozenset[str]) -> None:
     """Compute, in place, the weights and biases of linears and convolutions that do not depend on the inputs.
 
-    Raises `EdgetuneError` for a layer not in `skip` whose weight does; `name_of` gives the module a node comes from.
+    Raises `EdgetuneError` for a layer not in `skip` whose weight does.
     """
     graph = graph_module.graph
     wanted: dict[fx.Node, list[fx.Node]] = {}
@@ -41,8 +41,7 @@ def fold_weights(graph_module: fx.GraphModule, skip: frozenset[str], name_of: Ca
             steps = _steps(source)
             if steps is not None:
                 wanted[source] = steps
-            elif place == _WEIGHT and name_of(node) not in skip:
-                name = name_of(node)
+            elif place == _WEIGHT and (name := module_of(node)) not in skip:
                 raise EdgetuneError(
                     f"{name or 'the model'} multiplies by a weight that it computes from its inputs",
                     action=f'leave it in floating point with skip: ["{name}"]' if name else "",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from edgetune.export.repairs.shapes import Repaired, called, takes
+from edgetune.capture.repairs.shapes import Repaired, called, takes
 
 
 def rms_norm(

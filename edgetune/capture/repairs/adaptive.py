@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired, is_fixed
+from edgetune.capture.repairs.shapes import Repaired, is_fixed
 
 _MOST = 256  # windows whose place is wanted: each is some operators
 

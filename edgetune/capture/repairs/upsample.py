@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.expand import repeat_interleave
-from edgetune.export.repairs.shapes import Repaired, takes
+from edgetune.capture.repairs.expand import repeat_interleave
+from edgetune.capture.repairs.shapes import Repaired, takes
 
 
 def nearest(x: Tensor, output_size: Sequence[int] | None, scale_factors: Sequence[float] | None) -> Repaired:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-from edgetune.export.repairs.shapes import Repaired
+from edgetune.capture.repairs.shapes import Repaired
 
 
 def sort(x: Tensor, dim: int = -1, descending: bool = False) -> Repaired:

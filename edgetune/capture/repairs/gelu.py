@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired
+from edgetune.capture.repairs.shapes import Repaired
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Repaired:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired, takes
+from edgetune.capture.repairs.shapes import Repaired, takes
 
 
 def split_with_sizes(x: Tensor, split_sizes: Sequence[int], dim: int = 0) -> Repaired:

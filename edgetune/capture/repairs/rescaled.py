@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from edgetune.export.repairs.shapes import called
+from edgetune.capture.repairs.shapes import called
 
 _ATEN = torch.ops.aten
 _MOVES = (

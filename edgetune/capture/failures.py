@@ -15,8 +15,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from edgetune.capture import operators
 from edgetune.core.errors import EdgetuneError, Exit, shortened
-from edgetune.export import operators
 from edgetune.runtime import remedies
 
 _DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_scalar_dense|unbacked"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.export.repairs.shapes import calling, is_fixed
+from edgetune.capture.repairs.shapes import calling, is_fixed
 
 _ATEN = torch.ops.aten
 Pairs = dict[fx.Node, fx.Node]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgetune.export.repairs.shapes import Repaired, calling, is_fixed
+from edgetune.capture.repairs.shapes import Repaired, calling, is_fixed
 
 _SUM, _MEAN, _MAX = 0, 1, 2
 

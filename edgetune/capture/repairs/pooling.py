@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgetune.export.repairs.shapes import Repaired, takes
+from edgetune.capture.repairs.shapes import Repaired, takes
 
 
 def average(

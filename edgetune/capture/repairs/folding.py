@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgetune.export.repairs.shapes import Repaired, is_fixed
+from edgetune.capture.repairs.shapes import Repaired, is_fixed
 
 
 def fold(

@@ -20,8 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.overrides import TorchFunctionMode
 
 from edgetune.core.errors import shortened
-from edgetune.core.inputs import Inputs, call
-from edgetune.lean.frozen import tensors_in
+from edgetune.core.inputs import Inputs, call, tensors_in
 
 _IN_PLACE = ("reparameterize", "switch_to_deploy")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

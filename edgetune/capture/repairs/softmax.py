@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired, takes
+from edgetune.capture.repairs.shapes import Repaired, takes
 
 
 def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Repaired:

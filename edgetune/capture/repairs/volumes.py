@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgetune.export.repairs.shapes import Repaired, is_fixed
+from edgetune.capture.repairs.shapes import Repaired, is_fixed
 
 
 def conv3d(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired, takes
+from edgetune.capture.repairs.shapes import Repaired, takes
 
 _MOST = 16  # copies: beyond that the concatenation has more operands than it saves
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.repairs.shapes import Repaired, dims_of, takes
+from edgetune.capture.repairs.shapes import Repaired, dims_of, takes
 
 
 def mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Repaired:

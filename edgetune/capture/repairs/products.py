@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from edgetune.export.repairs.shapes import called, is_fixed
+from edgetune.capture.repairs.shapes import called, is_fixed
 
 _ATEN = torch.ops.aten
 

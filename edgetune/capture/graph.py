@@ -1,0 +1,93 @@
+"""A model as a graph of ATen operators, with the repairs that its target wants, each value computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from edgetune.capture import dynamic, failures, operators, repairs
+from edgetune.capture.dynamic import Axis
+from edgetune.capture.fast_path import slow_path
+from edgetune.capture.repairs.experts import static_experts
+from edgetune.core.errors import EdgetuneError, Exit
+
+
+def capture(
+    model: nn.Module, inputs: tuple[Tensor, ...], target: str | None = None, axes: Sequence[Axis] = ()
+) -> ExportedProgram:
+    """The model as a graph of ATen operators, functional, with the repairs that this target wants."""
+    try:
+        with static_experts(model), slow_path(model), failures.no_partial_graph():
+            shapes = dynamic.shapes_for(model, axes, len(inputs))
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        repairs.before(program)
+        found: ExportedProgram = program.run_decompositions(repairs.decompositions(target))
+        _check_inputs_unwritten(found)
+        repairs.repair_graph(found, target)
+        if axes:
+            dynamic.infer_views(found)
+        return found
+    except EdgetuneError:
+        raise
+    except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
+        bounded = dynamic.refused(axes, error) if axes else None
+        raise bounded or failures.not_captured(model, inputs, error) from error
+
+
+def _check_inputs_unwritten(program: ExportedProgram) -> None:
+    """Raise for a model that changes its inputs in place: a program would return them before its outputs."""
+    written = program.graph_signature.user_inputs_to_mutate
+    if written:
+        places = [program.graph_signature.user_inputs.index(name) for name in written.values()]
+        raise EdgetuneError(
+            "the model writes into its inputs, and a program returns no outputs but those that the model returns",
+            got=[f"input {place}" for place in places],
+            action="let it write into a copy, x = x.clone(), and return what is to be kept",
+            exit_code=Exit.EXPORT,
+        )
+
+
+def prepare(program: ExportedProgram) -> None:
+    """Compute what is computed twice once (every layer converts the same mask), and number the operators."""
+    graph = program.graph
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        key = key_of(node)
+        if key is None:
+            continue
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+    program.graph_module.recompile()
+    operators.number(program)
+
+
+def key_of(node: fx.Node) -> Any:
+    """Equal for nodes that compute the same; `None` for one that must stay.
+
+    Quantization is left alone: XNNPACK takes a dynamically quantized linear only with a quantizer of its own.
+    """
+    if node.op != "call_function" or not str(node.target).startswith("aten."):
+        return None
+    if torch.Tag.nondeterministic_seeded in node.target.tags or any(user.op == "output" for user in node.users):  # type: ignore[union-attr]
+        return None
+    key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _hashable(item)) for name, item in sorted(value.items()))
+    return value if isinstance(value, fx.Node) else (type(value), value)

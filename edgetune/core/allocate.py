@@ -1,0 +1,169 @@
+"""Allocation: one option for each of several items, with the largest sum of values whose costs stay within limits.
+
+A multiple-choice knapsack with one limit for each kind of cost, solved by dynamic programming over the items: of the
+sums of costs and value that the items so far can have, only those that no other beats go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from edgetune.core.errors import EdgetuneError, Exit
+
+Name = TypeVar("Name")
+MOST_POINTS = 8192
+_FEW = 512  # points among which those that others beat are looked for where there are several kinds of cost
+
+
+@dataclass(frozen=True)
+class Option(Generic[Name]):
+    """One choice for an item: its value, and its cost of each kind."""
+
+    name: Name
+    value: float
+    costs: Mapping[str, float]
+
+
+def allocate(
+    options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float], *, most_points: int = MOST_POINTS
+) -> dict[str, Option[Any]]:
+    """The option of each item by which the sum of values is largest; of equal ones that which costs least.
+
+    Costs of one kind add up to at most its limit. Exact as long as no more than `most_points` sums matter after an
+    item; beyond that, only the best of those within a part in `most_points` of the limit goes on.
+
+    >>> bits = {"first": [Option(4, 0.2, {"kib": 4}), Option(8, 1.0, {"kib": 8})],
+    ...         "last": [Option(4, 0.7, {"kib": 4}), Option(8, 0.9, {"kib": 8})]}
+    >>> {layer: option.name for layer, option in allocate(bits, {"kib": 12}).items()}
+    {'first': 8, 'last': 4}
+
+    Raises:
+        EdgetuneError: (exit code 4) no choice is within the limits; it says the least that can be had.
+    """
+    if empty := [name for name, own in options.items() if not own]:
+        raise EdgetuneError(f"item {empty[0]!r} has no option", action="give it one, or leave it out")
+    best = _best(options, limits, most_points)
+    if best is None:
+        raise _infeasible(options, limits)
+    return dict(zip(options, best, strict=True))
+
+
+class Front(Generic[Name]):
+    """The sums of costs and value that are worth going on with, over the items so far, and how each came to be.
+
+    `limits` names the kinds of cost that count; an option may have others.
+    """
+
+    def __init__(self, limits: Mapping[str, float], most_points: int = MOST_POINTS) -> None:
+        self.limits, self.most_points = dict(limits), most_points
+        self.sums = np.zeros((1, len(limits) + 1))  # (points, kinds and the value)
+        self._before: Front[Name] | None = None
+        self._origin = np.zeros(1, dtype=np.int64)  # of each point: the one before, and the option
+        self._options: Sequence[Option[Name]] = ()
+
+    def plus(self, options: Sequence[Option[Name]], limits: Mapping[str, float] | None = None) -> Front[Name]:
+        """One more item: every point with every option, less those over the limits (by default its own) or beaten."""
+        front: Front[Name] = Front(limits or self.limits, self.most_points)
+        rows = np.array([[*(option.costs[kind] for kind in self.limits), option.value] for option in options])
+        width = len(self.limits) + 1
+        sums = (self.sums[:, None, :] + rows.reshape(1, -1, width)).reshape(-1, width)
+        numbers = np.flatnonzero(_within(sums, front.limits))
+        sums = sums[numbers]
+        keep = np.arange(len(sums)) if width > 2 and len(sums) > _FEW else _unbeaten(sums)
+        keep = _thinned(sums, keep, front.limits, self.most_points)
+        front.sums, front._before, front._origin, front._options = sums[keep], self, numbers[keep], options
+        return front
+
+    def best(self, limits: Mapping[str, float] | None = None) -> Option[tuple[Option[Name], ...]] | None:
+        """The point of the largest value within the limits (by default its own), of those the one that costs least.
+
+        Its name is the options of the items, in the order in which they came; None where no point is within.
+        """
+        inside = np.flatnonzero(_within(self.sums, limits or self.limits))
+        if not len(inside):
+            return None
+        kinds = range(len(self.limits) - 1, -1, -1)
+        order = np.lexsort((*(self.sums[inside, kind] for kind in kinds), -self.sums[inside, -1]))
+        return self._point(int(inside[order[0]]))
+
+    def points(self) -> list[Option[tuple[Option[Name], ...]]]:
+        """Each point as an option of what its items are together."""
+        return [self._point(number) for number in range(len(self.sums))]
+
+    def _point(self, number: int) -> Option[tuple[Option[Name], ...]]:
+        *costs, value = self.sums[number].tolist()
+        chosen: list[Option[Name]] = []
+        front = self
+        while front._before is not None:
+            number, option = divmod(int(front._origin[number]), len(front._options))
+            chosen.append(front._options[option])
+            front = front._before
+        return Option(tuple(reversed(chosen)), value, dict(zip(self.limits, costs, strict=True)))
+
+
+def _best(
+    options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float], most_points: int
+) -> tuple[Option[Any], ...] | None:
+    least = {kind: [min(option.costs[kind] for option in own) for own in options.values()] for kind in limits}
+    front: Front[Any] = Front(limits, most_points)
+    for number, own in enumerate(options.values()):
+        room = {kind: limit - sum(least[kind][number + 1 :]) for kind, limit in limits.items()}  # for the items so far
+        front = front.plus(own, room)
+    best = front.best(limits)
+    return None if best is None else best.name
+
+
+def _infeasible(options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float]) -> EdgetuneError:
+    """The error that states, of each kind of cost, the least that the other limits allow, or the least at all."""
+    least = {}
+    for kind in limits:
+        cheap = {name: [replace(option, value=-option.costs[kind]) for option in own] for name, own in options.items()}
+        others = {other: limit for other, limit in limits.items() if other != kind}
+        chosen = _best(cheap, others, MOST_POINTS) or _best(cheap, {}, MOST_POINTS) or ()
+        least[kind] = sum(option.costs[kind] for option in chosen)
+    raised = {kind: cost for kind, cost in least.items() if cost > limits[kind]} or least
+    return EdgetuneError(
+        f"no choice fits {' and '.join(f'{limit:g} {kind}' for kind, limit in limits.items())}; "
+        f"the lowest possible is {' or '.join(f'{cost:g} {kind}' for kind, cost in least.items())}",
+        action="raise the limit to " + " or ".join(f"{cost:g} {kind}" for kind, cost in raised.items()),
+        exit_code=Exit.BUDGET,
+    )
+
+
+def _within(sums: np.ndarray, limits: Mapping[str, float]) -> np.ndarray:
+    """Which points are within the limits."""
+    return np.all(sums[:, :-1] <= np.array(list(limits.values())), axis=1)  # type: ignore[no-any-return]
+
+
+def _unbeaten(sums: np.ndarray) -> np.ndarray:
+    """The points that no other beats in every cost and in value, by the first cost."""
+    order = np.lexsort((-sums[:, -1], *(sums[:, kind] for kind in range(sums.shape[1] - 2, -1, -1))))
+    values = sums[order, -1]
+    if sums.shape[1] <= 2:  # one cost, in whose order the values have to rise
+        before = np.concatenate(([-np.inf], np.maximum.accumulate(values)[:-1])) if len(values) else values
+        return order[values > before]  # type: ignore[no-any-return]
+    kept: list[int] = []
+    for row in order.tolist():
+        earlier = sums[kept]
+        if not ((earlier[:, :-1] <= sums[row, :-1]).all(axis=1) & (earlier[:, -1] >= sums[row, -1])).any():
+            kept.append(row)
+    return np.array(kept, dtype=np.int64)
+
+
+def _thinned(sums: np.ndarray, order: np.ndarray, limits: Mapping[str, float], most: int) -> np.ndarray:
+    """At most so many of the points: in each cell of a grid over the costs the one with the largest value."""
+    if len(order) <= most or not limits:
+        return order
+    cells = max(1, int(most ** (1 / len(limits))))
+    place = np.zeros(len(order), dtype=np.int64)
+    for kind, limit in enumerate(limits.values()):
+        costs = sums[order, kind]
+        scale = limit if np.isfinite(limit) else costs.max()
+        place = place * cells + np.floor(costs / max(scale, 1e-9) * (cells - 1)).astype(np.int64)
+    by_value = np.lexsort((sums[order, 0], -sums[order, -1]))
+    first = np.unique(place[by_value], return_index=True)[1]
+    return order[by_value[first]]  # type: ignore[no-any-return]
