@@ -236,10 +236,11 @@ def layers_of_minilm(folder: Path) -> list[dict[str, Any]]:
 
 def time_program(path: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Median latency of a plain program."""
+    from edgetune.profile.calls import measured_calls
     from edgetune.program.artifact import Artifact
-    from edgetune.runtime.measure import measure
 
-    return measure(Artifact.load(path), threads=threads, seconds=seconds).model_dump(mode="json")
+    (measured,) = measured_calls(Artifact.load(path), threads=threads, seconds=seconds)
+    return measured.model_dump(mode="json")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import THIS_HOST, Measured
-from edgetune.runtime import host
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -62,20 +61,6 @@ def drift_pct(latencies_ms: Sequence[float]) -> float | None:
     if third < 1 or whole <= 0:
         return None
     return 100 * (statistics.median(latencies_ms[-third:]) - statistics.median(latencies_ms[:third])) / whole
-
-
-def measure(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> Measured:
-    """Median latency, its p10 and p90, first run, load time, peak memory above an empty process, and energy, here.
-
-    `threads`: by default all cores of the process. Inputs are drawn from the manifest: they are valid, not real.
-    """
-    from edgetune.runtime.hosts.host import Host
-
-    threads = threads if threads is not None else host.cores()
-    (timing,) = Host().time(
-        artifact.path, (inputs_of(artifact),), threads=threads, seconds=seconds, data=artifact.data_path
-    )
-    return measured_of(timing, threads)
 
 
 def measured_of(timing: Timing, threads: int, call: str = "", device: str = THIS_HOST, note: str = "") -> Measured:
