@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.export import Artifact, export
-from edgetune.profile import calibrate, calibration, calls, device, micro, profile, trials
+from edgetune.profile import calibrate, calibration, device, micro, profile, trials
+from edgetune.profile.calls import measured_calls
 from edgetune.runtime import measure
 
 
@@ -122,7 +123,7 @@ def test_a_program_is_predicted_for_a_phone_and_measured_here(artifact: Artifact
     assert only.measured is None
     assert only.predicted.device == "pixel-8"
     assert profile(str(artifact.path)) == only
-    (here,) = calls.measured_calls(artifact, threads=1, seconds=0.05)
+    (here,) = measured_calls(artifact, threads=1, seconds=0.05)
     assert here.device == "this host"
     assert 0 < here.latency_p10_ms <= here.latency_ms <= here.latency_p90_ms
     assert here.runs >= 10

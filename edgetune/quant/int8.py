@@ -143,7 +143,8 @@ class Static8(nn.Module):
         with quiet():
             graph = torch.export.load(path, extra_files=extra).module(check_guards=False)
         settings: dict[str, Any] = json.loads(extra["static8.json"])
-        return cls(graph, **{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}).eval()
+        keys = settings.pop("keys")
+        return cls(graph, tuple(settings.pop("names")), keys=tuple(keys) if keys else None, **settings).eval()
 
     def train(self, mode: bool = True) -> Static8:
         """Sets the flag only: a captured graph has no second mode, and refuses to be asked."""
