@@ -10,8 +10,9 @@ from torch import nn
 from edgetune.capture.dynamic import Dynamic
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
-from edgetune.program.artifact import Artifact, Manifest
+from edgetune.program.artifact import Artifact
 from edgetune.program.carried import Carried
+from edgetune.program.manifest import Manifest
 
 __all__ = ["Artifact", "Carried", "Manifest", "export"]
 

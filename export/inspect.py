@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Parity
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.export import apart
-from edgetune.program.artifact import data_path, manifest_path, program_at
+from edgetune.program.beside import program_at
 from edgetune.program.inspection import Beside, Constant, Count, Delegate, Inspection, Method, Part, Slot
+from edgetune.program.manifest import DataFile, TrainingParity, data_path, manifest_path, stored_manifest
 
 _IDENTIFIER = slice(4, 8)  # of a flatbuffer; executorch's are ET12 and the like
 _HEADER = slice(8, 40)
@@ -230,47 +231,42 @@ def _holds(outer: Any, inner: Any) -> bool:
 
 
 def _beside(path: Path, digest: str) -> Beside | None:
-    """What the manifest says. Read as plain JSON, so that one of another version still tells what it can."""
+    """What the manifest says, or why it cannot be read."""
     if not path.is_file():
         return None
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        same = known["sha256"] == digest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Beside(path=str(path), problem=f"{type(error).__name__}: {error}")
-    share = known.get("delegated_macs_pct")
+        manifest = stored_manifest(path)
+    except EdgetuneError as error:
+        return Beside(path=str(path), problem=f"{error.what}; {error.action}")
+    several = manifest.kind == "methods"
     return Beside(
         path=str(path),
-        checksum_ok=same,
-        target=str(known.get("target") or ""),
-        device=str(known.get("device") or ""),
-        versions={str(name): str(version) for name, version in (known.get("versions") or {}).items()},
-        delegated_macs_pct=float(share) if share is not None else None,
-        parity=_parities(known),
-        note="; ".join(filter(None, (str(known.get("note") or ""), _told_of(path, known.get("data"))))),
+        checksum_ok=manifest.sha256 == digest,
+        target=manifest.target,
+        device=manifest.device or "",
+        versions=manifest.versions,
+        delegated_macs_pct=None if several else manifest.main.delegated_macs_pct,
+        parity="; ".join(f"{call.name}: {_parity(call.parity)}" for call in manifest.calls)
+        if several
+        else _parity(manifest.training.parity if manifest.training is not None else manifest.main.parity),
+        note="; ".join(filter(None, (manifest.note, _of_data(path, manifest.data)))),
     )
 
 
-def _parities(known: Any) -> str:
-    """Of the program, or of each of its methods."""
-    methods = known.get("methods") or ()
-    return "; ".join(f"{m['name']}: {_parity(m.get('parity'))}" for m in methods) or _parity(known.get("parity"))
-
-
-def _told_of(path: Path, data: Any) -> str:
+def _of_data(path: Path, data: DataFile | None) -> str:
     """Where the weights lie, if not in the program, and whether they are the ones that the manifest names."""
-    if not isinstance(data, dict):
+    if data is None:
         return ""
-    file = path.with_name(str(data.get("file")))
+    file = path.with_name(data.file)
     if not file.is_file():
         return f"the weights are in {file.name}, which is not here"
-    same = hashlib.sha256(file.read_bytes()).hexdigest() == data.get("sha256")
+    same = hashlib.sha256(file.read_bytes()).hexdigest() == data.sha256
     return f"the weights are in {file.name}, checksum {'ok' if same else 'WRONG'}"
 
 
-def _parity(known: Any) -> str:
-    if not isinstance(known, dict):
+def _parity(parity: Parity | TrainingParity | None) -> str:
+    if parity is None:
         return "lowered, not run"
     return ", ".join(
-        f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items() if isinstance(value, (int, float))
+        f"{name.replace('_', ' ')} {value:.4g}" for name, value in parity if isinstance(value, (int, float))
     )

@@ -15,20 +15,19 @@ from edgetune.capture.dynamic import Axis, Dynamic
 from edgetune.capture.positional import as_plain
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, tensors_of
+from edgetune.core.ledger import Parity
 from edgetune.core.modes import same_buffers
 from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
 from edgetune.export.lower import Layout, Lowered, check_plain, lower_methods
-from edgetune.export.methods_artifact import MethodParity, MethodsArtifact, MethodsManifest, MethodSpec
-from edgetune.export.pipeline import chosen_target, locator, lowering_of, of_file, output_names
+from edgetune.export.pipeline import call_of, chosen_target, locator, manifest_of, output_names
 from edgetune.export.rows import free_specs, names_of, specs_of
 from edgetune.export.targets import Target
-from edgetune.program.artifact import TensorSpec, admitted, data_path, write_pair
+from edgetune.program.artifact import Artifact, admitted, write_pair
+from edgetune.program.manifest import Call, Manifest, TensorSpec, data_path
 from edgetune.runtime import verify
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Row
-
-__all__ = ["MethodParity", "MethodSpec", "MethodsArtifact", "MethodsManifest", "export_methods"]
 
 Method = Callable[..., Any]  # a module, or a bound method of one
 
@@ -44,7 +43,7 @@ def export_methods(
     external_data: bool = False,
     io_in_plan: bool = True,
     max_relative_difference: float | None = None,
-) -> MethodsArtifact:
+) -> Artifact:
     """Lower several modules, or methods of them, into one program at `path` (a `.pte`); equal weights are stored once.
 
         et.export_methods({"encode": (model.encode, (audio,)), "decode": (model.decode, (tokens, states))}, "model.pte")
@@ -72,17 +71,17 @@ def export_methods(
             entries.append(_Asked(entry, example, checks, free))
         lowered = lower_methods({a.entry.name: (a.entry, a.example, a.axes) for a in entries}, chosen, layout)
 
-        def prove(partial: Path) -> MethodsManifest:
-            first = next(iter(lowered.values()))
+        first = next(iter(lowered.values()))
+
+        def prove(partial: Path) -> Manifest:
             data = data_path(partial) if first.weights else None
-            told = []
+            calls = []
             for asked in entries:
                 parity, outputs = _prove(partial, asked, chosen, data, max_relative_difference)
-                told.append(_spec(asked, lowered[asked.entry.name], parity, outputs, layout))
-            return MethodsManifest(**dict(of_file(first, chosen, device, path)), methods=tuple(told))
+                calls.append(_call(asked, lowered[asked.entry.name], parity, outputs, layout))
+            return manifest_of("methods", first, tuple(calls), chosen, device, path)
 
-        first = next(iter(lowered.values()))
-        return MethodsArtifact(path=path, manifest=write_pair(path, first.data, prove, first.weights))
+        return Artifact(path=path, manifest=write_pair(path, first.data, prove, first.weights))
 
 
 class Entry(nn.Module):
@@ -155,33 +154,18 @@ def _owner(name: str, method: Method) -> nn.Module:
 
 def _prove(
     partial: Path, asked: _Asked, target: Target, data: Path | None, most: float | None
-) -> tuple[MethodParity | None, list[Row]]:
+) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
         with quiet(), same_buffers(asked.entry), torch.no_grad():
             return None, [asked.entry(*row) for row in asked.rows[:2]]
     name, locate = asked.entry.name, locator(asked.entry, target, most)
     compared = verify.run_both(partial, asked.entry, asked.rows, method=name, data=data, locate=locate)
-    outputs = compared.parities()
-    allowed = allowed_difference(asked.entry) if most is None else most
-    verify.check_values(outputs, allowed, lambda: locate(compared.worst), program=name)
-    parity = MethodParity(
-        rows=len(asked.rows),
-        max_abs_difference=max(output.max_abs_difference for output in outputs),
-        max_relative_difference=max(output.max_relative_difference for output in outputs),
-        max_relative_allowed=allowed,
-        outputs=outputs,
-    )
+    parity = compared.parity(len(asked.rows), allowed_difference(asked.entry) if most is None else most, "input")
+    verify.check_values(parity.outputs, parity.max_relative_allowed, lambda: locate(compared.worst), program=name)
     return parity, compared.results
 
 
-def _spec(
-    asked: _Asked, lowered: Lowered, parity: MethodParity | None, outputs: list[Row], layout: Layout
-) -> MethodSpec:
-    return MethodSpec(
-        **dict(lowering_of(lowered, layout)),
-        name=asked.entry.name,
-        inputs=asked.inputs,
-        outputs=specs_of(outputs[0], asked.outputs, outputs[1] if asked.axes else None),
-        parity=parity,
-    )
+def _call(asked: _Asked, lowered: Lowered, parity: Parity | None, outputs: list[Row], layout: Layout) -> Call:
+    specs = specs_of(outputs[0], asked.outputs, outputs[1] if asked.axes else None)
+    return call_of(asked.entry.name, lowered, asked.inputs, specs, parity, holds_io=layout.holds_io)

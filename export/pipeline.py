@@ -23,20 +23,21 @@ from edgetune.export import locate, rows, targets
 from edgetune.export.lower import PLAIN, Layout, Lowered, check_plain, lower
 from edgetune.export.rows import Trial
 from edgetune.export.targets import Target
-from edgetune.program.artifact import (
-    Artifact,
-    Lowering,
-    Manifest,
-    OfFile,
-    Plan,
-    data_path,
-    described_data,
-    sha256_of,
-    write_pair,
-)
-from edgetune.program.beside import check_program_path
+from edgetune.program.artifact import Artifact, write_pair
+from edgetune.program.beside import check_program_path, sha256_of
 from edgetune.program.card import write_card
 from edgetune.program.carried import Carried, write_beside
+from edgetune.program.manifest import (
+    Call,
+    LanguageSpec,
+    Manifest,
+    Plan,
+    ProgramKind,
+    TensorSpec,
+    TrainingSpec,
+    data_file,
+    data_path,
+)
 from edgetune.runtime import forks, verify
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Bounds, Row
@@ -77,14 +78,10 @@ def export_program(
             data = data_path(partial) if lowered.weights else None
             parity, outputs = _prove(partial, program, trial, chosen, bounds, data)
             least = outputs[1] if axes else outputs[0]
-            return Manifest(
-                **dict(of_file(lowered, chosen, device, path)),
-                **dict(lowering_of(lowered, layout)),
-                inputs=trial.inputs,
-                outputs=rows.specs_of(outputs[0], names, least),
-                parity=parity,
-                carried=None if carried is None else write_beside(carried, path),
-            )
+            specs = rows.specs_of(outputs[0], names, least)
+            call = call_of("forward", lowered, trial.inputs, specs, parity, holds_io=layout.holds_io)
+            beside = None if carried is None else write_beside(carried, path)
+            return manifest_of("model", lowered, (call,), chosen, device, path, carried=beside)
 
         manifest = write_pair(path, lowered.data, prove, lowered.weights)
     if carried is not None:
@@ -145,26 +142,26 @@ def locator(program: nn.Module, target: Target, allowed: float | None) -> verify
     return lambda row: locate.begin(program, row, target, most)
 
 
-def of_file(lowered: Lowered, target: Target, device: str | None, path: Path) -> OfFile:
-    """The file with these bytes, whose name will be `path`, as a manifest states it."""
-    return OfFile(
-        target=target.name,
-        device=device,
-        size_bytes=len(lowered.data),
-        sha256=sha256_of(lowered.data),
-        versions=versions(),
-        data=described_data(path, lowered.weights),
-        note=note_of(target),
-    )
-
-
-def lowering_of(lowered: Lowered, layout: Layout) -> Lowering:
-    """One lowered method as a manifest states it."""
+def call_of(
+    name: str,
+    lowered: Lowered,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    parity: Parity | None = None,
+    *,
+    label: str = "",
+    holds_io: bool = True,
+) -> Call:
+    """One lowered method, or one kind of call of it, as a manifest states it."""
     macs_pct, operators_pct = delegated_pct(lowered.operators)
     plan = lowered.plan
-    return Lowering(
+    return Call(
+        name=name,
+        label=label,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
         plan_bytes=lowered.plan_bytes,
-        plan=plan and Plan(way=plan.taken, tried_bytes=plan.tried_bytes, holds_io=layout.holds_io),
+        plan=plan and Plan(way=plan.taken, tried_bytes=plan.tried_bytes, holds_io=holds_io),
         delegates=lowered.delegates,
         delegated_macs_pct=macs_pct,
         delegated_operators_pct=operators_pct,
@@ -172,17 +169,40 @@ def lowering_of(lowered: Lowered, layout: Layout) -> Lowering:
         operators=lowered.operators,
         executed=lowered.executed,
         folded=str(lowered.folded),
+        parity=parity,
     )
 
 
-def note_of(target: Target) -> str:
-    """What a manifest says of a program that this machine cannot run."""
-    return "" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime"
-
-
-def versions() -> dict[str, str]:
-    """The packages that make a program what it is."""
-    return {name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")}
+def manifest_of(
+    kind: ProgramKind,
+    lowered: Lowered,
+    calls: tuple[Call, ...],
+    target: Target,
+    device: str | None,
+    path: Path,
+    *,
+    carried: Carried | None = None,
+    language: LanguageSpec | None = None,
+    training: TrainingSpec | None = None,
+    note: str = "",
+) -> Manifest:
+    """The manifest of the program that `lowered` holds, whose file will be `path`, with these calls and sections."""
+    not_run = "" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime"
+    packages = ("torch", "executorch", "torchao", *(("transformers", "tokenizers") if language else ()), "edgetune")
+    return Manifest(
+        kind=kind,
+        target=target.name,
+        device=device,
+        size_bytes=len(lowered.data),
+        sha256=sha256_of(lowered.data),
+        versions={package: version_of(package) for package in packages},
+        data=data_file(path, lowered.weights),
+        note="; ".join(filter(None, (not_run, note))),
+        carried=carried,
+        language=language,
+        training=training,
+        calls=calls,
+    )
 
 
 def version_of(package: str) -> str:

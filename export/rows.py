@@ -15,7 +15,8 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
 from edgetune.core.modes import same_buffers
 from edgetune.core.quiet import quiet
-from edgetune.program.artifact import TensorSpec, admitted
+from edgetune.program.artifact import admitted
+from edgetune.program.manifest import TensorSpec
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Row, eager_outputs
 
@@ -69,7 +70,7 @@ def names_of(inputs: Inputs) -> tuple[str, ...]:
     return tuple(inputs) if isinstance(inputs, dict) else tuple(f"input_{i}" for i in range(len(tensors_of(inputs))))
 
 
-def specs_of(tensors: Row, names: tuple[str, ...], least: Row | None = None) -> tuple[TensorSpec, ...]:
+def specs_of(tensors: Row, names: Sequence[str], least: Row | None = None) -> tuple[TensorSpec, ...]:
     """The tensors as a manifest states them; `least` are the same in the smallest sizes."""
     found = []
     for name, tensor, small in zip(names, tensors, least or tensors, strict=True):

@@ -13,8 +13,8 @@ import pytest
 
 from edgetune.profile import device, published
 from edgetune.profile.calls import predicted_calls
-from edgetune.program.artifact import Artifact, Manifest
-from edgetune.program.language import LanguageArtifact, LanguageManifest
+from edgetune.program.artifact import Artifact
+from edgetune.program.manifest import Manifest
 
 GOLDEN = Path(__file__).with_name("golden")
 FIGURES = ("latency_ms", "latency_low_ms", "latency_high_ms", "peak_memory_mib", "energy_mj", "cold_start_ms")
@@ -22,11 +22,11 @@ FIGURES = ("latency_ms", "latency_low_ms", "latency_high_ms", "peak_memory_mib",
 
 def of_programs() -> dict[str, list[float | None]]:
     """The figures of each kind of call of the stored manifests (a 4-bit MiniLM, a 4-bit SmolLM2), on each device."""
-    text = Manifest.model_validate_json(gzip.decompress((GOLDEN / "text.json.gz").read_bytes()))
-    language = LanguageManifest.model_validate_json(gzip.decompress((GOLDEN / "language.json.gz").read_bytes()))
     artifacts = {
-        "text": Artifact(Path("text.pte"), text),
-        "language": LanguageArtifact(Path("language.pte"), language),
+        name: Artifact(
+            Path(f"{name}.pte"), Manifest.model_validate_json(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
+        )
+        for name in ("text", "language")
     }
     return {
         " ".join(filter(None, (name, identity, prediction.call))): [getattr(prediction, figure) for figure in FIGURES]

@@ -15,7 +15,7 @@ from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
 from edgetune.core.quiet import quiet
 from edgetune.export.training.capture import Loss, Step, prepared
 from edgetune.export.training.step import Batch, eager_losses
-from edgetune.program.training import TrainingArtifact
+from edgetune.program.artifact import Artifact
 from edgetune.runtime.training import TrainingProgram, time_steps_in_child
 
 
@@ -53,18 +53,18 @@ def stock_plan_bytes(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Los
 
 
 def loss_difference(
-    artifact: TrainingArtifact, model: nn.Module, batches: Sequence[Batch], loss: Loss, steps: int, learning_rate: float
+    artifact: Artifact, model: nn.Module, batches: Sequence[Batch], loss: Loss, steps: int, learning_rate: float
 ) -> float:
     """The largest difference to eager SGD's losses over `steps` steps from the same weights."""
     program = TrainingProgram(artifact.path)
     chosen = [batches[n % len(batches)] for n in range(steps)]
     got = [program.step(inputs, labels, learning_rate)[0] for inputs, labels in chosen]
-    expected = eager_losses(model, chosen, loss, artifact.manifest.momentum, learning_rate)
+    expected = eager_losses(model, chosen, loss, artifact.training.momentum, learning_rate)
     return max(abs(a - b) for a, b in zip(got, expected, strict=True))
 
 
 def step_times(
-    artifact: TrainingArtifact, model: nn.Module, batch: Batch, loss: Loss, *, threads: int, seconds: float = 3.0,
+    artifact: Artifact, model: nn.Module, batch: Batch, loss: Loss, *, threads: int, seconds: float = 3.0,
     rounds: int = 3,
 ) -> StepTimes:  # fmt: skip
     """The program's step and eager's, interleaved in `rounds`. Medians over all."""
@@ -76,7 +76,7 @@ def step_times(
         result = time_steps_in_child(artifact.path, (*tensors_of(inputs), labels), threads=threads, seconds=seconds)
         program += result["latencies_ms"][2:] or result["latencies_ms"]
         peaks.append(result["peak_memory_mib"] - result["empty_memory_mib"])
-        eager += _eager_ms(model, batch, loss, artifact.manifest.momentum, threads, seconds)
+        eager += _eager_ms(model, batch, loss, artifact.training.momentum, threads, seconds)
     return StepTimes(threads, statistics.median(program), statistics.median(eager), statistics.median(peaks))
 
 

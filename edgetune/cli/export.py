@@ -15,7 +15,6 @@ from edgetune.cli.devices import Json, printed
 if TYPE_CHECKING:
     from edgetune.core.ledger import Program
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact
 
 ModelName = Annotated[
     str,
@@ -135,7 +134,7 @@ def kit(
     chosen, folder = find(platform), out or Path(f"kit-{platform}")
     goal = target_for(chosen, device, target)
 
-    def make(path: Path) -> Artifact | LanguageArtifact:
+    def make(path: Path) -> Artifact:
         made = to_program(source, path, device=device, target=goal)
         if source.ledger is not None:
             tell_run(made, source.ledger)

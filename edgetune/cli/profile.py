@@ -15,7 +15,6 @@ from edgetune.cli.devices import Json, printed
 if TYPE_CHECKING:
     from edgetune.core.ledger import Measured
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact
 
 
 def profile(
@@ -50,12 +49,12 @@ def profile(
     from edgetune.profile.layers import layers, plain
     from edgetune.profile.layers import text as layers_text
     from edgetune.profile.tables import text
-    from edgetune.program.language import load_any
+    from edgetune.program.artifact import Artifact
     from edgetune.recipe.names import HOST
     from edgetune.runtime.hosts.place import parsed
 
     place = parsed(on or HOST) if measure or on else None
-    artifact, described = load_any(program), load(device)
+    artifact, described = Artifact.load(program, "model", "language"), load(device)
     if place is not None and threads is None and (described.id == HOST or place.kind != "host"):
         threads = described.thread_count
     predicted = predicted_calls(artifact, described)
@@ -81,7 +80,7 @@ def profile(
 
 
 def _measured(
-    artifact: Artifact | LanguageArtifact,
+    artifact: Artifact,
     on: str,
     threads: int | None,
     seconds: float,

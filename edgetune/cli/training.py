@@ -54,15 +54,15 @@ def export_training(
         found = _prepared(recipe, overrides or [])
         inputs, labels = next(found.batches(rows))
         artifact = lower(found.model, inputs, labels, out, loss=found.loss, target=target, momentum=momentum)
-    known = artifact.manifest
+    manifest, training = artifact.manifest, artifact.training
     if as_json:
-        printed(known.model_dump(mode="json"))
+        printed(manifest.model_dump(mode="json"))
         return 0
-    weights = sum(math.prod(s.shape) for s in known.trainable)
+    weights = sum(math.prod(spec.shape) for spec in training.trainable)
     printed(
-        f"{artifact.path}: {known.size_bytes / 2**20:.2f} MiB, plan {known.plan_bytes / 2**20:.1f} MiB, "
-        f"{weights:,} trainable values; losses of {known.parity.steps} steps within "
-        f"{known.parity.max_abs_loss_difference:.1e} of eager mode"
+        f"{artifact.path}: {manifest.size_bytes / 2**20:.2f} MiB, plan {manifest.main.plan_bytes / 2**20:.1f} MiB, "
+        f"{weights:,} trainable values; losses of {training.parity.steps} steps within "
+        f"{training.parity.max_abs_loss_difference:.1e} of eager mode"
     )
     return 0
 
@@ -86,12 +86,12 @@ def train_pte(
     """
     from edgetune.core.numbers import quality as in_words
     from edgetune.export.training.pull import pull as pull_
-    from edgetune.program.training import TrainingArtifact
+    from edgetune.program.artifact import Artifact
     from edgetune.runtime.training import train_pte as train
 
     with contextlib.redirect_stdout(sys.stderr):
         found = _prepared(recipe, overrides or [])
-        rows = TrainingArtifact.load(program).manifest.inputs[0].shape[0]
+        rows = Artifact.load(program, "training").manifest.call("train").inputs[0].shape[0]
         batches = (batch for epoch in range(epochs) for batch in found.batches(rows, epoch))
         losses = train(program, batches, learning_rate, steps=steps, resume=resume, checkpoint=out)
         quality = found.quality(pull_(out, found.model))

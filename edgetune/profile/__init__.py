@@ -14,7 +14,6 @@ from edgetune.recipe.names import HOST
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact
 
 __all__ = ["Profile", "profile"]
 
@@ -37,9 +36,7 @@ class Profile:
         return f"Profile({predicted}, {measured or 'not measured'})"
 
 
-def profile(
-    artifact: Artifact | LanguageArtifact | str | Path, device: str | Device = "pixel-8", *, measure: bool = False
-) -> Profile:
+def profile(artifact: Artifact | str | Path, device: str | Device = "pixel-8", *, measure: bool = False) -> Profile:
     """Predict the latency and memory of a program on a device. For `host`, or with `measure`, also time it on this
     host.
 
@@ -48,9 +45,9 @@ def profile(
     """
     described = device if isinstance(device, Device) else load(device)
     if isinstance(artifact, (str, Path)):
-        from edgetune.program.language import load_any
+        from edgetune.program.artifact import Artifact
 
-        artifact = load_any(artifact)
+        artifact = Artifact.load(artifact, "model", "language")
     predicted = predicted_calls(artifact, described)
     threads = described.thread_count if described.id == HOST else None
     measured: tuple[Measured | None, ...] = (

@@ -1,4 +1,4 @@
-"""What each kind of call of a program costs: a language program says a token or reads a piece of a prompt."""
+"""What each kind of call of a program costs; a text-generation program has two: a token, and a piece of a prompt."""
 
 from __future__ import annotations
 
@@ -14,47 +14,44 @@ from edgetune.profile.energy import program_mj
 from edgetune.profile.memory import peak_memory_mib
 from edgetune.program.operators import Operator
 from edgetune.runtime.hosts.host import Host
-from edgetune.runtime.hosts.session import measured_on, piece, token
+from edgetune.runtime.hosts.session import measured_on
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact
+    from edgetune.program.manifest import Call
 
 _ATTENTION = "custom_sdpa"  # executorch's own kernel: blocked products on all threads, no plain loops
 
 
-def measured_calls(
-    artifact: Artifact | LanguageArtifact, *, threads: int | None = None, seconds: float = 2.0
-) -> tuple[Measured, ...]:
-    """Each kind of call timed on this host for about `seconds`; of a language program the token comes first.
+def measured_calls(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> tuple[Measured, ...]:
+    """Each kind of call timed on this host for about `seconds`; of a text-generation program the token comes first.
 
     `threads`: by default all cores of the process.
     """
     return measured_on(Host(), artifact, threads=threads, seconds=seconds)
 
 
-def predicted_calls(artifact: Artifact | LanguageArtifact, device: str | Device) -> tuple[Predicted, ...]:
+def predicted_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted, ...]:
     """What each kind of call costs on a device, in the same order. Memory is that of the call which needs most."""
     described = device if isinstance(device, Device) else load(device)
-    known = artifact.manifest
+    manifest = artifact.manifest
     calibrated = described.calibration is not None
-    found = []
-    for (call, operators), (_, run) in zip(
-        operators_of(artifact, calibrated), operators_of(artifact, True), strict=True
-    ):
-        one = predict(
+    predictions = []
+    for call in manifest.calls:
+        operators = operators_of(call, calibrated)
+        prediction = predict(
             operators,
             described,
-            plan_bytes=known.plan_bytes,
-            program_bytes=getattr(known, "total_bytes", known.size_bytes),
-            delegate_calls=known.delegates,
+            plan_bytes=call.plan_bytes,
+            program_bytes=manifest.total_bytes,
+            delegate_calls=call.delegates,
         )
-        memory_mib = peak_memory_mib(run, known.plan_bytes, getattr(known, "total_bytes", known.size_bytes))
-        if not calibrated and known.target == "xnnpack":
-            one = _taught(one, operators, described)
-        found.append(one.model_copy(update={"call": call, "peak_memory_mib": memory_mib}))
-    peak_mib = max(one.peak_memory_mib for one in found)
-    return tuple(one.model_copy(update={"peak_memory_mib": peak_mib}) for one in found)
+        memory_mib = peak_memory_mib(operators_of(call, True), call.plan_bytes, manifest.total_bytes)
+        if not calibrated and manifest.target == "xnnpack":
+            prediction = _taught(prediction, operators, described)
+        predictions.append(prediction.model_copy(update={"call": call.label, "peak_memory_mib": memory_mib}))
+    peak_mib = max(prediction.peak_memory_mib for prediction in predictions)
+    return tuple(prediction.model_copy(update={"peak_memory_mib": peak_mib}) for prediction in predictions)
 
 
 def _taught(found: Predicted, operators: Sequence[Operator], device: Device) -> Predicted:
@@ -73,23 +70,9 @@ def _taught(found: Predicted, operators: Sequence[Operator], device: Device) -> 
     )
 
 
-def operators_of(
-    artifact: Artifact | LanguageArtifact, as_executed: bool
-) -> tuple[tuple[str, tuple[Operator, ...]], ...]:
-    """The kinds of call and their operators: as in the model, or as the runtime executes them if the manifest says."""
-    from edgetune.program.language import LanguageArtifact
-
-    known = artifact.manifest
-    as_executed = as_executed and bool(known.executed)
-    whole = known.executed if as_executed else known.operators
-    if not isinstance(artifact, LanguageArtifact):
-        return (("", whole),)
-    spoken = artifact.manifest
-    single = spoken.decode_executed if as_executed else spoken.decode_operators
-    return (
-        (token(spoken), tuple(map(_attending, single))),
-        (piece(spoken), tuple(map(_attending, whole))),
-    )
+def operators_of(call: Call, as_executed: bool) -> tuple[Operator, ...]:
+    """The operators of a call: as in the model, or as the runtime executes them if the manifest says."""
+    return tuple(map(_attending, (as_executed and call.executed) or call.operators))
 
 
 def _attending(operator: Operator) -> Operator:

@@ -16,7 +16,6 @@ from edgetune.program.operators import DType
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact
 
 MOST = 30
 OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
@@ -68,18 +67,16 @@ class Layers:
     roof: Roof
 
 
-def layers(artifact: Artifact | LanguageArtifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
+def layers(artifact: Artifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
     """The layers of each kind of call, in the order of `predicted_calls`, whose latency they add up to."""
     described = device if isinstance(device, Device) else load(device)
-    known = artifact.manifest
-    found = []
-    calibrated = described.calibration is not None
-    pairs = zip(predicted_calls(artifact, described), operators_of(artifact, calibrated), strict=True)
-    for call, (_, operators) in pairs:
-        bare_ms = predict(operators, described, plan_bytes=known.plan_bytes, delegate_calls=known.delegates).latency_ms
-        slower = call.latency_ms / bare_ms  # what published measurements add
-        found.append(_of_call(call, parts_of(operators, described), slower, described, most))
-    return tuple(found)
+    by_call = []
+    for prediction, call in zip(predicted_calls(artifact, described), artifact.manifest.calls, strict=True):
+        operators = operators_of(call, described.calibration is not None)
+        bare_ms = predict(operators, described, plan_bytes=call.plan_bytes, delegate_calls=call.delegates).latency_ms
+        slower = prediction.latency_ms / bare_ms  # what published measurements add
+        by_call.append(_of_call(prediction, parts_of(operators, described), slower, described, most))
+    return tuple(by_call)
 
 
 def _of_call(call: Predicted, parts: Sequence[Part], slower: float, device: Device, most: int) -> Layers:

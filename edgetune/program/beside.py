@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import check_folder
-from edgetune.core.one_line import OneLine, figure
+from edgetune.core.one_line import OneLine
 from edgetune.core.other_names import nearest_file
 
 
@@ -18,11 +18,6 @@ class Value(OneLine):
     """Base of what stands in a manifest: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-def artifact_line(artifact: object, path: Path, size_bytes: int, *facts: str) -> str:
-    """An artifact's `repr`: its file, size and what else tells it from others."""
-    return f"{type(artifact).__name__}({', '.join([repr(str(path)), *facts, f'{figure(size_bytes / 2**20)} MiB'])})"
 
 
 def sha256_of(data: bytes) -> str:

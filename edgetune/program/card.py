@@ -17,7 +17,7 @@ from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocess
 
 if TYPE_CHECKING:
     from edgetune.core.ledger import Ledger, Parity
-    from edgetune.program.artifact import Manifest
+    from edgetune.program.manifest import Call, Manifest
     from edgetune.program.operators import Operator
 
 _TYPES = {
@@ -45,7 +45,7 @@ def card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> str:
     parts = [
         f"# {name}",
         _what(carried, ledger),
-        "## Inputs and outputs\n" + _shapes(manifest),
+        "## Inputs and outputs\n" + _shapes(manifest.main),
         _section("Preprocessing", preprocessing(carried)),
         _section("Outputs", postprocessing(carried)),
         _section("Program", _program(manifest)),
@@ -111,15 +111,15 @@ def _what(carried: Carried, ledger: Ledger | None) -> str:
     return "\n".join(lines)
 
 
-def _shapes(manifest: Manifest) -> str:
-    rows = [("input", spec) for spec in manifest.inputs] + [("output", spec) for spec in manifest.outputs]
+def _shapes(call: Call) -> str:
+    rows = [("input", spec) for spec in call.inputs] + [("output", spec) for spec in call.outputs]
     return _table(
         ("", "name", "shape", "type"), [(way, s.name, " x ".join(map(str, s.shape)), s.dtype) for way, s in rows]
     )
 
 
 def _program(manifest: Manifest) -> list[str]:
-    parity = manifest.parity
+    call, parity = manifest.main, manifest.main.parity
     same = (
         f"verified against the model on {parity.rows} {parity.counted}{'s' * (parity.rows != 1)}: same "
         f"prediction on {parity.same_prediction_pct:g} %, {_values(parity)}"
@@ -127,17 +127,17 @@ def _program(manifest: Manifest) -> list[str]:
         else manifest.note
     )
     outside: Counter[str] = Counter()
-    for leftover in manifest.leftovers:
+    for leftover in call.leftovers:
         outside[leftover.operator] += leftover.count
     left = shortened([f"{count} x {name}" for name, count in outside.most_common()], 6)
     return [
         f"target {manifest.target}" + (f", for {manifest.device}" if manifest.device else ""),
-        f"{size(manifest.size_bytes)}, and {size(manifest.plan_bytes)} of planned activation memory",
-        f"weights that one run reads: {quantization(manifest.operators)}",
-        f"{manifest.delegated_macs_pct:.1f} % of the multiply-accumulates run in the backend, in {manifest.delegates} "
+        f"{size(manifest.size_bytes)}, and {size(call.plan_bytes)} of planned activation memory",
+        f"weights that one run reads: {quantization(call.operators)}",
+        f"{call.delegated_macs_pct:.1f} % of the multiply-accumulates run in the backend, in {call.delegates} "
         f"parts" + (f"; outside it: {left}" if left else ""),
         *([same] if same else []),
-        *([f"branches and norms: {manifest.folded}"] if manifest.folded else []),
+        *([f"branches and norms: {call.folded}"] if call.folded else []),
         f"SHA-256 `{manifest.sha256}`",
     ]
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
-from edgetune.program.beside import Value, check_bytes, sha256_of
+from edgetune.program.beside import Value, sha256_of
 
 
 class ImagePreprocessing(Value):
@@ -111,13 +111,3 @@ def write_beside(carried: Carried, path: Path) -> Carried:
     write_whole(file, told.tokenizer_json)
     known = {"tokenizer": file.name, "sha256": sha256_of(told.tokenizer_json.encode()), "tokenizer_json": ""}
     return carried.model_copy(update={"preprocessing": told.model_copy(update=known)})
-
-
-def files_beside(carried: Carried | None, path: Path) -> tuple[Path, ...]:
-    """The files that the program at `path` carries, checked. Raises `EdgetuneError` (exit code 5) for another file."""
-    told = carried.preprocessing if carried is not None else None
-    if not isinstance(told, TextPreprocessing):
-        return ()
-    file = path.with_name(told.tokenizer)
-    check_bytes(file, told.sha256)
-    return (file,)

@@ -8,16 +8,17 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.registry import require
-from edgetune.program.language import LanguageArtifact, TokenizerSpec
+from edgetune.program.artifact import Artifact
+from edgetune.program.manifest import TokenizerSpec
 
 
-class Carried:
-    """The tokenizer of a language program."""
+class ChatTokenizer:
+    """The tokenizer of a text-generation program."""
 
-    def __init__(self, artifact: LanguageArtifact) -> None:
+    def __init__(self, artifact: Artifact) -> None:
         tokenizers = require("tokenizers", "language models")
-        self._spec = artifact.manifest.tokenizer
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(artifact.tokenizer_path))
+        self._spec = artifact.language.tokenizer
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(artifact.path.with_name(self._spec.file)))
 
     def tokens(self, prompt: str, *, raw: bool = False) -> list[int]:
         """The prompt as one user's message of a chat, or, `raw` or without a chat template, as it is."""

@@ -16,7 +16,6 @@ from edgetune.recipe.names import HOST, ids
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact
 
 CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
 _MS = 1e3
@@ -63,9 +62,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
 
-def compare(
-    artifact: Artifact | LanguageArtifact | str | Path, devices: Sequence[str | Device] | None = None
-) -> Comparison:
+def compare(artifact: Artifact | str | Path, devices: Sequence[str | Device] | None = None) -> Comparison:
     """Predict a program on these devices, by default all that are known, the fastest first.
 
     Left out, with the reason in `faults`: a device that no runtime is published for, this host before it was
@@ -73,10 +70,10 @@ def compare(
     unknown or has a fault, and where nothing is left to compare.
     """
     if isinstance(artifact, (str, Path)):
-        from edgetune.program.language import load_any
+        from edgetune.program.artifact import Artifact
 
-        artifact = load_any(artifact)
-    known, faults = artifact.manifest, list[tuple[str, str]]()
+        artifact = Artifact.load(artifact, "model", "language")
+    manifest, faults = artifact.manifest, list[tuple[str, str]]()
     lines: list[Line] = []
     for device in ids() if devices is None else _once(devices):
         try:
@@ -93,17 +90,16 @@ def compare(
         lines.append(_line(artifact, described))
     if not lines:
         raise EdgetuneError("no device is left to compare", got="; ".join(f"{name}: {fault}" for name, fault in faults))
-    prefill = getattr(known, "prefill_tokens", None)
-    cache_bytes = getattr(known, "cache_bytes", None)
+    prefill = manifest.language.prefill_tokens if manifest.language is not None else None
     return Comparison(
         program=artifact.path.name,
-        target=known.target,
-        size_mib=getattr(known, "total_bytes", known.size_bytes) / 2**20,
+        target=manifest.target,
+        size_mib=manifest.total_bytes / 2**20,
         lines=tuple(sorted(lines, key=_order)),
         faults=tuple(faults),
         prefill_tokens=prefill,
-        cache_mib=None if cache_bytes is None else cache_bytes / 2**20,
-        notes=_notes(known.target, lines, prefill),
+        cache_mib=manifest.language.cache_bytes / 2**20 if manifest.language is not None else None,
+        notes=_notes(manifest.target, lines, prefill),
     )
 
 
@@ -118,8 +114,8 @@ def _once(devices: Sequence[str | Device]) -> tuple[str | Device, ...]:
     return tuple(found)
 
 
-def _line(artifact: Artifact | LanguageArtifact, device: Device) -> Line:
-    target = artifact.manifest.target
+def _line(artifact: Artifact, device: Device) -> Line:
+    target, language = artifact.manifest.target, artifact.manifest.language
     if target != "portable" and target not in device.targets:
         why = f"cannot run {target} programs, only {', '.join(device.targets)}"
         return Line(device.id, device.name, device.family, (), False, why)
@@ -134,7 +130,7 @@ def _line(artifact: Artifact | LanguageArtifact, device: Device) -> Line:
         predicted=predicted,
         fits=None if unknown else not reasons,
         why="memory size unknown" if unknown else "; ".join(reasons),
-        speech=_speech(predicted, artifact.manifest.prefill_tokens) if len(predicted) > 1 else None,  # type: ignore[union-attr]
+        speech=_speech(predicted, language.prefill_tokens) if language is not None else None,
     )
 
 

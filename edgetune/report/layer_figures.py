@@ -21,11 +21,11 @@ def rooflines_of(ledger: Ledger, folder: Path) -> tuple[Figure, ...]:
     if not path.with_suffix(".json").is_file():
         return ()
     from edgetune.profile.layers import Layers, layers
-    from edgetune.program.language import load_any
+    from edgetune.program.artifact import Artifact
     from edgetune.report.pictures import rooflines
 
     try:
-        artifact = load_any(path)
+        artifact = Artifact.load(path, "model", "language")
     except EdgetuneError:  # a file that was changed since: its layers are not this run's
         return ()
     if artifact.manifest.sha256 != ledger.program.sha256:

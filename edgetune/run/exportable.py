@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from edgetune.core.ledger import Ledger
     from edgetune.data.dataset import Split
     from edgetune.export import Artifact
-    from edgetune.export.language import LanguageArtifact
     from edgetune.program.carried import Carried
     from edgetune.recipe.sections import ExportSettings
 
@@ -64,9 +63,7 @@ def with_cache(found: Exportable, max_tokens: int | None) -> Exportable:
     return replace(found, talk=replace(found.talk, max_tokens=max_tokens))
 
 
-def to_program(
-    found: Exportable, path: Path, *, device: str | None = None, target: str | None = None
-) -> Artifact | LanguageArtifact:
+def to_program(found: Exportable, path: Path, *, device: str | None = None, target: str | None = None) -> Artifact:
     """Lower it, prove it, and write what lies beside it: a language program where it is to talk."""
     from edgetune.export import export
     from edgetune.export.language import CHECK_PROMPT, export_language
@@ -103,13 +100,11 @@ def _frees_rows(sizes: Dynamic) -> bool:
     return any(one.strip() == "batch" or one.strip().endswith(".0") for name in sizes for one in name.split(","))
 
 
-def tell_run(artifact: Artifact | LanguageArtifact, ledger: Ledger) -> None:
+def tell_run(artifact: Artifact, ledger: Ledger) -> None:
     """Write the program's model card anew, with what the run measured."""
-    from edgetune.program.artifact import Manifest
     from edgetune.program.card import write_card
 
-    known = artifact.manifest
-    write_card(artifact.path, known if isinstance(known, Manifest) else known.plain(), ledger)
+    write_card(artifact.path, artifact.manifest, ledger)
 
 
 def tokenizer_of(task: str, encode: Any) -> Any:

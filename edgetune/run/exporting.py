@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from edgetune.capture.dynamic import Dynamic
     from edgetune.data.dataset import Dataset
     from edgetune.export import Artifact
-    from edgetune.export.language import LanguageArtifact
 
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
 CONVERTED = ("hf", "timm", "py")  # finished as they are
@@ -72,7 +71,7 @@ def export_from(
     max_tokens: int | None = None,
     dynamic: Dynamic | None = None,
     external_data: bool = False,
-) -> Artifact | LanguageArtifact:
+) -> Artifact:
     """Lower what `source` names to `path`.
 
     Args:

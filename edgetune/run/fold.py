@@ -52,7 +52,6 @@ from edgetune.train.settings import Train
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact
 
 EVALUATION_BATCH = 64
 _FEW_ROWS = 20
@@ -304,7 +303,7 @@ class Fold:
             self.profile(artifact, self.recipe.profile, find(self.recipe.export.target).runs_here)
         tell_run(artifact, self.ledger)
 
-    def profile(self, artifact: Artifact | LanguageArtifact, asked: ProfileSettings, runs_here: bool) -> None:
+    def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Every kind of call of the program, timed on this host and predicted for each device."""
         from edgetune.profile.calls import measured_calls, predicted_calls
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ ROWS_AT_ONCE = 256  # that are prepared and run together: 154 MiB of images of 2
 OTHER_KINDS = {
     "language": "edgetune generate answers with a text-generation program",
     "training": "edgetune train-pte trains with a training program; bring the weights back and export the model",
-    "methods": "call its methods from your own code: edgetune.export.methods_artifact",
+    "methods": "call its methods from your own code: Artifact.load(path).run(inputs, method=...)",
 }
 
 
@@ -65,18 +64,16 @@ class Classifier:
     def __init__(self, path: str | Path) -> None:
         """Read the program, or that of a run's folder. Raises `EdgetuneError` that names what it lacks."""
         from edgetune.export.kit.linux.sample import Preparation
-        from edgetune.program.artifact import Artifact, program_at
+        from edgetune.program.artifact import Artifact
 
-        place = program_at(Path(path))
-        _check_kind(place)
-        self.artifact: Artifact = Artifact.load(place)
+        self.artifact: Artifact = Artifact.load(path)
         self.task = _check(self.artifact)
-        self.preparation = Preparation(self.artifact.manifest.model_dump(mode="json"), place.parent)
-        carried = self.artifact.manifest.carried
-        assert carried is not None  # `_check` has seen it
-        self.carried = carried
-        places = self.artifact.manifest.outputs[0].shape[-1]
-        self.labels = carried.labels or tuple(str(place) for place in range(places))
+        manifest = self.artifact.manifest
+        self.preparation = Preparation(manifest.model_dump(mode="json"), self.artifact.path.parent)
+        assert manifest.carried is not None  # `_check` has seen it
+        self.carried = manifest.carried
+        places = manifest.main.outputs[0].shape[-1]
+        self.labels = self.carried.labels or tuple(str(place) for place in range(places))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -111,11 +108,11 @@ class Classifier:
             tensors = self.preparation.inputs(str(row))
         else:
             tensors = _picture(self.preparation, row)
-        return tuple(tensors[spec.name] for spec in self.artifact.manifest.inputs)
+        return tuple(tensors[spec.name] for spec in self.artifact.manifest.main.inputs)
 
     def _batches(self, rows: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """The rows in batches of the size that the program takes, the last one filled up with its last row."""
-        spec = self.artifact.manifest.inputs[0]
+        spec = self.artifact.manifest.main.inputs[0]
         size = (spec.smallest or spec.shape)[0]
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
@@ -278,31 +275,20 @@ def _picture(preparation: Any, row: Any) -> dict[str, Tensor]:
         raise data_error(what, got=str(row), action="give the path of an image, or of a folder of images") from error
 
 
-def _check_kind(path: Path) -> None:
-    """Raise for a program that answers in another way, with the verb for it."""
-    from edgetune.program.artifact import manifest_path
-
-    try:
-        manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # said by whoever reads it whole
-    action = OTHER_KINDS.get(manifest.get("kind", "model")) if isinstance(manifest, dict) else None
-    if action is not None:
-        raise EdgetuneError(
-            "the program does not predict a class",
-            got=manifest["kind"],
-            where=str(path),
-            action=action,
-            exit_code=Exit.EXPORT,
-        )
-
-
 def _check(artifact: Artifact) -> Task:
     """The task of a classifier. Raises `EdgetuneError` that names what the program lacks for an answer."""
     from edgetune.export.targets import find
     from edgetune.program.carried import ImagePreprocessing
 
-    manifest, carried = artifact.manifest, artifact.manifest.carried
+    manifest, carried, call = artifact.manifest, artifact.manifest.carried, artifact.manifest.main
+    if manifest.kind in OTHER_KINDS:
+        raise EdgetuneError(
+            "the program does not predict a class",
+            got=manifest.kind,
+            where=str(artifact.path),
+            action=OTHER_KINDS[manifest.kind],
+            exit_code=Exit.EXPORT,
+        )
     lacking = []
     if carried is None or carried.preprocessing is None:
         lacking.append("how its inputs are made from a text or an image")
@@ -316,15 +302,15 @@ def _check(artifact: Artifact) -> Task:
             exit_code=Exit.EXPORT,
         )
     pictures = isinstance(carried.preprocessing, ImagePreprocessing)
-    names = [spec.name for spec in manifest.inputs]
-    outputs = math.prod(manifest.outputs[0].shape[1:])
+    names = [spec.name for spec in call.inputs]
+    outputs = math.prod(call.outputs[0].shape[1:])
     if (len(names) != 1 if pictures else sorted(names) != ["attention_mask", "input_ids"]) or (
-        len(manifest.outputs[0].shape) != 2 or len(carried.labels) not in (0, outputs)
+        len(call.outputs[0].shape) != 2 or len(carried.labels) not in (0, outputs)
     ):
         raise EdgetuneError(
             "the inputs or outputs of the program do not match its metadata",
             where=str(artifact.path),
-            got=[str(spec) for spec in (*manifest.inputs, *manifest.outputs)],
+            got=[str(spec) for spec in (*call.inputs, *call.outputs)],
             action="export with inputs as carried.preprocessing makes them, and a name for each class",
             exit_code=Exit.EXPORT,
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from edgetune.core.errors import EdgetuneError, Exit
 
 if TYPE_CHECKING:
-    from edgetune.program.language import LanguageArtifact
+    from edgetune.program.artifact import Artifact
     from edgetune.runtime.language import Answer, Asked
 
 MAX_TOKENS = 256
@@ -58,15 +58,15 @@ def generate(
     Raises `EdgetuneError`, with exit code 2 for invalid settings or a prompt that is longer than the cache, and 5
     if the program does not load or run.
     """
-    from edgetune.program.language import LanguageArtifact
-    from edgetune.program.tokenizer import Carried
+    from edgetune.program.artifact import Artifact
+    from edgetune.program.tokenizer import ChatTokenizer
     from edgetune.runtime.language import answer
 
     _check(max_tokens, temperature, seed, threads)
-    artifact = LanguageArtifact.load(path)
-    carried = Carried(artifact)
-    asked = _asked(artifact, carried.tokens(prompt, raw=raw), max_tokens, temperature, seed, threads)
-    stream = carried.stream()
+    artifact = Artifact.load(path, "language")
+    tokenizer = ChatTokenizer(artifact)
+    asked = _asked(artifact, tokenizer.tokens(prompt, raw=raw), max_tokens, temperature, seed, threads)
+    stream = tokenizer.stream()
 
     def hear(token: int) -> None:
         text = stream.add(token)
@@ -74,7 +74,7 @@ def generate(
             heard(text)
 
     found = answer(asked, hear)
-    return _generation(found, len(asked.prompt), carried.text(found.tokens))
+    return _generation(found, len(asked.prompt), tokenizer.text(found.tokens))
 
 
 def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
@@ -90,26 +90,26 @@ def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) 
 
 
 def _asked(
-    artifact: LanguageArtifact, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
+    artifact: Artifact, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
 ) -> Asked:
     from edgetune.runtime.language import Asked
 
-    known = artifact.manifest
-    if len(prompt) > known.max_tokens:
+    language = artifact.language
+    if len(prompt) > language.max_tokens:
         raise EdgetuneError(
             "the prompt has more tokens than fit into the cache of the program",
             where=str(artifact.path),
             got=len(prompt),
-            allowed=[f"at most {known.max_tokens}"],
+            allowed=[f"at most {language.max_tokens}"],
             action="shorten the prompt, or export the model with a larger max_tokens",
             exit_code=Exit.USAGE,
         )
     return Asked(
         path=str(artifact.path.resolve()),
         prompt=tuple(prompt),
-        cache_tokens=known.max_tokens,
-        prefill_tokens=known.prefill_tokens,
-        eos_ids=known.eos_ids,
+        cache_tokens=language.max_tokens,
+        prefill_tokens=language.prefill_tokens,
+        eos_ids=language.eos_ids,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,

@@ -132,7 +132,7 @@ def inputs_of(artifact: Artifact) -> tuple[Tensor, ...]:
     """
     draw = torch.Generator().manual_seed(0)
     made: list[Tensor] = []
-    for spec in artifact.manifest.inputs:
+    for spec in artifact.manifest.main.inputs:
         dtype = getattr(torch, spec.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise EdgetuneError("the manifest states an input of an unknown type", where=spec.name, got=spec.dtype)

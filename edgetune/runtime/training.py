@@ -19,7 +19,8 @@ from torch import Tensor
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.quiet import quiet
-from edgetune.program.training import SliceSpec, TrainingArtifact
+from edgetune.program.artifact import Artifact
+from edgetune.program.manifest import SliceSpec
 from edgetune.runtime.run import ask_child, inputs_in, loaded_runtime, resident_mib, serve
 
 _PREFIX = "model."  # of the user's names in the program
@@ -34,7 +35,7 @@ class TrainingProgram:
         with quiet():
             import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
             from executorch.extension.pybindings import _portable_lib
-        self.artifact = TrainingArtifact.load(path)
+        self.artifact = Artifact.load(path, "training")
         program = _portable_lib._load_program(str(path))
         self._train, self._forward = program.load_method("train"), program.load_method("forward")
 
@@ -69,9 +70,9 @@ class TrainingProgram:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The program's own memory."""
-        known = self.artifact.manifest
-        names = [s.name for s in known.trainable]
-        names += [name + MOMENTUM for name in names] if known.momentum else []
+        training = self.artifact.training
+        names = [spec.name for spec in training.trainable]
+        names += [name + MOMENTUM for name in names] if training.momentum else []
         return {name: self._train.get_attribute(_PREFIX + name) for name in names}
 
     def save(self, path: str | Path) -> None:
@@ -79,11 +80,11 @@ class TrainingProgram:
         from safetensors.torch import save_file
 
         path = Path(path)
-        known = self.artifact.manifest
+        training = self.artifact.training
         about = {
-            "program": known.sha256,
-            "momentum": str(known.momentum),
-            "slices": json.dumps([s.model_dump() for s in known.slices]),
+            "program": self.artifact.manifest.sha256,
+            "momentum": str(training.momentum),
+            "slices": json.dumps([spec.model_dump() for spec in training.slices]),
         }
         partial = path.with_name(f".{path.name}.partial")
         save_file(self.state(), partial, metadata=about)

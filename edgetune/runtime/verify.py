@@ -15,7 +15,8 @@ from edgetune.core.ledger import OutputParity, Parity
 from edgetune.core.modes import same_buffers
 from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
-from edgetune.program.artifact import Manifest, admitted, manifest_path, read_manifest
+from edgetune.program.artifact import admitted
+from edgetune.program.manifest import manifest_path, read_manifest
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.predictions import predictions_of
 from edgetune.runtime.run import run_in_child
@@ -238,7 +239,7 @@ def _together(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
     """Rows put together to the batch that the finished program at `path` takes, where they are smaller."""
     if not manifest_path(path).is_file():
         return rows
-    specs = read_manifest(path, Manifest).inputs
+    specs = read_manifest(path).main.inputs
     sizes = {spec.shape[0] for spec in specs if spec.shape}
     smaller = all(tensor.dim() and tensor.shape[0] == 1 for row in rows for tensor in row)
     if smaller and len(sizes) == 1 and not any(spec.free for spec in specs):

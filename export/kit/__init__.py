@@ -14,10 +14,9 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.export.kit import classifier, language
 from edgetune.export.kit.platforms import PLATFORMS, Platform, find, target_for
-from edgetune.program.artifact import Artifact, manifest_path
+from edgetune.program.artifact import Artifact
 from edgetune.program.card import card_path
-from edgetune.program.carried import files_beside
-from edgetune.program.language import LanguageArtifact, load_any
+from edgetune.program.manifest import manifest_path
 
 __all__ = ["PLATFORMS", "check", "find", "kit_of", "new_kit", "target_for"]
 
@@ -27,7 +26,7 @@ _CODE = (".kt", ".py", ".cpp", "linux/text.hpp", "linux/picture.hpp")  # copied 
 _SWIFT = "Package.swift"  # of Swift only this one
 
 
-def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact | LanguageArtifact]) -> Path:
+def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) -> Path:
     """A kit in `folder`, which must not be there or be empty; `make` writes the program to the path it is given.
 
     Nothing is left where that, or the kit, fails.
@@ -40,7 +39,7 @@ def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact | 
         beside = unfinished / platform.model
         beside.mkdir(parents=True, exist_ok=True)
         made = make(beside / "model.pte")
-        if isinstance(made, Artifact):
+        if made.manifest.language is None:
             fields = classifier.fields(platform, made, unfinished)
             _fill(unfinished, classifier.files(platform, made), fields)
         else:
@@ -54,22 +53,18 @@ def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact | 
 
 def kit_of(program: Path, platform: Platform, folder: Path) -> Path:
     """A kit of a program that was exported before, with what lies beside it."""
-    known = load_any(program)
-    target_for(platform, None, known.manifest.target)  # raises where the platform cannot run it
-    files = [program, manifest_path(program), card_path(program)]
-    if isinstance(known, Artifact):
-        check(platform, known.manifest.carried)
-        files += files_beside(known.manifest.carried, program)
-    else:
-        files.append(known.tokenizer_path)
+    manifest = Artifact.load(program, "model", "language").manifest
+    target_for(platform, None, manifest.target)  # raises where the platform cannot run it
+    if manifest.language is None:
+        check(platform, manifest.carried)
 
-    def copied(path: Path) -> Artifact | LanguageArtifact:
-        for file in files:
-            # a tokenizer keeps the name that the manifest calls it by
-            name = path.stem + file.suffix if file.stem == program.stem else file.name
+    def copied(path: Path) -> Artifact:
+        for file in (program, manifest_path(program), card_path(program)):
             if file.is_file():
-                shutil.copyfile(file, path.with_name(name))
-        return load_any(path)
+                shutil.copyfile(file, path.with_suffix(file.suffix))
+        for name in manifest.files:  # they keep the names that the manifest gives them
+            shutil.copyfile(program.with_name(name), path.with_name(name))
+        return Artifact.load(path)
 
     return new_kit(platform, folder, copied)
 

@@ -9,9 +9,10 @@ from edgetune.core.files import write_whole
 from edgetune.core.numbers import size
 from edgetune.export.kit import cpp
 from edgetune.export.kit.platforms import Platform
-from edgetune.program.artifact import Artifact, Manifest, manifest_path
+from edgetune.program.artifact import Artifact
 from edgetune.program.card import card_path, postprocessing, preprocessing, write_card
-from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, files_beside
+from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing
+from edgetune.program.manifest import Manifest, manifest_path
 
 _WHAT = {
     "pte": "the program",
@@ -57,8 +58,7 @@ def fields(platform: Platform, artifact: Artifact, folder: Path) -> dict[str, st
         write_card(path, manifest)
     carried = _told(manifest)
     told = carried.preprocessing
-    beside = files_beside(carried, path)
-    names = [path.name, manifest_path(path).name, card_path(path).name, *(file.name for file in beside)]
+    names = [path.name, manifest_path(path).name, card_path(path).name, *manifest.files]
     found = _common(platform, manifest, names)
     found |= _of_texts() if isinstance(told, TextPreprocessing) else _of_pictures()
     if not platform.python:
@@ -67,7 +67,7 @@ def fields(platform: Platform, artifact: Artifact, folder: Path) -> dict[str, st
         if told.wordpiece is None:
             return {**found, "cpp": _NO_CPP}
         (folder / "cpp").mkdir(exist_ok=True)
-        write_whole(folder / "cpp" / "vocab.txt", cpp.vocabulary(beside[0]))
+        write_whole(folder / "cpp" / "vocab.txt", cpp.vocabulary(path.with_name(told.tokenizer)))
     return {**found, **cpp.fields(manifest)}
 
 
@@ -78,18 +78,18 @@ def _told(manifest: Manifest) -> Carried:
 
 def _check_inputs(manifest: Manifest) -> None:
     """Raise for a program that takes other inputs than the samples give."""
-    carried = _told(manifest)
+    carried, call = _told(manifest), manifest.main
     told = carried.preprocessing
     if isinstance(told, ImagePreprocessing):
-        fits = [spec.shape for spec in manifest.inputs] == [(1, len(told.mean), told.size_px, told.size_px)]
+        fits = [spec.shape for spec in call.inputs] == [(1, len(told.mean), told.size_px, told.size_px)]
     else:
-        names = tuple(spec.name for spec in manifest.inputs)
-        fits = names == ("input_ids", "attention_mask") and all(spec.shape[0] == 1 for spec in manifest.inputs)
-    fits = fits and len(carried.labels) in (0, manifest.outputs[0].shape[-1])
+        names = tuple(spec.name for spec in call.inputs)
+        fits = names == ("input_ids", "attention_mask") and all(spec.shape[0] == 1 for spec in call.inputs)
+    fits = fits and len(carried.labels) in (0, call.outputs[0].shape[-1])
     if not fits:
         raise EdgetuneError(
             "the inputs or outputs of the program do not match its metadata",
-            got=[str(spec) for spec in (*manifest.inputs, *manifest.outputs)],
+            got=[str(spec) for spec in (*call.inputs, *call.outputs)],
             action="export with one row as carried.preprocessing makes it, and a name for each class",
             exit_code=Exit.EXPORT,
         )
@@ -103,7 +103,7 @@ def _check_inputs(manifest: Manifest) -> None:
 
 
 def _common(platform: Platform, manifest: Manifest, names: list[str]) -> dict[str, str]:
-    carried, parity = _told(manifest), manifest.parity
+    carried, parity = _told(manifest), manifest.main.parity
     return {
         "title": f"{carried.model or 'A model'} for {platform.title}",
         "task": carried.task.replace("-", " "),

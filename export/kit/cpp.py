@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from edgetune.program.artifact import Manifest
 from edgetune.program.carried import ImagePreprocessing, TextPreprocessing, WordPiece
+from edgetune.program.manifest import Manifest
 
 CHINESE = (
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
@@ -31,7 +31,7 @@ def fields(manifest: Manifest) -> dict[str, str]:
         return {"labels": labels, **_picture(told)}
     assert isinstance(told, TextPreprocessing)
     assert told.wordpiece is not None
-    return {"labels": labels, **_tokens(told, manifest.inputs[0].shape[1]), **_wordpiece(told.wordpiece)}
+    return {"labels": labels, **_tokens(told, manifest.main.inputs[0].shape[1]), **_wordpiece(told.wordpiece)}
 
 
 def vocabulary(tokenizer: Path) -> str:

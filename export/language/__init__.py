@@ -15,23 +15,23 @@ from edgetune.capture.operators import delegated_pct
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import device_of
+from edgetune.core.ledger import Parity
 from edgetune.core.modes import undisturbed
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.export import targets
 from edgetune.export.language import parity
 from edgetune.export.language.cached import Cached, check_model
-from edgetune.export.language.lower import LoweredLanguage, lower
-from edgetune.export.pipeline import version_of
+from edgetune.export.language.lower import lower
+from edgetune.export.lower import Lowered
+from edgetune.export.pipeline import call_of, manifest_of
 from edgetune.export.targets import Target
-from edgetune.program.artifact import TensorSpec, sha256_of, write_pair
-from edgetune.program.beside import check_program_path
+from edgetune.program.artifact import Artifact, write_pair
+from edgetune.program.beside import check_program_path, sha256_of
 from edgetune.program.card import write_card
 from edgetune.program.carried import Carried, tokenizer_file
-from edgetune.program.language import LanguageArtifact, LanguageManifest, LanguageParity, TokenizerSpec
+from edgetune.program.manifest import Call, LanguageSpec, Manifest, TensorSpec, TokenizerSpec
 from edgetune.program.tokenizer import backend, described, encoded, untouched
-
-__all__ = ["LanguageArtifact", "LanguageManifest", "LanguageParity", "export_language"]
 
 PREFILL = 128  # tokens of one call: more take more memory for little speed
 # The attention kernel goes through a call in blocks of 32 tokens, of 64 from 192 tokens on, and hides later tokens
@@ -54,7 +54,7 @@ def export_language(
     check_tokens: int = CHECK_TOKENS,
     min_same_prediction_pct: float = 99.0,
     carried: Carried | None = None,
-) -> LanguageArtifact:
+) -> Artifact:
     """Lower a transformers decoder to `path` (a `.pte`), verify that it generates the same text, and add its
     tokenizer.
 
@@ -86,18 +86,23 @@ def export_language(
         facts = _facts(program, found, spec, prefill)
         lowered = lower(program, prefill, chosen, facts)
 
-        def prove(partial: Path) -> LanguageManifest:
-            result = None
+        def prove(partial: Path) -> Manifest:
+            compared, first = None, None
             if chosen.runs_here:
-                result = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
-                parity.check(result, min_same_prediction_pct)
+                compared, first = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
+                parity.check(compared, first, min_same_prediction_pct)
             write_whole(tokenizer_file(path), text)
-            told = _manifest(program, lowered, chosen, device, spec, facts, result, converted)
-            return told.model_copy(update={"carried": own})
+            section = _section(program, spec, facts, lowered["prompt"].shared_bytes, first)
+            calls = _calls(lowered, section, compared)
+            also = ", and compared with the model in float32" if compared is not None else ""
+            note = f"exported in float32 from {converted} weights{also}" if converted else ""
+            return manifest_of(
+                "language", lowered["prompt"], calls, chosen, device, path, carried=own, language=section, note=note
+            )
 
-        artifact = LanguageArtifact(path=path, manifest=write_pair(path, lowered.program.data, prove))
+        artifact = Artifact(path=path, manifest=write_pair(path, lowered["prompt"].data, prove))
     if own is not None:
-        write_card(path, artifact.manifest.plain())
+        write_card(path, artifact.manifest)
     return artifact
 
 
@@ -192,52 +197,37 @@ def _end_ids(program: Cached, found: Any, spec: TokenizerSpec) -> tuple[int | No
     return (bos if isinstance(bos, int) else None), tuple(dict.fromkeys(int(i) for i in ends))
 
 
-def _manifest(
-    program: Cached,
-    lowered: LoweredLanguage,
-    target: Target,
-    device: str | None,
-    spec: TokenizerSpec,
-    facts: dict[str, Any],
-    result: LanguageParity | None,
-    converted: str,
-) -> LanguageManifest:
-    prefill, vocabulary = facts["get_max_seq_len"], facts["get_vocab_size"]
-    plain = lowered.program
-    macs_pct, operators_pct = delegated_pct(lowered.prefill_operators)
-    packages = ("torch", "executorch", "torchao", "transformers", "tokenizers", "edgetune")
-    compared = "" if result is None else ", and compared with the model in float32"
-    from_halves = f"exported in float32 from {converted} weights{compared}" if converted else ""
-    not_run = "" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime"
-    return LanguageManifest(
-        target=target.name,
-        device=device,
+def _section(
+    program: Cached, spec: TokenizerSpec, facts: dict[str, Any], shared_bytes: int, first: tuple[int, float] | None
+) -> LanguageSpec:
+    return LanguageSpec(
         architecture=str(program.config.model_type),
-        inputs=(
-            TensorSpec(name="tokens", shape=(1, prefill), dtype="int64"),
-            TensorSpec(name="position", shape=(1,), dtype="int64"),
-        ),
-        outputs=(TensorSpec(name="logits", shape=(1, 1, vocabulary), dtype="float32"),),
         max_tokens=program.max_tokens,
-        prefill_tokens=prefill,
-        vocabulary=vocabulary,
+        prefill_tokens=facts["get_max_seq_len"],
+        vocabulary=facts["get_vocab_size"],
         bos_id=facts.get("get_bos_id"),
         eos_ids=tuple(facts["get_eos_ids"]),
         tokenizer=spec,
-        size_bytes=len(plain.data),
-        shared_bytes=plain.shared_bytes,
-        plan_bytes=plain.plan_bytes,
+        shared_bytes=shared_bytes,
         cache_bytes=program.cache_bytes,
-        sha256=sha256_of(plain.data),
-        versions={name: version_of(name) for name in packages},
-        delegates=plain.delegates,
-        delegated_macs_pct=macs_pct,
-        delegated_operators_pct=operators_pct,
-        leftovers=plain.leftovers,
-        operators=lowered.prefill_operators,
-        decode_operators=lowered.decode_operators,
-        executed=lowered.prefill_executed,
-        decode_executed=lowered.decode_executed,
-        parity=result,
-        note="; ".join(filter(None, (not_run, from_halves))),
+        first_difference=None if first is None else first[0],
+        margin_at_difference=None if first is None else first[1],
+    )
+
+
+def _calls(lowered: dict[str, Lowered], section: LanguageSpec, compared: Parity | None) -> tuple[Call, ...]:
+    prefill = section.prefill_tokens
+    position = TensorSpec(name="position", shape=(1,), dtype="int64")
+    logits = TensorSpec(name="logits", shape=(1, 1, section.vocabulary), dtype="float32")
+    kinds = (("token", 1, f"a token after {prefill}"), ("prompt", prefill, f"{prefill} tokens of a prompt"))
+    return tuple(
+        call_of(
+            name,
+            lowered[name],
+            (TensorSpec(name="tokens", shape=(1, count), dtype="int64"), position),
+            (logits,),
+            compared,
+            label=label,
+        )
+        for name, count, label in kinds
     )

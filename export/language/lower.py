@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,19 +25,8 @@ from edgetune.program.executed import executed
 from edgetune.program.operators import Operator
 
 
-@dataclass(frozen=True)
-class LoweredLanguage:
-    """The program and what is known of it without running it."""
-
-    program: Lowered
-    prefill_operators: tuple[Operator, ...]  # of a call with as many tokens as one takes, at an empty cache
-    decode_operators: tuple[Operator, ...]  # of a call with the token after them
-    prefill_executed: tuple[Operator, ...]  # the same two as the runtime executes them
-    decode_executed: tuple[Operator, ...]
-
-
-def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, Any]) -> LoweredLanguage:
-    """Lower `model` for calls with 1 to `prefill_tokens` tokens.
+def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, Any]) -> dict[str, Lowered]:
+    """Lower `model` for calls with 1 to `prefill_tokens` tokens. What is known of a call with one, and with the most.
 
     `facts` become methods that return them: what ExecuTorch's own language runner asks a program for.
     Raises `EdgetuneError` (exit code 5) with what cannot be captured or lowered.
@@ -54,13 +43,16 @@ def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, A
             single = operators.describe(program, lowered.placed)
     places = model.max_tokens
     one = executed(lowered.data, instead={prefill_tokens: 1})
-    return LoweredLanguage(
-        program=lowered,
-        prefill_operators=_reading(lowered.operators, (prefill_tokens + 1) / 2, prefill_tokens / places),
-        decode_operators=_reading(single, prefill_tokens + 1, min(prefill_tokens + 1, places) / places),
-        prefill_executed=_reading(lowered.executed, (prefill_tokens + 1) / 2, prefill_tokens / places),
-        decode_executed=_reading(one, prefill_tokens + 1, min(prefill_tokens + 1, places) / places),
-    )
+    after, some = prefill_tokens + 1, (prefill_tokens + 1) / 2  # places that a token attends to
+    share, most = min(after, places) / places, prefill_tokens / places
+    return {
+        "token": replace(lowered, operators=_reading(single, after, share), executed=_reading(one, after, share)),
+        "prompt": replace(
+            lowered,
+            operators=_reading(lowered.operators, some, most),
+            executed=_reading(lowered.executed, some, most),
+        ),
+    }
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.program.language import LanguageParity
+from edgetune.core.ledger import OutputParity, Parity
 from edgetune.runtime.allowed import FLOAT, allowed_difference
 from edgetune.runtime.language import greedy_in_child
 
@@ -19,11 +19,12 @@ _AT_ONCE = 16  # prompts in one child: all the logits of their answers are kept 
 
 def compare(
     path: Path, model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, max_tokens: int, prefill_tokens: int
-) -> LanguageParity:
+) -> tuple[Parity, tuple[int, float] | None]:
     """Let the program answer each prompt with `tokens` greedy tokens, and the eager model choose at each place.
 
     The eager model attends as transformers does, without a cache. A prompt is cut where it leaves no room for
-    `tokens`. The first difference is that of the first prompt with one.
+    `tokens`. Also returns the place of the first token, from 0, that the eager model would not have chosen, and by how
+    much its own choice is ahead there; of the first prompt with one. None: all are the same.
     """
     cut = [list(ids)[: max(1, max_tokens - tokens)] for ids in prompts]
     wanted = min(tokens, max_tokens)
@@ -45,16 +46,19 @@ def compare(
             counted, same = counted + len(got), same + int(equal.sum())
             largest = max(largest, float(expected.abs().max()))
             difference = max(difference, float((expected - logits).abs().max()))
-    return LanguageParity(
-        prompt_tokens=sum(map(len, cut)),
-        tokens=counted,
-        same_tokens=same,
-        first_difference=None if first is None else first[0],
-        margin_at_difference=None if first is None else first[1],
+    relative = difference / (largest or 1.0)
+    logits_parity = OutputParity(
+        name="logits", largest=largest, max_abs_difference=difference, max_relative_difference=relative
+    )
+    parity = Parity(
+        rows=counted,
+        same_prediction_pct=100.0 * same / counted,
         max_abs_difference=difference,
-        max_relative_difference=difference / (largest or 1.0),
+        counted="greedy token",
+        outputs=(logits_parity,),
         max_relative_allowed=_QUANTIZED if (allowed := allowed_difference(model)) > FLOAT else allowed,
     )
+    return parity, first
 
 
 def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
@@ -65,13 +69,13 @@ def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int])
     return logits
 
 
-def check(parity: LanguageParity, min_same_prediction_pct: float) -> None:
+def check(parity: Parity, first: tuple[int, float] | None, min_same_prediction_pct: float) -> None:
     """Raise where fewer tokens are the same than the bound allows, or a logit is further off than it may be."""
-    if parity.same_prediction_pct < min_same_prediction_pct:
+    if first is not None and parity.same_prediction_pct < min_same_prediction_pct:
         raise EdgetuneError(
-            f"the program chooses the model's token at {parity.same_prediction_pct:.2f} % of {parity.tokens} places, "
-            f"below {min_same_prediction_pct:g} %: first at {parity.first_difference}, where the model's logits are "
-            f"{parity.margin_at_difference:.3g} apart (largest difference of a logit {parity.max_abs_difference:.3g})",
+            f"the program chooses the model's token at {parity.same_prediction_pct:.2f} % of {parity.rows} places, "
+            f"below {min_same_prediction_pct:g} %: first at {first[0]}, where the model's logits are "
+            f"{first[1]:.3g} apart (largest difference of a logit {parity.max_abs_difference:.3g})",
             action="compare on more tokens, or allow it: min_same_prediction_pct=...",
             exit_code=Exit.EXPORT,
         )

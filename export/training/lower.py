@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 from torch.export import ExportedProgram
 
 from edgetune.capture import failures, operators
-from edgetune.capture.operators import Placed
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import Leftover
-from edgetune.export import kernels, lower
+from edgetune.export import kernels
+from edgetune.export.lower import Lowered, leftovers_of, placed_in
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.training import cuts
 from edgetune.export.training.plan import is_delegate, planning
-from edgetune.program.operators import Operator
 
 TRAIN, FORWARD = "train", "forward"
 
@@ -30,21 +27,12 @@ PACKS_WEIGHTS = frozenset(
 _SEEN_THROUGH = ("permute", "view", "squeeze", "expand", "alias", "clone", "transpose", "t_copy", "slice", "dim_order")
 
 
-@dataclass(frozen=True)
-class LoweredTraining:
-    """The program and what is known of it without running it."""
+def compile_training(programs: dict[str, ExportedProgram], target: Target) -> tuple[dict[str, Lowered], int]:
+    """Lower the methods into one program: each of them, and the bytes of what trains and its momentum.
 
-    data: bytes
-    plan_bytes: dict[str, int]  # arena of each method, without the state
-    state_bytes: int  # what trains and its momentum, shared by the methods
-    delegates: int  # of the training method, as all below
-    operators: tuple[Operator, ...]
-    leftovers: tuple[Leftover, ...]
-    placed: Placed
-
-
-def compile_training(programs: dict[str, ExportedProgram], target: Target) -> LoweredTraining:
-    """Lower the methods into one program. Raises `EdgetuneError` (exit code 5) with what does not lower."""
+    A method's arena is without that state, which they share. Raises `EdgetuneError` (exit code 5)
+    with what does not lower.
+    """
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     for program in programs.values():
@@ -66,17 +54,19 @@ def compile_training(programs: dict[str, ExportedProgram], target: Target) -> Lo
         raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
         raise failures.not_lowered(programs[TRAIN], target.name, error) from error
-    placed = lower.placed_in(built.exported_program(TRAIN))
     sizes = {plan.name: list(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
-    return LoweredTraining(
-        data=data,
-        plan_bytes={name: found[1] for name, found in sizes.items()},
-        state_bytes=sum(sizes[TRAIN][2:]),
-        delegates=placed.delegates,
-        operators=operators.describe(programs[TRAIN], placed),
-        leftovers=lower.leftovers_of(programs[TRAIN], placed),
-        placed=placed,
-    )
+    lowered = {}
+    for name, program in programs.items():
+        placed = placed_in(built.exported_program(name))
+        lowered[name] = Lowered(
+            data=data,
+            plan_bytes=sizes[name][1],
+            delegates=placed.delegates,
+            operators=operators.describe(program, placed),
+            leftovers=leftovers_of(program, placed),
+            placed=placed,
+        )
+    return lowered, sum(sizes[TRAIN][2:])
 
 
 def _config() -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.merging import merge
-from edgetune.program.training import SliceSpec
+from edgetune.program.manifest import SliceSpec
 from edgetune.runtime.training import MOMENTUM, TrainingProgram, read_checkpoint
 from edgetune.sparse.sliced import Sliced
 
@@ -23,7 +23,7 @@ def pull(source: str | Path, model: nn.Module) -> nn.Module:
     source = Path(source)
     if source.suffix == ".pte":
         program = TrainingProgram(source)
-        state, slices = program.state(), program.artifact.manifest.slices
+        state, slices = program.state(), program.artifact.training.slices
     else:
         state, slices = read_checkpoint(source)
     by_layer = {s.layer: s for s in slices}

@@ -16,20 +16,21 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from edgetune.capture.operators import delegated_pct
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, logits_of, rows_of, tensors_of
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.export import targets
-from edgetune.export.pipeline import version_of
+from edgetune.export.lower import Lowered
+from edgetune.export.pipeline import call_of, manifest_of
+from edgetune.export.rows import names_of, specs_of
 from edgetune.export.training import capture, memory, passes, sequence, update
 from edgetune.export.training.capture import Joint, Loss
 from edgetune.export.training.draft import Draft
-from edgetune.export.training.lower import FORWARD, TRAIN, LoweredTraining, compile_training
-from edgetune.program.artifact import TensorSpec, sha256_of, write_pair
+from edgetune.export.training.lower import FORWARD, TRAIN, compile_training
+from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.beside import check_program_path
-from edgetune.program.training import SliceSpec, TrainingArtifact, TrainingManifest, TrainingParity
+from edgetune.program.manifest import Call, Manifest, SliceSpec, TrainingParity, TrainingSpec
 from edgetune.runtime.training import steps_in_child
 from edgetune.sparse.sliced import Sliced
 
@@ -57,7 +58,7 @@ def export_training(
     forward_rows: int = 1,
     check_batches: Sequence[Batch] | None = None,
     check: Check | None = None,
-) -> TrainingArtifact:
+) -> Artifact:
     """Lower the training step of `model` to `path` (a `.pte`), compare it with eager SGD, and write `model.json`.
 
     All parameters that require a gradient are trained, in evaluation mode: without dropout and with frozen
@@ -78,19 +79,27 @@ def export_training(
     batches = list(check_batches or [(example_inputs, example_labels)])
     prepared = capture.prepared(model)
     capture.trainable(prepared)
+    few = rows_of(example_inputs, 0, forward_rows)
     with quiet():
         programs = {
             TRAIN: step_program(prepared, example_inputs, example_labels, loss, momentum),
-            FORWARD: forward_program(prepared, rows_of(example_inputs, 0, forward_rows)),
+            FORWARD: forward_program(prepared, few),
         }
         with torch.no_grad():
-            lowered = compile_training(programs, chosen)
+            lowered, state_bytes = compile_training(programs, chosen)
+    given = dict(zip(names_of(example_inputs), tensors_of(example_inputs), strict=True))
+    some = dict(zip(given, tensors_of(few), strict=True))
+    whole = {**given, "labels": example_labels, "learning_rate": torch.tensor(check.learning_rate)}
+    calls = (
+        _call(FORWARD, lowered[FORWARD], programs[FORWARD], some, ("logits",)),
+        _call(TRAIN, lowered[TRAIN], programs[TRAIN], whole, ("loss", "logits")),
+    )
 
-    def prove(partial: Path) -> TrainingManifest:
-        parity = compared(partial, model, batches, loss, momentum, check)
-        return _manifest(model, lowered, target, example_inputs, example_labels, momentum, parity)
+    def prove(partial: Path) -> Manifest:
+        training = _training(model, state_bytes, momentum, compared(partial, model, batches, loss, momentum, check))
+        return manifest_of("training", lowered[TRAIN], calls, chosen, None, path, training=training)
 
-    return TrainingArtifact(path, write_pair(path, lowered.data, prove))
+    return Artifact(path, write_pair(path, lowered[TRAIN].data, prove))
 
 
 def step_program(prepared: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, momentum: float) -> ExportedProgram:
@@ -172,37 +181,24 @@ def eager_losses(
     return found
 
 
-def _manifest(
-    model: nn.Module, lowered: LoweredTraining, target: str, inputs: Inputs, labels: Tensor, momentum: float,
-    parity: TrainingParity,
-) -> TrainingManifest:  # fmt: skip
-    names = tuple(inputs) if isinstance(inputs, dict) else tuple(f"input_{i}" for i in range(len(tensors_of(inputs))))
-    macs_pct, operators_pct = delegated_pct(lowered.operators)
-    return TrainingManifest(
-        target=target,
-        inputs=tuple(_spec(name, tensor) for name, tensor in zip(names, tensors_of(inputs), strict=True)),
-        labels=_spec("labels", labels),
+def _training(model: nn.Module, state_bytes: int, momentum: float, parity: TrainingParity) -> TrainingSpec:
+    trained = capture.trainable(model)
+    return TrainingSpec(
         momentum=momentum,
-        trainable=tuple(_spec(name, p) for name, p in capture.trainable(model).items()),
+        trainable=specs_of(tuple(trained.values()), tuple(trained)),
         slices=tuple(
             SliceSpec(layer=name, dim=layer.dim, indices=tuple(layer.indices.tolist()))
             for name, layer in model.named_modules()
             if isinstance(layer, Sliced)
         ),
-        size_bytes=len(lowered.data),
-        plan_bytes=lowered.plan_bytes[TRAIN],
-        forward_plan_bytes=lowered.plan_bytes[FORWARD],
-        state_bytes=lowered.state_bytes,
-        sha256=sha256_of(lowered.data),
-        versions={name: version_of(name) for name in ("torch", "executorch", "torchao", "edgetune")},
-        delegates=lowered.delegates,
-        delegated_macs_pct=macs_pct,
-        delegated_operators_pct=operators_pct,
-        leftovers=lowered.leftovers,
-        operators=lowered.operators,
+        state_bytes=state_bytes,
         parity=parity,
     )
 
 
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+def _call(
+    name: str, lowered: Lowered, program: ExportedProgram, inputs: dict[str, Tensor], outputs: Sequence[str]
+) -> Call:
+    """A method of the program; its outputs stand behind what it updates."""
+    values = [node.meta["val"] for node in program.graph.output_node().args[0]][-len(outputs) :]
+    return call_of(name, lowered, specs_of(tuple(inputs.values()), tuple(inputs)), specs_of(tuple(values), outputs))

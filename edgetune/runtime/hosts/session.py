@@ -20,7 +20,7 @@ from edgetune.runtime.measure import inputs_of, measured_of
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.program.language import LanguageArtifact, LanguageManifest
+    from edgetune.program.manifest import LanguageSpec
     from edgetune.runtime.run import Timing
 
 Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many; 0: nobody knows
@@ -92,50 +92,33 @@ def time_programs(
 
 def measured_on(
     machine: Runner,
-    artifact: Artifact | LanguageArtifact,
+    artifact: Artifact,
     *,
     threads: int | None = None,
     seconds: float = 2.0,
 ) -> tuple[Measured, ...]:
-    """Each kind of call timed there for about `seconds`; of a language program the token comes first.
+    """Each kind of call timed there for about `seconds`; of a text-generation program the token comes first.
 
     `threads`: by default all cores that a program may use there. Inputs are valid, not real.
     """
-    from edgetune.program.language import LanguageArtifact
-
     threads = threads if threads is not None else machine.cores
-    versions = artifact.manifest.versions
-    if not isinstance(artifact, LanguageArtifact):
-        calls = [inputs_of(artifact)]
-        (timing,) = machine.time(TimingRequest(artifact.path, calls, threads, seconds, artifact.data_path))
-        return (measured_of(timing, threads, device=machine.name, note=machine.told_of(versions)),)
-    known = artifact.manifest
-    timings = machine.time(TimingRequest(artifact.path, _spoken(known), threads, seconds, language=True))
-    names, note = (piece(known), token(known)), machine.told_of(versions)
-    found = [
-        measured_of(timing, threads, call, machine.name, note) for timing, call in zip(timings, names, strict=True)
-    ]
-    return tuple(reversed(found))
+    manifest, language = artifact.manifest, artifact.manifest.language
+    rows = [inputs_of(artifact)] if language is None else _prompt_and_token(language)
+    request = TimingRequest(artifact.path, rows, threads, seconds, artifact.data_path, language=language is not None)
+    note = machine.told_of(manifest.versions)
+    # the prompt fills the cache, so it is timed first
+    pairs = zip(manifest.calls, reversed(machine.time(request)), strict=True)
+    return tuple(measured_of(timing, threads, call.label, machine.name, note) for call, timing in pairs)
 
 
-def _spoken(known: LanguageManifest) -> list[tuple[Tensor, ...]]:
+def _prompt_and_token(language: LanguageSpec) -> list[tuple[Tensor, ...]]:
     """A call with a piece of a prompt at an empty cache, and one with the token after it.
 
     A full cache has no place for the token after: then its last place is written again.
     """
-    count = known.prefill_tokens
-    following = min(count, known.max_tokens - 1)
+    count = language.prefill_tokens
+    following = min(count, language.max_tokens - 1)
     return [
         (torch.ones(1, count, dtype=torch.long), torch.tensor([0])),
         (torch.ones(1, 1, dtype=torch.long), torch.tensor([following])),
     ]
-
-
-def token(known: LanguageManifest) -> str:
-    """The kind of call that says a token."""
-    return f"a token after {known.prefill_tokens}"
-
-
-def piece(known: LanguageManifest) -> str:
-    """The kind of call that reads a prompt."""
-    return f"{known.prefill_tokens} tokens of a prompt"

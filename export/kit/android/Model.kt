@@ -20,7 +20,8 @@ open class Model(private val context: Context) : Closeable {
 
     /** The shape of each input, by name, in the program's order. */
     protected val shapes: Map<String, LongArray> =
-        objects(told.getJSONArray("inputs")).associate { it.getString("name") to longs(it.getJSONArray("shape")) }
+        objects(told.getJSONArray("calls").getJSONObject(0).getJSONArray("inputs"))
+            .associate { it.getString("name") to longs(it.getJSONArray("shape")) }
 
     /** The classes, the likeliest first. `inputs` has a tensor for each name in [shapes]. */
     protected fun run(inputs: Map<String, Tensor>): List<Answer> {

@@ -10,11 +10,12 @@ import org.pytorch.executorch.extension.llm.LlmModule
 /** Answers of a language model, by ExecuTorch's own runner. Off the main thread, please. */
 class Talk(private val context: Context, temperature: Float = 0f) : Closeable {
     private val told = JSONObject(text("model.json"))
+    private val language = told.getJSONObject("language")
     private val chat = JSONObject(text("chat.json"))
     private val module =
         LlmModule(
             file("model.pte", told.getString("sha256") + ".pte").absolutePath,
-            file(tokenizer(), told.getJSONObject("tokenizer").getString("sha256") + ".json").absolutePath,
+            file(tokenizer(), language.getJSONObject("tokenizer").getString("sha256") + ".json").absolutePath,
             temperature,
         )
 
@@ -31,7 +32,7 @@ class Talk(private val context: Context, temperature: Float = 0f) : Closeable {
                     failure = "error $errorCode: $message"
                 }
             }
-        module.generate(prompt, told.getInt("max_tokens"), callback, false)
+        module.generate(prompt, language.getInt("max_tokens"), callback, false)
         check(failure == null) { "the program failed: $failure" }
     }
 
@@ -40,7 +41,7 @@ class Talk(private val context: Context, temperature: Float = 0f) : Closeable {
 
     override fun close() = module.resetNative()
 
-    private fun tokenizer() = told.getJSONObject("tokenizer").getString("file")
+    private fun tokenizer() = language.getJSONObject("tokenizer").getString("file")
 
     private fun text(name: String): String = context.assets.open(name).bufferedReader().use { it.readText() }
 

@@ -54,8 +54,14 @@ struct Told: Decodable {
     let labels: [String]
   }
 
-  let inputs: [Spec]
+  struct Call: Decodable {
+    let inputs: [Spec]
+  }
+
+  let calls: [Call]
   let carried: Carried
+
+  var inputs: [Spec] { calls[0].inputs }
 }
 
 /// The program, loaded from the package's resources.

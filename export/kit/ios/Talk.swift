@@ -5,8 +5,11 @@ import Foundation
 public final class Talk {
   private struct Told: Decodable {
     struct Tokenizer: Decodable { let file: String }
-    let max_tokens: Int
-    let tokenizer: Tokenizer
+    struct Language: Decodable {
+      let max_tokens: Int
+      let tokenizer: Tokenizer
+    }
+    let language: Language
   }
 
   private struct Chat: Decodable {
@@ -14,15 +17,16 @@ public final class Talk {
     let after: String
   }
 
-  private let told: Told
+  private let language: Told.Language
   private let chat: Chat
   private let runner: TextRunner
 
   public init() throws {
-    told = try Talk.decoded("model.json")
+    let told: Told = try Talk.decoded("model.json")
+    language = told.language
     chat = try Talk.decoded("chat.json")
     runner = TextRunner(
-      modelPath: try Talk.resource("model.pte").path, tokenizerPath: try Talk.resource(told.tokenizer.file).path)
+      modelPath: try Talk.resource("model.pte").path, tokenizerPath: try Talk.resource(language.tokenizer.file).path)
     try runner.load()
   }
 
@@ -30,7 +34,7 @@ public final class Talk {
   public func answer(_ message: String, heard: @escaping (String) -> Void) throws {
     runner.reset()
     let config = Config {
-      $0.sequenceLength = told.max_tokens
+      $0.sequenceLength = language.max_tokens
       $0.isEchoEnabled = false
       $0.temperature = 0
     }

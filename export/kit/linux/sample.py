@@ -22,7 +22,8 @@ class Preparation:
 
     def __init__(self, manifest: dict[str, Any], folder: Path) -> None:
         """`manifest` is what model.json holds, `folder` where the files lie that it names."""
-        self.folder, self.told = folder, manifest
+        self.folder = folder
+        (self.call,) = manifest["calls"]
         self.carried: dict[str, Any] = manifest["carried"]
         self.tokenizer = self._tokenizer() if self.carried["preprocessing"]["kind"] == "text" else None
 
@@ -37,7 +38,7 @@ class Preparation:
 
     def picture(self, opened: Any) -> dict[str, torch.Tensor]:
         """The same of a picture that Pillow has opened."""
-        (spec,) = self.told["inputs"]
+        (spec,) = self.call["inputs"]
         return {spec["name"]: self._pixels(opened)}
 
     def _tokenizer(self) -> Any:
@@ -50,10 +51,10 @@ class Preparation:
 
     def _tokens(self) -> int:
         """How many tokens the program takes."""
-        return int(min(self.told["inputs"][0]["shape"][1], self.carried["preprocessing"]["max_length"]))
+        return int(min(self.call["inputs"][0]["shape"][1], self.carried["preprocessing"]["max_length"]))
 
     def _text(self, text: str) -> dict[str, torch.Tensor]:
-        how, width = self.carried["preprocessing"], self.told["inputs"][0]["shape"][1]
+        how, width = self.carried["preprocessing"], self.call["inputs"][0]["shape"][1]
         assert self.tokenizer is not None
         ids: list[int] = self.tokenizer.encode(text + how["ending"]).ids
         empty = width - len(ids)
@@ -93,21 +94,21 @@ class Model:
         import executorch.kernels.quantized  # noqa: F401  makes the kernels of quantized embeddings known
         from executorch.runtime import Runtime
 
-        self.told: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        self.preparation = Preparation(self.told, path.parent)
+        manifest: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        self.preparation = Preparation(manifest, path.parent)
         self.program = Runtime.get().load_program(path)  # it must live as long as its methods
         self.method = self.program.load_method("forward")
 
     def answer(self, row: str) -> list[tuple[str, float]]:
         """The classes of a text, or of the picture in a file, with their scores; the likeliest first."""
         scores = torch.softmax(self.logits(row), 0).tolist()
-        labels = self.told["carried"]["labels"] or [str(place) for place in range(len(scores))]
+        labels = self.preparation.carried["labels"] or [str(place) for place in range(len(scores))]
         return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
 
     def logits(self, row: str) -> torch.Tensor:
         """What the program gives for a text, or for the picture in a file."""
         made = self.inputs(row)
-        outputs = self.method.execute([made[spec["name"]] for spec in self.told["inputs"]])
+        outputs = self.method.execute([made[spec["name"]] for spec in self.preparation.call["inputs"]])
         logits: torch.Tensor = outputs[0][0]
         return logits.clone()
 

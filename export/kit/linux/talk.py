@@ -26,9 +26,10 @@ class Talker:
         from executorch.runtime import Runtime
         from tokenizers import Tokenizer
 
-        self.told: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        self.language: dict[str, Any] = manifest["language"]
         self.chat: dict[str, str] = json.loads((path.parent / "chat.json").read_text(encoding="utf-8"))
-        self.tokenizer = Tokenizer.from_file(str(path.parent / self.told["tokenizer"]["file"]))
+        self.tokenizer = Tokenizer.from_file(str(path.parent / self.language["tokenizer"]["file"]))
         runtime = Runtime.get()
         _load_kernels()
         self.program = runtime.load_program(path)  # it must live as long as its methods
@@ -41,20 +42,20 @@ class Talker:
         around = self.chat["before"] or self.chat["after"]
         text = self.chat["before"] + message + self.chat["after"]
         prompt = self.tokenizer.encode(text, add_special_tokens=not around).ids
-        if not 0 < len(prompt) <= self.told["max_tokens"]:
-            raise ValueError(f"the message has {len(prompt)} tokens; from 1 to {self.told['max_tokens']} fit")
+        if not 0 < len(prompt) <= self.language["max_tokens"]:
+            raise ValueError(f"the message has {len(prompt)} tokens; from 1 to {self.language['max_tokens']} fit")
         stream = DecodeStream(skip_special_tokens=True)
         token = self._prefill(prompt)
         for place in range(len(prompt), len(prompt) + most):
-            if token in self.told["eos_ids"]:
+            if token in self.language["eos_ids"]:
                 return
             yield stream.step(self.tokenizer, token) or ""  # a character of several tokens comes with the last
-            if place >= self.told["max_tokens"]:  # the cache is full
+            if place >= self.language["max_tokens"]:  # the cache is full
                 return
             token = self._step([token], place)
 
     def _prefill(self, prompt: list[int]) -> int:
-        token, piece = 0, self.told["prefill_tokens"]
+        token, piece = 0, self.language["prefill_tokens"]
         for start in range(0, len(prompt), piece):
             token = self._step(prompt[start : start + piece], start)
         return token

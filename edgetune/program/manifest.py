@@ -1,0 +1,269 @@
+"""What `model.json` says of the program beside it: the file, each call of it, and what its kind needs to be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.ledger import Leftover, Parity
+from edgetune.program.beside import Value, check_bytes, program_at, sha256_of, unusable
+from edgetune.program.carried import Carried, TextPreprocessing
+from edgetune.program.operators import Operator
+
+ProgramKind = Literal["model", "language", "training", "methods"]
+
+
+class TensorSpec(Value):
+    """One input or output of the program."""
+
+    name: str
+    shape: tuple[int, ...]  # the largest, where sizes may differ
+    dtype: str  # "int64", "float32"
+    smallest: tuple[int, ...] | None = None  # None: `shape` is the only one
+    free: dict[int, str] = Field(default_factory=dict)  # axes whose size may differ, by name: equal names, equal sizes
+
+    def __str__(self) -> str:
+        pairs = zip(self.smallest or self.shape, self.shape, strict=True)
+        return f"{self.dtype} ({', '.join(str(high) if low == high else f'{low} to {high}' for low, high in pairs)})"
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor has this type, and sizes within these bounds."""
+        sizes = tuple(tensor.shape)
+        pairs = zip(self.smallest or self.shape, sizes, self.shape)  # noqa: B905  their lengths are compared
+        inside = len(sizes) == len(self.shape) and all(low <= size <= high for low, size, high in pairs)
+        return inside and str(tensor.dtype).removeprefix("torch.") == self.dtype
+
+
+class Plan(Value):
+    """How the arena is laid out: the way that was taken, and the bytes of all that were tried."""
+
+    way: str
+    tried_bytes: dict[str, int]
+    holds_io: bool = True  # inputs and outputs lie in the arena
+
+
+class DataFile(Value):
+    """The file with the weights, where they lie apart from the program."""
+
+    file: str  # in the program's folder
+    size_bytes: int
+    sha256: str
+
+
+class Call(Value):
+    """One kind of call of the program, as it was lowered and compared with eager mode.
+
+    A plain program has the method `forward`; one with several methods, each of them; a training program, `forward` and
+    `train`. A text-generation program has one method, `forward`, and two kinds of call: `token` and `prompt`.
+    """
+
+    name: str
+    label: str = ""  # in words, for a report: "a token after 128"
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    plan_bytes: int  # arena for the activations; each loaded method has its own
+    plan: Plan | None = None
+    delegates: int  # calls into the backend
+    delegated_macs_pct: float
+    delegated_operators_pct: float
+    leftovers: tuple[Leftover, ...]
+    operators: tuple[Operator, ...]
+    executed: tuple[Operator, ...] = ()  # what the runtime makes of them: what a prediction is summed over
+    folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
+    parity: Parity | None = None  # None: it did not run here, see the manifest's `note`; or see `training.parity`
+
+
+class TokenizerSpec(Value):
+    """The tokenizer beside the program, and how a prompt becomes a chat."""
+
+    file: str  # in the program's folder: tokenizer.json as Hugging Face's tokenizers write it
+    sha256: str
+    chat_template: str | None  # Jinja; None: the model takes plain text
+    special_tokens: dict[str, str]  # what the template may name: bos_token, eos_token
+
+
+class LanguageSpec(Value):
+    """What a text-generation program has beside its calls.
+
+    Its method `forward` takes `tokens` (1, n), n from 1 to `prefill_tokens`, and `position` (1,), the place of the
+    first of them in the cache, and gives the logits (1, 1, vocabulary) after the last. A `position` other than 0
+    begins at a multiple of 32 or comes with one token: the attention kernel hides later tokens wrongly else.
+    """
+
+    architecture: str  # transformers' name of the model: "llama"
+    max_tokens: int  # places in the cache: prompt and answer together
+    prefill_tokens: int  # most tokens of one call
+    vocabulary: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    tokenizer: TokenizerSpec
+    shared_bytes: int  # stored once although two operators read them: a head and an embedding that are tied
+    cache_bytes: int  # in the arena
+    first_difference: int | None = None  # place of the first greedy token, from 0, that the model would not choose
+    margin_at_difference: float | None = None  # of the model's logits there: its choice over the program's
+
+
+class SliceSpec(Value):
+    """Which channels of a layer's weight a `slice` stands for."""
+
+    layer: str
+    dim: int  # of the weight
+    indices: tuple[int, ...]
+
+
+class TrainingParity(Value):
+    """The program's losses beside those of eager SGD, step by step from the same weights on the same batches."""
+
+    steps: int
+    learning_rate: float
+    max_abs_loss_difference: float
+    losses: tuple[float, ...]  # the program's
+
+
+class TrainingSpec(Value):
+    """What a training program has beside its calls.
+
+    `train` takes the inputs, the labels and the learning rate, and changes the state that `forward` infers with.
+    """
+
+    momentum: float
+    trainable: tuple[TensorSpec, ...]
+    slices: tuple[SliceSpec, ...]
+    state_bytes: int  # what trains and its momentum; in no arena
+    parity: TrainingParity
+
+
+class Manifest(Value):
+    """What `model.json` holds."""
+
+    format: Literal[2] = 2
+    kind: ProgramKind = "model"
+    target: str
+    device: str | None = None  # the device it was made for, if one was named
+    size_bytes: int  # of the .pte; what methods share is in it once
+    sha256: str
+    versions: dict[str, str]
+    data: DataFile | None = None  # None: the weights are in the program
+    note: str = ""
+    carried: Carried | None = None  # what an app needs beside the program
+    language: LanguageSpec | None = None
+    training: TrainingSpec | None = None
+    calls: tuple[Call, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sections_fit_the_kind(self) -> Manifest:
+        sections = {"language": self.language, "training": self.training}
+        if any((section is not None) != (name == self.kind) for name, section in sections.items()):
+            raise ValueError(f"the sections are not those of a program of the kind {self.kind}")
+        return self
+
+    @property
+    def main(self) -> Call:
+        """The call that a summary describes: the prompt of a text-generation program, the step of a training one."""
+        return self.calls[-1]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the program and of its data file."""
+        return self.size_bytes + (self.data.size_bytes if self.data else 0)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that the program needs beside it, with their SHA-256."""
+        files = {self.data.file: self.data.sha256} if self.data is not None else {}
+        if self.language is not None:
+            files[self.language.tokenizer.file] = self.language.tokenizer.sha256
+        if self.carried is not None and isinstance(self.carried.preprocessing, TextPreprocessing):
+            files[self.carried.preprocessing.tokenizer] = self.carried.preprocessing.sha256
+        return files
+
+    def call(self, name: str = "") -> Call:
+        """The call of that name; none is needed where there is one."""
+        allowed = [call.name for call in self.calls]
+        if not name and len(self.calls) == 1:
+            return self.calls[0]
+        if name not in allowed:
+            action = "" if name else "name one: run(inputs, method=...)"
+            what = "no such method" if name else "the program has several methods"
+            raise EdgetuneError(what, got=name or None, allowed=allowed, action=action, exit_code=Exit.EXPORT)
+        return self.calls[allowed.index(name)]
+
+
+def manifest_path(path: Path) -> Path:
+    """`model.json` for `model.pte`."""
+    return path.with_suffix(".json")
+
+
+def data_path(path: Path) -> Path:
+    """`model.ptd` for `model.pte`."""
+    return path.with_suffix(".ptd")
+
+
+def data_file(path: Path, weights: bytes) -> DataFile | None:
+    """What the manifest of the `.pte` at `path` says of its data file; None without weights."""
+    return DataFile(file=data_path(path).name, size_bytes=len(weights), sha256=sha256_of(weights)) if weights else None
+
+
+def read_manifest(path: Path, *kinds: ProgramKind) -> Manifest:
+    """The manifest beside the `.pte` at `path`, of that very file, and of one of these kinds, if any are given."""
+    beside = manifest_path(program_at(path))
+    if not beside.is_file():
+        what = f"the file that belongs to {path.name} is missing"
+        action = "copy it there, or export the model again"
+        raise EdgetuneError(what, where=str(beside), action=action, exit_code=Exit.EXPORT)
+    manifest = stored_manifest(beside)
+    if kinds and manifest.kind not in kinds:
+        raise of_another_kind(path, manifest.kind, *kinds)
+    check_bytes(path, manifest.sha256)
+    return manifest
+
+
+def stored_manifest(beside: Path) -> Manifest:
+    """What a `model.json` holds, whatever lies beside it."""
+    try:
+        stored = json.loads(beside.read_text(encoding="utf-8"))
+        if isinstance(stored, dict) and stored.get("format") != 2:
+            raise EdgetuneError(
+                "the manifest is of another format, and this version of edgetune reads only format 2",
+                where=str(beside),
+                got=stored.get("format", "none"),
+                action="export the model again with this version",
+                exit_code=Exit.EXPORT,
+            )
+        return Manifest.model_validate(stored, strict=False)
+    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise unusable(f"the manifest cannot be read: {reason}", beside) from error
+
+
+_KINDS: dict[ProgramKind, tuple[str, str, str]] = {  # what a program is, what uses it, and what makes one
+    "model": ("a plain program", "it is run by Artifact.load(path).run(inputs)", ""),
+    "language": (
+        "a text-generation program",
+        "edgetune generate lets it answer",
+        "export the model with --language to have one that generates text",
+    ),
+    "training": (
+        "a training program",
+        "edgetune train-pte trains with it",
+        "make one with edgetune export-training",
+    ),
+    "methods": (
+        "a program with several methods",
+        "it is run by Artifact.load(path).run(inputs, method=...)",
+        "make one with et.export_methods",
+    ),
+}
+
+
+def of_another_kind(path: Path, kind: ProgramKind, *wanted: ProgramKind) -> EdgetuneError:
+    """The error for a program of one kind where another is needed."""
+    this, use, _ = _KINDS[kind]
+    needed, _, making = _KINDS[wanted[0]]
+    what = f"a program of another kind: this is {this}, not {needed}"
+    return EdgetuneError(what, where=str(path), action=making or use, exit_code=Exit.EXPORT)
