@@ -172,23 +172,23 @@ def export(family: Family, model: nn.Module, column: str, cell: Cell) -> None:
         )  # fmt: skip
         known = artifact.manifest
     cell.found |= {
-        "delegates": known.delegates,
-        "delegated_macs_pct": known.delegated_macs_pct,
-        "delegated_operators_pct": known.delegated_operators_pct,
+        "delegates": known.main.delegates,
+        "delegated_macs_pct": known.main.delegated_macs_pct,
+        "delegated_operators_pct": known.main.delegated_operators_pct,
         "size_bytes": known.size_bytes,
-        "plan_bytes": known.plan_bytes,
-        "macs": sum(o.macs for o in known.operators),
-        "leftovers": [leftover.model_dump() for leftover in known.leftovers],
-        "undelegated": undelegated(known.operators),
+        "plan_bytes": known.main.plan_bytes,
+        "macs": sum(o.macs for o in known.main.operators),
+        "leftovers": [leftover.model_dump() for leftover in known.main.leftovers],
+        "undelegated": undelegated(known.main.operators),
     }
-    if known.parity is not None:
+    if known.main.parity is not None:
         cell.found |= {
-            "rows": known.parity.rows,
-            "same_prediction_pct": known.parity.same_prediction_pct,
-            "max_abs_difference": known.parity.max_abs_difference,
+            "rows": known.main.parity.rows,
+            "same_prediction_pct": known.main.parity.same_prediction_pct,
+            "max_abs_difference": known.main.parity.max_abs_difference,
             **spread(model, rows),
         }
-        cell.found["relative_difference"] = known.parity.max_abs_difference / cell.found["largest_output"]
+        cell.found["relative_difference"] = known.main.parity.max_abs_difference / cell.found["largest_output"]
         if bits == "fp32":
             cell.found["eager_rounding"] = rounding(model, rows_of(rows, 0, BATCH)) / cell.found["largest_output"]
 

@@ -44,7 +44,7 @@ def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
     """Quantize SmolLM2 and export it; greedy tokens beside eager's, and eager's beside its own, moved by rounding."""
     from edgetune.export.language import CHECK_PROMPT, export_language
     from edgetune.export.language.parity import eager_logits
-    from edgetune.program.tokenizer import Carried
+    from edgetune.program.tokenizer import ChatTokenizer
     from edgetune.quant.int4 import Int4
     from edgetune.runtime.language import greedy_in_child
 
@@ -55,8 +55,8 @@ def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
     artifact = export_language(model, found.encode.tokenizer, path, max_tokens=CACHE, min_same_prediction_pct=0)  # type: ignore[attr-defined]
     seconds = time.perf_counter() - begun
     known = artifact.manifest
-    prompt = Carried(artifact).tokens(CHECK_PROMPT)
-    ((said, _),) = greedy_in_child(path, [prompt], tokens, known.prefill_tokens)
+    prompt = ChatTokenizer(artifact).tokens(CHECK_PROMPT)
+    ((said, _),) = greedy_in_child(path, [prompt], tokens, artifact.language.prefill_tokens)
     expected = eager_logits(model, prompt, said).argmax(-1)
     torch.manual_seed(0)
     hook = model.model.embed_tokens.register_forward_hook(lambda _m, _i, o: o * (1 + 2e-7 * torch.randn_like(o)))
@@ -67,8 +67,8 @@ def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
         "export_s": seconds,
         "export_peak_mib": resident_mib("VmHWM"),
         "size_bytes": known.size_bytes,
-        "plan_bytes": known.plan_bytes,
-        "delegated_macs_pct": known.delegated_macs_pct,
+        "plan_bytes": known.main.plan_bytes,
+        "delegated_macs_pct": known.main.delegated_macs_pct,
         "tokens": tokens,
         "same_tokens": int(same.sum()),
         "first_difference": int((~same).nonzero()[0]) if not bool(same.all()) else None,
@@ -98,12 +98,12 @@ def say(engine: str, folder: Path, layers: int | None, threads: int, prompt: lis
 
 def program(folder: Path, layers: int | None, threads: int) -> Says:
     """The exported program, by ExecuTorch's runtime."""
-    from edgetune.export.language import LanguageArtifact
+    from edgetune.program.artifact import Artifact
     from edgetune.runtime.language import LanguageProgram
 
-    artifact = LanguageArtifact.load(folder / "model.pte")
+    artifact = Artifact.load(folder / "model.pte")
     torch.set_num_threads(1)  # as in `edgetune generate`: the runtime has threads of its own
-    running = LanguageProgram(str(artifact.path), artifact.manifest.prefill_tokens, threads)
+    running = LanguageProgram(str(artifact.path), artifact.language.prefill_tokens, threads)
 
     def says(tokens: Sequence[int], position: int) -> int:
         return int((running.prefill(tokens) if position == 0 else running.step(tokens, position)).argmax())
@@ -194,8 +194,8 @@ def minilm(folder: Path, bits: str) -> dict[str, Any]:
         "export_s": time.perf_counter() - begun,
         "export_peak_mib": resident_mib("VmHWM"),
         "size_bytes": artifact.manifest.size_bytes,
-        "delegated_macs_pct": artifact.manifest.delegated_macs_pct,
-        "delegates": artifact.manifest.delegates,
+        "delegated_macs_pct": artifact.manifest.main.delegated_macs_pct,
+        "delegates": artifact.manifest.main.delegates,
     }
 
 

@@ -56,10 +56,10 @@ def measured(task: str, method: str, rows: int, times: dict[str, float]) -> dict
         differs = loss_difference(artifact, again.model, batches, worker.loss, STEPS, rate)
         stock = stock_plan_bytes(worker.model, inputs, labels, worker.loss)
         return {
-            "task": task, "method": method, "arena_mib": (artifact.manifest.plan_bytes + weights) / MIB,
+            "task": task, "method": method, "arena_mib": (artifact.manifest.main.plan_bytes + weights) / MIB,
             "stock_mib": stock / MIB, "size_mib": artifact.manifest.size_bytes / MIB,
             "differs": differs, "nudged_differs": nudged(task, method, held["scheme"], batches),
-            "delegated": artifact.manifest.delegated_macs_pct, **times,
+            "delegated": artifact.manifest.main.delegated_macs_pct, **times,
         }  # fmt: skip
 
 

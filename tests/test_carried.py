@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from manifests import stored
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
@@ -29,7 +30,7 @@ from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.program.card import card
-from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, files_beside, write_beside
+from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, write_beside
 
 with quiet():  # libraries that these load warn on import
     import transformers
@@ -308,20 +309,19 @@ def test_an_encoder_of_the_users_own_is_named_as_not_carried() -> None:
 
 def test_a_tokenizer_of_another_program_is_refused(tmp_path: Path) -> None:
     told = TextPreprocessing(tokenizer="model.tokenizer.json", sha256="0" * 64, max_length=8, pad_id=0)
-    known = Carried(preprocessing=told)
+    path = stored(tmp_path, "model", Carried(preprocessing=told)).path
     with pytest.raises(EdgetuneError, match="no such file"):
-        files_beside(known, tmp_path / "model.pte")
+        Artifact.load(path)
     (tmp_path / "model.tokenizer.json").write_text("{}")
     with pytest.raises(EdgetuneError, match="not the one that its manifest describes") as caught:
-        files_beside(known, tmp_path / "model.pte")
+        Artifact.load(path)
     assert caught.value.exit_code == Exit.EXPORT
-    assert files_beside(None, tmp_path / "model.pte") == files_beside(Carried(), tmp_path / "model.pte") == ()
 
 
 def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, Artifact]) -> None:
     artifact = greys[2]
     told = artifact.path.with_suffix(".md").read_text(encoding="utf-8")
-    read = sum(operator.weight_bytes for operator in artifact.manifest.operators)
+    read = sum(operator.weight_bytes for operator in artifact.manifest.main.operators)
     assert told == card("model.pte", artifact.manifest)
     for part in (
         "# model.pte\n\nImage classification made from `shades`, with the data `pictures`, by the recipe",

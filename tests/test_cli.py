@@ -439,7 +439,7 @@ def test_export_and_profile_of_a_saved_program(mine: Path) -> None:
     done = process("export", "model.pt2", "--device", "pixel-8", "-o", "small.pte", "--json")
     assert done.returncode == 0, done.stderr
     manifest = json.loads(done.stdout)
-    assert (manifest["target"], manifest["parity"]["same_prediction_pct"]) == ("xnnpack", 100)
+    assert (manifest["target"], manifest["calls"][0]["parity"]["same_prediction_pct"]) == ("xnnpack", 100)
     told = process("profile", "small.pte", "--device", "pixel-8", "--json")
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)

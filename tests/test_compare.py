@@ -291,8 +291,8 @@ def test_a_language_program_is_told_in_tokens(tmp_path: Path, capsys: pytest.Cap
 
     said = exported(decoder("Llama", **ARCHITECTURES["Llama"]), tmp_path)
     found = compare(said.path, ["pixel-8", "raspberry-pi-5"])
-    assert found.prefill_tokens == said.manifest.prefill_tokens
-    assert found.cache_mib == said.manifest.cache_bytes / 2**20
+    assert found.prefill_tokens == said.language.prefill_tokens
+    assert found.cache_mib == said.language.cache_bytes / 2**20
     for line in found.lines:
         token, piece = line.predicted
         assert line.speech is not None

@@ -72,7 +72,7 @@ def test_a_module_of_ones_own_is_exported_with_its_own_inputs_and_weights(net: P
     )
     x = torch.randn(1, 6)
     torch.testing.assert_close(artifact.run(x)[0], trained(x))
-    assert artifact.manifest.parity.rows == 3
+    assert artifact.manifest.main.parity.rows == 3
     assert "net.py:inputs gave" in artifact.manifest.carried.notes[0]
 
 

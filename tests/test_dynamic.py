@@ -18,7 +18,8 @@ from edgetune.export import export
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
-from edgetune.program.artifact import Artifact, TensorSpec, admitted
+from edgetune.program.artifact import Artifact, admitted
+from edgetune.program.manifest import TensorSpec
 from edgetune.quant.int4 import Int4
 from edgetune.runtime.run import run_in_child
 
@@ -75,13 +76,13 @@ def test_sizes_outside_the_bounds_are_refused_before_the_program_runs(text: tupl
 
 def test_the_manifest_states_the_bounds(text: tuple[nn.Module, Artifact]) -> None:
     known = text[1].manifest
-    assert [(i.name, i.smallest, i.shape, i.free) for i in known.inputs] == [
+    assert [(i.name, i.smallest, i.shape, i.free) for i in known.main.inputs] == [
         ("input_ids", (1, 1), (1, 16), {1: "tokens"}),
         ("attention_mask", (1, 1), (1, 16), {1: "tokens"}),
     ]
-    assert (known.outputs[0].shape, known.outputs[0].smallest) == ((1, 3), None)
-    assert known.parity is not None
-    assert known.parity.rows == 4  # the greatest, the least, halfway, the greatest again
+    assert (known.main.outputs[0].shape, known.main.outputs[0].smallest) == ((1, 3), None)
+    assert known.main.parity is not None
+    assert known.main.parity.rows == 4  # the greatest, the least, halfway, the greatest again
     assert Artifact.load(text[1].path).manifest == known
     slots = inspect(text[1].path).methods[0].inputs
     assert [(slot.dynamic, slot.shape) for slot in slots] == [(True, (1, 16))] * 2
@@ -93,8 +94,8 @@ def test_memory_is_planned_for_the_greatest_size(text: tuple[nn.Module, Artifact
         axes = axes_of({"tokens": (1, 8)}, tuple(row), tuple(row.values()))
         half = lower(program, tuple(row.values()), find("xnnpack"), axes)
     free = text[1].manifest
-    assert half.plan_bytes < 0.7 * free.plan_bytes
-    assert free.delegated_macs_pct >= 95
+    assert half.plan_bytes < 0.7 * free.main.plan_bytes
+    assert free.main.delegated_macs_pct >= 95
 
 
 class Heads(nn.Module):
@@ -141,11 +142,11 @@ def test_batch_and_picture_size_together(tmp_path: Path) -> None:
         check_inputs=checks,
         max_abs_difference=1e-4,
     )
-    known = artifact.manifest
-    assert (known.inputs[0].smallest, known.inputs[0].shape) == ((1, 3, 16, 16), (4, 3, 32, 32))
-    assert (known.outputs[0].smallest, known.outputs[0].shape) == ((1, 4), (4, 4))
-    assert known.parity is not None
-    assert known.parity.rows == 3 + 3 + 1 + 1
+    call = artifact.manifest.main
+    assert (call.inputs[0].smallest, call.inputs[0].shape) == ((1, 3, 16, 16), (4, 3, 32, 32))
+    assert (call.outputs[0].smallest, call.outputs[0].shape) == ((1, 4), (4, 4))
+    assert call.parity is not None
+    assert call.parity.rows == 3 + 3 + 1 + 1
     x = torch.randn(2, 3, 31, 17)
     with torch.no_grad():
         assert torch.allclose(artifact.run(x)[0], model(x), atol=1e-4)

@@ -266,10 +266,10 @@ def test_a_backend_that_tells_nothing_is_one_operator() -> None:
 
 def test_the_manifest_holds_it(tmp_path: Path) -> None:
     artifact = export(Cut(), torch.randn(1, 8), tmp_path / "cut.pte", target="xnnpack")
-    known = Artifact.load(artifact.path).manifest
-    assert len(known.executed) == 6
-    assert known.executed == artifact.manifest.executed
-    assert [operator.module for operator in known.executed if operator.delegated] == [f"layers.{n}" for n in range(3)]
+    call = Artifact.load(artifact.path).manifest.main
+    assert len(call.executed) == 6
+    assert call.executed == artifact.manifest.main.executed
+    assert [operator.module for operator in call.executed if operator.delegated] == [f"layers.{n}" for n in range(3)]
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 256, b"no program at all" * 20])

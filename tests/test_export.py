@@ -65,52 +65,52 @@ def test_the_program_equals_the_quantized_model(int4_bert: tuple[nn.Module, Arti
         expected = model(**inputs).logits
     assert torch.allclose(got, expected, atol=2e-2)
     assert not torch.allclose(got[0], got[7]), "the rows must tell apart"
-    assert artifact.manifest.parity is not None
-    assert artifact.manifest.parity.rows == 8
-    assert artifact.manifest.parity.same_prediction_pct == 100.0
+    assert artifact.manifest.main.parity is not None
+    assert artifact.manifest.main.parity.rows == 8
+    assert artifact.manifest.main.parity.same_prediction_pct == 100.0
 
 
 def test_the_manifest_says_what_the_program_is(int4_bert: tuple[nn.Module, Artifact]) -> None:
     _, artifact = int4_bert
     known = artifact.manifest
-    assert [(i.name, i.shape, i.dtype) for i in known.inputs] == [
+    assert [(i.name, i.shape, i.dtype) for i in known.main.inputs] == [
         ("input_ids", (1, 16), "int64"),
         ("attention_mask", (1, 16), "int64"),
     ]
-    assert [(o.shape, o.dtype) for o in known.outputs] == [((1, 3), "float32")]
+    assert [(o.shape, o.dtype) for o in known.main.outputs] == [((1, 3), "float32")]
     assert (known.target, known.device) == ("xnnpack", "pixel-8")
     assert known.size_bytes == artifact.path.stat().st_size
-    assert known.plan_bytes > 0
+    assert known.main.plan_bytes > 0
     assert known.versions["executorch"] != "not installed"
     assert artifact.program().sha256 == known.sha256
     assert Artifact.load(artifact.path) == artifact
 
 
 def test_operators_carry_macs_bytes_types_and_modules(int4_bert: tuple[nn.Module, Artifact]) -> None:
-    known = int4_bert[1].manifest
-    linears = {o.module: o for o in known.operators if o.kind == "linear"}
+    call = int4_bert[1].manifest.main
+    linears = {o.module: o for o in call.operators if o.kind == "linear"}
     assert len(linears) == 2 * 6 + 2
     query = linears["bert.encoder.layer.0.attention.self.query"]
     assert (query.dtype, query.macs, query.delegated) == ("8da4w", 16 * 64 * 64, True)
     assert query.weight_bytes == 64 * 64 // 2 + 64 * 2 * 2 + 64 * 4  # 4 bits, scales of 16 bits, bias
     assert query.activation_bytes == 2 * 16 * 64 * 4
-    products = [o for o in known.operators if o.kind == "matmul"]
+    products = [o for o in call.operators if o.kind == "matmul"]
     assert [o.macs for o in products] == [2 * 16 * 16 * 32] * 4
-    norms = [o for o in known.operators if o.kind == "normalization"]
+    norms = [o for o in call.operators if o.kind == "normalization"]
     assert len(norms) == 5
     assert not any(o.delegated for o in norms)
-    table = next(o for o in known.operators if o.kind == "embedding")
+    table = next(o for o in call.operators if o.kind == "embedding")
     assert (table.dtype, table.weight_bytes) == ("int8", 16 * 64 + 16 * 4)
-    assert not any("quant" in o.operator or "qparams" in o.operator for o in known.operators)
-    assert known.delegated_macs_pct == 100.0
-    left = {(o.operator, o.module): o.count for o in known.leftovers}
+    assert not any("quant" in o.operator or "qparams" in o.operator for o in call.operators)
+    assert call.delegated_macs_pct == 100.0
+    left = {(o.operator, o.module): o.count for o in call.leftovers}
     assert left["aten.native_layer_norm.out", "bert.embeddings.LayerNorm"] == 1
 
 
 def test_attention_is_not_split_by_its_mask(int4_bert: tuple[nn.Module, Artifact]) -> None:
-    known = int4_bert[1].manifest
-    assert known.delegates == 2 * 2 + 2  # one between any two layer norms, nothing else cuts the graph
-    assert not any("logical_not" in o.operator or "any" in o.operator for o in known.leftovers)
+    call = int4_bert[1].manifest.main
+    assert call.delegates == 2 * 2 + 2  # one between any two layer norms, nothing else cuts the graph
+    assert not any("logical_not" in o.operator or "any" in o.operator for o in call.leftovers)
 
 
 class Block(nn.Module):
@@ -181,11 +181,11 @@ def test_a_language_model_gives_logits_for_a_window(tmp_path: Path) -> None:
     window = {"input_ids": torch.randint(0, 96, (3, 12)), "attention_mask": torch.ones(3, 12, dtype=torch.long)}
     window["attention_mask"][1, 9:] = 0
     artifact = export(model, window, tmp_path / "lm.pte", one_row=True)
-    known = artifact.manifest
-    assert known.outputs[0].shape == (1, 12, 96)
-    assert known.parity is not None
-    assert known.parity.same_prediction_pct == 100.0
-    assert known.delegated_macs_pct > 99
+    call = artifact.manifest.main
+    assert call.outputs[0].shape == (1, 12, 96)
+    assert call.parity is not None
+    assert call.parity.same_prediction_pct == 100.0
+    assert call.delegated_macs_pct > 99
     assert model.config.use_cache is True
 
 
@@ -217,17 +217,17 @@ def small() -> Small:
 def test_an_int8_program_computes_the_bits_that_its_model_does(tmp_path: Path, per_channel: bool) -> None:
     images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     model = Int8(per_channel=per_channel).apply(small(), Sample(images[:1], lambda: iter([images])))
-    known = export(model, images, tmp_path / "cnn.pte", one_row=True).manifest
-    assert known.inputs[0].shape == (1, 3, 16, 16)
-    assert known.parity is not None
-    assert known.parity.max_abs_difference == 0.0
-    assert known.delegated_macs_pct == 100.0
-    layers = [(o.module, o.kind, o.dtype) for o in known.operators if o.macs]
+    call = export(model, images, tmp_path / "cnn.pte", one_row=True).manifest.main
+    assert call.inputs[0].shape == (1, 3, 16, 16)
+    assert call.parity is not None
+    assert call.parity.max_abs_difference == 0.0
+    assert call.delegated_macs_pct == 100.0
+    layers = [(o.module, o.kind, o.dtype) for o in call.operators if o.macs]
     assert layers == [
         ("stem.0", "conv", "int8"), ("depth.0", "depthwise-conv", "int8"), ("point", "pointwise-conv", "int8"),
         ("head", "linear", "int8"),
     ]  # fmt: skip
-    depth = next(o for o in known.operators if o.kind == "depthwise-conv")
+    depth = next(o for o in call.operators if o.kind == "depthwise-conv")
     assert depth.macs == 16 * 8 * 8 * 9
     assert depth.activation_bytes == 2 * 16 * 8 * 8  # a byte each
 
@@ -235,8 +235,8 @@ def test_an_int8_program_computes_the_bits_that_its_model_does(tmp_path: Path, p
 def test_a_layer_that_int8_skips_stays_float_in_the_program(tmp_path: Path) -> None:
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     model = Int8(skip=("head",)).apply(small(), Sample(images[:1], lambda: iter([images])))
-    known = export(model, images, tmp_path / "cnn.pte", one_row=True, max_abs_difference=0.01).manifest
-    layers = {o.module: (o.dtype, o.delegated) for o in known.operators if o.macs}
+    call = export(model, images, tmp_path / "cnn.pte", one_row=True, max_abs_difference=0.01).manifest.main
+    layers = {o.module: (o.dtype, o.delegated) for o in call.operators if o.macs}
     assert layers == {
         "stem.0": ("int8", True), "depth.0": ("int8", True), "point": ("int8", True), "head": ("fp32", True),
     }  # fmt: skip
@@ -337,7 +337,7 @@ class PerToken(nn.Module):
 
 def test_what_the_mask_hides_is_not_compared(tmp_path: Path) -> None:
     artifact = export(PerToken(False, False), tokens(1), tmp_path / "model.pte", check_inputs=[tokens()], one_row=True)
-    parity = artifact.manifest.parity
+    parity = artifact.manifest.main.parity
     assert parity is not None
     assert (parity.rows, parity.same_prediction_pct, parity.max_abs_difference) == (8, 100, 0)
     inputs = tokens()

@@ -15,19 +15,19 @@ from test_language import CACHE, decoder, exported, tokenizer
 from edgetune.cli import generate as cli_generate
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.export.language import LanguageArtifact
+from edgetune.program.artifact import Artifact
 from edgetune.runtime.generating import generate
 
 PROMPT = "a small model talks"
 
 
 @pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> LanguageArtifact:
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     model = decoder("Llama", num_key_value_heads=2, num_hidden_layers=1)
     return exported(model, tmp_path_factory.mktemp("talking"))
 
 
-def test_the_answer_is_the_models_and_comes_in_pieces(talking: LanguageArtifact) -> None:
+def test_the_answer_is_the_models_and_comes_in_pieces(talking: Artifact) -> None:
     pieces: list[str] = []
     found = generate(talking.path, PROMPT, max_tokens=12, threads=1, heard=pieces.append)
     fast = tokenizer()
@@ -49,7 +49,7 @@ def test_the_answer_is_the_models_and_comes_in_pieces(talking: LanguageArtifact)
     assert found.peak_memory_mib > 50
 
 
-def test_temperature_draws_and_the_seed_repeats_them(talking: LanguageArtifact) -> None:
+def test_temperature_draws_and_the_seed_repeats_them(talking: Artifact) -> None:
     def drawn(seed: int) -> tuple[int, ...]:
         return generate(talking.path, PROMPT, max_tokens=8, temperature=5.0, seed=seed, raw=True).tokens
 
@@ -58,7 +58,7 @@ def test_temperature_draws_and_the_seed_repeats_them(talking: LanguageArtifact) 
     assert drawn(2) != first
 
 
-def test_a_full_cache_ends_the_answer_and_a_longer_prompt_is_refused(talking: LanguageArtifact) -> None:
+def test_a_full_cache_ends_the_answer_and_a_longer_prompt_is_refused(talking: Artifact) -> None:
     found = generate(talking.path, "b" * (CACHE - 3), max_tokens=100, raw=True)
     assert (found.stopped, len(found.tokens)) == ("cache", 4) or found.stopped == "end"
     with pytest.raises(EdgetuneError) as caught:
@@ -69,14 +69,12 @@ def test_a_full_cache_ends_the_answer_and_a_longer_prompt_is_refused(talking: La
 
 
 @pytest.mark.parametrize("settings", [{"max_tokens": 0}, {"temperature": -1.0}, {"threads": 0}, {"seed": -1}])
-def test_settings_without_sense_are_refused(settings: dict[str, Any], talking: LanguageArtifact) -> None:
+def test_settings_without_sense_are_refused(settings: dict[str, Any], talking: Artifact) -> None:
     with pytest.raises(EdgetuneError):
         generate(talking.path, PROMPT, **settings)
 
 
-def test_the_verb_prints_the_text_and_tells_what_it_cost(
-    talking: LanguageArtifact, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verb_prints_the_text_and_tells_what_it_cost(talking: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     expected = generate(talking.path, PROMPT, max_tokens=6, raw=True)
     assert cli_generate.generate(talking.path, PROMPT, max_tokens=6, raw=True) == 0
     printed = capsys.readouterr()
@@ -86,7 +84,7 @@ def test_the_verb_prints_the_text_and_tells_what_it_cost(
 
 
 def test_a_dash_reads_the_prompt_from_stdin(
-    talking: LanguageArtifact, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    talking: Artifact, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ["generate", str(talking.path), "--max-tokens", "6", "--raw"]
     assert main([*given, PROMPT]) == 0

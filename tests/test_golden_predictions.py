@@ -24,7 +24,8 @@ def of_programs() -> dict[str, list[float | None]]:
     """The figures of each kind of call of the stored manifests (a 4-bit MiniLM, a 4-bit SmolLM2), on each device."""
     artifacts = {
         name: Artifact(
-            Path(f"{name}.pte"), Manifest.model_validate_json(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
+            Path(f"{name}.pte"),
+            Manifest.model_validate_json(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes())),
         )
         for name in ("text", "language")
     }

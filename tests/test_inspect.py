@@ -61,11 +61,11 @@ def test_the_file_alone_gives_what_the_manifest_says(artifact: Artifact, tmp_pat
     assert "no model.json" in str(found)
     (method,) = found.methods
     assert method.name == "forward"
-    assert [(slot.dtype, slot.shape) for slot in method.inputs] == [(i.dtype, i.shape) for i in known.inputs]
-    assert [(slot.dtype, slot.shape) for slot in method.outputs] == [(o.dtype, o.shape) for o in known.outputs]
+    assert [(slot.dtype, slot.shape) for slot in method.inputs] == [(i.dtype, i.shape) for i in known.main.inputs]
+    assert [(slot.dtype, slot.shape) for slot in method.outputs] == [(o.dtype, o.shape) for o in known.main.outputs]
     assert (found.size_bytes, found.sha256) == (known.size_bytes, known.sha256)
-    assert sum(method.arenas_bytes) == known.plan_bytes
-    assert sum(delegate.calls for delegate in method.delegates) == known.delegates
+    assert sum(method.arenas_bytes) == known.main.plan_bytes
+    assert sum(delegate.calls for delegate in method.delegates) == known.main.delegates
     assert {delegate.backend for delegate in method.delegates} == {"XnnpackBackend"}
 
 
@@ -146,7 +146,7 @@ def test_a_cut_file_is_damaged(artifact: Artifact, tmp_path: Path) -> None:
 
 def test_a_senseless_number_does_not_end_this_process(artifact: Artifact, tmp_path: Path) -> None:
     data = artifact.path.read_bytes()
-    plan = struct.pack("<qq", 0, artifact.manifest.plan_bytes)  # sizes of the arenas: the runtime aborts on such
+    plan = struct.pack("<qq", 0, artifact.manifest.main.plan_bytes)  # sizes of the arenas: the runtime aborts on such
     assert data.count(plan) == 1
     path = tmp_path / "wrong.pte"
     path.write_bytes(data.replace(plan, struct.pack("<qq", 0, -5)))

@@ -111,9 +111,9 @@ def test_a_table_that_cannot_be_quantized_is_named_and_its_program_runs(tmp_path
         apply(model, Int4())
     assert type(model.positions.weight) is nn.Parameter
     assert model.words.weight.target_dtype == torch.int8  # type: ignore[attr-defined]
-    known = export(model, tokens()[:1], tmp_path / "sliced.pte", check_inputs=[tokens()], one_row=True).manifest
-    assert known.parity is not None
-    assert known.parity.same_prediction_pct == 100.0
+    call = export(model, tokens()[:1], tmp_path / "sliced.pte", check_inputs=[tokens()], one_row=True).manifest.main
+    assert call.parity is not None
+    assert call.parity.same_prediction_pct == 100.0
 
 
 def test_nothing_is_said_of_a_table_that_skip_names() -> None:
@@ -139,9 +139,9 @@ def test_a_table_in_4_bits_is_stored_so(tmp_path: Path) -> None:
         assert table.weight.target_dtype == getattr(torch, bits)
         assert table.padding_idx is None
         known = export(model, tokens()[:1], tmp_path / f"{bits}.pte", check_inputs=[tokens()], one_row=True).manifest
-        assert known.parity is not None
-        assert known.parity.max_abs_difference < 1e-5
-        kernels = {leftover.operator for leftover in known.leftovers if "embedding" in leftover.operator}
+        assert known.main.parity is not None
+        assert known.main.parity.max_abs_difference < 1e-5
+        kernels = {leftover.operator for leftover in known.main.leftovers if "embedding" in leftover.operator}
         assert kernels == {f"quantized_decomposed.embedding_{'4bit' if bits == 'int4' else 'byte'}.out"}
         sizes[bits] = known.size_bytes, stored_bytes(model)
     fewer = WIDE // 2 - 4 * (WIDE // 32 - 1)  # bytes of a row: half of its codes, but one more scale

@@ -17,14 +17,13 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Sample
 from edgetune.data.settings import DataSettings
-from edgetune.export.language import CHECK_PROMPT, LanguageArtifact, export_language
+from edgetune.export.language import CHECK_PROMPT, export_language
 from edgetune.export.language.cached import cache_argument
 from edgetune.export.language.parity import eager_logits
 from edgetune.models.loaded import ModelSettings
 from edgetune.profile.calls import measured_calls, predicted_calls
 from edgetune.program.artifact import Artifact
-from edgetune.program.language import load_any
-from edgetune.program.tokenizer import Carried
+from edgetune.program.tokenizer import ChatTokenizer
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.run import exporting
@@ -104,7 +103,7 @@ def test_the_cache_is_called_as_the_model_calls_it() -> None:
     assert cache_argument(Old()) == "past_key_values"
 
 
-def exported(model: nn.Module, folder: Path, **settings: Any) -> LanguageArtifact:
+def exported(model: nn.Module, folder: Path, **settings: Any) -> Artifact:
     return export_language(model, tokenizer(), folder / "model.pte", max_tokens=CACHE, prefill_tokens=32, **settings)
 
 
@@ -124,11 +123,14 @@ def test_greedy_tokens_equal_the_eager_models(kind: str, tmp_path: Path) -> None
     assert got == expected
     assert len(set(expected)) > 5, "a text of one token would prove little"
     assert torch.allclose(logits, eager_logits(model, prompt, got), atol=1e-3)
-    known = artifact.manifest
-    assert known.parity is not None
-    assert known.parity.same_tokens == known.parity.tokens == 32
-    assert known.delegated_macs_pct > 90, "all but attention, which is a kernel of the CPU's own"
-    assert known.cache_bytes < known.plan_bytes
+    for call in artifact.manifest.calls:
+        assert call.parity is not None
+        assert (call.parity.rows, call.parity.same_prediction_pct) == (32, 100)
+        assert call.parity.max_relative_difference < 1e-4
+        assert artifact.language.cache_bytes < call.plan_bytes
+    assert artifact.language.first_difference is None
+    macs_pct = artifact.manifest.main.delegated_macs_pct
+    assert macs_pct > 90, "all but attention, which is a kernel of the CPU's own"
 
 
 @pytest.mark.slow
@@ -155,7 +157,7 @@ def test_a_16_bit_model_with_other_heads_in_each_layer_is_exported_as_its_float3
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     note = "exported in float32 from bfloat16 weights, and compared with the model in float32"
     assert artifact.manifest.note == note
-    assert artifact.manifest.cache_bytes == 2 * 4 * CACHE * (32 + 16)
+    assert artifact.language.cache_bytes == 2 * 4 * CACHE * (32 + 16)
     prompt = list(range(40, 73))
     ((got, logits),) = greedy_in_child(artifact.path, [prompt], 32, 32)
     expected = eager_logits(model.float(), prompt, got)
@@ -164,7 +166,7 @@ def test_a_16_bit_model_with_other_heads_in_each_layer_is_exported_as_its_float3
 
 
 @pytest.fixture(scope="module")
-def int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, LanguageArtifact]:
+def int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Artifact]:
     """A quantized decoder whose head and embedding were tied."""
     settings = Int4(group_size=32, int8_linears=("lm_head",))
     model = settings.apply(decoder("Llama", num_key_value_heads=2, num_hidden_layers=1, tie_word_embeddings=True))
@@ -172,7 +174,7 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, LanguageA
     return model.train(), exported(model, folder, min_same_prediction_pct=0)
 
 
-def test_a_quantized_model_says_the_same_until_rounding_parts_them(int4: tuple[Any, LanguageArtifact]) -> None:
+def test_a_quantized_model_says_the_same_until_rounding_parts_them(int4: tuple[Any, Artifact]) -> None:
     model, artifact = int4
     assert model.training, "the model's mode is put back"
     prompt = list(range(40, 60))
@@ -183,9 +185,9 @@ def test_a_quantized_model_says_the_same_until_rounding_parts_them(int4: tuple[A
     assert float(margins.max()) < 0.25 * float(expected.std()), "where they differ, the two tokens are as likely"
 
 
-def test_a_tied_table_is_stored_once(int4: tuple[Any, LanguageArtifact]) -> None:
+def test_a_tied_table_is_stored_once(int4: tuple[Any, Artifact]) -> None:
     _, artifact = int4
-    assert artifact.manifest.shared_bytes == VOCABULARY * 64
+    assert artifact.language.shared_bytes == VOCABULARY * 64
     model: Any = int4[0]
     with torch.no_grad():
         weight = model.lm_head.weight.dequantize()
@@ -194,22 +196,22 @@ def test_a_tied_table_is_stored_once(int4: tuple[Any, LanguageArtifact]) -> None
     assert stored.count(integers.contiguous().numpy().tobytes()) == 1, tuple(weight.shape)
 
 
-def test_what_is_beside_the_program_must_be_its_own(int4: tuple[Any, LanguageArtifact], tmp_path: Path) -> None:
+def test_what_is_beside_the_program_must_be_its_own(int4: tuple[Any, Artifact], tmp_path: Path) -> None:
     _, artifact = int4
     for file in (artifact.path, artifact.path.with_suffix(".json"), artifact.tokenizer_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    copied = LanguageArtifact.load(tmp_path / "model.pte")
+    copied = Artifact.load(tmp_path / "model.pte")
     assert copied.manifest == artifact.manifest
     assert json.loads(copied.tokenizer_path.read_text())["model"]["vocab"]["</s>"] == 1
-    assert (copied.manifest.bos_id, copied.manifest.eos_ids) == (0, (1,))
-    assert copied.manifest.tokenizer.chat_template == TEMPLATE
+    assert (copied.language.bos_id, copied.language.eos_ids) == (0, (1,))
+    assert copied.language.tokenizer.chat_template == TEMPLATE
     copied.tokenizer_path.write_text("{}")
     with pytest.raises(EdgetuneError, match="not the one that its manifest describes") as caught:
-        LanguageArtifact.load(copied.path)
+        Artifact.load(copied.path)
     assert caught.value.exit_code == Exit.EXPORT
 
 
-def test_executorchs_own_runner_finds_what_it_asks_for(int4: tuple[Any, LanguageArtifact]) -> None:
+def test_executorchs_own_runner_finds_what_it_asks_for(int4: tuple[Any, Artifact]) -> None:
     from executorch.extension.pybindings import _portable_lib
 
     program = _portable_lib._load_program(str(int4[1].path))
@@ -217,7 +219,7 @@ def test_executorchs_own_runner_finds_what_it_asks_for(int4: tuple[Any, Language
     assert said == {"get_max_seq_len": [32], "get_max_context_len": [CACHE]}
 
 
-def test_several_prompts_in_one_child_are_answered_as_each_alone(int4: tuple[Any, LanguageArtifact]) -> None:
+def test_several_prompts_in_one_child_are_answered_as_each_alone(int4: tuple[Any, Artifact]) -> None:
     path = int4[1].path
     prompts = [list(range(100, 170)), list(range(40, 60))]
     together = greedy_in_child(path, prompts, 8, 32)
@@ -226,10 +228,12 @@ def test_several_prompts_in_one_child_are_answered_as_each_alone(int4: tuple[Any
     assert torch.equal(together[1][1], logits)
 
 
-def test_a_call_with_one_token_is_described_apart(int4: tuple[Any, LanguageArtifact]) -> None:
-    known = int4[1].manifest
-    assert [o.operator for o in known.operators] == [o.operator for o in known.decode_operators]
-    pairs = list(zip(known.operators, known.decode_operators, strict=True))
+def test_a_call_with_one_token_is_described_apart(int4: tuple[Any, Artifact]) -> None:
+    token, prompt = int4[1].manifest.calls
+    assert (token.name, prompt.name) == ("token", "prompt")
+    assert (token.inputs[0].shape, prompt.inputs[0].shape) == ((1, 1), (1, 32))
+    assert [o.operator for o in prompt.operators] == [o.operator for o in token.operators]
+    pairs = list(zip(prompt.operators, token.operators, strict=True))
     linears = [(many, one) for many, one in pairs if many.kind == "linear"]
     assert len(linears) == 7 + 1
     for many, one in linears:
@@ -240,10 +244,10 @@ def test_a_call_with_one_token_is_described_apart(int4: tuple[Any, LanguageArtif
     assert many.macs == products * sum(range(1, 33))
     assert one.macs == products * 33
     assert (many.weight_bytes, many.delegated) == (0, False)
-    assert known.delegated_macs_pct < 100, "attention is counted, and is no backend's"
+    assert max(token.delegated_macs_pct, prompt.delegated_macs_pct) < 100, "attention is counted, and is no backend's"
 
 
-def test_what_each_call_costs_is_measured_and_predicted(int4: tuple[Any, LanguageArtifact]) -> None:
+def test_what_each_call_costs_is_measured_and_predicted(int4: tuple[Any, Artifact]) -> None:
     artifact = int4[1]
     token, piece = measured_calls(artifact, threads=1, seconds=0.1)
     assert (token.where, piece.where) == ("this host, a token after 32", "this host, 32 tokens of a prompt")
@@ -255,14 +259,14 @@ def test_what_each_call_costs_is_measured_and_predicted(int4: tuple[Any, Languag
     assert token_here.peak_memory_mib == piece_here.peak_memory_mib
 
 
-def test_the_ledger_counts_tokens(int4: tuple[Any, LanguageArtifact]) -> None:
-    artifact = load_any(int4[1].path)
+def test_the_ledger_counts_tokens(int4: tuple[Any, Artifact]) -> None:
+    artifact = Artifact.load(int4[1].path)
     assert artifact == int4[1]
     parity = artifact.program().parity
     assert parity is not None
     assert (parity.rows, parity.counted) == (32, "greedy token")
     with pytest.raises(EdgetuneError, match="a program of another kind"):
-        Artifact.load(artifact.path)
+        Artifact.load(artifact.path, "model")
 
 
 def test_how_a_tokenizer_was_called_last_is_not_carried(tmp_path: Path) -> None:
@@ -270,7 +274,7 @@ def test_how_a_tokenizer_was_called_last_is_not_carried(tmp_path: Path) -> None:
     fast(["a text for training"], truncation=True, max_length=4)
     model = decoder("Llama", num_hidden_layers=1)
     artifact = export_language(model, fast, tmp_path / "model.pte", max_tokens=64, check_tokens=2)
-    assert len(Carried(artifact).tokens("twenty letters, here", raw=True)) == 20
+    assert len(ChatTokenizer(artifact).tokens("twenty letters, here", raw=True)) == 20
     assert fast.backend_tokenizer.truncation is not None, "the user's own stays as it was"
 
 
@@ -339,8 +343,8 @@ def test_smollm2_in_4_bits_says_what_its_eager_model_says(tmp_path: Path) -> Non
         model, loaded.encode.tokenizer, tmp_path / "model.pte", max_tokens=256, min_same_prediction_pct=0
     )
     assert artifact.manifest.size_bytes <= 120e6
-    prompt = Carried(artifact).tokens(CHECK_PROMPT)
-    ((got, _),) = greedy_in_child(artifact.path, [prompt], 128, artifact.manifest.prefill_tokens)
+    prompt = ChatTokenizer(artifact).tokens(CHECK_PROMPT)
+    ((got, _),) = greedy_in_child(artifact.path, [prompt], 128, artifact.language.prefill_tokens)
     expected = eager_logits(model, prompt, got).argmax(-1)
     torch.manual_seed(0)
     moved = model.model.embed_tokens.register_forward_hook(lambda _m, _i, o: o * (1 + 2e-7 * torch.randn_like(o)))

@@ -230,7 +230,7 @@ def test_the_finalized_model_exports_and_agrees(case: Case, tmp_path: Path) -> N
     if case.trains:
         fit(model, case.inputs())
     artifact = export(finalize(model), case.inputs(), tmp_path / "model.pte", target="xnnpack", one_row=True)
-    parity = artifact.manifest.parity
+    parity = artifact.manifest.main.parity
     assert parity.rows == len(tensors_of(case.inputs())[0])
     assert parity.same_prediction_pct == 100
     assert parity.max_abs_difference < 0.02

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from manifests import stored
 from torch import nn
 
 import edgetune as et
@@ -17,7 +18,6 @@ from edgetune.core.ledger import Predicted
 from edgetune.core.places import Errors
 from edgetune.core.registry import STEPS, TECHNIQUES
 from edgetune.core.validated import fields_of
-from edgetune.export.methods_artifact import MethodsArtifact, MethodsManifest
 from edgetune.profile import Profile, device
 from edgetune.recipe import recipe
 from edgetune.sparse.scheme import Slice
@@ -132,9 +132,8 @@ def test_values_print_as_one_short_line(tmp_path: Path) -> None:
     artifact = et.export(net.eval(), torch.randn(1, 8), tmp_path / "m.pte")
     profile = et.profile(artifact)
     manifest = artifact.manifest
-    methods = MethodsManifest(target="xnnpack", device=None, size_bytes=2**20, sha256="0" * 64, versions={}, methods=())
-    values = [artifact, manifest, manifest.operators[0], artifact.program(), profile, profile.predicted]
-    values += [device.load("pixel-8"), MethodsArtifact(tmp_path / "m.pte", methods)]
+    values = [artifact, manifest, manifest.main.operators[0], artifact.program(), profile, profile.predicted]
+    values += [device.load("pixel-8"), stored(tmp_path, "methods")]
     for value in values:
         for text in (repr(value), str(value)):
             assert len(text) < 160 + len(str(tmp_path)), text

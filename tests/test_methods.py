@@ -13,8 +13,9 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import lower
-from edgetune.export.methods import Entry, MethodsArtifact, export_methods
+from edgetune.export.methods import Entry, export_methods
 from edgetune.export.targets import find
+from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 
 with quiet():  # libraries that these load warn on import
@@ -49,7 +50,7 @@ IDS = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> MethodsArtifact:
+def two(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     model = net().train()
     path = tmp_path_factory.mktemp("methods") / "two.pte"
     artifact = export_methods({"forward": (model, IDS), "features": (model.features, (IDS,))}, path, device="pixel-8")
@@ -57,7 +58,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> MethodsArtifact:
     return artifact
 
 
-def test_shared_weights_are_stored_once(two: MethodsArtifact) -> None:
+def test_shared_weights_are_stored_once(two: Artifact) -> None:
     model = net()
     alone = lower(Entry("forward", model, None, IDS), (IDS,), find("xnnpack"))
     weights = sum(p.numel() * 4 for p in model.parameters())
@@ -66,31 +67,31 @@ def test_shared_weights_are_stored_once(two: MethodsArtifact) -> None:
     assert two.path.stat().st_size == two.manifest.size_bytes
 
 
-def test_each_method_computes_what_eager_does(two: MethodsArtifact) -> None:
+def test_each_method_computes_what_eager_does(two: Artifact) -> None:
     model, ids = net(), torch.randint(0, 300, (1, 12))
     with torch.no_grad():
         expected = model(ids)
-    features, logits = two.run("forward", ids)
+    features, logits = two.run(ids, "forward")
     assert torch.allclose(features, expected["features"], atol=1e-5)
     assert torch.allclose(logits, expected["logits"], atol=1e-5)
 
 
-def test_the_manifest_says_what_each_method_takes_and_gives(two: MethodsArtifact) -> None:
+def test_the_manifest_says_what_each_method_takes_and_gives(two: Artifact) -> None:
     known = two.manifest
-    assert [method.name for method in known.methods] == ["forward", "features"]
-    forward, features = known.methods
+    assert [method.name for method in known.calls] == ["forward", "features"]
+    forward, features = known.calls
     assert [(o.name, o.shape) for o in forward.outputs] == [("features", (1, 256)), ("logits", (1, 5))]
     assert [(i.name, i.shape, i.dtype) for i in features.inputs] == [("input_0", (1, 12), "int64")]
     assert {operator.module for operator in features.operators} >= {"body", "table", "conv"}
-    for method in known.methods:
+    for method in known.calls:
         assert method.parity is not None
         assert method.parity.max_relative_difference < 1e-5
         assert method.plan_bytes > 0
         assert method.delegated_macs_pct == 100.0
-    assert MethodsArtifact.load(two.path) == two
+    assert Artifact.load(two.path) == two
 
 
-def test_inspection_names_every_method(two: MethodsArtifact) -> None:
+def test_inspection_names_every_method(two: Artifact) -> None:
     found = inspect(two.path)
     assert {method.name for method in found.methods} == {"forward", "features"}
     assert found.beside is not None
@@ -100,12 +101,12 @@ def test_inspection_names_every_method(two: MethodsArtifact) -> None:
     assert sum(part.size_bytes for part in found.parts) == found.size_bytes
 
 
-def test_inputs_of_other_shapes_and_other_methods_are_refused(two: MethodsArtifact) -> None:
+def test_inputs_of_other_shapes_and_other_methods_are_refused(two: Artifact) -> None:
     with pytest.raises(EdgetuneError, match=r"does not take.*\(1, 13\).*int64 \(1, 12\)") as caught:
-        two.run("features", torch.zeros(1, 13, dtype=torch.long))
+        two.run(torch.zeros(1, 13, dtype=torch.long), "features")
     assert caught.value.exit_code == Exit.EXPORT
     with pytest.raises(EdgetuneError, match=r"no such method: got 'feature'.*did you mean 'features'"):
-        two.run("feature", IDS)
+        two.run(IDS, "feature")
 
 
 def test_two_modules_with_weights_of_one_name_stay_apart(tmp_path: Path) -> None:
@@ -124,12 +125,12 @@ def test_two_modules_with_weights_of_one_name_stay_apart(tmp_path: Path) -> None
     x = torch.randn(1, 64)
     methods = {"left": (Tower(0.0), x), "right": (Tower(50.0), x)}
     artifact = export_methods(methods, tmp_path / "pair.pte", external_data=True)
-    for method in artifact.manifest.methods:
+    for method in artifact.manifest.calls:
         assert method.parity is not None
         assert method.parity.max_relative_difference < 1e-5
     assert artifact.data_path is not None
     assert artifact.manifest.size_bytes < 2 * 64 * 32 * 4 < artifact.data_path.stat().st_size
-    left = artifact.run("left", x)[0]
+    left = artifact.run(x, method="left")[0]
     assert torch.allclose(left, methods["left"][0](x), atol=1e-4)
     assert not torch.allclose(left, methods["right"][0](x), atol=1e-1)
 
@@ -161,7 +162,7 @@ def test_the_encoder_and_decoder_of_a_quantized_t5(tmp_path: Path) -> None:
         states = model.encoder(ids).last_hidden_state
     methods = {"encode": (model.encoder, {"input_ids": ids}), "decode": (Decoder(model), (start, states))}
     artifact = export_methods(methods, tmp_path / "t5.pte", max_relative_difference=0.05)
-    encode, decode = artifact.manifest.methods
+    encode, decode = artifact.manifest.calls
     assert [o.name for o in encode.outputs] == ["last_hidden_state"]
     assert decode.outputs[0].shape == (1, 6, 128)
     alone = export_methods({"decode": methods["decode"]}, tmp_path / "alone.pte", max_relative_difference=0.05)
@@ -203,7 +204,7 @@ def test_a_method_further_off_than_allowed_is_refused(tmp_path: Path) -> None:
         export_methods(methods, tmp_path / "m.pte")
     assert caught.value.exit_code == Exit.EXPORT
     assert list(tmp_path.iterdir()) == []
-    (method,) = export_methods(methods, tmp_path / "m.pte", max_relative_difference=0.02).manifest.methods
+    (method,) = export_methods(methods, tmp_path / "m.pte", max_relative_difference=0.02).manifest.calls
     assert method.parity is not None
     assert [output.name for output in method.parity.outputs] == ["output_0", "output_1"]
     assert method.parity.outputs[0].max_relative_difference < 1e-6

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from manifests import stored
 from test_carried import exported, photographs, small_bert, small_vision
 from torch import nn
 
@@ -22,6 +23,7 @@ from edgetune.data.settings import DataSettings, WholeData
 from edgetune.data.tables import from_csv
 from edgetune.export import Artifact, export
 from edgetune.models.loaded import Loaded
+from edgetune.program.manifest import ProgramKind
 from edgetune.run.predicting import Classifier, evaluate, predict
 from edgetune.tasks.answers import count_answers
 
@@ -141,11 +143,10 @@ def test_what_a_program_lacks_is_named(text: Text, tmp_path: Path) -> None:
         Classifier(tmp_path / "bear.pte")
     with pytest.raises(EdgetuneError, match=r"must end in \.pte"):
         Classifier(tmp_path / "bare.json")
-    for kind, verb in (("language", "edgetune generate"), ("training", "edgetune train-pte")):
-        (tmp_path / "other.pte").write_bytes(b"")
-        (tmp_path / "other.json").write_text(json.dumps({"kind": kind}))
+    kinds: dict[ProgramKind, str] = {"language": "edgetune generate", "training": "edgetune train-pte"}
+    for kind, verb in kinds.items():
         with pytest.raises(EdgetuneError, match="does not predict a class") as caught:
-            Classifier(tmp_path / "other.pte")
+            Classifier(stored(tmp_path, kind).path)
         assert caught.value.action.startswith(verb)
 
 
@@ -287,7 +288,7 @@ def test_a_program_for_several_rows_at_once_answers_any_number(vision: Text, tmp
     loaded, dataset, artifact = vision
     paths = list(dataset.test.inputs)
     pair = export(loaded.model, loaded.encode(paths[:2]), tmp_path / "pair.pte", carried=artifact.manifest.carried)
-    assert pair.manifest.inputs[0].shape[0] == 2
+    assert pair.manifest.main.inputs[0].shape[0] == 2
     assert len(paths) % 2, "the last batch is filled up"
     assert [one.label for one in predict(pair.path, paths)] == [one.label for one in predict(artifact.path, paths)]
     free = export(

@@ -44,7 +44,7 @@ def held(model: nn.Module, inputs: Inputs, artifact: Artifact, tolerance: float 
     """The program's outputs by name, once they are equal to the model's."""
     with quiet(), torch.no_grad():
         expected = named_outputs(call(model, inputs), "logits")
-    got = dict(zip([spec.name for spec in artifact.manifest.outputs], artifact.run(inputs), strict=True))
+    got = dict(zip([spec.name for spec in artifact.manifest.main.outputs], artifact.run(inputs), strict=True))
     assert list(got) == list(expected)
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype
@@ -63,7 +63,7 @@ def test_one_logit_is_held_to_its_sign_and_its_value(tmp_path: Path) -> None:
     x = draw(32, 8)
     model, other = seeded(one_logit, seed=1), seeded(one_logit, seed=2)
     artifact = export(model, x, tmp_path / "m.pte")
-    assert artifact.manifest.inputs[0].shape == (32, 8)
+    assert artifact.manifest.main.inputs[0].shape == (32, 8)
     check(compare(artifact.path, Positional(model, x).eval(), [(x,)])[0], Bounds())
     parity, _ = compare(artifact.path, Positional(other, x).eval(), [(x,)])
     with torch.no_grad():
@@ -211,8 +211,8 @@ def test_a_batch_that_stands_second(tmp_path: Path) -> None:
     assert {name: tuple(t.shape) for name, t in got.items()} == {
         "output_0": (5, 2, 4), "output_1.0": (1, 2, 16), "output_1.1": (1, 2, 16)
     }  # fmt: skip
-    assert artifact.manifest.parity is not None
-    assert (artifact.manifest.parity.rows, artifact.manifest.parity.counted) == (1, "input")
+    assert artifact.manifest.main.parity is not None
+    assert (artifact.manifest.main.parity.rows, artifact.manifest.main.parity.counted) == (1, "input")
     with pytest.raises(
         EdgetuneError, match=r"not batch first, [\s\S]*differs from that row of a batch[\s\S]*leave out one_row"
     ) as caught:
@@ -224,10 +224,10 @@ def test_a_batch_that_stands_second(tmp_path: Path) -> None:
 
 def test_one_row_takes_the_rows_apart(tmp_path: Path) -> None:
     model, x = seeded(one_logit), draw(6, 8)
-    known = export(model, x, tmp_path / "m.pte", one_row=True).manifest
-    assert known.inputs[0].shape == (1, 8)
-    assert known.parity is not None
-    assert (known.parity.number, known.parity.counted) == ("6 rows", "held-out row")
+    call = export(model, x, tmp_path / "m.pte", one_row=True).manifest.main
+    assert call.inputs[0].shape == (1, 8)
+    assert call.parity is not None
+    assert (call.parity.number, call.parity.counted) == ("6 rows", "held-out row")
     with pytest.raises(EdgetuneError, match=r"check_inputs: shapes.*does not take.*\(2, 8\).*\(6, 8\)"):
         export(model, x, tmp_path / "m.pte", check_inputs=[x[:2]])
     with pytest.raises(EdgetuneError, match="batch is free too"):
@@ -243,8 +243,8 @@ def test_inputs_that_lie_otherwise_in_memory_give_the_same(tmp_path: Path) -> No
     for copy in (turned, x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], -1)[..., :6]):
         assert not copy.is_contiguous()
         assert torch.equal(artifact.run(copy)[0], expected)
-    assert artifact.manifest.parity is not None
-    assert artifact.manifest.parity.tried == ("inputs out of memory order", "channels-last inputs")
+    assert artifact.manifest.main.parity is not None
+    assert artifact.manifest.main.parity.tried == ("inputs out of memory order", "channels-last inputs")
 
 
 def bert(**settings: Any) -> nn.Module:
@@ -275,8 +275,8 @@ def test_a_mask_that_hides_something_is_tried_where_the_example_has_none(tmp_pat
     model = bert(output_hidden_states=True)
     artifact = export(model, inputs, tmp_path / "m.pte")
     assert list(held(model, inputs, artifact)) == ["logits", "hidden_states.0", "hidden_states.1"]
-    assert artifact.manifest.parity is not None
-    assert artifact.manifest.parity.tried[0] == "a mask that hides the second half"
+    assert artifact.manifest.main.parity is not None
+    assert artifact.manifest.main.parity.tried[0] == "a mask that hides the second half"
     with pytest.raises(EdgetuneError, match="differs from the model's"):
         export(seeded(MaskAtExport), inputs, tmp_path / "m.pte")
 
@@ -325,8 +325,8 @@ def test_every_output_is_there_by_its_name(tmp_path: Path, form: str, names: lis
     model, x = seeded(Detector, form), draw(2, 8)
     artifact = export(model, x, tmp_path / "m.pte")
     assert list(held(model, x, artifact)) == names
-    assert artifact.manifest.parity is not None
-    assert [output.name for output in artifact.manifest.parity.outputs] == names
+    assert artifact.manifest.main.parity is not None
+    assert [output.name for output in artifact.manifest.main.parity.outputs] == names
     (method,) = export_methods({"forward": (model, x)}, tmp_path / "methods.pte").manifest.methods
     assert [output.name for output in method.outputs] == names
     assert logits_of(model(x)).shape == (2, 5)
@@ -335,8 +335,8 @@ def test_every_output_is_there_by_its_name(tmp_path: Path, form: str, names: lis
 def test_states_go_in_and_come_out(tmp_path: Path) -> None:
     model, x, h = seeded(Stream), draw(1, 5, 8), torch.zeros(2, 1, 16)
     artifact = export(model, (x, h), tmp_path / "m.pte")
-    assert [spec.shape for spec in artifact.manifest.inputs] == [(1, 5, 8), (2, 1, 16)]
-    assert [spec.shape for spec in artifact.manifest.outputs] == [(1, 5, 4), (2, 1, 16)]
+    assert [spec.shape for spec in artifact.manifest.main.inputs] == [(1, 5, 8), (2, 1, 16)]
+    assert [spec.shape for spec in artifact.manifest.main.outputs] == [(1, 5, 4), (2, 1, 16)]
     with torch.no_grad():
         expected = model(*[x[:, :3], h])
         expected = model(x, expected[1])
@@ -399,8 +399,8 @@ def test_a_model_with_a_state_inside_stays_as_it_was(tmp_path: Path) -> None:
     model, rows = Counting(False).eval(), [draw(2, 8, seed=seed) for seed in range(3)]
     artifact = export(model, rows[0], tmp_path / "m.pte", check_inputs=rows)
     assert torch.equal(model.total, torch.zeros(2, 8))
-    assert artifact.manifest.parity is not None
-    assert artifact.manifest.parity.max_abs_difference < 1e-6
+    assert artifact.manifest.main.parity is not None
+    assert artifact.manifest.main.parity.max_abs_difference < 1e-6
     assert torch.allclose(artifact.run(rows[1])[0], (rows[1] + 1) * rows[1])
     before = rows[0].clone()
     with pytest.raises(EdgetuneError, match=r"writes into its inputs.*\['input 0'\][\s\S]*x\.clone\(\)"):

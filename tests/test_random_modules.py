@@ -39,8 +39,8 @@ def exported(plan: Plan) -> str:
             artifact = export(model, inputs, Path(folder) / "model.pte", one_row=True, min_same_prediction_pct=0.0)
         except EdgetuneError as error:
             return f"refused: {error}"
-    assert artifact.manifest.parity is not None
-    return judged(model, inputs, artifact.manifest.parity.max_abs_difference)
+    assert artifact.manifest.main.parity is not None
+    return judged(model, inputs, artifact.manifest.main.parity.max_abs_difference)
 
 
 def lowered(plan: Plan) -> str:

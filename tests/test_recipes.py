@@ -16,7 +16,6 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, logits_of, tensors_of
 from edgetune.core.ledger import Ledger
 from edgetune.core.quiet import quiet
-from edgetune.export.language import LanguageArtifact
 from edgetune.recipe import recipe
 from edgetune.run import pipeline
 from edgetune.run.exporting import export_from
@@ -200,8 +199,7 @@ def test_language_model(tmp_path: Path) -> None:
     assert said.prompt_tokens > 5, "a chat template is around it"
     with quiet():
         again = export_from(str(found.folder), tmp_path / "again.pte", max_tokens=48)
-    assert isinstance(again, LanguageArtifact)
-    assert again.manifest.max_tokens == 48
+    assert again.language.max_tokens == 48
     assert "perplexity" in (tmp_path / "again.md").read_text(encoding="utf-8"), "its card tells of the run"
 
 

@@ -394,7 +394,7 @@ def test_a_program_that_talks_is_timed_there(reached: Server, tmp_path: Path) ->
     talks = exported(decoder("Llama"), tmp_path)
     with session.opened(reached.url, python=sys.executable) as machine:
         token, piece = session.measured_on(machine, talks, threads=1, seconds=0.01)
-    assert token.call == f"a token after {talks.manifest.prefill_tokens}"
-    assert piece.call == f"{talks.manifest.prefill_tokens} tokens of a prompt"
+    assert token.call == f"a token after {talks.language.prefill_tokens}"
+    assert piece.call == f"{talks.language.prefill_tokens} tokens of a prompt"
     assert 0 < token.latency_ms < piece.latency_ms
     assert left_over(reached) == []

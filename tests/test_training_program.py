@@ -16,7 +16,7 @@ from edgetune.core.quiet import quiet
 from edgetune.export.training import lower
 from edgetune.export.training.pull import pull
 from edgetune.export.training.step import Check, eager_losses, export_training
-from edgetune.program.training import TrainingArtifact
+from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 from edgetune.runtime.training import TrainingProgram, time_steps_in_child, train_pte
 from edgetune.sparse.sliced import Sliced
@@ -98,19 +98,19 @@ def transformer() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def last_block(tmp_path_factory: pytest.TempPathFactory) -> TrainingArtifact:
+def last_block(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     path = tmp_path_factory.mktemp("training") / "last.pte"
     return export_training(transformer(), *TEXTS[0], path, momentum=MOMENTUM, forward_rows=4, check_batches=TEXTS)
 
 
-def test_a_transformers_losses_are_eagers_for_fifty_steps(last_block: TrainingArtifact) -> None:
+def test_a_transformers_losses_are_eagers_for_fifty_steps(last_block: Artifact) -> None:
     assert loss_difference(last_block, transformer(), TEXTS, F.cross_entropy, 50, RATE) < 1e-4
     losses = train_pte(last_block.path, TEXTS * 13, RATE, steps=50)
     assert len(losses) == 50
     assert losses[-1] < 0.5 * losses[0], "it must have learned, or equal losses mean little"
 
 
-def test_forward_infers_with_what_train_has_changed(last_block: TrainingArtifact) -> None:
+def test_forward_infers_with_what_train_has_changed(last_block: Artifact) -> None:
     program, (inputs, labels) = TrainingProgram(last_block.path), TEXTS[0]
     model = transformer()
     assert torch.allclose(program.forward(inputs), model(inputs), atol=1e-5)
@@ -126,7 +126,7 @@ def test_forward_infers_with_what_train_has_changed(last_block: TrainingArtifact
     assert torch.allclose(after, model(inputs), atol=1e-4)
 
 
-def test_a_checkpoint_goes_on_where_it_stopped_with_its_momentum(last_block: TrainingArtifact, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on_where_it_stopped_with_its_momentum(last_block: Artifact, tmp_path: Path) -> None:
     whole = train_pte(last_block.path, TEXTS, RATE)
     kept = tmp_path / "state.safetensors"
     first = train_pte(last_block.path, TEXTS[:2], RATE, checkpoint=kept)
@@ -139,7 +139,7 @@ def test_a_checkpoint_goes_on_where_it_stopped_with_its_momentum(last_block: Tra
         program.load_state({"head.weight": torch.zeros(3, 16)})
 
 
-def test_pulled_weights_are_an_ordinary_models(last_block: TrainingArtifact, tmp_path: Path) -> None:
+def test_pulled_weights_are_an_ordinary_models(last_block: Artifact, tmp_path: Path) -> None:
     program = TrainingProgram(last_block.path)
     for inputs, labels in TEXTS:
         program.step(inputs, labels, RATE)
@@ -153,28 +153,34 @@ def test_pulled_weights_are_an_ordinary_models(last_block: TrainingArtifact, tmp
         pull(tmp_path / "state.safetensors", nn.Linear(2, 2))
 
 
-def test_the_manifest_says_what_trains_and_what_it_takes(last_block: TrainingArtifact) -> None:
-    known = TrainingArtifact.load(last_block.path).manifest
+def test_the_manifest_says_what_trains_and_what_it_takes(last_block: Artifact) -> None:
+    artifact = Artifact.load(last_block.path)
+    known, (forward, train) = artifact.training, artifact.manifest.calls
     model = transformer()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert [t.name for t in known.trainable] == names
     size = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
     assert 2 * size <= known.state_bytes < 2 * size + 64 * len(names), "the weights and their momentum"
+    shapes = [[(spec.name, spec.shape) for spec in (*call.inputs, *call.outputs)] for call in (forward, train)]
+    rows = [("input_0", (4, 6, 8)), ("labels", (4,)), ("learning_rate", ()), ("loss", ()), ("logits", (4, 3))]
+    assert (forward.name, train.name) == ("forward", "train")
+    assert shapes == [[rows[0], rows[-1]], rows]
+    assert 0 < forward.plan_bytes < train.plan_bytes
+    assert 0 < sum(o.macs for o in forward.operators) < sum(o.macs for o in train.operators)
     assert known.parity.steps == 5
     assert known.parity.max_abs_loss_difference < 1e-5
-    frozen = [o for o in known.operators if o.module.startswith(("stem", "blocks.0")) and o.kind == "linear"]
+    frozen = [o for o in train.operators if o.module.startswith(("stem", "blocks.0")) and o.kind == "linear"]
     assert len(frozen) == 5
     assert all(o.delegated for o in frozen)
-    assert known.delegated_macs_pct > 99
+    assert train.delegated_macs_pct > 99
     timing = time_steps_in_child(last_block.path, TEXTS[0], threads=1, seconds=0.1)
     assert timing["peak_memory_mib"] > timing["empty_memory_mib"] > 0
 
 
-def test_the_arena_is_smaller_than_the_stock_exports(last_block: TrainingArtifact) -> None:
-    known = last_block.manifest
+def test_the_arena_is_smaller_than_the_stock_exports(last_block: Artifact) -> None:
     stock = stock_plan_bytes(transformer(), *TEXTS[0], F.cross_entropy)
-    weights = known.state_bytes / 2  # momentum is not in the stock program at all
-    assert 1.5 * (known.plan_bytes + weights) < stock
+    weights = last_block.training.state_bytes / 2  # momentum is not in the stock program at all
+    assert 1.5 * (last_block.manifest.main.plan_bytes + weights) < stock
 
 
 @pytest.mark.slow
@@ -183,7 +189,7 @@ def test_a_convolutional_net_trains_as_eager(tmp_path: Path) -> None:
     model = Convolutional().eval()
     artifact = export_training(model, *PICTURES[0], tmp_path / "cnn.pte", momentum=MOMENTUM, check_batches=PICTURES)
     assert loss_difference(artifact, model, PICTURES, F.cross_entropy, 50, RATE) < 1e-4
-    assert not [o for o in artifact.manifest.leftovers if "convolution" in o.operator]
+    assert not [o for o in artifact.manifest.main.leftovers if "convolution" in o.operator]
     assert TrainingProgram(artifact.path).forward(PICTURES[0][0][:1]).shape == (1, 3)
 
 
@@ -216,15 +222,15 @@ def sliced() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def slices(tmp_path_factory: pytest.TempPathFactory) -> TrainingArtifact:
+def slices(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     path = tmp_path_factory.mktemp("slices") / "slices.pte"
     check = Check(steps=8, learning_rate=RATE)
     return export_training(sliced(), *PICTURES[0], path, momentum=MOMENTUM, check_batches=PICTURES, check=check)
 
 
-def test_slices_train_as_eagers_do(slices: TrainingArtifact) -> None:
+def test_slices_train_as_eagers_do(slices: Artifact) -> None:
     assert loss_difference(slices, sliced(), PICTURES, F.cross_entropy, 50, RATE) < 1e-4
-    names = {t.name: t.shape for t in slices.manifest.trainable}
+    names = {t.name: t.shape for t in slices.training.trainable}
     assert names == {
         "stem.bias": (8,), "ins.slice": (12, 3, 3, 3), "outs.slice": (3, 12, 1, 1), "deep.slice": (3, 1, 3, 3),
         "up.slice": (2, 12), "down.slice": (16, 3), "down.base.bias": (16,),
@@ -232,9 +238,7 @@ def test_slices_train_as_eagers_do(slices: TrainingArtifact) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_slices_are_pulled_into_sliced_and_into_plain_models(
-    slices: TrainingArtifact, tmp_path: Path, plain: bool
-) -> None:
+def test_slices_are_pulled_into_sliced_and_into_plain_models(slices: Artifact, tmp_path: Path, plain: bool) -> None:
     kept = tmp_path / "state.safetensors"
     train_pte(slices.path, PICTURES, RATE, checkpoint=kept)
     program = TrainingProgram(slices.path)
@@ -260,8 +264,8 @@ def test_four_bit_layers_stay_four_bit_while_the_rest_trains(tmp_path: Path) -> 
     artifact = export_training(
         model, *data[0], tmp_path / "m.pte", check_batches=data, check=Check(max_loss_difference=5e-3)
     )
-    known = artifact.manifest
-    assert {o.dtype for o in known.operators if o.module.startswith("frozen.") and o.kind == "linear"} == {"8da4w"}
+    call = artifact.manifest.main
+    assert {o.dtype for o in call.operators if o.module.startswith("frozen.") and o.kind == "linear"} == {"8da4w"}
     assert loss_difference(artifact, model, data, F.cross_entropy, 20, RATE) < 2e-2
 
 
