@@ -136,11 +136,11 @@ class Program(Entry):
     parity: Parity | None = None
 
 
-class Call(Entry):
-    """One kind of call of a program on one device."""
+class CallCost(Entry):
+    """What one kind of call of a program costs on one device."""
 
     device: str
-    call: str = ""  # of a language program: one token, or a piece of a prompt; else there is one kind
+    call: str = ""  # of a text-generation program: one token, or a piece of a prompt; else there is one kind
 
     @property
     def where(self) -> str:
@@ -157,7 +157,7 @@ def on_cpu(threads: int | None) -> str:
     return "CPU" if threads is None else f"CPU, {threads} thread{'s' * (threads != 1)}"
 
 
-class Measured(Call):
+class Measured(CallCost):
     """Timed on a real machine."""
 
     latency_ms: float  # median
@@ -178,7 +178,7 @@ class Measured(Call):
     clock_mhz: tuple[float, float] | None = None  # of the fastest core, before, and the lowest after any batch
 
 
-class Predicted(Call):
+class Predicted(CallCost):
     """Computed from a device descriptor, for its CPU; the band is what the descriptor's trust allows."""
 
     name: str = ""  # of the device, as its maker writes it; empty: a ledger of before

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgetune.capture.operators import delegated_pct
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import device_of

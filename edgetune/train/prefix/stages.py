@@ -115,7 +115,7 @@ def _plain_forward(module: nn.Module) -> Any:
 
 
 @dataclass(frozen=True)
-class Call:
+class StageCall:
     """One call of a stage in the prefix. `template`: what it gives, with forms in the place of tensors."""
 
     stage: str
@@ -131,13 +131,13 @@ class Call:
 class Prefix:
     """The calls that run before the first stage in which something trains, up to the one whose output is kept."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[StageCall, ...]
     first_trained: str  # the stage after it
     inputs: tuple[tuple[str | int, Form], ...]  # of the model: name or place, and form
     widths: Widths
 
     @property
-    def boundary(self) -> Call:
+    def boundary(self) -> StageCall:
         """The last call, whose output the rest of the model starts from."""
         return self.calls[-1]
 
@@ -196,7 +196,7 @@ def find_prefix(stages: Stages, split: Split) -> Prefix:
         for name in one.inputs
     )
     calls = [
-        Call(name, template_of(f"the output of {name}", a, b, c, widths))
+        StageCall(name, template_of(f"the output of {name}", a, b, c, widths))
         for (name, a), (_, b), (_, c) in zip(one.outputs, two.outputs, longer.outputs, strict=True)
     ]
     while calls and not calls[-1].has_rows:
