@@ -62,7 +62,8 @@ def export(
     """
     from edgetune.core.apply import check_model
     from edgetune.export.lower import Layout
-    from edgetune.export.pipeline import Bounds, export_program
+    from edgetune.export.pipeline import export_program
+    from edgetune.runtime.verify import Bounds
 
     check_model(model, "export")
     if not isinstance(path, (str, Path)):

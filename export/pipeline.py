@@ -42,8 +42,6 @@ from edgetune.runtime import forks, verify
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Bounds, Row
 
-__all__ = ["Bounds", "export_program"]
-
 
 def export_program(
     model: nn.Module,
@@ -206,6 +204,7 @@ def manifest_of(
 
 
 def version_of(package: str) -> str:
+    """The version that is installed, in words."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -37,8 +37,9 @@ from edgetune.profile.validate import validate
 from edgetune.program.artifact import Artifact
 from edgetune.run.environment import versions
 from edgetune.runtime import verify
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.place import TimingRequest
 from edgetune.runtime.measure import inputs_of
-from edgetune.runtime.run import time_in_child
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-profile"
@@ -107,9 +108,8 @@ def measured(names: list[str], host: Device, rounds: int) -> tuple[list[Row], fl
     for name in names:
         artifact = Artifact.load(WORK / f"{name}.pte")
         (told,) = predicted_calls(artifact, host)
-        alone = time_in_child(
-            artifact.path, inputs_of(artifact), threads=host.calibration.threads, seconds=0.02, warm_up_seconds=0.02
-        )
+        threads, inputs = host.calibration.threads, inputs_of(artifact)
+        (alone,) = Host().time(TimingRequest(artifact.path, [inputs], threads, seconds=0.02, energy=False))
         own = [one.us / 1e3 for one in timings if one.name == name]
         rows.append({
             "program": name, "measured_ms": min(own), "all_ms": own, "predicted_ms": told.latency_ms,

@@ -112,3 +112,10 @@ def test_a_front_keeps_what_no_other_point_beats() -> None:
     assert best is not None
     assert (best.value, best.costs, [option.name for option in best.name]) == (1.0, {"mib": 2.0}, ["a", "d"])
     assert front.best({"mib": 1.0}) is None
+
+
+def test_limits_may_come_in_any_order() -> None:
+    front = Front({"mib": 10.0, "ms": 1.0}).plus([Option("only", 1.0, {"mib": 9.0, "ms": 1.0})])
+    assert front.best({"ms": 1.0, "mib": 9.0}) is not None
+    assert front.best({"ms": 9.0, "mib": 1.0}) is None
+    assert len(Front({"mib": 10.0, "ms": 1.0}).plus(front.points(), {"ms": 1.0, "mib": 9.0}).points()) == 1

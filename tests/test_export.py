@@ -23,7 +23,9 @@ from edgetune.export.targets import TARGETS, available, for_device
 from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.runtime.run import failed, run_in_child, time_in_child
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.place import TimingRequest
+from edgetune.runtime.run import failed, run_in_child
 from edgetune.runtime.verify import compare
 
 with quiet():  # libraries that these load warn on import
@@ -152,7 +154,7 @@ def test_the_fast_lowering_gives_the_bytes_of_the_stock_one(monkeypatch: pytest.
 
 def test_timing_comes_from_a_fresh_process(int4_bert: tuple[nn.Module, Artifact]) -> None:
     inputs = tuple(value[:1] for value in tokens().values())
-    timing = time_in_child(int4_bert[1].path, inputs, threads=1, seconds=0.05, warm_up_seconds=0.05)
+    (timing,) = Host().time(TimingRequest(int4_bert[1].path, [inputs], threads=1, seconds=0.05, energy=False))
     assert len(timing.latencies_ms) >= 10
     assert min(timing.latencies_ms) > 0
     assert timing.peak_memory_mib >= timing.empty_memory_mib > 20

@@ -23,7 +23,9 @@ from edgetune.export.targets import find
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.manifest import Manifest, data_path
 from edgetune.quant.int4 import Int4
-from edgetune.runtime.run import run_in_child, time_in_child
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.place import TimingRequest
+from edgetune.runtime.run import run_in_child
 
 
 class Branched(nn.Module):
@@ -135,9 +137,7 @@ def test_a_quantized_table_lies_apart_too(tmp_path: Path) -> None:
     artifact = export(model, IDS, tmp_path / "m.pte", one_row=True, external_data=True)
     held = {(c.dtype, c.shape): c.kind for c in inspect(artifact.path).constants if c.dtype}
     assert held["int8", (64, 32)] == "external"
-    timing = time_in_child(
-        artifact.path, (IDS[:1],), threads=1, seconds=0.05, warm_up_seconds=0.05, data=artifact.data_path
-    )
+    (timing,) = Host().time(TimingRequest(artifact.path, [(IDS[:1],)], 1, 0.05, artifact.data_path, energy=False))
     assert len(timing.latencies_ms) >= 10
 
 

@@ -12,9 +12,10 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.modes import same_trainability, undisturbed
 from edgetune.core.technique import Sample
-from edgetune.prune import Prune, resize_like
+from edgetune.prune.cut import resize_like
 from edgetune.prune.groups import Cut, find_groups
 from edgetune.prune.importance import magnitude
+from edgetune.prune.structured import Prune
 
 TOKENS = torch.arange(12).reshape(2, 6)
 

@@ -16,7 +16,8 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Sample
 from edgetune.export.lower import Lowered, lower
-from edgetune.export.targets import TARGETS, Target, available, find, for_device, form_of
+from edgetune.export.targets import TARGETS, Target, available, find, for_device
+from edgetune.export.targets.forms import form_of
 from edgetune.profile import device
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8

@@ -55,10 +55,11 @@ def allocate(
 class Front(Generic[Name]):
     """The sums of costs and value that are worth going on with, over the items so far, and how each came to be.
 
-    `limits` names the kinds of cost that count; an option may have others.
+    `limits` names the kinds of cost that count; an option may have others. `most_points`: None keeps all that no other
+    beats.
     """
 
-    def __init__(self, limits: Mapping[str, float], most_points: int = MOST_POINTS) -> None:
+    def __init__(self, limits: Mapping[str, float], most_points: int | None = MOST_POINTS) -> None:
         self.limits, self.most_points = dict(limits), most_points
         self.sums = np.zeros((1, len(limits) + 1))  # (points, kinds and the value)
         self._before: Front[Name] | None = None
@@ -67,14 +68,16 @@ class Front(Generic[Name]):
 
     def plus(self, options: Sequence[Option[Name]], limits: Mapping[str, float] | None = None) -> Front[Name]:
         """One more item: every point with every option, less those over the limits (by default its own) or beaten."""
-        front: Front[Name] = Front(limits or self.limits, self.most_points)
+        front: Front[Name] = Front(self._ordered(limits), self.most_points)
         rows = np.array([[*(option.costs[kind] for kind in self.limits), option.value] for option in options])
         width = len(self.limits) + 1
         sums = (self.sums[:, None, :] + rows.reshape(1, -1, width)).reshape(-1, width)
         numbers = np.flatnonzero(_within(sums, front.limits))
         sums = sums[numbers]
-        keep = np.arange(len(sums)) if width > 2 and len(sums) > _FEW else _unbeaten(sums)
-        keep = _thinned(sums, keep, front.limits, self.most_points)
+        rough = self.most_points is not None and width > 2 and len(sums) > _FEW
+        keep = np.arange(len(sums)) if rough else _unbeaten(sums)
+        if self.most_points is not None and len(keep) > self.most_points and front.limits:
+            keep = _thinned(sums, keep, front.limits, self.most_points)
         front.sums, front._before, front._origin, front._options = sums[keep], self, numbers[keep], options
         return front
 
@@ -83,7 +86,7 @@ class Front(Generic[Name]):
 
         Its name is the options of the items, in the order in which they came; None where no point is within.
         """
-        inside = np.flatnonzero(_within(self.sums, limits or self.limits))
+        inside = np.flatnonzero(_within(self.sums, self._ordered(limits)))
         if not len(inside):
             return None
         kinds = range(len(self.limits) - 1, -1, -1)
@@ -93,6 +96,10 @@ class Front(Generic[Name]):
     def points(self) -> list[Option[tuple[Option[Name], ...]]]:
         """Each point as an option of what its items are together."""
         return [self._point(number) for number in range(len(self.sums))]
+
+    def _ordered(self, limits: Mapping[str, float] | None) -> dict[str, float]:
+        limits = limits or self.limits
+        return {kind: limits[kind] for kind in self.limits}
 
     def _point(self, number: int) -> Option[tuple[Option[Name], ...]]:
         *costs, value = self.sums[number].tolist()
@@ -156,8 +163,6 @@ def _unbeaten(sums: np.ndarray) -> np.ndarray:
 
 def _thinned(sums: np.ndarray, order: np.ndarray, limits: Mapping[str, float], most: int) -> np.ndarray:
     """At most so many of the points: in each cell of a grid over the costs the one with the largest value."""
-    if len(order) <= most or not limits:
-        return order
     cells = max(1, int(most ** (1 / len(limits))))
     place = np.zeros(len(order), dtype=np.int64)
     for kind, limit in enumerate(limits.values()):

@@ -26,7 +26,7 @@ from edgetune.runtime.clock.runs import inputs_in, loaded_runtime, serve, timing
 
 __all__ = [
     "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_apart",
-    "run_in_child", "serve", "time_calls", "time_in_child", "timings", "write_request",
+    "run_in_child", "serve", "time_calls", "timings", "write_request",
 ]  # fmt: skip
 
 _MODULE = "edgetune.runtime.run"
@@ -101,30 +101,14 @@ def run_apart(programs: Sequence[tuple[Path, tuple[Tensor, ...]]]) -> list[tuple
     ]
 
 
-def time_in_child(
-    path: str | Path,
-    inputs: tuple[Tensor, ...],
-    *,
-    threads: int,
-    seconds: float,
-    warm_up_seconds: float = 1.0,
-    data: Path | None = None,
-) -> Timing:
-    """Load the program in a child process with `threads` threads, warm up, and run it for about `seconds`.
-
-    Warm-up ends when two windows of five runs agree within 5 %, or after `warm_up_seconds`. At least ten runs are
-    timed. With a data file the method is loaded by its first run, which `first_ms` then holds. Raises as `run_in_child`
-    does.
-    """
-    request = {"threads": threads, "seconds": seconds, "warm_up_seconds": warm_up_seconds}
-    (timing,) = time_calls(Path(path), request, [inputs], data=data)
-    return timing
-
-
 def time_calls(
     path: Path, request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]], *, data: Path | None = None
 ) -> tuple[Timing, ...]:
-    """Each call timed in one child process, as `edgetune.runtime.clock` is asked to. Raises as `run_in_child` does."""
+    """Each call timed in one child process, as `edgetune.runtime.clock` is asked to. Raises as `run_in_child` does.
+
+    Warm-up ends when two windows of five runs agree within 5 %, or after `warm_up_seconds` of the request. At least ten
+    runs are timed. With a data file the method is loaded by its first run, which `first_ms` then holds.
+    """
     result, _ = ask_child(_CLOCK, path, {**request, "data": _whole(data)}, calls, fresh=True)
     return tuple(Timing.model_validate(call) for call in result["calls"])
 

@@ -45,7 +45,7 @@ class SparseUpdate(Technique):
     frozen. A number is the share of a weight's input channels that train, those of largest magnitude; see `Slice`
     for other selections. `auto` selects the most useful layers within `budget_mib` of training memory and, if given,
     within `step_ms`; it needs labelled batches. With `activations="8bit"` gradients are approximate, with bounds
-    stated in `sparse/light`.
+    stated in `edgetune/lean`.
     """
 
     name: ClassVar[str] = "sparse-update"

@@ -6,17 +6,14 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.targets.coreml import COREML
 from edgetune.export.targets.cuda import CUDA
 from edgetune.export.targets.ethos_u import ETHOS_U
-from edgetune.export.targets.forms import Form, form_of
 from edgetune.export.targets.mps import MPS
 from edgetune.export.targets.openvino import OPENVINO
 from edgetune.export.targets.portable import PORTABLE
 from edgetune.export.targets.qnn import QNN
-from edgetune.export.targets.target import Target, Way
+from edgetune.export.targets.target import Target
 from edgetune.export.targets.tosa import TOSA
 from edgetune.export.targets.vulkan import VULKAN
 from edgetune.export.targets.xnnpack import XNNPACK
-
-__all__ = ["TARGETS", "Form", "Target", "Way", "available", "find", "for_device", "form_of"]
 
 TARGETS = {
     target.name: target for target in (XNNPACK, PORTABLE, COREML, MPS, VULKAN, OPENVINO, ETHOS_U, TOSA, QNN, CUDA)

@@ -238,7 +238,7 @@ class _Table:
         anything = dict.fromkeys(self.problem.limits.less(0.0, 0.0), math.inf)
         choices: list[Option[Parts]] = []
         for paid in _subsets(shared):  # once what is shared is paid for, the layers add up
-            front: Front[Of] = Front(anything)
+            front: Front[Of] = Front(anything, None)
             for layer, options_of in zip(group, lists, strict=True):
                 front = front.plus([
                     Option(
@@ -254,7 +254,7 @@ class _Table:
                 Option(point.name, point.value, {**point.costs, "bytes": point.costs["bytes"] + bytes_paid})
                 for point in front.points()
             ]
-        return [option for point in Front[Parts](anything).plus(choices).points() for option in point.name]
+        return [option for point in Front[Parts](anything, None).plus(choices).points() for option in point.name]
 
 
 def _subsets(names: list[StorageName], most: int = 6) -> list[frozenset[StorageName]]:
