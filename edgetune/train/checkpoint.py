@@ -37,7 +37,9 @@ from edgetune.core.files import flush, replacing
 MARKER = "complete.json"
 _FORMAT = 1
 _PARTS = ("tensors", "state")
-_FILES = re.compile(r"(\.complete\.[0-9a-f]{8}|complete)\.json|\.tensors\.safetensors|\.state\.json|(tensors|state)-[0-9a-f]{16}\.\w+")
+_FILES = re.compile(
+    r"(\.complete\.[0-9a-f]{8}|complete)\.json|\.tensors\.safetensors|\.state\.json|(tensors|state)-[0-9a-f]{16}\.\w+"
+)
 _log = logging.getLogger(__name__)
 
 
