@@ -6,8 +6,8 @@ from pathlib import Path
 
 from edgetune.core.numbers import number, plural
 from edgetune.report.compare import Comparison, headed, rows_of
+from edgetune.report.compare_figures import by_device
 from edgetune.report.pages import Section, write_report
-from edgetune.report.pictures import by_device
 from edgetune.report.tables import Cell, Column, Table
 
 

@@ -14,7 +14,7 @@ from edgetune.report.device_tables import QUANTITIES, measured_table, predicted_
 from edgetune.report.drawing import Figure
 from edgetune.report.figures import figures
 from edgetune.report.glossary import TERMS
-from edgetune.report.layer_figures import rooflines_of
+from edgetune.report.layer_figures import rooflines
 from edgetune.report.pages import Section, Tile, write_report
 from edgetune.report.sentences import details, headline, main_prediction, remarks, smaller
 from edgetune.report.tables import (
@@ -40,8 +40,7 @@ def page(ledger: Ledger, path: Path) -> None:
 
     Raises `EdgetuneError` where plotly is missing.
     """
-    drawn = (*figures(ledger), *rooflines_of(ledger, path.parent))
-    rooflines = any(figure.key.startswith("roofline-") for figure in drawn)
+    drawn = (*figures(ledger), *rooflines(ledger.layers))
     write_report(
         path,
         drawn,
@@ -54,7 +53,7 @@ def page(ledger: Ledger, path: Path) -> None:
         details=details(ledger),
         sections=sections(ledger, drawn),
         terms=TERMS,
-        footer=FOOTER + (" The rooflines are computed from the program's manifest." if rooflines else ""),
+        footer=FOOTER,
     )
 
 

@@ -18,7 +18,7 @@ from edgetune.core.apply import apply, finalize, opened
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import tensors_of
-from edgetune.core.ledger import Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Training
 from edgetune.core.numbers import quality as quality_in_words
 from edgetune.core.order import planned
 from edgetune.core.progress import NOTE, Progress
@@ -307,6 +307,7 @@ class Fold:
     def profile(self, artifact: Artifact | LanguageArtifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Every kind of call of the program, timed on this host and predicted for each device."""
         from edgetune.profile.calls import measured_calls, predicted_calls
+        from edgetune.profile.layers import layers
 
         devices = [*asked.devices]
         measured: tuple[Measured, ...] = ()
@@ -315,11 +316,13 @@ class Fold:
             measured = measured_calls(artifact)
             devices += [HOST] if HOST in ids() and HOST not in devices else []  # predicted beside measured
         predicted: list[Predicted] = []
+        by_layer: list[Layers] = []
         for number, device in enumerate(devices):
             self.progress("profile", number + 1, len(devices) + 1, device)
             predicted += predicted_calls(artifact, device)
+            by_layer += layers(artifact, device)
         self.progress("profile", 1, 1, "")
-        self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted))
+        self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted), layers=tuple(by_layer))
 
     def exportable(self, language: bool = False) -> Exportable:
         """The model as it stands, and what its program is made of, compared on and has beside it."""
