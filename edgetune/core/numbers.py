@@ -6,6 +6,7 @@ import math
 
 from edgetune.core.ledger import Quality
 
+MIB = 2**20  # bytes
 DASH = "-"  # not measured
 STEPS_OF_1000 = ("", " k", " M", " G", " T", " P")
 
@@ -137,4 +138,4 @@ def size(size_bytes: int) -> str:
     """
     if size_bytes < 2**10:
         return f"{size_bytes} B"
-    return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.2f} MiB"
+    return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < MIB else f"{size_bytes / MIB:.2f} MiB"

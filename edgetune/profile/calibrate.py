@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.numbers import MIB
 from edgetune.profile import fit, trials
 from edgetune.profile.calibration import Calibration, path_beside, write
 from edgetune.profile.device import Device, load, parse
 from edgetune.profile.fit import Fit, Timed
-from edgetune.profile.memory import MIB
 from edgetune.profile.rates import DEFAULT_CACHE_BYTES
 from edgetune.profile.terms import CALL, DELEGATE, Caches, footprint_bytes
 from edgetune.profile.trials import Clocked, Progress
@@ -29,7 +29,7 @@ ENGINE = "ExecuTorch XNNPACK"
 STEADY = 0.10  # between two timings of a program: above, one thread is taken where the choice is ours
 _SECONDS, _QUICK_SECONDS, _ROUNDS = 0.1, 0.02, 2
 _LEAST_PROGRAMS = 3
-_NEAR_BYTES = 1024.0 * 1024.0  # of a core's second level, where nobody knows
+_NEAR_BYTES = float(MIB)  # of a core's second level, where nobody knows
 
 
 def calibrate(

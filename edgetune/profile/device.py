@@ -32,7 +32,6 @@ from edgetune.profile.facts import (
     Stored,
     Teraops,
     Transfers,
-    Trust,
     Value,
     Watts,
 )
@@ -40,12 +39,6 @@ from edgetune.profile.sources import resolved
 from edgetune.recipe.document import read as read_yaml
 from edgetune.recipe.document import read_file
 from edgetune.recipe.names import HOST, SUFFIX, ids, own, shipped, user_folder
-
-__all__ = [
-    "HOST", "ID", "SUFFIX", "Accelerator", "Caches", "Cluster", "Device", "Fact", "Family",
-    "Flags", "Memory", "Power", "Storage", "Stored", "TargetName", "Trust", "Value", "ids", "load", "own", "parse",
-    "read", "shipped", "user_folder",
-]  # fmt: skip
 
 Family = Literal["phone", "board", "jetson", "computer", "microcontroller"]
 TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openvino", "ethos-u", "tosa"]

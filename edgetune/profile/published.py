@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.numbers import MIB
 from edgetune.core.validated import faults_of
 from edgetune.profile.cost import predict
 from edgetune.profile.device import Device, Fact, Value
@@ -39,7 +40,6 @@ UNITS: dict[Quantity, str] = {
     "peak_memory_mib": "MiB",
 }
 _COARSE = 0.1  # a row whose printed step moves it by more is no measure of anything
-_MIB = 1024.0 * 1024.0
 
 
 class Column(Value):
@@ -207,7 +207,7 @@ def _peak_mib(row: Row, device: Device) -> float:
     cache_mib = row.table.tokens * architecture.cache_mib_per_token(scheme.cache_bytes)
     program_mib = file_mib(architecture, scheme)
     found = predict(
-        row.operators, device, plan_bytes=round(cache_mib * _MIB), program_bytes=round(program_mib * _MIB)
+        row.operators, device, plan_bytes=round(cache_mib * MIB), program_bytes=round(program_mib * MIB)
     )  # fmt: skip
     return found.peak_memory_mib
 

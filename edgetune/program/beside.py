@@ -10,8 +10,11 @@ from pydantic import ConfigDict
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import check_folder
+from edgetune.core.numbers import MIB
 from edgetune.core.one_line import OneLine, figure
 from edgetune.core.other_names import nearest_file
+
+_MUST_END = "the file name of a program must end in .pte"
 
 
 class Value(OneLine):
@@ -22,7 +25,7 @@ class Value(OneLine):
 
 def artifact_line(artifact: object, path: Path, size_bytes: int, *facts: str) -> str:
     """An artifact's `repr`: its file, size and what else tells it from others."""
-    return f"{type(artifact).__name__}({', '.join([repr(str(path)), *facts, f'{figure(size_bytes / 2**20)} MiB'])})"
+    return f"{type(artifact).__name__}({', '.join([repr(str(path)), *facts, f'{figure(size_bytes / MIB)} MiB'])})"
 
 
 def sha256_of(data: bytes) -> str:
@@ -43,7 +46,7 @@ def check_program_path(path: Path) -> None:
     """Raise, before any work, unless a program can be written there."""
     if path.suffix != ".pte":
         action = f"write {path.with_suffix('.pte')}" if path.name else "give the name of a file"
-        raise EdgetuneError("the file name of a program must end in .pte", got=str(path), action=action)
+        raise EdgetuneError(_MUST_END, got=str(path), action=action)
     check_folder(path.parent)
 
 
@@ -59,10 +62,7 @@ def program_at(path: Path) -> Path:
     if path.is_dir():
         what, action = "this folder contains no model.pte", "give a program, or the folder of a run that exported one"
     elif path.suffix != ".pte":
-        what, action = (
-            "the file name of a program must end in .pte",
-            "give a program; edgetune export makes one of a model",
-        )
+        what, action = _MUST_END, "give a program; edgetune export makes one of a model"
     else:
         what, action, near = "no such program", "make one with edgetune export", nearest_file(path)
     raise EdgetuneError(what, got=str(path), near=str(path.with_name(near)) if near else "", action=action)

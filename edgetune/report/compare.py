@@ -13,12 +13,12 @@ from edgetune.profile.calls import predicted_calls
 from edgetune.profile.cost import fits
 from edgetune.profile.device import Device, load
 from edgetune.recipe.names import HOST, ids
+from edgetune.report.device_tables import CPU_TARGETS
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
     from edgetune.program.language import LanguageArtifact
 
-CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
 _MS = 1e3
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from edgetune.recipe.names import HOST, ids
 from edgetune.runtime import host
 from edgetune.runtime.clock.machine import cpuinfo, text_of, usable_cores
 
@@ -64,7 +65,7 @@ def environment() -> Environment:
         accelerators=_accelerators(),
         extras=_extras(),
         targets=_targets(),
-        host_calibrated=_host_calibrated(),
+        host_calibrated=HOST in ids(),
     )
 
 
@@ -134,12 +135,6 @@ def _targets() -> dict[str, str]:
         return {}
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def _host_calibrated() -> bool:
-    from edgetune.profile import device
-
-    return device.HOST in device.ids()
 
 
 def as_text(found: Environment) -> str:

@@ -19,6 +19,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import tensors_of
 from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.core.numbers import MIB
 from edgetune.core.numbers import quality as quality_in_words
 from edgetune.core.order import planned
 from edgetune.core.progress import NOTE, Progress
@@ -39,7 +40,7 @@ from edgetune.run.budget import verdicts
 from edgetune.run.environment import versions
 from edgetune.run.exportable import Exportable, check_talks, of_split, tell_run, to_program
 from edgetune.run.finished import save_finished
-from edgetune.run.measures import MIB, kept_mib, measure
+from edgetune.run.measures import kept_mib, measure
 from edgetune.run.rehearsal import in_step, rehearse
 from edgetune.run.samples import Samples
 from edgetune.tasks import task as tasks
