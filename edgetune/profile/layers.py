@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgetune.core.ledger import Layer, Layers, Predicted, Roof
+from edgetune.core.numbers import aligned, number, percent
 from edgetune.profile.calls import operators_of, predicted_calls
 from edgetune.profile.cost import parts_of, predict
 from edgetune.profile.device import Device, load
@@ -88,8 +89,6 @@ def _summed(name: str, parts: Sequence[Part], slower: float, total_ms: float) ->
 
 def text(found: Layers) -> str:
     """The layers as a table for a terminal."""
-    from edgetune.core.numbers import number, percent
-
     head = ("module", "ms", "share %", "bound", "used %", "MAC/byte", "GMAC/s", "type")
     rows: list[tuple[str, ...]] = [
         (
@@ -106,11 +105,5 @@ def text(found: Layers) -> str:
     ]
     share = 100 * found.calls_ms / found.latency_ms
     rows.append((CALLS, number(found.calls_ms), percent(share), "overhead", "-", "-", "-", "-"))
-    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    left = (0, 3, 7)
-    lines = [
-        "  ".join(c.ljust(w) if n in left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in (head, *rows)
-    ]
     first = f"predicted by layer: {found.where}, {number(found.latency_ms)} ms"
-    return "\n".join([first, *(line.rstrip() for line in lines)])
+    return "\n".join([first, *aligned((head, *rows), right={1, 2, 4, 5, 6})])
