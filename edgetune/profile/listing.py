@@ -9,7 +9,8 @@ from typing import get_args
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import on_cpu
 from edgetune.core.numbers import aligned
-from edgetune.profile.device import Device, Fact, Family, Flags, Stored, load
+from edgetune.profile.device import Device, Family, load
+from edgetune.profile.facts import Fact, Flags, Stored
 from edgetune.recipe.names import ids, own
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median
 
 from edgetune.core.files import write_whole
-from edgetune.profile.device import Device, Value
+from edgetune.profile.device import Device
+from edgetune.profile.facts import Value
 from edgetune.program.operators import DType, Operator
 
 FILE = "prior.json"

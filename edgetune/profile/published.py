@@ -15,7 +15,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.numbers import MIB
 from edgetune.core.validated import faults_of
 from edgetune.profile.cost import predict
-from edgetune.profile.device import Device, Fact, Value
+from edgetune.profile.device import Device
+from edgetune.profile.facts import Fact, Value
 from edgetune.profile.reference import NETWORKS
 from edgetune.profile.reference.language import (
     ARCHITECTURES,
