@@ -16,6 +16,6 @@ from edgetune.recipe import recipe
 from edgetune.profile import device
 here = pathlib.Path(edgetune.__file__).parent
 assert here.is_relative_to('$work'), here
-assert recipe.load('text-minilm') and device.load('pixel-8') and (here / 'report' / 'page.html').is_file()
+assert recipe.load('text-minilm') and device.load('pixel-8') and (here / 'report' / 'templates' / 'report.html').is_file()
 "
 MYPYPATH="$work/site" "$bin/mypy" --config-file "$root/pyproject.toml" -p edgetune

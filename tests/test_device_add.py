@@ -11,7 +11,8 @@ import yaml
 
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError
-from edgetune.profile import adding, calibration, device, listing, yaml_file
+from edgetune.profile import adding, calibration, device, listing
+from edgetune.recipe import document
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def mine(name: str = "my-pi", like: str = "raspberry-pi-5") -> dict[str, Any]:
 
 
 def written(path: Path, content: object) -> Path:
-    yaml_file.write_yaml(path, content)
+    document.write_yaml(path, content)
     return path
 
 
@@ -72,7 +73,7 @@ def test_a_fault_in_the_file_adds_nothing(own_folder: Path, tmp_path: Path) -> N
                 adding.add(written(tmp_path / "a.yaml", mine(name)), replace=replace)
     with pytest.raises(EdgetuneError, match=r"a \.yaml file"):
         adding.add(tmp_path / "a.json")
-    with pytest.raises(EdgetuneError, match="could not be read"):
+    with pytest.raises(EdgetuneError, match="cannot read the file"):
         adding.add(tmp_path / "nowhere.yaml")
     assert not own_folder.exists()
 
@@ -174,7 +175,7 @@ def test_add_through_the_command_line(tmp_path: Path, own_folder: Path, capsys: 
         (("add", "--like", "pixel-8", "my-phone"), "already"),
         (("add", "my-phone"), "add --like pixel-8 NAME"),
         (("add", "--like", "nothing", "x"), "unknown device"),
-        (("add", "nowhere.yaml"), "could not be read"),
+        (("add", "nowhere.yaml"), "cannot read the file"),
     ):
         code, out, err = call(capsys, *arguments)
         assert (code, out) == (2, ""), arguments
@@ -219,7 +220,7 @@ def test_a_file_that_cannot_be_used_is_listed_with_its_fault_and_hides_no_other(
     assert code == 0
     faults = out.split("\ninvalid descriptors\n")[1]
     assert "broken: " in faults
-    assert "family: input should be 'phone'" in faults
+    assert "family: must be one of the allowed values" in faults
     assert "wrong-name: " in faults
     assert "is also defined in" in faults
     assert "raspberry-pi-5" in out.split("invalid descriptors")[0]

@@ -17,11 +17,11 @@ from edgetune.cli import export as cli_export
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import export
 from edgetune.export.inspect import inspect
-from edgetune.export.inspect_page import page
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.program.artifact import Artifact
 from edgetune.program.inspection import Inspection
+from edgetune.report.inspect_page import page
 
 
 class Net(nn.Module):

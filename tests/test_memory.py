@@ -7,8 +7,9 @@ import random
 import pytest
 from machine import KERNELS, Kernel, made
 
+from edgetune.core.numbers import MIB
 from edgetune.profile import cost, device
-from edgetune.profile.memory import MIB, RUNTIME_MIB, packed_bytes, peak_memory_mib
+from edgetune.profile.memory import RUNTIME_MIB, packed_bytes, peak_memory_mib
 from edgetune.program.operators import DType, Operator
 
 LINEAR, CONV, POINTWISE, MATMUL, DEPTHWISE = KERNELS[:5]

@@ -74,6 +74,7 @@ def test_text(text: Run) -> None:
     assert program.parity.same_prediction_pct >= 98
     assert program.delegated_macs_pct > 99
     assert program.size_mib < 19
+    assert [of.where for of in text.ledger.layers] == [p.where for p in text.ledger.predicted]
     assert {p.device for p in text.ledger.predicted} >= {"pixel-8", "galaxy-s24", "raspberry-pi-5", "jetson-orin-nano"}
     assert [m.device for m in text.ledger.measured] == ["this host"]
 

@@ -123,6 +123,22 @@ def test_the_fastest_cores_are_taken_and_second_threads_last(tmp_path: Path) -> 
     assert machine.best_cores(9, (0, 1), tmp_path / "none") == (0, 1)
 
 
+def test_cores_are_those_that_the_process_may_use_within_its_quota(tmp_path: Path) -> None:
+    allowed = len(machine.allowed_cores())
+    assert machine.usable_cores(tmp_path) == allowed  # no quota is named
+    limit = tmp_path / "fs" / "cgroup" / "cpu.max"
+    limit.parent.mkdir(parents=True)
+    for text, cores in (
+        ("max 100000", allowed),
+        ("100000 100000", 1),
+        ("150000 100000", min(2, allowed)),
+        ("20000 100000", 1),
+        (f"{(allowed + 8) * 100000} 100000", allowed),
+    ):
+        limit.write_text(text + "\n", encoding="ascii")
+        assert machine.usable_cores(tmp_path) == cores, text
+
+
 def test_state_and_facts_as_files_have_them(tmp_path: Path) -> None:
     sys_folder = written(
         tmp_path / "sys",

@@ -91,10 +91,11 @@ def devices_validate(
     from edgetune.core.places import raise_all
     from edgetune.profile import device
     from edgetune.profile.validate import lines, plain, validate
+    from edgetune.recipe.names import ids
 
     errors: list[EdgetuneError] = []
     valid: dict[str, device.Device] = {}
-    for name in paths or device.ids():
+    for name in paths or ids():
         try:
             described = device.load(name)
             valid[described.id] = described

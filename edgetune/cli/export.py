@@ -11,6 +11,7 @@ import typer
 
 from edgetune.cli.complete import device_names, platform_names, target_names
 from edgetune.cli.devices import Json, printed
+from edgetune.core.files import write_whole
 
 if TYPE_CHECKING:
     from edgetune.core.ledger import Program
@@ -205,11 +206,12 @@ def inspect(
     Lists the operators and delegates of each method, the memory plan, and the constants by size.
     """
     from edgetune.export.inspect import inspect as inspect_program
-    from edgetune.export.inspect_page import write_page
 
     inspection = inspect_program(program)
     if html is not None:
-        write_page(inspection, html)
+        from edgetune.report.inspect_page import page
+
+        write_whole(html, page(inspection))
     if as_json:
         printed(inspection.model_dump(mode="json"))
     else:

@@ -46,7 +46,7 @@ def profile(
     """
     from edgetune.profile.calls import predicted_calls
     from edgetune.profile.device import load
-    from edgetune.profile.layers import layers, plain
+    from edgetune.profile.layers import layers
     from edgetune.profile.layers import text as layers_text
     from edgetune.profile.tables import text
     from edgetune.program.artifact import Artifact
@@ -68,7 +68,7 @@ def profile(
     ]
     by_call = layers(artifact, described) if by_layer else ()
     for call, of in zip(calls, by_call):  # noqa: B905  none without --layers
-        call["layers"] = plain(of)
+        call["layers"] = of.model_dump(mode="json", include={"layers", "other", "calls_ms", "bounds_pct"})
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
         printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
         return 0

@@ -1,32 +1,65 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune.core.errors import EdgetuneError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name beside `path`, flush to disk, rename: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """A temporary name beside each path of one folder, to write to; at the end the files are flushed and renamed.
+
+    Readers see an old file or a whole new one, and the last path only where those before it are in place. Where the
+    block raises, the temporary files go and what stood there stays. Suffixes are kept, and a stem that files share.
+    """
+    token = secrets.token_hex(4)
+    temporary = tuple(path.with_name(f".{path.stem}.{token}{path.suffix}") for path in paths)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-        flush(path.parent)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            what = f"cannot write the file: {error.strerror or error}"
-            raise EdgetuneError(what, got=str(path), action="free some disk space, or choose another folder") from error
+        if not paths[0].parent.is_dir():
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for written in temporary:
+            flush(written)
+        for written, path in zip(temporary, paths, strict=True):
+            os.replace(written, path)
+        flush(paths[-1].parent)
+    except BaseException:
+        for written in temporary:
+            written.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `path` at the end; where the block raises, nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            flush(file)
+        unfinished.chmod(0o755)  # mkdtemp makes it private
+        os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text by `replacing`. Raises `EdgetuneError` where the disk is full or refuses."""
+    try:
+        with replacing(path) as (temporary,):
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        problem = f"cannot write the file: {error.strerror or error}"
+        raise EdgetuneError(problem, got=str(path), action="free some disk space, or choose another folder") from error
 
 
 def check_folder(path: Path) -> None:
@@ -39,6 +72,8 @@ def check_folder(path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Make the disk hold what was written to a file or a folder."""
+    if os.name != "posix" and path.is_dir():  # Windows opens no folder
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

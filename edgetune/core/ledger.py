@@ -206,6 +206,49 @@ class Predicted(CallCost):
         return f"{kinds}: not predicted" if kinds else ""
 
 
+class Layer(Entry):
+    """One module of a program on one device, predicted, its operators summed."""
+
+    module: str
+    operators: int
+    ms: float
+    share_pct: float  # of the time of one run
+    bound: Literal["compute", "memory", "overhead"]  # of the operators that take most of its time
+    utilization_pct: float  # of the rate that bounds it
+    macs: int
+    moved_bytes: int  # as stored: 8-bit operands are a quarter of the bytes
+    dtype: str  # of most of its time
+
+    @property
+    def intensity(self) -> float:
+        """Multiply-accumulates for each byte moved."""
+        return self.macs / self.moved_bytes if self.moved_bytes else 0.0
+
+    @property
+    def gmacs(self) -> float:
+        """Billion multiply-accumulates per second that it reaches."""
+        return self.macs / (self.ms * 1e6) if self.ms else 0.0
+
+
+class Roof(Entry):
+    """What bounds every layer on the device, in multiply-accumulates."""
+
+    memory_gb_s: float
+    cache_gb_s: float  # of what stays in the last cache
+    gmacs: dict[str, float]  # flat, by type
+
+
+class Layers(CallCost):
+    """One kind of call on one device: its layers, the slowest first, and what is no layer's."""
+
+    latency_ms: float  # that they add up to
+    layers: tuple[Layer, ...]
+    other: Layer | None  # what the rest takes together
+    calls_ms: float  # of calling the program and its delegates
+    bounds_pct: dict[Literal["compute", "memory", "overhead"], float]  # share of the time, the calls among the overhead
+    roof: Roof
+
+
 class Verdict(Entry):
     """One line of the recipe's budget."""
 
@@ -295,6 +338,7 @@ class Ledger(Entry):
     program: Program | None = None
     measured: tuple[Measured, ...] = ()
     predicted: tuple[Predicted, ...] = ()
+    layers: tuple[Layers, ...] = ()  # of each prediction; none: a ledger of before
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader has to know about the data and the model
     finished: bool = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Sequence
 
 from edgetune.core.ledger import Quality
 
+MIB = 2**20  # bytes
 DASH = "-"  # not measured
 STEPS_OF_1000 = ("", " k", " M", " G", " T", " P")
 
@@ -137,4 +139,20 @@ def size(size_bytes: int) -> str:
     """
     if size_bytes < 2**10:
         return f"{size_bytes} B"
-    return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.2f} MiB"
+    return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < MIB else f"{size_bytes / MIB:.2f} MiB"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """Rows of a table as lines; the columns of these indices are set to the right.
+
+    >>> aligned([("a", "1", "x"), ("bc", "10", "")], {1})
+    ['a    1  x', 'bc  10']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

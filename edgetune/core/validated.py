@@ -32,6 +32,7 @@ _TYPES = {
     "none": "empty",
     "path": "a path",
 }
+_FIELD = re.compile(r"([a-z0-9_]+(?:\.[a-z0-9_]+)*): ")
 _BOUNDS = {
     "greater_than": ("more than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -75,6 +76,11 @@ def validate(kind: type[Kind], value: Mapping[str, Any]) -> tuple[Kind | None, l
 def problems_of(kind: type[BaseModel], error: ValidationError) -> list[Problem]:
     """What pydantic found wrong, in plain words; what it says of each member of a union is said once."""
     return list(_merged(_problem(kind, details) for details in error.errors(include_url=False)))
+
+
+def faults_of(kind: type[BaseModel], error: ValidationError, around: Place = ()) -> list[str]:
+    """What pydantic found wrong, a line each: `memory.ram_gib: must be ...`; positions count from zero."""
+    return [str(problem.at(".".join(map(str, (*around, *problem.path))))) for problem in problems_of(kind, error)]
 
 
 def _converted(kind: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]:
@@ -140,7 +146,9 @@ def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
     if isinstance(inner, EdgetuneError):
         return Problem(path, inner.what, inner.got, inner.allowed, inner.action, inner.near)
     if code in ("value_error", "assertion_error"):
-        return Problem(path, str(inner), None if isinstance(got, dict) else got)
+        named = _FIELD.match(str(inner))  # a check over several fields names the one at fault
+        path = (*path, named[1]) if named else path
+        return Problem(path, str(inner)[named.end() if named else 0 :], None if isinstance(got, dict) else got)
     if _name(code) in ("list", "tuple") and isinstance(got, str):
         return Problem(path, f"must be a list, as in [{got!r}]", got)
     if _name(code) == "model" and around is not None:

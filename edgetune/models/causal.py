@@ -7,9 +7,7 @@ starts from a baseline that has been quantized once already; `Loaded.notes` says
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import new_folder
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.data.dataset import Dataset, cache_folder
@@ -75,16 +74,8 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> None:
             return
         for abandoned in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(abandoned)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with new_folder(folder) as unfinished:
             build(unfinished)
-            for path in unfinished.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            unfinished.replace(folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
 
 
 def _convert(transformers: Any, source: Path, folder: Path) -> None:

@@ -28,13 +28,8 @@ def add(path: Path, *, replace: bool = False) -> Path:
             got=str(path),
             action="name a file, or start one with `edgetune devices add --like pixel-8 NAME`",
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        action = "`edgetune devices list` prints those that are known"
-        raise EdgetuneError(f"the descriptor could not be read: {reason}", where=str(path), action=action) from error
     device = load(path)
+    text = path.read_text(encoding="utf-8")
     target = _free(device.id, replace)
     _write(target, text, device.calibration)
     return target

@@ -11,24 +11,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.numbers import MIB
 from edgetune.profile import fit, trials
 from edgetune.profile.calibration import Calibration, path_beside, write
 from edgetune.profile.device import Device, load, parse
 from edgetune.profile.fit import Fit, Timed
-from edgetune.profile.memory import MIB
 from edgetune.profile.rates import DEFAULT_CACHE_BYTES
 from edgetune.profile.terms import CALL, DELEGATE, Caches, footprint_bytes
 from edgetune.profile.trials import Clocked, Progress
-from edgetune.profile.yaml_file import write_yaml
 from edgetune.program.operators import Operator
+from edgetune.recipe.document import write_yaml
 from edgetune.recipe.names import HOST, SUFFIX, user_folder
 from edgetune.runtime import host
+from edgetune.runtime.clock.machine import usable_cores
 
 ENGINE = "ExecuTorch XNNPACK"
 STEADY = 0.10  # between two timings of a program: above, one thread is taken where the choice is ours
 _SECONDS, _QUICK_SECONDS, _ROUNDS = 0.1, 0.02, 2
 _LEAST_PROGRAMS = 3
-_NEAR_BYTES = 1024.0 * 1024.0  # of a core's second level, where nobody knows
+_NEAR_BYTES = float(MIB)  # of a core's second level, where nobody knows
 
 
 def calibrate(
@@ -41,19 +42,19 @@ def calibrate(
     timings with all of them do not repeat. `quick`: few programs, for tests; its predictions are poor. Takes up to ten
     minutes on 2 cores; a calibration that was stopped goes on where it was. Both files are written at the end.
     """
-    path = _path(out)
-    if threads is not None and not 1 <= threads <= host.cores():
-        raise EdgetuneError(f"threads must be from 1 to the {host.cores()} cores of this process", got=threads)
+    path, most = _path(out), usable_cores()
+    if threads is not None and not 1 <= threads <= most:
+        raise EdgetuneError(f"threads must be from 1 to the {most} cores of this process", got=threads)
     folder = trials.folder_for(quick)
     failed = trials.build(folder, quick, progress)
     names = [trial.name for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
     seconds, rounds = (_QUICK_SECONDS, 1) if quick else (_SECONDS, _ROUNDS)
     notes = ["A quick calibration, for tests: predictions from it are poor."] if quick else []
-    cores = threads if threads is not None else 1 if host.virtual() else host.cores()
-    if threads is None and host.virtual() and host.cores() > 1:
+    cores = threads if threads is not None else 1 if host.virtual() else most
+    if threads is None and host.virtual() and most > 1:
         notes.append(
             f"One thread: this is a virtual machine, whose cores run at the same time only when its host lets them; a "
-            f"small program then takes up to three times as long, for minutes. --threads {host.cores()} takes them all."
+            f"small program then takes up to three times as long, for minutes. --threads {most} takes them all."
         )
     clocked, more = trials.clock(folder, names, threads=cores, seconds=seconds, rounds=rounds, progress=progress)
     if threads is None and cores > 1 and not _steady(clocked):

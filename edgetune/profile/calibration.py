@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.one_line import OneLine
+from edgetune.core.validated import faults_of
 from edgetune.profile.terms import Caches, Tile
 from edgetune.program.operators import DType, Kind
 
@@ -108,10 +109,9 @@ def read(path: Path) -> Calibration | None:
     try:
         return Calibration.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError, OSError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}" if first else str(error)
+        fault = faults_of(Calibration, error)[0] if isinstance(error, ValidationError) else str(error)
         raise EdgetuneError(
-            f"the calibration cannot be read: {what}",
+            f"the calibration cannot be read: {fault}",
             where=str(path),
             action="run `edgetune devices calibrate` again, or remove the file",
         ) from error

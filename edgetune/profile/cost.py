@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Predicted
+from edgetune.core.numbers import MIB
 from edgetune.profile import curves, energy, roofline
 from edgetune.profile.device import Device
-from edgetune.profile.memory import MIB, peak_memory_mib
+from edgetune.profile.memory import peak_memory_mib
 from edgetune.profile.part import Part
 from edgetune.profile.rates import Rates, rates_of
 from edgetune.profile.terms import footprint_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.validated import faults_of
 from edgetune.profile.calibration import Calibration, path_beside
 from edgetune.profile.calibration import read as read_calibration
 from edgetune.profile.facts import (
@@ -31,19 +32,13 @@ from edgetune.profile.facts import (
     Stored,
     Teraops,
     Transfers,
-    Trust,
     Value,
     Watts,
 )
 from edgetune.profile.sources import resolved
-from edgetune.profile.yaml_file import read_yaml
+from edgetune.recipe.document import read as read_yaml
+from edgetune.recipe.document import read_file
 from edgetune.recipe.names import HOST, SUFFIX, ids, own, shipped, user_folder
-
-__all__ = [
-    "HOST", "ID", "SUFFIX", "Accelerator", "Caches", "Cluster", "Device", "Fact", "Family",
-    "Flags", "Memory", "Power", "Storage", "Stored", "TargetName", "Trust", "Value", "ids", "load", "own", "parse",
-    "read", "shipped", "user_folder",
-]  # fmt: skip
 
 Family = Literal["phone", "board", "jetson", "computer", "microcontroller"]
 TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openvino", "ethos-u", "tosa"]
@@ -219,9 +214,9 @@ def parse(content: object, where: str) -> Device:
     if "calibration" in content:
         lines.append("calibration: it belongs in a separate file; run `edgetune devices calibrate` again")
     try:
-        device = Device.model_validate(_tuples(plain))
+        device = Device.model_validate_json(json.dumps(plain))  # strict, and a list is no mistake for a tuple
     except ValidationError as error:
-        lines += [_line(e["loc"], e["msg"]) for e in error.errors()]
+        lines += faults_of(Device, error)
     if lines:
         raise EdgetuneError(
             "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else ""),
@@ -229,22 +224,6 @@ def parse(content: object, where: str) -> Device:
             action="correct the file; `edgetune devices add --like pixel-8 NAME` writes a whole one",
         )
     return device
-
-
-def _line(loc: tuple[int | str, ...], message: str) -> str:
-    """`path: reason`. A check over several fields names the one at fault itself, as `field: reason`."""
-    plain = message.removeprefix("Value error, ")
-    field = re.match(r"[a-z0-9_.]+(?=: )", plain) if plain != message else None
-    path = [str(part) for part in loc] + ([field[0]] if field else [])
-    reason = plain[field.end() + 2 :] if field else plain[:1].lower() + plain[1:]
-    return f"{'.'.join(path)}: {reason}"
-
-
-def _tuples(value: object) -> object:
-    """Lists as tuples: strict validation takes no list for a tuple."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def load(id_or_path: str | Path) -> Device:
@@ -284,7 +263,7 @@ def read(id_or_path: str | Path) -> tuple[object, str]:
                 action="rename your file and its id",
             )
         text = (resources.files("edgetune.devices") / (name + SUFFIX)).read_text(encoding="utf-8")
-        return read_yaml(text, name + SUFFIX), name + SUFFIX
+        return read_yaml(text, name + SUFFIX).value, name + SUFFIX
     if name in mine:
         return _read(mine[name]), str(mine[name])
     if name == HOST:
@@ -298,13 +277,7 @@ def read(id_or_path: str | Path) -> tuple[object, str]:
 
 
 def _read(path: Path) -> object:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        action = "`edgetune devices list` prints those that are known"
-        raise EdgetuneError(f"the descriptor could not be read: {reason}", where=str(path), action=action) from error
-    return read_yaml(text, str(path))
+    return read_yaml(read_file(path, "`edgetune devices list` prints those that are known"), str(path)).value
 
 
 def _named(device: Device, name: str, where: str) -> Device:

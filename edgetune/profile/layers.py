@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edgetune.core.ledger import Predicted
+from edgetune.core.ledger import Layer, Layers, Predicted, Roof
+from edgetune.core.numbers import aligned, number, percent
 from edgetune.profile.calls import operators_of, predicted_calls
 from edgetune.profile.cost import parts_of, predict
 from edgetune.profile.device import Device, load
@@ -19,52 +19,6 @@ if TYPE_CHECKING:
 
 MOST = 30
 OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One module, its operators summed. `utilization_pct`: of the rate that bounds it."""
-
-    module: str
-    operators: int
-    ms: float
-    share_pct: float  # of the time of one run
-    bound: Bound  # of the operators that take most of its time
-    utilization_pct: float
-    macs: int
-    moved_bytes: int  # as stored: 8-bit operands are a quarter of the bytes
-    dtype: DType  # of most of its time
-
-    @property
-    def intensity(self) -> float:
-        """Multiply-accumulates for each byte moved."""
-        return self.macs / self.moved_bytes if self.moved_bytes else 0.0
-
-    @property
-    def gmacs(self) -> float:
-        """Billion multiply-accumulates per second that it reaches."""
-        return self.macs / (self.ms * 1e6) if self.ms else 0.0
-
-
-@dataclass(frozen=True)
-class Roof:
-    """What bounds every layer on the device, in multiply-accumulates."""
-
-    memory_gb_s: float
-    cache_gb_s: float  # of what stays in the last cache
-    gmacs: dict[DType, float]  # flat, by type
-
-
-@dataclass(frozen=True)
-class Layers:
-    """One kind of call on one device: its layers, the slowest first, and what is no layer's."""
-
-    call: Predicted
-    layers: tuple[Layer, ...]
-    other: Layer | None  # what the rest takes together
-    calls_ms: float  # of calling the program and its delegates
-    bounds_pct: dict[Bound, float]  # share of the time, the calls among the overhead
-    roof: Roof
 
 
 def layers(artifact: Artifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
@@ -94,7 +48,9 @@ def _of_call(call: Predicted, parts: Sequence[Part], slower: float, device: Devi
         bounds[part.bound] += 100 * slower * part.us / 1e3 / call.latency_ms
     dtypes = sorted({part.operator.dtype for part in parts if part.operator.macs and part.operator.delegated})
     return Layers(
-        call=call,
+        device=call.device,
+        call=call.call,
+        latency_ms=call.latency_ms,
         layers=tuple(summed[:most]),
         other=_summed(OTHER, rest, slower, call.latency_ms) if rest else None,
         calls_ms=calls_ms,
@@ -128,20 +84,8 @@ def _summed(name: str, parts: Sequence[Part], slower: float, total_ms: float) ->
     )
 
 
-def plain(found: Layers) -> dict[str, Any]:
-    """For JSON."""
-    return {
-        "layers": [asdict(layer) for layer in found.layers],
-        "other": asdict(found.other) if found.other else None,
-        "calls_ms": found.calls_ms,
-        "bounds_pct": found.bounds_pct,
-    }
-
-
 def text(found: Layers) -> str:
     """The layers as a table for a terminal."""
-    from edgetune.core.numbers import number, percent
-
     head = ("module", "ms", "share %", "bound", "used %", "MAC/byte", "GMAC/s", "type")
     rows: list[tuple[str, ...]] = [
         (
@@ -156,13 +100,7 @@ def text(found: Layers) -> str:
         )
         for layer in (*found.layers, *([found.other] if found.other else []))
     ]
-    share = 100 * found.calls_ms / found.call.latency_ms
+    share = 100 * found.calls_ms / found.latency_ms
     rows.append((CALLS, number(found.calls_ms), percent(share), "overhead", "-", "-", "-", "-"))
-    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
-    left = (0, 3, 7)
-    lines = [
-        "  ".join(c.ljust(w) if n in left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in (head, *rows)
-    ]
-    first = f"predicted by layer: {found.call.where}, {number(found.call.latency_ms)} ms"
-    return "\n".join([first, *(line.rstrip() for line in lines)])
+    first = f"predicted by layer: {found.where}, {number(found.latency_ms)} ms"
+    return "\n".join([first, *aligned((head, *rows), right={1, 2, 4, 5, 6})])

@@ -8,7 +8,9 @@ from typing import get_args
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import on_cpu
-from edgetune.profile.device import Device, Fact, Family, Flags, Stored, load
+from edgetune.core.numbers import aligned
+from edgetune.profile.device import Device, Family, load
+from edgetune.profile.facts import Fact, Flags, Stored
 from edgetune.recipe.names import ids, own
 
 
@@ -56,13 +58,13 @@ def listed(found: Sequence[Entry]) -> str:
     """A table grouped by family; `?` where nobody knows."""
     head = ("id", "name", "SoC", "RAM", "GB/s", "")
     rows = [_row(entry) for entry in found if not entry.fault]
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines, family = [_aligned(head, widths)], ""
-    for entry, row in zip((e for e in found if not e.fault), rows, strict=True):
+    first, *table = [f"  {line}" for line in aligned((head, *rows), right={3, 4})]
+    lines, family = [first], ""
+    for entry, line in zip((e for e in found if not e.fault), table, strict=True):
         if entry.family != family:
             family = entry.family
             lines += ["", family]
-        lines.append(_aligned(row, widths))
+        lines.append(line)
     faults = [f"  {entry.id}: {entry.fault}" for entry in found if entry.fault]
     return "\n".join(lines + (["", "invalid descriptors", *faults] if faults else []))
 
@@ -77,13 +79,6 @@ def _ram(gib: float | None) -> str:
     if gib is None:
         return "?"
     return f"{gib:g} GiB" if gib >= 0.5 else f"{gib * 1024:.1f} MiB"
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Text to the left, numbers to the right."""
-    cells = [cell.rjust(width) if 3 <= column <= 4 else cell.ljust(width) for column, (cell, width) in
-             enumerate(zip(row, widths, strict=True))]  # fmt: skip
-    return ("  " + "  ".join(cells)).rstrip()
 
 
 def shown(device: Device) -> str:

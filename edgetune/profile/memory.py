@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from edgetune.core.numbers import MIB
 from edgetune.profile.terms import DEPTH, VECTOR, columns_of, is_product, up, wide_window
 from edgetune.program.operators import DType, Operator
 
-MIB = 1024.0 * 1024.0
 # Fitted once to the peaks of 90 programs in fresh processes (families of models in fp32, int8 and int4).
 RUNTIME_MIB = 0.4
 _KERNEL_MIB = 0.17  # code and tables of each kind of kernel outside of the delegates, paged in when first called

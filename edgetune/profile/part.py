@@ -28,9 +28,3 @@ class Part:
         if self.fixed_us > self.us / 2:
             return "overhead"
         return "compute" if self.compute_us >= self.memory_us else "memory"
-
-    @property
-    def intensity(self) -> float:
-        """Multiply-accumulates for each byte moved, as stored: 8-bit operands are a quarter of the bytes."""
-        moved = self.operator.weight_bytes + self.operator.activation_bytes
-        return self.operator.macs / moved if moved else 0.0

@@ -21,7 +21,9 @@ from importlib import resources
 from pathlib import Path
 from statistics import median
 
-from edgetune.profile.device import Device, Value
+from edgetune.core.files import write_whole
+from edgetune.profile.device import Device
+from edgetune.profile.facts import Value
 from edgetune.program.operators import DType, Operator
 
 FILE = "prior.json"
@@ -189,4 +191,4 @@ def shared() -> Prior:
 def write(prior: Prior, path: Path) -> None:
     """As JSON, rounded so that a fresh fit on another machine gives the same file."""
     plain = {name: {key: round(value, 4) for key, value in sorted(terms.items())} for name, terms in prior}
-    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(plain, indent=1) + "\n")

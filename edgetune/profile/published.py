@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -11,8 +12,11 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.numbers import MIB
+from edgetune.core.validated import faults_of
 from edgetune.profile.cost import predict
-from edgetune.profile.device import Device, Fact, Value
+from edgetune.profile.device import Device
+from edgetune.profile.facts import Fact, Value
 from edgetune.profile.reference import NETWORKS
 from edgetune.profile.reference.language import (
     ARCHITECTURES,
@@ -23,8 +27,8 @@ from edgetune.profile.reference.language import (
     file_mib,
     prefill,
 )
-from edgetune.profile.yaml_file import read_yaml
 from edgetune.program.operators import DType, Operator
+from edgetune.recipe.document import read
 
 Quantity = Literal["decode_tokens_per_s", "prefill_tokens_per_s", "latency_ms", "file_mib", "peak_memory_mib"]
 Subject = Literal["language", "vision", "other engines", "memory"]
@@ -37,7 +41,6 @@ UNITS: dict[Quantity, str] = {
     "peak_memory_mib": "MiB",
 }
 _COARSE = 0.1  # a row whose printed step moves it by more is no measure of anything
-_MIB = 1024.0 * 1024.0
 
 
 class Column(Value):
@@ -158,7 +161,7 @@ def shipped() -> Published:
     """The measurements that others published, as shipped."""
     name = "published.yaml"
     text = (resources.files("edgetune.devices") / name).read_text(encoding="utf-8")
-    return parse(read_yaml(text, name), name)
+    return parse(read(text, name).value, name)
 
 
 def parse(content: object, where: str) -> Published:
@@ -166,10 +169,9 @@ def parse(content: object, where: str) -> Published:
     if not isinstance(content, dict):
         raise EdgetuneError("the file is a mapping", where=where, got=type(content).__name__)
     try:
-        return Published.model_validate(_tuples(content))
+        return Published.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:8]]
-        raise EdgetuneError("; ".join(lines), where=where) from error
+        raise EdgetuneError("; ".join(faults_of(Published, error)[:8]), where=where) from error
 
 
 def run_on(device: Device, column: Column) -> Device:
@@ -206,7 +208,7 @@ def _peak_mib(row: Row, device: Device) -> float:
     cache_mib = row.table.tokens * architecture.cache_mib_per_token(scheme.cache_bytes)
     program_mib = file_mib(architecture, scheme)
     found = predict(
-        row.operators, device, plan_bytes=round(cache_mib * _MIB), program_bytes=round(program_mib * _MIB)
+        row.operators, device, plan_bytes=round(cache_mib * MIB), program_bytes=round(program_mib * MIB)
     )  # fmt: skip
     return found.peak_memory_mib
 
@@ -229,10 +231,3 @@ def _language(name: str) -> tuple[Architecture, Scheme]:
         known = f"{', '.join(ARCHITECTURES)} with {', '.join(SCHEMES)}"
         raise ValueError(f"rows.{name}: no such language model and scheme; known: {known}")
     return ARCHITECTURES[model], SCHEMES[scheme]
-
-
-def _tuples(value: object) -> object:
-    """Lists as tuples: strict validation takes no list for a tuple."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

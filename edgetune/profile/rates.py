@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from edgetune.profile.device import Device, Fact
+from edgetune.profile.device import Device
+from edgetune.profile.facts import Fact
 from edgetune.program.operators import DType, Kind
 
 # How far a number of this trust may be off, as a natural logarithm (0.15: a factor of 1.16).

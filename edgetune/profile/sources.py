@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from edgetune.core.validated import faults_of
 from edgetune.profile.facts import Source
 
 
@@ -33,9 +34,7 @@ def _known(sources: object, faults: list[str]) -> dict[str, Source | None]:
         try:
             known[str(key)] = Source.model_validate(item)
         except ValidationError as error:
-            for e in error.errors():
-                place = ".".join(str(part) for part in ("sources", key, *e["loc"]))
-                faults.append(f"{place}: {e['msg'][:1].lower()}{e['msg'][1:]}")
+            faults += faults_of(Source, error, ("sources", str(key)))
     return known
 
 

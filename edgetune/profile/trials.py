@@ -28,7 +28,7 @@ from edgetune.profile import micro
 from edgetune.profile.micro.blocks import blocks
 from edgetune.profile.micro.program import Micro
 from edgetune.program.operators import Operator
-from edgetune.runtime import host
+from edgetune.runtime.clock.machine import usable_cores
 
 Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many
 
@@ -79,7 +79,7 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
     missing = [trial.name for trial in wanted if not is_built(folder, trial.name)]
     done = len(wanted) - len(missing)
     failed: list[str] = []
-    builders = min(_BUILDERS, host.cores(), len(missing))
+    builders = min(_BUILDERS, usable_cores(), len(missing))
     told: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
     with ThreadPoolExecutor(max(builders, 1)) as pool:
         commands = [[str(folder), str(part), str(builders), "quick" if quick else "all"] for part in range(builders)]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgetune.profile import prior, published
-from edgetune.profile.device import Device, Value, load
+from edgetune.profile.device import Device, load
+from edgetune.profile.facts import Value
 from edgetune.profile.published import UNITS, Published, Row
 from edgetune.recipe.names import ids
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import replacing
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Program
 from edgetune.core.one_line import figure
@@ -129,32 +129,22 @@ def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest], weigh
     `weights` become a third file, which `check` finds by `data_path`. The manifest is last: where it lies, the files
     that it names are whole. On any failure the temporary files go, and what stood at `path` before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.pte")
-    apart, beside = data_path(partial), manifest_path(path)
-    text = partial.with_suffix(".json")
-    try:
-        _write(partial, data)
-        if weights:
-            _write(apart, weights)
+    beside = manifest_path(path)
+    files = (data_path(path), path, beside) if weights else (path, beside)
+    with replacing(*files) as (*apart, partial, text):
+        partial.write_bytes(data)
+        for file in apart:
+            file.write_bytes(weights)
         try:
             manifest = check(partial)
         except EdgetuneError as error:
             error.where = str(path)  # the temporary name is of no use to anyone
             raise
-        _write(text, manifest.model_dump_json(indent=1).encode())
+        text.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         stale = _data_named_in(beside)
         beside.unlink(missing_ok=True)  # it describes the program that is about to go
         if stale is not None:
             stale.unlink(missing_ok=True)
-        if weights:
-            os.replace(apart, data_path(path))
-        os.replace(partial, path)
-        os.replace(text, beside)
-    finally:
-        for file in (partial, apart, text):
-            file.unlink(missing_ok=True)
-    _sync_folder(path.parent)
     return manifest
 
 
@@ -165,20 +155,3 @@ def _data_named_in(beside: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return beside.with_name(name) if name == data_path(beside).name else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

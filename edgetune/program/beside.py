@@ -13,6 +13,8 @@ from edgetune.core.files import check_folder
 from edgetune.core.one_line import OneLine
 from edgetune.core.other_names import nearest_file
 
+_MUST_END = "the file name of a program must end in .pte"
+
 
 class Value(OneLine):
     """Base of what stands in a manifest: immutable, no unknown keys."""
@@ -38,7 +40,7 @@ def check_program_path(path: Path) -> None:
     """Raise, before any work, unless a program can be written there."""
     if path.suffix != ".pte":
         action = f"write {path.with_suffix('.pte')}" if path.name else "give the name of a file"
-        raise EdgetuneError("the file name of a program must end in .pte", got=str(path), action=action)
+        raise EdgetuneError(_MUST_END, got=str(path), action=action)
     check_folder(path.parent)
 
 
@@ -54,10 +56,7 @@ def program_at(path: Path) -> Path:
     if path.is_dir():
         what, action = "this folder contains no model.pte", "give a program, or the folder of a run that exported one"
     elif path.suffix != ".pte":
-        what, action = (
-            "the file name of a program must end in .pte",
-            "give a program; edgetune export makes one of a model",
-        )
+        what, action = _MUST_END, "give a program; edgetune export makes one of a model"
     else:
         what, action, near = "no such program", "make one with edgetune export", nearest_file(path)
     raise EdgetuneError(what, got=str(path), near=str(path.with_name(near)) if near else "", action=action)

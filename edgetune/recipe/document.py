@@ -1,4 +1,6 @@
-"""YAML text -> plain values, with the line of each one. Safe, limited in size, and every structural error at once.
+"""YAML text <-> plain values, with the line of each one. Safe, limited in size, and every structural error at once.
+
+Recipes, overrides and device descriptors are read by it.
 
 Only what JSON can hold is read: mappings with text keys, lists, text, finite numbers, true/false and null. `1e-3` is a
 number and `no`, `on` and `2024-01-01` are text, as in YAML 1.2.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import yaml
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.files import write_whole
 from edgetune.core.places import Place, dotted, raise_all
 
 MOST_BYTES = 256 * 1024
@@ -28,6 +32,22 @@ class _Reader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalar types of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+_C: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # many times as fast, where PyYAML was built with libyaml
+
+
+class _FastReader(_C):  # type: ignore[misc]
+    """The same types, read by libyaml."""
+
+    yaml_implicit_resolvers = _Reader.yaml_implicit_resolvers
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe, and writes a value that occurs twice twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _NULL, _BOOL, _INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{n}" for n in ("null", "bool", "int", "float", "str"))
@@ -70,13 +90,18 @@ class Document:
         return self.place(path[:-1]) if path else ("", ())
 
 
-def read_file(path: Path) -> str:
-    """The text of a YAML file, if it is there, small enough and UTF-8."""
+def write_yaml(path: Path, content: object) -> None:
+    """Write so that the file is either the old one or the whole new one, also when the process is killed."""
+    write_whole(path, yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+
+
+def read_file(path: Path, action: str = "") -> str:
+    """The text of a YAML file, if it is there, small enough and UTF-8; `action`: what to do where it is not there."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise EdgetuneError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+        raise EdgetuneError(f"cannot read the file: {error.strerror}", where=str(path), action=action) from error
     if len(data) > MOST_BYTES:
         raise EdgetuneError(f"the file is larger than {MOST_BYTES // 1024} KiB", where=str(path))
     try:
@@ -92,8 +117,7 @@ def read(text: str, name: str) -> Document:
     if len(text.encode("utf-8", "replace")) > MOST_BYTES:
         raise EdgetuneError(f"the text is larger than {MOST_BYTES // 1024} KiB", where=name)
     try:
-        _check_limits(text, name)
-        node = yaml.compose(text, _Reader)
+        node = _compose(text, name)
     except yaml.reader.ReaderError as error:
         raise EdgetuneError(
             f"not YAML: the character at position {error.position} is not allowed", where=name
@@ -110,10 +134,18 @@ def read(text: str, name: str) -> Document:
     return Document(name, value, reading.places)
 
 
-def _check_limits(text: str, name: str) -> None:
+def _compose(text: str, name: str) -> yaml.Node | None:
+    with suppress(yaml.YAMLError):  # PyYAML's own parser says better than libyaml what is wrong
+        _check_limits(text, name, _FastReader)
+        return yaml.compose(text, _FastReader)
+    _check_limits(text, name, _Reader)
+    return yaml.compose(text, _Reader)
+
+
+def _check_limits(text: str, name: str, reader: type[Any]) -> None:
     """Go through the parser's events, before anything is built."""
     depth = aliases = documents = nodes = 0
-    for event in yaml.parse(text, _Reader):
+    for event in yaml.parse(text, reader):
         mark = event.start_mark
         where = f"{name}, line {mark.line + 1}" if mark else name
         if isinstance(event, yaml.CollectionStartEvent):

@@ -8,7 +8,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.ledger import Ledger
 from edgetune.report.console import terminal, text
-from edgetune.report.document import page
+from edgetune.report.run_page import page
 
 __all__ = ["page", "report", "terminal", "text", "write"]
 

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Predicted
+from edgetune.core.numbers import MIB, aligned, number, plural
 from edgetune.profile.calls import predicted_calls
 from edgetune.profile.cost import fits
 from edgetune.profile.device import Device, load
 from edgetune.recipe.names import HOST, ids
+from edgetune.report.device_tables import CPU_TARGETS
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
 
-CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
 _MS = 1e3
 
 
@@ -94,11 +95,11 @@ def compare(artifact: Artifact | str | Path, devices: Sequence[str | Device] | N
     return Comparison(
         program=artifact.path.name,
         target=manifest.target,
-        size_mib=manifest.total_bytes / 2**20,
+        size_mib=manifest.total_bytes / MIB,
         lines=tuple(sorted(lines, key=_order)),
         faults=tuple(faults),
         prefill_tokens=prefill,
-        cache_mib=manifest.language.cache_bytes / 2**20 if manifest.language is not None else None,
+        cache_mib=manifest.language.cache_bytes / MIB if manifest.language is not None else None,
         notes=_notes(manifest.target, lines, prefill),
     )
 
@@ -180,33 +181,30 @@ _SPARED = ("cold ms", "calibrated", "mJ", "J/1,000 tokens", "prefill/s", "MiB")
 
 def text(found: Comparison, width: int | None = None) -> str:
     """The comparison as a table for a terminal, of so many columns: those that are spared first are left out."""
-    from edgetune.core.numbers import plural
-
     head = ("device", *headed(found), "fits")
     rows = [(*row[:-1], _verdict(line)) for row, line in zip(rows_of(found), found.lines, strict=True)]
     table = [head, *rows]
+    lines = _lines(table)
     for name in _SPARED:
-        if width is not None and sum(_widths(table)) + 2 * (len(table[0]) - 1) > width and name in table[0]:
+        if width is not None and max(map(len, lines)) > width and name in table[0]:
             place = table[0].index(name)
             table = [(*row[:place], *row[place + 1 :]) for row in table]
-    first = f"{found.program}: {found.target}, {_figure(found.size_mib)} MiB"
+            lines = _lines(table)
+    first = f"{found.program}: {found.target}, {number(found.size_mib)} MiB"
     if found.cache_mib is not None:
-        first += f", and {_figure(found.cache_mib)} MiB of memory for its cache"
-    widths = _widths(table)
-    lines = [
-        f"{first}; predicted for the {'CPUs' if len(rows) > 1 else 'CPU'} of {plural(len(rows), 'device')}",
-        "",
-        *(_aligned(row, widths) for row in table),
-    ]
+        first += f", and {number(found.cache_mib)} MiB of memory for its cache"
+    shown = [f"{first}; predicted for the {'CPUs' if len(rows) > 1 else 'CPU'} of {plural(len(rows), 'device')}", ""]
+    shown += lines
     reasons = [(line.device, line.why) for line in found.lines if line.why]
     for title, told in (("does not fit, or unknown", reasons), ("left out", found.faults)):
         if told:
-            lines += ["", title, *(f"  {name}: {reason}" for name, reason in told)]
-    return "\n".join([*lines, "", *found.notes])
+            shown += ["", title, *(f"  {name}: {reason}" for name, reason in told)]
+    return "\n".join([*shown, "", *found.notes])
 
 
-def _widths(table: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+def _lines(table: Sequence[Sequence[str]]) -> list[str]:
+    """Names and verdicts to the left, figures to the right."""
+    return aligned(table, right=range(1, len(table[0]) - 1))
 
 
 def _verdict(line: Line) -> str:
@@ -234,22 +232,22 @@ def _figures(line: Line, many: int) -> tuple[str, ...]:
         return ("-",) * many
     one = line.predicted[0]
     shared = (
-        _figure(one.peak_memory_mib),
-        _figure(one.energy_mj),  # millijoules of one, and joules of a thousand
-        _figure(line.cold_start_ms),
+        number(one.peak_memory_mib),
+        number(one.energy_mj),  # millijoules of one, and joules of a thousand
+        number(line.cold_start_ms),
         "yes" if one.calibrated else "no",
         ", ".join(kind.upper() for kind in one.accelerators or ()) or "-",
     )
     threads = str(one.threads or "-")
     if line.speech is None:
-        return (threads, _figure(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
+        return (threads, number(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
     decode, prefill, first = line.speech.decode_tokens_s, line.speech.prefill_tokens_s, line.speech.first_token_ms
     return (
         threads,
-        _figure(decode[0]),
+        number(decode[0]),
         _band(*decode[1:]),
-        _figure(prefill[0]),
-        _figure(first[0]),
+        number(prefill[0]),
+        number(first[0]),
         _band(*first[1:]),
         *shared,
     )
@@ -262,23 +260,7 @@ def _fits(line: Line) -> str:
 
 
 def _band(low: float, high: float) -> str:
-    return f"{_figure(low)} to {_figure(high)}"
-
-
-def _figure(value: float | None) -> str:
-    from edgetune.core.numbers import number
-
-    return number(value)
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Names and reasons to the left, figures to the right."""
-    last = len(row) - 1
-    cells = [
-        cell.ljust(width) if place in (0, last) else cell.rjust(width)
-        for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "  ".join(cells).rstrip()
+    return f"{number(low)} to {number(high)}"
 
 
 def plain(found: Comparison) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from edgetune.core.ledger import Ledger, Measured, Predicted, on_cpu
 from edgetune.core.numbers import number
 from edgetune.report.tables import Cell, Column, Table, cells, grouped_notes
 
-CPU_TARGETS = ("", "xnnpack", "portable")
+CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
 QUANTITIES = {
     "latency_ms": ("latency", "ms"),
     "size_mib": ("program size", "MiB"),
@@ -20,7 +20,7 @@ QUANTITIES = {
 def ran_on(ledger: Ledger, line: Measured) -> str:
     """What a program was timed on: `CPU, 2 threads`, or the backend where that is no CPU's."""
     target = ledger.program.target if ledger.program else ""
-    return on_cpu(line.threads) if target in CPU_TARGETS else on_cpu(line.threads).replace("CPU", target)
+    return on_cpu(line.threads) if target in ("", *CPU_TARGETS) else on_cpu(line.threads).replace("CPU", target)
 
 
 def measured_table(ledger: Ledger) -> Table | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log10
 from typing import Any
 
 from edgetune.core.registry import require
@@ -102,3 +103,10 @@ def room_for_text(values: Sequence[float | None]) -> float:
 def height_of(bars: int) -> int:
     """Pixels for this many horizontal bars, axis included."""
     return bars * BAR_PX + 90
+
+
+def log_range(values: Sequence[float]) -> list[float]:
+    """The range of a logarithmic axis with some room at both ends, as plotly takes it: exponents of ten."""
+    low, high = log10(min(values)), log10(max(values))
+    room = max(0.05 * (high - low), 0.1)
+    return [low - room, high + room]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 
 TERMS: Mapping[str, str] = {
@@ -64,17 +63,3 @@ def meaning(text: str) -> str:
     """
     name = text.casefold()
     return _BY_NAME.get(ALIASES.get(name, name).casefold(), "")
-
-
-def explained(text: str) -> str:
-    """The text as HTML, with its meaning where it is a term."""
-    shown = html.escape(text, quote=True)
-    title = html.escape(meaning(text), quote=True)
-    return f'<abbr title="{title}">{shown}</abbr>' if title else shown
-
-
-def glossary() -> str:
-    """All terms, as a list that can be folded away."""
-    entries = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>\n" for name, text in TERMS.items())
-    summary = "<summary>Terms on this page</summary>"
-    return f'<details id="glossary">{summary}\n<dl class="glossary">\n{entries}</dl></details>'

@@ -1,37 +1,94 @@
-"""The rooflines of a run's page: the program that lies beside it, on the devices that it was predicted for."""
+"""The rooflines of a program's layers, each kind of call on each device that it was predicted for."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from edgetune.core.errors import EdgetuneError
-from edgetune.core.ledger import Ledger
-from edgetune.report.drawing import Figure
+from edgetune.core.ledger import Layer, Layers
+from edgetune.core.numbers import number, percent, plural
+from edgetune.report.drawing import BLUE, GREY, ORANGE, Figure, axis, built, label, log_range
+
+_BOUNDS = {"compute": BLUE, "memory": ORANGE, "overhead": GREY}
+_FEWEST_PX, _MOST_PX = 7.0, 34.0  # of a point, across
 
 
-def rooflines_of(ledger: Ledger, folder: Path) -> tuple[Figure, ...]:
-    """A picture for each predicted call; none where the folder holds another program, or none, or no manifest.
+def rooflines(found: Sequence[Layers]) -> tuple[Figure, ...]:
+    """One for each kind of call on each device: what its layers reach, beneath what the device allows."""
+    figures = [roofline(of, place) for place, of in enumerate(found)]
+    return tuple(figure for figure in figures if figure is not None)
 
-    Layers are not in the ledger: they are computed from the program's manifest and today's descriptors.
-    """
-    if ledger.program is None or not ledger.predicted:
-        return ()
-    path = folder / Path(ledger.program.path).name
-    if not path.with_suffix(".json").is_file():
-        return ()
-    from edgetune.profile.layers import Layers, layers
-    from edgetune.program.artifact import Artifact
-    from edgetune.report.pictures import rooflines
 
-    try:
-        artifact = Artifact.load(path, "model", "language")
-    except EdgetuneError:  # a file that was changed since: its layers are not this run's
-        return ()
-    if artifact.manifest.sha256 != ledger.program.sha256:
-        return ()
-    found: list[Layers] = []
-    for name in dict.fromkeys(line.device for line in ledger.predicted):
-        with suppress(EdgetuneError):  # a device that is gone since; the rest of the page stands
-            found += layers(artifact, name)
-    return rooflines(found)
+def roofline(found: Layers, place: int = 0) -> Figure | None:
+    """Intensity against the rate reached, one point a layer; `None` where nothing multiplies."""
+    drawn = [layer for layer in found.layers if layer.macs]
+    if not drawn:
+        return None
+    roof = found.roof
+    left = 0.5 * min(layer.intensity for layer in drawn)
+    ridge = max(roof.gmacs.values(), default=0.0) / roof.memory_gb_s
+    right = 2.0 * max(*(layer.intensity for layer in drawn), ridge)
+    slopes = [("memory", roof.memory_gb_s, "solid"), ("last cache", roof.cache_gb_s, "dot")]
+    top = max(roof.gmacs.values(), default=max(layer.gmacs for layer in drawn))
+    traces = [_line_of(f"{name}, {number(gb_s)} GB/s", [left, min(top / gb_s, right)],
+                       [left * gb_s, min(top, right * gb_s)], dash) for name, gb_s, dash in slopes]  # fmt: skip
+    for dtype, gmacs in roof.gmacs.items():
+        start = min(max(left, gmacs / roof.cache_gb_s), right)
+        traces.append(_line_of(f"{dtype}, {number(gmacs)} GMAC/s", [start, right], [gmacs, gmacs], "dash"))
+    for bound, color in _BOUNDS.items():
+        of = [layer for layer in drawn if layer.bound == bound]
+        if of:
+            traces.append(_layers_of(of, bound, color))
+    heights = [layer.gmacs for layer in drawn] + [left * roof.memory_gb_s, top]
+    layout = {
+        "height": 440,
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
+        "margin": {"l": 8, "r": 12, "t": 70, "b": 8},
+        "xaxis": axis("multiply-accumulates per byte", type="log", range=log_range([left, right]), dtick=1),
+        "yaxis": axis("GMAC/s reached, predicted", type="log", range=log_range(heights), dtick=1),
+    }
+    title = f"Roofline of the CPU, predicted: {found.where}"
+    return Figure(f"roofline-{place}", title, _told(found, len(drawn)), built(traces, layout))
+
+
+def _told(found: Layers, drawn: int) -> str:
+    """The chart in words."""
+    bounds = ", ".join(f"{bound} {percent(share)} %" for bound, share in found.bounds_pct.items())
+    slowest = found.layers[0]
+    return (
+        f"Of the predicted time, bound by {bounds}. The slowest layer is {slowest.module} with "
+        f"{percent(slowest.share_pct)} %, {number(slowest.intensity)} multiply-accumulates per byte and "
+        f"{number(slowest.gmacs)} GMAC/s. {plural(drawn, 'layer')} drawn, sized by time; layers without "
+        "multiplications are not shown. Points above the memory slope are served by a cache"
+    )
+
+
+def _line_of(name: str, x: Sequence[float], y: Sequence[float], dash: str) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines", "name": name, "x": list(x), "y": list(y),
+        "line": {"color": GREY, "width": 1.5, "dash": dash}, "hoverinfo": "name",
+    }  # fmt: skip
+
+
+def _layers_of(layers: Sequence[Layer], bound: str, color: str) -> dict[str, Any]:
+    """The layers with one bound; area stands for time."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": f"bound by {bound}",
+        "x": [layer.intensity for layer in layers],
+        "y": [layer.gmacs for layer in layers],
+        "marker": {
+            "color": color,
+            "opacity": 0.75,
+            "size": [max(_FEWEST_PX, _MOST_PX * (layer.share_pct / 100) ** 0.5) for layer in layers],
+            "line": {"width": 1, "color": color},
+        },
+        "hovertext": [
+            f"<b>{label(layer.module, 60)}</b><br>{number(layer.ms)} ms, {percent(layer.share_pct)} % of the time<br>"
+            f"{percent(layer.utilization_pct)} % of what bounds it, {layer.dtype}"
+            for layer in layers
+        ],
+        "hovertemplate": "%{hovertext}<br>%{x:.3s} MAC/byte, %{y:.3s} GMAC/s<extra></extra>",
+    }

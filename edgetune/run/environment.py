@@ -13,6 +13,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from edgetune.recipe.names import HOST, ids
+from edgetune.runtime import host
+from edgetune.runtime.clock.machine import cpuinfo, text_of, usable_cores
+
 STACK = (
     "edgetune",
     "torch",
@@ -54,21 +58,21 @@ def environment() -> Environment:
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         versions={name: _version(name) for name in STACK},
-        cpu=_cpu(),
+        cpu=host.cpu_name(),
         cpu_flags=_flags(),
-        cores=_cores(),
+        cores=usable_cores(),
         memory_mib=_memory_mib(),
         accelerators=_accelerators(),
         extras=_extras(),
         targets=_targets(),
-        host_calibrated=_host_calibrated(),
+        host_calibrated=HOST in ids(),
     )
 
 
 def versions() -> dict[str, str]:
     """What a run's record says of where it was made: the stack's installed versions, Python, system and processor."""
     installed = {name: version for name in STACK if (version := _version(name))}
-    return {**installed, "python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu()}
+    return {**installed, "python": platform.python_version(), "platform": platform.platform(), "cpu": host.cpu_name()}
 
 
 def _version(name: str) -> str | None:
@@ -78,33 +82,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu_lines() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return []
-
-
-def _cpu() -> str:
-    for line in _cpu_lines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Hardware", "Model"):
-            return value.strip()
-    return platform.processor() or platform.machine()
-
-
 def _flags() -> tuple[str, ...]:
-    for line in _cpu_lines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return tuple(sorted(FLAGS & set(value.split())))
-    return ()
-
-
-def _cores() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = re.fullmatch(r"(\d+) (\d+)", _read("/sys/fs/cgroup/cpu.max"))
-    return min(usable, max(1, round(int(quota[1]) / int(quota[2])))) if quota else usable
+    fields = cpuinfo()
+    return tuple(sorted(FLAGS & set((fields.get("flags") or fields.get("Features") or "").split())))
 
 
 def _memory_mib() -> int | None:
@@ -112,15 +92,8 @@ def _memory_mib() -> int | None:
         fitted = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
-    limit = _read("/sys/fs/cgroup/memory.max")
+    limit = text_of(Path("/sys/fs/cgroup/memory.max"))
     return min(fitted, int(limit) if limit.isdecimal() else fitted) // 2**20
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def _accelerators() -> tuple[str, ...]:
@@ -162,12 +135,6 @@ def _targets() -> dict[str, str]:
         return {}
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def _host_calibrated() -> bool:
-    from edgetune.profile import device
-
-    return device.HOST in device.ids()
 
 
 def as_text(found: Environment) -> str:

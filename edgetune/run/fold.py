@@ -18,7 +18,8 @@ from edgetune.core.apply import apply, finalize, opened
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import tensors_of
-from edgetune.core.ledger import Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.core.numbers import MIB
 from edgetune.core.numbers import quality as quality_in_words
 from edgetune.core.order import planned
 from edgetune.core.progress import NOTE, Progress
@@ -39,7 +40,7 @@ from edgetune.run.budget import verdicts
 from edgetune.run.environment import versions
 from edgetune.run.exportable import Exportable, check_talks, of_split, tell_run, to_program
 from edgetune.run.finished import save_finished
-from edgetune.run.measures import MIB, kept_mib, measure
+from edgetune.run.measures import kept_mib, measure
 from edgetune.run.rehearsal import in_step, rehearse
 from edgetune.run.samples import Samples
 from edgetune.tasks import task as tasks
@@ -306,6 +307,7 @@ class Fold:
     def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Every kind of call of the program, timed on this host and predicted for each device."""
         from edgetune.profile.calls import measured_calls, predicted_calls
+        from edgetune.profile.layers import layers
 
         devices = [*asked.devices]
         measured: tuple[Measured, ...] = ()
@@ -314,11 +316,13 @@ class Fold:
             measured = measured_calls(artifact)
             devices += [HOST] if HOST in ids() and HOST not in devices else []  # predicted beside measured
         predicted: list[Predicted] = []
+        by_layer: list[Layers] = []
         for number, device in enumerate(devices):
             self.progress("profile", number + 1, len(devices) + 1, device)
             predicted += predicted_calls(artifact, device)
+            by_layer += layers(artifact, device)
         self.progress("profile", 1, 1, "")
-        self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted))
+        self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted), layers=tuple(by_layer))
 
     def exportable(self, language: bool = False) -> Exportable:
         """The model as it stands, and what its program is made of, compared on and has beside it."""

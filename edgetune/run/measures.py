@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.modes import undisturbed
+from edgetune.core.numbers import MIB
 from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import parameter_count, stored_bytes
 
-MIB = 2**20
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import time
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 
-_CPUINFO = Path("/proc/cpuinfo")
+from edgetune.runtime.clock.machine import cpuinfo, text_of, usable_cores
+
 _MEMINFO = Path("/proc/meminfo")
 _CPU_FOLDER = Path("/sys/devices/system/cpu/cpu0")
 
@@ -33,17 +33,11 @@ def fact(value: float | list[str] | None, unit: str, source: str, trust: str, un
     return {"value": value, **named, "source": source, "trust": trust}
 
 
-def cpuinfo(text: str) -> dict[str, str]:
-    """Fields of the first processor in `/proc/cpuinfo`.
-
-    >>> cpuinfo("processor : 0\\nmodel name : X\\n\\nprocessor : 1\\nmodel name : Y\\n")["model name"]
-    'X'
-    """
-    first: dict[str, str] = {}
-    for line in text.strip().split("\n\n")[0].splitlines():
-        key, _, value = line.partition(":")
-        first[key.strip()] = value.strip()
-    return first
+def cpu_name() -> str:
+    """What the processor is called."""
+    fields = cpuinfo()
+    named = fields.get("model name") or fields.get("Hardware") or fields.get("Model")
+    return named or platform.processor() or platform.machine() or "unknown"
 
 
 def flags_of(fields: dict[str, str]) -> list[str] | None:
@@ -66,14 +60,7 @@ def macs_per_cycle(flags: list[str] | None) -> float | None:
 
 def virtual() -> bool:
     """Whether this is a virtual machine, as far as the processor says so."""
-    fields = cpuinfo(_text(_CPUINFO)) if _CPUINFO.exists() else {}
-    return "hypervisor" in fields.get("flags", "").split()
-
-
-def cores() -> int:
-    """Cores that this process may use, which in a container are fewer than those fitted."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return "hypervisor" in cpuinfo().get("flags", "").split()
 
 
 def cache_kib(level: int) -> float | None:
@@ -93,7 +80,7 @@ def cache_kib(level: int) -> float | None:
 
 def ram_gib() -> float | None:
     """Main memory that the system has."""
-    match = re.search(r"^MemTotal:\s+(\d+) kB", _text(_MEMINFO), re.MULTILINE)
+    match = re.search(r"^MemTotal:\s+(\d+) kB", text_of(_MEMINFO), re.MULTILINE)
     return round(int(match[1]) / 1024**2, 2) if match is not None else None
 
 
@@ -117,17 +104,9 @@ def _seconds(source: torch.Tensor, target: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
 def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
     """A descriptor of this host as YAML would hold it, without a calibration."""
-    fields = cpuinfo(_text(_CPUINFO)) if _CPUINFO.exists() else {}
-    name = fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine() or "unknown"
+    fields, name = cpuinfo(), cpu_name()
     flags, printed = flags_of(fields), "/proc/cpuinfo"
     mhz = float(fields["cpu MHz"]) if re.fullmatch(r"\d+(\.\d+)?", fields.get("cpu MHz", "")) else None
     no_print = "the operating system does not print it"
@@ -135,7 +114,7 @@ def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
     l2, last = cache_kib(2), cache_kib(3) or cache_kib(2)
     cluster = {
         "core": name,
-        "count": fact(cores(), "", "scheduler affinity of the process", "high", ""),
+        "count": fact(usable_cores(), "", "scheduler affinity and CPU quota of the process", "high", ""),
         "ghz": fact(round(mhz / 1000, 3) if mhz else None, "GHz", f"{printed}: clock at the time", "medium", no_print),
         "fp32_macs_per_cycle": fact(
             macs_per_cycle(flags), "MAC/cycle", "two pipes of the widest vector flag: a guess", "low", no_print

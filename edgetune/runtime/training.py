@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.files import replacing
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.quiet import quiet
 from edgetune.program.artifact import Artifact
@@ -86,9 +86,8 @@ class TrainingProgram:
             "momentum": str(training.momentum),
             "slices": json.dumps([spec.model_dump() for spec in training.slices]),
         }
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(self.state(), partial, metadata=about)
-        os.replace(partial, path)
+        with replacing(path) as (temporary,):
+            save_file(self.state(), temporary, metadata=about)
 
     def restore(self, path: str | Path) -> None:
         """Read what `save` wrote."""

@@ -32,12 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import flush
+from edgetune.core.files import flush, replacing
 
 MARKER = "complete.json"
 _FORMAT = 1
 _PARTS = ("tensors", "state")
-_FILES = re.compile(r"\.?complete\.json|\.tensors\.safetensors|\.state\.json|(tensors|state)-[0-9a-f]{16}\.\w+")
+_FILES = re.compile(
+    r"(\.complete\.[0-9a-f]{8}|complete)\.json|\.tensors\.safetensors|\.state\.json|(tensors|state)-[0-9a-f]{16}\.\w+"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -56,15 +58,12 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         folder.mkdir(parents=True, exist_ok=True)
         files = {
             "tensors": _written(folder, "tensors", ".safetensors", lambda path: save_file(_apart(tensors), path)),
-            "state": _written(folder, "state", ".json", lambda path: _write_text(path, text)),
+            "state": _written(folder, "state", ".json", lambda path: path.write_text(text, encoding="utf-8")),
         }
         marker = json.dumps({"format": _FORMAT, **files}, indent=1)
-        temporary = folder / f".{MARKER}"
-        _write_text(temporary, marker)
-        flush(temporary)
-        flush(folder)
-        os.replace(temporary, folder / MARKER)
-        flush(folder)
+        flush(folder)  # the marker comes once what it names is on the disk
+        with replacing(folder / MARKER) as (temporary,):
+            temporary.write_text(marker, encoding="utf-8")
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
         _remove_unnamed(folder)
@@ -168,7 +167,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _written(folder: Path, stem: str, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
+def _written(folder: Path, stem: str, suffix: str, write: Callable[[Path], object]) -> dict[str, Any]:
     """Write under a temporary name, flush, rename to a name that holds the checksum; its entry in the marker."""
     temporary = folder / f".{stem}{suffix}"
     write(temporary)
@@ -178,10 +177,6 @@ def _written(folder: Path, stem: str, suffix: str, write: Callable[[Path], None]
     size = temporary.stat().st_size
     os.replace(temporary, folder / name)
     return {"name": name, "bytes": size, "sha256": digest}
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.holders import is_distributed
 from edgetune.core.inputs import Inputs, call, device_of, logits_of, moved
 from edgetune.core.ledger import LossPoint, Quality
+from edgetune.core.numbers import MIB
 from edgetune.train import checkpoint
 from edgetune.train import optimizer as optimizers
 from edgetune.train.plan import Plan, Split
@@ -36,7 +37,6 @@ from edgetune.train.settings import Distill, Train
 if TYPE_CHECKING:
     from edgetune.train.prefix.cache import PrefixCache, PrefixReport
 
-_MIB = 2**20
 _IGNORED_LABEL = -100
 
 
@@ -288,8 +288,8 @@ def seed_everything(seed: int) -> None:
 def _result(run: Progress, optimizer: torch.optim.Optimizer, prefix: PrefixReport | None) -> TrainResult:
     return TrainResult(
         losses=tuple(run.losses),
-        gradients_mib=run.gradient_bytes / _MIB,
-        optimizer_state_mib=optimizers.state_bytes(optimizer) / _MIB,
+        gradients_mib=run.gradient_bytes / MIB,
+        optimizer_state_mib=optimizers.state_bytes(optimizer) / MIB,
         resumed_from=run.resumed_from,
         best=run.best,
         seconds=run.seconds,

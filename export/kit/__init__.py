@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
+from edgetune.core.files import new_folder, write_whole
 from edgetune.export.kit import classifier, language
 from edgetune.export.kit.platforms import PLATFORMS, Platform, find, target_for
 from edgetune.program.artifact import Artifact
@@ -33,9 +31,7 @@ def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) 
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EdgetuneError("the folder of the kit already exists", got=str(folder), action="choose another with -o")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with new_folder(folder) as unfinished:
         beside = unfinished / platform.model
         beside.mkdir(parents=True, exist_ok=True)
         made = make(beside / "model.pte")
@@ -44,10 +40,6 @@ def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) 
             _fill(unfinished, classifier.files(platform, made), fields)
         else:
             _fill(unfinished, platform.talk, language.fields(platform, made, language.beside(made)))
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

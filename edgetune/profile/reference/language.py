@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from edgetune.core.numbers import MIB
 from edgetune.program.operators import DType, Kind, Operator
-
-_MIB = 1024.0 * 1024.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Architecture:
 
     def cache_mib_per_token(self, element_bytes: int = 4) -> float:
         """Keys and values of one token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes / _MIB
+        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes / MIB
 
 
 @dataclass(frozen=True)
@@ -258,4 +257,4 @@ def file_mib(architecture: Architecture, scheme: Scheme) -> float:
     table_bits = scheme.file_head_bits + (scheme.file_table_bits if copies == 2 else 0)
     bits = architecture.block_parameters * scheme.file_block_bits + architecture.head_parameters * table_bits
     small = architecture.small_parameters + adapter_parameters(architecture, scheme.adapter_rank)
-    return (bits / 8 + 4 * small) / _MIB
+    return (bits / 8 + 4 * small) / MIB

@@ -28,10 +28,23 @@ def number_in(path: Path) -> float | None:
         return None
 
 
+def cpuinfo(proc_folder: Path = PROC) -> dict[str, str]:
+    """Fields of the first processor in `/proc/cpuinfo`, and those below all; none where the system has no such file."""
+    pairs = [line.partition(":") for line in text_of(proc_folder / "cpuinfo").splitlines()]
+    return {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+
+
 def allowed_cores() -> tuple[int, ...]:
     """The cores that this process may use; nothing where the system does not say."""
     affinity = getattr(os, "sched_getaffinity", None)
     return tuple(sorted(affinity(0))) if affinity is not None else ()
+
+
+def usable_cores(sys_folder: Path = SYS) -> int:
+    """How many cores this process has: those that it may use, or fewer where a container gets less of their time."""
+    allowed = len(allowed_cores()) or os.cpu_count() or 1
+    quota, _, period = text_of(sys_folder / "fs/cgroup/cpu.max").partition(" ")  # "max 100000" where there is none
+    return min(allowed, max(1, round(int(quota) / int(period)))) if quota.isdecimal() else allowed
 
 
 def best_cores(threads: int, allowed: tuple[int, ...], sys_folder: Path = SYS) -> tuple[int, ...]:
@@ -75,14 +88,13 @@ def state(sys_folder: Path = SYS) -> dict[str, dict[str, float]]:
 def facts(proc_folder: Path = PROC) -> dict[str, Any]:
     """What machine this is."""
     board = text_of(proc_folder / "device-tree/model")
-    lines = text_of(proc_folder / "cpuinfo").splitlines()
-    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    named = cpuinfo(proc_folder)
     model = board or named.get("Model") or named.get("model name") or platform.processor() or ""
     return {
         "model": model,
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "cores": len(allowed_cores()) or os.cpu_count() or 1,
+        "cores": usable_cores(),
     }
 
 

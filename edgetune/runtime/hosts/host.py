@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import THIS_HOST
-from edgetune.runtime import host
+from edgetune.runtime.clock.machine import usable_cores
 from edgetune.runtime.hosts.place import TimingRequest
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Host:
     @property
     def cores(self) -> int:
         """Cores that a program may use."""
-        return host.cores()
+        return usable_cores()
 
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
         """Each call of the program timed; see `Runner`."""

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.layers import parameter_layers
+from edgetune.core.numbers import MIB
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.auto.timing import QUARTER, TRIED, Times, measured
 from edgetune.sparse.auto.trace import Loss, Save, StorageName, Trace, trace_live, trace_saves
 from edgetune.sparse.scheme import Part, Scheme, Slice, Under, trains
 from edgetune.sparse.sliced import SLICEABLE, channels_of
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)

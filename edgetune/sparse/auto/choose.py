@@ -15,10 +15,11 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.layers import parameter_layers
+from edgetune.core.numbers import MIB
 from edgetune.core.technique import Sample
 from edgetune.data.dataset import cache_folder
 from edgetune.lean.stages import blocks_of
-from edgetune.sparse.auto.account import MIB, Account, Profile, Updating
+from edgetune.sparse.auto.account import Account, Profile, Updating
 from edgetune.sparse.auto.contribution import Contributions, contributions
 from edgetune.sparse.auto.search import Limits, find_scheme
 from edgetune.sparse.scheme import Part, Scheme, Slice, Under, is_norm, resolve

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from edgetune.core.allocate import MOST_POINTS, Front, Option
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.sparse.auto.account import MIB, Layer, Profile, Updating
+from edgetune.core.numbers import MIB
+from edgetune.sparse.auto.account import Layer, Profile, Updating
 from edgetune.sparse.auto.trace import StorageName
 from edgetune.sparse.scheme import Part
 

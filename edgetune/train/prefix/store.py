@@ -29,9 +29,9 @@ import numpy as np
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_whole
+from edgetune.core.numbers import MIB
 from edgetune.core.registry import require
 
-_MIB = 2**20
 _ABOUT = "about.json"
 _DIGEST_BYTES = 16
 _EMPTY = bytes(2 * _DIGEST_BYTES)
@@ -64,11 +64,11 @@ class RowStore:
         filelock = require("filelock", "a cached prefix")
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
         place, needed = folder / key, needed_bytes(sizes)
-        if needed > max_mib * _MIB:
+        if needed > max_mib * MIB:
             raise EdgetuneError(
-                f"the cached prefix of {len(sizes[0])} rows needs {needed / _MIB:.1f} MiB, "
+                f"the cached prefix of {len(sizes[0])} rows needs {needed / MIB:.1f} MiB, "
                 f"more than cache_max_mib ({max_mib:g})",
-                action=f"set cache_max_mib to {-(-needed // _MIB)}, {smaller}, or leave cache_prefix out",
+                action=f"set cache_max_mib to {-(-needed // MIB)}, {smaller}, or leave cache_prefix out",
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ class RowStore:
     @property
     def mib(self) -> float:
         """What all rows take together."""
-        return needed_bytes(self.sizes) / _MIB
+        return needed_bytes(self.sizes) / MIB
 
     def _record(self, row: int) -> bytes:
         self.rows_file.seek(row * len(_EMPTY))
@@ -197,7 +197,7 @@ def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock:
     total = needed + sum(_bytes_of(entry) for entry in others)
     kept = 0
     for entry in others:
-        if total <= max_mib * _MIB and (entry / _ABOUT).exists():
+        if total <= max_mib * MIB and (entry / _ABOUT).exists():
             break
         size = _bytes_of(entry)
         if _in_use(entry, filelock):
@@ -205,9 +205,9 @@ def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock:
             continue
         shutil.rmtree(entry)
         total -= size
-    if total > max_mib * _MIB:
+    if total > max_mib * MIB:
         raise EdgetuneError(
-            f"the cached prefix needs {needed / _MIB:.1f} MiB, but other trainings use {kept / _MIB:.1f} MiB of the "
+            f"the cached prefix needs {needed / MIB:.1f} MiB, but other trainings use {kept / MIB:.1f} MiB of the "
             f"{max_mib:g} that cache_max_mib allows in {folder}",
             action="wait for them, or raise cache_max_mib",
         )
@@ -215,7 +215,7 @@ def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock:
     free = shutil.disk_usage(folder).free
     if needed - there > free:
         raise EdgetuneError(
-            f"the cached prefix needs {(needed - there) / _MIB:.1f} MiB, and there are {free / _MIB:.1f} in {folder}",
+            f"the cached prefix needs {(needed - there) / MIB:.1f} MiB, and there are {free / MIB:.1f} in {folder}",
             action="free some disk space, choose another folder, or leave cache_prefix out",
             exit_code=Exit.DATA,
         )
