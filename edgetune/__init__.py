@@ -17,6 +17,7 @@ __all__ = [
     "EdgetuneError",
     "Int4",
     "Int8",
+    "Lean",
     "LoRA",
     "Prune",
     "Sample",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from edgetune.export.methods import export_methods
     from edgetune.export.training.pull import pull
     from edgetune.export.training.step import export_training
+    from edgetune.lean.technique import Lean
     from edgetune.profile import profile
     from edgetune.prune.structured import Prune
     from edgetune.quant.int4 import Int4
@@ -76,6 +78,7 @@ else:
         "EdgetuneError": "core.technique",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
+        "Lean": "lean.technique",
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",
         "Prune": "prune.structured",

@@ -30,6 +30,7 @@ from edgetune.data.dataset import Split
 from edgetune.data.settings import DataSettings
 from edgetune.lean.kept import kept_bytes
 from edgetune.lean.operators import Activations
+from edgetune.lean.technique import Lean
 from edgetune.models.loaded import ModelSettings
 from edgetune.sparse.auto import choose as auto
 from edgetune.sparse.auto.account import Updating
@@ -41,6 +42,7 @@ from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
 
 MIB = 2**20
+WITH_LEAN = " with lean"  # ends the name of a method that has the lean operators beside
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Task:
     updates: int
     activations: Activations = "exact"  # of `auto`: whether it keeps them whole or in 8 bits
     epoch_rows: int = 512
-    methods: tuple[str, ...] = ("full", "full-light", "lora", "last-1", "last-2", "bias", "auto")
+    methods: tuple[str, ...] = ("full", "full with lean", "lora", "lora with lean", "last-1", "last-2", "bias", "auto")
     rates: dict[str, float] = field(default_factory=dict)  # learning rates, usual ones for each method; not tuned
 
 
@@ -81,7 +83,7 @@ TASKS = {
         data=DataSettings(source="conversations"),
         batch_size=4, tokens=256, lora=("*.?_proj", "*.gate_proj", "*.up_proj", "*.down_proj"), head="frozen",
         budget_mib=920, updates=120, epoch_rows=64,
-        methods=("full", "full-light", "lora", "last-1", "last-2", "auto"),  # has no biases
+        methods=("full", "full with lean", "lora", "lora with lean", "last-1", "last-2", "auto"),  # has no biases
         rates={"full": 1e-4, "lora": 1e-3, "last-1": 1e-3, "last-2": 1e-3, "auto": 7e-4},
     ),
 }  # fmt: skip
@@ -104,7 +106,7 @@ class Worker:
         light = method.startswith("auto")
         self.settings = Train(
             updates=self.task.updates, batch_size=self.task.batch_size, clip_norm=None if light else 1.0,
-            in_backward=light, learning_rate=self.task.rates[method.removesuffix("-light")],
+            in_backward=light, learning_rate=self.task.rates[method.removesuffix(WITH_LEAN)],
         )  # fmt: skip
         self.optimizer = optimizers.build(self.settings, [p for p in self.model.parameters() if p.requires_grad])
         self.ready_rss = resident_bytes()
@@ -209,13 +211,12 @@ class _Counter(TorchDispatchMode):
 def prepared(method: str, model: nn.Module, worker: Worker) -> nn.Module:
     """The model as this method trains it."""
     task = worker.task
-    if method == "full":
-        return model.requires_grad_(True)
-    if method == "lora":
+    lean = [Lean()] if method.endswith(WITH_LEAN) else []
+    if method.startswith("full"):
+        return apply(model.requires_grad_(True), lean)
+    if method.startswith("lora"):
         heads = ("classifier",) if task.model.source == "minilm" else ()
-        return apply(model, LoRA(rank=8, targets=task.lora, skip=(), also_train=heads))
-    if method == "full-light":  # everything trains, by our operators: what of the time is theirs
-        return apply(model, SparseUpdate(scheme={"*": "full"}))
+        return apply(model, [*lean, LoRA(rank=8, targets=task.lora, skip=(), also_train=heads)])
     if method == "auto":
         assert worker.scheme is not None
         return apply(

@@ -17,6 +17,7 @@ from edgetune.core.apply import apply
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
+from edgetune.lean.technique import Lean
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
@@ -239,6 +240,7 @@ def int8_size(plain: nn.Module) -> int:
 
 
 ATTENTION = ("*.query", "*.value")
+LINEARS = ("*.query", "*.key", "*.value", "*.dense")
 BLOCKS = ("blocks.*.up", "blocks.*.down")
 NOTHING = ("*.nothing",)
 
@@ -280,6 +282,17 @@ CASES = [
         "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
         bert, tokens, keeps_less=True,
     ),
+    Case("lean-mlp", (Lean(),), mlp, vectors, keeps_less=True),
+    Case("lean-cnn", (Lean(),), cnn, pictures, keeps_less=True, exports=True),
+    Case("lean-bert", (Lean(),), bert, tokens, keeps_less=True),
+    Case("lean-llama", (Lean(),), llama, tokens, keeps_less=True),
+    Case("lean-lora-bert", (Lean(), LoRA(rank=2, targets=LINEARS)), bert, tokens, keeps_less=True),
+    Case("lora-lean-llama", (LoRA(rank=2, targets=("*_proj",)), Lean()), llama, tokens, keeps_less=True),
+    Case(
+        "lean-sparse-bert", (Lean(activations="8bit"), SparseUpdate(scheme="last-1")), bert, tokens, keeps_less=True,
+    ),
+    Case("nf4-lean-lora-mlp", (NF4(block_size=32), Lean(), LoRA(rank=2, targets=BLOCKS)), mlp, vectors, error=0.3,
+         keeps_less=True),
     Case(
         "nf4-mlp", (NF4(block_size=32, double_quant=False),), mlp, vectors, error=0.2,
         size=nf4_size(False, "classifier"), unmatched=NF4(targets=NOTHING),

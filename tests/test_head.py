@@ -15,6 +15,7 @@ from edgetune.core.apply import apply, finalize
 from edgetune.core.inputs import call, logits_of
 from edgetune.lean import head
 from edgetune.lean.kept import kept_bytes
+from edgetune.lean.technique import Lean
 from edgetune.sparse.update import SparseUpdate
 from edgetune.tasks import task
 
@@ -79,13 +80,36 @@ def test_a_loss_computed_inside_the_model_keeps_none_either() -> None:
             torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=1e-5, atol=1e-8)
 
 
-def test_a_head_that_trains_is_left_to_pytorch() -> None:
-    model = apply(llama(), SparseUpdate(scheme="last-1", head="full")).train()
-    loss_of(call(model, tokens())).backward()
-    expected = apply(llama(), SparseUpdate(scheme="last-1", head="full")).train()
-    head.take_off(expected)
-    loss_of(call(expected, tokens())).backward()
-    assert torch.equal(model.lm_head.weight.grad, expected.lm_head.weight.grad)
+@pytest.mark.parametrize("chunk", [100, 2**23])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_trains_keeps_no_logits_either(chunk: int, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CHUNK_VALUES", chunk)
+    plain, model = llama(tied).train(), apply(llama(tied), Lean()).train()
+    head.take_off(other := apply(llama(tied), Lean()))
+    assert kept_bytes(other, tokens(), loss_of) - kept_bytes(model, tokens(), loss_of) > 0.8 * (4 * 10 * 48) * 4
+    (expected, wanted), (value, mine) = gradients(plain), gradients(model)
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert wanted.keys() == mine.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_changed_after_the_head_or_in_another_order_go_to_pytorch() -> None:
+    for tied in (True, False):
+        model, plain = apply(llama(tied), Lean()), llama(tied)
+        for change in (lambda y: y.mul_(0.5), lambda y: y.transpose(0, 1)):
+            losses = []
+            for each in (model, plain):
+                each.zero_grad()
+                logits = change(logits_of(call(each, tokens())))
+                rows = labels() if logits.shape[0] == 4 else labels().t()
+                losses.append(head.cross_entropy(logits, rows.contiguous()))
+                losses[-1].backward()
+            torch.testing.assert_close(*losses)
+            weight = "model.layers.0.mlp.up_proj.weight"
+            torch.testing.assert_close(
+                model.get_parameter(weight).grad, plain.get_parameter(weight).grad, rtol=1e-4, atol=1e-6
+            )
 
 
 def test_two_losses_of_the_same_logits_add_up() -> None:

@@ -147,15 +147,16 @@ def test_gradients_only_where_declared_and_equal_to_autograds(case: Case) -> Non
             part = whole.index_select(layer.dim, layer.indices)
             torch.testing.assert_close(parameter.grad, part, atol=1e-4, rtol=1e-3)
             compared += 1
-    assert compared or case.leaves == Trait.ADAPTED
-    assert any(not parameter.requires_grad for parameter in model.parameters())
+    assert compared or case.leaves & ~Trait.LEAN == Trait.ADAPTED
+    freezes = case.leaves & (Trait.ADAPTED | Trait.FROZEN | Trait.PACKED)
+    assert bool(freezes) == any(not parameter.requires_grad for parameter in model.parameters())
 
 
 @named([case for case in CASES if case.keeps_less])
 def test_fewer_bytes_are_kept_for_backward(case: Case) -> None:
     plain = kept_bytes(case.model(), case.inputs(), loss_of)
     kept = kept_bytes(case.applied(), case.inputs(), loss_of)
-    assert 0 < kept < 0.8 * plain
+    assert 0 < kept < 0.85 * plain
 
 
 @named(TRAINED)

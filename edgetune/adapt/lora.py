@@ -20,7 +20,8 @@ from edgetune.core.peft_layers import is_peft, is_transposed
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.lean.frozen import remove_hooks
+from edgetune.lean.frozen import FrozenLayer, remove_hooks
+from edgetune.lean.reads import FirstForward
 
 
 class LoRA(Technique):
@@ -84,8 +85,8 @@ class LoRA(Technique):
         model = merge(model, is_peft)
         if hasattr(model, "peft_config"):
             del model.peft_config
-        if not trainable.is_chosen(model):
-            remove_hooks(model)
+        keep = trainable.is_chosen(model)  # whoever chose keeps its batch norms frozen
+        remove_hooks(model, FirstForward if keep else (FirstForward, FrozenLayer))
         trainable.recall(model, self.name)
         return model
 

@@ -15,6 +15,7 @@ from edgetune.core.technique import Technique
 TECHNIQUES = {
     "lora": "edgetune.adapt.lora:LoRA",
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
+    "lean": "edgetune.lean.technique:Lean",
     "prune": "edgetune.prune.structured:Prune",
     "int4": "edgetune.quant.int4:Int4",
     "int8": "edgetune.quant.int8:Int8",

@@ -164,7 +164,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:  # type: ignore[override]
         ctx.p, ctx.seed, ctx.order = p, new_seed(), memory_order(x)
-        y = _dropped(x, p, ctx.seed, ctx.order)
+        y = dropped(x, p, ctx.seed, ctx.order)
         if not inplace:
             return y
         ctx.mark_dirty(x)
@@ -173,10 +173,10 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _dropped(gradient, ctx.p, ctx.seed, ctx.order), None, None
+        return dropped(gradient, ctx.p, ctx.seed, ctx.order), None, None
 
 
-def _dropped(x: Tensor, p: float, seed: int, order: list[int]) -> Tensor:
+def dropped(x: Tensor, p: float, seed: int, order: list[int]) -> Tensor:
     """`x` with the dropout of this seed, drawn in this order of the dimensions."""
     flat, generator = flattened(x, order), seeded(seed, x.device)
     found = torch.empty_like(flat)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from edgetune.lean.packing import autocast_dtype, dropout_noise, new_seed, no_autocast, seeded, wide_enough
+from edgetune.lean.sources import Latest
 
 aten = torch.ops.aten
 _CHUNK = 2**17  # scores computed at once, half a MiB in fp32: they stay in the cache
@@ -103,24 +104,43 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, mask = ctx.saved_tensors
-        p, is_causal, scale = ctx.settings
-        generator = seeded(ctx.seed, query.device)
-        for_query, for_key, for_value = (torch.empty_like(t) for t in (query, key, value))
-        with no_autocast(query.device):
-            scores = _Scores(query, key, mask, is_causal, scale)
-            for part, few in scores.pieces():
-                q, g = (wide_enough(t[part]).flatten(0, 1) for t in (query, gradient))
-                k, v = scores.many(key, few), scores.many(value, few)
-                found = scores.probabilities(q, k, part)
-                noise = dropout_noise(found.numel(), p, found.dtype, generator).view_as(found) if p else None
-                dropped = found if noise is None else found * noise
-                for_value[few] = _summed(torch.bmm(dropped.transpose(1, 2), g), query[part].shape, scores.groups)
-                back = torch.bmm(g, v.transpose(1, 2))
-                back = aten._softmax_backward_data(back if noise is None else back.mul_(noise), found, -1, found.dtype)
-                for_query[part] = torch.bmm(back, k).mul_(scale).view_as(query[part])
-                for_key[few] = _summed(torch.bmm(back.transpose(1, 2), q).mul_(scale), query[part].shape, scores.groups)
-        return for_query, for_key, for_value, None, None, None, None
+        settings = (*ctx.settings, ctx.seed)
+        _, grads = attention_gradients(ctx.saved_tensors, settings, gradient, wants_output=False)
+        return *grads, None, None, None, None
+
+
+def attention_gradients(
+    tensors: Sequence[Any], settings: tuple[float, bool, float, int], gradient: Tensor, wants_output: bool = True
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output of an attention, and the gradients of query, key and value from that of the output.
+
+    `tensors`: query, key, value and the mask or None; `settings`: dropout, whether causal, scale and seed. The
+    gradient of the output may have its heads side by side, `(batch * tokens, heads * width)`; the output has.
+    """
+    (query, key, value, mask), (p, is_causal, scale, seed) = tensors, settings
+    generator = seeded(seed, query.device)
+    batch, heads, queries, _ = query.shape
+    if gradient.dim() == 2:
+        gradient = gradient.view(batch, queries, heads, -1).transpose(1, 2)
+    rows = query.new_empty(batch, queries, heads * value.shape[-1] if wants_output else 0)
+    out = rows.view(batch, queries, heads, -1).transpose(1, 2) if wants_output else None
+    for_query, for_key, for_value = (torch.empty_like(t) for t in (query, key, value))
+    with no_autocast(query.device):
+        scores = _Scores(query, key, mask, is_causal, scale)
+        for part, few in scores.pieces():
+            q, g = (wide_enough(t[part]).flatten(0, 1) for t in (query, gradient))
+            k, v = scores.many(key, few), scores.many(value, few)
+            found = scores.probabilities(q, k, part)
+            noise = dropout_noise(found.numel(), p, found.dtype, generator).view_as(found) if p else None
+            probabilities = found if noise is None else found * noise
+            if out is not None:
+                out[part] = torch.bmm(probabilities, v).view_as(out[part])
+            for_value[few] = _summed(torch.bmm(probabilities.transpose(1, 2), g), query[part].shape, scores.groups)
+            back = torch.bmm(g, v.transpose(1, 2))
+            back = aten._softmax_backward_data(back if noise is None else back.mul_(noise), found, -1, found.dtype)
+            for_query[part] = torch.bmm(back, k).mul_(scale).view_as(query[part])
+            for_key[few] = _summed(torch.bmm(back.transpose(1, 2), q).mul_(scale), query[part].shape, scores.groups)
+    return rows, (for_query, for_key, for_value)
 
 
 class _Flash(torch.autograd.Function):
@@ -212,7 +232,7 @@ class Repeats:
 
 
 def scaled_dot_product_attention(
-    repeats: Repeats, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    latest: Latest, repeats: Repeats, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """`functional.scaled_dot_product_attention`; its dropout draws one seed from the global generator."""
@@ -234,7 +254,10 @@ def scaled_dot_product_attention(
     if long and not dropout_p:
         flat = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         return _Flash.apply(*flat, attn_mask, is_causal, scale)  # type: ignore[no-any-return,no-untyped-call]
-    return _Attention.apply(query, key, value, attn_mask, dropout_p, is_causal, scale)  # type: ignore[no-any-return,no-untyped-call]
+    y: Tensor = _Attention.apply(query, key, value, attn_mask, dropout_p, is_causal, scale)  # type: ignore[no-untyped-call]
+    seed: int = y.grad_fn.seed  # type: ignore[union-attr]
+    latest.note_attention(y, (query, key, value), attn_mask, dropout_p, is_causal, scale, seed)
+    return y
 
 
 def _fits(

@@ -135,7 +135,7 @@ def _batch_norm(
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     records = input.requires_grad or (bias is not None and bias.requires_grad)
-    if not records or weight is None or weight.requires_grad or running_mean is None or running_var is None:
+    if not records or training or weight is None or weight.requires_grad or running_mean is None or running_var is None:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     shape = [1, -1] + [1] * (input.dim() - 2)
     scale = weight * torch.rsqrt(running_var + eps)

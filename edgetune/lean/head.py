@@ -1,9 +1,10 @@
-"""Cross entropy over a large vocabulary without keeping logits: what backward needs is worked out in forward.
+"""Cross entropy over a large vocabulary without keeping logits.
 
 A language model's logits are its largest tensor by far, and cross entropy keeps one more of the same size. When the
 head is frozen, backward needs neither: the gradient of the hidden states is `(softmax - onehot) @ weight`, as small as
-the hidden states, and costs the same a moment earlier. The idea of fusing head and loss is that of Liger Kernel
-(Hsu et al., 2024, arXiv:2410.10989) and Cut Cross-Entropy (Wijmans et al., 2024, arXiv:2411.09009).
+the hidden states, and costs the same a moment earlier. A head that trains keeps the hidden states anyhow, from which
+backward computes the logits again. The idea of fusing head and loss is that of Liger Kernel (Hsu et al., 2024,
+arXiv:2410.10989) and Cut Cross-Entropy (Wijmans et al., 2024, arXiv:2411.09009).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from edgetune.lean import onednn
+from edgetune.lean.packing import no_autocast
 
 _ATTRIBUTE = "edgetune_head"  # on the logits: what they were made from
 _CHUNK_VALUES = 2**23  # logits worked on at once
@@ -24,18 +26,23 @@ _CHUNK_VALUES = 2**23  # logits worked on at once
 class _Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
+    bias: Tensor | None
+    trains: bool
+    version: int  # of the logits as the head gave them
 
 
 class KeepNoLogits:
-    """A forward hook on a frozen linear head: its logits remember what they were made from."""
+    """A forward hook on a linear head: its logits remember what they were made from."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Look at what trains at every call, so that a head made trainable later is treated as such by itself."""
-        weight = module._parameters.get("weight")
-        trains = any(p.requires_grad for p in module.parameters())
-        if weight is None or trains or not isinstance(output, Tensor) or not output.requires_grad:
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None or not args or not isinstance(output, Tensor) or not output.requires_grad:
             return
-        setattr(output, _ATTRIBUTE, _Head(args[0], weight))
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        # where the bias alone trains no hidden states are kept, and under autocast the logits are of another type
+        if not trains or (weight.requires_grad and args[0].dtype == weight.dtype == output.dtype):
+            setattr(output, _ATTRIBUTE, _Head(args[0], weight, bias, trains, output._version))
 
 
 def put_on(model: nn.Module) -> None:
@@ -58,7 +65,8 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy of `(..., classes)` against `(...)`, equal to PyTorch's in value and gradient, a scalar.
 
-    Logits of a head with `KeepNoLogits`, or a view of all of them, leave only the hidden states' gradient to be kept.
+    Logits of a head with `KeepNoLogits`, or a view of all of them, leave only the hidden states or their gradient to be
+    kept.
     """
     head = of(logits)
     if head is None or not logits.requires_grad:
@@ -69,17 +77,35 @@ def cross_entropy(
     rows = labels.flatten().to(logits.device)
     counted = (rows != ignore_index).nonzero().flatten()
     divisor = len(counted) if reduction == "mean" else 1
+    if head.trains:
+        hidden = head.hidden.detach()
+        return _LogitsAgain.apply(logits.flatten(0, -2), hidden, head.weight, head.bias, rows, counted, divisor)  # type: ignore[no-untyped-call, no-any-return]
     flat = logits.detach().flatten(0, -2)
     return _FromHidden.apply(head.hidden, flat, head.weight, rows, counted, divisor)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def of(logits: Tensor) -> _Head | None:
-    """What these logits were made from, if a frozen head says so and they are all of them."""
+    """What these logits were made from, if a head says so and they are all of them, in their order and unchanged."""
     for tensor in (logits, logits._base):
         head: _Head | None = getattr(tensor, _ATTRIBUTE, None)
-        if tensor is not None and head is not None and tensor.numel() == logits.numel():
+        if tensor is None or head is None or tensor.numel() != logits.numel() or head.version != logits._version:
+            continue
+        if tensor.shape[-1] == logits.shape[-1] and tensor.is_contiguous() and logits.is_contiguous():
             return head
     return None
+
+
+def _chances(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and its gradient: softmax minus one-hot, in float32 at least."""
+    chances = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    wanted = labels.unsqueeze(1)
+    total = -chances.gather(1, wanted).sum()
+    return total, chances.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=chances.dtype))
+
+
+def _pieces(counted: Tensor, classes: int) -> tuple[Tensor, ...]:
+    """The rows that count, a few at a time."""
+    return torch.split(counted, max(1, _CHUNK_VALUES // classes))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FromHidden(torch.autograd.Function):
@@ -91,11 +117,9 @@ class _FromHidden(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.zeros(len(labels), weight.shape[1], dtype=hidden.dtype, device=hidden.device)
         total = torch.zeros((), device=logits.device)
-        for rows in torch.split(counted, max(1, _CHUNK_VALUES // logits.shape[1])):  # type: ignore[no-untyped-call]
-            chances = logits[rows].float().log_softmax(1)
-            wanted = labels[rows].unsqueeze(1)
-            total -= chances.gather(1, wanted).sum()
-            chances.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=chances.dtype))
+        for rows in _pieces(counted, logits.shape[1]):
+            loss, chances = _chances(logits[rows], labels[rows])
+            total += loss
             gradient[rows] = onednn.of_input(chances.to(weight.dtype), weight).to(hidden.dtype)
         ctx.save_for_backward(gradient.div_(max(divisor, 1)).view(hidden.shape))
         return total / divisor  # nan without any label, as PyTorch's
@@ -105,3 +129,29 @@ class _FromHidden(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * outer, None, None, None, None, None
+
+
+class _LogitsAgain(torch.autograd.Function):
+    """Keeps hidden states and weight, as the head does; backward computes the logits again, a few rows at a time."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, counted: Tensor,
+        divisor: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.divisor, ctx.shape = divisor, logits.shape
+        ctx.save_for_backward(hidden, weight, bias, labels, counted)
+        losses = [_chances(logits[rows], labels[rows])[0] for rows in _pieces(counted, logits.shape[1])]
+        return (torch.stack(losses).sum() if losses else logits.new_zeros(())) / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, labels, counted = ctx.saved_tensors
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        gradient = hidden.new_zeros(ctx.shape)
+        with no_autocast(hidden.device):
+            for rows in _pieces(counted, ctx.shape[1]):
+                _, chances = _chances(onednn.linear(hidden[rows], weight, bias), labels[rows])
+                gradient[rows] = chances.mul_(outer / max(ctx.divisor, 1)).to(gradient.dtype)
+        return gradient, None, None, None, None, None, None

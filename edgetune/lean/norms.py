@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from edgetune.lean.frozen_ops import layer_norm as frozen_layer_norm
 from edgetune.lean.packing import autocast_dtype, from_rows, no_autocast, to_rows, wide_enough
-from edgetune.lean.products import OUTPUT, Latest
+from edgetune.lean.sources import OUTPUT, Latest
 
 aten = torch.ops.aten
 _MOST_SHIFT = 16.0  # |bias / weight|; (y - bias) / weight then loses at most 5 of 24 bits
@@ -138,18 +138,15 @@ def rms_norm(
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     with torch.no_grad():
         y = functional.rms_norm(input, normalized_shape, weight, eps)
-    return rms_of(latest, input, weight, eps, y, latest.eight_bit)
+    return rms_of(latest, input, weight, eps, y)
 
 
-def rms_of(
-    latest: Latest, x: Tensor, weight: Tensor | None, eps: float, value: Tensor, eight_bit: bool
-) -> Tensor:  # fmt: skip
+def rms_of(latest: Latest, x: Tensor, weight: Tensor | None, eps: float, value: Tensor) -> Tensor:
     """`value`, the RMS norm of `x` computed without a graph, with its backward."""
-    y: Tensor = _RmsNorm.apply(x, weight, eps, [value], eight_bit)  # type: ignore[no-untyped-call]
-    if not eight_bit:
+    y: Tensor = _RmsNorm.apply(x, weight, eps, [value], latest.eight_bit)  # type: ignore[no-untyped-call]
+    if not latest.eight_bit:
         return latest.note(y, OUTPUT)
-    if latest.eight_bit:
-        latest.note_norm(y, (weight, None), y.grad_fn.saved_tensors[2:])  # type: ignore[union-attr]
+    latest.note_norm(y, (weight, None), y.grad_fn.saved_tensors[2:])  # type: ignore[union-attr]
     return y
 
 

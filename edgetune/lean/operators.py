@@ -2,10 +2,10 @@
 
 `LightOperators` is a pair of hooks on the root of a model. While its forward records a graph, every call of a
 function in the tables below goes to the operator of the same meaning that keeps less: see activations,
-products, norms, attention, loss and frozen_ops. Values are PyTorch's own; gradients equal
-autograd's ("exact"), or are bounded as those files say ("8bit"). Where nothing needs a gradient, under a compiler,
-and inside a checkpointed function (which keeps nothing, and is computed again outside of these hooks), PyTorch's own
-operators run. `LightModule` does the same for modules written out in several operators.
+products, norms, attention, loss and frozen_ops; peft's LoRA linears go to low_rank. Values are PyTorch's own;
+gradients equal autograd's ("exact"), or are bounded as those files say ("8bit"). Where nothing needs a gradient, under
+a compiler, and inside a checkpointed function (which keeps nothing, and is computed again outside of these hooks),
+PyTorch's own operators run. `LightModule` does the same for modules written out in several operators.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.core.inputs import tensors_in
-from edgetune.lean import activations, products
+from edgetune.lean import activations, head, low_rank, products
 from edgetune.lean.activations import ACTIVATIONS, byte_derivative, from_input
 from edgetune.lean.attention import Repeats, scaled_dot_product_attention
 from edgetune.lean.frozen import (
@@ -29,13 +29,14 @@ from edgetune.lean.frozen import (
     in_checkpoint,
     never_compiled_alone,
     nothing,
+    remove_hooks,
     replacing,
 )
 from edgetune.lean.frozen_ops import REPLACED
 from edgetune.lean.loss import cross_entropy
 from edgetune.lean.norms import layer_norm, rms_fits, rms_norm, rms_of
 from edgetune.lean.onednn import is_channels_last, view
-from edgetune.lean.products import Latest
+from edgetune.lean.sources import Latest
 
 Activations = Literal["exact", "8bit"]
 
@@ -120,7 +121,7 @@ class _Operators(Replacing):
 
     def _run(self, func: Any, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.scaled_dot_product_attention:
-            return operator(self.repeats, *args, **kwargs)
+            return operator(self.latest, self.repeats, *args, **kwargs)
         if func in self.linked:
             return operator(self.latest, *args, **kwargs)
         return operator(*args, **kwargs)
@@ -177,14 +178,11 @@ class _EagerHook(Hook):
 
 
 class LightOperators(_EagerHook):
-    """Lets a whole model keep less for backward.
-
-    `LightOperators("exact").put_on(model)`; `remove_hooks(model, (LightOperators, LightModule))` takes it off.
-    """
+    """Lets a whole model keep less for backward. `put_on_operators` and `take_off_operators` handle it."""
 
     def __init__(self, activations: Activations = "exact") -> None:
         super().__init__()
-        self.activations: Activations = activations
+        self.asked: list[Activations] = [activations]  # by every technique that uses it; the last one counts
         self.usual = False  # whether the caller's pictures were laid out as usual
 
     def put_on(self, module: nn.Module) -> None:
@@ -192,16 +190,25 @@ class LightOperators(_EagerHook):
         super().put_on(module)
         for inner in module.modules():
             if not has_hook(inner, LightModule) and LightModule.fits(inner):
-                LightModule(self.activations).put_on(inner)
+                LightModule().put_on(inner)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         """Do nothing where no graph is recorded, or where an outer model has its operators in place."""
         if not torch.is_grad_enabled() or isinstance(replacing(), _Operators):
             return nothing
         self.usual = not any(is_channels_last(t) for t in tensors_in((args, kwargs)))
-        mode = _Operators(self.activations == "8bit")
+        mode = _Operators(self.asked[-1] == "8bit")
+        layers = [] if mode.latest.eight_bit else list(low_rank.fitting_layers(module))
+        for layer in layers:  # in the instance, where it hides that of its class for this call
+            layer.__dict__["forward"] = low_rank.bind(layer, mode.latest)
         mode.__enter__()  # type: ignore[no-untyped-call]
-        return lambda: mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        def leave() -> None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+        return leave
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Leave, and give a picture back laid out as the model would: who called it may take a `view` of it."""
@@ -215,15 +222,40 @@ class LightOperators(_EagerHook):
 never_compiled_alone(LightOperators.after)
 
 
+def put_on_operators(model: nn.Module, activations: Activations) -> None:
+    """Let a model save less for backward. What has the operators already computes in the precision asked for last."""
+    hook = _operators_of(model)
+    if hook is None:
+        LightOperators(activations).put_on(model)
+        head.put_on(model)
+    else:
+        hook.asked.append(activations)
+
+
+def take_off_operators(model: nn.Module) -> None:
+    """Undo the latest `put_on_operators`; the hooks go with the first one."""
+    hook = _operators_of(model)
+    if hook is None:
+        return
+    hook.asked.pop()
+    if not hook.asked:
+        remove_hooks(model, (LightOperators, LightModule))
+        head.take_off(model)
+
+
+def _operators_of(model: nn.Module) -> LightOperators | None:
+    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, LightOperators)), None)
+
+
 class LightModule(_EagerHook):
     """One node with our backward for a module that is written out: RMS norms, the GELUs of older models.
 
     The module runs as it is, without a graph; its output then gets a backward that keeps less.
     """
 
-    def __init__(self, activations: Activations) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.eight_bit = activations == "8bit"
         self.inputs: list[Tensor | None] = []
 
     @staticmethod
@@ -264,8 +296,9 @@ class LightModule(_EagerHook):
             return False
         if type(module).__name__ in _WRITTEN_OUT:
             return x.requires_grad
+        noted = latest()
         return (x.requires_grad or (weight is not None and weight.requires_grad)) and rms_fits(
-            x, weight, self.eight_bit
+            x, weight, noted is not None and noted.eight_bit
         )
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -274,14 +307,12 @@ class LightModule(_EagerHook):
         x = self.inputs.pop() if self.inputs else None
         if x is None or not isinstance(output, Tensor):  # after an error there is no output
             return None
-        mode = replacing()
-        seen = isinstance(mode, _Operators) and not in_checkpoint()
-        latest = mode.latest if seen else Latest(self.eight_bit)  # type: ignore[union-attr]
+        noted = latest() or Latest(eight_bit=False)  # in a checkpointed function, which keeps nothing
         kind = _WRITTEN_OUT.get(type(module).__name__)
         if kind is None:
-            return rms_of(latest, x, module._parameters["weight"], _eps(module) or 0.0, output, self.eight_bit)
-        y = byte_derivative(x, kind, value=output) if self.eight_bit else from_input(x, kind, output)
-        return latest.note(y, kind, x)
+            return rms_of(noted, x, module._parameters["weight"], _eps(module) or 0.0, output)
+        y = byte_derivative(x, kind, value=output) if noted.eight_bit else from_input(x, kind, output)
+        return noted.note(y, kind, x)
 
 
 never_compiled_alone(LightModule.after)

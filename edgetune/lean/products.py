@@ -9,7 +9,6 @@ by at most the row's peak / 254; after a norm, of the normalized rows, which the
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,72 +18,47 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from edgetune.lean import onednn
-from edgetune.lean.activations import ACTIVATIONS, byte_derivative, times_derivative
+from edgetune.lean.activations import ACTIVATIONS, byte_derivative, dropped, times_derivative
+from edgetune.lean.attention import attention_gradients
 from edgetune.lean.frozen_ops import linear as frozen_linear
-from edgetune.lean.packing import autocast_dtype, from_rows, no_autocast, to_rows
-
-OUTPUT, NORM, PRODUCT = "output", "norm", "product"  # kinds of sources besides the names of activations
-
-
-class Source:
-    """`output` is the activation `kind` of the first input, times the second where there are two.
-
-    Without inputs: `OUTPUT`, a norm that keeps its output; `NORM`, one that keeps int8 rows; `PRODUCT`, in 8 bits.
-    """
-
-    def __init__(self, output: Tensor, kind: str, inputs: tuple[Tensor, ...]) -> None:
-        self.output, self.kind, self.inputs = weakref.ref(output), kind, inputs
-        self.versions = [t._version for t in (output, *inputs)]
-        self.rows: tuple[
-            Tensor | None, ...
-        ] = ()  # steps, scale: `to_rows` of the output; or of a norm, with its parameters
-
-    def made(self, x: Tensor) -> bool:
-        """Whether it made this very tensor, and nothing was changed in place since."""
-        return self.output() is x and self.versions == [t._version for t in (x, *self.inputs)]
+from edgetune.lean.packing import autocast_dtype, from_rows, new_seed, no_autocast, to_rows
+from edgetune.lean.sources import ATTENTION, NORM, OUTPUT, PRODUCT, Kept, Latest, Rebuilding, Source, tensors_of
 
 
-class Latest:
-    """The source of the latest activation; one at a time, so that it holds no memory for long."""
+class _Rebuilt(torch.autograd.Function):
+    """An activation that keeps, in the place of its input, what that follows from. `y` holds the value."""
 
-    def __init__(self, eight_bit: bool) -> None:
-        self.eight_bit = eight_bit
-        self.source: Source | None = None
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str, y: list[Tensor], kept: Kept) -> Tensor:  # type: ignore[override]
+        ctx.kind, ctx.rebuilding = kind, Rebuilding([kept])
+        ctx.save_for_backward(*kept.tensors)
+        return y[0]  # in a list, so that it is no input and can become the output itself
 
-    def note(self, output: Tensor, kind: str, *inputs: Tensor) -> Tensor:
-        """Remember how `output` came about; returns it."""
-        self.source = Source(output, kind, inputs)
-        return output
-
-    def note_norm(
-        self, output: Tensor, parameters: tuple[Tensor | None, Tensor | None], rows: tuple[Tensor, ...]
-    ) -> None:
-        """Remember that `output` is these int8 rows times the norm's weight plus its bias."""
-        self.source = Source(output, NORM, ())
-        self.source.rows = (*rows, *parameters)
-
-    def of(self, x: object) -> Source | None:
-        """The source of `x`, if it is the latest output."""
-        found = self.source
-        return found if found is not None and isinstance(x, Tensor) and found.made(x) else None
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.rebuilding(ctx.saved_tensors)
+        return ACTIVATIONS[ctx.kind].backward(gradient, x), None, None, None
 
 
 class _Gated(torch.autograd.Function):
-    """act(gate) * up; keeps gate and up. `y` is act(gate)."""
+    """act(gate) * up; keeps gate and up, or what they follow from. `y` is act(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, y: Tensor, kind: str) -> Tensor:  # type: ignore[override]
-        ctx.kind = kind
-        ctx.save_for_backward(gate, up)
+    def forward(  # type: ignore[override]
+        ctx: Any, gate: Tensor, up: Tensor, y: Tensor, kind: str, kept: Sequence[Kept]
+    ) -> Tensor:
+        ctx.kind, ctx.rebuilding = kind, Rebuilding(kept)
+        ctx.save_for_backward(*tensors_of(kept))
         return y * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (gate, up), found = ctx.saved_tensors, ACTIVATIONS[ctx.kind]
+        (gate, up), found = ctx.rebuilding(ctx.saved_tensors), ACTIVATIONS[ctx.kind]
         for_gate = found.backward(gradient * up, gate) if ctx.needs_input_grad[0] else None
         for_up = (found.value(gate) * gradient).sum_to_size(up.shape) if ctx.needs_input_grad[1] else None
-        return for_gate, for_up, None, None
+        return for_gate, for_up, None, None, None
 
 
 class _ByteGated(torch.autograd.Function):
@@ -111,32 +85,96 @@ class _ByteGated(torch.autograd.Function):
 
 
 class _LinearOf(torch.autograd.Function):
-    """A linear whose input is computed again in backward, from `inputs` of the source. `x` is that input."""
+    """A linear, with a low-rank path or without, that keeps its input, or what its source keeps.
+
+    `x` is that input, without a graph where there is a source: the gradient goes to the `inputs` of the source.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, *inputs: Tensor
-    ) -> Tensor:
-        ctx.kind = kind
-        ctx.save_for_backward(weight, *inputs)
-        return onednn.linear(x, weight, bias)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, path: _Path | None, down: Tensor | None,
+        up: Tensor | None, source: Source | None, *inputs: Tensor,
+    ) -> Tensor:  # fmt: skip
+        kept = [Kept((x,))] if source is None else source.kept
+        ctx.path, ctx.rebuilding = path, Rebuilding(kept)
+        ctx.origin = ("", ()) if source is None else (source.kind, source.settings)
+        y, low = onednn.linear(x, weight, bias), None
+        if path is not None and down is not None and up is not None:
+            low = path.narrow(x, down)
+            y = path.add(y, low, up)
+        ctx.save_for_backward(weight, down, up, low, *tensors_of(kept))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, *inputs = ctx.saved_tensors
-        found, rows = ACTIVATIONS[ctx.kind], gradient.reshape(-1, gradient.shape[-1])
+        weight, down, up, low, *saved = ctx.saved_tensors
+        path, rows, needs = ctx.path, gradient.reshape(-1, gradient.shape[-1]), ctx.needs_input_grad
+        for_x = for_down = for_up = None
+        for_inputs: tuple[Tensor | None, ...] = (None,) * len(needs[7:])
         with no_autocast(gradient.device):  # a backward inside autocast stays in the forward's dtype
-            y = found.value(inputs[0])
-            x = y if len(inputs) == 1 else y * inputs[1]
-            for_weight = onednn.of_weight(rows, x)
-            for_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-            del x
-            back = onednn.of_input(rows, weight).view_as(inputs[0])
-            if len(inputs) == 1:
-                return None, for_weight, for_bias, None, found.backward(back, inputs[0])
-            for_gate = found.backward(back * inputs[1], inputs[0]) if ctx.needs_input_grad[4] else None
-            return None, for_weight, for_bias, None, for_gate, y.mul_(back) if ctx.needs_input_grad[5] else None
+            if needs[0] or any(needs[7:]):
+                for_x = onednn.of_input(rows, weight)
+            if path is not None:
+                for_up = (rows.t() @ low).mul_(path.scale)
+                through = (rows @ up).mul_(path.scale)
+                if for_x is not None:
+                    for_x = path.widen(for_x, through, down)
+            (x, *others), (kind, settings) = ctx.rebuilding(saved), ctx.origin
+            if for_x is not None and kind == ATTENTION:
+                x, for_inputs = attention_gradients([x, *others], settings, for_x)
+            elif for_x is not None and kind:
+                x, for_inputs = _through_activation(kind, [x, *others], for_x, needs[7:])
+            if path is not None:
+                for_down = through.t() @ path.dropped(x.reshape(-1, x.shape[-1]))
+            for_weight = onednn.of_weight(rows, x) if needs[1] else None
+            for_bias = rows.sum(0) if needs[2] else None
+            if for_x is not None:
+                for_x = for_x.view(*gradient.shape[:-1], -1) if needs[0] else None
+        return for_x, for_weight, for_bias, None, for_down, for_up, None, *for_inputs
+
+
+def _through_activation(
+    kind: str, inputs: list[Tensor], gradient: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The output of an activation or a gated product, and the gradients of its inputs from that of its output."""
+    found, back = ACTIVATIONS[kind], gradient.view_as(inputs[0])
+    y = found.value(inputs[0])
+    if len(inputs) == 1:
+        return y, (found.backward(back, inputs[0]),)
+    gate, up = inputs
+    x = y * up
+    for_gate = found.backward(back * up, gate) if needs[0] else None
+    return x, (for_gate, y.mul_(back) if needs[1] else None)
+
+
+class _Path:
+    """A low-rank path beside a linear: `scale * up @ down @ dropout(x)`."""
+
+    def __init__(self, scale: float, p: float) -> None:
+        self.scale, self.p, self.seed = scale, p, new_seed() if p else 0
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """`x` or a gradient of it, `(rows, in)`, by the mask of this path."""
+        return dropped(x, self.p, self.seed, [0, 1]) if self.p else x
+
+    def narrow(self, x: Tensor, down: Tensor) -> Tensor:
+        """`(rows, rank)`, the middle of the path."""
+        return self.dropped(x.reshape(-1, x.shape[-1])) @ down.t()
+
+    def add(self, y: Tensor, low: Tensor, up: Tensor) -> Tensor:
+        """Add the path to the output of the linear, in place."""
+        rows = y.view(-1, y.shape[-1]) if y.is_contiguous() else y.reshape(-1, y.shape[-1])
+        return rows.addmm_(low, up.t(), alpha=self.scale).view(y.shape)
+
+    def widen(self, gradient: Tensor, through: Tensor, down: Tensor) -> Tensor:
+        """Add the path's share to the gradient of the linear's input."""
+        return gradient.add_(self.dropped(through @ down)) if self.p else gradient.addmm_(through, down)
+
+    def whole(self, tensors: Sequence[Any]) -> Tensor:
+        """The output again, of the input and the weights."""
+        x, weight, bias, down, up = tensors
+        return self.add(onednn.linear(x, weight, bias), self.narrow(x, down), up)
 
 
 class _LinearOfRows(torch.autograd.Function):
@@ -171,8 +209,18 @@ def activation(kind: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]
     def operator(latest: Latest, input: Tensor, inplace: bool = False) -> Tensor:
         if not (input.requires_grad and input.is_floating_point()):
             return plain(input, inplace)
-        y = byte_derivative(input, kind, inplace) if latest.eight_bit else plain(input, inplace)
-        return y if inplace else latest.note(y, kind, input)
+        if inplace:
+            return byte_derivative(input, kind, inplace) if latest.eight_bit else plain(input, inplace)
+        kept = latest.kept_of(input)
+        if latest.eight_bit:
+            y = byte_derivative(input, kind)
+        elif len(kept.tensors) > 1:
+            with torch.no_grad():
+                value = plain(input, False)
+            y = _Rebuilt.apply(input, kind, [value], kept)  # type: ignore[no-untyped-call]
+        else:
+            y = plain(input, inplace)
+        return latest.note(y, kind, input, kept=[kept])
 
     return operator
 
@@ -197,8 +245,11 @@ def product(latest: Latest, input: Any, other: Any) -> Any:
         (steps,), order = y.grad_fn.saved_tensors, y.grad_fn.order
         found: Tensor = _ByteGated.apply(gate, up, y.detach(), source.kind, steps, order)  # type: ignore[no-untyped-call]
         return latest.note(found, PRODUCT)
-    found = _Gated.apply(gate, up, y.detach(), source.kind)  # type: ignore[no-untyped-call]
-    return latest.note(found, source.kind, gate, up) if up.shape == y.shape else found
+    kept_up = latest.kept_of(up)
+    # one of the two is computed again, which is enough: each costs as much as the layer did
+    kept = [Kept((gate,)) if len(kept_up.tensors) > 1 else source.kept[0], kept_up]
+    found = _Gated.apply(gate, up, y.detach(), source.kind, kept)  # type: ignore[no-untyped-call]
+    return latest.note(found, source.kind, gate, up, kept=kept) if up.shape == y.shape else found
 
 
 def linear(latest: Latest, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -217,7 +268,19 @@ def linear(latest: Latest, input: Tensor, weight: Tensor, bias: Tensor | None = 
     if latest.eight_bit:
         source.rows = source.rows or to_rows(input.detach())
         return _LinearOfRows.apply(input, weight, bias, *source.rows)  # type: ignore[no-any-return,no-untyped-call]
-    return _LinearOf.apply(input.detach(), weight, bias, source.kind, *source.inputs)  # type: ignore[no-any-return,no-untyped-call]
+    return _LinearOf.apply(input.detach(), weight, bias, None, None, None, source, *source.inputs)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def low_rank_linear(
+    latest: Latest, input: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, p: float
+) -> Tensor:  # fmt: skip
+    """`weight @ x + bias + scale * up @ down @ dropout(x)`, with `weight` and `bias` frozen."""
+    source, path = latest.of_view(input), _Path(scale, p)
+    if source is None or source.kind in (OUTPUT, NORM, PRODUCT) or any(t.dtype != input.dtype for t in source.inputs):
+        y: Tensor = _LinearOf.apply(input, weight, bias, path, down, up, None)  # type: ignore[no-untyped-call]
+        latest.note_linear(y, Kept((input, weight, bias, down, up), path.whole))
+        return y
+    return _LinearOf.apply(input.detach(), weight, bias, path, down, up, source, *source.inputs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def kept_columns(latest: Latest | None, x: Tensor, columns: Tensor) -> tuple[str, tuple[Tensor | None, ...]]:

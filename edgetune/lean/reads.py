@@ -27,7 +27,8 @@ from edgetune.core.technique import Sample
 from edgetune.lean.frozen import Hook, never_compiled_alone, remove_hooks
 from edgetune.lean.reads_in_source import read_in_source
 
-_LOOKS_ONLY = ("new_", "sym_", "is_", "_has_", "size", "stride", "numel", "dim")  # operators that need no value of it
+# operators that need no value of it: what is read of an alias is seen there
+_LOOKS_ONLY = ("new_", "sym_", "is_", "_has_", "size", "stride", "numel", "dim", "detach", "alias")
 
 
 @dataclass

@@ -23,10 +23,9 @@ from edgetune.core.merging import merge
 from edgetune.core.peft_layers import is_peft
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.lean import head
 from edgetune.lean.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
-from edgetune.lean.operators import Activations, LightOperators
-from edgetune.lean.reads import refuse_read_elsewhere
+from edgetune.lean.operators import Activations, put_on_operators, take_off_operators
+from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 from edgetune.lean.stages import stages_of
 from edgetune.sparse.scheme import Part, Scheme, Slice, Under, WrittenPart, resolve, trains
 from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest
@@ -143,8 +142,7 @@ class SparseUpdate(Technique):
             replace(model, name, Sliced(model.get_submodule(name), indices, dim))
         for stage in stages_of(model):
             FrozenStage().put_on(stage)
-        LightOperators(self.activations).put_on(model)
-        head.put_on(model)
+        put_on_operators(model, self.activations)
         return model
 
     def _scores(self, model: nn.Module, slices: dict[str, Slice], sample: Sample | None) -> dict[str, Tensor]:
@@ -162,8 +160,8 @@ class SparseUpdate(Technique):
         """Remove the hooks and merge the slices. What was trainable before `apply` is trainable again."""
         if hasattr(model, _SCHEME):
             delattr(model, _SCHEME)
-        remove_hooks(model)
-        head.take_off(model)
+        remove_hooks(model, (FrozenLayer, FrozenStage, FirstForward))
+        take_off_operators(model)
         model = merge(model, lambda layer: isinstance(layer, Sliced))
         trainable.recall(model, self.name)
         return model

@@ -1,0 +1,78 @@
+"""peft's LoRA linears in one node, which keeps the layer's input once and a few numbers per row.
+
+peft computes such a layer by six operators. In one, the low-rank path is added to the output in place, and the layer's
+input is known to whatever comes after it: an activation or a gated product keeps that input, which the layer keeps
+anyhow, in the place of its output, and computes the layer again in backward.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.lean.frozen import in_checkpoint
+from edgetune.lean.packing import autocast_dtype
+from edgetune.lean.products import low_rank_linear
+from edgetune.lean.sources import Latest
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def fitting_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers in the model that compute nothing but `W x + b + scaling * B A dropout(x)`, with A and B trained."""
+    peft = sys.modules.get("peft.tuners.lora.layer")  # not imported: there is none, and peft takes seconds
+    if peft is not None:
+        yield from (module for module in model.modules() if type(module) is peft.Linear and _fits(module))
+
+
+def _fits(layer: Any) -> bool:
+    if "forward" in layer.__dict__ or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    (adapter,) = layer.active_adapters
+    if adapter not in layer.lora_A or adapter in layer.lora_variant:
+        return False
+    base, down, up, dropout = (layer.base_layer, *(each[adapter] for each in _parts(layer)))
+    if any(type(linear) is not nn.Linear for linear in (base, down, up)):
+        return False
+    if type(dropout) not in (nn.Identity, nn.Dropout) or down.bias is not None or up.bias is not None:
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (base, down, up, dropout)):
+        return False
+    weights = (base.weight, down.weight, up.weight)
+    trains = [p.requires_grad for p in base.parameters()], down.weight.requires_grad and up.weight.requires_grad
+    plain = all(type(w) in _PLAIN and w.dtype == base.weight.dtype for w in weights)
+    return plain and base.weight.dtype in (torch.float32, torch.float64) and not any(trains[0]) and trains[1]
+
+
+def _parts(layer: Any) -> tuple[Any, Any, Any]:
+    return layer.lora_A, layer.lora_B, layer.lora_dropout
+
+
+def bind(layer: nn.Module, latest: Latest) -> Any:
+    """What may stand as the layer's `forward` while the operators of this `latest` are in place."""
+
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        base = self.base_layer
+        plain = not args and not kwargs and type(x) in _PLAIN and x.dtype == base.weight.dtype and x.dim() > 1
+        if not plain or not _records(latest, x):
+            return type(self).forward(self, x, *args, **kwargs)
+        (adapter,) = self.active_adapters
+        down, up, dropout = (each[adapter] for each in _parts(self))
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return low_rank_linear(
+            latest, x, base.weight, base.bias, down.weight, up.weight, float(self.scaling[adapter]), p
+        )
+
+    return types.MethodType(forward, layer)
+
+
+def _records(latest: Latest, x: Tensor) -> bool:
+    """Whether the operators are in reach of this call, and it is one of theirs."""
+    return (
+        not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_checkpoint() and not autocast_dtype(x)
+    )
