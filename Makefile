@@ -11,6 +11,9 @@ LOCK   := constraints.txt
 PINNED := $(if $(LOCK),--constraint $(LOCK) --build-constraint $(LOCK))
 export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 
+# the benchmarks share the tests' models
+BENCH := PYTHONPATH=tests $(BIN)/python benchmarks
+
 .PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables pages lint types docs site \
 	dist clean help
 
@@ -41,29 +44,29 @@ test-slow: $(VENV)/.test  ## run the tests that take many minutes
 	$(BIN)/pytest -m slow
 
 test-arm64: $(VENV)/.test  ## run programs on the arm64 wheels in an emulator: downloads half a gigabyte, takes minutes
-	$(BIN)/python tests/arm64.py $(EDGETUNE_DATA)/arm64
+	$(BIN)/python tests/support/arm64.py $(EDGETUNE_DATA)/arm64
 	$(BIN)/pytest tests/test_arm64.py
 
 bench: $(VENV)/.demo  ## run the demo with three seeds: quality with its spread, sizes, parity
-	$(BIN)/python tests/bench_import.py
-	$(BIN)/python tests/bench.py
+	$(BENCH)/bench_import.py
+	$(BENCH)/bench.py
 
 bench-sparse: $(VENV)/.test  ## compare sparse backpropagation with full fine-tuning and LoRA: time, memory, quality (hours)
-	$(BIN)/python tests/bench_sparse.py
-	$(BIN)/python tests/bench_training.py
+	$(BENCH)/bench_sparse.py
+	$(BENCH)/bench_training.py
 
 bench-export: $(VENV)/.llama  ## export model families: parity, delegated share, size; compare text generation with llama.cpp (hours)
-	$(BIN)/python tests/bench_export.py; first=$$?; $(BIN)/python tests/bench_language.py && exit $$first
+	$(BENCH)/bench_export.py; first=$$?; $(BENCH)/bench_language.py && exit $$first
 
 tables: $(VENV)/.test pages  ## make docs/nn.md (export all of torch.nn) and docs/peft.md (merge all of peft) (half an hour)
-	$(BIN)/python tests/nn_table.py --write docs/nn.md
-	$(BIN)/python tests/peft_table.py --write docs/peft.md
+	$(BENCH)/nn_table.py --write docs/nn.md
+	$(BENCH)/peft_table.py --write docs/peft.md
 
 pages: $(VENV)/.demo  ## make docs/recipes.md and recipes/recipe.schema.json from the settings and their descriptions (seconds)
-	$(BIN)/python tests/recipe_page.py --write
+	$(BENCH)/recipe_page.py --write
 
 bench-profile: $(VENV)/.test  ## compare predictions with measurements: unseen programs on this host, published rows (half an hour)
-	$(BIN)/python tests/bench_profile.py
+	$(BENCH)/bench_profile.py
 
 lint: $(VENV)/.dev  ## run ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -72,7 +75,7 @@ types: $(VENV)/.dev  ## run mypy on the installed wheel
 	sh tests/check_types.sh $(BIN)
 
 docs: $(VENV)/.demo  ## regenerate the tables and images of the README
-	$(BIN)/python tests/readme.py --write
+	$(BENCH)/readme.py --write
 
 site: $(VENV)/.docs  ## build the documentation in site/; dead links are errors
 	@mkdir -p build/api/edgetune && rm -rf build/api/edgetune/*

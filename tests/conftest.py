@@ -21,4 +21,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # the scripts of the README train on import (test_integrations runs them); a stand-in is run by its tests
-collect_ignore_glob = ["examples_*.py", "bench*.py", "readme.py", "standin_*.py"]
+collect_ignore_glob = ["support/examples_*.py", "support/standin_*.py"]

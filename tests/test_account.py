@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, cnn, llama, mlp, pictures, tokens, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
@@ -22,6 +21,7 @@ from edgetune.sparse.auto.account import Account, Profile, Updating
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
+from support.laws import bert, cnn, llama, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 

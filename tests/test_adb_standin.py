@@ -1,4 +1,4 @@
-"""The adb runner against a STAND-IN for adb (tests/standin_adb.py): the protocol is checked, no phone was there."""
+"""The adb runner against a STAND-IN for adb (support/standin_adb.py): the protocol is checked, no phone was there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgetune.runtime.hosts.adb import Adb
 from edgetune.runtime.hosts.place import Place, TimingRequest
 from edgetune.runtime.measure import measured_of
 
-STANDIN = Path(__file__).with_name("standin_adb.py")
+STANDIN = Path(__file__).parent / "support" / "standin_adb.py"
 INPUTS = [(torch.ones(1, 4),)]
 # what executor_runner of 2026 logs through posix.cpp, and what that of 2024 did
 NEW = """\

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from arm64 import command
 from torch import nn
 
 from edgetune.core.technique import Sample
@@ -17,6 +16,7 @@ from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.runtime.hosts.ssh import script
 from edgetune.runtime.run import run_in_child, write_request
+from support.arm64 import command
 
 ARM64 = Path(os.environ.get("EDGETUNE_DATA", ".venv/share")).resolve() / "arm64"
 pytestmark = [

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from laws import Mlp, mlp
-from schemes import loss, rows
 from torch import nn
 
 from edgetune.core.apply import apply, finalize
@@ -19,6 +17,8 @@ from edgetune.sparse.auto.account import Profile
 from edgetune.sparse.auto.choose import choose
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
+from support.laws import Mlp, mlp
+from support.schemes import loss, rows
 
 torch.set_num_threads(1)
 

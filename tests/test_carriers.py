@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, fit, llama, logits, tokens
 from peft_table import BOUND, FAMILIES, KINDS, Linears, measure
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.packed_layers import is_nf4
 from edgetune.core.peft_layers import is_peft
+from support.laws import bert, fit, llama, logits, tokens
 
 MERGED = set(FAMILIES) - {"LILY", "POLY"}  # the other two depend on their input, or on a task
 

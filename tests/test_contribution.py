@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import cnn, llama, mlp
-from schemes import loss, rows
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
@@ -21,6 +19,8 @@ from edgetune.sparse.auto.contribution import (
     weight_scores,
 )
 from edgetune.sparse.scheme import Slice
+from support.laws import cnn, llama, mlp
+from support.schemes import loss, rows
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_bert
 from safetensors.torch import save_file
 
 from edgetune.core.errors import EdgetuneError
@@ -15,6 +14,7 @@ from edgetune.core.inputs import tensors_of
 from edgetune.recipe import recipe
 from edgetune.run import pipeline
 from edgetune.run.exporting import export_from, exportable
+from support.checkpoints import save_bert
 
 NET = """
 import torch

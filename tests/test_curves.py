@@ -7,13 +7,13 @@ import random
 from typing import get_args
 
 import pytest
-from machine import KERNELS, Kernel, calibrated, calibration, made, mixes, true_us
 
 from edgetune.core.ledger import Predicted
 from edgetune.profile import cost, curves, device
 from edgetune.profile.calibration import Calibration, Curve
 from edgetune.profile.terms import curve_of
 from edgetune.program.operators import DType, Kind, Operator
+from support.machine import KERNELS, Kernel, calibrated, calibration, made, mixes, true_us
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DTYPES: tuple[DType, ...] = get_args(DType)

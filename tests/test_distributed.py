@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(__file__).parent / "support" / "distributed_worker.py"
 FAST = [("ddp", "lora"), ("ddp", "in-backward")]
 SLOW = [
     ("ddp", "sparse"), ("ddp", "nf4-lora"),

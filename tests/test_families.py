@@ -15,11 +15,11 @@ import pytest
 import torch
 from bench_export import MIN_LOWERED, delegated, document, load_libraries, reasons, shown, verdicts, whole, work
 from bench_export_worker import COLUMNS, adaptable
-from families import FAMILIES, Family
-from timm_apart import TIMM
 from torch import nn
 
 from edgetune.core.inputs import call, logits_of, tensors_of
+from support.families import FAMILIES, Family
+from support.timm_apart import TIMM
 
 ISSUE = """MobileNetV3, MobileNetV4, MobileOne, EfficientNet, EfficientNet-Lite, RegNet, ReXNet, GENet, TResNet, SHViT,
 StarNet, FBNetV3, EfficientViT (MIT), EfficientViT-SAM encoder, RepViT, FastViT, MobileViTv2, ConvNeXt-atto, ViT-tiny,

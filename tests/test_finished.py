@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_bert, save_images, save_llama
 from torch import nn
 
 import edgetune as et
@@ -19,6 +18,7 @@ from edgetune.quant.size import parameter_count, stored_bytes
 from edgetune.recipe.recipe import Recipe, load, names
 from edgetune.run.finished import open_run
 from edgetune.run.fold import Fold
+from support.checkpoints import save_bert, save_images, save_llama
 
 TEXT = "model: {source: 'hf:encoder', max_length: 8}\ndata: csv:rows.csv"
 LANGUAGE = "model: {source: 'hf:writer', max_length: 8}\ndata: {source: 'csv:rows.csv', label: null}"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_bert, save_images
 from safetensors.torch import save_file
 from torch import nn
 
 from edgetune.cli.main import main
 from edgetune.core.ledger import Ledger
+from support.checkpoints import save_bert, save_images
 
 SCRIPTS = Path(__file__).with_name("first_hour")
 NET = """
@@ -90,7 +90,7 @@ def test_a_new_recipe_draws_a_new_head_where_the_old_one_is_for_other_classes(
 
 
 def test_own_pictures(capsys: pytest.CaptureFixture[str]) -> None:
-    from families import import_timm
+    from support.families import import_timm
 
     import_timm()
     save_images(Path("pictures"))

@@ -7,12 +7,12 @@ import random
 from functools import cache
 
 import pytest
-from machine import CACHES, KERNELS, SETTING, TILES, Kernel, made, mixes, programs, true_rate, true_us
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import fit
 from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, WEIGHTS, Tile, curve_of
 from edgetune.program.operators import Operator
+from support.machine import CACHES, KERNELS, SETTING, TILES, Kernel, made, mixes, programs, true_rate, true_us
 
 GROWN = ("weight_bytes", "activation_bytes")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_bert
 from torch import nn
 
 import edgetune as et
@@ -19,6 +18,7 @@ from edgetune.run.fold import Fold
 from edgetune.run.prepared import prepare
 from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
+from support.checkpoints import save_bert
 
 RECIPES = {
     "sparse, adapted, pruned, distilled, quantized": """

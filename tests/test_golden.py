@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import save_bert, save_images
 
 from edgetune.cli.main import main
 from edgetune.core.ledger import Ledger
+from support.checkpoints import save_bert, save_images
 
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 3}
 
@@ -46,7 +46,7 @@ def test_text_csv(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_images_timm(capsys: pytest.CaptureFixture[str]) -> None:
-    from families import import_timm
+    from support.families import import_timm
 
     import_timm()
     save_images(Path("images"))

@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from laws import llama, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from edgetune.lean.kept import kept_bytes
 from edgetune.lean.technique import Lean
 from edgetune.sparse.update import SparseUpdate
 from edgetune.tasks import task
+from support.laws import llama, tokens
 
 torch.set_num_threads(1)
 

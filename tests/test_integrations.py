@@ -18,7 +18,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.integrations.inside import announce, finalize_inside
 from edgetune.sparse.update import SparseUpdate
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "support"
 MARK = "# edgetune"
 SCRIPTS = ("plain", "trainer", "lightning")
 ADD = "from edgetune.integrations.{} import callback; trainer.{}(callback())\n"

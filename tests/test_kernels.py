@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from nn_cases import modules_without_case
-from nn_functions import functions_without_case
 from nn_table import CASES, load_libraries, tried, tried_apart
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +18,8 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.run import failed, run_in_child
+from support.nn_cases import modules_without_case
+from support.nn_functions import functions_without_case
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from laws import CASES, Case, fit, logits, loss_of
 from torch import nn
 from torch.nn import functional
 
@@ -26,6 +25,7 @@ from edgetune.core.traits import Trait
 from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.train.resume import changing_tensors, put_back
+from support.laws import CASES, Case, fit, logits, loss_of
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import LINEARS, bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +27,7 @@ from edgetune.lean.operators import LightOperators
 from edgetune.lean.technique import Lean
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.update import SparseUpdate
+from support.laws import LINEARS, bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 

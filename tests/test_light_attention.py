@@ -5,12 +5,12 @@ import functools
 
 import pytest
 import torch
-from light import Call, agree, gradients, kept, leaf, light
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.lean import attention
 from edgetune.lean.operators import LightOperators
+from support.light import Call, agree, gradients, kept, leaf, light
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, cnn, llama, loss_of, mlp, pictures, tokens, vectors
-from timm_apart import TIMM, run_with_timm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +16,8 @@ from edgetune.lean.frozen import remove_hooks, replacing
 from edgetune.lean.kept import kept_bytes
 from edgetune.lean.operators import LightModule, LightOperators
 from edgetune.sparse.update import SparseUpdate
+from support.laws import bert, cnn, llama, loss_of, mlp, pictures, tokens, vectors
+from support.timm_apart import TIMM, run_with_timm
 
 torch.set_num_threads(1)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from light import Call, agree, gradients, kept, leaf, light
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.lean.operators import LightModule, LightOperators, latest
 from edgetune.lean.products import columns_of, kept_columns
+from support.light import Call, agree, gradients, kept, leaf, light
 
 torch.set_num_threads(1)
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from light import Call, agree, gradients, kept, leaf, light
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.lean.packing import dropout_noise, from_rows, pack_bits, seeded, to_rows, unpack_bits
+from support.light import Call, agree, gradients, kept, leaf, light
 
 torch.set_num_threads(1)
 

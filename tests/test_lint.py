@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from laws import bert, cnn, pictures, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from edgetune.core.inputs import Inputs
 from edgetune.export.lint import Finding, lint
 from edgetune.export.targets import TARGETS
 from edgetune.runtime.remedies import remedy
+from support.laws import bert, cnn, pictures, tokens
 
 torch.set_num_threads(1)
 

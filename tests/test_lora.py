@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call
 from edgetune.core.peft_layers import is_peft
 from edgetune.quant.nf4 import NF4
+from support.laws import bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 

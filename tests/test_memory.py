@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from machine import KERNELS, Kernel, made
 
 from edgetune.core.numbers import MIB
 from edgetune.profile import cost, device
 from edgetune.profile.memory import RUNTIME_MIB, packed_bytes, peak_memory_mib
 from edgetune.program.operators import DType, Operator
+from support.machine import KERNELS, Kernel, made
 
 LINEAR, CONV, POINTWISE, MATMUL, DEPTHWISE = KERNELS[:5]
 WIDE = KERNELS[6]

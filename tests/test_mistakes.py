@@ -10,14 +10,14 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_bert
-from mistakes import DATA_FAULTS, MISTAKES, NET, jsonl, recipe, table
 from safetensors.torch import save_file
 from torch import nn
 
 import edgetune as et
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError
+from support.checkpoints import save_bert
+from support.mistakes import DATA_FAULTS, MISTAKES, NET, jsonl, recipe, table
 
 NO_WORDS_OF_OURS = ("Traceback", "pydantic", "RuntimeError", "ValidationError", "KeyError", "Errno")
 MOST_LETTERS = 420  # of a line, about five of a terminal's

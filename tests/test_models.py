@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import WORDS, save_bert, save_tokenizer
-from timm_apart import TIMM, run_with_timm
 from torch import nn
 
 from edgetune.adapt.lora import LoRA
@@ -28,6 +26,8 @@ from edgetune.recipe.recipe import load
 from edgetune.run import exporting
 from edgetune.run.fold import Fold
 from edgetune.tasks.task import quality
+from support.checkpoints import WORDS, save_bert, save_tokenizer
+from support.timm_apart import TIMM, run_with_timm
 
 TIMM_CHILD = """
 import torch

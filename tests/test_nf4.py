@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, llama, logits, mlp, tokens, vectors
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -19,6 +18,7 @@ from edgetune.core.packed_layers import is_nf4
 from edgetune.quant.nf4 import NF4, import_bitsandbytes, packed, packed_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.update import SparseUpdate
+from support.laws import bert, llama, logits, mlp, tokens, vectors
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, mlp
-from prefixes import (
+from torch import Tensor
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.data.dataset import Rows, Split
+from edgetune.train.prefix.cache import PrefixCache
+from edgetune.train.prefix.rows import Form, bytes_of, filled, mapped, nothing_in, tensor_of
+from support.laws import bert, mlp
+from support.prefixes import (
     MODELS,
     ROWS,
     Arrays,
@@ -27,12 +33,6 @@ from prefixes import (
     trained_bits,
     words,
 )
-from torch import Tensor
-
-from edgetune.core.errors import EdgetuneError
-from edgetune.data.dataset import Rows, Split
-from edgetune.train.prefix.cache import PrefixCache
-from edgetune.train.prefix.rows import Form, bytes_of, filled, mapped, nothing_in, tensor_of
 
 torch.set_num_threads(1)
 

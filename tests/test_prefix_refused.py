@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, cnn, mlp
-from prefixes import (
+from torch import nn
+from torch.nn import functional
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.train.prefix.cache import PrefixCache
+from support.laws import bert, cnn, mlp
+from support.prefixes import (
     Arrays,
     Centred,
     Skip,
@@ -21,11 +26,6 @@ from prefixes import (
     sparse,
     texts,
 )
-from torch import nn
-from torch.nn import functional
-
-from edgetune.core.errors import EdgetuneError
-from edgetune.train.prefix.cache import PrefixCache
 
 torch.set_num_threads(1)
 

@@ -15,8 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, mlp
-from prefixes import (
+
+from edgetune.core.errors import EdgetuneError
+from edgetune.train.prefix import store as prefix_store
+from edgetune.train.prefix.cache import PrefixCache
+from edgetune.train.prefix.store import RowStore
+from support.laws import bert, mlp
+from support.prefixes import (
     Arrays,
     bits,
     fit,
@@ -24,11 +29,6 @@ from prefixes import (
     texts,
     trained_bits,
 )
-
-from edgetune.core.errors import EdgetuneError
-from edgetune.train.prefix import store as prefix_store
-from edgetune.train.prefix.cache import PrefixCache
-from edgetune.train.prefix.store import RowStore
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert
-from prefixes import Counting, bits, sparse, texts
 from torch import nn
 from torch.nn import functional
 
@@ -16,6 +14,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Quality
 from edgetune.train.loop import TrainResult, train
 from edgetune.train.settings import Train
+from support.laws import bert
+from support.prefixes import Counting, bits, sparse, texts
 
 torch.set_num_threads(1)
 

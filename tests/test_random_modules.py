@@ -17,10 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import ask_fork
 from hypothesis import HealthCheck, Phase, given, settings
-from random_modules import ROWS, Drawn, Plan, inputs_of, plans
-from random_techniques import SEED, TECHNIQUES, drawn_plans, kind_of, tried, warm_up
 from torch import Tensor, nn
 
 from edgetune.capture.positional import Positional
@@ -29,6 +26,9 @@ from edgetune.export import export
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.run import loaded_runtime
+from support.forked import ask_fork
+from support.random_modules import ROWS, Drawn, Plan, inputs_of, plans
+from support.random_techniques import SEED, TECHNIQUES, drawn_plans, kind_of, tried, warm_up
 
 
 def exported(plan: Plan) -> str:
@@ -108,7 +108,7 @@ def test_a_crash_is_seen() -> None:
 
 
 def test_random_modules_keep_what_techniques_trained(capsys: pytest.CaptureFixture[str]) -> None:
-    """A part of `python tests/random_techniques.py --modules 400`: each module with one technique in turn."""
+    """A part of `python tests/support/random_techniques.py --modules 400`: each module with one technique in turn."""
     modules = drawn_plans(12, SEED)
     pairs = list(zip(modules, itertools.cycle(TECHNIQUES), strict=False))
     outcomes = [(kind_of(result), technique, result, plan) for plan, technique, result in tried(pairs, 1)]

@@ -21,7 +21,7 @@ def test_the_generated_parts_are_what_the_code_makes() -> None:
     text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.written(text) == text, "run: make docs"
     for name in readme.SCRIPTS:
-        assert (readme.ROOT / "tests" / f"examples_{name}.py").read_text(encoding="utf-8").strip() in text
+        assert (readme.ROOT / "tests" / "support" / f"examples_{name}.py").read_text(encoding="utf-8").strip() in text
 
 
 def test_the_ledger_shown_is_of_a_finished_run_that_holds() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import bert, cnn, llama, mlp, pictures, tokens, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,6 +21,7 @@ from edgetune.lean.reads_in_source import read_in_source
 from edgetune.quant.int4 import Int4
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.update import SparseUpdate
+from support.laws import bert, cnn, llama, mlp, pictures, tokens, vectors
 
 WIDE = 32
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from edgetune.export.lower import lower, marked
 from edgetune.export.targets import TARGETS
 from edgetune.program.operator_kinds import is_free, plain_name
 from edgetune.runtime.run import run_in_child
+from support.nets import Call
 
 torch.set_num_threads(1)
 

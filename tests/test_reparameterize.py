@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from laws import cnn, pictures
-from timm_apart import TIMM, run_with_timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.capture.reparameterize import reparameterize
+from support.laws import cnn, pictures
+from support.timm_apart import TIMM, run_with_timm
 
 torch.set_num_threads(1)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import save_bert
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Ledger
 from edgetune.recipe import recipe
 from edgetune.run import pipeline, reuse
 from edgetune.train.loggers import read
+from support.checkpoints import save_bert
 
 RECIPE = """
 name: small

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, cnn, fit, llama, logits, mlp, pictures, tokens, vectors
 from torch import Tensor, nn
 
 from edgetune.core.apply import apply, finalize
@@ -17,6 +16,7 @@ from edgetune.quant.size import parameter_count
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.sliced import Sliced, strongest
 from edgetune.sparse.update import SparseUpdate
+from support.laws import bert, cnn, fit, llama, logits, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 

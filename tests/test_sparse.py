@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from laws import bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
@@ -23,6 +22,7 @@ from edgetune.lean.stages import blocks_of, stages_of
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.sliced import Sliced
 from edgetune.sparse.update import SparseUpdate
+from support.laws import bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from laws import llama, mlp
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import matches, refuse_shared, replace, select
+from support.laws import llama, mlp
 
 
 def test_patterns_choose_in_the_models_order_and_skip_takes_away() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_measures import loss_difference, stock_plan_bytes
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
@@ -20,6 +19,7 @@ from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 from edgetune.runtime.training import TrainingProgram, time_steps_in_child, train_pte
 from edgetune.sparse.sliced import Sliced
+from support.training_measures import loss_difference, stock_plan_bytes
 
 RATE, MOMENTUM = 0.05, 0.9
 

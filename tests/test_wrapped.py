@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from laws import llama, logits, mlp, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,6 +14,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.merging import merge, merge_layer
 from edgetune.core.wrapped import Wrapped
+from support.laws import llama, logits, mlp, vectors
 
 
 class Scaled(Wrapped):

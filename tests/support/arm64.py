@@ -1,4 +1,4 @@
-"""An arm64 Linux in a folder, for tests/test_arm64.py: `python tests/arm64.py FOLDER` fetches and unpacks it.
+"""An arm64 Linux in a folder, for tests/test_arm64.py: `python tests/support/arm64.py FOLDER` fetches and unpacks it.
 
 Debian's qemu-user-static runs Debian's arm64 Python with the arm64 wheels of torch and executorch; half a gigabyte is
 fetched, nothing is installed. The wheel of torch is built for CUDA, whose libraries (gigabytes) are left out: STAND-INS

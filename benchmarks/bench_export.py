@@ -1,6 +1,6 @@
 """Families of models through the whole line: adapted, trained, finalized, quantized, exported, run, compared.
 
-    python tests/bench_export.py [--families BERT,Llama] [--only fp32,int8,int4,coreml,vulkan] [--jobs 1] [--again]
+    python benchmarks/bench_export.py [--families BERT,Llama] [--only fp32,int8,int4,coreml,vulkan] [--jobs 1] [--again]
 
 One cell of the table is one family in one column, in a process of its own with a limit of time, so that a crash is a
 cell too. What is found goes to docs/bench-export.json at once; a cell that stands there is done again with --again
@@ -25,11 +25,11 @@ from typing import Any
 
 import bench_export_worker as worker
 import torch
-from families import FAMILIES, Family
-from timm_apart import TIMM, import_timm
 
 from edgetune.core.quiet import quiet
 from edgetune.run.environment import versions
+from support.families import FAMILIES, Family
+from support.timm_apart import TIMM, import_timm
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 900.0  # for one cell, on a machine that does other things as well
@@ -260,7 +260,7 @@ def document(found: Found) -> str:
     lines = [
         "# `make bench-export`: model families, from adapter to verified program",
         "",
-        f"Made by `python tests/bench_export.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
+        f"Made by `python benchmarks/bench_export.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
         f"{machine.get('executorch', 'not installed')}, torchao {machine.get('torchao', 'not installed')}; {measured} "
         f"of {len(FAMILIES) * len(worker.COLUMNS)} cells measured. The models are small and have random weights: this "
         f"tests shapes, lowering and parity. Each family is adapted, trained for {worker.STEPS} steps, finalized, "

@@ -1,6 +1,6 @@
 """Language programs beside what else runs the same weights, and MiniLM's 8da4w program beside its fp32 one.
 
-    python tests/bench_language.py [--rounds 5] [--tokens 128] [--threads 2] [--layers N] [--out FILE.json]
+    python benchmarks/bench_language.py [--rounds 5] [--tokens 128] [--threads 2] [--layers N] [--out FILE.json]
 
 SmolLM2-135M in 4 bits: size of the `.pte`, greedy tokens beside those of the eager quantized model, tokens per second
 of prefill and decode beside torch in eager mode with a static cache, bf16 and fp32, and beside llama.cpp's Q4_0 where
@@ -175,7 +175,7 @@ def document(found: Found) -> str:
     lines = [
         "# `make bench-export`: a text-generation program, and MiniLM",
         "",
-        f"Made by `python tests/bench_language.py` on {machine['cpu']}, {how['threads']} threads, "
+        f"Made by `python benchmarks/bench_language.py` on {machine['cpu']}, {how['threads']} threads, "
         f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}; median of "
         f"{how['rounds']} interleaved rounds, and range.{part}",
         "",

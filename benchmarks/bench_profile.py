@@ -1,6 +1,6 @@
 """Predictions held against measurements: unseen programs on this host, and published rows of other devices.
 
-    python tests/bench_profile.py [--families BERT,Llama] [--rounds 6] [--keep] [--threads N]
+    python benchmarks/bench_profile.py [--families BERT,Llama] [--rounds 6] [--keep] [--threads N]
 
 The host is calibrated first (`edgetune devices calibrate`, in a folder of its own; --keep takes the calibration of the
 last time). Then the families of `make bench-export` are lowered in fp32 and in 8 or 4 bits, none of which the
@@ -24,7 +24,6 @@ import bench_export
 import bench_export_worker as worker
 import bench_profile_training
 import torch
-from families import FAMILIES
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
@@ -40,6 +39,7 @@ from edgetune.runtime import verify
 from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.place import TimingRequest
 from edgetune.runtime.measure import inputs_of
+from support.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-profile"
@@ -145,7 +145,7 @@ def trained(threads: int) -> list[Row]:
     """Steps of training schemes predicted and measured, each task in a process of its own."""
     found: list[Row] = []
     for task in TASKS:
-        command = [sys.executable, str(ROOT / "tests" / "bench_profile_training.py"), task, str(threads)]
+        command = [sys.executable, str(ROOT / "benchmarks" / "bench_profile_training.py"), task, str(threads)]
         environment = os.environ | bench_profile_training.ENVIRONMENT
         told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         found += json.loads(told.splitlines()[-1])
@@ -213,7 +213,7 @@ def document(
     lines = [
         "# `make bench-profile`: predicted and measured",
         "",
-        f"Made by `python tests/bench_profile.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
+        f"Made by `python benchmarks/bench_profile.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
         f"{machine['executorch']}. Calibrated with threads: {calibration.threads}, from {calibration.programs} "
         f"micro-programs; {calibration.networks} small networks, left out in turn, are predicted within "
         f"{calibration.error_pct:g} % (median). Two timings of the same program differ by {noise:.1f} % (median).",

@@ -1,6 +1,6 @@
 """Techniques on random small modules: right by values to the end, or refused by name before anything trains.
 
-    python tests/random_techniques.py --modules 400
+    python tests/support/random_techniques.py --modules 400
 
 Each module is taken through LoRA, SparseUpdate, a slice, Prune, Int8 and Int4: apply, a few training steps, finalize,
 lower, run. A refusal that says which layer to skip is followed. Prints how many were right, refused, wrong, crashed,
@@ -21,9 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from forked import ask_fork
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from random_modules import ROWS, Drawn, Plan, inputs_of, plans
 from torch import Tensor, nn
 
 import edgetune as et
@@ -36,6 +34,8 @@ from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.run import loaded_runtime
+from support.forked import ask_fork
+from support.random_modules import ROWS, Drawn, Plan, inputs_of, plans
 
 SEED = 14
 _RIGHT = 1e-4  # of the largest output

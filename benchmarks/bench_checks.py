@@ -1,6 +1,6 @@
 """What the checks of the main job cost: the seconds inside them beside those of the whole run.
 
-    python tests/bench_checks.py
+    python benchmarks/bench_checks.py
 
 Each check is timed where it is called; one inside another is counted once. The proof of the program runs in it as well.
 """

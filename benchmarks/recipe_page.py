@@ -1,6 +1,6 @@
 """docs/recipes.md and the schema file beside the packaged recipes, made from the JSON Schema of a recipe.
 
-python tests/recipe_page.py --write
+python benchmarks/recipe_page.py --write
 """
 
 from __future__ import annotations

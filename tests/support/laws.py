@@ -8,7 +8,6 @@ from functools import reduce
 from operator import or_
 
 import torch
-from gain import Gain
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +23,7 @@ from edgetune.quant.int8 import Int8
 from edgetune.quant.nf4 import NF4, packed_bytes
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
+from support.gain import Gain
 
 
 class Block(nn.Module):

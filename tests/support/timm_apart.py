@@ -40,8 +40,8 @@ def _operators() -> torch.library.Library:
 
 def run_with_timm(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, which has `timm` already, and can import the tests' own modules."""
-    code = f"from timm_apart import import_timm\ntimm = import_timm()\n{code}"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    code = f"from support.timm_apart import import_timm\ntimm = import_timm()\n{code}"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,

@@ -1,7 +1,7 @@
 """Random small modules: lists of layers, each on one or two earlier values.
 
 `plans()` draws a list such that shapes fit; `Drawn` is its module, with the same random weights each time. With
-`unusual`, layers of odd_layers.py are among them, and several outputs. `python tests/random_techniques.py` puts
+`unusual`, layers of odd_layers.py are among them, and several outputs. `python tests/support/random_techniques.py` puts
 techniques on them, test_random_modules.py exports them.
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from nets import Call
-from odd_layers import ODD_LAYERS, draw_odd_layer
 from torch import Tensor, nn
 from torch.nn import functional
+
+from support.nets import Call
+from support.odd_layers import ODD_LAYERS, draw_odd_layer
 
 CLASSES, WORDS, ROWS = 5, 20, 3
 

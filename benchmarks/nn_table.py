@@ -1,6 +1,6 @@
 """Every module of torch.nn and function of torch.nn.functional through an export: right by values, or why not.
 
-    python tests/nn_table.py [--only LSTM,pdist] [--target xnnpack] [--write docs/nn.md]
+    python benchmarks/nn_table.py [--only LSTM,pdist] [--target xnnpack] [--write docs/nn.md]
 
 Each case of nn_cases.py and nn_functions.py is lowered, run and compared in a process of its own, so that a crash is a
 row too. A row is
@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked import ask_fork
-from nn_cases import MODULES, Case
-from nn_functions import FUNCTIONS
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
@@ -31,6 +28,9 @@ from edgetune.core.quiet import quiet
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.run import loaded_runtime
+from support.forked import ask_fork
+from support.nn_cases import MODULES, Case
+from support.nn_functions import FUNCTIONS
 
 CASES = {**{f"nn.{name}": case for name, case in MODULES.items()}, **{f"F.{n}": case for n, case in FUNCTIONS.items()}}
 MOST = 1e-4  # of an output's largest value
@@ -130,7 +130,7 @@ def tried_apart(case: Case, target: str = "xnnpack") -> Row:
 
 _TOLD = """# torch.nn and torch.nn.functional through an export
 
-Made by `make tables` (`python tests/nn_table.py --write docs/nn.md`): every module and function is exported for
+Made by `make tables` (`python benchmarks/nn_table.py --write docs/nn.md`): every module and function is exported for
 XNNPACK on its own, with small inputs, run and compared with eager mode: {counts}.
 The outcome is the largest difference, divided by the largest value of the output. Operators in the last column ran on
 portable kernels.

@@ -1,6 +1,6 @@
 """Schemes of the sparse-update benchmark: time and memory of a step predicted from a look at the model, and measured.
 
-`python tests/bench_profile_training.py TASK THREADS` prints JSON rows, one for each method. The prediction is that of
+`bench_profile_training.py TASK THREADS` prints JSON rows, one for each method. The prediction is that of
 `SparseUpdate(scheme="auto")`: some forwards and a few steps that train a part of every layer, of another scheme. In
 each round the model is looked at and every method's steps are timed; of the looks and of each method the fastest
 counts, as the machine is shared. `ENVIRONMENT` must be set: the C library else returns memory and takes it anew, a page

@@ -1,4 +1,4 @@
-"""One part of bench_language.py in a process of its own: `python tests/bench_language_worker.py REQUEST.json OUT.json`.
+"""One part of bench_language.py in a process of its own: `bench_language_worker.py REQUEST.json OUT.json`.
 
 The request names a verb and its settings; what was found is written to OUT.json.
 """

@@ -1,6 +1,6 @@
 """One training of test_distributed.py, on one process or on each of several.
 
-    torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER TRAINER TECHNIQUES
+    torchrun --nproc-per-node 2 tests/support/distributed_worker.py FOLDER TRAINER TECHNIQUES
 
 Three updates on the same eight rows, however many processes share them; after the second everything is saved, and the
 third is done by a fresh model that resumed. Then the model is finalized and exported. The first process leaves
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 ROWS, RATE = 8, 0.5
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def techniques_of(name: str) -> list[Any]:
@@ -39,9 +39,8 @@ def techniques_of(name: str) -> list[Any]:
 
 
 def prepared(techniques: str) -> nn.Module:
-    from laws import bert
-
     import edgetune as et
+    from support.laws import bert
 
     model = et.apply(bert().train(False), techniques_of(techniques))
     generator = torch.Generator().manual_seed(1)

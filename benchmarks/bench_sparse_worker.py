@@ -1,7 +1,7 @@
 """One way to fine-tune one model, alone in its process, doing what it is told line by line; see bench_sparse.py.
 
-python tests/bench_sparse_worker.py TASK METHOD [SCHEME]   commands on stdin, one JSON value a line on stdout
-python tests/bench_sparse_worker.py TASK choose STEP_MS    the scheme of `auto`, as JSON, which SCHEME then is
+python benchmarks/bench_sparse_worker.py TASK METHOD [SCHEME]   commands on stdin, one JSON value a line on stdout
+python benchmarks/bench_sparse_worker.py TASK choose STEP_MS    the scheme of `auto`, as JSON, which SCHEME then is
 """
 
 from __future__ import annotations

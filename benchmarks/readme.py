@@ -2,8 +2,8 @@
 
 A ```console block is for commands that need a machine which is not here.
 
-python tests/readme.py --list     the commands, and what is run for each
-python tests/readme.py --run      run them one after the other in a temporary folder; stops at the first that fails
+python benchmarks/readme.py --list     the commands, and what is run for each
+python benchmarks/readme.py --run      run them one after the other in a temporary folder; stops at the first that fails
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from bench_language import language_table
-from checkpoints import save_bert
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
@@ -30,6 +29,7 @@ from torch import nn
 
 from edgetune import report
 from edgetune.core.ledger import Ledger
+from support.checkpoints import save_bert
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("data", "devices", "kits", "language", "training-programs")))
@@ -91,7 +91,8 @@ def prepare(folder: Path) -> None:
 
 def written(text: str) -> str:
     """The README with its generated parts made anew."""
-    parts = {name: ("python", (ROOT / "tests" / f"examples_{name}.py").read_text(encoding="utf-8")) for name in SCRIPTS}
+    scripts = {name: ROOT / "tests" / "support" / f"examples_{name}.py" for name in SCRIPTS}
+    parts = {name: ("python", path.read_text(encoding="utf-8")) for name, path in scripts.items()}
     demo = ROOT / "docs" / "demo.json"
     if demo.exists():
         parts["demo"] = ("text", _short(report.text(Ledger.read(demo), width=100)))

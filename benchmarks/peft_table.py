@@ -1,6 +1,6 @@
 """Every weight family of peft on every kind of layer: does `et.finalize` give the plain model that computes the same?
 
-python tests/peft_table.py --write docs/peft.md
+python benchmarks/peft_table.py --write docs/peft.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One cell of bench_export.py in a process of its own: `python tests/bench_export_worker.py FAMILY COLUMN OUT.json`.
+"""One cell of bench_export.py in a process of its own: `bench_export_worker.py FAMILY COLUMN OUT.json`.
 
 The family is adapted, trained for some steps on random labels, finalized, quantized where the column says so, exported
 and compared. What happened is in OUT.json, written after each stage, so that a crash still says where it was.
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES, Family
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +34,7 @@ from edgetune.quant.int8 import Int8
 from edgetune.runtime import verify
 from edgetune.runtime.run import loaded_runtime
 from edgetune.sparse.update import SparseUpdate
+from support.families import FAMILIES, Family
 
 ROWS = 100  # that the program and the model are compared on
 STEPS, BATCH, RATE = 2, 8, 1e-3

@@ -1,6 +1,6 @@
 """Training programs beside PyTorch: planned arena, step time, and losses over 50 steps, on real data.
 
-    python tests/bench_training.py [--tasks minilm,effnet-lite0] [--methods full,last-2,auto] [--rows 8]
+    python benchmarks/bench_training.py [--tasks minilm,effnet-lite0] [--methods full,last-2,auto] [--rows 8]
 
 Arena: the plan of a training step and the weights that train; momentum is left out, since the stock export keeps it
 outside. The scheme of `auto` is that of docs/bench-sparse-<task>.json; eager keeps its activations whole here, as the
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from bench_sparse_worker import TASKS, Worker
-from training_measures import loss_difference, step_times, stock_plan_bytes
 
 from edgetune.export.training.step import Batch, Check, eager_losses, export_training
 from edgetune.run.environment import environment
+from support.training_measures import loss_difference, step_times, stock_plan_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("full", "last-2", "auto")
@@ -119,7 +119,8 @@ def main() -> None:
     lines = [
         "# Training programs",
         "",
-        f"Made by `python tests/bench_training.py` on {machine.cpu}, {THREADS} threads; batches of {given.rows} rows; "
+        f"Made by `python benchmarks/bench_training.py` on {machine.cpu}, {THREADS} threads; batches of {given.rows} "
+        "rows; "
         f"losses of {STEPS} steps compared with eager SGD, momentum {MOMENTUM}, learning rate "
         f"{', '.join(f'{rate:g} for {task}' for task, rate in LEARNING_RATES.items())}.",
         "",

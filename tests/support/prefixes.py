@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from laws import Mlp, bert, cnn, llama, mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +20,7 @@ from edgetune.tasks import task
 from edgetune.train.plan import epoch_order
 from edgetune.train.prefix.cache import PrefixCache
 from edgetune.train.prefix.rows import bytes_of
+from support.laws import Mlp, bert, cnn, llama, mlp
 
 torch.set_num_threads(1)
 

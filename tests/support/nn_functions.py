@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 
 import torch
-from nn_cases import MODULES, PICTURE, ROW, SEQUENCE, VOLUME, Case, fn, ids, rand, randn
 from torch.nn import functional as F
+
+from support.nn_cases import MODULES, PICTURE, ROW, SEQUENCE, VOLUME, Case, fn, ids, rand, randn
 
 FUNCTIONS: dict[str, Case] = {
     "adaptive_max_pool1d_with_indices": fn(lambda x: F.adaptive_max_pool1d_with_indices(x, 2), SEQUENCE),

@@ -1,6 +1,6 @@
 """Sparse backpropagation beside full fine-tuning and LoRA: time, memory and quality, in one run.
 
-    python tests/bench_sparse.py [--tasks minilm,effnet-lite0,smollm2] [--rounds 7] [--seeds 3]
+    python benchmarks/bench_sparse.py [--tasks minilm,effnet-lite0,smollm2] [--rounds 7] [--seeds 3]
 
 Each method has a process of its own, which is what its memory is read from; timed steps are taken in turn, one step of
 each method after the other, so that what else the machine does falls on all alike. `auto` is given the time that
@@ -26,7 +26,7 @@ from bench_sparse_worker import TASKS
 from edgetune.run.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = [sys.executable, str(ROOT / "tests" / "bench_sparse_worker.py")]
+WORKER = [sys.executable, str(ROOT / "benchmarks" / "bench_sparse_worker.py")]
 EPOCHS = 3  # timed, of full fine-tuning and of each method that can start behind a cached prefix
 EPOCH_SHARE = 0.2  # of a full epoch that a later one may take with a cached prefix
 TIME_SHARE = 0.85  # of the time that HELD_TO leaves a step, which auto is given: the rest is for noise
@@ -212,7 +212,7 @@ def main() -> None:
         lines = [
             f"# `make bench-sparse`: {task}",
             "",
-            f"Made by `python tests/bench_sparse.py` on {machine.cpu}, {machine.cores} cores; batches of "
+            f"Made by `python benchmarks/bench_sparse.py` on {machine.cpu}, {machine.cores} cores; batches of "
             f"{settings.batch_size}{f' x {settings.tokens} tokens' if settings.tokens else ''}; "
             f"{settings.updates} updates for quality. `auto` uses `activations: {settings.activations}`.",
             "",

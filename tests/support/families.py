@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from nets import Chela, Clip, First, Pose, SamEncoder, VoiceDetector, shared_ffn
-from timm_apart import import_timm
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.core.inputs import Inputs, call
+from support.nets import Chela, Clip, First, Pose, SamEncoder, VoiceDetector, shared_ffn
+from support.timm_apart import import_timm
 
 CLASSES, WORDS, LENGTH, PX = 10, 128, 16, 64
 

@@ -1,6 +1,6 @@
 """The main job with three seeds: quality with its spread beside the fp32 model and both baselines, sizes, parity.
 
-    python tests/bench.py [--full] [RECIPE] [key=value ...]     writes docs/bench.md; about 15 minutes on two cores
+    python benchmarks/bench.py [--full] [RECIPE] [key=value ...]     writes docs/bench.md; about 15 minutes on two cores
 
 `--full` adds a model of which every weight is fine-tuned for as long, with three seeds too: 15 minutes more.
 
@@ -97,7 +97,7 @@ def main() -> None:
     lines = [
         f"# `make bench`: {name}",
         "",
-        f"Made by `python tests/bench.py` on {machine.cpu}, {machine.cores} cores; seeds {SEEDS}; "
+        f"Made by `python benchmarks/bench.py` on {machine.cpu}, {machine.cores} cores; seeds {SEEDS}; "
         f"{ledgers[0].rows[-1].quality.rows} held-out rows that were not used for any choice.",  # type: ignore[union-attr]
         "",
         "| test accuracy, % | mean ± deviation | each seed |",

@@ -1,0 +1,1 @@
+"""What the tests share: models, checkpoints, laws' cases, stand-ins."""
