@@ -22,7 +22,7 @@ from edgetune.sparse.auto.account import Profile
 from edgetune.sparse.update import SparseUpdate
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("full-light", "last-1", "last-2", "bias", "auto")
+METHODS = ("full with lean", "last-1", "last-2", "bias", "auto")
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 ROUNDS, STEPS = 3, 7
 
@@ -50,7 +50,7 @@ def main(task: str, threads: int) -> None:
             times[method].append([worker.step() for _ in range(STEPS)])
     found = []
     for method, worker in workers.items():
-        settings = {"full-light": {"scheme": {"*": "full"}}, "auto": {"scheme": scheme, "head": "frozen"}}
+        settings = {"full with lean": {"scheme": {"*": "full"}}, "auto": {"scheme": scheme, "head": "frozen"}}
         technique = SparseUpdate(**{"scheme": method, "head": head, **settings.get(method, {})})
         resolved = technique.resolve(model)
         profiles = own if method == "auto" else exact

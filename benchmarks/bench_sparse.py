@@ -5,9 +5,10 @@
 Each method has a process of its own, which is what its memory is read from; timed steps are taken in turn, one step of
 each method after the other, so that what else the machine does falls on all alike. `auto` is given the time that
 HELD_TO leaves it, by some steps of full fine-tuning and LoRA that are timed first; all of its figures are those of the
-one scheme that it then chooses, which stands in the .json. `full-light` trains everything by the operators of
-sparse-update, and shows what of the gain is theirs. Quality is that of the test set after as many updates for every
-method, at the learning rates of bench_sparse_worker.TASKS, which were chosen on validation rows.
+one scheme that it then chooses, which stands in the .json. `full with lean` and `lora with lean` train the same by the
+operators of `lean`, which sparse-update uses too: beside `full with lean`, steps are compared on like kernels. Quality
+is that of the test set after as many updates for every method, at the learning rates of bench_sparse_worker.TASKS,
+which were chosen on validation rows.
 Writes docs/bench-sparse-<task>.md and .json; qualities that a .json holds already are taken from there.
 """
 
@@ -21,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_sparse_worker import TASKS
+from bench_sparse_worker import TASKS, WITH_LEAN
 
 from edgetune.run.environment import environment
 
@@ -33,6 +34,10 @@ TIME_SHARE = 0.85  # of the time that HELD_TO leaves a step, which auto is given
 HELD_TO = {  # of auto, against another method
     ("kept_mib", "full"): 8.0, ("kept_mib", "lora"): 5.6, ("step_ms", "full"): 2.5, ("step_ms", "lora"): 2.0,
 }  # fmt: skip
+LEAN_HELD_TO = {  # how many times less memory a method needs with lean; and at most this share of its time with lora
+    "full": {"minilm": 2.2, "smollm2": 2.2}, "lora": {"minilm": 3.0, "smollm2": 3.0},
+}  # fmt: skip
+LEAN_TIME_SHARE = 1.05
 FIGURES = {"kept_mib": ("memory saved for backward", "MiB"), "step_ms": ("step time", "ms")}  # on the page
 
 
@@ -110,7 +115,7 @@ def qualities(
     """Quality on the test set after training, by method and seed; `save` is called after each."""
     for seed in range(seeds):
         for method in methods:
-            if method == "full-light" or len(known.setdefault(method, [])) > seed:
+            if method.endswith(WITH_LEAN) or len(known.setdefault(method, [])) > seed:
                 continue
             worker = Process(task, method, scheme)
             known[method].append(worker.ask("quality", seed, threads))
@@ -124,21 +129,23 @@ def table(task: str, cost: dict[str, Any], quality: dict[str, list[Any]]) -> lis
     """One row for each method."""
     unit = "perplexity" if task == "smollm2" else "accuracy, %"
     lines = [
-        f"| method | trains | step, ms | against full | saved for backward, MiB | against full | optimizer, MiB "
-        f"| process, MiB | operators in backward | later epoch, prefix cached | {unit} |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | trains | step, ms | against full | against full with lean | saved for backward, MiB "
+        "| against full | optimizer, MiB | process, MiB | operators in backward | later epoch, prefix cached "
+        f"| {unit} |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    full = cost["full"]
+    full, like = cost["full"], cost["full" + WITH_LEAN]
     for method, row in cost.items():
         values = [q["value"] for q in quality.get(method, [])]
-        shown = f"{statistics.mean(values):.2f}" if values else "as full" if method == "full-light" else "not measured"
+        same = f"as {method.removesuffix(WITH_LEAN)}" if method.endswith(WITH_LEAN) else "not measured"
+        shown = f"{statistics.mean(values):.2f}" if values else same
         if len(values) > 1:
             shown += f" ± {statistics.stdev(values):.2f} ({' / '.join(f'{v:.2f}' for v in values)})"
         cached = method != "full" and "epoch_s" in row
         epoch = f"{row['epoch_s'] / full['epoch_s']:.2f} of full's" if cached else ""
         lines.append(
             f"| {method} | {row['trainable']:,} | {row['step_ms']:,.0f} "
-            f"| {full['step_ms'] / row['step_ms']:.2f} × less "
+            f"| {full['step_ms'] / row['step_ms']:.2f} × less | {like['step_ms'] / row['step_ms']:.2f} × less "
             f"| {row['kept_mib']:,.1f} | {full['kept_mib'] / row['kept_mib']:.1f} × less | {row['optimizer_mib']:,.1f} "
             f"| {row['process_mib']:,.0f} | {row['backward_operators']:,} | {epoch} | {shown} |"
         )
@@ -153,6 +160,15 @@ def verdicts(task: str, cost: dict[str, Any], quality: dict[str, list[Any]]) -> 
         name = FIGURES[figure][0]
         lines.append(f"{'reached' if ratio >= wanted else 'MISSED'}: {name} {ratio:.2f} times less than {other} "
                      f"(goal: {wanted})")  # fmt: skip
+    for method, goals in LEAN_HELD_TO.items():
+        if task not in goals or method + WITH_LEAN not in cost:
+            continue
+        less, share = (cost[method][f] / cost[method + WITH_LEAN][f] for f in ("kept_mib", "step_ms"))
+        lines.append(f"{'reached' if less >= goals[task] else 'MISSED'}: memory saved for backward {less:.2f} times "
+                     f"less by {method} with lean than by {method} (goal: {goals[task]})")  # fmt: skip
+        if method == "lora":
+            lines.append(f"{'reached' if share >= 1 / LEAN_TIME_SHARE else 'MISSED'}: a step of lora with lean takes "
+                         f"{1 / share:.2f} of the time of lora (goal: at most {LEAN_TIME_SHARE})")  # fmt: skip
     for method in ("last-1", "last-2", "auto"):
         if "epoch_s" in cost[method]:
             share = cost[method]["epoch_s"] / cost["full"]["epoch_s"]

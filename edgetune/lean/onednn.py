@@ -4,7 +4,7 @@ Linears: PyTorch computes fp32 products by MKL, which on processors that are not
 rate (185 against 420 GFLOP/s on two Zen 5 cores). oneDNN's linear is there as the operator that inductor calls; it
 takes weights of any strides, so nothing is packed or copied. Convolutions: with channels last, oneDNN need not reorder
 every input and output (the training step of an EfficientNet-Lite0: 406 ms, then 259). `make bench-sparse` times both
-by its method `full-light`. Values differ from PyTorch's own by rounding.
+by its method `full with lean`. Values differ from PyTorch's own by rounding.
 
 Small products, other dtypes and devices, tensor subclasses and anything that is being traced go to PyTorch as ever.
 """
