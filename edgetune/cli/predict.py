@@ -44,7 +44,7 @@ def predict(
 
     with contextlib.redirect_stdout(sys.stderr):
         classifier = Classifier(program)
-        given = read_rows(rows, classifier.task, sys.stdin, column or _columns(classifier.artifact.path))
+        given = read_rows(rows, classifier.task.texts, sys.stdin, column or _columns(classifier.artifact.path))
         with shown() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
             answers = answers_for(classifier, [one.row for one in given], progress)
     for note in classifier.notes:

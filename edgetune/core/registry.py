@@ -49,6 +49,12 @@ DATASETS = {
     "py": "edgetune.data.own:own_splits",
 }
 
+TASKS = {
+    "text-classification": "edgetune.tasks.text_classification:TextClassification",
+    "image-classification": "edgetune.tasks.image_classification:ImageClassification",
+    "causal-lm": "edgetune.tasks.causal_lm:CausalLM",
+}
+
 # what a missing import needs
 EXTRAS = {
     "peft": "lora",

@@ -11,8 +11,13 @@ import numpy as np
 
 from edgetune.core.own_code import PREFIX, call_own
 from edgetune.data.chat import Conversation, is_messages, read_messages, split_key
-from edgetune.data.dataset import Dataset, Rows, Task, assemble, classes_of, data_error, split_indices
+from edgetune.data.dataset import Dataset, assemble, classes_of, data_error, split_indices
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.task import Task
+from edgetune.tasks.text_classification import TextClassification
 
 _PARTS = ("train", "validation", "test")
 _TEXTS = ("text", "conversation")  # kinds of rows; the others are images
@@ -117,8 +122,8 @@ def _assembled(
         kept, *cut = split_indices(keys, given.labels, settings, lacking)
         read |= {name: given.subset(indices) for name, indices in zip(lacking, cut, strict=True)}
         read["train"] = given.subset(kept)
-    task: Task = "image-classification" if kind not in _TEXTS else "text-classification" if labelled else "causal-lm"
-    return assemble(source, task, classes, (read["train"], read["validation"], read["test"]), settings)
+    task: type[Task] = ImageClassification if kind not in _TEXTS else TextClassification if labelled else CausalLM
+    return assemble(source, task(classes), (read["train"], read["validation"], read["test"]), settings)
 
 
 def _key(value: Any) -> str:

@@ -20,8 +20,6 @@ from edgetune.data.dataset import (
     NOT_UTF8,
     BadRows,
     Dataset,
-    Rows,
-    Task,
     assemble,
     classes_of,
     data_error,
@@ -29,7 +27,11 @@ from edgetune.data.dataset import (
     split_rows,
 )
 from edgetune.data.labels import check_labels, is_missing
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.task import Task
+from edgetune.tasks.text_classification import TextClassification
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
@@ -343,11 +345,11 @@ def _finish(
         notes = (*notes, f"{copies:,} conversations start like another one; these are put into the same split")
     elif copies:
         notes = (*notes, f"{copies:,} texts are copies of others; copies are put into the same split")
-    task: Task = "text-classification" if settings.label else "causal-lm"
+    task: Task = TextClassification(classes) if settings.label else CausalLM()
     if not others:
-        return assemble(name, task, classes, split_rows(keys, given, settings), settings, notes)
+        return assemble(name, task, split_rows(keys, given, settings), settings, notes)
     lacking = tuple(part for part in ("test", "validation") if part not in others)
-    cut = split_indices(keys, given.labels, settings, lacking)
+    cut = split_indices(keys, given.classes, settings, lacking)
     parts = dict(zip(lacking, (given.subset(part) for part in cut[1:]), strict=True))
     parts.update({part: rows(records) for part, records in others.items()})
     train_texts = {text for text, _ in train}
@@ -355,7 +357,7 @@ def _finish(
     if shared:
         kind = "texts" if settings.messages is None else "conversations"
         notes = (*notes, f"{shared:,} test {kind} are also among the training rows")
-    return assemble(name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
+    return assemble(name, task, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
 
 
 def _load_hub(argument: str) -> dict[str, Any]:

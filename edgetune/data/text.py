@@ -12,8 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from edgetune.data.dataset import BadRows, Dataset, Rows, assemble, data_error, split_rows
+from edgetune.data.dataset import BadRows, Dataset, assemble, data_error, split_rows
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.text_classification import TextClassification
 
 _SENTIMENTS = ("negative", "neutral", "positive")
 _MIN_CONFIDENCE = 0.7
@@ -95,7 +98,7 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
     rows = Rows([text for text, _ in kept.values()], [label for _, label in kept.values()])
     # shared retweets are cut at different places: those that begin alike stay on one side of the split
     parts = split_rows([key[:40] for key in kept], rows, settings)
-    return assemble("tweets", "text-classification", _SENTIMENTS, parts, settings, notes)
+    return assemble("tweets", TextClassification(_SENTIMENTS), parts, settings, notes)
 
 
 def repaired(text: str) -> str:
@@ -145,7 +148,7 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
     rows = Rows(list(texts))
     parts = split_rows(list(texts.values()), rows, settings)
     notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.found) - len(texts):,} exact duplicates")
-    return assemble("conversations", "causal-lm", (), parts, settings, notes)
+    return assemble("conversations", CausalLM(), parts, settings, notes)
 
 
 def _takes_no_argument(name: str, argument: str) -> None:

@@ -13,7 +13,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.registry import require
 from edgetune.data.chat import Conversation
-from edgetune.data.dataset import IGNORED_LABEL, Dataset
+from edgetune.data.dataset import Dataset
+from edgetune.data.rows import IGNORED_LABEL
 from edgetune.data.text import asset_file
 from edgetune.models.chat import chat_tokens
 from edgetune.models.labels import match_classes, names_of_outputs
@@ -28,6 +29,8 @@ from edgetune.models.loaded import (
     room_for,
     takes_no,
 )
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.text_classification import TextClassification
 
 _ROUND_TOKENS = 8  # kernels like such lengths, and there are fewer different shapes
 
@@ -95,7 +98,7 @@ class MeanPoolClassifier(nn.Module):
 def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head on its mean vector."""
     no_argument("minilm", argument)
-    only(("text-classification",), "minilm", dataset.task)
+    only((TextClassification,), "minilm", dataset.task)
     takes_no("minilm", settings, "layers", "pretrained", "head", "image_px", "image_channels")
     transformers = require("transformers", "the model minilm")
     from safetensors.torch import load_file
@@ -117,7 +120,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     """A text classifier or a causal language model by its id on the hub, or by a folder that holds it."""
     if not argument:
         raise EdgetuneError("hf: needs a model id or a folder", action="write source: hf:owner/name")
-    only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
+    only((TextClassification, CausalLM), f"hf:{argument}", dataset.task)
     takes_no(f"hf:{argument}", settings, "layers", "image_px", "image_channels")
     transformers = require("transformers", f"the model hf:{argument}")
     classes: dict[str, str] | None = None
@@ -125,7 +128,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
         tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
         config = transformers.AutoConfig.from_pretrained(argument)
         give_padding(argument, tokenizer, config)
-        if dataset.task == "text-classification":
+        if isinstance(dataset.task, TextClassification):
             kind = part_of(transformers, "AutoModelForSequenceClassification")
             model, notes, classes = _classifier(kind, argument, config, settings, dataset.classes)
         else:
@@ -133,7 +136,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
             model, notes = _language_model(part_of(transformers, "AutoModelForCausalLM"), argument, config, settings)
             _check_causal(f"hf:{argument}", model.eval())
     room_for(settings.max_length, getattr(config, "max_position_embeddings", None))
-    ending = (tokenizer.eos_token or "") if dataset.task == "causal-lm" else ""
+    ending = (tokenizer.eos_token or "") if isinstance(dataset.task, CausalLM) else ""
     encode = TextEncoder(tokenizer, settings.max_length, ending)
     return Loaded(f"hf:{argument}", model.eval(), encode, notes, classes=classes)
 

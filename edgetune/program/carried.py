@@ -74,11 +74,14 @@ class TextPreprocessing(Value):
 Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
 
 
-class Postprocessing(Value):
+class ClassScores(Value):
     """From the logits `(1, classes)` to an answer."""
 
     scores: Literal["softmax"] = "softmax"  # of the logits: they add up to 1
     answer: Literal["argmax"] = "argmax"  # the place of the highest, which is the place of its name in `labels`
+
+
+Postprocessing = ClassScores
 
 
 class Carried(Value):

@@ -16,9 +16,12 @@ from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.ledger import Answers, Quality
 from edgetune.core.progress import Progress
-from edgetune.data.dataset import ROWS_OF, Dataset, Rows, Task, data_error
+from edgetune.data.dataset import Dataset, data_error
+from edgetune.data.rows import Rows
 from edgetune.data.settings import COLUMNS, DataSettings, WholeData, unread_by
-from edgetune.tasks.answers import count_answers
+from edgetune.tasks.classification import Classification
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.text_classification import TextClassification
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -70,13 +73,11 @@ class Classifier:
         place = program_at(Path(path))
         _check_kind(place)
         self.artifact: Artifact = Artifact.load(place)
-        self.task = _check(self.artifact)
+        self.task: Classification = _check(self.artifact)
         self.preparation = Preparation(self.artifact.manifest.model_dump(mode="json"), place.parent)
         carried = self.artifact.manifest.carried
         assert carried is not None  # `_check` has seen it
         self.carried = carried
-        places = self.artifact.manifest.outputs[0].shape[-1]
-        self.labels = carried.labels or tuple(str(place) for place in range(places))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -107,10 +108,7 @@ class Classifier:
 
     def _inputs(self, row: Any) -> tuple[Tensor, ...]:
         """The tensors of one row, in the order that the program takes them."""
-        if self.task == "text-classification":
-            tensors = self.preparation.inputs(str(row))
-        else:
-            tensors = _picture(self.preparation, row)
+        tensors = self.preparation.inputs(str(row)) if self.task.texts else _picture(self.preparation, row)
         return tuple(tensors[spec.name] for spec in self.artifact.manifest.inputs)
 
     def _batches(self, rows: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
@@ -143,7 +141,7 @@ def answers_for(
     if not len(rows):
         return ()
     return tuple(
-        _prediction(row, shares, classifier.labels)
+        _prediction(row, shares, classifier.task.labels)
         for row, shares in zip(rows, classifier.logits(rows, progress).softmax(1).tolist(), strict=True)
     )
 
@@ -180,17 +178,16 @@ def evaluate(
         limits = dict.fromkeys(("train_rows", "validation_rows", "test_rows"))
         settings = WholeData.model_validate({**settings.model_dump(), **limits})
     dataset: Dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
-    if dataset.task != classifier.task:
+    if type(dataset.task) is not type(classifier.task):
         raise data_error(
-            f"the program takes {ROWS_OF[classifier.task]}, and the data has {ROWS_OF[dataset.task]}",
+            f"the program takes {classifier.task.rows}, and the data has {dataset.task.rows}",
             got=settings.source,
             action="give data of the kind that the program was trained on",
         )
     rows = dataset.test if part == "test" else _together((dataset.train, dataset.validation, dataset.test))
-    places = _places(dataset.classes, classifier.labels)
+    places = _places(dataset.classes, classifier.task.labels)
     labelled = Rows(rows.inputs, [places[int(label)] for label in rows.labels or ()])
-    logits = classifier.logits(rows.inputs, progress)
-    answers = count_answers(dataset.task, classifier.labels, labelled, logits)
+    answers = classifier.task.answers(labelled, classifier.logits(rows.inputs, progress))
     notes = (*classifier.notes, *dataset.notes)
     return Evaluation(str(classifier.artifact.path), dataset.name, part, answers, notes)
 
@@ -297,7 +294,7 @@ def _check_kind(path: Path) -> None:
         )
 
 
-def _check(artifact: Artifact) -> Task:
+def _check(artifact: Artifact) -> Classification:
     """The task of a classifier. Raises `EdgetuneError` that names what the program lacks for an answer."""
     from edgetune.export.targets import find
     from edgetune.program.carried import ImagePreprocessing
@@ -335,4 +332,5 @@ def _check(artifact: Artifact) -> Task:
             action="export the same model with --target xnnpack, and use that program",
             exit_code=Exit.EXPORT,
         )
-    return "image-classification" if pictures else "text-classification"
+    labels = carried.labels or tuple(str(place) for place in range(outputs))
+    return ImageClassification(labels) if pictures else TextClassification(labels)
