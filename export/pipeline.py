@@ -36,7 +36,7 @@ from edgetune.program.artifact import (
 )
 from edgetune.program.beside import check_program_path
 from edgetune.program.card import write_card
-from edgetune.program.carried import Carried, write_beside
+from edgetune.program.carried import Carried, ScaledValue, write_beside
 from edgetune.runtime import forks, verify
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Bounds, Row
@@ -75,7 +75,7 @@ def export_program(
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
-            parity, outputs = _prove(partial, program, trial, chosen, bounds, data)
+            parity, outputs = _prove(partial, program, trial, chosen, bounds, data, same_within(carried))
             least = outputs[1] if axes else outputs[0]
             return Manifest(
                 **dict(of_file(lowered, chosen, device, path)),
@@ -119,7 +119,13 @@ def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
 
 
 def _prove(
-    partial: Path, program: Positional, trial: Trial, target: Target, bounds: Bounds, data: Path | None
+    partial: Path,
+    program: Positional,
+    trial: Trial,
+    target: Target,
+    bounds: Bounds,
+    data: Path | None,
+    same_within: float | None,
 ) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
@@ -136,7 +142,14 @@ def _prove(
         data=data,
         tries=trial.tries,
         locate=locator(program, target, bounds.max_relative_difference),
+        same_within=same_within,
     )
+
+
+def same_within(carried: Carried | None) -> float | None:
+    """How far a program's number may be from the model's to be the same; `None` where it predicts no number."""
+    told = carried.postprocessing if carried is not None else None
+    return told.same_within if isinstance(told, ScaledValue) else None
 
 
 def locator(program: nn.Module, target: Target, allowed: float | None) -> verify.Locate:

@@ -23,7 +23,8 @@ from edgetune.data.settings import DataSettings, WholeData
 from edgetune.data.tables import from_csv
 from edgetune.export import Artifact, export
 from edgetune.models.loaded import Loaded
-from edgetune.run.predicting import Classifier, evaluate, predict
+from edgetune.run.predicting import evaluate, predict
+from edgetune.run.predictor import Predictor
 from edgetune.tasks.answers import count_answers
 
 Text = tuple[Loaded, Dataset, Artifact]
@@ -135,18 +136,20 @@ def test_a_sentence_that_names_a_file_is_a_text(text: Text) -> None:
 def test_what_a_program_lacks_is_named(text: Text, tmp_path: Path) -> None:
     torch.manual_seed(0)
     bare = export(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(1, 3, 4), tmp_path / "bare.pte")
-    with pytest.raises(EdgetuneError, match=r"does not say how its inputs are made .* nor that its output") as caught:
-        Classifier(bare.path)
+    with pytest.raises(
+        EdgetuneError, match=r"does not say how its inputs are made .* nor what its output means"
+    ) as caught:
+        Predictor(bare.path)
     assert caught.value.exit_code == Exit.EXPORT
     with pytest.raises(EdgetuneError, match="no such program"):
-        Classifier(tmp_path / "bear.pte")
+        Predictor(tmp_path / "bear.pte")
     with pytest.raises(EdgetuneError, match=r"must end in \.pte"):
-        Classifier(tmp_path / "bare.json")
+        Predictor(tmp_path / "bare.json")
     for kind, verb in (("language", "edgetune generate"), ("training", "edgetune train-pte")):
         (tmp_path / "other.pte").write_bytes(b"")
         (tmp_path / "other.json").write_text(json.dumps({"kind": kind}))
-        with pytest.raises(EdgetuneError, match="does not predict a class") as caught:
-            Classifier(tmp_path / "other.pte")
+        with pytest.raises(EdgetuneError, match="does not answer for single rows") as caught:
+            Predictor(tmp_path / "other.pte")
         assert caught.value.action.startswith(verb)
 
 

@@ -18,6 +18,7 @@ def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
 
     A tokenizer or an encoder that cannot be described is named in `notes`; nothing is carried of it then.
     """
+    dataset = loaded.labelled(dataset)
     told, note = _preprocessing(loaded, dataset)
     return Carried(
         model=loaded.name,
@@ -27,7 +28,7 @@ def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
         licence=loaded.licence,
         preprocessing=told,
         postprocessing=dataset.task.postprocessing(),
-        labels=loaded.labelled(dataset).classes,
+        labels=dataset.classes,
         notes=tuple(dict.fromkeys((*loaded.notes, *dataset.notes, *note))),
     )
 

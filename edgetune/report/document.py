@@ -13,7 +13,7 @@ import yaml
 
 from edgetune.core.files import write_whole
 from edgetune.core.ledger import Ledger
-from edgetune.core.numbers import DASH, finite, noun, number, percent, plural, score, unit
+from edgetune.core.numbers import DASH, finite, first_capital, noun, number, percent, plural, score, unit
 from edgetune.core.registry import require
 from edgetune.report.answer_tables import answer_tables
 from edgetune.report.device_tables import QUANTITIES, measured_table, predicted_table, ran_on, verdict_table
@@ -292,7 +292,7 @@ def quality_tile(ledger: Ledger) -> str:
     )
     under = f"best baseline {score(known[0].value)} ({known[0].name})" if known else plural(result.rows, "test row")
     of = unit(result) and f" {unit(result)}"
-    return tile(f"{noun(result).capitalize()}, test set", f"{score(result.value)}{of}", under)
+    return tile(f"{first_capital(noun(result))}, test set", f"{score(result.value)}{of}", under)
 
 
 def tile(name: str, value: str, under: str, kind: str = "", *, words: bool = False) -> str:

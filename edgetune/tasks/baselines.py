@@ -35,6 +35,25 @@ def tfidf_classes(parts: Parts) -> Baseline:
     return Baseline(name="TF-IDF + logistic regression", value=_logistic(_tfidf(parts), labels))
 
 
+def always_the_mean(parts: Parts) -> Baseline:
+    """Always the mean of the training values, as the root of the mean squared error."""
+    mean = float(np.mean(parts.train.labels or ()))
+    return Baseline(name=f"always the mean, {mean:.3g}", value=_rmse(mean, parts.test))
+
+
+def tfidf_ridge(parts: Parts) -> Baseline:
+    """TF-IDF with ridge regression, as the root of the mean squared error; validation chooses the strength."""
+    linear_model = require("sklearn.linear_model", "the baseline")
+    train, validation, test = _tfidf(parts)
+    models = [linear_model.Ridge(alpha=1 / strength).fit(train, parts.train.labels) for strength in _STRENGTHS]
+    best = min(models, key=lambda model: _rmse(model.predict(validation), parts.validation))
+    return Baseline(name="TF-IDF + ridge regression", value=_rmse(best.predict(test), parts.test))
+
+
+def _rmse(predicted: Any, rows: Rows) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(predicted) - np.asarray(rows.labels)))))
+
+
 def _tfidf(parts: Parts) -> list[Any]:
     """TF-IDF of the words and pairs of words of each part, learned from the training texts."""
     text = require("sklearn.feature_extraction.text", "the TF-IDF baseline")
