@@ -78,7 +78,12 @@ def run_of(recipe: Recipe, folder: Path) -> tuple[Fold, Path]:
 
 def outputs(model: nn.Module, fold: Fold) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([logits_of(call(model, fold.test_split.one_row(n, fold.recipe.model.max_length))).flatten() for n in range(4)])
+        return torch.cat(
+            [
+                logits_of(call(model, fold.test_split.one_row(n, fold.recipe.model.max_length))).flatten()
+                for n in range(4)
+            ]
+        )
 
 
 @pytest.mark.parametrize("name", RUNS)
