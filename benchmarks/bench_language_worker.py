@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from edgetune.core import registry
 from edgetune.core.quiet import quiet
-from edgetune.data.dataset import Dataset, Rows
+from edgetune.data.dataset import Dataset
+from edgetune.data.rows import Rows
 from edgetune.models.loaded import Loaded, ModelSettings
 from edgetune.runtime.run import resident_mib
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.task import Task
+from edgetune.tasks.text_classification import TextClassification
 
 CACHE = 512
 EIGHT_BITS = ("lm_head", "*.down_proj")  # as in the recipe lm-smollm2
@@ -27,10 +31,10 @@ TOKENS = 64  # of MiniLM's input
 Says = Callable[[Sequence[int], int], int]  # tokens, and where the first of them stands -> the likeliest next one
 
 
-def loaded(source: str, task: Any, layers: int | None, classes: tuple[str, ...] = ()) -> Loaded:
+def loaded(source: str, task: Task, layers: int | None) -> Loaded:
     """A model of the registry, without data."""
     none = Rows([])
-    dataset = Dataset("", task, classes, none, none, none)
+    dataset = Dataset("", task, none, none, none)
     found: Loaded = registry.loader(registry.MODELS, "model", source)(
         ModelSettings(source=source, layers=layers), dataset
     )
@@ -48,7 +52,7 @@ def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
     from edgetune.quant.int4 import Int4
     from edgetune.runtime.language import greedy_in_child
 
-    found = loaded("smollm2", "causal-lm", layers)
+    found = loaded("smollm2", CausalLM(), layers)
     model: Any = Int4(group_size=32, int8_linears=EIGHT_BITS).apply(found.model)
     path = folder / "model.pte"
     begun = time.perf_counter()
@@ -119,7 +123,7 @@ def eager(dtype: torch.dtype) -> Callable[[Path, int | None, int], Says]:
     def built(folder: Path, layers: int | None, threads: int) -> Says:
         with quiet():
             from transformers.cache_utils import StaticCache
-        model: Any = loaded("smollm2", "causal-lm", layers).model.to(dtype)
+        model: Any = loaded("smollm2", CausalLM(), layers).model.to(dtype)
         cache: Any = None
 
         @torch.inference_mode()
@@ -203,7 +207,7 @@ def _minilm(bits: str) -> tuple[nn.Module, Any]:
     from edgetune.quant.int4 import Int4
 
     torch.manual_seed(0)
-    found = loaded("minilm", "text-classification", None, ("a", "b", "c"))
+    found = loaded("minilm", TextClassification(("a", "b", "c")), None)
     return (Int4(embeddings="int4").apply(found.model) if bits == "8da4w" else found.model), found.encode
 
 

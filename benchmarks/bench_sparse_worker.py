@@ -36,7 +36,7 @@ from edgetune.sparse.auto import choose as auto
 from edgetune.sparse.auto.account import Updating
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
-from edgetune.tasks import task as tasks
+from edgetune.tasks.quality import quality
 from edgetune.train import optimizer as optimizers
 from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
@@ -121,7 +121,7 @@ class Worker:
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The task's loss; `full` and `lora` have PyTorch's own."""
-        return tasks.loss(self.dataset.task, logits, labels)
+        return self.dataset.task.loss(logits, labels)
 
     def sample(self) -> Sample:
         """What `auto` may look at: training rows."""
@@ -177,7 +177,7 @@ class Worker:
         train(fresh.model, settings, fresh.train_split, fresh.loss, seed=seed)
         seconds = time.perf_counter() - begun
         chosen = fresh.test_split if split == "test" else fresh.validation_split
-        found = tasks.quality(fresh.dataset.task, fresh.model, chosen)
+        found = quality(fresh.model, chosen)
         return {"value": found.value, "rows": found.rows, "seconds": seconds}
 
     def epoch(self, cached: bool = False) -> float:

@@ -26,7 +26,7 @@ from edgetune.export.targets import Target
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.beside import check_program_path, sha256_of
 from edgetune.program.card import write_card
-from edgetune.program.carried import Carried, write_beside
+from edgetune.program.carried import Carried, ScaledValue, write_beside
 from edgetune.program.manifest import (
     Call,
     LanguageSpec,
@@ -74,7 +74,7 @@ def export_program(
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
-            parity, outputs = _prove(partial, program, trial, chosen, bounds, data)
+            parity, outputs = _prove(partial, program, trial, chosen, bounds, data, same_within(carried))
             least = outputs[1] if axes else outputs[0]
             specs = rows.specs_of(outputs[0], names, least)
             call = call_of("forward", lowered, trial.inputs, specs, parity, holds_io=layout.holds_io)
@@ -114,7 +114,13 @@ def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
 
 
 def _prove(
-    partial: Path, program: Positional, trial: Trial, target: Target, bounds: Bounds, data: Path | None
+    partial: Path,
+    program: Positional,
+    trial: Trial,
+    target: Target,
+    bounds: Bounds,
+    data: Path | None,
+    same_within: float | None,
 ) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
     if not target.runs_here:
@@ -131,7 +137,14 @@ def _prove(
         data=data,
         tries=trial.tries,
         locate=locator(program, target, bounds.max_relative_difference),
+        same_within=same_within,
     )
+
+
+def same_within(carried: Carried | None) -> float | None:
+    """How far a program's number may be from the model's to be the same; `None` where it predicts no number."""
+    told = carried.postprocessing if carried is not None else None
+    return told.same_within if isinstance(told, ScaledValue) else None
 
 
 def locator(program: nn.Module, target: Target, allowed: float | None) -> verify.Locate:

@@ -21,6 +21,9 @@ from edgetune.sparse.auto.account import Account, Profile, Updating
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.text_classification import TextClassification
 from support.laws import bert, cnn, llama, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
@@ -258,12 +261,11 @@ def _real(name: str) -> tuple[nn.Module, Batch, list[Any], str]:
     from edgetune.core import registry
     from edgetune.models.loaded import ModelSettings
 
-    task, classes = {
-        "minilm": ("text-classification", 3), "effnet-lite0": ("image-classification", 10), "smollm2": ("causal-lm", 0),
-    }[name]  # fmt: skip
+    tasks = {"minilm": TextClassification(tuple("abc")), "effnet-lite0": ImageClassification(tuple("abcdefghij"))}
+    task = tasks.get(name, CausalLM())
     heeded = {"minilm": {"max_length": 256}, "effnet-lite0": {"image_px": 112}, "smollm2": {"layers": 6}}[name]
     settings = ModelSettings(source=name, **heeded)  # type: ignore[arg-type]
-    stand_in = SimpleNamespace(task=task, classes=("a",) * classes)
+    stand_in = SimpleNamespace(task=task, classes=task.labels)
     model = registry.loader(registry.MODELS, "model", name)(settings, stand_in).model
     generator = torch.Generator().manual_seed(0)
     if name == "effnet-lite0":
@@ -292,12 +294,11 @@ def _real(name: str) -> tuple[nn.Module, Batch, list[Any], str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["minilm", "effnet-lite0", "smollm2"])
 def test_memory_is_predicted_within_a_tenth_on_real_models(name: str) -> None:
-    from edgetune.tasks import task as tasks
-
+    task = CausalLM() if name == "smollm2" else TextClassification()
     model, batch, written, head = _real(name)
 
     def real_loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return tasks.loss("causal-lm" if name == "smollm2" else "text-classification", logits, labels)
+        return task.loss(logits, labels)
 
     told = Profile.of(model, batch, real_loss, SparseUpdate().under(model))
     for scheme in ["last-1", "last-2", *written]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Baseline, Ledger, Measured, Predicted, Quality, Row
 from edgetune.core.quiet import quiet
-from edgetune.data.dataset import Dataset, Encode, Rows
+from edgetune.data.dataset import Dataset
+from edgetune.data.rows import Encode, Rows
 from edgetune.data.settings import DataSettings
 from edgetune.data.text import tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
@@ -31,6 +32,8 @@ from edgetune.models.text import MeanPoolClassifier, TextEncoder, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.program.card import card
 from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, write_beside
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.text_classification import TextClassification
 
 with quiet():  # libraries that these load warn on import
     import transformers
@@ -86,7 +89,7 @@ def small_bert(classes: Sequence[str] = ("no", "maybe", "yes")) -> tuple[Loaded,
     inputs: Any = encode(list(data.train.inputs))
     with torch.no_grad():
         model.classifier.bias -= model(**inputs).mean(0)  # no class wins always
-    dataset = Dataset("tweets", "text-classification", tuple(classes), data.train, data.validation, data.test)
+    dataset = Dataset("tweets", TextClassification(tuple(classes)), data.train, data.validation, data.test)
     return Loaded("small", model, encode), dataset
 
 
@@ -111,12 +114,12 @@ def small_vision(
     inputs: Any, classes: Sequence[str], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
 ) -> tuple[Loaded, Dataset]:
     rows = Rows(inputs, [n % len(classes) for n in range(len(inputs))])
-    dataset = Dataset("pictures", "image-classification", tuple(classes), rows, rows, rows)
+    dataset = Dataset("pictures", ImageClassification(tuple(classes)), rows, rows, rows)
     return Loaded("shades", Shades(len(classes), len(mean)).eval(), ImageEncoder(32, mean, std)), dataset
 
 
 def exported(loaded: Loaded, dataset: Dataset, folder: Path) -> Artifact:
-    pad_to = TOKENS if dataset.task == "text-classification" else None
+    pad_to = TOKENS if dataset.task.texts else None
     rows = [loaded.encode(dataset.test.take([n]), pad_to) for n in range(4)]
     told = carried(loaded, dataset, "small-recipe")
     return export(loaded.model, rows[0], folder / "model.pte", check_inputs=rows, one_row=True, carried=told)
@@ -276,7 +279,8 @@ def test_what_the_loaders_carry() -> None:
     text = tweets("", DataSettings(source="tweets", train_rows=16, validation_rows=8, test_rows=8))
     loaded = minilm("", ModelSettings(source="minilm", max_length=48), text)
     known = carried(loaded, text, "text-minilm")
-    assert (known.model, known.data, known.task, known.recipe) == ("minilm", "tweets", text.task, "text-minilm")
+    assert (known.model, known.data, known.task) == ("minilm", "tweets", text.task.name)
+    assert known.recipe == "text-minilm"
     assert known.labels == ("negative", "neutral", "positive")
     assert known.licence == "MIT"
     assert known.postprocessing is not None
@@ -287,7 +291,7 @@ def test_what_the_loaders_carry() -> None:
     with pytest.raises(EdgetuneError, match="tokenizer is missing"):
         write_beside(Carried(preprocessing=told.model_copy(update={"tokenizer_json": ""})), ROOT / "model.pte")
     rows = Rows(np.zeros((4, 28, 30), np.uint8), [0, 1, 0, 1])
-    pictures = Dataset("tiny", "image-classification", ("a", "b"), rows, rows, rows)
+    pictures = Dataset("tiny", ImageClassification(("a", "b")), rows, rows, rows)
     vision = carried(effnet_lite0("", ModelSettings(source="effnet-lite0", image_px=64), pictures), pictures)
     shown = vision.preprocessing
     assert isinstance(shown, ImagePreprocessing)
@@ -301,7 +305,7 @@ def test_an_encoder_of_the_users_own_is_named_as_not_carried() -> None:
 
     encode: Encode = own
     rows = Rows(["x", "y"], [0, 1])
-    dataset = Dataset("tiny", "text-classification", ("a", "b"), rows, rows, rows)
+    dataset = Dataset("tiny", TextClassification(("a", "b")), rows, rows, rows)
     known = carried(Loaded("mine", nn.Linear(3, 2), encode), dataset)
     assert known.preprocessing is None
     assert any("not part of the program" in note for note in known.notes)

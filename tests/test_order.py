@@ -15,11 +15,13 @@ from edgetune.core import registry
 from edgetune.core.order import planned
 from edgetune.core.technique import StepSettings
 from edgetune.core.traits import Trait
-from edgetune.data.dataset import Rows, Split
+from edgetune.data.dataset import Split
+from edgetune.data.rows import Rows
 from edgetune.recipe import recipe
 from edgetune.recipe.outline import outline
 from edgetune.recipe.sections import Finalize
 from edgetune.run.fold import Eval, Fold
+from edgetune.tasks.image_classification import ImageClassification
 from edgetune.train.loop import train
 from support.checkpoints import save_bert
 from support.laws import mlp, vectors
@@ -106,7 +108,8 @@ class Decay(et.Technique):
 def test_training_adds_the_penalties_of_what_is_open() -> None:
     rows = vectors()
     assert isinstance(rows, Tensor)
-    split = Split("image-classification", Rows(list(rows), [0, 1, 2, 0, 1, 2]), lambda rows, _: torch.stack(list(rows)))
+    data = Rows(list(rows), [0, 1, 2, 0, 1, 2])
+    split = Split(ImageClassification(("a", "b", "c")), data, lambda rows, _: torch.stack(list(rows)))
     settings = et.Train(updates=4, batch_size=3, learning_rate=1e-2)
     loss = nn.functional.cross_entropy
     model = mlp()

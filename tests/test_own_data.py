@@ -11,11 +11,13 @@ import torch
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.data.augment import Augmented
-from edgetune.data.dataset import Dataset, Rows
+from edgetune.data.dataset import Dataset
 from edgetune.data.own import own_splits
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_jsonl
-from edgetune.tasks import task as tasks
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.text_classification import TextClassification
 
 
 def table(folder: Path, labels: list[str], name: str = "rows.csv") -> Path:
@@ -66,14 +68,14 @@ def test_a_test_file_beside_the_training_rows(tmp_path: Path) -> None:
 
 def test_balanced_class_weights_count_every_class_alike() -> None:
     rows = Rows(["a"] * 8, [0, 0, 0, 0, 0, 0, 1, 1])
-    data = Dataset("d", "text-classification", ("x", "y"), rows, rows, rows)
-    weights = tasks.balanced_weights("text-classification", data)
+    data = Dataset("d", TextClassification(("x", "y")), rows, rows, rows)
+    weights = data.task.class_weights(data.train)
     torch.testing.assert_close(weights, torch.tensor([8 / 12, 2.0]))
     logits, labels = torch.zeros(8, 2, requires_grad=True), torch.tensor(rows.labels)
-    tasks.loss("text-classification", logits, labels, weights).backward()
+    data.task.loss(logits, labels, weights).backward()
     torch.testing.assert_close(logits.grad.sum(0), torch.zeros(2), msg="both classes pull alike")
-    with pytest.raises(EdgetuneError, match="a language model has none"):
-        tasks.balanced_weights("causal-lm", data)
+    with pytest.raises(EdgetuneError, match="class_weights needs classes, and causal-lm has none"):
+        CausalLM().class_weights(data.train)
 
 
 def plain(inputs: Any, pad_to: int | None = None) -> torch.Tensor:
@@ -121,9 +123,9 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
     def loaded(function: str) -> Dataset:
         return own_splits(f"{tmp_path / 'own.py'}:{function}", DataSettings(source="py"))
 
-    assert (loaded("rows").task, loaded("rows").classes) == ("text-classification", ("a", "b"))
+    assert loaded("rows").task == TextClassification(("a", "b"))
     assert sorted(loaded("parts").test.inputs) == ["another", "one more"]
-    assert loaded("texts").task == "causal-lm"
+    assert loaded("texts").task == CausalLM()
     for function, message in {
         "mixed": "several kinds|neither a text nor", "pictures": "several sizes", "floats": "neither a string nor",
         "misnamed": "returns no training rows",

@@ -18,13 +18,15 @@ from torch import nn
 from edgetune.cli import predict as cli_predict
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.data.dataset import Dataset, Rows
+from edgetune.data.dataset import Dataset
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings, WholeData
 from edgetune.data.tables import from_csv
 from edgetune.export import Artifact, export
 from edgetune.models.loaded import Loaded
 from edgetune.program.manifest import ProgramKind
-from edgetune.run.predicting import Classifier, evaluate, predict
+from edgetune.run.predicting import evaluate, predict
+from edgetune.run.predictor import Predictor
 from edgetune.tasks.answers import count_answers
 
 Text = tuple[Loaded, Dataset, Artifact]
@@ -136,17 +138,19 @@ def test_a_sentence_that_names_a_file_is_a_text(text: Text) -> None:
 def test_what_a_program_lacks_is_named(text: Text, tmp_path: Path) -> None:
     torch.manual_seed(0)
     bare = export(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(1, 3, 4), tmp_path / "bare.pte")
-    with pytest.raises(EdgetuneError, match=r"does not say how its inputs are made .* nor that its output") as caught:
-        Classifier(bare.path)
+    with pytest.raises(
+        EdgetuneError, match=r"does not say how its inputs are made .* nor what its output means"
+    ) as caught:
+        Predictor(bare.path)
     assert caught.value.exit_code == Exit.EXPORT
     with pytest.raises(EdgetuneError, match="no such program"):
-        Classifier(tmp_path / "bear.pte")
+        Predictor(tmp_path / "bear.pte")
     with pytest.raises(EdgetuneError, match=r"must end in \.pte"):
-        Classifier(tmp_path / "bare.json")
+        Predictor(tmp_path / "bare.json")
     kinds: dict[ProgramKind, str] = {"language": "edgetune generate", "training": "edgetune train-pte"}
     for kind, verb in kinds.items():
-        with pytest.raises(EdgetuneError, match="does not predict a class") as caught:
-            Classifier(stored(tmp_path, kind).path)
+        with pytest.raises(EdgetuneError, match="does not answer for single rows") as caught:
+            Predictor(stored(tmp_path, kind).path)
         assert caught.value.action.startswith(verb)
 
 
@@ -272,7 +276,7 @@ def test_whole_data_keep_every_row_whatever_their_number(tmp_path: Path) -> None
 def test_answers_are_counted_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0], [0.0, 9.0]])
     images = np.zeros((4, 8, 8), np.uint8)
-    answers = count_answers("image-classification", ("cat", "dog"), Rows(images, [0, 0, 1, 0]), logits)
+    answers = count_answers(("cat", "dog"), Rows(images, [0, 0, 1, 0]), logits, pictures=True)
     cat, dog = answers.classes
     assert (cat.rows, cat.predicted, cat.right, cat.precision_pct) == (3, 2, 1, 50.0)
     assert cat.recall_pct == pytest.approx(100 / 3)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.data.dataset import Rows, Split
+from edgetune.data.dataset import Split
+from edgetune.data.rows import Rows
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.text_classification import TextClassification
 from edgetune.train.prefix.cache import PrefixCache
 from edgetune.train.prefix.rows import Form, bytes_of, filled, mapped, nothing_in, tensor_of
 from support.laws import bert, mlp
@@ -55,11 +58,11 @@ def test_losses_and_gradients_are_those_without_a_cache(name: str, tmp_path: Pat
 
 def test_half_precision_is_bounded_and_takes_half_the_room(tmp_path: Path) -> None:
     model, split = sparse(bert(3)), texts()
-    expected = gradients(model, split, [9, 2, 13, 4], "text-classification", None)
+    expected = gradients(model, split, [9, 2, 13, 4], TextClassification(), None)
     with PrefixCache.open(model, split, folder=tmp_path / "32") as whole:
         exact = kept_values(whole, split, 13)
     with PrefixCache.open(model, split, folder=tmp_path / "16", dtype="fp16") as cache:
-        close(expected, gradients(model, split, [9, 2, 13, 4], "text-classification", cache), 1e-2)
+        close(expected, gradients(model, split, [9, 2, 13, 4], TextClassification(), cache), 1e-2)
         rounded = kept_values(cache, split, 13)
         assert cache.report.mib - ROWS * 32 / 2**20 == pytest.approx((whole.report.mib - ROWS * 32 / 2**20) / 2)
     assert not torch.equal(exact, rounded)
@@ -146,7 +149,7 @@ class Sampled(Split):
         rows = [[3 + (7 * n + 5 * k) % 44 for k in range(2 + n % 9)] for n in range(40)]
         if changed is not None:
             rows[changed][0] += 1
-        super().__init__("text-classification", Rows(rows, [n % 3 for n in range(40)]), words)
+        super().__init__(TextClassification(), Rows(rows, [n % 3 for n in range(40)]), words)
 
 
 # Other ways to run a model
@@ -155,9 +158,9 @@ class Sampled(Split):
 def test_stages_that_write_in_place_and_tuples_and_tables(tmp_path: Path) -> None:
     for kind, width in ((Writing, 32), (Pair, 8)):
         model, split = sparse(seeded(kind)), Arrays(width)
-        expected = gradients(model, split, [3, 8, 1], "image-classification", None)
+        expected = gradients(model, split, [3, 8, 1], ImageClassification(), None)
         with PrefixCache.open(model, split, folder=tmp_path) as cache:
-            close(expected, gradients(model, split, [3, 8, 1], "image-classification", cache), 1e-5)
+            close(expected, gradients(model, split, [3, 8, 1], ImageClassification(), cache), 1e-5)
             assert "table" not in cache.report.stages_skipped
 
 
@@ -191,9 +194,9 @@ def test_a_copy_made_while_the_cache_is_open_runs_on_its_own_weights(tmp_path: P
 def test_under_autocast_the_values_keep_their_type(tmp_path: Path) -> None:
     model, split = sparse(mlp()), Arrays(32)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = gradients(model, split, [3, 8, 1], "image-classification", None)
+        expected = gradients(model, split, [3, 8, 1], ImageClassification(), None)
         with PrefixCache.open(model, split, folder=tmp_path) as cache:
-            close(expected, gradients(model, split, [3, 8, 1], "image-classification", cache), 1e-2)
+            close(expected, gradients(model, split, [3, 8, 1], ImageClassification(), cache), 1e-2)
             with (
                 torch.autocast("cpu", enabled=False),
                 pytest.raises(EdgetuneError, match="autocast differs from when") as error,

@@ -10,7 +10,7 @@ from test_report import Reading, example
 from torch import tensor
 
 from edgetune.core.ledger import Answers, Baseline, ClassFigures, Ledger, Predicted, Quality, Row, Verdict
-from edgetune.data.dataset import Rows
+from edgetune.data.rows import Rows
 from edgetune.report import page, text
 from edgetune.report.answer_tables import confusion_table
 from edgetune.report.glossary import TERMS
@@ -184,7 +184,7 @@ def answers(classes: int = 3) -> Answers:
     names = [f"class {place}" for place in range(classes)]
     logits = tensor([[float(3 * (place % 4 == column)) for column in range(classes)] for place in range(12)])
     rows = [f"<b>text</b> {place} " + "very long " * 40 for place in range(12)]
-    return count_answers("text-classification", names, Rows(rows, [place % classes for place in range(12)]), logits)
+    return count_answers(names, Rows(rows, [place % classes for place in range(12)]), logits)
 
 
 def test_answers_stand_in_terminal_and_page(tmp_path: Path) -> None:
@@ -205,9 +205,7 @@ def test_thumbnails_are_inlined(tmp_path: Path) -> None:
     import numpy as np
 
     images = Rows(np.zeros((2, 28, 28), np.uint8), [0, 1])
-    ledger = example().with_(
-        answers=count_answers("image-classification", ("a", "b"), images, tensor([[0.0, 2.0], [0.0, 2.0]]))
-    )
+    ledger = example().with_(answers=count_answers(("a", "b"), images, tensor([[0.0, 2.0], [0.0, 2.0]]), pictures=True))
     whole = reading(ledger, tmp_path)
     (image,) = [attributes for tag, attributes in whole.elements if tag == "img"]
     assert str(image["src"]).startswith("data:image/png;base64,")

@@ -353,14 +353,14 @@ class Text:
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         tokens = torch.arange(24).reshape(4, 6) % 11
-        labels = tokens.clone()
+        labels = torch.full_like(tokens, -100)
         for row, length in enumerate(self.lengths or ()):
-            labels[row, length:] = -100
+            labels[row, : length - 1] = tokens[row, 1:length]
         return tokens[list(indices)], labels[list(indices)]
 
 
 def next_token(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 def test_tokens_weigh_alike_however_texts_are_cut() -> None:

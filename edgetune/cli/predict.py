@@ -1,4 +1,4 @@
-"""`edgetune predict` and `edgetune eval`: classify rows with an exported classifier, or score it."""
+"""`edgetune predict` and `edgetune eval`: answers of an exported program for rows, or how good they are."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from edgetune.cli.devices import Json, printed
 
 if TYPE_CHECKING:
     from edgetune.run.given_rows import Given
-    from edgetune.run.predicting import Evaluation, Prediction
+    from edgetune.run.predicting import Answer, Evaluation
 
 ProgramPath = Annotated[
     Path,
-    typer.Argument(metavar="MODEL.PTE", help="An exported classifier (needs its model.json), or the folder of a run."),
+    typer.Argument(metavar="MODEL.PTE", help="An exported program (needs its model.json), or the folder of a run."),
 ]
 MOST_CHARACTERS = 60  # of a row in front of its answer
 
@@ -37,17 +37,18 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Classify texts or images with an exported classifier."""
+    """Answer for texts or images with an exported program: their classes, a number, or the entities in a text."""
     from edgetune.cli.progress import shown
     from edgetune.run.given_rows import read_rows
-    from edgetune.run.predicting import ROWS_AT_ONCE, Classifier, answers_for
+    from edgetune.run.predicting import answers_for
+    from edgetune.run.predictor import ROWS_AT_ONCE, Predictor
 
     with contextlib.redirect_stdout(sys.stderr):
-        classifier = Classifier(program)
-        given = read_rows(rows, classifier.task, sys.stdin, column or _columns(classifier.artifact.path))
+        predictor = Predictor(program)
+        given = read_rows(rows, predictor.task.texts, sys.stdin, column or _columns(predictor.artifact.path))
         with shown() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
-            answers = answers_for(classifier, [one.row for one in given], progress)
-    for note in classifier.notes:
+            answers = answers_for(predictor, [one.row for one in given], progress)
+    for note in predictor.notes:
         print(f"edgetune: {note}", file=sys.stderr)
     if as_json:
         printed([_plain(one, answer) for one, answer in zip(given, answers, strict=True)])
@@ -67,14 +68,25 @@ def _columns(program: Path) -> tuple[str, ...]:
         return ("text",)
 
 
-def _line(given: Given, answer: Prediction, top: int) -> str:
+def _line(given: Given, answer: Answer, top: int) -> str:
     text = " ".join(answer.row.split())
     text = text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
-    classes = ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(answer.scores.items())[:top])
-    return f"{given.source + ': ' if given.source else ''}{text}: {classes}"
+    return f"{given.source + ': ' if given.source else ''}{text}: {_in_words(answer, top)}"
 
 
-def _plain(given: Given, answer: Prediction) -> dict[str, Any]:
+def _in_words(answer: Answer, top: int) -> str:
+    from edgetune.core.numbers import number
+    from edgetune.run.predicting import PredictedEntities, PredictedNumber
+
+    if isinstance(answer, PredictedNumber):
+        return number(answer.value)
+    if isinstance(answer, PredictedEntities):
+        named = (f"{one.text} ({one.kind}, {one.start}-{one.end})" for one in answer.entities)
+        return ", ".join(named) or "no entities"
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(answer.scores.items())[:top])
+
+
+def _plain(given: Given, answer: Answer) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {**({"source": given.source} if given.source else {}), **asdict(answer)}
@@ -94,9 +106,10 @@ def evaluate(
     ] = "test",
     as_json: Json = False,
 ) -> int:
-    """Score an exported classifier on labelled data.
+    """Score an exported program on labelled data.
 
-    Prints the accuracy with its 95 % interval, precision and recall per class, and the confusion matrix.
+    Prints the accuracy with its 95 % interval, precision and recall per class, and the confusion matrix; of a program
+    without classes, the root of the mean squared error, or the F1 of entities.
     """
     from edgetune.cli.progress import shown
     from edgetune.core.errors import EdgetuneError
@@ -118,20 +131,22 @@ def evaluate(
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    quality = evaluation.quality
-    classes = [
-        {**one.model_dump(), "precision_pct": one.precision_pct, "recall_pct": one.recall_pct}
-        for one in evaluation.answers.classes
-    ]
+    quality, answers = evaluation.quality, evaluation.answers
+    by_class = {}
+    if answers is not None:
+        classes = [
+            {**one.model_dump(), "precision_pct": one.precision_pct, "recall_pct": one.recall_pct}
+            for one in answers.classes
+        ]
+        interval = {"interval_95_pct": quality.interval_pct}
+        by_class = {**interval, **answers.model_dump(mode="json"), "classes": classes}
     return {
         "program": evaluation.program,
         "data": evaluation.data,
         "split": evaluation.part,
         "rows": quality.rows,
-        "accuracy_pct": quality.value,
-        "interval_95_pct": quality.interval_pct,
-        **evaluation.answers.model_dump(mode="json"),
-        "classes": classes,
+        quality.metric: quality.value,
+        **by_class,
         "notes": evaluation.notes,
     }
 
@@ -140,7 +155,7 @@ def _print(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from edgetune.core.numbers import accuracy_with_interval, plural
+    from edgetune.core.numbers import plural, quality_with_interval
     from edgetune.report.answer_tables import answer_tables
     from edgetune.report.console import clean, drawn
     from edgetune.report.sentences import as_sentence
@@ -149,8 +164,8 @@ def _print(evaluation: Evaluation) -> None:
     rows = plural(evaluation.quality.rows, "row")
     of = f"{rows} of the test split" if evaluation.part == "test" else f"all {rows}"
     console.print(Text(clean(f"{evaluation.program} on {evaluation.data}, {of}")))
-    console.print(Text(clean(accuracy_with_interval(evaluation.quality)), style="bold"))
-    for table in answer_tables(evaluation.answers):
+    console.print(Text(clean(quality_with_interval(evaluation.quality)), style="bold"))
+    for table in answer_tables(evaluation.answers) if evaluation.answers else ():
         console.print()
         console.print(Text(table.title, style="bold"))
         console.print(drawn(table, console.width))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
@@ -19,21 +20,39 @@ class Entry(OneLine):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Metric(NamedTuple):
+    """What a quality is called, and which way it goes."""
+
+    noun: str
+    unit: str
+    higher_is_better: bool
+    short: str  # the noun where there is little room
+
+
+MetricName = Literal["accuracy_pct", "perplexity", "rmse", "entity_f1_pct"]
+METRICS: Mapping[MetricName, Metric] = {
+    "accuracy_pct": Metric("accuracy", "%", True, "acc."),
+    "perplexity": Metric("perplexity", "", False, "perpl."),
+    "rmse": Metric("RMSE", "", False, "RMSE"),
+    "entity_f1_pct": Metric("entity F1", "%", True, "F1"),
+}
+
+
 class Quality(Entry):
     """One number on the held-out test set."""
 
-    metric: Literal["accuracy_pct", "perplexity"]
+    metric: MetricName
     value: float
     rows: int
 
     @property
     def higher_is_better(self) -> bool:
         """Accuracy rises, perplexity falls."""
-        return self.metric == "accuracy_pct"
+        return METRICS[self.metric].higher_is_better
 
     @property
     def interval_pct(self) -> tuple[float, float] | None:
-        """95 % interval of an accuracy measured on so many rows (Wilson's score interval); `None` for a perplexity.
+        """95 % interval of an accuracy measured on so many rows (Wilson's score interval); else `None`.
 
         >>> [round(end, 1) for end in Quality(metric="accuracy_pct", value=90.0, rows=20).interval_pct]
         [69.9, 97.2]

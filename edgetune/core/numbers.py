@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 
-from edgetune.core.ledger import Quality
+from edgetune.core.ledger import METRICS, Quality
 
 MIB = 2**20  # bytes
 DASH = "-"  # not measured
@@ -89,13 +89,13 @@ def quality(value: Quality | None) -> str:
         return "quality not measured"
     if finite(value.value) is None:
         return f"{noun(value)} not finite"
-    return f"{score(value.value)} % accuracy" if value.metric == "accuracy_pct" else f"perplexity {score(value.value)}"
+    return f"{score(value.value)} % {noun(value)}" if unit(value) else f"{noun(value)} {score(value.value)}"
 
 
-def accuracy_with_interval(value: Quality) -> str:
-    """An accuracy with the 95 % interval that its number of rows allows.
+def quality_with_interval(value: Quality) -> str:
+    """A quality with the 95 % interval that its number of rows allows, where there is one.
 
-    >>> accuracy_with_interval(Quality(metric="accuracy_pct", value=90.0, rows=20))
+    >>> quality_with_interval(Quality(metric="accuracy_pct", value=90.0, rows=20))
     '90.00 % accuracy on 20 rows (95 % interval: 69.9 to 97.2 %)'
     """
     interval = value.interval_pct
@@ -114,12 +114,21 @@ def seconds(value: float) -> str:
 
 def noun(value: Quality) -> str:
     """The name of the metric."""
-    return "accuracy" if value.metric == "accuracy_pct" else "perplexity"
+    return METRICS[value.metric].noun
 
 
 def unit(value: Quality) -> str:
     """The unit of the metric; perplexity has none."""
-    return "%" if value.metric == "accuracy_pct" else ""
+    return METRICS[value.metric].unit
+
+
+def first_capital(text: str) -> str:
+    """The text as a heading begins.
+
+    >>> first_capital("entity F1"), first_capital("")
+    ('Entity F1', '')
+    """
+    return text[:1].upper() + text[1:]
 
 
 def plural(many: int, thing: str) -> str:

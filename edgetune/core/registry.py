@@ -41,13 +41,24 @@ MODELS = {
 
 DATASETS = {
     "tweets": "edgetune.data.text:tweets",
+    "tweet-entities": "edgetune.data.text:tweet_entities",
+    "word-sentiment": "edgetune.data.text:word_sentiment",
     "conversations": "edgetune.data.text:conversations",
     "fashion-mnist": "edgetune.data.vision:fashion_mnist",
     "csv": "edgetune.data.tables:from_csv",
     "jsonl": "edgetune.data.tables:from_jsonl",
+    "conll": "edgetune.data.tables:from_conll",
     "imagefolder": "edgetune.data.vision:from_imagefolder",
     "hf": "edgetune.data.tables:from_hub",
     "py": "edgetune.data.own:own_splits",
+}
+
+TASKS = {
+    "text-classification": "edgetune.tasks.text_classification:TextClassification",
+    "image-classification": "edgetune.tasks.image_classification:ImageClassification",
+    "causal-lm": "edgetune.tasks.causal_lm:CausalLM",
+    "regression": "edgetune.tasks.regression:Regression",
+    "token-classification": "edgetune.tasks.token_classification:TokenClassification",
 }
 
 # what a missing import needs

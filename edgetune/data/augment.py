@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgetune.core.inputs import Inputs
-from edgetune.data.dataset import Encode, data_error
+from edgetune.data.dataset import data_error
+from edgetune.data.rows import Encode
 
 _SHIFT = 0.125  # of a picture's width, that a crop moves by at most
 _STRENGTH = 0.3  # of brightness and contrast

@@ -74,9 +74,11 @@ def _message(number: int, given: Any) -> tuple[str, str]:
     return _ROLES[role], content
 
 
-def split_key(row: str | Conversation) -> str:
+def split_key(row: str | tuple[str, ...] | Conversation) -> str:
     """Equal for rows that must not be on both sides of a split: copies of a text, conversations that start alike."""
-    return row.key if isinstance(row, Conversation) else " ".join(row.split()).lower()
+    if isinstance(row, Conversation):
+        return row.key
+    return " ".join(row if isinstance(row, tuple) else row.split()).lower()
 
 
 def is_messages(value: Any) -> bool:

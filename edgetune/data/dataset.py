@@ -8,79 +8,43 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs
+from edgetune.data.rows import Encode, Rows
 from edgetune.data.settings import DataSettings
+from edgetune.tasks.task import Parts, Task
 
-Task = Literal["text-classification", "image-classification", "causal-lm"]
-
-ROWS_OF: Mapping[Task, str] = {
-    "text-classification": "texts with classes",
-    "image-classification": "images with classes",
-    "causal-lm": "texts without classes",
-}
 NOT_UTF8 = "not in UTF-8"  # why a row cannot be read
-IGNORED_LABEL = -100  # the label of a position that takes no part in the loss
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Inputs and their classes. Inputs are texts, conversations, paths of images, or one `uint8` array
-    `(rows, height, width[, 3])`.
-
-    `labels` is `None` for a causal language model, whose labels are the tokens themselves.
-    """
-
-    inputs: Sequence[Any]
-    labels: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.labels is not None and len(self.labels) != len(self.inputs):
-            raise EdgetuneError(
-                "the number of labels must equal the number of inputs", got=(len(self.inputs), len(self.labels))
-            )
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def subset(self, indices: Sequence[int]) -> Rows:
-        """The rows at `indices`, in that order."""
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return Rows(self.take(indices), labels)
-
-    def take(self, indices: Sequence[int]) -> Sequence[Any]:
-        """The inputs at `indices`: an array for an array, else a list."""
-        if hasattr(self.inputs, "dtype"):
-            picked: Sequence[Any] = self.inputs[list(indices)]  # type: ignore[call-overload]
-            return picked
-        return [self.inputs[i] for i in indices]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows in three parts that share none, the names of the classes, and what a reader of a report has to know."""
+    """Rows in three parts that share none, what they are for, and what a reader of a report has to know."""
 
     name: str
     task: Task
-    classes: tuple[str, ...]  # empty for a causal language model
     train: Rows
     validation: Rows
     test: Rows
     notes: tuple[str, ...] = ()
 
     @property
-    def parts(self) -> dict[str, Rows]:
-        """The rows by the name of their part."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
+    def classes(self) -> tuple[str, ...]:
+        """The names of the task's labels, in order; empty for a task without."""
+        return self.task.labels
+
+    @property
+    def parts(self) -> Parts:
+        """The rows of all three."""
+        return Parts(self.train, self.validation, self.test)
 
     def with_parts(self, parts: Mapping[str, Rows], notes: tuple[str, ...] = ()) -> Dataset:
         """The same data with other rows, and with `notes` added."""
-        train, validation, test = (parts.get(part, rows) for part, rows in self.parts.items())
+        train, validation, test = (parts.get(part, rows) for part, rows in self.parts._asdict().items())
         return replace(self, train=train, validation=validation, test=test, notes=(*self.notes, *notes))
 
     def with_classes(self, classes: Mapping[str, str]) -> Dataset:
@@ -92,19 +56,19 @@ class Dataset:
             return self
         number = {self.classes.index(old): new for new, old in enumerate(classes.values())}
 
-        def numbered(rows: Rows) -> Rows:
-            return Rows(rows.inputs, None if rows.labels is None else [number[label] for label in rows.labels])
+        def numbered(label: Any) -> Any:
+            return tuple(number[tag] for tag in label) if isinstance(label, tuple) else number[label]
 
-        return replace(
-            self.with_parts({part: numbered(rows) for part, rows in self.parts.items()}), classes=tuple(classes)
-        )
+        train, validation, test = (Rows(rows.inputs, [*map(numbered, rows.labels or ())]) for rows in self.parts)
+        task = self.task.with_labels(classes)
+        return replace(self, task=task, train=train, validation=validation, test=test)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the classes and all rows; of a picture in a file its path, size and time of change."""
         digest = hashlib.sha256(repr(self.classes).encode())
-        for rows in self.parts.values():
-            digest.update(repr(None if rows.labels is None else [int(label) for label in rows.labels]).encode())
+        for rows in self.parts:
+            digest.update(repr(None if rows.labels is None else list(rows.labels)).encode())
             if hasattr(rows.inputs, "tobytes"):
                 digest.update(rows.inputs.tobytes())
                 continue
@@ -115,24 +79,8 @@ class Dataset:
         return digest.hexdigest()
 
 
-class Encode(Protocol):
-    """Turns inputs into the tensors a model takes, batch first.
-
-    Texts are padded to the longest of the batch, rounded up; `pad_to` asks for exactly that many tokens instead.
-    Conversations give `labels` too, which `Split` takes out: the token ids, with -100 where nothing is to be learned.
-    """
-
-    def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs:
-        """The inputs as tensors."""
-        ...
-
-
 class Split:
-    """Rows as batches `(inputs, labels)`.
-
-    Labels are int64: shape `(batch,)`, or for a causal language model `(batch, tokens)` with -100 where there is
-    padding.
-    """
+    """Rows as batches `(inputs, labels)`, with labels as the task's loss takes them."""
 
     def __init__(self, task: Task, rows: Rows, encode: Encode) -> None:
         self.task, self.rows, self.encode = task, rows, encode
@@ -142,20 +90,19 @@ class Split:
 
     def batch(self, indices: Sequence[int], pad_to: int | None = None) -> tuple[Inputs, Tensor]:
         """The rows at `indices` as one batch."""
-        inputs = self.encode(self.rows.take(indices), pad_to)
-        if self.task == "causal-lm":
-            if not isinstance(inputs, dict) or not {"input_ids", "attention_mask"} <= set(inputs):
-                raise EdgetuneError("a causal language model needs input_ids and attention_mask from its encoder")
-            tensors = dict(inputs)
-            labels = tensors.pop("labels", tensors["input_ids"])
-            return tensors, labels.masked_fill(tensors["attention_mask"] == 0, IGNORED_LABEL)
-        if self.rows.labels is None:
-            raise EdgetuneError("these rows have no labels", got=self.task, exit_code=Exit.DATA)
-        return inputs, torch.tensor([self.rows.labels[i] for i in indices], dtype=torch.int64)
+        return self.task.collate(self.encoded(indices, pad_to), self.rows.labels_at(indices))
+
+    def encoded(self, indices: Sequence[int], pad_to: int | None = None) -> Inputs:
+        """The rows at `indices` as the encoder makes them."""
+        return self.encode(self.rows.take(indices), pad_to)
+
+    def pad_to(self, max_length: int) -> int | None:
+        """Tokens of every row in a program's shape; `None` for images, which have one shape."""
+        return max_length if self.task.texts else None
 
     def one_row(self, index: int, max_length: int) -> Inputs:
         """One row in the shape a program takes: texts padded to `max_length`, pictures as they are."""
-        return self.batch([index], pad_to=None if self.task == "image-classification" else max_length)[0]
+        return self.batch([index], self.pad_to(max_length))[0]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Inputs, Tensor]]:
         """All rows in order; the last batch may be smaller."""
@@ -165,11 +112,11 @@ class Split:
     @cached_property
     def lengths(self) -> tuple[int, ...] | None:
         """Tokens of each row after truncation, for batches of like length; `None` where rows are no texts."""
-        if self.task == "image-classification" or len(self) == 0:
+        if not self.task.texts or len(self) == 0:
             return None
         found: list[int] = []
         for start in range(0, len(self), 512):
-            inputs = self.encode(self.rows.take(range(start, min(start + 512, len(self)))), None)
+            inputs = self.encoded(range(start, min(start + 512, len(self))))
             if not isinstance(inputs, dict) or "attention_mask" not in inputs:
                 return None
             found.extend(inputs["attention_mask"].sum(1).tolist())
@@ -269,14 +216,13 @@ def split_indices(
 
 def split_rows(keys: Sequence[str], rows: Rows, settings: DataSettings) -> tuple[Rows, Rows, Rows]:
     """Train, validation and test rows by `split_indices`."""
-    train, test, validation = split_indices(keys, rows.labels, settings, ("test", "validation"))
+    train, test, validation = split_indices(keys, rows.classes, settings, ("test", "validation"))
     return rows.subset(train), rows.subset(validation), rows.subset(test)
 
 
 def assemble(
     name: str,
     task: Task,
-    classes: Sequence[str],
     parts: tuple[Rows, Rows, Rows],
     settings: DataSettings,
     notes: Sequence[str] = (),
@@ -295,25 +241,9 @@ def assemble(
             )
         cut.append(rows if limit is None else rows.subset(range(limit)))
     train, validation, test = cut
-    if task != "causal-lm" and not settings.whole:
-        _check_classes(name, classes, train, (validation, test))
-    return Dataset(name, task, tuple(classes), train, validation, test, tuple(notes))
-
-
-def _check_classes(name: str, classes: Sequence[str], train: Rows, others: tuple[Rows, ...]) -> None:
-    if len(classes) < 2:
-        action = "add rows of a second class, or give the column or folder that holds the classes"
-        raise data_error(f"{name}: at least two classes are needed", got=", ".join(classes) or "none", action=action)
-    seen = set(train.labels or ())
-    empty = [c for n, c in enumerate(classes) if n not in seen]
-    if not empty:
-        return
-    held_out = {n for rows in others for n in rows.labels or ()}
-    if any(classes.index(c) in held_out for c in empty):
-        what = f"{name}: classes that only occur in the held-out rows: {', '.join(empty)}"
-    else:
-        what = f"{name}: classes without a row: {', '.join(empty)}"
-    raise data_error(what, action="add training rows of every class, remove the class, or raise data.train_rows")
+    if not settings.whole:
+        task.check(name, train, (validation, test))
+    return Dataset(name, task.fitted(train), train, validation, test, tuple(notes))
 
 
 def classes_of(labels: Sequence[str]) -> tuple[str, ...]:

@@ -31,12 +31,15 @@ def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ..
     counts = Counter(labels)
     if len(counts) > _MOST_CLASSES and len(labels) < _ROWS_EACH * len(counts):
         scale = sum(bool(_NUMBER.fullmatch(label)) for label in counts) > len(counts) / 2
-        kind = "numbers on a scale, which would be regression and is not supported" if scale else "no classes"
+        kind = "numbers on a scale" if scale else "no classes"
+        action = "set data.label to a column of classes, or group the values into a few classes first"
+        if scale:
+            action = f"write target: {column} instead of label, to predict the number"
         values = f"{len(counts):,} different values in {len(labels):,} rows"
         raise data_error(
             f"{name}: the column {column!r} has {values}, so they are {kind}",
             got=", ".join(list(counts)[:3]) + " ...",
-            action="set data.label to a column of classes, or group the values into a few classes first",
+            action=action,
         )
     notes = []
     if all(_DATE.fullmatch(label) for label in counts):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ import numpy as np
 
 from edgetune.core.own_code import PREFIX, call_own
 from edgetune.data.chat import Conversation, is_messages, read_messages, split_key
-from edgetune.data.dataset import Dataset, Rows, Task, assemble, classes_of, data_error, split_indices
+from edgetune.data.dataset import Dataset, assemble, classes_of, data_error, split_indices
+from edgetune.data.records import rows_of, tagged_words
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.entities import tags_in_order
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.regression import Regression
+from edgetune.tasks.task import Task
+from edgetune.tasks.text_classification import TextClassification
+from edgetune.tasks.token_classification import TokenClassification
 
 _PARTS = ("train", "validation", "test")
 _TEXTS = ("text", "conversation")  # kinds of rows; the others are images
@@ -23,8 +33,9 @@ def own_splits(argument: str, settings: DataSettings) -> Dataset:
     """What `splits()` returns: rows `(input, label)`, in one list or in one for each part; parts not given are cut.
 
     An input is a text, the path of an image, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
-    are of one kind, arrays of one size. A label is a string or a whole number; for a language model rows are texts, or
-    conversations as lists of `{role, content}`.
+    are of one kind, arrays of one size. A label is a string or a whole number; a float is a number to predict, and a
+    list of tags goes with a list of words. For a language model rows are texts, or conversations as lists of
+    `{role, content}`.
     """
     source = f"{PREFIX}{argument}"
     given = call_own(source)
@@ -42,7 +53,7 @@ def own_splits(argument: str, settings: DataSettings) -> Dataset:
     return _assembled(source, rows, kinds.pop(), labelled.pop(), settings)
 
 
-Record = tuple[Any, "str | None", str]  # input, label, kind
+Record = tuple[Any, Any, str]  # input; class, number, tags or None; kind
 
 
 def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Record]:
@@ -55,14 +66,34 @@ def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Rec
     for number, row in enumerate(rows):
         pair = isinstance(row, (tuple, list)) and len(row) == 2 and not is_messages(row)
         value, label = row if pair else (row, None)
-        if label is not None and not isinstance(label, (str, int, np.integer)):
-            what = f"{source}: the label of {part} row {number} is neither a string nor a whole number"
-            raise data_error(what, got=type(label).__name__)
-        read = _input(f"{source}: {part} row {number}", value, settings.loss_on == "answers")
-        records.append((*read, None if label is None else str(label)))
+        place = f"{source}: {part} row {number}"
+        if isinstance(label, (list, tuple)):
+            records.append((*_tagged(place, value, label, settings), "tagged words"))
+            continue
+        value, kind = _input(place, value, settings.loss_on == "answers")
+        records.append((value, _label(place, label), kind))
     if not records:
         raise data_error(f"{source} returns no {part} rows", action=_FORM)
-    return [(value, label, kind) for value, kind, label in records]
+    return records
+
+
+def _tagged(place: str, words: Any, tags: Any, settings: DataSettings) -> tuple[Any, Any]:
+    try:
+        return tagged_words(words, tags, settings)
+    except ValueError as error:
+        raise data_error(f"{place}: {error}") from error
+
+
+def _label(place: str, label: Any) -> str | float | None:
+    """A class as a string, a number to predict as a float."""
+    if isinstance(label, (float, np.floating)):
+        if not math.isfinite(label):
+            raise data_error(f"{place}: the number to predict is not finite", got=float(label))
+        return float(label)
+    if label is not None and not isinstance(label, (str, int, np.integer)):
+        what = f"the label of {place} is neither a string nor a number"
+        raise data_error(what, got=type(label).__name__)
+    return None if label is None else str(label)
 
 
 def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
@@ -96,8 +127,8 @@ def _assembled(
         raise data_error(f"{source} returns images without a label", action=_FORM)
     if labelled and kind == "conversation":
         raise data_error(f"{source} returns conversations with a label", action="return only the messages")
-    classes = classes_of([str(label) for part in parts.values() for _, label, _ in part]) if labelled else ()
-    number = {label: n for n, label in enumerate(classes)}
+    labels = [label for part in parts.values() for _, label, _ in part]
+    task = _task_of(source, kind, labels if labelled else [])
 
     def rows(part: list[Record]) -> Rows:
         inputs: Any = [value for value, _, _ in part]
@@ -107,22 +138,35 @@ def _assembled(
                 action = "resize them to one size, or give paths"
                 raise data_error(f"{source} returns images of several sizes", got=shapes[:3], action=action)
             inputs = np.stack(inputs)
-        return Rows(inputs, [number[str(label)] for _, label, _ in part] if labelled else None)
+        return rows_of(inputs, [label for _, label, _ in part], task)
 
     read = {name: rows(part) for name, part in parts.items()}
     lacking = tuple(part for part in ("test", "validation") if part not in read)
     if lacking:
         given = read["train"]
         keys = [_key(value) for value, _, _ in parts["train"]]
-        kept, *cut = split_indices(keys, given.labels, settings, lacking)
+        kept, *cut = split_indices(keys, given.classes, settings, lacking)
         read |= {name: given.subset(indices) for name, indices in zip(lacking, cut, strict=True)}
         read["train"] = given.subset(kept)
-    task: Task = "image-classification" if kind not in _TEXTS else "text-classification" if labelled else "causal-lm"
-    return assemble(source, task, classes, (read["train"], read["validation"], read["test"]), settings)
+    return assemble(source, task, (read["train"], read["validation"], read["test"]), settings)
+
+
+def _task_of(source: str, kind: str, labels: Sequence[Any]) -> Task:
+    if kind == "tagged words":
+        return TokenClassification(tags_in_order(tag for tags in labels for tag in tags))
+    numbers = sum(isinstance(label, float) for label in labels)
+    if numbers:
+        if numbers < len(labels) or kind not in _TEXTS:
+            action = "return texts, each with a float" if kind not in _TEXTS else "return a float for every row"
+            raise data_error(f"{source} returns {kind} rows with numbers to predict", action=action)
+        return Regression()
+    if kind not in _TEXTS:
+        return ImageClassification(classes_of(labels))
+    return TextClassification(classes_of(labels)) if labels else CausalLM()
 
 
 def _key(value: Any) -> str:
     """Equal for copies, which stand on one side of a split."""
-    if isinstance(value, (str, Conversation)):
+    if isinstance(value, (str, Conversation, tuple)):
         return split_key(value)
     return hashlib.sha256(value.read_bytes() if isinstance(value, Path) else value.tobytes()).hexdigest()

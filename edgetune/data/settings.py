@@ -8,10 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from edgetune.core.technique import Settings
 
-COLUMNS = ("messages", "text", "label", "label_names")  # settings that name the columns of a table
-_FIXED = ("tweets", "conversations", "fashion-mnist", "imagefolder")
+COLUMNS = ("messages", "text", "label", "target", "tags", "label_names")  # settings that name the columns of a table
+_FIXED = ("tweets", "tweet-entities", "word-sentiment", "conversations", "fashion-mnist", "imagefolder")
+_CONLL = {"text": "tokens", "label": None, "tags": "tags"}  # what the columns of such a file are
 _UNREAD = {  # settings that a kind of source has no use for
     "hf": ("test_file",),
+    "conll": ("messages", "text", "label", "target", "tags", "loss_on"),
     "py": (*COLUMNS, "test_file"),
     **dict.fromkeys(_FIXED, (*COLUMNS, "test_file", "loss_on")),
 }
@@ -28,13 +30,18 @@ class DataSettings(Settings):
     whole: ClassVar[bool] = False
 
     source: str
-    """Data that come with edgetune (`tweets`, `conversations`, `fashion-mnist`), a file or folder of your own
-    (`csv:FILE`, `jsonl:FILE`, `imagefolder:FOLDER`), `hf:OWNER/NAME` from the Hugging Face hub, or
-    `py:FILE.py:FUNCTION`, a function that returns the rows. Paths are relative to the recipe."""
+    """Data that come with edgetune (`tweets`, `word-sentiment`, `tweet-entities`, `conversations`, `fashion-mnist`), a
+    file or folder of your own (`csv:FILE`, `jsonl:FILE`, `conll:FILE`, `imagefolder:FOLDER`), `hf:OWNER/NAME` from the
+    Hugging Face hub, or `py:FILE.py:FUNCTION`, a function that returns the rows. Paths are relative to the recipe."""
     text: str | tuple[str, ...] = "text"
     """Column with the text, or a list of columns whose texts are joined with line breaks. Tables only."""
     label: str | None = "label"
     """Column with the class; `null`: no classes, the texts train a language model. Tables only."""
+    target: str | None = None
+    """Column with a number that the model predicts; the column `label` is not used. Tables only."""
+    tags: str | None = None
+    """Column with a tag for each word: `O`, `B-kind` or `I-kind`. `text` is then the column with the words, `tokens` by
+    default. Both hold lists, or texts with blanks between. Tables only."""
     messages: str | tuple[str, str] | None = None
     """Column with a conversation, as a list of `{role, content}`, or two columns with a question and its answer.
     The model's chat template turns them into text; the columns `text` and `label` are not used. Tables only."""
@@ -67,24 +74,50 @@ class DataSettings(Settings):
         columns = self.text if self.messages is None else self.messages
         return (columns,) if isinstance(columns, str) else columns
 
+    @property
+    def columns_by_setting(self) -> tuple[tuple[str, str], ...]:
+        """The columns that are read, in order, each with the setting that names it."""
+        text = "text" if self.messages is None else "messages"
+        labels = (("label", self.label), ("target", self.target), ("tags", self.tags))
+        return (
+            *((text, column) for column in self.text_columns),
+            *((setting, column) for setting, column in labels if column is not None),
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read: those of the text, then the label's."""
+        return tuple(column for _, column in self.columns_by_setting)
+
     @model_validator(mode="before")
     @classmethod
-    def _messages_have_no_label(cls, given: Any) -> Any:
-        """Conversations have no classes, so `label` need not be set to `null` beside them."""
-        if isinstance(given, dict) and given.get("messages") is not None:
-            return {"label": None, **given}
-        return given
+    def _instead_of_label(cls, given: Any) -> Any:
+        """Conversations, numbers and tags have no classes, so `label` need not be set to `null` beside them."""
+        if not isinstance(given, dict):
+            return given
+        if str(given.get("source", "")).partition(":")[0] == "conll":
+            given = {**_CONLL, **given}
+        if given.get("tags") is not None:
+            given = {"text": "tokens", **given}
+        others = (given.get(name) for name in ("messages", "target", "tags"))
+        return {"label": None, **given} if any(other is not None for other in others) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:
         kind = self.source.partition(":")[0]
         for name in unread_by(self.source):
-            if getattr(self, name) != type(self).model_fields[name].default:
+            fixed = _CONLL.get(name) if kind == "conll" and name in _CONLL else type(self).model_fields[name].default
+            if getattr(self, name) != fixed:
                 raise ValueError(f"{kind} does not read {name}: leave it out")
         if self.messages is None and kind != "py" and self.loss_on != "answers":
             raise ValueError("loss_on is for conversations: set messages to their column")
         if self.messages is not None and (self.label is not None or self.text != "text"):
             raise ValueError("messages replaces text and label: leave these out")
+        given = [name for name in ("label", "target", "tags", "messages") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are for different tasks: give one of them")
+        if self.tags is not None and len(self.text_columns) > 1:
+            raise ValueError("tags need one column of words: set text to it")
         return self
 
     @field_validator("label_names", mode="before")

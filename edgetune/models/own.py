@@ -48,7 +48,7 @@ def _encoder(source: str, encode: Any, settings: ModelSettings, dataset: Dataset
             action = "return a function, or a transformers tokenizer"
             raise EdgetuneError(f"{source} returns an encoder that is not callable", got=encode, action=action)
         return encode
-    if dataset.task != "image-classification":
+    if dataset.task.texts:
         action = "return (module, tokenizer), or (module, encode) with encode(texts, pad_to) -> tensors"
         raise EdgetuneError(f"{source} does not return an encoder from texts to model inputs", action=action)
     return ImageEncoder(settings.image_px, (0.0,) * settings.image_channels, (255.0,) * settings.image_channels)

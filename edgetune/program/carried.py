@@ -6,7 +6,7 @@ It stands in `model.json`; the tokenizer lies beside the program as a file of it
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -74,11 +74,37 @@ class TextPreprocessing(Value):
 Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
 
 
-class Postprocessing(Value):
+class ClassScores(Value):
     """From the logits `(1, classes)` to an answer."""
 
     scores: Literal["softmax"] = "softmax"  # of the logits: they add up to 1
     answer: Literal["argmax"] = "argmax"  # the place of the highest, which is the place of its name in `labels`
+
+
+class ScaledValue(Value):
+    """From the output `(1, 1)` to a number in the unit of the training data: `output * std + mean`."""
+
+    same_within: ClassVar[float] = 0.05  # outputs, in standard deviations, that are the same prediction
+
+    answer: Literal["value"] = "value"
+    mean: float
+    std: float
+
+
+class TaggedWords(Value):
+    """From the logits `(1, tokens, tags)` to the entities of a text.
+
+    The text's words are the matches of `words`, each of which the tokenizer gets as a word of its own. A word's tag has
+    the highest logit at its first token. `B-kind` begins an entity, and so does an `I-kind` that nothing of its kind
+    stands before; any other `I-kind` goes on with it.
+    """
+
+    answer: Literal["entities"] = "entities"
+    scheme: Literal["IOB2"] = "IOB2"
+    words: str = r"\w+|[^\w\s]"  # a regular expression: words, and punctuation marks by themselves
+
+
+Postprocessing = Annotated[ClassScores | ScaledValue | TaggedWords, Field(discriminator="answer")]
 
 
 class Carried(Value):

@@ -14,15 +14,12 @@ from typing import Any, Literal
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError
 from edgetune.data.columns import LABELS, TEXTS, likely_column, named_column
-from edgetune.data.dataset import Dataset, Task
+from edgetune.data.dataset import Dataset
 from edgetune.data.settings import DataSettings
 from edgetune.models.labels import match_classes, names_of_outputs
 from edgetune.recipe.located import source_for
 
 TaskName = Literal["text", "image", "language"]
-_TASKS: Mapping[Task, TaskName] = {
-    "text-classification": "text", "image-classification": "image", "causal-lm": "language",
-}  # fmt: skip
 _LOOKED_AT = 200  # rows, to tell which column is which
 _CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("question", "prompt", "instruction", "user", "input")
@@ -79,7 +76,7 @@ def new_recipe(
     columns = _columns(data, task, text, label)
     settings = DataSettings.model_validate({"source": data, **columns})
     dataset: Dataset = registry.loader(registry.DATASETS, "data", data)(settings)
-    seen = _TASKS[dataset.task]
+    seen = dataset.task.kind
     if task is not None and task != seen:
         raise EdgetuneError(f"this data is not for the task {task}", got=seen, action=f"leave out --task {task}")
     written = {"source": source_for(data, path.parent), **columns}

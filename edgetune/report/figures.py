@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgetune.core.ledger import Ledger, Row, Training
-from edgetune.core.numbers import count, finite, noun, number, percent, score, seconds, unit
+from edgetune.core.numbers import count, finite, first_capital, noun, number, percent, score, seconds, unit
 from edgetune.report.device_figures import latency, memory
 from edgetune.report.drawing import (
     BLUE,
@@ -86,7 +86,7 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
     add_baselines(layout, baselines)
     told = "; ".join(f"{row.index} {row.step}: {score(v)} at {number(row.size_mib)} MiB"
                      for row, v in zip(rows, values, strict=True))  # fmt: skip
-    title = f"{noun(result).capitalize()} against size, step by step"
+    title = f"{first_capital(noun(result))} against size, step by step"
     return Figure("quality-size", title, told, built([points], layout))
 
 

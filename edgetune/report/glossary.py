@@ -8,6 +8,8 @@ TERMS: Mapping[str, str] = {
     "MiB": "1,048,576 bytes. KiB is 1,024 of them.",
     "accuracy": "The share of test rows that the model classifies correctly.",
     "perplexity": "How surprised a language model is by the test set. Lower is better; 1 means not at all.",
+    "RMSE": "The root of the mean squared difference from the true values, in their unit. Lower is better.",
+    "entity F1": "The harmonic mean of precision and recall of whole entities: words and kind must both be right.",
     "95 % interval": "The 95 % confidence interval of the accuracy (Wilson), given the number of test rows.",
     "points": "Percentage points: from 80 % to 82 % is 2 points.",
     "precision": "The share of the rows predicted as a class that belong to it.",
@@ -50,6 +52,8 @@ ALIASES: Mapping[str, str] = {
     "same prediction as the pytorch model": "same prediction",
     "accuracy, test set": "accuracy",
     "perplexity, test set": "perplexity",
+    "rmse, test set": "RMSE",
+    "entity f1, test set": "entity F1",
     "model in memory": "MiB",
 }
 _BY_NAME = {name.casefold(): text for name, text in TERMS.items()}

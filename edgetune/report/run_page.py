@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from edgetune.core.ledger import Ledger
-from edgetune.core.numbers import finite, noun, number, percent, plural, score, unit
+from edgetune.core.numbers import finite, first_capital, noun, number, percent, plural, score, unit
 from edgetune.report.answer_tables import answer_tables
 from edgetune.report.device_tables import QUANTITIES, measured_table, predicted_table, ran_on, verdict_table
 from edgetune.report.drawing import Figure
@@ -134,4 +134,4 @@ def quality_tile(ledger: Ledger) -> Iterator[Tile]:
     best = sorted(measured, key=lambda line: line.value, reverse=result.higher_is_better)[:1]
     under = [f"best baseline {score(line.value)} ({line.name})" for line in best] or [plural(result.rows, "test row")]
     of = unit(result) and f" {unit(result)}"
-    yield Tile(f"{noun(result).capitalize()}, test set", f"{score(result.value)}{of}", under[0])
+    yield Tile(f"{first_capital(noun(result))}, test set", f"{score(result.value)}{of}", under[0])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgetune.core.ledger import Ledger, Predicted, Quality, Row, Verdict
-from edgetune.core.numbers import finite, noun, number, plural, quality, score
+from edgetune.core.numbers import finite, noun, number, plural, quality, score, unit
 from edgetune.report.device_tables import QUANTITIES, budget_met, ran_on
 from edgetune.report.tables import gain, last_quality
 
 LOST_POINTS = 2.0  # a step that costs more accuracy is named at the top
-LOST_PERPLEXITY_PCT = 5.0  # or raises the perplexity by more
+RAISED_PCT = 5.0  # or raises by more what is better when low
 WIDE_POINTS = 10.0  # an interval that is wider says that the test set is small
 UNCHANGED = ("train", "load", "eval")  # steps that compress nothing
 
@@ -35,9 +35,9 @@ def _state(size_mib: float, result: Quality | None, *, short: bool = False) -> s
     size = f"{number(size_mib)} MiB"
     if result is None or finite(result.value) is None:
         return f"{size} ({quality(result)})" if result else size
-    if result.metric == "perplexity":
-        return f"{size} and a perplexity of {score(result.value)}"
-    return f"{size} and {result.value:.1f} %{'' if short else ' accuracy'}"
+    if not unit(result):
+        return f"{size} and {'an' if result.metric == 'rmse' else 'a'} {noun(result)} of {score(result.value)}"
+    return f"{size} and {result.value:.1f} %{'' if short else f' {noun(result)}'}"
 
 
 def _speed(ledger: Ledger) -> str:
@@ -89,8 +89,8 @@ def _against_baselines(ledger: Ledger) -> Iterator[str]:
     best = (max if result.higher_is_better else min)(known, key=lambda line: line.value)
     lead = result.value - best.value if result.higher_is_better else best.value - result.value
     interval = result.interval_pct
-    unit = " %" if result.higher_is_better else ""
-    compared = f'"{best.name}" reaches {score(best.value)}{unit}, this run {score(result.value)}{unit}'
+    of = " %" if unit(result) else ""
+    compared = f'"{best.name}" reaches {score(best.value)}{of}, this run {score(result.value)}{of}'
     if lead < 0:
         yield f"The result is below a simple baseline: {compared}."
     elif lead == 0:
@@ -107,14 +107,14 @@ def _losses(ledger: Ledger) -> Iterator[str]:
             continue
         assert row.quality is not None  # `gain` has compared both
         assert before.quality is not None
-        end, unit = last_quality(ledger), " %" if row.quality.higher_is_better else ""
-        later = f"; the run ends at {score(end.value)}{unit}" if end is not None and row is not ledger.rows[-1] else ""
+        end, of = last_quality(ledger), " %" if unit(row.quality) else ""
+        later = f"; the run ends at {score(end.value)}{of}" if end is not None and row is not ledger.rows[-1] else ""
         name = f"Step {row.index}, {row.step},"
         if row.quality.higher_is_better and -difference > LOST_POINTS:
             lost = f"{name} lost {score(-difference)} points of {noun(row.quality)}"
             yield f"{lost} ({score(before.quality.value)} to {score(row.quality.value)} %){later}."
-        elif not row.quality.higher_is_better and 100 * difference > LOST_PERPLEXITY_PCT * before.quality.value:
-            raised = f"{name} raised the perplexity by {100 * difference / before.quality.value:.0f} %"
+        elif not row.quality.higher_is_better and 100 * difference > RAISED_PCT * before.quality.value:
+            raised = f"{name} raised the {noun(row.quality)} by {100 * difference / before.quality.value:.0f} %"
             yield f"{raised} ({score(before.quality.value)} to {score(row.quality.value)}){later}."
 
 

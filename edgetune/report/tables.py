@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.core.ledger import Ledger, Parity, Program, Quality, Row
+from edgetune.core.ledger import METRICS, Ledger, Parity, Program, Quality, Row
 from edgetune.core.numbers import (
     DASH,
     change,
     count,
     finite,
+    first_capital,
     noun,
     number,
     percent,
@@ -92,7 +93,7 @@ def step_table(ledger: Ledger) -> Table:
     """One row for each step."""
     metric = last_quality(ledger)
     name, of, points = (noun(metric), unit(metric), unit(metric) and "points") if metric else ("quality", "", "")
-    short = {"accuracy": "acc.\n%", "perplexity": "perpl."}.get(name, "qual.")
+    short = "\n".join(filter(None, (METRICS[metric.metric].short, of))) if metric else "qual."
     columns = (
         Column("step", text=True),
         Column("settings", text=True, wraps=True, room=150),
@@ -129,7 +130,7 @@ def grouped_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 def measured_on(metric: Quality) -> str:
     """How far the figures of the quality column can be trusted."""
-    text = f"{noun(metric).capitalize()} on {plural(metric.rows, 'test row')}"
+    text = f"{first_capital(noun(metric))} on {plural(metric.rows, 'test row')}"
     interval = metric.interval_pct
     if interval is not None:
         text += f" (95 % interval of the last: {interval[0]:.1f} to {interval[1]:.1f} %)"

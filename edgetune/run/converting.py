@@ -142,9 +142,14 @@ def _made_up_pictures(encode: Any) -> list[Tensor]:
 
 def _carried(source: str, model: nn.Module, encode: Any, config: Any) -> Carried:
     """What an app needs: how inputs are made, and the model's own names of its classes where it chooses one."""
-    from edgetune.data.dataset import Dataset, Rows, Task
+    from edgetune.data.dataset import Dataset
+    from edgetune.data.rows import Rows
     from edgetune.models.carrying import carried
     from edgetune.models.loaded import Loaded
+    from edgetune.tasks.causal_lm import CausalLM
+    from edgetune.tasks.image_classification import ImageClassification
+    from edgetune.tasks.task import Task
+    from edgetune.tasks.text_classification import TextClassification
 
     kind = type(model).__name__
     labels: tuple[str, ...] = ()
@@ -158,9 +163,9 @@ def _carried(source: str, model: nn.Module, encode: Any, config: Any) -> Carried
     ):
         labels = names_of_outputs(config)
     pictures = hasattr(encode, "image_px")
-    task: Task = "image-classification" if pictures else "text-classification" if labels else "causal-lm"
+    task: type[Task] = ImageClassification if pictures else TextClassification if labels else CausalLM
     none = Rows([])
-    described = carried(Loaded(source, model, encode), Dataset("", task, labels, none, none, none))
+    described = carried(Loaded(source, model, encode), Dataset("", task(labels), none, none, none))
     if not labels:  # tokens, spans or vectors come out: nothing here says what they mean
         described = described.model_copy(update={"task": "", "postprocessing": None})
     return described

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgetune.export import Artifact
     from edgetune.program.carried import Carried
     from edgetune.recipe.sections import ExportSettings
+    from edgetune.tasks.task import Task
 
 CHECK_ROWS = 100
 CACHE_TOKENS = 512
@@ -107,19 +108,19 @@ def tell_run(artifact: Artifact, ledger: Ledger) -> None:
     write_card(artifact.path, artifact.manifest, ledger)
 
 
-def tokenizer_of(task: str, encode: Any) -> Any:
+def tokenizer_of(task: Task, encode: Any) -> Any:
     """The tokenizer of a loaded language model. Raises for any other model."""
     tokenizer = getattr(encode, "tokenizer", None)
-    if task != "causal-lm" or tokenizer is None:
+    if task.kind != "language" or tokenizer is None:
         raise EdgetuneError(
             "a text-generation program needs a causal language model",
-            got=task,
+            got=task.name,
             action="use the model smollm2, or hf:PATH with texts without classes, or leave out `language`",
         )
     return tokenizer
 
 
-def check_talks(model: nn.Module, task: str, encode: Any, asked: ExportSettings) -> None:
+def check_talks(model: nn.Module, task: Task, encode: Any, asked: ExportSettings) -> None:
     """Raise before a training what would stop the export of a language program after it."""
     from edgetune.export.language import check_exportable
 
@@ -150,12 +151,12 @@ def beginnings(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
 
     Of a text that is its first half; of a conversation, all that stands before the first answer.
     """
-    from edgetune.data.dataset import IGNORED_LABEL
+    from edgetune.data.rows import IGNORED_LABEL
+    from edgetune.tasks.causal_lm import learned_tokens
 
     prompts = []
     for index in range(rows):
-        inputs, labels = split.batch([index])
-        assert isinstance(inputs, dict)  # `Split` asks a language model's encoder for no less
+        inputs, labels = learned_tokens(split.encoded([index]))
         ids = inputs["input_ids"][0][inputs["attention_mask"][0] != 0].tolist()
         learned = labels[0].ne(IGNORED_LABEL).nonzero()
         given = int(learned[0]) if len(learned) else 0

@@ -192,7 +192,9 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
 
 def _texts() -> Dataset:
     """No rows, for a language model: it has no classes to learn from them."""
-    from edgetune.data.dataset import Dataset, Rows
+    from edgetune.data.dataset import Dataset
+    from edgetune.data.rows import Rows
+    from edgetune.tasks.causal_lm import CausalLM
 
     none = Rows([])
-    return Dataset("", "causal-lm", (), none, none, none)
+    return Dataset("", CausalLM(), none, none, none)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Ledger
 from edgetune.core.quiet import quiet
 from edgetune.core.technique import Settings, Technique
-from edgetune.data.dataset import Dataset, Rows, Split, Task
+from edgetune.data.dataset import Dataset, Split
+from edgetune.data.rows import Rows
 from edgetune.models.chat import without_cut_answers
 from edgetune.models.loaded import Loaded
 from edgetune.program.carried import Carried
@@ -50,8 +51,8 @@ class Structure(Settings):
     packed: bool  # some tensors are torchao's
     shared: dict[str, str]  # names of tensors that are another one, by its first name
     history: tuple[tuple[str, dict[str, Any]], ...]  # each technique and its settings, in order
-    task: Task
-    classes: tuple[str, ...]  # of the data, in its own order
+    task: str  # its name
+    values: dict[str, Any]  # of the task: its labels in the order of the data, and what it learned from training rows
     config: dict[str, Any] = {}  # noqa: RUF012  pydantic copies it; of a model of transformers: its config as it ended
     carried: Carried
 
@@ -101,8 +102,8 @@ def save_finished(
         packed=any(type(tensor) is not Tensor for tensor in model.state_dict().values()),
         shared=_shared(model),
         history=tuple((s.name, s.settings.model_dump(mode="json")) for s in recipe.steps if _is_technique(s.settings)),
-        task=dataset.task,
-        classes=dataset.classes,
+        task=dataset.task.name,
+        values=asdict(dataset.task),
         config=_config(model),
         carried=carried,
     )
@@ -139,7 +140,8 @@ def open_run(folder: str | Path) -> FinishedRun:
         raise EdgetuneError("the folder does not contain a finished run", got=str(folder), action=action)
     recipe, structure = load(folder / "recipe.yaml"), _read_structure(folder)
     rows = Rows([])
-    dataset = Dataset(ledger.data, structure.task, structure.classes, rows, rows, rows)
+    values = {**structure.values, "labels": tuple(structure.values["labels"])}
+    dataset = Dataset(ledger.data, registry.load(registry.TASKS[structure.task])(**values), rows, rows, rows)
     seed_everything(recipe.seed)
     loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, dataset)
     run = FinishedRun(folder, recipe, ledger, structure, loaded)

@@ -43,9 +43,7 @@ from edgetune.run.finished import save_finished
 from edgetune.run.measures import kept_mib, measure
 from edgetune.run.rehearsal import in_step, rehearse
 from edgetune.run.samples import Samples
-from edgetune.tasks import task as tasks
-from edgetune.tasks.answers import answers_on
-from edgetune.tasks.baselines import baselines
+from edgetune.tasks.quality import answers_on, quality
 from edgetune.train import loggers
 from edgetune.train.loggers import TrainingLog
 from edgetune.train.loop import seed_everything, train
@@ -106,7 +104,7 @@ class Fold:
             data=self.dataset.name,
             settings=recipe.resolved(),
             environment=versions(),
-            baselines=earlier.baselines if earlier else baselines(self.dataset, loaded.encode),
+            baselines=earlier.baselines if earlier else self.task.baselines(self.dataset.parts, loaded.encode),
             notes=(*self.dataset.notes, *loaded.notes),
         )
         if record:
@@ -117,21 +115,21 @@ class Fold:
     def check(self, loaded: Loaded, batch_sizes: list[int]) -> None:
         """What model and data tell of steps that come later: raise before any work is done."""
         asked = self.recipe.export
-        if self.task == "image-classification":
+        if not self.task.texts:
             from edgetune.models.vision import check_takes_pictures
 
             example = tensors_of(self.samples.example())[0]
             check_takes_pictures(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
-        if self.recipe.data.augment and self.task != "image-classification":
-            raise EdgetuneError("data.augment only applies to images", got=self.task, action="leave it out")
+        if self.recipe.data.augment and self.task.texts:
+            raise EdgetuneError("data.augment only applies to images", got=self.task.name, action="leave it out")
         trainings = [step.settings for step in self.recipe.steps if isinstance(step.settings, Train)]
         if self.recipe.data.augment and any(training.cache_prefix for training in trainings):
             raise EdgetuneError(
                 "cache_prefix stores the outputs for each image, but data.augment changes the image each time",
                 action="leave out one of the two",
             )
-        if self.task == "causal-lm" and any(training.class_weights != "none" for training in trainings):
-            tasks.balanced_weights(self.task, self.dataset)
+        if any(training.class_weights != "none" for training in trainings):
+            self.task.class_weights(self.dataset.train)
         if asked and asked.rows_to_check(len(self.test_split)) > len(self.test_split):
             raise EdgetuneError(
                 "export.check_rows exceeds the number of test rows",
@@ -147,7 +145,7 @@ class Fold:
         if until is not None:
             return self.ledger
         save_finished(self.folder, self.model, self.recipe, self.data_as_read, self.carried, self.samples.example())
-        answers = answers_on(self.model, self.test_split, self.dataset.classes, EVALUATION_BATCH)
+        answers = answers_on(self.model, self.test_split, EVALUATION_BATCH)
         self.ledger = self.ledger.with_(answers=answers)
         if self.recipe.export:
             self.export()
@@ -250,7 +248,7 @@ class Fold:
                 folder=folder,
                 resume=self.resume,
                 teacher=teacher,
-                validation=lambda model: tasks.quality(self.task, model, self.validation_split, EVALUATION_BATCH),
+                validation=lambda model: quality(model, self.validation_split, EVALUATION_BATCH),
                 progress=progress,
             )
         self.add_row("train", in_words(settings), result.seconds)
@@ -280,8 +278,8 @@ class Fold:
         """The task's loss; "balanced" counts every class alike, however many rows it has."""
         if class_weights == "none":
             return self.loss
-        weights = tasks.balanced_weights(self.task, self.dataset)
-        return lambda logits, labels: tasks.loss(self.task, logits, labels, weights)
+        weights = self.task.class_weights(self.dataset.train)
+        return lambda logits, labels: self.task.loss(logits, labels, weights)
 
     def least_kept_mib(self) -> float:
         """What a training of one row at a time keeps for backward, or of two where a batch norm needs them."""
@@ -331,7 +329,7 @@ class Fold:
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The task's loss."""
-        return tasks.loss(self.task, logits, labels)
+        return self.task.loss(logits, labels)
 
     def sample(self) -> Sample:
         """What techniques may look at."""
@@ -350,13 +348,13 @@ class Fold:
             self.progress("measure", 0, 1, f"after {step}")
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
-            quality = self.ledger.rows[-1].quality if exact else self.quality()
+            last = self.ledger.rows[-1].quality if exact else self.quality()
             note = "not measured again: the step does not change the output" if exact else ""
             row = Row(
-                index=index, step=step, detail=detail, quality=quality, seconds=seconds, note=note, digest=self.digest,
+                index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
                 measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), **measures._asdict(),
             )  # fmt: skip
-            self.progress("measure", 1, 1, quality_in_words(quality) if quality else "")
+            self.progress("measure", 1, 1, quality_in_words(last) if last else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
         self.save()
 
@@ -366,7 +364,7 @@ class Fold:
 
     def quality_of(self, model: nn.Module) -> Quality:
         """Of any model, on the test set."""
-        return tasks.quality(self.task, model, self.test_split, EVALUATION_BATCH)
+        return quality(model, self.test_split, EVALUATION_BATCH)
 
     def save(self) -> None:
         """Write the ledger, and when finished the report."""

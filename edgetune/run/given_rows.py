@@ -27,7 +27,7 @@ class Given:
     source: str = ""  # "rows.csv, row 3"
 
 
-def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, columns: Sequence[str] = ("text",)) -> list[Given]:
+def read_rows(arguments: Sequence[str], texts: bool, stdin: TextIO, columns: Sequence[str] = ("text",)) -> list[Given]:
     """Every row that the arguments name, in their order.
 
     A text is taken as it is; a `.txt` gives a row for each line, a `.csv` and a `.jsonl` one for each record (of its
@@ -38,10 +38,10 @@ def read_rows(arguments: Sequence[str], task: str, stdin: TextIO, columns: Seque
     for argument in arguments:
         if argument == STDIN:
             rows += _lines(stdin.read(), "stdin")
-        elif task == "image-classification":
-            rows += _images(Path(argument).expanduser())
-        else:
+        elif texts:
             rows += _texts(argument, columns)
+        else:
+            rows += _images(Path(argument).expanduser())
     if not rows:
         raise EdgetuneError(
             "there are no rows to classify", got=list(arguments), action="give a text, an image or a file"

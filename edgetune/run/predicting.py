@@ -1,35 +1,26 @@
-"""Answers of an exported classifier, by the real runtime, from nothing but the program and what it carries."""
+"""Answers of an exported program, by the real runtime, from nothing but the program and what it carries."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
-
-import torch
-from torch import Tensor
+from typing import Any, Literal, cast
 
 from edgetune.core import registry
-from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.errors import EdgetuneError, shortened
 from edgetune.core.ledger import Answers, Quality
 from edgetune.core.progress import Progress
-from edgetune.data.dataset import ROWS_OF, Dataset, Rows, Task, data_error
+from edgetune.data.dataset import Dataset, data_error
+from edgetune.data.rows import Rows
 from edgetune.data.settings import COLUMNS, DataSettings, WholeData, unread_by
-from edgetune.tasks.answers import count_answers
-
-if TYPE_CHECKING:
-    from edgetune.program.artifact import Artifact
+from edgetune.program.carried import ScaledValue
+from edgetune.run.predictor import Predictor
+from edgetune.tasks.entities import entities
+from edgetune.tasks.task import Batch
+from edgetune.tasks.token_classification import TokenClassification
 
 Part = Literal["test", "all"]
-
-ROWS_AT_ONCE = 256  # that are prepared and run together: 154 MiB of images of 224 pixels
-OTHER_KINDS = {
-    "language": "edgetune generate answers with a text-generation program",
-    "training": "edgetune train-pte trains with a training program; bring the weights back and export the model",
-    "methods": "call its methods from your own code: Artifact.load(path).run(inputs, method=...)",
-}
 
 
 @dataclass(frozen=True)
@@ -43,84 +34,47 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class PredictedNumber:
+    """The number that a program predicts for one text."""
+
+    row: str
+    value: float
+
+
+@dataclass(frozen=True)
+class EntityInText:
+    """An entity in a text, from character `start` to `end`, that one left out."""
+
+    text: str
+    kind: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PredictedEntities:
+    """The entities that a program finds in one text, in order."""
+
+    row: str
+    entities: tuple[EntityInText, ...]
+
+
+Answer = Prediction | PredictedNumber | PredictedEntities
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How a program does on labelled rows."""
 
     program: str
     data: str
     part: Part
-    answers: Answers
+    quality: Quality
+    answers: Answers | None = None  # class by class, of a classifier
     notes: tuple[str, ...] = ()
 
-    @property
-    def quality(self) -> Quality:
-        """Its accuracy."""
-        return self.answers.quality
 
-
-class Classifier:
-    """A program that chooses one of several classes, with what it carries to make its inputs."""
-
-    def __init__(self, path: str | Path) -> None:
-        """Read the program, or that of a run's folder. Raises `EdgetuneError` that names what it lacks."""
-        from edgetune.export.kit.linux.sample import Preparation
-        from edgetune.program.artifact import Artifact
-
-        self.artifact: Artifact = Artifact.load(path)
-        self.task = _check(self.artifact)
-        manifest = self.artifact.manifest
-        self.preparation = Preparation(manifest.model_dump(mode="json"), self.artifact.path.parent)
-        assert manifest.carried is not None  # `_check` has seen it
-        self.carried = manifest.carried
-        places = manifest.main.outputs[0].shape[-1]
-        self.labels = self.carried.labels or tuple(str(place) for place in range(places))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of its answers has to know."""
-        return () if self.carried.labels else ("the program has no class names; classes are numbered from 0",)
-
-    def logits(self, rows: Sequence[Any], progress: Progress = lambda *_: None) -> Tensor:
-        """Logits `(rows, classes)` of texts, or of images in files or arrays of bytes."""
-        from edgetune.runtime.run import run_in_child
-
-        parts: list[Tensor] = []
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            progress("rows", start, len(rows), "")
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            batches = [*self._batches([self._inputs(row) for row in chunk])]
-            outputs = run_in_child(self.artifact.path, batches, data=self.artifact.data_path)
-            parts.append(torch.cat([output[0] for output in outputs])[: len(chunk)])
-        progress("rows", len(rows), len(rows), "")
-        logits = torch.cat(parts).float()
-        if not bool(torch.isfinite(logits).all()):
-            raise EdgetuneError(
-                "the outputs of the program are not finite",
-                where=str(self.artifact.path),
-                action="check the run that made it for a high learning rate or an overflowing quantization",
-                exit_code=Exit.EXPORT,
-            )
-        return logits
-
-    def _inputs(self, row: Any) -> tuple[Tensor, ...]:
-        """The tensors of one row, in the order that the program takes them."""
-        if self.task == "text-classification":
-            tensors = self.preparation.inputs(str(row))
-        else:
-            tensors = _picture(self.preparation, row)
-        return tuple(tensors[spec.name] for spec in self.artifact.manifest.main.inputs)
-
-    def _batches(self, rows: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-        """The rows in batches of the size that the program takes, the last one filled up with its last row."""
-        spec = self.artifact.manifest.main.inputs[0]
-        size = (spec.smallest or spec.shape)[0]
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            batch = batch + [batch[-1]] * (size - len(batch))
-            yield tuple(torch.cat(tensors) for tensors in zip(*batch, strict=True))
-
-
-def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Prediction, ...]:
+def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Answer, ...]:
     """The predictions of the program at `path` for each row: a text, or an image as a path or a `uint8` array.
 
     Args:
@@ -130,19 +84,32 @@ def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Predict
     Raises `EdgetuneError`, with exit code 5 if the program lacks metadata or does not run, and 3 for a row that
     cannot be read.
     """
-    return answers_for(Classifier(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
+    return answers_for(Predictor(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
 
 
-def answers_for(
-    classifier: Classifier, rows: Sequence[Any], progress: Progress = lambda *_: None
-) -> tuple[Prediction, ...]:
+def answers_for(predictor: Predictor, rows: Sequence[Any], progress: Progress = lambda *_: None) -> tuple[Answer, ...]:
     """What a program that is loaded already answers for each row."""
     if not len(rows):
         return ()
-    return tuple(
-        _prediction(row, shares, classifier.labels)
-        for row, shares in zip(rows, classifier.logits(rows, progress).softmax(1).tolist(), strict=True)
-    )
+    encoded, logits = predictor.run(rows, progress)
+    told = predictor.carried.postprocessing
+    if isinstance(told, ScaledValue):
+        values = (logits.double().flatten() * told.std + told.mean).tolist()
+        return tuple(PredictedNumber(row, value) for row, value in zip(rows, values, strict=True))
+    if isinstance(predictor.task, TokenClassification):
+        assert isinstance(encoded, dict)
+        tags, words = logits.argmax(-1).tolist(), encoded["words"].tolist()
+        return tuple(_entities(predictor, row, tags[n], words[n]) for n, row in enumerate(rows))
+    shares = logits.softmax(1).tolist()
+    return tuple(_prediction(row, of_row, predictor.task.labels) for row, of_row in zip(rows, shares, strict=True))
+
+
+def _entities(predictor: Predictor, text: str, tags: Sequence[int], starts: Sequence[int]) -> PredictedEntities:
+    words = predictor.words(text)
+    assert isinstance(predictor.task, TokenClassification)
+    of_words = predictor.task.tags_of_words(tags, starts, len(words))
+    spans = [(kind, words[first].start(), words[end - 1].end()) for kind, first, end in entities(of_words)]
+    return PredictedEntities(text, tuple(EntityInText(text[start:end], kind, start, end) for kind, start, end in spans))
 
 
 def _prediction(row: Any, shares: list[float], labels: Sequence[str]) -> Prediction:
@@ -159,7 +126,7 @@ def evaluate(
     overrides: Mapping[str, Any] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
-    """Accuracy of the program at `path` on labelled data, with figures per class.
+    """The quality of the program at `path` on labelled data, such as accuracy, with figures per class.
 
     Args:
         path: a `.pte` with its `model.json`, or the folder of a run.
@@ -171,25 +138,30 @@ def evaluate(
     Raises `EdgetuneError`, with exit code 3 for data of another kind or with classes that the program does not
     have.
     """
-    classifier = Classifier(path)
-    settings = data if isinstance(data, DataSettings) else data_settings(classifier.artifact.path, data, overrides)
+    predictor = Predictor(path)
+    settings = data if isinstance(data, DataSettings) else data_settings(predictor.artifact.path, data, overrides)
     if part == "all":
         limits = dict.fromkeys(("train_rows", "validation_rows", "test_rows"))
         settings = WholeData.model_validate({**settings.model_dump(), **limits})
     dataset: Dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
-    if dataset.task != classifier.task:
+    if type(dataset.task) is not type(predictor.task):
         raise data_error(
-            f"the program takes {ROWS_OF[classifier.task]}, and the data has {ROWS_OF[dataset.task]}",
+            f"the program takes {predictor.task.rows}, and the data has {dataset.task.rows}",
             got=settings.source,
             action="give data of the kind that the program was trained on",
         )
     rows = dataset.test if part == "test" else _together((dataset.train, dataset.validation, dataset.test))
-    places = _places(dataset.classes, classifier.labels)
-    labelled = Rows(rows.inputs, [places[int(label)] for label in rows.labels or ()])
-    logits = classifier.logits(rows.inputs, progress)
-    answers = count_answers(dataset.task, classifier.labels, labelled, logits)
-    notes = (*classifier.notes, *dataset.notes)
-    return Evaluation(str(classifier.artifact.path), dataset.name, part, answers, notes)
+    task, places = predictor.task, _places(dataset.classes, predictor.task.labels)
+    labelled = Rows(rows.inputs, [_numbered(label, places) for label in rows.labels or ()])
+    if not len(labelled):
+        raise data_error("there are no rows to measure quality on", got=dataset.name, action="give more rows")
+    encoded, logits = predictor.run(rows.inputs, progress)
+    indices = range(len(labelled))
+    _, labels = task.collate(encoded, labelled.labels_at(indices))
+    quality = task.quality([Batch(indices, encoded, logits, labels)], labelled)
+    answers = task.answers(labelled, logits)
+    notes = (*predictor.notes, *dataset.notes)
+    return Evaluation(str(predictor.artifact.path), dataset.name, part, quality, answers, notes)
 
 
 def data_settings(program: Path, source: str | None = None, overrides: Mapping[str, Any] | None = None) -> DataSettings:
@@ -239,6 +211,13 @@ def _together(parts: Sequence[Rows]) -> Rows:
     return Rows(parts[0].inputs if len(parts) == 1 else [one for rows in parts for one in rows.inputs], labels)
 
 
+def _numbered(label: Any, places: Sequence[int]) -> Any:
+    """A class or tags by the program's numbers; a number as it is."""
+    if isinstance(label, tuple):
+        return tuple(places[tag] for tag in label)
+    return places[int(label)] if places else label
+
+
 def _places(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
     """Where each class of the data stands among the program's: by name, but for case and spaces around.
 
@@ -260,65 +239,3 @@ def _places(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
             action="rename the classes of the data to those of the program, or remove these rows",
         )
     return places
-
-
-def _picture(preparation: Any, row: Any) -> dict[str, Tensor]:
-    """The tensors of an image in a file or in an array of bytes."""
-    image = registry.require("PIL.Image", "an image")
-    try:
-        if not isinstance(row, (str, Path)):
-            return dict(preparation.picture(image.fromarray(row)))
-        return dict(preparation.inputs(str(row)))
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, image.DecompressionBombError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        what = "no such image" if missing else f"the image cannot be read ({error or type(error).__name__})"
-        raise data_error(what, got=str(row), action="give the path of an image, or of a folder of images") from error
-
-
-def _check(artifact: Artifact) -> Task:
-    """The task of a classifier. Raises `EdgetuneError` that names what the program lacks for an answer."""
-    from edgetune.export.targets import find
-    from edgetune.program.carried import ImagePreprocessing
-
-    manifest, carried, call = artifact.manifest, artifact.manifest.carried, artifact.manifest.main
-    if manifest.kind in OTHER_KINDS:
-        raise EdgetuneError(
-            "the program does not predict a class",
-            got=manifest.kind,
-            where=str(artifact.path),
-            action=OTHER_KINDS[manifest.kind],
-            exit_code=Exit.EXPORT,
-        )
-    lacking = []
-    if carried is None or carried.preprocessing is None:
-        lacking.append("how its inputs are made from a text or an image")
-    if carried is None or carried.postprocessing is None:
-        lacking.append("that its output is one of several classes")
-    if lacking or carried is None or carried.preprocessing is None:
-        raise EdgetuneError(
-            f"the program does not say {' nor '.join(lacking)}",
-            where=str(artifact.path),
-            action="export a classifier by name (hf:PATH, timm:NAME), or a run: their programs contain it",
-            exit_code=Exit.EXPORT,
-        )
-    pictures = isinstance(carried.preprocessing, ImagePreprocessing)
-    names = [spec.name for spec in call.inputs]
-    outputs = math.prod(call.outputs[0].shape[1:])
-    if (len(names) != 1 if pictures else sorted(names) != ["attention_mask", "input_ids"]) or (
-        len(call.outputs[0].shape) != 2 or len(carried.labels) not in (0, outputs)
-    ):
-        raise EdgetuneError(
-            "the inputs or outputs of the program do not match its metadata",
-            where=str(artifact.path),
-            got=[str(spec) for spec in (*call.inputs, *call.outputs)],
-            action="export with inputs as carried.preprocessing makes them, and a name for each class",
-            exit_code=Exit.EXPORT,
-        )
-    if not find(manifest.target).runs_here:
-        raise EdgetuneError(
-            f"a program for {manifest.target} does not run on this machine",
-            where=str(artifact.path),
-            action="export the same model with --target xnnpack, and use that program",
-            exit_code=Exit.EXPORT,
-        )
-    return "image-classification" if pictures else "text-classification"

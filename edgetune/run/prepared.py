@@ -45,6 +45,6 @@ def prepare(recipe: Recipe) -> Prepared:
     fold.steps(until=place)
     settings = recipe.steps[place].settings
     assert isinstance(settings, Train)
-    pad_to = None if fold.task == "image-classification" else recipe.model.max_length
+    pad_to = fold.train_split.pad_to(recipe.model.max_length)
     loss, rows = fold.loss_with(settings.class_weights), fold.seen_in_training()
     return Prepared(fold.model, settings, recipe.seed + place, rows, loss, fold.quality_of, pad_to)

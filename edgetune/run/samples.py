@@ -45,7 +45,7 @@ class Samples:
 
     def sample(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Sample:
         """What techniques may look at: rows of the training set only."""
-        pad_to = None if self.train.task == "image-classification" else self.max_length
+        pad_to = self.train.pad_to(self.max_length)
 
         def batches() -> Iterator[Inputs]:
             rows = min(CALIBRATION_ROWS * CALIBRATION_BATCHES, len(self.train))

@@ -27,8 +27,13 @@ def class_dim(shape: Sequence[int], inputs: Row) -> int | None:
     return None if dim is None or shape[dim] == 1 else dim
 
 
-def predictions_of(expected: dict[str, Tensor], got: dict[str, Tensor], row: Row) -> tuple[int, int]:
-    """How many predictions are the same, and how many there are; see `verify.compare`."""
+def predictions_of(
+    expected: dict[str, Tensor], got: dict[str, Tensor], row: Row, same_within: float | None = None
+) -> tuple[int, int]:
+    """How many predictions are the same, and how many there are; see `verify.compare`.
+
+    `same_within`: each value is a number, and the same as one that is no further away.
+    """
     name = "logits" if "logits" in expected else next(iter(expected))
     model, program = expected[name], got[name]
     if not model.numel():
@@ -36,6 +41,8 @@ def predictions_of(expected: dict[str, Tensor], got: dict[str, Tensor], row: Row
     if not model.is_floating_point():
         return int((model == program).sum()), model.numel()
     model, program = model.double(), program.double()
+    if same_within is not None:
+        return int(((model - program).abs() <= same_within).sum()), model.numel()
     tie = _TIE * float(model.abs().max())
     dim = class_dim(model.shape, row)
     if dim is None:

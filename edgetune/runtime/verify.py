@@ -137,12 +137,13 @@ def prove(
     data: Path | None,
     tries: Sequence[tuple[str, Row]],
     locate: Locate,
+    same_within: float | None = None,
 ) -> tuple[Parity, list[Row]]:
     """`compare`, then `check`; an error says where the difference comes from, as far as `locate` finds it.
 
-    `tries` are inputs by a description: their values count, they are no rows.
+    `tries` are inputs by a description: their values count, they are no rows. `same_within`: see `predictions_of`.
     """
-    compared = run_both(path, model, rows, mask=mask, data=data, tries=tries, locate=locate)
+    compared = run_both(path, model, rows, mask=mask, data=data, tries=tries, locate=locate, same_within=same_within)
     parity = compared.parity(len(rows), allowed_difference(model), counted)
     check(parity, bounds, lambda: locate(compared.worst))
     return parity, compared.results
@@ -158,6 +159,7 @@ def run_both(
     data: Path | None = None,
     tries: Sequence[tuple[str, Row]] = (),
     locate: Locate | None = None,
+    same_within: float | None = None,
 ) -> Comparison:
     """One method of the program beside the model, as `compare` describes it."""
     tries = [*tries, *_reordered(rows[0])]
@@ -169,7 +171,7 @@ def run_both(
             expected, got = _shown(expected, got, row, mask)
             _check_finite(path, expected, got, row, locate)
             compared.add(expected, got, row)
-            same, predictions = predictions_of(expected, got, row)
+            same, predictions = predictions_of(expected, got, row, same_within)
             compared.same, compared.predictions = compared.same + same, compared.predictions + predictions
         for (name, row), outputs in zip(tries, results[len(rows) :], strict=True):
             row = tuple(tensor.contiguous() for tensor in row)

@@ -1,4 +1,4 @@
-"""A classifier's answers on its test set, counted class by class, with the mistakes it is surest of."""
+"""A classifier's answers on labelled rows, counted class by class, with the mistakes it is surest of."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgetune.core.ledger import Answers, ClassFigures, Confusion, Mistake
-from edgetune.data.dataset import Rows, Split, Task
-from edgetune.tasks import task as tasks
+from edgetune.data.rows import Rows
 
 MOST_CONFUSIONS = 200  # a matrix of 14 classes is whole; beyond, the rarest are left out
 MOST_MISTAKES = 10
@@ -22,15 +21,7 @@ MOST_CHARACTERS = 200  # of a text
 THUMBNAIL_PX = 64
 
 
-def answers_on(model: nn.Module, split: Split, classes: Sequence[str], batch_size: int = 64) -> Answers | None:
-    """What `model` answers on a split; `None` where it is no classifier. Leaves the model as it was."""
-    if split.task == "causal-lm" or split.rows.labels is None:
-        return None
-    logits = tasks.class_logits(split.task, model, split, batch_size)
-    return count_answers(split.task, classes, split.rows, logits)
-
-
-def count_answers(task: Task, classes: Sequence[str], rows: Rows, logits: Tensor) -> Answers:
+def count_answers(classes: Sequence[str], rows: Rows, logits: Tensor, *, pictures: bool = False) -> Answers:
     """Figures per class, confusions and mistakes from labelled rows and their logits `(rows, classes)`."""
     scores = logits.float().softmax(1)
     sureness, predicted = scores.max(1)
@@ -57,7 +48,7 @@ def count_answers(task: Task, classes: Sequence[str], rows: Rows, logits: Tensor
             true=classes[int(true[row])],
             predicted=classes[int(predicted[row])],
             confidence_pct=100 * float(sureness[row]),
-            **_preview(rows.inputs[row], pictures=task == "image-classification"),
+            **_preview(rows.inputs[row], pictures=pictures),
         )
         for row in order[:MOST_MISTAKES]
     )

@@ -13,48 +13,61 @@ from numpy.typing import NDArray
 
 from edgetune.core.ledger import Baseline
 from edgetune.core.registry import require
-from edgetune.data.dataset import IGNORED_LABEL, Dataset, Encode, Rows, Split
-from edgetune.data.vision import grey_pixels
+from edgetune.data.pixels import grey_pixels
+from edgetune.data.rows import IGNORED_LABEL, Rows
+from edgetune.tasks.task import Parts
 
 _PIXEL_TRAIN_ROWS = 3000  # more rows take much longer and gain little
 _PIXEL_SIDE = 28
 _STRENGTHS = (0.1, 3.0, 10.0)  # inverse of the regularization
 
 
-def baselines(dataset: Dataset, encode: Encode | None = None) -> tuple[Baseline, ...]:
-    """What simple methods reach on `dataset.test` after learning from `dataset.train`.
-
-    Texts: always the commonest class; TF-IDF with logistic regression. Images: always the commonest class; logistic
-    regression on grey pixels. Both in per cent of right answers. Causal language model: the perplexity of single
-    token frequencies, which needs `encode` for the tokens; none without.
-    """
-    if dataset.task == "causal-lm":
-        return (_unigram(dataset, encode),) if encode is not None else ()
-    simple = _majority(dataset)
-    learned = _tfidf(dataset) if dataset.task == "text-classification" else _pixel_regression(dataset)
-    return simple, learned
+def majority(parts: Parts, classes: Sequence[str]) -> Baseline:
+    """Always the commonest class, in per cent of right answers."""
+    [(commonest, _)] = Counter(_labels(parts.train)).most_common(1)
+    right = sum(label == commonest for label in _labels(parts.test))
+    return Baseline(name=f"always {classes[commonest]}", value=100 * right / len(parts.test))
 
 
-def _majority(dataset: Dataset) -> Baseline:
-    [(commonest, _)] = Counter(_labels(dataset.train)).most_common(1)
-    right = sum(label == commonest for label in _labels(dataset.test))
-    return Baseline(name=f"always {dataset.classes[commonest]}", value=100 * right / len(dataset.test))
+def tfidf_classes(parts: Parts) -> Baseline:
+    """TF-IDF with logistic regression, in per cent of right answers."""
+    labels = [_labels(rows) for rows in parts]
+    return Baseline(name="TF-IDF + logistic regression", value=_logistic(_tfidf(parts), labels))
 
 
-def _tfidf(dataset: Dataset) -> Baseline:
+def always_the_mean(parts: Parts) -> Baseline:
+    """Always the mean of the training values, as the root of the mean squared error."""
+    mean = float(np.mean(parts.train.labels or ()))
+    return Baseline(name=f"always the mean, {mean:.3g}", value=_rmse(mean, parts.test))
+
+
+def tfidf_ridge(parts: Parts) -> Baseline:
+    """TF-IDF with ridge regression, as the root of the mean squared error; validation chooses the strength."""
+    linear_model = require("sklearn.linear_model", "the baseline")
+    train, validation, test = _tfidf(parts)
+    models = [linear_model.Ridge(alpha=1 / strength).fit(train, parts.train.labels) for strength in _STRENGTHS]
+    best = min(models, key=lambda model: _rmse(model.predict(validation), parts.validation))
+    return Baseline(name="TF-IDF + ridge regression", value=_rmse(best.predict(test), parts.test))
+
+
+def _rmse(predicted: Any, rows: Rows) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(predicted) - np.asarray(rows.labels)))))
+
+
+def _tfidf(parts: Parts) -> list[Any]:
+    """TF-IDF of the words and pairs of words of each part, learned from the training texts."""
     text = require("sklearn.feature_extraction.text", "the TF-IDF baseline")
-    words = any(character.isalnum() for row in dataset.train.inputs for character in row)
+    words = any(character.isalnum() for row in parts.train.inputs for character in row)
     pattern = r"(?u)\b\w+\b" if words else r"(?u)\S+"
     vectorizer = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=pattern)
-    parts = [vectorizer.fit_transform(dataset.train.inputs)]
-    parts += [vectorizer.transform(rows.inputs) for rows in (dataset.validation, dataset.test)]
-    labels = [_labels(rows) for rows in (dataset.train, dataset.validation, dataset.test)]
-    return Baseline(name="TF-IDF + logistic regression", value=_logistic(parts, labels))
+    fitted = vectorizer.fit_transform(parts.train.inputs)
+    return [fitted, *(vectorizer.transform(rows.inputs) for rows in (parts.validation, parts.test))]
 
 
-def _pixel_regression(dataset: Dataset) -> Baseline:
-    train = dataset.train.subset(range(min(len(dataset.train), _PIXEL_TRAIN_ROWS)))
-    three = (train, dataset.validation, dataset.test)
+def pixel_classes(parts: Parts) -> Baseline:
+    """Logistic regression on grey pixels, in per cent of right answers."""
+    train = parts.train.subset(range(min(len(parts.train), _PIXEL_TRAIN_ROWS)))
+    three = parts._replace(train=train)
     score = _logistic([_flat(rows.inputs) for rows in three], [_labels(rows) for rows in three])
     return Baseline(name=f"logistic regression on the pixels of {len(train):,} rows", value=score)
 
@@ -83,8 +96,8 @@ def _logistic(parts: Sequence[Any], labels: Sequence[Sequence[int]]) -> float:
     return 100 * float(chosen.score(parts[2], labels[2]))
 
 
-def _unigram(dataset: Dataset, encode: Encode) -> Baseline:
-    train, test = _learned(dataset.train, encode), _learned(dataset.test, encode)
+def token_frequencies(train: Sequence[Sequence[int]], test: Sequence[Sequence[int]]) -> Baseline:
+    """The perplexity of single tokens by their frequency; -100 marks those that do not count."""
     counts = Counter(token for row in train for token in row if token != IGNORED_LABEL)
     total = sum(counts.values())
     # the first token of a row is given, not predicted, as it is for the model
@@ -92,11 +105,6 @@ def _unigram(dataset: Dataset, encode: Encode) -> Baseline:
     kinds = len(counts) + len(set(judged) - set(counts))
     nats = -sum(math.log((counts[token] + 1) / (total + kinds)) for token in judged)
     return Baseline(name="token frequencies", value=math.exp(nats / len(judged)))
-
-
-def _learned(rows: Rows, encode: Encode) -> list[list[int]]:
-    """The labels of each row: its tokens, and -100 for those that take no part in the loss."""
-    return [row for _, labels in Split("causal-lm", rows, encode).batches(512) for row in labels.tolist()]
 
 
 def _labels(rows: Rows) -> list[int]:

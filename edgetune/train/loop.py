@@ -189,24 +189,26 @@ def _backward(
 
 
 def counted(labels: Tensor) -> int:
-    """Labels that a mean loss divides by: all that are not -100, and of a text all but each row's first token."""
-    return int((labels[:, 1:] if labels.dim() == 2 else labels).ne(_IGNORED_LABEL).sum())
+    """Labels that a mean loss divides by: all numbers, and all classes that are not -100."""
+    return labels.numel() if labels.is_floating_point() else int(labels.ne(_IGNORED_LABEL).sum())
 
 
 def soft_loss(logits: Tensor, target: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Kullback-Leibler divergence from the teacher's logits at `temperature`, times its square, mean over what counts.
 
     Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, section 2. Logits `(batch, classes)`,
-    or `(batch, tokens, vocabulary)` where each position predicts the next label.
+    or `(batch, tokens, classes)` where each position has a label. Of numbers, the mean squared difference.
     """
     if logits.shape != target.shape:
         raise EdgetuneError(
             f"the teacher's logits {tuple(target.shape)} do not fit the model's {tuple(logits.shape)}",
             action="take a teacher with the same classes",
         )
+    if labels.is_floating_point():
+        return functional.mse_loss(logits, target)
     if labels.dim() == 2:
-        keep = labels[:, 1:].ne(_IGNORED_LABEL)
-        logits, target = logits[:, :-1][keep], target[:, :-1][keep]
+        keep = labels.ne(_IGNORED_LABEL)
+        logits, target = logits[keep], target[keep]
     ours = functional.log_softmax(logits / temperature, dim=-1)
     theirs = functional.log_softmax(target / temperature, dim=-1)
     return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2

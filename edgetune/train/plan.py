@@ -23,7 +23,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
-        """Inputs and int64 labels: `(batch,)`, or `(batch, tokens)` with -100 for padding."""
+        """Inputs, and labels for the logits: `(batch,)`, or `(batch, tokens)` with -100 where none counts."""
         ...
 
     @property

@@ -11,7 +11,7 @@ from edgetune.export.kit import cpp
 from edgetune.export.kit.platforms import Platform
 from edgetune.program.artifact import Artifact
 from edgetune.program.card import card_path, postprocessing, preprocessing, write_card
-from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing
+from edgetune.program.carried import Carried, ClassScores, ImagePreprocessing, TextPreprocessing
 from edgetune.program.manifest import Manifest, manifest_path
 
 _WHAT = {
@@ -30,6 +30,13 @@ def check(platform: Platform, carried: Carried | None) -> None:
         raise EdgetuneError(
             "the program has no preprocessing and no classes in its metadata",
             action="make kits of classifiers and text-generation programs: give a model by name, or a run's folder",
+            exit_code=Exit.EXPORT,
+        )
+    if not isinstance(carried.postprocessing, ClassScores):
+        raise EdgetuneError(
+            "the samples of a kit show classes, and this program gives something else",
+            got=carried.task,
+            action="use the program alone: its model.json and model.md say what its outputs mean",
             exit_code=Exit.EXPORT,
         )
     if not platform.python and isinstance(told, TextPreprocessing) and told.wordpiece is None:

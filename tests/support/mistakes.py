@@ -236,7 +236,7 @@ MISTAKES: dict[str, Mistake] = {
         "profile junk.pte --device pixel-8", ("junk.json: the file that belongs to junk.pte is missing",), code=5
     ),
     "predict with a program that names no classes": Mistake(
-        "predict classifier.pte hello", ("does not say how its inputs are made", "export a classifier by name"), code=5
+        "predict classifier.pte hello", ("does not say how its inputs are made", "export a model by name"), code=5
     ),
     "a report of no run": Mistake("report photos", ("has no ledger.json: got 'photos'", "that `edgetune run` wrote")),
     "a report of a file": Mistake("report reviews.csv", ("no such run folder: got 'reviews.csv'",)),
@@ -280,7 +280,7 @@ DATA_FAULTS: dict[str, Fault] = {
     "UTF-16": Fault(table(TWO).encode("utf-16"), ("rows.csv is written in UTF-16", "next: save it as UTF-8")),
     "star ratings": Fault(
         table([f"{1 + n / 375:.4f}" for n in range(1500)]),
-        ("the column 'label' has 1,500 different values in 1,500 rows", "regression and is not supported"),
+        ("the column 'label' has 1,500 different values in 1,500 rows", "write target: label instead of label"),
     ),
     "ids for labels": Fault(table([f"user-{n}" for n in range(60)]), ("60 different values", "so they are no classes")),
     "missing labels": Fault(
@@ -315,7 +315,7 @@ DATA_FAULTS: dict[str, Fault] = {
     "a packed table": Fault(gzip.compress(table(TWO).encode()), ("not a text file", "next: unpack it")),
     "JSON for a table": Fault(jsonl('"a"'), ("rows.csv is JSON, not a table", "jsonl: instead of csv:")),
     "a JSON list": Fault(f"[{jsonl('1')}]", ("not one object per line", "lines=True"), "jsonl:rows.csv2"),
-    "fractions for labels": Fault(jsonl("1.5"), ("row 1 and 39 more", "regression is not"), "jsonl:rows.csv2"),
+    "fractions for labels": Fault(jsonl("1.5"), ("row 1 and 39 more", "set data.target"), "jsonl:rows.csv2"),
     "lists for labels": Fault(jsonl('["a", "b"]'), ("the label is a list, not one class",), "jsonl:rows.csv2"),
     "null for labels": Fault(jsonl("null"), ("the label is missing",), "jsonl:rows.csv2"),
     "a folder for a table": Fault("", ("photos is not a file",), "csv:photos"),

@@ -14,9 +14,12 @@ from torch.nn import functional
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.inputs import call, logits_of
-from edgetune.data.dataset import Rows, Split
+from edgetune.data.dataset import Split
+from edgetune.data.rows import Rows
 from edgetune.sparse.update import SparseUpdate
-from edgetune.tasks import task
+from edgetune.tasks.causal_lm import CausalLM
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.text_classification import TextClassification
 from edgetune.train.plan import epoch_order
 from edgetune.train.prefix.cache import PrefixCache
 from edgetune.train.prefix.rows import bytes_of
@@ -42,8 +45,8 @@ def texts(causal: bool = False, changed: int | None = None) -> Split:
     if changed is not None:
         rows[changed][0] += 1
     if causal:
-        return Split("causal-lm", Rows(rows), words)
-    return Split("text-classification", Rows(rows, [n % 3 for n in range(ROWS)]), words)
+        return Split(CausalLM(), Rows(rows), words)
+    return Split(TextClassification(("a", "b", "c")), Rows(rows, [n % 3 for n in range(ROWS)]), words)
 
 
 class Arrays:
@@ -85,7 +88,7 @@ def gradients(model: nn.Module, split: Any, indices: Sequence[int], kind: Any, c
     else:
         with cache.rows(indices):
             logits = logits_of(call(model, inputs))
-    loss = task.loss(kind, logits, labels)
+    loss = kind.loss(logits, labels)
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -133,14 +136,14 @@ class Counting:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
-    "bert-last-1": (lambda: sparse(bert(3)), texts(), "text-classification"),
-    "bert-last-2": (lambda: sparse(bert(3), "last-2"), texts(), "text-classification"),
-    "llama": (lambda: sparse(llama()), texts(causal=True), "causal-lm"),
-    "cnn": (lambda: sparse(cnn(), "last-2"), Arrays(3, 16, 16), "image-classification"),
-    "mlp-plain": (lambda: freeze(mlp(), "stem", "blocks.0"), Arrays(32), "image-classification"),
+    "bert-last-1": (lambda: sparse(bert(3)), texts(), TextClassification()),
+    "bert-last-2": (lambda: sparse(bert(3), "last-2"), texts(), TextClassification()),
+    "llama": (lambda: sparse(llama()), texts(causal=True), CausalLM()),
+    "cnn": (lambda: sparse(cnn(), "last-2"), Arrays(3, 16, 16), ImageClassification()),
+    "mlp-plain": (lambda: freeze(mlp(), "stem", "blocks.0"), Arrays(32), ImageClassification()),
     "sliced": (
         lambda: sparse(bert(3), {"bert.encoder.layer.2.*.dense": 0.25, "classifier": "full"}), texts(),
-        "text-classification",
+        TextClassification(),
     ),
     "sparse-lora": (
         lambda: apply(
@@ -148,7 +151,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
             [SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=["*.layer.1.*.query"], also_train=["classifier"])],
         ),
         texts(),
-        "text-classification",
+        TextClassification(),
     ),
 }  # fmt: skip
 

@@ -54,9 +54,12 @@ class Preparation:
         return int(min(self.call["inputs"][0]["shape"][1], self.carried["preprocessing"]["max_length"]))
 
     def _text(self, text: str) -> dict[str, torch.Tensor]:
-        how, width = self.carried["preprocessing"], self.call["inputs"][0]["shape"][1]
         assert self.tokenizer is not None
-        ids: list[int] = self.tokenizer.encode(text + how["ending"]).ids
+        return self.padded(self.tokenizer.encode(text + self.carried["preprocessing"]["ending"]).ids)
+
+    def padded(self, ids: list[int]) -> dict[str, torch.Tensor]:
+        """Tokens filled up to as many as the program takes, and the mask that says where they are."""
+        how, width = self.carried["preprocessing"], self.call["inputs"][0]["shape"][1]
         empty = width - len(ids)
         return {
             "input_ids": torch.tensor([ids + [how["pad_id"]] * empty]),

@@ -1,0 +1,181 @@
+"""An exported program that answers for single rows, by the real runtime, with what it carries to make its inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.core import registry
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import Inputs
+from edgetune.core.progress import Progress
+from edgetune.data.dataset import data_error
+from edgetune.models.text import word_starts
+from edgetune.program.artifact import Artifact
+from edgetune.program.carried import Carried, ImagePreprocessing, ScaledValue, TaggedWords
+from edgetune.tasks.image_classification import ImageClassification
+from edgetune.tasks.regression import Regression
+from edgetune.tasks.task import Task
+from edgetune.tasks.text_classification import TextClassification
+from edgetune.tasks.token_classification import TokenClassification
+
+ROWS_AT_ONCE = 256  # that are prepared and run together: 154 MiB of images of 224 pixels
+OTHER_KINDS = {
+    "language": "edgetune generate answers with a text-generation program",
+    "training": "edgetune train-pte trains with a training program; bring the weights back and export the model",
+    "methods": "call its methods from your own code: Artifact.load(path).run(inputs, method=...)",
+}
+
+
+class Predictor:
+    """A program that answers for single rows, with what it carries to make its inputs."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the program, or that of a run's folder. Raises `EdgetuneError` that names what it lacks."""
+        from edgetune.export.kit.linux.sample import Preparation
+
+        self.artifact: Artifact = Artifact.load(path)
+        manifest = self.artifact.manifest
+        self.task: Task = _check(self.artifact)
+        self.preparation = Preparation(manifest.model_dump(mode="json"), self.artifact.path.parent)
+        assert manifest.carried is not None  # `_check` has seen it
+        self.carried = manifest.carried
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of its answers has to know."""
+        unnamed = self.task.has_classes and not self.carried.labels
+        return ("the program has no class names; classes are numbered from 0",) if unnamed else ()
+
+    def run(self, rows: Sequence[Any], progress: Progress = lambda *_: None) -> tuple[Inputs, Tensor]:
+        """The encoded rows, and their logits `(rows, ...)`: of texts, words of texts, or images in files or arrays."""
+        from edgetune.runtime.run import run_in_child
+
+        encoded: list[dict[str, Tensor]] = []
+        parts: list[Tensor] = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            progress("rows", start, len(rows), "")
+            chunk = [self._inputs(row) for row in rows[start : start + ROWS_AT_ONCE]]
+            encoded += [{name: tensor for name, tensor in row.items() if name == "words"} for row in chunk]
+            specs = self.artifact.manifest.main.inputs
+            batches = [*self._batches([tuple(row[spec.name] for spec in specs) for row in chunk])]
+            outputs = run_in_child(self.artifact.path, batches, data=self.artifact.data_path)
+            parts.append(torch.cat([output[0] for output in outputs])[: len(chunk)])
+        progress("rows", len(rows), len(rows), "")
+        logits = torch.cat(parts).float()
+        if not bool(torch.isfinite(logits).all()):
+            raise EdgetuneError(
+                "the outputs of the program are not finite",
+                where=str(self.artifact.path),
+                action="check the run that made it for a high learning rate or an overflowing quantization",
+                exit_code=Exit.EXPORT,
+            )
+        return {name: torch.cat([row[name] for row in encoded]) for name in encoded[0]}, logits
+
+    def words(self, text: str) -> list[re.Match[str]]:
+        """The words of a text, as a program that tags words splits it."""
+        told = self.carried.postprocessing
+        assert isinstance(told, TaggedWords)
+        words = [*re.finditer(told.words, text)]
+        if not words:
+            raise data_error("the text has no words", got=text, action="give a text with words")
+        return words
+
+    def _inputs(self, row: Any) -> dict[str, Tensor]:
+        """The tensors of one row by name; for words, also the word that each token begins."""
+        if not self.task.texts:
+            return _picture(self.preparation, row)
+        if not isinstance(self.task, TokenClassification):
+            tensors: dict[str, Tensor] = self.preparation.inputs(str(row))
+            return tensors
+        words = list(row) if isinstance(row, tuple) else [match.group() for match in self.words(row)]
+        encoding = self.preparation.tokenizer.encode(words, is_pretokenized=True)
+        tensors = self.preparation.padded(encoding.ids)
+        starts = word_starts(encoding.word_ids)
+        return {**tensors, "words": torch.tensor([starts + [-1] * (tensors["input_ids"].shape[1] - len(starts))])}
+
+    def _batches(self, rows: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        """The rows in batches of the size that the program takes, the last one filled up with its last row."""
+        spec = self.artifact.manifest.main.inputs[0]
+        size = (spec.smallest or spec.shape)[0]
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            batch = batch + [batch[-1]] * (size - len(batch))
+            yield tuple(torch.cat(tensors) for tensors in zip(*batch, strict=True))
+
+
+def _picture(preparation: Any, row: Any) -> dict[str, Tensor]:
+    """The tensors of an image in a file or in an array of bytes."""
+    image = registry.require("PIL.Image", "an image")
+    try:
+        if not isinstance(row, (str, Path)):
+            return dict(preparation.picture(image.fromarray(row)))
+        return dict(preparation.inputs(str(row)))
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, image.DecompressionBombError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = "no such image" if missing else f"the image cannot be read ({error or type(error).__name__})"
+        raise data_error(what, got=str(row), action="give the path of an image, or of a folder of images") from error
+
+
+def _check(artifact: Artifact) -> Task:
+    """The task of a program. Raises `EdgetuneError` that names what the program lacks for an answer."""
+    from edgetune.export.targets import find
+
+    manifest, carried, call = artifact.manifest, artifact.manifest.carried, artifact.manifest.main
+    if manifest.kind in OTHER_KINDS:
+        raise EdgetuneError(
+            "the program does not answer for single rows",
+            got=manifest.kind,
+            where=str(artifact.path),
+            action=OTHER_KINDS[manifest.kind],
+            exit_code=Exit.EXPORT,
+        )
+    lacking = []
+    if carried is None or carried.preprocessing is None:
+        lacking.append("how its inputs are made from a text or an image")
+    if carried is None or carried.postprocessing is None:
+        lacking.append("what its output means, such as one of several classes")
+    if lacking or carried is None or carried.preprocessing is None:
+        raise EdgetuneError(
+            f"the program does not say {' nor '.join(lacking)}",
+            where=str(artifact.path),
+            action="export a model by name (hf:PATH, timm:NAME), or a run: their programs contain it",
+            exit_code=Exit.EXPORT,
+        )
+    pictures = isinstance(carried.preprocessing, ImagePreprocessing)
+    names = [spec.name for spec in call.inputs]
+    shape = call.outputs[0].shape
+    task, dimensions = _task_of(carried, shape)
+    fits = len(names) == 1 if pictures else sorted(names) == ["attention_mask", "input_ids"]
+    if not fits or len(shape) != dimensions or task.outputs != shape[-1]:
+        raise EdgetuneError(
+            "the inputs or outputs of the program do not match its metadata",
+            where=str(artifact.path),
+            got=[str(spec) for spec in (*call.inputs, *call.outputs)],
+            action="export with inputs as carried.preprocessing makes them, and a name for each class",
+            exit_code=Exit.EXPORT,
+        )
+    if not find(manifest.target).runs_here:
+        raise EdgetuneError(
+            f"a program for {manifest.target} does not run on this machine",
+            where=str(artifact.path),
+            action="export the same model with --target xnnpack, and use that program",
+            exit_code=Exit.EXPORT,
+        )
+    return task
+
+
+def _task_of(carried: Carried, shape: Sequence[int]) -> tuple[Task, int]:
+    """The task that a program was made for, and how many dimensions its output has for that."""
+    told, labels = carried.postprocessing, carried.labels or tuple(map(str, range(shape[-1])))
+    if isinstance(told, ScaledValue):
+        return Regression(mean=told.mean, std=told.std), 2
+    if isinstance(told, TaggedWords):
+        return TokenClassification(labels), 3
+    pictures = isinstance(carried.preprocessing, ImagePreprocessing)
+    return ImageClassification(labels) if pictures else TextClassification(labels), 2

@@ -1,0 +1,67 @@
+"""A model on a split: its logits batch by batch, for a task to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import call, device_of, logits_of, moved
+from edgetune.core.ledger import Answers, Quality
+from edgetune.core.modes import undisturbed
+from edgetune.data.dataset import Split
+from edgetune.tasks.task import Batch
+
+
+def quality(model: nn.Module, split: Split, batch_size: int = 64) -> Quality:
+    """The figure of the split's task, such as accuracy in per cent.
+
+    Leaves each module's training mode and the random generators as they were. Raises `EdgetuneError` for outputs that
+    are not finite.
+    """
+    if not len(split):
+        raise EdgetuneError("there are no rows to measure quality on", got="0 rows")
+    return split.task.quality(batches_of(model, split, batch_size), split.rows)
+
+
+def logits_for(model: nn.Module, split: Split, batch_size: int = 64) -> Tensor:
+    """Logits `(rows, ...)` on the CPU, in the split's own order; each row must give as many."""
+    order: list[int] = []
+    parts: list[Tensor] = []
+    for batch in batches_of(model, split, batch_size):
+        order += batch.indices
+        parts.append(batch.logits.float().cpu())
+    stacked = torch.cat(parts)
+    return torch.empty_like(stacked).index_copy_(0, torch.tensor(order), stacked)
+
+
+def answers_on(model: nn.Module, split: Split, batch_size: int = 64) -> Answers | None:
+    """What `model` answers on a split, class by class; `None` without classes. Leaves the model as it was."""
+    if not split.task.has_classes or split.rows.labels is None:
+        return None
+    return split.task.answers(split.rows, logits_for(model, split, batch_size))
+
+
+def batches_of(model: nn.Module, split: Split, batch_size: int) -> Iterator[Batch]:
+    """The logits for each batch. Texts go by length, so that little padding is computed."""
+    order = list(range(len(split)))
+    if split.lengths is not None:
+        lengths = split.lengths
+        order.sort(key=lambda index: lengths[index])
+    device = device_of(model)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        encoded = split.encoded(indices)
+        inputs, labels = split.task.collate(encoded, split.rows.labels_at(indices))
+        # entered anew for each batch: a caller that stops in between leaves nothing changed
+        with undisturbed(model), torch.no_grad():
+            logits = logits_of(call(model, moved(inputs, device)))
+        if not torch.isfinite(logits).all():
+            raise EdgetuneError(
+                "the model's outputs are not finite numbers",
+                action="check the previous step for a high learning rate or an overflowing quantization",
+                exit_code=Exit.DATA,
+            )
+        yield Batch(indices, encoded, logits, labels.to(logits.device))
