@@ -272,7 +272,7 @@ def test_numbers_from_a_table_to_a_prediction(here: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["rmse"] == pytest.approx(measured.quality.value)
     assert main(["report", "runs/one"]) == 0
     assert "RMSE" in capsys.readouterr().out
-    assert main(["export", "runs/one/model.pte", "--kit", "linux", "-o", "kit"]) == Exit.EXPORT
+    assert main(["kit", "runs/one/model.pte", "linux", "-o", "kit"]) == Exit.EXPORT
     assert "the samples of a kit show classes" in capsys.readouterr().err
 
 
