@@ -64,7 +64,7 @@ def load_libraries() -> None:
 
         if TIMM.is_dir():
             import_timm()
-        worker.loaded_runtime(None)
+        worker.load_runtime(None)
     assert all((executorch, peft, torchao, transformers))
     from edgetune.export import pipeline
 
@@ -168,16 +168,16 @@ def shown(cell: dict[str, Any] | None) -> list[str]:
         else f"{cell['same_prediction_pct']:.1f} % ({cell['relative_difference']:.1e})"
     )
     names: dict[str, int] = {}
-    for left in cell["leftovers"]:
+    for left in cell["undelegated_kernels"]:
         name = left["operator"].split(".")[1]
         names[name] = names.get(name, 0) + left["count"]
-    leftovers = ", ".join(f"{count} {name}" for name, count in sorted(names.items(), key=lambda item: -item[1])[:4])
+    undelegated = ", ".join(f"{count} {name}" for name, count in sorted(names.items(), key=lambda item: -item[1])[:4])
     return [
         value if whole(cell) else f"**{value}**",
         f"{cell['delegated_macs_pct']:.1f} %" if delegated(cell) else f"**{cell['delegated_macs_pct']:.1f} %**",
         str(cell["delegates"]),
         f"{cell['size_bytes'] / 2**20:.2f}",
-        leftovers or "nothing",
+        undelegated or "nothing",
     ]
 
 

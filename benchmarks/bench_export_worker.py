@@ -32,7 +32,7 @@ from edgetune.export import export as to_program
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.runtime import verify
-from edgetune.runtime.run import loaded_runtime
+from edgetune.runtime.clock.runs import load_runtime
 from edgetune.sparse.update import SparseUpdate
 from support.families import FAMILIES, Family
 
@@ -154,7 +154,7 @@ def run_here(
 ) -> list[tuple[Tensor, ...]]:
     """In place of `edgetune.runtime.run.run_in_child`: a cell is a process of its own already."""
     assert (method, data) == ("forward", None)
-    program = loaded_runtime(None)._load_for_executorch(str(path))
+    program = load_runtime(None)._load_for_executorch(str(path))
     ordered = [tuple(tensor.contiguous() for tensor in row) for row in batches]
     return [tuple(tensor.clone() for tensor in program.forward(row)) for row in ordered]
 
@@ -178,7 +178,7 @@ def export(family: Family, model: nn.Module, column: str, cell: Cell) -> None:
         "size_bytes": known.size_bytes,
         "plan_bytes": known.main.plan_bytes,
         "macs": sum(o.macs for o in known.main.operators),
-        "leftovers": [leftover.model_dump() for leftover in known.main.leftovers],
+        "undelegated_kernels": [operator.model_dump() for operator in known.main.undelegated],
         "undelegated": undelegated(known.main.operators),
     }
     if known.main.parity is not None:

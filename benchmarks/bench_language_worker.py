@@ -20,7 +20,7 @@ from edgetune.core.quiet import quiet
 from edgetune.data.dataset import Dataset
 from edgetune.data.rows import Rows
 from edgetune.models.loaded import Loaded, ModelSettings
-from edgetune.runtime.run import resident_mib
+from edgetune.runtime.clock.machine import resident_mib
 from edgetune.tasks.causal_lm import CausalLM
 from edgetune.tasks.task import Task
 from edgetune.tasks.text_classification import TextClassification
@@ -240,10 +240,10 @@ def layers_of_minilm(folder: Path) -> list[dict[str, Any]]:
 
 def time_program(path: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Median latency of a plain program."""
-    from edgetune.profile.calls import measured_calls
+    from edgetune.profile.calls import measure_calls
     from edgetune.program.artifact import Artifact
 
-    (measured,) = measured_calls(Artifact.load(path), threads=threads, seconds=seconds)
+    (measured,) = measure_calls(Artifact.load(path), threads=threads, seconds=seconds)
     return measured.model_dump(mode="json")
 
 

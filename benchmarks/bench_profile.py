@@ -29,9 +29,9 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
 from edgetune.profile import trials
 from edgetune.profile.calibrate import calibrate, noise_pct
-from edgetune.profile.calls import predicted_calls
+from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device, load
-from edgetune.profile.validate import lines as told_of
+from edgetune.profile.validate import lines as caveat
 from edgetune.profile.validate import validate
 from edgetune.program.artifact import Artifact
 from edgetune.run.environment import versions
@@ -107,7 +107,7 @@ def measured(names: list[str], host: Device, rounds: int) -> tuple[list[Row], fl
     rows = []
     for name in names:
         artifact = Artifact.load(WORK / f"{name}.pte")
-        (told,) = predicted_calls(artifact, host)
+        (told,) = predict_calls(artifact, host)
         threads, inputs = host.calibration.threads, inputs_of(artifact)
         (alone,) = Host().time(TimingRequest(artifact.path, [inputs], threads, seconds=0.02, energy=False))
         own = [one.us / 1e3 for one in timings if one.name == name]
@@ -171,7 +171,7 @@ def training_verdicts(steps: list[Row]) -> list[tuple[bool, str]]:
     ]
 
 
-def verdicts(rows: list[Row], band_pct: float, validation: Any, compare_s: float) -> list[tuple[bool, str]]:
+def verdicts(rows: list[Row], interval_pct: float, validation: Any, compare_s: float) -> list[tuple[bool, str]]:
     """What the whole is held to."""
     latency = [row["predicted_ms"] / row["measured_ms"] - 1 for row in rows]
     memory = [row["predicted_mib"] / row["measured_mib"] - 1 for row in rows]
@@ -184,7 +184,7 @@ def verdicts(rows: list[Row], band_pct: float, validation: Any, compare_s: float
         (share(latency, 0.2) >= 90, f"latency within 20 % for {share(latency, 0.2):.0f} % (90)"),
         (share(memory, 0.1) >= 90, f"peak memory within 10 % for {share(memory, 0.1):.0f} % (90)"),
         (rank >= 0.97, f"rank correlation {rank:.3f} (0.97)"),
-        (abs(inside - band_pct) <= 5, f"the {band_pct:.0f} % interval covers {inside:.0f} % (within 5 points)"),
+        (abs(inside - interval_pct) <= 5, f"the {interval_pct:.0f} % interval covers {inside:.0f} % (within 5 points)"),
     ]
     shares = {(s.subject, s.basis, s.same_rows): s for s in validation.shares}
     for subject, limit, wanted in (
@@ -251,7 +251,7 @@ def document(
         f"{r['predicted_kept_mib']:.1f} |"
         for r in steps
     ]  # fmt: skip
-    return "\n".join([*lines, "", "## Published rows", "", "```", *told_of(validation), "```"]) + "\n"
+    return "\n".join([*lines, "", "## Published rows", "", "```", *caveat(validation), "```"]) + "\n"
 
 
 def calibrated(keep: bool, threads: int | None) -> Device:
@@ -297,7 +297,7 @@ def main() -> None:
     except subprocess.CalledProcessError as error:
         raise EdgetuneError(f"devices compare failed: {error.stderr[-500:]!r}") from error
     steps = trained(host.calibration.threads) if given.training else held(given.out)
-    found = verdicts(rows, host.calibration.band_pct, validation, compare_s) + training_verdicts(steps)
+    found = verdicts(rows, host.calibration.interval_pct, validation, compare_s) + training_verdicts(steps)
     given.out.write_text(
         json.dumps({"rows": rows, "steps": steps, "noise_pct": noise, "verdicts": found}, indent=1) + "\n",
         encoding="utf-8",

@@ -27,7 +27,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import quiet
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
-from edgetune.runtime.run import loaded_runtime
+from edgetune.runtime.clock.runs import load_runtime
 from support.forked import ask_fork
 from support.nn_cases import MODULES, Case
 from support.nn_functions import FUNCTIONS
@@ -101,9 +101,9 @@ def tried(case: Case, target: str = "xnnpack") -> Row:
             lowered = lower(model, inputs, find(target))
         except EdgetuneError as error:
             return Row("refused", reason=str(error).replace("\n  next: ", "; next: "))
-        program = loaded_runtime(None)._load_for_executorch_from_buffer(lowered.data)
+        program = load_runtime(None)._load_for_executorch_from_buffer(lowered.data)
         got = [output.clone() for output in program.forward(inputs)]
-    left = tuple(dict.fromkeys(leftover.operator for leftover in lowered.leftovers))
+    left = tuple(dict.fromkeys(operator.operator for operator in lowered.undelegated))
     if [tuple(t.shape) for t in got] != [tuple(t.shape) for t in expected]:
         return Row("wrong", reason=f"shapes {[tuple(t.shape) for t in got]}", operators=left)
     worst = max(difference(*pair) for pair in zip(expected, got, strict=True))
@@ -158,7 +158,7 @@ def load_libraries() -> None:
     with quiet():
         import torchao.quantization
 
-        loaded_runtime(None)
+        load_runtime(None)
         lower(Outputs(nn.Linear(2, 2)).eval(), (torch.ones(1, 2),), find("xnnpack"))
     assert torchao.quantization
 

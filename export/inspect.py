@@ -14,7 +14,7 @@ from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
 from edgetune.export import apart
 from edgetune.program.beside import program_at
-from edgetune.program.inspection import Beside, Constant, Count, Delegate, Inspection, Method, Part, Slot
+from edgetune.program.inspection import Beside, Constant, Count, Delegate, FileShare, Inspection, Method, Slot
 from edgetune.program.manifest import DataFile, TrainingParity, data_path, manifest_path, stored_manifest
 
 _IDENTIFIER = slice(4, 8)  # of a flatbuffer; executorch's are ET12 and the like
@@ -197,7 +197,7 @@ def _apart(path: Path, known: list[Constant]) -> list[Constant]:
     return [Constant(name=n, size_bytes=size, kind="external") for n, size in held.items() if n not in named]
 
 
-def _parts(total: int, program: Any, header: Any) -> tuple[Part, ...]:
+def _parts(total: int, program: Any, header: Any) -> tuple[FileShare, ...]:
     """What the file's bytes are, each segment under what refers to it."""
     uses: dict[int, str] = {}
     inline = sum(len(entry.data) for entry in program.backend_delegate_data or ())
@@ -219,7 +219,7 @@ def _parts(total: int, program: Any, header: Any) -> tuple[Part, ...]:
         if segment is constants or not _holds(constants, segment):  # what is stored once counts once
             sizes[uses.get(index, "not referred to")] += segment.size
     sizes["alignment"] = total - sum(sizes.values())
-    return tuple(Part(name=name, size_bytes=size) for name, size in sizes.most_common() if size)
+    return tuple(FileShare(name=name, size_bytes=size) for name, size in sizes.most_common() if size)
 
 
 def _holds(outer: Any, inner: Any) -> bool:

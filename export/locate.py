@@ -20,7 +20,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import quiet
 from edgetune.export.lower import lower
 from edgetune.export.targets import Target
-from edgetune.runtime.run import run_apart
+from edgetune.runtime.run import run_programs
 from edgetune.runtime.verify import Row
 
 _SECONDS = 180.0  # after which the search ends where it stands
@@ -104,7 +104,7 @@ def _first_off(calls: Sequence[_Call], target: Target, allowed: float, until: fl
                     waiting[:0] = call.inner
                     continue
                 lowered.append((call, path, inputs))
-            results = run_apart([(path, inputs) for _, path, inputs in lowered])
+            results = run_programs([(path, inputs) for _, path, inputs in lowered])
             for (call, _, _), outputs in zip(lowered, results, strict=True):
                 difference = _difference(call.tensors, outputs)
                 if not difference <= allowed:

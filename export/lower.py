@@ -20,7 +20,7 @@ from edgetune.capture.reparameterize import Report, reparameterize
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.holders import refuse_sharded
-from edgetune.core.ledger import Leftover
+from edgetune.core.ledger import UndelegatedOperator
 from edgetune.core.quiet import quiet
 from edgetune.export import apart, kernels, stored
 from edgetune.export.planning import Planned, smallest
@@ -29,7 +29,7 @@ from edgetune.export.speed import fast_decompositions, fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.targets.target import Way
 from edgetune.program import operator_kinds
-from edgetune.program.executed import executed
+from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 
 
@@ -52,7 +52,7 @@ class Lowered:
     plan_bytes: int
     delegates: int
     operators: tuple[Operator, ...]
-    leftovers: tuple[Leftover, ...]
+    undelegated: tuple[UndelegatedOperator, ...]
     placed: Placed  # which operators a backend took
     folded: Report = field(default_factory=Report)  # what became part of another layer before
     plan: Planned | None = None
@@ -146,19 +146,19 @@ def compile_programs(
             plan_bytes=arenas[name],
             delegates=placed.delegates,
             operators=operators.describe(program, placed),
-            leftovers=leftovers_of(program, placed),
+            undelegated=undelegated_in(program, placed),
             placed=placed,
             plan=plan,
             weights=weights,
             shared_bytes=shared.bytes,
-            executed=executed(data, name, _modules(built.exported_program(name), operators.modules(program))),
+            executed=executed_operators(data, name, _modules(built.exported_program(name), operators.modules(program))),
         )
     return found
 
 
 def _not_lowered(programs: Mapping[str, ExportedProgram], target: Target, error: Exception) -> EdgetuneError:
     """The error, told of the method that holds the operators which it names."""
-    told = {name: failures.not_lowered(program, target.name, error) for name, program in programs.items()}
+    told = {name: failures.lowering_error(program, target.name, error) for name, program in programs.items()}
     name = max(told, key=lambda one: len(told[one].what))
     return told[name].within(f"method {name}") if len(told) > 1 else told[name]
 
@@ -217,7 +217,7 @@ def marked(program: ExportedProgram, target: Target) -> ExportedProgram:
     except _Asked as found:
         return found.marked
     except Exception as error:  # as in a lowering
-        raise failures.not_lowered(program, target.name, error) from error
+        raise failures.lowering_error(program, target.name, error) from error
     raise AssertionError("executorch no longer calls Partitioner.partition")
 
 
@@ -256,8 +256,10 @@ def _modules(lowered: ExportedProgram, modules: Mapping[int, str]) -> list[str |
     return found
 
 
-def leftovers_of(program: ExportedProgram, placed: Placed) -> tuple[Leftover, ...]:
+def undelegated_in(program: ExportedProgram, placed: Placed) -> tuple[UndelegatedOperator, ...]:
     """The portable operators, each with the modules it comes from, most frequent first."""
     modules = operators.modules(program)
     counts = Counter((name, modules.get(number, "") if number is not None else "") for name, number in placed.portable)
-    return tuple(Leftover(operator=name, module=module, count=n) for (name, module), n in counts.most_common())
+    return tuple(
+        UndelegatedOperator(operator=name, module=module, count=n) for (name, module), n in counts.most_common()
+    )

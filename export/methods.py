@@ -23,7 +23,7 @@ from edgetune.export.lower import Layout, Lowered, check_plain, lower_methods
 from edgetune.export.pipeline import call_of, chosen_target, locator, manifest_of, output_names
 from edgetune.export.rows import free_specs, names_of, specs_of
 from edgetune.export.targets import Target
-from edgetune.program.artifact import Artifact, admitted, write_pair
+from edgetune.program.artifact import Artifact, validate_inputs, write_pair
 from edgetune.program.manifest import Call, Manifest, TensorSpec, data_path
 from edgetune.runtime import verify
 from edgetune.runtime.allowed import allowed_difference
@@ -123,9 +123,9 @@ class _Asked:
         self.entry = entry
         self.axes: tuple[Axis, ...] = sizes_of.axes_of(free or {}, names, tensors)
         self.inputs: tuple[TensorSpec, ...] = free_specs(tensors, names, self.axes)
-        given = [admitted(self.inputs, some, what) for some in checks or [example]]
+        given = [validate_inputs(self.inputs, some, what) for some in checks or [example]]
         sizes = sizes_of.sizes_to_check(self.axes) if self.axes else []
-        sized = [sizes_of.resized(given[i % len(given)], self.axes, some) for i, some in enumerate(sizes)]
+        sized = [sizes_of.resize_row(given[i % len(given)], self.axes, some) for i, some in enumerate(sizes)]
         self.rows: list[Row] = [*sized, *given]
         self.example: Row = sized[0] if sized else tensors
         self.outputs = output_names(entry, self.example)

@@ -15,7 +15,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
 from edgetune.core.modes import same_buffers
 from edgetune.core.quiet import quiet
-from edgetune.program.artifact import admitted
+from edgetune.program.artifact import validate_inputs
 from edgetune.program.manifest import TensorSpec
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Row, eager_outputs
@@ -51,16 +51,18 @@ def trial(
     example = given[0]
     inputs = free_specs(example, names, axes)
     if check_inputs is not None:
-        given = [admitted(inputs, row, "check_inputs") for some in check_inputs for row in split(some, "check_inputs")]
+        given = [
+            validate_inputs(inputs, row, "check_inputs") for some in check_inputs for row in split(some, "check_inputs")
+        ]
     elif not axes:
-        given = [admitted(inputs, row, "the example inputs") for row in given]
+        given = [validate_inputs(inputs, row, "the example inputs") for row in given]
     batches = [tensors_of(some) for some in (example_inputs, *(check_inputs or ()))] if one_row else []
     batch = next((_ordered(some) for some in batches if some[0].shape[0] > 1), None)
     counted = "held-out row" if one_row or check_inputs is not None else "input"
     if axes:
         seen = [*given, *([] if check_inputs is None else [example])]
         sizes = dynamic.sizes_to_check(axes)
-        sized = [dynamic.resized(seen[i % len(seen)], axes, some) for i, some in enumerate(sizes)]
+        sized = [dynamic.resize_row(seen[i % len(seen)], axes, some) for i, some in enumerate(sizes)]
         given, example = [*sized, *given] if check_inputs is not None else sized, sized[0]
     return Trial(inputs, example, given, _masked(names, given[0]), counted, batch)
 
@@ -85,7 +87,7 @@ def free_specs(example: Row, names: tuple[str, ...], axes: Sequence[Axis]) -> tu
     if not axes:
         return specs_of(example, names)
     high, low = dynamic.sizes_to_check(axes)[:2]
-    found = specs_of(dynamic.resized(example, axes, high), names, dynamic.resized(example, axes, low))
+    found = specs_of(dynamic.resize_row(example, axes, high), names, dynamic.resize_row(example, axes, low))
     return tuple(
         spec.model_copy(update={"free": {axis.dim: axis.name for axis in axes if axis.place == place}})
         for place, spec in enumerate(found)

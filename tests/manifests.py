@@ -31,7 +31,7 @@ def call(name: str) -> Call:
     spec = TensorSpec(name="x", shape=(1, 2), dtype="float32")
     return Call(
         name=name, inputs=(spec,), outputs=(spec,), plan_bytes=0, delegates=0, delegated_macs_pct=0.0,
-        delegated_operators_pct=0.0, leftovers=(), operators=(),
+        delegated_operators_pct=0.0, undelegated=(), operators=(),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.runtime.hosts import android, session
 from edgetune.runtime.hosts.adb import Adb
 from edgetune.runtime.hosts.place import Place, TimingRequest
-from edgetune.runtime.measure import measured_of
+from edgetune.runtime.measure import summarize_timing
 
 STANDIN = Path(__file__).parent / "support" / "standin_adb.py"
 INPUTS = [(torch.ones(1, 4),)]
@@ -137,11 +137,11 @@ def program(tmp_path: Path) -> Path:
 
 
 def test_the_protocol_from_devices_to_clean_up(phone: Phone, binary: Path, program: Path) -> None:
-    with session.opened("adb", runner=binary) as machine:
+    with session.open_runner("adb", runner=binary) as machine:
         assert machine.name == "EXAMPLE Stand-in 8 (adb:R5CT1234)"
         assert machine.cores == 8
         (timing,) = machine.time(TimingRequest(program, INPUTS, threads=4, seconds=0.1))
-        found = measured_of(timing, 4, device=machine.name, note=machine.told_of({}))
+        found = summarize_timing(timing, 4, device=machine.name, note=machine.caveat({}))
     assert phone.left == []
     assert timing.latencies_ms == (2.5,) * 40  # two batches of 71.5 ms each make up the 100 asked for
     assert (timing.first_ms, timing.load_ms, timing.warm_up_runs) == (9.5, 3.25, 6)
@@ -165,7 +165,7 @@ def test_the_protocol_from_devices_to_clean_up(phone: Phone, binary: Path, progr
 
 def test_energy_where_the_battery_tells_it(phone: Phone, binary: Path, program: Path) -> None:
     phone.service("dumpsys", f"[ $1 = battery ] && cat <<'E'\n{BATTERY.format(usb='false')}E\ntrue")
-    with session.opened("adb:R5CT1234", runner=binary) as machine:
+    with session.open_runner("adb:R5CT1234", runner=binary) as machine:
         (timing,) = machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01))
     assert timing.energy_mj == pytest.approx(2.0 * 2.5)  # 2 W for 2.5 ms
     assert "battery: the whole phone, idle included" in timing.energy_note
@@ -174,9 +174,9 @@ def test_energy_where_the_battery_tells_it(phone: Phone, binary: Path, program: 
 
 def test_a_runner_that_prints_a_mean_only(phone: Phone, binary: Path, program: Path) -> None:
     phone.runner(COUNT + "[ $n -gt 23 ] && " + "{ " + STAYS.replace("\n", "; ") + "}\n" + OLD)
-    with session.opened("adb", runner=binary) as machine:
+    with session.open_runner("adb", runner=binary) as machine:
         (timing,) = machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01))
-        assert "each time is a mean of 23 runs" in machine.told_of({})
+        assert "each time is a mean of 23 runs" in machine.caveat({})
     assert timing.latencies_ms == (2.0,) * 5
     assert (timing.load_ms, timing.first_ms) == (6.5, 2.0)
 
@@ -194,7 +194,7 @@ def test_a_program_that_does_not_run(
     phone: Phone, binary: Path, program: Path, script: str, what: str, action: str
 ) -> None:
     phone.runner(script)
-    with session.opened("adb", runner=binary) as machine, pytest.raises(EdgetuneError, match=what) as error:
+    with session.open_runner("adb", runner=binary) as machine, pytest.raises(EdgetuneError, match=what) as error:
         machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01))
     assert action in error.value.action
     assert error.value.exit_code == Exit.EXPORT
@@ -203,7 +203,7 @@ def test_a_program_that_does_not_run(
 
 def test_a_full_phone(phone: Phone, binary: Path) -> None:
     (phone.folder / "full").touch()
-    with pytest.raises(EdgetuneError, match="no room is left"), session.opened("adb", runner=binary):
+    with pytest.raises(EdgetuneError, match="no room is left"), session.open_runner("adb", runner=binary):
         pass
     assert phone.left == []
 
@@ -221,7 +221,7 @@ def test_a_full_phone(phone: Phone, binary: Path) -> None:
 )  # fmt: skip
 def test_phones_that_are_not_ready(phone: Phone, binary: Path, phones: tuple[str, ...], on: str, what: str) -> None:
     phone.phones(*phones)
-    with pytest.raises(EdgetuneError) as error, session.opened(on, runner=binary):
+    with pytest.raises(EdgetuneError) as error, session.open_runner(on, runner=binary):
         pass
     assert re.search(what, str(error.value)), str(error.value)
 
@@ -230,17 +230,17 @@ def test_the_runner_is_looked_at_before_anything_is_sent(phone: Phone, tmp_path:
     other = tmp_path / "other"
     other.write_bytes(binary.read_bytes()[:18] + struct.pack("<H", 62) + bytes(44))
     for path, what in ((other, "another processor: got 'x86_64'"), (STANDIN, "not an Android program")):
-        with pytest.raises(EdgetuneError) as error, session.opened("adb", runner=path):
+        with pytest.raises(EdgetuneError) as error, session.open_runner("adb", runner=path):
             pass
         assert what in str(error.value)
         assert "android-arm64-v8a" in error.value.action
     with pytest.raises(EdgetuneError, match="needs ExecuTorch's executor_runner"):
-        session.opened("adb")
-    with pytest.raises(EdgetuneError, match="cannot be read"), session.opened("adb", runner=tmp_path / "none"):
+        session.open_runner("adb")
+    with pytest.raises(EdgetuneError, match="cannot be read"), session.open_runner("adb", runner=tmp_path / "none"):
         pass
     with pytest.raises(EdgetuneError, match="--runner only applies to adb"):
-        session.opened("host", runner=binary)
-    with session.opened("adb", runner=binary) as machine:
+        session.open_runner("host", runner=binary)
+    with session.open_runner("adb", runner=binary) as machine:
         with pytest.raises(EdgetuneError, match="cannot run text-generation programs"):
             machine.time(TimingRequest(tmp_path / "x.pte", INPUTS, threads=1, seconds=1, language=True))
         with pytest.raises(EdgetuneError, match="from 1 to the 8 cores there"):
@@ -265,7 +265,7 @@ def test_the_stand_in_lets_nothing_else_through(phone: Phone) -> None:
 
 
 def test_what_is_printed_is_read() -> None:
-    assert android.log_of("nothing") is None
+    assert android.parse_log("nothing") is None
     assert android.peak_mib("VmHWM:\t  2048 kB\nVmHWM:\t  4096 kB\n") == 4.0
     assert android.peak_mib("battery x\n") is None
     few = android.power_w("battery Discharging -500000 4000000\n", "USB powered: false\n")

@@ -14,7 +14,7 @@ from edgetune.core.technique import Sample
 from edgetune.export import export
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.runtime.hosts.ssh import script
+from edgetune.runtime.hosts.ssh import clock_zip
 from edgetune.runtime.run import run_in_child, write_request
 from support.arm64 import command
 
@@ -69,7 +69,7 @@ def test_a_program_computes_the_same_on_arm64(tmp_path: Path, kind: str, core: s
     rows = [(picture,) for picture in pictures.split(1)]
     expected = [row[0] for row in run_in_child(artifact.path, rows)]
     write_request(tmp_path, {"path": "model.pte", "threads": 1}, rows)
-    (tmp_path / "clock.pyz").write_bytes(script())
+    (tmp_path / "clock.pyz").write_bytes(clock_zip())
     subprocess.run([*command(ARM64, core), "-c", OUTPUTS], cwd=tmp_path, check=True, timeout=600)
     found = [row[0] for row in torch.load(tmp_path / "outputs.pt", weights_only=True)]
     assert len(found) == len(expected) == 4
@@ -83,7 +83,7 @@ def test_the_stopwatch_runs_there(tmp_path: Path) -> None:
     export(_Net().eval(), pictures, tmp_path / "model.pte", target="xnnpack")
     asked = {"path": "model.pte", "threads": 1, "seconds": 0.01, "batch_warm_ups": 3, "batch_runs": 20}
     write_request(tmp_path, asked, [(pictures,)])
-    (tmp_path / "clock.pyz").write_bytes(script())
+    (tmp_path / "clock.pyz").write_bytes(clock_zip())
     subprocess.run([*command(ARM64), "clock.pyz", "."], cwd=tmp_path, check=True, timeout=600)
     told = (tmp_path / "result.json").read_text()
     assert '"machine": "aarch64"' in told

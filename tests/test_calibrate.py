@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError
 from edgetune.export import Artifact, export
 from edgetune.profile import calibrate, calibration, device, micro, profile, trials
-from edgetune.profile.calls import measured_calls
+from edgetune.profile.calls import measure_calls
 from edgetune.runtime import measure
 
 
@@ -39,11 +39,11 @@ def test_a_timing_becomes_a_measurement() -> None:
             empty_memory_mib=40.0,
         )
 
-    calm = measure.measured_of(timing(*[1.0 + 0.01 * i for i in range(11)]), 2)
+    calm = measure.summarize_timing(timing(*[1.0 + 0.01 * i for i in range(11)]), 2)
     assert (calm.latency_ms, calm.latency_p10_ms, calm.latency_p90_ms) == pytest.approx((1.05, 1.01, 1.09))
     assert (calm.device, calm.runs, calm.threads, calm.peak_memory_mib) == ("this host", 11, 2, 10.0)
     assert calm.note == ""
-    noisy = measure.measured_of(timing(*[1.0] * 8, 4.0, 4.0, 4.0), 2)
+    noisy = measure.summarize_timing(timing(*[1.0] * 8, 4.0, 4.0, 4.0), 2)
     assert "p90 is 4.0 times p10" in noisy.note
 
 
@@ -123,7 +123,7 @@ def test_a_program_is_predicted_for_a_phone_and_measured_here(artifact: Artifact
     assert only.measured is None
     assert only.predicted.device == "pixel-8"
     assert profile(str(artifact.path)) == only
-    (here,) = measured_calls(artifact, threads=1, seconds=0.05)
+    (here,) = measure_calls(artifact, threads=1, seconds=0.05)
     assert here.device == "this host"
     assert 0 < here.latency_p10_ms <= here.latency_ms <= here.latency_p90_ms
     assert here.runs >= 10
@@ -185,7 +185,14 @@ def test_a_calibration_of_another_device_is_refused(host_file: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("threads", 0), ("band_log", float("inf")), ("curves", {}), ("format", 1), ("error_pct", None), ("date", "today")],
+    [
+        ("threads", 0),
+        ("interval_log", float("inf")),
+        ("curves", {}),
+        ("format", 1),
+        ("error_pct", None),
+        ("date", "today"),
+    ],
 )
 def test_a_calibration_with_a_fault_is_refused_by_field(
     host_file: Path, tmp_path: Path, field: str, value: object

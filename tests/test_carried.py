@@ -30,7 +30,7 @@ from edgetune.models.loaded import Loaded, ModelSettings
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
-from edgetune.program.card import card
+from edgetune.program.card import format_card
 from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, write_beside
 from edgetune.tasks.image_classification import ImageClassification
 from edgetune.tasks.text_classification import TextClassification
@@ -326,7 +326,7 @@ def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, A
     artifact = greys[2]
     told = artifact.path.with_suffix(".md").read_text(encoding="utf-8")
     read = sum(operator.weight_bytes for operator in artifact.manifest.main.operators)
-    assert told == card("model.pte", artifact.manifest)
+    assert told == format_card("model.pte", artifact.manifest)
     for part in (
         "# model.pte\n\nImage classification made from `shades`, with the data `pictures`, by the recipe",
         "| input | input_0 | 1 x 3 x 32 x 32 | float32 |",
@@ -361,7 +361,7 @@ def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, A
             ),
         ),
     )  # fmt: skip
-    told = card("model.pte", artifact.manifest, ledger)
+    told = format_card("model.pte", artifact.manifest, ledger)
     for part in (
         "seed 3",
         "| after | accuracy_pct | test rows | MiB |\n| --- | --- | --- | --- |\n| load | 81.25 | 64 | 2.00 |\n\n"

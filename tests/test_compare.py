@@ -22,9 +22,9 @@ from edgetune.core.ledger import Ledger
 from edgetune.export import export
 from edgetune.profile import device, listing
 from edgetune.profile.adding import copy
-from edgetune.profile.calls import predicted_calls
+from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device
-from edgetune.profile.layers import layers
+from edgetune.profile.layers import predict_layers
 from edgetune.program.artifact import Artifact
 from edgetune.report import report, write
 from edgetune.report.compare import compare, text
@@ -82,7 +82,7 @@ def test_every_known_device_has_a_line_and_the_fastest_comes_first(artifact: Art
     assert found.lines[-1].predicted == ()
     for line in found.lines:
         if line.predicted:
-            assert line.predicted == predicted_calls(artifact, line.device)
+            assert line.predicted == predict_calls(artifact, line.device)
             assert line.fits is True
             assert line.why == ""
 
@@ -137,9 +137,9 @@ def test_the_table_fits_80_columns_and_says_what_it_is_for(artifact: Artifact) -
     assert table[0].split()[:3] == ["device", "threads", "ms"]
     (jetson,) = [row.split() for row in table if row.startswith("jetson-orin-nano ")]
     assert (jetson[1], jetson[-2:]) == ("6", ["GPU", "yes"])
-    shown = listing.shown(device.load("jetson-orin-nano"))
+    shown = listing.describe_device(device.load("jetson-orin-nano"))
     assert "predicted: CPU, 6 threads; GPU: not predicted" in shown
-    assert "it has none: 32-bit Arm" in listing.shown(device.load("raspberry-pi-2"))
+    assert "it has none: 32-bit Arm" in listing.describe_device(device.load("raspberry-pi-2"))
 
 
 def test_profile_prints_a_table_and_measures_only_when_asked(
@@ -222,10 +222,10 @@ def test_the_comparison_imports_no_executorch(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("name", ["pixel-8", "raspberry-pi-zero-w"])
 def test_layers_add_up_to_the_prediction_whatever_number_is_shown(artifact: Artifact, name: str) -> None:
-    (whole,) = layers(artifact, name)
-    (cut,) = layers(artifact, name, most=1)
+    (whole,) = predict_layers(artifact, name)
+    (cut,) = predict_layers(artifact, name, most=1)
     total = sum(layer.ms for layer in whole.layers) + whole.calls_ms
-    assert total == pytest.approx(predicted_calls(artifact, name)[0].latency_ms)
+    assert total == pytest.approx(predict_calls(artifact, name)[0].latency_ms)
     assert whole.other is None
     assert cut.other is not None
     assert len(cut.layers) == 1
@@ -237,7 +237,7 @@ def test_layers_add_up_to_the_prediction_whatever_number_is_shown(artifact: Arti
 
 
 def test_the_intensity_of_a_layer_counts_its_bytes_as_stored(artifact: Artifact) -> None:
-    (found,) = layers(artifact, "pixel-8")
+    (found,) = predict_layers(artifact, "pixel-8")
     wide = next(layer for layer in found.layers if layer.module == "wide")
     assert wide.macs == 32 * 32 * 16 * 64
     # fp32: 16 channels in, 64 out, and the weights with their bias
@@ -246,7 +246,7 @@ def test_the_intensity_of_a_layer_counts_its_bytes_as_stored(artifact: Artifact)
 
 
 def test_no_layer_of_the_roofline_stands_above_its_roof(artifact: Artifact) -> None:
-    (found,) = layers(artifact, "pixel-8")
+    (found,) = predict_layers(artifact, "pixel-8")
     figure = roofline(found)
     assert figure is not None
     for layer in found.layers:
@@ -265,8 +265,8 @@ def test_the_report_needs_nothing_but_the_ledger(artifact: Artifact, tmp_path: P
     devices = ("pixel-8", "raspberry-pi-5")
     ledger = Ledger(
         recipe="r", seed=0, model="m", data="d", settings={}, environment={}, program=artifact.program(),
-        predicted=tuple(call for device in devices for call in predicted_calls(artifact, device)),
-        layers=tuple(of for device in devices for of in layers(artifact, device)), finished=True,
+        predicted=tuple(call for device in devices for call in predict_calls(artifact, device)),
+        layers=tuple(of for device in devices for of in predict_layers(artifact, device)), finished=True,
     )  # fmt: skip
     folder = tmp_path / "run"
     shutil.copytree(artifact.path.parent, folder)
@@ -306,9 +306,9 @@ def test_a_language_program_is_told_in_tokens(tmp_path: Path, capsys: pytest.Cap
     assert "J/1,000 tokens" in out
     assert "MiB of memory for its cache" in out
     assert "Predicted time to the first token" in (tmp_path / "p.html").read_text(encoding="utf-8")
-    token_layers, piece_layers = layers(said, "pixel-8")
+    token_layers, piece_layers = predict_layers(said, "pixel-8")
     predicted = compare(said, ["pixel-8"]).lines[0].predicted
     assert [(of.call, of.latency_ms) for of in (token_layers, piece_layers)] == [
         (call.call, call.latency_ms) for call in predicted
     ]
-    assert token_layers.roof == layers(said, "pixel-8", most=1)[0].roof
+    assert token_layers.roof == predict_layers(said, "pixel-8", most=1)[0].roof

@@ -31,8 +31,8 @@ def test_a_calibrated_device_predicts_its_own_machine() -> None:
         assert predicted.latency_ms == pytest.approx(true_us(mix) / 1e3, rel=0.10)
         assert predicted.calibrated
         assert "never calibrated" not in predicted.note
-        assert width(predicted) == pytest.approx(math.exp(calibration().band_log))
-        assert predicted.band_pct == 90.0
+        assert width(predicted) == pytest.approx(math.exp(calibration().interval_log))
+        assert predicted.interval_pct == 90.0
 
 
 def test_the_note_says_when_and_how_well_it_was_calibrated() -> None:

@@ -101,7 +101,8 @@ def fitted(path: Path, name: str) -> Path:
     """A calibration beside the descriptor."""
     section = calibration.Calibration(
         device=name, date="2026-01-01", engine="ExecuTorch XNNPACK", versions={}, threads=4, programs=9, networks=0,
-        error_pct=1.0, error_p90_pct=2.0, noise_pct=1.0, band_pct=80.0, band_log=0.1, call_us=1.0, delegate_call_us=1.0,
+        error_pct=1.0, error_p90_pct=2.0, noise_pct=1.0, interval_pct=80.0, interval_log=0.1,
+        call_us=1.0, delegate_call_us=1.0,
         load_ms=1.0, load_ms_per_mib=1.0, near_cache_bytes=1e6, last_cache_bytes=1e6, tiles={},
         traffic=calibration.Traffic(
             weights_from_last_level=1.0, weights_from_memory=1.0, activations_from_last_level=1.0
@@ -224,7 +225,7 @@ def test_a_file_that_cannot_be_used_is_listed_with_its_fault_and_hides_no_other(
     assert "wrong-name: " in faults
     assert "is also defined in" in faults
     assert "raspberry-pi-5" in out.split("invalid descriptors")[0]
-    assert [entry.id for entry in listing.entries() if entry.fault] == ["pixel-8", "broken", "wrong-name"]
+    assert [entry.id for entry in listing.list_entries() if entry.fault] == ["pixel-8", "broken", "wrong-name"]
 
 
 def test_show_prints_every_number_with_trust_and_source(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import yaml
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device
-from edgetune.profile.facts import Fact, Flags, Stored, Value
+from edgetune.profile.facts import Fact, Flags, StorageKind, StrictRecord
 from edgetune.profile.sources import resolved
 from edgetune.recipe import document
 
@@ -71,7 +71,7 @@ def known() -> dict[str, Any]:
     return whole
 
 
-def fields(kind: type[Value], path: str = "") -> Iterator[str]:
+def fields(kind: type[StrictRecord], path: str = "") -> Iterator[str]:
     """The dotted path of every field of the model, one element for each list; a calibration is no part of it."""
     for name, info in kind.model_fields.items():
         here = f"{path}{name}"
@@ -79,9 +79,9 @@ def fields(kind: type[Value], path: str = "") -> Iterator[str]:
             continue
         yield here
         inner = info.annotation
-        if get_args(inner) and isinstance(get_args(inner)[0], type) and issubclass(get_args(inner)[0], Value):
+        if get_args(inner) and isinstance(get_args(inner)[0], type) and issubclass(get_args(inner)[0], StrictRecord):
             yield from fields(get_args(inner)[0], f"{here}.0.")
-        elif isinstance(inner, type) and issubclass(inner, Value):
+        elif isinstance(inner, type) and issubclass(inner, StrictRecord):
             yield from fields(inner, f"{here}.")
 
 
@@ -166,7 +166,7 @@ def test_a_null_has_a_reason_and_nothing_else() -> None:
         assert dict(device.parse(put(WHOLE, path, null), "mine.yaml").facts())[path].value is None
         for key, value in (("source", "a page"), ("trust", "low"), ("value", ...), ("unknown", ""), ("unknown", ...)):
             assert refusal(path, put(put(WHOLE, path, null), f"{path}.{key}", value)).startswith(path), (path, key)
-        assert isinstance(fact, (Fact, Flags, Stored))
+        assert isinstance(fact, (Fact, Flags, StorageKind))
 
 
 @pytest.mark.parametrize(

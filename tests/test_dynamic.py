@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgetune.capture.dynamic import axes_of, parsed, resized, sizes_to_check
+from edgetune.capture.dynamic import axes_of, parse_bounds, resize_row, sizes_to_check
 from edgetune.capture.graph import capture
 from edgetune.capture.positional import as_program
 from edgetune.cli.main import main
@@ -18,7 +18,7 @@ from edgetune.export import export
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
-from edgetune.program.artifact import Artifact, admitted
+from edgetune.program.artifact import Artifact, validate_inputs
 from edgetune.program.manifest import TensorSpec
 from edgetune.quant.int4 import Int4
 from edgetune.runtime.run import run_in_child
@@ -185,7 +185,7 @@ def test_axes_by_name() -> None:
         (2, 2, "pixels.2,pixels.3"),
         (2, 3, "pixels.2,pixels.3"),
     ]
-    assert [t.shape for t in resized(example, tied, {"pixels.2,pixels.3": 4})][2] == (2, 3, 4, 4)
+    assert [t.shape for t in resize_row(example, tied, {"pixels.2,pixels.3": 4})][2] == (2, 3, 4, 4)
     assert sizes_to_check((*batch, *tokens)) == [
         {"batch": 4, "tokens": 8}, {"batch": 1, "tokens": 1}, {"batch": 2, "tokens": 4}, {"batch": 1, "tokens": 8},
         {"batch": 4, "tokens": 1}, {"batch": 4, "tokens": 8},
@@ -210,17 +210,17 @@ def test_axes_that_are_none(asked: dict[str, tuple[int, int]], message: str) -> 
 
 def test_inputs_by_name_may_come_in_any_order() -> None:
     specs = (TensorSpec(name="a", shape=(1, 2), dtype="float32"), TensorSpec(name="b", shape=(1, 3), dtype="float32"))
-    a, b = admitted(specs, {"b": torch.zeros(1, 3), "a": torch.ones(1, 2)})
+    a, b = validate_inputs(specs, {"b": torch.zeros(1, 3), "a": torch.ones(1, 2)})
     assert (a.shape, b.shape) == ((1, 2), (1, 3))
     with pytest.raises(EdgetuneError, match="shapes or types that the program does not take"):
-        admitted(specs, (torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.long)))
+        validate_inputs(specs, (torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.long)))
 
 
 def test_bounds_of_a_command_line() -> None:
-    assert parsed(["tokens=1:64", "x.2,x.3=8:16"]) == {"tokens": (1, 64), "x.2,x.3": (8, 16)}
+    assert parse_bounds(["tokens=1:64", "x.2,x.3=8:16"]) == {"tokens": (1, 64), "x.2,x.3": (8, 16)}
     for one in (["tokens=64"], ["tokens=1:x"], ["=1:2"], ["tokens=1:2", "tokens=1:3"]):
         with pytest.raises(EdgetuneError, match="not a size with bounds"):
-            parsed(one)
+            parse_bounds(one)
 
 
 @pytest.mark.slow

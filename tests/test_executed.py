@@ -22,7 +22,7 @@ from edgetune.export import Artifact, export
 from edgetune.export.lower import Lowered, lower, lower_methods
 from edgetune.export.targets import find
 from edgetune.profile import cost, device
-from edgetune.program.executed import executed
+from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
@@ -227,13 +227,13 @@ def test_every_delegate_is_read() -> None:
 
 
 def test_the_file_alone_says_the_same_without_names(cnn: Lowered) -> None:
-    read = executed(cnn.data)
+    read = executed_operators(cnn.data)
     assert {operator.module for operator in read} == {""}
     assert read == tuple(operator.model_copy(update={"module": ""}) for operator in cnn.executed)
 
 
 def test_sizes_of_activations_may_be_others(transformer: Lowered) -> None:
-    one = executed(transformer.data, instead={8: 1})
+    one = executed_operators(transformer.data, instead={8: 1})
     linear = next(operator for operator in one if operator.kind == "linear")
     assert (linear.output_shape, linear.macs, linear.weight_bytes) == ((1, 1, 96), 96 * 32, 12672)
     assert one[0].weight_bytes == 32 * 4
@@ -246,10 +246,10 @@ def test_a_method_is_taken_by_its_name() -> None:
         for name, model in (("encode", nn.Linear(8, 8)), ("decode", Cut()))
     }
     data = lower_methods(methods, find("xnnpack"))["encode"].data
-    assert names(executed(data, "encode")) == ["fully-connected"]
-    assert len(executed(data, "decode")) == 6
+    assert names(executed_operators(data, "encode")) == ["fully-connected"]
+    assert len(executed_operators(data, "decode")) == 6
     with pytest.raises(EdgetuneError, match="no such method: got 'forward'; allowed: "):
-        executed(data)
+        executed_operators(data)
 
 
 def test_a_backend_that_tells_nothing_is_one_operator() -> None:
@@ -275,4 +275,4 @@ def test_the_manifest_holds_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"\0" * 256, b"no program at all" * 20])
 def test_what_is_no_program_is_refused(data: bytes) -> None:
     with pytest.raises(EdgetuneError, match="program"):
-        executed(data)
+        executed_operators(data)

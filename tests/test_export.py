@@ -23,9 +23,10 @@ from edgetune.export.targets import TARGETS, available, for_device
 from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
+from edgetune.runtime.child_failures import child_error
 from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.place import TimingRequest
-from edgetune.runtime.run import failed, run_in_child
+from edgetune.runtime.run import run_in_child
 from edgetune.runtime.verify import compare
 
 with quiet():  # libraries that these load warn on import
@@ -105,14 +106,14 @@ def test_operators_carry_macs_bytes_types_and_modules(int4_bert: tuple[nn.Module
     assert (table.dtype, table.weight_bytes) == ("int8", 16 * 64 + 16 * 4)
     assert not any("quant" in o.operator or "qparams" in o.operator for o in call.operators)
     assert call.delegated_macs_pct == 100.0
-    left = {(o.operator, o.module): o.count for o in call.leftovers}
+    left = {(o.operator, o.module): o.count for o in call.undelegated}
     assert left["aten.native_layer_norm.out", "bert.embeddings.LayerNorm"] == 1
 
 
 def test_attention_is_not_split_by_its_mask(int4_bert: tuple[nn.Module, Artifact]) -> None:
     call = int4_bert[1].manifest.main
     assert call.delegates == 2 * 2 + 2  # one between any two layer norms, nothing else cuts the graph
-    assert not any("logical_not" in o.operator or "any" in o.operator for o in call.leftovers)
+    assert not any("logical_not" in o.operator or "any" in o.operator for o in call.undelegated)
 
 
 class Block(nn.Module):
@@ -360,7 +361,7 @@ def test_rubbish_does_not_load(tmp_path: Path) -> None:
 
 def test_a_child_that_dies_by_a_signal_is_an_error(tmp_path: Path) -> None:
     done = subprocess.CompletedProcess(args=[], returncode=-11, stdout="", stderr="")
-    assert "ended by SIGSEGV" in str(failed(tmp_path / "model.pte", done, None))
+    assert "ended by SIGSEGV" in str(child_error(tmp_path / "model.pte", done, None))
 
 
 def test_layers_that_are_still_wrapped_are_refused(tmp_path: Path) -> None:

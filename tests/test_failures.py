@@ -37,7 +37,7 @@ def test_the_operator_is_named_that_a_pass_failed_at(target: str) -> None:
         except KeyError as error:
             raise RuntimeError("a pass has failed") from error
     except RuntimeError as caught:
-        found = failures.not_lowered(program, "xnnpack", caught)
+        found = failures.lowering_error(program, "xnnpack", caught)
     assert f"cannot be lowered for xnnpack: a pass has failed ({target} in " in str(found)
 
 
@@ -46,7 +46,7 @@ def test_a_getitem_is_no_operator() -> None:
     node = next(n for n in program.graph.nodes if n.target is operator.getitem)
     with pytest.raises(KeyError) as caught:
         failing_at(node)
-    assert "(" not in str(failures.not_lowered(program, "xnnpack", caught.value)).splitlines()[0]
+    assert "(" not in str(failures.lowering_error(program, "xnnpack", caught.value)).splitlines()[0]
 
 
 class Masked(nn.Module):

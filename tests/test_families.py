@@ -29,7 +29,7 @@ Whisper encoder, Whisper decoder, CLIP, voice detector (LSTM)"""
 
 GOOD = {
     "state": "done", "stage": "export", "bits": "fp32", "relative_difference": 1e-6, "same_prediction_pct": 100.0,
-    "delegated_macs_pct": 100.0, "delegates": 1, "size_bytes": 2**20, "leftovers": [], "undelegated": [],
+    "delegated_macs_pct": 100.0, "delegates": 1, "size_bytes": 2**20, "undelegated_kernels": [], "undelegated": [],
 }  # fmt: skip
 LEFT = {"operator": "aten.convolution.default", "module": "stem", "macs": 9, "shape": [1, 2]}
 

@@ -10,7 +10,7 @@ import pytest
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import fit
-from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, WEIGHTS, Tile, curve_of
+from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, WEIGHTS, KernelTile, curve_of
 from edgetune.program.operators import Operator
 from support.machine import CACHES, KERNELS, SETTING, TILES, Kernel, made, mixes, programs, true_rate, true_us
 
@@ -41,7 +41,7 @@ def test_the_tiles_of_each_type_are_found(noise: float) -> None:
 def test_a_type_with_few_products_keeps_the_smallest_tile() -> None:
     few = [item for item in programs() if item.operators[0].kind == "linear"][:10]
     assert fit.fit(few, CACHES).tiles == {}
-    assert SETTING.tile("8da4w") == Tile(1, 1)
+    assert SETTING.tile("8da4w") == KernelTile(1, 1)
 
 
 def test_no_rate_is_negative_whatever_the_noise() -> None:
@@ -92,16 +92,16 @@ def test_the_band_holds_nine_of_ten_fresh_errors(sigma: float) -> None:
     def errors(count: int) -> list[float]:
         return [math.exp(draw.gauss(0, sigma)) - 1 for _ in range(count)]
 
-    band = fit.band_log(errors(400))
+    band = fit.interval_log(errors(400))
     inside = sum(abs(math.log1p(error)) <= band for error in errors(4000)) / 4000
-    assert inside == pytest.approx(fit.BAND_PCT / 100, abs=0.04)
+    assert inside == pytest.approx(fit.INTERVAL_PCT / 100, abs=0.04)
 
 
 def test_few_or_no_errors_give_a_wide_band() -> None:
-    assert fit.band_log([]) == math.log(2)
-    assert fit.band_log([0.2, -0.5, 0.1]) == pytest.approx(math.log(2))  # of three, the largest
-    assert fit.band_log([0.0] * 50) > 0
-    assert math.isfinite(fit.band_log([-1.0, -5.0]))  # predicted nothing at all, or less
+    assert fit.interval_log([]) == math.log(2)
+    assert fit.interval_log([0.2, -0.5, 0.1]) == pytest.approx(math.log(2))  # of three, the largest
+    assert fit.interval_log([0.0] * 50) > 0
+    assert math.isfinite(fit.interval_log([-1.0, -5.0]))  # predicted nothing at all, or less
 
 
 def test_errors_are_those_of_programs_left_out() -> None:

@@ -29,7 +29,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def test_the_answer_is_the_models_and_comes_in_pieces(talking: Artifact) -> None:
     pieces: list[str] = []
-    found = generate(talking.path, PROMPT, max_tokens=12, threads=1, heard=pieces.append)
+    found = generate(talking.path, PROMPT, max_tokens=12, threads=1, on_text=pieces.append)
     fast = tokenizer()
     text = fast.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False)
     ids = fast(text, add_special_tokens=False)["input_ids"]

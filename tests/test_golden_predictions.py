@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.profile import device, published
-from edgetune.profile.calls import predicted_calls
+from edgetune.profile.calls import predict_calls
 from edgetune.program.artifact import Artifact
 from edgetune.program.manifest import Manifest
 
@@ -33,16 +33,16 @@ def of_programs() -> dict[str, list[float | None]]:
         " ".join(filter(None, (name, identity, prediction.call))): [getattr(prediction, figure) for figure in FIGURES]
         for name, artifact in artifacts.items()
         for identity in device.shipped()
-        for prediction in predicted_calls(artifact, identity)
+        for prediction in predict_calls(artifact, identity)
     }
 
 
 def of_published_rows() -> dict[str, list[float | None]]:
     """What the predictor by itself says of each published row of a device with a descriptor."""
-    rows = enumerate(published.rows_of(published.shipped()))
+    rows = enumerate(published.figures_of(published.load_published()))
     described = {identity: device.load(identity) for identity in device.shipped()}
     return {
-        f"{number} {row.column.device} {row.what}": [published.base(row, described[row.column.device])]
+        f"{number} {row.column.device} {row.label}": [published.predict_figure(row, described[row.column.device])]
         for number, row in rows
         if row.column.device in described
     }

@@ -141,7 +141,7 @@ def test_a_table_in_4_bits_is_stored_so(tmp_path: Path) -> None:
         known = export(model, tokens()[:1], tmp_path / f"{bits}.pte", check_inputs=[tokens()], one_row=True).manifest
         assert known.main.parity is not None
         assert known.main.parity.max_abs_difference < 1e-5
-        kernels = {leftover.operator for leftover in known.main.leftovers if "embedding" in leftover.operator}
+        kernels = {operator.operator for operator in known.main.undelegated if "embedding" in operator.operator}
         assert kernels == {f"quantized_decomposed.embedding_{'4bit' if bits == 'int4' else 'byte'}.out"}
         sizes[bits] = known.size_bytes, stored_bytes(model)
     fewer = WIDE // 2 - 4 * (WIDE // 32 - 1)  # bytes of a row: half of its codes, but one more scale

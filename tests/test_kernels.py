@@ -17,7 +17,8 @@ from edgetune.capture.repairs import bags, decomposed, folding, volumes
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
-from edgetune.runtime.run import failed, run_in_child
+from edgetune.runtime.child_failures import child_error
+from edgetune.runtime.run import run_in_child
 from support.nn_cases import modules_without_case
 from support.nn_functions import functions_without_case
 
@@ -214,7 +215,9 @@ def test_formulas_equal_eager() -> None:
 )
 def test_each_failure_of_a_program_has_an_action_of_its_own(line: str, error: str, action: str) -> None:
     done = subprocess.CompletedProcess([], 0, "", f"[cpuinfo_utils.cpp:71] Reading file\n{line}\n")
-    found = failed(Path("m.pte"), done, {"error": f"RuntimeError: Failed to execute method forward, error: {error}"})
+    found = child_error(
+        Path("m.pte"), done, {"error": f"RuntimeError: Failed to execute method forward, error: {error}"}
+    )
     assert action in found.action
     assert line.partition("] ")[2] in found.what
     assert "cpuinfo" not in str(found)
@@ -223,7 +226,7 @@ def test_each_failure_of_a_program_has_an_action_of_its_own(line: str, error: st
 
 @pytest.mark.parametrize(("signal", "action"), [(9, "ran out of memory"), (11, "target='portable'"), (15, "again")])
 def test_a_signal_has_its_own_action(signal: int, action: str) -> None:
-    assert action in failed(Path("m.pte"), subprocess.CompletedProcess([], -signal, "", ""), None).action
+    assert action in child_error(Path("m.pte"), subprocess.CompletedProcess([], -signal, "", ""), None).action
 
 
 def test_inputs_of_another_shape_are_named(tmp_path: Path) -> None:

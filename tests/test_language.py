@@ -21,7 +21,7 @@ from edgetune.export.language import CHECK_PROMPT, export_language
 from edgetune.export.language.cached import cache_argument
 from edgetune.export.language.parity import eager_logits
 from edgetune.models.loaded import ModelSettings
-from edgetune.profile.calls import measured_calls, predicted_calls
+from edgetune.profile.calls import measure_calls, predict_calls
 from edgetune.program.artifact import Artifact
 from edgetune.program.tokenizer import ChatTokenizer
 from edgetune.prune.structured import Prune
@@ -251,11 +251,11 @@ def test_a_call_with_one_token_is_described_apart(int4: tuple[Any, Artifact]) ->
 
 def test_what_each_call_costs_is_measured_and_predicted(int4: tuple[Any, Artifact]) -> None:
     artifact = int4[1]
-    token, piece = measured_calls(artifact, threads=1, seconds=0.1)
+    token, piece = measure_calls(artifact, threads=1, seconds=0.1)
     assert (token.where, piece.where) == ("this host, a token after 32", "this host, 32 tokens of a prompt")
     assert min(token.latency_ms, piece.latency_ms, token.runs - 9) > 0
     assert token.peak_memory_mib == piece.peak_memory_mib > 0
-    token_here, piece_here = predicted_calls(artifact, "pixel-8")
+    token_here, piece_here = predict_calls(artifact, "pixel-8")
     assert (token_here.where, piece_here.where) == ("pixel-8, a token after 32", "pixel-8, 32 tokens of a prompt")
     assert token_here.latency_ms < piece_here.latency_ms
     assert token_here.peak_memory_mib == piece_here.peak_memory_mib

@@ -25,7 +25,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
-from edgetune.runtime.run import loaded_runtime
+from edgetune.runtime.clock.runs import load_runtime
 from support.forked import ask_fork
 from support.random_modules import ROWS, Drawn, Plan, inputs_of, plans
 from support.random_techniques import SEED, TECHNIQUES, drawn_plans, kind_of, tried, warm_up
@@ -51,7 +51,7 @@ def lowered(plan: Plan) -> str:
         data = lower(Positional(model, inputs).eval(), rows[0], find("xnnpack")).data
     except EdgetuneError as error:
         return f"refused: {error}"
-    program = loaded_runtime(None)._load_for_executorch_from_buffer(data)
+    program = load_runtime(None)._load_for_executorch_from_buffer(data)
     got = torch.cat([program.forward(row)[0].clone() for row in rows])
     with torch.no_grad():
         return judged(model, inputs, float((got - model(inputs)).abs().max()))

@@ -143,7 +143,7 @@ class All(nn.Module):
 def test_every_form_is_taken_whole_and_equals_eager(tmp_path: Path) -> None:
     rows = [(X, ROW, OTHER), (X * 4, ROW * 3, OTHER), (X * 30, ROW, OTHER * 2)]
     lowered = lower(Positional(All(), rows[0]).eval(), rows[0], XNNPACK)
-    left = {list(FORMS)[int(found.module.split(".")[1])]: found.operator for found in lowered.leftovers}
+    left = {list(FORMS)[int(found.module.split(".")[1])]: found.operator for found in lowered.undelegated}
     assert (left, lowered.delegates) == ({}, 1)
     (tmp_path / "all.pte").write_bytes(lowered.data)
     for inputs, (found,) in zip(rows, run_in_child(tmp_path / "all.pte", rows), strict=True):
@@ -158,7 +158,7 @@ def test_a_maximum_of_four_dims_can_be_lowered() -> None:
     inputs = (X,)
     model = Call(lambda x: x.max(-1).values * 2)
     lowered = lower(Positional(model, inputs).eval(), inputs, XNNPACK)
-    assert [left.operator for left in lowered.leftovers] == ["aten.amax.out"]
+    assert [left.operator for left in lowered.undelegated] == ["aten.amax.out"]
 
 
 def test_the_tanh_form_is_not_run_as_the_exact_one() -> None:

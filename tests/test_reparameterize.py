@@ -220,7 +220,7 @@ for name in sys.argv[2:]:
     print(name, norms(found), report.refused, report.difference < 1e-5, len(report.branches) > 0)
     if name == sys.argv[1]:
         lowered = lower(Positional(model, inputs).eval(), inputs, TARGETS["xnnpack"])
-        print(lowered.delegates, lowered.leftovers, len(lowered.operators) < 150)
+        print(lowered.delegates, lowered.undelegated, len(lowered.operators) < 150)
 """
 
 

@@ -20,7 +20,6 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import (
     Baseline,
     Ledger,
-    Leftover,
     LossPoint,
     Measured,
     Parity,
@@ -29,11 +28,17 @@ from edgetune.core.ledger import (
     Quality,
     Row,
     Training,
+    UndelegatedOperator,
     Verdict,
 )
 from edgetune.report import page, report, terminal, text, write
 from edgetune.report.sentences import details
 from edgetune.report.tables import step_table
+
+
+def left_out(operator: str, module: str, count: int) -> UndelegatedOperator:
+    """An operator that the backend did not take."""
+    return UndelegatedOperator(operator=operator, module=module, count=count)
 
 
 def accuracy(value: float) -> Quality:
@@ -103,12 +108,12 @@ def example() -> Ledger:
         program=Program(
             path="model.pte", target="xnnpack", size_mib=17.4, plan_kib=388.0, sha256="0123456789abcdef" * 4,
             delegated_macs_pct=98.7, delegated_operators_pct=81.3,
-            leftovers=(
-                Leftover(operator="aten.native_layer_norm", module="encoder.layer.0.attention.LayerNorm", count=1),
-                Leftover(operator="aten.native_layer_norm", module="encoder.layer.0.output.LayerNorm", count=1),
-                Leftover(operator="aten.embedding", module="embeddings.word_embeddings", count=1),
-                Leftover(operator="aten.gelu", module="encoder.layer.0.intermediate", count=6),
-                Leftover(operator="aten.expand_copy", module="", count=3),
+            undelegated=(
+                left_out("aten.native_layer_norm", "encoder.layer.0.attention.LayerNorm", 1),
+                left_out("aten.native_layer_norm", "encoder.layer.0.output.LayerNorm", 1),
+                left_out("aten.embedding", "embeddings.word_embeddings", 1),
+                left_out("aten.gelu", "encoder.layer.0.intermediate", 6),
+                left_out("aten.expand_copy", "", 3),
             ),
             parity=Parity(rows=500, same_prediction_pct=99.8, max_abs_difference=0.0213),
         ),
@@ -316,7 +321,7 @@ def test_page_holds_every_plot_with_the_numbers_of_the_ledger(tmp_path: Path) ->
     ledger = example()
     page(ledger, tmp_path / "report.html")
     reading, figures = read(tmp_path / "report.html")
-    assert set(figures) == {"quality-size", "kept", "loss-0", "loss-1", "latency", "memory", "delegated", "leftovers"}
+    assert set(figures) == {"quality-size", "kept", "loss-0", "loss-1", "latency", "memory", "delegated", "undelegated"}
     divs = {div.get("id"): div for div in reading.named("div")}
     for key in figures:
         assert divs[f"plot-{key}"]["role"] == "img"
@@ -331,7 +336,7 @@ def test_page_holds_every_plot_with_the_numbers_of_the_ledger(tmp_path: Path) ->
         assert curves["learning rate"]["y"] == [point.learning_rate for point in training.losses]
         assert curves["learning rate"]["yaxis"] == "y2"
     assert data["delegated"][0]["x"] == [81.3, 98.7]
-    assert dict(zip(data["leftovers"][0]["y"], data["leftovers"][0]["x"], strict=True)) == {
+    assert dict(zip(data["undelegated"][0]["y"], data["undelegated"][0]["x"], strict=True)) == {
         "aten.gelu": 6, "aten.expand_copy": 3, "aten.native_layer_norm": 2, "aten.embedding": 1,
     }  # fmt: skip
 
@@ -379,7 +384,7 @@ def test_names_from_outside_stay_text(tmp_path: Path) -> None:
         baselines=(Baseline(name=EVIL, value=1.0),),
         rows=tuple(row.model_copy(update={"step": EVIL, "detail": EVIL, "note": EVIL}) for row in ledger.rows),
         program=ledger.program.model_copy(
-            update={"path": EVIL, "target": EVIL, "leftovers": (Leftover(operator=EVIL, module=EVIL, count=1),)}),
+            update={"path": EVIL, "target": EVIL, "undelegated": (left_out(EVIL, EVIL, 1),)}),
         measured=tuple(line.model_copy(update={"device": EVIL, "note": EVIL}) for line in ledger.measured),
         predicted=tuple(line.model_copy(update={"device": EVIL, "note": EVIL}) for line in ledger.predicted),
         verdicts=tuple(line.model_copy(update={"device": EVIL, "note": EVIL}) for line in ledger.verdicts),
@@ -410,7 +415,7 @@ def partial() -> list[Any]:
         pytest.param(whole.with_(program=None, measured=(), predicted=(), verdicts=(), trainings=()),
                      {"quality-size", "kept"}, "no program was exported", id="no program"),
         pytest.param(whole.with_(rows=tuple(row.model_copy(update={"quality": None}) for row in whole.rows)),
-                     {"kept", "loss-0", "loss-1", "latency", "memory", "delegated", "leftovers"},
+                     {"kept", "loss-0", "loss-1", "latency", "memory", "delegated", "undelegated"},
                      "No quality was measured", id="no quality"),
         pytest.param(
             whole.with_(
@@ -424,7 +429,8 @@ def partial() -> list[Any]:
                 predicted=tuple(line.model_copy(update={"latency_high_ms": NAN}) for line in whole.predicted),
                 measured=tuple(line.model_copy(update={"latency_ms": math.inf}) for line in whole.measured),
             ),
-            {"quality-size", "kept", "loss-0", "latency", "memory", "delegated", "leftovers"}, "not finite", id="nan"),
+            {"quality-size", "kept", "loss-0", "latency", "memory", "delegated", "undelegated"},
+            "not finite", id="nan"),
     ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def test_the_noise_covers_the_true_median(runs_of_each: int) -> None:
         latencies = [10 * math.exp(draw.gauss(0, 0.1)) for _ in range(runs_of_each)]  # its median is 10
         noise = measure.noise_pct(latencies)
         assert noise is not None
-        found = measure.measured_of(timing(latencies), 1).latency_ms
+        found = measure.summarize_timing(timing(latencies), 1).latency_ms
         inside += abs(found - 10) <= found * noise / 100
     assert 0.92 <= inside / 400 <= 0.985
 
@@ -65,17 +65,17 @@ def test_one_burst_does_not_pass_for_noise_and_a_drift_does_not_hide() -> None:
     calm = [10.0 + 0.01 * (i % 7) for i in range(200)]
     burst = [*calm[:60], *(40.0 for _ in range(5)), *calm[65:]]
     assert (measure.noise_pct(burst) or 0) < 0.5
-    assert measure.measured_of(timing(burst), 1).note == ""
+    assert measure.summarize_timing(timing(burst), 1).note == ""
     slower = [10.0 * (1 + 0.4 * i / 200) for i in range(200)]
-    found = measure.measured_of(timing(slower), 1)
+    found = measure.summarize_timing(timing(slower), 1)
     assert found.drift_pct == pytest.approx(100 * 0.4 * (2 / 3) / 1.2, rel=0.02)
     assert "the last third of the runs was 22 % slower than the first" in found.note
-    assert "faster than the first" in measure.measured_of(timing(slower[::-1]), 1).note
+    assert "faster than the first" in measure.summarize_timing(timing(slower[::-1]), 1).note
 
 
 def test_a_noisy_run_says_so() -> None:
     draw = random.Random(2)
-    found = measure.measured_of(timing([draw.choice((10.0, 13.0, 17.0)) for _ in range(20)]), 1)
+    found = measure.summarize_timing(timing([draw.choice((10.0, 13.0, 17.0)) for _ in range(20)]), 1)
     assert found.noise_pct is not None
     assert found.noise_pct > measure.NOISY_PCT
     assert f"noisy: the median is known to about {found.noise_pct:.0f} % only" in found.note
@@ -87,11 +87,11 @@ def test_heat_and_a_falling_clock_are_said() -> None:
         State(temperature_c={"soc": 78.0, "gpu": 50.0}, clock_mhz={"cpu0": 1800.0, "cpu4": 1500.0}),
         State(temperature_c={"soc": 81.0, "gpu": 52.0}, clock_mhz={"cpu0": 1800.0, "cpu4": 2400.0}),
     ]
-    hot = measure.measured_of(timing([1.0] * 20, states=states), 1)
+    hot = measure.summarize_timing(timing([1.0] * 20, states=states), 1)
     assert (hot.temperature_c, hot.clock_mhz) == ((45.0, 81.0), (2400.0, 1800.0))
     assert "it warmed from 45 to 81 degrees Celsius" in hot.note
     assert "the clock fell from 2400 to 1800 MHz: throttled" in hot.note
-    nothing = measure.measured_of(timing([1.0] * 20, states=[State(), State()]), 1)
+    nothing = measure.summarize_timing(timing([1.0] * 20, states=[State(), State()]), 1)
     assert (nothing.temperature_c, nothing.clock_mhz, nothing.note) == (None, None, "")
 
 
@@ -170,7 +170,7 @@ def test_the_thermal_protocol_is_batches_of_three_and_twenty() -> None:
         done.append(len(done))
         return float(len(done))
 
-    found = runs.in_batches(once, {"seconds": 0, "batch_warm_ups": 3, "batch_runs": 20})
+    found = runs.time_in_batches(once, {"seconds": 0, "batch_warm_ups": 3, "batch_runs": 20})
     assert len(done) == 24  # the first, then one batch
     assert found["first_ms"] == 1
     assert found["latencies_ms"] == list(range(5, 25))

@@ -27,7 +27,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import Artifact, export
 from edgetune.runtime.hosts import connection, session, ssh
 from edgetune.runtime.hosts.connection import Connection
-from edgetune.runtime.hosts.place import Place, TimingRequest, parsed
+from edgetune.runtime.hosts.place import Place, TimingRequest, parse_place
 
 UNPACKED = Path(os.environ.get("EDGETUNE_DATA", ".venv/share")) / "sshd"  # tests/sshd.sh puts it there without root
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:{UNPACKED}/usr/sbin")
@@ -142,9 +142,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @needs_sshd
 def test_a_program_is_timed_there_and_nothing_is_left(reached: Server, artifact: Artifact) -> None:
-    with session.opened(reached.url, python=sys.executable) as machine:
+    with session.open_runner(reached.url, python=sys.executable) as machine:
         assert len(left_over(reached)) == 1
-        (measured,) = session.measured_on(machine, artifact, threads=1, seconds=0.01)
+        (measured,) = session.measure_on(machine, artifact, threads=1, seconds=0.01)
         assert measured.device.startswith(f"{getpass.getuser()}@127.0.0.1:{reached.place.port}")
         assert len(list((reached.temporary / left_over(reached)[0]).iterdir())) == 1  # the stopwatch alone
     assert left_over(reached) == []
@@ -166,7 +166,7 @@ def test_this_host_is_timed_by_the_same_stopwatch(artifact: Artifact) -> None:
         assert len(timing.latencies_ms) >= 10
         assert (timing.threads, len(timing.cores)) == (1, 1)
         assert timing.peak_memory_mib > timing.empty_memory_mib
-    (measured,) = session.measured_on(session.Host(), artifact, threads=1, seconds=0.01)
+    (measured,) = session.measure_on(session.Host(), artifact, threads=1, seconds=0.01)
     assert measured.device == "this host"
     assert len(measured.cores) == 1
     assert measured.noise_pct is not None
@@ -274,7 +274,7 @@ def test_more_threads_than_cores_are_refused(reached: Server, artifact: Artifact
 @needs_sshd
 def test_another_version_there_is_noted(reached: Server) -> None:
     with opened_with(reached, sys.executable) as machine:
-        assert machine.told_of({"executorch": "0.7.0"}).startswith("made with executorch 0.7.0, run with ")
+        assert machine.caveat({"executorch": "0.7.0"}).startswith("made with executorch 0.7.0, run with ")
 
 
 @needs_sshd
@@ -375,15 +375,15 @@ def test_the_stopwatch_needs_nothing_of_ours(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_odd_places_are_refused(on: str) -> None:
     with pytest.raises(EdgetuneError, match="not a valid place to time a program"):
-        parsed(on)
+        parse_place(on)
 
 
 def test_places() -> None:
-    assert parsed("host") == Place("host")
-    assert parsed("adb") == Place("adb")
-    assert str(parsed("adb:R5CT1234")) == "adb:R5CT1234"
-    assert str(parsed("ssh://raspberrypi")) == "raspberrypi"
-    assert parsed("ssh://pi@[fe80::1%eth0]:22").host == "fe80::1%eth0"
+    assert parse_place("host") == Place("host")
+    assert parse_place("adb") == Place("adb")
+    assert str(parse_place("adb:R5CT1234")) == "adb:R5CT1234"
+    assert str(parse_place("ssh://raspberrypi")) == "raspberrypi"
+    assert parse_place("ssh://pi@[fe80::1%eth0]:22").host == "fe80::1%eth0"
 
 
 @needs_sshd
@@ -392,8 +392,8 @@ def test_a_program_that_talks_is_timed_there(reached: Server, tmp_path: Path) ->
     from test_language import decoder, exported
 
     talks = exported(decoder("Llama"), tmp_path)
-    with session.opened(reached.url, python=sys.executable) as machine:
-        token, piece = session.measured_on(machine, talks, threads=1, seconds=0.01)
+    with session.open_runner(reached.url, python=sys.executable) as machine:
+        token, piece = session.measure_on(machine, talks, threads=1, seconds=0.01)
     assert token.call == f"a token after {talks.language.prefill_tokens}"
     assert piece.call == f"{talks.language.prefill_tokens} tokens of a prompt"
     assert 0 < token.latency_ms < piece.latency_ms

@@ -189,7 +189,7 @@ def test_a_convolutional_net_trains_as_eager(tmp_path: Path) -> None:
     model = Convolutional().eval()
     artifact = export_training(model, *PICTURES[0], tmp_path / "cnn.pte", momentum=MOMENTUM, check_batches=PICTURES)
     assert loss_difference(artifact, model, PICTURES, F.cross_entropy, 50, RATE) < 1e-4
-    assert not [o for o in artifact.manifest.main.leftovers if "convolution" in o.operator]
+    assert not [o for o in artifact.manifest.main.undelegated if "convolution" in o.operator]
     assert TrainingProgram(artifact.path).forward(PICTURES[0][0][:1]).shape == (1, 3)
 
 

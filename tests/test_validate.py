@@ -12,9 +12,9 @@ import pytest
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device, prior, published, validate
-from edgetune.profile.published import Column, Published
+from edgetune.profile.published import Published, PublishedColumn
 from edgetune.profile.reference import NETWORKS
-from edgetune.profile.reference.language import ARCHITECTURES, SCHEMES, decode, prefill
+from edgetune.profile.reference.language import ARCHITECTURES, QUANTIZATION_SCHEMES, decode, prefill
 
 PHONES = ("oneplus-12", "galaxy-s22")
 
@@ -49,8 +49,8 @@ def bases(known: dict[str, device.Device], networks: tuple[str, ...], names: tup
     """What the predictor says by itself."""
     dummy = made_up(table({network: [1.0] * len(names) for network in networks}, *names))
     found: dict[str, list[float]] = {network: [] for network in networks}
-    for row in published.rows_of(dummy):
-        found[row.name].append(published.base(row, known[row.column.device]))
+    for row in published.figures_of(dummy):
+        found[row.name].append(published.predict_figure(row, known[row.column.device]))
     return found
 
 
@@ -58,8 +58,8 @@ def bases(known: dict[str, device.Device], networks: tuple[str, ...], names: tup
 
 
 def test_every_shipped_row_is_predicted_or_named(whole: validate.Validation) -> None:
-    figures = len(list(published.rows_of(published.shipped())))
-    others = len(published.shipped().unpredicted)
+    figures = len(list(published.figures_of(published.load_published())))
+    others = len(published.load_published().unpredicted)
     assert len(whole.rows) + sum(one.figures for one in whole.missing) == figures + others
     assert len(whole.rows) > 200
     assert all(one.why and one.source for one in whole.missing)
@@ -106,17 +106,17 @@ def test_a_file_of_another_format_is_refused() -> None:
 
 def test_a_column_runs_the_device_as_the_source_did(known: dict[str, device.Device]) -> None:
     pi = known["raspberry-pi-4"]
-    one, four = (published.run_on(pi, Column(device=pi.id, threads=threads)) for threads in (1, 4))
+    one, four = (published.device_as_run(pi, PublishedColumn(device=pi.id, threads=threads)) for threads in (1, 4))
     assert (one.thread_count, four.thread_count) == (1, 4)
-    slow = published.run_on(pi, Column(device=pi.id, ghz=0.75))
+    slow = published.device_as_run(pi, PublishedColumn(device=pi.id, ghz=0.75))
     assert slow.clusters[0].ghz.value == 0.75
-    assert published.run_on(pi, Column(device=pi.id)) is pi
+    assert published.device_as_run(pi, PublishedColumn(device=pi.id)) is pi
     columns = [{"device": pi.id, "threads": 1}, {"device": pi.id}]
-    rows = published.rows_of(made_up(table({"resnet-18": [1.0, 1.0]}, pi.id, columns=columns)))
-    alone, all_cores = (published.base(row, pi) for row in rows)
+    rows = published.figures_of(made_up(table({"resnet-18": [1.0, 1.0]}, pi.id, columns=columns)))
+    alone, all_cores = (published.predict_figure(row, pi) for row in rows)
     assert alone > all_cores
     with pytest.raises(EdgetuneError, match="cores"):
-        published.run_on(pi, Column(device=pi.id, threads=5))
+        published.device_as_run(pi, PublishedColumn(device=pi.id, threads=5))
 
 
 # --- leaving out ---
@@ -171,7 +171,7 @@ def test_a_coarse_or_lonely_row_is_shown_and_not_counted(known: dict[str, device
 
 def test_a_device_without_descriptor_is_named(known: dict[str, device.Device]) -> None:
     found = validate.validate(known, made_up(table({"resnet-18": [1.0, 2.0]}, "pixel-8", "abacus-1")))
-    assert [(one.what, one.figures) for one in found.missing] == [("abacus-1", 1)]
+    assert [(one.label, one.figures) for one in found.missing] == [("abacus-1", 1)]
     assert len(found.rows) == 1
 
 
@@ -179,7 +179,7 @@ def test_a_device_without_descriptor_is_named(known: dict[str, device.Device]) -
 
 
 def test_the_shipped_prior_is_that_of_the_shipped_rows() -> None:
-    fresh, shipped = validate.refit(), prior.shared()
+    fresh, shipped = validate.refit(), prior.load_prior()
     for terms in ("offsets", "widths"):
         again = "run `python -m edgetune.profile.validate devices/prior.json`"
         assert getattr(shipped, terms) == pytest.approx(getattr(fresh, terms), abs=1e-3), again
@@ -189,9 +189,9 @@ def test_programs_are_told_apart_by_their_products() -> None:
     model = ARCHITECTURES["llama-3.2-1b"]
     assert prior.group_of(NETWORKS["mobilenet-v2"](dtype="fp32")) == "vision fp32"
     assert prior.group_of(NETWORKS["resnet-50"](dtype="int8")) == "vision int8"
-    assert prior.group_of(decode(model, SCHEMES["8da4w-g32"], 64)) == "decode 4-bit"
-    assert prior.group_of(decode(model, SCHEMES["bf16"])) == "decode 16-bit"
-    assert prior.group_of(prefill(model, SCHEMES["8da4w-g32"], 64)) == "prefill 4-bit"
+    assert prior.group_of(decode(model, QUANTIZATION_SCHEMES["8da4w-g32"], 64)) == "decode 4-bit"
+    assert prior.group_of(decode(model, QUANTIZATION_SCHEMES["bf16"])) == "decode 16-bit"
+    assert prior.group_of(prefill(model, QUANTIZATION_SCHEMES["8da4w-g32"], 64)) == "prefill 4-bit"
     movement = [o for o in NETWORKS["shufflenet-v2"](dtype="fp32") if o.kind == "data-movement"]
     assert prior.group_of(movement) == "vision fp32"
 
@@ -199,7 +199,7 @@ def test_programs_are_told_apart_by_their_products() -> None:
 @pytest.mark.parametrize("name", device.ids())
 def test_every_device_gets_an_offset_and_a_width(name: str) -> None:
     for group in ("decode 4-bit", "decode 16-bit", "prefill 4-bit", "vision fp32", "vision int8", "vision 16-bit"):
-        log, sigma = prior.shared().offset(device.load(name), group)
+        log, sigma = prior.load_prior().offset(device.load(name), group)
         assert abs(log) < 2
         assert 0.05 < sigma < 2
 
@@ -207,14 +207,14 @@ def test_every_device_gets_an_offset_and_a_width(name: str) -> None:
 def test_a_kind_nobody_measured_is_left_as_predicted_and_unsure(known: dict[str, device.Device]) -> None:
     nothing = prior.Prior(offsets={}, widths={})
     assert nothing.offset(known["pixel-8"], "vision fp32") == (0.0, pytest.approx(0.7 / 1.2816))
-    assert not nothing.speaks(prior.keys_of("vision fp32", known["pixel-8"], "shell"))
+    assert not nothing.has_data_for(prior.keys_of("vision fp32", known["pixel-8"], "shell"))
 
 
 def test_one_device_with_many_rows_counts_once() -> None:
     keys = ("kind", "class", "type")
     rows = [prior.Seen("many", keys, 1.0)] * 50 + [prior.Seen("few", keys, 0.0)]
-    assert sum(prior.fit(rows).values()) == pytest.approx(0.5)
-    assert sum(prior.fit(rows, without=frozenset({"many"})).values()) == pytest.approx(0.0)
+    assert sum(prior.fit_offsets(rows).values()) == pytest.approx(0.5)
+    assert sum(prior.fit_offsets(rows, without=frozenset({"many"})).values()) == pytest.approx(0.0)
 
 
 def test_the_band_holds_what_it_claims_where_errors_are_alike() -> None:
@@ -226,8 +226,8 @@ def test_the_band_holds_what_it_claims_where_errors_are_alike() -> None:
     ]
     held = 0
     for name in {row.device for row in rows[:60]}:
-        found = prior.fitted(rows, without=frozenset({name}))
-        log, width = found.told(rows[0].keys)
+        found = prior.fit_prior(rows, without=frozenset({name}))
+        log, width = found.offset_and_width(rows[0].keys)
         held += sum(abs(row.log - log) <= width for row in rows if row.device == name)
     assert 100 * held / 60 == pytest.approx(100 * prior.COVERAGE, abs=10)
 

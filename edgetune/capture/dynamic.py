@@ -38,16 +38,16 @@ class Axis:
 
 def axes_of(dynamic: Dynamic, names: Sequence[str], example: Sequence[Tensor]) -> tuple[Axis, ...]:
     """The axes that are asked for. Raises `EdgetuneError` where an input has none such, or bounds are none."""
-    found: list[Axis] = []
+    axes: list[Axis] = []
     for name, bounds in dynamic.items():
         low, high = _bounds(name, bounds)
-        found += [Axis(name, place, dim, low, high) for place, dim in _places(name, names, example)]
-    taken = [(axis.place, axis.dim) for axis in found]
-    twice = [axis for axis in found if taken.count((axis.place, axis.dim)) > 1]
+        axes += [Axis(name, place, dim, low, high) for place, dim in _places(name, names, example)]
+    taken = [(axis.place, axis.dim) for axis in axes]
+    twice = [axis for axis in axes if taken.count((axis.place, axis.dim)) > 1]
     if twice:
-        what = f"axis {twice[0].dim} of {names[twice[0].place]} is asked for twice"
-        raise EdgetuneError(what, got=[axis.name for axis in twice], action="name each axis once")
-    return tuple(found)
+        message = f"axis {twice[0].dim} of {names[twice[0].place]} is asked for twice"
+        raise EdgetuneError(message, got=[axis.name for axis in twice], action="name each axis once")
+    return tuple(axes)
 
 
 def _bounds(name: str, bounds: Any) -> tuple[int, int]:
@@ -67,31 +67,31 @@ def _places(name: str, names: Sequence[str], example: Sequence[Tensor]) -> list[
     if name == "tokens" and example[0].dim() > 1:
         length = example[0].shape[1]
         return [(place, 1) for place, t in enumerate(example) if t.dim() > 1 and t.shape[1] == length]
-    found = []
+    positions = []
     for one in name.split(","):
-        known, _, axis = one.strip().rpartition(".")
-        place = names.index(known) if known in names else -1
+        input_name, _, axis = one.strip().rpartition(".")
+        place = names.index(input_name) if input_name in names else -1
         if place < 0 or not axis.isdecimal() or int(axis) >= example[place].dim():
             allowed = [f"{n}.{dim}" for n, t in zip(names, example, strict=True) for dim in range(t.dim())]
             raise EdgetuneError("no such axis", got=one, allowed=["batch", "tokens", *allowed])
-        found.append((place, int(axis)))
-    return found
+        positions.append((place, int(axis)))
+    return positions
 
 
-def parsed(asked: Sequence[str]) -> dict[str, tuple[int, int]]:
+def parse_bounds(asked: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Bounds as a command line writes them.
 
     >>> parsed(["tokens=1:64", "pixels.2,pixels.3=64:256"])
     {'tokens': (1, 64), 'pixels.2,pixels.3': (64, 256)}
     """
-    found = {}
+    bounds = {}
     for one in asked:
         match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", one)
-        if match is None or match[1] in found:
+        if match is None or match[1] in bounds:
             action = "write it as tokens=1:64, once for each axis"
             raise EdgetuneError("this is not a size with bounds", got=one, action=action)
-        found[match[1]] = (int(match[2]), int(match[3]))
-    return found
+        bounds[match[1]] = (int(match[2]), int(match[3]))
+    return bounds
 
 
 def sizes_to_check(axes: Sequence[Axis]) -> list[dict[str, int]]:
@@ -107,7 +107,7 @@ def sizes_to_check(axes: Sequence[Axis]) -> list[dict[str, int]]:
     return [high, low, half, *mixed, high]
 
 
-def resized(row: Sequence[Tensor], axes: Sequence[Axis], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+def resize_row(row: Sequence[Tensor], axes: Sequence[Axis], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
     """The row with these sizes: cut, or repeated from its start."""
     tensors = list(row)
     for axis in axes:
@@ -144,15 +144,15 @@ def infer_views(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def refused(axes: Sequence[Axis], error: Exception) -> EdgetuneError | None:
+def bounds_error(axes: Sequence[Axis], error: Exception) -> EdgetuneError | None:
     """The error for a model that does not take every size within the bounds; `None` where something else is wrong."""
     text = str(error)
     if "Constraints violated" not in text and "ConstraintViolation" not in type(error).__name__:
         return None
     lines = [line.strip(" -\t") for line in text.splitlines() if line.strip()]
-    said = next((line for line in lines[1:] if not line.endswith(":")), lines[0] if lines else "")
+    reason = next((line for line in lines[1:] if not line.endswith(":")), lines[0] if lines else "")
     return EdgetuneError(
-        f"the model does not take every size within the bounds: {said[:400]}",
+        f"the model does not take every size within the bounds: {reason[:400]}",
         got={axis.name: (axis.low, axis.high) for axis in axes},
         action="leave the axis out, narrow its bounds, or name axes of one size together: 'a.1,b.1'",
         exit_code=Exit.EXPORT,

@@ -24,22 +24,24 @@ _DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_sca
 _NO_OPERATOR = ("torch._C._set_grad_enabled", "_set_grad_enabled")  # what torch.export does in between
 
 
-def not_captured(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> EdgetuneError:
+def capture_error(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> EdgetuneError:
     """The error for a model that `torch.export` cannot follow, with the module and the call it stopped at."""
     module, function = _where_it_stops(model, inputs)
     node = None if module or function else _node_in(error)
     module = module if node is None else operators.module_of(node)
     depends = re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
-    what = "the forward pass decides by the values of a tensor" if depends else f"torch.export stopped: {_first(error)}"
-    known = remedies.remedy(function) or remedies.remedy(function.rpartition(".")[2])
+    problem = (
+        "the forward pass decides by the values of a tensor" if depends else f"torch.export stopped: {_first(error)}"
+    )
+    remedy = remedies.remedy(function) or remedies.remedy(function.rpartition(".")[2])
     branch = "replace the if or loop over tensor values by torch.where or torch.cond"
     if depends and module and isinstance(_at(model, module), (nn.TransformerEncoder, nn.TransformerDecoder)):
         branch = "pass is_causal=False to it: it then uses its mask unchanged, without checking whether it is causal"
     change = f"change that module so that torch.export.export follows it ({type(error).__name__})"
     return EdgetuneError(
-        f"the model cannot be exported: {what}" + (f"; operator {function}" if function else ""),
+        f"the model cannot be exported: {problem}" + (f"; operator {function}" if function else ""),
         where=f"module {module}" if module else "",
-        action=branch if depends else known or change,
+        action=branch if depends else remedy or change,
         exit_code=Exit.EXPORT,
     )
 
@@ -116,28 +118,28 @@ def check_drawn(program: ExportedProgram) -> None:
         )
 
 
-def not_lowered(program: ExportedProgram, target: str, error: Exception) -> EdgetuneError:
+def lowering_error(program: ExportedProgram, target: str, error: Exception) -> EdgetuneError:
     """The error for a graph that executorch cannot lower: the operators it names, and the modules they are in."""
     text = _chain(error)
     modules = operators.modules(program)
-    found: Counter[tuple[str, str]] = Counter()
+    failing: Counter[tuple[str, str]] = Counter()
     for node in program.graph.nodes:
         if node.op == "call_function" and _named_in(str(node.target), text):
             number = operators.number_of(node)
-            found[str(node.target), modules.get(number, "") if number is not None else ""] += 1
-    worked_on = None if found else _node_in(error)
+            failing[str(node.target), modules.get(number, "") if number is not None else ""] += 1
+    worked_on = None if failing else _node_in(error)
     if worked_on is not None:
         number = operators.number_of(worked_on)
-        found[str(_aten(worked_on)), modules.get(number, "") if number is not None else ""] += 1
+        failing[str(_aten(worked_on)), modules.get(number, "") if number is not None else ""] += 1
     named = sorted(set(re.findall(r"Missing out variants: \{([^}]*)\}", text)))
     missing = ", ".join(named).replace("'", "")
-    what = f"no kernel for {missing}" if missing else _first(error)
-    places = [f"{operator} in {module or 'the model itself'}" for operator, module in found]
-    operators_named = dict.fromkeys([*missing.split(", "), *(operator for operator, _ in found)])
-    known = dict.fromkeys(filter(None, map(remedies.remedy, operators_named)))
+    problem = f"no kernel for {missing}" if missing else _first(error)
+    places = [f"{operator} in {module or 'the model itself'}" for operator, module in failing]
+    operators_named = dict.fromkeys([*missing.split(", "), *(operator for operator, _ in failing)])
+    hints = dict.fromkeys(filter(None, map(remedies.remedy, operators_named)))
     return EdgetuneError(
-        f"the model cannot be lowered for {target}: {what}" + (f" ({shortened(places)})" if places else ""),
-        action="; ".join(known) or "replace these operators, or leave their modules out of what is exported",
+        f"the model cannot be lowered for {target}: {problem}" + (f" ({shortened(places)})" if places else ""),
+        action="; ".join(hints) or "replace these operators, or leave their modules out of what is exported",
         exit_code=Exit.EXPORT,
     )
 

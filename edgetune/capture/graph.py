@@ -25,17 +25,17 @@ def capture(
             shapes = dynamic.shapes_for(model, axes, len(inputs))
             program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
         repairs.before(program)
-        found: ExportedProgram = program.run_decompositions(repairs.decompositions(target))
-        _check_inputs_unwritten(found)
-        repairs.repair_graph(found, target)
+        decomposed: ExportedProgram = program.run_decompositions(repairs.decompositions(target))
+        _check_inputs_unwritten(decomposed)
+        repairs.repair_graph(decomposed, target)
         if axes:
-            dynamic.infer_views(found)
-        return found
+            dynamic.infer_views(decomposed)
+        return decomposed
     except EdgetuneError:
         raise
     except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
-        bounded = dynamic.refused(axes, error) if axes else None
-        raise bounded or failures.not_captured(model, inputs, error) from error
+        bounded = dynamic.bounds_error(axes, error) if axes else None
+        raise bounded or failures.capture_error(model, inputs, error) from error
 
 
 def _check_inputs_unwritten(program: ExportedProgram) -> None:

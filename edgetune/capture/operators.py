@@ -41,7 +41,7 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Operand:
     """A tensor argument seen through the dequantization before it."""
 
     node: fx.Node
@@ -60,18 +60,18 @@ def number(program: ExportedProgram) -> None:
 
 def number_of(node: fx.Node) -> int | None:
     """The number that `number` gave, if the node still knows it."""
-    found: int | None = node.meta.get("custom", {}).get(_NUMBER)
-    return found
+    index: int | None = node.meta.get("custom", {}).get(_NUMBER)
+    return index
 
 
 def modules(program: ExportedProgram) -> dict[int, str]:
     """Module path of every numbered operator, in the user's own names."""
-    found = {}
+    paths = {}
     for node in program.graph.nodes:
         index = number_of(node)
         if index is not None:
-            found[index] = module_of(node)
-    return found
+            paths[index] = module_of(node)
+    return paths
 
 
 def module_of(node: fx.Node) -> str:
@@ -82,13 +82,13 @@ def module_of(node: fx.Node) -> str:
 
 def macs_of(program: ExportedProgram) -> dict[int, int]:
     """Multiply-accumulates of every numbered operator that has any."""
-    found = {}
+    macs_by_number = {}
     for node in program.graph.nodes:
         index = number_of(node)
         macs = 0 if index is None or _is_quantizing(node) else _macs(node, _kind(node), _elements(_shape(node)))
         if index is not None and macs:
-            found[index] = macs
-    return found
+            macs_by_number[index] = macs
+    return macs_by_number
 
 
 def shorten(path: str) -> str:
@@ -105,18 +105,18 @@ def describe(program: ExportedProgram, placed: Placed) -> tuple[Operator, ...]:
         *signature.inputs_to_lifted_tensor_constants,
     }
     portable = {index for _, index in placed.portable if index is not None}
-    found = []
+    records = []
     for node in program.graph.nodes:
         index = number_of(node)
         if index is None or _is_quantizing(node) or is_free(str(node.target)):
             continue
         if not str(node.target).startswith("<") and (index in portable or index in placed.delegated):
-            found.append(_operator(node, constants, delegated=index not in portable))
-    return tuple(found)
+            records.append(_operator(node, constants, delegated=index not in portable))
+    return tuple(records)
 
 
 def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operator:
-    sources = [_source(argument) for argument in node.all_input_nodes]
+    sources = [_operand(argument) for argument in node.all_input_nodes]
     weights = [s for s in sources if s.node.name in constants]
     activations = [s for s in sources if s.node.name not in constants]
     kind = _kind(node)
@@ -142,13 +142,13 @@ def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operato
     )
 
 
-def _source(node: fx.Node) -> _Source:
+def _operand(node: fx.Node) -> _Operand:
     """Look through dequantize, and through quantize where the scale is found while running."""
     value = _value(node)
     bits = 8 * value.element_size() if value is not None else 0
     if not (_is_quantizing(node) and "dequantize" in str(node.target)):
         rounded = node.op == "call_function" and _is_rounded(node)
-        return _Source(node, 8 if rounded else bits, 0, quantized=rounded, dynamic=False)
+        return _Operand(node, 8 if rounded else bits, 0, quantized=rounded, dynamic=False)
     stored = node.args[0]
     assert isinstance(stored, fx.Node)
     limits = [a for a in node.args if isinstance(a, int) and not isinstance(a, bool)]
@@ -159,13 +159,13 @@ def _source(node: fx.Node) -> _Source:
         inner = stored.args[0]
         assert isinstance(inner, fx.Node)
         held = _value(inner)
-        return _Source(inner, 8 * held.element_size() if held is not None else bits, 0, quantized=True, dynamic=True)
+        return _Operand(inner, 8 * held.element_size() if held is not None else bits, 0, quantized=True, dynamic=True)
     # XNNPACK keeps the scales of 4-bit groups in 16 bits; all others have 32, those of looked-up rows too
     width = 2 if high - low < 16 and not any("embedding" in str(user.target) for user in node.users) else 4
     scales = _elements(_shape(scale)) * width if isinstance(scale, fx.Node) else 0
     if stored.op == "call_function" and _is_quantizing(stored):
-        return _Source(stored, 8, 0, quantized=True, dynamic=False)
-    return _Source(stored, (high - low).bit_length(), scales, quantized=True, dynamic=False)
+        return _Operand(stored, 8, 0, quantized=True, dynamic=False)
+    return _Operand(stored, (high - low).bit_length(), scales, quantized=True, dynamic=False)
 
 
 def _written_bits(node: fx.Node) -> int:
@@ -183,7 +183,7 @@ def _is_rounded(node: fx.Node) -> bool:
     return bool(users) and all(short_name(str(user.target)).startswith("quantize_per") for user in users)
 
 
-def _dtype(node: fx.Node, kind: Kind, weights: list[_Source], activations: list[_Source]) -> DType:
+def _dtype(node: fx.Node, kind: Kind, weights: list[_Operand], activations: list[_Operand]) -> DType:
     narrow = [w for w in weights if w.quantized]
     if narrow and any(a.dynamic for a in activations):
         return "8da4w" if min(w.bits for w in narrow) <= 4 else "int8"

@@ -82,10 +82,10 @@ def _step(
     done, refused = change(changed)
     if not done:
         return model, (), tuple(refused)
-    found = _difference(changed, inputs, wanted)
-    if found <= most:
+    difference = _difference(changed, inputs, wanted)
+    if difference <= most:
         return changed, tuple(done), tuple(refused)
-    return model, (), (*refused, f"{shortened(done, 4)}: the logits would differ by {found:.1e}")
+    return model, (), (*refused, f"{shortened(done, 4)}: the logits would differ by {difference:.1e}")
 
 
 def _difference(model: nn.Module, inputs: Inputs, wanted: list[Tensor]) -> float:
@@ -144,13 +144,13 @@ def _fuse_branches(model: nn.Module) -> tuple[list[str], list[str]]:
             if method:
                 before = copy.deepcopy(child)
                 try:
-                    found = getattr(child, method)()
+                    fused = getattr(child, method)()
                 except Exception as error:  # written by others for blocks that hold what they expect
                     refused.append(f"{path}: {method}() raised {type(error).__name__}: {error}")
-                    found = before
+                    fused = before
                 else:
                     done.append(path)
-                child = found if isinstance(found, nn.Module) else child
+                child = fused if isinstance(fused, nn.Module) else child
                 setattr(parent, name, child)
             walk(child, f"{path}.")
 
@@ -207,13 +207,13 @@ class _Calls(TorchFunctionMode):
 
 def _fold(layer: nn.Module, norm: Any) -> None:
     """Put the scale and shift of `norm` into `layer`."""
-    known: Any = layer
+    target: Any = layer
     moments = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     if isinstance(layer, nn.Linear):
-        known.weight, known.bias = fuse_linear_bn_weights(known.weight, known.bias, *moments)
+        target.weight, target.bias = fuse_linear_bn_weights(target.weight, target.bias, *moments)
     else:
-        transposed = bool(known.transposed)
-        known.weight, known.bias = fuse_conv_bn_weights(known.weight, known.bias, *moments, transpose=transposed)
+        transposed = bool(target.transposed)
+        target.weight, target.bias = fuse_conv_bn_weights(target.weight, target.bias, *moments, transpose=transposed)
 
 
 def _rest(norm: nn.Module) -> nn.Module:

@@ -33,10 +33,10 @@ def devices_list(as_json: Json = False) -> int:
     """List all devices by family."""
     from dataclasses import asdict
 
-    from edgetune.profile.listing import entries, listed
+    from edgetune.profile.listing import format_entries, list_entries
 
-    found = entries()
-    printed([asdict(entry) for entry in found] if as_json else listed(found))
+    entries = list_entries()
+    printed([asdict(entry) for entry in entries] if as_json else format_entries(entries))
     return 0
 
 
@@ -49,10 +49,10 @@ def devices_show(
 ) -> int:
     """Print a descriptor: every number, its source and trust."""
     from edgetune.profile.device import load
-    from edgetune.profile.listing import shown
+    from edgetune.profile.listing import describe_device
 
     device = load(device_id)
-    printed(device.model_dump(mode="json", exclude_unset=True) if as_json else shown(device))
+    printed(device.model_dump(mode="json", exclude_unset=True) if as_json else describe_device(device))
     return 0
 
 
@@ -90,7 +90,7 @@ def devices_validate(
     from edgetune.core.errors import EdgetuneError, Exit
     from edgetune.core.places import raise_all
     from edgetune.profile import device
-    from edgetune.profile.validate import lines, plain, validate
+    from edgetune.profile.validate import format_lines, to_json, validate
     from edgetune.recipe.names import ids
 
     errors: list[EdgetuneError] = []
@@ -103,12 +103,12 @@ def devices_validate(
             errors.append(error)
     found = None if paths or errors else validate(valid)
     if as_json:
-        printed({"valid": list(valid), "errors": [str(error) for error in errors], **plain(found)})
+        printed({"valid": list(valid), "errors": [str(error) for error in errors], **to_json(found)})
         return int(Exit.USAGE) if errors else 0
     raise_all("devices", errors)
     printed(f"valid: {', '.join(valid)}")
     if found is not None:
-        printed("\n".join(lines(found)))
+        printed("\n".join(format_lines(found)))
     return 0
 
 

@@ -66,7 +66,7 @@ def export(
     The program runs and its outputs are compared with those of the model. It takes one row. A program from a .pt2
     file takes inputs of the shapes that it was saved with.
     """
-    from edgetune.capture.dynamic import parsed
+    from edgetune.capture.dynamic import parse_bounds
     from edgetune.core.errors import shortened
     from edgetune.run.exporting import export_from
 
@@ -81,7 +81,7 @@ def export(
             weights=weights,
             language=language,
             max_tokens=max_tokens,
-            dynamic=parsed(dynamic or []),
+            dynamic=parse_bounds(dynamic or []),
             external_data=ptd,
         )
     if as_json:

@@ -36,7 +36,7 @@ def generate(
 
     from edgetune.runtime.generating import generate as generate_
 
-    def heard(text: str) -> None:
+    def on_text(text: str) -> None:
         if not as_json:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -49,7 +49,7 @@ def generate(
         seed=seed,
         threads=threads,
         raw=raw,
-        heard=heard,
+        on_text=on_text,
     )
     printed(asdict(found) if as_json else "")  # ends the line
     print(f"edgetune: {summary(found)}", file=sys.stderr)

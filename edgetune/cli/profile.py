@@ -44,20 +44,20 @@ def profile(
 
     The prediction is for the CPU of the device. Nothing is timed without --measure or --on.
     """
-    from edgetune.profile.calls import predicted_calls
+    from edgetune.profile.calls import predict_calls
     from edgetune.profile.device import load
-    from edgetune.profile.layers import layers
+    from edgetune.profile.layers import predict_layers
     from edgetune.profile.layers import text as layers_text
     from edgetune.profile.tables import text
     from edgetune.program.artifact import Artifact
     from edgetune.recipe.names import HOST
-    from edgetune.runtime.hosts.place import parsed
+    from edgetune.runtime.hosts.place import parse_place
 
-    place = parsed(on or HOST) if measure or on else None
+    place = parse_place(on or HOST) if measure or on else None
     artifact, described = Artifact.load(program, "model", "language"), load(device)
     if place is not None and threads is None and (described.id == HOST or place.kind != "host"):
         threads = described.thread_count
-    predicted = predicted_calls(artifact, described)
+    predicted = predict_calls(artifact, described)
     measured: tuple[Measured | None, ...] = (None,) * len(predicted)
     if place is not None:
         with contextlib.redirect_stdout(sys.stderr):
@@ -66,7 +66,7 @@ def profile(
     calls: list[dict[str, Any]] = [
         {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None} for p, m in pairs
     ]
-    by_call = layers(artifact, described) if by_layer else ()
+    by_call = predict_layers(artifact, described) if by_layer else ()
     for call, of in zip(calls, by_call):  # noqa: B905  none without --layers
         call["layers"] = of.model_dump(mode="json", include={"layers", "other", "calls_ms", "bounds_pct"})
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
@@ -90,11 +90,11 @@ def _measured(
     """Timed there. Raises where that is this host, and it cannot run the target."""
     from edgetune.core.errors import EdgetuneError, Exit
     from edgetune.export.targets import find
-    from edgetune.runtime.hosts.session import measured_on, opened
+    from edgetune.runtime.hosts.session import measure_on, open_runner
 
     target = artifact.manifest.target
     if on == "host" and not find(target).runs_here:
         action = "omit --measure, or pass --on ssh://user@host"
         raise EdgetuneError(f"this machine cannot run {target} programs", action=action, exit_code=Exit.EXPORT)
-    with opened(on, python=python, runner=runner) as machine:
-        return measured_on(machine, artifact, threads=threads, seconds=seconds)
+    with open_runner(on, python=python, runner=runner) as machine:
+        return measure_on(machine, artifact, threads=threads, seconds=seconds)

@@ -101,7 +101,7 @@ class Training(Entry):
     peak_memory_mib: float | None = None  # weights, gradients, optimizer state, kept activations and the teacher
 
 
-class Leftover(Entry):
+class UndelegatedOperator(Entry):
     """An operator that the backend did not take."""
 
     operator: str
@@ -151,7 +151,7 @@ class Program(Entry):
     sha256: str
     delegated_macs_pct: float
     delegated_operators_pct: float
-    leftovers: tuple[Leftover, ...] = ()
+    undelegated: tuple[UndelegatedOperator, ...] = ()
     parity: Parity | None = None
 
 
@@ -198,7 +198,7 @@ class Measured(CallCost):
 
 
 class Predicted(CallCost):
-    """Computed from a device descriptor, for its CPU; the band is what the descriptor's trust allows."""
+    """Computed from a device descriptor, for its CPU; the interval is as wide as the descriptor's trust demands."""
 
     name: str = ""  # of the device, as its maker writes it; empty: a ledger of before
     threads: int | None = None  # that the prediction is for
@@ -209,7 +209,7 @@ class Predicted(CallCost):
     peak_memory_mib: float
     calibrated: bool
     note: str = ""
-    band_pct: float | None = None  # share of programs that the band is to hold; None: nobody counted
+    interval_pct: float | None = None  # target coverage of the interval in percent; None: not estimated
     energy_mj: float | None = None  # of one run; an order of magnitude
     cold_start_ms: float | None = None  # load, pack and run once
 

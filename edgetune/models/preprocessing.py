@@ -7,7 +7,7 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.program.carried import TextPreprocessing, WordPiece
-from edgetune.program.tokenizer import backend, untouched
+from edgetune.program.tokenizer import backend, without_truncation
 
 
 def text_preprocessing(tokenizer: Any, max_length: int, *, ending: str = "") -> TextPreprocessing:
@@ -15,7 +15,7 @@ def text_preprocessing(tokenizer: Any, max_length: int, *, ending: str = "") -> 
 
     Raises `EdgetuneError` for a tokenizer that cannot be written as a `tokenizer.json`.
     """
-    plain = untouched(tokenizer)
+    plain = without_truncation(tokenizer)
     padding = backend(tokenizer).padding or {}  # of a `tokenizers.Tokenizer`, which has no token named so
     pad_id = getattr(tokenizer, "pad_token_id", padding.get("pad_id"))
     if pad_id is None:

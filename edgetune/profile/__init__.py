@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.core.ledger import Measured, Predicted
 from edgetune.core.one_line import figure
-from edgetune.profile.calls import measured_calls, predicted_calls
+from edgetune.profile.calls import measure_calls, predict_calls
 from edgetune.profile.device import Device, load
 from edgetune.recipe.names import HOST
 
@@ -48,10 +48,10 @@ def profile(artifact: Artifact | str | Path, device: str | Device = "pixel-8", *
         from edgetune.program.artifact import Artifact
 
         artifact = Artifact.load(artifact, "model", "language")
-    predicted = predicted_calls(artifact, described)
+    predicted = predict_calls(artifact, described)
     threads = described.thread_count if described.id == HOST else None
     measured: tuple[Measured | None, ...] = (
-        measured_calls(artifact, threads=threads) if measure or described.id == HOST else (None,) * len(predicted)
+        measure_calls(artifact, threads=threads) if measure or described.id == HOST else (None,) * len(predicted)
     )
     token, *prompt = (Profile(p, m) for p, m in zip(predicted, measured, strict=True))
     return replace(token, prompt=prompt[0]) if prompt else token

@@ -30,7 +30,7 @@ def add(path: Path, *, replace: bool = False) -> Path:
         )
     device = load(path)
     text = path.read_text(encoding="utf-8")
-    target = _free(device.id, replace)
+    target = _target_path(device.id, replace)
     _write(target, text, device.calibration)
     return target
 
@@ -47,8 +47,8 @@ def copy(like: str, name: str, *, replace: bool = False) -> Path:
         )
     content, where = read(like)
     original = parse(content, where)
-    target = _free(name, replace)
-    copied: Any = _doubted(content, original.id)
+    target = _target_path(name, replace)
+    copied: Any = _mark_as_copied(content, original.id)
     copied.update(id=name, name=f"{original.name} (copy)")
     first = f"Copied from {original.id}: put in what differs, with its own source and trust."
     copied["notes"] = [first, *original.notes]
@@ -59,19 +59,19 @@ def copy(like: str, name: str, *, replace: bool = False) -> Path:
     return target
 
 
-def _doubted(value: object, like: str) -> object:
+def _mark_as_copied(value: object, like: str) -> object:
     """The same with each source marked as copied and trusted little."""
     if isinstance(value, list):
-        return [_doubted(item, like) for item in value]
+        return [_mark_as_copied(item, like) for item in value]
     if not isinstance(value, dict):
         return value
-    found = {key: _doubted(item, like) for key, item in value.items()}
-    if "source" in found and "trust" in found:
-        found.update(source=f"copied from {like}: {found['source']}", trust="low")
-    return found
+    copied = {key: _mark_as_copied(item, like) for key, item in value.items()}
+    if "source" in copied and "trust" in copied:
+        copied.update(source=f"copied from {like}: {copied['source']}", trust="low")
+    return copied
 
 
-def _free(name: str, replace: bool) -> Path:
+def _target_path(name: str, replace: bool) -> Path:
     """Where the descriptor of that name is to lie; refused where it would hide or overwrite another."""
     if name == HOST:
         raise EdgetuneError(
@@ -92,9 +92,9 @@ def _write(target: Path, text: str, calibration: calibrations.Calibration | None
         target.parent.mkdir(parents=True, exist_ok=True)
         beside.unlink(missing_ok=True)  # first: numbers are never predicted with the rates of others
     except OSError as error:
-        what = f"cannot write to the folder of your devices: {error.strerror or error}"
+        message = f"cannot write to the folder of your devices: {error.strerror or error}"
         raise EdgetuneError(
-            what, got=str(target.parent), action="set XDG_CONFIG_HOME to a folder that you can write to"
+            message, got=str(target.parent), action="set XDG_CONFIG_HOME to a folder that you can write to"
         ) from error
     write_whole(target, text)
     if calibration is not None:

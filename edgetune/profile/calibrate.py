@@ -17,7 +17,7 @@ from edgetune.profile.calibration import Calibration, path_beside, write
 from edgetune.profile.device import Device, load, parse
 from edgetune.profile.fit import Fit, Timed
 from edgetune.profile.rates import DEFAULT_CACHE_BYTES
-from edgetune.profile.terms import CALL, DELEGATE, Caches, footprint_bytes
+from edgetune.profile.terms import CALL, DELEGATE, CacheSizes, footprint_bytes
 from edgetune.profile.trials import Clocked, Progress
 from edgetune.program.operators import Operator
 from edgetune.recipe.document import write_yaml
@@ -50,8 +50,8 @@ def calibrate(
     names = [trial.name for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
     seconds, rounds = (_QUICK_SECONDS, 1) if quick else (_SECONDS, _ROUNDS)
     notes = ["A quick calibration, for tests: predictions from it are poor."] if quick else []
-    cores = threads if threads is not None else 1 if host.virtual() else most
-    if threads is None and host.virtual() and most > 1:
+    cores = threads if threads is not None else 1 if host.is_virtual() else most
+    if threads is None and host.is_virtual() and most > 1:
         notes.append(
             f"One thread: this is a virtual machine, whose cores run at the same time only when its host lets them; a "
             f"small program then takes up to three times as long, for minutes. --threads {most} takes them all."
@@ -69,11 +69,11 @@ def calibrate(
     networks = {trial.name for trial in trials.trials(quick) if trial.network}
     operators = {name: trials.operators_of(folder, name) for name in names}
     notes += [f"not timed: {reason}" for reason in (*failed, *more)]
-    found = fitted(clocked, operators, networks, device, cores, notes)
+    calibration = fit_calibration(clocked, operators, networks, device, cores, notes)
     write_yaml(path, described)
-    write(path_beside(path), found)
+    write(path_beside(path), calibration)
     trials.forget(folder)
-    return device.model_copy(update={"calibration": found})
+    return device.model_copy(update={"calibration": calibration})
 
 
 def _path(out: Path | None) -> Path:
@@ -100,10 +100,10 @@ def _apart(timings: Sequence[Clocked]) -> list[float]:
     by_name: dict[str, list[float]] = {}
     for one in timings:
         by_name.setdefault(one.name, []).append(one.us)
-    return [max(found) / min(found) - 1 for found in by_name.values() if len(found) > 1]
+    return [max(times) / min(times) - 1 for times in by_name.values() if len(times) > 1]
 
 
-def fitted(
+def fit_calibration(
     timings: Sequence[Clocked],
     operators: Mapping[str, tuple[Operator, ...]],
     networks: set[str],
@@ -122,11 +122,11 @@ def fitted(
             "too few programs were timed to calibrate: " + "; ".join(notes[:3]), got=len(timed), exit_code=Exit.EXPORT
         )
     caches = caches_of(device)
-    found = fit.fit(fit.shuffled(timed), caches)
+    result = fit.fit(fit.shuffled(timed), caches)
     load_ms, load_ms_per_mib = fit.load_costs(
         [(footprint_bytes(operators[one.name]) / MIB, one.load_ms) for one in least.values() if one.load_ms > 0]
     )
-    errors = _judged(found, timed)
+    errors = _reported_errors(result, timed)
     return Calibration(
         device=device.id,
         date=datetime.date.today().isoformat(),
@@ -138,25 +138,25 @@ def fitted(
         error_pct=round(100 * statistics.median(map(abs, errors)), 1),
         error_p90_pct=round(100 * sorted(map(abs, errors))[math.ceil(0.9 * len(errors)) - 1], 1),
         noise_pct=round(noise_pct(timings), 1),
-        band_pct=fit.BAND_PCT,
-        band_log=fit.band_log(errors),
-        call_us=found.rates.get((CALL, "1"), 0.0),
-        delegate_call_us=found.rates.get((DELEGATE, "1"), 0.0),
+        interval_pct=fit.INTERVAL_PCT,
+        interval_log=fit.interval_log(errors),
+        call_us=result.rates.get((CALL, "1"), 0.0),
+        delegate_call_us=result.rates.get((DELEGATE, "1"), 0.0),
         load_ms=load_ms,
         load_ms_per_mib=load_ms_per_mib,
         near_cache_bytes=caches.near_bytes,
         last_cache_bytes=caches.last_bytes,
-        tiles=fit.tilings(found),
-        traffic=fit.traffic(found),
-        curves=fit.curves(found, timed),
+        tiles=fit.tilings(result),
+        traffic=fit.traffic(result),
+        curves=fit.curves(result, timed),
         notes=tuple(notes),
     )
 
 
-def _judged(found: Fit, timed: Sequence[Timed]) -> list[float]:
+def _reported_errors(result: Fit, timed: Sequence[Timed]) -> list[float]:
     """The errors that say how good it is: of the networks left out; of the chains where no network could be."""
-    networks = [found.errors[item.name] for item in timed if item.network and item.name in found.errors]
-    errors = networks or list(found.errors.values())
+    networks = [result.errors[item.name] for item in timed if item.network and item.name in result.errors]
+    errors = networks or list(result.errors.values())
     if not errors:
         raise EdgetuneError(
             "no kernel was timed in two programs, so the error cannot be estimated",
@@ -166,11 +166,11 @@ def _judged(found: Fit, timed: Sequence[Timed]) -> list[float]:
     return errors
 
 
-def caches_of(device: Device) -> Caches:
+def caches_of(device: Device) -> CacheSizes:
     """A core's second level, and half of the last: others want their share of it."""
     near, last = device.caches.l2_kib.value, device.caches.last_level_kib.value
     near_bytes = near * 1024 if near is not None else _NEAR_BYTES
-    return Caches(near_bytes, max((last * 1024 if last is not None else DEFAULT_CACHE_BYTES) / 2, near_bytes))
+    return CacheSizes(near_bytes, max((last * 1024 if last is not None else DEFAULT_CACHE_BYTES) / 2, near_bytes))
 
 
 def calibrate_on(
@@ -196,17 +196,17 @@ def calibrate_on(
     programs = (Timeable(trial.name, folder / f"{trial.name}.pte", trial.item.inputs()) for trial in wanted)
     clocked: list[Clocked] = []
     seconds = _QUICK_SECONDS if quick else _SECONDS
-    for done, (name, found) in enumerate(time_programs(on, programs, threads=threads, seconds=seconds, python=python)):
-        if isinstance(found, EdgetuneError):
-            failed.append(f"{name}: {found.what}")
+    for done, (name, timing) in enumerate(time_programs(on, programs, threads=threads, seconds=seconds, python=python)):
+        if isinstance(timing, EdgetuneError):
+            failed.append(f"{name}: {timing.what}")
         else:
-            clocked.append(Clocked(name, 1e3 * found.latency_ms, found.load_ms))
+            clocked.append(Clocked(name, 1e3 * timing.latency_ms, timing.load_ms))
         if progress is not None:
             progress("time", done + 1, len(wanted))
     operators = {trial.name: trials.operators_of(folder, trial.name) for trial in wanted}
     networks = {trial.name for trial in wanted if trial.network}
     notes = [f"Timed over {on.partition('://')[0]}.", *(f"not timed: {reason}" for reason in failed)]
-    calibration = fitted(clocked, operators, networks, device, threads, notes)
+    calibration = fit_calibration(clocked, operators, networks, device, threads, notes)
     write(path_beside(user_folder() / (device.id + SUFFIX)), calibration)
     trials.forget(folder)
     return calibration
@@ -232,22 +232,22 @@ def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, o
         if not path.is_file():
             raise EdgetuneError("no such program", where=where, got=name)
         timings.append(Clocked(name, _number(row, "latency_us", where), _number(row, "load_ms", where, 0.0)))
-        operators[name] = operators.get(name) or _executed(path, where)
+        operators[name] = operators.get(name) or _executed_operators(path, where)
         if (row.get("kind") or "").strip() == "network":
             networks.add(name)
     threads = threads if threads is not None else device.thread_count
     note = f"From {table.name}: {len(timings)} measurements."
-    found = fitted(timings, operators, networks, device, threads, [note])
+    calibration = fit_calibration(timings, operators, networks, device, threads, [note])
     described = Path(device_id) if device_id.endswith(SUFFIX) else user_folder() / (device.id + SUFFIX)
-    write(out or path_beside(described), found)
-    return found
+    write(out or path_beside(described), calibration)
+    return calibration
 
 
-def _executed(path: Path, where: str) -> tuple[Operator, ...]:
-    from edgetune.program.executed import executed
+def _executed_operators(path: Path, where: str) -> tuple[Operator, ...]:
+    from edgetune.program.executed import executed_operators
 
     try:
-        return executed(path.read_bytes())
+        return executed_operators(path.read_bytes())
     except EdgetuneError as error:
         raise error.within(where) from error
     except Exception as error:  # whatever executorch's reader says of a file that is no program

@@ -10,31 +10,27 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
-from edgetune.core.one_line import OneLine
 from edgetune.core.validated import faults_of
-from edgetune.profile.terms import Caches, Tile
+from edgetune.profile.facts import StrictRecord
+from edgetune.profile.terms import CacheSizes, KernelTile
 from edgetune.program.operators import DType, Kind
 
 ENDING = ".calibration.json"
 Rate = Annotated[float, Field(ge=0, le=1e9)]  # microseconds per unit of a term
 
 
-class _Value(OneLine):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Tiling(_Value):
+class Tiling(StrictRecord):
     """Rows and columns that the products of one type are computed in."""
 
     rows: int = Field(ge=1, le=64)
     columns: int = Field(ge=1, le=256)
 
 
-class Curve(_Value):
+class Curve(StrictRecord):
     """The time of one kernel: the sum of its terms (`edgetune.profile.terms`), each by its rate."""
 
     kind: Kind
@@ -44,7 +40,7 @@ class Curve(_Value):
     error_pct: float | None = Field(default=None, ge=0)  # median over those where it leads, left out; None: leads none
 
 
-class Traffic(_Value):
+class Traffic(StrictRecord):
     """Microseconds per thousand bytes that a cache does not hold."""
 
     weights_from_last_level: Rate
@@ -52,7 +48,7 @@ class Traffic(_Value):
     activations_from_last_level: Rate
 
 
-class Calibration(_Value):
+class Calibration(StrictRecord):
     """What `edgetune devices calibrate` fitted to timed programs."""
 
     format: int = Field(default=2, ge=2, le=2)
@@ -66,8 +62,8 @@ class Calibration(_Value):
     error_pct: float = Field(ge=0, le=1e4)  # median over the networks, or the chains where there are none, left out
     error_p90_pct: float = Field(ge=0, le=1e4)
     noise_pct: float = Field(ge=0, le=1e4)  # median difference between two timings of one program
-    band_pct: float = Field(gt=0, lt=100)  # share of programs that the band is to hold
-    band_log: float = Field(gt=0, le=10)  # natural logarithm of its half width
+    interval_pct: float = Field(gt=0, lt=100)  # share of programs that the band is to hold
+    interval_log: float = Field(gt=0, le=10)  # natural logarithm of its half width
     call_us: Rate  # one execution of a program
     delegate_call_us: Rate
     load_ms: Rate  # of a program, and for each MiB of its weights
@@ -87,14 +83,14 @@ class Calibration(_Value):
         return self
 
     @property
-    def caches(self) -> Caches:
+    def caches(self) -> CacheSizes:
         """The levels that traffic is told from."""
-        return Caches(self.near_cache_bytes, self.last_cache_bytes)
+        return CacheSizes(self.near_cache_bytes, self.last_cache_bytes)
 
-    def tile(self, dtype: DType) -> Tile:
+    def tile(self, dtype: DType) -> KernelTile:
         """The tile of this type's products."""
-        found = self.tiles.get(dtype)
-        return Tile(found.rows, found.columns) if found is not None else Tile(1, 1)
+        tiling = self.tiles.get(dtype)
+        return KernelTile(tiling.rows, tiling.columns) if tiling is not None else KernelTile(1, 1)
 
 
 def path_beside(descriptor: Path) -> Path:

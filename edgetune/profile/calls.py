@@ -14,7 +14,7 @@ from edgetune.profile.energy import program_mj
 from edgetune.profile.memory import peak_memory_mib
 from edgetune.program.operators import Operator
 from edgetune.runtime.hosts.host import Host
-from edgetune.runtime.hosts.session import measured_on
+from edgetune.runtime.hosts.session import measure_on
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 _ATTENTION = "custom_sdpa"  # executorch's own kernel: blocked products on all threads, no plain loops
 
 
-def measured_calls(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> tuple[Measured, ...]:
+def measure_calls(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> tuple[Measured, ...]:
     """Each kind of call timed on this host for about `seconds`; of a text-generation program the token comes first.
 
     `threads`: by default all cores of the process.
     """
-    return measured_on(Host(), artifact, threads=threads, seconds=seconds)
+    return measure_on(Host(), artifact, threads=threads, seconds=seconds)
 
 
-def predicted_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted, ...]:
+def predict_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted, ...]:
     """What each kind of call costs on a device, in the same order. Memory is that of the call which needs most."""
     described = device if isinstance(device, Device) else load(device)
     manifest = artifact.manifest
@@ -48,34 +48,34 @@ def predicted_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted
         )
         memory_mib = peak_memory_mib(operators_of(call, True), call.plan_bytes, manifest.total_bytes)
         if not calibrated and manifest.target == "xnnpack":
-            prediction = _taught(prediction, operators, described)
+            prediction = _apply_prior(prediction, operators, described)
         predictions.append(prediction.model_copy(update={"call": call.label, "peak_memory_mib": memory_mib}))
     peak_mib = max(prediction.peak_memory_mib for prediction in predictions)
     return tuple(prediction.model_copy(update={"peak_memory_mib": peak_mib}) for prediction in predictions)
 
 
-def _taught(found: Predicted, operators: Sequence[Operator], device: Device) -> Predicted:
+def _apply_prior(prediction: Predicted, operators: Sequence[Operator], device: Device) -> Predicted:
     """The prediction with what published measurements of such programs on such devices add to it."""
-    log, sigma = prior.shared().offset(device, prior.group_of(operators))
-    latency_ms, width = found.latency_ms * math.exp(log), math.exp(prior.SIGMAS * sigma)
-    return found.model_copy(
+    log, sigma = prior.load_prior().offset(device, prior.group_of(operators))
+    latency_ms, width = prediction.latency_ms * math.exp(log), math.exp(prior.SIGMAS * sigma)
+    return prediction.model_copy(
         update={
             "latency_ms": latency_ms,
             "latency_low_ms": latency_ms / width,
             "latency_high_ms": latency_ms * width,
-            "band_pct": 100 * prior.COVERAGE,
+            "interval_pct": 100 * prior.COVERAGE,
             "energy_mj": program_mj(operators, device, latency_ms),
-            "cold_start_ms": (found.cold_start_ms or 0.0) + latency_ms - found.latency_ms,
+            "cold_start_ms": (prediction.cold_start_ms or 0.0) + latency_ms - prediction.latency_ms,
         }
     )
 
 
 def operators_of(call: Call, as_executed: bool) -> tuple[Operator, ...]:
     """The operators of a call: as in the model, or as the runtime executes them if the manifest says."""
-    return tuple(map(_attending, (as_executed and call.executed) or call.operators))
+    return tuple(map(_as_matmul, (as_executed and call.executed) or call.operators))
 
 
-def _attending(operator: Operator) -> Operator:
+def _as_matmul(operator: Operator) -> Operator:
     """Attention is no backend's, but as fast as a backend's product: what the predictor tells apart."""
     if _ATTENTION not in operator.operator:
         return operator

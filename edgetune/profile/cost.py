@@ -15,7 +15,7 @@ from edgetune.core.numbers import MIB
 from edgetune.profile import curves, energy, roofline
 from edgetune.profile.device import Device
 from edgetune.profile.memory import peak_memory_mib
-from edgetune.profile.part import Part
+from edgetune.profile.operator_cost import OperatorCost
 from edgetune.profile.rates import Rates, rates_of
 from edgetune.profile.terms import footprint_bytes
 from edgetune.program.operators import Kind, Operator
@@ -31,7 +31,7 @@ def delegate_calls_of(operators: Sequence[Operator]) -> int:
     return sum(1 for last, operator in zip(before, operators, strict=False) if operator.delegated and not last)
 
 
-def unfolded(operators: Sequence[Operator]) -> tuple[Operator, ...]:
+def drop_folded_operators(operators: Sequence[Operator]) -> tuple[Operator, ...]:
     """The operators that run on their own: XNNPACK folds a batch norm, and a clamp after it, into the layer before.
 
     A batch norm that follows no layer is never delegated, so a delegated one is always folded.
@@ -48,11 +48,11 @@ def unfolded(operators: Sequence[Operator]) -> tuple[Operator, ...]:
     return tuple(kept)
 
 
-def parts_of(operators: Sequence[Operator], device: Device) -> list[Part]:
+def operator_costs(operators: Sequence[Operator], device: Device) -> list[OperatorCost]:
     """What each operator costs there, in program order; those that XNNPACK folds into others are left out."""
     if device.calibration is not None:
-        return curves.parts(operators, device, device.calibration)
-    return roofline.parts(unfolded(operators), device)
+        return curves.operator_costs(operators, device, device.calibration)
+    return roofline.operator_costs(drop_folded_operators(operators), device)
 
 
 def predict(
@@ -70,14 +70,14 @@ def predict(
     and for negative sizes.
     """
     _check(operators, plan_bytes, program_bytes, delegate_calls)
-    parts, rates = parts_of(operators, device), rates_of(device)
+    costs, rates = operator_costs(operators, device), rates_of(device)
     calls_us = _calls_us(device, delegate_calls_of(operators) if delegate_calls is None else delegate_calls)
-    total_us = calls_us + sum(part.us for part in parts)
+    total_us = calls_us + sum(cost.us for cost in costs)
     if device.calibration is not None:
-        log = device.calibration.band_log + sum(part.us * part.log for part in parts) / total_us
+        log = device.calibration.interval_log + sum(cost.us * cost.log for cost in costs) / total_us
     else:
-        log = (calls_us * roofline.PRIOR_LOG + sum(part.us * part.log for part in parts)) / total_us
-    memory_mib = peak_memory_mib(unfolded(operators), plan_bytes, program_bytes)
+        log = (calls_us * roofline.PRIOR_LOG + sum(cost.us * cost.log for cost in costs)) / total_us
+    memory_mib = peak_memory_mib(drop_folded_operators(operators), plan_bytes, program_bytes)
     return Predicted(
         device=device.id,
         name=device.name,
@@ -86,12 +86,12 @@ def predict(
         latency_ms=total_us / 1e3,
         latency_low_ms=total_us / 1e3 / math.exp(log),
         latency_high_ms=total_us / 1e3 * math.exp(log),
-        band_pct=device.calibration.band_pct if device.calibration is not None else None,
+        interval_pct=device.calibration.interval_pct if device.calibration is not None else None,
         peak_memory_mib=memory_mib,
         energy_mj=energy.program_mj(operators, device, total_us / 1e3),
         cold_start_ms=cold_start_ms(operators, device, program_bytes) + total_us / 1e3,
         calibrated=device.calibration is not None,
-        note="; ".join([_note(device, rates, parts, total_us), *fits(device, memory_mib)]),
+        note="; ".join([_note(device, rates, costs, total_us), *fits(device, memory_mib)]),
     )
 
 
@@ -112,8 +112,8 @@ def cold_start_ms(operators: Sequence[Operator], device: Device, program_bytes: 
     speed = device.storage.read_mb_s.value
     reading_ms = size / (speed * 1e3) if speed else 0.0
     if device.calibration is not None:
-        known = device.calibration
-        return reading_ms + known.load_ms + known.load_ms_per_mib * weights / MIB
+        calibration = device.calibration
+        return reading_ms + calibration.load_ms + calibration.load_ms_per_mib * weights / MIB
     # each weight is read once and written once, by one thread
     return reading_ms + 2 * weights / (rates_of(device).memory_gb_s * roofline.MEMORY_SHARE * 1e6) + _LOAD_MS
 
@@ -137,24 +137,24 @@ def _check(
             raise EdgetuneError("an operator's macs or bytes are larger than any program's", where=operator.operator)
 
 
-def _note(device: Device, rates: Rates, parts: Sequence[Part], total_us: float) -> str:
+def _note(device: Device, rates: Rates, costs: Sequence[OperatorCost], total_us: float) -> str:
     calibration = device.calibration
     if calibration is None:
-        said = ["not calibrated: uses priors for its class of cores", *rates.notes]
+        notes = ["not calibrated: uses priors for its class of cores", *rates.notes]
     else:
-        said = [
+        notes = [
             f"calibrated {calibration.date} with {calibration.threads} threads, "
             f"error of networks left out {calibration.error_pct:.0f} % (median)"
         ]
     if device.no_runtime:
-        said.insert(0, f"no runtime is there to run it: {device.no_runtime}")
+        notes.insert(0, f"no runtime is there to run it: {device.no_runtime}")
     guessed: dict[str, float] = {}
-    for part in parts:
-        if part.guessed:
-            guessed[part.guessed] = guessed.get(part.guessed, 0.0) + part.us
+    for cost in costs:
+        if cost.guessed:
+            guessed[cost.guessed] = guessed.get(cost.guessed, 0.0) + cost.us
     for name, own_us in sorted(guessed.items(), key=lambda item: -item[1])[:4]:
-        said.append(f"{name}: a guess for {100 * own_us / total_us:.0f} % of the time")
-    return "; ".join(said)
+        notes.append(f"{name}: a guess for {100 * own_us / total_us:.0f} % of the time")
+    return "; ".join(notes)
 
 
 def fits(device: Device, memory_mib: float) -> list[str]:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from edgetune.profile.calibration import Calibration, Curve
 from edgetune.profile.device import Device
-from edgetune.profile.part import Part
+from edgetune.profile.operator_cost import OperatorCost
 from edgetune.profile.rates import rates_of
-from edgetune.profile.roofline import compute_us, fixed_of, memory_us, part_of, weights_cached
+from edgetune.profile.roofline import compute_us, fixed_of, memory_us, operator_cost, weights_cached
 from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footprint_bytes, shared_terms, terms_of
 from edgetune.program.operators import Operator
 
@@ -22,23 +22,25 @@ _LEAST_US = 1e-3
 _SHAPES = {"macs": "several rows and columns", "one row": "one row", "one column": "one column"}  # of products
 
 
-def parts(operators: Sequence[Operator], device: Device, calibration: Calibration) -> list[Part]:
+def operator_costs(operators: Sequence[Operator], device: Device, calibration: Calibration) -> list[OperatorCost]:
     """The cost of each operator."""
     rates, fixed, footprint = rates_of(device), fixed_of(device), footprint_bytes(operators)
     cached = weights_cached(operators, rates)
-    found: list[Part] = []
+    costs: list[OperatorCost] = []
     for operator in operators:
         curve, log, guessed = _curve(operator, calibration)
         if curve is None:
-            guess = part_of(operator, rates, fixed, cached)
-            found.append(Part(operator, guess.us, log, guess.compute_us, guess.memory_us, guess.fixed_us, guessed))
+            guess = operator_cost(operator, rates, fixed, cached)
+            costs.append(
+                OperatorCost(operator, guess.us, log, guess.compute_us, guess.memory_us, guess.fixed_us, guessed)
+            )
             continue
         own_us = _own_us(operator, curve, calibration) + _traffic_us(operator, footprint, calibration)
         full_us, traffic_us = compute_us(operator, rates), memory_us(operator, rates, cached)
-        found.append(
-            Part(operator, max(own_us, _LEAST_US), log, full_us, traffic_us, curve.rates.get("1", 0.0), guessed)
+        costs.append(
+            OperatorCost(operator, max(own_us, _LEAST_US), log, full_us, traffic_us, curve.rates.get("1", 0.0), guessed)
         )
-    return found
+    return costs
 
 
 def _own_us(operator: Operator, curve: Curve, calibration: Calibration) -> float:
@@ -53,11 +55,11 @@ def _rate(curve: Curve, term: str) -> float:
 
 
 def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) -> float:
-    known = calibration.traffic
+    traffic = calibration.traffic
     rates = {
-        (WEIGHTS, "last level"): known.weights_from_last_level,
-        (WEIGHTS, "memory"): known.weights_from_memory,
-        (TRAFFIC, "last level"): known.activations_from_last_level,
+        (WEIGHTS, "last level"): traffic.weights_from_last_level,
+        (WEIGHTS, "memory"): traffic.weights_from_memory,
+        (TRAFFIC, "last level"): traffic.activations_from_last_level,
     }
     return sum(size * rates[key] for key, size in shared_terms(operator, footprint, calibration.caches).items())
 

@@ -29,13 +29,13 @@ from edgetune.profile.facts import (
     Megahertz,
     PerCycle,
     StorageGibibytes,
-    Stored,
+    StorageKind,
+    StrictRecord,
     Teraops,
     Transfers,
-    Value,
     Watts,
 )
-from edgetune.profile.sources import resolved
+from edgetune.profile.sources import resolve_sources
 from edgetune.recipe.document import read as read_yaml
 from edgetune.recipe.document import read_file
 from edgetune.recipe.names import HOST, SUFFIX, ids, own, shipped, user_folder
@@ -48,7 +48,7 @@ ID = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 _LEAST_RAM_GIB, _LEAST_GHZ = 0.125, 0.3  # of what runs an operating system
 
 
-class Cluster(Value):
+class Cluster(StrictRecord):
     """Cores of one kind."""
 
     core: str = Field(min_length=1)
@@ -57,7 +57,7 @@ class Cluster(Value):
     fp32_macs_per_cycle: PerCycle  # of one core: FMA pipes x 32-bit lanes
 
 
-class Memory(Value):
+class Memory(StrictRecord):
     """Main memory. `ram_gib` is what is fitted; `usable_app_memory_mib` what one process gets before it is killed."""
 
     bus_bits: Bits
@@ -81,21 +81,21 @@ class Memory(Value):
         return self
 
 
-class Caches(Value):
+class DeviceCaches(StrictRecord):
     """Of the fastest cores: L2 of one core, last level shared by all."""
 
     l2_kib: Kibibytes
     last_level_kib: Kibibytes
 
     @model_validator(mode="after")
-    def _agree(self) -> Caches:
+    def _agree(self) -> DeviceCaches:
         l2, last = self.l2_kib.value, self.last_level_kib.value
         if l2 is not None and last is not None and last < l2:
             raise ValueError(f"last_level_kib: {last:g}, less than the {l2:g} of one core's L2")
         return self
 
 
-class Accelerator(Value):
+class Accelerator(StrictRecord):
     """What computes beside the CPU. Nothing is predicted from it yet.
 
     `target` is the ExecuTorch backend that reaches it, one of the device's `targets`, or null with the reason.
@@ -116,7 +116,7 @@ class Accelerator(Value):
         return self
 
 
-class Power(Value):
+class Power(StrictRecord):
     """What the whole device takes."""
 
     low_w: Watts
@@ -130,15 +130,15 @@ class Power(Value):
         return self
 
 
-class Storage(Value):
+class Storage(StrictRecord):
     """Where the program is read from when it starts."""
 
-    kind: Stored
+    kind: StorageKind
     read_mb_s: MegabytesPerSecond  # sequential
     capacity_gib: StorageGibibytes  # as sold, the smallest
 
 
-class Device(Value):
+class Device(StrictRecord):
     """A descriptor. `clusters` and `targets` stand in order: fastest cores first, preferred backend first."""
 
     format: int = Field(ge=1, le=1)  # strict: a `Literal` of 1 takes `true`
@@ -150,7 +150,7 @@ class Device(Value):
     threads: Count  # to run a program with
     isa: Flags
     memory: Memory
-    caches: Caches
+    caches: DeviceCaches
     accelerators: tuple[Accelerator, ...]
     power: Power
     storage: Storage
@@ -190,15 +190,15 @@ class Device(Value):
         """Threads to run a program with."""
         return int(self.threads.value or 1)
 
-    def facts(self) -> Iterator[tuple[str, Fact | Flags | Stored]]:
+    def facts(self) -> Iterator[tuple[str, Fact | Flags | StorageKind]]:
         """Every sourced value with its dotted path, in the order of the file."""
         yield from _facts(self, "")
 
 
-def _facts(value: object, path: str) -> Iterator[tuple[str, Fact | Flags | Stored]]:
-    if isinstance(value, (Fact, Flags, Stored)):
+def _facts(value: object, path: str) -> Iterator[tuple[str, Fact | Flags | StorageKind]]:
+    if isinstance(value, (Fact, Flags, StorageKind)):
         yield path, value
-    elif isinstance(value, Value):
+    elif isinstance(value, StrictRecord):
         for name in type(value).model_fields:
             yield from _facts(getattr(value, name), f"{path}.{name}" if path else name)
     elif isinstance(value, tuple):
@@ -210,7 +210,7 @@ def parse(content: object, where: str) -> Device:
     """A descriptor from what a YAML file held; every fault of the file in one error."""
     if not isinstance(content, dict):
         raise EdgetuneError("a descriptor is a mapping", where=where, got=type(content).__name__)
-    plain, lines = resolved(content)
+    plain, lines = resolve_sources(content)
     if "calibration" in content:
         lines.append("calibration: it belongs in a separate file; run `edgetune devices calibrate` again")
     try:
@@ -239,16 +239,16 @@ def load(id_or_path: str | Path) -> Device:
     else:
         _named(device, str(id_or_path), where)
         beside = path_beside(user_folder() / (device.id + SUFFIX))
-    found = read_calibration(beside)
-    if found is not None and found.device != device.id:
+    calibration = read_calibration(beside)
+    if calibration is not None and calibration.device != device.id:
         raise EdgetuneError(
             "device: the calibration is another device's",
             where=str(beside),
-            got=found.device,
+            got=calibration.device,
             allowed=[device.id],
             action="move it, or run `edgetune devices calibrate` again",
         )
-    return device if found is None else device.model_copy(update={"calibration": found})
+    return device if calibration is None else device.model_copy(update={"calibration": calibration})
 
 
 def read(id_or_path: str | Path) -> tuple[object, str]:

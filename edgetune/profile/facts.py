@@ -14,32 +14,32 @@ Flag = Literal["neon", "dotprod", "fp16", "bf16", "i8mm", "sve2", "sme", "mve", 
 Medium = Literal["ufs", "emmc", "nvme", "sata", "sd", "flash"]
 
 
-class Value(OneLine):
+class StrictRecord(OneLine):
     """Base of everything in a descriptor: immutable, no unknown keys, no quiet conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Source(Value):
+class FactSource(StrictRecord):
     """Where numbers come from, and how far to trust them. Facts name it by its key under `sources`."""
 
     source: str = Field(min_length=1)
     trust: Trust
 
 
-class _Sourced(Value):
+class _Sourced(StrictRecord):
     source: str = ""
     trust: Trust | None = None
     unknown: str = ""  # why nobody knows, where the value is null
 
-    def _check_origin(self, known: bool) -> None:
-        if known and (not self.source or self.trust is None):
+    def _check_origin(self, has_value: bool) -> None:
+        if has_value and (not self.source or self.trust is None):
             raise ValueError("a value needs its source and its trust (high, medium or low)")
-        if known and self.unknown:
+        if has_value and self.unknown:
             raise ValueError("a value that is given cannot also be unknown")
-        if not known and not self.unknown:
+        if not has_value and not self.unknown:
             raise ValueError("a null needs the reason, in `unknown`")
-        if not known and (self.source or self.trust is not None):
+        if not has_value and (self.source or self.trust is not None):
             raise ValueError("a null has no source and no trust")
 
 
@@ -69,13 +69,13 @@ class Flags(_Sourced):
         return self
 
 
-class Stored(_Sourced):
+class StorageKind(_Sourced):
     """What kind of storage a program is read from, or `None` with the reason."""
 
     value: Medium | None
 
     @model_validator(mode="after")
-    def _origin(self) -> Stored:
+    def _origin(self) -> StorageKind:
         self._check_origin(self.value is not None)
         return self
 

@@ -23,9 +23,9 @@ from edgetune.profile.terms import (
     DELEGATE,
     TRAFFIC,
     WEIGHTS,
-    Caches,
+    CacheSizes,
+    KernelTile,
     Key,
-    Tile,
     curve_of,
     family_of,
     footprint_bytes,
@@ -38,7 +38,7 @@ from edgetune.program.operators import DType, Operator
 Rates = dict[Key, float]
 Equation = Mapping[Key, float]
 
-BAND_PCT = 90.0
+INTERVAL_PCT = 90.0
 _FOLDS = 8
 _NETWORK_WEIGHT = 2.0  # of a network's equation: it shows what operators cost among others
 _SOFT = 0.1  # a relative error above it counts less than by its square
@@ -65,13 +65,13 @@ class Timed:
 class Setting:
     """What the terms depend on beside the operator."""
 
-    caches: Caches
-    tiles: Mapping[DType, Tile] = field(default_factory=dict)
+    caches: CacheSizes
+    tiles: Mapping[DType, KernelTile] = field(default_factory=dict)
     stand_ins: Mapping[str, str] = field(default_factory=dict)  # curves that another is fitted for
 
-    def tile(self, dtype: DType) -> Tile:
+    def tile(self, dtype: DType) -> KernelTile:
         """The tile of this type's products."""
-        return self.tiles.get(dtype, Tile(1, 1))
+        return self.tiles.get(dtype, KernelTile(1, 1))
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Fit:
     """What came out. Errors are relative, each program predicted from others alone."""
 
     rates: Rates
-    tiles: dict[DType, Tile]
+    tiles: dict[DType, KernelTile]
     errors: dict[str, float]  # predicted over measured, less one
     stand_ins: dict[str, str] = field(default_factory=dict)
 
-    def us(self, operators: Sequence[Operator], caches: Caches) -> float:
+    def us(self, operators: Sequence[Operator], caches: CacheSizes) -> float:
         """Microseconds of a program."""
         return predicted_us(equation(operators, Setting(caches, self.tiles, self.stand_ins)), self.rates)
 
@@ -110,7 +110,7 @@ def predicted_us(terms: Equation, rates: Mapping[Key, float]) -> float:
     return sum(size * rates.get(key, 0.0) for key, size in terms.items())
 
 
-def fit(timed: Sequence[Timed], caches: Caches) -> Fit:
+def fit(timed: Sequence[Timed], caches: CacheSizes) -> Fit:
     """Rates and tiles, and the error of each program when it is left out.
 
     Raises `EdgetuneError` for a latency that is not positive and finite, and for no programs.
@@ -141,12 +141,12 @@ def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
         programs.update({curve_of(operator) for operator in item.operators})
         if not item.network:
             leading |= _leading(item)
-    found: dict[str, str] = {}
+    substitutes: dict[str, str] = {}
     for curve, count in programs.items():
         kin = sorted(other for other in leading if family_of(other) == family_of(curve) and other != curve)
         if count < _FEW and curve not in leading and kin:
-            found[curve] = kin[0]
-    return found
+            substitutes[curve] = kin[0]
+    return substitutes
 
 
 def _leading(item: Timed) -> set[str]:
@@ -175,15 +175,15 @@ def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
             matrix[row, place[key]] = size / item.us
     importance = np.array([_NETWORK_WEIGHT if item.network else 1.0 for item in timed]) ** 0.5
     weights = importance
-    found = np.zeros(len(keys))
+    rates = np.zeros(len(keys))
     for _ in range(_SWEEPS):
         weighted = matrix * weights[:, None]
         pull = np.diag(_EVEN * np.linalg.norm(weighted, axis=0))
         goal = np.concatenate([weights, np.zeros(len(keys))])
-        found, _ = nnls(np.vstack([weighted, pull]), goal, maxiter=50 * len(keys))
-        errors = np.abs(matrix @ found - 1)
+        rates, _ = nnls(np.vstack([weighted, pull]), goal, maxiter=50 * len(keys))
+        errors = np.abs(matrix @ rates - 1)
         weights = importance / np.maximum(1, errors / _SOFT) ** 0.5
-    return dict(zip(keys, (float(rate) for rate in found), strict=True))
+    return dict(zip(keys, (float(rate) for rate in rates), strict=True))
 
 
 def _left_out(timed: Sequence[Timed], equations: Sequence[Equation]) -> dict[str, float]:
@@ -197,28 +197,28 @@ def _left_out(timed: Sequence[Timed], equations: Sequence[Equation]) -> dict[str
         if not kept:
             continue
         rates = solve([timed[index] for index in kept], [equations[index] for index in kept])
-        known = {curve for index in kept for curve, _ in equations[index]}
+        fitted_curves = {curve for index in kept for curve, _ in equations[index]}
         for index in range(fold, len(timed), _FOLDS):
-            if all(curve in known for curve, _ in equations[index]):
+            if all(curve in fitted_curves for curve, _ in equations[index]):
                 error = predicted_us(equations[index], rates) / timed[index].us - 1
                 errors[timed[index].name] = error
     return errors
 
 
-def _tiles(timed: Sequence[Timed], caches: Caches) -> dict[DType, Tile]:
+def _tiles(timed: Sequence[Timed], caches: CacheSizes) -> dict[DType, KernelTile]:
     """The tile of each type, found by how well the programs with products of that type are fitted."""
-    found: dict[DType, Tile] = {}
+    tiles: dict[DType, KernelTile] = {}
     for dtype in _TILED:
         own = [item for item in timed if any(is_product(o) and o.dtype == dtype for o in item.operators)]
         if len(own) < 2 * _FOLDS:
             continue
-        columns = min(_TILE_COLUMNS, key=lambda wide: _misfit(own, caches, dtype, Tile(1, wide)))
-        rows = min(_TILE_ROWS, key=lambda high: _misfit(own, caches, dtype, Tile(high, columns)))
-        found[dtype] = Tile(rows, columns)
-    return found
+        columns = min(_TILE_COLUMNS, key=lambda wide: _misfit(own, caches, dtype, KernelTile(1, wide)))
+        rows = min(_TILE_ROWS, key=lambda high: _misfit(own, caches, dtype, KernelTile(high, columns)))
+        tiles[dtype] = KernelTile(rows, columns)
+    return tiles
 
 
-def _misfit(timed: Sequence[Timed], caches: Caches, dtype: DType, tile: Tile) -> float:
+def _misfit(timed: Sequence[Timed], caches: CacheSizes, dtype: DType, tile: KernelTile) -> float:
     equations = [equation(item.operators, Setting(caches, {dtype: tile})) for item in timed]
     rates = solve(timed, equations)
     errors = [predicted_us(terms, rates) / item.us - 1 for item, terms in zip(timed, equations, strict=True)]
@@ -228,7 +228,7 @@ def _misfit(timed: Sequence[Timed], caches: Caches, dtype: DType, tile: Tile) ->
 # What a calibration keeps of it
 
 
-def curves(found: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
+def curves(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
     """The rates by kernel, with how many programs each was fitted to and the error of those that it leads."""
     sample: dict[str, Operator] = {}
     programs: Counter[str] = Counter()
@@ -237,11 +237,11 @@ def curves(found: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
         own = {curve_of(operator): operator for operator in item.operators}
         sample.update(own)
         programs.update(own.keys())
-        if item.name in found.errors and not item.network:
-            leads.setdefault(_leader(item), []).append(abs(found.errors[item.name]))
+        if item.name in result.errors and not item.network:
+            leads.setdefault(_leader(item), []).append(abs(result.errors[item.name]))
     made: dict[str, Curve] = {}
     for name, operator in sorted(sample.items()):
-        rates = {term: float(f"{rate:.5g}") for (curve, term), rate in found.rates.items() if curve == name}
+        rates = {term: float(f"{rate:.5g}") for (curve, term), rate in result.rates.items() if curve == name}
         if not any(rates.values()):
             if programs[name] < _FEW:
                 continue  # too few programs to tell it from what stands around it: the fallback takes its place
@@ -254,27 +254,27 @@ def curves(found: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
     return made
 
 
-def traffic(found: Fit) -> Traffic:
+def traffic(result: Fit) -> Traffic:
     """What lies beyond the caches."""
     return Traffic(
-        weights_from_last_level=found.rates.get((WEIGHTS, "last level"), 0.0),
-        weights_from_memory=found.rates.get((WEIGHTS, "memory"), 0.0),
-        activations_from_last_level=found.rates.get((TRAFFIC, "last level"), 0.0),
+        weights_from_last_level=result.rates.get((WEIGHTS, "last level"), 0.0),
+        weights_from_memory=result.rates.get((WEIGHTS, "memory"), 0.0),
+        activations_from_last_level=result.rates.get((TRAFFIC, "last level"), 0.0),
     )
 
 
-def tilings(found: Fit) -> dict[DType, Tiling]:
+def tilings(result: Fit) -> dict[DType, Tiling]:
     """The tiles as a calibration keeps them."""
-    return {dtype: Tiling(rows=tile.rows, columns=tile.columns) for dtype, tile in found.tiles.items()}
+    return {dtype: Tiling(rows=tile.rows, columns=tile.columns) for dtype, tile in result.tiles.items()}
 
 
-def band_log(errors: Sequence[float]) -> float:
-    """Half the width of a band that holds `BAND_PCT` of such errors, as a logarithm.
+def interval_log(errors: Sequence[float]) -> float:
+    """Half the width of a band that holds `INTERVAL_PCT` of such errors, as a logarithm.
 
     The quantile is that of split conformal prediction (Lei et al. 2018, section 2.2): rank ceil((n + 1) share).
     """
     logs = sorted(abs(math.log1p(max(error, -0.99))) for error in errors)
-    rank = math.ceil((len(logs) + 1) * BAND_PCT / 100)
+    rank = math.ceil((len(logs) + 1) * INTERVAL_PCT / 100)
     return max(logs[min(rank, len(logs)) - 1], _LEAST_LOG) if logs else math.log(2)
 
 

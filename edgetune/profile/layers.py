@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from edgetune.core.ledger import Layer, Layers, Predicted, Roof
 from edgetune.core.numbers import aligned, number, percent
-from edgetune.profile.calls import operators_of, predicted_calls
-from edgetune.profile.cost import parts_of, predict
+from edgetune.profile.calls import operators_of, predict_calls
+from edgetune.profile.cost import operator_costs, predict
 from edgetune.profile.device import Device, load
-from edgetune.profile.part import Bound, Part
+from edgetune.profile.operator_cost import Bound, OperatorCost
 from edgetune.profile.rates import CACHE_RATIO, rates_of
 from edgetune.program.operators import DType
 
@@ -21,38 +21,38 @@ MOST = 30
 OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
 
 
-def layers(artifact: Artifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
-    """The layers of each kind of call, in the order of `predicted_calls`, whose latency they add up to."""
+def predict_layers(artifact: Artifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
+    """The layers of each kind of call, in the order of `predict_calls`, whose latency they add up to."""
     described = device if isinstance(device, Device) else load(device)
     by_call = []
-    for prediction, call in zip(predicted_calls(artifact, described), artifact.manifest.calls, strict=True):
+    for prediction, call in zip(predict_calls(artifact, described), artifact.manifest.calls, strict=True):
         operators = operators_of(call, described.calibration is not None)
         bare_ms = predict(operators, described, plan_bytes=call.plan_bytes, delegate_calls=call.delegates).latency_ms
         slower = prediction.latency_ms / bare_ms  # what published measurements add
-        by_call.append(_of_call(prediction, parts_of(operators, described), slower, described, most))
+        by_call.append(_layers_of_call(prediction, operator_costs(operators, described), slower, described, most))
     return tuple(by_call)
 
 
-def _of_call(call: Predicted, parts: Sequence[Part], slower: float, device: Device, most: int) -> Layers:
-    modules: dict[str, list[Part]] = {}
-    for part in parts:
-        modules.setdefault(part.operator.module or NO_MODULE, []).append(part)
-    summed = [_summed(name, of, slower, call.latency_ms) for name, of in modules.items()]
+def _layers_of_call(call: Predicted, costs: Sequence[OperatorCost], slower: float, device: Device, most: int) -> Layers:
+    modules: dict[str, list[OperatorCost]] = {}
+    for cost in costs:
+        modules.setdefault(cost.operator.module or NO_MODULE, []).append(cost)
+    summed = [_sum_layer(name, of, slower, call.latency_ms) for name, of in modules.items()]
     summed.sort(key=lambda layer: -layer.ms)
     names = {layer.module for layer in summed[most:]}
-    rest = [part for name, of in modules.items() if name in names for part in of]
+    rest = [cost for name, of in modules.items() if name in names for cost in of]
     rates = rates_of(device)
-    calls_ms = max(call.latency_ms - slower * sum(part.us for part in parts) / 1e3, 0.0)
+    calls_ms = max(call.latency_ms - slower * sum(cost.us for cost in costs) / 1e3, 0.0)
     bounds: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "overhead": 100 * calls_ms / call.latency_ms}
-    for part in parts:
-        bounds[part.bound] += 100 * slower * part.us / 1e3 / call.latency_ms
-    dtypes = sorted({part.operator.dtype for part in parts if part.operator.macs and part.operator.delegated})
+    for cost in costs:
+        bounds[cost.bound] += 100 * slower * cost.us / 1e3 / call.latency_ms
+    dtypes = sorted({cost.operator.dtype for cost in costs if cost.operator.macs and cost.operator.delegated})
     return Layers(
         device=call.device,
         call=call.call,
         latency_ms=call.latency_ms,
         layers=tuple(summed[:most]),
-        other=_summed(OTHER, rest, slower, call.latency_ms) if rest else None,
+        other=_sum_layer(OTHER, rest, slower, call.latency_ms) if rest else None,
         calls_ms=calls_ms,
         bounds_pct=bounds,
         roof=Roof(
@@ -63,28 +63,28 @@ def _of_call(call: Predicted, parts: Sequence[Part], slower: float, device: Devi
     )
 
 
-def _summed(name: str, parts: Sequence[Part], slower: float, total_ms: float) -> Layer:
-    us = slower * sum(part.us for part in parts)
+def _sum_layer(name: str, costs: Sequence[OperatorCost], slower: float, total_ms: float) -> Layer:
+    us = slower * sum(cost.us for cost in costs)
     bounds: dict[Bound, float] = {}
     dtypes: dict[DType, float] = {}
-    for part in parts:
-        bounds[part.bound] = bounds.get(part.bound, 0.0) + part.us
-        dtypes[part.operator.dtype] = dtypes.get(part.operator.dtype, 0.0) + part.us
-    full_us = sum(max(part.compute_us, part.memory_us) for part in parts)
+    for cost in costs:
+        bounds[cost.bound] = bounds.get(cost.bound, 0.0) + cost.us
+        dtypes[cost.operator.dtype] = dtypes.get(cost.operator.dtype, 0.0) + cost.us
+    full_us = sum(max(cost.compute_us, cost.memory_us) for cost in costs)
     return Layer(
         module=name,
-        operators=len(parts),
+        operators=len(costs),
         ms=us / 1e3,
         share_pct=100 * us / 1e3 / total_ms,
         bound=max(bounds, key=lambda bound: bounds[bound]),
         utilization_pct=100 * min(full_us / us, 1.0),
-        macs=sum(part.operator.macs for part in parts),
-        moved_bytes=sum(part.operator.weight_bytes + part.operator.activation_bytes for part in parts),
+        macs=sum(cost.operator.macs for cost in costs),
+        moved_bytes=sum(cost.operator.weight_bytes + cost.operator.activation_bytes for cost in costs),
         dtype=max(dtypes, key=lambda dtype: dtypes[dtype]),
     )
 
 
-def text(found: Layers) -> str:
+def text(layers: Layers) -> str:
     """The layers as a table for a terminal."""
     head = ("module", "ms", "share %", "bound", "used %", "MAC/byte", "GMAC/s", "type")
     rows: list[tuple[str, ...]] = [
@@ -98,9 +98,9 @@ def text(found: Layers) -> str:
             number(layer.gmacs),
             layer.dtype,
         )
-        for layer in (*found.layers, *([found.other] if found.other else []))
+        for layer in (*layers.layers, *([layers.other] if layers.other else []))
     ]
-    share = 100 * found.calls_ms / found.latency_ms
-    rows.append((CALLS, number(found.calls_ms), percent(share), "overhead", "-", "-", "-", "-"))
-    first = f"predicted by layer: {found.where}, {number(found.latency_ms)} ms"
+    share = 100 * layers.calls_ms / layers.latency_ms
+    rows.append((CALLS, number(layers.calls_ms), percent(share), "overhead", "-", "-", "-", "-"))
+    first = f"predicted by layer: {layers.where}, {number(layers.latency_ms)} ms"
     return "\n".join([first, *aligned((head, *rows), right={1, 2, 4, 5, 6})])

@@ -10,12 +10,12 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import on_cpu
 from edgetune.core.numbers import aligned
 from edgetune.profile.device import Device, Family, load
-from edgetune.profile.facts import Fact, Flags, Stored
+from edgetune.profile.facts import Fact, Flags, StorageKind
 from edgetune.recipe.names import ids, own
 
 
 @dataclass(frozen=True)
-class Entry:
+class DeviceEntry:
     """One known name. `fault`: why its file cannot be used; the other fields are then empty."""
 
     id: str
@@ -29,20 +29,20 @@ class Entry:
     fault: str = ""
 
 
-def entries() -> tuple[Entry, ...]:
+def list_entries() -> tuple[DeviceEntry, ...]:
     """Every name that `load` takes, by family and then in order; those with a fault last."""
     mine = own()
     order = {family: number for number, family in enumerate(get_args(Family))}
-    found = [_entry(name, name in mine) for name in ids()]
-    return tuple(sorted(found, key=lambda entry: order.get(entry.family, len(order))))
+    all_entries = [_entry(name, name in mine) for name in ids()]
+    return tuple(sorted(all_entries, key=lambda entry: order.get(entry.family, len(order))))
 
 
-def _entry(name: str, mine: bool) -> Entry:
+def _entry(name: str, mine: bool) -> DeviceEntry:
     try:
         device = load(name)
     except EdgetuneError as error:
-        return Entry(name, own=mine, fault=str(error).split("\n", 1)[0])
-    return Entry(
+        return DeviceEntry(name, own=mine, fault=str(error).split("\n", 1)[0])
+    return DeviceEntry(
         id=name,
         name=device.name,
         soc=device.soc,
@@ -54,22 +54,22 @@ def _entry(name: str, mine: bool) -> Entry:
     )
 
 
-def listed(found: Sequence[Entry]) -> str:
+def format_entries(list_entries: Sequence[DeviceEntry]) -> str:
     """A table grouped by family; `?` where nobody knows."""
     head = ("id", "name", "SoC", "RAM", "GB/s", "")
-    rows = [_row(entry) for entry in found if not entry.fault]
+    rows = [_row(entry) for entry in list_entries if not entry.fault]
     first, *table = [f"  {line}" for line in aligned((head, *rows), right={3, 4})]
     lines, family = [first], ""
-    for entry, line in zip((e for e in found if not e.fault), table, strict=True):
+    for entry, line in zip((e for e in list_entries if not e.fault), table, strict=True):
         if entry.family != family:
             family = entry.family
             lines += ["", family]
         lines.append(line)
-    faults = [f"  {entry.id}: {entry.fault}" for entry in found if entry.fault]
+    faults = [f"  {entry.id}: {entry.fault}" for entry in list_entries if entry.fault]
     return "\n".join(lines + (["", "invalid descriptors", *faults] if faults else []))
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def _row(entry: DeviceEntry) -> tuple[str, ...]:
     marks = [word for word, is_so in (("calibrated", entry.calibrated), ("your own", entry.own)) if is_so]
     gb_s = "?" if entry.bandwidth_gb_s is None else f"{entry.bandwidth_gb_s:.1f}"
     return (entry.id, entry.name, entry.soc, _ram(entry.ram_gib), gb_s, ", ".join(marks))
@@ -81,7 +81,7 @@ def _ram(gib: float | None) -> str:
     return f"{gib:g} GiB" if gib >= 0.5 else f"{gib * 1024:.1f} MiB"
 
 
-def shown(device: Device) -> str:
+def describe_device(device: Device) -> str:
     """Everything that is known of a device, and for each number its trust and source."""
     section = device.calibration
     lines = [
@@ -95,8 +95,8 @@ def shown(device: Device) -> str:
     widest, longest = max(len(path) for path, _, _ in facts), max(len(value) for _, value, _ in facts)
     for path, value, fact in facts:
         lines += _heading(device, path)
-        told = f"{fact.trust:<6}  {fact.source}" if fact.trust is not None else f"{'':<6}  {fact.unknown}"
-        lines.append(f"  {path:<{widest}}  {value:>{longest}}  {told}")
+        origin = f"{fact.trust:<6}  {fact.source}" if fact.trust is not None else f"{'':<6}  {fact.unknown}"
+        lines.append(f"  {path:<{widest}}  {value:>{longest}}  {origin}")
     return "\n".join(lines + (["", "notes", *(f"  {note}" for note in device.notes)] if device.notes else []))
 
 
@@ -109,12 +109,12 @@ def _predicted(device: Device) -> str:
     return on_cpu(threads) + (f"; {kinds}: not predicted" if kinds else "")
 
 
-def _value(fact: Fact | Flags | Stored) -> str:
+def _value(fact: Fact | Flags | StorageKind) -> str:
     if fact.value is None:
         return "unknown"
     if isinstance(fact, Fact):
         return f"{fact.value:g} {fact.unit}".rstrip()
-    return fact.value if isinstance(fact, Stored) else " ".join(fact.value) or "none"
+    return fact.value if isinstance(fact, StorageKind) else " ".join(fact.value) or "none"
 
 
 def _heading(device: Device, path: str) -> list[str]:
@@ -124,6 +124,8 @@ def _heading(device: Device, path: str) -> list[str]:
     if field == "clusters" and name == "count":
         return [f"{device.clusters[int(number)].core}"]
     if field == "accelerators" and name == "clock_mhz":
-        found = device.accelerators[int(number)]
-        return [f"{found.name}: {found.kind}, " + (found.target or f"no target ({found.unreached})")]
+        accelerator = device.accelerators[int(number)]
+        return [
+            f"{accelerator.name}: {accelerator.kind}, " + (accelerator.target or f"no target ({accelerator.unreached})")
+        ]
     return ["whole device"] if path == "threads" else []

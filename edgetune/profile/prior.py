@@ -23,7 +23,7 @@ from statistics import median
 
 from edgetune.core.files import write_whole
 from edgetune.profile.device import Device
-from edgetune.profile.facts import Value
+from edgetune.profile.facts import StrictRecord
 from edgetune.program.operators import DType, Operator
 
 FILE = "prior.json"
@@ -50,25 +50,25 @@ class Seen:
     log: float
 
 
-class Prior(Value):
+class Prior(StrictRecord):
     """The terms, and how wide the band around their sum is. Logarithms of times."""
 
     offsets: dict[str, float]
-    widths: dict[str, float]  # half of the band that holds `COVERAGE`, by the first and by the second key
+    fit_widths: dict[str, float]  # half of the band that holds `COVERAGE`, by the first and by the second key
 
-    def told(self, keys: Keys) -> tuple[float, float]:
+    def offset_and_width(self, keys: Keys) -> tuple[float, float]:
         """The sum of the terms known for these keys, and half the width of its band."""
-        width = self.widths.get(keys[1], self.widths.get(keys[0], _NOTHING))
+        width = self.fit_widths.get(keys[1], self.fit_widths.get(keys[0], _NOTHING))
         return sum(self.offsets.get(key, 0.0) for key in keys), width
 
-    def speaks(self, keys: Keys) -> bool:
+    def has_data_for(self, keys: Keys) -> bool:
         """Whether any device at all told of this kind of program."""
         return keys[0] in self.offsets
 
     def offset(self, device: Device, group: str) -> tuple[float, float]:
         """Natural logarithm to add to a predicted time, and its standard deviation. `group`: of `group_of`."""
         keys = keys_of(group, device, "shell")
-        log, width = self.told(keys if self.speaks(keys) else keys_of(group, device, "app"))
+        log, width = self.offset_and_width(keys if self.has_data_for(keys) else keys_of(group, device, "app"))
         return log, width / SIGMAS
 
 
@@ -104,16 +104,16 @@ def keys_of(group: str, device: Device, setting: str, engine: str = "XNNPACK") -
     return first, second, f"{second}, {precision}"
 
 
-def fit(rows: Iterable[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
+def fit_offsets(rows: Iterable[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
     """The terms, from the rows of all devices but those `without`."""
     taught = [row for row in rows if row.device not in without]
     left = [row.log for row in taught]
     offsets: dict[str, float] = {}
     for level, doubt in enumerate(_DOUBTS):
-        heard: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        by_key: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row, log in zip(taught, left, strict=True):
-            heard[row.keys[level]][row.device].append(log)
-        for key, devices in heard.items():
+            by_key[row.keys[level]][row.device].append(log)
+        for key, devices in by_key.items():
             # the first term is not pulled: the predictor's own constants then cancel, also where they were
             # once set by rows of the very device that is left out
             offsets[key] = sum(median(logs) for logs in devices.values()) / (len(devices) + doubt)
@@ -121,7 +121,7 @@ def fit(rows: Iterable[Seen], *, without: frozenset[str] = frozenset()) -> dict[
     return offsets
 
 
-def widths(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
+def fit_widths(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
     """Half the band by first and second key: the quantile of what is missed on each device when it, too, is left out.
 
     A class's own is pulled towards that of its kind of program, which more devices speak for.
@@ -129,20 +129,20 @@ def widths(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> di
     missed: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     classes: dict[str, str] = {}
     for device in sorted({row.device for row in rows} - without):
-        offsets = fit(rows, without=without | {device})
+        offsets = fit_offsets(rows, without=without | {device})
         for row in rows:
             if row.device == device:
                 error = abs(row.log - sum(offsets.get(key, 0.0) for key in row.keys))
                 classes[row.keys[1]] = row.keys[0]
                 for key in row.keys[:2]:
                     missed[key][device].append(error)
-    found = {kind: max(_LEAST, _quantile(missed[kind])) for kind in classes.values() if len(missed[kind]) > 1}
+    half_widths = {kind: max(_LEAST, _quantile(missed[kind])) for kind in classes.values() if len(missed[kind]) > 1}
     for key, kind in classes.items():
-        if kind in found:
+        if kind in half_widths:
             devices = len(missed[key])
             own = _quantile(missed[key])
-            found[key] = max(_LEAST, (devices * own + _PULL * found[kind]) / (devices + _PULL))
-    return found
+            half_widths[key] = max(_LEAST, (devices * own + _PULL * half_widths[kind]) / (devices + _PULL))
+    return half_widths
 
 
 def _quantile(devices: dict[str, list[float]]) -> float:
@@ -176,13 +176,13 @@ def _between(devices: dict[str, list[float]]) -> float:
     return outside / (outside + inside) if outside + inside > 0 else 0.5
 
 
-def fitted(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> Prior:
+def fit_prior(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> Prior:
     """Terms and widths from all rows but those of the devices `without`."""
-    return Prior(offsets=fit(rows, without=without), widths=widths(rows, without=without))
+    return Prior(offsets=fit_offsets(rows, without=without), fit_widths=fit_widths(rows, without=without))
 
 
 @cache
-def shared() -> Prior:
+def load_prior() -> Prior:
     """The prior from every published row, as shipped. `python -m edgetune.profile.validate FILE` writes it anew."""
     text = (resources.files("edgetune.devices") / FILE).read_text(encoding="utf-8")
     return Prior.model_validate(json.loads(text))

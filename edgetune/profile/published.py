@@ -16,13 +16,13 @@ from edgetune.core.numbers import MIB
 from edgetune.core.validated import faults_of
 from edgetune.profile.cost import predict
 from edgetune.profile.device import Device
-from edgetune.profile.facts import Fact, Value
+from edgetune.profile.facts import Fact, StrictRecord
 from edgetune.profile.reference import NETWORKS
 from edgetune.profile.reference.language import (
     ARCHITECTURES,
-    SCHEMES,
+    QUANTIZATION_SCHEMES,
     Architecture,
-    Scheme,
+    QuantizationScheme,
     decode,
     file_mib,
     prefill,
@@ -43,7 +43,7 @@ UNITS: dict[Quantity, str] = {
 _COARSE = 0.1  # a row whose printed step moves it by more is no measure of anything
 
 
-class Column(Value):
+class PublishedColumn(StrictRecord):
     """A device as the source ran it."""
 
     device: str = Field(min_length=1)
@@ -52,7 +52,7 @@ class Column(Value):
     note: str = ""
 
 
-class Table(Value):
+class PublishedTable(StrictRecord):
     """One table of one source."""
 
     engine: str = Field(min_length=1)
@@ -62,11 +62,11 @@ class Table(Value):
     tokens: int = Field(default=0, ge=0, le=1_000_000)
     rounded_to: float = Field(default=0, ge=0, le=1e6)
     source: str = Field(min_length=1)
-    columns: tuple[Column, ...] = Field(min_length=1)
+    columns: tuple[PublishedColumn, ...] = Field(min_length=1)
     rows: dict[str, tuple[float | None, ...]] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _whole(self) -> Table:
+    def _whole(self) -> PublishedTable:
         vision = self.quantity == "latency_ms"
         if vision != (self.dtype is not None):
             raise ValueError("dtype: latencies need one, language models name theirs in the row")
@@ -85,35 +85,35 @@ class Table(Value):
         return self
 
 
-class Unpredicted(Value):
+class Unpredicted(StrictRecord):
     """A published figure that no list of operators stands for, with the reason."""
 
-    what: str = Field(min_length=1)
+    label: str = Field(min_length=1)
     engine: str = Field(min_length=1)
     value: str = Field(min_length=1)
     why: str = Field(min_length=1)
     source: str = Field(min_length=1)
 
 
-class Published(Value):
+class Published(StrictRecord):
     """The file."""
 
     format: Literal[2]
-    tables: tuple[Table, ...] = Field(min_length=1)
+    tables: tuple[PublishedTable, ...] = Field(min_length=1)
     unpredicted: tuple[Unpredicted, ...] = ()
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedFigure:
     """One published figure."""
 
-    table: Table
-    column: Column
+    table: PublishedTable
+    column: PublishedColumn
     name: str
     value: float
 
     @property
-    def what(self) -> str:
+    def label(self) -> str:
         """The row in words, without its device."""
         words = [self.name]
         if self.table.dtype is not None:
@@ -147,17 +147,17 @@ class Row:
         return _model(self.name, table.quantity == "prefill_tokens_per_s", table.tokens)
 
 
-def rows_of(published: Published) -> Iterator[Row]:
+def figures_of(published: Published) -> Iterator[PublishedFigure]:
     """Every figure, in the order of the file."""
     for table in published.tables:
         for name, values in table.rows.items():
             for column, value in zip(table.columns, values, strict=True):
                 if value is not None:
-                    yield Row(table, column, name, value)
+                    yield PublishedFigure(table, column, name, value)
 
 
 @cache
-def shipped() -> Published:
+def load_published() -> Published:
     """The measurements that others published, as shipped."""
     name = "published.yaml"
     text = (resources.files("edgetune.devices") / name).read_text(encoding="utf-8")
@@ -174,7 +174,7 @@ def parse(content: object, where: str) -> Published:
         raise EdgetuneError("; ".join(faults_of(Published, error)[:8]), where=where) from error
 
 
-def run_on(device: Device, column: Column) -> Device:
+def device_as_run(device: Device, column: PublishedColumn) -> Device:
     """The device as the source ran it: its clock, its threads. Raises for more threads than cores."""
     changes: dict[str, object] = {}
     if column.ghz is not None:
@@ -188,12 +188,12 @@ def run_on(device: Device, column: Column) -> Device:
     return device.model_copy(update=changes) if changes else device
 
 
-def base(row: Row, device: Device) -> float:
+def predict_figure(row: PublishedFigure, device: Device) -> float:
     """What the predictor says of the row by itself, in the row's unit."""
     quantity = row.table.quantity
     if quantity == "file_mib":
         return file_mib(*_language(row.name))
-    used = run_on(device, row.column)
+    used = device_as_run(device, row.column)
     if quantity == "peak_memory_mib":
         return _peak_mib(row, used)
     latency_ms = predict(row.operators, used).latency_ms
@@ -202,15 +202,15 @@ def base(row: Row, device: Device) -> float:
     return 1e3 / latency_ms * (row.table.tokens if quantity == "prefill_tokens_per_s" else 1)
 
 
-def _peak_mib(row: Row, device: Device) -> float:
+def _peak_mib(row: PublishedFigure, device: Device) -> float:
     """With the cache for `tokens` tokens."""
     architecture, scheme = _language(row.name)
     cache_mib = row.table.tokens * architecture.cache_mib_per_token(scheme.cache_bytes)
     program_mib = file_mib(architecture, scheme)
-    found = predict(
+    prediction = predict(
         row.operators, device, plan_bytes=round(cache_mib * MIB), program_bytes=round(program_mib * MIB)
     )  # fmt: skip
-    return found.peak_memory_mib
+    return prediction.peak_memory_mib
 
 
 @cache
@@ -224,10 +224,10 @@ def _model(name: str, prompt: bool, tokens: int) -> tuple[Operator, ...]:
     return prefill(architecture, scheme, tokens) if prompt else decode(architecture, scheme, tokens)
 
 
-def _language(name: str) -> tuple[Architecture, Scheme]:
+def _language(name: str) -> tuple[Architecture, QuantizationScheme]:
     """The model and the scheme that a row's name stands for. Raises `ValueError`, as validators do."""
     model, _, scheme = name.partition(" ")
-    if model not in ARCHITECTURES or scheme not in SCHEMES:
-        known = f"{', '.join(ARCHITECTURES)} with {', '.join(SCHEMES)}"
-        raise ValueError(f"rows.{name}: no such language model and scheme; known: {known}")
-    return ARCHITECTURES[model], SCHEMES[scheme]
+    if model not in ARCHITECTURES or scheme not in QUANTIZATION_SCHEMES:
+        allowed = f"{', '.join(ARCHITECTURES)} with {', '.join(QUANTIZATION_SCHEMES)}"
+        raise ValueError(f"rows.{name}: no such language model and scheme; known: {allowed}")
+    return ARCHITECTURES[model], QUANTIZATION_SCHEMES[scheme]

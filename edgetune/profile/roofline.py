@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgetune.profile.device import Device
-from edgetune.profile.part import Part
+from edgetune.profile.operator_cost import OperatorCost
 from edgetune.profile.rates import CACHE_RATIO, Rates, rates_of
 from edgetune.program.operators import DType, Kind, Operator
 
@@ -112,7 +112,7 @@ def weights_cached(operators: Sequence[Operator], rates: Rates) -> bool:
     return sum(operator.weight_bytes for operator in operators) <= rates.cache_bytes / 2
 
 
-def prior(kind: Kind, dtype: DType, delegated: bool) -> Shares:
+def prior_shares(kind: Kind, dtype: DType, delegated: bool) -> Shares:
     """The shares assumed without calibration."""
     if not delegated:
         return Shares(_PORTABLE_COMPUTE, _PORTABLE_MEMORY, PORTABLE_LOG, PORTABLE_LOG)
@@ -127,22 +127,22 @@ def fixed_of(device: Device) -> Fixed:
     return Fixed(_FIXED.call * scale, _FIXED.delegate_call * scale, _FIXED.delegated * scale, _FIXED.portable * scale)
 
 
-def parts(operators: Sequence[Operator], device: Device) -> list[Part]:
+def operator_costs(operators: Sequence[Operator], device: Device) -> list[OperatorCost]:
     """The cost of each operator."""
     rates, fixed = rates_of(device), fixed_of(device)
     cached = weights_cached(operators, rates)
-    return [part_of(operator, rates, fixed, cached) for operator in operators]
+    return [operator_cost(operator, rates, fixed, cached) for operator in operators]
 
 
-def part_of(operator: Operator, rates: Rates, fixed: Fixed, cached: bool) -> Part:
+def operator_cost(operator: Operator, rates: Rates, fixed: Fixed, cached: bool) -> OperatorCost:
     """The cost of one operator. `cached`: the weights of the program stay in the last cache."""
-    shares = prior(operator.kind, operator.dtype, operator.delegated)
+    shares = prior_shares(operator.kind, operator.dtype, operator.delegated)
     full_us, traffic_us = compute_us(operator, rates), memory_us(operator, rates, cached)
     computing, moving = full_us / shares.compute, traffic_us / shares.memory
     own_us = fixed.delegated if operator.delegated else fixed.portable
     rate_log = rates.compute_log if computing >= moving else rates.memory_log
     share_log = shares.compute_log if computing >= moving else shares.memory_log
-    return Part(
+    return OperatorCost(
         operator=operator,
         us=max(computing, moving) + own_us,
         log=math.hypot(share_log, rate_log, rates.isa_log(operator.kind, operator.dtype)),

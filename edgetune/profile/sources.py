@@ -5,52 +5,54 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from edgetune.core.validated import faults_of
-from edgetune.profile.facts import Source
+from edgetune.profile.facts import FactSource
 
 
-def resolved(content: dict[object, object]) -> tuple[dict[object, object], list[str]]:
+def resolve_sources(content: dict[object, object]) -> tuple[dict[object, object], list[str]]:
     """The content with each `from` replaced by what it names, without `sources`; and every fault with its path.
 
     >>> resolved({"sources": {"spec": {"source": "a page", "trust": "low"}}, "ghz": {"value": 2.0, "from": "spec"}})
     ({'ghz': {'value': 2.0, 'source': 'a page', 'trust': 'low'}}, [])
     """
     faults: list[str] = []
-    known = _known(content.get("sources", {}), faults)
+    sources = _parse_sources(content.get("sources", {}), faults)
     used: set[str] = set()
     rest = {key: item for key, item in content.items() if key != "sources"}
-    found = {key: _put(item, str(key), known, used, faults) for key, item in rest.items()}
-    faults += [f"sources.{key}: nothing is from it" for key in known if key not in used]
-    return found, faults
+    facts = {key: _resolve(item, str(key), sources, used, faults) for key, item in rest.items()}
+    faults += [f"sources.{key}: nothing is from it" for key in sources if key not in used]
+    return facts, faults
 
 
-def _known(sources: object, faults: list[str]) -> dict[str, Source | None]:
+def _parse_sources(sources: object, faults: list[str]) -> dict[str, FactSource | None]:
     """The sources by key; `None` for one with a fault, so that it is told once and not at every use."""
     if not isinstance(sources, dict):
         faults.append("sources: must be a mapping of keys to source and trust")
         return {}
-    known: dict[str, Source | None] = {}
+    parsed: dict[str, FactSource | None] = {}
     for key, item in sources.items():
-        known[str(key)] = None
+        parsed[str(key)] = None
         try:
-            known[str(key)] = Source.model_validate(item)
+            parsed[str(key)] = FactSource.model_validate(item)
         except ValidationError as error:
-            faults += faults_of(Source, error, ("sources", str(key)))
-    return known
+            faults += faults_of(FactSource, error, ("sources", str(key)))
+    return parsed
 
 
-def _put(value: object, path: str, known: dict[str, Source | None], used: set[str], faults: list[str]) -> object:
+def _resolve(
+    value: object, path: str, sources: dict[str, FactSource | None], used: set[str], faults: list[str]
+) -> object:
     if isinstance(value, list):
-        return [_put(item, f"{path}.{number}", known, used, faults) for number, item in enumerate(value)]
+        return [_resolve(item, f"{path}.{number}", sources, used, faults) for number, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if "from" not in value:
-        return {key: _put(item, f"{path}.{key}", known, used, faults) for key, item in value.items()}
+        return {key: _resolve(item, f"{path}.{key}", sources, used, faults) for key, item in value.items()}
     rest, key = {name: item for name, item in value.items() if name != "from"}, value["from"]
-    if not isinstance(key, str) or key not in known:
-        faults.append(f"{path}.from: {key!r} is not under sources ({', '.join(known) or 'there are none'})")
+    if not isinstance(key, str) or key not in sources:
+        faults.append(f"{path}.from: {key!r} is not under sources ({', '.join(sources) or 'there are none'})")
         return {"source": "?", "trust": "low", **rest}
     used.add(key)
-    given = known[key]
+    given = sources[key]
     if "source" in rest or "trust" in rest:
         faults.append(f"{path}.from: the source is given twice")
         return {"source": "?", "trust": "low", **rest}

@@ -53,7 +53,7 @@ def _rows(predicted: Predicted, measured: Measured | None) -> Iterator[tuple[str
     yield "runs on", predicted.runs_on, on_cpu(one.threads) if one else ""
     yield "", predicted.not_predicted, ""
     yield "latency", f"{number(predicted.latency_ms)} ms", f"{number(one.latency_ms)} ms" if one else ""
-    of = f", {predicted.band_pct:g} % of programs" if predicted.band_pct is not None else ""
+    of = f", {predicted.interval_pct:g} % of programs" if predicted.interval_pct is not None else ""
     low, high = predicted.latency_low_ms, predicted.latency_high_ms
     measured_range = f"{_span(one.latency_p10_ms, one.latency_p90_ms)} ms, 80 % of runs" if one else ""
     yield "interval", f"{_span(low, high)} ms{of}", measured_range

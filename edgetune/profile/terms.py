@@ -27,7 +27,7 @@ _K, _M = 1e3, 1e6
 
 
 @dataclass(frozen=True)
-class Tile:
+class KernelTile:
     """Rows and columns of a product that one call of the innermost kernel computes."""
 
     rows: int
@@ -35,7 +35,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Caches:
+class CacheSizes:
     """Bytes that stay near: in the second level of one core, and in the last level."""
 
     near_bytes: float
@@ -82,7 +82,7 @@ def columns_of(operator: Operator) -> int:
     return operator.columns or (operator.output_shape[-1] if operator.output_shape else 1) or 1
 
 
-def terms_of(operator: Operator, tile: Tile) -> dict[str, float]:
+def terms_of(operator: Operator, tile: KernelTile) -> dict[str, float]:
     """The sizes of one operator: thousands of values, of a product millions of multiply-accumulates."""
     elements = math.prod(operator.output_shape) if operator.output_shape else 1
     columns = columns_of(operator)
@@ -116,7 +116,7 @@ def terms_of(operator: Operator, tile: Tile) -> dict[str, float]:
     return {"1": 1, "values": elements / _K, "bytes": operator.activation_bytes / _K}
 
 
-def _wide_depthwise(operator: Operator, elements: int, channels: int, tile: Tile) -> dict[str, float]:
+def _wide_depthwise(operator: Operator, elements: int, channels: int, tile: KernelTile) -> dict[str, float]:
     """A product for each channel, of which a tile has one column in use."""
     rows = up(max(elements // channels, 1), tile.rows)
     deep = DEPTH if operator.dtype == "int8" else 1
@@ -127,7 +127,7 @@ def _wide_depthwise(operator: Operator, elements: int, channels: int, tile: Tile
     }
 
 
-def _product(operator: Operator, elements: int, columns: int, tile: Tile) -> dict[str, float]:
+def _product(operator: Operator, elements: int, columns: int, tile: KernelTile) -> dict[str, float]:
     groups, depth = operator.groups, operator.macs / max(elements, 1)
     wide = DEPTH if operator.dtype == "int8" else 1
     full = operator.window * up(round(depth / operator.window), wide)
@@ -145,17 +145,17 @@ def _product(operator: Operator, elements: int, columns: int, tile: Tile) -> dic
     }
 
 
-def shared_terms(operator: Operator, footprint_bytes: float, caches: Caches) -> dict[Key, float]:
+def shared_terms(operator: Operator, footprint_bytes: float, caches: CacheSizes) -> dict[Key, float]:
     """Thousands of bytes from beyond the caches: weights if the program's do not fit, activations by themselves."""
-    found: dict[Key, float] = {}
+    terms: dict[Key, float] = {}
     if operator.weight_bytes:
         for level, holds in (("last level", caches.near_bytes), ("memory", caches.last_bytes)):
             if footprint_bytes > holds:
                 missed = min(footprint_bytes / holds - 1, 1)  # of twice what it holds none is there at the next run
-                found[(WEIGHTS, level)] = missed * operator.weight_bytes / _K
+                terms[(WEIGHTS, level)] = missed * operator.weight_bytes / _K
     if operator.activation_bytes > caches.near_bytes:
-        found[(TRAFFIC, "last level")] = operator.activation_bytes / _K
-    return found
+        terms[(TRAFFIC, "last level")] = operator.activation_bytes / _K
+    return terms
 
 
 def footprint_bytes(operators: Sequence[Operator]) -> float:

@@ -37,7 +37,7 @@ TIMINGS = f"timings-{platform.node() or 'here'}.jsonl"  # the folder may lie in 
 
 
 @dataclass(frozen=True)
-class Trial:
+class CalibrationProgram:
     """A program of a calibration. `network`: blocks as a model has them, not a chain of one operator."""
 
     item: Micro
@@ -49,19 +49,22 @@ class Trial:
         return self.item.name
 
 
-def trials(quick: bool) -> tuple[Trial, ...]:
+def trials(quick: bool) -> tuple[CalibrationProgram, ...]:
     """All programs of a calibration, chains first; a few of each where it is quick."""
     chains = (*micro.tiny(), *(micro.quick() if quick else micro.programs()))
     networks = tuple(blocks())[:2] if quick else tuple(blocks())
-    return (*(Trial(item, False) for item in chains), *(Trial(item, True) for item in networks))
+    return (
+        *(CalibrationProgram(item, False) for item in chains),
+        *(CalibrationProgram(item, True) for item in networks),
+    )
 
 
 def folder_for(quick: bool) -> Path:
     """Where programs lie: by what they are and by the versions that build them."""
     names = [trial.name for trial in trials(quick)]
     packages = ("edgetune", "executorch", "torch", "torchao")
-    known = [*names, *(importlib.metadata.version(package) for package in packages)]
-    return cache_folder() / "calibrate" / hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+    parts = [*names, *(importlib.metadata.version(package) for package in packages)]
+    return cache_folder() / "calibrate" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def forget(folder: Path) -> None:
@@ -80,13 +83,13 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
     done = len(wanted) - len(missing)
     failed: list[str] = []
     builders = min(_BUILDERS, usable_cores(), len(missing))
-    told: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    answers: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
     with ThreadPoolExecutor(max(builders, 1)) as pool:
         commands = [[str(folder), str(part), str(builders), "quick" if quick else "all"] for part in range(builders)]
-        jobs = [pool.submit(_follow, "edgetune.export.trials", command, told) for command in commands]
+        jobs = [pool.submit(_follow, "edgetune.export.trials", command, answers) for command in commands]
         waiting = len(jobs)
         while waiting:
-            answer = told.get()
+            answer = answers.get()
             if answer is None:  # one of them has ended
                 waiting -= 1
                 continue
@@ -96,8 +99,8 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
             if "error" in answer:
                 failed.append(f"{answer['name']}: {answer['error']}")
         problems = [problem for job in jobs if (problem := job.result())]
-    told_of = {line.partition(":")[0] for line in failed}
-    lost = [name for name in missing if not is_built(folder, name) and name not in told_of]
+    reported = {line.partition(":")[0] for line in failed}
+    lost = [name for name in missing if not is_built(folder, name) and name not in reported]
     if lost:
         why = f": {problems[0]}" if problems else ""
         action = "run it again: it goes on where it was"
@@ -105,7 +108,7 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
     return failed
 
 
-def _follow(module: str, arguments: list[str], told: SimpleQueue[dict[str, Any] | None]) -> str:
+def _follow(module: str, arguments: list[str], answers: SimpleQueue[dict[str, Any] | None]) -> str:
     """Pass on what a child prints as JSON lines, then `None`; how it failed, or nothing."""
     command = [sys.executable, "-m", module, *arguments]
     pipe = subprocess.PIPE
@@ -116,9 +119,9 @@ def _follow(module: str, arguments: list[str], told: SimpleQueue[dict[str, Any] 
             errors = aside.submit(child.stderr.read)
             for line in child.stdout:
                 if line.startswith("{"):
-                    told.put(json.loads(line))
+                    answers.put(json.loads(line))
             code = child.wait()
-            told.put(None)
+            answers.put(None)
             return "" if code == 0 else f"the process ended with code {code}: {' '.join(errors.result().split()[-40:])}"
 
 
@@ -129,8 +132,8 @@ def is_built(folder: Path, name: str) -> bool:
 
 def operators_of(folder: Path, name: str) -> tuple[Operator, ...]:
     """The operators of a built program."""
-    told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return tuple(Operator.model_validate(operator, strict=False) for operator in told)
+    records = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return tuple(Operator.model_validate(operator, strict=False) for operator in records)
 
 
 # Timing
@@ -152,39 +155,39 @@ def clock(
 
     Rounds that lie apart, because a machine that others use is slow for minutes at a time.
     """
-    kept = list(_kept(folder, threads))
+    kept = list(_read_timings(folder, threads))
     failed: dict[str, str] = {}
     total, done = rounds * len(names), 0
     for number in range(rounds):
         had = [sum(one.name == name for one in kept) for name in names]
         waiting = [name for name, times in zip(names, had, strict=True) if times <= number and name not in failed]
         done = (number + 1) * len(names) - len(waiting)
-        for told in _told(folder, waiting, threads, seconds) if waiting else ():
-            if "error" in told:
-                failed[told["name"]] = told["error"]
+        for answer in _time_each(folder, waiting, threads, seconds) if waiting else ():
+            if "error" in answer:
+                failed[answer["name"]] = answer["error"]
             else:
-                kept.append(Clocked(told["name"], told["us"], told["load_ms"]))
+                kept.append(Clocked(answer["name"], answer["us"], answer["load_ms"]))
             done += 1
             if progress is not None:
                 progress("time", done, total)
     return kept, [f"{name}: {why}" for name, why in failed.items()]
 
 
-def _kept(folder: Path, threads: int) -> Iterator[Clocked]:
+def _read_timings(folder: Path, threads: int) -> Iterator[Clocked]:
     """What was timed before this calibration was stopped."""
     path = folder / TIMINGS
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            told = json.loads(line)
-            if told["threads"] == threads:
-                yield Clocked(told["name"], float(told["us"]), float(told["load_ms"]))
+            timing = json.loads(line)
+            if timing["threads"] == threads:
+                yield Clocked(timing["name"], float(timing["us"]), float(timing["load_ms"]))
         except (ValueError, KeyError, TypeError):
             continue  # the line that was being written
 
 
-def _told(folder: Path, names: Sequence[str], threads: int, seconds: float) -> Iterator[dict[str, Any]]:
+def _time_each(folder: Path, names: Sequence[str], threads: int, seconds: float) -> Iterator[dict[str, Any]]:
     """What a process says of the programs that it times, one after the other."""
     request = {"threads": threads, "seconds": seconds, "names": list(names)}
     write_whole(folder / "request.json", json.dumps(request))
@@ -197,15 +200,15 @@ def _told(folder: Path, names: Sequence[str], threads: int, seconds: float) -> I
         try:
             assert child.stdout is not None
             for line in child.stdout:
-                told = json.loads(line) if line.startswith("{") else {}
-                if told.get("state") == "done":
-                    print(json.dumps({**told, "threads": threads}), file=log, flush=True)
-                if told:
-                    yield told
+                answer = json.loads(line) if line.startswith("{") else {}
+                if answer.get("state") == "done":
+                    print(json.dumps({**answer, "threads": threads}), file=log, flush=True)
+                if answer:
+                    yield answer
             code = child.wait()
         finally:
             child.kill()
     if code != 0:
         last = (folder / "stderr").read_text(encoding="utf-8", errors="replace").split()[-40:]
-        what = f"the micro-programs could not be timed, code {code}: {' '.join(last)}"
-        raise EdgetuneError(what, exit_code=Exit.EXPORT)
+        message = f"the micro-programs could not be timed, code {code}: {' '.join(last)}"
+        raise EdgetuneError(message, exit_code=Exit.EXPORT)

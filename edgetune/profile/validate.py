@@ -9,8 +9,8 @@ from typing import Literal
 
 from edgetune.profile import prior, published
 from edgetune.profile.device import Device, load
-from edgetune.profile.facts import Value
-from edgetune.profile.published import UNITS, Published, Row
+from edgetune.profile.facts import StrictRecord
+from edgetune.profile.published import UNITS, Published, PublishedFigure
 from edgetune.recipe.names import ids
 
 Basis = Literal["device left out", "one row used"]
@@ -21,7 +21,7 @@ SUBJECTS = (
 )  # fmt: skip
 
 
-class Told(Value):
+class CheckedPrediction(StrictRecord):
     """One prediction beside the published figure. `error_pct`: predicted above published is positive."""
 
     predicted: float
@@ -31,24 +31,24 @@ class Told(Value):
     inside: bool  # the published figure lies in the band
 
 
-class Compared(Value):
+class Compared(StrictRecord):
     """One published figure and what is predicted for it."""
 
     device: str
     engine: str
     setting: str
     subjects: tuple[str, ...]
-    what: str
+    label: str
     unit: str
     published: float
-    left_out: Told  # nothing of this device was used
-    one_row: Told | None  # the first row of the device and kind was; none for that row itself
+    left_out: CheckedPrediction  # nothing of this device was used
+    one_row: CheckedPrediction | None  # the first row of the device and kind was; none for that row itself
     counted: bool
     note: str
     source: str
 
 
-class Share(Value):
+class Share(StrictRecord):
     """How many of the counted rows of a subject are predicted how well, in per cent."""
 
     subject: str
@@ -61,16 +61,16 @@ class Share(Value):
     covered_pct: float
 
 
-class Missing(Value):
+class Missing(StrictRecord):
     """Published figures that are not predicted, with the reason."""
 
-    what: str
+    label: str
     figures: int
     why: str
     source: str
 
 
-class Validation(Value):
+class Validation(StrictRecord):
     """What `edgetune devices validate` found beyond the descriptors themselves."""
 
     rows: tuple[Compared, ...]
@@ -82,8 +82,8 @@ class Validation(Value):
 class _Item:
     """A row that can be predicted: the figure by the predictor alone, and what its error adds to the prior."""
 
-    row: Row
-    base: float
+    row: PublishedFigure
+    predict_figure: float
     seen: prior.Seen
     band: prior.Keys  # the terms whose errors the band is taken from
     faster: bool  # a higher figure is a shorter time
@@ -91,26 +91,26 @@ class _Item:
 
 def validate(devices: Mapping[str, Device] | None = None, rows: Published | None = None) -> Validation:
     """Predict every published row that can be; by default on all devices known here, the rows as shipped."""
-    content = published.shipped() if rows is None else rows
-    items, missing = _items(content, _known() if devices is None else devices)
+    content = published.load_published() if rows is None else rows
+    items, missing = _items(content, _all_devices() if devices is None else devices)
     compared = compare(items)
     return Validation(rows=compared, missing=(*missing, *_unpredicted(content)), shares=_shares(compared))
 
 
 def refit() -> prior.Prior:
     """The prior from every published row of a device with a descriptor in the package."""
-    items, _ = _items(published.shipped(), _known())
-    return prior.fitted([item.seen for item in items if _teaches(item)])
+    items, _ = _items(published.load_published(), _all_devices())
+    return prior.fit_prior([item.seen for item in items if _teaches(item)])
 
 
-def _known() -> dict[str, Device]:
+def _all_devices() -> dict[str, Device]:
     return {name: load(name) for name in ids()}
 
 
 def _items(content: Published, devices: Mapping[str, Device]) -> tuple[list[_Item], list[Missing]]:
     items: list[_Item] = []
     without: dict[tuple[str, str], int] = {}
-    for row in published.rows_of(content):
+    for row in published.figures_of(content):
         device = devices.get(row.column.device)
         if device is None:
             key = (row.column.device, row.table.source)
@@ -118,14 +118,14 @@ def _items(content: Published, devices: Mapping[str, Device]) -> tuple[list[_Ite
             continue
         items.append(_item(row, device))
     missing = [
-        Missing(what=name, figures=count, why="no descriptor of that device", source=source)
+        Missing(label=name, figures=count, why="no descriptor of that device", source=source)
         for (name, source), count in without.items()
     ]
     return items, missing
 
 
-def _item(row: Row, device: Device) -> _Item:
-    figure = published.base(row, device)
+def _item(row: PublishedFigure, device: Device) -> _Item:
+    figure = published.predict_figure(row, device)
     faster = UNITS[row.table.quantity] == "tokens/s"
     log = math.log(figure / row.value) if faster else math.log(row.value / figure)
     table = row.table
@@ -156,8 +156,8 @@ def compare(items: Sequence[_Item]) -> tuple[Compared, ...]:
     learned: dict[str, tuple[prior.Prior, dict[str, float]]] = {}
     for name in {item.seen.device for item in items}:
         others = [seen for seen in teaching if seen.device != name]
-        found = prior.fitted(others)
-        learned[name] = found, prior.trust(others, found.offsets)
+        fitted_prior = prior.fit_prior(others)
+        learned[name] = fitted_prior, prior.trust(others, fitted_prior.offsets)
     used: dict[tuple[str, str], _Item] = {}
     for item in items:
         if _teaches(item):
@@ -166,20 +166,24 @@ def compare(items: Sequence[_Item]) -> tuple[Compared, ...]:
 
 
 def _compared(
-    item: _Item, found: prior.Prior, shares: dict[str, float], used: Mapping[tuple[str, str], _Item]
+    item: _Item, fitted_prior: prior.Prior, shares: dict[str, float], used: Mapping[tuple[str, str], _Item]
 ) -> Compared:
     row, keys = item.row, item.seen.keys
     memory = row.subject == "memory"
-    log, width = (0.0, math.log(1.1)) if memory else (found.told(keys)[0], found.told(item.band)[1])
+    log, width = (
+        (0.0, math.log(1.1))
+        if memory
+        else (fitted_prior.offset_and_width(keys)[0], fitted_prior.offset_and_width(item.band)[1])
+    )
     one = used.get((item.seen.device, keys[0]))
     one_row = None
     if one is not None and one is not item:
         part = shares.get(keys[1], shares.get(keys[0], 0.5))
-        missed = one.seen.log - found.told(one.seen.keys)[0]
+        missed = one.seen.log - fitted_prior.offset_and_width(one.seen.keys)[0]
         # what the used row shares with this one is known now: the band keeps the rest
-        one_row = _told(item, log + part * missed, max(width * math.sqrt(1 - part**2), math.log(1.1)))
+        one_row = _check_prediction(item, log + part * missed, max(width * math.sqrt(1 - part**2), math.log(1.1)))
     notes = [row.column.note] if row.column.note else []
-    alone = not memory and not found.speaks(keys)
+    alone = not memory and not fitted_prior.has_data_for(keys)
     if row.coarse:
         notes.append(f"printed in steps of {row.table.rounded_to:g}: too coarse to count")
     if alone:
@@ -189,10 +193,10 @@ def _compared(
         engine=row.table.engine,
         setting=row.table.setting,
         subjects=_subjects(row, "on Apple" in keys[0]),
-        what=row.what,
+        label=row.label,
         unit=UNITS[row.table.quantity],
         published=row.value,
-        left_out=_told(item, log, width),
+        left_out=_check_prediction(item, log, width),
         one_row=one_row,
         counted=not (row.coarse or alone),
         note="; ".join(notes),
@@ -200,7 +204,7 @@ def _compared(
     )
 
 
-def _subjects(row: Row, apple: bool) -> tuple[str, ...]:
+def _subjects(row: PublishedFigure, apple: bool) -> tuple[str, ...]:
     if row.subject == "memory":
         return ("file size",) if row.table.quantity == "file_mib" else ("peak memory",)
     if row.subject == "language":
@@ -213,12 +217,12 @@ def _subjects(row: Row, apple: bool) -> tuple[str, ...]:
     return ("vision, other engines" if row.table.quantity == "latency_ms" else "language models, other engines",)
 
 
-def _told(item: _Item, log: float, width: float) -> Told:
+def _check_prediction(item: _Item, log: float, width: float) -> CheckedPrediction:
     """The figure with the learned offset of its time, `log`, and the band around it."""
     sign = -1 if item.faster else 1
-    middle = item.base * math.exp(sign * log)
+    middle = item.predict_figure * math.exp(sign * log)
     low, high = middle * math.exp(-width), middle * math.exp(width)
-    return Told(
+    return CheckedPrediction(
         predicted=middle,
         low=low,
         high=high,
@@ -228,77 +232,78 @@ def _told(item: _Item, log: float, width: float) -> Told:
 
 
 def _shares(rows: Sequence[Compared]) -> tuple[Share, ...]:
-    found = []
+    shares = []
     for subject in SUBJECTS:
         own = [row for row in rows if row.counted and subject in row.subjects]
         both = [row for row in own if row.one_row is not None]
-        for basis, same, told in (
+        for basis, same, predictions in (
             ("device left out", False, [row.left_out for row in own]),
             ("device left out", True, [row.left_out for row in both]),
             ("one row used", True, [row.one_row for row in both]),
         ):
-            counted = [one for one in told if one is not None]
+            counted = [one for one in predictions if one is not None]
             if counted:
-                found.append(_share(subject, basis, same, counted))  # type: ignore[arg-type]
-    return tuple(found)
+                shares.append(_share(subject, basis, same, counted))  # type: ignore[arg-type]
+    return tuple(shares)
 
 
-def _share(subject: str, basis: Basis, same_rows: bool, told: Sequence[Told]) -> Share:
+def _share(subject: str, basis: Basis, same_rows: bool, predictions: Sequence[CheckedPrediction]) -> Share:
     def percent(limit: float) -> float:
-        return 100 * sum(abs(one.error_pct) <= limit for one in told) / len(told)
+        return 100 * sum(abs(one.error_pct) <= limit for one in predictions) / len(predictions)
 
     return Share(
         subject=subject,
         basis=basis,
         same_rows=same_rows,
-        rows=len(told),
+        rows=len(predictions),
         within_10_pct=percent(10),
         within_20_pct=percent(20),
         within_40_pct=percent(40),
-        covered_pct=100 * sum(one.inside for one in told) / len(told),
+        covered_pct=100 * sum(one.inside for one in predictions) / len(predictions),
     )
 
 
 def _unpredicted(content: Published) -> tuple[Missing, ...]:
     return tuple(
-        Missing(what=f"{row.what}, {row.engine}: {row.value}", figures=1, why=row.why, source=row.source)
+        Missing(label=f"{row.label}, {row.engine}: {row.value}", figures=1, why=row.why, source=row.source)
         for row in content.unpredicted
     )
 
 
-def plain(found: Validation | None) -> dict[str, object]:
+def to_json(validation: Validation | None) -> dict[str, object]:
     """As JSON has it; nothing compared gives empty lists."""
-    if found is None:
+    if validation is None:
         return {"published": [], "missing": [], "shares": []}
-    whole = found.model_dump(mode="json")
+    whole = validation.model_dump(mode="json")
     return {"published": whole["rows"], "missing": whole["missing"], "shares": whole["shares"]}
 
 
-def lines(found: Validation) -> list[str]:
+def format_lines(validation: Validation) -> list[str]:
     """The rows, what is missing and the shares, for a terminal."""
-    told = ["published | device left out | one row of the device used", ""]
+    output = ["published | device left out | one row of the device used", ""]
     source = ""
-    for row in found.rows:
+    for row in validation.rows:
         if row.source != source:
             source = row.source
-            told += [f"{row.engine}; {source}"]
-        told.append(f"  {_line(row)}")
-    told += ["", "Not predicted:"]
-    told += [f"  {one.what}{_figures(one.figures)}: {one.why}" for one in found.missing]
-    told += ["", *(_sentence(share) for share in found.shares)]
-    return told
+            output += [f"{row.engine}; {source}"]
+        output.append(f"  {_line(row)}")
+    output += ["", "Not predicted:"]
+    output += [f"  {one.label}{_figures(one.figures)}: {one.why}" for one in validation.missing]
+    output += ["", *(_sentence(share) for share in validation.shares)]
+    return output
 
 
 def _line(row: Compared) -> str:
-    parts = [f"{row.device} {row.what}: {row.published:g} {row.unit}", _cell(row.left_out)]
+    parts = [f"{row.device} {row.label}: {row.published:g} {row.unit}", _cell(row.left_out)]
     if "language" in row.subjects[0] or "vision" in row.subjects[0]:  # nothing is learned about sizes
         parts.append("the row used" if row.one_row is None else _cell(row.one_row))
     return " | ".join(parts) + (f" [{row.note}]" if row.note else "")
 
 
-def _cell(told: Told) -> str:
-    place = "inside" if told.inside else "outside"
-    return f"{told.predicted:.3g} ({told.error_pct:+.0f} %; {told.low:.3g} to {told.high:.3g}, {place})"
+def _cell(prediction: CheckedPrediction) -> str:
+    place = "inside" if prediction.inside else "outside"
+    span = f"{prediction.low:.3g} to {prediction.high:.3g}"
+    return f"{prediction.predicted:.3g} ({prediction.error_pct:+.0f} %; {span}, {place})"
 
 
 def _figures(count: int) -> str:

@@ -23,8 +23,8 @@ from edgetune.program.manifest import (
     TrainingSpec,
     data_path,
     manifest_path,
-    of_another_kind,
     read_manifest,
+    wrong_kind_error,
 )
 from edgetune.runtime.run import run_in_child
 
@@ -63,14 +63,14 @@ class Artifact:
     def language(self) -> LanguageSpec:
         """What a text-generation program has beside its calls. Raises for a program of another kind."""
         if self.manifest.language is None:
-            raise of_another_kind(self.path, self.manifest.kind, "language")
+            raise wrong_kind_error(self.path, self.manifest.kind, "language")
         return self.manifest.language
 
     @property
     def training(self) -> TrainingSpec:
         """What a training program has beside its calls. Raises for a program of another kind."""
         if self.manifest.training is None:
-            raise of_another_kind(self.path, self.manifest.kind, "training")
+            raise wrong_kind_error(self.path, self.manifest.kind, "training")
         return self.manifest.training
 
     def run(self, inputs: Inputs, method: str = "") -> tuple[Tensor, ...]:
@@ -80,9 +80,9 @@ class Artifact:
         or types than the manifest states, and for a program with a cache or a state between its calls.
         """
         if self.manifest.kind not in ("model", "methods"):
-            raise of_another_kind(self.path, self.manifest.kind, "model")
+            raise wrong_kind_error(self.path, self.manifest.kind, "model")
         call = self.manifest.call(method)
-        return run_in_child(self.path, [admitted(call.inputs, inputs)], method=call.name, data=self.data_path)[0]
+        return run_in_child(self.path, [validate_inputs(call.inputs, inputs)], method=call.name, data=self.data_path)[0]
 
     def program(self) -> Program:
         """The ledger's summary."""
@@ -95,12 +95,12 @@ class Artifact:
             sha256=manifest.sha256,
             delegated_macs_pct=call.delegated_macs_pct,
             delegated_operators_pct=call.delegated_operators_pct,
-            leftovers=call.leftovers,
+            undelegated=call.undelegated,
             parity=call.parity,
         )
 
 
-def admitted(specs: Sequence[TensorSpec], inputs: Inputs, what: str = "the inputs") -> tuple[Tensor, ...]:
+def validate_inputs(specs: Sequence[TensorSpec], inputs: Inputs, subject: str = "the inputs") -> tuple[Tensor, ...]:
     """The inputs by position, in memory order. Raises where they are not what a program with these specs takes."""
     if isinstance(inputs, dict) and set(inputs) == {spec.name for spec in specs}:
         inputs = {spec.name: inputs[spec.name] for spec in specs}
@@ -109,13 +109,13 @@ def admitted(specs: Sequence[TensorSpec], inputs: Inputs, what: str = "the input
     for spec, tensor in zip(specs, tensors):  # noqa: B905  their number is compared below
         for axis, name in spec.free.items():
             sizes.setdefault(name, set()).update(tensor.shape[axis : axis + 1])
-    untied = [name for name, found in sizes.items() if len(found) > 1]
+    unequal = [name for name, axis_sizes in sizes.items() if len(axis_sizes) > 1]
     fit = len(tensors) == len(specs) and all(spec.fits(tensor) for spec, tensor in zip(specs, tensors, strict=True))
-    if fit and not untied:
+    if fit and not unequal:
         return tensors
-    also = f"; {untied[0]} must be the same everywhere" if untied else ""
+    also = f"; {unequal[0]} must be the same everywhere" if unequal else ""
     raise EdgetuneError(
-        f"{what}: shapes or types that the program does not take{also}",
+        f"{subject}: shapes or types that the program does not take{also}",
         got=[f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors],
         allowed=[f"{spec.name}: {spec}" for spec in specs],
         action="pad or cut them, or export with bounds that include them: dynamic={...}",

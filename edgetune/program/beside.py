@@ -16,7 +16,7 @@ from edgetune.core.other_names import nearest_file
 _MUST_END = "the file name of a program must end in .pte"
 
 
-class Value(OneLine):
+class Record(OneLine):
     """Base of what stands in a manifest: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -30,10 +30,10 @@ def sha256_of(data: bytes) -> str:
 def check_bytes(file: Path, sha256: str) -> None:
     """Raise unless the file is there and holds the bytes that a manifest names."""
     if not file.is_file():
-        raise unusable("no such file", file)
-    found = sha256_of(file.read_bytes())
-    if found != sha256:
-        raise unusable("the file is not the one that its manifest describes", file, got=found, allowed=[sha256])
+        raise unusable_error("no such file", file)
+    actual = sha256_of(file.read_bytes())
+    if actual != sha256:
+        raise unusable_error("the file is not the one that its manifest describes", file, got=actual, allowed=[sha256])
 
 
 def check_program_path(path: Path) -> None:
@@ -54,16 +54,19 @@ def program_at(path: Path) -> Path:
         return place
     near = ""
     if path.is_dir():
-        what, action = "this folder contains no model.pte", "give a program, or the folder of a run that exported one"
+        message, action = (
+            "this folder contains no model.pte",
+            "give a program, or the folder of a run that exported one",
+        )
     elif path.suffix != ".pte":
-        what, action = _MUST_END, "give a program; edgetune export makes one of a model"
+        message, action = _MUST_END, "give a program; edgetune export makes one of a model"
     else:
-        what, action, near = "no such program", "make one with edgetune export", nearest_file(path)
-    raise EdgetuneError(what, got=str(path), near=str(path.with_name(near)) if near else "", action=action)
+        message, action, near = "no such program", "make one with edgetune export", nearest_file(path)
+    raise EdgetuneError(message, got=str(path), near=str(path.with_name(near)) if near else "", action=action)
 
 
-def unusable(what: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:
+def unusable_error(message: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:
     """What is wrong with a program or a file beside it."""
     return EdgetuneError(
-        what, where=str(where), got=got, allowed=allowed, action="export the model again", exit_code=Exit.EXPORT
+        message, where=str(where), got=got, allowed=allowed, action="export the model again", exit_code=Exit.EXPORT
     )

@@ -1,7 +1,4 @@
-"""The model card beside a program: what its manifest, and the ledger of the run it came from, say, as a page to read.
-
-Every line is made from data; what nobody recorded is left out.
-"""
+"""The model card next to a program: its manifest, and the ledger of the run it came from, as Markdown."""
 
 from __future__ import annotations
 
@@ -42,16 +39,16 @@ def card_path(path: Path) -> Path:
 
 
 def write_card(path: Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
-    """Write the card of the program at `path` beside it."""
-    write_whole(card_path(path), card(path.name, manifest, ledger))
+    """Write the card of the program at `path` next to it."""
+    write_whole(card_path(path), format_card(path.name, manifest, ledger))
 
 
-def card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> str:
+def format_card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> str:
     """The card of the program called `name`, as Markdown."""
     carried = manifest.carried or Carried()
     parts = [
         f"# {name}",
-        _what(carried, ledger),
+        _summary(carried, ledger),
         "## Inputs and outputs\n" + _shapes(manifest.main),
         _section("Preprocessing", preprocessing(carried)),
         _section("Outputs", postprocessing(carried)),
@@ -65,55 +62,56 @@ def card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> str:
 
 def preprocessing(carried: Carried) -> list[str]:
     """How an image or a text becomes the inputs, one step per line."""
-    told = carried.preprocessing
-    if isinstance(told, ImagePreprocessing):
-        crop = "cropped to the largest central square" if told.crop == "center" else "not cropped"
-        rounded = "rounded to integers" if told.rounded else "not rounded"
-        channels = "RGB, three channels" if told.color == "rgb" else "greyscale, with the same values in every channel"
+    spec = carried.preprocessing
+    if isinstance(spec, ImagePreprocessing):
+        crop = "cropped to the largest central square" if spec.crop == "center" else "not cropped"
+        rounded = "rounded to integers" if spec.rounded else "not rounded"
+        channels = "RGB, three channels" if spec.color == "rgb" else "greyscale, with the same values in every channel"
         return [
             "an image, rotated as its EXIF orientation says",
             f"as {channels}",
-            f"{crop}, resized to {told.size_px} x {told.size_px} ({told.resize}, antialiased, {rounded})",
-            f"each byte: (x * {told.scale:g} - mean) / std, mean {_numbers(told.mean)}, std {_numbers(told.std)}",
+            f"{crop}, resized to {spec.size_px} x {spec.size_px} ({spec.resize}, antialiased, {rounded})",
+            f"each byte: (x * {spec.scale:g} - mean) / std, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}",
             "channels first",
         ]
-    if isinstance(told, TextPreprocessing):
-        ending = f", followed by {told.ending!r}" if told.ending else ""
+    if isinstance(spec, TextPreprocessing):
+        ending = f", followed by {spec.ending!r}" if spec.ending else ""
         return [
-            f"a text, tokenized with `{told.tokenizer}`{ending}",
-            f"at most {told.max_length} tokens, special tokens included; longer texts are truncated on the {told.cut}",
-            f"padded on the right with token {told.pad_id}; `attention_mask` is 1 for the tokens of the text, else 0",
+            f"a text, tokenized with `{spec.tokenizer}`{ending}",
+            f"at most {spec.max_length} tokens, special tokens included; longer texts are truncated on the {spec.cut}",
+            f"padded on the right with token {spec.pad_id}; `attention_mask` is 1 for the tokens of the text, else 0",
         ]
     return []
 
 
 def postprocessing(carried: Carried) -> list[str]:
     """What the outputs mean, one step a line."""
-    told = carried.postprocessing
+    spec = carried.postprocessing
     lines, labels = [], "classes"
-    if isinstance(told, ClassScores):
-        lines = [f"logits; their {told.scores} gives the score of each class, and the highest score is the prediction"]
-    elif isinstance(told, ScaledValue):
-        lines = [f"a standardized number; output * {told.std:g} + {told.mean:g} is the prediction"]
-    elif isinstance(told, TaggedWords):
+    if isinstance(spec, ClassScores):
+        lines = [f"logits; their {spec.scores} gives the score of each class, and the highest score is the prediction"]
+    elif isinstance(spec, ScaledValue):
+        lines = [f"a standardized number; output * {spec.std:g} + {spec.mean:g} is the prediction"]
+    elif isinstance(spec, TaggedWords):
         labels = "tags"
         lines = [
-            f"a text's words are the matches of `{told.words}`, each tokenized as a word of its own",
-            f"logits; the highest at a word's first token is its tag, and the tags ({told.scheme}) make entities",
+            f"a text's words are the matches of `{spec.words}`, each tokenized as a word of its own",
+            f"logits; the highest at a word's first token is its tag, and the tags ({spec.scheme}) make entities",
         ]
     return lines + ([f"{labels}, in order: {', '.join(carried.labels)}"] if carried.labels else [])
 
 
 def quantization(operators: Sequence[Operator]) -> str:
     """The types that weights are multiplied in, by the bytes that one run reads: of an embedding only its rows."""
-    found: Counter[str] = Counter()
+    bytes_by_dtype: Counter[str] = Counter()
     for operator in operators:
         if operator.weight_bytes:
-            found[operator.dtype] += operator.weight_bytes
-    return "; ".join(f"{size(count)} {_TYPES.get(name, name)}" for name, count in found.most_common()) or "none"
+            bytes_by_dtype[operator.dtype] += operator.weight_bytes
+    parts = [f"{size(count)} {_TYPES.get(name, name)}" for name, count in bytes_by_dtype.most_common()]
+    return "; ".join(parts) or "none"
 
 
-def _what(carried: Carried, ledger: Ledger | None) -> str:
+def _summary(carried: Carried, ledger: Ledger | None) -> str:
     made = [f"made from `{carried.model}`"] if carried.model else []
     made += [f"with the data `{carried.data}`"] if carried.data else []
     made += [f"by the recipe `{carried.recipe}`"] if carried.recipe else []
@@ -140,8 +138,8 @@ def _program(manifest: Manifest) -> list[str]:
         else manifest.note
     )
     outside: Counter[str] = Counter()
-    for leftover in call.leftovers:
-        outside[leftover.operator] += leftover.count
+    for operator in call.undelegated:
+        outside[operator.operator] += operator.count
     left = shortened([f"{count} x {name}" for name, count in outside.most_common()], 6)
     return [
         f"target {manifest.target}" + (f", for {manifest.device}" if manifest.device else ""),
@@ -169,27 +167,27 @@ def _run(ledger: Ledger) -> Iterable[str]:
     """Training data, quality and speed, as the ledger has them."""
     rows = [(row.step, row.quality, row.size_mib) for row in ledger.rows if row.quality is not None]
     if rows:
-        body = [(step, f"{found.value:.2f}", str(found.rows), f"{mib:.2f}") for step, found, mib in rows]
+        body = [(step, f"{quality.value:.2f}", str(quality.rows), f"{mib:.2f}") for step, quality, mib in rows]
         metric = rows[-1][1].metric
         beside = [f"\n- {baseline.name}: {baseline.value:.2f}" for baseline in ledger.baselines]
         text = _table(("after", metric, "test rows", "MiB"), body)
         yield f"## Quality, on held-out rows of `{ledger.data}`\n{text}" + "".join(["\n", *beside] if beside else [])
     measured = [
-        f"measured on {found.where}: {found.latency_ms:.2f} ms (10th to 90th percentile {found.latency_p10_ms:.2f} to "
-        f"{found.latency_p90_ms:.2f}), {found.threads} threads, peak {found.peak_memory_mib:.1f} MiB"
-        for found in ledger.measured
+        f"measured on {line.where}: {line.latency_ms:.2f} ms (10th to 90th percentile {line.latency_p10_ms:.2f} to "
+        f"{line.latency_p90_ms:.2f}), {line.threads} threads, peak {line.peak_memory_mib:.1f} MiB"
+        for line in ledger.measured
     ]
     predicted = [
-        f"predicted for {found.where} ({found.runs_on}), {'calibrated' if found.calibrated else 'not calibrated'}: "
-        f"{found.latency_ms:.2f} ms ({found.latency_low_ms:.2f} to {found.latency_high_ms:.2f})"
-        for found in ledger.predicted
+        f"predicted for {line.where} ({line.runs_on}), {'calibrated' if line.calibrated else 'not calibrated'}: "
+        f"{line.latency_ms:.2f} ms ({line.latency_low_ms:.2f} to {line.latency_high_ms:.2f})"
+        for line in ledger.predicted
     ]
     yield _section("Speed", measured + predicted)
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
-    found = [f"- {line}" for line in lines]
-    return "\n".join((f"## {title}", *found)) if found else ""
+    items = [f"- {line}" for line in lines]
+    return "\n".join((f"## {title}", *items)) if items else ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,10 +12,10 @@ from pydantic import Field
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
-from edgetune.program.beside import Value, sha256_of
+from edgetune.program.beside import Record, sha256_of
 
 
-class ImagePreprocessing(Value):
+class ImagePreprocessing(Record):
     """From a picture in a file to one fp32 tensor `(1, channels, size_px, size_px)`.
 
     In this order: turned upright as the file's orientation says, made `color`, cropped, resized, and each byte `x` of
@@ -34,7 +34,7 @@ class ImagePreprocessing(Value):
     layout: Literal["channels-first"] = "channels-first"
 
 
-class WordPiece(Value):
+class WordPiece(Record):
     """A tokenizer of the BERT family: with the vocabulary of the tokenizer's file, all that an app has to know.
 
     The words are the text's runs of characters between blanks and around each punctuation mark; each becomes its
@@ -52,7 +52,7 @@ class WordPiece(Value):
     after: tuple[int, ...]
 
 
-class TextPreprocessing(Value):
+class TextPreprocessing(Record):
     """From a text to int64 `input_ids` and `attention_mask`, both `(1, tokens)`.
 
     `ending` is put behind the text, the tokenizer's own special tokens around it; what is longer than `max_length`
@@ -74,14 +74,14 @@ class TextPreprocessing(Value):
 Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
 
 
-class ClassScores(Value):
+class ClassScores(Record):
     """From the logits `(1, classes)` to an answer."""
 
     scores: Literal["softmax"] = "softmax"  # of the logits: they add up to 1
     answer: Literal["argmax"] = "argmax"  # the place of the highest, which is the place of its name in `labels`
 
 
-class ScaledValue(Value):
+class ScaledValue(Record):
     """From the output `(1, 1)` to a number in the unit of the training data: `output * std + mean`."""
 
     same_within: ClassVar[float] = 0.05  # outputs, in standard deviations, that are the same prediction
@@ -91,7 +91,7 @@ class ScaledValue(Value):
     std: float
 
 
-class TaggedWords(Value):
+class TaggedWords(Record):
     """From the logits `(1, tokens, tags)` to the entities of a text.
 
     The text's words are the matches of `words`, each of which the tokenizer gets as a word of its own. A word's tag has
@@ -107,7 +107,7 @@ class TaggedWords(Value):
 Postprocessing = Annotated[ClassScores | ScaledValue | TaggedWords, Field(discriminator="answer")]
 
 
-class Carried(Value):
+class Carried(Record):
     """What `model.json` says for the app. Empty: nobody said so."""
 
     model: str = ""  # what it was made from: "minilm"
@@ -128,12 +128,12 @@ def tokenizer_file(path: Path) -> Path:
 
 def write_beside(carried: Carried, path: Path) -> Carried:
     """Write the files that are carried beside the program at `path`; returns what goes into its manifest."""
-    told = carried.preprocessing
-    if not isinstance(told, TextPreprocessing):
+    preprocessing = carried.preprocessing
+    if not isinstance(preprocessing, TextPreprocessing):
         return carried
-    if not told.tokenizer_json:
+    if not preprocessing.tokenizer_json:
         raise EdgetuneError("the text's tokenizer is missing", action="make it with edgetune.program.carried")
     file = tokenizer_file(path)
-    write_whole(file, told.tokenizer_json)
-    known = {"tokenizer": file.name, "sha256": sha256_of(told.tokenizer_json.encode()), "tokenizer_json": ""}
-    return carried.model_copy(update={"preprocessing": told.model_copy(update=known)})
+    write_whole(file, preprocessing.tokenizer_json)
+    changes = {"tokenizer": file.name, "sha256": sha256_of(preprocessing.tokenizer_json.encode()), "tokenizer_json": ""}
+    return carried.model_copy(update={"preprocessing": preprocessing.model_copy(update=changes)})

@@ -63,7 +63,7 @@ class _Tensor:
         return self.elements * _BITS.get(self.dtype, 32) // 8 + self.scale_bytes
 
 
-def executed(
+def executed_operators(
     data: bytes,
     method: str = "forward",
     modules: Sequence[str | dict[int, str]] = (),
@@ -94,19 +94,19 @@ def executed(
             value.val.sizes = [sizes.get(size, size) for size in value.val.sizes or ()]
     calls = list(_instructions(plan))
     named = modules if len(modules) == len(calls) else [""] * len(calls)
-    found: list[Operator] = []
+    operators: list[Operator] = []
     for instruction, module in zip(calls, named, strict=True):
         if hasattr(instruction, "op_index"):
-            found.append(_portable(plan, instruction, module if isinstance(module, str) else ""))
+            operators.append(_portable(plan, instruction, module if isinstance(module, str) else ""))
             continue
         delegate = plan.delegates[instruction.delegate_index]
         payload = _payload(program, data, base, delegate)
         handles = module if isinstance(module, dict) else {}
         if delegate.id == "XnnpackBackend":
-            found += _xnnpack(payload, handles, sizes)
+            operators += _xnnpack(payload, handles, sizes)
         else:
-            found.append(_opaque(plan, instruction, delegate, len(payload)))
-    return tuple(found)
+            operators.append(_opaque(plan, instruction, delegate, len(payload)))
+    return tuple(operators)
 
 
 def _instructions(plan: Any) -> Iterator[Any]:
@@ -243,22 +243,22 @@ def _xnnpack(payload: bytes, modules: dict[int, str], sizes: Mapping[int, int]) 
     graph = _graph(payload)
     tensors = {}
     for value in graph["xvalues"]:
-        known, scales = value["xvalue_union"], 0
-        if "tensor_value" in known:
-            scales = _scale_bytes(known)
-            known = known["tensor_value"]
-        constant = known["constant_buffer_idx"] > 0
-        dtype = known["datatype"].removeprefix("xnn_datatype_")
-        dims = tuple(size if constant else sizes.get(size, size) for size in known["dims"])
-        tensors[known["id_out"]] = _Tensor(dtype, dims, constant, scales if constant else 0)
+        fields, scales = value["xvalue_union"], 0
+        if "tensor_value" in fields:
+            scales = _scale_bytes(fields)
+            fields = fields["tensor_value"]
+        constant = fields["constant_buffer_idx"] > 0
+        dtype = fields["datatype"].removeprefix("xnn_datatype_")
+        dims = tuple(size if constant else sizes.get(size, size) for size in fields["dims"])
+        tensors[fields["id_out"]] = _Tensor(dtype, dims, constant, scales if constant else 0)
     for node in graph["xnodes"]:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", node["xnode_union_type"].removeprefix("XNN")).lower()
         name = re.sub(r"(?<=concatenate)\d", "", name)  # one kernel, of so many pieces
         yield _node(name, node["xnode_union"], tensors, modules.get(node["debug_handle"], ""))
 
 
-def _scale_bytes(known: dict[str, Any]) -> int:
-    quantized = known["quant_params"]
+def _scale_bytes(tensor: dict[str, Any]) -> int:
+    quantized = tensor["quant_params"]
     if "group_size" in quantized:
         return 2 * int(quantized.get("num_scales", 0))
     return 4 * int(quantized.get("num_scales", 0)) if quantized.get("num_scales", 0) > 0 else 0
@@ -271,7 +271,7 @@ def _node(name: str, settings: dict[str, Any], tensors: dict[int, _Tensor], modu
     weights, activations = [t for t in used if t.constant], [t for t in used if not t.constant]
     window = _kernel_window(settings)
     return Operator(
-        operator=f"xnnpack.{_converted(name, activations, out)}",
+        operator=f"xnnpack.{_conversion_name(name, activations, out)}",
         module=module,
         kind=_kind(name, window),
         dtype=_dtype(weights, activations, out),
@@ -286,7 +286,7 @@ def _node(name: str, settings: dict[str, Any], tensors: dict[int, _Tensor], modu
     )
 
 
-def _converted(name: str, read: Sequence[_Tensor], out: _Tensor) -> str:
+def _conversion_name(name: str, read: Sequence[_Tensor], out: _Tensor) -> str:
     """A conversion by what it makes: to int8 with a scale for each row it looks for the largest value first."""
     return f"convert-{read[0].dtype}-{out.dtype}" if name == "convert" and read else name
 
@@ -332,7 +332,7 @@ def _window(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _
     if name == "global-avg-pooling2d":
         return used[0].elements // max(out.elements, 1)
     if name == "static-transpose":
-        return _turned(settings["perm"], out.dims)[1]
+        return _transpose_runs(settings["perm"], out.dims)[1]
     return _kernel_window(settings)
 
 
@@ -341,7 +341,7 @@ def _columns(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: 
     if name == "conv2d":
         return int(settings["group_output_channels"])
     if name == "static-transpose":
-        return _turned(settings["perm"], out.dims)[0]
+        return _transpose_runs(settings["perm"], out.dims)[0]
     if name == "static-slice":
         return _slice_run(used[0].dims, out.dims)
     if name == "static-reshape":
@@ -351,7 +351,7 @@ def _columns(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: 
     return out.dims[-1] if out.dims else 1
 
 
-def _turned(perm: Sequence[int], dims: Sequence[int]) -> tuple[int, int]:
+def _transpose_runs(perm: Sequence[int], dims: Sequence[int]) -> tuple[int, int]:
     """Of a transpose the innermost size of what it writes, and of what it reads if that is another axis, else 1.
 
     Axes of one value are left out and axes that stay neighbours count as one: `dims` are those of the output.

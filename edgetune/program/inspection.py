@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from pydantic import ConfigDict
-
 from edgetune.core.numbers import size
-from edgetune.core.one_line import OneLine
+from edgetune.program.beside import Record
 
 
-class _Value(OneLine):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Slot(_Value):
+class Slot(Record):
     """One input or output of a method. Numbers and text that are passed have neither type nor shape."""
 
     kind: str  # "tensor", "int", "bool", "double", "string", "list"
@@ -30,14 +24,14 @@ class Slot(_Value):
         return f"{self.dtype} {bound}{list(self.shape)}"
 
 
-class Count(_Value):
+class Count(Record):
     """How often a method calls an operator."""
 
     name: str
     count: int
 
 
-class Delegate(_Value):
+class Delegate(Record):
     """One part of a method that a backend runs. Its weights may lie in `Inspection.constants` instead."""
 
     backend: str
@@ -46,7 +40,7 @@ class Delegate(_Value):
     settings: tuple[str, ...]  # names of its compile specs
 
 
-class Method(_Value):
+class Method(Record):
     """One entry point of the program."""
 
     name: str
@@ -57,7 +51,7 @@ class Method(_Value):
     arenas_bytes: tuple[int, ...]  # planned memory; all of them live at once
 
 
-class Constant(_Value):
+class Constant(Record):
     """One constant. A delegate's own has neither type nor shape: only the backend knows its layout."""
 
     name: str
@@ -67,14 +61,14 @@ class Constant(_Value):
     kind: str = "constant"  # or "delegate's weight", "initial state"; "external" lies in a .ptd
 
 
-class Part(_Value):
+class FileShare(Record):
     """A share of the file."""
 
     name: str
     size_bytes: int
 
 
-class Beside(_Value):
+class Beside(Record):
     """What `model.json` adds, or why it does not."""
 
     path: str
@@ -88,7 +82,7 @@ class Beside(_Value):
     note: str = ""
 
 
-class Inspection(_Value):
+class Inspection(Record):
     """A program file, taken apart. `str()` gives the text that `edgetune inspect` prints."""
 
     path: str
@@ -97,7 +91,7 @@ class Inspection(_Value):
     schema_version: int
     methods: tuple[Method, ...]
     constants: tuple[Constant, ...]  # largest first
-    parts: tuple[Part, ...]  # largest first; together the whole file
+    parts: tuple[FileShare, ...]  # largest first; together the whole file
     beside: Beside | None
 
     def __str__(self) -> str:
@@ -107,14 +101,14 @@ class Inspection(_Value):
 _MOST = 12  # constants and operators that are listed; the rest is counted
 
 
-def text_of(found: Inspection) -> str:
+def text_of(inspection: Inspection) -> str:
     """Everything that is known, most important first."""
-    lines = [f"{found.path}: {size(found.size_bytes)}, schema version {found.schema_version}"]
-    lines += _rows("in the file", [(part.name, size(part.size_bytes)) for part in found.parts])
-    for method in found.methods:
+    lines = [f"{inspection.path}: {size(inspection.size_bytes)}, schema version {inspection.schema_version}"]
+    lines += _rows("in the file", [(part.name, size(part.size_bytes)) for part in inspection.parts])
+    for method in inspection.methods:
         lines += _method(method)
-    lines += _constants(found.constants)
-    lines += _beside(found.beside)
+    lines += _constants(inspection.constants)
+    lines += _beside(inspection.beside)
     return "\n".join(lines)
 
 

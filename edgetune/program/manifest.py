@@ -10,15 +10,15 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import Leftover, Parity
-from edgetune.program.beside import Value, check_bytes, program_at, sha256_of, unusable
+from edgetune.core.ledger import Parity, UndelegatedOperator
+from edgetune.program.beside import Record, check_bytes, program_at, sha256_of, unusable_error
 from edgetune.program.carried import Carried, TextPreprocessing
 from edgetune.program.operators import Operator
 
 ProgramKind = Literal["model", "language", "training", "methods"]
 
 
-class TensorSpec(Value):
+class TensorSpec(Record):
     """One input or output of the program."""
 
     name: str
@@ -39,7 +39,7 @@ class TensorSpec(Value):
         return inside and str(tensor.dtype).removeprefix("torch.") == self.dtype
 
 
-class Plan(Value):
+class MemoryPlan(Record):
     """How the arena is laid out: the way that was taken, and the bytes of all that were tried."""
 
     way: str
@@ -47,7 +47,7 @@ class Plan(Value):
     holds_io: bool = True  # inputs and outputs lie in the arena
 
 
-class DataFile(Value):
+class DataFile(Record):
     """The file with the weights, where they lie apart from the program."""
 
     file: str  # in the program's folder
@@ -55,7 +55,7 @@ class DataFile(Value):
     sha256: str
 
 
-class Call(Value):
+class Call(Record):
     """One kind of call of the program, as it was lowered and compared with eager mode.
 
     A plain program has the method `forward`; one with several methods, each of them; a training program, `forward` and
@@ -67,18 +67,18 @@ class Call(Value):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     plan_bytes: int  # arena for the activations; each loaded method has its own
-    plan: Plan | None = None
+    plan: MemoryPlan | None = None
     delegates: int  # calls into the backend
     delegated_macs_pct: float
     delegated_operators_pct: float
-    leftovers: tuple[Leftover, ...]
+    undelegated: tuple[UndelegatedOperator, ...]
     operators: tuple[Operator, ...]
     executed: tuple[Operator, ...] = ()  # what the runtime makes of them: what a prediction is summed over
     folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
     parity: Parity | None = None  # None: it did not run here, see the manifest's `note`; or see `training.parity`
 
 
-class TokenizerSpec(Value):
+class TokenizerSpec(Record):
     """The tokenizer beside the program, and how a prompt becomes a chat."""
 
     file: str  # in the program's folder: tokenizer.json as Hugging Face's tokenizers write it
@@ -87,7 +87,7 @@ class TokenizerSpec(Value):
     special_tokens: dict[str, str]  # what the template may name: bos_token, eos_token
 
 
-class LanguageSpec(Value):
+class LanguageSpec(Record):
     """What a text-generation program has beside its calls.
 
     Its method `forward` takes `tokens` (1, n), n from 1 to `prefill_tokens`, and `position` (1,), the place of the
@@ -108,7 +108,7 @@ class LanguageSpec(Value):
     margin_at_difference: float | None = None  # of the model's logits there: its choice over the program's
 
 
-class SliceSpec(Value):
+class SliceSpec(Record):
     """Which channels of a layer's weight a `slice` stands for."""
 
     layer: str
@@ -116,7 +116,7 @@ class SliceSpec(Value):
     indices: tuple[int, ...]
 
 
-class TrainingParity(Value):
+class TrainingParity(Record):
     """The program's losses beside those of eager SGD, step by step from the same weights on the same batches."""
 
     steps: int
@@ -125,7 +125,7 @@ class TrainingParity(Value):
     losses: tuple[float, ...]  # the program's
 
 
-class TrainingSpec(Value):
+class TrainingSpec(Record):
     """What a training program has beside its calls.
 
     `train` takes the inputs, the labels and the learning rate, and changes the state that `forward` infers with.
@@ -138,7 +138,7 @@ class TrainingSpec(Value):
     parity: TrainingParity
 
 
-class Manifest(Value):
+class Manifest(Record):
     """What `model.json` holds."""
 
     format: Literal[2] = 2
@@ -189,8 +189,8 @@ class Manifest(Value):
             return self.calls[0]
         if name not in allowed:
             action = "" if name else "name one: run(inputs, method=...)"
-            what = "no such method" if name else "the program has several methods"
-            raise EdgetuneError(what, got=name or None, allowed=allowed, action=action, exit_code=Exit.EXPORT)
+            message = "no such method" if name else "the program has several methods"
+            raise EdgetuneError(message, got=name or None, allowed=allowed, action=action, exit_code=Exit.EXPORT)
         return self.calls[allowed.index(name)]
 
 
@@ -213,12 +213,12 @@ def read_manifest(path: Path, *kinds: ProgramKind) -> Manifest:
     """The manifest beside the `.pte` at `path`, of that very file, and of one of these kinds, if any are given."""
     beside = manifest_path(program_at(path))
     if not beside.is_file():
-        what = f"the file that belongs to {path.name} is missing"
+        message = f"the file that belongs to {path.name} is missing"
         action = "copy it there, or export the model again"
-        raise EdgetuneError(what, where=str(beside), action=action, exit_code=Exit.EXPORT)
+        raise EdgetuneError(message, where=str(beside), action=action, exit_code=Exit.EXPORT)
     manifest = stored_manifest(beside)
     if kinds and manifest.kind not in kinds:
-        raise of_another_kind(path, manifest.kind, *kinds)
+        raise wrong_kind_error(path, manifest.kind, *kinds)
     check_bytes(path, manifest.sha256)
     return manifest
 
@@ -238,7 +238,7 @@ def stored_manifest(beside: Path) -> Manifest:
         return Manifest.model_validate(stored, strict=False)
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise unusable(f"the manifest cannot be read: {reason}", beside) from error
+        raise unusable_error(f"the manifest cannot be read: {reason}", beside) from error
 
 
 _KINDS: dict[ProgramKind, tuple[str, str, str]] = {  # what a program is, what uses it, and what makes one
@@ -261,9 +261,9 @@ _KINDS: dict[ProgramKind, tuple[str, str, str]] = {  # what a program is, what u
 }
 
 
-def of_another_kind(path: Path, kind: ProgramKind, *wanted: ProgramKind) -> EdgetuneError:
+def wrong_kind_error(path: Path, kind: ProgramKind, *wanted: ProgramKind) -> EdgetuneError:
     """The error for a program of one kind where another is needed."""
     this, use, _ = _KINDS[kind]
     needed, _, making = _KINDS[wanted[0]]
-    what = f"a program of another kind: this is {this}, not {needed}"
-    return EdgetuneError(what, where=str(path), action=making or use, exit_code=Exit.EXPORT)
+    message = f"a program of another kind: this is {this}, not {needed}"
+    return EdgetuneError(message, where=str(path), action=making or use, exit_code=Exit.EXPORT)

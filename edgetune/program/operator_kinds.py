@@ -63,8 +63,8 @@ def kind_of(name: str) -> Kind:
 
 def plain_name(name: str) -> str:
     """`aten.mean.dim` of an edge operator's `aten_mean_dim` or `<EdgeOpOverload: aten.mean.dim>: schema = ...`."""
-    found = re.match(r"<EdgeOpOverload: ([^>]+)>", name)
-    return found.group(1) if found else name
+    match = re.match(r"<EdgeOpOverload: ([^>]+)>", name)
+    return match.group(1) if match else name
 
 
 def short_name(name: str) -> str:

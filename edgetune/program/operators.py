@@ -1,12 +1,10 @@
-"""What the cost predictor reads: one record for each operator of an exported program."""
+"""One record for each operator of an exported program, as the cost predictor reads them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict
-
-from edgetune.core.one_line import OneLine
+from edgetune.program.beside import Record
 
 Kind = Literal[
     "conv", "pointwise-conv", "depthwise-conv", "linear", "matmul", "embedding",
@@ -15,10 +13,8 @@ Kind = Literal[
 DType = Literal["fp32", "fp16", "bf16", "int8", "8da4w"]
 
 
-class Operator(OneLine):
+class Operator(Record):
     """One operator: what it computes, in which type, how much it multiplies and how many bytes it moves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     operator: str  # "aten.linear.default"
     module: str  # dotted path in the user's model, "" when unknown
@@ -29,6 +25,6 @@ class Operator(OneLine):
     weight_bytes: int  # constants read, as stored
     activation_bytes: int  # inputs read plus outputs written
     delegated: bool  # whether a backend runs it; False: a portable kernel
-    columns: int = 0  # of a product those of one group, of a copy the values that stay side by side; 0: not told
-    groups: int = 1  # products side by side: groups of a convolution, batches of a matmul
+    columns: int = 0  # of a product those of one group, of a copy the values that stay side by side; 0: unknown
+    groups: int = 1  # products side by side: the groups of a convolution, batches of a matmul
     window: int = 1  # values read for one written; of a transpose those that lay side by side and do no longer

@@ -22,7 +22,7 @@ class ChatTokenizer:
 
     def tokens(self, prompt: str, *, raw: bool = False) -> list[int]:
         """The prompt as one user's message of a chat, or, `raw` or without a chat template, as it is."""
-        return encoded(self._tokenizer, self._spec, prompt, raw=raw)
+        return encode(self._tokenizer, self._spec, prompt, raw=raw)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer."""
@@ -44,11 +44,11 @@ class _Stream:
 
     def add(self, token: int) -> str:
         """What the token adds to the text."""
-        found: str | None = self._stream.step(self._tokenizer, token)
-        return found or ""
+        text: str | None = self._stream.step(self._tokenizer, token)
+        return text or ""
 
 
-def encoded(tokenizer: Any, spec: TokenizerSpec, prompt: str, *, raw: bool) -> list[int]:
+def encode(tokenizer: Any, spec: TokenizerSpec, prompt: str, *, raw: bool) -> list[int]:
     """Tokens of a prompt. A chat template writes its special tokens itself; plain text gets the tokenizer's own."""
     chat = spec.chat_template is not None and not raw
     text = chat_text(spec, prompt) if chat else prompt
@@ -63,36 +63,36 @@ def chat_text(spec: TokenizerSpec, prompt: str) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     message = [{"role": "user", "content": prompt}]
-    found = render_jinja_template(
+    rendered = render_jinja_template(
         [message], chat_template=spec.chat_template, add_generation_prompt=True, **spec.special_tokens
     )
-    return str((found[0] if isinstance(found, tuple) else found)[0])
+    return str((rendered[0] if isinstance(rendered, tuple) else rendered)[0])
 
 
 def backend(tokenizer: Any) -> Any:
     """The `tokenizers.Tokenizer` in what the user gave: one itself, or a fast tokenizer of transformers."""
     tokenizers = require("tokenizers", "language models")
-    found = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not isinstance(found, tokenizers.Tokenizer):
+    backend_tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend_tokenizer, tokenizers.Tokenizer):
         raise EdgetuneError(
             "the program needs a tokenizer.json, which this tokenizer does not have",
             got=type(tokenizer).__name__,
             action="load it with AutoTokenizer, which gives a fast one where there is one",
             exit_code=Exit.EXPORT,
         )
-    return found
+    return backend_tokenizer
 
 
-def untouched(tokenizer: Any) -> Any:
+def without_truncation(tokenizer: Any) -> Any:
     """A `tokenizers.Tokenizer` of its own: without the cutting and padding that were asked of the user's last."""
-    found = backend(tokenizer)
-    plain = type(found).from_str(found.to_str())
+    original = backend(tokenizer)
+    plain = type(original).from_str(original.to_str())
     plain.no_truncation()
     plain.no_padding()
     return plain
 
 
-def described(tokenizer: Any, file: Path, sha256: str) -> TokenizerSpec:
+def tokenizer_spec(tokenizer: Any, file: Path, sha256: str) -> TokenizerSpec:
     """What the manifest says about the user's tokenizer, written to `file`."""
     template = getattr(tokenizer, "chat_template", None)
     named = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}

@@ -83,7 +83,7 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[
         with slow_path(program):
             captured = torch.export.export(program, example, dynamic_shapes=free, strict=False)
     except Exception as error:  # torch.export raises dozens of types
-        raise failures.not_captured(program, example, error) from error
+        raise failures.capture_error(program, example, error) from error
     graph_module: Any = captured.module(check_guards=False)
     _keep_dims(graph_module)
     fold_weights(graph_module, skip)

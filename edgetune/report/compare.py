@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Predicted
 from edgetune.core.numbers import MIB, aligned, number, plural
-from edgetune.profile.calls import predicted_calls
+from edgetune.profile.calls import predict_calls
 from edgetune.profile.cost import fits
 from edgetune.profile.device import Device, load
 from edgetune.recipe.names import HOST, ids
@@ -24,7 +24,7 @@ _MS = 1e3
 
 @dataclass(frozen=True)
 class Speech:
-    """What a language program does on one device, predicted; each rate with the ends of its band."""
+    """Predicted speed of a text-generation program on one device; rates with the ends of their prediction intervals."""
 
     decode_tokens_s: tuple[float, float, float]  # middle, low, high
     prefill_tokens_s: tuple[float, float, float]
@@ -120,7 +120,7 @@ def _line(artifact: Artifact, device: Device) -> Line:
     if target != "portable" and target not in device.targets:
         why = f"cannot run {target} programs, only {', '.join(device.targets)}"
         return Line(device.id, device.name, device.family, (), False, why)
-    predicted = predicted_calls(artifact, device)
+    predicted = predict_calls(artifact, device)
     reasons = fits(device, predicted[0].peak_memory_mib)
     memory = device.memory
     unknown = memory.usable_app_memory_mib.value is None and memory.ram_gib.value is None
@@ -160,11 +160,11 @@ def _notes(target: str, lines: Sequence[Line], prefill_tokens: int | None) -> tu
         "All values are predicted from device descriptors, for the CPU with the threads shown. None was measured.",
         "GPUs and NPUs are not predicted. Energy is an order-of-magnitude estimate.",
     ]
-    bands = sorted({one.band_pct for one in found if one.band_pct is not None})
-    if bands:
-        shares = " or ".join(f"{band:g} %" for band in bands)
-        unchecked = " Some were never validated." if any(one.band_pct is None for one in found) else ""
-        said.append(f"The intervals are designed to cover {shares} of programs.{unchecked}")
+    shares = sorted({one.interval_pct for one in found if one.interval_pct is not None})
+    if shares:
+        coverage = " or ".join(f"{share:g} %" for share in shares)
+        unchecked = " Some were never validated." if any(one.interval_pct is None for one in found) else ""
+        said.append(f"The intervals are designed to cover {coverage} of programs.{unchecked}")
     if prefill_tokens is not None:
         said.append(
             f"Latency and energy are those of one token after {prefill_tokens} tokens. The time to the first token is "

@@ -15,7 +15,7 @@ from edgetune.report.drawing import BAR_PX, BLUE, ORANGE, Figure, axis, built, c
 
 
 def latency(ledger: Ledger) -> Figure | None:
-    """Predicted with bands above, measured with p10 and p90 below, each in a panel of its own."""
+    """Predicted with intervals above, measured with p10 and p90 below, each in a panel of its own."""
     predicted = [line for line in ledger.predicted if finite(line.latency_ms) is not None]
     measured = [line for line in ledger.measured if finite(line.latency_ms) is not None]
     above = horizontal(
@@ -43,7 +43,7 @@ def named(line: Predicted) -> str:
 
 
 def memory(ledger: Ledger) -> Figure | None:
-    """Peak memory, in the same two panels; descriptors give no band for it, and every device the same."""
+    """Peak memory, in the same two panels; descriptors give no interval for it, and every device the same."""
     predicted = [line for line in ledger.predicted if finite(line.peak_memory_mib) is not None]
     measured = [line for line in ledger.measured if finite(line.peak_memory_mib) is not None]
     bars = [(line.where, line.peak_memory_mib) for line in predicted]
@@ -142,7 +142,7 @@ def texts_beyond(bars: dict[str, Any]) -> dict[str, Any]:
 
 
 def ends(bars: dict[str, Any]) -> list[float]:
-    """Where each bar ends, band included."""
+    """Where each bar ends, its interval included."""
     if "error_x" not in bars:
         return list(bars["x"])
     return [value + more for value, more in zip(bars["x"], bars["error_x"]["array"], strict=True)]

@@ -73,7 +73,7 @@ def predicted_table(ledger: Ledger, *, brief: bool = False) -> Table | None:
                 line.where,
                 line.runs_on,
                 number(line.latency_ms),
-                band(line),
+                interval(line),
                 number(line.peak_memory_mib),
                 "yes" if line.calibrated else "no",
             ),
@@ -100,7 +100,7 @@ def _parted_notes(predicted: Sequence[Predicted]) -> list[str]:
             for note in notes]  # fmt: skip
 
 
-def band(line: Predicted) -> str:
+def interval(line: Predicted) -> str:
     """The interval that the latency is expected in."""
     return f"{number(line.latency_low_ms)} to {number(line.latency_high_ms)}"
 

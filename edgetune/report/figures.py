@@ -36,7 +36,7 @@ def figures(ledger: Ledger) -> tuple[Figure, ...]:
         latency(ledger),
         memory(ledger),
         delegated(ledger),
-        leftovers(ledger),
+        undelegated(ledger),
     ]
     return tuple(figure for figure in candidates if figure is not None)
 
@@ -272,12 +272,12 @@ def delegated(ledger: Ledger) -> Figure | None:
     return Figure("delegated", "Delegated share of the program", told, built([taken, left], layout))
 
 
-def leftovers(ledger: Ledger) -> Figure | None:
+def undelegated(ledger: Ledger) -> Figure | None:
     """How often each operator stayed with the portable kernels, over all modules."""
-    if ledger.program is None or not ledger.program.leftovers:
+    if ledger.program is None or not ledger.program.undelegated:
         return None
     totals: dict[str, int] = {}
-    for left in ledger.program.leftovers:
+    for left in ledger.program.undelegated:
         totals[left.operator] = totals.get(left.operator, 0) + left.count
     ordered = sorted(totals.items(), key=lambda item: (-item[1], item[0]))
     bars = horizontal([name for name, _ in ordered], [float(many) for _, many in ordered], GREY,
@@ -288,4 +288,4 @@ def leftovers(ledger: Ledger) -> Figure | None:
         "yaxis": category_axis(),
     }
     told = ", ".join(f"{name} {many}" for name, many in ordered)
-    return Figure("leftovers", "Undelegated operators", told, built([bars], layout))
+    return Figure("undelegated", "Undelegated operators", told, built([bars], layout))

@@ -22,11 +22,11 @@ from edgetune.report.tables import (
     Table,
     cells,
     last_quality,
-    leftover_table,
     program_table,
     quality_table,
     step_table,
     training_table,
+    undelegated_table,
 )
 
 FOOTER = (
@@ -72,7 +72,7 @@ def sections(ledger: Ledger, drawn: tuple[Figure, ...]) -> tuple[Section, ...]:
         section("Predictions on the test set", answer_tables(ledger.answers) if ledger.answers else ()),
         section("Training", (training_table(ledger),), "loss-"),
         section("Devices", (predicted_table(ledger), measured_table(ledger)), "latency", "memory", "roofline-"),
-        section("Program", (program_table(ledger), leftover_table(ledger)), "delegated", "leftovers"),
+        section("Program", (program_table(ledger), undelegated_table(ledger)), "delegated", "undelegated"),
         section("Environment and recipe", (environment_table(ledger),), code=recipe),
     )
 

@@ -237,23 +237,23 @@ def _relative(parity: Parity) -> str:
     return f"{parity.max_relative_difference:.1e}{allowed}"
 
 
-def leftover_table(ledger: Ledger) -> Table | None:
+def undelegated_table(ledger: Ledger) -> Table | None:
     """The operators that the backend did not take, most frequent first."""
-    if ledger.program is None or not ledger.program.leftovers:
+    if ledger.program is None or not ledger.program.undelegated:
         return None
-    ordered = sorted(ledger.program.leftovers, key=lambda left: (-left.count, left.operator, left.module))
+    ordered = sorted(ledger.program.undelegated, key=lambda left: (-left.count, left.operator, left.module))
     columns = (Column("operator", text=True), Column("module", text=True), Column("count"))
     rows = tuple(cells(left.operator, left.module or "(top)", f"{left.count:,}") for left in ordered)
-    return Table("leftovers", "Undelegated operators", columns, rows)
+    return Table("undelegated", "Undelegated operators", columns, rows)
 
 
 def undelegated(program: Program, *, brief: bool = False) -> str:
     """How many operators the backend did not take; `brief`: with the most frequent one, for want of a table."""
-    text = plural(sum(left.count for left in program.leftovers), "operator")
-    if not brief or not program.leftovers:
+    text = plural(sum(left.count for left in program.undelegated), "operator")
+    if not brief or not program.undelegated:
         return text
     counts: Counter[str] = Counter()
-    for left in program.leftovers:
+    for left in program.undelegated:
         counts[left.operator.removesuffix(".out")] += left.count
     ((name, many),) = counts.most_common(1)
     return f"{text}, most often {name} ({many})" if len(counts) > 1 else f"{text}: {name}"

@@ -304,21 +304,21 @@ class Fold:
 
     def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Every kind of call of the program, timed on this host and predicted for each device."""
-        from edgetune.profile.calls import measured_calls, predicted_calls
-        from edgetune.profile.layers import layers
+        from edgetune.profile.calls import measure_calls, predict_calls
+        from edgetune.profile.layers import predict_layers
 
         devices = [*asked.devices]
         measured: tuple[Measured, ...] = ()
         if asked.measure and runs_here:
             self.progress("profile", 0, len(devices) + 1, "this host")
-            measured = measured_calls(artifact)
+            measured = measure_calls(artifact)
             devices += [HOST] if HOST in ids() and HOST not in devices else []  # predicted beside measured
         predicted: list[Predicted] = []
         by_layer: list[Layers] = []
         for number, device in enumerate(devices):
             self.progress("profile", number + 1, len(devices) + 1, device)
-            predicted += predicted_calls(artifact, device)
-            by_layer += layers(artifact, device)
+            predicted += predict_calls(artifact, device)
+            by_layer += predict_layers(artifact, device)
         self.progress("profile", 1, 1, "")
         self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted), layers=tuple(by_layer))
 

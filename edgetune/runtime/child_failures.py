@@ -55,48 +55,48 @@ _ACTIONS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
-def failed(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
+def child_error(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
     """The error for a child that left no answer, or one that says what went wrong."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if result is not None and "error" in result:
         reasons = list(dict.fromkeys(_reasons(lines)))
-        what = "; ".join([_plain(str(result["error"])), *reasons[:6]])
-        action = _action(what, result)
+        message = "; ".join([_plain(str(result["error"])), *reasons[:6]])
+        action = _action(message, result)
     elif done.returncode < 0:
-        what = f"the process that ran it was ended by {_signal(-done.returncode)}"
+        message = f"the process that ran it was ended by {_signal(-done.returncode)}"
         reasons = list(dict.fromkeys(_reasons(lines[-20:])))
-        what += f": {'; '.join(reasons[-2:])}" if reasons else ""
+        message += f": {'; '.join(reasons[-2:])}" if reasons else ""
         action = _after_signal(-done.returncode)
     else:
-        what = f"the process that ran it ended with code {done.returncode}: {' '.join(lines[-3:])[:500]}"
-        action = _action(what, {}) if lines else "run it again, and look at the machine's own log for what ended it"
-    return EdgetuneError(f"the program does not run: {what}", where=str(path), action=action, exit_code=Exit.EXPORT)
+        message = f"the process that ran it ended with code {done.returncode}: {' '.join(lines[-3:])[:500]}"
+        action = _action(message, {}) if lines else "run it again, and look at the machine's own log for what ended it"
+    return EdgetuneError(f"the program does not run: {message}", where=str(path), action=action, exit_code=Exit.EXPORT)
 
 
 def _reasons(lines: list[str]) -> list[str]:
     """What the runtime's log says of the failure, without the places in its source."""
-    found = [line.group(1).strip() for line in map(_LINE.match, lines) if line is not None]
-    return [reason for reason in found if not _SAYS_NOTHING.search(reason)]
+    messages = [line.group(1).strip() for line in map(_LINE.match, lines) if line is not None]
+    return [reason for reason in messages if not _SAYS_NOTHING.search(reason)]
 
 
 def _plain(error: str) -> str:
     return error.removeprefix("RuntimeError: ").replace("0x:", "0x")
 
 
-def _action(what: str, result: dict[str, Any]) -> str:
+def _action(message: str, result: dict[str, Any]) -> str:
     if result.get("kind") == "missing":
         return 'install what is missing: pip install "edgetune[export]"'
-    missing = sorted(set(re.findall(r"(?:Missing operator: \[\d+\] |kernel ')([\w:.]+)", what)))
+    missing = sorted(set(re.findall(r"(?:Missing operator: \[\d+\] |kernel ')([\w:.]+)", message)))
     if missing:
-        known = dict.fromkeys(filter(None, map(remedies.remedy, missing)))
+        hints = dict.fromkeys(filter(None, map(remedies.remedy, missing)))
         other = f"write {shortened(missing, 4)} with other operators: this runtime has no such kernel"
-        return "; ".join(known) or other
-    kernel = re.search(r"KernelCall failed at instruction \S+ in operator ([\w:.]+)", what)
+        return "; ".join(hints) or other
+    kernel = re.search(r"KernelCall failed at instruction \S+ in operator ([\w:.]+)", message)
     if kernel is not None:
-        known_one = remedies.remedy(kernel.group(1))
-        return known_one or f"write {kernel.group(1)} otherwise: the portable kernel does not take these operands"
+        kernel_remedy = remedies.remedy(kernel.group(1))
+        return kernel_remedy or f"write {kernel.group(1)} otherwise: the portable kernel does not take these operands"
     for pattern, action in _ACTIONS:
-        if re.search(pattern, what):
+        if re.search(pattern, message):
             return action
     return "run its model in eager mode on the same inputs; where that works, report this with the lines above"
 

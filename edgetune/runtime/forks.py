@@ -126,7 +126,7 @@ def _serve() -> int:
     for module in _MODULES:
         importlib.import_module(module)
     importlib.import_module("safetensors.torch")
-    importlib.import_module("edgetune.runtime.clock.runs").loaded_runtime(None)
+    importlib.import_module("edgetune.runtime.clock.runs").load_runtime(None)
     with os.fdopen(requests, encoding="utf-8") as lines:
         for line in lines:
             request = json.loads(line)

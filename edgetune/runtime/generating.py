@@ -11,7 +11,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.runtime.language import Answer, Asked
+    from edgetune.runtime.language import Answer, GenerationRequest
 
 MAX_TOKENS = 256
 
@@ -40,7 +40,7 @@ def generate(
     seed: int = 0,
     threads: int | None = None,
     raw: bool = False,
-    heard: Callable[[str], None] = lambda text: None,
+    on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Generate text for `prompt` with the program at `path` (a `.pte` of `export_language`).
 
@@ -65,22 +65,22 @@ def generate(
     _check(max_tokens, temperature, seed, threads)
     artifact = Artifact.load(path, "language")
     tokenizer = ChatTokenizer(artifact)
-    asked = _asked(artifact, tokenizer.tokens(prompt, raw=raw), max_tokens, temperature, seed, threads)
+    request = _request(artifact, tokenizer.tokens(prompt, raw=raw), max_tokens, temperature, seed, threads)
     stream = tokenizer.stream()
 
-    def hear(token: int) -> None:
+    def emit(token: int) -> None:
         text = stream.add(token)
         if text:
-            heard(text)
+            on_text(text)
 
-    found = answer(asked, hear)
-    return _generation(found, len(asked.prompt), tokenizer.text(found.tokens))
+    reply = answer(request, emit)
+    return _generation(reply, len(request.prompt), tokenizer.text(reply.tokens))
 
 
 def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
-    for what, got, least in (("max_tokens", max_tokens, 1), ("threads", threads, 1), ("seed", seed, 0)):
+    for name, got, least in (("max_tokens", max_tokens, 1), ("threads", threads, 1), ("seed", seed, 0)):
         if got is not None and got < least:
-            raise EdgetuneError(f"{what} is at least {least}", got=got)
+            raise EdgetuneError(f"{name} is at least {least}", got=got)
     if not 0.0 <= temperature < float("inf"):
         raise EdgetuneError(
             "temperature must not be negative",
@@ -89,10 +89,10 @@ def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) 
         )
 
 
-def _asked(
+def _request(
     artifact: Artifact, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
-) -> Asked:
-    from edgetune.runtime.language import Asked
+) -> GenerationRequest:
+    from edgetune.runtime.language import GenerationRequest
 
     language = artifact.language
     if len(prompt) > language.max_tokens:
@@ -104,7 +104,7 @@ def _asked(
             action="shorten the prompt, or export the model with a larger max_tokens",
             exit_code=Exit.USAGE,
         )
-    return Asked(
+    return GenerationRequest(
         path=str(artifact.path.resolve()),
         prompt=tuple(prompt),
         cache_tokens=language.max_tokens,
@@ -117,15 +117,15 @@ def _asked(
     )
 
 
-def _generation(found: Answer, prompt_tokens: int, text: str) -> Generation:
+def _generation(answer: Answer, prompt_tokens: int, text: str) -> Generation:
     return Generation(
         text=text,
-        tokens=found.tokens,
+        tokens=answer.tokens,
         prompt_tokens=prompt_tokens,
-        stopped=found.stopped,
-        prefill_tokens_per_s=1e3 * prompt_tokens / found.prefill_ms,
-        decode_tokens_per_s=1e3 * found.decode_calls / found.decode_ms if found.decode_calls else None,
-        load_ms=found.load_ms,
-        peak_memory_mib=found.peak_memory_mib,
-        threads=found.threads,
+        stopped=answer.stopped,
+        prefill_tokens_per_s=1e3 * prompt_tokens / answer.prefill_ms,
+        decode_tokens_per_s=1e3 * answer.decode_calls / answer.decode_ms if answer.decode_calls else None,
+        load_ms=answer.load_ms,
+        peak_memory_mib=answer.peak_memory_mib,
+        threads=answer.threads,
     )

@@ -25,7 +25,7 @@ _FLAGS = {
 Sourced = dict[str, Any]
 
 
-def fact(value: float | list[str] | None, unit: str, source: str, trust: str, unknown: str) -> Sourced:
+def sourced(value: float | list[str] | None, unit: str, source: str, trust: str, unknown: str) -> Sourced:
     """One sourced value of a descriptor; a null with the reason where there is none."""
     if value is None:
         return {"value": None, "unknown": unknown}
@@ -58,7 +58,7 @@ def macs_per_cycle(flags: list[str] | None) -> float | None:
     return next((macs for flag, macs in widths.items() if flag in flags), 4.0)
 
 
-def virtual() -> bool:
+def is_virtual() -> bool:
     """Whether this is a virtual machine, as far as the processor says so."""
     return "hypervisor" in cpuinfo().get("flags", "").split()
 
@@ -69,11 +69,11 @@ def cache_kib(level: int) -> float | None:
         try:
             kind = (index / "type").read_text(encoding="utf-8").strip()
             size = (index / "size").read_text(encoding="utf-8").strip()
-            found = int((index / "level").read_text(encoding="utf-8"))
+            cache_level = int((index / "level").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         match = re.fullmatch(r"(\d+)([KMG])", size)
-        if found == level and kind != "Instruction" and match is not None:
+        if cache_level == level and kind != "Instruction" and match is not None:
             return float(int(match[1]) * {"K": 1, "M": 1024, "G": 1024**2}[match[2]])
     return None
 
@@ -114,9 +114,11 @@ def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
     l2, last = cache_kib(2), cache_kib(3) or cache_kib(2)
     cluster = {
         "core": name,
-        "count": fact(usable_cores(), "", "scheduler affinity and CPU quota of the process", "high", ""),
-        "ghz": fact(round(mhz / 1000, 3) if mhz else None, "GHz", f"{printed}: clock at the time", "medium", no_print),
-        "fp32_macs_per_cycle": fact(
+        "count": sourced(usable_cores(), "", "scheduler affinity and CPU quota of the process", "high", ""),
+        "ghz": sourced(
+            round(mhz / 1000, 3) if mhz else None, "GHz", f"{printed}: clock at the time", "medium", no_print
+        ),
+        "fp32_macs_per_cycle": sourced(
             macs_per_cycle(flags), "MAC/cycle", "two pipes of the widest vector flag: a guess", "low", no_print
         ),
     }
@@ -127,20 +129,20 @@ def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
         "soc": name,
         "family": "computer",
         "clusters": [cluster],
-        "threads": fact(threads, "", "chosen for the calibration", "high", ""),
-        "isa": fact(flags, "", printed, "high", no_print),
+        "threads": sourced(threads, "", "chosen for the calibration", "high", ""),
+        "isa": sourced(flags, "", printed, "high", no_print),
         "memory": {
             "bus_bits": unseen,
             "mega_transfers_per_s": unseen,
-            "bandwidth_gb_s": fact(
+            "bandwidth_gb_s": sourced(
                 round(bandwidth_gb_s, 2), "GB/s", f"measured: copy of 256 MiB with {threads} threads", "high", ""
             ),
-            "ram_gib": fact(ram_gib(), "GiB", str(_MEMINFO), "high", no_print),
+            "ram_gib": sourced(ram_gib(), "GiB", str(_MEMINFO), "high", no_print),
             "usable_app_memory_mib": {"value": None, "unknown": "what the other processes leave of the RAM"},
         },
         "caches": {
-            "l2_kib": fact(l2, "KiB", "sysfs", "high", no_print),
-            "last_level_kib": fact(last, "KiB", "sysfs", "high", no_print),
+            "l2_kib": sourced(l2, "KiB", "sysfs", "high", no_print),
+            "last_level_kib": sourced(last, "KiB", "sysfs", "high", no_print),
         },
         "accelerators": [],
         "power": {"low_w": unseen, "high_w": unseen},

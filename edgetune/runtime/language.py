@@ -1,7 +1,7 @@
-"""Run a language program in a process of its own, and hear its tokens as they come.
+"""Run a text-generation program in a process of its own, and receive its tokens as they come.
 
-`python -m edgetune.runtime.language FOLDER` is the child's side. It speaks the protocol of `edgetune.runtime.run`,
-and where it speaks it writes each token to stdout, one a line.
+`python -m edgetune.runtime.language FOLDER` is the child's side. It follows the protocol of `edgetune.runtime.run`,
+and writes each generated token to stdout, one a line.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from edgetune.runtime.clock.runs import load_language_operators
-from edgetune.runtime.run import ask_child, inputs_in, loaded_runtime, resident_mib, serve
+from edgetune.runtime.clock.machine import resident_mib
+from edgetune.runtime.clock.runs import load_language_operators, load_runtime, read_inputs, serve
+from edgetune.runtime.run import ask_child
 
 _MODULE = "edgetune.runtime.language"
 
@@ -38,8 +39,8 @@ class Answer(BaseModel):
     empty_memory_mib: float  # after the imports, before the program is loaded
 
 
-class Asked(BaseModel):
-    """What the child is told."""
+class GenerationRequest(BaseModel):
+    """The prompt, the program and the settings that the child gets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,13 +55,15 @@ class Asked(BaseModel):
     threads: int | None = None
 
 
-def answer(asked: Asked, heard: Callable[[int], None] = lambda token: None) -> Answer:
-    """Let a child process answer; `heard` gets each token as it comes.
+def answer(generation: GenerationRequest, on_token: Callable[[int], None] = lambda token: None) -> Answer:
+    """Let a child process answer; `on_token` gets each token as it comes.
 
     Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
     """
-    request = {"verb": "speak", "asked": asked.model_dump(mode="json")}
-    result, _ = ask_child(_MODULE, Path(asked.path), request, [], fresh=True, heard=lambda line: heard(int(line)))
+    request = {"verb": "generate", "generation": generation.model_dump(mode="json")}
+    result, _ = ask_child(
+        _MODULE, Path(generation.path), request, [], fresh=True, on_line=lambda line: on_token(int(line))
+    )
     return Answer.model_validate(result)
 
 
@@ -80,7 +83,7 @@ class LanguageProgram:
     """A language `.pte` loaded by the runtime in this process."""
 
     def __init__(self, path: str, prefill_tokens: int, threads: int | None = None) -> None:
-        runtime = loaded_runtime(threads)
+        runtime = load_runtime(threads)
         load_language_operators()
         self.threads = int(runtime._threadpool_get_thread_count())
         self.prefill_tokens = prefill_tokens
@@ -110,33 +113,33 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial(likely, 1, generator=generator))
 
 
-def _speak(request: dict[str, Any]) -> dict[str, Any]:
-    asked = Asked.model_validate(request["asked"])
-    generator = torch.Generator().manual_seed(asked.seed)
-    loaded_runtime(asked.threads)
+def _generate(request: dict[str, Any]) -> dict[str, Any]:
+    generation = GenerationRequest.model_validate(request["generation"])
+    generator = torch.Generator().manual_seed(generation.seed)
+    load_runtime(generation.threads)
     empty_mib = resident_mib("VmRSS")
     started = time.perf_counter()
-    program = LanguageProgram(asked.path, asked.prefill_tokens, asked.threads)
+    program = LanguageProgram(generation.path, generation.prefill_tokens, generation.threads)
     loaded = time.perf_counter()
-    logits = program.prefill(asked.prompt)
-    token = _choose(logits, asked.temperature, generator)
+    logits = program.prefill(generation.prompt)
+    token = _choose(logits, generation.temperature, generator)
     prefilled = time.perf_counter()
     decode = 0.0
     tokens: list[int] = []
-    position, stopped = len(asked.prompt), "length"
+    position, stopped = len(generation.prompt), "length"
     while True:
         tokens.append(token)
         print(token, flush=True)
-        if token in asked.eos_ids:
+        if token in generation.eos_ids:
             stopped = "end"
             break
-        if len(tokens) >= asked.max_tokens:
+        if len(tokens) >= generation.max_tokens:
             break
-        if position >= asked.cache_tokens:
+        if position >= generation.cache_tokens:
             stopped = "cache"
             break
         begun = time.perf_counter()
-        token = _choose(program.step([token], position), asked.temperature, generator)
+        token = _choose(program.step([token], position), generation.temperature, generator)
         decode += time.perf_counter() - begun
         position += 1
     return {
@@ -156,21 +159,21 @@ def _greedy(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     program = LanguageProgram(request["path"], request["prefill_tokens"])
-    said: list[list[int]] = []
+    tokens: list[list[int]] = []
     saved: dict[str, Tensor] = {}
-    for (prompt,) in inputs_in(folder, request["rows"]):
+    for (prompt,) in read_inputs(folder, request["rows"]):
         logits = [program.prefill(prompt[0].tolist()).clone()]
         for position in range(prompt.shape[1], prompt.shape[1] + request["tokens"] - 1):
             logits.append(program.step([int(logits[-1].argmax())], position).clone())
-        saved[str(len(said))] = torch.stack(logits)
-        said.append([int(row.argmax()) for row in logits])
+        saved[str(len(tokens))] = torch.stack(logits)
+        tokens.append([int(row.argmax()) for row in logits])
     save_file(saved, folder / "outputs.safetensors")
-    return {"tokens": said}
+    return {"tokens": tokens}
 
 
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)  # the runtime has threads of its own
-    return _greedy(folder, request) if request["verb"] == "greedy" else _speak(request)
+    return _greedy(folder, request) if request["verb"] == "greedy" else _generate(request)
 
 
 def main(folder: Path) -> int:

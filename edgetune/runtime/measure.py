@@ -63,7 +63,7 @@ def drift_pct(latencies_ms: Sequence[float]) -> float | None:
     return 100 * (statistics.median(latencies_ms[-third:]) - statistics.median(latencies_ms[:third])) / whole
 
 
-def measured_of(timing: Timing, threads: int, call: str = "", device: str = THIS_HOST, note: str = "") -> Measured:
+def summarize_timing(timing: Timing, threads: int, call: str = "", device: str = THIS_HOST, note: str = "") -> Measured:
     """A timing of this kind of call as the ledger keeps it. `note`: what else is to be said of it."""
     notes = [note, *_noise_notes(timing.latencies_ms), *_state_notes(timing.states)]
     return Measured(

@@ -20,14 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from edgetune.runtime import forks
-from edgetune.runtime.child_failures import failed
-from edgetune.runtime.clock.machine import resident_mib
-from edgetune.runtime.clock.runs import inputs_in, loaded_runtime, serve, timings
-
-__all__ = [
-    "State", "Timing", "ask_child", "failed", "inputs_in", "loaded_runtime", "resident_mib", "run_apart",
-    "run_in_child", "serve", "time_calls", "timings", "write_request",
-]  # fmt: skip
+from edgetune.runtime.child_failures import child_error
+from edgetune.runtime.clock.runs import load_runtime, read_inputs, serve
 
 _MODULE = "edgetune.runtime.run"
 _CLOCK = "edgetune.runtime.clock"
@@ -74,30 +68,30 @@ def run_in_child(
     does not load or run, or the child dies.
     """
     outputs: list[dict[int, Tensor]] = [{} for _ in batches]
-    request = {"method": method, "data": _whole(data)}
+    request = {"method": method, "data": _absolute(data)}
     _, tensors = ask_child(_MODULE, Path(path), request, batches)
     for key, tensor in tensors.items():
         row, _, place = key.partition(".")
         outputs[int(row)][int(place)] = tensor
-    return [tuple(found[place] for place in sorted(found)) for found in outputs]
+    return [tuple(row_outputs[place] for place in sorted(row_outputs)) for row_outputs in outputs]
 
 
-def run_apart(programs: Sequence[tuple[Path, tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...] | None]:
+def run_programs(programs: Sequence[tuple[Path, tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...] | None]:
     """Execute each program once on its inputs, all in one child process; `None` for one that does not run.
 
     Raises `EdgetuneError` (exit code 5) where the child dies.
     """
     if not programs:
         return []
-    request = {"programs": [_whole(path) for path, _ in programs]}
+    request = {"programs": [_absolute(path) for path, _ in programs]}
     result, tensors = ask_child(_MODULE, programs[0][0], request, [inputs for _, inputs in programs])
     outputs: list[dict[int, Tensor]] = [{} for _ in programs]
     for key, tensor in tensors.items():
         row, _, place = key.partition(".")
         outputs[int(row)][int(place)] = tensor
     return [
-        None if row in result["failed"] else tuple(known[place] for place in sorted(known))
-        for row, known in enumerate(outputs)
+        None if row in result["failed"] else tuple(row_outputs[place] for place in sorted(row_outputs))
+        for row, row_outputs in enumerate(outputs)
     ]
 
 
@@ -109,11 +103,11 @@ def time_calls(
     Warm-up ends when two windows of five runs agree within 5 %, or after `warm_up_seconds` of the request. At least ten
     runs are timed. With a data file the method is loaded by its first run, which `first_ms` then holds.
     """
-    result, _ = ask_child(_CLOCK, path, {**request, "data": _whole(data)}, calls, fresh=True)
+    result, _ = ask_child(_CLOCK, path, {**request, "data": _absolute(data)}, calls, fresh=True)
     return tuple(Timing.model_validate(call) for call in result["calls"])
 
 
-def _whole(path: Path | None) -> str | None:
+def _absolute(path: Path | None) -> str | None:
     return str(path.resolve()) if path is not None else None
 
 
@@ -124,23 +118,23 @@ def ask_child(
     batches: Sequence[tuple[Tensor, ...]],
     *,
     fresh: bool = False,
-    heard: Callable[[str], None] = lambda line: None,
+    on_line: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run `python -m module` on a request about the program at `path`: its answer, and the tensors it left.
 
     `fresh` asks for a process of its own, as time and memory do that are measured, not for a fork of one that has
-    torch and the runtime imported. `heard` then gets each line that the child prints, as it comes.
+    torch and the runtime imported. `on_line` then gets each line that the child prints, as it comes.
     """
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="edgetune-") as name:
         folder = Path(name)
         write_request(folder, {**request, "path": str(path.resolve())}, batches)
-        done = (None if fresh else _forked(module, folder)) or _ended(module, folder, heard)
+        done = (None if fresh else _run_fork(module, folder)) or _run_process(module, folder, on_line)
         answer = folder / "result.json"
         result = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else None
         if done.returncode != 0 or result is None or "error" in result:
-            raise failed(path, done, result)
+            raise child_error(path, done, result)
         saved = folder / "outputs.safetensors"
         return result, load_file(saved) if saved.is_file() else {}
 
@@ -152,7 +146,7 @@ def write_request(folder: Path, request: dict[str, Any], batches: Sequence[tuple
     (folder / "request.json").write_text(json.dumps({**request, "rows": len(rows)}), encoding="utf-8")
 
 
-def _forked(module: str, folder: Path) -> subprocess.CompletedProcess[str] | None:
+def _run_fork(module: str, folder: Path) -> subprocess.CompletedProcess[str] | None:
     code = forks.run(module, folder)
     if code is None:
         return None
@@ -161,7 +155,7 @@ def _forked(module: str, folder: Path) -> subprocess.CompletedProcess[str] | Non
     return subprocess.CompletedProcess([module, str(folder)], code, "", text)
 
 
-def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subprocess.CompletedProcess[str]:
+def _run_process(module: str, folder: Path, on_line: Callable[[str], None]) -> subprocess.CompletedProcess[str]:
     """The child's side, run to its end. Its working directory is the folder: nothing there can shadow a package."""
     with (
         (folder / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
@@ -177,7 +171,7 @@ def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subproces
         try:
             assert child.stdout is not None
             for line in child.stdout:
-                heard(line)
+                on_line(line)
             code = child.wait()
         finally:  # interrupted, or the listener raised
             child.kill()
@@ -191,8 +185,8 @@ def _ended(module: str, folder: Path, heard: Callable[[str], None]) -> subproces
 def _run(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
-    batches = inputs_in(folder, request["rows"])
-    runtime = loaded_runtime(None)
+    batches = read_inputs(folder, request["rows"])
+    runtime = load_runtime(None)
     outputs: dict[str, Tensor] = {}
 
     def execute(module: Any, method: str, row: int) -> None:

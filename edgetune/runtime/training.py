@@ -21,7 +21,9 @@ from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.quiet import quiet
 from edgetune.program.artifact import Artifact
 from edgetune.program.manifest import SliceSpec
-from edgetune.runtime.run import ask_child, inputs_in, loaded_runtime, resident_mib, serve
+from edgetune.runtime.clock.machine import resident_mib
+from edgetune.runtime.clock.runs import load_runtime, read_inputs, serve
+from edgetune.runtime.run import ask_child
 
 _PREFIX = "model."  # of the user's names in the program
 MOMENTUM = "_momentum"
@@ -142,9 +144,9 @@ def time_steps_in_child(path: Path, batch: tuple[Tensor, ...], *, threads: int, 
 
 
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    batches = inputs_in(folder, request["rows"])
+    batches = read_inputs(folder, request["rows"])
     rate = torch.tensor(request["learning_rate"])
-    runtime = loaded_runtime(request.get("threads"))
+    runtime = load_runtime(request.get("threads"))
     empty_mib = resident_mib("VmRSS")
     started = time.perf_counter()
     method = runtime._load_program(request["path"]).load_method("train")

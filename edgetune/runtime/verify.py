@@ -15,7 +15,7 @@ from edgetune.core.ledger import OutputParity, Parity
 from edgetune.core.modes import same_buffers
 from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import quiet
-from edgetune.program.artifact import admitted
+from edgetune.program.artifact import validate_inputs
 from edgetune.program.manifest import manifest_path, read_manifest
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.predictions import predictions_of
@@ -71,7 +71,7 @@ class _Output:
 
 
 @dataclass
-class Comparison:
+class OutputComparison:
     """A program and a model on the same inputs."""
 
     results: list[Row]  # the program's outputs for each row
@@ -121,7 +121,7 @@ def compare(
     Raises `EdgetuneError` (exit code 5) where the program does not run, or gives other outputs, shapes or types than
     the model, or a value that is not finite.
     """
-    rows = _together(path, rows)
+    rows = _batch_rows(path, rows)
     compared = run_both(path, model, rows, mask=mask, data=data)
     return compared.parity(len(rows), allowed_difference(model)), compared.results
 
@@ -160,15 +160,15 @@ def run_both(
     tries: Sequence[tuple[str, Row]] = (),
     locate: Locate | None = None,
     same_within: float | None = None,
-) -> Comparison:
+) -> OutputComparison:
     """One method of the program beside the model, as `compare` describes it."""
-    tries = [*tries, *_reordered(rows[0])]
+    tries = [*tries, *_reorder_memory(rows[0])]
     results = run_in_child(path, [*rows, *(row for _, row in tries)], method=method, data=data)
-    compared = Comparison(results[: len(rows)])
+    compared = OutputComparison(results[: len(rows)])
     with quiet(), same_buffers(model), torch.no_grad():  # what keeps a state goes through the rows as the program does
         for place, (row, expected) in enumerate(zip(rows, _eager_rows(model, rows), strict=True)):
-            got = _paired(path, expected, results[place], row, locate)
-            expected, got = _shown(expected, got, row, mask)
+            got = _pair_outputs(path, expected, results[place], row, locate)
+            expected, got = _drop_hidden_tokens(expected, got, row, mask)
             _check_finite(path, expected, got, row, locate)
             compared.add(expected, got, row)
             same, predictions = predictions_of(expected, got, row, same_within)
@@ -178,7 +178,9 @@ def run_both(
             expected = _eager_or_nothing(model, row)
             if not expected:
                 continue
-            expected, got = _shown(expected, _paired(path, expected, outputs, row, locate), row, mask)
+            expected, got = _drop_hidden_tokens(
+                expected, _pair_outputs(path, expected, outputs, row, locate), row, mask
+            )
             if all(bool(torch.isfinite(tensor).all()) for tensor in expected.values()):
                 _check_finite(path, expected, got, row, locate)
                 compared.add(expected, got, row)
@@ -194,7 +196,7 @@ def _eager_rows(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Ten
     start = 0
     for _, group in groupby(rows, key=lambda row: [tensor.shape for tensor in row]):
         stop = start + len(list(group))
-        at_once = stop - start > _AT_ONCE and _rows_are_apart(model, rows[start : start + 2])
+        at_once = stop - start > _AT_ONCE and _rows_are_independent(model, rows[start : start + 2])
         for first in range(start, stop, _AT_ONCE if at_once else 1):
             some = rows[first : min(first + _AT_ONCE, stop)] if at_once else [rows[first]]
             if len(some) == 1:
@@ -205,7 +207,7 @@ def _eager_rows(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Ten
         start = stop
 
 
-def _rows_are_apart(model: nn.Module, two: Sequence[Row]) -> bool:
+def _rows_are_independent(model: nn.Module, two: Sequence[Row]) -> bool:
     """Whether two rows of one give together what each gives alone, whichever ran before: nothing joins them."""
     if not all(tensor.dim() and tensor.shape[0] == 1 for row in two for tensor in row):
         return False
@@ -237,7 +239,7 @@ def _eager_or_nothing(model: nn.Module, row: Row) -> dict[str, Tensor]:
         return {}
 
 
-def _together(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
+def _batch_rows(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
     """Rows put together to the batch that the finished program at `path` takes, where they are smaller."""
     if not manifest_path(path).is_file():
         return rows
@@ -248,10 +250,10 @@ def _together(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
         (batch,) = sizes
         parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         rows = [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in parts]
-    return [admitted(specs, row, "the rows to compare on") for row in rows]
+    return [validate_inputs(specs, row, "the rows to compare on") for row in rows]
 
 
-def _reordered(row: Row) -> list[tuple[str, Row]]:
+def _reorder_memory(row: Row) -> list[tuple[str, Row]]:
     """Copies of a row with the same values that lie otherwise in memory."""
     copies = [("inputs out of memory order", tuple(map(_out_of_order, row)))]
     if any(tensor.dim() == 4 for tensor in row):
@@ -268,13 +270,13 @@ def _out_of_order(tensor: Tensor) -> Tensor:
     return tensor.permute(dims).contiguous().permute(dims)
 
 
-def _paired(
+def _pair_outputs(
     path: Path, expected: dict[str, Tensor], outputs: Row, row: Row, locate: Locate | None
 ) -> dict[str, Tensor]:
     """The program's outputs by the names of the model's. Raises where their number, a shape or a type differs."""
     wanted = [f"{name}: {_form(tensor)}" for name, tensor in expected.items()]
     if [_form(tensor) for tensor in outputs] != [_form(tensor) for tensor in expected.values()]:
-        raise _differs(
+        raise _parity_error(
             "the program's outputs have other shapes or types than the model's",
             locate and (lambda: locate(row)),
             where=str(path),
@@ -288,7 +290,7 @@ def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _shown(
+def _drop_hidden_tokens(
     expected: dict[str, Tensor], got: dict[str, Tensor], row: Row, mask: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Both without the tokens that the mask hides, in outputs with a value for each token."""
@@ -312,7 +314,7 @@ def _check_finite(
                 action="look for a division by zero or a mask of -inf that reaches the output, or give other inputs",
                 exit_code=Exit.EXPORT,
             )
-        raise _differs(
+        raise _parity_error(
             f"output {name} of the program has values that are not finite; those of the model are",
             locate and (lambda: locate(row)),
             where=str(path),
@@ -324,14 +326,14 @@ def check(parity: Parity, bounds: Bounds, place: Callable[[], str] | None = None
     allowed = bounds.max_relative_difference
     check_values(parity.outputs, parity.max_relative_allowed if allowed is None else allowed, place)
     if parity.same_prediction_pct < bounds.min_same_prediction_pct:
-        raise _differs(
+        raise _parity_error(
             f"the program predicts the same as the model on {parity.same_prediction_pct:.2f} % of {parity.number}, "
             f"below {bounds.min_same_prediction_pct:g} % (largest difference {parity.max_abs_difference:.3g})",
             place,
             setting="min_same_prediction_pct",
         )
     if bounds.max_abs_difference is not None and parity.max_abs_difference > bounds.max_abs_difference:
-        raise _differs(
+        raise _parity_error(
             f"a value of the program differs by {parity.max_abs_difference:.3g}, more than "
             f"{bounds.max_abs_difference:g}",
             place,
@@ -349,11 +351,11 @@ def check_values(
     """Raise where a value of an output is further from the model's than `allowed` of the output's largest."""
     for output in outputs:
         if output.exact and output.max_abs_difference > 0:
-            raise _differs(f"output {output.name} of {program} has other integers than that of the model", place)
+            raise _parity_error(f"output {output.name} of {program} has other integers than that of the model", place)
     worst = max(outputs, key=lambda output: output.max_relative_difference, default=None)
     if worst is None or allowed is None or worst.max_relative_difference <= allowed:
         return
-    raise _differs(
+    raise _parity_error(
         f"output {worst.name} of {program} differs from the model's by {worst.max_abs_difference:.3g}, which is "
         f"{worst.max_relative_difference:.2g} of its largest value ({worst.largest:.3g}); allowed is {allowed:g}",
         place,
@@ -361,8 +363,8 @@ def check_values(
     )
 
 
-def _differs(
-    what: str,
+def _parity_error(
+    message: str,
     place: Callable[[], str] | None,
     *,
     where: str = "",
@@ -374,7 +376,7 @@ def _differs(
     begins = place() if place is not None else ""
     rewrite = "write that module in other operators" if begins else "look for the first layer whose values differ"
     return EdgetuneError(
-        f"{what}; {begins}" if begins else what,
+        f"{message}; {begins}" if begins else message,
         where=where,
         got=got,
         allowed=allowed,

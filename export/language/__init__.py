@@ -30,7 +30,7 @@ from edgetune.program.beside import check_program_path, sha256_of
 from edgetune.program.card import write_card
 from edgetune.program.carried import Carried, tokenizer_file
 from edgetune.program.manifest import Call, LanguageSpec, Manifest, TensorSpec, TokenizerSpec
-from edgetune.program.tokenizer import backend, described, encoded, untouched
+from edgetune.program.tokenizer import backend, encode, tokenizer_spec, without_truncation
 
 PREFILL = 128  # tokens of one call: more take more memory for little speed
 # The attention kernel goes through a call in blocks of 32 tokens, of 64 from 192 tokens on, and hides later tokens
@@ -69,10 +69,10 @@ def export_language(
     """
     path = Path(path)
     chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)
-    found = untouched(tokenizer)
+    found = without_truncation(tokenizer)
     text = found.to_str()
-    spec = described(tokenizer, tokenizer_file(path), sha256_of(text.encode()))
-    prompts = [encoded(found, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
+    spec = tokenizer_spec(tokenizer, tokenizer_file(path), sha256_of(text.encode()))
+    prompts = [encode(found, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
     if not prompts or not all(prompts):
         raise EdgetuneError(
             "the program is compared on the continuation of a prompt, so a prompt with tokens is needed"

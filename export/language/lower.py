@@ -21,7 +21,7 @@ from edgetune.export import stored
 from edgetune.export.language.cached import Cached
 from edgetune.export.lower import Lowered, compile_program
 from edgetune.export.targets import Target
-from edgetune.program.executed import executed
+from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 
 
@@ -42,7 +42,7 @@ def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, A
         with _of_one_token(program):
             single = operators.describe(program, lowered.placed)
     places = model.max_tokens
-    one = executed(lowered.data, instead={prefill_tokens: 1})
+    one = executed_operators(lowered.data, instead={prefill_tokens: 1})
     after, some = prefill_tokens + 1, (prefill_tokens + 1) / 2  # places that a token attends to
     share, most = min(after, places) / places, prefill_tokens / places
     return {

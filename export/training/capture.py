@@ -267,4 +267,4 @@ def _captured(module: nn.Module, tensors: tuple[Tensor, ...]) -> ExportedProgram
         layers.fuse_padding(written)
         return written
     except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
-        raise failures.not_captured(module, tensors, error) from error
+        raise failures.capture_error(module, tensors, error) from error

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from edgetune.capture import failures, operators
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import kernels
-from edgetune.export.lower import Lowered, leftovers_of, placed_in
+from edgetune.export.lower import Lowered, placed_in, undelegated_in
 from edgetune.export.speed import fast_lowering
 from edgetune.export.targets import Target
 from edgetune.export.training import cuts
@@ -53,7 +53,7 @@ def compile_training(programs: dict[str, ExportedProgram], target: Target) -> tu
     except EdgetuneError:
         raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
-        raise failures.not_lowered(programs[TRAIN], target.name, error) from error
+        raise failures.lowering_error(programs[TRAIN], target.name, error) from error
     sizes = {plan.name: list(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
     lowered = {}
     for name, program in programs.items():
@@ -63,7 +63,7 @@ def compile_training(programs: dict[str, ExportedProgram], target: Target) -> tu
             plan_bytes=sizes[name][1],
             delegates=placed.delegates,
             operators=operators.describe(program, placed),
-            leftovers=leftovers_of(program, placed),
+            undelegated=undelegated_in(program, placed),
             placed=placed,
         )
     return lowered, sum(sizes[TRAIN][2:])

@@ -11,7 +11,7 @@ from functools import cache
 from edgetune.profile import calibrate, device, fit
 from edgetune.profile.calibration import Calibration
 from edgetune.profile.fit import Setting, Timed
-from edgetune.profile.terms import CALL, DELEGATE, PRODUCTS, TRAFFIC, WEIGHTS, Key, Tile
+from edgetune.profile.terms import CALL, DELEGATE, PRODUCTS, TRAFFIC, WEIGHTS, KernelTile, Key
 from edgetune.profile.trials import Clocked
 from edgetune.program.operators import DType, Kind, Operator
 
@@ -78,7 +78,7 @@ _WEIGHTED: tuple[Kind, ...] = ("linear", "conv", "pointwise-conv", "depthwise-co
 
 # The truth: microseconds for a unit of each term, by the term's name; of each kernel its own share of them.
 
-TILES: dict[DType, Tile] = {"fp32": Tile(6, 16), "int8": Tile(4, 8)}
+TILES: dict[DType, KernelTile] = {"fp32": KernelTile(6, 16), "int8": KernelTile(4, 8)}
 CACHES = calibrate.caches_of(device.load(BASE))
 SETTING = Setting(CACHES, TILES)
 _UNITS = {
@@ -151,7 +151,7 @@ def calibration() -> Calibration:
         Timed(f"network-{n}", mix, true_us(mix) * math.exp(draw.gauss(0, 0.03)), network=True)
         for n, mix in enumerate(mixes(16, seed=3))
     ]
-    return calibrate.fitted(
+    return calibrate.fit_calibration(
         [Clocked(item.name, item.us, load_ms=0.5) for item in timed],
         {item.name: item.operators for item in timed},
         {item.name for item in timed if item.network},

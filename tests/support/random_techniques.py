@@ -33,7 +33,7 @@ from edgetune.core.technique import Technique
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.allowed import allowed_difference
-from edgetune.runtime.run import loaded_runtime
+from edgetune.runtime.clock.runs import load_runtime
 from support.forked import ask_fork
 from support.random_modules import ROWS, Drawn, Plan, inputs_of, plans
 
@@ -167,7 +167,7 @@ def compiled(model: nn.Module, inputs: Tensor, expected: tuple[Tensor, ...]) -> 
         if re.search(r"\baten[.:]|operator \S|torch\.\w|quantized", str(error)):
             return f"right: but for an operator that no program can have: {str(error).splitlines()[0]}"
         raise
-    program = loaded_runtime(None)._load_for_executorch_from_buffer(data)
+    program = load_runtime(None)._load_for_executorch_from_buffer(data)
     actual = tuple(value.clone() for value in program.forward((inputs,)))
     if len(actual) != len(expected):
         return f"wrong: the program has {len(actual)} of {len(expected)} outputs"

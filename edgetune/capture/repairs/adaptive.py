@@ -48,15 +48,15 @@ def _places(x: Tensor, output_size: Sequence[int]) -> Tensor:
     rank = len(output_size)
     sizes, kept = list(x.shape[-rank:]), list(x.shape[:-rank])
     numbers = torch.arange(prod(sizes)).reshape(sizes)
-    found = []
+    indices = []
     for window in product(*(_windows(size, count) for size, count in zip(sizes, output_size, strict=True))):
         part, own = x, numbers
         for place, (begin, end) in enumerate(window):
             part = part.narrow(len(kept) + place, begin, end - begin)
             own = own.narrow(place, begin, end - begin)
         best = part.reshape(*kept, -1).argmax(-1)
-        found.append(own.reshape(-1)[best])
-    return torch.stack(found, -1).reshape(*kept, *output_size)
+        indices.append(own.reshape(-1)[best])
+    return torch.stack(indices, -1).reshape(*kept, *output_size)
 
 
 _ATEN = torch.ops.aten

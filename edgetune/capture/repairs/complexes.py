@@ -22,7 +22,7 @@ Pairs = dict[fx.Node, fx.Node]
 def as_pairs(program: ExportedProgram) -> None:
     """Write every complex tensor of the captured program as pairs; nothing, where one of them is met otherwise."""
     nodes = [node for node in program.graph.nodes if _touches(node)]
-    if not nodes or not all(_is_known(node, program) for node in nodes):
+    if not nodes or not all(_is_supported(node, program) for node in nodes):
         return
     graph, pairs = program.graph, Pairs()
     for node in nodes:
@@ -52,7 +52,7 @@ def _is_complex(node: Any) -> bool:
     return isinstance(value, complex) or (isinstance(value, Tensor) and value.dtype.is_complex)
 
 
-def _is_known(node: fx.Node, program: ExportedProgram) -> bool:
+def _is_supported(node: fx.Node, program: ExportedProgram) -> bool:
     if not is_fixed(node.meta["val"]) or any(user.op == "output" for user in node.users if _is_complex(node)):
         return False
     if node.op == "placeholder":

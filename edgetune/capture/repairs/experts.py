@@ -19,15 +19,15 @@ _STATIC = "batched_mm"
 @contextmanager
 def static_experts(model: nn.Module) -> Iterator[None]:
     """While the body runs, let every mixture of experts in `model` use operators of fixed shape."""
-    found: dict[int, tuple[Any, Any]] = {}
+    settings: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, _SETTING) and id(config) not in found:
-            found[id(config)] = config, getattr(config, _SETTING)
+        if hasattr(config, _SETTING) and id(config) not in settings:
+            settings[id(config)] = config, getattr(config, _SETTING)
     try:
-        for config, _ in found.values():
+        for config, _ in settings.values():
             setattr(config, _SETTING, _STATIC)
         yield
     finally:
-        for config, before in found.values():
+        for config, before in settings.values():
             setattr(config, _SETTING, before)

@@ -45,8 +45,8 @@ def bilinear(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = 
     outputs, width, other = weight.shape
     flat = weight.permute(0, 2, 1).reshape(outputs * other, width)
     rows = F.linear(left, flat).reshape(*left.shape[:-1], outputs, other)
-    found = (rows * right.unsqueeze(-2)).sum(-1)
-    return found if bias is None else found + bias
+    product = (rows * right.unsqueeze(-2)).sum(-1)
+    return product if bias is None else product + bias
 
 
 def conv_tbc(x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Repaired:

@@ -39,17 +39,17 @@ def _before_repeat(node: Any) -> fx.Node | None:
     single = _through(expanded.args[0])
     if single.target != _ATEN.unsqueeze.default or single.args[1] not in (2, -3):
         return None
-    found = _through(single.args[0])
-    same = tuple(_value(found).shape) == (batch, heads, length, width)
-    return found if same and tuple(_value(node).shape) == (batch, heads * groups, length, width) else None
+    original = _through(single.args[0])
+    same = tuple(_value(original).shape) == (batch, heads, length, width)
+    return original if same and tuple(_value(node).shape) == (batch, heads * groups, length, width) else None
 
 
 def _through(node: Any) -> fx.Node:
     """Past operators that change neither shape nor values."""
     while node.target in _SAME and _value(node).shape == _value(node.args[0]).shape:
         node = node.args[0]
-    found: fx.Node = node
-    return found
+    source: fx.Node = node
+    return source
 
 
 def _value(node: fx.Node) -> Tensor:

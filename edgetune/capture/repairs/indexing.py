@@ -15,11 +15,11 @@ def split_with_sizes(x: Tensor, split_sizes: Sequence[int], dim: int = 0) -> Rep
     """Slices of the given widths."""
     if not takes(x):
         return NotImplemented
-    found, start = [], 0
+    parts, start = [], 0
     for size in split_sizes:
-        found.append(x.narrow(dim, start, size))
+        parts.append(x.narrow(dim, start, size))
         start += size
-    return found
+    return parts
 
 
 def split(x: Tensor, split_size: int, dim: int = 0) -> Repaired:
@@ -43,8 +43,7 @@ def unbind(x: Tensor, dim: int = 0) -> Repaired:
     """Every place of a dim."""
     if not takes(x):
         return NotImplemented
-    found = [select(x, dim, index) for index in range(x.shape[dim])]
-    return found
+    return [select(x, dim, index) for index in range(x.shape[dim])]
 
 
 def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Repaired:

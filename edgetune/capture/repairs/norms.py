@@ -43,10 +43,10 @@ def group_norm(
     channels = x.shape[1] // num_groups
     apart = groups - _mean(groups, channels)
     scaled = apart * torch.rsqrt(_mean(apart * apart, channels) + eps)
-    found = scaled.reshape(x.shape)
+    result = scaled.reshape(x.shape)
     form = (1, -1, *[1] * (x.dim() - 2))
-    found = found if weight is None else found * weight.reshape(form)
-    return found if bias is None else found + bias.reshape(form)
+    result = result if weight is None else result * weight.reshape(form)
+    return result if bias is None else result + bias.reshape(form)
 
 
 def _mean(rows: Tensor, parts: int) -> Tensor:

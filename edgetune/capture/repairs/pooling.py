@@ -52,8 +52,8 @@ def largest(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Repair
     if not takes(x) or x.dim() != 4 or dims != [2, 3]:
         return NotImplemented
     window = list(x.shape[2:])
-    found = torch.ops.aten.max_pool2d.default(x, window, window)
-    return found if keepdim else found.reshape(x.shape[:2])
+    pooled = torch.ops.aten.max_pool2d.default(x, window, window)
+    return pooled if keepdim else pooled.reshape(x.shape[:2])
 
 
 def largest_and_place(x: Tensor, dim: int, keepdim: bool = False) -> Repaired:

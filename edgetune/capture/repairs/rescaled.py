@@ -69,8 +69,8 @@ def _part(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> None:
     reader.replace_input_with(node, value)
 
 
-def _is(node: fx.Node, what: str) -> bool:
-    return str(node.target) == f"quantized_decomposed.{what}.default"
+def _is(node: fx.Node, operator: str) -> bool:
+    return str(node.target) == f"quantized_decomposed.{operator}.default"
 
 
 def _is_flat(node: fx.Node) -> bool:

@@ -151,10 +151,10 @@ def largest(
     after = max(0, (count - 1) * step[0] + covered - x.shape[2] - edge[0])
     if edge[0] or after:
         pooled = F.pad(pooled, [0, 0, 0, 0, edge[0], after], value=torch.finfo(x.dtype).min)
-    found, *rest = _taps(pooled, kernel[0], step[0], count, apart[0])
+    result, *rest = _taps(pooled, kernel[0], step[0], count, apart[0])
     for tap in rest:
-        found = torch.maximum(found, tap)
-    return found
+        result = torch.maximum(result, tap)
+    return result
 
 
 def _three(value: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgetune.profile.micro.functions import functions, kernels
 from edgetune.profile.micro.layers import layers, linear
-from edgetune.profile.micro.program import Calls, Function, Micro, called, floats
+from edgetune.profile.micro.program import Calls, Function, Micro, chain_of, floats
 
 CHAIN = 33  # operators in the long tiny programs, from which the cost of one is told
 
@@ -43,13 +43,13 @@ def _alternating(x: Tensor) -> Tensor:
 
 def _parts() -> Iterator[Micro]:
     """Many calls of the backend in one program."""
-    yield called("parts", _alternating, (1, 16), times=8)
-    yield called("parts", _alternating, (1, 16, 64), times=8)
+    yield chain_of("parts", _alternating, (1, 16), times=8)
+    yield chain_of("parts", _alternating, (1, 16, 64), times=8)
 
 
 def quick() -> tuple[Micro, ...]:
     """The few that show a calibration to work."""
-    return (linear(64, 256, 256, 1), linear(64, 512, 512, 1), called("add", torch.add, (1, 65536), (1, 65536)))
+    return (linear(64, 256, 256, 1), linear(64, 512, 512, 1), chain_of("add", torch.add, (1, 65536), (1, 65536)))
 
 
 def programs() -> tuple[Micro, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.profile.micro.program import INT4, INT8, Micro, floats, named
+from edgetune.profile.micro.program import INT4, INT8, Micro, floats, quantized_name
 
 
 class _Inverted(nn.Module):
@@ -98,7 +98,7 @@ class _Network(nn.Module):
         return out
 
 
-def _pictures(block: str, wide: int, size: int, times: int) -> nn.Module:
+def _image_network(block: str, wide: int, size: int, times: int) -> nn.Module:
     kinds: dict[str, Callable[[], nn.Module]] = {
         "inverted-3": lambda: _Inverted(wide, 3, excited=False),
         "inverted-5": lambda: _Inverted(wide, 5, excited=True),
@@ -108,7 +108,7 @@ def _pictures(block: str, wide: int, size: int, times: int) -> nn.Module:
     return _Network(nn.Conv2d(3, wide, 4, 4), [kinds[block]() for _ in range(times)], wide)
 
 
-def _tokens(wide: int, heads: int, gated: bool, times: int) -> nn.Module:
+def _token_network(wide: int, heads: int, gated: bool, times: int) -> nn.Module:
     return _Network(nn.Linear(wide, wide), [_Transformer(wide, heads, gated) for _ in range(times)], wide)
 
 
@@ -120,12 +120,12 @@ def blocks() -> Iterator[Micro]:
         ("inverted-3", 16, 48, 3), ("inverted-5", 48, 16, 5), ("residual", 64, 16, 4), ("convnext", 64, 16, 4),
     ):  # fmt: skip
         for quantize in ("", INT8):
-            name = named(f"{block}-{wide}x{size}", quantize)
-            yield Micro(name, partial(_pictures, block, wide, size, times), floats((1, 3, size, size)), quantize)
+            name = quantized_name(f"{block}-{wide}x{size}", quantize)
+            yield Micro(name, partial(_image_network, block, wide, size, times), floats((1, 3, size, size)), quantize)
     for rows, wide, heads, gated, times in (
         (16, 64, 4, False, 4), (32, 128, 4, True, 3), (64, 256, 8, False, 2), (24, 384, 6, True, 3),
         (8, 96, 3, False, 6), (48, 192, 4, True, 2), (128, 64, 2, False, 3), (12, 160, 4, False, 5),
     ):  # fmt: skip
         for quantize in ("", INT4):
-            name = named(f"transformer-{rows}x{wide}{'-gated' if gated else ''}", quantize)
-            yield Micro(name, partial(_tokens, wide, heads, gated, times), floats((1, rows, wide)), quantize)
+            name = quantized_name(f"transformer-{rows}x{wide}{'-gated' if gated else ''}", quantize)
+            yield Micro(name, partial(_token_network, wide, heads, gated, times), floats((1, rows, wide)), quantize)

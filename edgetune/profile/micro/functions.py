@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.profile.micro.program import INT4, INT8, Function, Layers, Micro, called, floats, named
+from edgetune.profile.micro.program import INT4, INT8, Function, LayerChain, Micro, chain_of, floats, quantized_name
 
 _SIZES: tuple[tuple[int, ...], ...] = ((1, 16, 64), (1, 64, 384), (1, 256, 1024))
 _ENDS = _SIZES[::2]
@@ -31,8 +31,8 @@ _BINARY: dict[str, Function] = {"add": torch.add, "multiply": torch.mul, "subtra
 def _attention(heads: int, rows: int, wide: int) -> tuple[Micro, Micro]:
     """Scores and their use: two products of activations."""
     return (
-        called("scores", lambda q, k: torch.bmm(q, k), (heads, rows, wide), (heads, wide, rows)),
-        called("values", lambda p, v: torch.bmm(p, v), (heads, rows, rows), (heads, rows, wide)),
+        chain_of("scores", lambda q, k: torch.bmm(q, k), (heads, rows, wide), (heads, wide, rows)),
+        chain_of("values", lambda p, v: torch.bmm(p, v), (heads, rows, rows), (heads, rows, wide)),
     )
 
 
@@ -118,40 +118,40 @@ _BATCHED = (
 def functions() -> Iterator[Micro]:
     """What has no weights and goes to XNNPACK."""
     for name, function in _UNARY.items():
-        yield from (called(name, function, size, times=8) for size in _SIZES)
+        yield from (chain_of(name, function, size, times=8) for size in _SIZES)
     for name, function in _BINARY.items():
-        yield from (called(name, function, size, size, times=8) for size in _SIZES)
-        yield called(f"{name}-row", function, (1, 128, 384), (1, 1, 384), times=8)
-    yield from (called(n, _BINARY[n], s, s, times=4, quantize=INT8) for n in ("add", "multiply") for s in _ENDS)
-    yield from (called("hardswish", functional.hardswish, s, times=4, quantize=INT8) for s in ((1, 1, 16), *_ENDS))
+        yield from (chain_of(name, function, size, size, times=8) for size in _SIZES)
+        yield chain_of(f"{name}-row", function, (1, 128, 384), (1, 1, 384), times=8)
+    yield from (chain_of(n, _BINARY[n], s, s, times=4, quantize=INT8) for n in ("add", "multiply") for s in _ENDS)
+    yield from (chain_of("hardswish", functional.hardswish, s, times=4, quantize=INT8) for s in ((1, 1, 16), *_ENDS))
     for shape in ((1, 64, 1, 1), (1, 256, 4, 4), (1, 64, 16, 16), (1, 16, 32, 32), (1, 96, 56, 56)):
-        yield called("channels-last", _channels_last, shape, times=4)
-        yield called("channels-last", _channels_last_int8, shape, times=2, quantize=INT8)
-        yield called("squeezed", _squeezed, shape, times=4)
-    yield called("multiply-image", torch.mul, (1, 64, 16, 16), (1, 64, 1, 1), times=8)
-    yield called("multiply-scalar", lambda x: x * 1.01, (1, 16, 64), times=8)
+        yield chain_of("channels-last", _channels_last, shape, times=4)
+        yield chain_of("channels-last", _channels_last_int8, shape, times=2, quantize=INT8)
+        yield chain_of("squeezed", _squeezed, shape, times=4)
+    yield chain_of("multiply-image", torch.mul, (1, 64, 16, 16), (1, 64, 1, 1), times=8)
+    yield chain_of("multiply-scalar", lambda x: x * 1.01, (1, 16, 64), times=8)
     for heads, rows, wide in ((2, 16, 32), (4, 64, 32), (12, 64, 32), (3, 196, 64), (9, 128, 64)):
         yield from _attention(heads, rows, wide)
     for left, right in _BATCHED:
-        yield called("batched", torch.bmm, left, right)
-    yield from (called("softmax", _softmax, s, times=4) for s in ((2, 16, 16), (12, 64, 64), (3, 196, 196)))
+        yield chain_of("batched", torch.bmm, left, right)
+    yield from (chain_of("softmax", _softmax, s, times=4) for s in ((2, 16, 16), (12, 64, 64), (3, 196, 196)))
     for shape in ((1, 16, 2, 32), (1, 64, 12, 32), (1, 196, 3, 64), (1, 96, 4, 4)):
-        yield called("heads", _split_heads, shape, times=4)
-        yield called("turned", _turned, shape, times=4)
-        yield called("reshaped", _reshaped, shape, times=4)
+        yield chain_of("heads", _split_heads, shape, times=4)
+        yield chain_of("turned", _turned, shape, times=4)
+        yield chain_of("reshaped", _reshaped, shape, times=4)
     for text in ((1, 32, 64), (1, 128, 384)):
-        yield called("halves", halves, text, times=4)
-        yield called("quarters", _quarters, text, times=4)
-    yield called("quarters", _quarters, (1, 64, 4, 16), times=4)
+        yield chain_of("halves", halves, text, times=4)
+        yield chain_of("quarters", _quarters, text, times=4)
+    yield chain_of("quarters", _quarters, (1, 64, 4, 16), times=4)
     for averaged in ((1, 32, 64), (1, 128, 384), (1, 128, 4), (1, 1024, 16)):
-        yield called("centered", _centered, averaged, times=4)
-    yield from (called("steps", _steps, shape) for shape in ((1, 128, 16, 8), (1, 512, 8, 4)))
+        yield chain_of("centered", _centered, averaged, times=4)
+    yield from (chain_of("steps", _steps, shape) for shape in ((1, 128, 16, 8), (1, 512, 8, 4)))
     for shape in ((1, 16, 16, 16), (1, 64, 28, 28)):
-        yield called("halves", halves, shape, times=2)
-        yield called("padded", _padded, shape)
-        yield called("max-pool", pooled, shape, times=2)
-        yield called("average-pool", _averaged, shape)
-        yield called("resized", _resized, shape)
+        yield chain_of("halves", halves, shape, times=2)
+        yield chain_of("padded", _padded, shape)
+        yield chain_of("max-pool", pooled, shape, times=2)
+        yield chain_of("average-pool", _averaged, shape)
+        yield chain_of("resized", _resized, shape)
 
 
 # What no backend takes
@@ -159,7 +159,7 @@ def functions() -> Iterator[Micro]:
 
 def _layer_norm(rows: int, wide: int, times: int) -> Micro:
     def module() -> nn.Module:
-        return Layers([nn.LayerNorm(wide) for _ in range(times)])
+        return LayerChain([nn.LayerNorm(wide) for _ in range(times)])
 
     return Micro(f"layer-norm-{rows}x{wide}", module, floats((1, rows, wide)))
 
@@ -168,9 +168,9 @@ def _embedding(rows: int, words: int, wide: int, quantize: str = "") -> Micro:
     def tokens() -> tuple[Tensor, ...]:
         return (torch.randint(0, words, (1, rows), generator=torch.Generator().manual_seed(0)),)
 
-    name = named(f"embedding-{rows}x{wide}", quantize)
+    name = quantized_name(f"embedding-{rows}x{wide}", quantize)
     # int4 wants a linear layer, and takes the table with it
-    return Micro(name, lambda: Layers([nn.Embedding(words, wide), nn.Linear(wide, wide)]), tokens, quantize)
+    return Micro(name, lambda: LayerChain([nn.Embedding(words, wide), nn.Linear(wide, wide)]), tokens, quantize)
 
 
 def _masked(x: Tensor) -> Tensor:
@@ -218,11 +218,12 @@ def kernels() -> Iterator[Micro]:
                  "joined": _joined, "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
     for name, function in functions.items():
         times = 1 if name in ("top", "both", "joined", "heads") else 4
-        yield from (called(name, function, size, times=times, target="portable") for size in sizes)
-    yield from (called("selected", _selected, size, size, target="portable") for size in sizes)
-    yield from (called("least", torch.minimum, size, size, times=4, target="portable") for size in sizes)
+        yield from (chain_of(name, function, size, times=times, target="portable") for size in sizes)
+    yield from (chain_of("selected", _selected, size, size, target="portable") for size in sizes)
+    yield from (chain_of("least", torch.minimum, size, size, times=4, target="portable") for size in sizes)
     yield from (
-        called("gathered", _gathered, size, target="portable") for size in ((16, 64, 128), (32, 64, 32), (48, 128, 96))
+        chain_of("gathered", _gathered, size, target="portable")
+        for size in ((16, 64, 128), (32, 64, 32), (48, 128, 96))
     )
-    yield called("matmul", torch.bmm, (2, 16, 32), (2, 32, 16), target="portable")
-    yield called("matmul", torch.bmm, (9, 64, 64), (9, 64, 64), target="portable")
+    yield chain_of("matmul", torch.bmm, (2, 16, 32), (2, 32, 16), target="portable")
+    yield chain_of("matmul", torch.bmm, (9, 64, 64), (9, 64, 64), target="portable")

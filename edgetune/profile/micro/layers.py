@@ -8,23 +8,25 @@ from functools import partial
 from torch import Tensor, nn
 
 from edgetune.profile.micro.functions import halves, pooled
-from edgetune.profile.micro.program import INT4, INT8, Function, Layers, Micro, floats, named
+from edgetune.profile.micro.program import INT4, INT8, Function, LayerChain, Micro, floats, quantized_name
 
 
 def linear(rows: int, wide: int, out: int, pairs: int, quantize: str = "") -> Micro:
     """`pairs` times wide -> out -> wide."""
 
     def module() -> nn.Module:
-        return Layers([layer for _ in range(pairs) for layer in (nn.Linear(wide, out), nn.Linear(out, wide))])
+        return LayerChain([layer for _ in range(pairs) for layer in (nn.Linear(wide, out), nn.Linear(out, wide))])
 
-    return Micro(named(f"linear-{rows}x{wide}x{out}", quantize), module, floats((rows, wide)), quantize)
+    return Micro(quantized_name(f"linear-{rows}x{wide}x{out}", quantize), module, floats((rows, wide)), quantize)
 
 
 def _pointwise(wide: int, out: int, size: int, pairs: int, quantize: str = "") -> Micro:
     def module() -> nn.Module:
-        return Layers([layer for _ in range(pairs) for layer in (nn.Conv2d(wide, out, 1), nn.Conv2d(out, wide, 1))])
+        return LayerChain([layer for _ in range(pairs) for layer in (nn.Conv2d(wide, out, 1), nn.Conv2d(out, wide, 1))])
 
-    return Micro(named(f"pointwise-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize)
+    return Micro(
+        quantized_name(f"pointwise-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize
+    )
 
 
 def _conv(wide: int, size: int, kernel: int, times: int, groups: int = 1, quantize: str = "") -> Micro:
@@ -33,9 +35,9 @@ def _conv(wide: int, size: int, kernel: int, times: int, groups: int = 1, quanti
 
     def module() -> nn.Module:
         made = [nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=groups) for _ in range(times)]
-        return Layers(made)
+        return LayerChain(made)
 
-    name = named(f"{kind}-{kernel}-{wide}x{size}", quantize)
+    name = quantized_name(f"{kind}-{kernel}-{wide}x{size}", quantize)
     return Micro(name, module, floats((1, wide, size, size)), quantize)
 
 
@@ -43,23 +45,27 @@ def _stem(out: int, size: int, kernel: int, stride: int, quantize: str = "") -> 
     """The first convolution of a network: three channels in."""
 
     def module() -> nn.Module:
-        return Layers([nn.Conv2d(3, out, kernel, stride, kernel // 2)])
+        return LayerChain([nn.Conv2d(3, out, kernel, stride, kernel // 2)])
 
-    return Micro(named(f"stem-{kernel}-{out}x{size}", quantize), module, floats((1, 3, size, size)), quantize)
+    return Micro(quantized_name(f"stem-{kernel}-{out}x{size}", quantize), module, floats((1, 3, size, size)), quantize)
 
 
 def _strided(wide: int, size: int, kernel: int, quantize: str = "") -> Micro:
     def module() -> nn.Module:
-        return Layers([nn.Conv2d(wide, wide, kernel, 2, kernel // 2, groups=wide)])
+        return LayerChain([nn.Conv2d(wide, wide, kernel, 2, kernel // 2, groups=wide)])
 
-    return Micro(named(f"strided-{kernel}-{wide}x{size}", quantize), module, floats((1, wide, size, size)), quantize)
+    return Micro(
+        quantized_name(f"strided-{kernel}-{wide}x{size}", quantize), module, floats((1, wide, size, size)), quantize
+    )
 
 
 def _upward(wide: int, out: int, size: int, quantize: str = "") -> Micro:
     def module() -> nn.Module:
-        return Layers([nn.ConvTranspose2d(wide, out, 2, 2)])
+        return LayerChain([nn.ConvTranspose2d(wide, out, 2, 2)])
 
-    return Micro(named(f"upward-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize)
+    return Micro(
+        quantized_name(f"upward-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize
+    )
 
 
 class _Between(nn.Module):
@@ -91,7 +97,7 @@ _BETWEEN: dict[str, Function] = {"shifted": _shifted, "shuffled": _shuffled, "sw
 
 
 def _between(name: str, wide: int, size: int, quantize: str) -> Micro:
-    full = named(f"{name}-{wide}x{size}", quantize)
+    full = quantized_name(f"{name}-{wide}x{size}", quantize)
     return Micro(full, partial(_Between, _BETWEEN[name], wide, 4), floats((1, wide, size, size)), quantize)
 
 

@@ -39,7 +39,7 @@ class Calls(nn.Module):
         return x
 
 
-class Layers(nn.Module):
+class LayerChain(nn.Module):
     """Layers one after the other, under a name: parameter names that begin with a digit break the lowering."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -57,19 +57,19 @@ def floats(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: tuple(torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs() + 0.1 for shape in shapes)
 
 
-def _by(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def named(name: str, quantize: str) -> str:
+def quantized_name(name: str, quantize: str) -> str:
     """The name with how it is quantized."""
     return f"{name}-{quantize}" if quantize else name
 
 
-def called(
+def chain_of(
     name: str, function: Function, *shapes: tuple[int, ...], times: int = 1, quantize: str = "", target: str = "xnnpack"
 ) -> Micro:
     """A function of inputs of these shapes, applied so many times to the first."""
     ending = "-portable" if target == "portable" else ""
-    full = named(f"{name}-{_by(shapes[0])}{ending}", quantize)
+    full = quantized_name(f"{name}-{_format_shape(shapes[0])}{ending}", quantize)
     return Micro(full, partial(Calls, function, times), floats(*shapes), quantize, target)

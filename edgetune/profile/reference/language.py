@@ -65,7 +65,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QuantizationScheme:
     """How the weights are stored. Bits include the scales that are read with them."""
 
     name: str
@@ -80,11 +80,11 @@ class Scheme:
     adapter_rank: int = 0  # LoRA beside every linear layer, in 32 bits
 
 
-def _grouped(name: str, group: int, **changes: float) -> Scheme:
+def _grouped(name: str, group: int, **changes: float) -> QuantizationScheme:
     """4-bit weights in groups with a scale each, 8-bit activations, as ExecuTorch exports them (`8da4w`)."""
     packed, filed = 4 + 16 / group, 4 + 32 / group
     bits = {"head_bits": packed, "file_head_bits": filed, "file_table_bits": 8.0, **changes}
-    return Scheme(
+    return QuantizationScheme(
         name=name,
         dtype="8da4w",
         block_bits=packed,
@@ -96,17 +96,17 @@ def _grouped(name: str, group: int, **changes: float) -> Scheme:
     )
 
 
-_SCHEMES = (
-    Scheme("bf16", "bf16", 16, 16, 16, 16, 16, copies=1, cache_bytes=2),
+_ALL_SCHEMES = (
+    QuantizationScheme("bf16", "bf16", 16, 16, 16, 16, 16, copies=1, cache_bytes=2),
     _grouped("8da4w-g32", 32),
     _grouped("8da4w-g128", 128),
     _grouped("8da4w-g256", 256),
     _grouped("8da4w-g32-head8", 32, head_bits=8.0, file_head_bits=8.0),
     _grouped("8da4w-g32-head8-lora16", 32, head_bits=8.0, file_head_bits=8.0, adapter_rank=16),
     # llama.cpp: blocks of 4 and 6 bits as its file of Llama 3.2 3B (2.02 GB) has them, the tied table in 6
-    Scheme("q4-k-m", "8da4w", 4.81, 6.5625, 4.81, 6.5625, 0, copies=1, cache_bytes=2),
+    QuantizationScheme("q4-k-m", "8da4w", 4.81, 6.5625, 4.81, 6.5625, 0, copies=1, cache_bytes=2),
 )
-SCHEMES = {scheme.name: scheme for scheme in _SCHEMES}
+QUANTIZATION_SCHEMES = {scheme.name: scheme for scheme in _ALL_SCHEMES}
 
 _ARCHITECTURES = (
     Architecture("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000, tied=False),
@@ -132,7 +132,7 @@ ARCHITECTURES = {architecture.name: architecture for architecture in _ARCHITECTU
 class _Step:
     """Collects the operators of one run over `tokens` rows."""
 
-    def __init__(self, architecture: Architecture, scheme: Scheme, tokens: int, cached: int) -> None:
+    def __init__(self, architecture: Architecture, scheme: QuantizationScheme, tokens: int, cached: int) -> None:
         self.model, self.scheme, self.tokens, self.cached = architecture, scheme, tokens, cached
         self.bytes = 2 if scheme.dtype == "bf16" else 4  # activations stay in 32 bits beside 8-bit products
         self.operators: list[Operator] = []
@@ -225,7 +225,7 @@ class _Step:
         self.elementwise("xnnpack.add", model.hidden, 2)
 
 
-def _run(architecture: Architecture, scheme: Scheme, tokens: int, cached: int) -> tuple[Operator, ...]:
+def _run(architecture: Architecture, scheme: QuantizationScheme, tokens: int, cached: int) -> tuple[Operator, ...]:
     step = _Step(architecture, scheme, tokens, cached)
     step.add("aten.embedding.default", "embedding", (tokens, architecture.hidden), 0)
     for _ in range(architecture.layers):
@@ -236,12 +236,12 @@ def _run(architecture: Architecture, scheme: Scheme, tokens: int, cached: int) -
     return tuple(step.operators)
 
 
-def decode(architecture: Architecture, scheme: Scheme, cached: int = 0) -> tuple[Operator, ...]:
+def decode(architecture: Architecture, scheme: QuantizationScheme, cached: int = 0) -> tuple[Operator, ...]:
     """The operators of one token after `cached` others."""
     return _run(architecture, scheme, 1, cached)
 
 
-def prefill(architecture: Architecture, scheme: Scheme, tokens: int) -> tuple[Operator, ...]:
+def prefill(architecture: Architecture, scheme: QuantizationScheme, tokens: int) -> tuple[Operator, ...]:
     """The operators of a prompt of `tokens` tokens; the head is computed for the last alone."""
     return _run(architecture, scheme, tokens, 0)
 
@@ -251,7 +251,7 @@ def adapter_parameters(architecture: Architecture, rank: int) -> int:
     return architecture.layers * rank * sum(columns + rows for _, columns, rows in architecture.matrices)
 
 
-def file_mib(architecture: Architecture, scheme: Scheme) -> float:
+def file_mib(architecture: Architecture, scheme: QuantizationScheme) -> float:
     """Size of the program: weights, scales, tables, norms and adapters."""
     copies = 2 if not architecture.tied else scheme.copies
     table_bits = scheme.file_head_bits + (scheme.file_table_bits if copies == 2 else 0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import machine
-from .runs import loaded_runtime
+from .runs import load_runtime
 
 _LEAST_RUNS = 5
 
@@ -27,32 +27,32 @@ def main(folder: Path) -> int:
     """Run as a program."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     machine.pin(int(request["threads"]))
-    runtime = loaded_runtime(None)  # without a thread of its own until a fork asks for some
+    runtime = load_runtime(None)  # without a thread of its own until a fork asks for some
     for name in request["names"]:
         fork = os.fork()
         if fork == 0:
-            os._exit(_told(runtime, folder, name, int(request["threads"]), float(request["seconds"])))
+            os._exit(_time_program(runtime, folder, name, int(request["threads"]), float(request["seconds"])))
         status = os.waitpid(fork, 0)[1]
         if status != 0:
-            _say({"name": name, "state": "failed", "error": f"it took its process down (status {status})"})
+            _print_json({"name": name, "state": "failed", "error": f"it took its process down (status {status})"})
     return 0
 
 
-def _told(runtime: Any, folder: Path, name: str, threads: int, seconds: float) -> int:
+def _time_program(runtime: Any, folder: Path, name: str, threads: int, seconds: float) -> int:
     try:
         runtime._unsafe_reset_threadpool(threads)
         torch.set_num_threads(threads)  # a kernel that calls BLAS would wait for a second thread on the same core
-        _say({"name": name, "state": "done", **_timed(runtime, folder, name, seconds)})
+        _print_json({"name": name, "state": "done", **_time_calls(runtime, folder, name, seconds)})
     except Exception as error:  # one program that does not load or run: the others go on
-        _say({"name": name, "state": "failed", "error": f"{type(error).__name__}: {error}"})
+        _print_json({"name": name, "state": "failed", "error": f"{type(error).__name__}: {error}"})
     return 0
 
 
-def _say(told: dict[str, Any]) -> None:
-    print(json.dumps(told), flush=True)
+def _print_json(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
 
 
-def _timed(runtime: Any, folder: Path, name: str, seconds: float) -> dict[str, float]:
+def _time_calls(runtime: Any, folder: Path, name: str, seconds: float) -> dict[str, float]:
     """Load time, and the median and spread of the runs, after a warm-up of a third of the time."""
     inputs = torch.load(folder / f"{name}.pt", weights_only=True)
     begun = time.perf_counter()

@@ -31,7 +31,7 @@ _LEAST_SAMPLES = 5
 
 def energy(once: Callable[[], float], seconds: float, sys_folder: Path = SYS) -> dict[str, Any]:
     """Millijoules of one run, from runs for about `seconds`: `energy_mj`, null where nothing measures it, and why."""
-    meter, why = found(sys_folder)
+    meter, why = find_meter(sys_folder)
     if meter is None:
         return {"energy_mj": None, "energy_note": why}
     runs, begun = 0, time.perf_counter()
@@ -60,7 +60,7 @@ class Meter:
         raise NotImplementedError
 
 
-def found(sys_folder: Path = SYS) -> tuple[Meter | None, str]:
+def find_meter(sys_folder: Path = SYS) -> tuple[Meter | None, str]:
     """The machine's meter; without one, the reason."""
     zones = rapl_zones(sys_folder)
     if zones:

@@ -43,30 +43,30 @@ def serve(folder: Path, answer: Callable[[Path, dict[str, Any]], dict[str, Any]]
 
 def versions() -> dict[str, str]:
     """Of the packages that a program needs; those that are not installed are left out."""
-    found = {}
+    installed = {}
     for name in ("executorch", "torch"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Time each call of the program that the request names; its path is relative to the folder."""
     if request.get("check"):
-        return _checked()
+        return _check_installed()
     threads = int(request["threads"])
     cores = machine.pin(threads)
-    calls = inputs_in(folder, request["rows"])
-    runtime = loaded_runtime(threads)
+    calls = read_inputs(folder, request["rows"])
+    runtime = load_runtime(threads)
     if request.get("language"):
         load_language_operators()
     empty_mib = machine.resident_mib("VmRSS")
     started = time.perf_counter()
-    run = _loaded(runtime, folder, request)
+    run = _load_method(runtime, folder, request)
     load_ms = (time.perf_counter() - started) * 1e3
-    timed = [_timed(run, inputs, request) for inputs in calls]
+    timed = [_time_call(run, inputs, request) for inputs in calls]
     whole = {
         "threads": int(runtime._threadpool_get_thread_count()),
         "cores": cores,
@@ -77,16 +77,16 @@ def answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {"calls": [{**call, **whole} for call in timed], "versions": versions(), "facts": machine.facts()}
 
 
-def _checked() -> dict[str, Any]:
+def _check_installed() -> dict[str, Any]:
     """What is installed here, without the seconds that its import takes."""
-    found = versions()
-    absent = [name for name in ("executorch", "torch") if name not in found]
+    installed = versions()
+    absent = [name for name in ("executorch", "torch") if name not in installed]
     if absent:
         raise ImportError(f"{' and '.join(absent)} not installed")
-    return {"versions": found, "facts": machine.facts()}
+    return {"versions": installed, "facts": machine.facts()}
 
 
-def _timed(
+def _time_call(
     run: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, ...], request: dict[str, Any]
 ) -> dict[str, Any]:
     def once() -> float:
@@ -94,11 +94,13 @@ def _timed(
         run(inputs)
         return (time.perf_counter() - begun) * 1e3
 
-    found = in_batches(once, request) if "batch_runs" in request else timings(once, request)
-    return {**found, **power.energy(once, float(request["energy_seconds"]))} if request.get("energy_seconds") else found
+    timing = time_in_batches(once, request) if "batch_runs" in request else time_runs(once, request)
+    return (
+        {**timing, **power.energy(once, float(request["energy_seconds"]))} if request.get("energy_seconds") else timing
+    )
 
 
-def loaded_runtime(threads: int | None) -> Any:
+def load_runtime(threads: int | None) -> Any:
     """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
     import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
     import torch  # noqa: F401  first, for its libraries
@@ -117,21 +119,21 @@ def load_language_operators() -> None:
 
     package = importlib.util.find_spec("executorch.extension.llm.custom_ops")
     folders = list(package.submodule_search_locations or []) if package is not None else []
-    found = [file for folder in folders for file in Path(folder).glob("*custom_ops_aot_lib.*")]
-    if not found:
+    libraries = [file for folder in folders for file in Path(folder).glob("*custom_ops_aot_lib.*")]
+    if not libraries:
         raise ImportError("this executorch has no kernels for language models")
-    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
 
 
-def inputs_in(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
+def read_inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
     """The rows that were left in the folder for the child."""
     import torch
 
-    found: list[tuple[Tensor, ...]] = torch.load(folder / "inputs.pt", weights_only=True) if rows else []
-    return found
+    batches: list[tuple[Tensor, ...]] = torch.load(folder / "inputs.pt", weights_only=True) if rows else []
+    return batches
 
 
-def _loaded(runtime: Any, folder: Path, request: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], Any]:
+def _load_method(runtime: Any, folder: Path, request: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], Any]:
     """The method `forward`, loaded and ready to be called.
 
     A clone of the outputs would be torch's work, not the program's, and start threads of its own.
@@ -150,7 +152,7 @@ def _loaded(runtime: Any, folder: Path, request: dict[str, Any]) -> Callable[[tu
     return call
 
 
-def timings(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
+def time_runs(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
     """The first run, the warm-up and the timed runs of what `once` does and times, as `Timing` names them."""
     first_ms = once()
     warm = _warm_up(once, float(request["warm_up_seconds"]))
@@ -163,7 +165,7 @@ def timings(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any
     return {"first_ms": first_ms, "latencies_ms": latencies, "warm_up_runs": warm, "states": states}
 
 
-def in_batches(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
+def time_in_batches(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
     """The same by the thermal protocol: batches of so many warm-ups and runs, and the machine's state around each."""
     first_ms = once()
     states = [machine.state()]

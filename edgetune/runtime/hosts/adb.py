@@ -53,7 +53,7 @@ class Adb:
 
     def __enter__(self) -> Adb:
         machine = _machine(self.runner)
-        self.serial = self._chosen()
+        self.serial = self._choose_phone()
         self.model = " ".join(filter(None, map(self._property, ("ro.product.manufacturer", "ro.product.model"))))
         takes = self._property("ro.product.cpu.abilist").split(",")
         if machine not in takes:
@@ -96,7 +96,7 @@ class Adb:
         """Cores that the shell may use there."""
         return self._cores
 
-    def told_of(self, built_with: dict[str, str]) -> str:
+    def caveat(self, built_with: dict[str, str]) -> str:
         """That its inputs are ones, that memory is the whole process's, and what else the runner cannot say."""
         return "; ".join(filter(None, ("executor_runner: inputs are ones, memory is of the whole process", self.means)))
 
@@ -116,7 +116,7 @@ class Adb:
             self._push(request.data, "model.ptd")
             command.append("--data_path=model.ptd")
         first, runs, states = self._batches(command, path, request.seconds)
-        watched = self._watched(command, path, statistics.median(runs), request.energy)
+        watched = self._measure_memory(command, path, statistics.median(runs), request.energy)
         timing = Timing(
             threads=request.threads,
             load_ms=first.load_ms,
@@ -139,12 +139,12 @@ class Adb:
         logs: list[android.Log] = []
         self.means = ""
         while len(logs) < _MOST_BATCHES and (not logs or sum(log.total_ms for log in logs) < seconds * 1e3):
-            log = self._executed(command, WARM_UPS + RUNS, path)
+            log = self._execute(command, WARM_UPS + RUNS, path)
             states.append(self._state())
             logs.append(log)
             runs += log.runs_ms[WARM_UPS:] or [log.total_ms / log.runs]
         while not logs[0].runs_ms and len(logs) < _BATCHES_OF_MEANS:
-            log = self._executed(command, WARM_UPS + RUNS, path)
+            log = self._execute(command, WARM_UPS + RUNS, path)
             logs.append(log)
             runs.append(log.total_ms / log.runs)
         if not logs[0].runs_ms:
@@ -153,35 +153,35 @@ class Adb:
             )
         return logs[0], runs, states
 
-    def _executed(self, command: list[str], executions: int, path: Path) -> android.Log:
+    def _execute(self, command: list[str], executions: int, path: Path) -> android.Log:
         words = shlex.join([*command, f"--num_executions={executions}"])
         done = self._run(["shell", f"cd {self.folder} && {words} 2>&1"], self.timeout_seconds)
         if done.returncode != 0:
-            raise self._died(done.returncode, done.stdout, path)
-        log = android.log_of(done.stdout)
+            raise self._runner_error(done.returncode, done.stdout, path)
+        log = android.parse_log(done.stdout)
         if log is None or log.runs != executions:
-            what = "the runner ran, but logged no times"
-            raise EdgetuneError(what, where=str(self.runner), action=_BUILD, exit_code=Exit.EXPORT)
+            message = "the runner ran, but logged no times"
+            raise EdgetuneError(message, where=str(self.runner), action=_BUILD, exit_code=Exit.EXPORT)
         return log
 
-    def _watched(self, command: list[str], path: Path, latency_ms: float, energy: bool) -> dict[str, Any]:
+    def _measure_memory(self, command: list[str], path: Path, latency_ms: float, energy: bool) -> dict[str, Any]:
         """Peak memory, and energy of one run, from a longer batch that is not timed but looked at from beside it."""
         executions = max(WARM_UPS + RUNS, math.ceil(_WATCHED_SECONDS * 1e3 / latency_ms))
         words = shlex.join([*command, f"--num_executions={executions}"])
-        done = self._run(["shell", android.watching(self.folder, words)], self.timeout_seconds)
+        done = self._run(["shell", android.watch_script(self.folder, words)], self.timeout_seconds)
         if done.returncode != 0:
-            raise self._died(done.returncode, done.stdout, path)
+            raise self._runner_error(done.returncode, done.stdout, path)
         peak_mib = android.peak_mib(done.stdout)
         if peak_mib is None:
             raise EdgetuneError("the memory of the runner could not be read", where=self.name, exit_code=Exit.EXPORT)
-        found: dict[str, Any] = {"peak_memory_mib": peak_mib}
+        measurement: dict[str, Any] = {"peak_memory_mib": peak_mib}
         if energy:
             watts, note = android.power_w(done.stdout, self._shell("dumpsys battery", may_fail=True))
-            found |= {"energy_mj": watts * latency_ms if watts is not None else None, "energy_note": note}
-        return found
+            measurement |= {"energy_mj": watts * latency_ms if watts is not None else None, "energy_note": note}
+        return measurement
 
     def _state(self) -> dict[str, Any]:
-        return android.state_of(self._shell("dumpsys thermalservice", may_fail=True), self._shell(android.SENSORS))
+        return android.parse_state(self._shell("dumpsys thermalservice", may_fail=True), self._shell(android.SENSORS))
 
     def _property(self, name: str) -> str:
         return self._shell(f"getprop {name}").strip()
@@ -192,14 +192,14 @@ class Adb:
         if done.returncode == 0:
             return
         if "No space left" in done.stdout:
-            what = f"no room is left for {size / 2**20:.1f} MiB in {_FOLDER}"
-            raise EdgetuneError(what, where=self.name, action="free some on the phone")
-        raise self._failed(f"{source} could not be copied there", done.stdout)
+            message = f"no room is left for {size / 2**20:.1f} MiB in {_FOLDER}"
+            raise EdgetuneError(message, where=self.name, action="free some on the phone")
+        raise self._adb_error(f"{source} could not be copied there", done.stdout)
 
     def _shell(self, script: str, *, may_fail: bool = False) -> str:
         done = self._run(["shell", script], _SECONDS)
         if done.returncode != 0 and not may_fail:
-            raise self._failed(f"`{script}` ended with code {done.returncode}", done.stdout)
+            raise self._adb_error(f"`{script}` ended with code {done.returncode}", done.stdout)
         return done.stdout if done.returncode == 0 else ""
 
     def _run(self, arguments: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
@@ -213,46 +213,46 @@ class Adb:
         except FileNotFoundError as error:
             raise EdgetuneError("adb is not installed", action="sudo apt-get install adb") from error
         except subprocess.TimeoutExpired as error:
-            what = f"`adb {arguments[0]}` took more than {seconds:.0f} s"
+            message = f"`adb {arguments[0]}` took more than {seconds:.0f} s"
             raise EdgetuneError(
-                what, where=self.serial, action="see what else runs on the phone", exit_code=Exit.EXPORT
+                message, where=self.serial, action="see what else runs on the phone", exit_code=Exit.EXPORT
             ) from error
 
-    def _chosen(self) -> str:
+    def _choose_phone(self) -> str:
         """The serial of the phone: the one asked for, or the only one."""
         done = self._run(["devices"], _SECONDS)
-        found = android.devices(done.stdout)
-        if self.place.serial and self.place.serial not in found:
-            what, action = "no such phone on adb", "`adb devices` lists them; plug it in and allow USB debugging"
-            raise EdgetuneError(what, got=self.place.serial, allowed=found, action=action)
-        if not found:
+        phones = android.parse_devices(done.stdout)
+        if self.place.serial and self.place.serial not in phones:
+            message, action = "no such phone on adb", "`adb devices` lists them; plug it in and allow USB debugging"
+            raise EdgetuneError(message, got=self.place.serial, allowed=phones, action=action)
+        if not phones:
             action = "plug a phone in and allow USB debugging in its developer options"
             raise EdgetuneError("adb found no phone", action=action)
-        if not self.place.serial and len(found) > 1:
-            first = next(iter(found))
-            raise EdgetuneError("adb found several phones", got=list(found), action=f"name one: --on adb:{first}")
-        serial = self.place.serial or next(iter(found))
-        state = found[serial]
+        if not self.place.serial and len(phones) > 1:
+            first = next(iter(phones))
+            raise EdgetuneError("adb found several phones", got=list(phones), action=f"name one: --on adb:{first}")
+        serial = self.place.serial or next(iter(phones))
+        state = phones[serial]
         if state != "device":
             action = next((does for name, does in _STATES.items() if state.startswith(name)), "`adb devices` says more")
             raise EdgetuneError(f"the phone is not ready: {state}", where=serial, action=action)
         return serial
 
-    def _failed(self, what: str, said: str) -> EdgetuneError:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        gone = "not found" in said and "device" in said
+    def _adb_error(self, message: str, output: str) -> EdgetuneError:
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        gone = "not found" in output and "device" in output
         action = "plug the phone in again" if gone else "try it by hand with adb shell"
-        return EdgetuneError(f"{what}: {' '.join(lines[-3:])[:500]}", where=self.serial, action=action)
+        return EdgetuneError(f"{message}: {' '.join(lines[-3:])[:500]}", where=self.serial, action=action)
 
-    def _died(self, code: int, said: str, path: Path) -> EdgetuneError:
+    def _runner_error(self, code: int, output: str, path: Path) -> EdgetuneError:
         """Why the runner did not run the program."""
-        error = self._failed(f"{path} does not run there (code {code})", said)
+        error = self._adb_error(f"{path} does not run there (code {code})", output)
         error.exit_code = Exit.EXPORT
         error.action = "build the runner from the executorch that the program was made with, with its backend"
         if code == 137:
             error.what = f"{path} was killed there, most likely because memory ran out"
             error.action = "close other apps, or use a smaller program"
-        elif "unknown command line flag" in said:
+        elif "unknown command line flag" in output:
             error.action = f"this runner is too old; {_BUILD}"
         return error
 

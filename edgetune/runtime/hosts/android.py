@@ -18,7 +18,7 @@ SENSORS = (
 )
 
 
-def watching(folder: str, command: str) -> str:
+def watch_script(folder: str, command: str) -> str:
     """A shell's script: the command, and beside it its peak memory and the battery, a few times a second."""
     files = " ".join(f"{_POWER}/{name}" for name in ("status", "current_now", "voltage_now"))
     battery = f"echo battery $(cat {files} 2>/dev/null)"  # unquoted: three lines become three words
@@ -29,8 +29,8 @@ def watching(folder: str, command: str) -> str:
     )
 
 
-def devices(printed: str) -> dict[str, str]:
-    """Serials and their states, from `adb devices`.
+def parse_devices(printed: str) -> dict[str, str]:
+    """Serials and their states, from `adb parse_devices`.
 
     >>> devices("List of devices attached\\nR5CT\\tdevice\\nX1\\tunauthorized\\n\\n")
     {'R5CT': 'device', 'X1': 'unauthorized'}
@@ -49,7 +49,7 @@ class Log:
     runs_ms: list[float]  # of each, where it prints them
 
 
-def log_of(printed: str) -> Log | None:
+def parse_log(printed: str) -> Log | None:
     """The times in a runner's log; None where it has none.
 
     >>> log_of("I 00:00:00.5 executorch:executor_runner.cpp:1] Model loaded in 4.5 ms.\\n"
@@ -66,9 +66,9 @@ def log_of(printed: str) -> Log | None:
 
 def _load_ms(printed: str) -> float | None:
     """As it says, or, of an older runner, by the clock of its log, which begins with the process."""
-    said = re.search(r"Model loaded in ([\d.]+) ms", printed)
-    if said is not None:
-        return float(said[1])
+    match = re.search(r"Model loaded in ([\d.]+) ms", printed)
+    if match is not None:
+        return float(match[1])
     stamp = re.search(r"^\w (\d+):(\d+):([\d.]+) executorch:\S+\] (?:Method loaded|Inputs prepared)", printed, re.M)
     if stamp is None:
         return None
@@ -77,8 +77,8 @@ def _load_ms(printed: str) -> float | None:
 
 def peak_mib(printed: str) -> float | None:
     """The most resident memory seen, from lines of /proc/PID/status."""
-    found = [int(kib) for kib in re.findall(r"^VmHWM:\s+(\d+) kB", printed, re.M)]
-    return max(found) / 1024 if found else None
+    sizes_kib = [int(kib) for kib in re.findall(r"^VmHWM:\s+(\d+) kB", printed, re.M)]
+    return max(sizes_kib) / 1024 if sizes_kib else None
 
 
 def power_w(watched: str, service: str) -> tuple[float | None, str]:
@@ -101,17 +101,17 @@ def power_w(watched: str, service: str) -> tuple[float | None, str]:
     return statistics.fmean(read), f"battery: the whole phone, idle included, mean of {len(read)} readings"
 
 
-def state_of(thermal: str, sensors: str) -> dict[str, dict[str, float]]:
+def parse_state(thermal: str, sensors: str) -> dict[str, dict[str, float]]:
     """Temperatures and clocks, from `dumpsys thermalservice` or else the sensors, and from the sensors' lines."""
     _, _, now = thermal.partition("Current temperatures from HAL:")
     listed = now.partition("Current cooling")[0]
-    said = re.findall(r"Temperature\{mValue=(-?[\d.]+), mType=-?\d+, mName=([^,]+),", listed)
-    temperatures = {name: float(value) for value, name in said if float(value) != 0.0}  # 0: a sensor that is off
+    readings = re.findall(r"Temperature\{mValue=(-?[\d.]+), mType=-?\d+, mName=([^,]+),", listed)
+    temperatures = {name: float(value) for value, name in readings if float(value) != 0.0}  # 0: a sensor that is off
     clocks: dict[str, float] = {}
     for path, number, kind in re.findall(r"^(/\S+) (-?\d+) ?(.*)$", sensors, re.M):
         core = re.search(r"/(cpu\d+)/cpufreq/", path)
         if core is not None:
             clocks[core[1]] = int(number) / 1e3
-        elif not said and -40_000 < int(number) < 200_000:
+        elif not readings and -40_000 < int(number) < 200_000:
             temperatures[kind.strip() or path.split("/")[-2]] = int(number) / 1e3
     return {"temperature_c": temperatures, "clock_mhz": clocks}

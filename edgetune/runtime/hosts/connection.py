@@ -76,15 +76,15 @@ class Connection:
         self._socket = Path(sockets) / "s"
         errors: IO[bytes] = self._ends.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         keeper = self._start(_KEEP, master=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-        self._ends.callback(_ended, keeper)
-        printed = _until(keeper, _MARK, _SECONDS_TO_CONNECT + 10)
-        found = _FOLDER.search(printed)
-        if found is None:
+        self._ends.callback(_close_keeper, keeper)
+        printed = _read_until(keeper, _MARK, _SECONDS_TO_CONNECT + 10)
+        match = _FOLDER.search(printed)
+        if match is None:
             errors.seek(0)
-            said = errors.read().decode("utf-8", "replace")
+            errors_text = errors.read().decode("utf-8", "replace")
             code = keeper.poll()
-            raise self.refused(code if code is not None else 255, said or printed)
-        self.folder = found[1]
+            raise self.ssh_error(code if code is not None else 255, errors_text or printed)
+        self.folder = match[1]
 
     def _start(
         self,
@@ -135,11 +135,11 @@ class Connection:
             if not hold:
                 given = ends.enter_context(sent.open("rb") if isinstance(sent, Path) else _file_of(sent))
             process = self._start(script, stdin=given, stdout=printed, stderr=errors)
-            ends.callback(_killed, process)
+            ends.callback(_kill, process)
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired as error:
-                slow = self.failed(f"it took more than {seconds:.0f} s", "")
+                slow = self.remote_error(f"it took more than {seconds:.0f} s", "")
                 slow.action = "see what else runs there; a slow or swapping machine needs a smaller program"
                 slow.exit_code = on_timeout
                 raise slow from error
@@ -147,7 +147,7 @@ class Connection:
             errors.seek(0)
             done = subprocess.CompletedProcess(script, code, printed.read(), errors.read())
         if code == 255:  # ssh's own
-            raise self.refused(code, done.stderr.decode("utf-8", "replace"))
+            raise self.ssh_error(code, done.stderr.decode("utf-8", "replace"))
         return done
 
     def push(self, content: Path | bytes, name: str) -> None:
@@ -156,18 +156,18 @@ class Connection:
         to = f"{self.folder}/{name}"
         script = f"mkdir -p {shlex.quote(os.path.dirname(to))} && cat >{shlex.quote(to)} && wc -c <{shlex.quote(to)}"
         done = self.run(script, seconds=60 + size / _BYTES_A_SECOND, sent=content)
-        said = done.stderr.decode("utf-8", "replace").strip()
+        errors_text = done.stderr.decode("utf-8", "replace").strip()
         if done.returncode == 0 and done.stdout.split()[-1:] == [str(size).encode()]:
             return
-        if NO_SPACE in said or "Disk quota" in said:
-            raise self.full(size)
-        raise self.failed(f"{name} could not be written there", said)
+        if NO_SPACE in errors_text or "Disk quota" in errors_text:
+            raise self.disk_full_error(size)
+        raise self.remote_error(f"{name} could not be written there", errors_text)
 
     def remove(self, name: str) -> None:
         """Remove what is so named in the folder over there."""
         self.run(f"rm -rf -- {shlex.quote(f'{self.folder}/{name}')}", seconds=60)
 
-    def full(self, size: int) -> EdgetuneError:
+    def disk_full_error(self, size: int) -> EdgetuneError:
         """The error where the disk over there is full."""
         return EdgetuneError(
             f"no room is left for {size / 2**20:.1f} MiB in {os.path.dirname(self.folder) or '/var/tmp'}",
@@ -175,25 +175,25 @@ class Connection:
             action="free some there, or point TMPDIR to a larger disk in that user's environment",
         )
 
-    def failed(self, what: str, said: str) -> EdgetuneError:
+    def remote_error(self, message: str, output: str) -> EdgetuneError:
         """An error from over there, with what was said of it."""
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        told = f": {' '.join(lines[-3:])[:500]}" if lines else ""
-        return EdgetuneError(what + told, where=str(self.place))
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        detail = f": {' '.join(lines[-3:])[:500]}" if lines else ""
+        return EdgetuneError(message + detail, where=str(self.place))
 
-    def refused(self, code: int, said: str) -> EdgetuneError:
+    def ssh_error(self, code: int, output: str) -> EdgetuneError:
         """Why ssh did not get through."""
         to = f"{self.place.user}@{self.place.host}" if self.place.user else self.place.host
         to = f"-p {self.place.port} {to}" if self.place.port else to
-        if NO_SPACE in said:
-            return self.full(0)
-        for heard, what, action in _REFUSED:
-            if heard in said:
-                error = self.failed(what, said)
+        if NO_SPACE in output:
+            return self.disk_full_error(0)
+        for phrase, message, action in _REFUSED:
+            if phrase in output:
+                error = self.remote_error(message, output)
                 error.action = action.format(to=to)
                 return error
-        what = "no folder could be made there" if code == 73 else f"the connection ended (ssh's code {code})"
-        error = self.failed(what, said)
+        message = "no folder could be made there" if code == 73 else f"the connection ended (ssh's code {code})"
+        error = self.remote_error(message, output)
         error.action = f"try `ssh {to} true` by hand"
         return error
 
@@ -205,7 +205,7 @@ def _file_of(content: bytes) -> IO[bytes]:
     return file
 
 
-def _until(process: subprocess.Popen[bytes], mark: str, seconds: float) -> str:
+def _read_until(process: subprocess.Popen[bytes], mark: str, seconds: float) -> str:
     """What the process prints up to the end of the line with the mark, or until it ends, or time is up."""
     assert process.stdout is not None
     printed, until = b"", time.monotonic() + seconds
@@ -220,7 +220,7 @@ def _until(process: subprocess.Popen[bytes], mark: str, seconds: float) -> str:
     return printed.decode("utf-8", "replace")
 
 
-def _ended(keeper: subprocess.Popen[bytes]) -> None:
+def _close_keeper(keeper: subprocess.Popen[bytes]) -> None:
     """Close the keeper's input and wait until it has removed the folder."""
     for end in (keeper.stdin, keeper.stdout):
         if end is not None:
@@ -233,7 +233,7 @@ def _ended(keeper: subprocess.Popen[bytes]) -> None:
         keeper.wait()
 
 
-def _killed(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Ended, whatever it does; what it ran over there sees its input end."""
     if process.stdin is not None:
         with contextlib.suppress(OSError):

@@ -48,6 +48,6 @@ class Host:
             raise EdgetuneError("the program was timed, but never ran", where=str(request.path))
         return timings
 
-    def told_of(self, built_with: dict[str, str]) -> str:
+    def caveat(self, built_with: dict[str, str]) -> str:
         """What is to be said of the place beside each measurement: of this host nothing."""
         return ""

@@ -62,7 +62,7 @@ class Runner(Protocol):
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
         """Each call of the program timed in one fresh process. Raises `EdgetuneError` (exit code 5) where it fails."""
 
-    def told_of(self, built_with: dict[str, str]) -> str:
+    def caveat(self, built_with: dict[str, str]) -> str:
         """What is to be said beside a measurement of a program made with these versions."""
 
     def __enter__(self) -> Runner: ...
@@ -86,7 +86,7 @@ class Place:
         return f"{self.kind}:{self.serial}" if self.serial else self.kind
 
 
-def parsed(on: str) -> Place:
+def parse_place(on: str) -> Place:
     """What `--on` names. Raises `EdgetuneError` for anything else than `FORMS`.
 
     >>> parsed("ssh://pi@raspberrypi.local:2222")
@@ -99,9 +99,9 @@ def parsed(on: str) -> Place:
     kind, _, serial = on.partition(":")
     if kind == "adb" and (on == "adb" or _SERIAL.fullmatch(serial)):
         return Place("adb", serial=serial)
-    found = _SSH.fullmatch(on)
-    port = int(found["port"]) if found is not None and found["port"] else None
-    if found is None or (port is not None and not 1 <= port <= 65535):
+    match = _SSH.fullmatch(on)
+    port = int(match["port"]) if match is not None and match["port"] else None
+    if match is None or (port is not None and not 1 <= port <= 65535):
         raise EdgetuneError(
             "not a valid place to time a program",
             got=on,
@@ -109,4 +109,4 @@ def parsed(on: str) -> Place:
             action="a user and a host are letters, digits, dots, dashes and underscores, and begin with no dash; "
             "give anything else a name in ~/.ssh/config",
         )
-    return Place("ssh", found["user"] or "", found["host"].strip("[]"), port)
+    return Place("ssh", match["user"] or "", match["host"].strip("[]"), port)

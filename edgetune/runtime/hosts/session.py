@@ -14,9 +14,9 @@ from torch import Tensor
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Measured
 from edgetune.runtime.hosts.host import Host
-from edgetune.runtime.hosts.place import Place, Runner, TimingRequest, parsed
+from edgetune.runtime.hosts.place import Place, Runner, TimingRequest, parse_place
 from edgetune.runtime.hosts.ssh import Ssh
-from edgetune.runtime.measure import inputs_of, measured_of
+from edgetune.runtime.measure import inputs_of, summarize_timing
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -36,12 +36,14 @@ class Timeable:
     data: Path | None = None  # the `.ptd` with its weights, where they lie apart
 
 
-def opened(on: str | Place, *, python: str = "python3", runner: Path | None = None) -> AbstractContextManager[Runner]:
+def open_runner(
+    on: str | Place, *, python: str = "python3", runner: Path | None = None
+) -> AbstractContextManager[Runner]:
     """The machine that `on` names (see `place.FORMS`), to be entered.
 
     `python`: the Python over ssh. `runner`: executorch's `executor_runner` built for Android, which adb takes.
     """
-    place = on if isinstance(on, Place) else parsed(on)
+    place = on if isinstance(on, Place) else parse_place(on)
     if runner is not None and place.kind != "adb":
         raise EdgetuneError("--runner only applies to adb", got=str(runner), action="omit --runner, or pass --on adb")
     if place.kind == "ssh":
@@ -70,7 +72,7 @@ def time_programs(
     as its value; what concerns the machine (no connection, no runtime) is raised.
     """
     if isinstance(on, str):
-        with opened(on, python=python) as machine:
+        with open_runner(on, python=python) as machine:
             yield from time_programs(
                 machine, programs, threads=threads, seconds=seconds, count=count, progress=progress
             )
@@ -78,19 +80,19 @@ def time_programs(
     for done, program in enumerate(programs):
         if progress is not None:
             progress(program.name, done, count)
-        found: Timing | EdgetuneError
+        timing: Timing | EdgetuneError
         try:
             wanted = threads if threads is not None else on.cores
             request = TimingRequest(program.path, [program.inputs], wanted, seconds, program.data, energy=False)
-            (found,) = on.time(request)
+            (timing,) = on.time(request)
         except EdgetuneError as error:
             if error.exit_code != Exit.EXPORT:
                 raise
-            found = error
-        yield program.name, found
+            timing = error
+        yield program.name, timing
 
 
-def measured_on(
+def measure_on(
     machine: Runner,
     artifact: Artifact,
     *,
@@ -107,9 +109,9 @@ def measured_on(
     timings = machine.time(
         TimingRequest(artifact.path, rows, threads, seconds, artifact.data_path, language=language is not None)
     )
-    note = machine.told_of(manifest.versions)
+    note = machine.caveat(manifest.versions)
     pairs = zip(manifest.calls, reversed(timings), strict=True)  # the prompt fills the cache, so it is timed first
-    return tuple(measured_of(timing, threads, call.label, machine.name, note) for call, timing in pairs)
+    return tuple(summarize_timing(timing, threads, call.label, machine.name, note) for call, timing in pairs)
 
 
 def _prompt_and_token(language: LanguageSpec) -> list[tuple[Tensor, ...]]:

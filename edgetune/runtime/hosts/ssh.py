@@ -33,7 +33,7 @@ _KILLED = {
 }
 
 
-def script() -> bytes:
+def clock_zip() -> bytes:
     """The stopwatch as one file that any Python runs: a zip of `edgetune.runtime.clock`."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -44,7 +44,7 @@ def script() -> bytes:
     return made.getvalue()
 
 
-def _packed(request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]]) -> bytes:
+def _pack_request(request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]]) -> bytes:
     """What the stopwatch is asked, as the zip that it unpacks: each file by itself would be a turn over the line."""
     from edgetune.runtime.run import write_request
 
@@ -75,9 +75,9 @@ class Ssh:
     def __enter__(self) -> Ssh:
         self.connection.__enter__()
         try:
-            self.connection.push(script(), _CLOCK)
-            found = self._ask({"check": True}, [])
-            self.facts, self.versions = found["facts"], found["versions"]
+            self.connection.push(clock_zip(), _CLOCK)
+            answer = self._ask({"check": True}, [])
+            self.facts, self.versions = answer["facts"], answer["versions"]
         except BaseException:
             self.connection.__exit__()
             raise
@@ -113,7 +113,7 @@ class Ssh:
         answer = self._ask(settings, request.calls, request.path, request.data)
         return tuple(Timing.model_validate(call) for call in answer["calls"])
 
-    def told_of(self, built_with: dict[str, str]) -> str:
+    def caveat(self, built_with: dict[str, str]) -> str:
         """Whether the executorch there is another one than the program was made with."""
         there, here = self.versions.get("executorch"), built_with.get("executorch")
         return f"made with executorch {here}, run with {there}" if here and there != here else ""
@@ -133,14 +133,14 @@ class Ssh:
                 if source is not None:
                     self.connection.push(source, f"{folder}/{file}")
             named = {"path": "model.pte", "data": "model.ptd" if data is not None else None}
-            self.connection.push(_packed({**request, **named}, calls), f"{folder}/job.zip")
-            return self._answered(folder, path)
+            self.connection.push(_pack_request({**request, **named}, calls), f"{folder}/job.zip")
+            return self._run_clock(folder, path)
         except EdgetuneError:
             with contextlib.suppress(EdgetuneError):  # the line may be cut; the folder goes away with it
                 self.connection.remove(folder)
             raise
 
-    def _answered(self, folder: str, path: Path | None) -> dict[str, Any]:
+    def _run_clock(self, folder: str, path: Path | None) -> dict[str, Any]:
         there = f"{self.connection.folder}/{folder}"
         command = shell_words([self.python, f"{self.connection.folder}/{_CLOCK}", there, "--leashed"])
         script = (
@@ -153,21 +153,23 @@ class Ssh:
         answer = done.stdout.rpartition(_RESULT.encode())[2].strip() if done.returncode == 0 else b""
         result: dict[str, Any] | None = json.loads(answer) if answer else None
         if result is None or "error" in result:
-            raise self._failed(done.returncode, done.stderr.decode("utf-8", "replace"), result, path)
+            raise self._no_answer_error(done.returncode, done.stderr.decode("utf-8", "replace"), result, path)
         return result
 
-    def _failed(self, code: int, said: str, result: dict[str, Any] | None, path: Path | None) -> EdgetuneError:
+    def _no_answer_error(
+        self, code: int, output: str, result: dict[str, Any] | None, path: Path | None
+    ) -> EdgetuneError:
         """Why there is no answer, and what to do about it."""
         if result is not None:
-            return self._told(result, path)
-        what, action, exit_code = _reason(code, said, self.python)
-        error = self.connection.failed(what, said)
+            return self._remote_error(result, path)
+        message, action, exit_code = _reason(code, output, self.python)
+        error = self.connection.remote_error(message, output)
         error.action, error.exit_code = action, exit_code
         return error
 
-    def _told(self, result: dict[str, Any], path: Path | None) -> EdgetuneError:
+    def _remote_error(self, result: dict[str, Any], path: Path | None) -> EdgetuneError:
         """The error that the other side found."""
-        needed = _needed()
+        needed = _required_versions()
         wants = " ".join(f'"{name}=={version}"' for name, version in needed.items())
         if result.get("kind") == "missing":
             return EdgetuneError(
@@ -186,24 +188,24 @@ class Ssh:
         )
 
 
-def _reason(code: int, said: str, python: str) -> tuple[str, str, Exit]:
+def _reason(code: int, output: str, python: str) -> tuple[str, str, Exit]:
     """What a shell's exit code means, and what to do about it."""
     if code == 127:
         action = "install Python 3.10 to 3.12 there, or name yours: --python PATH"
         return f"there is no {python!r}", action, Exit.USAGE
     if code == 126:
         return f"{python!r} cannot be run", "name another Python there: --python PATH", Exit.USAGE
-    if NO_SPACE in said:
+    if NO_SPACE in output:
         return "its disk is full", "free some there, or let TMPDIR there name a folder on a larger disk", Exit.USAGE
-    for number, (what, action) in _KILLED.items():
+    for number, (message, action) in _KILLED.items():
         if code == 128 + number:
-            return f"the program was {what}", action, Exit.EXPORT
+            return f"the program was {message}", action, Exit.EXPORT
     if code > 128:
         return f"the program was ended by signal {code - 128}", "try it on this host: --on host", Exit.EXPORT
     return f"the stopwatch ended with code {code}", "see what it says above", Exit.EXPORT
 
 
-def _needed() -> dict[str, str]:
+def _required_versions() -> dict[str, str]:
     """The versions here, which a program made here runs with; without a part of torch's that names its build."""
     from edgetune.runtime.clock.runs import versions
 

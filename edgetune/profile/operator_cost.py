@@ -11,7 +11,7 @@ Bound = Literal["compute", "memory", "overhead"]
 
 
 @dataclass(frozen=True)
-class Part:
+class OperatorCost:
     """What one operator is predicted to take, and what it would take at the full rates of the device."""
 
     operator: Operator
