@@ -128,7 +128,7 @@ def test_it_opens_without_its_data_and_exports_with_it(place: Path) -> None:
     artifact = et.export(
         exportable.model, exportable.example, place / "model.pte", check_inputs=exportable.check_inputs
     )
-    assert artifact.manifest.parity.same_prediction_pct == 100
+    assert artifact.manifest.main.parity.same_prediction_pct == 100
 
 
 def test_what_is_no_finished_run_says_what_to_do(place: Path) -> None:

@@ -204,10 +204,11 @@ def test_what_is_beside_the_program_must_be_its_own(int4: tuple[Any, Artifact], 
         (tmp_path / file.name).write_bytes(file.read_bytes())
     copied = Artifact.load(tmp_path / "model.pte")
     assert copied.manifest == artifact.manifest
-    assert json.loads(copied.tokenizer_path.read_text())["model"]["vocab"]["</s>"] == 1
+    tokenizer = tmp_path / copied.language.tokenizer.file
+    assert json.loads(tokenizer.read_text())["model"]["vocab"]["</s>"] == 1
     assert (copied.language.bos_id, copied.language.eos_ids) == (0, (1,))
     assert copied.language.tokenizer.chat_template == TEMPLATE
-    copied.tokenizer_path.write_text("{}")
+    tokenizer.write_text("{}")
     with pytest.raises(EdgetuneError, match="not the one that its manifest describes") as caught:
         Artifact.load(copied.path)
     assert caught.value.exit_code == Exit.EXPORT

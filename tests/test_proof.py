@@ -327,7 +327,7 @@ def test_every_output_is_there_by_its_name(tmp_path: Path, form: str, names: lis
     assert list(held(model, x, artifact)) == names
     assert artifact.manifest.main.parity is not None
     assert [output.name for output in artifact.manifest.main.parity.outputs] == names
-    (method,) = export_methods({"forward": (model, x)}, tmp_path / "methods.pte").manifest.methods
+    (method,) = export_methods({"forward": (model, x)}, tmp_path / "methods.pte").manifest.calls
     assert [output.name for output in method.outputs] == names
     assert logits_of(model(x)).shape == (2, 5)
 
