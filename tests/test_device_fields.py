@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from edgetune.profile import device
 from edgetune.profile.facts import Fact, Flags, StorageKind, StrictRecord
 from edgetune.profile.sources import resolved
 from edgetune.recipe import document
+from support.trees import put
 
 HUGE = 10**400  # no double holds it
 BAD = (0, -1, math.nan, math.inf, -math.inf, 1e308, HUGE, True, "furlong", None, [], {}, {"value": 1}, ...)
@@ -26,20 +26,6 @@ TEXTS = {"id", "name", "soc", "clusters.0.core", "accelerators.0.name", "no_runt
 OPTIONAL = {"notes"}  # may be left out: there is nothing to say
 # a device without an accelerator, one without any of the flags (ARMv6), and one with nothing to say
 EMPTY = {"accelerators", "isa.value", "notes"}
-
-
-def put(tree: Any, path: str, value: Any) -> Any:
-    """A copy with the value at the dotted path replaced, or removed for `...`."""
-    changed = copy.deepcopy(tree)
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    node = changed
-    for part in parents:
-        node = node[part]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
-    return changed
 
 
 def get(tree: Any, path: str) -> Any:
