@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from edgetune.program.artifact import Artifact
+
+pytest.register_assert_rewrite("support")
 torch.set_num_threads(1)
 
 # a file stays with one worker: those that take minutes begin first, or one worker ends alone with them
@@ -18,6 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A text-generation program, which its tests only read."""
+    from support.decoders import export_decoder, llama
+
+    return export_decoder(llama(), tmp_path_factory.mktemp("talking"))
 
 
 # the scripts of the README train on import (test_integrations runs them); a stand-in is run by its tests

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manifests import stored
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
@@ -34,6 +33,7 @@ from edgetune.program.card import format_card
 from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, write_beside
 from edgetune.tasks.image_classification import ImageClassification
 from edgetune.tasks.text_classification import TextClassification
+from support.manifests import stored
 
 with quiet():  # libraries that these load warn on import
     import transformers

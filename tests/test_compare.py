@@ -285,13 +285,12 @@ def test_the_report_needs_nothing_but_the_ledger(artifact: Artifact, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_language_program_is_told_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_language import ARCHITECTURES, decoder, exported
-
-    said = exported(decoder("Llama", **ARCHITECTURES["Llama"]), tmp_path)
-    found = compare(said.path, ["pixel-8", "raspberry-pi-5"])
-    assert found.prefill_tokens == said.language.prefill_tokens
-    assert found.cache_mib == said.language.cache_bytes / 2**20
+def test_a_language_program_is_told_in_tokens(
+    talking: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compare(talking.path, ["pixel-8", "raspberry-pi-5"])
+    assert found.prefill_tokens == talking.language.prefill_tokens
+    assert found.cache_mib == talking.language.cache_bytes / 2**20
     for line in found.lines:
         token, piece = line.predicted
         assert line.speech is not None
@@ -301,14 +300,16 @@ def test_a_language_program_is_told_in_tokens(tmp_path: Path, capsys: pytest.Cap
         assert line.speech.prefill_tokens_s[0] == pytest.approx(found.prefill_tokens * 1000 / piece.latency_ms)
         assert line.speech.first_token_ms == (piece.latency_ms, piece.latency_low_ms, piece.latency_high_ms)
         assert line.cold_start_ms == piece.cold_start_ms
-    assert main(["devices", "compare", str(said.path), "--devices", "pixel-8", "--html", str(tmp_path / "p.html")]) == 0
+    assert (
+        main(["devices", "compare", str(talking.path), "--devices", "pixel-8", "--html", str(tmp_path / "p.html")]) == 0
+    )
     out = capsys.readouterr().out
     assert "J/1,000 tokens" in out
     assert "MiB of memory for its cache" in out
     assert "Predicted time to the first token" in (tmp_path / "p.html").read_text(encoding="utf-8")
-    token_layers, piece_layers = predict_layers(said, "pixel-8")
-    predicted = compare(said, ["pixel-8"]).lines[0].predicted
+    token_layers, piece_layers = predict_layers(talking, "pixel-8")
+    predicted = compare(talking, ["pixel-8"]).lines[0].predicted
     assert [(of.call, of.latency_ms) for of in (token_layers, piece_layers)] == [
         (call.call, call.latency_ms) for call in predicted
     ]
-    assert token_layers.roof == predict_layers(said, "pixel-8", most=1)[0].roof
+    assert token_layers.roof == predict_layers(talking, "pixel-8", most=1)[0].roof

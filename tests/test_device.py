@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from test_device_fields import put
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device
 from edgetune.recipe import document
+from support.trees import put
 
 SHIPPED = (
     # phones

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device
 from edgetune.profile.facts import Fact, Flags, StorageKind, StrictRecord
-from edgetune.profile.sources import resolved
+from edgetune.profile.sources import resolve_sources
 from edgetune.recipe import document
+from support.trees import put
 
 HUGE = 10**400  # no double holds it
 BAD = (0, -1, math.nan, math.inf, -math.inf, 1e308, HUGE, True, "furlong", None, [], {}, {"value": 1}, ...)
@@ -26,20 +26,6 @@ TEXTS = {"id", "name", "soc", "clusters.0.core", "accelerators.0.name", "no_runt
 OPTIONAL = {"notes"}  # may be left out: there is nothing to say
 # a device without an accelerator, one without any of the flags (ARMv6), and one with nothing to say
 EMPTY = {"accelerators", "isa.value", "notes"}
-
-
-def put(tree: Any, path: str, value: Any) -> Any:
-    """A copy with the value at the dotted path replaced, or removed for `...`."""
-    changed = copy.deepcopy(tree)
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    node = changed
-    for part in parents:
-        node = node[part]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
-    return changed
 
 
 def get(tree: Any, path: str) -> Any:
@@ -56,7 +42,7 @@ def known() -> dict[str, Any]:
     """A descriptor in which every number is known."""
     content, _ = device.read("galaxy-s23")
     assert isinstance(content, dict)
-    plain, faults = resolved(content)
+    plain, faults = resolve_sources(content)
     assert not faults
     told = {"source": "a test", "trust": "low"}
     values = {
@@ -202,7 +188,7 @@ def test_sources_told_once_are_held_to_the_same(sources: Any, fact: dict[str, An
 def test_a_source_told_once_is_the_same_as_one_told_there() -> None:
     content, _ = device.read("galaxy-s23")
     assert isinstance(content, dict)
-    plain, _ = resolved(content)
+    plain, _ = resolve_sources(content)
     assert "from" in str(content)
     assert device.parse(plain, "x.yaml") == device.parse(content, "x.yaml") == device.load("galaxy-s23")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_targets_export import IDS, IMAGE, Cnn, Transformer, needs
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +25,7 @@ from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
+from support.target_models import IDS, IMAGE, Cnn, Transformer, needs
 
 
 def lowered(model: nn.Module, x: torch.Tensor, target: str = "xnnpack") -> Lowered:

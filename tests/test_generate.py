@@ -10,21 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_language import CACHE, decoder, exported, tokenizer
 
 from edgetune.cli import generate as cli_generate
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.program.artifact import Artifact
 from edgetune.runtime.generating import generate
+from support.decoders import CACHE, llama, tokenizer
 
 PROMPT = "a small model talks"
-
-
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    model = decoder("Llama", num_key_value_heads=2, num_hidden_layers=1)
-    return exported(model, tmp_path_factory.mktemp("talking"))
 
 
 def test_the_answer_is_the_models_and_comes_in_pieces(talking: Artifact) -> None:
@@ -34,7 +28,7 @@ def test_the_answer_is_the_models_and_comes_in_pieces(talking: Artifact) -> None
     text = fast.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False)
     ids = fast(text, add_special_tokens=False)["input_ids"]
     assert found.prompt_tokens == len(ids)
-    model: Any = decoder("Llama", num_key_value_heads=2, num_hidden_layers=1)
+    model: Any = llama()
     with torch.no_grad():
         wanted = model.generate(
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False

@@ -406,35 +406,30 @@ assert not {"edgetune", "transformers"} & set(sys.modules)
 """
 
 
-def test_a_language_model_talks_from_its_kit(tmp_path: Path) -> None:
+def test_a_language_model_talks_from_its_kit(talking: Artifact, tmp_path: Path) -> None:
     import sys
-
-    from test_language import decoder
-    from test_language import exported as language_program
 
     from edgetune.runtime.generating import generate
 
-    model = decoder("Llama", num_key_value_heads=2, num_hidden_layers=1)
-    artifact = language_program(model, tmp_path)
-    folder = kit_of(artifact.path, find("linux"), tmp_path / "kit")
+    folder = kit_of(talking.path, find("linux"), tmp_path / "kit")
     own = MODEL | {"model.tokenizer.json", "chat.json"}
     assert files_of(folder) == own | {"README.md", "talk.py", "requirements.txt"}
     message = "a small model talks"
     command = [sys.executable, "-c", TALK, str(folder), message]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    expected = generate(artifact.path, message, max_tokens=12)
+    expected = generate(talking.path, message, max_tokens=12)
     assert len(expected.tokens) > 3
     said = done.stdout.decode()
     assert expected.text.startswith(said.rstrip("\ufffd")), "a character whose bytes never came is left out"
     assert len(said) > 0
     for name in ("android", "ios"):
-        made = kit_of(artifact.path, find(name), tmp_path / name)
+        made = kit_of(talking.path, find(name), tmp_path / name)
         where, sample = EXPECTED[name][0], {"android": f"{KOTLIN}/Talk.kt", "ios": f"{SWIFT}/Talk.swift"}[name]
         build = {"android": "build.gradle.kts", "ios": "Package.swift"}[name]
         assert files_of(made) == {where + file for file in own} | {"README.md", build, sample}
         readme = " ".join((made / "README.md").read_text(encoding="utf-8").split())
-        assert f"have at most {artifact.language.max_tokens} tokens" in readme
+        assert f"have at most {talking.language.max_tokens} tokens" in readme
 
 
 @pytest.mark.slow

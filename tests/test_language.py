@@ -23,62 +23,17 @@ from edgetune.export.language.parity import eager_logits
 from edgetune.models.loaded import ModelSettings
 from edgetune.profile.calls import measure_calls, predict_calls
 from edgetune.program.artifact import Artifact
-from edgetune.program.tokenizer import ChatTokenizer
+from edgetune.program.tokenizer import ChatTokenizer, untouched
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.run import exporting
 from edgetune.runtime.language import greedy_in_child
 from edgetune.tasks.image_classification import ImageClassification
+from support.decoders import ARCHITECTURES, CACHE, TEMPLATE, VOCABULARY, decoder, export_decoder, llama, tokenizer
 
 with quiet():  # libraries that these load warn on import
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers.cache_utils import StaticCache
-
-VOCABULARY = 258  # every byte, and two special tokens
-CACHE = 160
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}model:"
-
-
-def tokenizer() -> Any:
-    """Bytes as tokens."""
-    vocabulary = {char: i + 2 for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    plain = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, **vocabulary}, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-def decoder(kind: str, **settings: Any) -> nn.Module:
-    """A small decoder whose greedy text does not settle on one token."""
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": 0,
-    }  # fmt: skip
-    with quiet():
-        config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**{**shape, **settings})
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.25)
-    return model.eval()
-
-
-CONFIGS = {"Gemma3": "Gemma3Text"}
-ARCHITECTURES = {
-    "Llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "Qwen3": {"num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1},
-    "Gemma3": {
-        "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32,
-        "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False,
-    },
-    "Phi": {"num_hidden_layers": 1},
-    "Phi3": {"num_key_value_heads": 2, "num_hidden_layers": 1},
-}  # fmt: skip
 
 
 def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
@@ -104,19 +59,16 @@ def test_the_cache_is_called_as_the_model_calls_it() -> None:
     assert cache_argument(Old()) == "past_key_values"
 
 
-def exported(model: nn.Module, folder: Path, **settings: Any) -> Artifact:
-    return export_language(model, tokenizer(), folder / "model.pte", max_tokens=CACHE, prefill_tokens=32, **settings)
-
-
 SLOW = ("Phi", "Phi3", "Qwen3")  # Llama and Gemma 3 are the two extremes of what these layers do
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in ARCHITECTURES])
-def test_greedy_tokens_equal_the_eager_models(kind: str, tmp_path: Path) -> None:
+def test_greedy_tokens_equal_the_eager_models(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The law: 128 tokens after a prompt of more than one piece, the cache filled to its end."""
     model: Any = decoder(kind, **ARCHITECTURES[kind])
     before = model.config._attn_implementation
-    artifact = exported(model, tmp_path)
+    shared = kind == "Llama"
+    artifact = request.getfixturevalue("talking") if shared else export_decoder(model, tmp_path)
     assert model.config._attn_implementation == before
     prompt = torch.randint(2, VOCABULARY, (33,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = greedy(model, prompt, 128)
@@ -154,7 +106,7 @@ def test_a_16_bit_model_with_other_heads_in_each_layer_is_exported_as_its_float3
     prune = Prune(ratio=0.5, what=frozenset({"heads"}), skip=("model.layers.0.*",))
     prune.apply(model, Sample.of({"input_ids": torch.arange(20).reshape(2, 10)})).bfloat16()
     assert [layer.self_attn.k_proj.out_features for layer in model.model.layers] == [32, 16]
-    artifact = exported(model, tmp_path, check_tokens=4)
+    artifact = export_decoder(model, tmp_path, check_tokens=4)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     note = "exported in float32 from bfloat16 weights, and compared with the model in float32"
     assert artifact.manifest.note == note
@@ -169,10 +121,9 @@ def test_a_16_bit_model_with_other_heads_in_each_layer_is_exported_as_its_float3
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Artifact]:
     """A quantized decoder whose head and embedding were tied."""
-    settings = Int4(group_size=32, int8_linears=("lm_head",))
-    model = settings.apply(decoder("Llama", num_key_value_heads=2, num_hidden_layers=1, tie_word_embeddings=True))
+    model = Int4(group_size=32, int8_linears=("lm_head",)).apply(llama())
     folder = tmp_path_factory.mktemp("int4")
-    return model.train(), exported(model, folder, min_same_prediction_pct=0)
+    return model.train(), export_decoder(model, folder, min_same_prediction_pct=0)
 
 
 def test_a_quantized_model_says_the_same_until_rounding_parts_them(int4: tuple[Any, Artifact]) -> None:
@@ -272,12 +223,11 @@ def test_the_ledger_counts_tokens(int4: tuple[Any, Artifact]) -> None:
         Artifact.load(artifact.path, "model")
 
 
-def test_how_a_tokenizer_was_called_last_is_not_carried(tmp_path: Path) -> None:
+def test_how_a_tokenizer_was_called_last_is_not_carried(int4: tuple[Any, Artifact]) -> None:
+    assert len(ChatTokenizer(int4[1]).tokens("twenty letters, here", raw=True)) == 20
     fast = tokenizer()
     fast(["a text for training"], truncation=True, max_length=4)
-    model = decoder("Llama", num_hidden_layers=1)
-    artifact = export_language(model, fast, tmp_path / "model.pte", max_tokens=64, check_tokens=2)
-    assert len(ChatTokenizer(artifact).tokens("twenty letters, here", raw=True)) == 20
+    assert untouched(fast).truncation is None
     assert fast.backend_tokenizer.truncation is not None, "the user's own stays as it was"
 
 
@@ -328,7 +278,7 @@ def test_a_program_that_says_something_else_is_not_kept(tmp_path: Path) -> None:
 
     model.__class__ = Moody
     with pytest.raises(EdgetuneError, match="chooses the model's token at") as caught:
-        exported(model, tmp_path)
+        export_decoder(model, tmp_path)
     assert caught.value.exit_code == Exit.EXPORT
     assert not list(tmp_path.iterdir())
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from manifests import CALLS, manifest, stored
 
 from edgetune.cli import main
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.inspect import inspect
 from edgetune.program.artifact import Artifact
 from edgetune.program.manifest import Manifest, ProgramKind
+from support.manifests import CALLS, manifest, stored
 
 X = torch.zeros(1, 2)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from manifests import stored
 from torch import nn
 
 import edgetune as et
@@ -21,6 +20,7 @@ from edgetune.core.validated import fields_of
 from edgetune.profile import Profile, device
 from edgetune.recipe import recipe
 from edgetune.sparse.scheme import Slice
+from support.manifests import stored
 
 ALL: dict[str, Any] = {"targets": ["*.query"]}
 

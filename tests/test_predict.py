@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from manifests import stored
 from test_carried import exported, photographs, small_bert, small_vision
 from torch import nn
 
@@ -28,6 +27,7 @@ from edgetune.program.manifest import ProgramKind
 from edgetune.run.predicting import evaluate, predict
 from edgetune.run.predictor import Predictor
 from edgetune.tasks.answers import count_answers
+from support.manifests import stored
 
 Text = tuple[Loaded, Dataset, Artifact]
 

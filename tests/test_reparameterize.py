@@ -10,25 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.capture.reparameterize import reparameterize
+from support.batch_norms import count_norms, settle_norms
 from support.laws import cnn, pictures
 from support.timm_apart import TIMM, run_with_timm
 
 torch.set_num_threads(1)
-
-
-def settled(model: nn.Module) -> nn.Module:
-    """In eval mode, with batch norms that do something."""
-    generator = torch.Generator().manual_seed(3)
-    for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in ((layer.running_mean, -1, 1), (layer.running_var, 0.5, 2), (layer.weight, 0.5, 2)):
-                tensor.data.uniform_(low, high, generator=generator)
-            layer.bias.data.uniform_(-1, 1, generator=generator)
-    return model.eval()
-
-
-def norms(model: nn.Module) -> int:
-    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 class Branches(nn.Module):
@@ -76,7 +62,7 @@ class Raising(Branches):
 
 def network(block: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return settled(
+    return settle_norms(
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), block(8), nn.Flatten(), nn.LazyLinear(3))
     )
 
@@ -98,7 +84,7 @@ def test_blocks_fuse_by_their_own_method(block: type[nn.Module], name: str) -> N
     assert report.branches == (name,)
     assert report.norms == ("1",)
     assert report.refused == ()
-    assert norms(found) == 0
+    assert count_norms(found) == 0
     assert sum(isinstance(m, nn.Conv2d) for m in found.modules()) == 2
     assert 0 < report.difference < 1e-5
     with torch.no_grad():
@@ -167,11 +153,11 @@ class Shapes(nn.Module):
 
 def test_only_a_norm_that_nothing_else_shares_is_folded() -> None:
     torch.manual_seed(0)
-    model, inputs = settled(Shapes()), torch.randn(2, 4, 9)
+    model, inputs = settle_norms(Shapes()), torch.randn(2, 4, 9)
     found, report = reparameterize(model, inputs)
     assert report.norms == ("norm0", "norm1", "norm2")
     assert report.refused == ("spread: behind a transposed convolution in groups",)
-    assert norms(found) == 4
+    assert count_norms(found) == 4
     with torch.no_grad():
         assert torch.allclose(found(inputs), model(inputs), atol=1e-5)
 
@@ -189,7 +175,7 @@ class NormAct(nn.BatchNorm2d):
 
 def test_the_activation_of_a_norm_stays() -> None:
     torch.manual_seed(0)
-    model = settled(nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.Conv2d(8, 2, 3), nn.Flatten()))
+    model = settle_norms(nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.Conv2d(8, 2, 3), nn.Flatten()))
     found, report = reparameterize(model, picture())
     assert report.norms == ("1",)
     assert any(isinstance(m, nn.ReLU) for m in found.modules())
@@ -197,9 +183,9 @@ def test_the_activation_of_a_norm_stays() -> None:
 
 
 def test_every_norm_of_a_network_goes() -> None:
-    model = settled(cnn())
+    model = settle_norms(cnn())
     found, report = reparameterize(model, pictures())
-    assert (norms(model), norms(found)) == (7, 0)
+    assert (count_norms(model), count_norms(found)) == (7, 0)
     assert len(report.norms) == 7
 
 
@@ -209,15 +195,15 @@ from edgetune.capture.positional import Positional
 from edgetune.export.lower import lower
 from edgetune.capture.reparameterize import reparameterize
 from edgetune.export.targets import TARGETS
-from test_reparameterize import norms, settled
+from support.batch_norms import count_norms, settle_norms
 
 torch.set_num_threads(1)
 for name in sys.argv[2:]:
     torch.manual_seed(0)
-    model = settled(timm.create_model(name, num_classes=4))
+    model = settle_norms(timm.create_model(name, num_classes=4))
     inputs = (torch.randn(1, 3, 64, 64),)
     found, report = reparameterize(model, inputs)
-    print(name, norms(found), report.refused, report.difference < 1e-5, len(report.branches) > 0)
+    print(name, count_norms(found), report.refused, report.difference < 1e-5, len(report.branches) > 0)
     if name == sys.argv[1]:
         lowered = lower(Positional(model, inputs).eval(), inputs, TARGETS["xnnpack"])
         print(lowered.delegates, lowered.undelegated, len(lowered.operators) < 150)

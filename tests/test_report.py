@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,211 +20,22 @@ from edgetune.core.ledger import (
     Baseline,
     Ledger,
     LossPoint,
-    Measured,
-    Parity,
-    Predicted,
-    Program,
     Quality,
     Row,
     Training,
-    UndelegatedOperator,
-    Verdict,
 )
 from edgetune.report import page, report, terminal, text, write
 from edgetune.report.sentences import details
 from edgetune.report.tables import step_table
+from support.reports import accuracy, example, left_out, read
+
+GOLDEN = Path(__file__).with_name("golden") / "report.txt"
 
 
-def left_out(operator: str, module: str, count: int) -> UndelegatedOperator:
-    """An operator that the backend did not take."""
-    return UndelegatedOperator(operator=operator, module=module, count=count)
-
-
-def accuracy(value: float) -> Quality:
-    return Quality(metric="accuracy_pct", value=value, rows=1500)
-
-
-def losses(updates: int, start: float, end: float, rate: float) -> tuple[LossPoint, ...]:
-    """A made-up curve: falls, wobbles a little, warm-up then cosine."""
-    points = []
-    for update in range(1, updates + 1):
-        done = update / updates
-        wobble = 0.12 * math.sin(update * 2.3) * math.cos(update * 0.7)
-        warm = min(1.0, update / (0.1 * updates))
-        loss = end + (start - end) * math.exp(-4 * done) + wobble * (1 - 0.5 * done)
-        points.append(
-            LossPoint(update=update, loss=loss, learning_rate=rate * warm * 0.5 * (1 + math.cos(math.pi * done)))
-        )
-    return tuple(points)
-
-
-def example() -> Ledger:
-    """An EXAMPLE: every number here is made up to look like a run. None was measured."""
-    rows = (
-        Row(index=0, step="load", detail="minilm, 3 classes", quality=accuracy(33.47), parameters=22_565_379,
-            trainable_parameters=22_565_379, size_mib=86.08, macs=1_361_000_000, backward_kept_mib=412.5, seconds=1.9),
-        Row(index=1, step="sparse-update", detail="scheme last-2", quality=accuracy(33.47), parameters=22_565_379,
-            trainable_parameters=3_697_155, size_mib=86.08, macs=1_361_000_000, backward_kept_mib=141.2, seconds=0.02),
-        Row(index=2, step="lora", detail="rank 8 on *.query, *.value", quality=accuracy(33.47), parameters=22_639_107,
-            trainable_parameters=3_770_883, size_mib=86.36, macs=1_365_700_000, backward_kept_mib=149.8, seconds=0.11),
-        Row(index=3, step="train", detail="2 epochs, AdamW 2e-4", quality=accuracy(86.93), parameters=22_639_107,
-            trainable_parameters=3_770_883, size_mib=86.36, macs=1_365_700_000, backward_kept_mib=149.8, seconds=94.3),
-        Row(index=4, step="finalize", detail="lora merged", quality=accuracy(86.93), parameters=22_565_379,
-            trainable_parameters=3_697_155, size_mib=86.08, macs=1_361_000_000, backward_kept_mib=141.2, seconds=0.06),
-        Row(index=5, step="prune", detail="ratio 0.3, widths to 8", quality=accuracy(79.2), parameters=18_442_371,
-            trainable_parameters=18_442_371, size_mib=70.35, macs=952_700_000, backward_kept_mib=301.7, seconds=4.4),
-        Row(index=6, step="train", detail="1 epoch, distilled from step 4", quality=accuracy(86.4),
-            parameters=18_442_371, trainable_parameters=18_442_371, size_mib=70.35, macs=952_700_000,
-            backward_kept_mib=301.7, seconds=61.8),
-        Row(index=7, step="int4", detail="8da4w group 32, embeddings int8", quality=accuracy(85.8),
-            parameters=18_442_371, trainable_parameters=0, size_mib=16.9, macs=952_700_000, backward_kept_mib=None,
-            seconds=2.2, note="saved for backward not measured: 4-bit weights are not trained"),
-    )  # fmt: skip
-    return Ledger(
-        recipe="example-minilm",
-        seed=0,
-        finished=True,
-        model="minilm",
-        data="tweets",
-        settings={
-            "model": "minilm", "data": "tweets", "seed": 0,
-            "steps": [{"sparse-update": {"scheme": "last-2"}}, {"lora": {"rank": 8, "targets": ["*.query", "*.value"]}},
-                      {"train": {"epochs": 2, "learning_rate": 2e-4}}, {"prune": {"ratio": 0.3, "round_to": 8}},
-                      {"train": {"epochs": 1, "distill": True}}, {"int4": {"group": 32}}],
-            "export": {"target": "xnnpack"}, "budget": {"device": "pixel-8", "latency_ms": 15.0, "size_mib": 16.0},
-        },
-        environment={"edgetune": "0.1.0", "torch": "2.13.0", "executorch": "1.4.1", "platform": "EXAMPLE, made up"},
-        baselines=(
-            Baseline(name="majority class", value=46.2), Baseline(name="TF-IDF + logistic regression", value=79.4),
-        ),
-        rows=rows,
-        trainings=(
-            Training(row=3, losses=losses(240, 1.12, 0.34, 2e-4), optimizer_state_mib=28.8, gradients_mib=14.4,
-                     peak_memory_mib=279.3),
-            Training(row=6, losses=losses(120, 0.71, 0.38, 1e-4), optimizer_state_mib=140.7, gradients_mib=70.4,
-                     peak_memory_mib=583.1),
-        ),
-        program=Program(
-            path="model.pte", target="xnnpack", size_mib=17.4, plan_kib=388.0, sha256="0123456789abcdef" * 4,
-            delegated_macs_pct=98.7, delegated_operators_pct=81.3,
-            undelegated=(
-                left_out("aten.native_layer_norm", "encoder.layer.0.attention.LayerNorm", 1),
-                left_out("aten.native_layer_norm", "encoder.layer.0.output.LayerNorm", 1),
-                left_out("aten.embedding", "embeddings.word_embeddings", 1),
-                left_out("aten.gelu", "encoder.layer.0.intermediate", 6),
-                left_out("aten.expand_copy", "", 3),
-            ),
-            parity=Parity(rows=500, same_prediction_pct=99.8, max_abs_difference=0.0213),
-        ),
-        measured=(
-            Measured(device="host (example, 2 threads)", latency_ms=17.7, latency_p10_ms=16.9, latency_p90_ms=21.4,
-                     load_ms=38.0, peak_memory_mib=61.2, runs=200, threads=2, note="another job was running"),
-        ),
-        predicted=(
-            Predicted(device="pixel-8", name="Google Pixel 8", threads=5, accelerators=("gpu", "npu"),
-                      latency_ms=13.1, latency_low_ms=8.7, latency_high_ms=19.6, peak_memory_mib=44.0,
-                      calibrated=False, note="memory bandwidth not found"),
-            Predicted(device="galaxy-s24", latency_ms=8.9, latency_low_ms=6.2, latency_high_ms=12.8,
-                      peak_memory_mib=44.0, calibrated=False),
-            Predicted(device="raspberry-pi-5", latency_ms=31.5, latency_low_ms=23.6, latency_high_ms=42.0,
-                      peak_memory_mib=41.5, calibrated=False),
-            Predicted(device="jetson-orin-nano", threads=6, accelerators=("gpu",),
-                      latency_ms=22.8, latency_low_ms=17.1, latency_high_ms=30.4,
-                      peak_memory_mib=41.5, calibrated=False),
-            Predicted(device="host (example, 2 threads)", latency_ms=16.4, latency_low_ms=14.8, latency_high_ms=18.1,
-                      peak_memory_mib=58.0, calibrated=True),
-        ),
-        verdicts=(
-            Verdict(device="pixel-8", quantity="latency_ms", limit=15.0, value=13.1, least=13.1, holds=True,
-                    note="predicted, uncalibrated"),
-            Verdict(device="pixel-8", quantity="size_mib", limit=16.0, value=17.4, least=17.4, holds=False),
-            Verdict(device="pixel-8", quantity="train_memory_mib", limit=600.0, value=583.1, least=279.3, holds=True),
-        ),
-    )  # fmt: skip
-
-
-GOLDEN = """\
-example-minilm  minilm on tweets, seed 0
-86.1 MiB and 33.5 % accuracy before, 17.4 MiB and 85.8 % after; 13.1 ms
-predicted on the CPU of the Google Pixel 8.
-! The budget for pixel-8 is not met: program size is 17.4 MiB, the limit is 16.0
-MiB. The lowest value that this recipe can reach is 17.4 MiB.
-! Step 5, prune, lost 7.73 points of accuracy (86.93 to 79.20 %); the run ends
-at 85.80 %.
-
-Budget of the recipe
-                                                            lowest
-budget                verdict  device   limit  this run  reachable
-──────────────────────────────────────────────────────────────────
-latency, ms           met      pixel-8   15.0      13.1       13.1
-program size, MiB     missed   pixel-8   16.0      17.4       17.4
-training memory, MiB  met      pixel-8    600       583        279
-latency: predicted, uncalibrated
-
-Step by step
-                  acc.     vs.          train-  size          saved  time
-step                 %    load  params    able   MiB    MACs    MiB     s
-─────────────────────────────────────────────────────────────────────────
-0 load           33.47       -  22.6 M  22.6 M  86.1  1.36 G    412  1.90
-1 sparse-update  33.47    0.00  22.6 M  3.70 M  86.1  1.36 G    141  0.02
-2 lora           33.47    0.00  22.6 M  3.77 M  86.4  1.37 G    150  0.11
-3 train          86.93  +53.46  22.6 M  3.77 M  86.4  1.37 G    150  94.3
-4 finalize       86.93  +53.46  22.6 M  3.70 M  86.1  1.36 G    141  0.06
-5 prune          79.20  +45.73  18.4 M  18.4 M  70.3   953 M    302  4.40
-6 train          86.40  +52.93  18.4 M  18.4 M  70.3   953 M    302  61.8
-7 int4           85.80  +52.33  18.4 M       0  16.9   953 M      -  2.20
-  1 sparse-update: scheme last-2
-  2 lora: rank 8 on *.query, *.value
-  3 train: 2 epochs, AdamW 2e-4
-  5 prune: ratio 0.3, widths to 8
-  6 train: 1 epoch, distilled from step 4
-  7 int4: 8da4w group 32, embeddings int8
-Accuracy on 1,500 test rows (95 % interval of the last: 83.9 to 87.5 %).
-7: saved for backward not measured: 4-bit weights are not trained
-
-Compared with baselines on the same test set
-                              accuracy  this run minus baseline
-baseline                             %                   points
-───────────────────────────────────────────────────────────────
-this run                         85.80                        -
-TF-IDF + logistic regression     79.40                    +6.40
-majority class                   46.20                   +39.60
-
-Exported program
-file                       model.pte, xnnpack, 17.4 MiB
-delegated                  98.7 % of the MACs, 81.3 % of the operators
-undelegated                12 operators, most often aten.gelu (6)
-same prediction as PyTorch 99.8 % of 500 held-out rows
-largest output difference  0.0213
-
-Measured
-                                          median    p10 to p90  load  peak
-device                    runs on             ms            ms    ms   MiB  runs
-────────────────────────────────────────────────────────────────────────────────
-host (example, 2          CPU, 2 threads    17.7  16.9 to 21.4  38.0  61.2   200
-threads)
-Peak memory is that of the process, less that of an empty process.
-host (example, 2 threads): another job was running
-
-Predicted, not measured
-                                   latency      interval  peak  cali-   not pre-
-device                    runs on       ms            ms   MiB  brated  dicted
-────────────────────────────────────────────────────────────────────────────────
-pixel-8                   CPU, 5      13.1  8.70 to 19.6  44.0  no      GPU, NPU
-                          threads
-galaxy-s24                CPU         8.90  6.20 to 12.8  44.0  no      none
-raspberry-pi-5            CPU         31.5  23.6 to 42.0  41.5  no      none
-jetson-orin-nano          CPU, 6      22.8  17.1 to 30.4  41.5  no      GPU
-                          threads
-host (example, 2          CPU         16.4  14.8 to 18.1  58.0  yes     none
-threads)
-Computed from device descriptors for the CPU; nothing here was timed.
-pixel-8: memory bandwidth not found
-"""
-
-
-def test_text_at_80_columns_is_golden() -> None:
-    assert text(example(), 80) == GOLDEN
+def test_text_at_80_columns_is_golden(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--update"):
+        GOLDEN.write_text(text(example(), 80), encoding="utf-8")
+    assert text(example(), 80) == GOLDEN.read_text(encoding="utf-8")
 
 
 def test_text_fits_its_width_and_shows_more_where_there_is_room() -> None:
@@ -271,50 +81,6 @@ def test_perplexity_falls_to_the_better() -> None:
     cell = step_table(ledger).rows[1][3]
     assert (cell.text, cell.tone) == ("-7.50", "good")
     assert "perplexity 12.50 on 40 test rows. Baselines: unigram 700.00." in details(ledger)[0]
-
-
-class Reading(HTMLParser):
-    """The page as a reader of HTML sees it: balanced elements, text by element, attributes."""
-
-    VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.figures = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            if dict(self.elements[-1][1]).get("id") == "figures":
-                self.figures += data
-        elif self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def said(self) -> str:
-        return " ".join("".join(self.words).split())
-
-
-def read(path: Path) -> tuple[Reading, dict[str, Any]]:
-    reading = Reading()
-    reading.feed(path.read_text(encoding="utf-8"))
-    reading.close()
-    assert reading.open == []
-    figures: dict[str, Any] = json.loads(reading.figures)
-    return reading, figures
 
 
 def test_page_holds_every_plot_with_the_numbers_of_the_ledger(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Reading, example
 from torch import tensor
 
 from edgetune.core.ledger import Answers, Baseline, ClassFigures, Ledger, Predicted, Quality, Row, Verdict
@@ -16,6 +15,7 @@ from edgetune.report.answer_tables import confusion_table
 from edgetune.report.glossary import TERMS
 from edgetune.report.sentences import as_sentence, headline, remarks
 from edgetune.tasks.answers import count_answers
+from support.reports import Reading, example
 
 DEMO = Path(__file__).resolve().parents[1] / "docs" / "demo.json"
 

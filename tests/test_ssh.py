@@ -388,13 +388,10 @@ def test_places() -> None:
 
 @needs_sshd
 @pytest.mark.slow
-def test_a_program_that_talks_is_timed_there(reached: Server, tmp_path: Path) -> None:
-    from test_language import decoder, exported
-
-    talks = exported(decoder("Llama"), tmp_path)
+def test_a_program_that_talks_is_timed_there(reached: Server, talking: Artifact) -> None:
     with session.open_runner(reached.url, python=sys.executable) as machine:
-        token, piece = session.measure_on(machine, talks, threads=1, seconds=0.01)
-    assert token.call == f"a token after {talks.language.prefill_tokens}"
-    assert piece.call == f"{talks.language.prefill_tokens} tokens of a prompt"
+        token, piece = session.measure_on(machine, talking, threads=1, seconds=0.01)
+    assert token.call == f"a token after {talking.language.prefill_tokens}"
+    assert piece.call == f"{talking.language.prefill_tokens} tokens of a prompt"
     assert 0 < token.latency_ms < piece.latency_ms
     assert left_over(reached) == []
