@@ -16,7 +16,7 @@ from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import device
 from edgetune.profile.facts import Fact, Flags, StorageKind, StrictRecord
-from edgetune.profile.sources import resolved
+from edgetune.profile.sources import resolve_sources
 from edgetune.recipe import document
 
 HUGE = 10**400  # no double holds it
@@ -56,7 +56,7 @@ def known() -> dict[str, Any]:
     """A descriptor in which every number is known."""
     content, _ = device.read("galaxy-s23")
     assert isinstance(content, dict)
-    plain, faults = resolved(content)
+    plain, faults = resolve_sources(content)
     assert not faults
     told = {"source": "a test", "trust": "low"}
     values = {
@@ -202,7 +202,7 @@ def test_sources_told_once_are_held_to_the_same(sources: Any, fact: dict[str, An
 def test_a_source_told_once_is_the_same_as_one_told_there() -> None:
     content, _ = device.read("galaxy-s23")
     assert isinstance(content, dict)
-    plain, _ = resolved(content)
+    plain, _ = resolve_sources(content)
     assert "from" in str(content)
     assert device.parse(plain, "x.yaml") == device.parse(content, "x.yaml") == device.load("galaxy-s23")
 
