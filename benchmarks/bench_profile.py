@@ -31,8 +31,7 @@ from edgetune.profile import trials
 from edgetune.profile.calibrate import calibrate, noise_pct
 from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device, load
-from edgetune.profile.validate import lines as caveat
-from edgetune.profile.validate import validate
+from edgetune.profile.validate import format_lines, validate
 from edgetune.program.artifact import Artifact
 from edgetune.run.environment import versions
 from edgetune.runtime import verify
@@ -251,7 +250,7 @@ def document(
         f"{r['predicted_kept_mib']:.1f} |"
         for r in steps
     ]  # fmt: skip
-    return "\n".join([*lines, "", "## Published rows", "", "```", *caveat(validation), "```"]) + "\n"
+    return "\n".join([*lines, "", "## Published rows", "", "```", *format_lines(validation), "```"]) + "\n"
 
 
 def calibrated(keep: bool, threads: int | None) -> Device:

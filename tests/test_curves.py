@@ -47,7 +47,7 @@ def test_the_band_is_narrower_than_that_of_priors() -> None:
 
 def test_a_known_kernel_in_another_type_stands_in_first() -> None:
     other = made(KERNELS[0], 64, 64, 64, "8da4w")
-    (part,) = curves.parts([other], calibrated(), calibration())
+    (part,) = curves.operator_costs([other], calibrated(), calibration())
     assert part.log == curves.TYPE_LOG
     assert "xnnpack.fully-connected 8da4w was never calibrated, xnnpack.fully-connected" in part.guessed
     predicted = cost.predict([other], calibrated())
@@ -58,7 +58,7 @@ def test_a_known_kernel_in_another_type_stands_in_first() -> None:
 def test_then_the_nearest_of_its_kind_then_the_prior() -> None:
     new = made(Kernel("xnnpack.prelu", "elementwise"), 64, 64, 1)
     odd = made(Kernel("aten.odd.out", "matmul", delegated=False), 64, 64, 64)
-    by_kind, by_prior = curves.parts([new, odd], calibrated(), calibration())
+    by_kind, by_prior = curves.operator_costs([new, odd], calibrated(), calibration())
     assert by_kind.guessed == "xnnpack.prelu fp32 was never calibrated, xnnpack.add fp32 stands in"
     assert by_prior.guessed == "aten.odd.out fp32 was never calibrated"
     assert curves.TYPE_LOG < by_kind.log == curves.KIND_LOG < by_prior.log == curves.PRIOR_LOG
@@ -72,22 +72,24 @@ def test_then_the_nearest_of_its_kind_then_the_prior() -> None:
 def test_a_copy_of_another_form_takes_its_kins_rates_never_nothing() -> None:
     """A transpose that leaves nothing side by side has a term that copies of whole rows do not show."""
     turned = made(KERNELS[10], 64, 64, 1, "int8").model_copy(update={"window": 64})
-    (alone,) = curves.parts([turned], calibrated(), calibration())
+    (alone,) = curves.operator_costs([turned], calibrated(), calibration())
     assert alone.guessed == "xnnpack.static-transpose int8 was never calibrated in such sizes"
     assert alone.log == curves.PRIOR_LOG
     known = calibration().curves
     fp32 = known["xnnpack.static-transpose fp32"]
     seen = fp32.model_copy(update={"rates": {**fp32.rates, "tiles": 0.9}})
-    (part,) = curves.parts([turned], calibrated(), narrowed(curves={**known, "xnnpack.static-transpose fp32": seen}))
+    (part,) = curves.operator_costs(
+        [turned], calibrated(), narrowed(curves={**known, "xnnpack.static-transpose fp32": seen})
+    )
     assert part.guessed.endswith("in such sizes, xnnpack.static-transpose fp32 stands in")
     assert part.us == pytest.approx(seen.rates["1"] + 0.9 * 64 * 64 / 1e3)
 
 
 def test_a_delegated_kernel_never_stands_in_for_a_portable_one() -> None:
     slow = made(Kernel("aten.add.out", "elementwise", delegated=False), 64, 64, 1)
-    (part,) = curves.parts([slow], calibrated(), calibration())
+    (part,) = curves.operator_costs([slow], calibrated(), calibration())
     assert "stands in" not in part.guessed
-    assert part.us > curves.parts([made(KERNELS[11], 64, 64, 1)], calibrated(), calibration())[0].us
+    assert part.us > curves.operator_costs([made(KERNELS[11], 64, 64, 1)], calibrated(), calibration())[0].us
 
 
 def narrowed(**changes: object) -> Calibration:
@@ -107,8 +109,8 @@ def test_a_kernel_calibrated_for_other_shapes_alone_is_a_guess(term: str, rows: 
     name = "xnnpack.fully-connected fp32"
     operator = made(KERNELS[0], rows, columns, 1024)
     knows = only(name, term)
-    (part,) = curves.parts([operator], calibrated(), knows)
-    (full,) = curves.parts([operator], calibrated(), calibration())
+    (part,) = curves.operator_costs([operator], calibrated(), knows)
+    (full,) = curves.operator_costs([operator], calibrated(), calibration())
     assert full.us / 10 < part.us < full.us * 10
     assert part.log > 0
     assert "never calibrated" in part.guessed
@@ -129,7 +131,7 @@ def test_every_operator_is_counted_and_no_prediction_is_senseless() -> None:
             window=draw.choice((1, 9, 49)),
         )  # fmt: skip
         for machine in (described, small):
-            (part,) = curves.parts([one], machine, machine.calibration or calibration())
+            (part,) = curves.operator_costs([one], machine, machine.calibration or calibration())
             assert part.us > 0, one
             assert part.guessed or curve_of(one) in calibration().curves
             predicted = cost.predict([one, KNOWN], machine)

@@ -179,8 +179,8 @@ def test_a_prediction_is_the_larger_of_compute_and_memory_time() -> None:
     rates, fixed = rates_of(described), roofline.fixed_of(described)
     for macs, weights, bound in ((10**9, 1000, "compute"), (1000, 10**8, "memory"), (10, 10, "overhead")):
         one = operator(macs=macs, weights=weights, activations=1000)
-        (part,) = roofline.parts([one], described)
-        shares = roofline.prior("linear", "fp32", delegated=True)
+        (part,) = roofline.operator_costs([one], described)
+        shares = roofline.prior_shares("linear", "fp32", delegated=True)
         cached = roofline.weights_cached([one], rates)
         computing = roofline.compute_us(one, rates) / shares.compute
         moving = roofline.memory_us(one, rates, cached) / shares.memory
@@ -202,13 +202,16 @@ def test_what_a_cache_holds_moves_faster() -> None:
 def test_priors_differ_by_kind_type_and_who_runs_it() -> None:
     for kind in KINDS:
         for dtype in DTYPES:
-            taken, left = (roofline.prior(kind, dtype, delegated) for delegated in (True, False))
+            taken, left = (roofline.prior_shares(kind, dtype, delegated) for delegated in (True, False))
             assert 0 < left.compute < taken.compute < 1
             assert 0 < left.memory < taken.memory < 1
             assert left.compute_log > taken.compute_log > 0
-    conv, depthwise = (roofline.prior(kind, "fp32", delegated=True) for kind in ("conv", "depthwise-conv"))
+    conv, depthwise = (roofline.prior_shares(kind, "fp32", delegated=True) for kind in ("conv", "depthwise-conv"))
     assert conv.compute > depthwise.compute
-    assert roofline.prior("linear", "int8", delegated=True).compute < roofline.prior("linear", "fp32", True).compute
+    assert (
+        roofline.prior_shares("linear", "int8", delegated=True).compute
+        < roofline.prior_shares("linear", "fp32", True).compute
+    )
 
 
 def test_fixed_costs_follow_the_clock() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgetune.profile.reference import NETWORKS, resnet50
-from edgetune.profile.reference.language import ARCHITECTURES, SCHEMES, decode, file_mib, prefill
+from edgetune.profile.reference.language import ARCHITECTURES, QUANTIZATION_SCHEMES, decode, file_mib, prefill
 
 # million multiply-accumulates and parameters as published: the papers' tables, else torchvision's documentation
 PUBLISHED = {
@@ -93,9 +93,9 @@ def test_a_language_model_has_the_published_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", QUANTIZATION_SCHEMES)
 def test_a_decoding_step_reads_every_weight_once(name: str, scheme: str) -> None:
-    model, stored = ARCHITECTURES[name], SCHEMES[scheme]
+    model, stored = ARCHITECTURES[name], QUANTIZATION_SCHEMES[scheme]
     linears = [o for o in decode(model, stored) if o.kind == "linear"]
     wanted = (model.block_parameters * stored.block_bits + model.head_parameters * stored.head_bits) / 8
     adapters = model.layers * stored.adapter_rank * sum(rows + columns for _, columns, rows in model.matrices)
@@ -104,7 +104,7 @@ def test_a_decoding_step_reads_every_weight_once(name: str, scheme: str) -> None
 
 
 def test_the_cache_is_read_and_attended_to() -> None:
-    model, scheme = ARCHITECTURES["llama-3.2-1b"], SCHEMES["bf16"]
+    model, scheme = ARCHITECTURES["llama-3.2-1b"], QUANTIZATION_SCHEMES["bf16"]
     # 16 layers x 8 heads x 64 x (key, value) x 2 bytes = 32 KiB a token
     assert model.cache_mib_per_token(2) == pytest.approx(32 / 1024)
     empty, full = decode(model, scheme, 0), decode(model, scheme, 1000)
@@ -115,7 +115,7 @@ def test_the_cache_is_read_and_attended_to() -> None:
 
 
 def test_a_prefill_multiplies_for_every_token_but_the_head_for_one() -> None:
-    model, scheme = ARCHITECTURES["llama-3.2-1b"], SCHEMES["8da4w-g32-head8"]
+    model, scheme = ARCHITECTURES["llama-3.2-1b"], QUANTIZATION_SCHEMES["8da4w-g32-head8"]
     linears = [o for o in prefill(model, scheme, 64) if o.kind == "linear"]
     assert sum(o.macs for o in linears) == 64 * model.block_parameters + model.head_parameters
     assert sum(o.weight_bytes for o in linears) == sum(
@@ -132,4 +132,4 @@ def test_files_have_the_published_size() -> None:
         ("llama-3.2-1b", "8da4w-g32-head8-lora16", 1127), ("llama-3.2-3b", "bf16", 6129),
         ("llama-3.2-3b", "8da4w-g32-head8", 2435), ("llama-3.2-3b", "8da4w-g32-head8-lora16", 2529),
     ):  # fmt: skip
-        assert file_mib(ARCHITECTURES[name], SCHEMES[scheme]) == pytest.approx(published, rel=0.005)
+        assert file_mib(ARCHITECTURES[name], QUANTIZATION_SCHEMES[scheme]) == pytest.approx(published, rel=0.005)

@@ -357,7 +357,7 @@ with Connection({place}) as there:
 
 
 def test_the_stopwatch_needs_nothing_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "clock.pyz").write_bytes(ssh.script())
+    (tmp_path / "clock.pyz").write_bytes(ssh.clock_zip())
     (tmp_path / "job").mkdir()
     (tmp_path / "job/request.json").write_text('{"check": true}')
     command = [sys.executable, "-I", "-S", str(tmp_path / "clock.pyz"), str(tmp_path / "job")]

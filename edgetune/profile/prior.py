@@ -54,11 +54,11 @@ class Prior(StrictRecord):
     """The terms, and how wide the band around their sum is. Logarithms of times."""
 
     offsets: dict[str, float]
-    fit_widths: dict[str, float]  # half of the band that holds `COVERAGE`, by the first and by the second key
+    widths: dict[str, float]  # half of the band that holds `COVERAGE`, by the first and by the second key
 
     def offset_and_width(self, keys: Keys) -> tuple[float, float]:
         """The sum of the terms known for these keys, and half the width of its band."""
-        width = self.fit_widths.get(keys[1], self.fit_widths.get(keys[0], _NOTHING))
+        width = self.widths.get(keys[1], self.widths.get(keys[0], _NOTHING))
         return sum(self.offsets.get(key, 0.0) for key in keys), width
 
     def has_data_for(self, keys: Keys) -> bool:
@@ -178,7 +178,7 @@ def _between(devices: dict[str, list[float]]) -> float:
 
 def fit_prior(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> Prior:
     """Terms and widths from all rows but those of the devices `without`."""
-    return Prior(offsets=fit_offsets(rows, without=without), fit_widths=fit_widths(rows, without=without))
+    return Prior(offsets=fit_offsets(rows, without=without), widths=fit_widths(rows, without=without))
 
 
 @cache

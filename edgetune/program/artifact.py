@@ -1,4 +1,4 @@
-"""An exported program on disk: `model.pte`, and `model.json` beside it that says everything known about it."""
+"""An exported program on disk: `model.pte`, and `model.json`, which describes it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Artifact:
     def load(cls, path: str | Path, *kinds: ProgramKind) -> Artifact:
         """Read the manifest of the `.pte` at `path`, or of a run's folder, and check the files that it names.
 
-        Raises `EdgetuneError` (exit code 5) where the program is not of one of `kinds`, if any are given.
+        Raises `EdgetuneError` (exit code 5) unless the program is of one of `kinds`, if any are given.
         """
         path = program_at(Path(path))
         artifact = cls(path=path, manifest=read_manifest(path, *kinds))
@@ -56,19 +56,19 @@ class Artifact:
 
     @property
     def data_path(self) -> Path | None:
-        """The `.ptd` with the weights, where they lie apart."""
+        """The `.ptd` with the weights, if they are not in the `.pte`."""
         return self.path.with_name(self.manifest.data.file) if self.manifest.data is not None else None
 
     @property
     def language(self) -> LanguageSpec:
-        """What a text-generation program has beside its calls. Raises for a program of another kind."""
+        """The section of a text-generation program. Raises for a program of another kind."""
         if self.manifest.language is None:
             raise wrong_kind_error(self.path, self.manifest.kind, "language")
         return self.manifest.language
 
     @property
     def training(self) -> TrainingSpec:
-        """What a training program has beside its calls. Raises for a program of another kind."""
+        """The section of a training program. Raises for a program of another kind."""
         if self.manifest.training is None:
             raise wrong_kind_error(self.path, self.manifest.kind, "training")
         return self.manifest.training
@@ -76,8 +76,8 @@ class Artifact:
     def run(self, inputs: Inputs, method: str = "") -> tuple[Tensor, ...]:
         """The outputs for these inputs, computed by the program in a child process.
 
-        `method`: which, where the program has several. Raises `EdgetuneError` (exit code 5) for inputs of other shapes
-        or types than the manifest states, and for a program with a cache or a state between its calls.
+        `method`: needed if the program has several. Raises `EdgetuneError` (exit code 5) if shapes or types differ from
+        those in the manifest, and for a program that keeps a cache or state between calls.
         """
         if self.manifest.kind not in ("model", "methods"):
             raise wrong_kind_error(self.path, self.manifest.kind, "model")
@@ -85,7 +85,7 @@ class Artifact:
         return run_in_child(self.path, [validate_inputs(call.inputs, inputs)], method=call.name, data=self.data_path)[0]
 
     def program(self) -> Program:
-        """The ledger's summary."""
+        """Summarize it for the ledger."""
         manifest, call = self.manifest, self.manifest.main
         return Program(
             path=str(self.path),
@@ -101,7 +101,7 @@ class Artifact:
 
 
 def validate_inputs(specs: Sequence[TensorSpec], inputs: Inputs, subject: str = "the inputs") -> tuple[Tensor, ...]:
-    """The inputs by position, in memory order. Raises where they are not what a program with these specs takes."""
+    """The inputs by position, contiguous. Raises if a program with these specs does not accept them."""
     if isinstance(inputs, dict) and set(inputs) == {spec.name for spec in specs}:
         inputs = {spec.name: inputs[spec.name] for spec in specs}
     tensors = tuple(tensor.detach().cpu().contiguous() for tensor in tensors_of(inputs))
@@ -115,7 +115,7 @@ def validate_inputs(specs: Sequence[TensorSpec], inputs: Inputs, subject: str = 
         return tensors
     also = f"; {unequal[0]} must be the same everywhere" if unequal else ""
     raise EdgetuneError(
-        f"{subject}: shapes or types that the program does not take{also}",
+        f"{subject}: shapes or types that the program does not accept{also}",
         got=[f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors],
         allowed=[f"{spec.name}: {spec}" for spec in specs],
         action="pad or cut them, or export with bounds that include them: dynamic={...}",
@@ -124,10 +124,10 @@ def validate_inputs(specs: Sequence[TensorSpec], inputs: Inputs, subject: str = 
 
 
 def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest], weights: bytes = b"") -> Manifest:
-    """Write the program under a temporary name, let `check` run it, and only then give both files their names.
+    """Write the program under a temporary name, `check` it, and only then rename it and its manifest.
 
-    `weights` become a third file, which `check` finds by `data_path`. The manifest is last: where it lies, the files
-    that it names are whole. On any failure the temporary files go, and what stood at `path` before stays.
+    `weights` become a third file, which `check` locates by `data_path`. The manifest is renamed last, so that the files
+    it names are complete if it exists. On failure the temporary files are deleted, and the old program stays.
     """
     beside = manifest_path(path)
     files = (data_path(path), path, beside) if weights else (path, beside)
@@ -142,14 +142,14 @@ def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest], weigh
             raise
         text.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         stale = _data_named_in(beside)
-        beside.unlink(missing_ok=True)  # it describes the program that is about to go
+        beside.unlink(missing_ok=True)  # it describes the program that is about to be replaced
         if stale is not None:
             stale.unlink(missing_ok=True)
     return manifest
 
 
 def _data_named_in(beside: Path) -> Path | None:
-    """The data file of the program that is replaced."""
+    """The data file of the program that is being replaced."""
     try:
         name = json.loads(beside.read_text(encoding="utf-8"))["data"]["file"]
     except (OSError, ValueError, KeyError, TypeError):

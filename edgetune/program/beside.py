@@ -1,4 +1,4 @@
-"""What describes a program and the files beside it: the base of all such values, and the check of a file's bytes."""
+"""The files next to a program: their paths, their checksums, and the base class of what describes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MUST_END = "the file name of a program must end in .pte"
 
 
 class Record(OneLine):
-    """Base of what stands in a manifest: immutable, no unknown keys."""
+    """Base of the records in a manifest: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -28,7 +28,7 @@ def sha256_of(data: bytes) -> str:
 
 
 def check_bytes(file: Path, sha256: str) -> None:
-    """Raise unless the file is there and holds the bytes that a manifest names."""
+    """Raise unless the file exists and has the checksum that a manifest states."""
     if not file.is_file():
         raise unusable_error("no such file", file)
     actual = sha256_of(file.read_bytes())
@@ -47,7 +47,7 @@ def check_program_path(path: Path) -> None:
 def program_at(path: Path) -> Path:
     """The program that a path names: a `.pte`, or the `model.pte` of a run's folder.
 
-    Raises `EdgetuneError` (exit code 2) where there is none.
+    Raises `EdgetuneError` (exit code 2) if there is none.
     """
     place = path / "model.pte" if path.is_dir() else path
     if place.is_file() and place.suffix == ".pte":
@@ -66,7 +66,7 @@ def program_at(path: Path) -> Path:
 
 
 def unusable_error(message: str, where: Path, got: object = None, allowed: Sequence[str] = ()) -> EdgetuneError:
-    """What is wrong with a program or a file beside it."""
+    """The error for a program, or a file next to it, that cannot be used."""
     return EdgetuneError(
         message, where=str(where), got=got, allowed=allowed, action="export the model again", exit_code=Exit.EXPORT
     )

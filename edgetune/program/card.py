@@ -140,13 +140,13 @@ def _program(manifest: Manifest) -> list[str]:
     outside: Counter[str] = Counter()
     for operator in call.undelegated:
         outside[operator.operator] += operator.count
-    left = shortened([f"{count} x {name}" for name, count in outside.most_common()], 6)
+    undelegated = shortened([f"{count} x {name}" for name, count in outside.most_common()], 6)
     return [
         f"target {manifest.target}" + (f", for {manifest.device}" if manifest.device else ""),
         f"{size(manifest.size_bytes)}, and {size(call.plan_bytes)} of planned activation memory",
         f"weights that one run reads: {quantization(call.operators)}",
         f"{call.delegated_macs_pct:.1f} % of the multiply-accumulates run in the backend, in {call.delegates} "
-        f"parts" + (f"; outside it: {left}" if left else ""),
+        f"parts" + (f"; outside it: {undelegated}" if undelegated else ""),
         *([same] if same else []),
         *([f"branches and norms: {call.folded}"] if call.folded else []),
         f"SHA-256 `{manifest.sha256}`",
@@ -154,7 +154,6 @@ def _program(manifest: Manifest) -> list[str]:
 
 
 def _values(parity: Parity) -> str:
-    """How far the values of the outputs are from the model's, and how far they may be."""
     apart = f"values differ by at most {parity.max_abs_difference:.2g}"
     if parity.max_relative_difference is None:
         return apart

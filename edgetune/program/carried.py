@@ -1,6 +1,6 @@
-"""What an app needs beside a program, as data: how a picture or a text becomes its inputs, and what comes out means.
+"""What an app needs besides the program, as data: how an image or a text becomes its inputs, and what its outputs mean.
 
-It stands in `model.json`; the tokenizer lies beside the program as a file of its own.
+It is part of `model.json`; the tokenizer is a file of its own.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from edgetune.program.beside import Record, sha256_of
 
 
 class ImagePreprocessing(Record):
-    """From a picture in a file to one fp32 tensor `(1, channels, size_px, size_px)`.
+    """From an image file to one fp32 tensor `(1, channels, size_px, size_px)`.
 
-    In this order: turned upright as the file's orientation says, made `color`, cropped, resized, and each byte `x` of
-    channel `c` becomes `(x * scale - mean[c]) / std[c]`. A grey picture fills every channel with the same values.
+    In this order: rotate as the file's orientation says, convert to `color`, crop, resize, and turn each byte `x` of
+    channel `c` into `(x * scale - mean[c]) / std[c]`. A greyscale image has the same values in every channel.
     """
 
     kind: Literal["image"] = "image"
     size_px: int  # width and height
     color: Literal["rgb", "grey"]
-    crop: Literal["center", "none"]  # the largest square in the middle; "none": all of it, stretched to a square
-    resize: Literal["bilinear"] = "bilinear"  # a triangle as wide as what one new pixel covers, as Pillow's BILINEAR
-    rounded: bool  # to whole numbers after the resize, as where bytes are resized
+    crop: Literal["center", "none"]  # the largest central square; "none": the whole image, stretched to a square
+    resize: Literal["bilinear"] = "bilinear"  # antialiased, as Pillow's BILINEAR
+    rounded: bool  # to integers after the resize, as when bytes are resized
     scale: float = 1.0
     mean: tuple[float, ...]  # one for each channel
     std: tuple[float, ...]
@@ -35,40 +35,39 @@ class ImagePreprocessing(Record):
 
 
 class WordPiece(Record):
-    """A tokenizer of the BERT family: with the vocabulary of the tokenizer's file, all that an app has to know.
+    """A tokenizer of the BERT family: all that an app needs, apart from the vocabulary in the tokenizer's file.
 
-    The words are the text's runs of characters between blanks and around each punctuation mark; each becomes its
-    longest pieces from the vocabulary, from the left, all but the first with `prefix` in front.
+    A text is split at whitespace and around each punctuation mark; each word becomes its longest pieces from the
+    vocabulary, from the left, all but the first preceded by `prefix`.
     """
 
     lowercase: bool
     strip_accents: bool
-    clean: bool  # control characters go, every blank becomes a space
+    clean: bool  # remove control characters, and turn all whitespace into spaces
     chinese: bool  # each Chinese character is a word
     prefix: str
     longest_word: int  # characters; a longer one is unknown
     unknown_id: int
-    before: tuple[int, ...]  # tokens put before the text's, which count for the length
+    before: tuple[int, ...]  # tokens put before those of the text; they count for the length
     after: tuple[int, ...]
 
 
 class TextPreprocessing(Record):
     """From a text to int64 `input_ids` and `attention_mask`, both `(1, tokens)`.
 
-    `ending` is put behind the text, the tokenizer's own special tokens around it; what is longer than `max_length`
-    tokens loses some at the side `cut`. What is shorter than the program's input is filled up on the right with
-    `pad_id`, where the mask is 0; elsewhere it is 1.
+    `ending` is appended to the text, and the tokenizer adds its special tokens. More than `max_length` tokens are
+    truncated on the side `cut`; fewer than the program's input are padded on the right with `pad_id` and mask 0.
     """
 
     kind: Literal["text"] = "text"
-    tokenizer: str = ""  # file beside the program: tokenizer.json as Hugging Face's tokenizers write and read it
+    tokenizer: str = ""  # file next to the program, a tokenizer.json of Hugging Face's tokenizers
     sha256: str = ""  # of that file
     max_length: int
     cut: Literal["right", "left"] = "right"
     pad_id: int
     ending: str = ""
-    wordpiece: WordPiece | None = None  # None: a tokenizer of another kind, which the file describes whole
-    tokenizer_json: str = Field(default="", exclude=True, repr=False)  # until it is written beside a program
+    wordpiece: WordPiece | None = None  # None: a tokenizer of another kind, described by its file alone
+    tokenizer_json: str = Field(default="", exclude=True, repr=False)  # until it is written next to a program
 
 
 Preprocessing = Annotated[ImagePreprocessing | TextPreprocessing, Field(discriminator="kind")]
@@ -78,7 +77,7 @@ class ClassScores(Record):
     """From the logits `(1, classes)` to an answer."""
 
     scores: Literal["softmax"] = "softmax"  # of the logits: they add up to 1
-    answer: Literal["argmax"] = "argmax"  # the place of the highest, which is the place of its name in `labels`
+    answer: Literal["argmax"] = "argmax"  # index of the highest, and of its name in `labels`
 
 
 class ScaledValue(Record):
@@ -94,24 +93,24 @@ class ScaledValue(Record):
 class TaggedWords(Record):
     """From the logits `(1, tokens, tags)` to the entities of a text.
 
-    The text's words are the matches of `words`, each of which the tokenizer gets as a word of its own. A word's tag has
-    the highest logit at its first token. `B-kind` begins an entity, and so does an `I-kind` that nothing of its kind
-    stands before; any other `I-kind` goes on with it.
+    The words are the matches of `words`, which the tokenizer gets as separate words. A word's tag has the highest logit
+    at its first token. `B-kind` begins an entity, and so does an `I-kind` that follows no word of its kind; any other
+    `I-kind` continues one.
     """
 
     answer: Literal["entities"] = "entities"
     scheme: Literal["IOB2"] = "IOB2"
-    words: str = r"\w+|[^\w\s]"  # a regular expression: words, and punctuation marks by themselves
+    words: str = r"\w+|[^\w\s]"  # a regular expression: words and single punctuation marks
 
 
 Postprocessing = Annotated[ClassScores | ScaledValue | TaggedWords, Field(discriminator="answer")]
 
 
 class Carried(Record):
-    """What `model.json` says for the app. Empty: nobody said so."""
+    """Metadata for an app in `model.json`. Empty fields: unknown."""
 
     model: str = ""  # what it was made from: "minilm"
-    data: str = ""  # what it was trained on, or what named its classes
+    data: str = ""  # the training data, or where the class names are from
     task: str = ""
     recipe: str = ""
     licence: str = ""  # of the pretrained weights, as their package says
@@ -127,7 +126,7 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def write_beside(carried: Carried, path: Path) -> Carried:
-    """Write the files that are carried beside the program at `path`; returns what goes into its manifest."""
+    """Write the tokenizer next to the program at `path`; returns the metadata for its manifest."""
     preprocessing = carried.preprocessing
     if not isinstance(preprocessing, TextPreprocessing):
         return carried

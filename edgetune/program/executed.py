@@ -1,8 +1,8 @@
 """The operators of a program as the runtime executes them, read from the file alone.
 
-Between two calls of `edgetune.capture.operators` and these lies the backend's compiler: it folds, adds a transpose
-before a convolution and a conversion around an 8-bit operator, and each of those takes time. XNNPACK's parts are read
-from their own flatbuffer; of any other backend one operator stands for each call.
+They differ from those of `edgetune.capture.operators` by what the backend's compiler does: it folds operators, and adds
+transposes before convolutions and conversions around 8-bit operators, all of which take time. XNNPACK's delegates are
+read from their flatbuffer; each call of any other backend is one operator.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def executed_operators(
 ) -> tuple[Operator, ...]:
     """Every operator that the runtime executes in one call of `method`, in order; sizes at their upper bounds.
 
-    `data`: the bytes of the `.pte`. `modules`: for each instruction the module it comes from, of a delegate a table
-    from its nodes' debug handles; left out where they do not fit the instructions. `instead`: other sizes for those
-    of activations, such as 1 for the most tokens that a call may have. Raises `EdgetuneError` for an unknown method and
-    for what is no program.
+    `data`: the bytes of the `.pte`. `modules`: for each instruction its module, for a delegate a table by the debug
+    handles of its nodes; ignored if their number differs. `instead`: replacements for sizes of activations, such as 1
+    for the most tokens of a call. Raises `EdgetuneError` for an unknown method and for data that is not a program.
     """
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir._serialize._program import _ExtendedHeader
@@ -110,7 +109,7 @@ def executed_operators(
 
 
 def _instructions(plan: Any) -> Iterator[Any]:
-    """Calls of delegates and of kernels that do something."""
+    """Calls of delegates, and of kernels that are not free."""
     for chain in plan.chains:
         for instruction in chain.instructions:
             arguments = instruction.instr_args
@@ -135,11 +134,11 @@ def _payload(program: Any, data: bytes, base: int, delegate: Any) -> bytes:
 
 
 def _portable(plan: Any, call: Any, module: str) -> Operator:
-    """One kernel outside of the delegates. Its last tensor is the one that it writes."""
+    """One kernel outside the delegates. Its last tensor is its output."""
     operator = plan.operators[call.op_index]
     values = [plan.values[index].val for index in call.args]
     tensors, last = list(_tensors(plan, values)), values[-1:]
-    written = list(_tensors(plan, last))  # of several outputs a list, which comes after each of them
+    written = list(_tensors(plan, last))  # several outputs end with their list
     read = [t for t in tensors if not any(t is w for w in written)]
     weights = [t for t in read if _is_constant(t)]
     activations = [t for t in read if not any(t is weight for weight in weights)]
@@ -193,13 +192,13 @@ def _product_macs(name: str, read: Sequence[Any], elements: int) -> int:
 
 
 def _attention_macs(tensors: Sequence[Any]) -> int:
-    """Of queries (1, n, heads, width) over all places of the keys' cache: two products."""
+    """Two products of the queries (1, n, heads, width) with the whole cache."""
     query, key = tensors[0].sizes or [1], tensors[1].sizes or [1, 1]
     return 2 * int(math.prod(query)) * int(key[1])
 
 
 def _opaque(plan: Any, call: Any, delegate: Any, payload_bytes: int) -> Operator:
-    """A call into a backend that says nothing of what it runs."""
+    """A call into a backend whose operators are unknown."""
     tensors = list(_tensors(plan, [plan.values[index].val for index in call.args]))
     shape = tuple(tensors[-1].sizes or ()) if tensors else ()
     return Operator(
@@ -220,7 +219,7 @@ def _opaque(plan: Any, call: Any, delegate: Any, payload_bytes: int) -> Operator
 
 @lru_cache(maxsize=256)
 def _graph(payload: bytes) -> Any:
-    """The part's flatbuffer as JSON, by executorch's own compiler and schema."""
+    """The delegate's flatbuffer as JSON, by executorch's own compiler and schema."""
     from importlib import resources
 
     from executorch.backends.xnnpack import serialization
@@ -287,7 +286,7 @@ def _node(name: str, settings: dict[str, Any], tensors: dict[int, _Tensor], modu
 
 
 def _conversion_name(name: str, read: Sequence[_Tensor], out: _Tensor) -> str:
-    """A conversion by what it makes: to int8 with a scale for each row it looks for the largest value first."""
+    """A conversion is named by its types: to int8 with a scale per row it first looks for the largest value."""
     return f"convert-{read[0].dtype}-{out.dtype}" if name == "convert" and read else name
 
 
@@ -328,7 +327,7 @@ def _kernel_window(settings: dict[str, Any]) -> int:
 
 
 def _window(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Tensor) -> int:
-    """What `Operator.window` says."""
+    """See `Operator.window`."""
     if name == "global-avg-pooling2d":
         return used[0].elements // max(out.elements, 1)
     if name == "static-transpose":
@@ -337,7 +336,7 @@ def _window(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _
 
 
 def _columns(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Tensor) -> int:
-    """What `Operator.columns` says."""
+    """See `Operator.columns`."""
     if name == "conv2d":
         return int(settings["group_output_channels"])
     if name == "static-transpose":
@@ -352,9 +351,9 @@ def _columns(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: 
 
 
 def _transpose_runs(perm: Sequence[int], dims: Sequence[int]) -> tuple[int, int]:
-    """Of a transpose the innermost size of what it writes, and of what it reads if that is another axis, else 1.
+    """Innermost sizes of a transpose's output, and of its input if that is another axis, else 1. `dims`: of the output.
 
-    Axes of one value are left out and axes that stay neighbours count as one: `dims` are those of the output.
+    Axes of size 1 are ignored, and axes that stay neighbours count as one.
     """
     axes = [axis for axis, size in zip(perm, dims, strict=True) if size != 1]
     sizes = [size for size in dims if size != 1]

@@ -1,4 +1,4 @@
-"""What a `.pte` holds, as a value, and as lines for a terminal."""
+"""The content of a `.pte`, as a value and as text for a terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Count(Record):
 
 
 class Delegate(Record):
-    """One part of a method that a backend runs. Its weights may lie in `Inspection.constants` instead."""
+    """A subgraph that a backend runs. Its weights may be in `Inspection.constants` instead."""
 
     backend: str
     size_bytes: int
@@ -48,17 +48,17 @@ class Method(Record):
     outputs: tuple[Slot, ...]
     operators: tuple[Count, ...]  # kernels outside the delegates, most frequent first
     delegates: tuple[Delegate, ...]
-    arenas_bytes: tuple[int, ...]  # planned memory; all of them live at once
+    arenas_bytes: tuple[int, ...]  # planned memory; all of them at once
 
 
 class Constant(Record):
-    """One constant. A delegate's own has neither type nor shape: only the backend knows its layout."""
+    """One constant. Those of a delegate have neither type nor shape: only the backend knows their layout."""
 
     name: str
     size_bytes: int
     dtype: str = ""
     shape: tuple[int, ...] = ()
-    kind: str = "constant"  # or "delegate's weight", "initial state"; "external" lies in a .ptd
+    kind: str = "constant"  # or "delegate's weight", "initial state", "external": in a .ptd
 
 
 class FileShare(Record):
@@ -69,10 +69,10 @@ class FileShare(Record):
 
 
 class Beside(Record):
-    """What `model.json` adds, or why it does not."""
+    """The facts from `model.json`, or why it cannot be read."""
 
     path: str
-    problem: str = ""  # it cannot be read
+    problem: str = ""  # why it cannot be read
     checksum_ok: bool = False
     target: str = ""
     device: str = ""
@@ -102,7 +102,7 @@ _MOST = 12  # constants and operators that are listed; the rest is counted
 
 
 def text_of(inspection: Inspection) -> str:
-    """Everything that is known, most important first."""
+    """All of it, most important first."""
     lines = [f"{inspection.path}: {size(inspection.size_bytes)}, schema version {inspection.schema_version}"]
     lines += _rows("in the file", [(part.name, size(part.size_bytes)) for part in inspection.parts])
     for method in inspection.methods:

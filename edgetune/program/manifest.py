@@ -1,4 +1,4 @@
-"""What `model.json` says of the program beside it: the file, each call of it, and what its kind needs to be used."""
+"""The manifest of a program, `model.json`: its file, its calls, and what an app needs to use it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TensorSpec(Record):
     shape: tuple[int, ...]  # the largest, where sizes may differ
     dtype: str  # "int64", "float32"
     smallest: tuple[int, ...] | None = None  # None: `shape` is the only one
-    free: dict[int, str] = Field(default_factory=dict)  # axes whose size may differ, by name: equal names, equal sizes
+    free: dict[int, str] = Field(default_factory=dict)  # axes whose size may vary; equal names have equal sizes
 
     def __str__(self) -> str:
         pairs = zip(self.smallest or self.shape, self.shape, strict=True)
@@ -40,15 +40,15 @@ class TensorSpec(Record):
 
 
 class MemoryPlan(Record):
-    """How the arena is laid out: the way that was taken, and the bytes of all that were tried."""
+    """How the arena is laid out: the algorithm used, and the size by each one that was tried."""
 
     way: str
     tried_bytes: dict[str, int]
-    holds_io: bool = True  # inputs and outputs lie in the arena
+    holds_io: bool = True  # inputs and outputs are in the arena
 
 
 class DataFile(Record):
-    """The file with the weights, where they lie apart from the program."""
+    """The file with the weights, if they are not in the program."""
 
     file: str  # in the program's folder
     size_bytes: int
@@ -56,7 +56,7 @@ class DataFile(Record):
 
 
 class Call(Record):
-    """One kind of call of the program, as it was lowered and compared with eager mode.
+    """One kind of call of the program, as lowered and as compared with eager mode.
 
     A plain program has the method `forward`; one with several methods, each of them; a training program, `forward` and
     `train`. A text-generation program has one method, `forward`, and two kinds of call: `token` and `prompt`.
@@ -73,13 +73,13 @@ class Call(Record):
     delegated_operators_pct: float
     undelegated: tuple[UndelegatedOperator, ...]
     operators: tuple[Operator, ...]
-    executed: tuple[Operator, ...] = ()  # what the runtime makes of them: what a prediction is summed over
-    folded: str = ""  # branches and norms that became part of their layers, and by how much the output changed
-    parity: Parity | None = None  # None: it did not run here, see the manifest's `note`; or see `training.parity`
+    executed: tuple[Operator, ...] = ()  # as the runtime executes them, which a prediction sums up
+    folded: str = ""  # branches and norms that were folded into layers, and the change of the output
+    parity: Parity | None = None  # None: it cannot run here (see the manifest's `note`), or see `training.parity`
 
 
 class TokenizerSpec(Record):
-    """The tokenizer beside the program, and how a prompt becomes a chat."""
+    """The tokenizer of the program, and how a prompt becomes a chat."""
 
     file: str  # in the program's folder: tokenizer.json as Hugging Face's tokenizers write it
     sha256: str
@@ -88,23 +88,23 @@ class TokenizerSpec(Record):
 
 
 class LanguageSpec(Record):
-    """What a text-generation program has beside its calls.
+    """The part of the manifest for text-generation programs.
 
-    Its method `forward` takes `tokens` (1, n), n from 1 to `prefill_tokens`, and `position` (1,), the place of the
-    first of them in the cache, and gives the logits (1, 1, vocabulary) after the last. A `position` other than 0
-    begins at a multiple of 32 or comes with one token: the attention kernel hides later tokens wrongly else.
+    The method `forward` takes `tokens` (1, n), n from 1 to `prefill_tokens`, and `position` (1,), the cache position of
+    the first one, and returns the logits (1, 1, vocabulary) after the last. With several tokens, `position` must be a
+    multiple of 32: otherwise the attention kernel masks later tokens wrongly.
     """
 
     architecture: str  # transformers' name of the model: "llama"
-    max_tokens: int  # places in the cache: prompt and answer together
+    max_tokens: int  # cache positions: prompt and answer together
     prefill_tokens: int  # most tokens of one call
     vocabulary: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
     tokenizer: TokenizerSpec
-    shared_bytes: int  # stored once although two operators read them: a head and an embedding that are tied
+    shared_bytes: int  # stored once for two operators: a tied head and embedding
     cache_bytes: int  # in the arena
-    first_difference: int | None = None  # place of the first greedy token, from 0, that the model would not choose
+    first_difference: int | None = None  # index of the first greedy token that the model would not choose
     margin_at_difference: float | None = None  # of the model's logits there: its choice over the program's
 
 
@@ -117,7 +117,7 @@ class SliceSpec(Record):
 
 
 class TrainingParity(Record):
-    """The program's losses beside those of eager SGD, step by step from the same weights on the same batches."""
+    """Compares the program's losses with those of eager SGD, from the same weights on the same batches."""
 
     steps: int
     learning_rate: float
@@ -126,9 +126,9 @@ class TrainingParity(Record):
 
 
 class TrainingSpec(Record):
-    """What a training program has beside its calls.
+    """The part of the manifest for training programs.
 
-    `train` takes the inputs, the labels and the learning rate, and changes the state that `forward` infers with.
+    `train` takes the inputs, the labels and the learning rate, and updates the state that `forward` reads.
     """
 
     momentum: float
@@ -139,18 +139,18 @@ class TrainingSpec(Record):
 
 
 class Manifest(Record):
-    """What `model.json` holds."""
+    """The content of `model.json`."""
 
     format: Literal[2] = 2
     kind: ProgramKind = "model"
     target: str
-    device: str | None = None  # the device it was made for, if one was named
-    size_bytes: int  # of the .pte; what methods share is in it once
+    device: str | None = None  # the device it was exported for, if one was given
+    size_bytes: int  # of the .pte; what methods share is stored once
     sha256: str
     versions: dict[str, str]
     data: DataFile | None = None  # None: the weights are in the program
     note: str = ""
-    carried: Carried | None = None  # what an app needs beside the program
+    carried: Carried | None = None  # what an app needs besides the program
     language: LanguageSpec | None = None
     training: TrainingSpec | None = None
     calls: tuple[Call, ...] = Field(min_length=1)
@@ -169,12 +169,12 @@ class Manifest(Record):
 
     @property
     def total_bytes(self) -> int:
-        """Of the program and of its data file."""
+        """Size of the program and its data file."""
         return self.size_bytes + (self.data.size_bytes if self.data else 0)
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that the program needs beside it, with their SHA-256."""
+        """The files that the program needs, with their SHA-256."""
         files = {self.data.file: self.data.sha256} if self.data is not None else {}
         if self.language is not None:
             files[self.language.tokenizer.file] = self.language.tokenizer.sha256
@@ -183,7 +183,7 @@ class Manifest(Record):
         return files
 
     def call(self, name: str = "") -> Call:
-        """The call of that name; none is needed where there is one."""
+        """The call of that name; a program with one call needs no name."""
         allowed = [call.name for call in self.calls]
         if not name and len(self.calls) == 1:
             return self.calls[0]
@@ -205,12 +205,12 @@ def data_path(path: Path) -> Path:
 
 
 def data_file(path: Path, weights: bytes) -> DataFile | None:
-    """What the manifest of the `.pte` at `path` says of its data file; None without weights."""
+    """The entry for the data file of the `.pte` at `path`; None if there are no weights."""
     return DataFile(file=data_path(path).name, size_bytes=len(weights), sha256=sha256_of(weights)) if weights else None
 
 
 def read_manifest(path: Path, *kinds: ProgramKind) -> Manifest:
-    """The manifest beside the `.pte` at `path`, of that very file, and of one of these kinds, if any are given."""
+    """The manifest of the `.pte` at `path`, checked against that file, and against `kinds` if any are given."""
     beside = manifest_path(program_at(path))
     if not beside.is_file():
         message = f"the file that belongs to {path.name} is missing"
@@ -224,7 +224,7 @@ def read_manifest(path: Path, *kinds: ProgramKind) -> Manifest:
 
 
 def stored_manifest(beside: Path) -> Manifest:
-    """What a `model.json` holds, whatever lies beside it."""
+    """The content of a `model.json`, without a look at the program."""
     try:
         stored = json.loads(beside.read_text(encoding="utf-8"))
         if isinstance(stored, dict) and stored.get("format") != 2:
@@ -241,28 +241,28 @@ def stored_manifest(beside: Path) -> Manifest:
         raise unusable_error(f"the manifest cannot be read: {reason}", beside) from error
 
 
-_KINDS: dict[ProgramKind, tuple[str, str, str]] = {  # what a program is, what uses it, and what makes one
-    "model": ("a plain program", "it is run by Artifact.load(path).run(inputs)", ""),
+_KINDS: dict[ProgramKind, tuple[str, str, str]] = {  # name, use, and how to make one
+    "model": ("a plain program", "run it with Artifact.load(path).run(inputs)", ""),
     "language": (
         "a text-generation program",
-        "edgetune generate lets it answer",
+        "run it with edgetune generate",
         "export the model with --language to have one that generates text",
     ),
     "training": (
         "a training program",
-        "edgetune train-pte trains with it",
+        "train it with edgetune train-pte",
         "make one with edgetune export-training",
     ),
     "methods": (
         "a program with several methods",
-        "it is run by Artifact.load(path).run(inputs, method=...)",
+        "run it with Artifact.load(path).run(inputs, method=...)",
         "make one with et.export_methods",
     ),
 }
 
 
 def wrong_kind_error(path: Path, kind: ProgramKind, *wanted: ProgramKind) -> EdgetuneError:
-    """The error for a program of one kind where another is needed."""
+    """The error for a program of the wrong kind."""
     this, use, _ = _KINDS[kind]
     needed, _, making = _KINDS[wanted[0]]
     message = f"a program of another kind: this is {this}, not {needed}"

@@ -1,4 +1,4 @@
-"""What kind of operator a name in a graph stands for, and which ones cost nothing."""
+"""The kind of an operator by its name, and which ones cost nothing."""
 
 from __future__ import annotations
 

@@ -25,6 +25,6 @@ class Operator(Record):
     weight_bytes: int  # constants read, as stored
     activation_bytes: int  # inputs read plus outputs written
     delegated: bool  # whether a backend runs it; False: a portable kernel
-    columns: int = 0  # of a product those of one group, of a copy the values that stay side by side; 0: unknown
-    groups: int = 1  # products side by side: the groups of a convolution, batches of a matmul
-    window: int = 1  # values read for one written; of a transpose those that lay side by side and do no longer
+    columns: int = 0  # of a product in one group, of a copy the values that stay contiguous; 0: unknown
+    groups: int = 1  # separate products: groups of a convolution, batches of a matmul
+    window: int = 1  # values read per value written; of a transpose those no longer contiguous

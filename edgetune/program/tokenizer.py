@@ -1,4 +1,4 @@
-"""The tokenizer that a program carries: text to tokens and back, with nothing but what lies beside the program."""
+"""The tokenizer of a text-generation program: text to tokens and back, by the file next to the program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ChatTokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(artifact.path.with_name(self._spec.file)))
 
     def tokens(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """The prompt as one user's message of a chat, or, `raw` or without a chat template, as it is."""
+        """The prompt as a user's message in the chat template, or unchanged if `raw` or if there is no template."""
         return encode(self._tokenizer, self._spec, prompt, raw=raw)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -30,12 +30,12 @@ class ChatTokenizer:
         return decoded
 
     def stream(self) -> _Stream:
-        """Text token by token."""
+        """Decode token by token."""
         return _Stream(self._tokenizer)
 
 
 class _Stream:
-    """Gives the text that each token adds; a character of several tokens comes with the last of them."""
+    """Returns the text that each token adds; a character of several tokens is returned with the last of them."""
 
     def __init__(self, tokenizer: Any) -> None:
         from tokenizers.decoders import DecodeStream
@@ -43,7 +43,7 @@ class _Stream:
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
-        """What the token adds to the text."""
+        """The text that the token adds."""
         text: str | None = self._stream.step(self._tokenizer, token)
         return text or ""
 
@@ -77,14 +77,14 @@ def backend(tokenizer: Any) -> Any:
         raise EdgetuneError(
             "the program needs a tokenizer.json, which this tokenizer does not have",
             got=type(tokenizer).__name__,
-            action="load it with AutoTokenizer, which gives a fast one where there is one",
+            action="load it with AutoTokenizer, which returns a fast tokenizer if there is one",
             exit_code=Exit.EXPORT,
         )
     return backend_tokenizer
 
 
 def without_truncation(tokenizer: Any) -> Any:
-    """A `tokenizers.Tokenizer` of its own: without the cutting and padding that were asked of the user's last."""
+    """A copy of the tokenizer, without the user's settings for truncation and padding."""
     original = backend(tokenizer)
     plain = type(original).from_str(original.to_str())
     plain.no_truncation()
@@ -93,7 +93,7 @@ def without_truncation(tokenizer: Any) -> Any:
 
 
 def tokenizer_spec(tokenizer: Any, file: Path, sha256: str) -> TokenizerSpec:
-    """What the manifest says about the user's tokenizer, written to `file`."""
+    """The manifest's section on the user's tokenizer, which is stored in `file`."""
     template = getattr(tokenizer, "chat_template", None)
     named = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     return TokenizerSpec(
