@@ -25,7 +25,7 @@ CHECKS = {  # what: (module, function), as the caller looks it up
     "slices against whole layers": ("edgetune.sparse.update", "refuse_unfollowed"),
     "pruned model against masked": ("edgetune.prune.cut", "_tried"),
     "kernels": ("edgetune.export.kernels", "check"),
-    "checkpoints quantized elsewhere": ("edgetune.export.stored", "check"),
+    "checkpoints quantized elsewhere": ("edgetune.export.quantized_weights", "check"),
     "late steps rehearsed": ("edgetune.run.fold", "rehearse"),
 }
 _SHARE_PCT = 5.0

@@ -1,4 +1,4 @@
-"""Export to ExecuTorch: the only place that imports executorch and torchao's export side."""
+"""Export to ExecuTorch: the only room that imports executorch's compiler."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def export(
     check_model(model, "export")
     if not isinstance(path, (str, Path)):
         action = 'write et.export(model, example_inputs, "model.pte")'
-        raise EdgetuneError("the path comes third", where="et.export", got=type(path).__name__, action=action)
+        raise EdgetuneError(
+            "the third argument must be the path", where="et.export", got=type(path).__name__, action=action
+        )
 
     bounds = Bounds(min_same_prediction_pct, max_abs_difference, max_relative_difference)
     return export_program(
@@ -82,5 +84,5 @@ def export(
         carried=carried,
         sizes=dynamic,
         one_row=one_row,
-        layout=Layout(weights_apart=external_data, holds_io=io_in_plan),
+        layout=Layout(external_data=external_data, io_in_plan=io_in_plan),
     )

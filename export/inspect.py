@@ -1,4 +1,4 @@
-"""What a `.pte` holds, read from the file alone; `model.json` beside it adds what only the export knew."""
+"""Read what a `.pte` contains, from the file and from the `model.json` next to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
-from edgetune.export import apart
+from edgetune.export import external_weights
 from edgetune.program.beside import program_at
 from edgetune.program.inspection import Beside, Constant, Count, Delegate, FileShare, Inspection, Method, Slot
 from edgetune.program.manifest import DataFile, TrainingParity, data_path, manifest_path, stored_manifest
@@ -28,29 +28,29 @@ _BYTES = {"8": 1, "bool": 1, "16": 2, "32": 4, "64": 8}  # by how the name of a 
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Take the `.pte` at `path` apart. It is read in Python, not given to the runtime, which a damaged file can end.
+    """Inspect the `.pte` at `path`. It is read in Python, because a damaged file can crash the runtime.
 
-    Raises `EdgetuneError` (exit code 2) where there is no such file, and (5) where it is no ExecuTorch program, or
+    Raises `EdgetuneError` (exit code 2) if there is no such file, and (5) if it is not an ExecuTorch program, or is
     damaged.
     """
     path = program_at(Path(path))
     data = path.read_bytes()
-    program, header = _read(path, data)
+    program, header = _read_program(path, data)
     try:
-        return _inspection(path, data, program, header)
-    except EdgetuneError:  # of a file beside it
+        return _inspect(path, data, program, header)
+    except EdgetuneError:  # from a file next to it
         raise
-    except (IndexError, AttributeError, TypeError, ValueError) as error:  # references that lead nowhere
+    except (IndexError, AttributeError, TypeError, ValueError) as error:  # invalid references
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def _read(path: Path, data: bytes) -> tuple[Any, Any]:
-    """The flatbuffer as executorch's dataclasses, and the header that says where the segments are."""
+def _read_program(path: Path, data: bytes) -> tuple[Any, Any]:
+    """The flatbuffer as executorch's dataclasses, and the header with the positions of the segments."""
     if not data[_IDENTIFIER].startswith(b"ET"):
         raise EdgetuneError(
             "this is not an ExecuTorch program",
             where=str(path),
-            action="give the .pte that `edgetune export` wrote",
+            action="pass a .pte that `edgetune export` wrote",
             exit_code=Exit.EXPORT,
         )
     with quiet():
@@ -59,14 +59,14 @@ def _read(path: Path, data: bytes) -> tuple[Any, Any]:
         from executorch.exir._serialize._program import _ExtendedHeader
 
     header = _ExtendedHeader.from_bytes(data[_HEADER].ljust(_HEADER.stop - _HEADER.start, b"\0"))
-    if not header.is_valid():  # a program without segments has none
+    if not header.is_valid():  # a program without segments has no header
         header.program_size, header.segment_base_offset, header.segment_data_size = len(data), 0, 0
-    whole = max(header.program_size, header.segment_base_offset + header.segment_data_size)
-    if whole > len(data):
-        raise _damaged(path, f"it says that it has {whole} bytes, and has {len(data)}")
+    size = max(header.program_size, header.segment_base_offset + header.segment_data_size)
+    if size > len(data):
+        raise _damaged(path, f"its header states {size} bytes, but the file has {len(data)}")
     try:
         program = _flatbuffer_to_program(data[: header.program_size])
-    except Exception as error:  # the generated reader raises whatever its slices run into, and ends: offsets lead ahead
+    except Exception as error:  # the generated reader raises whatever its slices run into
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     for segment in program.segments or ():
         if header.segment_base_offset + segment.offset + segment.size > len(data):
@@ -83,10 +83,10 @@ def _damaged(path: Path, why: str) -> EdgetuneError:
     )
 
 
-def _inspection(path: Path, data: bytes, program: Any, header: Any) -> Inspection:
+def _inspect(path: Path, data: bytes, program: Any, header: Any) -> Inspection:
     digest = hashlib.sha256(data).hexdigest()
     inside = _constants(program)
-    constants = sorted([*inside, *_apart(path, inside)], key=lambda constant: -constant.size_bytes)
+    constants = sorted([*inside, *_external_constants(path, inside)], key=lambda constant: -constant.size_bytes)
     return Inspection(
         path=str(path),
         size_bytes=len(data),
@@ -95,7 +95,7 @@ def _inspection(path: Path, data: bytes, program: Any, header: Any) -> Inspectio
         methods=tuple(_method(program, plan) for plan in program.execution_plan),
         constants=tuple(constants),
         parts=_parts(len(data), program, header),
-        beside=_beside(manifest_path(path), digest),
+        beside=_read_manifest(manifest_path(path), digest),
     )
 
 
@@ -127,7 +127,7 @@ def _method(program: Any, plan: Any) -> Method:
         outputs=tuple(_slot(plan.values[index].val) for index in plan.outputs or ()),
         operators=tuple(Count(name=name, count=count) for name, count in kernels.most_common()),
         delegates=delegates,
-        arenas_bytes=tuple(plan.non_const_buffer_sizes[1:]),  # the first stands for the constants
+        arenas_bytes=tuple(plan.non_const_buffer_sizes[1:]),  # the first is for the constants
     )
 
 
@@ -150,15 +150,15 @@ def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _delegate_bytes(program: Any, delegate: Any) -> int:
-    where = delegate.processed
-    if int(where.location) == 0:
-        return len(program.backend_delegate_data[where.index].data)
-    return int(program.segments[where.index].size)
+    reference = delegate.processed
+    if int(reference.location) == 0:
+        return len(program.backend_delegate_data[reference.index].data)
+    return int(program.segments[reference.index].size)
 
 
 def _constants(program: Any) -> list[Constant]:
-    """Every constant once, however many methods and operators read it."""
-    found: dict[tuple[str, object], Constant] = {}
+    """Every constant once, even if several methods or operators read it."""
+    constants: dict[tuple[str, object], Constant] = {}
     for plan in program.execution_plan:
         for value in plan.values:
             tensor = value.val
@@ -167,38 +167,38 @@ def _constants(program: Any) -> list[Constant]:
             extra = tensor.extra_tensor_info
             external = extra is not None and int(extra.location) == 1
             if tensor.data_buffer_idx == 0 and not external:
-                continue  # lies in the arena
-            held = tensor.allocation_info is not None
-            kind = "external" if external else "initial state" if held else "constant"
-            own = (extra.fully_qualified_name if extra is not None else "") or ""
-            key = (kind, own if external else tensor.data_buffer_idx)
-            name = own or f"{kind} {tensor.data_buffer_idx}"
+                continue  # in the arena
+            mutable = tensor.allocation_info is not None
+            kind = "external" if external else "initial state" if mutable else "constant"
+            qualified = (extra.fully_qualified_name if extra is not None else "") or ""
+            key = (kind, qualified if external else tensor.data_buffer_idx)
+            name = qualified or f"{kind} {tensor.data_buffer_idx}"
             dtype, shape = _dtype(tensor), tuple(tensor.sizes or ())
             size = _tensor_bytes(dtype, shape)
-            if key not in found or found[key].size_bytes < size:
-                found[key] = Constant(name=name, size_bytes=size, dtype=dtype, shape=shape, kind=kind)
+            if key not in constants or constants[key].size_bytes < size:
+                constants[key] = Constant(name=name, size_bytes=size, dtype=dtype, shape=shape, kind=kind)
     named = [
         Constant(name=entry.key, size_bytes=program.segments[entry.segment_index].size, kind="delegate's weight")
         for entry in program.named_data or ()
     ]
-    return [*found.values(), *named]
+    return [*constants.values(), *named]
 
 
-def _apart(path: Path, known: list[Constant]) -> list[Constant]:
-    """What lies in the `.ptd` beside the program and is not named in it: the weights of delegates."""
+def _external_constants(path: Path, constants: list[Constant]) -> list[Constant]:
+    """The weights of delegates: stored in the `.ptd` next to the program, which does not name them."""
     file = data_path(path)
     if not file.is_file():
         return []
     try:
-        held = apart.sizes_in(file)
-    except Exception as error:  # as for the program: the reader raises whatever it runs into
+        sizes = external_weights.read_sizes(file)
+    except Exception as error:  # as above
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-    named = {constant.name for constant in known if constant.kind == "external"}
-    return [Constant(name=n, size_bytes=size, kind="external") for n, size in held.items() if n not in named]
+    named = {constant.name for constant in constants if constant.kind == "external"}
+    return [Constant(name=n, size_bytes=size, kind="external") for n, size in sizes.items() if n not in named]
 
 
 def _parts(total: int, program: Any, header: Any) -> tuple[FileShare, ...]:
-    """What the file's bytes are, each segment under what refers to it."""
+    """The file's bytes by use; a segment belongs to what refers to it."""
     uses: dict[int, str] = {}
     inline = sum(len(entry.data) for entry in program.backend_delegate_data or ())
     stored = sum(len(entry.storage) for entry in program.constant_buffer or ())
@@ -216,22 +216,22 @@ def _parts(total: int, program: Any, header: Any) -> tuple[FileShare, ...]:
     sizes.update({"delegates": inline, "constants": stored})
     constants = next((program.segments[index] for index, use in uses.items() if use == "constants"), None)
     for index, segment in enumerate(program.segments or ()):
-        if segment is constants or not _holds(constants, segment):  # what is stored once counts once
+        if segment is constants or not _contains(constants, segment):  # shared data counts once
             sizes[uses.get(index, "not referred to")] += segment.size
     sizes["alignment"] = total - sum(sizes.values())
     return tuple(FileShare(name=name, size_bytes=size) for name, size in sizes.most_common() if size)
 
 
-def _holds(outer: Any, inner: Any) -> bool:
-    """Whether a segment lies within the constants, as what a head and an embedding share does."""
+def _contains(outer: Any, inner: Any) -> bool:
+    """Whether a segment is a range of another one, as a tied embedding table is."""
     if outer is None:
         return False
     within = outer.offset <= inner.offset and inner.offset + inner.size <= outer.offset + outer.size
     return bool(within and inner.size)
 
 
-def _beside(path: Path, digest: str) -> Beside | None:
-    """What the manifest says, or why it cannot be read."""
+def _read_manifest(path: Path, digest: str) -> Beside | None:
+    """What the manifest adds, or why it cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -246,25 +246,25 @@ def _beside(path: Path, digest: str) -> Beside | None:
         device=manifest.device or "",
         versions=manifest.versions,
         delegated_macs_pct=None if several else manifest.main.delegated_macs_pct,
-        parity="; ".join(f"{call.name}: {_parity(call.parity)}" for call in manifest.calls)
+        parity="; ".join(f"{call.name}: {_format_parity(call.parity)}" for call in manifest.calls)
         if several
-        else _parity(manifest.training.parity if manifest.training is not None else manifest.main.parity),
-        note="; ".join(filter(None, (manifest.note, _of_data(path, manifest.data)))),
+        else _format_parity(manifest.training.parity if manifest.training is not None else manifest.main.parity),
+        note="; ".join(filter(None, (manifest.note, _describe_data(path, manifest.data)))),
     )
 
 
-def _of_data(path: Path, data: DataFile | None) -> str:
-    """Where the weights lie, if not in the program, and whether they are the ones that the manifest names."""
+def _describe_data(path: Path, data: DataFile | None) -> str:
+    """The file of external weights, and whether its checksum is the manifest's."""
     if data is None:
         return ""
     file = path.with_name(data.file)
     if not file.is_file():
-        return f"the weights are in {file.name}, which is not here"
+        return f"the weights are in {file.name}, which is missing"
     same = hashlib.sha256(file.read_bytes()).hexdigest() == data.sha256
     return f"the weights are in {file.name}, checksum {'ok' if same else 'WRONG'}"
 
 
-def _parity(parity: Parity | TrainingParity | None) -> str:
+def _format_parity(parity: Parity | TrainingParity | None) -> str:
     if parity is None:
         return "lowered, not run"
     return ", ".join(

@@ -1,4 +1,4 @@
-"""The kernels that the runtime has, and the operators of a lowered program that need another one."""
+"""Check that the runtime has a kernel for every undelegated operator of a lowered program."""
 
 from __future__ import annotations
 
@@ -13,66 +13,61 @@ from torch.export import ExportedProgram
 from edgetune.capture import operators
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.quiet import quiet
-from edgetune.export.targets import Target
+from edgetune.export.targets.target import Target
 from edgetune.runtime import remedies
 
-_OF_LANGUAGE = "llama::"  # attention and cache, in a library of their own that language programs load
+_CACHE_KERNELS = "llama::"  # attention and cache, in a library that only text-generation programs load
 
 
 @cache
 def registered() -> frozenset[str]:
-    """`aten::add.out` and its kin: what the runtime of this machine runs outside of a backend.
-
-    Asked in this process: beside executorch's compiler the runtime's library is loaded in milliseconds.
-    """
+    """Names such as `aten::add.out` of the kernels in this machine's runtime."""
     with quiet():
-        import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
+        import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and others
         from executorch.extension.pybindings import _portable_lib
     return frozenset(_portable_lib._get_operator_names())
 
 
 def check(lowered: Mapping[str, ExportedProgram], captured: Mapping[str, ExportedProgram], target: Target) -> None:
-    """Raise `EdgetuneError` (exit code 5) for operators that no backend took and no kernel computes.
+    """Raise `EdgetuneError` (exit code 5) for undelegated operators without a kernel, naming their modules.
 
-    They are named with their modules, of each method: what loads is known before anything is run. The same portable
-    kernels are in every app; of a target that this machine cannot run, only they are looked at.
+    Every app has the same portable kernels; for a target that this machine cannot run, only these are checked.
     """
     places: Counter[str] = Counter()
-    known: dict[str, None] = {}
+    actions: dict[str, None] = {}
     for method, program in lowered.items():
         modules = operators.modules(captured[method])
         for node in _nodes(program):
-            lacking = _lacking(node, target)
-            if lacking:
+            missing = _missing_kernel(node, target)
+            if missing:
                 number = operators.number_of(node)
                 module = modules.get(number, "") if number is not None else ""
                 within = f" of method {method}" if len(lowered) > 1 else ""
-                places[f"{lacking} in {module or 'the model itself'}{within}"] += 1
-                operator = "complex" if lacking.endswith("numbers") else str(node.target)
-                known[remedies.remedy(operator)] = None
+                places[f"{missing} in {module or 'the model itself'}{within}"] += 1
+                operator = "complex" if missing.endswith("numbers") else str(node.target)
+                actions[remedies.remedy(operator)] = None
     if not places:
         return
-    told = [f"{place} (x{count})" if count > 1 else place for place, count in places.most_common()]
+    lines = [f"{place} (x{count})" if count > 1 else place for place, count in places.most_common()]
     raise EdgetuneError(
-        f"the model cannot be lowered for {target.name}: the runtime has no kernel for {shortened(told, 6)}",
-        action="; ".join(filter(None, known))
-        or "write it with other operators, or leave its module out of what is exported",
+        f"the model cannot be lowered for {target.name}: the runtime has no kernel for {shortened(lines, 6)}",
+        action="; ".join(filter(None, actions)) or "write it with other operators, or do not export its module",
         exit_code=Exit.EXPORT,
     )
 
 
 def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
-    """The operators outside of delegates, those of branches and loops too."""
+    """The operators outside of delegates, including those in branches and loops."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.op == "call_function" and isinstance(node.target, OpOverload):
                 yield node
 
 
-def _lacking(node: fx.Node, target: Target) -> str:
-    """The operator where it has no kernel, with the kind of number where that is why; else empty."""
+def _missing_kernel(node: fx.Node, target: Target) -> str:
+    """The operator if it has no kernel, with the unsupported kind of input if that is why; else empty."""
     name = str(node.target.name())  # type: ignore[union-attr]
-    if (not target.runs_here and not name.startswith("aten::")) or name.startswith(_OF_LANGUAGE):
+    if (not target.runs_here and not name.startswith("aten::")) or name.startswith(_CACHE_KERNELS):
         return ""
     if name not in registered():
         return name
@@ -83,5 +78,5 @@ def _lacking(node: fx.Node, target: Target) -> str:
     return f"{name} of complex numbers" if complex_numbers and name not in _COMPLEX else ""
 
 
-# Those of the kernels that were seen to compute with complex numbers; an addition, for one, was seen not to.
+# Kernels tested with complex numbers; others, such as addition, compute them wrongly.
 _COMPLEX = frozenset(f"aten::{name}.out" for name in ("_fft_r2c", "_fft_c2r", "view_as_real_copy", "mul"))

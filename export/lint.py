@@ -1,4 +1,4 @@
-"""What will go wrong or slow in an export, found before the lowering: each with its module, its reason and a remedy."""
+"""Predict what will fail or run slowly in an export, each with its module, its reason and a remedy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.quiet import quiet
-from edgetune.export import stored
-from edgetune.export.lower import marked
-from edgetune.export.targets import Target
+from edgetune.export import quantized_weights
+from edgetune.export.lower import tag_delegated
+from edgetune.export.program_inputs import names_of
+from edgetune.export.targets.target import Target
 from edgetune.program import operator_kinds
 from edgetune.runtime import remedies
 
@@ -34,14 +35,14 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know before an export.
+    """One problem of an export.
 
-    An error stops the export or makes its outcome wrong; a warning leaves multiply-accumulates or a weight's type to
-    slow kernels; a note is a small operator that the backend does not take, or what export puts right by itself.
+    An error stops the export or makes the program wrong; a warning means multiply-accumulates on slow kernels; a note
+    is a small undelegated operator, or something that export corrects automatically.
     """
 
     severity: Severity
-    operator: str  # empty where it is no operator
+    operator: str  # empty if the finding is about a module
     module: str  # empty for the model itself
     reason: str
     remedy: str
@@ -49,41 +50,42 @@ class Finding:
     macs_pct: float = 0.0  # of the model's multiply-accumulates
 
     def __str__(self) -> str:
-        what = f"{self.operator} in {self.module or 'the model itself'}" if self.operator else self.module
+        place = f"{self.operator} in {self.module or 'the model itself'}" if self.operator else self.module
         times = f" (x{self.count})" if self.count > 1 else ""
         share = f", {self.macs_pct:.1f} % of the MACs" if self.macs_pct else ""
-        text = f"{self.severity}: {what or 'the model'}{times}{share}: {self.reason}"
+        text = f"{self.severity}: {place or 'the model'}{times}{share}: {self.reason}"
         return f"{text}\n  next: {self.remedy}" if self.remedy else text
 
 
 def lint(model: nn.Module, example_inputs: Inputs, target: Target) -> tuple[Finding, ...]:
     """Every finding for an export of `model` to `target`, errors first. Lowers nothing and changes nothing.
 
-    The model is captured as `export` does it, and the backend's partitioner is asked which operators it takes.
+    Captures the model as `export` does, and asks the backend's partitioner which operators it takes.
     """
-    found = [*_inputs(example_inputs), *_layers(model), *_quantized(model, target)]
+    findings = [*_check_inputs(example_inputs), *_check_layers(model)]
+    for layer in quantized_weights.unsupported_layers(model, target):
+        findings.append(Finding("error", "", layer.module, layer.reason, layer.remedy))
     tensors = tuple(t.detach().cpu().contiguous() for t in tensors_of(example_inputs))
     with as_program(model, example_inputs) as program:
-        found += _graph(program, tensors, target)
-    return tuple(sorted(found, key=lambda finding: (_ORDER.index(finding.severity), -finding.macs_pct)))
+        findings += _check_graph(program, tensors, target)
+    return tuple(sorted(findings, key=lambda finding: (_ORDER.index(finding.severity), -finding.macs_pct)))
 
 
-def _inputs(inputs: Inputs) -> Iterator[Finding]:
-    names = list(inputs) if isinstance(inputs, dict) else [f"input_{i}" for i in range(len(tensors_of(inputs)))]
-    for name, tensor in zip(names, tensors_of(inputs)):  # noqa: B905  made from one another
+def _check_inputs(inputs: Inputs) -> Iterator[Finding]:
+    for name, tensor in zip(names_of(inputs), tensors_of(inputs), strict=True):
         if not tensor.is_contiguous():
-            reason = f"{name} is not in memory order (strides {tensor.stride()}): the runtime misreads such an input"
-            yield Finding("error", "", "", reason, f"give {name}.contiguous() here and in the app")
+            reason = f"{name} is not contiguous (strides {tensor.stride()}): the runtime misreads such an input"
+            yield Finding("error", "", "", reason, f"pass {name}.contiguous() here and in the app")
         if tensor.dtype in _REFUSED:
             reason = f"{name} is {_REFUSED[tensor.dtype]}, which the backend refuses"
-            yield Finding("warning", "", "", reason, f"give {name} as float32")
+            yield Finding("warning", "", "", reason, f"pass {name} as float32")
 
 
-def _layers(model: nn.Module) -> Iterator[Finding]:
+def _check_layers(model: nn.Module) -> Iterator[Finding]:
     for name, layer in model.named_modules():
         if is_wrapped(layer):
             reason = f"{type(layer).__name__} has an adapter or slices, which run on slow kernels"
-            yield Finding("error", "", name, reason, "fold it first: model = et.finalize(model)")
+            yield Finding("error", "", name, reason, "merge it first: model = et.finalize(model)")
         if layer.training and isinstance(layer, _DROPOUTS) and layer.p > 0:
             reason = f"dropout in training mode (p = {layer.p:g})"
             yield Finding("note", "", name, reason, "call model.eval(); export does this automatically")
@@ -92,99 +94,93 @@ def _layers(model: nn.Module) -> Iterator[Finding]:
             yield Finding("warning", "", name, reason, "convert it: model.float()")
 
 
-def _quantized(model: nn.Module, target: Target) -> Iterator[Finding]:
-    for layer in stored.unfit(model, target):
-        yield Finding("error", "", layer.module, layer.reason, layer.remedy)
-
-
-def _graph(model: Positional, inputs: tuple[Tensor, ...], target: Target) -> list[Finding]:
+def _check_graph(model: Positional, inputs: tuple[Tensor, ...], target: Target) -> list[Finding]:
     with quiet(), torch.no_grad():
         try:
             program = capture(model, inputs, target.name)
             prepare(program)
-            found = [*_shapes(program), *_random(program)]
+            findings = [*_check_shapes(program), *_check_random(program)]
             if target.partitioners():
-                with _reasons() as reasons:
-                    tagged = marked(program, target)
-                found += _undelegated(program, tagged, reasons)
+                with _record_reasons() as reasons:
+                    tagged = tag_delegated(program, target)
+                findings += _check_undelegated(program, tagged, reasons)
         except EdgetuneError as error:
             return [Finding("error", "", error.where.removeprefix("module "), error.what, error.action)]
-    return found
+    return findings
 
 
-def _shapes(program: ExportedProgram) -> Iterator[Finding]:
-    """Sizes that are known only when the program runs."""
+def _check_shapes(program: ExportedProgram) -> Iterator[Finding]:
+    """Sizes that depend on the values of the inputs."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, Tensor) and free_unbacked_symbols(value.shape):
             reason = f"the shape of its output, {tuple(map(str, value.shape))}, depends on the values of its input"
-            remedy = remedies.remedy(str(node.target)) or "compute with a mask of a fixed shape (torch.where) instead"
+            remedy = remedies.remedy(str(node.target)) or "use a mask of a fixed shape instead (torch.where)"
             yield Finding("error", str(node.target), operators.module_of(node), reason, remedy)
 
 
-def _random(program: ExportedProgram) -> Iterator[Finding]:
-    """Operators that draw random numbers also in eval mode."""
+def _check_random(program: ExportedProgram) -> Iterator[Finding]:
+    """Operators that draw random numbers in eval mode."""
     for node in program.graph.nodes:
         if failures.draws(node):
             reason = "it draws random numbers although the model is in eval mode"
             yield Finding("error", str(node.target), operators.module_of(node), reason, "draw only `if self.training`")
 
 
-def _undelegated(program: ExportedProgram, tagged: ExportedProgram, reasons: dict[str, str]) -> list[Finding]:
-    """The operators of the edge program that no partition holds, those of one module and reason together."""
+def _check_undelegated(program: ExportedProgram, tagged: ExportedProgram, reasons: dict[str, str]) -> Iterator[Finding]:
+    """The operators of the edge program in no partition, grouped by module and reason."""
     modules, macs = operators.modules(program), operators.macs_of(program)
-    whole = max(sum(macs.values()), 1)
+    total = max(sum(macs.values()), 1)
     grouped: dict[tuple[str, str, str], list[int | None]] = {}
     for node in tagged.graph.nodes:
         name = str(node.target)
-        if node.op != "call_function" or "delegation_tag" in node.meta or _is_bookkeeping(node):
+        if node.op != "call_function" or "delegation_tag" in node.meta or name.startswith("<built-in"):
+            continue
+        if operator_kinds.is_free(operator_kinds.plain_name(name)):
             continue
         number = operators.number_of(node)
         module = modules.get(number, "") if number is not None else ""
-        key = (operator_kinds.plain_name(name), module, reasons.get(node.name) or _why(node))
+        key = (operator_kinds.plain_name(name), module, reasons.get(node.name) or _infer_reason(node))
         grouped.setdefault(key, []).append(number)
-    found = []
     for (operator, module, reason), numbers in grouped.items():
-        multiplies = operator.split(".")[1] in _MULTIPLY  # not what moves the data for it
-        share = 100.0 * sum(macs.get(n, 0) for n in set(numbers) if n is not None) / whole if multiplies else 0.0
+        multiplies = operator.split(".")[1] in _MULTIPLY  # data movement for it does not count
+        share = 100.0 * sum(macs.get(n, 0) for n in set(numbers) if n is not None) / total if multiplies else 0.0
         severity: Severity = "warning" if share else "note"
         remedy = remedies.remedy(operator)
-        found.append(Finding(severity, operator, module, reason, remedy, len(numbers), share))
-    return found
+        yield Finding(severity, operator, module, reason, remedy, len(numbers), share)
 
 
-def _is_bookkeeping(node: fx.Node) -> bool:
-    name = str(node.target)
-    return operator_kinds.is_free(operator_kinds.plain_name(name)) or name.startswith("<built-in")
-
-
-def _why(node: fx.Node) -> str:
-    """The reason where the partitioner gives none."""
+def _infer_reason(node: fx.Node) -> str:
+    """A reason if the partitioner gives none."""
     values = [source.meta.get("val") for source in node.all_input_nodes] + [node.meta.get("val")]
     types = {value.dtype for value in values if isinstance(value, Tensor)}
-    whole = sorted(str(t).removeprefix("torch.") for t in types if not t.is_floating_point)
-    if whole:
-        return f"it reads or writes {', '.join(whole)}, and the backend computes in floating point"
+    integers = sorted(str(t).removeprefix("torch.") for t in types if not t.is_floating_point)
+    if integers:
+        return f"it reads or writes {', '.join(integers)}, and the backend computes in floating point"
     refused = sorted(_REFUSED[t] for t in types if t in _REFUSED)
-    return f"it computes in {', '.join(refused)}" if refused else "the backend has no such operator, or not this form"
+    return (
+        f"it computes in {', '.join(refused)}"
+        if refused
+        else "the backend does not have this operator, or not in this form"
+    )
 
 
 @contextmanager
-def _reasons() -> Iterator[dict[str, str]]:
-    """Why executorch's partitioners refuse a node, by its name: they tell a logger, which is listened to here."""
+def _record_reasons() -> Iterator[dict[str, str]]:
+    """Inside, record why executorch's partitioners reject a node, by its name: they log it."""
     from executorch.exir.backend.utils import WhyNoPartition
 
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     stock = WhyNoPartition.__call__
 
-    def heard(self: Any, node: fx.Node, reason: str) -> None:
-        if reason != "invalid dtype":  # `_why` says which
-            found.setdefault(node.name, reason)
+    def record(self: Any, node: fx.Node, reason: str) -> None:
+        if reason != "invalid dtype":  # `_infer_reason` names the type
+            reasons.setdefault(node.name, reason)
 
-    WhyNoPartition.__call__ = heard
+    WhyNoPartition.__call__ = record
     try:
-        yield found
+        yield reasons
     finally:
         WhyNoPartition.__call__ = stock

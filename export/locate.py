@@ -1,4 +1,4 @@
-"""Where a program begins to differ from its model: modules run alone, each as a program on the inputs that it gets."""
+"""Locate the module in which a program begins to differ from its model, by running modules as separate programs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from edgetune.capture.fast_path import slow_path
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import quiet
 from edgetune.export.lower import lower
-from edgetune.export.targets import Target
+from edgetune.export.targets.target import Target
 from edgetune.runtime.run import run_programs
 from edgetune.runtime.verify import Row
 
-_SECONDS = 180.0  # after which the search ends where it stands
-_AT_ONCE = 12  # programs in one child
+_SECONDS = 180.0  # the search ends after this time with the innermost module so far
+_BATCH = 12  # programs in one child
 
 
 @dataclass
 class _Call:
-    """One call of a module: what it got, what it gave, and the calls inside it in their order."""
+    """One call of a module: its inputs, its outputs, and the calls inside it in order."""
 
     name: str
     module: nn.Module
@@ -38,8 +38,8 @@ class _Call:
     inner: list[_Call] = field(default_factory=list)
 
 
-class _Alone(nn.Module):
-    """A module on the arguments of one call: their tensors in, every tensor of its output out."""
+class _Isolated(nn.Module):
+    """A module with the arguments of one call: takes their tensors, returns every tensor of its output."""
 
     def __init__(self, call: _Call) -> None:
         super().__init__()
@@ -57,50 +57,51 @@ class _Alone(nn.Module):
         return tuple(_tensors(self.model(*args, **kwargs)))
 
 
-def begin(program: nn.Module, row: Row, target: Target, allowed: float) -> str:
-    """Where the difference of a program from its model begins, in a sentence; empty where it cannot be found.
+def locate_difference(program: nn.Module, row: Row, target: Target, allowed: float) -> str:
+    """The module in which a program begins to differ from its model, in a sentence; empty if it cannot be located.
 
-    Of the model's parts each runs alone, in the order in which they are called, on the inputs that it got in eager
-    mode. The first whose own program is further off than `allowed` is entered, until none inside it is: the
-    difference is that of the innermost. The search ends after three minutes, with what it knows.
+    Each module runs as a separate program, in the order of the calls, on its inputs in eager mode. The search
+    descends into the first one that differs by more than `allowed`, for three minutes at most.
     """
     until = time.monotonic() + _SECONDS
     try:
         with quiet(), torch.no_grad():
-            root = _recorded(program, row)
-            place, difference, innermost = root, 0.0, False
+            root = _record_calls(program, row)
+            call, difference, innermost = root, 0.0, False
             while not innermost and time.monotonic() < until:
-                inside = _first_off(place.inner, target, allowed, until)
+                inside = _first_different(call.inner, target, allowed, until)
                 innermost = inside is None and time.monotonic() < until
-                place, difference = inside or (place, difference)
-    except Exception:  # the model's own code and a compiler's: the error that is being explained matters more
+                call, difference = inside or (call, difference)
+    except Exception:  # the error that is being explained matters more
         return ""
-    if place is root:
-        between = "no module alone is as far off: it comes from what is computed between the modules, or adds up"
+    if call is root:
+        between = "no single module differs as much: the difference comes from code between the modules, or accumulates"
         return between if root.inner and innermost else ""
-    beside = ", none of the modules inside it is" if place.inner and innermost else ""
+    inner = "; no module inside it does" if call.inner and innermost else ""
     return (
-        f"it begins in module {place.name} ({type(place.module).__name__}): alone, on the inputs that it gets, its "
-        f"program is off by {difference:.2g} of its largest value{beside}"
+        f"it begins in module {call.name} ({type(call.module).__name__}): exported separately, with the inputs that it "
+        f"gets, it differs by {difference:.2g} of its largest value{inner}"
     )
 
 
-def _first_off(calls: Sequence[_Call], target: Target, allowed: float, until: float) -> tuple[_Call, float] | None:
-    """The first of the calls whose program is off, and by how much of its largest value."""
+def _first_different(
+    calls: Sequence[_Call], target: Target, allowed: float, until: float
+) -> tuple[_Call, float] | None:
+    """The first call whose program differs by more than allowed, and by how much of its largest value."""
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         waiting = list(calls)
         while waiting and time.monotonic() < until:
             lowered: list[tuple[_Call, Path, Row]] = []
-            while waiting and len(lowered) < _AT_ONCE and time.monotonic() < until:
+            while waiting and len(lowered) < _BATCH and time.monotonic() < until:
                 call = waiting.pop(0)
-                alone = _Alone(call)
-                inputs = alone.inputs
+                isolated = _Isolated(call)
+                inputs = isolated.inputs
                 if not inputs or not call.tensors:
                     continue
                 path = Path(folder) / f"{len(lowered)}.pte"
                 try:
-                    path.write_bytes(lower(alone, inputs, target).data)
-                except EdgetuneError:  # nothing is known of it as a whole; perhaps of its parts
+                    path.write_bytes(lower(isolated, inputs, target).data)
+                except EdgetuneError:  # cannot be compared as a whole; perhaps its parts can
                     waiting[:0] = call.inner
                     continue
                 lowered.append((call, path, inputs))
@@ -113,7 +114,7 @@ def _first_off(calls: Sequence[_Call], target: Target, allowed: float, until: fl
 
 
 def _difference(expected: Sequence[Tensor], got: Sequence[Tensor] | None) -> float:
-    """The largest difference over the largest value, of the output that is furthest off; infinite for another form."""
+    """The worst output's largest difference, relative to its largest value; infinite if shapes differ."""
     if got is None or [t.shape for t in expected] != [t.shape for t in got]:
         return float("inf")
     largest = 0.0
@@ -125,11 +126,11 @@ def _difference(expected: Sequence[Tensor], got: Sequence[Tensor] | None) -> flo
     return largest
 
 
-def _recorded(program: nn.Module, row: Row) -> _Call:
-    """Every call of a module while the model runs on the row, as a tree."""
+def _record_calls(program: nn.Module, row: Row) -> _Call:
+    """Run the model on the row and return the tree of module calls."""
     root = _Call("", program, ())
     stack = [root]
-    with slow_path(program), _hooked(program, stack):  # the fast path does not call its parts
+    with slow_path(program), _hooked(program, stack):  # the fast path does not call submodules
         program(*row)
     return root
 
@@ -138,7 +139,7 @@ def _recorded(program: nn.Module, row: Row) -> _Call:
 def _hooked(program: nn.Module, stack: list[_Call]) -> Iterator[None]:
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            copies: dict[int, Tensor] = {}  # one of each: attention asks whether query and key are the same tensor
+            copies: dict[int, Tensor] = {}  # keeps identity: attention checks whether query and key are the same tensor
             given = pytree.tree_map_only(Tensor, lambda t: copies.setdefault(id(t), t.clone()), (args, kwargs))
             call = _Call(name, module, given)
             stack[-1].inner.append(call)

@@ -1,15 +1,15 @@
-"""A captured model becomes an ExecuTorch program. All calls into executorch's compiler are here."""
+"""Lower a captured model to an ExecuTorch program. All calls into executorch's compiler are in this file."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgetune.capture import failures, operators
@@ -22,12 +22,11 @@ from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.holders import refuse_sharded
 from edgetune.core.ledger import UndelegatedOperator
 from edgetune.core.quiet import quiet
-from edgetune.export import apart, kernels, stored
-from edgetune.export.planning import Planned, smallest
-from edgetune.export.shared import stored_once
-from edgetune.export.speed import fast_decompositions, fast_lowering
-from edgetune.export.targets import Target
-from edgetune.export.targets.target import Way
+from edgetune.export import external_weights, kernels, quantized_weights
+from edgetune.export.arena import ArenaPlan, plan_smallest_arena
+from edgetune.export.dedupe_constants import dedupe_constants
+from edgetune.export.pass_cache import fast_decompositions, fast_lowering
+from edgetune.export.targets.target import LoweringPlan, Target
 from edgetune.program import operator_kinds
 from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
@@ -35,39 +34,39 @@ from edgetune.program.operators import Operator
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things of a program lie."""
+    """Where the weights, the inputs and the outputs of a program are stored."""
 
-    weights_apart: bool = False  # in a `.ptd` beside the `.pte`
-    holds_io: bool = True  # inputs and outputs in the arena; else in memory of the caller's
+    external_data: bool = False  # weights in a `.ptd` next to the `.pte`
+    io_in_plan: bool = True  # inputs and outputs in the arena; else in the caller's memory
 
 
-PLAIN = Layout()
+DEFAULT_LAYOUT = Layout()
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """The program and what is known of it, or of one of its methods, without running it."""
+    """A lowered program, or one of its methods, with its static figures."""
 
     data: bytes
     plan_bytes: int
     delegates: int
     operators: tuple[Operator, ...]
     undelegated: tuple[UndelegatedOperator, ...]
-    placed: Placed  # which operators a backend took
-    folded: Report = field(default_factory=Report)  # what became part of another layer before
-    plan: Planned | None = None
-    weights: bytes = b""  # of the `.ptd`; empty: they are in `data`
-    shared_bytes: int = 0  # stored once although two operators read them
-    executed: tuple[Operator, ...] = ()  # as the runtime runs them, after the backend's compiler
+    placed: Placed  # which operators the backend took
+    folded: Report = field(default_factory=Report)  # layers that were folded into others beforehand
+    plan: ArenaPlan | None = None
+    weights: bytes = b""  # the bytes of the `.ptd`; empty if the weights are in `data`
+    shared_bytes: int = 0  # constants that two operators read and that are stored once
+    executed: tuple[Operator, ...] = ()  # as the runtime executes them, after the backend's compiler
 
 
-def check_plain(model: nn.Module) -> None:
-    """A weight that is computed in the forward pass is not seen as a constant and stays with slow kernels."""
+def check_finalized(model: nn.Module) -> None:
+    """Raise if layers still carry adapters or slices: their computed weights would run on slow kernels."""
     refuse_sharded(model)
-    found = [name for name, layer in model.named_modules() if is_wrapped(layer)]
-    if found:
+    layers = [name for name, layer in model.named_modules() if is_wrapped(layer)]
+    if layers:
         raise EdgetuneError(
-            f"the model still has layers with adapters or slices: {shortened(found, 4)}",
+            f"the model still has layers with adapters or slices: {shortened(layers, 4)}",
             action="merge them first: model = et.finalize(model)",
             exit_code=Exit.EXPORT,
         )
@@ -78,24 +77,26 @@ def lower(
     inputs: tuple[Tensor, ...],
     target: Target,
     axes: Sequence[Axis] = (),
-    layout: Layout = PLAIN,
+    layout: Layout = DEFAULT_LAYOUT,
 ) -> Lowered:
-    """Lower `model`, in eval mode, for exactly the shapes of `inputs`, or for every size that `axes` may have.
+    """Lower `model`, in eval mode, for exactly the shapes of `inputs`, or for every size that `axes` allow.
 
-    With `axes`, `inputs` have the greatest sizes: what is counted of the operators is counted at those.
-    Raises `EdgetuneError` (exit code 5) with the operators that cannot be lowered and the modules they are in.
+    With `axes`, `inputs` have the largest sizes, and operators are counted at those sizes.
+    Raises `EdgetuneError` (exit code 5) with the operators that cannot be lowered and their modules.
     """
     return lower_methods({"forward": (model, inputs, axes)}, target, layout)["forward"]
 
 
 def lower_methods(
-    methods: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Sequence[Axis]]], target: Target, layout: Layout = PLAIN
+    methods: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Sequence[Axis]]],
+    target: Target,
+    layout: Layout = DEFAULT_LAYOUT,
 ) -> dict[str, Lowered]:
-    """Lower several models into one program, each as a method; `data` and `weights` are the same of all."""
+    """Lower several models into one program, each as a method; all methods share `data` and `weights`."""
     programs, folded = {}, {}
     with quiet(), torch.no_grad(), fast_decompositions():
         for name, (model, inputs, axes) in methods.items():
-            stored.check(model, target)
+            quantized_weights.check(model, target)
             plain, folded[name] = reparameterize(model, inputs)
             try:
                 programs[name] = capture(plain, inputs, target.name, axes)
@@ -103,64 +104,72 @@ def lower_methods(
             except EdgetuneError as error:
                 raise error if len(methods) == 1 else error.within(f"method {name}") from error.__cause__
             prepare(programs[name])
-        found = compile_programs(programs, target, layout)
-    return {name: replace(lowered, folded=folded[name]) for name, lowered in found.items()}
+        lowered = compile_programs(programs, target, layout)
+    return {name: replace(method, folded=folded[name]) for name, method in lowered.items()}
 
 
 def compile_program(
-    program: ExportedProgram, target: Target, layout: Layout = PLAIN, facts: Mapping[str, Any] | None = None
+    program: ExportedProgram, target: Target, layout: Layout = DEFAULT_LAYOUT, facts: Mapping[str, Any] | None = None
 ) -> Lowered:
-    """From ATen operators to the bytes of a `.pte`. `facts` become methods that return them."""
+    """Compile ATen operators to the bytes of a `.pte`. `facts` become methods that return constants."""
     return compile_programs({"forward": program}, target, layout, facts)["forward"]
 
 
 def compile_programs(
     programs: Mapping[str, ExportedProgram],
     target: Target,
-    layout: Layout = PLAIN,
+    layout: Layout = DEFAULT_LAYOUT,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Lowered]:
-    """From the ATen operators of each method to one program. What is equal in two methods is stored once."""
+    """Compile the ATen operators of each method to one program. Equal weights of two methods are stored once."""
     for program in programs.values():
         target.check(program)
-    planning = smallest(holds_io=layout.holds_io)
+    planning = plan_smallest_arena(io_in_plan=layout.io_in_plan)
     try:
-        with fast_lowering(), stored_once() as shared:
-            edge = _to_backend({name: target.way(program, target) for name, program in programs.items()}, facts)
-            if layout.weights_apart:
-                apart.move_out(edge)
+        with fast_lowering(), dedupe_constants() as savings:
+            edge = _lower_to_backend({name: target.plan(program, target) for name, program in programs.items()}, facts)
+            if layout.external_data:
+                external_weights.externalize_weights(edge)
             built = edge.to_executorch(_config(planning, layout))
             data = bytes(built.buffer)
-            weights = apart.weights_of(built, target.name) if layout.weights_apart else b""
+            weights = external_weights.read_weights(built, target.name) if layout.external_data else b""
     except EdgetuneError:
         raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
         raise _not_lowered(programs, target, error) from error
     kernels.check({name: built.exported_program(name) for name in programs}, programs, target)
     arenas = {plan.name: sum(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
-    found = {}
+    methods = {}
     for (name, program), plan in zip(programs.items(), planning.plans, strict=True):
-        placed = placed_in(built.exported_program(name))
-        found[name] = Lowered(
-            data=data,
-            plan_bytes=arenas[name],
-            delegates=placed.delegates,
-            operators=operators.describe(program, placed),
-            undelegated=undelegated_in(program, placed),
-            placed=placed,
+        modules = _modules_by_call(built.exported_program(name), operators.modules(program))
+        methods[name] = replace(
+            describe_method(built, name, program, data, arenas[name]),
             plan=plan,
             weights=weights,
-            shared_bytes=shared.bytes,
-            executed=executed_operators(data, name, _modules(built.exported_program(name), operators.modules(program))),
+            shared_bytes=savings.bytes,
+            executed=executed_operators(data, name, modules),
         )
-    return found
+    return methods
+
+
+def describe_method(built: Any, name: str, program: ExportedProgram, data: bytes, plan_bytes: int) -> Lowered:
+    """One method of a compiled program, without its arena plan and its executed operators."""
+    placed = placement_of(built.exported_program(name))
+    return Lowered(
+        data=data,
+        plan_bytes=plan_bytes,
+        delegates=placed.delegates,
+        operators=operators.describe(program, placed),
+        undelegated=undelegated_operators(program, placed),
+        placed=placed,
+    )
 
 
 def _not_lowered(programs: Mapping[str, ExportedProgram], target: Target, error: Exception) -> EdgetuneError:
-    """The error, told of the method that holds the operators which it names."""
-    told = {name: failures.lowering_error(program, target.name, error) for name, program in programs.items()}
-    name = max(told, key=lambda one: len(told[one].what))
-    return told[name].within(f"method {name}") if len(told) > 1 else told[name]
+    """The error for the method that contains the operators which executorch names."""
+    errors = {name: failures.lowering_error(program, target.name, error) for name, program in programs.items()}
+    name = max(errors, key=lambda method: len(errors[method].what))
+    return errors[name].within(f"method {name}") if len(errors) > 1 else errors[name]
 
 
 def _config(planning: Any, layout: Layout) -> Any:
@@ -169,95 +178,99 @@ def _config(planning: Any, layout: Layout) -> Any:
     return ExecutorchBackendConfig(
         do_quant_fusion_and_const_prop=True,
         memory_planning_pass=planning,
-        external_constants=apart.tag if layout.weights_apart else False,
+        external_constants=external_weights.tag_external if layout.external_data else False,
     )
 
 
-def _to_backend(ways: Mapping[str, Way], facts: Mapping[str, Any] | None = None) -> Any:
+def _lower_to_backend(plans: Mapping[str, LoweringPlan], facts: Mapping[str, Any] | None = None) -> Any:
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import RemoveNoopExpandCopyPass
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    first = next(iter(ways.values()))
-    passes: Any = first.passes  # a backend's own manager of passes serves every method
+    first = next(iter(plans.values()))
+    passes: Any = first.passes  # if a backend brings its own pass manager, it serves every method
     if isinstance(passes, (tuple, list)):
-        passes = {name: [RemoveNoopExpandCopyPass(), *way.passes] for name, way in ways.items()}
-    with ExitStack() as around:
-        for way in ways.values():
-            around.enter_context(way.around)
+        passes = {name: [RemoveNoopExpandCopyPass(), *plan.passes] for name, plan in plans.items()}
+    with ExitStack() as stack:
+        for plan in plans.values():
+            stack.enter_context(plan.context)
         return to_edge_transform_and_lower(
-            {name: way.program for name, way in ways.items()},
-            partitioner={name: list(way.partitioners) for name, way in ways.items()},
+            {name: plan.program for name, plan in plans.items()},
+            partitioner={name: list(plan.partitioners) for name, plan in plans.items()},
             transform_passes=passes,
             compile_config=first.config or EdgeCompileConfig(_check_ir_validity=False),
             constant_methods=dict(facts or {}),
         )
 
 
-class _Asked(Exception):
-    """Carries the marked program out of executorch's lowering."""
+class StopAfterPartitioning(Exception):
+    """Carries the tagged program out of executorch's lowering."""
 
-    def __init__(self, marked: ExportedProgram) -> None:
+    def __init__(self, tagged: ExportedProgram) -> None:
         super().__init__()
-        self.marked = marked
+        self.tagged = tagged
 
 
-def marked(program: ExportedProgram, target: Target) -> ExportedProgram:
-    """The program as the backend's partitioner sees it, its nodes marked by `delegation_tag`; nothing is compiled."""
-    way = target.way(program, target)
-    partitioner = way.partitioners[0]
-    ask = partitioner.partition
+def tag_delegated(program: ExportedProgram, target: Target) -> ExportedProgram:
+    """The program with `delegation_tag` set by the backend's partitioner on what it takes; compiles nothing."""
+    plan = target.plan(program, target)
+    partitioner = plan.partitioners[0]
+    partition = partitioner.partition
 
-    def answer(edge: ExportedProgram) -> None:
-        raise _Asked(ask(edge).tagged_exported_program)
+    def stop(edge: ExportedProgram) -> None:
+        raise StopAfterPartitioning(partition(edge).tagged_exported_program)
 
-    partitioner.partition = answer
+    partitioner.partition = stop
     try:
         with fast_lowering():
-            _to_backend({"forward": way})
-    except _Asked as found:
-        return found.marked
+            _lower_to_backend({"forward": plan})
+    except StopAfterPartitioning as stopped:
+        return stopped.tagged
     except Exception as error:  # as in a lowering
         raise failures.lowering_error(program, target.name, error) from error
     raise AssertionError("executorch no longer calls Partitioner.partition")
 
 
-def placed_in(lowered: ExportedProgram) -> Placed:
-    """Which numbered operators ended in a delegate and which as a portable kernel."""
+def _calls(lowered: ExportedProgram) -> Iterator[tuple[fx.Node, fx.Graph | None]]:
+    """Each call of the lowered graph that runs: a kernel, or a delegate with its graph."""
+    for node in lowered.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = str(node.target)
+        if "executorch_call_delegate" in name:
+            yield node, getattr(lowered.graph_module, node.args[0].target).original_module.graph
+        elif isinstance(node.target, torch._ops.OpOverload) and not operator_kinds.is_free(name):
+            yield node, None
+
+
+def placement_of(lowered: ExportedProgram) -> Placed:
+    """Which numbered operators run in a delegate and which on a portable kernel."""
     delegated: set[int] = set()
     portable: list[tuple[str, int | None]] = []
     delegates = 0
-    for node in lowered.graph.nodes:
-        if node.op != "call_function":
-            continue
-        name = str(node.target)
-        if "executorch_call_delegate" in name:
+    for node, inner in _calls(lowered):
+        if inner is None:
+            portable.append((str(node.target), operators.number_of(node)))
+        else:
             delegates += 1
-            inner = getattr(lowered.graph_module, node.args[0].target).original_module
-            delegated |= {n for n in map(operators.number_of, inner.graph.nodes) if n is not None}
-        elif isinstance(node.target, torch._ops.OpOverload) and not operator_kinds.is_free(name):
-            portable.append((name, operators.number_of(node)))
+            delegated |= {n for n in map(operators.number_of, inner.nodes) if n is not None}
     return Placed(delegated=frozenset(delegated), portable=tuple(portable), delegates=delegates)
 
 
-def _modules(lowered: ExportedProgram, modules: Mapping[int, str]) -> list[str | dict[int, str]]:
-    """For each call in the lowered graph the module it comes from; of a delegate a table by debug handle."""
-    found: list[str | dict[int, str]] = []
-    for node in lowered.graph.nodes:
-        name = str(node.target)
-        if node.op != "call_function":
-            continue
-        if "executorch_call_delegate" in name:
-            inner = getattr(lowered.graph_module, node.args[0].target).original_module
-            pairs = [(n.meta.get("debug_handle"), operators.number_of(n)) for n in inner.graph.nodes]
-            found.append({h: modules.get(n, "") for h, n in pairs if isinstance(h, int) and n is not None})
-        elif isinstance(node.target, torch._ops.OpOverload) and not operator_kinds.is_free(name):
+def _modules_by_call(lowered: ExportedProgram, modules: Mapping[int, str]) -> list[str | dict[int, str]]:
+    """The module of each call in the lowered graph; for a delegate, a table by debug handle."""
+    by_call: list[str | dict[int, str]] = []
+    for node, inner in _calls(lowered):
+        if inner is None:
             number = operators.number_of(node)
-            found.append(modules.get(number, "") if number is not None else "")
-    return found
+            by_call.append("" if number is None else modules.get(number, ""))
+        else:
+            pairs = [(n.meta.get("debug_handle"), operators.number_of(n)) for n in inner.nodes]
+            by_call.append({h: modules.get(n, "") for h, n in pairs if isinstance(h, int) and n is not None})
+    return by_call
 
 
-def undelegated_in(program: ExportedProgram, placed: Placed) -> tuple[UndelegatedOperator, ...]:
-    """The portable operators, each with the modules it comes from, most frequent first."""
+def undelegated_operators(program: ExportedProgram, placed: Placed) -> tuple[UndelegatedOperator, ...]:
+    """The operators that run on portable kernels, by module, the most frequent first."""
     modules = operators.modules(program)
     counts = Counter((name, modules.get(number, "") if number is not None else "") for name, number in placed.portable)
     return tuple(

@@ -1,4 +1,4 @@
-"""Several methods in one program over shared weights: an encoder and a decoder, features and logits."""
+"""Export several methods over shared weights as one program: an encoder and a decoder, features and logits."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from edgetune.capture import dynamic as sizes_of
+from edgetune.capture import dynamic as axes
 from edgetune.capture.dynamic import Axis, Dynamic
 from edgetune.capture.positional import as_plain
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, tensors_of
 from edgetune.core.ledger import Parity
-from edgetune.core.modes import same_buffers
 from edgetune.core.outputs import named_outputs
-from edgetune.core.quiet import quiet
-from edgetune.export.lower import Layout, Lowered, check_plain, lower_methods
-from edgetune.export.pipeline import call_of, chosen_target, locator, manifest_of, output_names
-from edgetune.export.rows import free_specs, names_of, specs_of
-from edgetune.export.targets import Target
+from edgetune.export.lower import Layout, check_finalized, lower_methods
+from edgetune.export.pipeline import call_of, choose_target, eager_rows, locator, manifest_of, output_names
+from edgetune.export.program_inputs import free_specs, names_of, specs_of
+from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, validate_inputs, write_pair
-from edgetune.program.manifest import Call, Manifest, TensorSpec, data_path
+from edgetune.program.manifest import Manifest, TensorSpec, data_path
 from edgetune.runtime import verify
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Row
@@ -57,37 +54,40 @@ def export_methods(
     if a value of an output differs by more than `max_relative_difference` of the largest value of the output;
     `None`: as in `et.export`, for the layers of the method's module. Then nothing new is left at `path`.
     """
-    path, layout = Path(path), Layout(weights_apart=external_data, holds_io=io_in_plan)
-    chosen = chosen_target(path, device, target)
+    path, layout = Path(path), Layout(external_data=external_data, io_in_plan=io_in_plan)
+    chosen = choose_target(path, device, target)
     _check_names(methods, check_inputs or {}, dynamic or {})
     with ExitStack() as stack:
-        entries = []
+        requests = []
         for name, (method, example) in methods.items():
             owner = _owner(name, method)
-            check_plain(owner)
-            here = stack.enter_context(as_plain(owner))
-            entry = Entry(name, here, None if method is owner else method.__func__, example)  # type: ignore[attr-defined]
+            check_finalized(owner)
+            plain = stack.enter_context(as_plain(owner))
+            function = None if method is owner else method.__func__  # type: ignore[attr-defined]
+            module = MethodModule(name, plain, function, example)
             free, checks = (dynamic or {}).get(name), (check_inputs or {}).get(name)
-            entries.append(_Asked(entry, example, checks, free))
-        lowered = lower_methods({a.entry.name: (a.entry, a.example, a.axes) for a in entries}, chosen, layout)
+            requests.append(MethodRequest(module, example, checks, free))
+        lowered = lower_methods({r.module.name: (r.module, r.example, r.axes) for r in requests}, chosen, layout)
 
         first = next(iter(lowered.values()))
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if first.weights else None
             calls = []
-            for asked in entries:
-                parity, outputs = _prove(partial, asked, chosen, data, max_relative_difference)
-                calls.append(_call(asked, lowered[asked.entry.name], parity, outputs, layout))
+            for request in requests:
+                name = request.module.name
+                parity, outputs = _prove(partial, request, chosen, data, max_relative_difference)
+                specs = specs_of(outputs[0], request.outputs, outputs[1] if request.axes else None)
+                calls.append(call_of(name, lowered[name], request.inputs, specs, parity, io_in_plan=io_in_plan))
             return manifest_of("methods", first, tuple(calls), chosen, device, path)
 
         return Artifact(path=path, manifest=write_pair(path, first.data, prove, first.weights))
 
 
-class Entry(nn.Module):
-    """One method as a program sees it: positional tensors in, all tensors out.
+class MethodModule(nn.Module):
+    """One method as a module of positional tensors, returning all tensors of its result.
 
-    The owner's name among the parameters is that of the method: two modules may have weights of one name.
+    The owner's name in the parameter names includes the method's: two modules may have weights of the same name.
     """
 
     def __init__(self, name: str, owner: nn.Module, function: Any, inputs: Inputs) -> None:
@@ -100,11 +100,11 @@ class Entry(nn.Module):
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Every tensor of what the method returns."""
+        """All tensors that the method returns."""
         return tuple(self.named_outputs(tensors).values())
 
     def named_outputs(self, tensors: Row) -> dict[str, Tensor]:
-        """The outputs by the names that a manifest gives them."""
+        """The outputs by their names in the manifest."""
         owner = getattr(self, self.child)
         given: Inputs = dict(zip(self.names, tensors)) if self.names else tensors  # noqa: B905
         if self.function is None:
@@ -112,31 +112,33 @@ class Entry(nn.Module):
         return named_outputs(self.function(owner, **given) if isinstance(given, dict) else self.function(owner, *given))
 
 
-class _Asked:
-    """One method with its example, its rows and its axes, in the sizes that they are used in."""
+class MethodRequest:
+    """One method to export, with its example and the rows to compare, in the sizes of its axes."""
 
-    def __init__(self, entry: Entry, example: Inputs, checks: Sequence[Inputs] | None, free: Dynamic | None) -> None:
-        what = f"the inputs of {entry.name}"
+    def __init__(
+        self, module: MethodModule, example: Inputs, checks: Sequence[Inputs] | None, free: Dynamic | None
+    ) -> None:
+        subject = f"the inputs of {module.name}"
         names, tensors = names_of(example), tuple(t.detach().cpu().contiguous() for t in tensors_of(example))
         if not tensors:
-            raise EdgetuneError(f"{what}: a method takes at least one tensor")
-        self.entry = entry
-        self.axes: tuple[Axis, ...] = sizes_of.axes_of(free or {}, names, tensors)
+            raise EdgetuneError(f"{subject}: a method needs at least one tensor")
+        self.module = module
+        self.axes: tuple[Axis, ...] = axes.axes_of(free or {}, names, tensors)
         self.inputs: tuple[TensorSpec, ...] = free_specs(tensors, names, self.axes)
-        given = [validate_inputs(self.inputs, some, what) for some in checks or [example]]
-        sizes = sizes_of.sizes_to_check(self.axes) if self.axes else []
-        sized = [sizes_of.resize_row(given[i % len(given)], self.axes, some) for i, some in enumerate(sizes)]
+        given = [validate_inputs(self.inputs, inputs, subject) for inputs in checks or [example]]
+        sizes = axes.sizes_to_check(self.axes) if self.axes else []
+        sized = [axes.resize_row(given[i % len(given)], self.axes, size) for i, size in enumerate(sizes)]
         self.rows: list[Row] = [*sized, *given]
         self.example: Row = sized[0] if sized else tensors
-        self.outputs = output_names(entry, self.example)
+        self.outputs = output_names(module, self.example)
 
 
 def _check_names(methods: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
     if not methods:
-        raise EdgetuneError("a program has at least one method", action='write {"forward": (model, inputs)}')
-    strange = [name for name in methods if not name.isidentifier()]
-    if strange:
-        raise EdgetuneError("a method's name is an identifier", got=strange[0])
+        raise EdgetuneError("a program needs at least one method", action='write {"forward": (model, inputs)}')
+    invalid = [name for name in methods if not name.isidentifier()]
+    if invalid:
+        raise EdgetuneError("a method's name must be an identifier", got=invalid[0])
     for name in (name for other in others for name in other if name not in methods):
         raise EdgetuneError("no such method", got=name, allowed=methods)
 
@@ -147,25 +149,22 @@ def _owner(name: str, method: Method) -> nn.Module:
         raise EdgetuneError(
             f"method {name} is neither a module nor a method of one",
             got=type(method).__name__,
-            action="give a module, or a bound method such as model.encode",
+            action="pass a module, or a bound method such as model.encode",
         )
     return owner
 
 
 def _prove(
-    partial: Path, asked: _Asked, target: Target, data: Path | None, most: float | None
+    partial: Path, request: MethodRequest, target: Target, data: Path | None, allowed: float | None
 ) -> tuple[Parity | None, list[Row]]:
-    """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
+    """Parity and the outputs of each row; without parity, of the first two rows, if the target cannot run here."""
+    module, rows = request.module, request.rows
     if not target.runs_here:
-        with quiet(), same_buffers(asked.entry), torch.no_grad():
-            return None, [asked.entry(*row) for row in asked.rows[:2]]
-    name, locate = asked.entry.name, locator(asked.entry, target, most)
-    compared = verify.run_both(partial, asked.entry, asked.rows, method=name, data=data, locate=locate)
-    parity = compared.parity(len(asked.rows), allowed_difference(asked.entry) if most is None else most, "input")
-    verify.check_values(parity.outputs, parity.max_relative_allowed, lambda: locate(compared.worst), program=name)
+        return None, eager_rows(module, rows[:2])
+    locate = locator(module, target, allowed)
+    compared = verify.run_both(partial, module, rows, method=module.name, data=data, locate=locate)
+    parity = compared.parity(len(rows), allowed_difference(module) if allowed is None else allowed, "input")
+    verify.check_values(
+        parity.outputs, parity.max_relative_allowed, lambda: locate(compared.worst), program=module.name
+    )
     return parity, compared.results
-
-
-def _call(asked: _Asked, lowered: Lowered, parity: Parity | None, outputs: list[Row], layout: Layout) -> Call:
-    specs = specs_of(outputs[0], asked.outputs, outputs[1] if asked.axes else None)
-    return call_of(asked.entry.name, lowered, asked.inputs, specs, parity, holds_io=layout.holds_io)

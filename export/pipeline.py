@@ -1,4 +1,4 @@
-"""Export from end to end: check, lower, write, prove, name."""
+"""Export a model: check it, lower it, write the program, and compare it with the model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from edgetune.core.ledger import Parity
 from edgetune.core.modes import same_buffers
 from edgetune.core.quiet import quiet
 from edgetune.core.registry import require
-from edgetune.export import locate, rows, targets
-from edgetune.export.lower import PLAIN, Layout, Lowered, check_plain, lower
-from edgetune.export.rows import Trial
-from edgetune.export.targets import Target
+from edgetune.export import targets
+from edgetune.export.locate import locate_difference
+from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, check_finalized, lower
+from edgetune.export.program_inputs import ProgramInputs, check_batch_first, names_of, prepare_inputs, specs_of
+from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.beside import check_program_path, sha256_of
 from edgetune.program.card import write_card
@@ -55,29 +56,29 @@ def export_program(
     carried: Carried | None = None,
     sizes: Dynamic | None = None,
     one_row: bool = False,
-    layout: Layout = PLAIN,
+    layout: Layout = DEFAULT_LAYOUT,
 ) -> Artifact:
     """See `edgetune.export.export`."""
-    chosen = chosen_target(path, device, target)
-    check_plain(model)
-    axes = dynamic.axes_of(sizes or {}, rows.names_of(example_inputs), tensors_of(example_inputs))
-    trial = rows.trial(example_inputs, check_inputs, axes, one_row=one_row)
+    chosen = choose_target(path, device, target)
+    check_finalized(model)
+    axes = dynamic.axes_of(sizes or {}, names_of(example_inputs), tensors_of(example_inputs))
+    inputs = prepare_inputs(example_inputs, check_inputs, axes, one_row=one_row)
     if chosen.runs_here:
         forks.prepare()  # it imports while this process lowers
     with as_program(model, example_inputs) as program:
-        names = output_names(program, trial.example)
+        names = output_names(program, inputs.example)
         with same_buffers(program):
-            if trial.batch is not None:
-                rows.check_batch_first(program, trial.batch)
+            if inputs.batch is not None:
+                check_batch_first(program, inputs.batch)
         with same_buffers(program):
-            lowered = lower(program, trial.example, chosen, axes, layout)
+            lowered = lower(program, inputs.example, chosen, axes, layout)
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
-            parity, outputs = _prove(partial, program, trial, chosen, bounds, data, same_within(carried))
+            parity, outputs = _prove(partial, program, inputs, chosen, bounds, data, tolerance_of(carried))
             least = outputs[1] if axes else outputs[0]
-            specs = rows.specs_of(outputs[0], names, least)
-            call = call_of("forward", lowered, trial.inputs, specs, parity, holds_io=layout.holds_io)
+            specs = specs_of(outputs[0], names, least)
+            call = call_of("forward", lowered, inputs.specs, specs, parity, io_in_plan=layout.io_in_plan)
             beside = None if carried is None else write_beside(carried, path)
             return manifest_of("model", lowered, (call,), chosen, device, path, carried=beside)
 
@@ -87,18 +88,18 @@ def export_program(
     return Artifact(path=path, manifest=manifest)
 
 
-def chosen_target(path: Path, device: str | None, target: str | None) -> Target:
-    """The target to lower for, once it is known that this machine can."""
+def choose_target(path: Path, device: str | None, target: str | None) -> Target:
+    """The target to lower for. Raises `EdgetuneError` if this machine cannot lower to it."""
     with quiet():
         require("executorch", "export")
     check_program_path(path)
     chosen = targets.for_device(device, target)
-    chosen.partitioners()  # says what is missing before any work
+    chosen.partitioners()  # raises if something is missing
     return chosen
 
 
 def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
-    """What the outputs are called. Raises where the model does not run, or returns something that is no tensor."""
+    """The names of the outputs. Raises if the model does not run, or returns anything but tensors."""
     try:
         with quiet(), same_buffers(program), torch.no_grad():
             return tuple(verify.eager_outputs(program, example))
@@ -108,7 +109,7 @@ def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
         raise EdgetuneError(
             f"the model does not run on the example inputs: {type(error).__name__}: {str(error).strip()[:500]}",
             got=[tuple(tensor.shape) for tensor in example],
-            action="give inputs that the model takes in eval mode, as model.forward names them",
+            action="pass inputs that the model takes in eval mode, named as in model.forward",
             exit_code=Exit.EXPORT,
         ) from error
 
@@ -116,41 +117,46 @@ def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
 def _prove(
     partial: Path,
     program: Positional,
-    trial: Trial,
+    inputs: ProgramInputs,
     target: Target,
     bounds: Bounds,
     data: Path | None,
     same_within: float | None,
 ) -> tuple[Parity | None, list[Row]]:
-    """Parity and the outputs of each row; of the first two alone where this machine cannot run the target."""
+    """Parity and the outputs of each row; without parity, of the first two rows, if the target cannot run here."""
     if not target.runs_here:
-        with quiet(), same_buffers(program), torch.no_grad():
-            return None, [tuple(program.named_outputs(row).values()) for row in trial.rows[:2]]
+        return None, eager_rows(program, inputs.rows[:2])
     mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
     return verify.prove(
         partial,
         program,
-        trial.rows,
+        inputs.rows,
         bounds,
-        counted=trial.counted,
+        counted=inputs.counted,
         mask=mask,
         data=data,
-        tries=trial.tries,
+        tries=inputs.tries,
         locate=locator(program, target, bounds.max_relative_difference),
         same_within=same_within,
     )
 
 
-def same_within(carried: Carried | None) -> float | None:
-    """How far a program's number may be from the model's to be the same; `None` where it predicts no number."""
-    told = carried.postprocessing if carried is not None else None
-    return told.same_within if isinstance(told, ScaledValue) else None
+def tolerance_of(carried: Carried | None) -> float | None:
+    """How far a predicted number may be from the model's and still count as the same; `None` for classes."""
+    postprocessing = carried.postprocessing if carried is not None else None
+    return postprocessing.same_within if isinstance(postprocessing, ScaledValue) else None
+
+
+def eager_rows(program: nn.Module, rows: Sequence[Row]) -> list[Row]:
+    """The model's outputs for each row."""
+    with quiet(), same_buffers(program), torch.no_grad():
+        return [tuple(verify.eager_outputs(program, row).values()) for row in rows]
 
 
 def locator(program: nn.Module, target: Target, allowed: float | None) -> verify.Locate:
-    """Asked when a proof fails: see `locate.begin`."""
-    most = allowed_difference(program) if allowed is None else allowed
-    return lambda row: locate.begin(program, row, target, most)
+    """A function that locates the module in which a row's difference begins (see `locate_difference`)."""
+    bound = allowed_difference(program) if allowed is None else allowed
+    return lambda row: locate_difference(program, row, target, bound)
 
 
 def call_of(
@@ -161,9 +167,9 @@ def call_of(
     parity: Parity | None = None,
     *,
     label: str = "",
-    holds_io: bool = True,
+    io_in_plan: bool = True,
 ) -> Call:
-    """One lowered method, or one kind of call of it, as a manifest states it."""
+    """The manifest entry of one lowered method, or of one kind of call of it."""
     macs_pct, operators_pct = delegated_pct(lowered.operators)
     plan = lowered.plan
     return Call(
@@ -172,7 +178,7 @@ def call_of(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         plan_bytes=lowered.plan_bytes,
-        plan=plan and MemoryPlan(way=plan.taken, tried_bytes=plan.tried_bytes, holds_io=holds_io),
+        plan=plan and MemoryPlan(way=plan.chosen, tried_bytes=plan.tried_bytes, holds_io=io_in_plan),
         delegates=lowered.delegates,
         delegated_macs_pct=macs_pct,
         delegated_operators_pct=operators_pct,
@@ -197,7 +203,7 @@ def manifest_of(
     training: TrainingSpec | None = None,
     note: str = "",
 ) -> Manifest:
-    """The manifest of the program that `lowered` holds, whose file will be `path`, with these calls and sections."""
+    """The manifest of the lowered program that will be at `path`, with these calls and sections."""
     not_run = "" if target.runs_here else f"lowered, not run: this machine has no {target.name} runtime"
     packages = ("torch", "executorch", "torchao", *(("transformers", "tokenizers") if language else ()), "edgetune")
     return Manifest(
@@ -217,7 +223,7 @@ def manifest_of(
 
 
 def version_of(package: str) -> str:
-    """The version that is installed, in words."""
+    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -13,7 +13,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import lower
-from edgetune.export.methods import Entry, export_methods
+from edgetune.export.methods import MethodModule, export_methods
 from edgetune.export.targets import find
 from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
@@ -60,7 +60,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def test_shared_weights_are_stored_once(two: Artifact) -> None:
     model = net()
-    alone = lower(Entry("forward", model, None, IDS), (IDS,), find("xnnpack"))
+    alone = lower(MethodModule("forward", model, None, IDS), (IDS,), find("xnnpack"))
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert weights > 180_000
     assert two.manifest.size_bytes - len(alone.data) < 0.1 * weights

@@ -18,7 +18,7 @@ from edgetune.capture.positional import as_program
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import export
 from edgetune.export.inspect import inspect
-from edgetune.export.lower import PLAIN, Layout, Lowered, lower
+from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, lower
 from edgetune.export.targets import find
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.manifest import Manifest, data_path
@@ -73,7 +73,7 @@ PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(2))
 
 
-def lowered(model: nn.Module, inputs: Tensor, target: str = "xnnpack", layout: Layout = PLAIN) -> Lowered:
+def lowered(model: nn.Module, inputs: Tensor, target: str = "xnnpack", layout: Layout = DEFAULT_LAYOUT) -> Lowered:
     """Without running it."""
     with as_program(model, inputs) as program:
         return lower(program, (inputs[:1],), find(target), (), layout)
@@ -162,7 +162,7 @@ def test_both_files_are_checked(apart: Artifact, tmp_path: Path) -> None:
     data.unlink()
     with pytest.raises(EdgetuneError, match=r"model\.ptd: no such file"):
         Artifact.load(path)
-    assert "which is not here" in str(inspect(path))
+    assert "which is missing" in str(inspect(path))
 
 
 def test_a_program_that_keeps_its_weights_takes_the_old_data_file_away(apart: Artifact, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_what_two_operators_read_is_stored_once(tmp_path: Path) -> None:
 
 def test_what_keeps_its_weights_in_delegates_has_none_apart() -> None:
     with pytest.raises(EdgetuneError, match="no weight of this program can be stored separately"):
-        lowered(nn.Sequential(nn.ReLU()), PIXELS, layout=Layout(weights_apart=True))
+        lowered(nn.Sequential(nn.ReLU()), PIXELS, layout=Layout(external_data=True))
 
 
 def programs(folder: Path, which: str) -> dict[str, str]:
@@ -242,7 +242,7 @@ def test_exports_in_two_processes_give_the_same_bytes(tmp_path: Path, which: str
 
 
 def test_exports_in_one_process_give_the_same_bytes(apart: Artifact) -> None:
-    again = lowered(branched(), PIXELS, layout=Layout(weights_apart=True))
+    again = lowered(branched(), PIXELS, layout=Layout(external_data=True))
     assert again.data == apart.path.read_bytes()
     assert apart.data_path is not None
     assert again.weights == apart.data_path.read_bytes()

@@ -17,7 +17,7 @@ from edgetune.capture.graph import capture, prepare
 from edgetune.capture.positional import Positional
 from edgetune.capture.repairs.attention import attention
 from edgetune.core.quiet import quiet
-from edgetune.export.lower import lower, marked
+from edgetune.export.lower import lower, tag_delegated
 from edgetune.export.targets import TARGETS
 from edgetune.program.operator_kinds import is_free, plain_name
 from edgetune.runtime.run import run_in_child
@@ -45,7 +45,7 @@ def repaired(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 def left_over(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
     """The operators that XNNPACK does not take."""
     with quiet(), torch.no_grad():
-        edge = marked(repaired(model, inputs), XNNPACK)
+        edge = tag_delegated(repaired(model, inputs), XNNPACK)
     names = [
         plain_name(str(n.target))
         for n in edge.graph.nodes

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgetune.export.training import conv, passes
-from edgetune.export.training.cuts import Span, cuts
-from edgetune.export.training.order import Unit, lifetimes, placed, planned, smallest
+from edgetune.export.training.cuts import Span, choose_cuts
+from edgetune.export.training.order import Unit, lifetimes_of, place_tensors, plan_arena, schedule_units
 
 aten = torch.ops.aten
 
@@ -63,14 +63,14 @@ def test_a_convolution_of_windows_is_pytorchs(
     weight = torch.randn(outputs, inputs // groups, *kernel, requires_grad=True)
     y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
     settings = (stride, padding, dilation, groups)
-    assert torch.allclose(conv.convolution(x, weight, *settings), y, atol=1e-4)
+    assert torch.allclose(conv.convolve(x, weight, *settings), y, atol=1e-4)
     gradient = torch.randn_like(y)
     for_x, for_weight = torch.autograd.grad(y, (x, weight), gradient)
     size = [9, 12]
     assert torch.allclose(conv.input_gradient(gradient, weight, size, *settings), for_x, atol=1e-4)
     assert torch.allclose(conv.weight_gradient(gradient, x, list(weight.shape), *settings), for_weight, atol=1e-4)
-    wide = conv.spread(gradient, size, kernel, stride, padding, dilation)
-    turned = conv.flipped(weight, groups)
+    wide = conv.dilate(gradient, size, kernel, stride, padding, dilation)
+    turned = conv.flip_weight(weight, groups)
     assert torch.allclose(torch.conv2d(wide, turned, None, 1, 0, dilation, groups), for_x, atol=1e-4)
 
 
@@ -101,22 +101,22 @@ def chain(seed: int, count: int) -> tuple[list[Unit], dict[Any, int]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_is_never_worse_and_never_runs_ahead(seed: int) -> None:
     units, sizes = chain(seed, 60)
-    order = smallest(units, sizes, set())
+    order = schedule_units(units, sizes, set())
     assert sorted(u.place for u in order) == list(range(60))
     done: set[Unit] = set()
     for unit in order:
         assert set(unit.before) <= done
         done.add(unit)
-    assert planned(order, sizes, set())[0] <= planned(units, sizes, set())[0]
+    assert plan_arena(order, sizes, set())[0] <= plan_arena(units, sizes, set())[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_tensors_that_live_together_never_lie_together(seed: int) -> None:
     units, sizes = chain(seed, 40)
-    spans = lifetimes(units, {"t3"})
+    spans = lifetimes_of(units, {"t3"})
     assert spans["t3"][1] == 40
     tensors = {key: (sizes[key], *span) for key, span in spans.items()}
-    total, offsets = placed(tensors)
+    total, offsets = place_tensors(tensors)
     for a, b in itertools.combinations(tensors, 2):
         together = tensors[a][1] <= tensors[b][2] and tensors[b][1] <= tensors[a][2]
         apart = offsets[a] + tensors[a][0] <= offsets[b] or offsets[b] + tensors[b][0] <= offsets[a]
@@ -144,7 +144,7 @@ def backward_spans() -> tuple[list[Span], int]:
 
 def test_cuts_hold_no_more_than_any_others() -> None:
     spans, count = backward_spans()
-    ends = cuts(spans, count, [True] * (count + 1))
+    ends = choose_cuts(spans, count, [True] * (count + 1))
     assert ends[-1] == count
     tried = [[*chosen, count] for k in range(4) for chosen in itertools.combinations(range(1, count), k)]
     assert held_at_most(spans, ends) <= min(held_at_most(spans, other) for other in tried)
@@ -153,4 +153,4 @@ def test_cuts_hold_no_more_than_any_others() -> None:
 def test_operators_that_stay_together_are_not_cut_apart() -> None:
     spans, count = backward_spans()
     allowed = [place not in range(3, 14) for place in range(count + 1)]
-    assert not set(cuts(spans, count, allowed)) & set(range(3, 14))
+    assert not set(choose_cuts(spans, count, allowed)) & set(range(3, 14))

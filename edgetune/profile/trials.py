@@ -1,7 +1,7 @@
 """Micro-programs built and timed in processes of their own, and kept until the calibration that wants them is done.
 
-`edgetune.export.trials` is the side that builds. A program lies as `NAME.pte` with its inputs in `NAME.pt` and its
-operators in `NAME.json`; timings are lines of `timings-HOST.jsonl`, written as they come, so that a calibration that
+`edgetune.export.build_microbenchmarks` builds them: a program as `NAME.pte`, its inputs as `NAME.pt` and its
+operators as `NAME.json`; timings are lines of `timings-HOST.jsonl`, written as they come, so that a calibration that
 was stopped goes on where it was.
 """
 
@@ -86,7 +86,7 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
     answers: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
     with ThreadPoolExecutor(max(builders, 1)) as pool:
         commands = [[str(folder), str(part), str(builders), "quick" if quick else "all"] for part in range(builders)]
-        jobs = [pool.submit(_follow, "edgetune.export.trials", command, answers) for command in commands]
+        jobs = [pool.submit(_follow, "edgetune.export.build_microbenchmarks", command, answers) for command in commands]
         waiting = len(jobs)
         while waiting:
             answer = answers.get()

@@ -24,7 +24,7 @@ from edgetune.export.language.cached import Cached, check_model
 from edgetune.export.language.lower import lower
 from edgetune.export.lower import Lowered
 from edgetune.export.pipeline import call_of, manifest_of
-from edgetune.export.targets import Target
+from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.beside import check_program_path, sha256_of
 from edgetune.program.card import write_card

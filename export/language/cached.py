@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.registry import require
-from edgetune.export.lower import check_plain
+from edgetune.export.lower import check_finalized
 
 _NAME = "edgetune-static-cache"
 
@@ -221,7 +221,7 @@ def check_model(model: nn.Module, max_tokens: int) -> None:
             action="load it with AutoModelForCausalLM",
             exit_code=Exit.EXPORT,
         )
-    check_plain(model)
+    check_finalized(model)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_tokens < 2 or (room is not None and max_tokens > room):
         raise EdgetuneError(

@@ -17,10 +17,10 @@ from edgetune.capture import operators
 from edgetune.capture.dynamic import Axis
 from edgetune.capture.graph import capture, prepare
 from edgetune.core.quiet import quiet
-from edgetune.export import stored
+from edgetune.export import quantized_weights
 from edgetune.export.language.cached import Cached
 from edgetune.export.lower import Lowered, compile_program
-from edgetune.export.targets import Target
+from edgetune.export.targets.target import Target
 from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 
@@ -31,7 +31,7 @@ def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, A
     `facts` become methods that return them: what ExecuTorch's own language runner asks a program for.
     Raises `EdgetuneError` (exit code 5) with what cannot be captured or lowered.
     """
-    stored.check(model, target)
+    quantized_weights.check(model, target)
     inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with quiet(), torch.no_grad(), model.attending():
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators

@@ -1,4 +1,4 @@
-"""The backends that a program can be lowered to, and what each needs. One target, one file."""
+"""The backends that a program can be lowered to. One target, one file."""
 
 from __future__ import annotations
 
@@ -28,26 +28,28 @@ def find(name: str) -> Target:
 
 
 def for_device(device: str | None, target: str | None) -> Target:
-    """The target that was asked for, or the one that the device prefers, for its chip; without both, XNNPACK."""
+    """The requested target, or the device's first one, for its chip; XNNPACK if neither is given."""
     if device is None:
         return find(target or "xnnpack")
     from edgetune.profile.device import load
 
-    known = load(device)
-    if target is not None and target not in (*known.targets, "portable"):
+    descriptor = load(device)
+    if target is not None and target not in (*descriptor.targets, "portable"):
         raise EdgetuneError(
             f"{device} does not run this target",
             got=target,
-            allowed=[*known.targets, "portable"],
+            allowed=[*descriptor.targets, "portable"],
             exit_code=Exit.EXPORT,
         )
-    return find(target or known.targets[0]).for_soc(known.soc)
+    return find(target or descriptor.targets[0]).for_soc(descriptor.soc)
 
 
 def available() -> dict[str, str]:
-    """Every target this machine can lower to, with whether it can also run what comes out."""
-    found = {}
+    """Every target this machine can lower to, and whether it can also run the programs."""
+    lowerable = {}
     for name, target in TARGETS.items():
         if not target.lacks():
-            found[name] = "lowers and runs here" if target.runs_here else "lowers here; cannot be run on this machine"
-    return found
+            lowerable[name] = (
+                "lowers and runs here" if target.runs_here else "lowers here; cannot be run on this machine"
+            )
+    return lowerable

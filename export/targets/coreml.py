@@ -6,7 +6,7 @@ from typing import Any
 
 from edgetune.export.targets.target import Target
 
-_OLDEST = "iOS17"  # the first whose operators include int8 quantize and dequantize; iPhones from 2018 on have it
+_OLDEST = "iOS17"  # the first with int8 quantize and dequantize operators; runs on iPhones from 2018 on
 
 
 def _build(kind: Any, target: Target) -> Any:
@@ -15,7 +15,7 @@ def _build(kind: Any, target: Target) -> Any:
 
     specs = CoreMLBackend.generate_compile_specs(
         minimum_deployment_target=getattr(coremltools.target, target.chip),
-        compute_precision=coremltools.precision.FLOAT16,  # the Neural Engine has no other
+        compute_precision=coremltools.precision.FLOAT16,  # the only one of the Neural Engine
         compute_unit=coremltools.ComputeUnit.ALL,
     )
     return kind(compile_specs=specs)

@@ -1,4 +1,4 @@
-"""CUDA: a Jetson's GPU, through AOTInductor. Lowers where an Nvidia GPU and triton are; its weights lie in a `.ptd`."""
+"""CUDA: a Jetson's GPU, through AOTInductor. Lowers with an Nvidia GPU and triton; stores its weights in a `.ptd`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CUDA = Target(
     partitioner="executorch.backends.cuda.cuda_partitioner:CudaPartitioner",
     takes=("fp32", "fp16", "bf16"),
     runtime="CudaBackend",
-    install="lower where there are an Nvidia GPU (a Jetson has one), torch built for CUDA, triton and the CUDA toolkit",
+    install="lower on a machine with an Nvidia GPU (a Jetson, say), torch built for CUDA, triton and the CUDA toolkit",
     missing=_missing,
     build=_build,
 )

@@ -9,7 +9,7 @@ from edgetune.quant.quantizers import ARM_INSTALL, ETHOS_U_CHIP
 
 
 def _build(kind: Any, target: Target) -> Any:
-    import executorch.kernels.quantized  # noqa: F401  the steps into int8 and back stay outside the delegate
+    import executorch.kernels.quantized  # noqa: F401  conversion to and from int8 stays outside the delegate
     from executorch.backends.arm.ethosu import EthosUCompileSpec
 
     return kind(EthosUCompileSpec(target.chip))

@@ -1,4 +1,4 @@
-"""The forms that a captured model's numbers can have: plain floats, or quantized in one of the ways we know."""
+"""The number formats that a captured model can have: plain floats, or one of the supported quantizations."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _FLOATS: dict[torch.dtype, Form] = {torch.float16: "fp16", torch.bfloat16: "bf16
 
 
 @dataclass(frozen=True)
-class Told:
-    """A form in words, and how a model comes to it (empty: nothing of ours leads there)."""
+class FormHelp:
+    """A form in words, and how to convert a model to it (empty if edgetune cannot)."""
 
-    told: str
-    way: str
+    description: str
+    how_to: str
 
 
-FORMS: dict[Form, Told] = {
-    "fp32": Told("fp32", "export the model before it is quantized, in fp32"),
-    "fp16": Told("fp16", "convert the model: model.half()"),
-    "bf16": Told("bf16", "convert the model: model.bfloat16()"),
-    "int8": Told("static int8", "quantize it first, by int8 with this target as its `target`"),
-    "8da4w": Told("4 or 8-bit weights with dynamic 8-bit activations", "quantize it first: et.Int4()"),
-    "weights-only": Told("quantized weights with float activations", ""),
+FORMS: dict[Form, FormHelp] = {
+    "fp32": FormHelp("fp32", "export the model before it is quantized, in fp32"),
+    "fp16": FormHelp("fp16", "convert the model: model.half()"),
+    "bf16": FormHelp("bf16", "convert the model: model.bfloat16()"),
+    "int8": FormHelp("static int8", "quantize it first, by int8 with this target as its `target`"),
+    "8da4w": FormHelp("4 or 8-bit weights with dynamic 8-bit activations", "quantize it first: et.Int4()"),
+    "weights-only": FormHelp("quantized weights with float activations", ""),
 }
 
 
 def form_of(program: ExportedProgram) -> Form:
-    """The form of a captured program: how it is quantized, or else the type of its largest float parameters.
+    """The form of a captured program: its quantization, or else the type of most of its float parameters.
 
-    Dynamic activations count before static ones, and both before tables that are only stored in 8 bits.
+    Dynamic activations take precedence over static ones, and both over tables that are only stored in 8 bits.
     """
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     if any("choose_qparams" in name for name in names):

@@ -1,4 +1,4 @@
-"""OpenVINO: Intel's CPU, GPU and NPU. Lowers and runs on an x86 Linux host where the package is."""
+"""OpenVINO: Intel's CPU, GPU and NPU. Lowers and runs on an x86 Linux host with the package."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from edgetune.export.targets.target import Target
 def _missing() -> str:
     if importlib.util.find_spec("openvino") is None:
         return "no module named 'openvino'"
-    # executorch's package imports its quantizer last, which wants an nncf that does not go with this torch; the
-    # partitioner is loaded by then, and stays
+    # executorch's package imports its quantizer last, which needs an nncf that is incompatible with this torch; the
+    # partitioner has been loaded by then
     with contextlib.suppress(ImportError), quiet():
         importlib.import_module("executorch.backends.openvino")
     return ""
@@ -26,7 +26,7 @@ def _build(kind: Any, target: Target) -> Any:
     from executorch.exir.backend.backend_details import CompileSpec
 
     class Silent(kind):  # type: ignore[misc]
-        """The stock one prints every operator that it leaves out."""
+        """The partitioner without its printout of every undelegated operator."""
 
         def partition(self, exported_program: Any) -> Any:
             with contextlib.redirect_stdout(io.StringIO()):

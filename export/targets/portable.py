@@ -1,4 +1,4 @@
-"""Plain kernels, no backend: slow, and right wherever ExecuTorch itself runs."""
+"""Plain kernels without a backend: slow, but they run wherever ExecuTorch runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Qualcomm AI Engine Direct: the Hexagon NPU of Snapdragon phones. Lowers where Qualcomm's SDK is.
+"""Qualcomm AI Engine Direct: the Hexagon NPU of Snapdragon phones. Lowers if Qualcomm's SDK is installed.
 
-Importing executorch's Qualcomm package fetches that SDK when it is not there, so nothing is imported before it is
-found. The steps are those of `to_edge_transform_and_lower_to_qnn`, which takes modules where we have a program.
+Importing executorch's Qualcomm package downloads that SDK if it is missing, so nothing is imported before it has been
+found. The steps are those of `to_edge_transform_and_lower_to_qnn`, which takes modules and not a captured program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from edgetune.export.targets.forms import form_of
-from edgetune.export.targets.target import Target, Way
+from edgetune.export.targets.target import LoweringPlan, Target
 from edgetune.quant.quantizers import QNN_INSTALL, qnn_lacks
 
 
@@ -28,8 +28,8 @@ def _build(kind: Any, target: Target) -> Any:
     return kind(_specs(target, quantized=False))
 
 
-def _way(program: ExportedProgram, target: Target) -> Way:
-    target.partitioners()  # says what is missing
+def _plan(program: ExportedProgram, target: Target) -> LoweringPlan:
+    target.partitioners()  # raises if something is missing
     from executorch.backends.qualcomm.partition.qnn_partitioner import QnnPartitioner
     from executorch.backends.qualcomm.serialization.qc_schema import QnnExecuTorchBackendType
     from executorch.backends.qualcomm.utils import utils
@@ -38,12 +38,12 @@ def _way(program: ExportedProgram, target: Target) -> Way:
     specs = _specs(target, quantized=form_of(program) == "int8")
     passes = utils.get_qnn_pass_manager_cls(QnnExecuTorchBackendType.kHtpBackend)()
     ready = passes.transform_for_export_pipeline(program)
-    return Way(
+    return LoweringPlan(
         program=ready,
         partitioners=(QnnPartitioner(specs),),
         passes=passes.get_to_edge_transform_passes(ready, compiler_specs=specs),
         config=utils.qnn_edge_config(),
-        around=QnnManagerContext({"forward": specs}),
+        context=QnnManagerContext({"forward": specs}),
     )
 
 
@@ -64,5 +64,5 @@ QNN = Target(
     ),
     missing=qnn_lacks,
     build=_build,
-    way=_way,
+    plan=_plan,
 )

@@ -1,4 +1,4 @@
-"""A backend as a value: how to reach it, what it takes, and whether this machine can run what comes out."""
+"""A backend as a value: how to lower to it, which models it takes, and whether this machine runs its programs."""
 
 from __future__ import annotations
 
@@ -14,49 +14,41 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
 from edgetune.export.targets.forms import FORMS, Form, form_of
 
-WHEEL = "wheel"  # every executorch wheel runs it
+WHEEL = "wheel"  # a backend that every executorch wheel runs
 EXTRA = 'pip install "edgetune[export]"'
 
 
 @dataclass(frozen=True)
-class Way:
-    """One program's way through executorch's compiler. `passes` come after the house's own."""
+class LoweringPlan:
+    """How executorch's compiler lowers one program. `passes` run after edgetune's own."""
 
     program: ExportedProgram
     partitioners: tuple[Any, ...]
     passes: tuple[Any, ...] = ()
-    config: Any = None  # an EdgeCompileConfig; None: the house's
-    around: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    config: Any = None  # an EdgeCompileConfig; None: edgetune's
+    context: AbstractContextManager[Any] = field(default_factory=nullcontext)  # entered while it is lowered
 
 
-def _plain(kind: Any, target: Target) -> Any:
-    return kind()
-
-
-def _nothing() -> str:
-    return ""
-
-
-def _straight(program: ExportedProgram, target: Target) -> Way:
-    return Way(program, tuple(target.partitioners()))
+def _plan(program: ExportedProgram, target: Target) -> LoweringPlan:
+    return LoweringPlan(program, tuple(target.partitioners()))
 
 
 @dataclass(frozen=True)
 class Target:
-    """How to reach one backend. Functions take the target itself, so that `chip` can be changed by `replace`."""
+    """How to lower to one backend. Functions take the target itself, so that `replace` can change `chip`."""
 
     name: str
     serves: str  # the hardware, in words
     partitioner: str  # `module:Class`, empty for plain kernels
-    takes: tuple[Form, ...]  # models in other forms are refused before they are lowered
-    runtime: str = ""  # WHEEL, the backend's name where a runtime could run it on a computer, or empty: never
-    install: str = EXTRA  # what to do where something is missing
-    needs: tuple[str, ...] = ()  # modules that must import before the partitioner does
-    chip: str = ""  # which of the hardware the program is compiled for, where that matters
-    chips: tuple[tuple[str, str], ...] = ()  # a device's `soc` begins with the first: the chip is the second
-    missing: Callable[[], str] = _nothing  # what else is not on this machine: an SDK, a GPU
-    build: Callable[[Any, Target], Any] = _plain  # from the class to the partitioner
-    way: Callable[[ExportedProgram, Target], Way] = _straight
+    takes: tuple[Form, ...]  # models in other forms are rejected before they are lowered
+    runtime: str = ""  # WHEEL, the backend's name if a computer's runtime may have it, or empty: never runs here
+    install: str = EXTRA  # what to do if something is missing
+    needs: tuple[str, ...] = ()  # modules that must be importable before the partitioner is imported
+    chip: str = ""  # which chip the program is compiled for, if that matters
+    chips: tuple[tuple[str, str], ...] = ()  # start of a device's `soc` -> chip
+    missing: Callable[[], str] = str  # what else this machine lacks: an SDK, a GPU
+    build: Callable[[Any, Target], Any] = lambda kind, target: kind()  # partitioner class -> partitioner
+    plan: Callable[[ExportedProgram, Target], LoweringPlan] = _plan
 
     @property
     def runs_here(self) -> bool:
@@ -66,8 +58,8 @@ class Target:
         return not self.lacks() and self.runtime in _backends()
 
     def lacks(self) -> str:
-        """What this machine lacks to lower to this target, in words; empty where it lacks nothing."""
-        lacking = self.missing()  # first: importing some backends downloads or fails at length
+        """What this machine lacks to lower to this target, in words; empty if nothing."""
+        lacking = self.missing()  # first: importing some backends starts a download or fails slowly
         if lacking or not self.partitioner:
             return lacking
         module, _, name = self.partitioner.partition(":")
@@ -81,7 +73,7 @@ class Target:
         return ""
 
     def partitioners(self) -> list[Any]:
-        """The partitioner of this backend, ready to use, or the error that says what to install."""
+        """The partitioner of this backend; none for plain kernels. Raises `EdgetuneError` if something is missing."""
         lacking = self.lacks()
         if lacking:
             raise EdgetuneError(
@@ -100,31 +92,31 @@ class Target:
         form = form_of(program)
         if form in self.takes:
             return
-        ways = [FORMS[taken].way for taken in self.takes if FORMS[taken].way]
+        remedies = [FORMS[taken].how_to for taken in self.takes if FORMS[taken].how_to]
         raise EdgetuneError(
-            f"target {self.name} does not take a model in {FORMS[form].told}",
+            f"target {self.name} does not take a model in {FORMS[form].description}",
             got=form,
             allowed=self.takes,
-            action=f"{ways[0]}, or choose another target" if ways else "choose another target",
+            action=f"{remedies[0]}, or choose another target" if remedies else "choose another target",
             exit_code=Exit.EXPORT,
         )
 
     def for_soc(self, soc: str) -> Target:
-        """This target for the chip of a device, given the descriptor's `soc`; itself where that does not matter."""
-        found = [chip for begins, chip in self.chips if soc.startswith(begins)]
-        if self.chips and not found:
+        """This target for the chip with the descriptor's `soc`; the target itself if it has no chips."""
+        chips = [chip for begins, chip in self.chips if soc.startswith(begins)]
+        if self.chips and not chips:
             raise EdgetuneError(
                 f"target {self.name} does not know this chip",
                 got=soc,
                 allowed=[begins for begins, _ in self.chips],
                 exit_code=Exit.EXPORT,
             )
-        return replace(self, chip=found[0]) if found else self
+        return replace(self, chip=chips[0]) if chips else self
 
 
 def _backends() -> tuple[str, ...]:
     """The backends that this machine's executorch runtime was built with."""
     with quiet():
         from executorch.extension.pybindings import _portable_lib
-    found: tuple[str, ...] = tuple(_portable_lib._get_registered_backend_names())
-    return found
+    names: tuple[str, ...] = tuple(_portable_lib._get_registered_backend_names())
+    return names

@@ -1,4 +1,4 @@
-"""TOSA: Arm's portable graph of operators, as their compilers read it. Not a program for any one chip."""
+"""TOSA: Arm's portable graph of operators, the input of their compilers; not a program for one chip."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgetune.quant.quantizers import ARM_INSTALL, TOSA_PROFILE
 
 
 def _build(kind: Any, target: Target) -> Any:
-    import executorch.kernels.quantized  # noqa: F401  the steps into int8 and back stay outside the delegate
+    import executorch.kernels.quantized  # noqa: F401  conversion to and from int8 stays outside the delegate
     from executorch.backends.arm.tosa.compile_spec import TosaCompileSpec
 
     return kind(TosaCompileSpec(TOSA_PROFILE))

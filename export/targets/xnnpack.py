@@ -1,4 +1,4 @@
-"""XNNPACK: the CPU of phones, boards and computers. What it leaves out runs on portable kernels."""
+"""XNNPACK: the CPU of phones, boards and computers. Undelegated operators run on portable kernels."""
 
 from __future__ import annotations
 

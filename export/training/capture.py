@@ -1,4 +1,4 @@
-"""A model and its loss become one graph: forward, loss, and the backward of what trains and of nothing else."""
+"""Capture a model and its loss as one graph: forward, loss, and the backward of what trains."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from edgetune.capture import failures
 from edgetune.capture.repairs.attention import attention
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
-from edgetune.export.speed import fast_decompositions
+from edgetune.export.pass_cache import fast_decompositions
 from edgetune.export.training import layers, passes
 from edgetune.lean.frozen import remove_hooks
 from edgetune.lean.frozen_ops import padded
 from edgetune.sparse.sliced import Sliced
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-CHILD = "model"  # what the wrappers here call the user's model
+CHILD = "model"  # the name of the user's model in the wrappers
 
 
-class Step(nn.Module):
-    """The model under its loss, as a program sees it: inputs by position, then the labels."""
+class LossModule(nn.Module):
+    """The model with its loss: takes the inputs by position, then the labels."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], loss: Loss) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Step(nn.Module):
 
 
 class Forward(nn.Module):
-    """The model alone: logits for its inputs by position."""
+    """The model without its loss: logits for its inputs by position."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Forward(nn.Module):
         return logits_of(call(self.model, dict(zip(self.names, tensors)) if self.names else tensors))  # noqa: B905
 
 
-class Apart(nn.Module):
-    """A `Sliced` layer as two products: one with the slice zeroed, a constant; and the slice's own, which trains."""
+class SplitLayer(nn.Module):
+    """A `Sliced` layer as two products: one with the frozen rest, a constant; and one with the slice, which trains."""
 
     def __init__(self, layer: Sliced) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Apart(nn.Module):
         self.register_buffer("indices", layer.indices)
         weight: Tensor = layer.base.weight  # type: ignore[assignment]
         weight.data.index_fill_(layer.dim, layer.indices, 0.0)
-        # where each output channel comes from: its row of the slice, or the row of zeros behind them
+        # source of each output channel: its row of the slice, or the row of zeros after it
         sources = torch.full((weight.shape[0],), len(layer.indices), dtype=torch.int64)
         if layer.dim == 0:
             sources[layer.indices] = torch.arange(len(layer.indices))
@@ -79,20 +79,20 @@ class Apart(nn.Module):
             self.register_buffer("inputs", (chosen[:, None] * each_in + torch.arange(each_in)).flatten())
 
     def forward(self, *args: Any) -> Tensor:
-        """What the sliced layer computes."""
-        with _Apart(self):
+        """The output of the sliced layer."""
+        with _AddSliceProduct(self):
             return self.base(*args)  # type: ignore[no-any-return]
 
-    def place(self, rows: Tensor, dim: int) -> Tensor:
-        """Output channels `(.., k, ..)` at `dim` put among zeros: `(.., out, ..)`."""
+    def scatter(self, rows: Tensor, dim: int) -> Tensor:
+        """Put the output channels `(.., k, ..)` at `dim` among zeros: `(.., out, ..)`."""
         zeros = torch.zeros_like(rows.narrow(dim, 0, 1))
         return torch.cat([rows, zeros], dim).index_select(dim, self.sources)  # type: ignore[arg-type]
 
 
-class _Apart(TorchFunctionMode):
-    """Adds the slice's own product to the one that a base calls, whatever the base pads before."""
+class _AddSliceProduct(TorchFunctionMode):
+    """Adds the slice's product to each product that the base layer computes, with the same padding."""
 
-    def __init__(self, layer: Apart) -> None:
+    def __init__(self, layer: SplitLayer) -> None:
         super().__init__()
         self.layer = layer
 
@@ -108,10 +108,10 @@ class _Apart(TorchFunctionMode):
         layer = self.layer
         if layer.dim == 1:
             return functional.linear(input.index_select(-1, layer.indices), layer.slice)  # type: ignore[arg-type]
-        return layer.place(functional.linear(input, layer.slice), -1)
+        return layer.scatter(functional.linear(input, layer.slice), -1)
 
     def _convolution(
-        self, func: Any, layer: Apart, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        self, func: Any, layer: SplitLayer, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
         input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
@@ -122,64 +122,64 @@ class _Apart(TorchFunctionMode):
             input = input.index_select(-1 - len(stride), layer.inputs)  # type: ignore[arg-type]
             groups = layer.slice.shape[0] * groups // weight.shape[0]
         rows = func(input, layer.slice, None, stride, padding, dilation, groups)
-        return layer.place(rows, -1 - len(stride))
+        return layer.scatter(rows, -1 - len(stride))
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Forward and backward in one graph, and which output is the gradient of which parameter."""
+class JointGraph:
+    """Forward and backward in one graph, and the gradient of each parameter."""
 
     program: ExportedProgram
     gradients: dict[str, str]  # parameter's name in the program -> output node
 
 
-def prepared(model: nn.Module) -> nn.Module:
-    """A copy of the model on the CPU, in eval mode, without hooks, and with its slices apart."""
+def prepare_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model on the CPU, in eval mode, without hooks, and with its sliced layers split."""
     copied = copy.deepcopy(model).cpu().eval()
     remove_hooks(copied)
     for name, module in list(copied.named_modules(remove_duplicate=False)):
         if isinstance(module, Sliced):
             if not name:
-                return Apart(module)
+                return SplitLayer(module)
             parent, _, key = name.rpartition(".")
-            setattr(copied.get_submodule(parent), key, Apart(module))
+            setattr(copied.get_submodule(parent), key, SplitLayer(module))
     for module in copied.modules():
-        module._state_dict_hooks.clear()  # keys are the parameters' own names here
+        module._state_dict_hooks.clear()  # keys must be the parameters' names
     if hasattr(getattr(copied, "config", None), "use_cache"):
         copied.config.use_cache = False  # type: ignore[union-attr]
     return copied
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by the name `named_parameters` gives. Raises where nothing does, or one hangs under two names."""
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name. Raises if there are none, or if one has two names."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     every = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-    if not found:
+    if not parameters:
         raise EdgetuneError("nothing in this model is trainable", action="choose a scheme first", exit_code=Exit.EXPORT)
-    tied = sorted(set(every) - set(found))
+    tied = sorted(set(every) - set(parameters))
     if tied:
         raise EdgetuneError(
-            f"{tied[0]} is tied to another layer's parameter and trains",
+            f"{tied[0]} is trainable and tied to another layer's parameter",
             action="freeze it, or untie it: layer.weight = nn.Parameter(layer.weight.clone())",
             exit_code=Exit.EXPORT,
         )
-    return found
+    return parameters
 
 
-def joint(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss) -> Joint:
-    """Capture forward, loss and backward of a `prepared` model for exactly these shapes."""
+def capture_joint(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss) -> JointGraph:
+    """Capture forward, loss and backward of a model from `prepare_copy` for exactly these shapes."""
     from torch.export.exported_program import _decompose_exported_program
 
-    step = Step(model, tuple(inputs) if isinstance(inputs, dict) else (), loss)
-    program = _captured(step, (*tensors_of(inputs), labels))
-    wanted = {f"{CHILD}.{name}" for name in trainable(model)}
+    step = LossModule(model, tuple(inputs) if isinstance(inputs, dict) else (), loss)
+    program = _capture(step, (*tensors_of(inputs), labels))
+    wanted = {f"{CHILD}.{name}" for name in trainable_parameters(model)}
     for node in program.graph.nodes:
         target = program.graph_signature.inputs_to_parameters.get(node.name)
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, Tensor) and value.requires_grad != (target in wanted):
             node.meta["val"] = value.detach().requires_grad_(target in wanted)
     try:
-        with torch.enable_grad(), _opaque_quantization(program, wanted) as stand_ins:
+        with torch.enable_grad(), _hide_quantization(program, wanted) as stand_ins:
             both = _decompose_exported_program(
                 program,
                 cia_to_decomp={},
@@ -191,11 +191,11 @@ def joint(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss) -> Joint
                 node.target = stand_ins.get(node.target, node.target)
     except EdgetuneError:
         raise
-    except Exception as error:  # autograd under a tracer raises whatever it meets
-        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    except Exception as error:  # autograd under a tracer raises any type
+        cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         raise EdgetuneError(
-            f"the backward pass cannot be written out: {said}",
-            action="freeze the module that is named, or replace its operator",
+            f"the backward pass cannot be captured: {cause}",
+            action="freeze the named module, or replace its operator",
             exit_code=Exit.EXPORT,
         ) from error
     gradients = {
@@ -206,28 +206,28 @@ def joint(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss) -> Joint
     unused = sorted(wanted - set(gradients))
     if unused:
         raise EdgetuneError(
-            f"{unused[0].removeprefix(CHILD + '.')} trains, but the loss does not depend on it",
+            f"{unused[0].removeprefix(CHILD + '.')} is trainable, but the loss does not depend on it",
             action="freeze it",
             exit_code=Exit.EXPORT,
         )
-    return Joint(both, gradients)
+    return JointGraph(both, gradients)
 
 
 @contextmanager
-def _opaque_quantization(program: ExportedProgram, wanted: set[str]) -> Iterator[dict[Any, Any]]:
-    """Hide the operators of quantized layers from autograd, which would write them out: the backend knows them whole.
+def _hide_quantization(program: ExportedProgram, wanted: set[str]) -> Iterator[dict[Any, Any]]:
+    """Hide the operators of quantized layers from autograd, which would decompose them: the backend fuses them.
 
-    Gives what stands for which. Raises where a gradient would have to go through one.
+    Yields stand-in -> original. Raises if a gradient would have to pass through one.
     """
-    changing = {n for n, t in program.graph_signature.inputs_to_parameters.items() if t in wanted}
-    fed: set[fx.Node] = set()
+    trained = {n for n, t in program.graph_signature.inputs_to_parameters.items() if t in wanted}
+    needs_gradient: set[fx.Node] = set()
     nodes = []
     for node in program.graph.nodes:
-        if node.name in changing or any(source in fed for source in node.all_input_nodes):
-            fed.add(node)
+        if node.name in trained or any(source in needs_gradient for source in node.all_input_nodes):
+            needs_gradient.add(node)
         if node.op == "call_function" and str(node.target).startswith("torchao."):
             nodes.append(node)
-            if node in fed:
+            if node in needs_gradient:
                 raise EdgetuneError(
                     "a gradient would have to pass through a quantized layer",
                     action="quantize only layers before the first one that trains",
@@ -242,29 +242,28 @@ def _opaque_quantization(program: ExportedProgram, wanted: set[str]) -> Iterator
             library.impl(name, original, "CompositeExplicitAutograd")
             library._register_fake(name, original)
             stand_ins[getattr(torch.ops.edgetune_training, name).default] = original
-        back = {original: stand_in for stand_in, original in stand_ins.items()}
+        by_original = {original: stand_in for stand_in, original in stand_ins.items()}
         for node in nodes:
-            node.target = back[node.target]
+            node.target = by_original[node.target]
         program.graph_module.recompile()
         yield stand_ins
 
 
-def forward(model: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """Capture the forward pass of a `prepared` model alone."""
-    program = _captured(Forward(model, tuple(inputs) if isinstance(inputs, dict) else ()), tensors_of(inputs))
-    return program
+def capture_forward(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Capture only the forward pass of a model from `prepare_copy`."""
+    return _capture(Forward(model, tuple(inputs) if isinstance(inputs, dict) else ()), tensors_of(inputs))
 
 
-def _captured(module: nn.Module, tensors: tuple[Tensor, ...]) -> ExportedProgram:
-    """As ATen operators, attention written out, quantized weights as plain tensors."""
+def _capture(module: nn.Module, tensors: tuple[Tensor, ...]) -> ExportedProgram:
+    """Export to ATen operators, with attention decomposed and quantized weights as plain tensors."""
     tensors = tuple(t.detach().cpu().contiguous() for t in tensors)
     try:
         with fast_decompositions():
             program = torch.export.export(module, tensors, strict=False)
-            written: ExportedProgram = program.run_decompositions(
+            decomposed: ExportedProgram = program.run_decompositions(
                 {torch.ops.aten.scaled_dot_product_attention.default: attention}
             )
-        layers.fuse_padding(written)
-        return written
-    except Exception as error:  # torch.export raises dozens of types, none of them documented as complete
+        layers.fuse_padding(decomposed)
+        return decomposed
+    except Exception as error:  # torch.export raises any type
         raise failures.capture_error(module, tensors, error) from error

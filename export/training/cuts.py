@@ -1,8 +1,7 @@
-"""Where delegates are cut, so that a training step needs the smallest arena.
+"""Cut delegates into segments, so that a training step needs the smallest arena.
 
-A delegate has all its inputs and makes all its outputs at once. One delegate for a whole backward pass would hold
-every gradient and every saved activation together; cut into stretches of the order in which the operators were
-written, each holds what its stretch reads and gives, and what lies between is gone.
+A delegate's inputs and outputs are alive together. One delegate for the whole backward pass would hold every gradient
+and every saved activation at once; a segment of consecutive operators only holds what it reads and writes.
 """
 
 from __future__ import annotations
@@ -17,100 +16,104 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from edgetune.export.training.memory import bytes_of
-from edgetune.export.training.order import Unit, planned, smallest
+from edgetune.export.training.order import Unit, plan_arena, schedule_units
 
-_SPARE = 1.01  # of the smallest arena is allowed for fewer delegates
-_LONGEST = 400  # places for a cut that are looked at behind another
+_SLACK = 1.01  # how much larger than the smallest arena it may be for fewer delegates
+_LONGEST = 400  # candidates that one segment may span
 
 
 @dataclass(frozen=True)
 class Span:
-    """A tensor of the arena: the operator that makes it (-1: an input) and the last one that reads it."""
+    """A tensor of the arena: the operator that writes it (-1: an input) and the last one that reads it."""
 
     size_bytes: int
     first: int
     last: int
-    inside: bool  # a stretch in which it begins and ends need not hold it
+    inside: bool  # not needed in the arena by a segment that contains all its uses
 
 
-def partitioner(configs: Sequence[type]) -> Any:
-    """XNNPACK's partitioner with these configurations, whose partitions are cut into stretches."""
+def cutting_partitioner(configs: Sequence[type]) -> Any:
+    """XNNPACK's partitioner with these configurations, with its partitions cut into segments."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from torch.fx.passes.infra.partitioner import Partition
 
     class Cutting(XnnpackPartitioner):  # type: ignore[misc]
         def generate_partitions(self, ep: ExportedProgram) -> list[Any]:
             whole = [list(partition.nodes) for partition in super().generate_partitions(ep)]
-            places = {n: p for p, n in enumerate(n for n in ep.graph.nodes if n.op == "call_function")}
-            together = [[places[n] for n in group if n in places] for group in self.get_matched_nodes_from_configs(ep)]
-            pieces = _smallest(ep, whole, places, stretches(ep, whole, together))
+            positions = {n: p for p, n in enumerate(n for n in ep.graph.nodes if n.op == "call_function")}
+            together = [
+                [positions[n] for n in group if n in positions] for group in self.get_matched_nodes_from_configs(ep)
+            ]
+            pieces = _merge_segments(ep, whole, positions, find_cuts(ep, whole, together))
             return [Partition(id=n, nodes=dict.fromkeys(piece)) for n, piece in enumerate(pieces)]
 
     return Cutting(configs=list(configs))
 
 
-def _smallest(
-    program: ExportedProgram, whole: list[list[fx.Node]], places: dict[fx.Node, int], ends: list[int]
+def _merge_segments(
+    program: ExportedProgram, whole: list[list[fx.Node]], positions: dict[fx.Node, int], ends: list[int]
 ) -> list[list[fx.Node]]:
-    """The partitions, cut where that makes the arena smaller: every cut is tried without."""
-    best = _cut(whole, places, ends)
+    """The partitions with the cuts that make the arena smaller; each cut is also tried without."""
+    best = _split_partitions(whole, positions, ends)
     least = arena_bytes(program, best)
     for end in ends[:-1]:
         without = [other for other in ends if other != end]
-        tried = _cut(whole, places, without)
+        tried = _split_partitions(whole, positions, without)
         size = arena_bytes(program, tried)
         if size <= least:
             ends, best, least = without, tried, size
     return best if least < arena_bytes(program, whole) else whole
 
 
-def _cut(whole: list[list[fx.Node]], places: dict[fx.Node, int], ends: list[int]) -> list[list[fx.Node]]:
+def _split_partitions(
+    whole: list[list[fx.Node]], positions: dict[fx.Node, int], ends: list[int]
+) -> list[list[fx.Node]]:
     pieces: dict[tuple[int, int], list[fx.Node]] = {}
     for n, nodes in enumerate(whole):
         mates = set(nodes)
         for node in nodes:
-            pieces.setdefault((n, _stretch(node, mates, places, ends)), []).append(node)
+            pieces.setdefault((n, _segment_of(node, mates, positions, ends)), []).append(node)
     return list(pieces.values())
 
 
-def _stretch(node: fx.Node, mates: Any, places: dict[fx.Node, int], ends: Sequence[int]) -> int:
-    """The number of the stretch that a node lies in; a constant goes where its first reader is."""
-    at = places[node] if node in places else min(places[user] for user in node.users if user in mates)
+def _segment_of(node: fx.Node, mates: Any, positions: dict[fx.Node, int], ends: Sequence[int]) -> int:
+    """The number of a node's segment; a constant belongs to its first reader."""
+    at = positions[node] if node in positions else min(positions[user] for user in node.users if user in mates)
     return bisect.bisect_right(ends, at)
 
 
-def stretches(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]], together: Any) -> list[int]:
-    """Where each stretch ends: the place of the first operator behind it, in order."""
-    spans, count = tensors(program, partitions)
+def find_cuts(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]], together: Any) -> list[int]:
+    """The end of each segment: the position of the first operator after it."""
+    spans, count = arena_tensors(program, partitions)
     allowed = [True] * (count + 1)
     for group in together:
         for place in range(min(group, default=0) + 1, max(group, default=0) + 1):
-            allowed[place] = False  # such operators stay in one delegate
-    return cuts(spans, count, allowed)
+            allowed[place] = False  # these operators must stay in one delegate
+    return choose_cuts(spans, count, allowed)
 
 
-def tensors(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]]) -> tuple[list[Span], int]:
-    """What the arena holds of a program, by the places of its operators, and how many these are."""
+def arena_tensors(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]]) -> tuple[list[Span], int]:
+    """The tensors of a program's arena, by the positions of its operators, and the number of operators."""
     signature = program.graph_signature
     delegated = {node: n for n, nodes in enumerate(partitions) for node in nodes}
     operators = [node for node in program.graph.nodes if node.op == "call_function"]
-    places: dict[fx.Node, int] = {node: place for place, node in enumerate(operators)}
+    positions: dict[fx.Node, int] = {node: place for place, node in enumerate(operators)}
     returned = set(program.graph.output_node().all_input_nodes)
-    found = []
+    spans = []
     for node in [n for n in program.graph.nodes if n.op == "placeholder"] + operators:
         if node.op == "placeholder" and node.name not in signature.user_inputs:
-            continue  # constants and state are held elsewhere
+            continue  # constants and state are not in the arena
         if node.name in signature.buffers_to_mutate:
-            continue  # written where the state lies
-        readers = [places[user] for user in node.users if user in places]
-        last = len(operators) if node in returned else max(readers, default=places.get(node, 0))
+            continue  # written in place into the state
+        readers = [positions[user] for user in node.users if user in positions]
+        last = len(operators) if node in returned else max(readers, default=positions.get(node, 0))
         inside = node in delegated and all(delegated.get(user) == delegated[node] for user in node.users)
-        found.append(Span(bytes_of(node), places.get(node, -1), last, inside))
-    return [span for span in found if span.size_bytes], len(operators)
+        spans.append(Span(bytes_of(node), positions.get(node, -1), last, inside))
+    return [span for span in spans if span.size_bytes], len(operators)
 
 
 def arena_bytes(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]]) -> int:
-    """The arena of a program whose delegates are these partitions, as the plan will find it, but for the state."""
+    """The arena bytes of a program with these partitions as delegates, without the state."""
     signature = program.graph_signature
     owner: dict[fx.Node, Unit] = {}
     for n, nodes in enumerate(partitions):
@@ -132,18 +135,18 @@ def arena_bytes(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]
     sizes: dict[Any, int] = {n: bytes_of(n) for n in [*inputs, *operators] if n.name not in signature.buffers_to_mutate}
     units = {owner[node]: owner[node].before for node in operators}
     order = list(TopologicalSorter(units).static_order())
-    return planned(smallest(order, sizes, set(returned)), sizes, set(returned))[0]
+    return plan_arena(schedule_units(order, sizes, set(returned)), sizes, set(returned))[0]
 
 
-def cuts(spans: Sequence[Span], count: int, allowed: Sequence[bool]) -> list[int]:
-    """The ends of the stretches that need the least at once; of those within a hundredth of it, the fewest."""
+def choose_cuts(spans: Sequence[Span], count: int, allowed: Sequence[bool]) -> list[int]:
+    """The ends of the segments with the least memory; of those within 1 % of it, the fewest."""
     at = _candidates(spans, count, allowed)
-    rows = list(_held(spans, at))
+    rows = list(_segment_bytes(spans, at))
     best = [0] + [2**62] * (len(at) - 1)
     for i, row in enumerate(rows):
         for n, held in enumerate(row):
             best[i + 1 + n] = min(best[i + 1 + n], max(best[i], held))
-    limit = best[-1] * _SPARE
+    limit = best[-1] * _SLACK
     fewest, back = [0] + [len(at)] * (len(at) - 1), [0] * len(at)
     for i, row in enumerate(rows):
         for n, held in enumerate(row):
@@ -157,7 +160,7 @@ def cuts(spans: Sequence[Span], count: int, allowed: Sequence[bool]) -> list[int
 
 
 def _candidates(spans: Sequence[Span], count: int, allowed: Sequence[bool]) -> list[int]:
-    """Places where no less would be alive one operator before or after."""
+    """Positions with a local minimum of memory alive."""
     alive = [0] * (count + 2)
     for span in spans:
         alive[span.first + 1] += span.size_bytes
@@ -173,8 +176,8 @@ def _candidates(spans: Sequence[Span], count: int, allowed: Sequence[bool]) -> l
     return [0, *low, count]
 
 
-def _held(spans: Sequence[Span], at: Sequence[int]) -> Any:
-    """For each candidate `i`, the bytes that a stretch from there to each later one holds."""
+def _segment_bytes(spans: Sequence[Span], at: Sequence[int]) -> Any:
+    """For each candidate `i`, the bytes that a segment from there to each later one holds."""
     begun: list[list[Span]] = [[] for _ in range(at[-1])]
     ended: list[list[Span]] = [[] for _ in range(at[-1])]
     for span in spans:

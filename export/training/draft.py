@@ -1,4 +1,4 @@
-"""A captured program opened for rewriting: operators are added and replaced, tensors become constants or state."""
+"""Rewrite a captured program: add and replace operators, turn tensors into constants or state."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 class Draft:
-    """The graph of an `ExportedProgram` with its inputs and tensors, until `finished` makes a program of it again.
+    """The graph of an `ExportedProgram` with its inputs and tensors, until `finish` makes a program of it again.
 
-    `state` names the tensors that change on the device; everything else is constant. Node arguments are graph nodes
-    throughout; their values are fake tensors in `node.meta["val"]`.
+    `state` names the tensors that change on the device; all others are constant. Arguments and results of the methods
+    are graph nodes; their values are fake tensors in `node.meta["val"]`.
     """
 
     def __init__(self, program: ExportedProgram, state: set[str]) -> None:
@@ -46,17 +46,17 @@ class Draft:
                 node.meta["val"] = node.meta["val"].detach()
 
     def nodes(self) -> list[fx.Node]:
-        """The operators, in order, as of now."""
+        """The operators in their present order."""
         return [node for node in self.graph.nodes if node.op == "call_function"]
 
-    def named(self, name: str) -> fx.Node:
-        """The node of this name."""
-        found: fx.Node = next(node for node in self.graph.nodes if node.name == name)
-        return found
+    def find(self, name: str) -> fx.Node:
+        """The node with this name."""
+        node: fx.Node = next(node for node in self.graph.nodes if node.name == name)
+        return node
 
-    def holder(self, target: str) -> fx.Node:
+    def placeholder_of(self, target: str) -> fx.Node:
         """The placeholder of the tensor called `target`."""
-        return self.named(next(n for n, s in self._specs.items() if s.target == target))
+        return self.find(next(n for n, s in self._specs.items() if s.target == target))
 
     def target(self, node: fx.Node) -> str | None:
         """The name of the tensor that a placeholder holds; `None` for an input or an operator."""
@@ -69,38 +69,38 @@ class Draft:
         return None if target is None or target in self.state else self.tensors[target]
 
     @contextmanager
-    def before(self, node: fx.Node) -> Iterator[None]:
-        """Operators added inside stand before `node` and carry its place in the model."""
+    def inserting_before(self, node: fx.Node) -> Iterator[None]:
+        """Inside, operators are added before `node`, with its module and stack trace."""
         self._like = node
         with self.graph.inserting_before(node), self.fake:
             yield
 
     def call(self, operator: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add one operator where `before` says."""
+        """Add one operator."""
         node = self.graph.call_function(operator, args, kwargs)
         node.meta = {k: v for k, v in self._like.meta.items() if k in ("nn_module_stack", "stack_trace", "custom")}
         node.meta["val"] = operator(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
         return node
 
     def inline(self, function: Callable[..., Tensor], *nodes: fx.Node) -> fx.Node:
-        """Add the operators of a function of tensors where `before` says; returns the node of what it gives."""
+        """Add the operators of a function of tensors; returns the node of its result."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
         traced = make_fx(function)(*map(_value, nodes))
-        given = iter(nodes)
-        known: dict[fx.Node, Any] = {}
+        sources = iter(nodes)
+        mapped: dict[fx.Node, Any] = {}
         for node in traced.graph.nodes:
             if node.op == "placeholder":
-                known[node] = next(given)
+                mapped[node] = next(sources)
             elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-                known[node] = self.call(node.target, *args, **kwargs)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), mapped.__getitem__)
+                mapped[node] = self.call(node.target, *args, **kwargs)
             elif node.op == "output":
-                result: fx.Node = known[node.args[0]]
+                result: fx.Node = mapped[node.args[0]]
         return result
 
     def constant(self, key: Any, make: Callable[[], Tensor]) -> fx.Node:
-        """A constant, made once for each `key`."""
+        """A constant, created once for each `key`."""
         if key not in self._placed:
             with unset_fake_temporarily():
                 value = make()
@@ -108,18 +108,18 @@ class Draft:
         return self._placed[key]
 
     def ones(self, *shape: int, value: float = 1.0) -> fx.Node:
-        """A constant of that shape with the same number everywhere."""
+        """A constant of this shape filled with `value`."""
         return self.constant((shape, value), lambda: torch.full(shape, value))
 
     def buffer(self, target: str, value: Tensor) -> fx.Node:
-        """A new tensor of state."""
+        """Add a tensor to the state."""
         self.state.add(target)
         return self._hold(target, InputKind.BUFFER, value)
 
     def _hold(self, target: str, kind: InputKind, value: Tensor) -> fx.Node:
         users = [n for n, s in self._specs.items() if s.kind is InputKind.USER_INPUT]
         name = ("b_" if kind is InputKind.BUFFER else "c_") + target.replace(".", "_")
-        with self.graph.inserting_before(self.named(users[0])):
+        with self.graph.inserting_before(self.find(users[0])):
             node = self.graph.placeholder(name)
         with self.fake:
             node.meta["val"] = torch.empty_like(value, device="cpu")
@@ -129,7 +129,7 @@ class Draft:
         return node
 
     def input(self, name: str, example: Tensor) -> fx.Node:
-        """A new input, behind all others."""
+        """Add an input after all others."""
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
@@ -140,21 +140,21 @@ class Draft:
         return node
 
     def replace(self, node: fx.Node, by: fx.Node) -> None:
-        """Put `by` in the place of `node` everywhere."""
+        """Replace `node` by another node and erase it."""
         node.replace_all_uses_with(by)
         self.graph.erase_node(node)
 
-    def returns(self, nodes: list[fx.Node]) -> None:
-        """Make these the graph's outputs, for as long as it is rewritten."""
+    def set_outputs(self, nodes: list[fx.Node]) -> None:
+        """Set the graph's outputs until `finish`."""
         self.graph.output_node().args = (tuple(nodes),)
 
-    def finished(self, updates: dict[str, fx.Node], outputs: list[fx.Node]) -> ExportedProgram:
+    def finish(self, updates: dict[str, fx.Node], outputs: list[fx.Node]) -> ExportedProgram:
         """The program that returns `outputs` and writes `updates` into its state at the end.
 
-        State without an update is declared as changed by itself: so no delegate takes it for a constant.
+        State without an update is declared to be updated with itself, so that no delegate treats it as a constant.
         """
         for target in sorted(self.state - set(updates)):
-            updates = {**updates, target: self.holder(target)}
+            updates = {**updates, target: self.placeholder_of(target)}
         node = self.graph.output_node()
         returned_nodes = (*updates.values(), *outputs)
         node.args = (returned_nodes,)
@@ -170,7 +170,7 @@ class Draft:
         return self._program(ExportGraphSignature(specs, returned), len(outputs))
 
     def _name_modules(self) -> None:
-        """Say of each operator that reads a tensor of the model which module that is of: autograd forgets it."""
+        """Record the module of each operator that reads one of its tensors: autograd loses it."""
         owners: dict[fx.Node, str] = {}
         for node in self.graph.nodes:
             if node.op == "placeholder":
@@ -200,7 +200,8 @@ class Draft:
         )
         tensors = {t: self.tensors[t].detach().clone() if t in self.state else self.tensors[t] for t in held}
         given, _ = self.program.example_inputs  # type: ignore[misc]
-        stated = {t for t, kind in held.items() if kind is not InputKind.CONSTANT_TENSOR and t in self._stated()}
+        in_state = set(self.program.state_dict) | self.state
+        stated = {t for t, kind in held.items() if kind is not InputKind.CONSTANT_TENSOR and t in in_state}
         return ExportedProgram(
             root=self.program.graph_module,
             graph=self.graph,
@@ -212,8 +213,10 @@ class Draft:
             constants={t: v for t, v in tensors.items() if t not in stated},
         )
 
-    def _stated(self) -> set[str]:
-        return set(self.program.state_dict) | self.state
+
+def shape_of(node: Any) -> list[int]:
+    """The shape of a node's tensor."""
+    return list(node.meta["val"].shape)
 
 
 def _value(node: fx.Node) -> Any:

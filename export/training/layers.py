@@ -1,4 +1,4 @@
-"""Layers that become several operators: convolutions, pooling and normalizations that train or are trained through."""
+"""Rewrite layers into several operators: convolutions, pooling and norms that pass or receive a gradient."""
 
 from __future__ import annotations
 
@@ -11,20 +11,16 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from edgetune.export.training import conv
-from edgetune.export.training.draft import Draft
+from edgetune.export.training.draft import Draft, shape_of
 
 aten = torch.ops.aten
-
-
-def _shape(node: Any) -> list[int]:
-    return list(node.meta["val"].shape)
 
 
 def _frozen(draft: Draft, node: Any) -> bool:
     return node is None or draft.frozen(node) is not None
 
 
-def _settings(args: tuple[Any, ...]) -> tuple[list[int], list[int], list[int], int]:
+def _conv_settings(args: tuple[Any, ...]) -> tuple[list[int], list[int], list[int], int]:
     """Stride, padding, dilation and groups, for two dimensions."""
     stride, padding, dilation, _, _, groups = args[:6]
     if len(stride) == 1:
@@ -32,12 +28,12 @@ def _settings(args: tuple[Any, ...]) -> tuple[list[int], list[int], list[int], i
     return list(stride), list(padding), list(dilation), groups
 
 
-def _with_height(value: Tensor) -> Tensor:
+def _add_height(value: Tensor) -> Tensor:
     return value.unsqueeze(2) if value.dim() == 3 else value
 
 
 def _convolution(draft: Draft, node: fx.Node) -> fx.Node | None:
-    """With a frozen weight as it stands, its bias added apart if that trains; else as a product of its windows."""
+    """With a frozen weight a convolution, a trainable bias added after it; else a product of its windows."""
     x, weight, bias = node.args[:3]
     rest: list[Any] = list(node.args[3:])
     if _frozen(draft, weight) and _frozen(draft, bias):
@@ -48,18 +44,16 @@ def _convolution(draft: Draft, node: fx.Node) -> fx.Node | None:
     elif rest[3] or len(rest[0]) > 2:  # transposed, or three dimensions: portable kernels
         return None
     else:
-        stride, padding, dilation, groups = _settings(tuple(rest))
-        shape = _shape(node)
+        stride, padding, dilation, groups = _conv_settings(tuple(rest))
+        shape = shape_of(node)
 
         def product(x: Tensor, weight: Tensor) -> Tensor:
-            return conv.convolution(_with_height(x), _with_height(weight), stride, padding, dilation, groups).view(
-                shape
-            )
+            return conv.convolve(_add_height(x), _add_height(weight), stride, padding, dilation, groups).view(shape)
 
         result = draft.inline(product, x, weight)  # type: ignore[arg-type]
     if bias is None:
         return result
-    column = [1, -1, *([1] * (len(_shape(node)) - 2))]
+    column = [1, -1, *([1] * (len(shape_of(node)) - 2))]
     return draft.inline(lambda y, b: y + b.view(column), result, bias)  # type: ignore[arg-type]
 
 
@@ -68,9 +62,9 @@ def _convolution_backward(draft: Draft, node: fx.Node) -> None:
     rest: list[Any] = list(node.args[4:])
     if rest[3] or len(rest[0]) > 2:
         return
-    stride, padding, dilation, groups = _settings(tuple(rest))
-    size = _shape(_fx(x))
-    kernel_shape = _shape(_fx(weight))
+    stride, padding, dilation, groups = _conv_settings(tuple(rest))
+    size = shape_of(_fx(x))
+    kernel_shape = shape_of(_fx(weight))
     if len(size) == 3:
         size, kernel_shape = [*size[:2], 1, size[2]], [*kernel_shape[:2], 1, kernel_shape[2]]
     for user in list(node.users):
@@ -82,54 +76,54 @@ def _convolution_backward(draft: Draft, node: fx.Node) -> None:
         elif which == 0:
             new = draft.inline(
                 lambda g, w: conv.input_gradient(
-                    _with_height(g), _with_height(w), size[2:], stride, padding, dilation, groups
+                    _add_height(g), _add_height(w), size[2:], stride, padding, dilation, groups
                 ),
                 _fx(gradient), _fx(weight),
             )  # fmt: skip
         elif which == 1:
             new = draft.inline(
                 lambda g, x: conv.weight_gradient(
-                    _with_height(g), _with_height(x), kernel_shape, stride, padding, dilation, groups
+                    _add_height(g), _add_height(x), kernel_shape, stride, padding, dilation, groups
                 ),
                 _fx(gradient), _fx(x),
             )  # fmt: skip
         else:
             new = draft.inline(lambda g: g.sum([0, *range(2, g.dim())]), _fx(gradient))
-        if _shape(new) != _shape(user):
-            new = draft.call(aten.view.default, new, _shape(user))
+        if shape_of(new) != shape_of(user):
+            new = draft.call(aten.view.default, new, shape_of(user))
         draft.replace(user, new)
 
 
 def _through_frozen(
     draft: Draft, gradient: fx.Node, weight: fx.Node, size: list[int], kernel: list[int], settings: tuple[Any, ...]
 ) -> fx.Node:
-    """The input's gradient as a convolution with a constant weight, the frozen one turned around."""
+    """The input's gradient as a convolution with a constant weight, the frozen one flipped."""
     stride, padding, dilation, groups = settings
     value = draft.frozen(weight)
     assert value is not None
-    turned = draft.constant(
-        ("flipped", weight), lambda: conv.flipped(_with_height(value.detach()), groups).contiguous()
+    flipped = draft.constant(
+        ("flipped", weight), lambda: conv.flip_weight(_add_height(value.detach()), groups).contiguous()
     )
     reach = [d * (k - 1) for d, k in zip(dilation, kernel[2:], strict=True)]
-    if stride == [1, 1] and len(_shape(gradient)) == 4:
+    if stride == [1, 1] and len(shape_of(gradient)) == 4:
         back = [r - p for r, p in zip(reach, padding, strict=True)]
         if min(back) >= 0:
             return draft.call(
-                aten.convolution.default, gradient, turned, None, [1, 1], back, dilation, False, [0, 0], groups
+                aten.convolution.default, gradient, flipped, None, [1, 1], back, dilation, False, [0, 0], groups
             )
     wide = draft.inline(
-        lambda g: conv.spread(_with_height(g), size[2:], kernel[2:], stride, padding, dilation), gradient
+        lambda g: conv.dilate(_add_height(g), size[2:], kernel[2:], stride, padding, dilation), gradient
     )
-    return draft.call(aten.convolution.default, wide, turned, None, [1, 1], [0, 0], dilation, False, [0, 0], groups)
+    return draft.call(aten.convolution.default, wide, flipped, None, [1, 1], [0, 0], dilation, False, [0, 0], groups)
 
 
 def _batch_norm(draft: Draft, node: fx.Node) -> None:
-    """Frozen statistics: a scale and a shift, which go into the convolution before where that is frozen too."""
+    """Frozen statistics: a scale and a shift, folded into the convolution before it if that is frozen too."""
     x, weight, bias, mean, variance, _, eps = node.args
     (user,) = [u for u in node.users if u.args[1] == 0]
     if not (_frozen(draft, mean) and _frozen(draft, variance)):
         return
-    column = [1, -1, *([1] * (len(_shape(x)) - 2))]
+    column = [1, -1, *([1] * (len(shape_of(x)) - 2))]
     held = [draft.frozen(_fx(n)) if n is not None else None for n in (weight, bias, mean, variance)]
     mean_value, variance_value = held[2], held[3]
     assert mean_value is not None
@@ -148,7 +142,7 @@ def _batch_norm(draft: Draft, node: fx.Node) -> None:
     y = draft.call(aten.add.Tensor, draft.call(aten.mul.Tensor, x, scale), shift)
     for operation, factor in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if factor is not None:
-            y = draft.call(operation, y, draft.call(aten.view.default, factor, [_shape(factor)[0], *column[2:]]))
+            y = draft.call(operation, y, draft.call(aten.view.default, factor, [shape_of(factor)[0], *column[2:]]))
     draft.replace(user, y)
 
 
@@ -182,20 +176,20 @@ def _max_pool_backward(draft: Draft, node: fx.Node) -> fx.Node:
 
 
 def _max_pool(draft: Draft, node: fx.Node) -> None:
-    """Without its indices, which the backward here does not need."""
+    """Without its indices, which this backward does not need."""
     users = list(node.users)
     if all(user.target is operator.getitem and user.args[1] == 0 for user in users):
-        plain = draft.call(aten.max_pool2d.default, *_all_written(node))
+        plain = draft.call(aten.max_pool2d.default, *_full_arguments(node))
         for user in users:
             draft.replace(user, plain)
 
 
 def _max_pool_plain(draft: Draft, node: fx.Node) -> fx.Node:
-    """XNNPACK's partitioner reads arguments that PyTorch leaves out."""
-    return draft.call(node.target, *_all_written(node))
+    """XNNPACK's partitioner reads optional arguments."""
+    return draft.call(node.target, *_full_arguments(node))
 
 
-def _all_written(node: fx.Node) -> list[Any]:
+def _full_arguments(node: fx.Node) -> list[Any]:
     given: list[Any] = [*node.args, *[None, 0, 1, False][len(node.args) - 2 :]]
     x, kernel, stride, padding, dilation, ceil = given
     return [x, _pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), ceil]
@@ -211,14 +205,14 @@ def _fx(node: Any) -> fx.Node:
 
 
 def fuse_padding(program: ExportedProgram) -> None:
-    """Zeros put around a picture before a convolution become the convolution's own, where all sides fit."""
+    """Fold zero padding into the convolution after it, if it is symmetric."""
     graph = program.graph
     for node in list(graph.nodes):
         if node.target not in (aten.conv1d.default, aten.conv2d.default, aten.convolution.default):
             continue
         source = node.args[0]
         pads = _zero_pads(source)
-        sides = len(_shape(node)) - 2
+        sides = len(shape_of(node)) - 2
         if pads is None or len(pads) != 2 * sides or pads[0::2] != pads[1::2] or min(pads) < 0:
             continue
         args = [*node.args, *[None, [1] * sides, [0] * sides][max(len(node.args) - 2, 0) :]]
@@ -239,22 +233,22 @@ def _zero_pads(node: Any) -> list[int] | None:
 
 
 def _pad(draft: Draft, node: fx.Node) -> fx.Node | None:
-    """Padding by less than nothing, as the backward of padding does, is a slice."""
+    """Negative padding, as in the backward of padding, is a slice."""
     pads: list[int] = list(node.args[1])  # type: ignore[arg-type]
     if min(pads) >= 0:
         return None
     result: fx.Node = node.args[0]  # type: ignore[assignment]
-    rank = len(_shape(result))
+    rank = len(shape_of(result))
     for n in range(len(pads) // 2):
         before, after = pads[2 * n : 2 * n + 2]
-        size = _shape(result)[rank - 1 - n]
+        size = shape_of(result)[rank - 1 - n]
         if min(before, after) < 0:
             result = draft.call(aten.slice.Tensor, result, rank - 1 - n, max(-before, 0), size + min(after, 0))
     wider = [max(p, 0) for p in pads]
     return draft.call(node.target, result, wider, *node.args[2:]) if any(wider) else result
 
 
-# the backward ones first use what the forward ones replace: those come later in no graph
+# in every graph, backward operators come after the forward operators that they use
 RULES: dict[Any, Callable[[Draft, fx.Node], fx.Node | None]] = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,

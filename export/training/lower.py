@@ -1,4 +1,4 @@
-"""From the graphs of a training program to its bytes, with no trainable weight inside a delegate."""
+"""Lower the graphs of a training program, with no trainable weight inside a delegate."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch.export import ExportedProgram
 from edgetune.capture import failures, operators
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import kernels
-from edgetune.export.lower import Lowered, placed_in, undelegated_in
-from edgetune.export.speed import fast_lowering
-from edgetune.export.targets import Target
+from edgetune.export.lower import Lowered, describe_method
+from edgetune.export.pass_cache import fast_lowering
+from edgetune.export.targets.target import Target
 from edgetune.export.training import cuts
-from edgetune.export.training.plan import is_delegate, planning
+from edgetune.export.training.plan import is_delegate, training_planning_pass
 
 TRAIN, FORWARD = "train", "forward"
 
-# What these configurations take they pack once, when the program is loaded: an update would never be seen.
+# These pack their weights once, when the program is loaded: a delegate would never see an update.
 PACKS_WEIGHTS = frozenset(
     {"ConvolutionConfig", "LinearConfig", "AddmmConfig", "MMConfig", "BatchNormConfig", "PreluConfig"}
 )
-_SEEN_THROUGH = ("permute", "view", "squeeze", "expand", "alias", "clone", "transpose", "t_copy", "slice", "dim_order")
+_VIEWS = ("permute", "view", "squeeze", "expand", "alias", "clone", "transpose", "t_copy", "slice", "dim_order")
 
 
 def compile_training(programs: dict[str, ExportedProgram], target: Target) -> tuple[dict[str, Lowered], int]:
-    """Lower the methods into one program: each of them, and the bytes of what trains and its momentum.
+    """Lower the methods into one program. Also returns the bytes of the state: trainable weights and their momentum.
 
-    A method's arena is without that state, which they share. Raises `EdgetuneError` (exit code 5)
-    with what does not lower.
+    The methods share the state; it is not part of their arenas. Raises `EdgetuneError` (exit code 5) with the
+    operators that cannot be lowered.
     """
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -39,7 +39,7 @@ def compile_training(programs: dict[str, ExportedProgram], target: Target) -> tu
         operators.number(program)
     state = set(programs[TRAIN].graph_signature.buffers_to_mutate.values())
     try:
-        with fast_lowering(), _initial_values_by_themselves():
+        with fast_lowering(), _separate_initial_values():
             edge = to_edge_transform_and_lower(
                 programs,
                 partitioner={name: _partitioners(target, cut=name == TRAIN) for name in programs},
@@ -55,17 +55,7 @@ def compile_training(programs: dict[str, ExportedProgram], target: Target) -> tu
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
         raise failures.lowering_error(programs[TRAIN], target.name, error) from error
     sizes = {plan.name: list(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
-    lowered = {}
-    for name, program in programs.items():
-        placed = placed_in(built.exported_program(name))
-        lowered[name] = Lowered(
-            data=data,
-            plan_bytes=sizes[name][1],
-            delegates=placed.delegates,
-            operators=operators.describe(program, placed),
-            undelegated=undelegated_in(program, placed),
-            placed=placed,
-        )
+    lowered = {name: describe_method(built, name, program, data, sizes[name][1]) for name, program in programs.items()}
     return lowered, sum(sizes[TRAIN][2:])
 
 
@@ -74,9 +64,9 @@ def _config() -> Any:
     from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 
     return ExecutorchBackendConfig(
-        memory_planning_pass=planning(),
+        memory_planning_pass=training_planning_pass(),
         emit_mutable_buffer_names=True,
-        passes=[InitializedMutableBufferPass([""])],  # every tensor of state begins with its value
+        passes=[InitializedMutableBufferPass([""])],  # stores an initial value for every tensor of the state
     )
 
 
@@ -86,12 +76,12 @@ def _partitioners(target: Target, *, cut: bool) -> list[Any]:
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    configs = [refusing(config) for config in ALL_PARTITIONER_CONFIGS]
-    return [cuts.partitioner(configs) if cut else XnnpackPartitioner(configs=configs)]
+    configs = [refuse_state(config) for config in ALL_PARTITIONER_CONFIGS]
+    return [cuts.cutting_partitioner(configs) if cut else XnnpackPartitioner(configs=configs)]
 
 
-def refusing(config: type) -> type:
-    """The partitioner configuration, refusing operators that would pack a tensor of state."""
+def refuse_state(config: type) -> type:
+    """The partitioner configuration, without operators that would pack a tensor of the state."""
     if config.__name__ not in PACKS_WEIGHTS:
         return config
 
@@ -104,15 +94,15 @@ def refusing(config: type) -> type:
 
 
 def state_inputs(program: ExportedProgram) -> set[str]:
-    """Placeholders of what the program changes."""
+    """The placeholders of tensors that the program updates."""
     mutated = set(program.graph_signature.buffers_to_mutate.values())
     return {name for name, target in program.graph_signature.inputs_to_buffers.items() if target in mutated}
 
 
 def is_fed_by(node: fx.Node, names: set[str]) -> bool:
-    """Whether an operand of the node is one of the placeholders, as it is or through views."""
+    """Whether an operand of the node is one of the placeholders or a view of it."""
     for source in node.all_input_nodes:
-        while source.op == "call_function" and any(word in str(source.target) for word in _SEEN_THROUGH):
+        while source.op == "call_function" and any(word in str(source.target) for word in _VIEWS):
             source = source.all_input_nodes[0]
         if source.op == "placeholder" and source.name in names:
             return True
@@ -120,7 +110,7 @@ def is_fed_by(node: fx.Node, names: set[str]) -> bool:
 
 
 def check_delegates(program: ExportedProgram, state: set[str]) -> None:
-    """Raise where a delegate of a lowered program holds a tensor of `state`: it would go on with the old values."""
+    """Raise if a delegate of a lowered program contains a tensor of `state`: it would keep the old values."""
     for node in program.graph.nodes:
         if not is_delegate(node):
             continue
@@ -134,19 +124,19 @@ def check_delegates(program: ExportedProgram, state: set[str]) -> None:
         stale = sorted(held & state)
         if stale:
             raise EdgetuneError(
-                f"a delegate holds {stale[0].removeprefix('model.')}, which trains: it would never see an update",
+                f"a delegate contains the trainable {stale[0].removeprefix('model.')}: it would never see an update",
                 got=str(node.args[0]),
-                action="export for the target portable, and report the operator that reads it",
+                action="export for target='portable', and report the operator that reads it",
                 exit_code=Exit.EXPORT,
             )
 
 
 @contextmanager
-def _initial_values_by_themselves() -> Iterator[None]:
-    """Keep the initial values of state apart from constants while a program is written.
+def _separate_initial_values() -> Iterator[None]:
+    """Inside, initial values of the state are kept apart from equal constants.
 
-    executorch 1.4.1 looks a named initial value up among the constants by its hash, and where it finds one (a zero
-    bias is enough) writes the constant's place into the table of initial values: the program then starts with others.
+    executorch 1.4.1 looks up an initial value among the constants by its hash; if there is an equal one (a zero bias
+    is enough), it stores the constant's index as that of the initial value, and the program starts with wrong values.
     """
     from executorch.exir.emit import _emitter
 

@@ -1,4 +1,4 @@
-"""What backward reads again is computed again where that is cheaper than keeping it."""
+"""Recompute activations in the backward pass if that is cheaper than saving them; merge equal operators."""
 
 from __future__ import annotations
 
@@ -23,58 +23,58 @@ CHEAP = (
 
 
 def backward_of(draft: Draft) -> set[fx.Node]:
-    """Everything that depends on the gradient of the loss by itself, which is a one made from the loss."""
+    """The operators that depend on the gradient of the loss with respect to itself, a tensor of one."""
     ones = (aten.full_like.default, aten.ones_like.default)
-    found: set[fx.Node] = set([n for n in draft.nodes() if n.target in ones][:1])
+    backward: set[fx.Node] = set([n for n in draft.nodes() if n.target in ones][:1])
     for node in draft.graph.nodes:
-        if node.op == "call_function" and any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op == "call_function" and any(source in backward for source in node.all_input_nodes):
+            backward.add(node)
+    return backward
 
 
 def recompute(draft: Draft) -> int:
-    """Give backward its own copy of what cheap operators make from tensors that are kept anyway. Returns how many.
+    """Recompute the results of cheap operators in backward. Returns how many.
 
-    Kept is what a backward operator reads and a forward one gives. Through cheap operators, a kept tensor goes back
-    to what it was made from; it is made again where that needs nothing more to be kept, or something smaller.
+    Saved for backward are the results of forward operators that backward reads. One is recomputed if the tensors that
+    cheap operators need for it are saved anyway, or are smaller.
     """
     backward = backward_of(draft)
-    kept = {s for n in backward for s in n.all_input_nodes if s not in backward and s.op == "call_function"}
-    wanted = Counter(leaf for node in kept for leaf in _leaves(node, kept - {node}) or ())
+    saved = {s for n in backward for s in n.all_input_nodes if s not in backward and s.op == "call_function"}
+    wanted = Counter(leaf for node in saved for leaf in _leaves(node, saved - {node}) or ())
     copies: dict[fx.Node, fx.Node] = {}
     for node in reversed(draft.nodes()):
-        if node not in kept or not isinstance(node.meta.get("val"), Tensor):
+        if node not in saved or not isinstance(node.meta.get("val"), Tensor):
             continue
-        leaves = _leaves(node, kept - {node})
+        leaves = _leaves(node, saved - {node})
         shared = node.target in VIEWS or any(wanted[leaf] > 1 for leaf in leaves or ())
         if leaves is None or sum(map(bytes_of, leaves)) > bytes_of(node) * (9 if shared else 1) // 8:
             continue
         users = [user for user in node.users if user in backward]
-        places = {node: place for place, node in enumerate(draft.graph.nodes)}
-        with draft.before(min(users, key=places.__getitem__)):
-            copy = _again(draft, node, (kept | leaves) - {node})
+        positions = {node: place for place, node in enumerate(draft.graph.nodes)}
+        with draft.inserting_before(min(users, key=positions.__getitem__)):
+            copy = _rebuild(draft, node, (saved | leaves) - {node})
         for user in users:
             user.replace_input_with(node, copy)
         copies[node] = copy
-        kept.discard(node)
-        kept |= leaves
+        saved.discard(node)
+        saved |= leaves
         backward |= {copy}
-    backward = backward_of(draft) | _behind(set(copies.values()), kept)
+    backward = backward_of(draft) | _collect_sources(set(copies.values()), saved)
     merge_equal(draft, backward)
     return len(copies)
 
 
-def _leaves(node: fx.Node, kept: set[fx.Node]) -> set[fx.Node] | None:
-    """What would have to be kept to make the node again; `None` where its own operator is not cheap."""
+def _leaves(node: fx.Node, saved: set[fx.Node]) -> set[fx.Node] | None:
+    """The tensors to save for recomputing the node; `None` if its operator is not cheap."""
     if not _is_cheap(node):
         return None
-    found: set[fx.Node] = set()
+    leaves: set[fx.Node] = set()
     for source in _sources(node):
-        if source.op == "placeholder" or source in kept:
+        if source.op == "placeholder" or source in saved:
             continue
-        inner = _leaves(source, kept)
-        found |= {source} if inner is None or sum(map(bytes_of, inner)) > bytes_of(source) * 9 // 8 else inner
-    return found
+        inner = _leaves(source, saved)
+        leaves |= {source} if inner is None or sum(map(bytes_of, inner)) > bytes_of(source) * 9 // 8 else inner
+    return leaves
 
 
 def _is_cheap(node: fx.Node) -> bool:
@@ -82,64 +82,64 @@ def _is_cheap(node: fx.Node) -> bool:
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    """What the node is made from again: a layer norm's output from its input, mean and deviation."""
+    """The inputs for recomputing the node: for a layer norm its input, mean and deviation."""
     if not _is_norm(node):
         return node.all_input_nodes
     norm: fx.Node = node.args[0]  # type: ignore[assignment]
     return [*norm.all_input_nodes, *(u for u in norm.users if u.args[1] in (1, 2))]
 
 
-def _again(draft: Draft, node: fx.Node, kept: set[fx.Node]) -> fx.Node:
-    """The node made once more from what is kept."""
+def _rebuild(draft: Draft, node: fx.Node, saved: set[fx.Node]) -> fx.Node:
+    """Add the node again, computed from saved tensors."""
 
-    def made(source: fx.Node) -> fx.Node:
-        if source.op == "placeholder" or source in kept or not _is_cheap(source):
+    def rebuild_source(source: fx.Node) -> fx.Node:
+        if source.op == "placeholder" or source in saved or not _is_cheap(source):
             return source
-        return _again(draft, source, kept)
+        return _rebuild(draft, source, saved)
 
     if _is_norm(node):
-        return _normalized(draft, node, made)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), made)
+        return _rebuild_norm(draft, node, rebuild_source)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), rebuild_source)
     return draft.call(node.target, *args, **kwargs)
 
 
-def _behind(nodes: set[fx.Node], kept: set[fx.Node]) -> set[fx.Node]:
-    """The nodes and what they are made of, back to what is kept."""
-    found: set[fx.Node] = set()
+def _collect_sources(nodes: set[fx.Node], saved: set[fx.Node]) -> set[fx.Node]:
+    """The cheap nodes and their sources, back to the saved ones."""
+    nodes_behind: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
         node = todo.pop()
-        if node not in found and node not in kept and node.op == "call_function" and node.target in CHEAP:
-            found.add(node)
+        if node not in nodes_behind and node not in saved and node.op == "call_function" and node.target in CHEAP:
+            nodes_behind.add(node)
             todo += node.all_input_nodes
-    return found
+    return nodes_behind
 
 
 def _is_norm(node: fx.Node) -> bool:
-    """Whether the node is a layer norm's output, with its mean and deviation in use beside it."""
+    """Whether the node is the output of a layer norm whose mean and deviation are also used."""
     if node.target is not operator.getitem or node.args[1] != 0:
         return False
     norm: fx.Node = node.args[0]  # type: ignore[assignment]
     return norm.target is aten.native_layer_norm.default and {1, 2} <= {u.args[1] for u in norm.users}
 
 
-def _normalized(draft: Draft, node: fx.Node, made: Any) -> fx.Node:
+def _rebuild_norm(draft: Draft, node: fx.Node, rebuild_source: Any) -> fx.Node:
     norm: fx.Node = node.args[0]  # type: ignore[assignment]
     mean, rate = (next(u for u in norm.users if u.args[1] == place) for place in (1, 2))
     weight, bias = norm.args[2:4]
-    y = draft.call(aten.mul.Tensor, draft.call(aten.sub.Tensor, made(norm.args[0]), mean), rate)
+    y = draft.call(aten.mul.Tensor, draft.call(aten.sub.Tensor, rebuild_source(norm.args[0]), mean), rate)
     y = y if weight is None else draft.call(aten.mul.Tensor, y, weight)
     return y if bias is None else draft.call(aten.add.Tensor, y, bias)
 
 
 def bytes_of(node: Any) -> int:
-    """Size of the tensor that the node gives."""
+    """Bytes of the node's tensor."""
     value = node.meta.get("val")
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def merge_equal(draft: Draft, nodes: set[fx.Node] | None = None) -> None:
-    """Compute once what is computed twice (of `nodes`, if given): every layer converts the same mask."""
+    """Merge equal operators (of `nodes`, if given), such as each layer's conversion of the same mask."""
     seen: dict[Any, fx.Node] = {}
     for node in draft.nodes():
         key = key_of(node) if nodes is None or node in nodes else None
@@ -152,13 +152,13 @@ def merge_equal(draft: Draft, nodes: set[fx.Node] | None = None) -> None:
 
 
 def sink_views(draft: Draft) -> None:
-    """Give every reader of a view its own: then only what is viewed has to be kept, once."""
+    """Give every reader of a view a copy of it, so that only the viewed tensor has to be saved."""
     for node in reversed(draft.nodes()):
         if node.target not in VIEWS or len(node.users) < 2:
             continue
         for user in list(node.users)[1:]:
             if user.op == "output":
                 continue
-            with draft.before(user):
+            with draft.inserting_before(user):
                 copy = draft.call(node.target, *node.args, **node.kwargs)
             user.replace_input_with(node, copy)

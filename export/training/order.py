@@ -1,4 +1,4 @@
-"""The order of operators that needs the least memory, and where each tensor lies in it."""
+"""Schedule operators so that they need the least memory, and place their tensors in an arena."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Unit:
-    """One step of a program. `sizes` of what it reads and writes are known by the tensors' keys.
+    """One step of a program; tensors are keys.
 
-    All three are dicts without values: sets that keep their order, without which two processes would plan differently.
+    The dicts have no values: they are sets that keep their order, so that two processes plan alike.
     """
 
-    place: int  # in the order it was written
+    place: int  # in the written order
     reads: dict[Hashable, None] = field(default_factory=dict)
     writes: dict[Hashable, None] = field(default_factory=dict)
-    before: dict[Unit, None] = field(default_factory=dict)  # what must have run
+    before: dict[Unit, None] = field(default_factory=dict)  # what must have run before it
 
 
-def smallest(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable]) -> list[Unit]:
-    """The units in the order, of those tried, whose plan is the smallest. `kept` lives to the end."""
-    tried = [list(units), _greedy(units, sizes, kept, eager=True), _greedy(units, sizes, kept, eager=False)]
-    return min(tried, key=lambda order: planned(order, sizes, kept)[0])
+def schedule_units(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable]) -> list[Unit]:
+    """The units in the order with the smallest arena of those tried. `kept` tensors live to the end."""
+    tried = [
+        list(units),
+        _schedule(units, sizes, kept, eager=True),
+        _schedule(units, sizes, kept, eager=False),
+    ]
+    return min(tried, key=lambda order: plan_arena(order, sizes, kept)[0])
 
 
-def _greedy(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable], *, eager: bool) -> list[Unit]:
-    """List scheduling: of what can run, take what leaves the least alive.
+def _schedule(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable], *, eager: bool) -> list[Unit]:
+    """List scheduling: of the units that can run, take the one that leaves the least memory alive.
 
-    `eager` takes what frees memory at once, and else goes on in the written order; without it, always the best.
+    With `eager`, only a unit that frees memory is preferred; otherwise the written order holds.
     """
     readers: dict[Hashable, int] = {}
     for unit in units:
@@ -61,26 +65,30 @@ def _greedy(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashabl
     return done
 
 
-def lifetimes(order: Sequence[Unit], kept: set[Hashable]) -> dict[Hashable, tuple[int, int]]:
-    """First and last step of each tensor. What no unit writes is there from the start."""
-    found: dict[Hashable, tuple[int, int]] = {}
+def lifetimes_of(order: Sequence[Unit], kept: set[Hashable]) -> dict[Hashable, tuple[int, int]]:
+    """First and last step of each tensor. A tensor that no unit writes is alive from the start."""
+    spans: dict[Hashable, tuple[int, int]] = {}
     for step, unit in enumerate(order):
         for key in unit.writes:
-            found[key] = (found.get(key, (step, step))[0], step)
+            spans[key] = (spans.get(key, (step, step))[0], step)
         for key in unit.reads:
-            found[key] = (found.get(key, (0, step))[0], step)
-    return {key: (start, len(order) if key in kept else stop) for key, (start, stop) in found.items()}
+            spans[key] = (spans.get(key, (0, step))[0], step)
+    return {key: (start, len(order) if key in kept else stop) for key, (start, stop) in spans.items()}
 
 
-def planned(
+def plan_arena(
     order: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable], alignment: int = 16
 ) -> tuple[int, dict[Hashable, int]]:
-    """Bytes of the arena, and the offset of each tensor in it."""
-    return placed({k: (sizes[k], *span) for k, span in lifetimes(order, kept).items() if sizes.get(k)}, alignment)
+    """Bytes of the arena, and the offset of each tensor."""
+    return place_tensors(
+        {k: (sizes[k], *span) for k, span in lifetimes_of(order, kept).items() if sizes.get(k)}, alignment
+    )
 
 
-def placed(tensors: dict[Hashable, tuple[int, int, int]], alignment: int = 16) -> tuple[int, dict[Hashable, int]]:
-    """Offsets for tensors `(bytes, first, last)`: the largest first, each as low as no neighbour in time is.
+def place_tensors(
+    tensors: dict[Hashable, tuple[int, int, int]], alignment: int = 16
+) -> tuple[int, dict[Hashable, int]]:
+    """Arena bytes and offsets for tensors `(bytes, first, last)`: the largest first, each in the tightest gap.
 
     Greedy by size after Pisarchyk and Lee, "Efficient memory management for deep neural net inference" (2020).
     """

@@ -1,7 +1,7 @@
-"""What XNNPACK does not take as it stands, written in operators that it does take; each with a test against autograd.
+"""Rewrite operators that XNNPACK does not take into ones that it does; each has a test against autograd.
 
-Two kinds. `decompositions` are the backward of single operators, used while autograd is traced. `rewrite` changes the
-finished graph, where it is known which operand trains.
+`decompositions` are the backward of single operators, used while autograd is traced. `rewrite` changes the finished
+graph, where trainable operands are known.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, fx
 
 from edgetune.export.training import layers
-from edgetune.export.training.draft import Draft
+from edgetune.export.training.conv import HUGE
+from edgetune.export.training.draft import Draft, shape_of
 
 aten = torch.ops.aten
-_HUGE = 3.0e38
 _TINY = 1.1e-30
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operators of the backward pass, written out; the rest as executorch's core operators."""
+    """Decompositions of the backward pass: ours, and executorch's for its core operators."""
     from torch._decomp import core_aten_decompositions
 
     return {
@@ -41,7 +41,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def _above(x: Tensor) -> Tensor:
     """1 where `x > 0`, else 0, without a comparison: numbers below 1e-38 count in part."""
-    return torch.clamp(x * _HUGE, 0.0, 1.0)
+    return torch.clamp(x * HUGE, 0.0, 1.0)
 
 
 def gelu_backward(gradient: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
@@ -90,25 +90,21 @@ def softmax_backward(gradient: Tensor, y: Tensor, dim: int, dtype: torch.dtype) 
 
 
 def rewrite(draft: Draft) -> None:
-    """Apply the rules to every operator, in order: first what becomes many operators, then each of those."""
+    """Apply the rules to every operator: first those that give several operators, then those for single ones."""
     for rules in (layers.RULES, RULES):
         for node in draft.nodes():
             rule = rules.get(node.target)
             if rule is None:
                 continue
-            with draft.before(node):
+            with draft.inserting_before(node):
                 new = rule(draft, node)
             if new is not None and new is not node:
                 draft.replace(node, new)
         draft.graph.eliminate_dead_code()
 
 
-def _shape(node: Any) -> list[int]:
-    return list(node.meta["val"].shape)
-
-
 def _view(draft: Draft, node: fx.Node, shape: list[int]) -> fx.Node:
-    return node if _shape(node) == shape else draft.call(aten.view.default, _contiguous(draft, node), shape)
+    return node if shape_of(node) == shape else draft.call(aten.view.default, _contiguous(draft, node), shape)
 
 
 def _contiguous(draft: Draft, node: fx.Node) -> fx.Node:
@@ -117,29 +113,29 @@ def _contiguous(draft: Draft, node: fx.Node) -> fx.Node:
     return draft.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
-def _itself(draft: Draft, node: fx.Node) -> fx.Node:
+def _remove(draft: Draft, node: fx.Node) -> fx.Node:
     return node.args[0]  # type: ignore[return-value]
 
 
-def _as_view(draft: Draft, node: fx.Node) -> fx.Node:
-    return _view(draft, node.args[0], _shape(node))  # type: ignore[arg-type]
+def _replace_by_view(draft: Draft, node: fx.Node) -> fx.Node:
+    return _view(draft, node.args[0], shape_of(node))  # type: ignore[arg-type]
 
 
 def _expand(draft: Draft, node: fx.Node) -> fx.Node | None:
-    """Leave out what expands nothing, or what only goes where it is expanded anyway."""
+    """Remove an expand that changes nothing, or whose readers broadcast anyway."""
     source: fx.Node = node.args[0]  # type: ignore[assignment]
-    if _shape(source) == _shape(node):
+    if shape_of(source) == shape_of(node):
         return source
     for user in list(node.users):
         if _broadcasts(user, node, source):
             user.replace_input_with(node, source)
     if node.users:
-        _push(draft, node, source)
+        _scale_first(draft, node, source)
     return None if node.users else source
 
 
-def _push(draft: Draft, node: fx.Node, source: fx.Node) -> None:
-    """Scale before expanding, not after."""
+def _scale_first(draft: Draft, node: fx.Node, source: fx.Node) -> None:
+    """Scale before the expand instead of after it."""
     for user in list(node.users):
         numbers = len(user.args) == 2 and user.args[0] is node and isinstance(user.args[1], (int, float))
         if numbers and user.target in (aten.div.Scalar, aten.mul.Scalar, aten.div.Tensor, aten.mul.Tensor):
@@ -148,17 +144,17 @@ def _push(draft: Draft, node: fx.Node, source: fx.Node) -> None:
 
 
 def _full(draft: Draft, node: fx.Node) -> fx.Node | None:
-    """The same number everywhere: a constant, of one element where it only meets tensors of its shape."""
-    shape, value = _shape(node), node.args[1]
+    """A constant tensor; of one element if all readers broadcast it."""
+    shape, value = shape_of(node), node.args[1]
     if not shape or node.meta["val"].dtype != torch.float32 or not isinstance(value, (int, float)):
-        return None  # a scalar may be where backward begins
+        return None  # a scalar may be the gradient of the loss
     if all(_broadcasts(user, node, None) for user in node.users):
         shape = [1]
     return draft.ones(*shape, value=float(value))
 
 
 def _broadcasts(user: fx.Node, node: fx.Node, source: fx.Node | None) -> bool:
-    """Whether the reader would make the node's shape by itself from `source`, or from one number."""
+    """Whether the reader would broadcast `source`, or one number, to the node's shape."""
     others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
     if user.target not in ELEMENTWISE or len(others) != 1 or len(user.args) != 2:
         return False
@@ -169,7 +165,7 @@ def _broadcasts(user: fx.Node, node: fx.Node, source: fx.Node | None) -> bool:
 
 
 def _frozen_weight(draft: Draft, right: fx.Node) -> fx.Node | None:
-    """The weight `(out, in)` that never changes, where `right` is its transpose; it may be stored quantized."""
+    """The frozen weight `(out, in)` whose transpose `right` is; it may be quantized."""
     if right.target not in (aten.permute.default, aten.t.default):
         return None
     weight: Any = right.args[0]
@@ -178,20 +174,20 @@ def _frozen_weight(draft: Draft, right: fx.Node) -> fx.Node | None:
 
 
 def _linear(draft: Draft, left: fx.Node, weight: fx.Node, bias: fx.Node | None, shape: list[int]) -> fx.Node:
-    """A linear with a constant weight; without the views around it that make two dimensions of three."""
+    """A linear with a constant weight, without the views to two dimensions around it."""
     source: Any = left.args[0] if left.target is aten.view.default else left
-    straight = _shape(source)[-1] == _shape(weight)[1]
+    straight = shape_of(source)[-1] == shape_of(weight)[1]
     product = draft.call(aten.linear.default, source if straight else left, weight, *([bias] if bias else []))
     return _view(draft, product, shape)
 
 
 def _product(draft: Draft, left: fx.Node, right: fx.Node) -> fx.Node:
-    """`left @ right`: with a frozen weight as a linear, else as a batched product, whose operands may both change."""
+    """`left @ right`: a linear if `right` is a frozen weight, else a batched product, which packs no operand."""
     weight = _frozen_weight(draft, right)
     if weight is not None:
-        return _linear(draft, left, weight, None, [_shape(left)[0], _shape(right)[1]])
-    rows, columns = _shape(left)[0], _shape(right)[1]
-    left, right = (_view(draft, n, [1, *_shape(n)]) for n in (left, right))
+        return _linear(draft, left, weight, None, [shape_of(left)[0], shape_of(right)[1]])
+    rows, columns = shape_of(left)[0], shape_of(right)[1]
+    left, right = (_view(draft, n, [1, *shape_of(n)]) for n in (left, right))
     return _view(draft, draft.call(aten.bmm.default, left, right), [rows, columns])
 
 
@@ -203,7 +199,7 @@ def _addmm(draft: Draft, node: fx.Node) -> fx.Node:
     bias, left, right = node.args[:3]
     weight = _frozen_weight(draft, right)  # type: ignore[arg-type]
     if weight is not None and draft.frozen(bias) is not None:  # type: ignore[arg-type]
-        return _linear(draft, left, weight, bias, _shape(node))  # type: ignore[arg-type]
+        return _linear(draft, left, weight, bias, shape_of(node))  # type: ignore[arg-type]
     return draft.call(aten.add.Tensor, _product(draft, left, right), bias)  # type: ignore[arg-type]
 
 
@@ -211,28 +207,28 @@ def _view_of_view(draft: Draft, node: fx.Node) -> fx.Node | None:
     source: fx.Node = node.args[0]  # type: ignore[assignment]
     while source.target is aten.view.default:
         source = source.args[0]  # type: ignore[assignment]
-    if _shape(source) == _shape(node):
+    if shape_of(source) == shape_of(node):
         return source
-    return None if source is node.args[0] else draft.call(aten.view.default, source, _shape(node))
+    return None if source is node.args[0] else draft.call(aten.view.default, source, shape_of(node))
 
 
 def _sum(draft: Draft, node: fx.Node) -> fx.Node | None:
     """A sum as products with ones."""
     source, dims = node.args[:2]
-    return _reduced(draft, node, source, dims, 1.0)  # type: ignore[arg-type]
+    return _reduce(draft, node, source, dims, 1.0)  # type: ignore[arg-type]
 
 
 def _mean(draft: Draft, node: fx.Node) -> fx.Node | None:
     source: Any = node.args[0]
     dims: Any = node.args[1]
-    shape = _shape(source)
+    shape = shape_of(source)
     count = math.prod(shape[d] for d in (dims or range(len(shape))))
-    return _reduced(draft, node, source, dims, 1.0 / count)  # type: ignore[arg-type]
+    return _reduce(draft, node, source, dims, 1.0 / count)  # type: ignore[arg-type]
 
 
-def _reduced(draft: Draft, node: fx.Node, source: fx.Node, dims: Any, weight: float) -> fx.Node | None:
-    """One product for each run of neighbouring dimensions, the last first."""
-    shape = _shape(source)
+def _reduce(draft: Draft, node: fx.Node, source: fx.Node, dims: Any, weight: float) -> fx.Node | None:
+    """One product for each run of adjacent dimensions, the last first."""
+    shape = shape_of(source)
     left = sorted(d % len(shape) for d in dims) if dims else list(range(len(shape)))
     if source.meta["val"].dtype != torch.float32:
         return None
@@ -250,23 +246,23 @@ def _reduced(draft: Draft, node: fx.Node, source: fx.Node, dims: Any, weight: fl
             total = draft.call(aten.bmm.default, ones, _view(draft, total, [outer, count, inner]))
         shape[first : last + 1] = [1] * (last + 1 - first)
         weight = 1.0
-    return _view(draft, total, _shape(node))
+    return _view(draft, total, shape_of(node))
 
 
 ELEMENTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 RULES: dict[Any, Callable[[Draft, fx.Node], fx.Node | None]] = {
-    aten.alias.default: _itself,
-    aten.detach.default: _itself,
-    aten.lift_fresh_copy.default: _itself,
-    aten.squeeze.dims: _as_view,
-    aten.squeeze.dim: _as_view,
-    aten.unsqueeze.default: _as_view,
+    aten.alias.default: _remove,
+    aten.detach.default: _remove,
+    aten.lift_fresh_copy.default: _remove,
+    aten.squeeze.dims: _replace_by_view,
+    aten.squeeze.dim: _replace_by_view,
+    aten.unsqueeze.default: _replace_by_view,
     aten.expand.default: _expand,
     aten.full_like.default: _full,
     aten.full.default: _full,
-    aten.ones_like.default: lambda draft, node: draft.ones(*_shape(node)) if _shape(node) else None,
+    aten.ones_like.default: lambda draft, node: draft.ones(*shape_of(node)) if shape_of(node) else None,
     aten.view.default: _view_of_view,
-    aten._unsafe_view.default: _as_view,
+    aten._unsafe_view.default: _replace_by_view,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.sum.dim_IntList: _sum,

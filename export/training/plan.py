@@ -1,4 +1,4 @@
-"""The plan of the arena: state is written where it lies, and operators run in the order that needs the least memory."""
+"""Plan the arena: update state in place, and run operators in the order that needs the least memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature
 
-from edgetune.export.training.order import Unit, placed, smallest
+from edgetune.export.training.order import Unit, place_tensors, schedule_units
 
 _COPY = "aten.copy_.default"
 
@@ -19,13 +19,13 @@ def is_delegate(node: fx.Node) -> bool:
 
 
 def specs_of(node: fx.Node) -> list[Any]:
-    """The tensors that a node gives, as executorch's specs."""
+    """executorch's specs of the tensors that a node returns."""
     spec = node.meta.get("spec")
     return [s for s in (spec if isinstance(spec, (list, tuple)) else [spec]) if s is not None]
 
 
-def _outs(node: fx.Node) -> list[fx.Node]:
-    """What an operator writes: the arguments called `out`, and what they are for several outputs."""
+def _outputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that an operator writes: its `out` arguments."""
     from executorch.exir.memory_planning import _is_out_var_node
     from executorch.exir.operator.convert import get_out_args_from_opoverload
 
@@ -34,45 +34,47 @@ def _outs(node: fx.Node) -> list[fx.Node]:
     return [node.kwargs[name] for name in get_out_args_from_opoverload(node.target) if node.kwargs[name] is not None]  # type: ignore[misc]
 
 
-def write_in_place(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> int:
-    """Let what is copied into state at the end be computed there. Returns how many copies are left.
+def update_in_place(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> int:
+    """Compute updates in the memory of the state instead of copying them there at the end. Returns the copies left.
 
-    Done where every other reader of the state runs before, inside its delegate too: an update is elementwise, so
-    that it may write over what it reads.
+    Requires that every other reader of the state runs before, also within a delegate. An update is elementwise, so
+    it may overwrite what it reads.
     """
     graph = graph_module.graph
     left = 0
     for node in [n for n in graph.nodes if str(n.target) == _COPY]:
         holder, value = node.args
-        if holder.op == "placeholder" and _moves(graph_module, node, holder, value):
+        if holder.op == "placeholder" and _write_in_place(graph_module, node, holder, value):
             node.replace_all_uses_with(holder)
             graph.erase_node(node)
         else:
             left += 1
     output = graph.output_node()
-    output.meta["spec"] = fx.map_arg(output.args[0], lambda n: n.meta["spec"])  # or the old ones would be planned
+    output.meta["spec"] = fx.map_arg(
+        output.args[0], lambda n: n.meta["spec"]
+    )  # otherwise the old ones would be planned
     graph_module.recompile()
     return left
 
 
-def _moves(graph_module: fx.GraphModule, copy: fx.Node, holder: fx.Node, value: fx.Node) -> bool:
+def _write_in_place(graph_module: fx.GraphModule, copy: fx.Node, holder: fx.Node, value: fx.Node) -> bool:
     maker = value.args[0] if value.target is operator.getitem else value
     if not isinstance(maker, fx.Node) or maker.op != "call_function":
         return False
     readers = [user for user in holder.users if user is not copy and user is not maker and user.op != "output"]
     after = _descendants(maker)
-    if any(reader in after or _alias(reader) for reader in readers):
+    if any(reader in after or _is_view(reader) for reader in readers):
         return False
     if is_delegate(maker):
         place: Any = value.args[1]
-        if not _safe_inside(graph_module, maker, holder, place):  # type: ignore[arg-type]
+        if not _is_safe_inside(graph_module, maker, holder, place):  # type: ignore[arg-type]
             return False
         spec = holder.meta["spec"]
         value.meta["spec"] = spec
         specs = list(maker.meta["spec"])
         specs[place] = spec
         maker.meta["spec"] = type(maker.meta["spec"])(specs)
-    elif _elementwise(maker) and [value.kwargs.get("out")] == _outs(maker):
+    elif _is_elementwise(maker) and [value.kwargs.get("out")] == _outputs_of(maker):
         old: Any = maker.kwargs["out"]
         maker.update_kwarg("out", holder)
         maker.meta["spec"] = holder.meta["spec"]
@@ -80,24 +82,24 @@ def _moves(graph_module: fx.GraphModule, copy: fx.Node, holder: fx.Node, value: 
             graph_module.graph.erase_node(old)
     else:
         return False
-    for reader in readers:  # they must stay before
+    for reader in readers:  # they must run before
         maker.meta.setdefault("edgetune_after", []).append(reader)
     return True
 
 
-def _alias(node: fx.Node) -> bool:
+def _is_view(node: fx.Node) -> bool:
     return "memory.view" in str(node.target) or getattr(node.target, "__name__", "") == "view"
 
 
-def _elementwise(node: fx.Node) -> bool:
+def _is_elementwise(node: fx.Node) -> bool:
     return str(node.target).startswith(("aten.add.", "aten.sub.", "aten.mul."))
 
 
-def _safe_inside(graph_module: fx.GraphModule, delegate: fx.Node, holder: fx.Node, place: int) -> bool:
-    """Whether the delegate's output at `place` is elementwise and everything else there has read the state before."""
+def _is_safe_inside(graph_module: fx.GraphModule, delegate: fx.Node, holder: fx.Node, place: int) -> bool:
+    """Whether the delegate's output `place` is elementwise and all its other readers of the state run before it."""
     lowered = getattr(graph_module, str(delegate.args[0].target)).original_module  # type: ignore[union-attr]
     inner, inputs = lowered.graph, set(lowered.graph_signature.user_inputs)
-    placeholders = [n for n in inner.nodes if n.op == "placeholder" and n.name in inputs]  # not its own constants
+    placeholders = [n for n in inner.nodes if n.op == "placeholder" and n.name in inputs]  # not its constants
     given = list(delegate.args[1:])
     if len(placeholders) != len(given):
         return False
@@ -125,12 +127,12 @@ def _descendants(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def in_order(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> None:
-    """Put the operators of a lowered graph into the order that needs the smallest arena."""
+def reorder(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> None:
+    """Put the operators of a lowered graph into the order with the smallest arena."""
     graph = graph_module.graph
     units, nodes = _units(graph)
     sizes, kept = _sizes(graph, signature)
-    for unit in smallest(units, sizes, kept):
+    for unit in schedule_units(units, sizes, kept):
         for node in nodes[unit]:
             graph.output_node().prepend(node)
     graph.lint()
@@ -138,14 +140,14 @@ def in_order(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> N
 
 
 def base_of(spec: Any) -> Any:
-    """The tensor whose memory a view is of."""
+    """The tensor whose memory a view uses."""
     while type(spec).__name__ == "_ViewSpec":
         spec = object.__getattribute__(spec, "_base")
     return spec
 
 
 def _sizes(graph: fx.Graph, signature: ExportGraphSignature) -> tuple[dict[Any, int], set[Any]]:
-    """Bytes of every tensor that the plan holds, and those that live to the end."""
+    """Bytes of every tensor in the plan, and the tensors that live to the end."""
     held = {*signature.inputs_to_parameters, *signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
     constant = {base_of(s) for n in graph.nodes if n.op == "placeholder" and n.name in held for s in specs_of(n)}
     every = {base_of(s) for n in graph.nodes for s in specs_of(n)}
@@ -165,7 +167,7 @@ def _units(graph: fx.Graph) -> tuple[list[Unit], dict[Unit, list[fx.Node]]]:
             nodes[unit].append(node)
         else:
             unit = Unit(len(units))
-            outs = [o for o in _outs(node) if o.op == "call_function"]
+            outs = [o for o in _outputs_of(node) if o.op == "call_function"]
             nodes[unit] = [*outs, node]
             owner |= dict.fromkeys(outs, unit)
             units.append(unit)
@@ -188,22 +190,22 @@ def _units(graph: fx.Graph) -> tuple[list[Unit], dict[Unit, list[fx.Node]]]:
 def largest_first(
     alignment: int, specs: Any, graph_module: fx.GraphModule, signature: Any, extra_padding: int = 0
 ) -> Any:
-    """One of executorch's planning algorithms: `order.placed`; their greedy one for nested and in-place tensors."""
+    """A planning algorithm for executorch: `place_tensors`; its own greedy one for nested and in-place tensors."""
     from executorch.exir.memory_planning import MemoryAlgoResult, SpecAllocResult, greedy
 
     nested = any(getattr(graph_module, "input_mem_buffer_sizes", None) or ())
     if nested or not specs or any(s.inplace_base is not None or s.mem_id is not None for s in specs):
-        return greedy(alignment, specs, graph_module, signature, extra_padding)  # which knows of these
+        return greedy(alignment, specs, graph_module, signature, extra_padding)  # which supports these
     bases = {base_of(spec): spec for spec in specs}
     for spec in bases.values():
         spec.realign(alignment)
-    total, offsets = placed({b: (s.allocated_memory, *s.lifetime) for b, s in bases.items()}, alignment)
+    total, offsets = place_tensors({b: (s.allocated_memory, *s.lifetime) for b, s in bases.items()}, alignment)
     rows = {spec: SpecAllocResult(1, 0, offsets[base_of(spec)]) for spec in specs}
     return MemoryAlgoResult(rows, [0, total + extra_padding])
 
 
-def planning() -> Any:
-    """executorch's planning pass, with state shared by all methods, and with the order and the plan of this file."""
+def training_planning_pass() -> Any:
+    """executorch's planning pass, with state shared by all methods, and with the order and plan of this module."""
     from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, greedy
     from executorch.exir.passes import MemoryPlanningPass
 
@@ -211,11 +213,11 @@ def planning() -> Any:
         def run(self, graph_module: fx.GraphModule, graph_signature: ExportGraphSignature | None = None) -> Any:
             assert graph_signature is not None
             super()._set_alloc_node_spec(graph_module)
-            write_in_place(graph_module, graph_signature)
-            in_order(graph_module, graph_signature)
+            update_in_place(graph_module, graph_signature)
+            reorder(graph_module, graph_signature)
             return super().run(graph_module, graph_signature)
 
         def _set_alloc_node_spec(self, graph_module: fx.GraphModule) -> None:
-            """Done above: the order needs them."""
+            """Done above: the reordering needs the specs."""
 
     return Planning(MemoryPlanningAlgorithmSuite([greedy, largest_first]), share_mutable_buffers=True)

@@ -1,4 +1,4 @@
-"""Bring the weights that a training program trained back into a model."""
+"""Load the weights that a training program trained into a model."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def pull(source: str | Path, model: nn.Module) -> nn.Module:
 
 def _write(model: nn.Module, name: str, value: Tensor, slices: dict[str, SliceSpec]) -> None:
     layer, _, key = name.rpartition(".")
-    own = dict(model.named_parameters())
-    if name in own and own[name].shape == value.shape:
-        own[name].copy_(value)
+    parameters = dict(model.named_parameters())
+    if name in parameters and parameters[name].shape == value.shape:
+        parameters[name].copy_(value)
         return
     plain = layer.removesuffix(".base") if layer != "base" else ""
-    weight = own.get(f"{layer}.weight".lstrip("."))
+    weight = parameters.get(f"{layer}.weight".lstrip("."))
     if key == "slice" and layer in slices and weight is not None:
         part = slices[layer]
         weight.index_copy_(part.dim, torch.tensor(part.indices), value)
         return
-    unwrapped = own.get(f"{plain}.{key}".lstrip("."))
+    unwrapped = parameters.get(f"{plain}.{key}".lstrip("."))
     if plain != layer and unwrapped is not None and unwrapped.shape == value.shape:
         unwrapped.copy_(value)
         return
     raise EdgetuneError(
         "the model has no parameter of this name and shape",
         got=f"{name} {tuple(value.shape)}",
-        allowed=sorted(own),
+        allowed=sorted(parameters),
         action="pull into the model that was exported",
         exit_code=Exit.EXPORT,
     )

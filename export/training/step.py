@@ -1,7 +1,7 @@
-"""A model's training step as one ExecuTorch program: forward, loss, the backward of what trains, and its update.
+"""Export a model's training step as one ExecuTorch program: forward, loss, backward and update.
 
-The weights that train, and their momentum, are state of the program, changed in place by the method `train`; the
-method `forward` infers with the same state. Everything that is frozen is lowered as in any other program.
+Trainable weights and their momentum are the program's state: the method `train` updates it in place, the method
+`forward` infers with it. Frozen layers are lowered as in any other program.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from edgetune.core.registry import require
 from edgetune.export import targets
 from edgetune.export.lower import Lowered
 from edgetune.export.pipeline import call_of, manifest_of
-from edgetune.export.rows import names_of, specs_of
+from edgetune.export.program_inputs import names_of, specs_of
 from edgetune.export.training import capture, memory, passes, sequence, update
-from edgetune.export.training.capture import Joint, Loss
+from edgetune.export.training.capture import JointGraph, Loss
 from edgetune.export.training.draft import Draft
 from edgetune.export.training.lower import FORWARD, TRAIN, compile_training
 from edgetune.program.artifact import Artifact, write_pair
@@ -39,7 +39,7 @@ Batch = tuple[Inputs, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """What is proven before a program gets its name: so many steps beside eager SGD."""
+    """The comparison with eager SGD before a program gets its name."""
 
     steps: int = 5
     learning_rate: float = 0.01
@@ -77,81 +77,83 @@ def export_training(
         raise EdgetuneError("this target cannot train", got=target, allowed=["xnnpack", "portable"],
                             exit_code=Exit.EXPORT)  # fmt: skip
     batches = list(check_batches or [(example_inputs, example_labels)])
-    prepared = capture.prepared(model)
-    capture.trainable(prepared)
+    model_copy = capture.prepare_copy(model)
+    capture.trainable_parameters(model_copy)
     few = rows_of(example_inputs, 0, forward_rows)
     with quiet():
         programs = {
-            TRAIN: step_program(prepared, example_inputs, example_labels, loss, momentum),
-            FORWARD: forward_program(prepared, few),
+            TRAIN: build_step(model_copy, example_inputs, example_labels, loss, momentum),
+            FORWARD: build_forward(model_copy, few),
         }
         with torch.no_grad():
             lowered, state_bytes = compile_training(programs, chosen)
-    given = dict(zip(names_of(example_inputs), tensors_of(example_inputs), strict=True))
-    some = dict(zip(given, tensors_of(few), strict=True))
-    whole = {**given, "labels": example_labels, "learning_rate": torch.tensor(check.learning_rate)}
+    inputs = dict(zip(names_of(example_inputs), tensors_of(example_inputs), strict=True))
+    forward_inputs = dict(zip(inputs, tensors_of(few), strict=True))
+    train_inputs = {**inputs, "labels": example_labels, "learning_rate": torch.tensor(check.learning_rate)}
     calls = (
-        _call(FORWARD, lowered[FORWARD], programs[FORWARD], some, ("logits",)),
-        _call(TRAIN, lowered[TRAIN], programs[TRAIN], whole, ("loss", "logits")),
+        _call(FORWARD, lowered[FORWARD], programs[FORWARD], forward_inputs, ("logits",)),
+        _call(TRAIN, lowered[TRAIN], programs[TRAIN], train_inputs, ("loss", "logits")),
     )
 
     def prove(partial: Path) -> Manifest:
-        training = _training(model, state_bytes, momentum, compared(partial, model, batches, loss, momentum, check))
+        training = _training_spec(
+            model, state_bytes, momentum, compare_losses(partial, model, batches, loss, momentum, check)
+        )
         return manifest_of("training", lowered[TRAIN], calls, chosen, None, path, training=training)
 
     return Artifact(path, write_pair(path, lowered[TRAIN].data, prove))
 
 
-def step_program(prepared: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, momentum: float) -> ExportedProgram:
-    """Forward, loss, backward and update of a prepared model as one graph."""
-    joint = capture.joint(prepared, inputs, labels, loss)
+def build_step(model_copy: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, momentum: float) -> ExportedProgram:
+    """Forward, loss, backward and update as one graph."""
+    joint = capture.capture_joint(model_copy, inputs, labels, loss)
     with torch.no_grad():
-        return _with_update(joint, momentum)
+        return _add_update(joint, momentum)
 
 
-def _with_update(joint: Joint, momentum: float) -> ExportedProgram:
+def _add_update(joint: JointGraph, momentum: float) -> ExportedProgram:
     draft = Draft(joint.program, set(joint.gradients))
     results = [s.arg.name for s in joint.program.graph_signature.output_specs
                if s.kind in (OutputKind.LOSS_OUTPUT, OutputKind.USER_OUTPUT)]  # fmt: skip
-    gradients = {target: draft.named(name) for target, name in joint.gradients.items()}
-    updates = update.updates(draft, gradients, momentum)
-    draft.returns([*updates.values(), *(draft.named(name) for name in results)])
+    gradients = {target: draft.find(name) for target, name in joint.gradients.items()}
+    updates = update.add_sgd(draft, gradients, momentum)
+    draft.set_outputs([*updates.values(), *(draft.find(name) for name in results)])
     memory.merge_equal(draft)
     passes.rewrite(draft)
     memory.recompute(draft)
     memory.sink_views(draft)
     values: tuple[fx.Node, ...] = draft.graph.output_node().args[0]  # type: ignore[assignment]
     updates = dict(zip(updates, values))  # noqa: B905  rewriting has replaced some nodes
-    sequence.order(draft, updates)
-    return draft.finished(updates, list(values[len(updates) :]))
+    sequence.order_operators(draft, updates)
+    return draft.finish(updates, list(values[len(updates) :]))
 
 
-def forward_program(prepared: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """The forward pass of a prepared model, on the same state."""
-    state = {f"{capture.CHILD}.{name}" for name in capture.trainable(prepared)}
+def build_forward(model_copy: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The forward pass, on the same state."""
+    state = {f"{capture.CHILD}.{name}" for name in capture.trainable_parameters(model_copy)}
     with torch.no_grad():
-        program = capture.forward(prepared, inputs)
+        program = capture.capture_forward(model_copy, inputs)
         draft = Draft(program, state)
-        outputs = [draft.named(s.arg.name) for s in program.graph_signature.output_specs]
-        draft.returns(outputs)
+        outputs = [draft.find(s.arg.name) for s in program.graph_signature.output_specs]
+        draft.set_outputs(outputs)
         memory.merge_equal(draft)
         passes.rewrite(draft)
         values: tuple[fx.Node, ...] = draft.graph.output_node().args[0]  # type: ignore[assignment]
-        return draft.finished({}, list(values))
+        return draft.finish({}, list(values))
 
 
-def compared(
+def compare_losses(
     path: Path, model: nn.Module, batches: Sequence[Batch], loss: Loss, momentum: float, check: Check
 ) -> TrainingParity:
-    """Losses of some steps in the real runtime, in a process of its own, beside eager SGD from the same weights.
+    """Compare the losses of some steps in a child process with those of eager SGD from the same weights.
 
-    Raises `EdgetuneError` where they differ by more than `check` allows, or are not finite.
+    Raises `EdgetuneError` if they differ by more than `check` allows, or are not finite.
     """
     chosen = [batches[n % len(batches)] for n in range(check.steps)]
     flat = [(*tensors_of(inputs), labels) for inputs, labels in chosen]
-    got = steps_in_child(path, flat, check.learning_rate)
+    actual = steps_in_child(path, flat, check.learning_rate)
     expected = eager_losses(model, chosen, loss, momentum, check.learning_rate)
-    worst = max(abs(a - b) if a == a else float("inf") for a, b in zip(got, expected, strict=True))
+    worst = max(abs(a - b) if a == a else float("inf") for a, b in zip(actual, expected, strict=True))
     if not worst <= check.max_loss_difference:
         raise EdgetuneError(
             "the losses of the program differ from those of eager mode",
@@ -162,27 +164,27 @@ def compared(
             exit_code=Exit.EXPORT,
         )
     return TrainingParity(steps=check.steps, learning_rate=check.learning_rate, max_abs_loss_difference=worst,
-                          losses=tuple(got))  # fmt: skip
+                          losses=tuple(actual))  # fmt: skip
 
 
 def eager_losses(
     model: nn.Module, batches: Sequence[Batch], loss: Loss, momentum: float, learning_rate: float
 ) -> list[float]:
-    """What PyTorch gives for the same steps, on a copy, in evaluation mode."""
+    """PyTorch's losses for the same steps, on a copy, in eval mode."""
     eager = copy.deepcopy(model).cpu().eval()
     optimizer = torch.optim.SGD([p for p in eager.parameters() if p.requires_grad], learning_rate, momentum)
-    found = []
+    losses = []
     for inputs, labels in batches:
         value = loss(logits_of(call(eager, inputs)), labels)
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        found.append(value.item())
-    return found
+        losses.append(value.item())
+    return losses
 
 
-def _training(model: nn.Module, state_bytes: int, momentum: float, parity: TrainingParity) -> TrainingSpec:
-    trained = capture.trainable(model)
+def _training_spec(model: nn.Module, state_bytes: int, momentum: float, parity: TrainingParity) -> TrainingSpec:
+    trained = capture.trainable_parameters(model)
     return TrainingSpec(
         momentum=momentum,
         trainable=specs_of(tuple(trained.values()), tuple(trained)),
@@ -199,6 +201,6 @@ def _training(model: nn.Module, state_bytes: int, momentum: float, parity: Train
 def _call(
     name: str, lowered: Lowered, program: ExportedProgram, inputs: dict[str, Tensor], outputs: Sequence[str]
 ) -> Call:
-    """A method of the program; its outputs stand behind what it updates."""
+    """The manifest entry of a method; its outputs come after its updates."""
     values = [node.meta["val"] for node in program.graph.output_node().args[0]][-len(outputs) :]
     return call_of(name, lowered, specs_of(tuple(inputs.values()), tuple(inputs)), specs_of(tuple(values), outputs))

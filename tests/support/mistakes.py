@@ -125,7 +125,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "an array for a tensor": Mistake(
         lambda: et.export(nn.Linear(2, 2), torch.zeros(1, 2).numpy(), "model.pte"),  # type: ignore[arg-type]
-        ("the example inputs must be tensors", "next: give tensors: torch.from_numpy(array)"), code=5,
+        ("the example inputs must be tensors", "next: convert arrays: torch.from_numpy(array)"), code=5,
     ),
     "a list of changes": Mistake(
         lambda: et.run("text-minilm", ["train.epochs=2"]),  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
 from edgetune.core.quiet import quiet
-from edgetune.export.training.capture import Loss, Step, prepared
+from edgetune.export.training.capture import Loss, LossModule, prepare_copy
 from edgetune.export.training.step import Batch, eager_losses
 from edgetune.program.artifact import Artifact
 from edgetune.runtime.training import TrainingProgram, time_steps_in_child
@@ -42,7 +42,7 @@ def stock_plan_bytes(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Los
     from executorch.exir import EdgeCompileConfig, to_edge
     from torch.export.experimental import _export_forward_backward
 
-    step = Step(prepared(model), tuple(inputs) if isinstance(inputs, dict) else (), loss)
+    step = LossModule(prepare_copy(model), tuple(inputs) if isinstance(inputs, dict) else (), loss)
     # CPU flash attention's backward has no kernel in executorch
     with quiet(), sdpa_kernel(SDPBackend.MATH):
         exported = torch.export.export(step, (*tensors_of(inputs), labels), strict=False)

@@ -1,4 +1,4 @@
-"""The memory plan of a program: ways to lay its tensors out are tried, and the smallest arena is taken."""
+"""Plan a program's memory: try several algorithms and orders of operators, and take the smallest arena."""
 
 from __future__ import annotations
 
@@ -9,69 +9,64 @@ from typing import Any
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature
 
-from edgetune.export.training.plan import in_order, largest_first, specs_of
+from edgetune.export.training.plan import largest_first, reorder, specs_of
 
-_MOVED = ", reordered"
+_REORDERED = ", reordered"
 
 Algorithm = Callable[..., Any]  # executorch's: (alignment, specs, graph module, signature, padding) -> MemoryAlgoResult
 
 
 @dataclass(frozen=True)
-class Planned:
-    """Arena bytes of every way that was tried, by its name, and the way that was taken."""
+class ArenaPlan:
+    """The planning that was chosen for a method, and the arena bytes of every one that was tried, by name."""
 
-    taken: str
+    chosen: str
     tried_bytes: dict[str, int]
 
-    @property
-    def bytes(self) -> int:
-        """Of the way that was taken."""
-        return self.tried_bytes[self.taken]
 
+def plan_smallest_arena(*, io_in_plan: bool = True) -> Any:
+    """executorch's planning pass with several algorithms and two orders; its `plans` has one plan for each method.
 
-def smallest(*, holds_io: bool = True) -> Any:
-    """executorch's planning pass with several algorithms and two orders; `plans` lists what it did, method by method.
-
-    Tried are executorch's greedy plan, the same without tensors that overlap in time within one range, and the
-    largest first (`order.placed`); each with the operators as they were written, and in the order that keeps the
-    least alive. `holds_io`: whether the arena also holds the inputs and outputs of a method.
+    Tried are executorch's greedy plan, the same without overlapping allocations, and the largest tensor first
+    (`order.place_tensors`); each in the written order of operators and in the order that keeps the least memory
+    alive. `io_in_plan`: whether the arena also holds the inputs and outputs of a method.
     """
     from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite
     from executorch.exir.passes import MemoryPlanningPass
 
-    ways = _ways()
+    algorithms = _algorithms()
 
     class Smallest(MemoryPlanningPass):  # type: ignore[misc]
         def __init__(self) -> None:
-            suite = MemoryPlanningAlgorithmSuite(ways)
-            super().__init__(suite, alloc_graph_input=holds_io, alloc_graph_output=holds_io)
-            self.plans: list[Planned] = []
+            suite = MemoryPlanningAlgorithmSuite(algorithms)
+            super().__init__(suite, alloc_graph_input=io_in_plan, alloc_graph_output=io_in_plan)
+            self.plans: list[ArenaPlan] = []
 
         def run(self, graph_module: fx.GraphModule, graph_signature: ExportGraphSignature | None = None) -> Any:
             super()._set_alloc_node_spec(graph_module)
-            tried = self._tried(graph_module, graph_signature)
+            tried = self._try_all(graph_module, graph_signature)
             written = min(tried.values())
-            if graph_signature is not None and _may_move(graph_module, graph_signature):
+            if graph_signature is not None and _may_reorder(graph_module, graph_signature):
                 nodes = list(graph_module.graph.nodes)
-                in_order(graph_module, graph_signature)
-                moved = self._tried(graph_module, graph_signature)
-                if min(moved.values()) >= written:
-                    _put_back(graph_module, nodes)
-                tried |= {name + _MOVED: size for name, size in moved.items()}
-            self.plans.append(Planned(min(tried, key=lambda name: tried[name]), tried))
+                reorder(graph_module, graph_signature)
+                reordered = self._try_all(graph_module, graph_signature)
+                if min(reordered.values()) >= written:
+                    _restore_order(graph_module, nodes)
+                tried |= {name + _REORDERED: size for name, size in reordered.items()}
+            self.plans.append(ArenaPlan(min(tried, key=lambda name: tried[name]), tried))
             return super().run(graph_module, graph_signature)
 
         def _set_alloc_node_spec(self, graph_module: fx.GraphModule) -> None:
-            """Done above: the order needs them."""
+            """Done above: the reordering needs the specs."""
 
-        def _tried(self, graph_module: fx.GraphModule, signature: ExportGraphSignature | None) -> dict[str, int]:
-            return _sizes(ways, graph_module, signature, self.alignment, holds_io)
+        def _try_all(self, graph_module: fx.GraphModule, signature: ExportGraphSignature | None) -> dict[str, int]:
+            return _arena_sizes(algorithms, graph_module, signature, self.alignment, io_in_plan)
 
     return Smallest()
 
 
-def _ways() -> list[Algorithm]:
-    """The algorithms, each under a name of its own, by which executorch tells them apart."""
+def _algorithms() -> list[Algorithm]:
+    """The algorithms, each with a different `__name__`, by which executorch tells them apart."""
     from executorch.exir.memory_planning import greedy
 
     def greedy_apart(
@@ -82,14 +77,14 @@ def _ways() -> list[Algorithm]:
     return [greedy, greedy_apart, largest_first]
 
 
-def _sizes(
-    ways: Sequence[Algorithm],
+def _arena_sizes(
+    algorithms: Sequence[Algorithm],
     graph_module: fx.GraphModule,
     signature: ExportGraphSignature | None,
     alignment: int,
-    holds_io: bool,
+    io_in_plan: bool,
 ) -> dict[str, int]:
-    """Arena bytes of each way with the operators in their present order. Leaves no trace on the tensors."""
+    """Arena bytes of each algorithm with the operators in their present order; the specs stay unchanged."""
     from executorch.exir.memory_planning import (
         _contains_xnnpack_delegate,
         collect_specs_from_nodes,
@@ -102,19 +97,20 @@ def _sizes(
             graph_module.graph.nodes,
             signature,
             do_assertion=False,
-            ignore_graph_input=not holds_io,
-            ignore_graph_output=not holds_io,
+            ignore_graph_input=not io_in_plan,
+            ignore_graph_output=not io_in_plan,
         )
     )
     padding = 64 if _contains_xnnpack_delegate(graph_module) else 0  # as executorch's own planning adds
-    found = {way.__name__: sum(way(alignment, specs, graph_module, signature, padding).bufsizes) for way in ways}
+    args = (alignment, specs, graph_module, signature, padding)
+    sizes = {algorithm.__name__: sum(algorithm(*args).bufsizes) for algorithm in algorithms}
     for spec in touched:
         spec.lifetime = [None, None]
-    return found
+    return sizes
 
 
-def _may_move(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> bool:
-    """Whether operators may change places: nothing is written but new tensors of fixed sizes, nothing branches."""
+def _may_reorder(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> bool:
+    """Whether operators may be reordered: none mutates a tensor or branches, and all sizes are fixed."""
     from executorch.exir.memory_planning import _is_inplace_node
     from executorch.exir.tensor import TensorShapeDynamism
 
@@ -129,7 +125,7 @@ def _may_move(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> 
     return True
 
 
-def _put_back(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+def _restore_order(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
     output = graph_module.graph.output_node()
     for node in nodes:
         if node.op not in ("placeholder", "output"):

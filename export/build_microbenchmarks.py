@@ -1,6 +1,6 @@
-"""Builds the micro-programs of a calibration: `python -m edgetune.export.trials FOLDER PART OF QUICK`.
+"""Build the micro-programs of a calibration: `python -m edgetune.export.build_microbenchmarks FOLDER PART OF QUICK`.
 
-Each of the parts takes every so many programs.
+PART of OF takes every OF-th program.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from edgetune.profile.trials import is_built, trials
 
 
 def build_part(folder: Path, part: int, of: int, quick: bool) -> None:
-    """Build every so many of the programs that are missing, and print each name."""
+    """Build this part of the programs that are missing, and print each name."""
     torch.set_num_threads(1)
     for trial in (trial for trial in trials(quick)[part::of] if not is_built(folder, trial.name)):
-        told = {"name": trial.name}
+        result = {"name": trial.name}
         try:
             _build(trial.item, folder)
         except EdgetuneError as error:
-            told["error"] = error.what
-        print(json.dumps(told), flush=True)
+            result["error"] = error.what
+        print(json.dumps(result), flush=True)
 
 
 def _build(item: Micro, folder: Path) -> None:
-    """Lowered and written, without the comparison that `export` makes: these programs are only timed.
+    """Lower one program and write it, without the comparison that `export` makes: it is only timed.
 
-    Inputs stay where they are: copied into the arena, those of a short chain would take as long as its operators.
+    Inputs stay outside the arena: copying those of a short chain would take as long as its operators.
     """
     model, inputs = item.module().eval(), item.inputs()
     if item.quantize:
         model = technique(item.quantize)().apply(model, Sample.of(inputs))
-    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target), layout=Layout(holds_io=False))
+    lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target), layout=Layout(io_in_plan=False))
     (folder / f"{item.name}.pte").write_bytes(lowered.data)
     torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")
-    told = [operator.model_dump(mode="json") for operator in lowered.executed]
-    write_whole(folder / f"{item.name}.json", json.dumps(told))
+    operators = [operator.model_dump(mode="json") for operator in lowered.executed]
+    write_whole(folder / f"{item.name}.json", json.dumps(operators))
 
 
 if __name__ == "__main__":

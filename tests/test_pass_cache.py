@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from edgetune.core.quiet import quiet
-from edgetune.export.speed import fast_decompositions
+from edgetune.export.pass_cache import fast_decompositions
 from edgetune.quant import pt2e
 
 

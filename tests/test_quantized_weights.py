@@ -13,7 +13,7 @@ from torch import nn
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import quiet
-from edgetune.export import stored
+from edgetune.export import quantized_weights
 from edgetune.export.lint import lint
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
@@ -100,7 +100,7 @@ def test_every_config_of_torchao_is_tried() -> None:
 def test_a_form_that_xnnpack_computes_otherwise_is_refused_by_layer(name: str) -> None:
     make, reason = LINEARS[name]
     model = quantized(make())
-    found = list(stored.unfit(model, find("xnnpack")))
+    found = list(quantized_weights.unsupported_layers(model, find("xnnpack")))
     assert [one.module for one in found] == (["first"] if reason else [])
     assert all(reason in one.reason for one in found)
 
@@ -127,7 +127,7 @@ TABLES: dict[str, tuple[Callable[[], AOBaseConfig], str]] = {
 @pytest.mark.parametrize("target", ["xnnpack", "portable"])
 def test_tables_are_taken_as_int4_makes_them(name: str, target: str) -> None:
     make, reason = TABLES[name]
-    found = list(stored.unfit(quantized(make(), nn.Embedding), find(target)))
+    found = list(quantized_weights.unsupported_layers(quantized(make(), nn.Embedding), find(target)))
     assert [one.module for one in found] == (["table"] if reason else [])
     assert all(reason in one.reason for one in found)
 
@@ -146,5 +146,5 @@ def test_the_error_names_the_layer_and_the_form_that_works() -> None:
 
 def test_what_int4_makes_is_taken() -> None:
     model = Int4(int8_linears=("first",)).apply(Net().eval())
-    assert list(stored.unfit(model, find("xnnpack"))) == []
-    assert list(stored.unfit(Net(), find("xnnpack"))) == []
+    assert list(quantized_weights.unsupported_layers(model, find("xnnpack"))) == []
+    assert list(quantized_weights.unsupported_layers(Net(), find("xnnpack"))) == []

@@ -1,4 +1,4 @@
-"""Weights apart from the program: in a `.ptd` that the runtime is given beside the `.pte`."""
+"""External weights: stored in a `.ptd` file next to the `.pte`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from edgetune.core.quiet import quiet
 _FILE = "weights"
 
 
-def move_out(edge: Any) -> None:
-    """Let what the delegates of a lowered program keep under a name lie in the `.ptd`.
+def externalize_weights(edge: Any) -> None:
+    """Move the named data of all delegates of a lowered program into the `.ptd`.
 
-    executorch's own way marks the constants before the lowering, and misses those that XNNPACK's passes make new: a
-    convolution's weights with its batch norm folded.
+    executorch itself tags constants before the lowering, and misses those that XNNPACK's passes create, such as a
+    convolution's weights with its batch norm folded in.
     """
     store = edge._named_data_store
     store.external_data = {_FILE: {**store.external_data.get(_FILE, {}), **store.pte_data}}
     store.pte_data = {}
 
 
-def tag(node: fx.Node) -> str | None:
-    """For `ExecutorchBackendConfig.external_constants`: parameters and buffers go out.
+def tag_external(node: fx.Node) -> str | None:
+    """For `ExecutorchBackendConfig.external_constants`: parameters and buffers are external.
 
-    What a pass has computed stays: its name is counted up anew in each method, and two methods would share it.
+    Constants that a pass computed stay inside: their names are numbered per method, so two methods would collide.
     """
     return _FILE if node.name.startswith(("p_", "b_")) else None
 
 
-def weights_of(built: Any, target: str) -> bytes:
-    """The `.ptd` of a built program. Raises `EdgetuneError` (exit code 5) where nothing lies apart."""
+def read_weights(built: Any, target: str) -> bytes:
+    """The `.ptd` of a built program. Raises `EdgetuneError` (exit code 5) if no weight is external."""
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         built.write_tensor_data_to_file(folder)
         file = Path(folder) / f"{_FILE}.ptd"
@@ -47,9 +47,9 @@ def weights_of(built: Any, target: str) -> bytes:
     )
 
 
-def sizes_in(file: Path) -> dict[str, int]:
+def read_sizes(file: Path) -> dict[str, int]:
     """Bytes of each tensor in a `.ptd`, by name."""
-    with quiet():  # its reader warns of its own imports
+    with quiet():  # the reader's imports emit warnings
         from executorch.exir._serialize._cord import Cord
         from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 

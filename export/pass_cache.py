@@ -1,11 +1,9 @@
-"""Lowering without the repeated work: the same program, in less time.
+"""Speed up lowering by skipping repeated work; the program is the same to the byte (a test compares them).
 
-Every pass of executorch traces the whole graph anew, even where the pass only looked at it, and most of XNNPACK's
-do so once for each delegate. A retrace by a pass that overrides no hook of the interpreter only computes the
-metadata of nodes again; where all of them have it, there is nothing to compute. Each retrace also deep-copies the
-history of every node. And each decomposition walks all operators of torch to list those that it could preserve, and
-makes thirty kernels for each of them, which are those of the decomposition before. All of this is left out here while
-a lowering runs, and put back after it. A test holds the result to the bytes of the stock lowering.
+Every pass of executorch retraces the whole graph, and most of XNNPACK's do so once for each delegate. A retrace by a
+pass that overrides no hook of the interpreter only recomputes the nodes' metadata, and deep-copies the history of
+every node. Each decomposition also lists all operators of torch that it could preserve and makes thirty kernels for
+each of them, the same as the decomposition before. Inside these context managers all of this is skipped or reused.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +26,13 @@ _HOOKS = (
 
 @contextmanager
 def fast_lowering() -> Iterator[None]:
-    """Leave needless retraces, copied histories and garbage collection out while the body runs."""
+    """Inside, skip needless retraces, copied histories and garbage collection."""
     from executorch.exir import pass_base
     from torch.fx import traceback
 
     stock_call, stock_source = pass_base._ExportPassBase.call, traceback.NodeSource
     was_enabled = gc.isenabled()
-    pass_base._ExportPassBase.call = _call_if_needed(stock_call, pass_base.ExportPass)
+    pass_base._ExportPassBase.call = _retrace_if_needed(stock_call, pass_base.ExportPass)
     traceback.NodeSource = _short_history(stock_source)  # type: ignore[misc, assignment]
     gc.disable()
     try:
@@ -48,34 +47,33 @@ def fast_lowering() -> Iterator[None]:
 
 @contextmanager
 def fast_decompositions() -> Iterator[None]:
-    """Let decompositions share the list of the operators that they could preserve, and the kernels of these."""
+    """Inside, decompositions share the list of the operators that they could preserve, and their kernels."""
     from torch.export import decomp_utils
     from torch.export import exported_program as module_of_programs
 
-    exported_program: Any = module_of_programs  # what is put in its place there is not exported
-    if exported_program._collect_all_valid_cia_ops.__module__ == __name__:  # within another
+    exported_program: Any = module_of_programs  # Any: its private names are replaced
+    if exported_program._collect_all_valid_cia_ops.__module__ == __name__:  # nested
         yield
         return
-    stock_list, stock_override = (
-        exported_program._collect_all_valid_cia_ops,
-        exported_program._override_composite_implicit_decomp,
-    )
+    stock_list = exported_program._collect_all_valid_cia_ops
+    stock_override = exported_program._override_composite_implicit_decomp
     holders: tuple[Any, ...] = (decomp_utils, exported_program)
     for module in holders:
-        module._collect_all_valid_cia_ops = lambda: _listed(stock_list)
-    holders[1]._override_composite_implicit_decomp = lambda composites: _overridden(stock_override, composites)
+        module._collect_all_valid_cia_ops = lambda: _list_operators(stock_list)
+    override = partial(_override_kernels, stock_override)
+    exported_program._override_composite_implicit_decomp = override
     try:
         yield
     finally:
         for module in holders:
             module._collect_all_valid_cia_ops = stock_list
-        holders[1]._override_composite_implicit_decomp = stock_override
+        exported_program._override_composite_implicit_decomp = stock_override
 
 
-_lists: dict[Any, set[Any]] = {}  # by the state of the registry; one at most, and nobody changes it
+_lists: dict[Any, set[Any]] = {}  # by the state of the registry; at most one entry
 
 
-def _listed(stock: Any) -> set[Any]:
+def _list_operators(stock: Any) -> set[Any]:
     composite = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")  # type: ignore[attr-defined]
     state = (frozenset(composite), frozenset(torch.ops._dir))
     if state not in _lists:
@@ -86,7 +84,7 @@ def _listed(stock: Any) -> set[Any]:
 
 @dataclass(frozen=True)
 class _Kernels:
-    """Of one operator: its kernels as they were, those that a decomposition gave it, and its rule for fake tensors."""
+    """One operator's original kernels, those that a decomposition gave it, and its rule for fake tensors."""
 
     before: dict[Any, Any]
     during: dict[Any, Any]
@@ -97,8 +95,8 @@ _kernels: dict[Any, _Kernels] = {}
 
 
 @contextmanager
-def _overridden(stock: Any, composites: dict[Any, Any]) -> Iterator[None]:
-    """What torch does, which differs between two decompositions by the composite kernel alone."""
+def _override_kernels(stock: Any, composites: dict[Any, Any]) -> Iterator[None]:
+    """As torch does, but reusing kernels: only the composite kernel differs between two decompositions."""
     from torch._subclasses.fake_impls import _deregister_op_impl, op_implementations_dict
 
     free = [op for op in composites if op not in op_implementations_dict]
@@ -123,7 +121,7 @@ def _overridden(stock: Any, composites: dict[Any, Any]) -> Iterator[None]:
                 _deregister_op_impl(op)
 
 
-def _call_if_needed(stock: Any, base: type) -> Any:
+def _retrace_if_needed(stock: Any, base: type) -> Any:
     from torch.fx.passes.infra.pass_base import PassResult
 
     def call(self: Any, graph_module: fx.GraphModule) -> PassResult:
@@ -144,7 +142,7 @@ def _is_complete(graph_module: fx.GraphModule) -> bool:
 
 
 def _short_history(stock: type) -> type:
-    """A `NodeSource` that shares its parents' history instead of copying it whole for each node and pass."""
+    """A `NodeSource` that shares its parents' history instead of deep-copying it for each node and pass."""
 
     class ShortHistory(stock):  # type: ignore[valid-type, misc]
         def __init__(self, node: fx.Node | None, pass_name: str = "", action: Any = None) -> None:
