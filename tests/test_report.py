@@ -63,22 +63,28 @@ def example() -> Ledger:
     """An EXAMPLE: every number here is made up to look like a run. None was measured."""
     rows = (
         Row(index=0, step="load", detail="minilm, 3 classes", quality=accuracy(33.47), parameters=22_565_379,
-            trainable_parameters=22_565_379, size_mib=86.08, macs=1_361_000_000, backward_kept_mib=412.5, seconds=1.9),
+            trainable_parameters=22_565_379, size_mib=86.08, macs=1_361_000_000,
+            saved_for_backward_mib=412.5, seconds=1.9),
         Row(index=1, step="sparse-update", detail="scheme last-2", quality=accuracy(33.47), parameters=22_565_379,
-            trainable_parameters=3_697_155, size_mib=86.08, macs=1_361_000_000, backward_kept_mib=141.2, seconds=0.02),
+            trainable_parameters=3_697_155, size_mib=86.08, macs=1_361_000_000,
+            saved_for_backward_mib=141.2, seconds=0.02),
         Row(index=2, step="lora", detail="rank 8 on *.query, *.value", quality=accuracy(33.47), parameters=22_639_107,
-            trainable_parameters=3_770_883, size_mib=86.36, macs=1_365_700_000, backward_kept_mib=149.8, seconds=0.11),
+            trainable_parameters=3_770_883, size_mib=86.36, macs=1_365_700_000,
+            saved_for_backward_mib=149.8, seconds=0.11),
         Row(index=3, step="train", detail="2 epochs, AdamW 2e-4", quality=accuracy(86.93), parameters=22_639_107,
-            trainable_parameters=3_770_883, size_mib=86.36, macs=1_365_700_000, backward_kept_mib=149.8, seconds=94.3),
+            trainable_parameters=3_770_883, size_mib=86.36, macs=1_365_700_000,
+            saved_for_backward_mib=149.8, seconds=94.3),
         Row(index=4, step="finalize", detail="lora merged", quality=accuracy(86.93), parameters=22_565_379,
-            trainable_parameters=3_697_155, size_mib=86.08, macs=1_361_000_000, backward_kept_mib=141.2, seconds=0.06),
+            trainable_parameters=3_697_155, size_mib=86.08, macs=1_361_000_000,
+            saved_for_backward_mib=141.2, seconds=0.06),
         Row(index=5, step="prune", detail="ratio 0.3, widths to 8", quality=accuracy(79.2), parameters=18_442_371,
-            trainable_parameters=18_442_371, size_mib=70.35, macs=952_700_000, backward_kept_mib=301.7, seconds=4.4),
+            trainable_parameters=18_442_371, size_mib=70.35, macs=952_700_000,
+            saved_for_backward_mib=301.7, seconds=4.4),
         Row(index=6, step="train", detail="1 epoch, distilled from step 4", quality=accuracy(86.4),
             parameters=18_442_371, trainable_parameters=18_442_371, size_mib=70.35, macs=952_700_000,
-            backward_kept_mib=301.7, seconds=61.8),
+            saved_for_backward_mib=301.7, seconds=61.8),
         Row(index=7, step="int4", detail="8da4w group 32, embeddings int8", quality=accuracy(85.8),
-            parameters=18_442_371, trainable_parameters=0, size_mib=16.9, macs=952_700_000, backward_kept_mib=None,
+            parameters=18_442_371, trainable_parameters=0, size_mib=16.9, macs=952_700_000, saved_for_backward_mib=None,
             seconds=2.2, note="saved for backward not measured: 4-bit weights are not trained"),
     )  # fmt: skip
     return Ledger(
@@ -329,7 +335,7 @@ def test_page_holds_every_plot_with_the_numbers_of_the_ledger(tmp_path: Path) ->
     data = {key: figure["spec"]["data"] for key, figure in figures.items()}
     assert data["quality-size"][0]["x"] == [row.size_mib for row in ledger.rows]
     assert data["quality-size"][0]["y"] == [row.quality.value for row in ledger.rows if row.quality]
-    assert data["kept"][0]["x"] == [row.backward_kept_mib for row in ledger.rows[:-1]]
+    assert data["kept"][0]["x"] == [row.saved_for_backward_mib for row in ledger.rows[:-1]]
     for key, training in zip(("loss-0", "loss-1"), ledger.trainings, strict=True):
         curves = {trace["name"]: trace for trace in data[key]}
         assert curves["loss"]["y"] == [point.loss for point in training.losses]
@@ -420,7 +426,7 @@ def partial() -> list[Any]:
         pytest.param(
             whole.with_(
                 rows=(whole.rows[0], whole.rows[1].model_copy(
-                    update={"quality": accuracy(NAN), "size_mib": NAN, "backward_kept_mib": NAN, "seconds": NAN})),
+                    update={"quality": accuracy(NAN), "size_mib": NAN, "saved_for_backward_mib": NAN, "seconds": NAN})),
                 baselines=(Baseline(name="b", value=NAN),),
                 trainings=(Training(row=1, losses=(LossPoint(update=1, loss=0.5, learning_rate=1.0),
                                                    LossPoint(update=2, loss=NAN, learning_rate=NAN)),
