@@ -14,7 +14,7 @@ import torch
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_whole
-from edgetune.core.registry import technique
+from edgetune.core.registry import technique_class
 from edgetune.core.technique import Sample
 from edgetune.export.lower import Layout, lower
 from edgetune.export.targets import find
@@ -41,7 +41,7 @@ def _build(item: Micro, folder: Path) -> None:
     """
     model, inputs = item.module().eval(), item.inputs()
     if item.quantize:
-        model = technique(item.quantize)().apply(model, Sample.of(inputs))
+        model = technique_class(item.quantize)().apply(model, Sample.of(inputs))
     lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target), layout=Layout(io_in_plan=False))
     (folder / f"{item.name}.pte").write_bytes(lowered.data)
     torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")

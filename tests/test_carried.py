@@ -24,8 +24,8 @@ from edgetune.data.text import tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
 from edgetune.export import Artifact, export
 from edgetune.export.kit.linux.sample import Preparation
-from edgetune.models.carrying import carried
 from edgetune.models.loaded import Loaded, ModelSettings
+from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
@@ -121,7 +121,7 @@ def small_vision(
 def exported(loaded: Loaded, dataset: Dataset, folder: Path) -> Artifact:
     pad_to = TOKENS if dataset.task.texts else None
     rows = [loaded.encode(dataset.test.take([n]), pad_to) for n in range(4)]
-    told = carried(loaded, dataset, "small-recipe")
+    told = describe_io(loaded, dataset, "small-recipe")
     return export(loaded.model, rows[0], folder / "model.pte", check_inputs=rows, one_row=True, carried=told)
 
 
@@ -278,7 +278,7 @@ def test_another_tokenizer_is_no_wordpiece() -> None:
 def test_what_the_loaders_carry() -> None:
     text = tweets("", DataSettings(source="tweets", train_rows=16, validation_rows=8, test_rows=8))
     loaded = minilm("", ModelSettings(source="minilm", max_length=48), text)
-    known = carried(loaded, text, "text-minilm")
+    known = describe_io(loaded, text, "text-minilm")
     assert (known.model, known.data, known.task) == ("minilm", "tweets", text.task.name)
     assert known.recipe == "text-minilm"
     assert known.labels == ("negative", "neutral", "positive")
@@ -292,7 +292,7 @@ def test_what_the_loaders_carry() -> None:
         write_beside(Carried(preprocessing=told.model_copy(update={"tokenizer_json": ""})), ROOT / "model.pte")
     rows = Rows(np.zeros((4, 28, 30), np.uint8), [0, 1, 0, 1])
     pictures = Dataset("tiny", ImageClassification(("a", "b")), rows, rows, rows)
-    vision = carried(effnet_lite0("", ModelSettings(source="effnet-lite0", image_px=64), pictures), pictures)
+    vision = describe_io(effnet_lite0("", ModelSettings(source="effnet-lite0", image_px=64), pictures), pictures)
     shown = vision.preprocessing
     assert isinstance(shown, ImagePreprocessing)
     assert (shown.size_px, shown.mean, shown.std) == (64, (127.0,) * 3, (128.0,) * 3)
@@ -306,7 +306,7 @@ def test_an_encoder_of_the_users_own_is_named_as_not_carried() -> None:
     encode: Encode = own
     rows = Rows(["x", "y"], [0, 1])
     dataset = Dataset("tiny", TextClassification(("a", "b")), rows, rows, rows)
-    known = carried(Loaded("mine", nn.Linear(3, 2), encode), dataset)
+    known = describe_io(Loaded("mine", nn.Linear(3, 2), encode), dataset)
     assert known.preprocessing is None
     assert any("not part of the program" in note for note in known.notes)
 

@@ -20,7 +20,7 @@ from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_jsonl, from_splits
 from edgetune.models.chat import chat_tokens, without_cut_answers
 from edgetune.models.text import TextEncoder
-from edgetune.run.exportable import beginnings
+from edgetune.run.exportable import prompts_from_texts
 from edgetune.tasks.causal_lm import CausalLM
 
 with quiet():
@@ -222,7 +222,7 @@ def test_a_batch_has_labels_on_the_answers_alone(tmp_path: Path) -> None:
         answer = data.train.inputs[row].messages[1][1]
         assert fast.decode(labels[row][labels[row] != IGNORED_LABEL]) == f"{answer}<|im_end|>"
     # the prompt that a program continues ends where the answer begins
-    assert fast.decode(beginnings(split, 1)[0]).endswith("<|im_start|>assistant\n")
+    assert fast.decode(prompts_from_texts(split, 1)[0]).endswith("<|im_start|>assistant\n")
     (unigram,) = data.task.baselines(data.parts, split.encode)
     every = read(chats(tmp_path), loss_on="all")
     prompts_too = every.task.baselines(every.parts, split.encode)[0]

@@ -34,8 +34,8 @@ from edgetune.data.dataset import Dataset
 from edgetune.export import Artifact
 from edgetune.export.kit import PLATFORMS, check, find, kit_of, target_for
 from edgetune.export.kit.platforms import platform_of
-from edgetune.models.carrying import carried
 from edgetune.models.loaded import Loaded
+from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.profile import device
 from edgetune.program.carried import Carried, TextPreprocessing, write_beside
@@ -315,7 +315,7 @@ def test_another_tokenizer_goes_to_python_alone(text: Made, tmp_path: Path) -> N
     plain = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.enable_padding(pad_id=0)
-    known = carried(loaded, dataset).model_copy(update={"preprocessing": text_preprocessing(plain, TOKENS)})
+    known = describe_io(loaded, dataset).model_copy(update={"preprocessing": text_preprocessing(plain, TOKENS)})
     with pytest.raises(EdgetuneError, match="BERT family"):
         check(find("android"), known)
     folder = kit_of(told_anew(text, tmp_path, known), find("linux"), tmp_path / "kit")
@@ -385,7 +385,7 @@ def test_every_template_is_shipped() -> None:
     shipped = {file for pattern in re.findall(r'"([^"]+)"', line) for file in folder.glob(pattern)}
     here = {file for file in folder.glob("*/*") if "__pycache__" not in file.parts}
     assert shipped == here
-    parts = [{**p.always, **p.text, **p.picture, **p.talk} for p in PLATFORMS.values()]
+    parts = [{**p.always, **p.text, **p.picture, **p.generation} for p in PLATFORMS.values()]
     listed = {source for files in parts for source in files} | {"linux/cpp.md"}
     assert {str(file.relative_to(folder)) for file in here} == listed
 

@@ -23,7 +23,7 @@ from edgetune.export.language.parity import eager_logits
 from edgetune.models.loaded import ModelSettings
 from edgetune.profile.calls import measure_calls, predict_calls
 from edgetune.program.artifact import Artifact
-from edgetune.program.tokenizer import ChatTokenizer, untouched
+from edgetune.program.tokenizer import ChatTokenizer, without_truncation
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.run import exporting
@@ -227,7 +227,7 @@ def test_how_a_tokenizer_was_called_last_is_not_carried(int4: tuple[Any, Artifac
     assert len(ChatTokenizer(int4[1]).tokens("twenty letters, here", raw=True)) == 20
     fast = tokenizer()
     fast(["a text for training"], truncation=True, max_length=4)
-    assert untouched(fast).truncation is None
+    assert without_truncation(fast).truncation is None
     assert fast.backend_tokenizer.truncation is not None, "the user's own stays as it was"
 
 

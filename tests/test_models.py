@@ -18,9 +18,9 @@ from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.data.dataset import Dataset, Split
 from edgetune.data.rows import Rows
-from edgetune.models.carrying import carried
 from edgetune.models.causal import built_once, smollm2
 from edgetune.models.loaded import ModelSettings
+from edgetune.models.metadata import describe_io
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.recipe.recipe import load
@@ -161,7 +161,7 @@ def test_a_checkpoint_keeps_the_order_of_its_classes_whatever_the_datas_is(tmp_p
     model.save_pretrained(tmp_path)
     loaded = hugging_face(str(tmp_path), settings(max_length=16), rows)
     labelled = loaded.labelled(rows)
-    assert labelled.classes == carried(loaded, rows).labels == ("neutral", "bad", "good")
+    assert labelled.classes == describe_io(loaded, rows).labels == ("neutral", "bad", "good")
     assert loaded.labelled(labelled) is labelled
     assert loaded.notes == ()
     assert loaded.model.config.id2label == MOODS["id2label"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import edgetune as et
 from edgetune.core import registry
-from edgetune.core.order import planned
+from edgetune.core.order import plan_steps
 from edgetune.core.technique import StepSettings
 from edgetune.core.traits import Trait
 from edgetune.data.dataset import Split
@@ -31,7 +31,7 @@ LORA, SCHEME, TRAIN = et.LoRA(rank=2, targets=("*.up",)), et.SparseUpdate(scheme
 
 def walked(*steps: StepSettings, opened: tuple[StepSettings, ...] = ()) -> list[Any]:
     """Indices of the steps as they come; a tuple of names: what is finalized there."""
-    return [move.finalizes or move.index for move in planned(steps, opened)]
+    return [move.finalizes or move.index for move in plan_steps(steps, opened)]
 
 
 def test_what_is_open_and_not_taken_is_finalized_first() -> None:
@@ -44,12 +44,12 @@ def test_what_is_open_and_not_taken_is_finalized_first() -> None:
 
 
 def test_it_says_what_stays_open_and_why_it_finalizes() -> None:
-    plan = planned([SCHEME, LORA, TRAIN, et.Int4()])
+    plan = plan_steps([SCHEME, LORA, TRAIN, et.Int4()])
     assert [move.open for move in plan] == [
         ("sparse-update",), ("sparse-update", "lora"), ("sparse-update", "lora"), (), (),
     ]  # fmt: skip
     assert plan[3].reason == "int4 needs plain layers"
-    assert planned([SCHEME, SCHEME])[1].reason == "sparse-update is already applied"
+    assert plan_steps([SCHEME, SCHEME])[1].reason == "sparse-update is already applied"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_it_says_what_stays_open_and_why_it_finalizes() -> None:
 )
 def test_what_cannot_stand_there(steps: list[StepSettings], text: str) -> None:
     with pytest.raises(et.EdgetuneError) as error:
-        planned(steps)
+        plan_steps(steps)
     assert text in str(error.value)
 
 
 def test_every_wrong_step_is_named_at_once() -> None:
     with pytest.raises(et.EdgetuneError) as error:
-        planned([et.Int4(), LORA, TRAIN, Finalize()], place=lambda n: f"step {n + 1}")
+        plan_steps([et.Int4(), LORA, TRAIN, Finalize()], place=lambda n: f"step {n + 1}")
     lines = [line for line in str(error.value).splitlines() if line.startswith("step")]
     assert [line[:6] for line in lines] == ["step 2", "step 3"]
 

@@ -100,7 +100,7 @@ def test_every_install_line_names_an_extra() -> None:
 
 def test_every_technique_has_its_names() -> None:
     for name in registry.TECHNIQUES:
-        kind = registry.technique(name)
+        kind = registry.technique_class(name)
         assert kind.name == name
         assert getattr(et, kind.__name__) is kind
     assert sorted(et.__all__) == sorted(set(et.__all__))

@@ -475,7 +475,7 @@ def test_schema_knows_every_technique() -> None:
     settings_of = {next(iter(f["properties"])): f["properties"] for f in forms[1:]}
     assert list(settings_of) == names
     lora = settings_of["lora"]["lora"]["anyOf"][0]
-    assert set(lora["properties"]) == set(registry.technique("lora").model_fields)
+    assert set(lora["properties"]) == set(registry.technique_class("lora").model_fields)
     assert lora["additionalProperties"] is False
     defined = set(whole["$defs"])
     assert {ref.rpartition("/")[2] for ref in references(whole)} <= defined

@@ -26,7 +26,7 @@ from edgetune.runtime.generating import generate
 from edgetune.runtime.run import run_in_child
 from edgetune.train import checkpoint
 
-FIGURES = ("parameters", "trainable_parameters", "size_mib", "macs", "backward_kept_mib")
+FIGURES = ("parameters", "trainable_parameters", "size_mib", "macs", "saved_for_backward_mib")
 SMALL = """
 name: small
 model: {source: minilm, max_length: 16}
@@ -61,7 +61,7 @@ def test_text(text: Run) -> None:
     assert steps_of(text)[:5] == ["load", "sparse-update", "lora", "train", "finalize"]
     assert steps_of(text)[-1] == "int4"
     # every step does what it is for
-    assert rows["sparse-update"].backward_kept_mib < 0.5 * rows["load"].backward_kept_mib
+    assert rows["sparse-update"].saved_for_backward_mib < 0.5 * rows["load"].saved_for_backward_mib
     assert rows["sparse-update"].trainable_parameters < 0.3 * rows["load"].trainable_parameters
     assert rows["prune"].macs < 0.75 * rows["load"].macs
     assert rows["prune"].parameters < rows["load"].parameters

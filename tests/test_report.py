@@ -95,7 +95,7 @@ def test_page_holds_every_plot_with_the_numbers_of_the_ledger(tmp_path: Path) ->
     data = {key: figure["spec"]["data"] for key, figure in figures.items()}
     assert data["quality-size"][0]["x"] == [row.size_mib for row in ledger.rows]
     assert data["quality-size"][0]["y"] == [row.quality.value for row in ledger.rows if row.quality]
-    assert data["kept"][0]["x"] == [row.backward_kept_mib for row in ledger.rows[:-1]]
+    assert data["kept"][0]["x"] == [row.saved_for_backward_mib for row in ledger.rows[:-1]]
     for key, training in zip(("loss-0", "loss-1"), ledger.trainings, strict=True):
         curves = {trace["name"]: trace for trace in data[key]}
         assert curves["loss"]["y"] == [point.loss for point in training.losses]
@@ -186,7 +186,7 @@ def partial() -> list[Any]:
         pytest.param(
             whole.with_(
                 rows=(whole.rows[0], whole.rows[1].model_copy(
-                    update={"quality": accuracy(NAN), "size_mib": NAN, "backward_kept_mib": NAN, "seconds": NAN})),
+                    update={"quality": accuracy(NAN), "size_mib": NAN, "saved_for_backward_mib": NAN, "seconds": NAN})),
                 baselines=(Baseline(name="b", value=NAN),),
                 trainings=(Training(row=1, losses=(LossPoint(update=1, loss=0.5, learning_rate=1.0),
                                                    LossPoint(update=2, loss=NAN, learning_rate=NAN)),

@@ -23,8 +23,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Quality
 from edgetune.train import checkpoint
 from edgetune.train.loop import counted, soft_loss, train
-from edgetune.train.plan import Plan, epoch_order
-from edgetune.train.reached import Reached
+from edgetune.train.plan import TrainingPlan, epoch_order
+from edgetune.train.reached import GradientWatch
 from edgetune.train.settings import Distill, Train
 
 UPDATES = 12
@@ -460,20 +460,20 @@ def test_grouping_by_length_saves_most_padding() -> None:
 
 
 def test_the_rate_warms_up_and_follows_its_schedule() -> None:
-    plan = Plan(Train(updates=100, warmup_pct=10), Words(), seed=0)
+    plan = TrainingPlan(Train(updates=100, warmup_pct=10), Words(), seed=0)
     factors = [plan.factor(update) for update in range(100)]
     assert factors[:10] == pytest.approx([n / 11 for n in range(1, 11)])
     assert factors[10] == 1.0
     assert factors[55] == pytest.approx(0.5)
     assert 0 < factors[-1] < 0.001
-    linear = Plan(Train(updates=100, warmup_pct=0, schedule="linear"), Words(), seed=0)
+    linear = TrainingPlan(Train(updates=100, warmup_pct=0, schedule="linear"), Words(), seed=0)
     assert [linear.factor(update) for update in (0, 50, 99)] == pytest.approx([1.0, 0.5, 0.01])
-    constant = Plan(Train(updates=5, schedule="constant", warmup_pct=0), Words(), seed=0)
+    constant = TrainingPlan(Train(updates=5, schedule="constant", warmup_pct=0), Words(), seed=0)
     assert {constant.factor(update) for update in range(5)} == {1.0}
 
 
 def test_epochs_become_updates() -> None:
-    plan = Plan(Train(epochs=2.5, batch_size=7, accumulate=2), Words(rows=50), seed=0)
+    plan = TrainingPlan(Train(epochs=2.5, batch_size=7, accumulate=2), Words(rows=50), seed=0)
     assert (plan.updates_per_epoch, plan.updates) == (4, 10)
     taken = [row for update in range(4, 8) for batch in plan.rows(update) for row in batch]
     assert sorted(taken) == list(range(50))
@@ -604,6 +604,6 @@ def test_a_short_training_is_judged_where_its_first_epoch_ends() -> None:
 
 
 def test_a_trainer_whose_gradients_are_elsewhere_is_not_judged() -> None:
-    with Reached(Net()) as reached:
+    with GradientWatch(Net()) as reached:
         for _ in range(20):
             reached.step(last=True)

@@ -58,7 +58,7 @@ def devices_show(
 
 @devices.command("add")
 def devices_add(
-    what: Annotated[
+    source: Annotated[
         str, typer.Argument(metavar="FILE.yaml|NAME", help="A descriptor; with --like, the name of the new device.")
     ],
     like: Annotated[str | None, typer.Option(metavar="ID", help="Write a copy of this device for you to edit.")] = None,
@@ -71,9 +71,9 @@ def devices_add(
     """
     from edgetune.profile.adding import add, copy
 
-    path = add(Path(what), replace=replace) if like is None else copy(like, what, replace=replace)
-    said = f"{path}: added" if like is None else f"{path}: a copy of {like}; edit it: every source is marked as copied"
-    printed({"id": path.stem, "path": str(path)} if as_json else said)
+    path = add(Path(source), replace=replace) if like is None else copy(like, source, replace=replace)
+    copied = f"{path}: a copy of {like}; edit it: every source is marked as copied"
+    printed({"id": path.stem, "path": str(path)} if as_json else f"{path}: added" if like is None else copied)
     return 0
 
 
@@ -101,14 +101,14 @@ def devices_validate(
             valid[described.id] = described
         except EdgetuneError as error:
             errors.append(error)
-    found = None if paths or errors else validate(valid)
+    validation = None if paths or errors else validate(valid)
     if as_json:
-        printed({"valid": list(valid), "errors": [str(error) for error in errors], **to_json(found)})
+        printed({"valid": list(valid), "errors": [str(error) for error in errors], **to_json(validation)})
         return int(Exit.USAGE) if errors else 0
     raise_all("devices", errors)
     printed(f"valid: {', '.join(valid)}")
-    if found is not None:
-        printed("\n".join(format_lines(found)))
+    if validation is not None:
+        printed("\n".join(format_lines(validation)))
     return 0
 
 
@@ -146,23 +146,26 @@ def devices_calibrate(
         raise EdgetuneError("--out only applies to this host", got=str(out), action="omit --out")
     with shown() as progress, contextlib.redirect_stdout(sys.stderr):
 
-        def told(name: str, done: int, of: int) -> None:
+        def report(name: str, done: int, of: int) -> None:
             progress(name, done, of, "")
 
         if table is not None:
-            found = calibrate.calibrate_from(table, device_id, threads=threads)
+            calibration = calibrate.calibrate_from(table, device_id, threads=threads)
         elif on is not None:
-            found = calibrate.calibrate_on(on, device_id, threads=threads, quick=quick, progress=told)
+            calibration = calibrate.calibrate_on(on, device_id, threads=threads, quick=quick, progress=report)
         else:
-            described = calibrate.calibrate(out, threads=threads, quick=quick, progress=told)
+            described = calibrate.calibrate(out, threads=threads, quick=quick, progress=report)
             assert described.calibration is not None
-            found = described.calibration
+            calibration = described.calibration
     path = path_beside(out or user_folder() / (device_id + SUFFIX))
     text = (
-        f"{path}: {found.threads} threads, {found.programs} programs; on {found.networks} networks that were not used "
-        f"in the fit, the error is {found.error_pct:g} % (median) and {found.error_p90_pct:g} % (90th percentile)"
+        f"{path}: {calibration.threads} threads, {calibration.programs} programs; on {calibration.networks} networks "
+        f"that were not used in the fit, the error is {calibration.error_pct:g} % (median) and "
+        f"{calibration.error_p90_pct:g} % (90th percentile)"
     )
-    printed({"path": str(path), **found.model_dump(mode="json")} if as_json else "\n".join([text, *found.notes]))
+    printed(
+        {"path": str(path), **calibration.model_dump(mode="json")} if as_json else "\n".join([text, *calibration.notes])
+    )
     return 0
 
 
@@ -180,11 +183,11 @@ def devices_compare(
     from edgetune.report.compare import compare, plain, text
 
     names = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]
-    found = compare(program, names)
+    comparison = compare(program, names)
     if html is not None:
         from edgetune.report.compare_page import page
 
-        page(found, html)
+        page(comparison, html)
         print(f"page: {html}", file=sys.stderr)
-    printed(plain(found) if as_json else text(found, terminal_width()))
+    printed(plain(comparison) if as_json else text(comparison, terminal_width()))
     return 0

@@ -129,7 +129,7 @@ def kit(
     """
     from edgetune.core.errors import EdgetuneError
     from edgetune.export.kit import check, find, kit_of, new_kit, target_for
-    from edgetune.run.exportable import tell_run, to_program, with_cache
+    from edgetune.run.exportable import to_program, with_cache, write_card_with_run
     from edgetune.run.exporting import exportable
 
     chosen, folder = find(platform), out or Path(f"kit-{platform}")
@@ -138,7 +138,7 @@ def kit(
     def make(path: Path) -> Artifact:
         made = to_program(source, path, device=device, target=goal)
         if source.ledger is not None:
-            tell_run(made, source.ledger)
+            write_card_with_run(made, source.ledger)
         return made
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -149,7 +149,7 @@ def kit(
             kit_of(Path(model), chosen, folder)
         else:
             source = with_cache(exportable(model, data, language, inputs, weights), max_tokens)
-            if source.talk is None:
+            if source.generation is None:
                 check(chosen, source.carried)
             new_kit(chosen, folder, make)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())

@@ -41,7 +41,7 @@ def generate(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    found = generate_(
+    answer = generate_(
         program,
         sys.stdin.read().rstrip("\n") if prompt == "-" else prompt,
         max_tokens=max_tokens,
@@ -51,19 +51,19 @@ def generate(
         raw=raw,
         on_text=on_text,
     )
-    printed(asdict(found) if as_json else "")  # ends the line
-    print(f"edgetune: {summary(found)}", file=sys.stderr)
-    if found.stopped == "cache":
-        what = "edgetune: the answer ends here because the cache is full\n  next: export with a larger max_tokens"
-        print(what, file=sys.stderr)
+    printed(asdict(answer) if as_json else "")  # ends the line
+    print(f"edgetune: {summary(answer)}", file=sys.stderr)
+    if answer.stopped == "cache":
+        message = "edgetune: the answer ends here because the cache is full\n  next: export with a larger max_tokens"
+        print(message, file=sys.stderr)
     return 0
 
 
-def summary(found: Generation) -> str:
+def summary(answer: Generation) -> str:
     """One line about the cost of an answer."""
-    decode = f"{found.decode_tokens_per_s:.1f} tokens/s" if found.decode_tokens_per_s is not None else "none"
+    decode = f"{answer.decode_tokens_per_s:.1f} tokens/s" if answer.decode_tokens_per_s is not None else "none"
     return (
-        f"prefill {found.prompt_tokens} tokens, {found.prefill_tokens_per_s:.1f} tokens/s; "
-        f"decode {len(found.tokens)} tokens, {decode}; "
-        f"peak memory {found.peak_memory_mib:.0f} MiB; {found.threads} threads"
+        f"prefill {answer.prompt_tokens} tokens, {answer.prefill_tokens_per_s:.1f} tokens/s; "
+        f"decode {len(answer.tokens)} tokens, {decode}; "
+        f"peak memory {answer.peak_memory_mib:.0f} MiB; {answer.threads} threads"
     )

@@ -235,8 +235,8 @@ def env(as_json: Json = False) -> int:
     """Print versions, machine, extras and available targets."""
     from edgetune.run.environment import as_text, environment
 
-    found = environment()
-    printed(found.model_dump(mode="json") if as_json else as_text(found))
+    detected = environment()
+    printed(detected.model_dump(mode="json") if as_json else as_text(detected))
     return 0
 
 
@@ -245,9 +245,9 @@ def recipes_list(as_json: Json = False) -> int:
     """List the packaged recipes."""
     from edgetune.recipe import recipe as recipes_of
 
-    found = [recipes_of.load(name) for name in recipes_of.names()]
-    plain = [{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in found]
-    printed(plain if as_json else "\n".join(f"{r.name}: {r.description}" for r in found))
+    loaded = [recipes_of.load(name) for name in recipes_of.names()]
+    plain = [{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in loaded]
+    printed(plain if as_json else "\n".join(f"{r.name}: {r.description}" for r in loaded))
     return 0
 
 
@@ -265,8 +265,8 @@ def recipes_show(
     if not (resolved or overrides or as_json):
         printed(recipes_of.text_of(recipe)[0].rstrip("\n"))
         return 0
-    found = recipes_of.load(recipe, from_text(overrides or []))
-    printed(found.resolved() if as_json else found.to_yaml().rstrip("\n"))
+    loaded = recipes_of.load(recipe, from_text(overrides or []))
+    printed(loaded.resolved() if as_json else loaded.to_yaml().rstrip("\n"))
     return 0
 
 
@@ -347,8 +347,8 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
 
     try:
         changes = from_text(overrides or [])
-        found = recipes_of.load(recipe, changes)
-        for variant in found.variants:
+        loaded = recipes_of.load(recipe, changes)
+        for variant in loaded.variants:
             recipes_of.load(recipe, {**changes, "variant": variant})
     except EdgetuneError as error:
         if not as_json:
@@ -357,9 +357,9 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
         keys = ("where", "what", "got", "allowed", "action")
         printed({"valid": False, "errors": [{key: getattr(e, key) for key in keys} for e in errors]})
         return int(Exit.USAGE)
-    variants = f", variants: {', '.join(found.variants)}" if found.variants else ""
-    text = f"{found.name}: valid, {len(found.steps)} steps{variants}"
-    printed({"valid": True, "errors": [], "digest": found.digest} if as_json else text)
+    variants = f", variants: {', '.join(loaded.variants)}" if loaded.variants else ""
+    text = f"{loaded.name}: valid, {len(loaded.steps)} steps{variants}"
+    printed({"valid": True, "errors": [], "digest": loaded.digest} if as_json else text)
     return 0
 
 

@@ -72,8 +72,8 @@ def profile(
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
         printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
         return 0
-    known = artifact.program()
-    printed(text(f"{artifact.path.name}: {known.target}, {known.size_mib:,.1f} MiB", pairs))
+    summary = artifact.program()
+    printed(text(f"{artifact.path.name}: {summary.target}, {summary.size_mib:,.1f} MiB", pairs))
     for of in by_call:
         printed("\n" + layers_text(of))
     return 0

@@ -17,7 +17,7 @@ FEW = 16  # parts that get no line at each quarter
 
 @contextmanager
 def shown() -> Iterator[Report]:
-    """A callback `(what, done, of, detail)` that shows progress until the block ends."""
+    """A callback `(stage, done, of, detail)` that shows progress until the block ends."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines()
@@ -32,18 +32,18 @@ class Lines:
     """A line at each quarter of what has many parts, at both ends of what has few, and when anything else is done."""
 
     def __init__(self) -> None:
-        self.what, self.quarter = "", -1
+        self.stage, self.quarter = "", -1
 
-    def __call__(self, what: str, done: int, of: int, detail: str) -> None:
+    def __call__(self, stage: str, done: int, of: int, detail: str) -> None:
         """Print, if there is something new to say."""
-        if what == NOTE:
+        if stage == NOTE:
             print(f"note: {detail}", file=sys.stderr, flush=True)
             return
         quarter = 4 * done // of if of > FEW else 4 * (done >= of)
-        if (what, quarter) == (self.what, self.quarter) or (of == 1 and not done):
+        if (stage, quarter) == (self.stage, self.quarter) or (of == 1 and not done):
             return
-        self.what, self.quarter = what, quarter
-        print(f"{what} {f'{done}/{of} ' if of > 1 else ''}{detail}".rstrip(), file=sys.stderr, flush=True)
+        self.stage, self.quarter = stage, quarter
+        print(f"{stage} {f'{done}/{of} ' if of > 1 else ''}{detail}".rstrip(), file=sys.stderr, flush=True)
 
 
 class Bars:
@@ -51,16 +51,16 @@ class Bars:
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
-        self.what: str = ""
+        self.stage: str = ""
         self.task: TaskID | None = None
 
-    def __call__(self, what: str, done: int, of: int, detail: str) -> None:
+    def __call__(self, stage: str, done: int, of: int, detail: str) -> None:
         """Move the bar, or begin the next one."""
-        if what == NOTE:
+        if stage == NOTE:
             self.bars.console.print(f"note: {detail}", markup=False, highlight=False)
             return
-        if self.task is None or what != self.what:
-            self.what, self.task = what, self.bars.add_task(what, total=of, detail=detail)
+        if self.task is None or stage != self.stage:
+            self.stage, self.task = stage, self.bars.add_task(stage, total=of, detail=detail)
         self.bars.update(self.task, completed=done, total=of, detail=detail)
         if done >= of:
             self.task = None  # the next one is a new bar, even if it is called the same

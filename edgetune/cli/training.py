@@ -51,9 +51,9 @@ def export_training(
     from edgetune.export.training.step import export_training as lower
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = _prepared(recipe, overrides or [])
-        inputs, labels = next(found.batches(rows))
-        artifact = lower(found.model, inputs, labels, out, loss=found.loss, target=target, momentum=momentum)
+        prepared = _prepared(recipe, overrides or [])
+        inputs, labels = next(prepared.batches(rows))
+        artifact = lower(prepared.model, inputs, labels, out, loss=prepared.loss, target=target, momentum=momentum)
     manifest, training = artifact.manifest, artifact.training
     if as_json:
         printed(manifest.model_dump(mode="json"))
@@ -90,14 +90,14 @@ def train_pte(
     from edgetune.runtime.training import train_pte as train
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = _prepared(recipe, overrides or [])
+        prepared = _prepared(recipe, overrides or [])
         rows = Artifact.load(program, "training").manifest.call("train").inputs[0].shape[0]
-        batches = (batch for epoch in range(epochs) for batch in found.batches(rows, epoch))
+        batches = (batch for epoch in range(epochs) for batch in prepared.batches(rows, epoch))
         losses = train(program, batches, learning_rate, steps=steps, resume=resume, checkpoint=out)
-        quality = found.quality(pull_(out, found.model))
-    told = {"steps": len(losses), "losses": losses, quality.metric: quality.value, "state": str(out)}
+        quality = prepared.quality(pull_(out, prepared.model))
+    figures = {"steps": len(losses), "losses": losses, quality.metric: quality.value, "state": str(out)}
     text = f"{out}: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {in_words(quality)}"
-    printed(told if as_json else f"{text} on {quality.rows} test rows")
+    printed(figures if as_json else f"{text} on {quality.rows} test rows")
     return 0
 
 
@@ -119,10 +119,10 @@ def pull(
     from edgetune.export.training.pull import pull as pull_
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = _prepared(recipe, overrides or [])
-        model = finalize(pull_(source, found.model))
-        quality = found.quality(model)
+        prepared = _prepared(recipe, overrides or [])
+        model = finalize(pull_(source, prepared.model))
+        quality = prepared.quality(model)
         save_model(model, str(out))
-    told = {"weights": str(out), quality.metric: quality.value, "rows": quality.rows}
-    printed(told if as_json else f"{out}: {in_words(quality)} on {quality.rows} test rows")
+    figures = {"weights": str(out), quality.metric: quality.value, "rows": quality.rows}
+    printed(figures if as_json else f"{out}: {in_words(quality)} on {quality.rows} test rows")
     return 0

@@ -11,7 +11,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.holders import held_model, hold, refuse_distributed, refuse_sharded
 from edgetune.core.layers import replace
 from edgetune.core.merging import take_off_others
-from edgetune.core.order import planned
+from edgetune.core.order import plan_steps
 from edgetune.core.registry import TECHNIQUES
 from edgetune.core.technique import Sample, Technique, fitted
 
@@ -51,7 +51,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     for technique in steps:
         if technique.needs != "nothing":
             technique.required(sample)
-    for move in planned(steps, opened(model)):
+    for move in plan_steps(steps, opened(model)):
         technique = steps[move.index]
         if move.implied:
             model = finalize(model)

@@ -24,16 +24,16 @@ def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, what is called `logits`, or the first of a tuple."""
     if isinstance(output, Tensor):
         return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
         raise EdgetuneError(
             "the output of the model has no logits",
             got=type(output).__name__,
             action='return a tensor, a tuple that begins with one, a mapping with "logits", or an object with .logits',
         )
-    return found
+    return logits
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -37,10 +37,10 @@ def select(
     if not include:
         raise EdgetuneError("targets: no pattern given", action="name at least one layer or pattern")
     layers = {n: m for n, m in model.named_modules() if n and isinstance(m, kind) and (accept is None or accept(m))}
-    for what, patterns in (("targets", include), ("skip", skip)):
+    for setting, patterns in (("targets", include), ("skip", skip)):
         for pattern in patterns:
             if not any(matches(name, [pattern]) for name in layers):
-                raise no_match(f"{what}: the pattern matches no layer", pattern, layers)
+                raise no_match_error(f"{setting}: the pattern matches no layer", pattern, layers)
     chosen = {n: m for n, m in layers.items() if matches(n, include) and not matches(n, skip)}
     if not chosen:
         raise EdgetuneError("targets: every matching layer is also skipped", got=include, action="shorten skip")
@@ -52,13 +52,13 @@ def parameter_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
 
 
-def no_match(what: str, pattern: str, names: Iterable[str]) -> EdgetuneError:
+def no_match_error(problem: str, pattern: str, names: Iterable[str]) -> EdgetuneError:
     """The error for a pattern that fits none of the names: what they end in, and which one was probably meant."""
     names = list(names)
     endings = _endings(names)
     near = nearest(pattern, endings) or nearest(pattern, names)
     action = "print the names with [name for name, _ in model.named_modules()]"
-    return EdgetuneError(what, got=pattern, allowed=endings, near=near, action=action)
+    return EdgetuneError(problem, got=pattern, allowed=endings, near=near, action=action)
 
 
 def _endings(names: Iterable[str]) -> list[str]:

@@ -76,7 +76,7 @@ class Row(Entry):
     trainable_parameters: int
     size_mib: float  # parameters and buffers, as stored in memory
     macs: int | None = None  # of one example
-    backward_kept_mib: float | None = None  # activations kept for backward by one training batch
+    saved_for_backward_mib: float | None = None  # tensors that autograd saves in one training batch
     seconds: float  # the step itself, without measuring; of a resumed training, all its parts together
     note: str = ""
     measured_at: str = ""  # UTC, ISO 8601
@@ -343,7 +343,7 @@ class Answers(Entry):
 class Ledger(Entry):
     """A whole run."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     recipe: str  # name
     seed: int
     model: str
@@ -372,13 +372,13 @@ class Ledger(Entry):
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        """Read `ledger.json`. Raises `EdgetuneError` (exit code 3) where it cannot be read as a ledger."""
+        """Read `ledger.json`. Raises `EdgetuneError` (exit code 3) if it is not a ledger of this format."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is cut off, or of another version"
-            what = f"{path} cannot be read as a ledger: {reason}"
-            raise EdgetuneError(what, action="run the recipe again", exit_code=Exit.DATA) from error
+            reason = error.strerror if isinstance(error, OSError) else "it is damaged, or of another version"
+            problem = f"{path} cannot be read as a ledger: {reason}"
+            raise EdgetuneError(problem, action="run the recipe again", exit_code=Exit.DATA) from error
 
 
 THIS_HOST = "this host"

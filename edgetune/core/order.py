@@ -1,6 +1,6 @@
 """The order of steps, worked out in one place from what each step takes and leaves.
 
-The check of a recipe, its dry run, the rehearsal, the run, training programs and `et.apply` all follow `planned`.
+The check of a recipe, its dry run, the rehearsal, the run, training programs and `et.apply` all follow `plan_steps`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Kind = StepSettings | type[StepSettings]  # traits are those of the class
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStep:
     """One thing to do: the step at `index` of the list, or where `implied`, finalizing before it."""
 
     index: int
@@ -27,9 +27,9 @@ class Planned:
     open: tuple[str, ...] = ()  # the techniques that are open afterwards
 
 
-def planned(
+def plan_steps(
     steps: Sequence[Kind], opened: Sequence[Kind] = (), place: Callable[[int], str] | None = None
-) -> tuple[Planned, ...]:
+) -> tuple[PlannedStep, ...]:
     """Every step in order, with the finalizing that each implies. What is open at the end stays open.
 
     Args:
@@ -40,13 +40,13 @@ def planned(
     Raises:
         EdgetuneError: every step that cannot stand where it does; several as `places.Errors`.
     """
-    plan: list[Planned] = []
+    plan: list[PlannedStep] = []
     errors: list[EdgetuneError] = []
     active = [step for step in opened if step.needs_finalize()]
     lasting = [step for step in opened if step.leaves & ~OPEN]  # their traits stay through any finalizing
     for index, step in enumerate(steps):
         if step.closes:
-            plan.append(Planned(index, False, _names(reversed(active))))
+            plan.append(PlannedStep(index, False, _names(reversed(active))))
             if not active:
                 errors.append(_nothing_to_finalize(step, index, place))
             active = []
@@ -59,12 +59,12 @@ def planned(
         elif excess:
             again = any(other.name == step.name for other in excess)
             reason = f"{step.name} {'is already applied' if again else 'needs plain layers'}"
-            plan.append(Planned(index, True, _names(reversed(active)), reason))
+            plan.append(PlannedStep(index, True, _names(reversed(active)), reason))
             active = []
         if step.needs_finalize():
             active.append(step)
         lasting += [step] if step.leaves & ~OPEN else []
-        plan.append(Planned(index, False, (), open=_names(active)))
+        plan.append(PlannedStep(index, False, (), open=_names(active)))
     raise_all("the order of steps", errors)
     return tuple(plan)
 

@@ -61,7 +61,7 @@ def load_function(source: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise _failed(path, f"{path.name} cannot be run", error) from error
+            raise _error_in_file(path, f"{path.name} cannot be run", error) from error
     functions = {n: v for n, v in vars(sys.modules[module_name]).items() if callable(v) and not n.startswith("_")}
     if name not in functions:
         raise EdgetuneError(f"{path.name} defines no such function", got=name, allowed=sorted(functions))
@@ -78,7 +78,7 @@ def call_own(source: str, *optional: Any) -> Any:
     except EdgetuneError:
         raise
     except Exception as error:
-        raise _failed(path, f"{name} in {path.name} failed", error) from error
+        raise _error_in_file(path, f"{name} in {path.name} failed", error) from error
 
 
 def _positions(function: Callable[..., Any]) -> int:
@@ -87,11 +87,11 @@ def _positions(function: Callable[..., Any]) -> int:
     return sum(parameter.kind in kinds and parameter.default is parameter.empty for parameter in parameters)
 
 
-def _failed(path: Path, what: str, error: Exception) -> EdgetuneError:
+def _error_in_file(path: Path, problem: str, error: Exception) -> EdgetuneError:
     frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     line = own[-1].lineno if own else getattr(error, "lineno", None)
     where = f"{path}, line {line}" if line else str(path)
     return EdgetuneError(
-        f"{what}: {type(error).__name__}: {error}", where=where, action="fix it there", exit_code=Exit.USAGE
+        f"{problem}: {type(error).__name__}: {error}", where=where, action="fix it there", exit_code=Exit.USAGE
     )

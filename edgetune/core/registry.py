@@ -85,11 +85,11 @@ def load(path: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., Any]:
+def loader(table: Mapping[str, str], kind: str, source: str) -> Callable[..., Any]:
     """The loader of a source such as `tweets` or `csv:rows.csv`, with the part after the colon given first."""
     name, _, argument = source.partition(":")
     if name not in table:
-        raise unknown_source(table, what, source)
+        raise unknown_source_error(table, kind, source)
     load_source = load(table[name])
 
     def load_quietly(*rest: Any) -> Any:
@@ -99,19 +99,19 @@ def loader(table: Mapping[str, str], what: str, source: str) -> Callable[..., An
     return load_quietly
 
 
-def unknown_source(table: Mapping[str, str], what: str, source: str) -> EdgetuneError:
+def unknown_source_error(table: Mapping[str, str], kind: str, source: str) -> EdgetuneError:
     """What is wrong with a source of no known kind, and what was probably meant."""
     near = nearest_source(source, table, table is DATASETS)
     action = "download the file first, and give its path" if "://" in source and not near else ""
-    return EdgetuneError(f"unknown {what}", got=source, allowed=sorted(table), near=near, action=action)
+    return EdgetuneError(f"unknown {kind}", got=source, allowed=sorted(table), near=near, action=action)
 
 
-def technique(name: str) -> type[Technique]:
+def technique_class(name: str) -> type[Technique]:
     """The technique class of a recipe name."""
     if name not in TECHNIQUES:
         raise EdgetuneError("unknown technique", got=name, allowed=sorted(TECHNIQUES))
-    found: type[Technique] = load(TECHNIQUES[name])
-    return found
+    kind: type[Technique] = load(TECHNIQUES[name])
+    return kind
 
 
 def require(module: str, purpose: str) -> Any:

@@ -68,8 +68,8 @@ def validate(kind: type[Kind], value: Mapping[str, Any]) -> tuple[Kind | None, l
         made = kind.model_validate(value)
     except ValidationError as error:
         problems = problems_of(kind, error)
-    found = {problem.path for problem in problems}
-    problems += [problem for problem in _converted(kind, value) if problem.path not in found]
+    reported = {problem.path for problem in problems}
+    problems += [problem for problem in _converted(kind, value) if problem.path not in reported]
     return (None if problems else made), list(_merged(iter(problems)))
 
 
@@ -117,11 +117,11 @@ def _merged(problems: Iterator[Problem]) -> Iterator[Problem]:
     outer = {path[:length] for path in by_path for length in range(len(path))}
     by_path = {path: same for path, same in by_path.items() if path not in outer}
     for path, same in by_path.items():
-        what, kinds = same[0].what, [p.what.removeprefix("must be ") for p in same]
+        problem_text, kinds = same[0].what, [p.what.removeprefix("must be ") for p in same]
         if len(same) > 1 and all(p.what.startswith("must be ") for p in same):
-            what = "must be " + " or ".join(dict.fromkeys(kinds))
+            problem_text = "must be " + " or ".join(dict.fromkeys(kinds))
         allowed = tuple(dict.fromkeys(a for p in same for a in p.allowed))
-        yield Problem(path, what, same[0].got, allowed, same[0].action, same[0].near)
+        yield Problem(path, problem_text, same[0].got, allowed, same[0].action, same[0].near)
 
 
 def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:

@@ -114,13 +114,13 @@ class Split:
         """Tokens of each row after truncation, for batches of like length; `None` where rows are no texts."""
         if not self.task.texts or len(self) == 0:
             return None
-        found: list[int] = []
+        lengths: list[int] = []
         for start in range(0, len(self), 512):
             inputs = self.encoded(range(start, min(start + 512, len(self))))
             if not isinstance(inputs, dict) or "attention_mask" not in inputs:
                 return None
-            found.extend(inputs["attention_mask"].sum(1).tolist())
-        return tuple(found)
+            lengths.extend(inputs["attention_mask"].sum(1).tolist())
+        return tuple(lengths)
 
 
 def cache_folder() -> Path:
@@ -130,10 +130,10 @@ def cache_folder() -> Path:
 
 
 def data_error(
-    what: str, *, got: object = None, allowed: Sequence[str] = (), action: str = "", near: str | None = None
+    message: str, *, got: object = None, allowed: Sequence[str] = (), action: str = "", near: str | None = None
 ) -> EdgetuneError:
     """An error about the data, with exit code 3."""
-    return EdgetuneError(what, got=got, allowed=allowed, action=action, near=near, exit_code=Exit.DATA)
+    return EdgetuneError(message, got=got, allowed=allowed, action=action, near=near, exit_code=Exit.DATA)
 
 
 class BadRows:
@@ -141,33 +141,33 @@ class BadRows:
 
     def __init__(self, max_bad_rows_pct: float) -> None:
         self.max_bad_rows_pct = max_bad_rows_pct
-        self.found: list[tuple[str, str]] = []  # place, reason
+        self.rows: list[tuple[str, str]] = []  # place, reason
 
     def add(self, place: str, reason: str) -> None:
         """`place` as a person finds it: "row 12" (as an editor counts) or a path."""
-        self.found.append((place, reason))
+        self.rows.append((place, reason))
 
     def notes(self, total: int, source: str, reason: str = "cannot be read") -> tuple[str, ...]:
         """A note of what was left out, or `EdgetuneError` if it is more than allowed. `total` counts bad rows too."""
-        if not self.found:
+        if not self.rows:
             return ()
-        share = 100 * len(self.found) / max(total, 1)
+        share = 100 * len(self.rows) / max(total, 1)
         first = self._by_reason()
         if share > self.max_bad_rows_pct:
             action = "fix these rows, or raise data.max_bad_rows_pct"
-            if sum(reason == NOT_UTF8 for _, reason in self.found) > len(self.found) / 2:
+            if sum(reason == NOT_UTF8 for _, reason in self.rows) > len(self.rows) / 2:
                 action = "save the file as UTF-8; it is probably in Latin-1 or Windows-1252"
             raise data_error(
-                f"{source}: {len(self.found):,} of {total:,} rows {reason} "
+                f"{source}: {len(self.rows):,} of {total:,} rows {reason} "
                 f"({share:{'.0f' if share >= 10 else '.2g'}} %, allowed {self.max_bad_rows_pct:g} %): {first}",
                 action=action,
             )
-        return (f"left out {len(self.found):,} of {total:,} rows that {reason}: {first}",)
+        return (f"left out {len(self.rows):,} of {total:,} rows that {reason}: {first}",)
 
     def _by_reason(self, most: int = 5) -> str:
         """Each reason once, with the first place: "row 12 and 3 more: empty text"."""
         places: dict[str, list[str]] = {}
-        for place, reason in self.found:
+        for place, reason in self.rows:
             places.setdefault(reason, []).append(place)
         listed = [
             f"{first}{f' and {len(more):,} more' if more else ''}: {reason}"
@@ -193,7 +193,7 @@ def split_indices(
     groups: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest(), []).append(index)
-    label = {k: 0 if labels is None else min(labels[i] for i in found) for k, found in groups.items()}
+    label = {k: 0 if labels is None else min(labels[i] for i in indices) for k, indices in groups.items()}
     left = sorted(groups, key=lambda k: (label[k], k))
     kept = [k for n, k in enumerate(left) if n == 0 or label[left[n - 1]] != label[k]]
     left = sorted(set(left) - set(kept), key=lambda k: (label[k], k))
@@ -252,7 +252,7 @@ def classes_of(labels: Sequence[str]) -> tuple[str, ...]:
     >>> classes_of(["10", "9", "9"]), classes_of(["b", "a"])
     (('9', '10'), ('a', 'b'))
     """
-    found = set(labels)
-    numbers = all(label.lstrip("-").isdecimal() and label.count("-") < 2 for label in found)
+    names = set(labels)
+    numbers = all(label.lstrip("-").isdecimal() and label.count("-") < 2 for label in names)
     order: Callable[[str], Any] = (lambda label: (int(label), label)) if numbers else str
-    return tuple(sorted(found, key=order))
+    return tuple(sorted(names, key=order))

@@ -91,8 +91,8 @@ def _label(place: str, label: Any) -> str | float | None:
             raise data_error(f"{place}: the number to predict is not finite", got=float(label))
         return float(label)
     if label is not None and not isinstance(label, (str, int, np.integer)):
-        what = f"the label of {place} is neither a string nor a number"
-        raise data_error(what, got=type(label).__name__)
+        message = f"the label of {place} is neither a string nor a number"
+        raise data_error(message, got=type(label).__name__)
     return None if label is None else str(label)
 
 

@@ -45,8 +45,8 @@ def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:
     grey = (grey.mean(dim=3) if grey.dim() == 4 else grey)[:, None]
     if grey.shape[2:] != (image_px, image_px):
         grey = F.interpolate(grey, size=(image_px, image_px), mode="bilinear", antialias=True)
-    found: NDArray[np.float32] = grey[:, 0].numpy()
-    return found
+    squares: NDArray[np.float32] = grey[:, 0].numpy()
+    return squares
 
 
 def too_many_bits(image: Any) -> str:

@@ -145,7 +145,7 @@ def from_hub(argument: str, settings: DataSettings) -> Dataset:
 def from_splits(name: str, tables: dict[str, Any], settings: DataSettings) -> Dataset:
     """The same from tables of the `datasets` library that are already loaded, by the names of their splits."""
     bad = BadRows(settings.max_bad_rows_pct)
-    found: dict[str, list[Record]] = {}
+    parts: dict[str, list[Record]] = {}
     total = 0
     for split, table in tables.items():
         part = "validation" if split in _VALIDATION_NAMES else split
@@ -157,14 +157,14 @@ def from_splits(name: str, tables: dict[str, Any], settings: DataSettings) -> Da
         if part == "test" and names is not None and settings.label and set(values[-1]) <= {-1, None}:
             continue  # the labels of this test set are withheld
         total += len(table)
-        records = found.setdefault(part, [])
+        records = parts.setdefault(part, [])
         for row, cells in enumerate(zip(*values, strict=True), start=1):
             if names is not None:
                 cells = (*cells[:-1], _by_name(cells[-1], names))
             keep(records, bad, f"{split}, row {row}", cells, settings)
-    if "train" not in found:
+    if "train" not in parts:
         raise data_error(f"{name} has no split called train", got=", ".join(tables))
-    return finish(name, found.pop("train"), bad, total, settings, found)
+    return finish(name, parts.pop("train"), bad, total, settings, parts)
 
 
 def _existing(argument: str, kind: str) -> Path:
@@ -204,14 +204,14 @@ def _header(text: str, path: Path, settings: DataSettings) -> tuple[list[str], s
         raise data_error(
             f"{path.name} is JSON, not a table", action="write one object per line, and jsonl: instead of csv:"
         )
-    found = []
+    candidates = []
     for delimiter in ",;\t":
         try:
             cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
         except csv.Error as error:
             raise data_error(f"{path.name} has no readable header ({error})") from error
-        found.append(([name.strip() for name in cells], delimiter))
-    header, delimiter = max(found, key=lambda item: sum(name in item[0] for name in settings.columns))
+        candidates.append(([name.strip() for name in cells], delimiter))
+    header, delimiter = max(candidates, key=lambda item: sum(name in item[0] for name in settings.columns))
     _check_columns(path.name, header, settings)
     return header, delimiter
 

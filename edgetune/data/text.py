@@ -183,7 +183,7 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
             texts.setdefault(text, lines[0].lower())
     rows = Rows(list(texts))
     parts = split_rows(list(texts.values()), rows, settings)
-    notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.found) - len(texts):,} exact duplicates")
+    notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.rows) - len(texts):,} exact duplicates")
     return assemble("conversations", CausalLM(), parts, settings, notes)
 
 

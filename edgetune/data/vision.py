@@ -203,7 +203,7 @@ def _image_parts(
         lacking = tuple(part for part in ("test", "validation") if part not in read)
         cut = split_indices(keys, train.labels, settings, lacking)
         given = {part: rows for part, (rows, _) in read.items()}
-        given.update({part: train.subset(found) for part, found in zip(lacking, cut[1:], strict=True)})
+        given.update({part: train.subset(indices) for part, indices in zip(lacking, cut[1:], strict=True)})
         shared = len(set(keys) & set(read["test"][1])) if "test" in read else 0
         if shared:
             notes = (*notes, f"{shared:,} test images are also among the training rows")

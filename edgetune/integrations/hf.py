@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.registry import require
 from edgetune.integrations.inside import announce, finalize_inside
-from edgetune.train.reached import Reached
+from edgetune.train.reached import GradientWatch
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -22,10 +22,10 @@ def callback() -> TrainerCallback:
     """
     base: Any = require("transformers", "the Trainer callback").TrainerCallback
 
-    class EdgetuneCallback(base):  # type: ignore[misc]
+    class EdgetuneTrainerCallback(base):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             announce(kwargs["model"])
-            self.reached = Reached(kwargs["model"]).start()
+            self.reached = GradientWatch(kwargs["model"]).start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.reached.step(last=state.global_step == state.max_steps)
@@ -37,5 +37,5 @@ def callback() -> TrainerCallback:
             self.reached.stop()
             finalize_inside(kwargs["model"])
 
-    made: TrainerCallback = EdgetuneCallback()
+    made: TrainerCallback = EdgetuneTrainerCallback()
     return made

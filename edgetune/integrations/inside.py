@@ -29,9 +29,9 @@ def announce(root: nn.Module) -> str:
         raise EdgetuneError("no parameter of the model is trainable", action="apply lora or sparse-update")
     share = 100 * trainable / total
     share_pct = f"{share:{'.0f' if share >= 10 else '.2g'}}"
-    said = f"{', '.join(names)}: {trainable:,} of {total:,} parameters train ({share_pct} %)"
-    _log.info(said)
-    return said
+    summary = f"{', '.join(names)}: {trainable:,} of {total:,} parameters train ({share_pct} %)"
+    _log.info(summary)
+    return summary
 
 
 def finalize_inside(root: nn.Module) -> None:

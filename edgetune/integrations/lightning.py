@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.registry import require
 from edgetune.integrations.inside import announce, finalize_inside
-from edgetune.train.reached import Reached
+from edgetune.train.reached import GradientWatch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -21,10 +21,10 @@ def callback() -> Callback:
     """
     base: Any = require("lightning.pytorch", "the Lightning callback").Callback
 
-    class EdgetuneCallback(base):  # type: ignore[misc]
+    class EdgetuneLightningCallback(base):  # type: ignore[misc]
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             announce(pl_module)
-            self.reached, self.steps = Reached(pl_module).start(), trainer.global_step
+            self.reached, self.steps = GradientWatch(pl_module).start(), trainer.global_step
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             if trainer.global_step > self.steps:  # batches may be accumulated
@@ -38,5 +38,5 @@ def callback() -> Callback:
             self.reached.stop()
             finalize_inside(pl_module)
 
-    made: Callback = EdgetuneCallback()
+    made: Callback = EdgetuneLightningCallback()
     return made

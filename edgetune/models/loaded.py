@@ -153,9 +153,9 @@ def room_for(max_length: int, positions: int | None) -> None:
 def licence_of(package: str) -> str:
     """What an installed package says its licence is; empty where it says nothing."""
     try:
-        known = metadata.metadata(package)
+        fields = metadata.metadata(package)
     except metadata.PackageNotFoundError:
         return ""
-    told = [known[field] for field in ("License-Expression", "License") if field in known]
+    values = [fields[field] for field in ("License-Expression", "License") if field in fields]
     # some packages put the whole text there
-    return next((line for line in told if line not in ("", "UNKNOWN") and "\n" not in line), "")
+    return next((line for line in values if line not in ("", "UNKNOWN") and "\n" not in line), "")

@@ -30,9 +30,9 @@ def text_preprocessing(tokenizer: Any, max_length: int, *, ending: str = "") -> 
     )
 
 
-def _wordpiece(told: dict[str, Any]) -> WordPiece | None:
+def _wordpiece(tokenizer: dict[str, Any]) -> WordPiece | None:
     """The few settings of a BERT tokenizer; `None` where any part of it is of another kind."""
-    parts = {name: told.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer", "post_processor")}
+    parts = {name: tokenizer.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer", "post_processor")}
     kinds = [parts[name].get("type") for name in ("model", "normalizer", "pre_tokenizer")]
     around = _around(parts["post_processor"])
     if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"] or around is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import matches, no_match
+from edgetune.core.layers import matches, no_match_error
 from edgetune.core.modes import same_trainability, undisturbed
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.prune.attention import attention_names, called
@@ -107,7 +107,7 @@ class Prune(Technique):
         names = [name for name, _ in model.named_modules() if name]
         for pattern in self.skip:
             if not any(matches(name, [pattern]) for name in names):
-                raise no_match("skip: the pattern matches no layer", pattern, names)
+                raise no_match_error("skip: the pattern matches no layer", pattern, names)
 
     def _kinds(self, model: nn.Module) -> frozenset[Kind]:
         has_attention = bool(attention_names(model))

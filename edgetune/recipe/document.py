@@ -173,10 +173,10 @@ class _Reading:
         self.places: dict[Place, str] = {}
         self.errors: list[EdgetuneError] = []
 
-    def error(self, node: yaml.Node, path: Place, what: str, got: object = None, action: str = "") -> None:
+    def error(self, node: yaml.Node, path: Place, message: str, got: object = None, action: str = "") -> None:
         where = ", ".join([self.name, f"line {node.start_mark.line + 1}", *([dotted(path)] if path else [])])
         shown = got[:40] + "..." if isinstance(got, str) and len(got) > 40 else got
-        self.errors.append(EdgetuneError(what, where=where, got=shown, action=action))
+        self.errors.append(EdgetuneError(message, where=where, got=shown, action=action))
 
     def value(self, node: yaml.Node, path: Place) -> Any:
         self.nodes += 1
@@ -194,7 +194,7 @@ class _Reading:
         return self.scalar(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: Place) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge" or key.value == "<<":
                 self.error(key, path, "merge keys (<<) are not supported", action="write the values out")
@@ -202,14 +202,14 @@ class _Reading:
                 self.error(
                     key, path, "a key must be text", got=key.value if isinstance(key.value, str) else "a collection"
                 )
-            elif key.value in found:
+            elif key.value in values:
                 inner = (*path, key.value)
                 self.error(key, inner, f"given twice, first in {self.places[inner]}", action="remove one")
             else:
                 inner = (*path, key.value)
                 self.places[inner] = f"line {key.start_mark.line + 1}"
-                found[key.value] = self.value(value, inner)
-        return found
+                values[key.value] = self.value(value, inner)
+        return values
 
     def scalar(self, node: yaml.Node, path: Place) -> Any:
         text, tag = str(node.value), node.tag

@@ -72,7 +72,7 @@ def new_recipe(
     """
     for table, kind, source in ((registry.MODELS, "model", model), (registry.DATASETS, "data", data)):
         if source.partition(":")[0] not in table:
-            raise registry.unknown_source(table, kind, source)
+            raise registry.unknown_source_error(table, kind, source)
     columns = _columns(data, task, text, label)
     settings = DataSettings.model_validate({"source": data, **columns})
     dataset: Dataset = registry.loader(registry.DATASETS, "data", data)(settings)

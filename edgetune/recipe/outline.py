@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from edgetune.core.order import planned
+from edgetune.core.order import plan_steps
 from edgetune.recipe.recipe import Recipe
 from edgetune.recipe.sections import CHECK_ROWS
 
 
 @dataclass(frozen=True)
-class Line:
+class OutlineLine:
     """One thing that a run will do. `step` is the recipe's step, from one; `None`: implied by the order."""
 
     step: int | None
@@ -21,27 +21,27 @@ class Line:
     detail: str
 
 
-def outline(recipe: Recipe) -> tuple[Line, ...]:
+def outline(recipe: Recipe) -> tuple[OutlineLine, ...]:
     """Everything a run of the recipe does, in order."""
-    lines: list[Line] = []
-    plan = planned([step.settings for step in recipe.steps])
+    lines: list[OutlineLine] = []
+    plan = plan_steps([step.settings for step in recipe.steps])
     for move in plan:
         step = recipe.steps[move.index]
         if move.implied:
-            lines.append(Line(None, "finalize", f"{joined(move.finalizes)}; {move.reason}"))
+            lines.append(OutlineLine(None, "finalize", f"{joined(move.finalizes)}; {move.reason}"))
         else:
-            lines.append(Line(move.index + 1, step.name, joined(move.finalizes) or in_words(step.settings)))
+            lines.append(OutlineLine(move.index + 1, step.name, joined(move.finalizes) or in_words(step.settings)))
     if plan and plan[-1].open:
-        lines.append(Line(None, "finalize", joined(reversed(plan[-1].open))))
+        lines.append(OutlineLine(None, "finalize", joined(reversed(plan[-1].open))))
     if recipe.export:
-        lines.append(Line(None, "export", recipe.export.target))
+        lines.append(OutlineLine(None, "export", recipe.export.target))
         most = recipe.export.rows_to_check(CHECK_ROWS)
         rows = f"{most} held-out rows" if recipe.export.check_rows else f"up to {most} held-out rows"
-        lines.append(Line(None, "verify", f"{rows}, program compared with eager model"))
+        lines.append(OutlineLine(None, "verify", f"{rows}, program compared with eager model"))
     if recipe.profile:
         host = ["this host, measured"] if recipe.profile.measure and recipe.export else []
-        lines.append(Line(None, "profile", joined([*host, *recipe.profile.devices])))
-    lines += [Line(None, "budget", in_words(budget)) for budget in recipe.budget]
+        lines.append(OutlineLine(None, "profile", joined([*host, *recipe.profile.devices])))
+    lines += [OutlineLine(None, "budget", in_words(budget)) for budget in recipe.budget]
     return tuple(lines)
 
 

@@ -27,15 +27,15 @@ def from_text(settings: Iterable[str]) -> dict[str, Any]:
     >>> from_text(["train.epochs=2", "lora.targets=['*.query']", "name=x"])
     {'train.epochs': 2, 'lora.targets': ['*.query'], 'name': 'x'}
     """
-    found: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise EdgetuneError("an override has the form key=value", got=setting, action="for example train.epochs=2")
-        if key.strip() in found:
+        if key.strip() in overrides:
             raise EdgetuneError("the override is given twice", got=key.strip())
-        found[key.strip()] = read(text, f"override {setting}").value
-    return found
+        overrides[key.strip()] = read(text, f"override {setting}").value
+    return overrides
 
 
 def overridden(
@@ -91,13 +91,13 @@ def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[Place]:
         below = below[1:] if position is None else below
         return [("steps", at, steps[at], *(below[1:] if below[:1] == (steps[at],) else below))]
     if name in steps:
-        found = [index for index, step in enumerate(steps) if step == name]
-        if position is not None and not 1 <= position <= len(found):
-            allowed = [f"{name}[{count + 1}]" for count in range(len(found))]
+        positions = [index for index, step in enumerate(steps) if step == name]
+        if position is not None and not 1 <= position <= len(positions):
+            allowed = [f"{name}[{count + 1}]" for count in range(len(positions))]
             raise EdgetuneError(
                 f"no such step {name}; they are numbered from 1", got=f"{name}[{position}]", allowed=allowed
             )
-        return [("steps", i, name, *below) for i in (found if position is None else [found[position - 1]])]
+        return [("steps", i, name, *below) for i in (positions if position is None else [positions[position - 1]])]
     if name not in top:
         allowed = [*dict.fromkeys(filter(None, steps)), *top]
         near = nearest(name, allowed, cutoff=0.75) or _field_of_step(name, steps)
@@ -122,10 +122,10 @@ def _steps(values: dict[str, Any]) -> list[Any]:
 
 def _segment(part: str) -> tuple[str, int | None]:
     """`train[2]` as ("train", 2)."""
-    found = re.fullmatch(r"([^\[\]]+)(?:\[(\d+)\])?", part)
-    if not found:
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(\d+)\])?", part)
+    if not match:
         raise EdgetuneError("not a dotted key", got=part, action="for example train.epochs, or train[2].epochs")
-    return found[1], int(found[2]) if found[2] else None
+    return match[1], int(match[2]) if match[2] else None
 
 
 def _set(values: Any, path: Place, value: Any) -> None:

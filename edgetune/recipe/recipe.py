@@ -15,10 +15,10 @@ from pydantic import Field
 
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.order import planned
+from edgetune.core.order import plan_steps
 from edgetune.core.other_names import nearest, nearest_file
 from edgetune.core.places import Errors, Place, dotted, raise_all
-from edgetune.core.technique import StepSettings, fitted
+from edgetune.core.technique import Settings, StepSettings, fitted
 from edgetune.core.validated import Problem, fields_of, validate
 from edgetune.data.settings import DataSettings
 from edgetune.models.loaded import ModelSettings
@@ -26,7 +26,7 @@ from edgetune.recipe.document import Document, read, read_file
 from edgetune.recipe.located import located
 from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, ids
 from edgetune.recipe.overrides import VARIANT, overridden
-from edgetune.recipe.sections import Budget, ExportSettings, ProfileSettings, Section, Step
+from edgetune.recipe.sections import Budget, ExportSettings, ProfileSettings, Step
 
 NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
 
@@ -41,7 +41,7 @@ NO_RECIPES = {  # by suffix, and what to do instead
 }
 
 
-class Recipe(Section):
+class Recipe(Settings):
     """A whole job: model, data, ordered steps, and what to do with the result."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
@@ -138,8 +138,8 @@ def from_plain(plain: Mapping[str, Any], name: str = "recipe", overrides: Mappin
 def from_document(document: Document, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Override and check plain values whose lines are known."""
     if not isinstance(document.value, dict):
-        what = "a recipe is a mapping"
-        raise EdgetuneError(what, where=document.name, got=document.value, allowed=Recipe.model_fields)
+        message = "a recipe is a mapping"
+        raise EdgetuneError(message, where=document.name, got=document.value, allowed=Recipe.model_fields)
     document, errors = overridden(_long_form(document), overrides or {}, list(Recipe.model_fields))
     document = _long_form(document)
     checking = _Checking(document)
@@ -210,7 +210,7 @@ class _Checking:
         values = self.document.value
         steps = self.steps(values["steps"])
         head = {key: value for key, value in values.items() if key != "steps"}
-        found, problems = validate(Recipe, {**head, "steps": []})
+        recipe, problems = validate(Recipe, {**head, "steps": []})
         for problem in problems:
             error = problem.at(self.where(problem.path))
             error.action = error.action or _place_instead(problem, values)
@@ -218,19 +218,19 @@ class _Checking:
         self.order(steps)
         self.sources(values)
         self.devices(values)
-        self.reachable(found, steps)
+        self.reachable(recipe, steps)
         self.variants(values.get("variants"))
         self.errors.sort(key=lambda error: _line(error.where))
         complete = [step for _, _, step in steps if step is not None]
         settings = fitted([step.settings for step in complete])
         fitting = tuple(Step(name=step.name, settings=each) for step, each in zip(complete, settings, strict=True))
-        return None if found is None else found.model_copy(update={"steps": fitting})
+        return None if recipe is None else recipe.model_copy(update={"steps": fitting})
 
     def where(self, path: Place) -> str:
         """`recipe.yaml, line 4, data.train_rows`."""
-        place, found = self.document.place(path)
+        place, located_path = self.document.place(path)
         named = [key for key in path if isinstance(key, str)]
-        shown = found if list(found) == named else path
+        shown = located_path if list(located_path) == named else path
         return ", ".join(part for part in (self.document.name, place, dotted(shown)) if part)
 
     def where_step(self, index: int, name: str = "", path: Place = ()) -> str:
@@ -242,28 +242,28 @@ class _Checking:
     def steps(self, plain: Any) -> list[tuple[int, str, Step | None]]:
         """Index, name and step of every step whose name is known; the step is `None` if its settings are wrong."""
         if not isinstance(plain, list) or not plain:
-            what = "must be a list of steps" if plain else "a recipe needs at least one step"
+            message = "must be a list of steps" if plain else "a recipe needs at least one step"
             action = "begin each step with a dash, as in `- train`"
             where = self.where(("steps",))
             self.errors.append(
-                EdgetuneError(what, where=where, got=plain or None, allowed=step_names(), action=action, near="")
+                EdgetuneError(message, where=where, got=plain or None, allowed=step_names(), action=action, near="")
             )
             return []
-        found = []
+        steps = []
         for index, step in enumerate(plain):
             if not isinstance(step, dict) or len(step) != 1 or not isinstance(next(iter(step)), str):
                 got = list(step) if isinstance(step, dict) else step
                 action = _mended_step(got) or "write `- name`, or `- name: {setting: value}`; a dash before every step"
-                what = "a step is one name with its settings"
-                self.errors.append(EdgetuneError(what, where=self.where_step(index), got=got, action=action))
+                message = "a step is one name with its settings"
+                self.errors.append(EdgetuneError(message, where=self.where_step(index), got=got, action=action))
                 continue
             name, settings = next(iter(step.items()))
             if name not in step_names():
                 where = self.where_step(index)
                 self.errors.append(EdgetuneError("unknown step", where=where, got=name, allowed=step_names()))
                 continue
-            found.append((index, name, self.step(index, name, settings)))
-        return found
+            steps.append((index, name, self.step(index, name, settings)))
+        return steps
 
     def step(self, index: int, name: str, settings: Any) -> Step | None:
         kind = settings_class(name)
@@ -281,7 +281,7 @@ class _Checking:
         """What may follow what; read from the classes, so it is reported together with wrong settings."""
         kinds = [settings_class(name) for _, name, _ in steps]
         try:
-            planned(kinds, place=lambda n: self.where_step(*steps[n][:2]))
+            plan_steps(kinds, place=lambda n: self.where_step(*steps[n][:2]))
         except EdgetuneError as error:
             self.errors += error.errors if isinstance(error, Errors) else [error]
         for n, (index, name, step) in enumerate(steps):
@@ -292,9 +292,9 @@ class _Checking:
         distill = getattr(step.settings, "distill", None) if step is not None else None
         name = getattr(distill, "teacher", None)
         if isinstance(name, str) and name not in earlier:
-            what = "the teacher is the model just before an earlier step"
+            message = "the teacher is the model just before an earlier step"
             self.errors.append(
-                EdgetuneError(what, where=f"{where}.distill.teacher", got=name, allowed=list(dict.fromkeys(earlier)))
+                EdgetuneError(message, where=f"{where}.distill.teacher", got=name, allowed=list(dict.fromkeys(earlier)))
             )
 
     def sources(self, values: dict[str, Any]) -> None:
@@ -302,19 +302,21 @@ class _Checking:
         for key, table in (("model", registry.MODELS), ("data", registry.DATASETS)):
             source = values[key].get("source") if isinstance(values.get(key), dict) else None
             if isinstance(source, str) and source.partition(":")[0] not in table:
-                self.errors.append(registry.unknown_source(table, key, source).within(self.where((key, "source"))))
+                self.errors.append(
+                    registry.unknown_source_error(table, key, source).within(self.where((key, "source")))
+                )
 
     def devices(self, values: dict[str, Any]) -> None:
         """Every device is known, `host`, or the path of a descriptor."""
         profile, budgets = values.get("profile"), values.get("budget")
         named = profile.get("devices") if isinstance(profile, dict) else None
-        found: list[tuple[Place, Any]] = [
+        named_devices: list[tuple[Place, Any]] = [
             (("profile", "devices", i), d) for i, d in enumerate(named if isinstance(named, list) else [])
         ]
         for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
-            found += [(("budget", index, "device"), budget.get("device"))] if isinstance(budget, dict) else []
+            named_devices += [(("budget", index, "device"), budget.get("device"))] if isinstance(budget, dict) else []
         allowed = dict.fromkeys([*ids(), HOST])
-        for path, name in found:
+        for path, name in named_devices:
             if isinstance(name, str) and name not in allowed and not name.endswith(SUFFIX):
                 self.errors.append(EdgetuneError("unknown device", where=self.where(path), got=name, allowed=allowed))
 
@@ -327,28 +329,31 @@ class _Checking:
             target = recipe.export.target
             self.errors.append(EdgetuneError("unknown target", where=where, got=target, allowed=TARGET_NAMES))
         self.talking(recipe)
-        told = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
+        profiled = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
         for index, budget in enumerate(recipe.budget):
             needs = {
-                "latency_ms": (budget.device in told, f"add export, and {budget.device} under profile.devices"),
-                "peak_memory_mib": (budget.device in told, f"add export, and {budget.device} under profile.devices"),
+                "latency_ms": (budget.device in profiled, f"add export, and {budget.device} under profile.devices"),
+                "peak_memory_mib": (
+                    budget.device in profiled,
+                    f"add export, and {budget.device} under profile.devices",
+                ),
                 "size_mib": (recipe.export is not None, "add export"),
                 "train_memory_mib": (any(name == "train" for _, name, _ in steps), "add a train step"),
             }
-            for limit, (known, action) in needs.items():
-                if getattr(budget, limit) is not None and not known:
+            for limit, (provided, action) in needs.items():
+                if getattr(budget, limit) is not None and not provided:
                     where = self.where(("budget", index, limit))
-                    what = "nothing in the recipe provides this value"
-                    self.errors.append(EdgetuneError(what, where=where, action=action))
+                    message = "nothing in the recipe provides this value"
+                    self.errors.append(EdgetuneError(message, where=where, action=action))
 
     def talking(self, recipe: Recipe) -> None:
         """Whether the model can be a language model, as far as its name tells; the rest is known when it is loaded."""
         if recipe.export is None or not recipe.export.language:
             return
         if recipe.model.source.partition(":")[0] in NOT_LANGUAGE:
-            what = f"{recipe.model.source} is not a causal language model, so its program cannot generate text"
+            message = f"{recipe.model.source} is not a causal language model, so its program cannot generate text"
             action = "leave export.language out, or choose the model smollm2 or hf:PATH"
-            self.errors.append(EdgetuneError(what, where=self.where(("export", "language")), action=action))
+            self.errors.append(EdgetuneError(message, where=self.where(("export", "language")), action=action))
 
     def variants(self, plain: Any) -> None:
         """Every key of every variant must mean something, chosen or not."""
@@ -372,5 +377,5 @@ def settings_class(name: str) -> type[StepSettings]:
 
 def _line(where: str) -> int:
     """The line number in an error's place, for sorting; 0 for an override."""
-    found = re.search(r"\bline (\d+)", where)
-    return int(found[1]) if found else 0
+    match = re.search(r"\bline (\d+)", where)
+    return int(match[1]) if match else 0

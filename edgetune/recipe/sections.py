@@ -14,10 +14,6 @@ LANGUAGE_CHECK_ROWS = 8  # a text takes a language program as long as a hundred 
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Section(Settings):
-    """Base of every part of a recipe: immutable, no unknown fields."""
-
-
 class Finalize(StepSettings):
     """Finalize every applied technique: merge, freeze, pack. It has no settings, and runs automatically where
     needed."""
@@ -26,7 +22,7 @@ class Finalize(StepSettings):
     closes: ClassVar[bool] = True
 
 
-class Step(Section):
+class Step(Settings):
     """One step: its recipe name and the settings object."""
 
     name: str
@@ -35,7 +31,7 @@ class Step(Section):
     """What that step takes."""
 
 
-class ExportSettings(Section):
+class ExportSettings(Settings):
     """How to export the model. Without this section, nothing is exported."""
 
     target: str = "xnnpack"
@@ -55,8 +51,8 @@ class ExportSettings(Section):
     @model_validator(mode="after")
     def _cache_is_of_use(self) -> ExportSettings:
         if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
-            what = "max_tokens is the cache size of a text-generation program, but language is false"
-            raise EdgetuneError(what, got=self.max_tokens, action="add language: true, or leave max_tokens out")
+            message = "max_tokens is the cache size of a text-generation program, but language is false"
+            raise EdgetuneError(message, got=self.max_tokens, action="add language: true, or leave max_tokens out")
         return self
 
     def rows_to_check(self, available: int) -> int:
@@ -66,7 +62,7 @@ class ExportSettings(Section):
         return min(LANGUAGE_CHECK_ROWS if self.language else CHECK_ROWS, available)
 
 
-class ProfileSettings(Section):
+class ProfileSettings(Settings):
     """Devices for which the program is profiled."""
 
     devices: tuple[str, ...] = ()
@@ -75,7 +71,7 @@ class ProfileSettings(Section):
     """Also time the program on this machine."""
 
 
-class Budget(Section):
+class Budget(Settings):
     """Limits for one device. At least one limit is needed."""
 
     device: str

@@ -148,20 +148,20 @@ def span(rows: Sequence[Row], group: Sequence[int]) -> str:
 
 def kept_for_backward(ledger: Ledger) -> Figure | None:
     """MiB of activations that one training batch keeps, per step."""
-    rows = [row for row in ledger.rows if finite(row.backward_kept_mib) is not None]
+    rows = [row for row in ledger.rows if finite(row.saved_for_backward_mib) is not None]
     if not rows:
         return None
     bars = horizontal(
         [f"{row.index} {row.step}" for row in rows],
-        [finite(row.backward_kept_mib) for row in rows],
+        [finite(row.saved_for_backward_mib) for row in rows],
         TEAL,
-        [f" {number(row.backward_kept_mib)}" for row in rows],
+        [f" {number(row.saved_for_backward_mib)}" for row in rows],
     )
     bars["customdata"] = [
         [label(row.detail, 60), count(row.trainable_parameters), seconds(row.seconds)] for row in rows
     ]
     bars["hovertemplate"] = "<b>%{y}</b><br>%{customdata[0]}<br>%{customdata[1]} trainable<extra></extra>"
-    told = "; ".join(f"{row.index} {row.step}: {number(row.backward_kept_mib)} MiB" for row in rows)
+    told = "; ".join(f"{row.index} {row.step}: {number(row.saved_for_backward_mib)} MiB" for row in rows)
     layout = {
         "height": max(380, height_of(len(rows))),
         "xaxis": axis("MiB", rangemode="tozero", range=[0, room_for_text(bars["x"])]),

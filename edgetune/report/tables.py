@@ -110,7 +110,7 @@ def step_table(ledger: Ledger) -> Table:
     rows = tuple(step_row(ledger.rows, place) for place in range(len(ledger.rows)))
     notes = grouped_notes((str(row.index), row.note) for row in ledger.rows)
     notes.insert(0, measured_on(metric) if metric else "No quality was measured.")
-    if any(not row.note and None in (row.quality, row.macs, row.backward_kept_mib) for row in ledger.rows):
+    if any(not row.note and None in (row.quality, row.macs, row.saved_for_backward_mib) for row in ledger.rows):
         notes.append(f"{DASH}: not measured.")
     return Table("steps", "Step by step", columns, rows, tuple(notes))
 
@@ -147,7 +147,7 @@ def step_row(rows: tuple[Row, ...], place: int) -> tuple[Cell, ...]:
         change_cell(row.quality, rows[0].quality) if place else Cell(DASH, "faint"),
         change_cell(row.quality, rows[place - 1].quality) if place else Cell(DASH, "faint"),
         *cells(count(row.parameters), count(row.trainable_parameters), number(row.size_mib), count(row.macs)),
-        *cells(number(row.backward_kept_mib), seconds(row.seconds)),
+        *cells(number(row.saved_for_backward_mib), seconds(row.seconds)),
     )
 
 

@@ -24,7 +24,7 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
     call = f"predicted for {predicted.call}" if predicted and predicted.call else "predicted"
     trainings = [t.peak_memory_mib for t in ledger.trainings if t.peak_memory_mib is not None]
     program = ledger.program
-    found = {
+    results = {
         "latency_ms": (
             predicted.latency_ms if predicted else None,
             f"{call}; the lowest reachable value is the low end of its interval",
@@ -41,7 +41,7 @@ def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[floa
         "latency_ms": predicted.latency_low_ms if predicted else None,
         "train_memory_mib": max(least_training_mib, default=None),
     }
-    for quantity, (value, note) in found.items():
+    for quantity, (value, note) in results.items():
         limit = getattr(budget, quantity)
         if limit is None:
             continue

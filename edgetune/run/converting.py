@@ -144,8 +144,8 @@ def _carried(source: str, model: nn.Module, encode: Any, config: Any) -> Carried
     """What an app needs: how inputs are made, and the model's own names of its classes where it chooses one."""
     from edgetune.data.dataset import Dataset
     from edgetune.data.rows import Rows
-    from edgetune.models.carrying import carried
     from edgetune.models.loaded import Loaded
+    from edgetune.models.metadata import describe_io
     from edgetune.tasks.causal_lm import CausalLM
     from edgetune.tasks.image_classification import ImageClassification
     from edgetune.tasks.task import Task
@@ -165,7 +165,7 @@ def _carried(source: str, model: nn.Module, encode: Any, config: Any) -> Carried
     pictures = hasattr(encode, "image_px")
     task: type[Task] = ImageClassification if pictures else TextClassification if labels else CausalLM
     none = Rows([])
-    described = carried(Loaded(source, model, encode), Dataset("", task(labels), none, none, none))
+    described = describe_io(Loaded(source, model, encode), Dataset("", task(labels), none, none, none))
     if not labels:  # tokens, spans or vectors come out: nothing here says what they mean
         described = described.model_copy(update={"task": "", "postprocessing": None})
     return described
@@ -199,8 +199,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = state.get("state_dict", state)  # a checkpoint of Lightning
         model.load_state_dict(state)
     except Exception as error:  # damaged files raise almost anything; load_state_dict lists what does not fit
-        what = f"the weights do not fit the model: {' '.join(str(error).split())[:400]}"
-        raise EdgetuneError(what, got=str(path), action="give the state dict of this module") from error
+        message = f"the weights do not fit the model: {' '.join(str(error).split())[:400]}"
+        raise EdgetuneError(message, got=str(path), action="give the state dict of this module") from error
 
 
 def _given(inputs: str) -> list[Inputs]:

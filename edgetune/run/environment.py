@@ -110,15 +110,15 @@ def _extras() -> dict[str, tuple[str, ...]]:
         required = metadata.requires("edgetune") or []
     except metadata.PackageNotFoundError:
         return {}
-    found: dict[str, list[str]] = {}
+    missing_by_extra: dict[str, list[str]] = {}
     for requirement in required:
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         if extra and name and name[0] != "edgetune":
-            missing = found.setdefault(extra[1], [])
+            missing = missing_by_extra.setdefault(extra[1], [])
             if _version(name[0]) is None:
                 missing.append(name[0])
-    return {extra: tuple(missing) for extra, missing in found.items()}
+    return {extra: tuple(missing) for extra, missing in missing_by_extra.items()}
 
 
 def _targets() -> dict[str, str]:
@@ -133,29 +133,24 @@ def _targets() -> dict[str, str]:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {}
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    targets: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return targets
 
 
-def as_text(found: Environment) -> str:
+def as_text(env: Environment) -> str:
     """The environment as lines for a terminal."""
     lines = [
-        f"edgetune {found.versions['edgetune']}, Python {found.python}, {found.platform} ({sys.executable})",
-        f"cpu: {found.cpu}, {found.cores} cores usable; {' '.join(found.cpu_flags) or 'flags unknown'}",
-        f"memory: {found.memory_mib} MiB usable" if found.memory_mib else "memory: unknown",
-        f"accelerators: {', '.join(found.accelerators) or 'none'}",
+        f"edgetune {env.versions['edgetune']}, Python {env.python}, {env.platform} ({sys.executable})",
+        f"cpu: {env.cpu}, {env.cores} cores usable; {' '.join(env.cpu_flags) or 'flags unknown'}",
+        f"memory: {env.memory_mib} MiB usable" if env.memory_mib else "memory: unknown",
+        f"accelerators: {', '.join(env.accelerators) or 'none'}",
         "versions:",
-        *(f"  {name} {version or 'not installed'}" for name, version in found.versions.items() if name != "edgetune"),
+        *(f"  {name} {version or 'not installed'}" for name, version in env.versions.items() if name != "edgetune"),
         "extras:",
-        *(
-            f"  {extra}: {'missing ' + ', '.join(rest) if rest else 'installed'}"
-            for extra, rest in found.extras.items()
-        ),
+        *(f"  {extra}: {'missing ' + ', '.join(rest) if rest else 'installed'}" for extra, rest in env.extras.items()),
         "targets:",
-        *(f"  {target}: {reason}" for target, reason in found.targets.items()),
-        *([] if found.targets else ['  none: pip install "edgetune[export]"']),
-        "this host: calibrated"
-        if found.host_calibrated
-        else "this host: not calibrated (`edgetune devices calibrate`)",
+        *(f"  {target}: {reason}" for target, reason in env.targets.items()),
+        *([] if env.targets else ['  none: pip install "edgetune[export]"']),
+        "this host: calibrated" if env.host_calibrated else "this host: not calibrated (`edgetune devices calibrate`)",
     ]
     return "\n".join(lines)

@@ -27,7 +27,7 @@ CACHE_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Talk:
+class GenerationSettings:
     """What makes of a language model a program that talks, instead of one for a window of tokens."""
 
     tokenizer: Any
@@ -42,7 +42,7 @@ class Exportable:
     model: nn.Module
     example: Inputs
     check_inputs: Sequence[Inputs] | None = None
-    talk: Talk | None = None
+    generation: GenerationSettings | None = None
     min_same_prediction_pct: float = 99.0
     carried: Carried | None = None  # None: nobody knows how its inputs are made
     ledger: Ledger | None = None  # of the run it comes from
@@ -51,48 +51,48 @@ class Exportable:
     one_row: bool = True  # the program takes one row; else the example as it stands
 
 
-def with_cache(found: Exportable, max_tokens: int | None) -> Exportable:
+def with_cache(source: Exportable, max_tokens: int | None) -> Exportable:
     """With so many places in its cache; raises for a model that is not to talk."""
     if max_tokens is None:
-        return found
-    if found.talk is None:
+        return source
+    if source.generation is None:
         raise EdgetuneError(
             "max_tokens is the cache size of a text-generation program",
             got=max_tokens,
             action="add --language, or leave it out",
         )
-    return replace(found, talk=replace(found.talk, max_tokens=max_tokens))
+    return replace(source, generation=replace(source.generation, max_tokens=max_tokens))
 
 
-def to_program(found: Exportable, path: Path, *, device: str | None = None, target: str | None = None) -> Artifact:
+def to_program(source: Exportable, path: Path, *, device: str | None = None, target: str | None = None) -> Artifact:
     """Lower it, prove it, and write what lies beside it: a language program where it is to talk."""
     from edgetune.export import export
     from edgetune.export.language import CHECK_PROMPT, export_language
 
-    if found.talk is None:
+    if source.generation is None:
         return export(
-            found.model,
-            found.example,
+            source.model,
+            source.example,
             path,
             device=device,
             target=target,
-            check_inputs=found.check_inputs,
-            one_row=found.one_row and not _frees_rows(found.dynamic or {}),
-            min_same_prediction_pct=found.min_same_prediction_pct,
-            carried=found.carried,
-            dynamic=found.dynamic,
-            external_data=found.external_data,
+            check_inputs=source.check_inputs,
+            one_row=source.one_row and not _frees_rows(source.dynamic or {}),
+            min_same_prediction_pct=source.min_same_prediction_pct,
+            carried=source.carried,
+            dynamic=source.dynamic,
+            external_data=source.external_data,
         )
     return export_language(
-        found.model,
-        found.talk.tokenizer,
+        source.model,
+        source.generation.tokenizer,
         path,
-        max_tokens=found.talk.max_tokens,
+        max_tokens=source.generation.max_tokens,
         device=device,
         target=target,
-        check_prompts=found.talk.prompts or (CHECK_PROMPT,),
-        min_same_prediction_pct=found.min_same_prediction_pct,
-        carried=found.carried,
+        check_prompts=source.generation.prompts or (CHECK_PROMPT,),
+        min_same_prediction_pct=source.min_same_prediction_pct,
+        carried=source.carried,
     )
 
 
@@ -101,7 +101,7 @@ def _frees_rows(sizes: Dynamic) -> bool:
     return any(one.strip() == "batch" or one.strip().endswith(".0") for name in sizes for one in name.split(","))
 
 
-def tell_run(artifact: Artifact, ledger: Ledger) -> None:
+def write_card_with_run(artifact: Artifact, ledger: Ledger) -> None:
     """Write the program's model card anew, with what the run measured."""
     from edgetune.program.card import write_card
 
@@ -120,7 +120,7 @@ def tokenizer_of(task: Task, encode: Any) -> Any:
     return tokenizer
 
 
-def check_talks(model: nn.Module, task: Task, encode: Any, asked: ExportSettings) -> None:
+def check_can_generate(model: nn.Module, task: Task, encode: Any, asked: ExportSettings) -> None:
     """Raise before a training what would stop the export of a language program after it."""
     from edgetune.export.language import check_exportable
 
@@ -131,7 +131,7 @@ def check_talks(model: nn.Module, task: Task, encode: Any, asked: ExportSettings
         raise
 
 
-def of_split(
+def exportable_from_split(
     model: nn.Module, split: Split, max_length: int, asked: ExportSettings, carried: Carried, language: bool = False
 ) -> Exportable:
     """A model, and of held-out rows what its program is compared on, as a recipe asks; `language`: it talks anyway."""
@@ -143,10 +143,10 @@ def of_split(
     rows = asked.rows_to_check(len(split))
     rows = rows if asked.language else min(rows, LANGUAGE_CHECK_ROWS)
     tokenizer = tokenizer_of(split.task, split.encode)
-    return replace(kept, talk=Talk(tokenizer, asked.max_tokens, beginnings(split, rows)))
+    return replace(kept, generation=GenerationSettings(tokenizer, asked.max_tokens, prompts_from_texts(split, rows)))
 
 
-def beginnings(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
+def prompts_from_texts(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
     """What a language program is to continue, as tokens, of each of the first `rows` rows.
 
     Of a text that is its first half; of a conversation, all that stands before the first answer.

@@ -16,12 +16,12 @@ from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
 from edgetune.run.exportable import (
     CHECK_ROWS,
     Exportable,
-    Talk,
-    beginnings,
-    tell_run,
+    GenerationSettings,
+    prompts_from_texts,
     to_program,
     tokenizer_of,
     with_cache,
+    write_card_with_run,
 )
 
 if TYPE_CHECKING:
@@ -89,14 +89,14 @@ def export_from(
         dynamic: sizes that may differ between calls, as `et.export` takes them.
         external_data: the weights into `model.ptd` beside the program.
     """
-    found = with_cache(exportable(source, data, language, inputs, weights), max_tokens)
-    if found.talk is not None and (dynamic or external_data):
-        what = "a text-generation program takes prompts of any length and contains its weights"
-        raise EdgetuneError(what, action="leave out --dynamic and --ptd, or --language")
-    found = replace(found, dynamic=dynamic, external_data=external_data)
-    artifact = to_program(found, path, device=device, target=target)
-    if found.ledger is not None:
-        tell_run(artifact, found.ledger)
+    model = with_cache(exportable(source, data, language, inputs, weights), max_tokens)
+    if model.generation is not None and (dynamic or external_data):
+        message = "a text-generation program takes prompts of any length and contains its weights"
+        raise EdgetuneError(message, action="leave out --dynamic and --ptd, or --language")
+    model = replace(model, dynamic=dynamic, external_data=external_data)
+    artifact = to_program(model, path, device=device, target=target)
+    if model.ledger is not None:
+        write_card_with_run(artifact, model.ledger)
     return artifact
 
 
@@ -110,8 +110,8 @@ def exportable(
     """The model that `source` names; see `export_from`."""
     place, kind = Path(source), source.partition(":")[0]
     if (inputs or weights) and (kind not in CONVERTED or data or language):
-        what = "--inputs and --weights are for models that are exported without data"
-        raise EdgetuneError(what, got=source, action="leave out --inputs and --weights, or --data and --language")
+        message = "--inputs and --weights are for models that are exported without data"
+        raise EdgetuneError(message, got=source, action="leave out --inputs and --weights, or --data and --language")
     if source.endswith(".pt2"):
         if language:
             raise EdgetuneError(
@@ -153,8 +153,8 @@ def _saved(path: Path) -> Exportable:
         with quiet():
             program = torch.export.load(path)
     except Exception as error:  # a damaged archive raises almost anything
-        what = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"
-        raise EdgetuneError(what, got=str(path), action="save it with torch.export.save") from error
+        message = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise EdgetuneError(message, got=str(path), action="save it with torch.export.save") from error
     if program.example_inputs is None:
         raise EdgetuneError("the program has no example inputs", got=str(path), exit_code=Exit.EXPORT)
     args, kwargs = program.example_inputs
@@ -168,8 +168,8 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
 
     from edgetune.data.dataset import Split
     from edgetune.data.settings import DataSettings
-    from edgetune.models.carrying import carried
     from edgetune.models.loaded import ModelSettings
+    from edgetune.models.metadata import describe_io
 
     data = data or OWN_DATA.get(source.partition(":")[0])
     dataset = _texts() if data is None else registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
@@ -177,17 +177,19 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     torch.manual_seed(0)
     loaded = registry.loader(registry.MODELS, "model", source)(settings, dataset)
     dataset = loaded.labelled(dataset)
-    split, told = Split(dataset.task, dataset.test, loaded.encode), carried(loaded, dataset)
+    split, metadata = Split(dataset.task, dataset.test, loaded.encode), describe_io(loaded, dataset)
     by = f"{data} gave the classes and the rows to compare on, " if data else ""
     untrained = f"exported as loaded: {by}nothing was trained"
-    told = told.model_copy(update={"notes": (untrained, *told.notes)})
+    metadata = metadata.model_copy(update={"notes": (untrained, *metadata.notes)})
     if language:
         tokenizer = tokenizer_of(dataset.task, loaded.encode)
-        prompts = beginnings(split, min(LANGUAGE_CHECK_ROWS, len(split)))
+        prompts = prompts_from_texts(split, min(LANGUAGE_CHECK_ROWS, len(split)))
         example = loaded.encode(["An example."])
-        return Exportable(loaded.model, example, talk=Talk(tokenizer, prompts=prompts), carried=told)
+        return Exportable(
+            loaded.model, example, generation=GenerationSettings(tokenizer, prompts=prompts), carried=metadata
+        )
     rows = [split.one_row(i, settings.max_length) for i in range(min(CHECK_ROWS, len(split)))]
-    return Exportable(loaded.model, rows[0], rows, carried=told)
+    return Exportable(loaded.model, rows[0], rows, carried=metadata)
 
 
 def _texts() -> Dataset:

@@ -37,7 +37,7 @@ from edgetune.quant.int8 import Static8
 from edgetune.recipe.recipe import Recipe, load, settings_class
 from edgetune.recipe.sections import ExportSettings
 from edgetune.run import runs
-from edgetune.run.exportable import Exportable, of_split
+from edgetune.run.exportable import Exportable, exportable_from_split
 from edgetune.train.loop import seed_everything
 
 FOLDER, WEIGHTS, GRAPH, STRUCTURE = "finished", "model.safetensors", "model.pt2", "structure.json"
@@ -90,7 +90,7 @@ class FinishedRun:
         """The model with what its program is compared on. `language`: as a text-generation program in any case."""
         settings = self.recipe.export or ExportSettings(check_rows=min(64, len(self.test_split)))
         length, carried = self.recipe.model.max_length, self.structure.carried
-        return of_split(self.model, self.test_split, length, settings, carried, language)
+        return exportable_from_split(self.model, self.test_split, length, settings, carried, language)
 
 
 def save_finished(
@@ -156,8 +156,8 @@ def _read_structure(folder: Path) -> Structure:
     except OSError as error:
         raise EdgetuneError("the run has no stored model", where=str(path), action=action) from error
     except (ValidationError, UnicodeDecodeError) as error:
-        what = "the stored model cannot be read: it is damaged, or of another version"
-        raise EdgetuneError(what, where=str(path), action=action) from error
+        message = "the stored model cannot be read: it is damaged, or of another version"
+        raise EdgetuneError(message, where=str(path), action=action) from error
 
 
 def _rebuilt(run: FinishedRun) -> nn.Module:

@@ -21,14 +21,14 @@ from edgetune.core.inputs import tensors_of
 from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Training
 from edgetune.core.numbers import MIB
 from edgetune.core.numbers import quality as quality_in_words
-from edgetune.core.order import planned
+from edgetune.core.order import plan_steps
 from edgetune.core.progress import NOTE, Progress
 from edgetune.core.technique import Sample, StepSettings, Technique
 from edgetune.data.dataset import Dataset, Split
 from edgetune.export.targets import find
-from edgetune.models.carrying import carried
 from edgetune.models.chat import without_cut_answers
 from edgetune.models.loaded import Loaded
+from edgetune.models.metadata import describe_io
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe.names import HOST, ids
@@ -38,7 +38,13 @@ from edgetune.recipe.sections import ExportSettings, ProfileSettings, Step
 from edgetune.run import reuse, runs
 from edgetune.run.budget import verdicts
 from edgetune.run.environment import versions
-from edgetune.run.exportable import Exportable, check_talks, of_split, tell_run, to_program
+from edgetune.run.exportable import (
+    Exportable,
+    check_can_generate,
+    exportable_from_split,
+    to_program,
+    write_card_with_run,
+)
 from edgetune.run.finished import save_finished
 from edgetune.run.measures import kept_mib, measure
 from edgetune.run.rehearsal import in_step, rehearse
@@ -91,7 +97,7 @@ class Fold:
         self.validation_split = Split(self.task, self.dataset.validation, loaded.encode)
         self.test_split = Split(self.task, self.dataset.test, loaded.encode)
         self.load_seconds = time.perf_counter() - started
-        self.carried = carried(loaded, self.dataset, recipe.name)
+        self.carried = describe_io(loaded, self.dataset, recipe.name)
         batch_sizes = [step.settings.batch_size for step in recipe.steps if isinstance(step.settings, Train)]
         batch_size = next(iter(batch_sizes), 32)
         self.samples = Samples(self.train_split, self.test_split, recipe.model.max_length, batch_size)
@@ -137,7 +143,7 @@ class Fold:
                 action=f"use at most {len(self.test_split)}",
             )
         if asked and asked.language:
-            check_talks(self.model, self.task, loaded.encode, asked)
+            check_can_generate(self.model, self.task, loaded.encode, asked)
 
     def run(self, until: int | None = None) -> Ledger:
         """Steps, export, profile, verdicts; or only the steps up to this one."""
@@ -180,7 +186,7 @@ class Fold:
         self.add_row("load", self.recipe.model.source, self.load_seconds)
         steps = self.recipe.steps[:until]
         taught = {s.settings.distill.teacher for s in self.recipe.steps if _distils(s)}  # type: ignore[attr-defined]
-        for move in planned([step.settings for step in steps]):
+        for move in plan_steps([step.settings for step in steps]):
             step = steps[move.index]
             seed_everything(self.recipe.seed + 1000 * (move.index + 1))  # so that a resumed run replays the same step
             with in_step(self.recipe, move.index + 1):
@@ -300,7 +306,7 @@ class Fold:
         self.save()
         if self.recipe.profile is not None:
             self.profile(artifact, self.recipe.profile, find(self.recipe.export.target).runs_here)
-        tell_run(artifact, self.ledger)
+        write_card_with_run(artifact, self.ledger)
 
     def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Every kind of call of the program, timed on this host and predicted for each device."""
@@ -325,7 +331,9 @@ class Fold:
     def exportable(self, language: bool = False) -> Exportable:
         """The model as it stands, and what its program is made of, compared on and has beside it."""
         asked = self.recipe.export or ExportSettings(check_rows=min(EVALUATION_BATCH, len(self.test_split)))
-        return of_split(self.model, self.test_split, self.recipe.model.max_length, asked, self.carried, language)
+        return exportable_from_split(
+            self.model, self.test_split, self.recipe.model.max_length, asked, self.carried, language
+        )
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The task's loss."""

@@ -106,9 +106,9 @@ def _records(path: Path, loader: str, columns: Sequence[str]) -> list[Given]:
 def _images(path: Path) -> Iterable[Given]:
     if not path.is_dir():
         if path.suffix.lower() in FILES:
-            what = "the program takes images: a file of rows is for texts"
+            message = "the program takes images: a file of rows is for texts"
             raise data_error(
-                what, got=str(path), action="give images or folders; or paths on stdin, one per line, with -"
+                message, got=str(path), action="give images or folders; or paths on stdin, one per line, with -"
             )
         return [Given(str(path))]
     images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]

@@ -26,7 +26,7 @@ class Measures(NamedTuple):
     trainable_parameters: int
     size_mib: float
     macs: int
-    backward_kept_mib: float
+    saved_for_backward_mib: float
 
 
 def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss: Loss) -> Measures:
@@ -37,7 +37,7 @@ def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss
         trainable_parameters=trainable,
         size_mib=stored_bytes(model) / MIB,
         macs=count_macs(model, inputs),
-        backward_kept_mib=kept_mib(model, batch, loss) if trainable else 0.0,
+        saved_for_backward_mib=kept_mib(model, batch, loss) if trainable else 0.0,
     )
 
 

@@ -92,9 +92,9 @@ def answers_for(predictor: Predictor, rows: Sequence[Any], progress: Progress = 
     if not len(rows):
         return ()
     encoded, logits = predictor.run(rows, progress)
-    told = predictor.carried.postprocessing
-    if isinstance(told, ScaledValue):
-        values = (logits.double().flatten() * told.std + told.mean).tolist()
+    postprocessing = predictor.carried.postprocessing
+    if isinstance(postprocessing, ScaledValue):
+        values = (logits.double().flatten() * postprocessing.std + postprocessing.mean).tolist()
         return tuple(PredictedNumber(row, value) for row, value in zip(rows, values, strict=True))
     if isinstance(predictor.task, TokenClassification):
         assert isinstance(encoded, dict)

@@ -79,9 +79,9 @@ class Predictor:
 
     def words(self, text: str) -> list[re.Match[str]]:
         """The words of a text, as a program that tags words splits it."""
-        told = self.carried.postprocessing
-        assert isinstance(told, TaggedWords)
-        words = [*re.finditer(told.words, text)]
+        postprocessing = self.carried.postprocessing
+        assert isinstance(postprocessing, TaggedWords)
+        words = [*re.finditer(postprocessing.words, text)]
         if not words:
             raise data_error("the text has no words", got=text, action="give a text with words")
         return words
@@ -94,6 +94,7 @@ class Predictor:
             tensors: dict[str, Tensor] = self.preparation.inputs(str(row))
             return tensors
         words = list(row) if isinstance(row, tuple) else [match.group() for match in self.words(row)]
+        assert self.preparation.tokenizer is not None  # its inputs are texts
         encoding = self.preparation.tokenizer.encode(words, is_pretokenized=True)
         tensors = self.preparation.padded(encoding.ids)
         starts = word_starts(encoding.word_ids)
@@ -118,8 +119,8 @@ def _picture(preparation: Any, row: Any) -> dict[str, Tensor]:
         return dict(preparation.inputs(str(row)))
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, image.DecompressionBombError) as error:
         missing = isinstance(error, FileNotFoundError)
-        what = "no such image" if missing else f"the image cannot be read ({error or type(error).__name__})"
-        raise data_error(what, got=str(row), action="give the path of an image, or of a folder of images") from error
+        message = "no such image" if missing else f"the image cannot be read ({error or type(error).__name__})"
+        raise data_error(message, got=str(row), action="give the path of an image, or of a folder of images") from error
 
 
 def _check(artifact: Artifact) -> Task:
@@ -172,10 +173,10 @@ def _check(artifact: Artifact) -> Task:
 
 def _task_of(carried: Carried, shape: Sequence[int]) -> tuple[Task, int]:
     """The task that a program was made for, and how many dimensions its output has for that."""
-    told, labels = carried.postprocessing, carried.labels or tuple(map(str, range(shape[-1])))
-    if isinstance(told, ScaledValue):
-        return Regression(mean=told.mean, std=told.std), 2
-    if isinstance(told, TaggedWords):
+    postprocessing, labels = carried.postprocessing, carried.labels or tuple(map(str, range(shape[-1])))
+    if isinstance(postprocessing, ScaledValue):
+        return Regression(mean=postprocessing.mean, std=postprocessing.std), 2
+    if isinstance(postprocessing, TaggedWords):
         return TokenClassification(labels), 3
     pictures = isinstance(carried.preprocessing, ImagePreprocessing)
     return ImageClassification(labels) if pictures else TextClassification(labels), 2

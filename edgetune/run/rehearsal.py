@@ -17,7 +17,7 @@ from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call
 from edgetune.core.modes import undisturbed
-from edgetune.core.order import planned
+from edgetune.core.order import plan_steps
 from edgetune.core.technique import Sample, Technique
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe.recipe import Recipe
@@ -40,7 +40,7 @@ def rehearse(
     if not any(isinstance(step.settings, Train) for step in recipe.steps):
         return 0
     model, written_bytes = copy.deepcopy(model), 0
-    for move in planned([step.settings for step in recipe.steps]):
+    for move in plan_steps([step.settings for step in recipe.steps]):
         step = recipe.steps[move.index]
         progress("rehearse", move.index, len(recipe.steps), step.name)
         seed_everything(recipe.seed)

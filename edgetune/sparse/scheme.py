@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import matches, no_match, parameter_layers
+from edgetune.core.layers import matches, no_match_error, parameter_layers
 from edgetune.core.technique import Sample, Settings
 from edgetune.lean.stages import blocks_of
 from edgetune.sparse.order import running_order
@@ -206,7 +206,7 @@ def _lay_over(
     for pattern, part in written.items():
         found = [name for name in order if any(matches(outer, [pattern]) for outer in _itself_and_outer(name))]
         if not found:
-            raise no_match("scheme: the pattern matches no layer with parameters", pattern, order)
+            raise no_match_error("scheme: the pattern matches no layer with parameters", pattern, order)
         part = Slice(ratio=part) if isinstance(part, float) else part
         for name in found:
             alone = name == pattern or not isinstance(part, Slice)

@@ -72,11 +72,11 @@ def check(names: Iterable[LoggerName]) -> None:
             with quiet():
                 module = importlib.import_module(name)
         except ImportError as error:
-            what = f"train.log names {name}, which could not be imported ({error})"
-            raise EdgetuneError(what, action=f"pip install {name}") from error
+            message = f"train.log names {name}, which could not be imported ({error})"
+            raise EdgetuneError(message, action=f"pip install {name}") from error
         if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online" and not module.login(prompt=False):
-            what, action = "train.log names wandb, which is not logged in", "wandb login, or set WANDB_MODE=offline"
-            raise EdgetuneError(what, action=action)
+            message, action = "train.log names wandb, which is not logged in", "wandb login, or set WANDB_MODE=offline"
+            raise EdgetuneError(message, action=action)
 
 
 class TrainingLog:

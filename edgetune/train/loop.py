@@ -29,8 +29,8 @@ from edgetune.core.ledger import LossPoint, Quality
 from edgetune.core.numbers import MIB
 from edgetune.train import checkpoint
 from edgetune.train import optimizer as optimizers
-from edgetune.train.plan import Plan, Split
-from edgetune.train.reached import Reached
+from edgetune.train.plan import TrainingPlan, TrainingRows
+from edgetune.train.reached import GradientWatch
 from edgetune.train.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
 from edgetune.train.settings import Distill, Train
 
@@ -56,7 +56,7 @@ class TrainResult:
 def train(
     model: nn.Module,
     settings: Train,
-    split: Split,
+    split: TrainingRows,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     *,
     seed: int,
@@ -95,7 +95,7 @@ def train(
         )
     _check(settings, split, folder, resume, teacher, validation)
     parameters = trainable_parameters(model)
-    plan = Plan(settings, split, seed)
+    plan = TrainingPlan(settings, split, seed)
     optimizer = optimizers.build(settings, parameters)
     seed_everything(seed)
     saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
@@ -109,7 +109,7 @@ def train(
         _prefix(model, settings, split, prefixes) if begun else nullcontext(None) as cache,
         Interrupts(wait=saver is not None) as interrupts,
         stepping as largest_gradient,
-        Reached(model) as reached,
+        GradientWatch(model) as reached,
     ):
         for update in range(run.update, plan.updates):
             rate = optimizers.set_rate(optimizer, settings.learning_rate * plan.factor(update))
@@ -134,7 +134,7 @@ def train(
 
 
 def _prefix(
-    model: nn.Module, settings: Train, split: Split, folder: Path | None
+    model: nn.Module, settings: Train, split: TrainingRows, folder: Path | None
 ) -> AbstractContextManager[PrefixCache | None]:
     if not settings.cache_prefix:
         return nullcontext(None)
@@ -227,9 +227,9 @@ def _clip(
     if math.isfinite(loss) and math.isfinite(norm):
         return
     kept = checkpoint.latest(folder) if folder is not None else None
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} but its gradient is {norm}"
+    problem = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} but its gradient is {norm}"
     raise EdgetuneError(
-        f"update {update + 1} at learning rate {rate:.3g}: {what}"
+        f"update {update + 1} at learning rate {rate:.3g}: {problem}"
         + (f"; the last good checkpoint is {kept}" if kept else ""),
         action="lower learning_rate, raise warmup_pct, or look for inputs that are not finite",
         exit_code=Exit.DATA,
@@ -238,7 +238,7 @@ def _clip(
 
 def _check(
     settings: Train,
-    split: Split,
+    split: TrainingRows,
     folder: Path | None,
     resume: bool,
     teacher: nn.Module | None,
@@ -267,13 +267,13 @@ def _check(
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What a training would change. Raises `EdgetuneError` where there is nothing."""
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not found:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
         raise EdgetuneError(
             "no parameter of the model is trainable",
             action="apply lora or sparse-update first, or set requires_grad on the parameters to train",
         )
-    return found
+    return trainable
 
 
 def _gradient_bytes(parameters: Sequence[nn.Parameter]) -> int:

@@ -36,8 +36,8 @@ def build(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Op
     if settings.state_bits == 8:
         with quiet():
             torchao = require("torchao.optim", "train with state_bits: 8")
-        found: torch.optim.Optimizer = torchao.AdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas)
-        return found
+        adamw: torch.optim.Optimizer = torchao.AdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas)
+        return adamw
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
 
 
@@ -139,5 +139,5 @@ def _whole(value: dict[str, Any]) -> Tensor:
     from torchao.optim.subclass_8bit import OptimState8bit
 
     parts = [value[name] for name in _PARTS]
-    found: Tensor = OptimState8bit(*parts, value["signed"], getattr(torch, value["dtype"]))
-    return found
+    state: Tensor = OptimState8bit(*parts, value["signed"], getattr(torch, value["dtype"]))
+    return state

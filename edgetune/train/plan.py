@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgetune.train.settings import Train
 
 
-class Split(Protocol):
+class TrainingRows(Protocol):
     """Training rows; `edgetune.data.dataset.Split` is one."""
 
     def __len__(self) -> int: ...
@@ -32,10 +32,10 @@ class Split(Protocol):
         ...
 
 
-class Plan:
+class TrainingPlan:
     """What each update does, as a function of the settings, the rows and the seed alone."""
 
-    def __init__(self, settings: Train, split: Split, seed: int) -> None:
+    def __init__(self, settings: Train, split: TrainingRows, seed: int) -> None:
         self.settings, self.split, self.seed = settings, split, seed
         batches = math.ceil(len(split) / settings.batch_size)
         self.updates_per_epoch = math.ceil(batches / settings.accumulate)

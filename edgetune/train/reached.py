@@ -11,7 +11,7 @@ from edgetune.core.errors import EdgetuneError, shortened
 STEPS = 10  # after which each must have had a gradient; an expert without tokens in the first batches is none's fault
 
 
-class Reached:
+class GradientWatch:
     """Notes first gradients, from `start` to `stop`. Nothing is left on a parameter once it has had one."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -21,7 +21,7 @@ class Reached:
         self.handles: dict[int, Any] = {}
         self.steps = 0
 
-    def start(self) -> Reached:
+    def start(self) -> GradientWatch:
         """Begin to look."""
         self.handles = {
             id(p): p.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
@@ -35,7 +35,7 @@ class Reached:
             handle.remove()
         self.handles, self.parameters = {}, []
 
-    def __enter__(self) -> Reached:
+    def __enter__(self) -> GradientWatch:
         return self.start()
 
     def __exit__(self, *error: object) -> None:

@@ -91,10 +91,10 @@ class Saver:
 
         Once all `updates` are done, threads, torch and device may differ: nothing is left that they could change.
         """
-        found = checkpoint.latest(self.folder)
-        if found is None:
+        folder = checkpoint.latest(self.folder)
+        if folder is None:
             return Progress()
-        tensors, state = checkpoint.load(found)
+        tensors, state = checkpoint.load(folder)
         was = state["identity"]
         done = int(state["update"])
         heeded = [key for key in self.identity if done < updates or key not in ("threads", "torch", "device")]
@@ -103,7 +103,7 @@ class Saver:
             raise EdgetuneError(
                 "this checkpoint belongs to another training, or would not resume bit-identically: "
                 + "; ".join(f"{key} was {was.get(key)!r} and is {self.identity[key]!r}" for key in differing),
-                got=str(found),
+                got=str(folder),
                 action="restore these (threads: OMP_NUM_THREADS), or start again in another folder",
             )
         put_back(self.model, tensors)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, Exit, shortened
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
 from edgetune.core.modes import undisturbed
-from edgetune.train.plan import Split
+from edgetune.train.plan import TrainingRows
 from edgetune.train.prefix.kept import CacheType, KeptRows
 from edgetune.train.prefix.key import about
 from edgetune.train.prefix.rows import filled, named, nothing_in, relative_error
@@ -63,7 +63,7 @@ class PrefixCache:
     def open(
         cls,
         model: nn.Module,
-        split: Split,
+        split: TrainingRows,
         *,
         folder: Path,
         dtype: CacheType = "fp32",
@@ -161,12 +161,16 @@ class PrefixCache:
         if error <= _MOST_ERROR[self.dtype]:
             return
         if error != error:
-            what = f"something reads what the stages before {self.kept.prefix.boundary.stage} give, such as a skip "
-            what += "connection, or a head on features of earlier stages"
+            problem = (
+                f"something reads the outputs of the stages before {self.kept.prefix.boundary.stage}, such as a skip "
+                "connection, or a head on features of earlier stages"
+            )
         else:
-            what = f"the logits differ by {error:.2g} of the largest: what the prefix gives for a row depends on its "
-            what += "batch or its padding"
-        raise EdgetuneError(f"cache_prefix: {what}", action="leave cache_prefix out for this model")
+            problem = (
+                f"the logits differ by {error:.2g} of the largest: what the prefix gives for a row depends on its "
+            )
+            problem += "batch or its padding"
+        raise EdgetuneError(f"cache_prefix: {problem}", action="leave cache_prefix out for this model")
 
     def _compared(self, inputs: Inputs, rows: list[int], full: Tensor) -> float:
         """The error of the cached path on these rows; not a number where it leaks."""
@@ -219,8 +223,8 @@ class _Replayer:
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    found = [torch.get_rng_state()]
-    return [*found, torch.cuda.get_rng_state(device)] if device.type == "cuda" else found
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _refuse_noise(kept: KeptRows) -> None:
@@ -241,10 +245,11 @@ def _refuse_noise(kept: KeptRows) -> None:
     differs = any(relative_error(a, b) > 1e-3 for a, b in zip(first, again, strict=True))
     if not (drew or went_on or differs):
         return
-    found = draws(model, kept.prefix.stages)
-    what = "draws random numbers" if drew else "changes its buffers" if went_on else "gives something else each time"
+    modules = draws(model, kept.prefix.stages)
+    problem = "draws random numbers" if drew else "changes its buffers" if went_on else "gives something else each time"
     raise EdgetuneError(
-        f"cache_prefix: in training mode the frozen prefix {what}" + (f": {shortened(found, 4)}" if found else ""),
+        f"cache_prefix: in training mode the frozen prefix {problem}"
+        + (f": {shortened(modules, 4)}" if modules else ""),
         action="put sparse-update first, whose frozen stages run in eval mode, or set dropout there to 0",
     )
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, device_of, moved
-from edgetune.train.plan import Split
+from edgetune.train.plan import TrainingRows
 from edgetune.train.prefix.rows import bytes_of, digest_of, forms_in, named, stored_type, tensor_of
-from edgetune.train.prefix.stages import Filler, Prefix, Reached, Stages, in_modes
+from edgetune.train.prefix.stages import Filler, Prefix, PrefixEnd, Stages, in_modes
 from edgetune.train.prefix.store import RowStore
 
 CacheType = Literal["fp32", "fp16"]
@@ -24,7 +24,7 @@ class KeptRows:
     def __init__(
         self,
         model: nn.Module,
-        split: Split,
+        split: TrainingRows,
         prefix: Prefix,
         stages: Stages,
         dtype: CacheType,
@@ -88,11 +88,11 @@ class KeptRows:
             tensors.append((name, form, value.detach().cpu()))
             if name == "attention_mask" and width:
                 self._refuse_other_padding(tensors[-1][2], rows, width)
-        found = []
+        digests = []
         for n, row in enumerate(rows):
             parts = [form.row(value, n, self.length(row)) for _, form, value in tensors if form.has_rows]
-            found.append(digest_of(parts))
-        return found
+            digests.append(digest_of(parts))
+        return digests
 
     def _refuse_other_padding(self, mask: Tensor, rows: Sequence[int], width: int) -> None:
         expected = torch.arange(width)[None] < torch.tensor([self.length(row) for row in rows])[:, None]
@@ -112,7 +112,7 @@ class KeptRows:
         try:
             with self.stages.played_by(filler), torch.no_grad(), in_modes(self.modes):
                 call(self.model, inputs)
-        except Reached:
+        except PrefixEnd:
             return named(filler.args, filler.kwargs), filler.tensors
         raise EdgetuneError(
             f"cache_prefix: {self.prefix.boundary.stage} did not run as often as when the cache was opened",
@@ -158,46 +158,46 @@ class KeptRows:
 
     def _row(self, row: int, digest: bytes) -> list[bytearray]:
         """The bytes of one row, computed first if they are not there or belong to other inputs."""
-        found = self.store.read(row)
-        if found is not None and found[0] == digest:
+        record = self.store.read(row)
+        if record is not None and record[0] == digest:
             self.hits += 1
         else:
             self.misses += 1
-            if found is None or row not in self.served:
+            if record is None or row not in self.served:
                 self._fill(self.chunks[self.chunk_of[row]])
-                found = self.store.read(row)
-        if found is None:
+                record = self.store.read(row)
+        if record is None:
             raise EdgetuneError(
                 f"cache_prefix: row {row} was stored but cannot be read back",
                 got=str(self.store.folder),
                 action="choose a folder on another disk",
                 exit_code=Exit.DATA,
             )
-        if found[0] != digest:
+        if record[0] != digest:
             raise EdgetuneError(
                 f"cache_prefix: the inputs of row {row} change from time to time",
                 action="leave augmentation out, or leave cache_prefix out",
             )
         self.served.add(row)
-        return found[1]
+        return record[1]
 
 
-def _other_inputs(what: str) -> EdgetuneError:
+def _other_inputs(problem: str) -> EdgetuneError:
     return EdgetuneError(
-        f"cache_prefix: these inputs are not those of the rows: {what}",
+        f"cache_prefix: these inputs are not those of the rows: {problem}",
         action="call the model on the inputs of split.batch(indices), with the indices given to cache.rows",
     )
 
 
 def _stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
-    found = tensor.detach().to("cpu", kind)
-    if kind != tensor.dtype and not torch.isfinite(found).all():
+    stored = tensor.detach().to("cpu", kind)
+    if kind != tensor.dtype and not torch.isfinite(stored).all():
         raise EdgetuneError(
             "cache_prefix: the outputs of the prefix are too large for fp16",
             got=float(tensor.abs().max()),
             action="set cache_dtype to fp32",
         )
-    return found
+    return stored
 
 
 def autocast_of(device: torch.device) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.inputs import device_of, tensors_of
-from edgetune.train.plan import Split
+from edgetune.train.plan import TrainingRows
 from edgetune.train.prefix.rows import Form, bytes_of, digest_of, mapped
 from edgetune.train.prefix.stages import Prefix
 
@@ -17,7 +17,9 @@ _FORMAT = 1
 _SAMPLED_ROWS = 16
 
 
-def about(model: nn.Module, split: Split, prefix: Prefix, dtype: str, chunk_rows: int, autocast: str) -> dict[str, Any]:
+def about(
+    model: nn.Module, split: TrainingRows, prefix: Prefix, dtype: str, chunk_rows: int, autocast: str
+) -> dict[str, Any]:
     """Everything that must be the same for a kept row to have the bits it would be computed with again.
 
     Of the rows' inputs only a few are looked at here; each kept row carries what tells its own.
@@ -51,15 +53,15 @@ def _weights(model: nn.Module, prefix: Prefix) -> str:
     for stage in prefix.stages:
         module = model.get_submodule(stage)
         # the scales of 4-bit weights are in the state dict alone, and buffers that are not saved are not in it
-        found = {**dict(module.named_parameters()), **dict(module.named_buffers()), **module.state_dict()}
-        for name, value in sorted(found.items()):
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **module.state_dict()}
+        for name, value in sorted(tensors.items()):
             if isinstance(value, Tensor):
                 digest.update(f"{stage}.{name} {tuple(value.shape)} {value.dtype}".encode())
                 digest.update(bytes_of(value.detach().cpu()))
     return digest.hexdigest()
 
 
-def _sample(split: Split) -> str:
+def _sample(split: TrainingRows) -> str:
     count = len(split)
     rows = dict.fromkeys((count - 1) * n // (_SAMPLED_ROWS - 1) for n in range(_SAMPLED_ROWS))
     digests = [digest_of(tensors_of(split.batch([row])[0])) for row in rows]

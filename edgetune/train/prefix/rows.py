@@ -39,11 +39,11 @@ class Form:
     def row(self, tensor: Tensor, row: int, length: int) -> Tensor:
         """A view of one row without its padding."""
         axis = self.sizes.index("rows")
-        found = tensor.select(axis, row)
+        values = tensor.select(axis, row)
         for place, size in enumerate(s for n, s in enumerate(self.sizes) if n != axis):
             if size == "tokens":
-                found = found.narrow(place, 0, length)
-        return found
+                values = values.narrow(place, 0, length)
+        return values
 
     def row_shape(self, length: int) -> tuple[int, ...]:
         """The shape of one row without its padding."""
@@ -60,10 +60,10 @@ class Widths:
     long: int
 
 
-def form_of(what: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widths) -> Form:
+def form_of(subject: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widths) -> Form:
     """The form of a tensor seen for one row, for two rows and for one longer row."""
     if not one.dim() == two.dim() == longer.dim():
-        raise EdgetuneError(f"cache_prefix: {what} changes its number of dimensions with the batch")
+        raise EdgetuneError(f"cache_prefix: {subject} changes its number of dimensions with the batch")
     sizes: list[Size] = []
     for a, b, c in zip(one.shape, two.shape, longer.shape, strict=True):
         if a == b == c:
@@ -74,7 +74,7 @@ def form_of(what: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widths)
             sizes.append("tokens")
         else:
             raise EdgetuneError(
-                f"cache_prefix: how {what} depends on the rows is unclear: {tuple(one.shape)} for one row, "
+                f"cache_prefix: how {subject} depends on the rows is unclear: {tuple(one.shape)} for one row, "
                 f"{tuple(two.shape)} for two, {tuple(longer.shape)} for a longer one",
                 action="leave cache_prefix out for this model",
             )
@@ -83,15 +83,15 @@ def form_of(what: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widths)
 
 def widths_of(one: Sequence[Tensor], longer: Sequence[Tensor]) -> Widths:
     """The widths of the inputs of a short and a long row: the only two sizes that may differ between them."""
-    found = {
+    widths = {
         (a, b)
         for short, long in zip(one, longer, strict=True)
         for a, b in zip(short.shape, long.shape, strict=True)
         if a != b
     }
-    if len(found) > 1:
-        raise EdgetuneError("cache_prefix: the inputs differ in more than one size", got=sorted(found))
-    return Widths(*next(iter(found))) if found else Widths(0, 0)
+    if len(widths) > 1:
+        raise EdgetuneError("cache_prefix: the inputs differ in more than one size", got=sorted(widths))
+    return Widths(*next(iter(widths))) if widths else Widths(0, 0)
 
 
 def leaves(value: object) -> Iterator[Any]:
@@ -112,26 +112,26 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
         items = {key: mapped(function, item) for key, item in value.items()}
         return items if type(value) is dict else type(value)(**items)
     if isinstance(value, (tuple, list)):
-        found = [mapped(function, item) for item in value]
-        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+        values = [mapped(function, item) for item in value]
+        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     return function(value)
 
 
-def template_of(what: str, one: Any, two: Any, longer: Any, widths: Widths) -> Any:
+def template_of(subject: str, one: Any, two: Any, longer: Any, widths: Widths) -> Any:
     """What a stage gave, with a `Form` in the place of each tensor."""
     others = list(zip(leaves(two), leaves(longer), strict=True))
     if len(others) != sum(1 for _ in leaves(one)):
-        raise EdgetuneError(f"cache_prefix: {what} changes its structure with the batch")
+        raise EdgetuneError(f"cache_prefix: {subject} changes its structure with the batch")
     rest = iter(others)
 
     def form(value: Any) -> Any:
         b, c = next(rest)
         if isinstance(value, Tensor):
-            return form_of(what, value, b, c, widths)
+            return form_of(subject, value, b, c, widths)
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         raise EdgetuneError(
-            f"cache_prefix: {what} contains values that cannot be stored",
+            f"cache_prefix: {subject} contains values that cannot be stored",
             got=type(value).__name__,
             action="leave cache_prefix out for this model",
         )
@@ -195,9 +195,9 @@ def digest_of(values: Sequence[Tensor]) -> bytes:
 
 def named(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str | int, Any]:
     """What a model was called with, by name or by place."""
-    found: dict[str | int, Any] = dict(enumerate(args))
-    found.update(kwargs)
-    return found
+    arguments: dict[str | int, Any] = dict(enumerate(args))
+    arguments.update(kwargs)
+    return arguments
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -16,11 +16,11 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, device_of, moved, tensors_in
 from edgetune.core.modes import undisturbed
 from edgetune.lean.stages import stages_of
-from edgetune.train.plan import Split
+from edgetune.train.plan import TrainingRows
 from edgetune.train.prefix.rows import Form, Widths, form_of, forms_in, named, template_of, widths_of
 
 
-class Reached(Exception):
+class PrefixEnd(Exception):
     """Ends a forward pass where the prefix ends."""
 
 
@@ -167,13 +167,13 @@ class _Watcher:
     def stage(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.trains(name) or any(t.requires_grad for t in tensors_in((args, kwargs))):
             self.first_trained = name
-            raise Reached
+            raise PrefixEnd
         output = plain(*args, **kwargs)
         self.outputs.append((name, output))
         return output
 
 
-def find_prefix(stages: Stages, split: Split) -> Prefix:
+def find_prefix(stages: Stages, split: TrainingRows) -> Prefix:
     """What runs before the first stage that trains, found by running it: on a short row, twice that, a long row."""
     rows = range(len(split))
     lengths = split.lengths
@@ -210,14 +210,14 @@ def find_prefix(stages: Stages, split: Split) -> Prefix:
     return Prefix(tuple(calls), one.first_trained or "what follows the stages", inputs, widths)
 
 
-def _watched(stages: Stages, split: Split, rows: Sequence[int]) -> _Watcher:
+def _watched(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watcher:
     modules = dict(stages.model.named_modules())
     watcher = _Watcher(lambda name: any(p.requires_grad for p in modules[name].parameters()))
     inputs, _ = split.batch(rows)
     with stages.played_by(watcher), torch.enable_grad():
         try:
             call(stages.model, moved(inputs, device_of(stages.model)))
-        except Reached:
+        except PrefixEnd:
             pass
         else:
             if not any(parameter.requires_grad for parameter in stages.model.parameters()):
@@ -267,7 +267,7 @@ class Filler:
         self.place += 1
         if self.place == len(self.prefix.calls):
             self.tensors = list(tensors_in(output))
-            raise Reached
+            raise PrefixEnd
         return output
 
 
@@ -283,12 +283,12 @@ def in_order(prefix: Prefix, place: int, name: str) -> None:
 
 def draws(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Modules in training mode, inside these stages, that look as if they were random or as if rows met in them."""
-    found = []
+    random_modules = []
     for stage in names:
         for name, module in model.get_submodule(stage).named_modules():
             kind = type(module).__name__.lower()
             chance = getattr(module, "p", getattr(module, "drop_prob", None))
             noisy = "drop" in kind and chance != 0
             if module.training and (noisy or getattr(module, "running_mean", None) is not None):
-                found.append(f"{stage}.{name}".strip("."))
-    return found
+                random_modules.append(f"{stage}.{name}".strip("."))
+    return random_modules

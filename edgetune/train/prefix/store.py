@@ -145,15 +145,15 @@ class RowStore:
         return record if len(record) == len(_EMPTY) else _EMPTY
 
     def _bytes(self, tensor: int, row: int) -> bytearray:
-        found = bytearray(int(self.sizes[tensor][row]))
+        buffer = bytearray(int(self.sizes[tensor][row]))
         self.files[tensor].seek(int(self.offsets[tensor][row]))
-        view, done = memoryview(found), 0
-        while done < len(found):
+        view, done = memoryview(buffer), 0
+        while done < len(buffer):
             count = self.files[tensor].readinto(view[done:])  # type: ignore[attr-defined]
             if not count:
                 break  # a file cut short: the rest stays zero, which the checksum finds
             done += count
-        return found
+        return buffer
 
 
 def needed_bytes(sizes: Sequence[Sequence[int] | np.ndarray[Any, Any]]) -> int:

@@ -13,20 +13,20 @@ from edgetune.models.vision import ImageEncoder
 from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing
 
 
-def carried(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
+def describe_io(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
     """What stands in the manifest of a program made from this model, for an app to go by.
 
     A tokenizer or an encoder that cannot be described is named in `notes`; nothing is carried of it then.
     """
     dataset = loaded.labelled(dataset)
-    told, note = _preprocessing(loaded, dataset)
+    preprocessing, note = _preprocessing(loaded, dataset)
     return Carried(
         model=loaded.name,
         data=dataset.name,
         task=dataset.task.name,
         recipe=recipe,
         licence=loaded.licence,
-        preprocessing=told,
+        preprocessing=preprocessing,
         postprocessing=dataset.task.postprocessing(),
         labels=dataset.classes,
         notes=tuple(dict.fromkeys((*loaded.notes, *dataset.notes, *note))),
