@@ -107,15 +107,19 @@ def written(text: str) -> str:
 
 
 def sparse_table() -> str:
-    """What `make bench-sparse` measured of full fine-tuning, LoRA and `auto`."""
+    """What `make bench-sparse` measured of full fine-tuning and LoRA, both with lean too, and of `auto`."""
     names = ("model", "trained by", "step, ms", "saved for backward, MiB", "quality on the test set")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for path in sorted((ROOT / "docs").glob("bench-sparse-*.json")):
         held = json.loads(path.read_text(encoding="utf-8"))
-        for method in ("full", "lora", "auto"):
-            cost, found = held["cost"][method], [each["value"] for each in held["quality"].get(method, [])]
-            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            quality = f"{statistics.mean(found):.2f}{spread}" if found else "not measured"
+        for method in ("full", "full with lean", "lora", "lora with lean", "auto"):
+            if method not in held["cost"]:
+                continue
+            alone = method.removesuffix(" with lean")
+            cost, values = held["cost"][method], [each["value"] for each in held["quality"].get(method, [])]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            same = "not measured" if method == alone else f"as {alone}"
+            quality = f"{statistics.mean(values):.2f}{spread}" if values else same
             lines.append(
                 f"| {path.stem.removeprefix('bench-sparse-')} | {method} | {cost['step_ms']:,.0f} "
                 f"| {cost['kept_mib']:,.1f} | {quality} |"

@@ -75,6 +75,7 @@ EXAMPLES = {
     "  - {device: raspberry-pi-5, peak_memory_mib: 200}\n",
     "lora": '- lora: {rank: 8, targets: ["*.query", "*.value"], also_train: [classifier]}\n',
     "sparse-update": '- sparse-update: {scheme: {"encoder.layer.5": full, "*.query": bias, "*.output.dense": 0.25}}\n',
+    "lean": "- lean: {activations: exact}\n",
     "prune": "- prune: {ratio: 0.3, importance: activation}\n",
     "int4": "- int4: {group_size: 32, embeddings: int8, skip: [classifier]}\n",
     "int8": "- int8: {calibration_batches: 16}\n",
