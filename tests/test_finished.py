@@ -141,7 +141,7 @@ def test_what_is_no_finished_run_says_what_to_do(place: Path) -> None:
     with pytest.raises(et.EdgetuneError, match="damaged, or of another version"):
         open_run(folder)
     plain = json.loads(text)
-    structure.write_text(json.dumps({**plain, "classes": ["one", "two", "three"]}), encoding="utf-8")
+    structure.write_text(json.dumps({**plain, "values": {"labels": ["one", "two", "three"]}}), encoding="utf-8")
     with pytest.raises(et.EdgetuneError, match="does not fit the recipe's model"):
         open_run(folder)
     shutil.rmtree(folder / "finished")

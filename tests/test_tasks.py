@@ -22,6 +22,7 @@ from edgetune.models.labels import names_of_outputs
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.text import hugging_face
 from edgetune.program.carried import ScaledValue, TaggedWords
+from edgetune.recipe.new_recipe import new_recipe
 from edgetune.run.predicting import PredictedEntities, PredictedNumber
 from edgetune.tasks.entities import entities, entity_f1_pct
 from edgetune.tasks.quality import quality
@@ -29,7 +30,7 @@ from edgetune.tasks.regression import Regression
 from edgetune.tasks.task import Batch, Task
 from edgetune.tasks.token_classification import TokenClassification
 from edgetune.train.loop import counted, soft_loss
-from support.checkpoints import save_bert
+from support.checkpoints import WORDS, save_bert, save_tokenizer
 
 TAGS = ("O", "B-place", "I-place")
 NUMBERS = [1.0, 2.5, -3.0, 8.0, 0.5, 4.0, 9.5, -1.0]
@@ -215,20 +216,22 @@ def test_only_the_first_token_of_a_word_has_its_tag(tmp_path: Path) -> None:
 
 
 def numbers_table(path: Path) -> None:
-    rows = [f"{'good ' * (n % 5)}text {'a ' * (n % 7)}very,{n % 5 + 0.25}" for n in range(80)]
+    moods = (("bad", 0.25), ("good", 4.25))
+    rows = [f"{moods[n % 2][0]} text {'a ' * (n % 9)}{'very ' * (n % 5)},{moods[n % 2][1]}" for n in range(90)]
     path.write_text("\n".join(["text,stars", *rows]), encoding="utf-8")
 
 
 def tagged_file(path: Path) -> None:
-    texts = [["a O", "good B-mood", "text O"], ["very B-mood", "bad I-mood", "text O"], ["a O", "text O", "bad B-mood"]]
-    texts = [[*text, *["very O"] * (n % 9)] for n, text in enumerate(texts * 30)]
+    """`good` and `bad` are moods, and so is `bad text`."""
+    starts = [["good B-mood", "a O"], ["bad B-mood", "text I-mood"], ["a O", "very O"]]
+    texts = [[*starts[n % 3], *["very O"] * (n % 7), *["a O"] * (n % 5)] for n in range(120)]
     path.write_text("-DOCSTART- O\n\n" + "\n\n".join("\n".join(text) for text in texts) + "\n", encoding="utf-8")
 
 
 def recipe(data: str, path: Path) -> None:
     path.write_text(
         f"model: {{source: 'hf:encoder', max_length: 16}}\ndata: {data}\n"
-        "steps: [train: {updates: 30, batch_size: 16, learning_rate: 1e-3, keep_best: true}, int8]\n"
+        "steps: [train: {updates: 60, batch_size: 16, learning_rate: 3e-3, keep_best: true}, int4]\n"
         "export: {check_rows: 8}\n",
         encoding="utf-8",
     )
@@ -236,8 +239,15 @@ def recipe(data: str, path: Path) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a BERT that learns fast."""
+    import transformers
+
     monkeypatch.chdir(tmp_path)
-    save_bert(tmp_path / "encoder", "Model", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    save_tokenizer(tmp_path / "encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes)
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
     return tmp_path
 
 
@@ -260,11 +270,11 @@ def test_numbers_from_a_table_to_a_prediction(here: Path, capsys: pytest.Capture
     assert ledger.program.parity is not None
     assert ledger.program.parity.same_prediction_pct == 100
 
-    answers = et.predict("runs/one", ["text", "good good good good text"])
+    answers = et.predict("runs/one", ["bad text a", "good text a"])
     few, many = (answer for answer in answers if isinstance(answer, PredictedNumber))
     assert few.value < many.value
     measured = et.evaluate("runs/one")
-    assert measured.quality.value == pytest.approx(ledger.rows[-1].quality.value, rel=0.05)
+    assert measured.quality.value == pytest.approx(ledger.rows[-1].quality.value, abs=0.05)
     capsys.readouterr()
     assert main(["predict", "runs/one", "good text"]) == 0
     assert math.isfinite(float(capsys.readouterr().out.strip().removeprefix("good text: ")))
@@ -290,16 +300,16 @@ def test_entities_from_a_file_to_a_prediction(here: Path, capsys: pytest.Capture
     assert TaggedWords.model_validate(carried["postprocessing"]).scheme == "IOB2"
     assert carried["labels"] == ["O", "B-mood", "I-mood"]
 
-    text = "a text: very  bad, a text"
+    text = "bad  text very, a"
     (answer,) = et.predict("runs/one", text)
     assert isinstance(answer, PredictedEntities)
     assert all(text[one.start : one.end] == one.text for one in answer.entities)
-    assert ("very  bad", "mood") in [(one.text, one.kind) for one in answer.entities]
+    assert ("bad  text", "mood") in [(one.text, one.kind) for one in answer.entities]
     measured = et.evaluate("runs/one")
     assert measured.quality.value == pytest.approx(ledger.rows[-1].quality.value, abs=5)
     capsys.readouterr()
     assert main(["predict", "runs/one", text]) == 0
-    assert "very bad (mood, 8-17)" in " ".join(capsys.readouterr().out.split())
+    assert "bad text (mood, 0-9)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -367,3 +377,42 @@ def test_a_trained_head_for_numbers_is_not_taken_over(tmp_path: Path) -> None:
         hugging_face(str(tmp_path), ModelSettings(source="x", max_length=8, head="keep"), data)
     loaded = hugging_face(str(tmp_path), ModelSettings(source="x", max_length=8), data)
     assert any("new weights instead of those of the checkpoint: classifier" in note for note in loaded.notes)
+
+
+def test_a_new_recipe_sees_numbers_and_tags(here: Path) -> None:
+    numbers_table(here / "rows.csv")
+    assert '"text": ' not in (text := new_recipe(here / "n.yaml", "hf:encoder", "csv:rows.csv"))
+    assert 'target: "stars"}  # ' in text
+    rows = [{"tokens": ["in", f"Rome {n}"], "ner_tags": ["O", "B-place"]} for n in range(40)]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = new_recipe(here / "n.yaml", "hf:encoder", "jsonl:rows.jsonl")
+    assert 'text: "tokens", tags: "ner_tags"}  # ' in text
+
+
+def test_a_function_may_return_numbers_or_tagged_words(here: Path) -> None:
+    (here / "own.py").write_text(
+        "def numbers():\n    return [(f'text {n}', n / 4) for n in range(40)]\n"
+        "def tagged():\n    return [(['in', f'place{n}'], ['O', 'B-place']) for n in range(40)]\n"
+        "def mixed():\n    return [('a', 1.5), ('b', 'good')] * 20\n",
+        encoding="utf-8",
+    )
+
+    def loaded(name: str) -> Dataset:
+        source = f"py:own.py:{name}"
+        read: Dataset = registry.loader(registry.DATASETS, "data", source)(DataSettings(source=source))
+        return read
+
+    assert isinstance(loaded("numbers").task, Regression)
+    assert loaded("tagged").task == TokenClassification(("O", "B-place"))
+    with pytest.raises(EdgetuneError, match="return a float for every row"):
+        loaded("mixed")
+
+
+def test_class_weights_of_numbers_are_refused_before_any_work(here: Path) -> None:
+    import edgetune as et
+
+    numbers_table(here / "rows.csv")
+    recipe("{source: 'csv:rows.csv', target: stars}", here / "r.yaml")
+    with pytest.raises(EdgetuneError, match="class_weights needs classes, and regression has none"):
+        et.run("r.yaml", {"train.class_weights": "balanced"}, out="runs/one")
+    assert not list((here / "runs").rglob("checkpoints"))

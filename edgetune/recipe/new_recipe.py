@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -23,6 +23,7 @@ TaskName = Literal["text", "image", "language"]
 _LOOKED_AT = 200  # rows, to tell which column is which
 _CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("question", "prompt", "instruction", "user", "input")
+_WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels")
 _ANSWERS = ("answer", "response", "completion", "assistant", "output")
 _STEPS: Mapping[TaskName, str] = {
     "text": """\
@@ -161,6 +162,9 @@ def _columns(data: str, task: TaskName | None, text: str | None, label: str | No
     pair = [named_column(table, _QUESTIONS), named_column(table, _ANSWERS)]
     if not given and task == "language" and all(pair):
         return {"messages": pair}
+    tagged = [named_column(table, names) for names in (_WORDS, _TAGS)]
+    if not given and task in (None, "text") and all(tagged) and table[str(tagged[0])][0].startswith("["):
+        return {"text": tagged[0], "tags": tagged[1]}
     if text is None and "text" not in table and table:
         columns["text"] = likely_column(table, TEXTS) or max(table, key=lambda name: mean(map(len, table[name])))
     if task == "language":
@@ -171,7 +175,18 @@ def _columns(data: str, task: TaskName | None, text: str | None, label: str | No
         columns["label"] = likely_column(others, LABELS) or min(
             repeating, key=lambda n: len(set(repeating[n])), default=None
         )
+    column = columns.get("label", "label")
+    if column in table and _are_measured(table[column]):
+        columns = {name: value for name, value in columns.items() if name != "label"} | {"target": column}
     return columns
+
+
+def _are_measured(values: Sequence[str]) -> bool:
+    """Whether the values of a column are numbers with fractions, which are measured and no classes."""
+    try:
+        return any(not float(value).is_integer() for value in values)
+    except (ValueError, OverflowError):
+        return False
 
 
 def _first_rows(path: Path, kind: str) -> dict[str, list[str]]:

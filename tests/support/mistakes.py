@@ -267,6 +267,7 @@ def jsonl(label: str) -> str:
 
 
 TWO = ["good", "bad"] * 20
+_NUMBERS, _TAGS = "{source: 'csv:rows.csv', target: label}", "{source: 'csv:rows.csv', text: text, tags: label}"
 DATA_FAULTS: dict[str, Fault] = {
     "latin-1": Fault(
         table(TWO, text="caf\xe9 {}").encode("latin-1"),
@@ -283,6 +284,12 @@ DATA_FAULTS: dict[str, Fault] = {
         ("the column 'label' has 1,500 different values in 1,500 rows", "write target: label instead of label"),
     ),
     "ids for labels": Fault(table([f"user-{n}" for n in range(60)]), ("60 different values", "so they are no classes")),
+    "words for numbers": Fault(table(["many"] * 40), ("the target is not a number: many",), _NUMBERS),
+    "one number": Fault(table(["1.5"] * 40), ("every training row has the same number: got 1.5",), _NUMBERS),
+    "no column of numbers": Fault(table(TWO, "text,price"), ("no column for the target: got 'label'",), _NUMBERS),
+    "too many tags": Fault(table(["O O O O"] * 40), ("row 2 and 39 more: 4 tags for 3 words",), _TAGS),
+    "tags of another form": Fault(table(["O PER O"] * 40), ("'PER' is no tag of the form O, B-kind or I-kind",), _TAGS),
+    "no entities": Fault(table(["O O O"] * 40), ("no training word is in an entity",), _TAGS),
     "missing labels": Fault(
         table([*TWO, *["nan"] * 20]), ("20 of 60 rows", "row 42 and 19 more: the label is missing: nan")
     ),
