@@ -26,7 +26,7 @@ from typing import Any
 import bench_export_worker as worker
 import torch
 
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.run.environment import versions
 from support.families import FAMILIES, Family
 from support.timm_apart import TIMM, import_timm
@@ -56,7 +56,7 @@ class Job:
 def load_libraries() -> None:
     """What every cell needs, once: the cells are forks of this process. Nothing is run, which would start threads."""
     torch.set_num_threads(1)
-    with quiet():
+    with silence_libraries():
         import executorch.backends.xnnpack.quantizer.xnnpack_quantizer
         import peft
         import torchao.quantization.pt2e.quantize_pt2e

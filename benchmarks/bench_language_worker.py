@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core import registry
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.data.dataset import Dataset
 from edgetune.data.rows import Rows
 from edgetune.models.loaded import Loaded, ModelSettings
@@ -121,7 +121,7 @@ def eager(dtype: torch.dtype) -> Callable[[Path, int | None, int], Says]:
     from edgetune.export.language.cached import cache_argument
 
     def built(folder: Path, layers: int | None, threads: int) -> Says:
-        with quiet():
+        with silence_libraries():
             from transformers.cache_utils import StaticCache
         model: Any = loaded("smollm2", CausalLM(), layers).model.to(dtype)
         cache: Any = None
@@ -255,7 +255,7 @@ def main() -> None:
     verbs: dict[str, Callable[..., Any]] = {
         "prepare": prepare, "say": say, "minilm": minilm, "layers": layers_of_minilm, "time": time_program,
     }  # fmt: skip
-    with quiet():
+    with silence_libraries():
         found = verbs[verb](**{**settings, **paths})
     out.write_text(json.dumps(found), encoding="utf-8")
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.runtime.clock.runs import load_runtime
@@ -155,7 +155,7 @@ def written(rows: dict[str, Row]) -> str:
 def load_libraries() -> None:
     """What every case needs, once: the cases are forks of this process. Nothing is run, which would start threads."""
     torch.set_num_threads(1)
-    with quiet():
+    with silence_libraries():
         import torchao.quantization
 
         load_runtime(None)

@@ -13,7 +13,7 @@ import torch
 
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.registry import technique_class
 from edgetune.core.technique import Sample
 from edgetune.export.lower import Layout, lower
@@ -46,7 +46,7 @@ def _build(item: Micro, folder: Path) -> None:
     (folder / f"{item.name}.pte").write_bytes(lowered.data)
     torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")
     operators = [operator.model_dump(mode="json") for operator in lowered.executed]
-    write_whole(folder / f"{item.name}.json", json.dumps(operators))
+    write_atomically(folder / f"{item.name}.json", json.dumps(operators))
 
 
 if __name__ == "__main__":

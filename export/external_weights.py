@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 
 _FILE = "weights"
 
@@ -49,7 +49,7 @@ def read_weights(built: Any, target: str) -> bytes:
 
 def read_sizes(file: Path) -> dict[str, int]:
     """Bytes of each tensor in a `.ptd`, by name."""
-    with quiet():  # the reader's imports emit warnings
+    with silence_libraries():  # the reader's imports emit warnings
         from executorch.exir._serialize._cord import Cord
         from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 

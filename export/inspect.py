@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.export import external_weights
 from edgetune.program.beside import program_at
@@ -53,7 +53,7 @@ def _read_program(path: Path, data: bytes) -> tuple[Any, Any]:
             action="pass a .pte that `edgetune export` wrote",
             exit_code=Exit.EXPORT,
         )
-    with quiet():
+    with silence_libraries():
         require("executorch", "inspecting a program")
         from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
         from executorch.exir._serialize._program import _ExtendedHeader

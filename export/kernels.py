@@ -11,8 +11,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from edgetune.capture import operators
-from edgetune.core.errors import EdgetuneError, Exit, shortened
-from edgetune.core.quiet import quiet
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.targets.target import Target
 from edgetune.runtime import remedies
 
@@ -22,7 +22,7 @@ _CACHE_KERNELS = "llama::"  # attention and cache, in a library that only text-g
 @cache
 def registered() -> frozenset[str]:
     """Names such as `aten::add.out` of the kernels in this machine's runtime."""
-    with quiet():
+    with silence_libraries():
         import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and others
         from executorch.extension.pybindings import _portable_lib
     return frozenset(_portable_lib._get_operator_names())
@@ -50,7 +50,7 @@ def check(lowered: Mapping[str, ExportedProgram], captured: Mapping[str, Exporte
         return
     lines = [f"{place} (x{count})" if count > 1 else place for place, count in places.most_common()]
     raise EdgetuneError(
-        f"the model cannot be lowered for {target.name}: the runtime has no kernel for {shortened(lines, 6)}",
+        f"the model cannot be lowered for {target.name}: the runtime has no kernel for {truncate_list(lines, 6)}",
         action="; ".join(filter(None, actions)) or "write it with other operators, or do not export its module",
         exit_code=Exit.EXPORT,
     )

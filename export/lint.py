@@ -17,7 +17,7 @@ from edgetune.capture.positional import Positional, as_program
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, tensors_of
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export import quantized_weights
 from edgetune.export.lower import tag_delegated
 from edgetune.export.program_inputs import names_of
@@ -95,7 +95,7 @@ def _check_layers(model: nn.Module) -> Iterator[Finding]:
 
 
 def _check_graph(model: Positional, inputs: tuple[Tensor, ...], target: Target) -> list[Finding]:
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         try:
             program = capture(model, inputs, target.name)
             prepare(program)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from edgetune.capture import operators
 from edgetune.capture.fast_path import slow_path
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.lower import lower
 from edgetune.export.targets.target import Target
 from edgetune.runtime.run import run_programs
@@ -65,7 +65,7 @@ def locate_difference(program: nn.Module, row: Row, target: Target, allowed: flo
     """
     until = time.monotonic() + _SECONDS
     try:
-        with quiet(), torch.no_grad():
+        with silence_libraries(), torch.no_grad():
             root = _record_calls(program, row)
             call, difference, innermost = root, 0.0, False
             while not innermost and time.monotonic() < until:

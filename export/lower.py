@@ -18,10 +18,10 @@ from edgetune.capture.graph import capture, prepare
 from edgetune.capture.operators import Placed
 from edgetune.capture.reparameterize import Report, reparameterize
 from edgetune.core.carriers import is_wrapped
-from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.holders import refuse_sharded
 from edgetune.core.ledger import UndelegatedOperator
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export import external_weights, kernels, quantized_weights
 from edgetune.export.arena import ArenaPlan, plan_smallest_arena
 from edgetune.export.dedupe_constants import dedupe_constants
@@ -66,7 +66,7 @@ def check_finalized(model: nn.Module) -> None:
     layers = [name for name, layer in model.named_modules() if is_wrapped(layer)]
     if layers:
         raise EdgetuneError(
-            f"the model still has layers with adapters or slices: {shortened(layers, 4)}",
+            f"the model still has layers with adapters or slices: {truncate_list(layers, 4)}",
             action="merge them first: model = et.finalize(model)",
             exit_code=Exit.EXPORT,
         )
@@ -94,7 +94,7 @@ def lower_methods(
 ) -> dict[str, Lowered]:
     """Lower several models into one program, each as a method; all methods share `data` and `weights`."""
     programs, folded = {}, {}
-    with quiet(), torch.no_grad(), fast_decompositions():
+    with silence_libraries(), torch.no_grad(), fast_decompositions():
         for name, (model, inputs, axes) in methods.items():
             quantized_weights.check(model, target)
             plain, folded[name] = reparameterize(model, inputs)

@@ -16,8 +16,8 @@ from edgetune.capture.positional import Positional, as_program
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Parity
-from edgetune.core.modes import same_buffers
-from edgetune.core.quiet import quiet
+from edgetune.core.modes import preserve_buffers
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.export import targets
 from edgetune.export.locate import locate_difference
@@ -67,10 +67,10 @@ def export_program(
         forks.prepare()  # it imports while this process lowers
     with as_program(model, example_inputs) as program:
         names = output_names(program, inputs.example)
-        with same_buffers(program):
+        with preserve_buffers(program):
             if inputs.batch is not None:
                 check_batch_first(program, inputs.batch)
-        with same_buffers(program):
+        with preserve_buffers(program):
             lowered = lower(program, inputs.example, chosen, axes, layout)
 
         def prove(partial: Path) -> Manifest:
@@ -90,7 +90,7 @@ def export_program(
 
 def choose_target(path: Path, device: str | None, target: str | None) -> Target:
     """The target to lower for. Raises `EdgetuneError` if this machine cannot lower to it."""
-    with quiet():
+    with silence_libraries():
         require("executorch", "export")
     check_program_path(path)
     chosen = targets.for_device(device, target)
@@ -101,7 +101,7 @@ def choose_target(path: Path, device: str | None, target: str | None) -> Target:
 def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
     """The names of the outputs. Raises if the model does not run, or returns anything but tensors."""
     try:
-        with quiet(), same_buffers(program), torch.no_grad():
+        with silence_libraries(), preserve_buffers(program), torch.no_grad():
             return tuple(verify.eager_outputs(program, example))
     except EdgetuneError:
         raise
@@ -149,7 +149,7 @@ def tolerance_of(carried: Carried | None) -> float | None:
 
 def eager_rows(program: nn.Module, rows: Sequence[Row]) -> list[Row]:
     """The model's outputs for each row."""
-    with quiet(), same_buffers(program), torch.no_grad():
+    with silence_libraries(), preserve_buffers(program), torch.no_grad():
         return [tuple(verify.eager_outputs(program, row).values()) for row in rows]
 
 

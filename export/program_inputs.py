@@ -13,8 +13,8 @@ from edgetune.capture import dynamic
 from edgetune.capture.dynamic import Axis
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
-from edgetune.core.modes import same_buffers
-from edgetune.core.quiet import quiet
+from edgetune.core.modes import preserve_buffers
+from edgetune.core.quiet import silence_libraries
 from edgetune.program.artifact import validate_inputs
 from edgetune.program.manifest import TensorSpec
 from edgetune.runtime.allowed import allowed_difference
@@ -144,8 +144,8 @@ def check_batch_first(model: nn.Module, batch: Row) -> None:
     The last row of `batch` is compared, because the first step of a sequence gives the same with and without the
     others. An output without a dimension of the batch's size, such as a loss, is ignored if there is another.
     """
-    with quiet(), torch.no_grad():
-        with same_buffers(model):
+    with silence_libraries(), torch.no_grad():
+        with preserve_buffers(model):
             together = eager_outputs(model, batch)
         try:
             single_row = eager_outputs(model, tuple(tensor[-1:] for tensor in batch))

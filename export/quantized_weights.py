@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from edgetune.capture import operators
-from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.export.targets.target import Target
 
 _MODULES = ("torchao.",)
@@ -53,7 +53,7 @@ def check(model: nn.Module, target: Target) -> None:
     same = [operators.shorten(layer.module) for layer in refused if layer.reason == first.reason]
     rest = len(refused) - len(same)
     raise EdgetuneError(
-        f"{shortened(same, 4)}: target {target.name} computes this weight format wrongly: {first.reason}"
+        f"{truncate_list(same, 4)}: target {target.name} computes this weight format wrongly: {first.reason}"
         + (f"; {rest} more layers have other unsupported formats" if rest else ""),
         action=first.remedy,
         exit_code=Exit.EXPORT,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Baseline, Ledger, Measured, Predicted, Quality, Row
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.data.dataset import Dataset
 from edgetune.data.rows import Encode, Rows
 from edgetune.data.settings import DataSettings
@@ -35,7 +35,7 @@ from edgetune.tasks.image_classification import ImageClassification
 from edgetune.tasks.text_classification import TextClassification
 from support.manifests import stored
 
-with quiet():  # libraries that these load warn on import
+with silence_libraries():  # libraries that these load warn on import
     import transformers
     from PIL import Image
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import edgetune as et
-from edgetune.core.apply import opened
+from edgetune.core.apply import active_techniques
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.packed_layers import is_nf4
@@ -195,7 +195,9 @@ def test_finalize_reaches_what_is_open_inside(wrapper: str) -> None:
         expected = outer(x)
         plain = et.finalize(outer)
         torch.testing.assert_close(plain(x), expected, atol=1e-6, rtol=1e-5)
-    assert not any(is_wrapped(module) or opened(module) or module._forward_hooks for module in plain.modules())
+    assert not any(
+        is_wrapped(module) or active_techniques(module) or module._forward_hooks for module in plain.modules()
+    )
 
 
 @pytest.mark.parametrize("wrapper", ["own", "compiled", "DataParallel"])

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.data.chat import Conversation, read_messages
 from edgetune.data.dataset import Dataset, Split
 from edgetune.data.own import own_splits
@@ -23,7 +23,7 @@ from edgetune.models.text import TextEncoder
 from edgetune.run.exportable import prompts_from_texts
 from edgetune.tasks.causal_lm import CausalLM
 
-with quiet():
+with silence_libraries():
     import transformers
 
 CHATML = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import new_folder, replacing
+from edgetune.core.files import build_folder, replace_files
 from edgetune.train import checkpoint
 
 FILES = 3
@@ -108,14 +108,14 @@ def test_a_write_that_fails_keeps_the_checkpoint_before_it_and_leaves_nothing(tm
 
 def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
     paths = tmp_path / "new" / "model.ptd", tmp_path / "new" / "model.pte"
-    with replacing(*paths) as temporary:
+    with replace_files(*paths) as temporary:
         assert [path.suffix for path in temporary] == [".ptd", ".pte"]
         assert temporary[0].stem == temporary[1].stem
         for path in temporary:
             path.write_text("first", encoding="utf-8")
         assert not any(path.exists() for path in paths)
     assert [path.read_text(encoding="utf-8") for path in paths] == ["first", "first"]
-    with pytest.raises(ZeroDivisionError), replacing(*paths) as temporary:  # noqa: PT012  the file is half written
+    with pytest.raises(ZeroDivisionError), replace_files(*paths) as temporary:  # noqa: PT012  the file is half written
         temporary[0].write_text("second", encoding="utf-8")
         1 / 0  # noqa: B018
     assert [path.read_text(encoding="utf-8") for path in paths] == ["first", "first"]
@@ -123,12 +123,12 @@ def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path
 
 
 def test_a_new_folder_is_there_once_it_is_filled(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "a" / "b") as unfinished:
+    with build_folder(tmp_path / "a" / "b") as unfinished:
         (unfinished / "inner").mkdir()
         (unfinished / "inner" / "file").write_text("x", encoding="utf-8")
         assert not (tmp_path / "a" / "b").exists()
     assert (tmp_path / "a" / "b" / "inner" / "file").read_text(encoding="utf-8") == "x"
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "c"):
+    with pytest.raises(KeyboardInterrupt), build_folder(tmp_path / "a" / "c"):
         raise KeyboardInterrupt
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 

@@ -13,7 +13,7 @@ from edgetune.capture.graph import capture
 from edgetune.capture.positional import as_program
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export import export
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import lower
@@ -23,7 +23,7 @@ from edgetune.program.manifest import TensorSpec
 from edgetune.quant.int4 import Int4
 from edgetune.runtime.run import run_in_child
 
-with quiet():  # libraries that these load warn on import
+with silence_libraries():  # libraries that these load warn on import
     from transformers import BertConfig, BertForSequenceClassification
 
 
@@ -107,7 +107,7 @@ class Heads(nn.Module):
 def test_a_view_with_one_free_size_infers_it(batch: int, inferred: bool) -> None:
     x = torch.randn(batch, 6, 8)
     sizes = {"tokens": (2, 6)} if inferred else {"tokens": (2, 6), "batch": (1, 4)}
-    with quiet():
+    with silence_libraries():
         program = capture(Heads(), (x,), "xnnpack", axes_of(sizes, ("x",), [x]))
         module = program.module()
     views = [node for node in program.graph.nodes if "view" in str(node.target)]

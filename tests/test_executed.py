@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export import Artifact, export
 from edgetune.export.lower import Lowered, lower, lower_methods
@@ -55,7 +55,7 @@ def transformer() -> Lowered:
 
 @pytest.fixture(scope="module")
 def int8() -> Lowered:
-    with quiet():
+    with silence_libraries():
         return lowered(Int8().apply(Cnn().eval(), Sample.of(IMAGE)), IMAGE)
 
 

@@ -15,7 +15,7 @@ from edgetune.capture.positional import Positional
 from edgetune.capture.repairs.attention import attention
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export import export
 from edgetune.export.lower import compile_program
@@ -29,7 +29,7 @@ from edgetune.runtime.hosts.place import TimingRequest
 from edgetune.runtime.run import run_in_child
 from edgetune.runtime.verify import compare
 
-with quiet():  # libraries that these load warn on import
+with silence_libraries():  # libraries that these load warn on import
     from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 
@@ -142,7 +142,7 @@ def test_the_fast_lowering_gives_the_bytes_of_the_stock_one(monkeypatch: pytest.
     def data() -> bytes:
         torch.manual_seed(0)
         model = Positional(Int4().apply(Block()), inputs).eval()
-        with quiet(), torch.no_grad():
+        with silence_libraries(), torch.no_grad():
             program = capture(model, inputs)
             prepare(program)
             return compile_program(program, TARGETS["xnnpack"]).data

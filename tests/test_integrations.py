@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune.core.apply import apply, opened
+from edgetune.core.apply import active_techniques, apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.integrations.inside import announce, finalize_inside
 from edgetune.sparse.update import SparseUpdate
@@ -126,7 +126,7 @@ def test_what_trains_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     assert announce(model) == "sparse-update: 10 of 30 parameters train (33 %)"
     assert "10 of 30" in caplog.text
     finalize_inside(model)
-    assert opened(model[0]) == ()
+    assert active_techniques(model[0]) == ()
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -29,7 +29,7 @@ from test_carried import (
 
 from edgetune.cli import complete, main
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.data.dataset import Dataset
 from edgetune.export import Artifact
 from edgetune.export.kit import PLATFORMS, check, find, kit_of, target_for
@@ -40,7 +40,7 @@ from edgetune.models.preprocessing import text_preprocessing
 from edgetune.profile import device
 from edgetune.program.carried import Carried, TextPreprocessing, write_beside
 
-with quiet():
+with silence_libraries():
     from PIL import Image, ImageOps
     from tokenizers import Tokenizer, models, pre_tokenizers
 

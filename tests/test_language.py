@@ -14,7 +14,7 @@ from torch import nn
 
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.data.settings import DataSettings
 from edgetune.export.language import CHECK_PROMPT, export_language
@@ -31,7 +31,7 @@ from edgetune.runtime.language import greedy_in_child
 from edgetune.tasks.image_classification import ImageClassification
 from support.decoders import ARCHITECTURES, CACHE, TEMPLATE, VOCABULARY, decoder, export_decoder, llama, tokenizer
 
-with quiet():  # libraries that these load warn on import
+with silence_libraries():  # libraries that these load warn on import
     import transformers
     from transformers.cache_utils import StaticCache
 

@@ -16,7 +16,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Predicted
 from edgetune.core.places import Errors
 from edgetune.core.registry import STEPS, TECHNIQUES
-from edgetune.core.validated import fields_of
+from edgetune.core.validated import setting_names
 from edgetune.profile import Profile, device
 from edgetune.recipe import recipe
 from edgetune.sparse.scheme import Slice
@@ -82,7 +82,7 @@ def test_every_answer_is_a_setting_or_a_step_that_exists() -> None:
 
     kinds = [recipe.settings_class(name) for name in (*TECHNIQUES, *STEPS)]
     parts = [et.Train.model_fields["distill"].annotation.__args__[0], recipe.ExportSettings]  # type: ignore[union-attr]
-    fields = {field for kind in (*kinds, *parts, DataSettings, ModelSettings) for field in fields_of(kind)}
+    fields = {field for kind in (*kinds, *parts, DataSettings, ModelSettings) for field in setting_names(kind)}
     assert {ours for several in other_names.SETTINGS.values() for ours in several} <= fields
     assert set(other_names.STEPS.values()) <= set(recipe.step_names())
 

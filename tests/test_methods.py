@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.inspect import inspect
 from edgetune.export.lower import lower
 from edgetune.export.methods import MethodModule, export_methods
@@ -18,7 +18,7 @@ from edgetune.export.targets import find
 from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 
-with quiet():  # libraries that these load warn on import
+with silence_libraries():  # libraries that these load warn on import
     from transformers import T5Config, T5ForConditionalGeneration
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.pass_cache import fast_decompositions
 from edgetune.quant import pt2e
 
@@ -28,7 +28,7 @@ class Mixed(nn.Module):
 
 def decompose(preserved: list[Any]) -> str:
     torch.manual_seed(0)
-    with quiet():
+    with silence_libraries():
         program = torch.export.export(Mixed().eval(), (torch.randn(1, 3, 6, 6),), strict=False)
         table = torch.export.default_decompositions()
         for operator in preserved:

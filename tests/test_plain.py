@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.plain import how_computed, refuse_computed
+from edgetune.core.plain import describe_computation, refuse_computed
 from edgetune.quant.int4 import Int4
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.update import SparseUpdate
@@ -135,7 +135,7 @@ def test_a_look_leaves_no_trace() -> None:
     layer.register_forward_hook(lambda *_: seen.append(1))
     layer.register_buffer("calls", torch.zeros(()))
     before, random_state = {k: v.clone() for k, v in layer.state_dict().items()}, torch.get_rng_state()
-    assert how_computed(layer)
+    assert describe_computation(layer)
     assert not seen
     assert not layer.training
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -15,7 +15,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.ledger import OutputParity, Parity
 from edgetune.core.outputs import named_outputs
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export import export
 from edgetune.export.methods import export_methods
@@ -27,7 +27,7 @@ from edgetune.runtime.allowed import DYNAMIC_INT8, FLOAT, STATIC_INT8, allowed_d
 from edgetune.runtime.predictions import class_dim, predictions_of
 from edgetune.runtime.verify import Bounds, check, compare
 
-with quiet():  # libraries that these load warn on import
+with silence_libraries():  # libraries that these load warn on import
     from transformers import BertConfig, BertForSequenceClassification
 
 
@@ -42,7 +42,7 @@ def seeded(build: Any, *arguments: Any, seed: int = 0) -> Any:
 
 def held(model: nn.Module, inputs: Inputs, artifact: Artifact, tolerance: float = 1e-5) -> dict[str, Tensor]:
     """The program's outputs by name, once they are equal to the model's."""
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         expected = named_outputs(call(model, inputs), "logits")
     got = dict(zip([spec.name for spec in artifact.manifest.main.outputs], artifact.run(inputs), strict=True))
     assert list(got) == list(expected)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, logits_of
-from edgetune.core.modes import same_trainability, undisturbed
+from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Sample
 from edgetune.prune.cut import resize_like
 from edgetune.prune.groups import Cut, find_groups
@@ -259,7 +259,7 @@ def test_padding_does_not_count_as_activation() -> None:
 
 def test_head_importance_is_the_norm_of_its_own_map() -> None:
     model = bert()
-    with undisturbed(model), same_trainability(model):
+    with preserve_state(model), preserve_trainability(model):
         group = find_groups(model, bert_inputs(), {"heads"}, ())[1]
     layer = model.bert.encoder.layer[1].attention
     value = torch.cat([layer.self.value.weight, layer.self.value.bias[:, None]], 1).double()

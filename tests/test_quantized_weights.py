@@ -12,14 +12,14 @@ from torch import nn
 
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export import quantized_weights
 from edgetune.export.lint import lint
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
 from edgetune.quant.int4 import Int4
 
-with quiet():
+with silence_libraries():
     import torchao.quantization as ao
     from torchao.core.config import AOBaseConfig
     from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.cli.progress import shown
-from edgetune.core.quiet import quiet, quiet_command
+from edgetune.core.quiet import silence_command, silence_libraries
 
 pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("quiet")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
-    with quiet():
+    with silence_libraries():
         BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "tiny")
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         config = BertConfig(vocab_size=len(WORDS), id2label={0: "no", 1: "yes"}, **sizes)
@@ -88,9 +88,9 @@ def test_a_command_keeps_what_the_users_own_code_warns_of() -> None:
     def warn(module: str) -> None:
         warnings.warn_explicit("look", UserWarning, f"{module}.py", 1, module=module)
 
-    with warnings.catch_warnings(record=True) as caught, quiet_command():
+    with warnings.catch_warnings(record=True) as caught, silence_command():
         warnings.simplefilter("default")  # as Python begins
-        with quiet_command():
+        with silence_command():
             for module in ("torch.utils._pytree", "torchao", "transformers.models.bert", "my_model", "torchy"):
                 warn(module)
             assert not logging.getLogger("torch").isEnabledFor(logging.WARNING)
@@ -103,7 +103,7 @@ def test_quiet_puts_bars_back() -> None:
     from transformers.utils import logging as bars
 
     level = bars.get_verbosity()
-    with quiet():
+    with silence_libraries():
         assert not bars.is_progress_bar_enabled()
     assert (bars.is_progress_bar_enabled(), bars.get_verbosity()) == (True, level)
 

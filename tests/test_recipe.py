@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from edgetune.core import registry
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.places import Errors
 from edgetune.profile import device
 from edgetune.recipe import recipe
@@ -259,7 +259,7 @@ steps:
   - train: {distill: {teacher: prunes}}
 budget: {device: pixel-99}
 """
-    fields = shortened(type(parsed().data).model_fields)
+    fields = truncate_list(type(parsed().data).model_fields)
     assert (
         complaint(text)
         == f"""\
@@ -268,8 +268,8 @@ mine.yaml, line 1, model.source: is missing
 mine.yaml, line 1, model.max_length: must be a whole number: got '32'
 mine.yaml, line 2, data.train_row: unknown field: got 'train_row'; allowed: {fields}; did you mean 'train_rows'?
 mine.yaml, line 3, sed: unknown field: got 'sed'; allowed: {TOP}; did you mean 'seed'?
-mine.yaml, step 1 (line 5): unknown step: got 'lroa'; allowed: lora, sparse-update, prune, int4, int8, nf4, train, \
-eval, finalize; did you mean 'lora'?
+mine.yaml, step 1 (line 5): unknown step: got 'lroa'; allowed: lora, sparse-update, lean, prune, int4, int8, nf4, \
+train, eval, finalize; did you mean 'lora'?
 mine.yaml, step 2 (line 6), lora.rank: must be a whole number: got 2.5
 mine.yaml, step 3 (line 7): a step is one name with its settings: got ['lora', 'train']
   next: write `- name`, or `- name: {{setting: value}}`; a dash before every step
@@ -278,7 +278,7 @@ got 'prunes'; allowed: lora
 mine.yaml, line 9, budget: limits nothing: allowed: latency_ms, size_mib, train_memory_mib, peak_memory_mib
   next: give at least one of them
 mine.yaml, line 9, budget.device: unknown device: got 'pixel-99'; \
-allowed: {shortened((*device.ids(), "host"))}; did you mean 'pixel-9'?"""
+allowed: {truncate_list((*device.ids(), "host"))}; did you mean 'pixel-9'?"""
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, logits_of, tensors_of
 from edgetune.core.ledger import Ledger
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.recipe import recipe
 from edgetune.run import pipeline
 from edgetune.run.exporting import export_from
@@ -48,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def run(name: str, folder: Path) -> Run:
-    with quiet():
+    with silence_libraries():
         return pipeline.run(name, {"variant": "smoke"}, out=folder)
 
 
@@ -102,7 +102,7 @@ def test_the_folder_of_a_run(text: Run) -> None:
 
 
 def test_a_finished_run_is_opened_and_not_resumed(text: Run) -> None:
-    with quiet():
+    with silence_libraries():
         restored = open_run(text.folder).exportable()
     rows = restored.check_inputs[:32]
     assert len(restored.check_inputs) == text.ledger.program.parity.rows
@@ -198,14 +198,14 @@ def test_language_model(tmp_path: Path) -> None:
     said = generate(found.program, "Hello", max_tokens=4)
     assert said.stopped in ("length", "end")
     assert said.prompt_tokens > 5, "a chat template is around it"
-    with quiet():
+    with silence_libraries():
         again = export_from(str(found.folder), tmp_path / "again.pte", max_tokens=48)
     assert again.language.max_tokens == 48
     assert "perplexity" in (tmp_path / "again.md").read_text(encoding="utf-8"), "its card tells of the run"
 
 
 def test_a_cache_that_the_model_has_no_room_for_is_found_before_any_training(tmp_path: Path) -> None:
-    with pytest.raises(EdgetuneError, match="at most as many as the model") as caught, quiet():
+    with pytest.raises(EdgetuneError, match="at most as many as the model") as caught, silence_libraries():
         pipeline.run("lm-smollm2", {"variant": "smoke", "export.max_tokens": 9000}, out=tmp_path / "lm")
     assert caught.value.got == 9000
     assert not (tmp_path / "lm" / "ledger.json").exists()

@@ -16,7 +16,7 @@ from edgetune.capture import repairs
 from edgetune.capture.graph import capture, prepare
 from edgetune.capture.positional import Positional
 from edgetune.capture.repairs.attention import attention
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.lower import lower, tag_delegated
 from edgetune.export.targets import TARGETS
 from edgetune.program.operator_kinds import is_free, plain_name
@@ -25,7 +25,7 @@ from support.nets import Call
 
 torch.set_num_threads(1)
 
-with quiet():  # it warns on import
+with silence_libraries():  # it warns on import
     from transformers import MixtralConfig, MixtralForCausalLM
 
 XNNPACK = TARGETS["xnnpack"]
@@ -36,7 +36,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def repaired(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         program = capture(Positional(model.eval(), inputs).eval(), inputs, "xnnpack")
         prepare(program)
     return program
@@ -44,7 +44,7 @@ def repaired(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 def left_over(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
     """The operators that XNNPACK does not take."""
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         edge = tag_delegated(repaired(model, inputs), XNNPACK)
     names = [
         plain_name(str(n.target))
@@ -215,7 +215,7 @@ def test_experts_are_captured_by_operators_of_fixed_shape() -> None:
     )  # fmt: skip
     model, ids = MixtralForCausalLM(config).eval(), {"input_ids": torch.arange(6)[None]}
     before = model.config._experts_implementation
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         program = capture(Positional(model, ids).eval(), tuple(ids.values()), "xnnpack")
     names = {str(n.target) for n in program.graph.nodes}
     assert not any("grouped_mm" in name for name in names)
@@ -281,7 +281,7 @@ def test_a_model_that_returns_an_alias_still_returns_it() -> None:
 
 def test_other_targets_keep_the_operators_that_they_have() -> None:
     inputs = (ROW,)
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         program = capture(Positional(Call(lambda x: F.rms_norm(x, (12,))), inputs).eval(), inputs, "coreml")
     assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.rms_norm.default"]
 

@@ -12,7 +12,7 @@ from torch import nn
 from edgetune.capture.graph import capture
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export.lower import Lowered, lower
 from edgetune.export.targets import TARGETS, Target, available, find, for_device
@@ -35,7 +35,7 @@ def quantized(model: str, target: Target) -> nn.Module:
     """The model in static int8 by the target's own quantizer, calibrated on the example."""
     kind, x = MODELS[model]
     assert target.name in OWN
-    with quiet():
+    with silence_libraries():
         return Int8(target=target.name).apply(kind().eval(), Sample.of(x))
 
 
@@ -120,13 +120,13 @@ def test_what_runs_on_this_machine() -> None:
 )
 def test_the_form_of_a_model_is_seen_in_its_graph(form: str, change: object) -> None:
     assert callable(change)
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         model = change(Transformer().eval()).eval()
         assert form_of(capture(Positional(model, IDS).eval(), (IDS,))) == form
 
 
 def test_a_form_that_the_backend_does_not_take_is_refused() -> None:
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         float32 = capture(Positional(Cnn().eval(), IMAGE).eval(), (IMAGE,))
         whole = capture(Positional(Int8().apply(Cnn().eval(), Sample.of(IMAGE)), IMAGE).eval(), (IMAGE,))
     with pytest.raises(EdgetuneError, match=r"ethos-u does not take a model in fp32[\s\S]*as its `target`") as caught:
@@ -201,7 +201,7 @@ def test_int8_for_a_target_that_is_none_names_those_that_are() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vulkan", "coreml"])
 def test_xnnpacks_int8_is_delegated_elsewhere_too(name: str) -> None:
-    with quiet():
+    with silence_libraries():
         model = Int8().apply(Cnn().eval(), Sample.of(IMAGE))
     found = lower(Positional(model, IMAGE).eval(), (IMAGE,), needs(name))
     assert macs_delegated_pct(found) > 95

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.training import lower
 from edgetune.export.training.pull import pull
 from edgetune.export.training.step import Check, eager_losses, export_training
@@ -270,7 +270,7 @@ def test_four_bit_layers_stay_four_bit_while_the_rest_trains(tmp_path: Path) -> 
 
 
 def test_a_weight_that_trains_inside_a_delegate_is_refused() -> None:
-    with quiet():  # an inference program: its delegate holds the weight
+    with silence_libraries():  # an inference program: its delegate holds the weight
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
@@ -308,6 +308,6 @@ def test_what_cannot_train_says_so(tmp_path: Path) -> None:
 def test_eager_losses_leave_the_model_alone() -> None:
     model = transformer()
     before = copy.deepcopy(model.state_dict())
-    with quiet():
+    with silence_libraries():
         eager_losses(model, TEXTS[:2], F.cross_entropy, 0.0, RATE)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -11,7 +11,7 @@ from torch import nn
 
 from edgetune.adapt.inject import ADAPTER, exact_targets
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import replacing
+from edgetune.core.files import replace_files
 from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
 from edgetune.core.peft_layers import is_peft, is_peft_model, is_tuner
 from edgetune.core.registry import require
@@ -40,7 +40,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     config.target_modules = exact_targets(every, [plain_name(n) for n, m in model.named_modules() if is_tuner(m)])
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     tensors = {PREFIX + plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
-    with replacing(folder / WEIGHTS) as (temporary,):
+    with replace_files(folder / WEIGHTS) as (temporary,):
         require("safetensors.torch", "lora").save_file(tensors, temporary, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
     return folder

@@ -16,8 +16,8 @@ from edgetune.core.layers import refuse_shared, replace
 from edgetune.core.packed_layers import is_nf4
 from edgetune.core.peft_layers import base_of, is_peft, is_transposed, is_tuner, peft_tensors
 from edgetune.core.plain import refuse_computed
-from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_of
-from edgetune.core.quiet import quiet
+from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample
 from edgetune.core.wrapped import keep_base_keys
@@ -79,7 +79,7 @@ def inject(
 def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], dtype: torch.dtype | None) -> None:
     peft = require("peft", "lora")
     try:
-        with quiet():  # what peft warns of is checked here, by name
+        with silence_libraries():  # what peft warns of is checked here, by name
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError) as error:
         got = f"rank {config.r} on {config.target_modules}"
@@ -129,7 +129,7 @@ def _check_layer(name: str, layer: nn.Module, plain: nn.Module) -> None:
     with torch.no_grad():
         expected = outputs_of(plain, inputs)
     difference = relative_difference(expected, outputs_of(layer, inputs))
-    if difference > rounding_of(expected.dtype):
+    if difference > rounding_tolerance(expected.dtype):
         raise EdgetuneError(
             f"{name}: peft's layer differs from the plain layer, by {difference:.2g} of the largest output value",
             got=type(plain).__name__,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS
 from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, trained_type
 from edgetune.adapt.lora import LoRA
-from edgetune.core.apply import add_opened
+from edgetune.core.apply import add_active_technique
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.holders import held_model, hold, refuse_distributed
+from edgetune.core.holders import refuse_distributed, rewrap_model, unwrap_model
 from edgetune.core.registry import require
 
 # What peft's config may ask for and this loader cannot give: raise rather than leave it out.
@@ -25,7 +25,7 @@ _UNSUPPORTED = (
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load the adapter in `folder`, from edgetune or peft, into a plain model, in place. Every key must be used."""
     peft, folder, outer = require("peft", "lora"), Path(folder), model
-    model = held_model(model)
+    model = unwrap_model(model)
     refuse_distributed(outer)
     refuse_adapters(model)
     for file in (CONFIG, WEIGHTS):
@@ -46,8 +46,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     inject(model, config, chosen, trained_type(chosen))
     _load(peft, model, state)
     loaded = LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(sorted(names)))
-    add_opened(model, loaded)  # so that et.finalize merges it
-    return hold(outer, model)
+    add_active_technique(model, loaded)  # so that et.finalize merges it
+    return rewrap_model(outer, model)
 
 
 def _load(peft: Any, model: nn.Module, state: dict[str, Tensor]) -> None:

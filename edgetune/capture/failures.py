@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from edgetune.capture import operators
-from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.runtime import remedies
 
 _DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_scalar_dense|unbacked"
@@ -112,7 +112,7 @@ def check_drawn(program: ExportedProgram) -> None:
     if drawn:
         places = dict.fromkeys(f"{node.target} in {operators.module_of(node) or 'the model itself'}" for node in drawn)
         raise EdgetuneError(
-            f"the model draws random numbers although it is in eval mode: {shortened(places, 4)}",
+            f"the model draws random numbers although it is in eval mode: {truncate_list(places, 4)}",
             action=remedies.remedy(str(drawn[0].target)) or "draw only `if self.training`, or pass the numbers in",
             exit_code=Exit.EXPORT,
         )
@@ -138,7 +138,7 @@ def lowering_error(program: ExportedProgram, target: str, error: Exception) -> E
     operators_named = dict.fromkeys([*missing.split(", "), *(operator for operator, _ in failing)])
     hints = dict.fromkeys(filter(None, map(remedies.remedy, operators_named)))
     return EdgetuneError(
-        f"the model cannot be lowered for {target}: {problem}" + (f" ({shortened(places)})" if places else ""),
+        f"the model cannot be lowered for {target}: {problem}" + (f" ({truncate_list(places)})" if places else ""),
         action="; ".join(hints) or "replace these operators, or leave their modules out of what is exported",
         exit_code=Exit.EXPORT,
     )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from edgetune.core.inputs import Inputs, call, device_of
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.core.outputs import named_outputs
 
 
@@ -47,7 +47,7 @@ def as_plain(model: nn.Module) -> Iterator[nn.Module]:
     """The model, or a copy on the CPU, in eval mode and without a key-value cache; put back as it was afterwards."""
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     caching = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
-    with undisturbed(model):
+    with preserve_state(model):
         try:
             for config, _ in caching:
                 config.use_cache = False

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.overrides import TorchFunctionMode
 
-from edgetune.core.errors import shortened
+from edgetune.core.errors import truncate_list
 from edgetune.core.inputs import Inputs, call, tensors_in
 
 _IN_PLACE = ("reparameterize", "switch_to_deploy")
@@ -85,7 +85,7 @@ def _step(
     difference = _difference(changed, inputs, wanted)
     if difference <= most:
         return changed, tuple(done), tuple(refused)
-    return model, (), (*refused, f"{shortened(done, 4)}: the logits would differ by {difference:.1e}")
+    return model, (), (*refused, f"{truncate_list(done, 4)}: the logits would differ by {difference:.1e}")
 
 
 def _difference(model: nn.Module, inputs: Inputs, wanted: list[Tensor]) -> float:

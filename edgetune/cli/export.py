@@ -11,7 +11,7 @@ import typer
 
 from edgetune.cli.complete import device_names, platform_names, target_names
 from edgetune.cli.devices import Json, printed
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 
 if TYPE_CHECKING:
     from edgetune.core.ledger import Program
@@ -67,7 +67,7 @@ def export(
     file takes inputs of the shapes that it was saved with.
     """
     from edgetune.capture.dynamic import parse_bounds
-    from edgetune.core.errors import shortened
+    from edgetune.core.errors import truncate_list
     from edgetune.run.exporting import export_from
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -88,7 +88,7 @@ def export(
         printed(artifact.manifest.model_dump(mode="json"))
         return 0
     carried = artifact.manifest.carried
-    classes = f"classes: {shortened(carried.labels)}" if carried and carried.labels else ""
+    classes = f"classes: {truncate_list(carried.labels)}" if carried and carried.labels else ""
     notes = [f"note: {note}" for note in carried.notes] if carried else []
     printed("\n".join(filter(None, [f"{artifact.path}: {_program(artifact.program())}", classes, *notes])))
     return 0
@@ -211,7 +211,7 @@ def inspect(
     if html is not None:
         from edgetune.report.inspect_page import page
 
-        write_whole(html, page(inspection))
+        write_atomically(html, page(inspection))
     if as_json:
         printed(inspection.model_dump(mode="json"))
     else:

@@ -22,7 +22,7 @@ from edgetune import __version__
 from edgetune.cli import export, generate, predict, profile, training
 from edgetune.cli.devices import PLAIN, Json, devices, printed
 from edgetune.cli.training import Overrides, RecipeName
-from edgetune.core.quiet import quiet_command
+from edgetune.core.quiet import silence_command
 
 VERBS = (  # in the order of the work, which is the order of `edgetune --help`
     "recipes", "run", "report", "export", "kit", "lint", "inspect", "predict", "eval", "generate", "profile", "devices",
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        with contextlib.nullcontext() if debug else quiet_command():
+        with contextlib.nullcontext() if debug else silence_command():
             code = app(args=[a for a in given if a != "--debug"], prog_name="edgetune", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # typer has taken the KeyboardInterrupt

@@ -75,11 +75,11 @@ def _line(given: Given, answer: Answer, top: int) -> str:
 
 
 def _in_words(answer: Answer, top: int) -> str:
-    from edgetune.core.numbers import number
+    from edgetune.core.numbers import format_number
     from edgetune.run.predicting import PredictedEntities, PredictedNumber
 
     if isinstance(answer, PredictedNumber):
-        return number(answer.value)
+        return format_number(answer.value)
     if isinstance(answer, PredictedEntities):
         named = (f"{one.text} ({one.kind}, {one.start}-{one.end})" for one in answer.entities)
         return ", ".join(named) or "no entities"
@@ -155,16 +155,16 @@ def _print(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from edgetune.core.numbers import plural, quality_with_interval
+    from edgetune.core.numbers import format_quality_with_interval, pluralize
     from edgetune.report.answer_tables import answer_tables
     from edgetune.report.console import clean, drawn
     from edgetune.report.sentences import as_sentence
 
     console = Console()
-    rows = plural(evaluation.quality.rows, "row")
+    rows = pluralize(evaluation.quality.rows, "row")
     of = f"{rows} of the test split" if evaluation.part == "test" else f"all {rows}"
     console.print(Text(clean(f"{evaluation.program} on {evaluation.data}, {of}")))
-    console.print(Text(clean(quality_with_interval(evaluation.quality)), style="bold"))
+    console.print(Text(clean(format_quality_with_interval(evaluation.quality)), style="bold"))
     for table in answer_tables(evaluation.answers) if evaluation.answers else ():
         console.print()
         console.print(Text(table.title, style="bold"))

@@ -84,7 +84,7 @@ def train_pte(
 
     The rows come from the data of the recipe.
     """
-    from edgetune.core.numbers import quality as in_words
+    from edgetune.core.numbers import format_quality as in_words
     from edgetune.export.training.pull import pull as pull_
     from edgetune.program.artifact import Artifact
     from edgetune.runtime.training import train_pte as train
@@ -115,7 +115,7 @@ def pull(
     from safetensors.torch import save_model
 
     from edgetune.core.apply import finalize
-    from edgetune.core.numbers import quality as in_words
+    from edgetune.core.numbers import format_quality as in_words
     from edgetune.export.training.pull import pull as pull_
 
     with contextlib.redirect_stdout(sys.stderr):

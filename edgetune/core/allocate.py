@@ -46,9 +46,9 @@ def allocate(
     """
     if empty := [name for name, own in options.items() if not own]:
         raise EdgetuneError(f"item {empty[0]!r} has no option", action="give it one, or leave it out")
-    best = _best(options, limits, most_points)
+    best = _solve(options, limits, most_points)
     if best is None:
-        raise _infeasible(options, limits)
+        raise _infeasible_error(options, limits)
     return dict(zip(options, best, strict=True))
 
 
@@ -75,9 +75,9 @@ class Front(Generic[Name]):
         numbers = np.flatnonzero(_within(sums, front.limits))
         sums = sums[numbers]
         rough = self.most_points is not None and width > 2 and len(sums) > _FEW
-        keep = np.arange(len(sums)) if rough else _unbeaten(sums)
+        keep = np.arange(len(sums)) if rough else _pareto_indices(sums)
         if self.most_points is not None and len(keep) > self.most_points and front.limits:
-            keep = _thinned(sums, keep, front.limits, self.most_points)
+            keep = _thin_out(sums, keep, front.limits, self.most_points)
         front.sums, front._before, front._origin, front._options = sums[keep], self, numbers[keep], options
         return front
 
@@ -112,7 +112,7 @@ class Front(Generic[Name]):
         return Option(tuple(reversed(chosen)), value, dict(zip(self.limits, costs, strict=True)))
 
 
-def _best(
+def _solve(
     options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float], most_points: int
 ) -> tuple[Option[Any], ...] | None:
     least = {kind: [min(option.costs[kind] for option in own) for own in options.values()] for kind in limits}
@@ -124,13 +124,13 @@ def _best(
     return None if best is None else best.name
 
 
-def _infeasible(options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float]) -> EdgetuneError:
+def _infeasible_error(options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float]) -> EdgetuneError:
     """The error that states, of each kind of cost, the least that the other limits allow, or the least at all."""
     least = {}
     for kind in limits:
         cheap = {name: [replace(option, value=-option.costs[kind]) for option in own] for name, own in options.items()}
         others = {other: limit for other, limit in limits.items() if other != kind}
-        chosen = _best(cheap, others, MOST_POINTS) or _best(cheap, {}, MOST_POINTS) or ()
+        chosen = _solve(cheap, others, MOST_POINTS) or _solve(cheap, {}, MOST_POINTS) or ()
         least[kind] = sum(option.costs[kind] for option in chosen)
     raised = {kind: cost for kind, cost in least.items() if cost > limits[kind]} or least
     return EdgetuneError(
@@ -146,7 +146,7 @@ def _within(sums: np.ndarray, limits: Mapping[str, float]) -> np.ndarray:
     return np.all(sums[:, :-1] <= np.array(list(limits.values())), axis=1)  # type: ignore[no-any-return]
 
 
-def _unbeaten(sums: np.ndarray) -> np.ndarray:
+def _pareto_indices(sums: np.ndarray) -> np.ndarray:
     """The points that no other beats in every cost and in value, by the first cost."""
     order = np.lexsort((-sums[:, -1], *(sums[:, kind] for kind in range(sums.shape[1] - 2, -1, -1))))
     values = sums[order, -1]
@@ -161,7 +161,7 @@ def _unbeaten(sums: np.ndarray) -> np.ndarray:
     return np.array(kept, dtype=np.int64)
 
 
-def _thinned(sums: np.ndarray, order: np.ndarray, limits: Mapping[str, float], most: int) -> np.ndarray:
+def _thin_out(sums: np.ndarray, order: np.ndarray, limits: Mapping[str, float], most: int) -> np.ndarray:
     """At most so many of the points: in each cell of a grid over the costs the one with the largest value."""
     cells = max(1, int(most ** (1 / len(limits))))
     place = np.zeros(len(order), dtype=np.int64)

@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.holders import held_model, hold, refuse_distributed, refuse_sharded
+from edgetune.core.holders import refuse_distributed, refuse_sharded, rewrap_model, unwrap_model
 from edgetune.core.layers import replace
-from edgetune.core.merging import take_off_others
+from edgetune.core.merging import merge_foreign_layers
 from edgetune.core.order import plan_steps
 from edgetune.core.registry import TECHNIQUES
-from edgetune.core.technique import Sample, Technique, fitted
+from edgetune.core.technique import Sample, Technique, adapt_defaults
 
 _OPEN = "edgetune_techniques"  # the attribute of a model that lists what is open on it, in order
 
 
-def opened(model: nn.Module) -> tuple[Technique, ...]:
+def active_techniques(model: nn.Module) -> tuple[Technique, ...]:
     """The techniques applied to `model` and not finalized yet, in order."""
     return tuple(getattr(model, _OPEN, ()))
 
 
-def add_opened(model: nn.Module, technique: Technique) -> None:
+def add_active_technique(model: nn.Module, technique: Technique) -> None:
     """Note that a technique is applied to `model`, so that `finalize` undoes it."""
-    setattr(model, _OPEN, [*opened(model), technique])
+    setattr(model, _OPEN, [*active_techniques(model), technique])
 
 
 def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample: Sample | None = None) -> nn.Module:
@@ -45,29 +45,29 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     if sample is not None and not isinstance(sample, Sample):
         action = "write sample=et.Sample.of(inputs)"
         raise EdgetuneError("sample is not a Sample", where="et.apply", got=type(sample).__name__, action=action)
-    outer, model = model, held_model(model)
+    outer, model = model, unwrap_model(model)
     refuse_distributed(outer)
-    steps = fitted(_listed(techniques))
+    steps = adapt_defaults(_as_list(techniques))
     for technique in steps:
         if technique.needs != "nothing":
             technique.required(sample)
-    for move in plan_steps(steps, opened(model)):
+    for move in plan_steps(steps, active_techniques(model)):
         technique = steps[move.index]
         if move.implied:
             model = finalize(model)
             continue
-        before = opened(model)
+        before = active_techniques(model)
         try:
             model = technique.apply(model, sample)
         except EdgetuneError as error:
             error.within(technique.name)
             raise
         setattr(model, _OPEN, list(before))  # on the module that `apply` returned, which may be another
-        add_opened(model, technique)
-    return hold(outer, model)
+        add_active_technique(model, technique)
+    return rewrap_model(outer, model)
 
 
-def _listed(techniques: object) -> list[Technique]:
+def _as_list(techniques: object) -> list[Technique]:
     """Techniques as a list; anything else is refused with what to write instead."""
     if isinstance(techniques, Technique):
         return [techniques]
@@ -75,12 +75,12 @@ def _listed(techniques: object) -> list[Technique]:
     listed: list[Technique] = []
     for other in techniques if several else [techniques]:  # type: ignore[attr-defined]
         if not isinstance(other, Technique):
-            raise EdgetuneError("not a technique", where="et.apply", got=other, action=_instead(other))
+            raise EdgetuneError("not a technique", where="et.apply", got=other, action=_suggest_technique(other))
         listed.append(other)
     return listed
 
 
-def _instead(other: object) -> str:
+def _suggest_technique(other: object) -> str:
     """What was probably meant by something that is no technique."""
     if isinstance(other, type) and issubclass(other, Technique):
         required = [name for name, field in other.model_fields.items() if field.is_required()]
@@ -102,7 +102,7 @@ def check_model(model: object, verb: str) -> None:
 
 def penalty(model: nn.Module) -> Tensor | None:
     """What the techniques that are open on `model` add to the loss in training; `None`: nothing."""
-    terms = [technique.penalty(model) for technique in opened(held_model(model))]
+    terms = [technique.penalty(model) for technique in active_techniques(unwrap_model(model))]
     added = [term for term in terms if term is not None]
     return torch.stack(added).sum() if added else None
 
@@ -119,16 +119,16 @@ def finalize(model: nn.Module) -> nn.Module:
     """
     check_model(model, "finalize")
     refuse_sharded(model)
-    model = hold(model, _finalize_own(held_model(model)))
-    inner = {name: module for name, module in model.named_modules() if name and opened(module)}
+    model = rewrap_model(model, _finalize_own(unwrap_model(model)))
+    inner = {name: module for name, module in model.named_modules() if name and active_techniques(module)}
     for name, module in reversed(inner.items()):  # the innermost first
         replace(model, name, _finalize_own(module))
-    return take_off_others(model)
+    return merge_foreign_layers(model)
 
 
 def _finalize_own(model: nn.Module) -> nn.Module:
     """Finalize what `apply` put on this very model."""
-    techniques = list(opened(model))
+    techniques = list(active_techniques(model))
     while techniques:
         technique = techniques.pop()
         try:

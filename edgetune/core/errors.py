@@ -55,9 +55,9 @@ class EdgetuneError(ValueError):
         text = f"{self.where}: {self.what}" if self.where else self.what
         details = []
         if self.got is not None:
-            details.append(f"got {_in_a_line(self.got)}")
+            details.append(f"got {_format_value(self.got)}")
         if self.allowed:
-            details.append("allowed: " + shortened(self.allowed))
+            details.append("allowed: " + truncate_list(self.allowed))
         near = self.near
         if near is None:
             near = nearest(str(self.got), self.allowed) if isinstance(self.got, (str, int)) else ""
@@ -68,13 +68,13 @@ class EdgetuneError(ValueError):
         return f"{text}\n  next: {self.action}" if self.action else text
 
 
-def _in_a_line(value: object, most: int = 200) -> str:
+def _format_value(value: object, most: int = 200) -> str:
     """How an error shows a value: a whole model that was given for a number is cut."""
     text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def shortened(names: Iterable[str], most: int = 12) -> str:
+def truncate_list(names: Iterable[str], most: int = 12) -> str:
     """The names joined by commas, cut after `most` with the number left out."""
     listed = list(names)
     rest = f" ... and {len(listed) - most} more" if len(listed) > most else ""

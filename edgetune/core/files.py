@@ -14,7 +14,7 @@ from edgetune.core.errors import EdgetuneError
 
 
 @contextmanager
-def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+def replace_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """A temporary name beside each path of one folder, to write to; at the end the files are flushed and renamed.
 
     Readers see an old file or a whole new one, and the last path only where those before it are in place. Where the
@@ -38,7 +38,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def build_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `path` at the end; where the block raises, nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -52,17 +52,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text by `replacing`. Raises `EdgetuneError` where the disk is full or refuses."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text by `replace_files`. Raises `EdgetuneError` where the disk is full or refuses."""
     try:
-        with replacing(path) as (temporary,):
+        with replace_files(path) as (temporary,):
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         problem = f"cannot write the file: {error.strerror or error}"
         raise EdgetuneError(problem, got=str(path), action="free some disk space, or choose another folder") from error
 
 
-def check_folder(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise where no file can be written into a folder, or no such folder be made, as far as can be seen before."""
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -11,24 +11,24 @@ from edgetune.core.errors import EdgetuneError
 COMPILED, PARALLEL = "_orig_mod", "module"  # under which names they hold it
 
 
-def held_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The model itself, with what torch puts around a whole one taken off."""
-    while (name := _holding_name(model)) is not None:
+    while (name := _inner_name(model)) is not None:
         model = getattr(model, name)
     return model
 
 
-def hold(outer: nn.Module, model: nn.Module) -> nn.Module:
+def rewrap_model(outer: nn.Module, model: nn.Module) -> nn.Module:
     """`outer` with `model` in the place of what it held; `model` itself where `outer` was no holder.
 
     Also where `outer` was built for the parameters that the model had, as DistributedDataParallel is.
     """
-    if held_model(outer) is outer or is_distributed(outer):
+    if unwrap_model(outer) is outer or is_distributed(outer):
         return model
     holder: Any = outer
-    while _holding_name(getattr(holder, _holding_name(holder) or "")) is not None:
-        holder = getattr(holder, _holding_name(holder) or "")
-    setattr(holder, _holding_name(holder) or "", model)
+    while _inner_name(getattr(holder, _inner_name(holder) or "")) is not None:
+        holder = getattr(holder, _inner_name(holder) or "")
+    setattr(holder, _inner_name(holder) or "", model)
     return outer
 
 
@@ -56,11 +56,11 @@ def refuse_distributed(model: nn.Module) -> None:
 
 def is_distributed(model: nn.Module) -> bool:
     """Whether the model, or something that holds it, synchronizes gradients between processes."""
-    names = {c.__name__ for module in (model, held_model(model)) for c in type(module).__mro__}
+    names = {c.__name__ for module in (model, unwrap_model(model)) for c in type(module).__mro__}
     return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
 
 
-def _holding_name(model: nn.Module) -> str | None:
+def _inner_name(model: nn.Module) -> str | None:
     kinds = {(c.__module__.split(".")[0], c.__name__) for c in type(model).__mro__}
     if ("torch", "OptimizedModule") in kinds:
         return COMPILED

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def silence_of_hub() -> str:
+def hub_problem() -> str:
     """Why the hub does not answer; empty if it does. One request without retries, through the proxy if one is set."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
@@ -23,12 +23,12 @@ def silence_of_hub() -> str:
 
 
 @contextmanager
-def hub_for(source: str, fetches: bool = True) -> Iterator[str]:
+def check_hub(source: str, fetches: bool = True) -> Iterator[str]:
     """Gives why the hub does not answer, and keeps libraries from asking it again: they look among cached files only.
 
     Empty where it answers, and where `source` is a path on this disk or nothing is fetched, so that it is not asked.
     """
-    silence = silence_of_hub() if fetches and not Path(source).expanduser().exists() else ""
+    silence = hub_problem() if fetches and not Path(source).expanduser().exists() else ""
     if not silence:
         yield ""
         return

@@ -63,7 +63,7 @@ def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     return tuple(value[start:stop] for value in inputs)
 
 
-def moved(inputs: Inputs, device: torch.device) -> Inputs:
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """The inputs on `device`, in the same form."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)

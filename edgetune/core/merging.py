@@ -12,7 +12,7 @@ from edgetune.core.carriers import dense_tensors, is_wrapped, plain_layer
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.peft_layers import is_peft, is_peft_model
-from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_of
+from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
 
 
 def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> nn.Module:
@@ -61,7 +61,7 @@ def merge_layer(layer: nn.Module) -> nn.Module:
     difference = (
         0.0 if expected is None or inputs is None else relative_difference(expected, outputs_of(merged, inputs))
     )
-    if difference > rounding_of(next(merged.parameters()).dtype):
+    if difference > rounding_tolerance(next(merged.parameters()).dtype):
         _undo(merged, before)
         raise EdgetuneError(
             f"a merge would change what the {type(layer).__name__} computes, by {difference:.2g} of its largest value",
@@ -116,7 +116,7 @@ def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             )
 
 
-def take_off_others(model: nn.Module) -> nn.Module:
+def merge_foreign_layers(model: nn.Module) -> nn.Module:
     """Merge what peft and bitsandbytes put on the model without edgetune, and take peft's own model off.
 
     Raises `EdgetuneError` for an adapter of peft that changes no layer: prompts, prefixes.

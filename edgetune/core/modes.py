@@ -12,11 +12,11 @@ from edgetune.core.inputs import device_of
 
 
 @contextmanager
-def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
+def preserve_state(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Evaluation (or training) mode inside; each module's own mode, the buffers and the random state are put back.
 
     Buffers are only kept where they can change, which is in training mode; a model that keeps a state in them runs
-    within `same_buffers`.
+    within `preserve_buffers`.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
@@ -35,7 +35,7 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def same_trainability(model: nn.Module) -> Iterator[None]:
+def preserve_trainability(model: nn.Module) -> Iterator[None]:
     """Let each parameter require a gradient again, or none, as it did."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -46,7 +46,7 @@ def same_trainability(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Put back every buffer that the body writes or replaces: a model may keep a state there."""
     held = [
         (module, name, buffer, buffer.clone())

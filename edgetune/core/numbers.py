@@ -12,15 +12,15 @@ DASH = "-"  # not measured
 STEPS_OF_1000 = ("", " k", " M", " G", " T", " P")
 
 
-def finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """The value where there is one that can be drawn, else `None`."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """To `digits` significant figures, without exponents down to a thousandth.
 
-    >>> [number(v) for v in (0.0, 0.004217, 1.0, 86.64, 1234.4, None, float("nan"))]
+    >>> [format_number(v) for v in (0.0, 0.004217, 1.0, 86.64, 1234.4, None, float("nan"))]
     ['0', '0.00422', '1.00', '86.6', '1,234', '-', 'not finite']
     """
     if value is None:
@@ -35,10 +35,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(digits - leading, 0)}f}"
 
 
-def count(value: int | None) -> str:
+def format_count(value: int | None) -> str:
     """How many, with k, M, G.
 
-    >>> [count(v) for v in (0, 512, 999_999, 22_713_601, 1_361_000_000, None)]
+    >>> [format_count(v) for v in (0, 512, 999_999, 22_713_601, 1_361_000_000, None)]
     ['0', '512', '1.00 M', '22.7 M', '1.36 G', '-']
     """
     if value is None:
@@ -48,17 +48,17 @@ def count(value: int | None) -> str:
     scaled, step = float(value), 0
     while abs(scaled) >= 999.5 and step < len(STEPS_OF_1000) - 1:
         scaled, step = scaled / 1000, step + 1
-    return number(scaled) + STEPS_OF_1000[step]
+    return format_number(scaled) + STEPS_OF_1000[step]
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     """A share with one decimal; 100.0 only where it is all, 0.0 only where it is nothing.
 
-    >>> [percent(v) for v in (100.0, 99.98, 0.01, 0.0, 42.25)]
+    >>> [format_percent(v) for v in (100.0, 99.98, 0.01, 0.0, 42.25)]
     ['100.0', '> 99.9', '< 0.1', '0.0', '42.2']
     """
     if value is None or not math.isfinite(value):
-        return number(value)
+        return format_number(value)
     if 99.95 <= value < 100:
         return "> 99.9"
     if 0 < value < 0.05:
@@ -66,15 +66,15 @@ def percent(value: float | None) -> str:
     return f"{value:.1f}"
 
 
-def score(value: float | None) -> str:
+def format_score(value: float | None) -> str:
     """A quality, to two decimals."""
-    return f"{value:,.2f}" if finite(value) is not None else number(value)
+    return f"{value:,.2f}" if finite_or_none(value) is not None else format_number(value)
 
 
-def change(value: float | None) -> str:
+def format_change(value: float | None) -> str:
     """A difference of two qualities, with its sign.
 
-    >>> [change(v) for v in (1.204, -0.3, -0.001, None)]
+    >>> [format_change(v) for v in (1.204, -0.3, -0.001, None)]
     ['+1.20', '-0.30', '0.00', '-']
     """
     if value is None or not math.isfinite(value):
@@ -83,67 +83,71 @@ def change(value: float | None) -> str:
     return f"{rounded:+.2f}" if rounded else "0.00"
 
 
-def quality(value: Quality | None) -> str:
+def format_quality(value: Quality | None) -> str:
     """A quality with its unit, for running text."""
     if value is None:
         return "quality not measured"
-    if finite(value.value) is None:
-        return f"{noun(value)} not finite"
-    return f"{score(value.value)} % {noun(value)}" if unit(value) else f"{noun(value)} {score(value.value)}"
+    if finite_or_none(value.value) is None:
+        return f"{metric_noun(value)} not finite"
+    return (
+        f"{format_score(value.value)} % {metric_noun(value)}"
+        if metric_unit(value)
+        else f"{metric_noun(value)} {format_score(value.value)}"
+    )
 
 
-def quality_with_interval(value: Quality) -> str:
+def format_quality_with_interval(value: Quality) -> str:
     """A quality with the 95 % interval that its number of rows allows, where there is one.
 
-    >>> quality_with_interval(Quality(metric="accuracy_pct", value=90.0, rows=20))
+    >>> format_quality_with_interval(Quality(metric="accuracy_pct", value=90.0, rows=20))
     '90.00 % accuracy on 20 rows (95 % interval: 69.9 to 97.2 %)'
     """
     interval = value.interval_pct
-    text = f"{quality(value)} on {plural(value.rows, 'row')}"
+    text = f"{format_quality(value)} on {pluralize(value.rows, 'row')}"
     return text if interval is None else f"{text} (95 % interval: {interval[0]:.1f} to {interval[1]:.1f} %)"
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     """A duration, to a hundredth where it is short.
 
-    >>> [seconds(v) for v in (0.019, 9.5, 94.32, 1234.5)]
+    >>> [format_seconds(v) for v in (0.019, 9.5, 94.32, 1234.5)]
     ['0.02', '9.50', '94.3', '1,234']
     """
-    return f"{value:.2f}" if 0 <= value < 1 else number(value)
+    return f"{value:.2f}" if 0 <= value < 1 else format_number(value)
 
 
-def noun(value: Quality) -> str:
+def metric_noun(value: Quality) -> str:
     """The name of the metric."""
     return METRICS[value.metric].noun
 
 
-def unit(value: Quality) -> str:
+def metric_unit(value: Quality) -> str:
     """The unit of the metric; perplexity has none."""
     return METRICS[value.metric].unit
 
 
-def first_capital(text: str) -> str:
+def capitalize_first(text: str) -> str:
     """The text as a heading begins.
 
-    >>> first_capital("entity F1"), first_capital("")
+    >>> capitalize_first("entity F1"), capitalize_first("")
     ('Entity F1', '')
     """
     return text[:1].upper() + text[1:]
 
 
-def plural(many: int, thing: str) -> str:
+def pluralize(many: int, thing: str) -> str:
     """The number and its noun.
 
-    >>> plural(1, "row"), plural(1500, "row")
+    >>> pluralize(1, "row"), pluralize(1500, "row")
     ('1 row', '1,500 rows')
     """
     return f"{many:,} {thing}" if many == 1 else f"{many:,} {thing}s"
 
 
-def size(size_bytes: int) -> str:
+def format_size(size_bytes: int) -> str:
     """Bytes in the unit that suits them.
 
-    >>> size(512), size(20480), size(5 * 2**20)
+    >>> format_size(512), size(20480), format_size(5 * 2**20)
     ('512 B', '20.0 KiB', '5.00 MiB')
     """
     if size_bytes < 2**10:
@@ -151,10 +155,10 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < MIB else f"{size_bytes / MIB:.2f} MiB"
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
     """Rows of a table as lines; the columns of these indices are set to the right.
 
-    >>> aligned([("a", "1", "x"), ("bc", "10", "")], {1})
+    >>> align_columns([("a", "1", "x"), ("bc", "10", "")], {1})
     ['a    1  x', 'bc  10']
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

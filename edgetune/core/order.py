@@ -48,14 +48,14 @@ def plan_steps(
         if step.closes:
             plan.append(PlannedStep(index, False, _names(reversed(active))))
             if not active:
-                errors.append(_nothing_to_finalize(step, index, place))
+                errors.append(_nothing_to_finalize_error(step, index, place))
             active = []
             continue
         blocking = next((other for other in lasting if other.leaves & ~OPEN & ~step.takes), None)
         excess = [other for other in active if other.leaves & OPEN & ~step.takes]
-        stacked = [other for other in excess if step.needs_finalize() and not _replaces(step, other)]
+        stacked = [other for other in excess if step.needs_finalize() and not _is_replaced_by(step, other)]
         if blocking or stacked:
-            errors.append(_wrong_order(step, index, blocking, stacked, place))
+            errors.append(_wrong_order_error(step, index, blocking, stacked, place))
         elif excess:
             again = any(other.name == step.name for other in excess)
             reason = f"{step.name} {'is already applied' if again else 'needs plain layers'}"
@@ -73,12 +73,12 @@ def _names(steps: Iterable[Kind]) -> tuple[str, ...]:
     return tuple(step.name for step in steps)
 
 
-def _replaces(step: Kind, other: Kind) -> bool:
+def _is_replaced_by(step: Kind, other: Kind) -> bool:
     """Whether a step takes the place of an open one: a choice of what trains does, trained adapters never go so."""
     return bool(other.leaves & step.leaves & ~Trait.ADAPTED)
 
 
-def _wrong_order(
+def _wrong_order_error(
     step: Kind, index: int, blocking: Kind | None, stacked: Sequence[Kind], place: Callable[[int], str] | None
 ) -> EdgetuneError:
     where = place(index) if place else step.name
@@ -91,6 +91,6 @@ def _wrong_order(
     return EdgetuneError(f"cannot follow {other.name}, which leaves {leaves}", where=where, action=action)
 
 
-def _nothing_to_finalize(step: Kind, index: int, place: Callable[[int], str] | None) -> EdgetuneError:
+def _nothing_to_finalize_error(step: Kind, index: int, place: Callable[[int], str] | None) -> EdgetuneError:
     where = place(index) if place else step.name
     return EdgetuneError("there is nothing to finalize here", where=where, action="remove the step")

@@ -116,15 +116,15 @@ def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
     >>> nearest("lr", ["epochs", "learning_rate"]), nearest("LoRA", ["lora"]), nearest("colour", ["rank"])
     ('learning_rate', 'lora', '')
     """
-    plain = {_plain(each): each for each in reversed(list(allowed))}
+    plain = {_normalize(each): each for each in reversed(list(allowed))}
     for ours in (*SETTINGS.get(name.lower(), ()), STEPS.get(name.lower(), "")):
         if ours in plain.values():
             return ours
-    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(_normalize(name), plain, n=1, cutoff=cutoff)
     return plain[close[0]] if close else ""
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return name.lower().replace("_", "-")
 
 

@@ -18,7 +18,7 @@ PREFIX = "py:"
 _FORM = "py:path/to/file.py:function"
 
 
-def place_of(source: str) -> tuple[Path, str]:
+def split_source(source: str) -> tuple[Path, str]:
     """The file and the function that `py:file.py:function` names. Raises `EdgetuneError` for any other form."""
     file, colon, function = source.removeprefix(PREFIX).rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
@@ -31,7 +31,7 @@ def contents_digest(source: str) -> str:
     """SHA-256 of the file that `py:file.py:function` names; "" for any other source, and where there is not a file."""
     if not source.startswith(PREFIX):
         return ""
-    path, _ = place_of(source)
+    path, _ = split_source(source)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
@@ -40,7 +40,7 @@ def load_function(source: str) -> Callable[..., Any]:
 
     Raises `EdgetuneError` where there is no such file or function, and where the file itself fails.
     """
-    path, name = place_of(source)
+    path, name = split_source(source)
     if not path.is_file():
         near = nearest_file(path)
         action = f"write {_FORM}, with a path relative to the current folder"
@@ -72,16 +72,16 @@ def load_function(source: str) -> Callable[..., Any]:
 def call_own(source: str, *optional: Any) -> Any:
     """What the function returns. It is given as many of the `optional` arguments as it takes by position."""
     function = load_function(source)
-    path, name = place_of(source)
+    path, name = split_source(source)
     try:
-        return function(*optional[: _positions(function)])
+        return function(*optional[: _count_positional(function)])
     except EdgetuneError:
         raise
     except Exception as error:
         raise _error_in_file(path, f"{name} in {path.name} failed", error) from error
 
 
-def _positions(function: Callable[..., Any]) -> int:
+def _count_positional(function: Callable[..., Any]) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return sum(parameter.kind in kinds and parameter.default is parameter.empty for parameter in parameters)

@@ -17,7 +17,7 @@ from edgetune.core.carriers import Carrier
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.packed_layers import is_nf4
 from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
@@ -97,14 +97,14 @@ def peft_tensors(layer: nn.Module) -> dict[str, Tensor]:
     plain = base_of(layer)
     trial = _in_float32(layer)
     inputs = probe_inputs(base_of(trial))
-    expected = None if inputs is None else _computed(trial, inputs)
+    expected = None if inputs is None else _try_outputs(trial, inputs)
     merged = _merge_tuner(trial, plain)
-    if merged is not None and (_agrees(merged, inputs, expected) if inputs else _is_for_parameters(layer)):
-        return _as_stored(merged, plain)
+    if merged is not None and (_matches(merged, inputs, expected) if inputs else _is_for_parameters(layer)):
+        return _convert_to_stored(merged, plain)
     if inputs is not None and expected is not None and _is_linear(plain):
         linear = _read_affine_map(_in_float32(layer), plain)
-        if _agrees(linear, inputs, expected):
-            return _as_stored(linear, plain)
+        if _matches(linear, inputs, expected):
+            return _convert_to_stored(linear, plain)
     family = type(layer).__module__.split(".")[2] if type(layer).__module__.startswith("peft.") else ""
     raise EdgetuneError(
         f"this adapter cannot be merged: no plain {type(plain).__name__} computes what it does",
@@ -125,7 +125,7 @@ def _in_float32(layer: nn.Module) -> nn.Module:
     return trial
 
 
-def _computed(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+def _try_outputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
     """What the layer computes; `None` where it wants more than its base's inputs."""
     try:
         return outputs_of(layer, inputs)
@@ -133,7 +133,7 @@ def _computed(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
         return None
 
 
-def _agrees(plain: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor | None) -> bool:
+def _matches(plain: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor | None) -> bool:
     return expected is not None and relative_difference(expected, outputs_of(plain, inputs)) <= EXACT
 
 
@@ -148,7 +148,7 @@ def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
     while is_tuner(chain[-1].base_layer):
         chain.append(chain[-1].base_layer)
     try:
-        with quiet():  # it warns of adapters that are merged already
+        with silence_libraries():  # it warns of adapters that are merged already
             for tuner in reversed(chain):
                 if not tuner.disable_adapters:
                     tuner.merge(safe_merge=True)
@@ -186,7 +186,7 @@ def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
     return linear
 
 
-def _as_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
+def _convert_to_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     """The merged tensors in the layout and the types of the plain layer."""
     dtype = getattr(plain, "plain_dtype", torch.float32) if is_nf4(plain) else None
     own = {} if is_nf4(plain) else plain.state_dict()

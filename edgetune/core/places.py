@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from edgetune.core.errors import EdgetuneError
 
 Key = str | int
-Place = tuple[Key, ...]
+KeyPath = tuple[Key, ...]
 
 
 class Errors(EdgetuneError):
@@ -29,10 +29,10 @@ def raise_all(name: str, errors: Sequence[EdgetuneError]) -> None:
         raise Errors(name, errors)
 
 
-def dotted(path: Place) -> str:
+def format_path(path: KeyPath) -> str:
     """A path as text; list positions count from one.
 
-    >>> dotted(("steps", 0, "lora", "rank"))
+    >>> format_path(("steps", 0, "lora", "rank"))
     'steps.1.lora.rank'
     """
     return ".".join(str(key + 1) if isinstance(key, int) else key for key in path)

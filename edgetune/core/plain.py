@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.core.probe import probe_inputs, relative_difference
 
 _REMEDIES = {
@@ -32,7 +32,7 @@ def refuse_computed(name: str, layer: nn.Module) -> None:
     forward of its own is called on random input of its own shape, dtype and device, without its hooks and in both
     modes; that leaves no trace. One on the meta device has no values to compare: its forward must be its class's own.
     """
-    reason = how_computed(layer)
+    reason = describe_computation(layer)
     if reason:
         raise EdgetuneError(
             f"{name} computes more than its class does: {reason}", got=type(layer).__name__, action=_action(name, layer)
@@ -54,14 +54,14 @@ def computed_tensor(layer: nn.Module) -> str:
     return ""
 
 
-def how_computed(layer: nn.Module) -> str:
+def describe_computation(layer: nn.Module) -> str:
     """What the layer computes beside its class; "" for a plain one, and for one of a class that is not looked at."""
     kind = kind_of(layer)
     if kind is None or is_wrapped(layer):
         return ""
     for key in ("weight", "bias"):
         if parametrize.is_parametrized(layer, key):
-            return parametrized_by(key, layer.parametrizations[key])  # type: ignore[union-attr, index, arg-type]
+            return describe_parametrization(key, layer.parametrizations[key])  # type: ignore[union-attr, index, arg-type]
     key = computed_tensor(layer)
     if key:
         return f"its {key} is not a parameter but computed at each call, as by weight_norm or prune"
@@ -77,13 +77,13 @@ def how_computed(layer: nn.Module) -> str:
     if getattr(layer, "max_norm", None) is not None:
         return "it has its own forward, in which max_norm rewrites its rows"
     for training in (False, True):
-        difference = _differs(layer, kind, training)
+        difference = _describe_difference(layer, kind, training)
         if difference:
             return difference
     return ""
 
 
-def parametrized_by(key: str, steps: parametrize.ParametrizationList) -> str:
+def describe_parametrization(key: str, steps: parametrize.ParametrizationList) -> str:
     """Says what computes the weight or bias."""
     return f"its {key} is parametrized by {', '.join(type(step).__name__.strip('_') for step in steps)}"
 
@@ -110,28 +110,28 @@ def is_stock(layer: nn.Module) -> bool:
     return type(layer).forward is own.forward and getattr(type(layer), "_conv_forward", None) is inner
 
 
-def _differs(layer: nn.Module, kind: str, training: bool) -> str:
+def _describe_difference(layer: nn.Module, kind: str, training: bool) -> str:
     """How the layer's output differs from the functional's in this mode; "" where it does not."""
     refused: Exception | None = None
-    with untouched(layer, training), torch.no_grad():
-        for x in probes(layer):
+    with preserve_layer(layer, training), torch.no_grad():
+        for x in probe_tensors(layer):
             try:
                 output = layer.forward(x)
                 expected = _FUNCTIONALS[kind](layer, x)
             except Exception as error:  # whatever a forward raises that wants something else
                 refused = error
                 continue
-            return _compared(output, expected, training)
+            return _compare(output, expected, training)
     return f"its own forward does not take the inputs of its class ({type(refused).__name__}: {refused})"
 
 
 @contextmanager
-def untouched(layer: nn.Module, training: bool) -> Iterator[None]:
+def preserve_layer(layer: nn.Module, training: bool) -> Iterator[None]:
     """For a call of one layer in this mode: what its forward notes or changes on it is put back."""
     attributes, buffers = dict(layer.__dict__), dict(layer._buffers)
     values = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     try:
-        with undisturbed(layer, training):
+        with preserve_state(layer, training):
             yield
     finally:
         layer.__dict__.clear()
@@ -143,7 +143,7 @@ def untouched(layer: nn.Module, training: bool) -> Iterator[None]:
                     parameter.copy_(values[name])
 
 
-def _compared(output: object, expected: Tensor, training: bool) -> str:
+def _compare(output: object, expected: Tensor, training: bool) -> str:
     mode = " in training mode" if training else ""
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return f"its own forward returns another shape{mode}"
@@ -155,7 +155,7 @@ def _compared(output: object, expected: Tensor, training: bool) -> str:
     return f"its own forward differs by {off:.2g} of the largest value{mode}"
 
 
-def probes(layer: nn.Module) -> list[Tensor]:
+def probe_tensors(layer: nn.Module) -> list[Tensor]:
     """Random inputs that fit the layer, with more and with fewer dimensions."""
     inputs = probe_inputs(layer)
     return [] if inputs is None else [inputs[0], inputs[0][0]]

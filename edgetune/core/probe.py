@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from edgetune.core.inputs import device_of
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 
 EXACT = 1e-5  # largest difference over the largest value of the output, for changes that must change nothing
 _ROWS = 3
@@ -70,7 +70,7 @@ def _padded_image(layer: _ConvNd) -> list[int]:
 @torch.no_grad()
 def outputs_of(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """What the layer computes in eval mode, without its own hooks; of several outputs the first."""
-    with undisturbed(layer):
+    with preserve_state(layer):
         output: Any = layer.forward(*inputs)
     return output if isinstance(output, Tensor) else output[0]
 
@@ -90,6 +90,6 @@ def relative_difference(expected: Tensor, actual: Tensor) -> float:
     return float(difference) if bool(torch.isfinite(difference)) else float("inf")
 
 
-def rounding_of(dtype: torch.dtype) -> float:
+def rounding_tolerance(dtype: torch.dtype) -> float:
     """What rounding alone may come to in this type, over the largest value of an output."""
     return {torch.float16: 5e-3, torch.bfloat16: 4e-2}.get(dtype, EXACT)

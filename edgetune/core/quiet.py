@@ -15,12 +15,12 @@ LIBRARIES = (
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Silence warnings, logs and progress bars of libraries in the body."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), _without_bars():
+        with warnings.catch_warnings(), _hide_bars():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -28,7 +28,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_command() -> Iterator[None]:
+def silence_command() -> Iterator[None]:
     """For a whole command: logs below errors, and what libraries warn of in their own code.
 
     What a file of the user's warns of is shown, and all of it where Python was told to show warnings.
@@ -45,7 +45,7 @@ def quiet_command() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def _hide_bars() -> Iterator[None]:
     """The bars of transformers, with its tables of weights, and of datasets, once they are imported; then as before."""
     transformers, datasets = (sys.modules.get(name) for name in ("transformers.utils.logging", "datasets.utils.tqdm"))
     level = transformers.get_verbosity() if transformers else 0

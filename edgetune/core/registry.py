@@ -9,7 +9,7 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.other_names import nearest_source
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Technique
 
 TECHNIQUES = {
@@ -93,7 +93,7 @@ def loader(table: Mapping[str, str], kind: str, source: str) -> Callable[..., An
     load_source = load(table[name])
 
     def load_quietly(*rest: Any) -> Any:
-        with nullcontext() if name == "py" else quiet():  # libraries import more while they load
+        with nullcontext() if name == "py" else silence_libraries():  # libraries import more while they load
             return load_source(argument, *rest)
 
     return load_quietly
@@ -117,7 +117,7 @@ def technique_class(name: str) -> type[Technique]:
 def require(module: str, purpose: str) -> Any:
     """Import an optional dependency, or say which extra installs it."""
     try:
-        with quiet():
+        with silence_libraries():
             return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         package = module.partition(".")[0]

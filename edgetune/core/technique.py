@@ -64,11 +64,11 @@ class _Explaining(ModelMetaclass):
             return super().__call__(**settings)
         except ValidationError as error:
             invalid = error
-        from edgetune.core.places import dotted, raise_all
-        from edgetune.core.validated import problems_of
+        from edgetune.core.places import format_path, raise_all
+        from edgetune.core.validated import explain_errors
 
-        problems = problems_of(cls, invalid)  # type: ignore[arg-type]
-        raise_all(cls.__name__, [p.at(", ".join(filter(None, (cls.__name__, dotted(p.path))))) for p in problems])
+        problems = explain_errors(cls, invalid)  # type: ignore[arg-type]
+        raise_all(cls.__name__, [p.at(", ".join(filter(None, (cls.__name__, format_path(p.path))))) for p in problems])
         raise invalid
 
 
@@ -164,7 +164,7 @@ class Technique(StepSettings):
         return sample
 
 
-def fitted(steps: Sequence[Any]) -> list[Any]:
+def adapt_defaults(steps: Sequence[Any]) -> list[Any]:
     """The steps, each technique with the defaults that suit those after it."""
 
     def later(index: int) -> list[Technique]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.places import Key, Place
+from edgetune.core.places import Key, KeyPath
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -46,7 +46,7 @@ _BOUNDS = {
 class Problem:
     """One thing wrong with one value."""
 
-    path: Place
+    path: KeyPath
     what: str
     got: object = None
     allowed: tuple[str, ...] = ()
@@ -67,23 +67,23 @@ def validate(kind: type[Kind], value: Mapping[str, Any]) -> tuple[Kind | None, l
     try:
         made = kind.model_validate(value)
     except ValidationError as error:
-        problems = problems_of(kind, error)
+        problems = explain_errors(kind, error)
     reported = {problem.path for problem in problems}
-    problems += [problem for problem in _converted(kind, value) if problem.path not in reported]
-    return (None if problems else made), list(_merged(iter(problems)))
+    problems += [problem for problem in _find_conversions(kind, value) if problem.path not in reported]
+    return (None if problems else made), list(_merge_problems(iter(problems)))
 
 
-def problems_of(kind: type[BaseModel], error: ValidationError) -> list[Problem]:
+def explain_errors(kind: type[BaseModel], error: ValidationError) -> list[Problem]:
     """What pydantic found wrong, in plain words; what it says of each member of a union is said once."""
-    return list(_merged(_problem(kind, details) for details in error.errors(include_url=False)))
+    return list(_merge_problems(_problem(kind, details) for details in error.errors(include_url=False)))
 
 
-def faults_of(kind: type[BaseModel], error: ValidationError, around: Place = ()) -> list[str]:
+def list_faults(kind: type[BaseModel], error: ValidationError, around: KeyPath = ()) -> list[str]:
     """What pydantic found wrong, a line each: `memory.ram_gib: must be ...`; positions count from zero."""
-    return [str(problem.at(".".join(map(str, (*around, *problem.path))))) for problem in problems_of(kind, error)]
+    return [str(problem.at(".".join(map(str, (*around, *problem.path))))) for problem in explain_errors(kind, error)]
 
 
-def _converted(kind: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]:
+def _find_conversions(kind: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]:
     """Where pydantic would quietly turn one type of plain value into another.
 
     Its strict mode is asked for these alone: a list for a tuple, or text for a path, is no mistake in a file.
@@ -101,17 +101,17 @@ def _name(code: str) -> str:
     return re.sub(r"_(type|parsing|from_float|attributes_type|parsing_size|required)$", "", code)
 
 
-def fields_of(kind: type[BaseModel]) -> tuple[str, ...]:
+def setting_names(kind: type[BaseModel]) -> tuple[str, ...]:
     """The names under which the class takes its settings."""
     return tuple(field.alias or name for name, field in kind.model_fields.items())
 
 
-def _merged(problems: Iterator[Problem]) -> Iterator[Problem]:
+def _merge_problems(problems: Iterator[Problem]) -> Iterator[Problem]:
     """The members of a union each complain about one value: say it once, and of the member that fits best.
 
     That is the one in which something deeper is wrong: a mapping with one wrong value was not meant as text.
     """
-    by_path: dict[Place, list[Problem]] = {}
+    by_path: dict[KeyPath, list[Problem]] = {}
     for problem in problems:
         by_path.setdefault(problem.path, []).append(problem)
     outer = {path[:length] for path in by_path for length in range(len(path))}
@@ -130,9 +130,9 @@ def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
     if code == "missing":
         return Problem(path, "is missing")
     if code == "extra_forbidden":
-        return Problem(path, "unknown field", path[-1], fields_of(around) if around else ())
+        return Problem(path, "unknown field", path[-1], setting_names(around) if around else ())
     if code in ("literal_error", "enum"):
-        return Problem(path, "must be one of the allowed values", got, _expected(str(context.get("expected", ""))))
+        return Problem(path, "must be one of the allowed values", got, _parse_choices(str(context.get("expected", ""))))
     if code in _BOUNDS:
         words, key = _BOUNDS[code]
         return Problem(path, f"must be {words} {context[key]:g}", got)
@@ -152,7 +152,7 @@ def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
     if _name(code) in ("list", "tuple") and isinstance(got, str):
         return Problem(path, f"must be a list, as in [{got!r}]", got)
     if _name(code) == "model" and around is not None:
-        inside = fields_of(_section(around, path))
+        inside = setting_names(_section_class(around, path))
         return Problem(
             path, f"must be a mapping, as in {{{inside[0]}: ...}}" if inside else "must be a mapping", got, inside
         )
@@ -161,18 +161,18 @@ def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
     return Problem(path, details["msg"], got)
 
 
-def _section(around: type[BaseModel], path: Place) -> type[BaseModel]:
+def _section_class(around: type[BaseModel], path: KeyPath) -> type[BaseModel]:
     """The class of the field that `path` ends in; where it names none, one without fields."""
     fields = [field for name, field in around.model_fields.items() if path and (field.alias or name) == path[-1]]
     return next((a for field in fields for a in _members(field.annotation) if _is_model(a)), BaseModel)
 
 
-def _expected(text: str) -> tuple[str, ...]:
+def _parse_choices(text: str) -> tuple[str, ...]:
     """The values in pydantic's "'a', 'b' or 3"."""
     return tuple(quoted or bare for quoted, bare in re.findall(r"'([^']*)'|(\b[\d.]+\b)", text))
 
 
-def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[Place, type[BaseModel] | None]:
+def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[KeyPath, type[BaseModel] | None]:
     """The path of a pydantic location, without the tags of unions, and the class that its last part is a field of."""
     path: list[Key] = []
     annotations: list[Any] = [kind]
@@ -181,24 +181,24 @@ def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[Place, type[Base
         choices = [a for a in annotations if a is not type(None)]
         if len(choices) > 1:  # the tag of a union's member stands here
             annotations = [a for a in choices if _is_tag(part, a)] or choices
-            if not any(part in fields_of(a) for a in choices if _is_model(a)):
+            if not any(part in setting_names(a) for a in choices if _is_model(a)):
                 continue
         models = [a for a in annotations if _is_model(a)]
-        holder = next((m for m in models if isinstance(part, str) and part in fields_of(m)), None)
+        holder = next((m for m in models if isinstance(part, str) and part in setting_names(m)), None)
         if holder is not None:
             field = next(f for n, f in holder.model_fields.items() if (f.alias or n) == part)
             path.append(part)
             around, annotations = holder, _members(field.annotation)
         elif isinstance(part, int) or any(_is_mapping(a) for a in annotations):
             path.append(part)
-            annotations = [m for a in annotations for inner in _inside(a, part) for m in _members(inner)]
+            annotations = [m for a in annotations for inner in _inner_annotations(a, part) for m in _members(inner)]
         elif models and part == loc[-1]:
             path.append(part)  # a field that the class does not know
             around = models[0]
     return tuple(path), around
 
 
-def _inside(annotation: Any, part: Key) -> tuple[Any, ...]:
+def _inner_annotations(annotation: Any, part: Key) -> tuple[Any, ...]:
     """The annotation of what a collection holds at that position or key."""
     inner = typing.get_args(annotation)
     if _is_mapping(annotation):

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.hub import hub_for
+from edgetune.core.hub import check_hub
 from edgetune.core.other_names import SUFFIXES, nearest, nearest_file
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.data.columns import LABELS, TEXTS, likely_column
 from edgetune.data.dataset import (
@@ -261,7 +261,7 @@ def _load_hub(argument: str) -> dict[str, Any]:
     datasets = require("datasets", "a data set of the Hugging Face hub")
     folder = Path(argument).expanduser()
     name, _, configuration = (argument, "", "") if folder.exists() else argument.partition(":")
-    with quiet(), hub_for(argument) as silence:
+    with silence_libraries(), check_hub(argument) as silence:
         try:
             if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
                 loaded = datasets.load_from_disk(str(folder))

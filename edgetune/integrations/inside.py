@@ -6,9 +6,9 @@ import logging
 
 from torch import nn
 
-from edgetune.core.apply import finalize, opened
+from edgetune.core.apply import active_techniques, finalize
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.holders import held_model
+from edgetune.core.holders import unwrap_model
 
 _log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ def announce(root: nn.Module) -> str:
 
     Raises `EdgetuneError` if there is no open technique, or nothing trains: the callback would do nothing.
     """
-    names = [technique.name for module in root.modules() for technique in opened(module)]
+    names = [technique.name for module in root.modules() for technique in active_techniques(module)]
     if not names:
         raise EdgetuneError(
             "no technique is applied to this model", action="call et.apply(model, [...]) before the training"
@@ -36,7 +36,7 @@ def announce(root: nn.Module) -> str:
 
 def finalize_inside(root: nn.Module) -> None:
     """Finalize `root` and every module in it that has open techniques, in place."""
-    if held_model(finalize(root)) is not held_model(root):
+    if unwrap_model(finalize(root)) is not unwrap_model(root):
         raise EdgetuneError(
             "the model itself is a layer that edgetune must replace",
             action="leave out the callback and call et.finalize",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from edgetune.core.inputs import Inputs, call
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 
 
 def kept_bytes(model: nn.Module, inputs: Inputs, loss_fn: Callable[[Any], Tensor]) -> int:
@@ -27,7 +27,7 @@ def kept_bytes(model: nn.Module, inputs: Inputs, loss_fn: Callable[[Any], Tensor
         return tensor.detach()  # an operator that keeps its own output would hold itself for ever
 
     hooks = saved_tensors_hooks(note, lambda tensor: tensor)
-    with undisturbed(model, training=True), torch.enable_grad(), hooks:
+    with preserve_state(model, training=True), torch.enable_grad(), hooks:
         loss_fn(call(model, inputs))
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)

@@ -20,9 +20,9 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.core.carriers import is_wrapped, plain_layer
-from edgetune.core.errors import EdgetuneError, shortened
-from edgetune.core.inputs import Inputs, call, device_of, moved, tensors_in
-from edgetune.core.modes import undisturbed
+from edgetune.core.errors import EdgetuneError, truncate_list
+from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device
+from edgetune.core.modes import preserve_state
 from edgetune.core.technique import Sample
 from edgetune.lean.frozen import Hook, never_compiled_alone, remove_hooks
 from edgetune.lean.reads_in_source import read_in_source
@@ -81,7 +81,7 @@ def refuse_readers(model: nn.Module, readers: dict[str, list[str]]) -> None:
         raise EdgetuneError(
             f"{name} is not called where its weight is used: {place} reads its weight directly{also}, and would miss "
             "what changes the layer",
-            action=f'add "{name}" to skip' + (f", and {shortened(rest, 3)}" if rest else ""),
+            action=f'add "{name}" to skip' + (f", and {truncate_list(rest, 3)}" if rest else ""),
         )
 
 
@@ -92,9 +92,9 @@ def weights_read_elsewhere(model: nn.Module, inputs: Inputs, names: Iterable[str
     """
     watch, complete = _Watch(model, names), True
     for training in (False, True):  # torch's attention has a fast path in evaluation
-        with undisturbed(model, training), torch.no_grad(), _asleep(model), watch:
+        with preserve_state(model, training), torch.no_grad(), _asleep(model), watch:
             try:
-                call(model, moved(inputs, device_of(model)))
+                call(model, to_device(inputs, device_of(model)))
             except Exception:  # inputs of another form than forward wants: the first real forward is to be watched
                 complete &= training
     return watch.reads(complete)

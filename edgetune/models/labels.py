@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 
 
 def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep: bool) -> dict[str, str]:
@@ -21,8 +21,8 @@ def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep:
     anew = f"write model: {{source: {source}, head: new}} in the recipe, to train a new head for them"
     if len(own) != len(classes):
         raise EdgetuneError(
-            f"the head of {source} has {len(own)} classes ({shortened(own)}), the data {len(classes)}",
-            got=shortened(classes),
+            f"the head of {source} has {len(own)} classes ({truncate_list(own)}), the data {len(classes)}",
+            got=truncate_list(classes),
             action=f"use data with the classes of the checkpoint, or {anew}",
         )
     if all(name == f"LABEL_{index}" for index, name in enumerate(own)):
@@ -31,8 +31,8 @@ def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep:
     if len(by_name) == len(classes) and {_folded(name) for name in own} == set(by_name):
         return {name: by_name[_folded(name)] for name in own}
     raise EdgetuneError(
-        f"the head of {source} has other classes than the data: {shortened(own)}",
-        got=shortened(classes),
+        f"the head of {source} has other classes than the data: {truncate_list(own)}",
+        got=truncate_list(classes),
         action=f"rename the classes of the data to those of the checkpoint, or {anew}",
     )
 
@@ -46,9 +46,10 @@ def _by_number(source: str, own: Sequence[str], classes: Sequence[str], keep: bo
     if keep:
         return {name: name for name in classes}
     raise EdgetuneError(
-        f"the head of {source} does not name its classes: they are called {shortened(own, 2)}",
-        got=shortened(classes),
-        action=f"name them in its config (id2label), set head: keep if their order is {shortened(classes)}, or {anew}",
+        f"the head of {source} does not name its classes: they are called {truncate_list(own, 2)}",
+        got=truncate_list(classes),
+        action=f"name them in its config (id2label), set head: keep if their order is {truncate_list(classes)}, "
+        f"or {anew}",
     )
 
 

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.hub import hub_for
+from edgetune.core.hub import check_hub
 from edgetune.core.other_names import nearest_file
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Settings
 from edgetune.data.dataset import Dataset
 from edgetune.data.rows import Encode
@@ -71,7 +71,7 @@ class Loaded:
 def part_of(transformers: Any, name: str) -> Any:
     """A class of transformers, which imports its file only here; says what is wrong if that fails."""
     try:
-        with quiet():
+        with silence_libraries():
             return getattr(transformers, name)
     except (ImportError, RuntimeError) as error:
         cause = error.__cause__ or error
@@ -94,7 +94,7 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
         raise EdgetuneError(
             f"{source} does not name a model", action="write hf:OWNER/NAME, or hf:FOLDER for one on this disk"
         )
-    with quiet(), hub_for(name, fetches) as silence:
+    with silence_libraries(), check_hub(name, fetches) as silence:
         try:
             yield
         except (OSError, ValueError) as error:

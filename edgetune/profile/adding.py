@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.profile import calibration as calibrations
 from edgetune.profile.device import ID, load, parse, read
 from edgetune.recipe.names import HOST, SUFFIX, own, shipped, user_folder
@@ -96,6 +96,6 @@ def _write(target: Path, text: str, calibration: calibrations.Calibration | None
         raise EdgetuneError(
             message, got=str(target.parent), action="set XDG_CONFIG_HOME to a folder that you can write to"
         ) from error
-    write_whole(target, text)
+    write_atomically(target, text)
     if calibration is not None:
         calibrations.write(beside, calibration)

@@ -13,8 +13,8 @@ from typing import Annotated
 from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
-from edgetune.core.validated import faults_of
+from edgetune.core.files import write_atomically
+from edgetune.core.validated import list_faults
 from edgetune.profile.facts import StrictRecord
 from edgetune.profile.terms import CacheSizes, KernelTile
 from edgetune.program.operators import DType, Kind
@@ -105,7 +105,7 @@ def read(path: Path) -> Calibration | None:
     try:
         return Calibration.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError, OSError) as error:
-        fault = faults_of(Calibration, error)[0] if isinstance(error, ValidationError) else str(error)
+        fault = list_faults(Calibration, error)[0] if isinstance(error, ValidationError) else str(error)
         raise EdgetuneError(
             f"the calibration cannot be read: {fault}",
             where=str(path),
@@ -115,4 +115,4 @@ def read(path: Path) -> Calibration | None:
 
 def write(path: Path, calibration: Calibration) -> None:
     """Write so that the file is either the old one or the whole new one."""
-    write_whole(path, json.dumps(calibration.model_dump(mode="json"), indent=1) + "\n")
+    write_atomically(path, json.dumps(calibration.model_dump(mode="json"), indent=1) + "\n")

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.validated import faults_of
+from edgetune.core.validated import list_faults
 from edgetune.profile.calibration import Calibration, path_beside
 from edgetune.profile.calibration import read as read_calibration
 from edgetune.profile.facts import (
@@ -216,7 +216,7 @@ def parse(content: object, where: str) -> Device:
     try:
         device = Device.model_validate_json(json.dumps(plain))  # strict, and a list is no mistake for a tuple
     except ValidationError as error:
-        lines += faults_of(Device, error)
+        lines += list_faults(Device, error)
     if lines:
         raise EdgetuneError(
             "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else ""),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgetune.core.ledger import Layer, Layers, Predicted, Roof
-from edgetune.core.numbers import aligned, number, percent
+from edgetune.core.numbers import align_columns, format_number, format_percent
 from edgetune.profile.calls import operators_of, predict_calls
 from edgetune.profile.cost import operator_costs, predict
 from edgetune.profile.device import Device, load
@@ -90,17 +90,17 @@ def text(layers: Layers) -> str:
     rows: list[tuple[str, ...]] = [
         (
             layer.module,
-            number(layer.ms),
-            percent(layer.share_pct),
+            format_number(layer.ms),
+            format_percent(layer.share_pct),
             layer.bound,
-            percent(layer.utilization_pct),
-            number(layer.intensity),
-            number(layer.gmacs),
+            format_percent(layer.utilization_pct),
+            format_number(layer.intensity),
+            format_number(layer.gmacs),
             layer.dtype,
         )
         for layer in (*layers.layers, *([layers.other] if layers.other else []))
     ]
     share = 100 * layers.calls_ms / layers.latency_ms
-    rows.append((CALLS, number(layers.calls_ms), percent(share), "overhead", "-", "-", "-", "-"))
-    first = f"predicted by layer: {layers.where}, {number(layers.latency_ms)} ms"
-    return "\n".join([first, *aligned((head, *rows), right={1, 2, 4, 5, 6})])
+    rows.append((CALLS, format_number(layers.calls_ms), format_percent(share), "overhead", "-", "-", "-", "-"))
+    first = f"predicted by layer: {layers.where}, {format_number(layers.latency_ms)} ms"
+    return "\n".join([first, *align_columns((head, *rows), right={1, 2, 4, 5, 6})])

@@ -8,7 +8,7 @@ from typing import get_args
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import on_cpu
-from edgetune.core.numbers import aligned
+from edgetune.core.numbers import align_columns
 from edgetune.profile.device import Device, Family, load
 from edgetune.profile.facts import Fact, Flags, StorageKind
 from edgetune.recipe.names import ids, own
@@ -58,7 +58,7 @@ def format_entries(list_entries: Sequence[DeviceEntry]) -> str:
     """A table grouped by family; `?` where nobody knows."""
     head = ("id", "name", "SoC", "RAM", "GB/s", "")
     rows = [_row(entry) for entry in list_entries if not entry.fault]
-    first, *table = [f"  {line}" for line in aligned((head, *rows), right={3, 4})]
+    first, *table = [f"  {line}" for line in align_columns((head, *rows), right={3, 4})]
     lines, family = [first], ""
     for entry, line in zip((e for e in list_entries if not e.fault), table, strict=True):
         if entry.family != family:

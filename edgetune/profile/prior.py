@@ -21,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from statistics import median
 
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.profile.device import Device
 from edgetune.profile.facts import StrictRecord
 from edgetune.program.operators import DType, Operator
@@ -191,4 +191,4 @@ def load_prior() -> Prior:
 def write(prior: Prior, path: Path) -> None:
     """As JSON, rounded so that a fresh fit on another machine gives the same file."""
     plain = {name: {key: round(value, 4) for key, value in sorted(terms.items())} for name, terms in prior}
-    write_whole(path, json.dumps(plain, indent=1) + "\n")
+    write_atomically(path, json.dumps(plain, indent=1) + "\n")

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.numbers import MIB
-from edgetune.core.validated import faults_of
+from edgetune.core.validated import list_faults
 from edgetune.profile.cost import predict
 from edgetune.profile.device import Device
 from edgetune.profile.facts import Fact, StrictRecord
@@ -171,7 +171,7 @@ def parse(content: object, where: str) -> Published:
     try:
         return Published.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise EdgetuneError("; ".join(faults_of(Published, error)[:8]), where=where) from error
+        raise EdgetuneError("; ".join(list_faults(Published, error)[:8]), where=where) from error
 
 
 def device_as_run(device: Device, column: PublishedColumn) -> Device:

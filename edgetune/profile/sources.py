@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from edgetune.core.validated import faults_of
+from edgetune.core.validated import list_faults
 from edgetune.profile.facts import FactSource
 
 
@@ -34,7 +34,7 @@ def _parse_sources(sources: object, faults: list[str]) -> dict[str, FactSource |
         try:
             parsed[str(key)] = FactSource.model_validate(item)
         except ValidationError as error:
-            faults += faults_of(FactSource, error, ("sources", str(key)))
+            faults += list_faults(FactSource, error, ("sources", str(key)))
     return parsed
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgetune.core.ledger import Measured, Predicted, on_cpu
-from edgetune.core.numbers import number
+from edgetune.core.numbers import format_number
 
 WIDTH = 80
 Pair = tuple[Predicted, "Measured | None"]
@@ -52,7 +52,7 @@ def _rows(predicted: Predicted, measured: Measured | None) -> Iterator[tuple[str
     yield "device", predicted.name or predicted.device, one.device if one else ""
     yield "runs on", predicted.runs_on, on_cpu(one.threads) if one else ""
     yield "", predicted.not_predicted, ""
-    yield "latency", f"{number(predicted.latency_ms)} ms", f"{number(one.latency_ms)} ms" if one else ""
+    yield "latency", f"{format_number(predicted.latency_ms)} ms", f"{format_number(one.latency_ms)} ms" if one else ""
     of = f", {predicted.interval_pct:g} % of programs" if predicted.interval_pct is not None else ""
     low, high = predicted.latency_low_ms, predicted.latency_high_ms
     measured_range = f"{_span(one.latency_p10_ms, one.latency_p90_ms)} ms, 80 % of runs" if one else ""
@@ -73,11 +73,11 @@ def _rows(predicted: Predicted, measured: Measured | None) -> Iterator[tuple[str
 
 
 def _span(low: float, high: float) -> str:
-    return f"{number(low)} to {number(high)}"
+    return f"{format_number(low)} to {format_number(high)}"
 
 
 def _unit(value: float | None, unit: str) -> str:
-    return "" if value is None else f"{number(value)} {unit}"
+    return "" if value is None else f"{format_number(value)} {unit}"
 
 
 def _notes(predicted: Predicted, measured: Measured | None) -> Iterator[str]:

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.data.dataset import cache_folder
 from edgetune.profile import micro
 from edgetune.profile.micro.blocks import blocks
@@ -190,7 +190,7 @@ def _read_timings(folder: Path, threads: int) -> Iterator[Clocked]:
 def _time_each(folder: Path, names: Sequence[str], threads: int, seconds: float) -> Iterator[dict[str, Any]]:
     """What a process says of the programs that it times, one after the other."""
     request = {"threads": threads, "seconds": seconds, "names": list(names)}
-    write_whole(folder / "request.json", json.dumps(request))
+    write_atomically(folder / "request.json", json.dumps(request))
     command = [sys.executable, "-m", "edgetune.runtime.clock.many", str(folder)]
     with (
         (folder / TIMINGS).open("a", encoding="utf-8") as log,

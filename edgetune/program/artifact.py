@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import replacing
+from edgetune.core.files import replace_files
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Program
 from edgetune.core.one_line import figure
@@ -131,7 +131,7 @@ def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest], weigh
     """
     beside = manifest_path(path)
     files = (data_path(path), path, beside) if weights else (path, beside)
-    with replacing(*files) as (*apart, partial, text):
+    with replace_files(*files) as (*apart, partial, text):
         partial.write_bytes(data)
         for file in apart:
             file.write_bytes(weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import check_folder
+from edgetune.core.files import check_writable
 from edgetune.core.one_line import OneLine
 from edgetune.core.other_names import nearest_file
 
@@ -41,7 +41,7 @@ def check_program_path(path: Path) -> None:
     if path.suffix != ".pte":
         action = f"write {path.with_suffix('.pte')}" if path.name else "give the name of a file"
         raise EdgetuneError(_MUST_END, got=str(path), action=action)
-    check_folder(path.parent)
+    check_writable(path.parent)
 
 
 def program_at(path: Path) -> Path:

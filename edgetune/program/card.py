@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune.core.errors import shortened
-from edgetune.core.files import write_whole
-from edgetune.core.numbers import size
+from edgetune.core.errors import truncate_list
+from edgetune.core.files import write_atomically
+from edgetune.core.numbers import format_size
 from edgetune.program.carried import (
     Carried,
     ClassScores,
@@ -40,7 +40,7 @@ def card_path(path: Path) -> Path:
 
 def write_card(path: Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
     """Write the card of the program at `path` next to it."""
-    write_whole(card_path(path), format_card(path.name, manifest, ledger))
+    write_atomically(card_path(path), format_card(path.name, manifest, ledger))
 
 
 def format_card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> str:
@@ -107,7 +107,7 @@ def quantization(operators: Sequence[Operator]) -> str:
     for operator in operators:
         if operator.weight_bytes:
             bytes_by_dtype[operator.dtype] += operator.weight_bytes
-    parts = [f"{size(count)} {_TYPES.get(name, name)}" for name, count in bytes_by_dtype.most_common()]
+    parts = [f"{format_size(count)} {_TYPES.get(name, name)}" for name, count in bytes_by_dtype.most_common()]
     return "; ".join(parts) or "none"
 
 
@@ -140,10 +140,10 @@ def _program(manifest: Manifest) -> list[str]:
     outside: Counter[str] = Counter()
     for operator in call.undelegated:
         outside[operator.operator] += operator.count
-    undelegated = shortened([f"{count} x {name}" for name, count in outside.most_common()], 6)
+    undelegated = truncate_list([f"{count} x {name}" for name, count in outside.most_common()], 6)
     return [
         f"target {manifest.target}" + (f", for {manifest.device}" if manifest.device else ""),
-        f"{size(manifest.size_bytes)}, and {size(call.plan_bytes)} of planned activation memory",
+        f"{format_size(manifest.size_bytes)}, and {format_size(call.plan_bytes)} of planned activation memory",
         f"weights that one run reads: {quantization(call.operators)}",
         f"{call.delegated_macs_pct:.1f} % of the multiply-accumulates run in the backend, in {call.delegates} "
         f"parts" + (f"; outside it: {undelegated}" if undelegated else ""),

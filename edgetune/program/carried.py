@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.program.beside import Record, sha256_of
 
 
@@ -133,6 +133,6 @@ def write_beside(carried: Carried, path: Path) -> Carried:
     if not preprocessing.tokenizer_json:
         raise EdgetuneError("the text's tokenizer is missing", action="make it with edgetune.program.carried")
     file = tokenizer_file(path)
-    write_whole(file, preprocessing.tokenizer_json)
+    write_atomically(file, preprocessing.tokenizer_json)
     changes = {"tokenizer": file.name, "sha256": sha256_of(preprocessing.tokenizer_json.encode()), "tokenizer_json": ""}
     return carried.model_copy(update={"preprocessing": preprocessing.model_copy(update=changes)})

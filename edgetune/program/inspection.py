@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from edgetune.core.numbers import size
+from edgetune.core.numbers import format_size
 from edgetune.program.beside import Record
 
 
@@ -103,8 +103,8 @@ _MOST = 12  # constants and operators that are listed; the rest is counted
 
 def text_of(inspection: Inspection) -> str:
     """All of it, most important first."""
-    lines = [f"{inspection.path}: {size(inspection.size_bytes)}, schema version {inspection.schema_version}"]
-    lines += _rows("in the file", [(part.name, size(part.size_bytes)) for part in inspection.parts])
+    lines = [f"{inspection.path}: {format_size(inspection.size_bytes)}, schema version {inspection.schema_version}"]
+    lines += _rows("in the file", [(part.name, format_size(part.size_bytes)) for part in inspection.parts])
     for method in inspection.methods:
         lines += _method(method)
     lines += _constants(inspection.constants)
@@ -116,12 +116,12 @@ def _method(method: Method) -> list[str]:
     lines = ["", f"method {method.name}"]
     lines += [f"  input {i}: {slot}" for i, slot in enumerate(method.inputs)]
     lines += [f"  output {i}: {slot}" for i, slot in enumerate(method.outputs)]
-    arenas = " + ".join(size(arena) for arena in method.arenas_bytes)
+    arenas = " + ".join(format_size(arena) for arena in method.arenas_bytes)
     lines.append(f"  memory plan: {arenas or 'none'}")
     backends = Counter(delegate.backend for delegate in method.delegates)
     for backend, count in backends.most_common():
         taken = [delegate for delegate in method.delegates if delegate.backend == backend]
-        total = size(sum(delegate.size_bytes for delegate in taken))
+        total = format_size(sum(delegate.size_bytes for delegate in taken))
         calls = sum(delegate.calls for delegate in taken)
         lines.append(f"  delegated to {backend}: {count} {'part' if count == 1 else 'parts'}, {total}, {calls} calls")
     kernels = sum(operator.count for operator in method.operators)
@@ -134,9 +134,13 @@ def _constants(constants: Sequence[Constant]) -> list[str]:
     if not constants:
         return ["", "constants: none outside the delegates"]
     inside = sum(constant.size_bytes for constant in constants if constant.kind != "external")
-    lines = ["", f"constants: {len(constants)}, {size(inside)}"]
+    lines = ["", f"constants: {len(constants)}, {format_size(inside)}"]
     lines += _columns(
-        (size(c.size_bytes), f"{c.dtype} {list(c.shape)}" if c.dtype else c.kind, c.name if c.dtype else c.name[:16])
+        (
+            format_size(c.size_bytes),
+            f"{c.dtype} {list(c.shape)}" if c.dtype else c.kind,
+            c.name if c.dtype else c.name[:16],
+        )
         for c in constants[:_MOST]
     )
     return lines + _rest(len(constants))

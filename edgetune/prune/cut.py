@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs, call, tensors_in
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.prune.attention import HEAD_COUNTS, attention_names, called, head_size, projections
 from edgetune.prune.groups import Cut
 from edgetune.prune.layers import (
@@ -59,7 +59,7 @@ def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, T
     units, the value `(in,)` to hold dropped inputs at instead of zero; it is folded into the layer's bias. Raises
     `EdgetuneError`, with the model as it was, when something else reads a cut width; it names the cuts that fail.
     """
-    with undisturbed(model):
+    with preserve_state(model):
         changes, reason = _tried(model, cuts, inputs, fill or {})
         if not reason:
             return
@@ -78,7 +78,7 @@ def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, reason in failing.items():
         by_reason.setdefault(reason, []).append(name)
-    listed = [f"{shortened(map(called, names), 4)}: {reason}" for reason, names in by_reason.items()]
+    listed = [f"{truncate_list(map(called, names), 4)}: {reason}" for reason, names in by_reason.items()]
     more = f"; and {len(listed) - 3} more reasons" if len(listed) > 3 else ""
     kinds = {one.group.kind for one in cuts}
     whole = {k for k in kinds if all(one.group.name in failing for one in cuts if one.group.kind == k)}

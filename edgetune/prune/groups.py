@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs
 from edgetune.core.layers import matches
 from edgetune.prune.attention import (
@@ -223,7 +223,7 @@ class _Finder:
         """Raise for the groups that were asked for and cannot be followed."""
         reasons = (f"{name} ({reason})" for name, reason in self.blocked.items())
         raise EdgetuneError(
-            f"these layers' widths cannot be cut: {shortened(reasons)}",
+            f"these layers' widths cannot be cut: {truncate_list(reasons)}",
             action=f"leave them out: skip: {list(self.blocked)}",
         )
 
@@ -232,9 +232,9 @@ class _Finder:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
-        seen = "; ".join(f"{shortened(names, 4)} ({reason})" for reason, names in by_reason.items())
+        seen = "; ".join(f"{truncate_list(names, 4)} ({reason})" for reason, names in by_reason.items())
         if kind == "heads" and not self.attentions:
-            seen = shortened(_named_attention(self.model), 4)
+            seen = truncate_list(_named_attention(self.model), 4)
             seen = seen and f"{seen} (no linears of its own called as those of an attention are)"
         raise EdgetuneError(
             f"nothing to prune: no layer can be cut as {kind}; seen: {seen}"
@@ -317,7 +317,7 @@ class _Finder:
             reason = f"{kind}, not {' or '.join(sorted(self.kinds))}"
         if reason or obstacles:
             written = {member.layer for member in members if member.axis == "out" and self.is_candidate(member.layer)}
-            reasons = reason or f"read by {shortened(sorted(set(obstacles)), 2)}"
+            reasons = reason or f"read by {truncate_list(sorted(set(obstacles)), 2)}"
             self.left_out |= dict.fromkeys([name, *sorted(written - {name})], reasons)
             if not reason:
                 self.blocked[name] = reasons

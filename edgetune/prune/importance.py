@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.prune.groups import Group, Member
 from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_of, width_of
 
@@ -98,7 +98,7 @@ def observe(model: nn.Module, groups: Sequence[Group], batches: Iterable[Inputs]
 
         handles.append(model.get_submodule(member.layer).register_forward_pre_hook(look))
     try:
-        with undisturbed(model), torch.no_grad():
+        with preserve_state(model), torch.no_grad():
             for inputs in batches:
                 found = inputs.get("attention_mask") if isinstance(inputs, dict) else None
                 mask[0] = found.bool() if found is not None and found.dim() == 2 else None

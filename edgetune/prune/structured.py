@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import matches, no_match_error
-from edgetune.core.modes import same_trainability, undisturbed
+from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.prune.attention import attention_names, called
 from edgetune.prune.cut import cut, resize_like
@@ -83,7 +83,7 @@ class Prune(Technique):
     def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:
         self._check(model)
         kinds = self._kinds(model)
-        with undisturbed(model), same_trainability(model):
+        with preserve_state(model), preserve_trainability(model):
             groups = find_groups(model, sample.inputs, kinds, self.skip)
         _refuse_shared(model, groups)
         moments = observe(model, groups, sample.batches()) if self.importance == "activation" else None

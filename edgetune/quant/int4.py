@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.layers import matches, select
 from edgetune.core.plain import computed_tensor, refuse_computed
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
@@ -61,7 +61,7 @@ class Int4(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Quantize in place. The modules keep their classes and run in eager mode, but the weights can no longer be
         trained."""
-        with quiet():
+        with silence_libraries():
             require("torchao", "int4")
         skip_linears, skip_tables = self._skips(model)
         linears = select(model, self.targets, skip_linears, nn.Linear, _is_choosable)
@@ -160,7 +160,7 @@ def _check_table(name: str, table: nn.Embedding) -> None:
 
 def _not_looked_up(names: list[str]) -> str:
     return (
-        f"int4: {shortened(names)}: an embedding whose weight is read in another way than by looking rows up; "
+        f"int4: {truncate_list(names)}: an embedding whose weight is read in another way than by looking rows up; "
         f"it stays in floating point. To say so: skip: {names}"
         if names
         else ""
@@ -179,7 +179,7 @@ def _bare(model: nn.Module) -> str:
         if parameter.numel() > total / 100  # less is not worth a word
     ]
     return (
-        f"int4: {shortened(names)}: these weights do not belong to linear layers and stay in floating point"
+        f"int4: {truncate_list(names)}: these weights do not belong to linear layers and stay in floating point"
         if names
         else ""
     )
@@ -233,5 +233,5 @@ def _quantize(layer: nn.Module, config: Any) -> None:
     """Quantize this one layer's weight. Each layer reads the float weight it holds, so tied ones stay right."""
     from torchao.quantization import quantize_
 
-    with quiet():
+    with silence_libraries():
         quantize_(layer, config, filter_fn=lambda module, _: module is layer)

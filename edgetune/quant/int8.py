@@ -17,7 +17,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, device_of, rows_of
 from edgetune.core.layers import select
 from edgetune.core.outputs import named_outputs
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
@@ -58,7 +58,7 @@ class Int8(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Return the quantized graph of `model`; `model` itself is left in eval mode."""
         sample = self.required(sample)
-        with quiet():
+        with silence_libraries():
             require("executorch", "int8")
             require("torchao", "int8")
         if device_of(model).type != "cpu":
@@ -76,7 +76,7 @@ class Int8(Technique):
                 here, sample.inputs, batches,
                 per_channel=self.per_channel, skip=frozenset(skipped), target=self.target,
             )  # fmt: skip
-            with quiet(), torch.no_grad():
+            with silence_libraries(), torch.no_grad():
                 returned = call(here, sample.inputs)
         names = tuple(sample.inputs) if isinstance(sample.inputs, dict) else ()
         keys = None if isinstance(returned, (Tensor, tuple, list)) else tuple(named_outputs(returned))
@@ -132,7 +132,7 @@ class Static8(nn.Module):
         """Store the graph as a program of `torch.export`; `inputs`: an example, whose rows may be of any number."""
         sizes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
         settings = {name: getattr(self, name) for name in _STORED}
-        with quiet():
+        with silence_libraries():
             program = torch.export.export(self.graph, inputs, dynamic_shapes=sizes)
             torch.export.save(program, path, extra_files={"static8.json": json.dumps(settings)})
 
@@ -140,7 +140,7 @@ class Static8(nn.Module):
     def read(cls, path: Path) -> Static8:
         """The graph that `write` stored."""
         extra = {"static8.json": ""}
-        with quiet():
+        with silence_libraries():
             graph = torch.export.load(path, extra_files=extra).module(check_guards=False)
         settings: dict[str, Any] = json.loads(extra["static8.json"])
         keys = settings.pop("keys")

@@ -14,7 +14,7 @@ from torch import nn
 
 from edgetune.core import trainable
 from edgetune.core.carriers import is_wrapped
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.layers import matches, refuse_shared, replace, select
 from edgetune.core.merging import merge
 from edgetune.core.packed_layers import is_nf4
@@ -88,7 +88,7 @@ class NF4(Technique):
                 heads = " but a head" if self.skip is None else " that skip leaves"
                 raise EdgetuneError(
                     f"only nn.Linear is stored in 4 bits, and targets match none{heads}; "
-                    f"{shortened(meant, 3)}: {', '.join(sorted({others[name] for name in meant}))}",
+                    f"{truncate_list(meant, 3)}: {', '.join(sorted({others[name] for name in meant}))}",
                     got=pattern,
                     action="leave nf4 out, or build the model with nn.Linear",
                 )

@@ -15,7 +15,7 @@ from edgetune.capture.positional import Positional
 from edgetune.capture.reparameterize import reparameterize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.quant.quantizers import OWN, fast_annotation, quantizer_for
 
 
@@ -37,7 +37,7 @@ def quantize_static(
     """
     quantizer = quantizer_for(target, per_channel=per_channel, skip=skip)
     any_rows = target not in OWN
-    with quiet(), torch.no_grad():
+    with silence_libraries(), torch.no_grad():
         prepared = _prepared(_fused(model, inputs, skip), inputs, quantizer, skip, any_rows=any_rows)
         seen = 0
         for batch in batches:

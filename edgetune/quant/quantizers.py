@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from edgetune.capture.operators import module_of
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.recipe.names import TARGET_NAMES
 
 ETHOS_U_CHIP = "ethos-u85-256"
@@ -91,7 +91,7 @@ def quantizer_for(target: str, *, per_channel: bool, skip: frozenset[str] = froz
     """The quantizer of a target: its own, or XNNPACK's. `skip`: names of layers to keep in floating point."""
     if target not in TARGET_NAMES:
         raise EdgetuneError("unknown target", got=target, allowed=TARGET_NAMES)
-    with quiet():
+    with silence_libraries():
         if target not in OWN:
             return _xnnpack(per_channel=per_channel, skip=skip)
         if skip:

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
-from edgetune.core.places import Place, dotted, raise_all
+from edgetune.core.files import write_atomically
+from edgetune.core.places import KeyPath, format_path, raise_all
 
 MOST_BYTES = 256 * 1024
 MOST_ALIASES = 16
@@ -80,9 +80,9 @@ class Document:
 
     name: str
     value: Any
-    places: Mapping[Place, str] = field(default_factory=dict)
+    places: Mapping[KeyPath, str] = field(default_factory=dict)
 
-    def place(self, path: Place) -> tuple[str, Place]:
+    def place(self, path: KeyPath) -> tuple[str, KeyPath]:
         """Where `path` stands, or the nearest thing around it, and the part of the path that was found."""
         for shown in (path, tuple(key for key in path if not isinstance(key, int))):
             if shown in self.places:
@@ -92,7 +92,7 @@ class Document:
 
 def write_yaml(path: Path, content: object) -> None:
     """Write so that the file is either the old one or the whole new one, also when the process is killed."""
-    write_whole(path, yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+    write_atomically(path, yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def read_file(path: Path, action: str = "") -> str:
@@ -170,15 +170,15 @@ class _Reading:
 
     def __init__(self, name: str) -> None:
         self.name, self.nodes = name, 0
-        self.places: dict[Place, str] = {}
+        self.places: dict[KeyPath, str] = {}
         self.errors: list[EdgetuneError] = []
 
-    def error(self, node: yaml.Node, path: Place, message: str, got: object = None, action: str = "") -> None:
-        where = ", ".join([self.name, f"line {node.start_mark.line + 1}", *([dotted(path)] if path else [])])
+    def error(self, node: yaml.Node, path: KeyPath, message: str, got: object = None, action: str = "") -> None:
+        where = ", ".join([self.name, f"line {node.start_mark.line + 1}", *([format_path(path)] if path else [])])
         shown = got[:40] + "..." if isinstance(got, str) and len(got) > 40 else got
         self.errors.append(EdgetuneError(message, where=where, got=shown, action=action))
 
-    def value(self, node: yaml.Node, path: Place) -> Any:
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MOST_NODES or len(path) > MOST_DEPTH:
             where = f"{self.name}, line {node.start_mark.line + 1}"
@@ -193,7 +193,7 @@ class _Reading:
             return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
         return self.scalar(node, path)
 
-    def mapping(self, node: yaml.MappingNode, path: Place) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge" or key.value == "<<":
@@ -211,7 +211,7 @@ class _Reading:
                 values[key.value] = self.value(value, inner)
         return values
 
-    def scalar(self, node: yaml.Node, path: Place) -> Any:
+    def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         text, tag = str(node.value), node.tag
         if tag == _TEXT:
             return text

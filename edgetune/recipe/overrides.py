@@ -14,8 +14,8 @@ from typing import Any
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.other_names import nearest
-from edgetune.core.places import Key, Place, dotted
-from edgetune.core.validated import fields_of
+from edgetune.core.places import Key, KeyPath, format_path
+from edgetune.core.validated import setting_names
 from edgetune.recipe.document import Document, read
 
 VARIANT = "variant"  # the key that chooses one of the recipe's own named sets
@@ -75,10 +75,10 @@ def overridden(
     return Document(document.name, values, places), errors
 
 
-def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[Place]:
+def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[KeyPath]:
     """Every place that a dotted key means."""
     first, *rest = (_segment(part) for part in key.split("."))
-    below: Place = ()
+    below: KeyPath = ()
     for name, position in rest:
         below += (int(name) - 1 if name.isdecimal() else name,) if position is None else (name, position - 1)
     name, position = first
@@ -109,7 +109,7 @@ def _field_of_step(name: str, steps: Iterable[str]) -> str:
     """`train.learning_rate` for `lr`: the setting of one of the steps that was probably meant; else empty."""
     for step in dict.fromkeys(steps):
         table = {**registry.TECHNIQUES, **registry.STEPS}
-        near = nearest(name, fields_of(registry.load(table[step])), cutoff=0.9) if step in table else ""
+        near = nearest(name, setting_names(registry.load(table[step])), cutoff=0.9) if step in table else ""
         if near:
             return f"{step}.{near}"
     return ""
@@ -128,11 +128,11 @@ def _segment(part: str) -> tuple[str, int | None]:
     return match[1], int(match[2]) if match[2] else None
 
 
-def _set(values: Any, path: Place, value: Any) -> None:
+def _set(values: Any, path: KeyPath, value: Any) -> None:
     """Write `value` at `path`, making the mappings on the way that are not there yet."""
     at: Any = values
     for index, key in enumerate(path):
-        done: Place = path[:index]
+        done: KeyPath = path[:index]
         if isinstance(at, list) and len(at) == 1 and isinstance(key, str):
             at = at[0]  # one budget is a list of one
         if isinstance(at, dict) and isinstance(key, str):
@@ -145,7 +145,9 @@ def _set(values: Any, path: Place, value: Any) -> None:
             inner = at[key]
         else:
             kind = "a list; give a position" if isinstance(at, list) else "no mapping"
-            raise EdgetuneError(f"{dotted(done)} is {kind}", got=_shown(key), action="" if done else "give a field")
+            raise EdgetuneError(
+                f"{format_path(done)} is {kind}", got=_shown(key), action="" if done else "give a field"
+            )
         if index == len(path) - 1:
             at[key] = value
         elif inner is None:

@@ -17,9 +17,9 @@ from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.order import plan_steps
 from edgetune.core.other_names import nearest, nearest_file
-from edgetune.core.places import Errors, Place, dotted, raise_all
-from edgetune.core.technique import Settings, StepSettings, fitted
-from edgetune.core.validated import Problem, fields_of, validate
+from edgetune.core.places import Errors, KeyPath, format_path, raise_all
+from edgetune.core.technique import Settings, StepSettings, adapt_defaults
+from edgetune.core.validated import Problem, setting_names, validate
 from edgetune.data.settings import DataSettings
 from edgetune.models.loaded import ModelSettings
 from edgetune.recipe.document import Document, read, read_file
@@ -182,7 +182,7 @@ def _mended_step(got: Any) -> str:
     """What to do about a step whose settings are not indented more than its name; empty for any other mistake."""
     names = [name for name in got if name in step_names()] if isinstance(got, list) else []
     settings = [name for name in got if name not in names] if names else []
-    if len(names) != 1 or not set(settings) & set(fields_of(settings_class(names[0]))):
+    if len(names) != 1 or not set(settings) & set(setting_names(settings_class(names[0]))):
         return ""
     return f"indent {', '.join(settings)} further than {names[0]}"
 
@@ -191,7 +191,7 @@ def _place_instead(problem: Problem, values: Mapping[str, Any]) -> str:
     """How `data: {csv: rows.csv}` is written, or where `epochs: 3` belongs; empty for any other mistake."""
     section, *rest = problem.path
     if problem.what == "unknown field" and not rest:
-        holder = next((name for name in step_names() if section in fields_of(settings_class(name))), "")
+        holder = next((name for name in step_names() if section in setting_names(settings_class(name))), "")
         return f"it belongs in a step: - {holder}: {{{section}: ...}}" if holder else ""
     table = {"model": registry.MODELS, "data": registry.DATASETS}.get(str(section), {})
     if problem.what != "unknown field" or len(rest) != 1 or rest[0] not in table:
@@ -222,22 +222,22 @@ class _Checking:
         self.variants(values.get("variants"))
         self.errors.sort(key=lambda error: _line(error.where))
         complete = [step for _, _, step in steps if step is not None]
-        settings = fitted([step.settings for step in complete])
+        settings = adapt_defaults([step.settings for step in complete])
         fitting = tuple(Step(name=step.name, settings=each) for step, each in zip(complete, settings, strict=True))
         return None if recipe is None else recipe.model_copy(update={"steps": fitting})
 
-    def where(self, path: Place) -> str:
+    def where(self, path: KeyPath) -> str:
         """`recipe.yaml, line 4, data.train_rows`."""
         place, located_path = self.document.place(path)
         named = [key for key in path if isinstance(key, str)]
         shown = located_path if list(located_path) == named else path
-        return ", ".join(part for part in (self.document.name, place, dotted(shown)) if part)
+        return ", ".join(part for part in (self.document.name, place, format_path(shown)) if part)
 
-    def where_step(self, index: int, name: str = "", path: Place = ()) -> str:
+    def where_step(self, index: int, name: str = "", path: KeyPath = ()) -> str:
         """`recipe.yaml, step 3 (line 12), lora.rank`."""
         place, _ = self.document.place(("steps", index, *([name] if name else []), *path))
         at = f"step {index + 1} ({place})" if place else f"step {index + 1}"
-        return ", ".join(part for part in (self.document.name, at, dotted((name, *path)) if name else "") if part)
+        return ", ".join(part for part in (self.document.name, at, format_path((name, *path)) if name else "") if part)
 
     def steps(self, plain: Any) -> list[tuple[int, str, Step | None]]:
         """Index, name and step of every step whose name is known; the step is `None` if its settings are wrong."""
@@ -310,7 +310,7 @@ class _Checking:
         """Every device is known, `host`, or the path of a descriptor."""
         profile, budgets = values.get("profile"), values.get("budget")
         named = profile.get("devices") if isinstance(profile, dict) else None
-        named_devices: list[tuple[Place, Any]] = [
+        named_devices: list[tuple[KeyPath, Any]] = [
             (("profile", "devices", i), d) for i, d in enumerate(named if isinstance(named, list) else [])
         ]
         for index, budget in enumerate(budgets if isinstance(budgets, list) else []):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.ledger import Ledger
 from edgetune.report.console import terminal, text
 from edgetune.report.run_page import page
@@ -20,7 +20,7 @@ def write(ledger: Ledger, folder: Path) -> None:
 
     The ledger comes first, so that it is there even where the page raises because plotly is missing.
     """
-    write_whole(folder / LEDGER, ledger.dumps())
+    write_atomically(folder / LEDGER, ledger.dumps())
     page(ledger, folder / PAGE)
 
 

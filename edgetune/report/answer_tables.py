@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgetune.core.ledger import Answers
-from edgetune.core.numbers import percent, plural
+from edgetune.core.numbers import format_percent, pluralize
 from edgetune.report.tables import Cell, Column, Table, cells
 
 WIDEST_MATRIX = 12  # classes; with more, the most frequent confusions are listed
@@ -28,10 +28,10 @@ def brief_table(answers: Answers) -> Table:
     notes = []
     if answers.confusions:
         first = answers.confusions[0]
-        often = f"{first.true} predicted as {first.predicted} ({plural(first.rows, 'row')})"
+        often = f"{first.true} predicted as {first.predicted} ({pluralize(first.rows, 'row')})"
         notes = [f"Most often confused: {often}."]
     left = len(table.rows) - len(lowest)
-    title = f"Classes with the lowest recall ({plural(left, 'other')} on the page)" if left else table.title
+    title = f"Classes with the lowest recall ({pluralize(left, 'other')} on the page)" if left else table.title
     shown = tuple(tuple(table.rows[place][:4]) for place in (lowest if left else range(len(table.rows))))
     return replace(table, title=title, columns=table.columns[:4], rows=shown, notes=tuple(notes))
 
@@ -50,8 +50,8 @@ def class_table(answers: Answers) -> Table:
         cells(
             one.name,
             f"{one.rows:,}",
-            percent(one.precision_pct),
-            percent(one.recall_pct),
+            format_percent(one.precision_pct),
+            format_percent(one.recall_pct),
             f"{one.right:,}",
             f"{one.predicted:,}",
         )
@@ -91,7 +91,7 @@ def _pairs(answers: Answers) -> Table | None:
     columns = (Column("true", text=True), Column("prediction", text=True), Column("rows"))
     rows = tuple(cells(one.true, one.predicted, f"{one.rows:,}") for one in answers.confusions[:MOST_PAIRS])
     left = len(answers.confusions) - len(rows)
-    notes = (f"{plural(left, 'rarer pair')} not shown.",) if left else ()
+    notes = (f"{pluralize(left, 'rarer pair')} not shown.",) if left else ()
     return Table("confusion", "The most frequent confusions", columns, rows, notes)
 
 
@@ -110,7 +110,7 @@ def mistake_table(answers: Answers) -> Table | None:
             Cell(one.text or f"row {one.row}", image=one.image),
             Cell(one.true),
             Cell(one.predicted, "bad"),
-            Cell(percent(one.confidence_pct)),
+            Cell(format_percent(one.confidence_pct)),
         )
         for one in answers.mistakes
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Predicted
-from edgetune.core.numbers import MIB, aligned, number, plural
+from edgetune.core.numbers import MIB, align_columns, format_number, pluralize
 from edgetune.profile.calls import predict_calls
 from edgetune.profile.cost import fits
 from edgetune.profile.device import Device, load
@@ -190,10 +190,10 @@ def text(found: Comparison, width: int | None = None) -> str:
             place = table[0].index(name)
             table = [(*row[:place], *row[place + 1 :]) for row in table]
             lines = _lines(table)
-    first = f"{found.program}: {found.target}, {number(found.size_mib)} MiB"
+    first = f"{found.program}: {found.target}, {format_number(found.size_mib)} MiB"
     if found.cache_mib is not None:
-        first += f", and {number(found.cache_mib)} MiB of memory for its cache"
-    shown = [f"{first}; predicted for the {'CPUs' if len(rows) > 1 else 'CPU'} of {plural(len(rows), 'device')}", ""]
+        first += f", and {format_number(found.cache_mib)} MiB of memory for its cache"
+    shown = [f"{first}; predicted for the {'CPUs' if len(rows) > 1 else 'CPU'} of {pluralize(len(rows), 'device')}", ""]
     shown += lines
     reasons = [(line.device, line.why) for line in found.lines if line.why]
     for title, told in (("does not fit, or unknown", reasons), ("left out", found.faults)):
@@ -204,7 +204,7 @@ def text(found: Comparison, width: int | None = None) -> str:
 
 def _lines(table: Sequence[Sequence[str]]) -> list[str]:
     """Names and verdicts to the left, figures to the right."""
-    return aligned(table, right=range(1, len(table[0]) - 1))
+    return align_columns(table, right=range(1, len(table[0]) - 1))
 
 
 def _verdict(line: Line) -> str:
@@ -232,22 +232,22 @@ def _figures(line: Line, many: int) -> tuple[str, ...]:
         return ("-",) * many
     one = line.predicted[0]
     shared = (
-        number(one.peak_memory_mib),
-        number(one.energy_mj),  # millijoules of one, and joules of a thousand
-        number(line.cold_start_ms),
+        format_number(one.peak_memory_mib),
+        format_number(one.energy_mj),  # millijoules of one, and joules of a thousand
+        format_number(line.cold_start_ms),
         "yes" if one.calibrated else "no",
         ", ".join(kind.upper() for kind in one.accelerators or ()) or "-",
     )
     threads = str(one.threads or "-")
     if line.speech is None:
-        return (threads, number(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
+        return (threads, format_number(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
     decode, prefill, first = line.speech.decode_tokens_s, line.speech.prefill_tokens_s, line.speech.first_token_ms
     return (
         threads,
-        number(decode[0]),
+        format_number(decode[0]),
         _band(*decode[1:]),
-        number(prefill[0]),
-        number(first[0]),
+        format_number(prefill[0]),
+        format_number(first[0]),
         _band(*first[1:]),
         *shared,
     )
@@ -260,7 +260,7 @@ def _fits(line: Line) -> str:
 
 
 def _band(low: float, high: float) -> str:
-    return f"{number(low)} to {number(high)}"
+    return f"{format_number(low)} to {format_number(high)}"
 
 
 def plain(found: Comparison) -> dict[str, Any]:

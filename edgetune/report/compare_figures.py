@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgetune.core.numbers import number, plural
+from edgetune.core.numbers import format_number, pluralize
 from edgetune.report.compare import Comparison, Line
 from edgetune.report.device_figures import whiskers
 from edgetune.report.drawing import BLUE, GREY, ORANGE, TEAL, Figure, axis, built, category_axis, label, log_range
@@ -20,7 +20,7 @@ def by_device(found: Comparison) -> tuple[Figure, ...]:
     if found.prefill_tokens is None:
         figures = [_latencies("devices", "Predicted latency of one run", found.lines, 0)]
     else:
-        first = f"Predicted time to the first token, after a prompt of {plural(found.prefill_tokens, 'token')}"
+        first = f"Predicted time to the first token, after a prompt of {pluralize(found.prefill_tokens, 'token')}"
         figures = [
             _latencies("devices", "Predicted latency of one token", found.lines, 0),
             _latencies("devices-first", first, found.lines, 1),
@@ -50,7 +50,7 @@ def _latencies(key: str, title: str, lines: Sequence[Line], call: int) -> Figure
         "yaxis": category_axis(categoryorder="array", categoryarray=[label(line.device) for line in drawn], dtick=1),
     }
     told = ", ".join(
-        f"{line.device} {number(line.predicted[call].latency_ms)} ms"
+        f"{line.device} {format_number(line.predicted[call].latency_ms)} ms"
         + (" (does not fit)" if line.fits is False else "")
         for line in drawn
     )
@@ -61,8 +61,9 @@ def _points(lines: Sequence[Line], call: int, family: str, fits: bool) -> dict[s
     """The devices of one family that it fits, or does not."""
     calls = [line.predicted[call] for line in lines]
     marks = [
-        f"{number(one.latency_ms)} ms ({number(one.latency_low_ms)} to {number(one.latency_high_ms)}), predicted<br>"
-        f"{number(one.peak_memory_mib)} MiB{'' if fits else ': ' + label(line.why, 80)}"
+        f"{format_number(one.latency_ms)} ms ({format_number(one.latency_low_ms)} to "
+        f"{format_number(one.latency_high_ms)}), predicted<br>"
+        f"{format_number(one.peak_memory_mib)} MiB{'' if fits else ': ' + label(line.why, 80)}"
         for line, one in zip(lines, calls, strict=True)
     ]
     color = _FAMILIES.get(family, GREY)

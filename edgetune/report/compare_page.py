@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetune.core.numbers import number, plural
+from edgetune.core.numbers import format_number, pluralize
 from edgetune.report.compare import Comparison, headed, rows_of
 from edgetune.report.compare_figures import by_device
 from edgetune.report.pages import Section, write_report
@@ -28,8 +28,8 @@ def page(comparison: Comparison, path: Path) -> None:
     write_report(
         path,
         figures,
-        title=f"{comparison.program} on {plural(len(comparison.lines), 'device')}",
-        kind=f"edgetune devices compare · {comparison.target} · {number(comparison.size_mib)} MiB",
+        title=f"{comparison.program} on {pluralize(len(comparison.lines), 'device')}",
+        kind=f"edgetune devices compare · {comparison.target} · {format_number(comparison.size_mib)} MiB",
         lead=comparison.notes[0],
         sentences=comparison.notes[1:],
         sections=(Section("Devices", figures, (table,)),),

@@ -10,23 +10,25 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune.core.ledger import Ledger, Measured, Predicted
-from edgetune.core.numbers import finite, number
+from edgetune.core.numbers import finite_or_none, format_number
 from edgetune.report.drawing import BAR_PX, BLUE, ORANGE, Figure, axis, built, category_axis, horizontal, room_for_text
 
 
 def latency(ledger: Ledger) -> Figure | None:
     """Predicted with intervals above, measured with p10 and p90 below, each in a panel of its own."""
-    predicted = [line for line in ledger.predicted if finite(line.latency_ms) is not None]
-    measured = [line for line in ledger.measured if finite(line.latency_ms) is not None]
+    predicted = [line for line in ledger.predicted if finite_or_none(line.latency_ms) is not None]
+    measured = [line for line in ledger.measured if finite_or_none(line.latency_ms) is not None]
     above = horizontal(
         [named(line) for line in predicted], [line.latency_ms for line in predicted], BLUE,
-        [f"{number(line.latency_ms)} ({number(line.latency_low_ms)} to {number(line.latency_high_ms)})"
+        [f"{format_number(line.latency_ms)} ({format_number(line.latency_low_ms)} to "
+         f"{format_number(line.latency_high_ms)})"
          for line in predicted], hatched=True,
     )  # fmt: skip
     above["error_x"] = whiskers([(line.latency_ms, line.latency_low_ms, line.latency_high_ms) for line in predicted])
     below = horizontal(
         [line.where for line in measured], [line.latency_ms for line in measured], ORANGE,
-        [f"{number(line.latency_ms)} ({number(line.latency_p10_ms)} to {number(line.latency_p90_ms)})"
+        [f"{format_number(line.latency_ms)} ({format_number(line.latency_p10_ms)} to "
+         f"{format_number(line.latency_p90_ms)})"
          for line in measured],
     )  # fmt: skip
     below["error_x"] = whiskers([(line.latency_ms, line.latency_p10_ms, line.latency_p90_ms) for line in measured])
@@ -44,15 +46,15 @@ def named(line: Predicted) -> str:
 
 def memory(ledger: Ledger) -> Figure | None:
     """Peak memory, in the same two panels; descriptors give no interval for it, and every device the same."""
-    predicted = [line for line in ledger.predicted if finite(line.peak_memory_mib) is not None]
-    measured = [line for line in ledger.measured if finite(line.peak_memory_mib) is not None]
+    predicted = [line for line in ledger.predicted if finite_or_none(line.peak_memory_mib) is not None]
+    measured = [line for line in ledger.measured if finite_or_none(line.peak_memory_mib) is not None]
     bars = [(line.where, line.peak_memory_mib) for line in predicted]
-    if len({number(value) for _, value in bars}) == 1 and len(bars) > 1:
+    if len({format_number(value) for _, value in bars}) == 1 and len(bars) > 1:
         bars = [(f"each of {len(bars)} devices", bars[0][1])]
     above = horizontal([name for name, _ in bars], [value for _, value in bars], BLUE,
-                       [number(value) for _, value in bars], hatched=True)  # fmt: skip
+                       [format_number(value) for _, value in bars], hatched=True)  # fmt: skip
     below = horizontal([line.where for line in measured], [line.peak_memory_mib for line in measured], ORANGE,
-                       [number(line.peak_memory_mib) for line in measured])  # fmt: skip
+                       [format_number(line.peak_memory_mib) for line in measured])  # fmt: skip
     told = told_devices(
         [(line, line.peak_memory_mib) for line in predicted], [(line, line.peak_memory_mib) for line in measured], "MiB"
     )
@@ -73,10 +75,10 @@ def told_devices(
     """Both panels in words."""
     parts = []
     if predicted:
-        devices = ", ".join(f"{line.where} {number(value)} {of}" for line, value in predicted)
+        devices = ", ".join(f"{line.where} {format_number(value)} {of}" for line, value in predicted)
         parts.append(f"Predicted, on the CPU: {devices}")
     if measured:
-        parts.append("Measured: " + ", ".join(f"{line.where} {number(value)} {of}" for line, value in measured))
+        parts.append("Measured: " + ", ".join(f"{line.where} {format_number(value)} {of}" for line, value in measured))
     return ". ".join(parts)
 
 
@@ -153,8 +155,10 @@ def whiskers(lines: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
     return {
         "type": "data",
         "symmetric": False,
-        "array": [max(0.0, (finite(high) or value) - value) for value, _, high in lines],
-        "arrayminus": [max(0.0, value - (low if finite(low) is not None else value)) for value, low, _ in lines],
+        "array": [max(0.0, (finite_or_none(high) or value) - value) for value, _, high in lines],
+        "arrayminus": [
+            max(0.0, value - (low if finite_or_none(low) is not None else value)) for value, low, _ in lines
+        ],
         "thickness": 1.6,
         "width": 5,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetune.core.ledger import Ledger, Measured, Predicted, on_cpu
-from edgetune.core.numbers import number
+from edgetune.core.numbers import format_number
 from edgetune.report.tables import Cell, Column, Table, cells, grouped_notes
 
 CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
@@ -40,10 +40,10 @@ def measured_table(ledger: Ledger) -> Table | None:
         cells(
             line.where,
             ran_on(ledger, line),
-            number(line.latency_ms),
-            f"{number(line.latency_p10_ms)} to {number(line.latency_p90_ms)}",
-            number(line.load_ms),
-            number(line.peak_memory_mib),
+            format_number(line.latency_ms),
+            f"{format_number(line.latency_p10_ms)} to {format_number(line.latency_p90_ms)}",
+            format_number(line.load_ms),
+            format_number(line.peak_memory_mib),
             f"{line.runs:,}",
         )
         for line in ledger.measured
@@ -72,9 +72,9 @@ def predicted_table(ledger: Ledger, *, brief: bool = False) -> Table | None:
             *cells(
                 line.where,
                 line.runs_on,
-                number(line.latency_ms),
+                format_number(line.latency_ms),
                 interval(line),
-                number(line.peak_memory_mib),
+                format_number(line.peak_memory_mib),
                 "yes" if line.calibrated else "no",
             ),
             *((_accelerator_cell(line),) if accelerators else ()),
@@ -102,7 +102,7 @@ def _parted_notes(predicted: Sequence[Predicted]) -> list[str]:
 
 def interval(line: Predicted) -> str:
     """The interval that the latency is expected in."""
-    return f"{number(line.latency_low_ms)} to {number(line.latency_high_ms)}"
+    return f"{format_number(line.latency_low_ms)} to {format_number(line.latency_high_ms)}"
 
 
 def budget_met(ledger: Ledger) -> bool:
@@ -126,7 +126,7 @@ def verdict_table(ledger: Ledger) -> Table | None:
         (
             Cell(", ".join(QUANTITIES[line.quantity])),
             Cell("met", "good") if line.holds else Cell("missed", "bad"),
-            *cells(line.device, number(line.limit), number(line.value), number(line.least)),
+            *cells(line.device, format_number(line.limit), format_number(line.value), format_number(line.least)),
         )
         for line in ledger.verdicts
     )

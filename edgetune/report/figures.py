@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgetune.core.ledger import Ledger, Row, Training
-from edgetune.core.numbers import count, finite, first_capital, noun, number, percent, score, seconds, unit
+from edgetune.core.numbers import (
+    capitalize_first,
+    finite_or_none,
+    format_count,
+    format_number,
+    format_percent,
+    format_score,
+    format_seconds,
+    metric_noun,
+    metric_unit,
+)
 from edgetune.report.device_figures import latency, memory
 from edgetune.report.drawing import (
     BLUE,
@@ -53,7 +63,7 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
         (row, row.quality.value)
         for row in ledger.rows
         if row.quality and row.quality.metric == result.metric
-        if finite(row.quality.value) is not None and finite(row.size_mib) is not None
+        if finite_or_none(row.quality.value) is not None and finite_or_none(row.size_mib) is not None
     ]
     if not known:
         return None
@@ -73,8 +83,8 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
         "customdata": [[label(f"{row.index} {row.step}"), label(row.detail, 60)] for row in rows],
         "hovertemplate": "<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{y:.2f}, %{x:.3s} MiB<extra></extra>",
     }
-    baselines = {line.name: line.value for line in ledger.baselines if finite(line.value) is not None}
-    y_title = f"{noun(result)}{', %' if unit(result) else ''}, test set"
+    baselines = {line.name: line.value for line in ledger.baselines if finite_or_none(line.value) is not None}
+    y_title = f"{metric_noun(result)}{', %' if metric_unit(result) else ''}, test set"
     layout: dict[str, Any] = {
         "height": 380,
         "xaxis": axis("size in memory, MiB", range=[0, 1.12 * max(sizes)]),
@@ -84,9 +94,9 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
         "annotations": [],
     }
     add_baselines(layout, baselines)
-    told = "; ".join(f"{row.index} {row.step}: {score(v)} at {number(row.size_mib)} MiB"
+    told = "; ".join(f"{row.index} {row.step}: {format_score(v)} at {format_number(row.size_mib)} MiB"
                      for row, v in zip(rows, values, strict=True))  # fmt: skip
-    title = f"{first_capital(noun(result))} against size, step by step"
+    title = f"{capitalize_first(metric_noun(result))} against size, step by step"
     return Figure("quality-size", title, told, built([points], layout))
 
 
@@ -105,9 +115,9 @@ def add_baselines(layout: dict[str, Any], baselines: Mapping[str, float]) -> Non
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "layer": "below",
              "line": {"color": GREY, "width": 1, "dash": "dash"}}
         )  # fmt: skip
-        layout["annotations"].append({**common, "x": 1, "y": value, "yanchor": "middle", "text": score(value)})
+        layout["annotations"].append({**common, "x": 1, "y": value, "yanchor": "middle", "text": format_score(value)})
     if baselines:
-        names = "<br>".join(f"– – {score(value)} {label(name, 34)}" for name, value in baselines.items())
+        names = "<br>".join(f"– – {format_score(value)} {label(name, 34)}" for name, value in baselines.items())
         layout["annotations"].append(
             {**common, "x": 0, "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 12, "text": names}
         )
@@ -148,20 +158,20 @@ def span(rows: Sequence[Row], group: Sequence[int]) -> str:
 
 def kept_for_backward(ledger: Ledger) -> Figure | None:
     """MiB of activations that one training batch keeps, per step."""
-    rows = [row for row in ledger.rows if finite(row.saved_for_backward_mib) is not None]
+    rows = [row for row in ledger.rows if finite_or_none(row.saved_for_backward_mib) is not None]
     if not rows:
         return None
     bars = horizontal(
         [f"{row.index} {row.step}" for row in rows],
-        [finite(row.saved_for_backward_mib) for row in rows],
+        [finite_or_none(row.saved_for_backward_mib) for row in rows],
         TEAL,
-        [f" {number(row.saved_for_backward_mib)}" for row in rows],
+        [f" {format_number(row.saved_for_backward_mib)}" for row in rows],
     )
     bars["customdata"] = [
-        [label(row.detail, 60), count(row.trainable_parameters), seconds(row.seconds)] for row in rows
+        [label(row.detail, 60), format_count(row.trainable_parameters), format_seconds(row.seconds)] for row in rows
     ]
     bars["hovertemplate"] = "<b>%{y}</b><br>%{customdata[0]}<br>%{customdata[1]} trainable<extra></extra>"
-    told = "; ".join(f"{row.index} {row.step}: {number(row.saved_for_backward_mib)} MiB" for row in rows)
+    told = "; ".join(f"{row.index} {row.step}: {format_number(row.saved_for_backward_mib)} MiB" for row in rows)
     layout = {
         "height": max(380, height_of(len(rows))),
         "xaxis": axis("MiB", rangemode="tozero", range=[0, room_for_text(bars["x"])]),
@@ -173,14 +183,15 @@ def kept_for_backward(ledger: Ledger) -> Figure | None:
 def loss_curve(ledger: Ledger, training: Training, place: int) -> Figure | None:
     """One training: the loss of each update, its running mean, and the learning rate on an axis of its own."""
     points = training.losses
-    if not any(finite(point.loss) is not None for point in points):
+    if not any(finite_or_none(point.loss) is not None for point in points):
         return None
     updates = [point.update for point in points]
-    losses = [finite(point.loss) for point in points]
+    losses = [finite_or_none(point.loss) for point in points]
     smooth = running_mean(losses) if len(points) >= SMOOTH_FROM else None
     rate = {
         "type": "scatter", "mode": "lines", "name": "learning rate", "yaxis": "y2", "x": updates,
-        "y": [finite(point.learning_rate) for point in points], "line": {"color": GREY, "width": 1, "dash": "dot"},
+        "y": [finite_or_none(point.learning_rate) for point in points],
+        "line": {"color": GREY, "width": 1, "dash": "dot"},
         "opacity": 0.7, "hovertemplate": "learning rate %{y:.2e}<extra></extra>",
     }  # fmt: skip
     raw = {
@@ -212,9 +223,8 @@ def loss_curve(ledger: Ledger, training: Training, place: int) -> Figure | None:
         ),
     }
     known = [loss for loss in losses if loss is not None]
-    told = (
-        f"{len(points)} updates; first loss {number(known[0])}, last {number(known[-1])}, lowest {number(min(known))}"
-    )
+    first, last, lowest = (format_number(loss) for loss in (known[0], known[-1], min(known)))
+    told = f"{len(points)} updates; first loss {first}, last {last}, lowest {lowest}"
     if len(known) < len(points):
         told += f"; {len(points) - len(known)} not finite"
     title = f"Loss of {step_name(ledger, training.row)}"
@@ -240,13 +250,13 @@ def delegated(ledger: Ledger) -> Figure | None:
     if program is None:
         return None
     shares = [("of the operators", program.delegated_operators_pct), ("of the MACs", program.delegated_macs_pct)]
-    known = [(name, share) for name, share in shares if finite(share) is not None]
+    known = [(name, share) for name, share in shares if finite_or_none(share) is not None]
     if not known:
         return None
     names = [name for name, _ in known]
     taken: dict[str, Any] = {
         "type": "bar", "orientation": "h", "name": f"delegated to {label(program.target)}", "y": names,
-        "x": [share for _, share in known], "text": [f"{percent(share)} %" for _, share in known],
+        "x": [share for _, share in known], "text": [f"{format_percent(share)} %" for _, share in known],
         "textposition": "inside", "insidetextanchor": "middle", "insidetextfont": {"color": "#ffffff"},
         "marker": {"color": TEAL}, "hovertemplate": "%{y}: %{x:.2f} %<extra>delegated</extra>",
     }  # fmt: skip
@@ -267,7 +277,8 @@ def delegated(ledger: Ledger) -> Figure | None:
         "yaxis": axis(""),
     }
     told = (
-        ", ".join(f"{percent(share)} % {name}" for name, share in reversed(known)) + f" delegated to {program.target}"
+        ", ".join(f"{format_percent(share)} % {name}" for name, share in reversed(known))
+        + f" delegated to {program.target}"
     )
     return Figure("delegated", "Delegated share of the program", told, built([taken, left], layout))
 

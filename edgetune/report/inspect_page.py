@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.numbers import plural, size
+from edgetune.core.numbers import format_size, pluralize
 from edgetune.program.inspection import Beside, Inspection, Method
 from edgetune.report.pages import Tile, render
 
@@ -33,7 +33,7 @@ def page(inspection: Inspection) -> str:
         constants=constants,
         beside=_beside(beside) if beside is not None else (),
         most=_MOST_BARS,
-        size=size,
+        size=format_size,
         footer=f"SHA-256 {inspection.sha256}, schema version {inspection.schema_version}",
     )
 
@@ -43,10 +43,10 @@ def _tiles(inspection: Inspection) -> Iterator[Tile]:
     kernels = sum(operator.count for method in inspection.methods for operator in method.operators)
     backends = ", ".join(sorted({delegate.backend for delegate in delegates})) or "no backend"
     arena = max((sum(method.arenas_bytes) for method in inspection.methods), default=0)
-    yield Tile("File", size(inspection.size_bytes), plural(len(inspection.methods), "method"))
+    yield Tile("File", format_size(inspection.size_bytes), pluralize(len(inspection.methods), "method"))
     yield Tile("Delegated parts", str(len(delegates)), backends)
     yield Tile("Kernel calls outside", str(kernels), "run on portable kernels")
-    yield Tile("Planned memory", size(arena), "of the method that needs most")
+    yield Tile("Planned memory", format_size(arena), "of the method that needs most")
     if inspection.beside is not None and not inspection.beside.problem:
         holds = inspection.beside.checksum_ok
         yield Tile("Checksum", "ok" if holds else "wrong", "against model.json", "good" if holds else "bad")
@@ -56,7 +56,7 @@ def _method(method: Method) -> dict[str, Any]:
     """Its rows, and the bars of its delegates and of its kernel calls."""
     rows = [(f"input {number}", slot) for number, slot in enumerate(method.inputs)]
     rows += [(f"output {number}", slot) for number, slot in enumerate(method.outputs)]
-    plan = " + ".join(size(arena) for arena in method.arenas_bytes) or "none"
+    plan = " + ".join(format_size(arena) for arena in method.arenas_bytes) or "none"
     counts = Counter(delegate.backend for delegate in method.delegates)
     bars = [
         (f"{delegate.backend} {number}", "", delegate.size_bytes) for number, delegate in enumerate(method.delegates)

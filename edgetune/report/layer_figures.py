@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgetune.core.ledger import Layer, Layers
-from edgetune.core.numbers import number, percent, plural
+from edgetune.core.numbers import format_number, format_percent, pluralize
 from edgetune.report.drawing import BLUE, GREY, ORANGE, Figure, axis, built, label, log_range
 
 _BOUNDS = {"compute": BLUE, "memory": ORANGE, "overhead": GREY}
@@ -30,11 +30,11 @@ def roofline(found: Layers, place: int = 0) -> Figure | None:
     right = 2.0 * max(*(layer.intensity for layer in drawn), ridge)
     slopes = [("memory", roof.memory_gb_s, "solid"), ("last cache", roof.cache_gb_s, "dot")]
     top = max(roof.gmacs.values(), default=max(layer.gmacs for layer in drawn))
-    traces = [_line_of(f"{name}, {number(gb_s)} GB/s", [left, min(top / gb_s, right)],
+    traces = [_line_of(f"{name}, {format_number(gb_s)} GB/s", [left, min(top / gb_s, right)],
                        [left * gb_s, min(top, right * gb_s)], dash) for name, gb_s, dash in slopes]  # fmt: skip
     for dtype, gmacs in roof.gmacs.items():
         start = min(max(left, gmacs / roof.cache_gb_s), right)
-        traces.append(_line_of(f"{dtype}, {number(gmacs)} GMAC/s", [start, right], [gmacs, gmacs], "dash"))
+        traces.append(_line_of(f"{dtype}, {format_number(gmacs)} GMAC/s", [start, right], [gmacs, gmacs], "dash"))
     for bound, color in _BOUNDS.items():
         of = [layer for layer in drawn if layer.bound == bound]
         if of:
@@ -54,12 +54,12 @@ def roofline(found: Layers, place: int = 0) -> Figure | None:
 
 def _told(found: Layers, drawn: int) -> str:
     """The chart in words."""
-    bounds = ", ".join(f"{bound} {percent(share)} %" for bound, share in found.bounds_pct.items())
+    bounds = ", ".join(f"{bound} {format_percent(share)} %" for bound, share in found.bounds_pct.items())
     slowest = found.layers[0]
     return (
         f"Of the predicted time, bound by {bounds}. The slowest layer is {slowest.module} with "
-        f"{percent(slowest.share_pct)} %, {number(slowest.intensity)} multiply-accumulates per byte and "
-        f"{number(slowest.gmacs)} GMAC/s. {plural(drawn, 'layer')} drawn, sized by time; layers without "
+        f"{format_percent(slowest.share_pct)} %, {format_number(slowest.intensity)} multiply-accumulates per byte and "
+        f"{format_number(slowest.gmacs)} GMAC/s. {pluralize(drawn, 'layer')} drawn, sized by time; layers without "
         "multiplications are not shown. Points above the memory slope are served by a cache"
     )
 
@@ -86,8 +86,9 @@ def _layers_of(layers: Sequence[Layer], bound: str, color: str) -> dict[str, Any
             "line": {"width": 1, "color": color},
         },
         "hovertext": [
-            f"<b>{label(layer.module, 60)}</b><br>{number(layer.ms)} ms, {percent(layer.share_pct)} % of the time<br>"
-            f"{percent(layer.utilization_pct)} % of what bounds it, {layer.dtype}"
+            f"<b>{label(layer.module, 60)}</b><br>{format_number(layer.ms)} ms, "
+            f"{format_percent(layer.share_pct)} % of the time<br>"
+            f"{format_percent(layer.utilization_pct)} % of what bounds it, {layer.dtype}"
             for layer in layers
         ],
         "hovertemplate": "%{hovertext}<br>%{x:.3s} MAC/byte, %{y:.3s} GMAC/s<extra></extra>",

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.registry import require
 from edgetune.report.drawing import Figure
 from edgetune.report.glossary import meaning
@@ -64,4 +64,4 @@ def write_report(path: Path, figures: Sequence[Figure], **values: Any) -> None:
     plotly = require("plotly.offline", "the HTML report").get_plotlyjs().replace("</script", "<\\/script")
     specs = {figure.key: {"spec": figure.spec, "wide": figure.wide} for figure in figures}
     text = render("report.html", figures=specs, plotly=Markup(plotly), **{**optional, **values})
-    write_whole(path, text)
+    write_atomically(path, text)

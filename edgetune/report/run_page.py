@@ -8,7 +8,16 @@ from pathlib import Path
 import yaml
 
 from edgetune.core.ledger import Ledger
-from edgetune.core.numbers import finite, first_capital, noun, number, percent, plural, score, unit
+from edgetune.core.numbers import (
+    capitalize_first,
+    finite_or_none,
+    format_number,
+    format_percent,
+    format_score,
+    metric_noun,
+    metric_unit,
+    pluralize,
+)
 from edgetune.report.answer_tables import answer_tables
 from edgetune.report.device_tables import QUANTITIES, measured_table, predicted_table, ran_on, verdict_table
 from edgetune.report.drawing import Figure
@@ -97,21 +106,21 @@ def tiles(ledger: Ledger) -> Iterator[Tile]:
     yield from quality_tile(ledger)
     if ledger.measured:
         line = ledger.measured[0]
-        spread = f"{number(line.latency_p10_ms)} to {number(line.latency_p90_ms)} ms"
+        spread = f"{format_number(line.latency_p10_ms)} to {format_number(line.latency_p90_ms)} ms"
         under = f"{line.where} ({ran_on(ledger, line)}), p10 to p90: {spread}"
-        yield Tile("Latency, measured", f"{number(line.latency_ms)} ms", under, "measured")
+        yield Tile("Latency, measured", f"{format_number(line.latency_ms)} ms", under, "measured")
     first = main_prediction(ledger)
     if first is not None:
         trust = "calibrated" if first.calibrated else "not calibrated"
-        spread = f"{number(first.latency_low_ms)} to {number(first.latency_high_ms)} ms"
+        spread = f"{format_number(first.latency_low_ms)} to {format_number(first.latency_high_ms)} ms"
         under = f"{first.where} ({first.runs_on}), {trust}, {spread}"
-        yield Tile("Latency, predicted", f"{number(first.latency_ms)} ms", under, "predicted")
+        yield Tile("Latency, predicted", f"{format_number(first.latency_ms)} ms", under, "predicted")
     if ledger.program:
-        under = f"of the MACs; {percent(ledger.program.delegated_operators_pct)} % of the operators"
-        yield Tile("Delegated", f"{percent(ledger.program.delegated_macs_pct)} %", under)
+        under = f"of the MACs; {format_percent(ledger.program.delegated_operators_pct)} % of the operators"
+        yield Tile("Delegated", f"{format_percent(ledger.program.delegated_macs_pct)} %", under)
     if ledger.verdicts:
         broken = [QUANTITIES[verdict.quantity][0] for verdict in ledger.verdicts if not verdict.holds]
-        under = f"too high: {', '.join(broken)}" if broken else plural(len(ledger.verdicts), "limit")
+        under = f"too high: {', '.join(broken)}" if broken else pluralize(len(ledger.verdicts), "limit")
         yield Tile("Budget", "missed" if broken else "met", under, "bad" if broken else "good", words=True)
 
 
@@ -119,10 +128,10 @@ def size_tile(ledger: Ledger) -> Tile:
     """The program, or the model where there is none."""
     loaded = ledger.rows[0].size_mib
     if ledger.program is None:
-        under = f"from {number(loaded)} MiB; no program"
-        return Tile("Model in memory", f"{number(ledger.rows[-1].size_mib)} MiB", under)
-    under = f"from {number(loaded)} MiB{smaller(loaded, ledger.program.size_mib)}"
-    return Tile("Program", f"{number(ledger.program.size_mib)} MiB", under)
+        under = f"from {format_number(loaded)} MiB; no program"
+        return Tile("Model in memory", f"{format_number(ledger.rows[-1].size_mib)} MiB", under)
+    under = f"from {format_number(loaded)} MiB{smaller(loaded, ledger.program.size_mib)}"
+    return Tile("Program", f"{format_number(ledger.program.size_mib)} MiB", under)
 
 
 def quality_tile(ledger: Ledger) -> Iterator[Tile]:
@@ -130,8 +139,10 @@ def quality_tile(ledger: Ledger) -> Iterator[Tile]:
     result = last_quality(ledger)
     if result is None:
         return
-    measured = [line for line in ledger.baselines if finite(line.value) is not None]
+    measured = [line for line in ledger.baselines if finite_or_none(line.value) is not None]
     best = sorted(measured, key=lambda line: line.value, reverse=result.higher_is_better)[:1]
-    under = [f"best baseline {score(line.value)} ({line.name})" for line in best] or [plural(result.rows, "test row")]
-    of = unit(result) and f" {unit(result)}"
-    yield Tile(f"{first_capital(noun(result))}, test set", f"{score(result.value)}{of}", under[0])
+    under = [f"best baseline {format_score(line.value)} ({line.name})" for line in best] or [
+        pluralize(result.rows, "test row")
+    ]
+    of = metric_unit(result) and f" {metric_unit(result)}"
+    yield Tile(f"{capitalize_first(metric_noun(result))}, test set", f"{format_score(result.value)}{of}", under[0])

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgetune.core.ledger import Ledger, Predicted, Quality, Row, Verdict
-from edgetune.core.numbers import finite, noun, number, plural, quality, score, unit
+from edgetune.core.numbers import (
+    finite_or_none,
+    format_number,
+    format_quality,
+    format_score,
+    metric_noun,
+    metric_unit,
+    pluralize,
+)
 from edgetune.report.device_tables import QUANTITIES, budget_met, ran_on
 from edgetune.report.tables import gain, last_quality
 
@@ -32,22 +40,23 @@ def headline(ledger: Ledger) -> str:
 
 
 def _state(size_mib: float, result: Quality | None, *, short: bool = False) -> str:
-    size = f"{number(size_mib)} MiB"
-    if result is None or finite(result.value) is None:
-        return f"{size} ({quality(result)})" if result else size
-    if not unit(result):
-        return f"{size} and {'an' if result.metric == 'rmse' else 'a'} {noun(result)} of {score(result.value)}"
-    return f"{size} and {result.value:.1f} %{'' if short else f' {noun(result)}'}"
+    size = f"{format_number(size_mib)} MiB"
+    if result is None or finite_or_none(result.value) is None:
+        return f"{size} ({format_quality(result)})" if result else size
+    if not metric_unit(result):
+        article = "an" if result.metric == "rmse" else "a"
+        return f"{size} and {article} {metric_noun(result)} of {format_score(result.value)}"
+    return f"{size} and {result.value:.1f} %{'' if short else f' {metric_noun(result)}'}"
 
 
 def _speed(ledger: Ledger) -> str:
     """The latency on the device of the budget, or else the first one that there is a figure for."""
     line = main_prediction(ledger)
     if line is not None:
-        text = f"{number(line.latency_ms)} ms predicted on the CPU of {_device(line)}"
+        text = f"{format_number(line.latency_ms)} ms predicted on the CPU of {_device(line)}"
     elif ledger.measured:
         timed = ledger.measured[0]
-        text = f"{number(timed.latency_ms)} ms measured on {timed.device} ({ran_on(ledger, timed)})"
+        text = f"{format_number(timed.latency_ms)} ms measured on {timed.device} ({ran_on(ledger, timed)})"
     else:
         return "" if ledger.program else "no program was exported"
     call = (line or ledger.measured[0]).call
@@ -76,21 +85,22 @@ def remarks(ledger: Ledger) -> tuple[str, ...]:
 def _missed(line: Verdict) -> str:
     name, of = QUANTITIES[line.quantity]
     return (
-        f"The budget for {line.device} is not met: {name} is {number(line.value)} {of}, the limit is "
-        f"{number(line.limit)} {of}. The lowest value that this recipe can reach is {number(line.least)} {of}."
+        f"The budget for {line.device} is not met: {name} is {format_number(line.value)} {of}, the limit is "
+        f"{format_number(line.limit)} {of}. The lowest value that this recipe can reach is "
+        f"{format_number(line.least)} {of}."
     )
 
 
 def _against_baselines(ledger: Ledger) -> Iterator[str]:
     result = last_quality(ledger)
-    known = [line for line in ledger.baselines if finite(line.value) is not None]
-    if result is None or finite(result.value) is None or not known:
+    known = [line for line in ledger.baselines if finite_or_none(line.value) is not None]
+    if result is None or finite_or_none(result.value) is None or not known:
         return
     best = (max if result.higher_is_better else min)(known, key=lambda line: line.value)
     lead = result.value - best.value if result.higher_is_better else best.value - result.value
     interval = result.interval_pct
-    of = " %" if unit(result) else ""
-    compared = f'"{best.name}" reaches {score(best.value)}{of}, this run {score(result.value)}{of}'
+    of = " %" if metric_unit(result) else ""
+    compared = f'"{best.name}" reaches {format_score(best.value)}{of}, this run {format_score(result.value)}{of}'
     if lead < 0:
         yield f"The result is below a simple baseline: {compared}."
     elif lead == 0:
@@ -107,15 +117,17 @@ def _losses(ledger: Ledger) -> Iterator[str]:
             continue
         assert row.quality is not None  # `gain` has compared both
         assert before.quality is not None
-        end, of = last_quality(ledger), " %" if unit(row.quality) else ""
-        later = f"; the run ends at {score(end.value)}{of}" if end is not None and row is not ledger.rows[-1] else ""
+        end, of = last_quality(ledger), " %" if metric_unit(row.quality) else ""
+        later = (
+            f"; the run ends at {format_score(end.value)}{of}" if end is not None and row is not ledger.rows[-1] else ""
+        )
         name = f"Step {row.index}, {row.step},"
         if row.quality.higher_is_better and -difference > LOST_POINTS:
-            lost = f"{name} lost {score(-difference)} points of {noun(row.quality)}"
-            yield f"{lost} ({score(before.quality.value)} to {score(row.quality.value)} %){later}."
+            lost = f"{name} lost {format_score(-difference)} points of {metric_noun(row.quality)}"
+            yield f"{lost} ({format_score(before.quality.value)} to {format_score(row.quality.value)} %){later}."
         elif not row.quality.higher_is_better and 100 * difference > RAISED_PCT * before.quality.value:
-            raised = f"{name} raised the {noun(row.quality)} by {100 * difference / before.quality.value:.0f} %"
-            yield f"{raised} ({score(before.quality.value)} to {score(row.quality.value)}){later}."
+            raised = f"{name} raised the {metric_noun(row.quality)} by {100 * difference / before.quality.value:.0f} %"
+            yield f"{raised} ({format_score(before.quality.value)} to {format_score(row.quality.value)}){later}."
 
 
 def _small_test_set(ledger: Ledger) -> Iterator[str]:
@@ -124,7 +136,8 @@ def _small_test_set(ledger: Ledger) -> Iterator[str]:
     if result is None or interval is None or interval[1] - interval[0] <= WIDE_POINTS:
         return
     yield (
-        f"The test set has only {plural(result.rows, 'row')}, so the accuracy of {score(result.value)} % is uncertain: "
+        f"The test set has only {pluralize(result.rows, 'row')}, so the accuracy of "
+        f"{format_score(result.value)} % is uncertain: "
         f"its 95 % interval is {interval[0]:.1f} to {interval[1]:.1f} %."
     )
 
@@ -134,8 +147,8 @@ def details(ledger: Ledger) -> tuple[str, ...]:
     lines = [_about(ledger)] if ledger.rows else []
     for line in ledger.measured:
         lines.append(
-            f"Measured on {line.where} ({ran_on(ledger, line)}): {number(line.latency_ms)} ms per run, "
-            f"{number(line.peak_memory_mib)} MiB of memory."
+            f"Measured on {line.where} ({ran_on(ledger, line)}): {format_number(line.latency_ms)} ms per run, "
+            f"{format_number(line.peak_memory_mib)} MiB of memory."
         )
     return (*lines, *budget(ledger), *notes(ledger))
 
@@ -153,7 +166,7 @@ def budget(ledger: Ledger) -> tuple[str, ...]:
 
 def _within(line: Verdict) -> str:
     name, of = QUANTITIES[line.quantity]
-    return f"{name} {number(line.value)} of {number(line.limit)} {of}"
+    return f"{name} {format_number(line.value)} of {format_number(line.limit)} {of}"
 
 
 def notes(ledger: Ledger) -> tuple[str, ...]:
@@ -168,19 +181,24 @@ def _about(ledger: Ledger) -> str:
     shrunk = smaller(first.size_mib, size_mib)
     text += f"{shrunk} than as loaded" if shrunk else ""
     result = last_quality(ledger)
-    text += f"; {quality(result)}"
+    text += f"; {format_quality(result)}"
     if result is None:
         return f"{text}."
-    text += f" on {plural(result.rows, 'test row')}"
+    text += f" on {pluralize(result.rows, 'test row')}"
     interval = result.interval_pct
     text += f" (95 % interval: {interval[0]:.1f} to {interval[1]:.1f} %)" if interval else ""
-    baselines = ", ".join(f"{line.name} {score(line.value)}" for line in ledger.baselines)
+    baselines = ", ".join(f"{line.name} {format_score(line.value)}" for line in ledger.baselines)
     return f"{text}. Baselines: {baselines}." if baselines else f"{text}."
 
 
 def smaller(before_mib: float, after_mib: float) -> str:
     """How many times smaller, where that says something."""
-    if finite(before_mib) is None or finite(after_mib) is None or after_mib <= 0 or before_mib <= after_mib:
+    if (
+        finite_or_none(before_mib) is None
+        or finite_or_none(after_mib) is None
+        or after_mib <= 0
+        or before_mib <= after_mib
+    ):
         return ""
     return f", {before_mib / after_mib:.1f} times smaller"
 

@@ -10,17 +10,17 @@ from typing import Literal
 from edgetune.core.ledger import METRICS, Ledger, Parity, Program, Quality, Row
 from edgetune.core.numbers import (
     DASH,
-    change,
-    count,
-    finite,
-    first_capital,
-    noun,
-    number,
-    percent,
-    plural,
-    score,
-    seconds,
-    unit,
+    capitalize_first,
+    finite_or_none,
+    format_change,
+    format_count,
+    format_number,
+    format_percent,
+    format_score,
+    format_seconds,
+    metric_noun,
+    metric_unit,
+    pluralize,
 )
 
 Tone = Literal["", "good", "bad", "faint"]
@@ -77,13 +77,13 @@ def gain(now: Quality | None, before: Quality | None) -> float | None:
     """How much `now` differs from `before`; `None` where either is missing or the metrics differ."""
     if now is None or before is None or now.metric != before.metric:
         return None
-    return finite(now.value - before.value)
+    return finite_or_none(now.value - before.value)
 
 
 def change_cell(now: Quality | None, before: Quality | None) -> Cell:
     """A change, toned by whether it is for the better."""
     difference = gain(now, before)
-    text = change(difference)
+    text = format_change(difference)
     if now is None or difference is None or text == "0.00":
         return Cell(text, "faint")
     return Cell(text, "good" if (difference > 0) == now.higher_is_better else "bad")
@@ -92,7 +92,9 @@ def change_cell(now: Quality | None, before: Quality | None) -> Cell:
 def step_table(ledger: Ledger) -> Table:
     """One row for each step."""
     metric = last_quality(ledger)
-    name, of, points = (noun(metric), unit(metric), unit(metric) and "points") if metric else ("quality", "", "")
+    name, of, points = (
+        (metric_noun(metric), metric_unit(metric), metric_unit(metric) and "points") if metric else ("quality", "", "")
+    )
     short = "\n".join(filter(None, (METRICS[metric.metric].short, of))) if metric else "qual."
     columns = (
         Column("step", text=True),
@@ -130,7 +132,7 @@ def grouped_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 def measured_on(metric: Quality) -> str:
     """How far the figures of the quality column can be trusted."""
-    text = f"{first_capital(noun(metric))} on {plural(metric.rows, 'test row')}"
+    text = f"{capitalize_first(metric_noun(metric))} on {pluralize(metric.rows, 'test row')}"
     interval = metric.interval_pct
     if interval is not None:
         text += f" (95 % interval of the last: {interval[0]:.1f} to {interval[1]:.1f} %)"
@@ -143,11 +145,16 @@ def step_row(rows: tuple[Row, ...], place: int) -> tuple[Cell, ...]:
     return (
         Cell(f"{row.index} {row.step}"),
         Cell(row.detail, "faint"),
-        *cells(score(row.quality.value) if row.quality else DASH),
+        *cells(format_score(row.quality.value) if row.quality else DASH),
         change_cell(row.quality, rows[0].quality) if place else Cell(DASH, "faint"),
         change_cell(row.quality, rows[place - 1].quality) if place else Cell(DASH, "faint"),
-        *cells(count(row.parameters), count(row.trainable_parameters), number(row.size_mib), count(row.macs)),
-        *cells(number(row.saved_for_backward_mib), seconds(row.seconds)),
+        *cells(
+            format_count(row.parameters),
+            format_count(row.trainable_parameters),
+            format_number(row.size_mib),
+            format_count(row.macs),
+        ),
+        *cells(format_number(row.saved_for_backward_mib), format_seconds(row.seconds)),
     )
 
 
@@ -159,11 +166,11 @@ def quality_table(ledger: Ledger) -> Table | None:
     lines = [(baseline.name, baseline.value, False) for baseline in ledger.baselines] + [
         ("this run", result.value, True)
     ]
-    lines.sort(key=lambda line: (finite(line[1]) is None, -line[1] if result.higher_is_better else line[1]))
+    lines.sort(key=lambda line: (finite_or_none(line[1]) is None, -line[1] if result.higher_is_better else line[1]))
     rows = tuple(
         (
             Cell(name, "good" if ours else ""),
-            Cell(score(value), "good" if ours else ""),
+            Cell(format_score(value), "good" if ours else ""),
             Cell(DASH, "faint")
             if ours
             else change_cell(result, Quality(metric=result.metric, value=value, rows=result.rows)),
@@ -172,8 +179,8 @@ def quality_table(ledger: Ledger) -> Table | None:
     )
     columns = (
         Column("baseline", text=True),
-        Column(noun(result), unit(result)),
-        Column("this run minus baseline", unit(result) and "points"),
+        Column(metric_noun(result), metric_unit(result)),
+        Column("this run minus baseline", metric_unit(result) and "points"),
     )
     return Table("quality", "Compared with baselines on the same test set", columns, rows)
 
@@ -192,15 +199,15 @@ def _lines(program: Program) -> list[tuple[str, str]]:
     lines = [
         ("file", program.path),
         ("target", program.target),
-        ("size", f"{number(program.size_mib)} MiB"),
-        ("planned activation memory", f"{number(program.plan_kib)} KiB"),
-        ("delegated, of the MACs", f"{percent(program.delegated_macs_pct)} %"),
-        ("delegated, of the operators", f"{percent(program.delegated_operators_pct)} %"),
+        ("size", f"{format_number(program.size_mib)} MiB"),
+        ("planned activation memory", f"{format_number(program.plan_kib)} KiB"),
+        ("delegated, of the MACs", f"{format_percent(program.delegated_macs_pct)} %"),
+        ("delegated, of the operators", f"{format_percent(program.delegated_operators_pct)} %"),
         ("undelegated", undelegated(program)),
         ("same prediction as the PyTorch model", _same_prediction(program)),
     ]
     if program.parity:
-        lines.append(("largest output difference", number(program.parity.max_abs_difference)))
+        lines.append(("largest output difference", format_number(program.parity.max_abs_difference)))
         if program.parity.max_relative_difference is not None:
             lines.append(("relative to the largest output", _relative(program.parity)))
     return [*lines, ("SHA-256", program.sha256)]
@@ -208,17 +215,18 @@ def _lines(program: Program) -> list[tuple[str, str]]:
 
 def _brief_lines(program: Program) -> list[tuple[str, str]]:
     shares = (
-        f"{percent(program.delegated_macs_pct)} % of the MACs, {percent(program.delegated_operators_pct)} % of the "
+        f"{format_percent(program.delegated_macs_pct)} % of the MACs, "
+        f"{format_percent(program.delegated_operators_pct)} % of the "
         "operators"
     )
     lines = [
-        ("file", f"{program.path}, {program.target}, {number(program.size_mib)} MiB"),
+        ("file", f"{program.path}, {program.target}, {format_number(program.size_mib)} MiB"),
         ("delegated", shares),
         ("undelegated", undelegated(program, brief=True)),
         ("same prediction as PyTorch", _same_prediction(program)),
     ]
     if program.parity:
-        absolute = number(program.parity.max_abs_difference)
+        absolute = format_number(program.parity.max_abs_difference)
         relative = program.parity.max_relative_difference is not None
         difference = f"{absolute}; relative: {_relative(program.parity)}" if relative else absolute
         lines.append(("largest output difference", difference))
@@ -229,7 +237,7 @@ def _same_prediction(program: Program) -> str:
     parity = program.parity
     if parity is None:
         return "not checked"
-    return f"{percent(parity.same_prediction_pct)} % of {plural(parity.rows, parity.counted)}"
+    return f"{format_percent(parity.same_prediction_pct)} % of {pluralize(parity.rows, parity.counted)}"
 
 
 def _relative(parity: Parity) -> str:
@@ -249,7 +257,7 @@ def undelegated_table(ledger: Ledger) -> Table | None:
 
 def undelegated(program: Program, *, brief: bool = False) -> str:
     """How many operators the backend did not take; `brief`: with the most frequent one, for want of a table."""
-    text = plural(sum(left.count for left in program.undelegated), "operator")
+    text = pluralize(sum(left.count for left in program.undelegated), "operator")
     if not brief or not program.undelegated:
         return text
     counts: Counter[str] = Counter()
@@ -276,16 +284,16 @@ def training_table(ledger: Ledger) -> Table | None:
     rows = []
     for training in ledger.trainings:
         losses = [point.loss for point in training.losses]
-        lowest = min((loss for loss in losses if finite(loss) is not None), default=None)
+        lowest = min((loss for loss in losses if finite_or_none(loss) is not None), default=None)
         ends = (losses[0], losses[-1]) if losses else (None, None)
         rows.append(
             cells(
                 step_name(ledger, training.row),
                 f"{len(losses):,}",
-                *(number(value) for value in (*ends, lowest)),
-                number(training.gradients_mib),
-                number(training.optimizer_state_mib),
-                number(training.peak_memory_mib),
+                *(format_number(value) for value in (*ends, lowest)),
+                format_number(training.gradients_mib),
+                format_number(training.optimizer_state_mib),
+                format_number(training.peak_memory_mib),
             )
         )
     notes = ("Peak memory is the sum of weights, gradients, optimizer state and the tensors saved for backward.",)

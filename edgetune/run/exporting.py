@@ -11,7 +11,7 @@ from torch import nn
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.other_names import nearest_file, nearest_source
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
 from edgetune.run.exportable import (
     CHECK_ROWS,
@@ -150,7 +150,7 @@ def _saved(path: Path) -> Exportable:
             "no such file", got=str(path), near=nearest_file(path), action="write it with torch.export.save"
         )
     try:
-        with quiet():
+        with silence_libraries():
             program = torch.export.load(path)
     except Exception as error:  # a damaged archive raises almost anything
         message = f"cannot be read as a program of torch.export ({type(error).__name__}: {str(error).splitlines()[0]})"

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Ledger
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Settings, Technique
 from edgetune.data.dataset import Dataset, Split
 from edgetune.data.rows import Rows
@@ -117,11 +117,11 @@ def save_finished(
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in repeated}
         kinds: dict[str, str] = {}
         if structure.packed:
-            with quiet():
+            with silence_libraries():
                 state, kinds = _torchao().flatten_tensor_state_dict(state)
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
         save_file(tensors, target / WEIGHTS, metadata=kinds)
-    write_whole(target / STRUCTURE, structure.model_dump_json(indent=1))  # last: what it names is whole
+    write_atomically(target / STRUCTURE, structure.model_dump_json(indent=1))  # last: what it names is whole
 
 
 def open_run(folder: str | Path) -> FinishedRun:
@@ -168,7 +168,7 @@ def _rebuilt(run: FinishedRun) -> nn.Module:
     with safe_open(stored / WEIGHTS, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         if run.structure.packed:
-            with quiet():
+            with silence_libraries():
                 state, _ = _torchao().unflatten_tensor_state_dict(state, file.metadata())
     state |= {name: state[first] for name, first in run.structure.shared.items()}
     model = run.model

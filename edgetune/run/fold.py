@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from edgetune.core import registry
-from edgetune.core.apply import apply, finalize, opened
+from edgetune.core.apply import active_techniques, apply, finalize
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.inputs import tensors_of
 from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Training
 from edgetune.core.numbers import MIB
-from edgetune.core.numbers import quality as quality_in_words
+from edgetune.core.numbers import format_quality as quality_in_words
 from edgetune.core.order import plan_steps
 from edgetune.core.progress import NOTE, Progress
 from edgetune.core.technique import Sample, StepSettings, Technique
@@ -219,7 +219,7 @@ class Fold:
 
     def close(self) -> None:
         """Finalize what is open, as a row of its own; keep what can be kept apart, such as an adapter."""
-        techniques = [t for t in opened(self.model) if t.needs_finalize()]
+        techniques = [t for t in active_techniques(self.model) if t.needs_finalize()]
         if not techniques:
             self.model = finalize(self.model)
             return
@@ -383,7 +383,7 @@ class Fold:
         if self.ledger.finished:
             write(self.ledger, self.folder)
         else:
-            write_whole(self.folder / "ledger.json", self.ledger.dumps())
+            write_atomically(self.folder / "ledger.json", self.ledger.dumps())
 
 
 def _check_reachable(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetune.core.inputs import Inputs, call, logits_of
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.core.numbers import MIB
 from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import parameter_count, stored_bytes
@@ -44,7 +44,7 @@ def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-accumulates of one forward, by torch's own counter (which counts two operations for each)."""
     counter = FlopCounterMode(display=False, custom_mapping=_packed_products())
-    with undisturbed(model), torch.no_grad(), counter:
+    with preserve_state(model), torch.no_grad(), counter:
         call(model, inputs)
     return int(counter.get_total_flops()) // 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from edgetune.core import registry
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.ledger import Answers, Quality
 from edgetune.core.progress import Progress
 from edgetune.data.dataset import Dataset, data_error
@@ -234,7 +234,7 @@ def _places(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
         strange += [] if len(like) == 1 else [name]
     if strange:
         raise data_error(
-            f"the data has classes that the program does not have: {shortened(strange)}",
+            f"the data has classes that the program does not have: {truncate_list(strange)}",
             allowed=labels,
             action="rename the classes of the data to those of the program, or remove these rows",
         )

@@ -16,7 +16,7 @@ from torch import nn
 from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.core.order import plan_steps
 from edgetune.core.technique import Sample, Technique
 from edgetune.quant.size import stored_bytes
@@ -56,7 +56,7 @@ def rehearse(
             error.what += " (found before any training)"
             raise
     model = finalize(model).eval()
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         call(model, example)
     progress("rehearse", len(recipe.steps), len(recipe.steps), "")
     return written_bytes + stored_bytes(model) * (2 if recipe.export else 1)

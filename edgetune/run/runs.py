@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import filelock
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.ledger import Ledger
 from edgetune.run import reuse
 from edgetune.run.environment import versions
@@ -43,9 +43,9 @@ def new_folder(recipe: Recipe, out: Path | None) -> Path:
 
 
 def _describe(recipe: Recipe, folder: Path) -> None:
-    write_whole(folder / "recipe.yaml", recipe.to_yaml())
-    write_whole(folder / "environment.json", json.dumps(versions(), indent=1))
-    write_whole(folder / reuse.FILE, reuse.text_for(recipe))  # last: a folder without it cannot be resumed
+    write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+    write_atomically(folder / "environment.json", json.dumps(versions(), indent=1))
+    write_atomically(folder / reuse.FILE, reuse.text_for(recipe))  # last: a folder without it cannot be resumed
 
 
 def _numbered(name: str) -> Path:
@@ -112,7 +112,7 @@ def take_back(recipe: Recipe, folder: Path, steps: int) -> None:
         trainings = tuple(t for t in earlier.trainings if t.row in kept)
         nothing = {"program": None, "measured": (), "predicted": (), "verdicts": (), "finished": False}
         ledger = earlier.with_(rows=rows, trainings=trainings, settings=recipe.resolved(), **nothing)
-        write_whole(folder / "ledger.json", ledger.dumps())
+        write_atomically(folder / "ledger.json", ledger.dumps())
     shutil.rmtree(folder / "finished", ignore_errors=True)
     for checkpoints in (folder / "checkpoints").glob("[0-9]*-train"):
         if int(checkpoints.name.partition("-")[0]) > steps:
@@ -141,7 +141,7 @@ def same_data(folder: Path, dataset: Dataset) -> None:
     """Note what rows a run began with; raise where a resumed run finds others."""
     path = folder / "data.txt"
     if not path.exists():
-        write_whole(path, dataset.fingerprint)
+        write_atomically(path, dataset.fingerprint)
     elif path.read_text(encoding="utf-8") != dataset.fingerprint:
         raise EdgetuneError(
             "the data has changed after the run started",

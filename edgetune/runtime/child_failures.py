@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.runtime import remedies
 
 # A line of the runtime's log; those about the processor, and lists of what a kernel was given, say nothing.
@@ -89,7 +89,7 @@ def _action(message: str, result: dict[str, Any]) -> str:
     missing = sorted(set(re.findall(r"(?:Missing operator: \[\d+\] |kernel ')([\w:.]+)", message)))
     if missing:
         hints = dict.fromkeys(filter(None, map(remedies.remedy, missing)))
-        other = f"write {shortened(missing, 4)} with other operators: this runtime has no such kernel"
+        other = f"write {truncate_list(missing, 4)} with other operators: this runtime has no such kernel"
         return "; ".join(hints) or other
     kernel = re.search(r"KernelCall failed at instruction \S+ in operator ([\w:.]+)", message)
     if kernel is not None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import replacing
+from edgetune.core.files import replace_files
 from edgetune.core.inputs import Inputs, tensors_of
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.program.artifact import Artifact
 from edgetune.program.manifest import SliceSpec
 from edgetune.runtime.clock.machine import resident_mib
@@ -34,7 +34,7 @@ class TrainingProgram:
     """A training `.pte` loaded by the runtime: steps, inference, and the state that both share."""
 
     def __init__(self, path: str | Path) -> None:
-        with quiet():
+        with silence_libraries():
             import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
             from executorch.extension.pybindings import _portable_lib
         self.artifact = Artifact.load(path, "training")
@@ -88,7 +88,7 @@ class TrainingProgram:
             "momentum": str(training.momentum),
             "slices": json.dumps([spec.model_dump() for spec in training.slices]),
         }
-        with replacing(path) as (temporary,):
+        with replace_files(path) as (temporary,):
             save_file(self.state(), temporary, metadata=about)
 
     def restore(self, path: str | Path) -> None:

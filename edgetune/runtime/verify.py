@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import OutputParity, Parity
-from edgetune.core.modes import same_buffers
+from edgetune.core.modes import preserve_buffers
 from edgetune.core.outputs import named_outputs
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.program.artifact import validate_inputs
 from edgetune.program.manifest import manifest_path, read_manifest
 from edgetune.runtime.allowed import allowed_difference
@@ -165,7 +165,11 @@ def run_both(
     tries = [*tries, *_reorder_memory(rows[0])]
     results = run_in_child(path, [*rows, *(row for _, row in tries)], method=method, data=data)
     compared = OutputComparison(results[: len(rows)])
-    with quiet(), same_buffers(model), torch.no_grad():  # what keeps a state goes through the rows as the program does
+    with (
+        silence_libraries(),
+        preserve_buffers(model),
+        torch.no_grad(),
+    ):  # what keeps a state goes through the rows as the program does
         for place, (row, expected) in enumerate(zip(rows, _eager_rows(model, rows), strict=True)):
             got = _pair_outputs(path, expected, results[place], row, locate)
             expected, got = _drop_hidden_tokens(expected, got, row, mask)
@@ -211,7 +215,7 @@ def _rows_are_independent(model: nn.Module, two: Sequence[Row]) -> bool:
     """Whether two rows of one give together what each gives alone, whichever ran before: nothing joins them."""
     if not all(tensor.dim() and tensor.shape[0] == 1 for row in two for tensor in row):
         return False
-    with same_buffers(model):
+    with preserve_buffers(model):
         together = _eager_or_nothing(model, tuple(map(torch.cat, zip(*two, strict=True))))
         for place in (0, 1, 0):
             for name, tensor in eager_outputs(model, two[place]).items():

@@ -10,7 +10,7 @@ from torch import nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call
-from edgetune.core.modes import same_buffers, undisturbed
+from edgetune.core.modes import preserve_buffers, preserve_state
 from edgetune.core.technique import Sample
 
 
@@ -35,7 +35,7 @@ def running_order(model: nn.Module, names: Iterable[str], sample: Sample | None)
 
     handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
     try:
-        with undisturbed(model), same_buffers(model), torch.no_grad():
+        with preserve_state(model), preserve_buffers(model), torch.no_grad():
             call(model, sample.inputs)
     finally:
         for handle in handles:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.plain import computed_tensor, how_computed, is_stock, parametrized_by, probes
+from edgetune.core.plain import computed_tensor, describe_computation, describe_parametrization, is_stock, probe_tensors
 from edgetune.core.wrapped import Wrapped
 from edgetune.lean import onednn
 from edgetune.lean.frozen_ops import convolved_back, padded
@@ -237,7 +237,7 @@ def refuse_slice(name: str, layer: nn.Module) -> None:
     """Raise unless the layer is one of which a slice can train: one with a weight of its own."""
     if isinstance(layer, ParametrizationList):
         owner, _, key = name.rpartition(".parametrizations.")
-        _refuse(owner, layer, parametrized_by(key, layer))
+        _refuse(owner, layer, describe_parametrization(key, layer))
     if not isinstance(layer, SLICEABLE):
         raise EdgetuneError(
             f"{name}: only linears and convolutions can train in part",
@@ -245,7 +245,7 @@ def refuse_slice(name: str, layer: nn.Module) -> None:
             action='write "full", "bias" or "frozen" for it',
         )
     if computed_tensor(layer):
-        _refuse(name, layer, how_computed(layer))
+        _refuse(name, layer, describe_computation(layer))
 
 
 def refuse_unfollowed(name: str, layer: nn.Module) -> None:
@@ -280,7 +280,7 @@ def _not_followed(layer: nn.Module, training: bool) -> str:
     for hooks in (plain._forward_hooks, plain._forward_pre_hooks):
         hooks.clear()
     error: Exception | None = None
-    for x in probes(plain):
+    for x in probe_tensors(plain):
         try:
             expected, gradient = _tried(plain, x, plain.weight)  # type: ignore[arg-type]
         except Exception as refused:  # whatever a forward raises that wants something else

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.layers import parameter_layers, replace
 from edgetune.core.merging import merge
 from edgetune.core.peft_layers import is_peft
@@ -175,4 +175,4 @@ class SparseUpdate(Technique):
             return
         written = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.written().items()}
         comment = "".join(f"# {line}\n" for line in str(scheme).splitlines())
-        write_whole(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": written}, sort_keys=False))
+        write_atomically(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": written}, sort_keys=False))

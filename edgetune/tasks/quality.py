@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.inputs import call, device_of, logits_of, moved
+from edgetune.core.inputs import call, device_of, logits_of, to_device
 from edgetune.core.ledger import Answers, Quality
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.data.dataset import Split
 from edgetune.tasks.task import Batch
 
@@ -56,8 +56,8 @@ def batches_of(model: nn.Module, split: Split, batch_size: int) -> Iterator[Batc
         encoded = split.encoded(indices)
         inputs, labels = split.task.collate(encoded, split.rows.labels_at(indices))
         # entered anew for each batch: a caller that stops in between leaves nothing changed
-        with undisturbed(model), torch.no_grad():
-            logits = logits_of(call(model, moved(inputs, device)))
+        with preserve_state(model), torch.no_grad():
+            logits = logits_of(call(model, to_device(inputs, device)))
         if not torch.isfinite(logits).all():
             raise EdgetuneError(
                 "the model's outputs are not finite numbers",

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import flush, replacing
+from edgetune.core.files import flush, replace_files
 
 MARKER = "complete.json"
 _FORMAT = 1
@@ -62,7 +62,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         }
         marker = json.dumps({"format": _FORMAT, **files}, indent=1)
         flush(folder)  # the marker comes once what it names is on the disk
-        with replacing(folder / MARKER) as (temporary,):
+        with replace_files(folder / MARKER) as (temporary,):
             temporary.write_text(marker, encoding="utf-8")
         flush(folder.parent)
     except (OSError, SafetensorError) as error:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import write_whole
-from edgetune.core.quiet import quiet
+from edgetune.core.files import write_atomically
+from edgetune.core.quiet import silence_libraries
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 FILE = "log.jsonl"
@@ -69,7 +69,7 @@ def check(names: Iterable[LoggerName]) -> None:
     """Raise where a logger is not installed or cannot start, before any work is done."""
     for name in names:
         try:
-            with quiet():
+            with silence_libraries():
                 module = importlib.import_module(name)
         except ImportError as error:
             message = f"train.log names {name}, which could not be imported ({error})"
@@ -119,7 +119,7 @@ class TrainingLog:
             path = self.folder / FILE
             earlier = [line for line in read(path) if line["update"] < update]
             self.began -= earlier[-1]["seconds"] if earlier else 0.0
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in earlier))
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in earlier))
             self.file = path.open("a", encoding="utf-8")
             for name in self.names:
                 with self._unless_it_fails(name):

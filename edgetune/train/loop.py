@@ -24,7 +24,7 @@ from torch.nn import functional
 from edgetune.core.apply import penalty
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.holders import is_distributed
-from edgetune.core.inputs import Inputs, call, device_of, logits_of, moved
+from edgetune.core.inputs import Inputs, call, device_of, logits_of, to_device
 from edgetune.core.ledger import LossPoint, Quality
 from edgetune.core.numbers import MIB
 from edgetune.train import checkpoint
@@ -171,7 +171,7 @@ def _backward(
     for (inputs, labels), indices, count in zip(batches, rows, counts, strict=True):
         if not count:
             continue
-        inputs, labels = moved(inputs, device), labels.to(device)
+        inputs, labels = to_device(inputs, device), labels.to(device)
         with cache.rows(indices) if cache else nullcontext():
             logits = logits_of(call(model, inputs))
         loss = loss_fn(logits, labels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def build(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Op
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     if settings.state_bits == 8:
-        with quiet():
+        with silence_libraries():
             torchao = require("torchao.optim", "train with state_bits: 8")
         adamw: torch.optim.Optimizer = torchao.AdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas)
         return adamw

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, shortened
+from edgetune.core.errors import EdgetuneError, truncate_list
 
 STEPS = 10  # after which each must have had a gradient; an expert without tokens in the first batches is none's fault
 
@@ -61,7 +61,7 @@ class GradientWatch:
         self.stop()
         if names and len(names) < self.total:
             raise EdgetuneError(
-                f"{shortened(names, 3)}: trainable, but no backward has reached it in {self.steps} steps; "
+                f"{truncate_list(names, 3)}: trainable, but no backward has reached it in {self.steps} steps; "
                 "it would not change",
                 action="leave it out of the targets or the scheme, or set requires_grad to False on it",
             )

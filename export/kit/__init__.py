@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import new_folder, write_whole
+from edgetune.core.files import build_folder, write_atomically
 from edgetune.export.kit import classifier, language
 from edgetune.export.kit.platforms import PLATFORMS, Platform, find, target_for
 from edgetune.program.artifact import Artifact
@@ -31,7 +31,7 @@ def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) 
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EdgetuneError("the folder of the kit already exists", got=str(folder), action="choose another with -o")
-    with new_folder(folder) as unfinished:
+    with build_folder(folder) as unfinished:
         beside = unfinished / platform.model
         beside.mkdir(parents=True, exist_ok=True)
         made = make(beside / "model.pte")
@@ -73,4 +73,4 @@ def _fill(folder: Path, files: Mapping[str, str], fields: Mapping[str, str]) -> 
     for source, goal in files.items():
         text = template(source)
         as_it_is = source.endswith(_CODE) or (source.endswith(".swift") and not source.endswith(_SWIFT))
-        write_whole(folder / goal, text if as_it_is else Template(text).substitute(filled))
+        write_atomically(folder / goal, text if as_it_is else Template(text).substitute(filled))

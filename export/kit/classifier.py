@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
-from edgetune.core.numbers import size
+from edgetune.core.files import write_atomically
+from edgetune.core.numbers import format_size
 from edgetune.export.kit import cpp
 from edgetune.export.kit.platforms import Platform
 from edgetune.program.artifact import Artifact
@@ -74,7 +74,7 @@ def fields(platform: Platform, artifact: Artifact, folder: Path) -> dict[str, st
         if told.wordpiece is None:
             return {**found, "cpp": _NO_CPP}
         (folder / "cpp").mkdir(exist_ok=True)
-        write_whole(folder / "cpp" / "vocab.txt", cpp.vocabulary(path.with_name(told.tokenizer)))
+        write_atomically(folder / "cpp" / "vocab.txt", cpp.vocabulary(path.with_name(told.tokenizer)))
     return {**found, **cpp.fields(manifest)}
 
 
@@ -115,7 +115,7 @@ def _common(platform: Platform, manifest: Manifest, names: list[str]) -> dict[st
         "title": f"{carried.model or 'A model'} for {platform.title}",
         "task": carried.task.replace("-", " "),
         "target": manifest.target,
-        "size": size(manifest.size_bytes),
+        "size": format_size(manifest.size_bytes),
         "executorch": manifest.versions["executorch"],
         "torch": manifest.versions["torch"].partition("+")[0],
         "files": _bullets([f"`{name}`: {_WHAT[name.partition('.')[2]]}" for name in names]),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from edgetune.core.files import write_whole
-from edgetune.core.numbers import size
+from edgetune.core.files import write_atomically
+from edgetune.core.numbers import format_size
 from edgetune.export.kit.platforms import Platform
 from edgetune.program.artifact import Artifact
 from edgetune.program.card import card_path, write_card
@@ -23,7 +23,7 @@ def beside(artifact: Artifact) -> list[str]:
     if not card_path(path).is_file():
         write_card(path, artifact.manifest)
     before, after = chat_around(tokenizer)
-    write_whole(path.with_name(CHAT), json.dumps({"before": before, "after": after}, ensure_ascii=False, indent=1))
+    write_atomically(path.with_name(CHAT), json.dumps({"before": before, "after": after}, ensure_ascii=False, indent=1))
     return [path.name, f"{path.stem}.json", tokenizer.file, CHAT, card_path(path).name]
 
 
@@ -49,11 +49,11 @@ def fields(platform: Platform, artifact: Artifact, files: list[str]) -> dict[str
     return {
         "title": f"{made_from or language.architecture} for {platform.title}",
         "target": manifest.target,
-        "size": size(manifest.size_bytes),
+        "size": format_size(manifest.size_bytes),
         "executorch": manifest.versions["executorch"],
         "torch": manifest.versions["torch"].partition("+")[0],
         "cache": str(language.max_tokens),
-        "memory": size(manifest.main.plan_bytes),
+        "memory": format_size(manifest.main.plan_bytes),
         "files": "\n".join(f"- `{name}`: {contents.get(name) or contents[Path(name).suffix[1:]]}" for name in files),
         "library": "tokenizers>=0.21",
         "package": platform.packages.get("", ""),

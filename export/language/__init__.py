@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
-from edgetune.core.modes import undisturbed
-from edgetune.core.quiet import quiet
+from edgetune.core.modes import preserve_state
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.export import targets
 from edgetune.export.language import parity
@@ -90,7 +90,7 @@ def export_language(
             if chosen.runs_here:
                 compared, first = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
                 parity.check(compared, first, min_same_prediction_pct)
-            write_whole(tokenizer_file(path), text)
+            write_atomically(tokenizer_file(path), text)
             section = _section(program, spec, facts, lowered["prompt"].shared_bytes, first)
             calls = _calls(lowered, section, compared)
             also = ", and compared with the model in float32" if compared is not None else ""
@@ -114,7 +114,7 @@ def check_exportable(model: nn.Module, tokenizer: Any, *, max_tokens: int, targe
 def _checked(
     model: nn.Module, path: Path, max_tokens: int, prefill_tokens: int, device: str | None, target: str | None
 ) -> Target:
-    with quiet():
+    with silence_libraries():
         require("executorch", "export")
     check_program_path(path)
     check_model(model, max_tokens)
@@ -164,7 +164,7 @@ def _as_program(model: nn.Module, max_tokens: int) -> Iterator[Cached]:
     """The model in eval mode with a cache; put back as it was afterwards."""
     if device_of(model).type != "cpu":
         raise EdgetuneError("a language model is exported on the CPU", got=str(device_of(model)), action="model.cpu()")
-    with undisturbed(model):
+    with preserve_state(model):
         yield Cached(model, max_tokens).eval()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.registry import require
 from edgetune.export.lower import check_finalized
 
@@ -189,7 +189,7 @@ def _shapes(model: nn.Module, config: Any) -> list[tuple[Shape, Shape]]:
     if missing:
         raise EdgetuneError(
             f"the attention of {type(model).__name__} is custom code that cannot use a static cache",
-            got=f"layers {shortened(missing)} of {len(layers)}",
+            got=f"layers {truncate_list(missing)} of {len(layers)}",
             action="export its logits for a window of tokens: et.export(model, example_inputs, path)",
             exit_code=Exit.EXPORT,
         )

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from edgetune.capture import operators
 from edgetune.capture.dynamic import Axis
 from edgetune.capture.graph import capture, prepare
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export import quantized_weights
 from edgetune.export.language.cached import Cached
 from edgetune.export.lower import Lowered, compile_program
@@ -33,7 +33,7 @@ def lower(model: Cached, prefill_tokens: int, target: Target, facts: dict[str, A
     """
     quantized_weights.check(model, target)
     inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    with quiet(), torch.no_grad(), model.attending():
+    with silence_libraries(), torch.no_grad(), model.attending():
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators
 
         program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])

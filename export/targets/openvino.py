@@ -8,7 +8,7 @@ import importlib.util
 import io
 from typing import Any
 
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.targets.target import Target
 
 
@@ -17,7 +17,7 @@ def _missing() -> str:
         return "no module named 'openvino'"
     # executorch's package imports its quantizer last, which needs an nncf that is incompatible with this torch; the
     # partitioner has been loaded by then
-    with contextlib.suppress(ImportError), quiet():
+    with contextlib.suppress(ImportError), silence_libraries():
         importlib.import_module("executorch.backends.openvino")
     return ""
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.targets.forms import FORMS, Form, form_of
 
 WHEEL = "wheel"  # a backend that every executorch wheel runs
@@ -64,7 +64,7 @@ class Target:
             return lacking
         module, _, name = self.partitioner.partition(":")
         try:
-            with quiet():
+            with silence_libraries():
                 for needed in self.needs:
                     importlib.import_module(needed)
                 getattr(importlib.import_module(module), name)
@@ -84,7 +84,7 @@ class Target:
         if not self.partitioner:
             return []
         module, _, name = self.partitioner.partition(":")
-        with quiet():
+        with silence_libraries():
             return [self.build(getattr(importlib.import_module(module), name), self)]
 
     def check(self, program: ExportedProgram) -> None:
@@ -116,7 +116,7 @@ class Target:
 
 def _backends() -> tuple[str, ...]:
     """The backends that this machine's executorch runtime was built with."""
-    with quiet():
+    with silence_libraries():
         from executorch.extension.pybindings import _portable_lib
     names: tuple[str, ...] = tuple(_portable_lib._get_registered_backend_names())
     return names

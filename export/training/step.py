@@ -18,7 +18,7 @@ from torch.export.graph_signature import OutputKind
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, logits_of, rows_of, tensors_of
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.export import targets
 from edgetune.export.lower import Lowered
@@ -68,7 +68,7 @@ def export_training(
     `check_batches` (by default only the example) differ from those of eager mode by more than
     `check.max_loss_difference`. Then nothing is left at `path`.
     """
-    with quiet():
+    with silence_libraries():
         require("executorch", "export")
     path, check = Path(path), check or Check()
     check_program_path(path)
@@ -80,7 +80,7 @@ def export_training(
     model_copy = capture.prepare_copy(model)
     capture.trainable_parameters(model_copy)
     few = rows_of(example_inputs, 0, forward_rows)
-    with quiet():
+    with silence_libraries():
         programs = {
             TRAIN: build_step(model_copy, example_inputs, example_labels, loss, momentum),
             FORWARD: build_forward(model_copy, few),

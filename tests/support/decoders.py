@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.language import export_language
 from edgetune.program.artifact import Artifact
 
-with quiet():  # libraries that these load warn on import
+with silence_libraries():  # libraries that these load warn on import
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -41,7 +41,7 @@ def decoder(kind: str, **settings: Any) -> nn.Module:
         "num_attention_heads": 4, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
         "pad_token_id": 0,
     }  # fmt: skip
-    with quiet():
+    with silence_libraries():
         config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**{**shape, **settings})
         model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for parameter in model.parameters():

@@ -65,9 +65,9 @@ def mine(rank: int, world: int) -> dict[str, Tensor]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    from edgetune.core.holders import held_model, plain_name
+    from edgetune.core.holders import plain_name, unwrap_model
 
-    inner = held_model(model)
+    inner = unwrap_model(model)
     return {plain_name(n): p.detach().clone() for n, p in inner.named_parameters() if p.requires_grad}
 
 

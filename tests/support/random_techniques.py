@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import edgetune as et
 from edgetune.capture.positional import Positional
-from edgetune.core.apply import opened
+from edgetune.core.apply import active_techniques
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Technique
 from edgetune.export.lower import lower
 from edgetune.export.targets import find
@@ -143,7 +143,7 @@ def train(model: nn.Module, inputs: Tensor) -> list[str]:
     """Three updates, if anything trains; the names of trainable tensors that no gradient reached."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     floating = [p for p in parameters.values() if p.is_floating_point()]
-    if not floating or not any(opened(model)):
+    if not floating or not any(active_techniques(model)):
         return []
     optimizer = torch.optim.AdamW(floating, lr=1e-2)
     model.train()
@@ -205,7 +205,7 @@ def warm_up() -> None:
     import peft
     import torch_pruning
 
-    with quiet():
+    with silence_libraries():
         import executorch.exir
     assert executorch.exir
     assert peft

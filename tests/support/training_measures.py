@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 from edgetune.export.training.capture import Loss, LossModule, prepare_copy
 from edgetune.export.training.step import Batch, eager_losses
 from edgetune.program.artifact import Artifact
@@ -44,7 +44,7 @@ def stock_plan_bytes(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Los
 
     step = LossModule(prepare_copy(model), tuple(inputs) if isinstance(inputs, dict) else (), loss)
     # CPU flash attention's backward has no kernel in executorch
-    with quiet(), sdpa_kernel(SDPBackend.MATH):
+    with silence_libraries(), sdpa_kernel(SDPBackend.MATH):
         exported = torch.export.export(step, (*tensors_of(inputs), labels), strict=False)
         both = _export_forward_backward(exported)
         edge = to_edge(both, compile_config=EdgeCompileConfig(_check_ir_validity=False))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.core.quiet import quiet
+from edgetune.core.quiet import silence_libraries
 
 _MOST_BYTES = 2**20  # what may grow the program: a constant larger than this and than what it is computed from
 _CLONE, _PLAIN = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
@@ -26,7 +26,7 @@ def fold(program: ExportedProgram) -> None:
     copies = [node for node in program.graph.nodes if node.target == _CLONE and dict(node.kwargs) == _PLAIN]
     for node in copies:  # as an operator without a memory format, past which the pass sees no constant
         node.target, node.kwargs = torch.ops.aten.contiguous.default, {}
-    with quiet():
+    with silence_libraries():
         constant_prop_pass(program, custom_skip_targets=_kept(program.graph))
     for node in program.graph.nodes:
         if node in copies:

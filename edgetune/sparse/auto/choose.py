@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.layers import parameter_layers
 from edgetune.core.numbers import MIB
@@ -145,6 +145,6 @@ def _remembered(
     if not path.is_file():
         parts = find_scheme(profile, values, limits, fixed=fixed, updating=updating).parts
         written = {n: part.model_dump() if isinstance(part, Slice) else part for n, part in parts.items()}
-        write_whole(path, json.dumps(written))
+        write_atomically(path, json.dumps(written))
     read = json.loads(path.read_text(encoding="utf-8"))
     return {n: Slice.model_validate(part) if isinstance(part, dict) else part for n, part in read.items()}

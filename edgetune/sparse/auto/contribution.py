@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
-from edgetune.core.inputs import Inputs, call, device_of, logits_of, moved, rows_of, tensors_of
-from edgetune.core.modes import same_trainability, undisturbed
+from edgetune.core.files import write_atomically
+from edgetune.core.inputs import Inputs, call, device_of, logits_of, rows_of, tensors_of, to_device
+from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Settings
 from edgetune.data.dataset import cache_folder
 from edgetune.sparse.auto.trace import Loss
@@ -104,7 +104,7 @@ def contributions(
         return Contributions.loads(path.read_text(encoding="utf-8"))
     contributed = Contributions(by_fisher(model, candidates(model, head), batches, loss, analysis))
     if cache:
-        write_whole(path, contributed.dumps())
+        write_atomically(path, contributed.dumps())
     return contributed
 
 
@@ -149,11 +149,11 @@ def each_gradient(
     Memory: one gradient at a time, and what backward of `rows_at_once` rows keeps.
     """
     turns, device = 0, device_of(model)
-    with _only_trains(model, layers), undisturbed(model), _taken(layers, use):
+    with _only_trains(model, layers), preserve_state(model), _taken(layers, use):
         for inputs, labels in batches:
             for start in range(0, len(labels), rows_at_once):
                 stop = min(start + rows_at_once, len(labels))
-                part, wanted = moved(rows_of(inputs, start, stop), device), labels[start:stop].to(device)
+                part, wanted = to_device(rows_of(inputs, start, stop), device), labels[start:stop].to(device)
                 if (wanted == -100).all():
                     continue
                 with torch.enable_grad():
@@ -166,7 +166,7 @@ def each_gradient(
 def _only_trains(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Only these layers' parameters take part inside."""
     chosen = {id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None}
-    with same_trainability(model):
+    with preserve_trainability(model):
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in chosen)

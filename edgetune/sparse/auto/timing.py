@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_in
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.sparse.auto.trace import Clock, Loss
 from edgetune.sparse.scheme import Part, Slice, Under
 from edgetune.train import optimizer
@@ -135,7 +135,7 @@ def _step(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> Spans:
     inputs, labels = batch
     trained = [p for p in model.parameters() if p.requires_grad]
     clock = _Steps(model)
-    with undisturbed(model, training=True), torch.enable_grad():
+    with preserve_state(model, training=True), torch.enable_grad():
         with clock.on(model):
             clock.began = [time.perf_counter()]
             value = loss(logits_of(call(model, inputs)), labels)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_in
 from edgetune.core.layers import parameter_layers
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.core.wrapped import Wrapped
 from edgetune.lean.onednn import is_channels_last
 
@@ -169,7 +169,7 @@ def trace_saves(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, alon
     leaves = [m for m in clock.owners if alone and not any(n in clock.owners for n in m.modules() if n is not m)]
     handles = [leaf.register_forward_pre_hook(_detach, with_kwargs=True) for leaf in leaves]
     try:
-        with undisturbed(model, training=True), torch.enable_grad(), clock.on(model), hooks:
+        with preserve_state(model, training=True), torch.enable_grad(), clock.on(model), hooks:
             loss(logits_of(call(model, inputs)), labels)
     finally:
         for handle in handles:
@@ -240,6 +240,6 @@ def trace_live(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> li
     own = (*model.parameters(), *model.buffers(), *tensors_in(batch))
     live = _Live({t.untyped_storage()._cdata for t in own}, clock)
     hooks = saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), _stand_in)
-    with undisturbed(model, training=True), torch.enable_grad(), clock.on(model), hooks, live:
+    with preserve_state(model, training=True), torch.enable_grad(), clock.on(model), hooks, live:
         loss(logits_of(call(model, inputs)), labels)
     return [live.most.get(n, 0) for n in range(clock.now + 1)]

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, Exit, shortened
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
-from edgetune.core.modes import undisturbed
+from edgetune.core.modes import preserve_state
 from edgetune.train.plan import TrainingRows
 from edgetune.train.prefix.kept import CacheType, KeptRows
 from edgetune.train.prefix.key import about
@@ -150,7 +150,7 @@ class PrefixCache:
         rows = _probe(self.kept)
         reused = any(self.kept.store.inputs(row) is not None for row in rows)
         inputs = self.kept.inputs(rows)
-        with undisturbed(self.model), torch.no_grad():
+        with preserve_state(self.model), torch.no_grad():
             full = logits_of(call(self.model, inputs))
             error = self._compared(inputs, rows, full)
             if reused and not error <= _MOST_ERROR[self.dtype]:  # kept by a model that only looked the same
@@ -249,7 +249,7 @@ def _refuse_noise(kept: KeptRows) -> None:
     problem = "draws random numbers" if drew else "changes its buffers" if went_on else "gives something else each time"
     raise EdgetuneError(
         f"cache_prefix: in training mode the frozen prefix {problem}"
-        + (f": {shortened(modules, 4)}" if modules else ""),
+        + (f": {truncate_list(modules, 4)}" if modules else ""),
         action="put sparse-update first, whose frozen stages run in eval mode, or set dropout there to 0",
     )
 

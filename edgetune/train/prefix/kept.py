@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.inputs import Inputs, call, device_of, moved
+from edgetune.core.inputs import Inputs, call, device_of, to_device
 from edgetune.train.plan import TrainingRows
 from edgetune.train.prefix.rows import bytes_of, digest_of, forms_in, named, stored_type, tensor_of
 from edgetune.train.prefix.stages import Filler, Prefix, PrefixEnd, Stages, in_modes
@@ -104,7 +104,7 @@ class KeptRows:
 
     def inputs(self, rows: Sequence[int]) -> Inputs:
         """The inputs of these rows, where the model is."""
-        return moved(self.split.batch(rows)[0], self.device)
+        return to_device(self.split.batch(rows)[0], self.device)
 
     def compute(self, inputs: Inputs) -> tuple[dict[str | int, Any], list[Tensor]]:
         """The inputs as the model was called with them, and what the prefix gives."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import call, device_of, moved, tensors_in
-from edgetune.core.modes import undisturbed
+from edgetune.core.inputs import call, device_of, tensors_in, to_device
+from edgetune.core.modes import preserve_state
 from edgetune.lean.stages import stages_of
 from edgetune.train.plan import TrainingRows
 from edgetune.train.prefix.rows import Form, Widths, form_of, forms_in, named, template_of, widths_of
@@ -216,7 +216,7 @@ def _watched(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watch
     inputs, _ = split.batch(rows)
     with stages.played_by(watcher), torch.enable_grad():
         try:
-            call(stages.model, moved(inputs, device_of(stages.model)))
+            call(stages.model, to_device(inputs, device_of(stages.model)))
         except PrefixEnd:
             pass
         else:
@@ -229,7 +229,7 @@ def _watched(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watch
 def as_trained(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
     """The modes in which the model trains, and no trace left: its own if it is in training mode, else all of them."""
     modes = {module: module.training for module in model.modules()}
-    with undisturbed(model, training=True):
+    with preserve_state(model, training=True):
         if model.training and modes[model]:
             for module, mode in modes.items():
                 module.training = mode

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.files import write_whole
+from edgetune.core.files import write_atomically
 from edgetune.core.numbers import MIB
 from edgetune.core.registry import require
 
@@ -187,7 +187,7 @@ def _create(place: Path, about: Mapping[str, Any], sizes: Sequence[Sequence[int]
     for name, length in lengths.items():
         with (place / name).open("wb") as file:
             file.truncate(length)
-    write_whole(place / _ABOUT, json.dumps(about, indent=1))
+    write_atomically(place / _ABOUT, json.dumps(about, indent=1))
 
 
 def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock: Any) -> None:
