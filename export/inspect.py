@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity
 from edgetune.core.quiet import silence_libraries
@@ -24,7 +26,6 @@ _DTYPES = {
     "FLOAT": "float32", "DOUBLE": "float64", "BOOL": "bool", "BFLOAT16": "bfloat16", "UINT16": "uint16",
     "UINT32": "uint32", "UINT64": "uint64",
 }  # fmt: skip
-_BYTES = {"8": 1, "bool": 1, "16": 2, "32": 4, "64": 8}  # by how the name of a type ends
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -144,11 +145,6 @@ def _dtype(tensor: Any) -> str:
     return _DTYPES.get(name, name.lower())
 
 
-def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    width = next((width for ending, width in _BYTES.items() if dtype.endswith(ending)), 1)
-    return math.prod(shape) * width
-
-
 def _delegate_bytes(program: Any, delegate: Any) -> int:
     reference = delegate.processed
     if int(reference.location) == 0:
@@ -174,7 +170,7 @@ def _constants(program: Any) -> list[Constant]:
             key = (kind, qualified if external else tensor.data_buffer_idx)
             name = qualified or f"{kind} {tensor.data_buffer_idx}"
             dtype, shape = _dtype(tensor), tuple(tensor.sizes or ())
-            size = _tensor_bytes(dtype, shape)
+            size = math.prod(shape) * getattr(torch, dtype, torch.uint8).itemsize
             if key not in constants or constants[key].size_bytes < size:
                 constants[key] = Constant(name=name, size_bytes=size, dtype=dtype, shape=shape, kind=kind)
     named = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from edgetune.capture import dynamic as axes
-from edgetune.capture.dynamic import Axis, Dynamic
+from edgetune.capture.dynamic import Axis, Dynamic, axes_of
 from edgetune.capture.positional import as_plain
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, tensors_of
@@ -18,10 +18,10 @@ from edgetune.core.ledger import Parity
 from edgetune.core.outputs import named_outputs
 from edgetune.export.lower import Layout, check_finalized, lower_methods
 from edgetune.export.pipeline import call_of, choose_target, eager_rows, locator, manifest_of, output_names
-from edgetune.export.program_inputs import free_specs, names_of, specs_of
+from edgetune.export.program_inputs import ProgramInputs, names_of, prepare_inputs, specs_of
 from edgetune.export.targets.target import Target
-from edgetune.program.artifact import Artifact, validate_inputs, write_pair
-from edgetune.program.manifest import Manifest, TensorSpec, data_path
+from edgetune.program.artifact import Artifact, write_pair
+from edgetune.program.manifest import Manifest, data_path
 from edgetune.runtime import verify
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Row
@@ -66,8 +66,8 @@ def export_methods(
             function = None if method is owner else method.__func__  # type: ignore[attr-defined]
             module = MethodModule(name, plain, function, example)
             free, checks = (dynamic or {}).get(name), (check_inputs or {}).get(name)
-            requests.append(MethodRequest(module, example, checks, free))
-        lowered = lower_methods({r.module.name: (r.module, r.example, r.axes) for r in requests}, chosen, layout)
+            requests.append(_make_request(module, example, checks, free))
+        lowered = lower_methods({r.module.name: (r.module, r.inputs.example, r.axes) for r in requests}, chosen, layout)
 
         first = next(iter(lowered.values()))
 
@@ -78,7 +78,7 @@ def export_methods(
                 name = request.module.name
                 parity, outputs = _prove(partial, request, chosen, data, max_relative_difference)
                 specs = specs_of(outputs[0], request.outputs, outputs[1] if request.axes else None)
-                calls.append(call_of(name, lowered[name], request.inputs, specs, parity, io_in_plan=io_in_plan))
+                calls.append(call_of(name, lowered[name], request.inputs.specs, specs, parity, io_in_plan=io_in_plan))
             return manifest_of("methods", first, tuple(calls), chosen, device, path)
 
         return Artifact(path=path, manifest=write_pair(path, first.data, prove, first.weights))
@@ -112,25 +112,25 @@ class MethodModule(nn.Module):
         return named_outputs(self.function(owner, **given) if isinstance(given, dict) else self.function(owner, *given))
 
 
+@dataclass(frozen=True)
 class MethodRequest:
-    """One method to export, with its example and the rows to compare, in the sizes of its axes."""
+    """One method to export, with its inputs, the names of its outputs and its free axes."""
 
-    def __init__(
-        self, module: MethodModule, example: Inputs, checks: Sequence[Inputs] | None, free: Dynamic | None
-    ) -> None:
-        subject = f"the inputs of {module.name}"
-        names, tensors = names_of(example), tuple(t.detach().cpu().contiguous() for t in tensors_of(example))
-        if not tensors:
-            raise EdgetuneError(f"{subject}: a method needs at least one tensor")
-        self.module = module
-        self.axes: tuple[Axis, ...] = axes.axes_of(free or {}, names, tensors)
-        self.inputs: tuple[TensorSpec, ...] = free_specs(tensors, names, self.axes)
-        given = [validate_inputs(self.inputs, inputs, subject) for inputs in checks or [example]]
-        sizes = axes.sizes_to_check(self.axes) if self.axes else []
-        sized = [axes.resize_row(given[i % len(given)], self.axes, size) for i, size in enumerate(sizes)]
-        self.rows: list[Row] = [*sized, *given]
-        self.example: Row = sized[0] if sized else tensors
-        self.outputs = output_names(module, self.example)
+    module: MethodModule
+    inputs: ProgramInputs
+    outputs: tuple[str, ...]
+    axes: tuple[Axis, ...]
+
+
+def _make_request(
+    module: MethodModule, example: Inputs, checks: Sequence[Inputs] | None, dynamic: Dynamic | None
+) -> MethodRequest:
+    try:
+        axes = axes_of(dynamic or {}, names_of(example), tensors_of(example))
+        inputs = prepare_inputs(example, checks, axes, one_row=False)
+    except EdgetuneError as error:
+        raise error.within(f"method {module.name}") from None
+    return MethodRequest(module, inputs, output_names(module, inputs.example), axes)
 
 
 def _check_names(methods: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ def _prove(
     partial: Path, request: MethodRequest, target: Target, data: Path | None, allowed: float | None
 ) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; without parity, of the first two rows, if the target cannot run here."""
-    module, rows = request.module, request.rows
+    module, rows = request.module, request.inputs.rows
     if not target.runs_here:
         return None, eager_rows(module, rows[:2])
     locate = locator(module, target, allowed)

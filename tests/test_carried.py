@@ -60,8 +60,8 @@ from sample import Model
 model = Model(Path(sys.argv[1]) / "model.pte")
 rows = json.loads(Path(sys.argv[2]).read_text())
 heavy = sorted({"edgetune", "transformers"} & set(sys.modules))
-told = [{"inputs": {k: v.tolist() for k, v in model.inputs(row).items()}, "logits": model.logits(row).tolist(),
-         "answer": model.answer(row)} for row in rows]
+told = [{"inputs": {k: v.tolist() for k, v in model.preparation.inputs(row).items()},
+         "logits": model.logits(row).tolist(), "answer": model.answer(row)} for row in rows]
 print(json.dumps({"rows": told, "heavy": heavy}))
 """
 

@@ -385,37 +385,37 @@ def test_every_template_is_shipped() -> None:
     shipped = {file for pattern in re.findall(r'"([^"]+)"', line) for file in folder.glob(pattern)}
     here = {file for file in folder.glob("*/*") if "__pycache__" not in file.parts}
     assert shipped == here
-    parts = [{**p.always, **p.text, **p.picture, **p.generation} for p in PLATFORMS.values()]
+    parts = [(*p.common, *p.text, *p.image, *p.generation) for p in PLATFORMS.values()]
     listed = {source for files in parts for source in files} | {"linux/cpp.md"}
     assert {str(file.relative_to(folder)) for file in here} == listed
 
 
-# Programs that talk
+# Text-generation programs
 
 
-TALK = """
+GENERATE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from talk import Talker
+from generate import Generator
 
-talker = Talker(Path(sys.argv[1]) / "model.pte")
+generator = Generator(Path(sys.argv[1]) / "model.pte")
 sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-print("".join(talker.answer(sys.argv[2], 12)), end="")
+print("".join(generator.answer(sys.argv[2], 12)), end="")
 assert not {"edgetune", "transformers"} & set(sys.modules)
 """
 
 
-def test_a_language_model_talks_from_its_kit(talking: Artifact, tmp_path: Path) -> None:
+def test_a_language_model_generates_from_its_kit(talking: Artifact, tmp_path: Path) -> None:
     import sys
 
     from edgetune.runtime.generating import generate
 
     folder = kit_of(talking.path, find("linux"), tmp_path / "kit")
     own = MODEL | {"model.tokenizer.json", "chat.json"}
-    assert files_of(folder) == own | {"README.md", "talk.py", "requirements.txt"}
+    assert files_of(folder) == own | {"README.md", "generate.py", "requirements.txt"}
     message = "a small model talks"
-    command = [sys.executable, "-c", TALK, str(folder), message]
+    command = [sys.executable, "-c", GENERATE, str(folder), message]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     expected = generate(talking.path, message, max_tokens=12)
@@ -425,7 +425,8 @@ def test_a_language_model_talks_from_its_kit(talking: Artifact, tmp_path: Path) 
     assert len(said) > 0
     for name in ("android", "ios"):
         made = kit_of(talking.path, find(name), tmp_path / name)
-        where, sample = EXPECTED[name][0], {"android": f"{KOTLIN}/Talk.kt", "ios": f"{SWIFT}/Talk.swift"}[name]
+        where = EXPECTED[name][0]
+        sample = {"android": f"{KOTLIN}/Generator.kt", "ios": f"{SWIFT}/Generator.swift"}[name]
         build = {"android": "build.gradle.kts", "ios": "Package.swift"}[name]
         assert files_of(made) == {where + file for file in own} | {"README.md", build, sample}
         readme = " ".join((made / "README.md").read_text(encoding="utf-8").split())

@@ -71,7 +71,7 @@ def test_nothing_is_found_where_all_is_well() -> None:
     ("kind", "severity", "operator", "reason", "remedy"),
     [
         ("random", "error", "aten.native_dropout", "random numbers", "if self.training"),
-        ("sort", "note", "aten.topk", "no such operator", "rank outside"),
+        ("sort", "note", "aten.topk", "does not have this operator", "rank outside"),
         ("whole numbers", "note", "aten.argmax", "int64", ""),
         ("product", "warning", "aten.convolution", "static param", "constant weights"),
     ],

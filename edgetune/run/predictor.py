@@ -96,7 +96,7 @@ class Predictor:
         words = list(row) if isinstance(row, tuple) else [match.group() for match in self.words(row)]
         assert self.preparation.tokenizer is not None  # its inputs are texts
         encoding = self.preparation.tokenizer.encode(words, is_pretokenized=True)
-        tensors = self.preparation.padded(encoding.ids)
+        tensors = self.preparation.pad(encoding.ids)
         starts = word_starts(encoding.word_ids)
         return {**tensors, "words": torch.tensor([starts + [-1] * (tensors["input_ids"].shape[1] - len(starts))])}
 
@@ -115,7 +115,7 @@ def _picture(preparation: Any, row: Any) -> dict[str, Tensor]:
     image = registry.require("PIL.Image", "an image")
     try:
         if not isinstance(row, (str, Path)):
-            return dict(preparation.picture(image.fromarray(row)))
+            return dict(preparation.image(image.fromarray(row)))
         return dict(preparation.inputs(str(row)))
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, image.DecompressionBombError) as error:
         missing = isinstance(error, FileNotFoundError)

@@ -1,4 +1,4 @@
-"""A kit for a device: the program, what it carries, its card, a short sample and a README, in one folder."""
+"""Make a kit for a device: a folder with the program, its metadata and card, sample code and a README."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from string import Template
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import build_folder, write_atomically
 from edgetune.export.kit import classifier, language
-from edgetune.export.kit.platforms import PLATFORMS, Platform, find, target_for
+from edgetune.export.kit.platforms import PLATFORMS, Platform, find, path_of, target_for
 from edgetune.program.artifact import Artifact
 from edgetune.program.card import card_path
 from edgetune.program.manifest import manifest_path
@@ -20,57 +20,53 @@ __all__ = ["PLATFORMS", "check", "find", "kit_of", "new_kit", "target_for"]
 
 check = classifier.check
 
-_CODE = (".kt", ".py", ".cpp", "linux/text.hpp", "linux/picture.hpp")  # copied as it is; the rest has fields to fill
-_SWIFT = "Package.swift"  # of Swift only this one
+_CODE = (".kt", ".py", ".cpp", "linux/text.hpp", "linux/picture.hpp")  # copied unchanged; other templates have fields
 
 
 def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) -> Path:
-    """A kit in `folder`, which must not be there or be empty; `make` writes the program to the path it is given.
+    """Make a kit in `folder`, which must be new or empty; `make` writes the program to the path that it is given.
 
-    Nothing is left where that, or the kit, fails.
+    If anything fails, nothing is left in `folder`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EdgetuneError("the folder of the kit already exists", got=str(folder), action="choose another with -o")
     with build_folder(folder) as unfinished:
-        beside = unfinished / platform.model
-        beside.mkdir(parents=True, exist_ok=True)
-        made = make(beside / "model.pte")
-        if made.manifest.language is None:
-            fields = classifier.fields(platform, made, unfinished)
-            _fill(unfinished, classifier.files(platform, made), fields)
+        assets = unfinished / platform.model
+        assets.mkdir(parents=True, exist_ok=True)
+        artifact = make(assets / "model.pte")
+        if artifact.manifest.language is None:
+            fields = classifier.fields(platform, artifact, unfinished)
+            _fill(unfinished, classifier.files(platform, artifact), fields)
         else:
-            _fill(unfinished, platform.talk, language.fields(platform, made, language.beside(made)))
+            files = {template: path_of(template) for template in platform.generation}
+            _fill(unfinished, files, language.fields(platform, artifact))
     return folder
 
 
 def kit_of(program: Path, platform: Platform, folder: Path) -> Path:
-    """A kit of a program that was exported before, with what lies beside it."""
+    """Make a kit of an existing program, with the files next to it."""
     manifest = Artifact.load(program, "model", "language").manifest
-    target_for(platform, None, manifest.target)  # raises where the platform cannot run it
+    target_for(platform, None, manifest.target)  # raises if the platform cannot run it
     if manifest.language is None:
         check(platform, manifest.carried)
 
-    def copied(path: Path) -> Artifact:
+    def copy(path: Path) -> Artifact:
         for file in (program, manifest_path(program), card_path(program)):
             if file.is_file():
                 shutil.copyfile(file, path.with_suffix(file.suffix))
-        for name in manifest.files:  # they keep the names that the manifest gives them
+        for name in manifest.files:  # under the names in the manifest
             shutil.copyfile(program.with_name(name), path.with_name(name))
         return Artifact.load(path)
 
-    return new_kit(platform, folder, copied)
-
-
-def template(name: str) -> str:
-    """A file of this package."""
-    return resources.files("edgetune.export.kit").joinpath(name).read_text(encoding="utf-8")
+    return new_kit(platform, folder, copy)
 
 
 def _fill(folder: Path, files: Mapping[str, str], fields: Mapping[str, str]) -> None:
-    filled = dict(fields)
+    package = resources.files("edgetune.export.kit")
+    values = dict(fields)
     if "linux/main.cpp" in files:
-        filled["cpp"] = Template(template("linux/cpp.md")).substitute(fields)
-    for source, goal in files.items():
-        text = template(source)
-        as_it_is = source.endswith(_CODE) or (source.endswith(".swift") and not source.endswith(_SWIFT))
-        write_atomically(folder / goal, text if as_it_is else Template(text).substitute(filled))
+        values["cpp"] = Template(package.joinpath("linux/cpp.md").read_text(encoding="utf-8")).substitute(fields)
+    for template, path in files.items():
+        text = package.joinpath(template).read_text(encoding="utf-8")
+        is_code = template.endswith(_CODE) or (template.endswith(".swift") and not template.endswith("Package.swift"))
+        write_atomically(folder / path, text if is_code else Template(text).substitute(values))

@@ -1,7 +1,4 @@
-"""What the C++ sample goes by: a header made of the manifest, and the vocabulary as lines.
-
-C++ has neither JSON nor the tables of Unicode.
-"""
+"""The C++ sample's data: a header with values of the manifest and Unicode tables, and the vocabulary as lines."""
 
 from __future__ import annotations
 
@@ -17,122 +14,126 @@ CHINESE = (
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
     (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F),
 )  # fmt: skip
-_SYLLABLES = range(0xAC00, 0xD7A4)  # Korean: taken apart by arithmetic, in text.hpp
-_KEPT = {9, 10, 13}  # control characters that are blanks
+_SYLLABLES = range(0xAC00, 0xD7A4)  # Korean: decomposed by arithmetic, in text.hpp
+_KEPT = {9, 10, 13}  # control characters that are spaces
 
 
 def fields(manifest: Manifest) -> dict[str, str]:
-    """The values of the header's template."""
+    """The values for the header's template."""
     carried = manifest.carried
     assert carried is not None
-    labels = ", ".join(_text(label) for label in carried.labels)
-    told = carried.preprocessing
-    if isinstance(told, ImagePreprocessing):
-        return {"labels": labels, **_picture(told)}
-    assert isinstance(told, TextPreprocessing)
-    assert told.wordpiece is not None
-    return {"labels": labels, **_tokens(told, manifest.main.inputs[0].shape[1]), **_wordpiece(told.wordpiece)}
+    labels = ", ".join(_quote(label) for label in carried.labels)
+    preprocessing = carried.preprocessing
+    if isinstance(preprocessing, ImagePreprocessing):
+        return {"labels": labels, **_image_fields(preprocessing)}
+    assert isinstance(preprocessing, TextPreprocessing)
+    assert preprocessing.wordpiece is not None
+    return {
+        "labels": labels,
+        **_token_fields(preprocessing, manifest.main.inputs[0].shape[1]),
+        **_wordpiece_fields(preprocessing.wordpiece),
+    }
 
 
-def vocabulary(tokenizer: Path) -> str:
-    """The tokens of a `tokenizer.json`, one a line in the order of their ids; empty where an id has none."""
-    known: dict[str, int] = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
-    lines = [""] * (1 + max(known.values()))
-    for token, place in known.items():
-        lines[place] = token
+def list_vocabulary(tokenizer: Path) -> str:
+    """The tokens of a `tokenizer.json`, one per line in the order of their ids; an unused id is an empty line."""
+    ids: dict[str, int] = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
+    lines = [""] * (1 + max(ids.values()))
+    for token, id_ in ids.items():
+        lines[id_] = token
     return "".join(f"{line}\n" for line in lines)
 
 
-def _picture(told: ImagePreprocessing) -> dict[str, str]:
+def _image_fields(spec: ImagePreprocessing) -> dict[str, str]:
     return {
-        "size_px": str(told.size_px),
-        "grey": _bool(told.color == "grey"),
-        "crop_center": _bool(told.crop == "center"),
-        "rounded": _bool(told.rounded),
-        "scale": _float(told.scale),
-        "mean": ", ".join(map(_float, told.mean)),
-        "std": ", ".join(map(_float, told.std)),
+        "size_px": str(spec.size_px),
+        "grey": _format_bool(spec.color == "grey"),
+        "crop_center": _format_bool(spec.crop == "center"),
+        "rounded": _format_bool(spec.rounded),
+        "scale": _format_float(spec.scale),
+        "mean": ", ".join(map(_format_float, spec.mean)),
+        "std": ", ".join(map(_format_float, spec.std)),
     }
 
 
-def _tokens(told: TextPreprocessing, width: int) -> dict[str, str]:
+def _token_fields(spec: TextPreprocessing, width: int) -> dict[str, str]:
     return {
         "tokens": str(width),
-        "max_tokens": str(min(width, told.max_length)),
-        "cut_right": _bool(told.cut == "right"),
-        "pad": str(told.pad_id),
-        "ending": _text(told.ending),
+        "max_tokens": str(min(width, spec.max_length)),
+        "cut_right": _format_bool(spec.cut == "right"),
+        "pad": str(spec.pad_id),
+        "ending": _quote(spec.ending),
     }
 
 
-def _wordpiece(told: WordPiece) -> dict[str, str]:
+def _wordpiece_fields(spec: WordPiece) -> dict[str, str]:
     kinds = [unicodedata.category(chr(point)) for point in range(0x110000)]
     marks = [p for p, kind in enumerate(kinds) if kind[0] == "P" or (32 < p < 127 and not chr(p).isalnum())]
     spaces = [p for p in range(0x3001) if chr(p).isspace() and not 0x1C <= p <= 0x1F]
     dropped = [p for p, kind in enumerate(kinds) if p == 0xFFFD or (kind[0] == "C" and p not in _KEPT)]
     letters = (p for p, kind in enumerate(kinds) if kind[0] != "C" and p not in _SYLLABLES)
-    folds = [(point, text) for point in letters if (text := _folded(chr(point), told)) != chr(point)]
+    folds = [(point, text) for point in letters if (text := _fold(chr(point), spec)) != chr(point)]
     return {
-        "unknown": str(told.unknown_id),
-        "before": ", ".join(map(str, told.before)),
-        "after": ", ".join(map(str, told.after)),
-        "prefix": _text(told.prefix),
-        "longest_word": str(told.longest_word),
-        "clean": _bool(told.clean),
-        "chinese": _bool(told.chinese),
-        "strip_accents": _bool(told.strip_accents),
+        "unknown": str(spec.unknown_id),
+        "before": ", ".join(map(str, spec.before)),
+        "after": ", ".join(map(str, spec.after)),
+        "prefix": _quote(spec.prefix),
+        "longest_word": str(spec.longest_word),
+        "clean": _format_bool(spec.clean),
+        "chinese": _format_bool(spec.chinese),
+        "strip_accents": _format_bool(spec.strip_accents),
         "unicode": unicodedata.unidata_version,
-        "punctuation": _ranges(_together(marks)),
-        "spaces": _ranges(_together(spaces)),
-        "dropped": _ranges(_together(dropped)),
-        "chinese_characters": _ranges(CHINESE),
-        # C++ has no empty arrays: the first entry stands there for a tokenizer that changes no letter
-        "folds": _lines(['{0, U""}', *(f'{{{point:#x}, U"{_points(text)}"}}' for point, text in folds)]),
+        "punctuation": _format_ranges(_group_ranges(marks)),
+        "spaces": _format_ranges(_group_ranges(spaces)),
+        "dropped": _format_ranges(_group_ranges(dropped)),
+        "chinese_characters": _format_ranges(CHINESE),
+        # C++ has no empty arrays, so there is a first entry even if the tokenizer folds no letter
+        "folds": _format_lines(['{0, U""}', *(f'{{{point:#x}, U"{_escape_points(text)}"}}' for point, text in folds)]),
     }
 
 
-def _folded(letter: str, told: WordPiece) -> str:
-    if told.strip_accents:
-        apart = unicodedata.normalize("NFD", letter)
-        letter = "".join(c for c in apart if unicodedata.category(c) != "Mn")
-    return "".join(c.lower() for c in letter) if told.lowercase else letter
+def _fold(letter: str, spec: WordPiece) -> str:
+    if spec.strip_accents:
+        decomposed = unicodedata.normalize("NFD", letter)
+        letter = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+    return "".join(c.lower() for c in letter) if spec.lowercase else letter
 
 
-def _together(points: Iterable[int]) -> list[tuple[int, int]]:
-    """Rising code points as ranges."""
-    found: list[tuple[int, int]] = []
+def _group_ranges(points: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending code points as ranges."""
+    ranges: list[tuple[int, int]] = []
     for point in points:
-        if found and found[-1][1] == point - 1:
-            found[-1] = found[-1][0], point
+        if ranges and ranges[-1][1] == point - 1:
+            ranges[-1] = ranges[-1][0], point
         else:
-            found.append((point, point))
-    return found
+            ranges.append((point, point))
+    return ranges
 
 
-def _ranges(ranges: Iterable[tuple[int, int]]) -> str:
-    return _lines([f"{{{first:#x}, {last:#x}}}" for first, last in ranges])
+def _format_ranges(ranges: Iterable[tuple[int, int]]) -> str:
+    return _format_lines([f"{{{first:#x}, {last:#x}}}" for first, last in ranges])
 
 
-def _lines(items: Sequence[str]) -> str:
-    """Eight to a line, between line breaks."""
+def _format_lines(items: Sequence[str]) -> str:
+    """Eight per line, between line breaks."""
     rows = [", ".join(items[i : i + 8]) for i in range(0, len(items), 8)]
     return "\n    " + ",\n    ".join(rows) + "\n"
 
 
-def _points(text: str) -> str:
+def _escape_points(text: str) -> str:
     return "".join(f"\\U{ord(c):08x}" if ord(c) > 0x9F else c for c in text)
 
 
-def _text(text: str) -> str:
-    """A C++ literal of UTF-8 bytes; octal escapes end by themselves."""
+def _quote(text: str) -> str:
+    """A C++ literal of UTF-8 bytes; octal escapes have a fixed length."""
     plain = {ord('"'), ord("\\"), ord("?")}
     body = "".join(chr(b) if 32 <= b < 127 and b not in plain else f"\\{b:03o}" for b in text.encode())
     return f'"{body}"'
 
 
-def _float(value: float) -> str:
+def _format_float(value: float) -> str:
     return f"{value!r}f"
 
 
-def _bool(value: bool) -> str:
+def _format_bool(value: bool) -> str:
     return "true" if value else "false"

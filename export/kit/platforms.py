@@ -1,4 +1,4 @@
-"""The platforms that a kit can be made for: what its parts are, and which targets the published packages there run."""
+"""The platforms that a kit can be made for: their templates, and the targets that the published packages run."""
 
 from __future__ import annotations
 
@@ -8,54 +8,52 @@ from dataclasses import dataclass, field, replace
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.program.carried import TextPreprocessing
 
+_KOTLIN = "src/main/java/org/edgetune/kit"
+_SWIFT = "Sources/EdgetuneKit"
+_FOLDERS = {".kt": _KOTLIN, ".swift": _SWIFT, ".hpp": "cpp", ".cpp": "cpp"}  # by suffix
+
 
 @dataclass(frozen=True)
 class Platform:
-    """One kind of device. Files are named by where their templates lie and where in the kit they go."""
+    """One kind of device, with the templates of its kits."""
 
     name: str
     title: str
-    targets: tuple[str, ...]  # the first is taken where neither a device nor the user says otherwise
-    model: str  # folder of the program and of what it carries
-    always: Mapping[str, str]
-    text: Mapping[str, str]
-    picture: Mapping[str, str]
-    talk: Mapping[str, str]  # instead of all these, for a language model
+    targets: tuple[str, ...]  # the first is used if neither a device nor a target is given
+    model: str  # folder of the program and its metadata
+    common: tuple[str, ...]  # templates for every classifier
+    text: tuple[str, ...]
+    image: tuple[str, ...]
+    generation: tuple[str, ...]  # instead of these, for a text-generation program
     packages: Mapping[str, str] = field(default_factory=dict)  # by target: what the app has to link or install
     python: bool = False  # has the Python sample, which reads any tokenizer, and the C++ one
 
-    def files(self, told: object) -> dict[str, str]:
-        """Templates and where they go, for a program with this preprocessing."""
-        return {**self.always, **(self.text if isinstance(told, TextPreprocessing) else self.picture)}
+    def files(self, preprocessing: object) -> dict[str, str]:
+        """The templates for a classifier with this preprocessing, and their paths in the kit."""
+        own = self.text if isinstance(preprocessing, TextPreprocessing) else self.image
+        return {template: path_of(template) for template in (*self.common, *own)}
 
 
-_KOTLIN = "src/main/java/org/edgetune/kit"
-_SWIFT = "Sources/EdgetuneKit"
+def path_of(template: str) -> str:
+    """The path in a kit of the file made from a template."""
+    name = template.rpartition("/")[2]
+    if name.startswith("spec_"):
+        return "cpp/spec.hpp"
+    if name in ("Package.swift", "CMakeLists.txt"):
+        return name if name == "Package.swift" else f"cpp/{name}"
+    folder = _FOLDERS.get(name[name.rindex(".") :])
+    return "README.md" if name == "generation.md" else f"{folder}/{name}" if folder else name
+
 
 ANDROID = Platform(
     name="android",
     title="Android",
     targets=("xnnpack", "portable", "vulkan", "qnn"),
     model="src/main/assets",
-    always={
-        "android/README.md": "README.md",
-        "android/build.gradle.kts": "build.gradle.kts",
-        "android/Model.kt": f"{_KOTLIN}/Model.kt",
-        "android/Scores.kt": f"{_KOTLIN}/Scores.kt",
-    },
-    text={
-        "android/Text.kt": f"{_KOTLIN}/Text.kt",
-        "android/TextModel.kt": f"{_KOTLIN}/TextModel.kt",
-    },
-    picture={
-        "android/Picture.kt": f"{_KOTLIN}/Picture.kt",
-        "android/PictureModel.kt": f"{_KOTLIN}/PictureModel.kt",
-    },
-    talk={
-        "android/talk.md": "README.md",
-        "android/build.gradle.kts": "build.gradle.kts",
-        "android/Talk.kt": f"{_KOTLIN}/Talk.kt",
-    },
+    common=("android/README.md", "android/build.gradle.kts", "android/Model.kt", "android/Scores.kt"),
+    text=("android/Text.kt", "android/TextModel.kt"),
+    image=("android/Picture.kt", "android/PictureModel.kt"),
+    generation=("android/generation.md", "android/build.gradle.kts", "android/Generator.kt"),
     packages={
         "vulkan": "org.pytorch:executorch-android-vulkan",
         "qnn": "org.pytorch:executorch-android-qnn",
@@ -68,73 +66,53 @@ IOS = Platform(
     title="iPhone, iPad and Mac",
     targets=("xnnpack", "coreml", "mps", "portable"),
     model=f"{_SWIFT}/Resources",
-    always={
-        "ios/README.md": "README.md",
-        "ios/Package.swift": "Package.swift",
-        "ios/Model.swift": f"{_SWIFT}/Model.swift",
-    },
-    text={"ios/Text.swift": f"{_SWIFT}/Text.swift"},
-    picture={"ios/Picture.swift": f"{_SWIFT}/Picture.swift"},
-    talk={
-        "ios/talk.md": "README.md",
-        "ios/Package.swift": "Package.swift",
-        "ios/Talk.swift": f"{_SWIFT}/Talk.swift",
-    },
+    common=("ios/README.md", "ios/Package.swift", "ios/Model.swift"),
+    text=("ios/Text.swift",),
+    image=("ios/Picture.swift",),
+    generation=("ios/generation.md", "ios/Package.swift", "ios/Generator.swift"),
     packages={"xnnpack": "backend_xnnpack", "coreml": "backend_coreml", "mps": "backend_mps", "": ""},
 )
 
-_LINUX = {
-    "linux/sample.py": "sample.py",
-    "linux/requirements.txt": "requirements.txt",
-    "linux/CMakeLists.txt": "cpp/CMakeLists.txt",
-    "linux/main.cpp": "cpp/main.cpp",
-}
-_LINUX_TEXT = {"linux/spec_text.hpp": "cpp/spec.hpp", "linux/text.hpp": "cpp/text.hpp"}
-_LINUX_PICTURE = {"linux/spec_picture.hpp": "cpp/spec.hpp", "linux/picture.hpp": "cpp/picture.hpp"}
-_LINUX_TALK = {
-    "linux/talk.md": "README.md",
-    "linux/talk.py": "talk.py",
-    "linux/requirements.txt": "requirements.txt",
-}
+_SAMPLES = ("linux/sample.py", "linux/requirements.txt", "linux/CMakeLists.txt", "linux/main.cpp")
 
 LINUX = Platform(
     name="linux",
     title="Linux",
     targets=("xnnpack", "portable"),
     model=".",
-    always={"linux/README.md": "README.md", **_LINUX},
-    text=_LINUX_TEXT,
-    picture=_LINUX_PICTURE,
-    talk=_LINUX_TALK,
+    common=("linux/README.md", *_SAMPLES),
+    text=("linux/spec_text.hpp", "linux/text.hpp"),
+    image=("linux/spec_picture.hpp", "linux/picture.hpp"),
+    generation=("linux/generation.md", "linux/generate.py", "linux/requirements.txt"),
     python=True,
 )
 
-JETSON = replace(LINUX, name="jetson", title="Jetson", always={"jetson/README.md": "README.md", **_LINUX})
+JETSON = replace(LINUX, name="jetson", title="Jetson", common=("jetson/README.md", *_SAMPLES))
 
 PLATFORMS = {platform.name: platform for platform in (ANDROID, IOS, JETSON, LINUX)}
 
 
 def find(name: str) -> Platform:
-    """The platform of that name."""
+    """The platform with this name."""
     if name not in PLATFORMS:
         raise EdgetuneError("unknown kit", got=name, allowed=PLATFORMS)
     return PLATFORMS[name]
 
 
 def target_for(platform: Platform, device: str | None, target: str | None) -> str:
-    """What to lower to: what was asked for, or what the device prefers of what the platform's packages run.
+    """The target to lower to: the given one, or the device's first one that the platform's packages run.
 
-    Raises `EdgetuneError` where the device is of another platform, or the packages do not run the target.
+    Raises `EdgetuneError` if the device belongs to another platform, or the packages do not run the target.
     """
     preferred = platform.targets
     if device is not None:
         from edgetune.profile.device import load
 
-        known = load(device)
-        kind = platform_of(known.family, known.targets)
+        descriptor = load(device)
+        kind = platform_of(descriptor.family, descriptor.targets)
         if platform.name != kind and not (platform is LINUX and kind in ("linux", "jetson")):
             raise EdgetuneError(f"{device} is not a device for this kit", got=platform.name, allowed=[kind])
-        preferred = tuple(name for name in known.targets if name in platform.targets) or ("portable",)
+        preferred = tuple(name for name in descriptor.targets if name in platform.targets) or ("portable",)
     if target is not None and target not in platform.targets:
         raise EdgetuneError(
             f"the packages that are published for {platform.title} do not run this target",

@@ -1,4 +1,4 @@
-"""Language models: a decoder with a static key-value cache, and its tokenizer, as one program that talks."""
+"""Export a decoder with a static key-value cache and its tokenizer as a text-generation program."""
 
 from __future__ import annotations
 
@@ -16,25 +16,22 @@ from edgetune.core.files import write_atomically
 from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_state
-from edgetune.core.quiet import silence_libraries
-from edgetune.core.registry import require
-from edgetune.export import targets
 from edgetune.export.language import parity
-from edgetune.export.language.cached import Cached, check_model
+from edgetune.export.language.cached import CachedDecoder, check_model
 from edgetune.export.language.lower import lower
 from edgetune.export.lower import Lowered
-from edgetune.export.pipeline import call_of, manifest_of
+from edgetune.export.pipeline import call_of, choose_target, manifest_of
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
-from edgetune.program.beside import check_program_path, sha256_of
+from edgetune.program.beside import sha256_of
 from edgetune.program.card import write_card
 from edgetune.program.carried import Carried, tokenizer_file
 from edgetune.program.manifest import Call, LanguageSpec, Manifest, TensorSpec, TokenizerSpec
 from edgetune.program.tokenizer import backend, encode, tokenizer_spec, without_truncation
 
-PREFILL = 128  # tokens of one call: more take more memory for little speed
-# The attention kernel goes through a call in blocks of 32 tokens, of 64 from 192 tokens on, and hides later tokens
-# wrongly from a block that crosses a multiple of 512 places: pieces of these sizes have none.
+PREFILL = 128  # tokens of one call: more need more memory for little speed
+# The attention kernel processes blocks of 32 tokens (64 from 192 tokens on), and masks wrongly in a block that crosses
+# a multiple of 512 cache positions: chunks of these sizes have no such block.
 PREFILLS = (32, 64, 96, 128, 160)
 CHECK_PROMPT = "Why does the sea have waves? Answer in a few sentences."
 CHECK_TOKENS = 32
@@ -68,21 +65,19 @@ def export_language(
     Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
     """
     path = Path(path)
-    chosen = _checked(model, path, max_tokens, prefill_tokens, device, target)
-    found = without_truncation(tokenizer)
-    text = found.to_str()
+    chosen = _choose_target(model, path, max_tokens, prefill_tokens, device, target)
+    backend_tokenizer = without_truncation(tokenizer)
+    text = backend_tokenizer.to_str()
     spec = tokenizer_spec(tokenizer, tokenizer_file(path), sha256_of(text.encode()))
-    prompts = [encode(found, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
+    prompts = [encode(backend_tokenizer, spec, p, raw=False) if isinstance(p, str) else list(p) for p in check_prompts]
     if not prompts or not all(prompts):
-        raise EdgetuneError(
-            "the program is compared on the continuation of a prompt, so a prompt with tokens is needed"
-        )
-    # how a text fills a window of tokens is no matter of a program that talks
-    own = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
-    model, converted = _in_float32(model)
+        raise EdgetuneError("the comparison needs at least one prompt, and tokens in every prompt")
+    # a text-generation program has no fixed window of tokens to preprocess
+    metadata = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
+    model, converted = _convert_to_float32(model)
     with _as_program(model, max_tokens) as program:
-        prefill = min(prefill_tokens, max_tokens)  # no more than the cache holds
-        facts = _facts(program, found, spec, prefill)
+        prefill = min(prefill_tokens, max_tokens)
+        facts = _facts(program, backend_tokenizer, spec, prefill)
         lowered = lower(program, prefill, chosen, facts)
 
         def prove(partial: Path) -> Manifest:
@@ -95,28 +90,25 @@ def export_language(
             calls = _calls(lowered, section, compared)
             also = ", and compared with the model in float32" if compared is not None else ""
             note = f"exported in float32 from {converted} weights{also}" if converted else ""
-            return manifest_of(
-                "language", lowered["prompt"], calls, chosen, device, path, carried=own, language=section, note=note
-            )
+            sections: dict[str, Any] = {"carried": metadata, "language": section, "note": note}
+            return manifest_of("language", lowered["prompt"], calls, chosen, device, path, **sections)
 
         artifact = Artifact(path=path, manifest=write_pair(path, lowered["prompt"].data, prove))
-    if own is not None:
+    if metadata is not None:
         write_card(path, artifact.manifest)
     return artifact
 
 
 def check_exportable(model: nn.Module, tokenizer: Any, *, max_tokens: int, target: str | None = None) -> None:
-    """Raise what `export_language` would raise before it begins: worth knowing before a training."""
-    _checked(model, Path("model.pte"), max_tokens, PREFILL, None, target)
+    """Raise before a training what `export_language` would raise before it lowers the model."""
+    _choose_target(model, Path("model.pte"), max_tokens, PREFILL, None, target)
     backend(tokenizer)
 
 
-def _checked(
+def _choose_target(
     model: nn.Module, path: Path, max_tokens: int, prefill_tokens: int, device: str | None, target: str | None
 ) -> Target:
-    with silence_libraries():
-        require("executorch", "export")
-    check_program_path(path)
+    chosen = choose_target(path, device, target)
     check_model(model, max_tokens)
     if prefill_tokens not in PREFILLS:
         raise EdgetuneError(
@@ -125,23 +117,21 @@ def _checked(
             allowed=map(str, PREFILLS),
             exit_code=Exit.USAGE,
         )
-    chosen = targets.for_device(device, target)
     if chosen.name not in ("xnnpack", "portable"):
         raise EdgetuneError(
-            "the cache needs CPU operators",
+            "a key-value cache needs a CPU target",
             got=chosen.name,
             allowed=["xnnpack", "portable"],
             action="pass target='xnnpack'",
             exit_code=Exit.EXPORT,
         )
-    chosen.partitioners()  # says what is missing before any work
     return chosen
 
 
-def _in_float32(model: nn.Module) -> tuple[nn.Module, str]:
-    """The model; of one with 16-bit weights a float32 copy, and what they were: "bfloat16", or nothing.
+def _convert_to_float32(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model, or a float32 copy if it has 16-bit weights, and their type ("bfloat16"), or nothing.
 
-    The backend has no fast kernels in 16 bits. Raises `EdgetuneError` where such weights are also quantized.
+    The backend has no fast kernels in 16 bits. Raises `EdgetuneError` if such weights are also quantized.
     """
     halves = (torch.bfloat16, torch.float16)
     named = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if t.dtype in halves]
@@ -153,24 +143,26 @@ def _in_float32(model: nn.Module) -> tuple[nn.Module, str]:
         raise EdgetuneError(
             f"the model was quantized in {types}, which cannot be exported as float32",
             got=packed[0],
-            action="model.float() before it is quantized",
+            action="call model.float() before you quantize it",
             exit_code=Exit.EXPORT,
         )
     return copy.deepcopy(model).float(), types
 
 
 @contextlib.contextmanager
-def _as_program(model: nn.Module, max_tokens: int) -> Iterator[Cached]:
-    """The model in eval mode with a cache; put back as it was afterwards."""
+def _as_program(model: nn.Module, max_tokens: int) -> Iterator[CachedDecoder]:
+    """Inside, the model in eval mode with a cache."""
     if device_of(model).type != "cpu":
-        raise EdgetuneError("a language model is exported on the CPU", got=str(device_of(model)), action="model.cpu()")
+        raise EdgetuneError(
+            "a language model must be exported on the CPU", got=str(device_of(model)), action="model.cpu()"
+        )
     with preserve_state(model):
-        yield Cached(model, max_tokens).eval()
+        yield CachedDecoder(model, max_tokens).eval()
 
 
-def _facts(program: Cached, found: Any, spec: TokenizerSpec, prefill: int) -> dict[str, Any]:
-    """What ExecuTorch's own language runner asks a program for, under the names it asks by."""
-    bos, eos = _end_ids(program, found, spec)
+def _facts(program: CachedDecoder, tokenizer: Any, spec: TokenizerSpec, prefill: int) -> dict[str, Any]:
+    """The constant methods that ExecuTorch's language runner reads from a program."""
+    bos, eos = _end_ids(program, tokenizer, spec)
     facts: dict[str, Any] = {
         "get_max_seq_len": prefill,
         "get_max_context_len": program.max_tokens,
@@ -183,21 +175,25 @@ def _facts(program: Cached, found: Any, spec: TokenizerSpec, prefill: int) -> di
     return facts if bos is None else {**facts, "get_bos_id": bos}
 
 
-def _end_ids(program: Cached, found: Any, spec: TokenizerSpec) -> tuple[int | None, tuple[int, ...]]:
-    """The token a text begins with, and those it ends with: of the generation config, the model's, the tokenizer."""
+def _end_ids(program: CachedDecoder, tokenizer: Any, spec: TokenizerSpec) -> tuple[int | None, tuple[int, ...]]:
+    """The begin and end tokens, from the generation config, the model's config and the tokenizer."""
     generation = getattr(program.model, "generation_config", None)
     ends: list[int] = []
     for holder in (generation, program.config):
         ids = getattr(holder, "eos_token_id", None)
         ends += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
-    own = found.token_to_id(spec.special_tokens.get("eos_token", ""))
-    ends += [] if own is None else [own]
+    special = tokenizer.token_to_id(spec.special_tokens.get("eos_token", ""))
+    ends += [] if special is None else [special]
     bos = getattr(program.config, "bos_token_id", None)
     return (bos if isinstance(bos, int) else None), tuple(dict.fromkeys(int(i) for i in ends))
 
 
 def _section(
-    program: Cached, spec: TokenizerSpec, facts: dict[str, Any], shared_bytes: int, first: tuple[int, float] | None
+    program: CachedDecoder,
+    spec: TokenizerSpec,
+    facts: dict[str, Any],
+    shared_bytes: int,
+    first: tuple[int, float] | None,
 ) -> LanguageSpec:
     return LanguageSpec(
         architecture=str(program.config.model_type),

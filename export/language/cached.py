@@ -1,8 +1,8 @@
-"""A decoder of transformers as a program sees it: tokens and their position in, logits out, the cache inside.
+"""A transformers decoder with a static cache inside: tokens and their position in, logits out.
 
-Attention is ExecuTorch's own operator over a static cache: it reads the filled part alone, with grouped heads. What
-transformers offers for this (`TorchExportableModuleForDecoderOnlyLM`) attends to the whole cache at each token, and
-returns the logits of every token of a prompt.
+Attention is ExecuTorch's operator over a static cache: it reads only the filled part, with grouped heads.
+transformers' own `TorchExportableModuleForDecoderOnlyLM` attends to the whole cache at each token, and returns the
+logits of every token of a prompt.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ _NAME = "edgetune-static-cache"
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    """The model's argument for its cache: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-class Cached(nn.Module):
-    """The model with a cache of `max_tokens` places for one sequence, `(1, place, key-value head, width)` each.
+class CachedDecoder(nn.Module):
+    """The model with a cache of `max_tokens` positions for one sequence, `(1, position, key-value head, width)`.
 
-    Layers may have different numbers of heads, as pruned ones do: they are counted while the model reads one token.
-    The child is called `model`, as in every program of edgetune.
+    Layers may have different numbers of heads, as pruned ones do: they are recorded while the model reads one token.
     """
 
     def __init__(self, model: nn.Module, max_tokens: int) -> None:
@@ -43,26 +42,26 @@ class Cached(nn.Module):
         self.start: Any = 0
         self.masks: dict[int, Tensor] = {}
         check_layers(self.config)
-        for layer, shapes in enumerate(_shapes(model, self.config)):
+        for layer, shapes in enumerate(_record_shapes(model, self.config)):
             for kind, (heads, width) in zip(("key", "value"), shapes, strict=True):
                 self.register_buffer(f"{kind}_{layer}", torch.zeros(1, max_tokens, heads, width))
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the cache."""
+        """Bytes of the cache."""
         return sum(b.numel() * b.element_size() for name, b in self.named_buffers(recurse=False))
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Logits `(1, 1, vocabulary)` after the last of `tokens` `(1, n)`, whose first stands at `position` `(1,)`."""
+        """Logits `(1, 1, vocabulary)` after the last of `tokens` `(1, n)`; the first one is at `position` `(1,)`."""
         count = tokens.shape[1]
         start = position[0].item()
         torch._check(start >= 0)  # type: ignore[no-untyped-call]
         torch._check(start < self.max_tokens)  # type: ignore[no-untyped-call]
         torch._check(start + count <= self.max_tokens)  # type: ignore[no-untyped-call]
         self.start, self.masks = start, {}
-        places = (torch.arange(count) + start).unsqueeze(0)
+        positions = (torch.arange(count) + start).unsqueeze(0)
         cache = {cache_argument(self.model): self._cache()}
-        output = self.model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **cache)
+        output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=1, **cache)
         logits: Tensor = output.logits
         return logits
 
@@ -78,12 +77,12 @@ class Cached(nn.Module):
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        **_: Any,  # transformers passes on what its callers gave; none of it changes what is computed here
+        **_: Any,  # transformers passes further arguments, which do not change the result
     ) -> tuple[Tensor, None]:
-        """What transformers calls for attention. `query` (1, head, n, width); `key` and `value` are the caches."""
+        """The attention function for transformers. `query` (1, head, n, width); `key` and `value` are the caches."""
         if softcap is not None or s_aux is not None:
-            what = "attention logits with a cap" if softcap is not None else "attention with sinks"
-            raise EdgetuneError(f"the attention operator has no form for {what}", exit_code=Exit.EXPORT)
+            feature = "attention logits with a cap" if softcap is not None else "attention with sinks"
+            raise EdgetuneError(f"the attention operator does not support {feature}", exit_code=Exit.EXPORT)
         mask = None
         if sliding_window is not None and sliding_window < self.max_tokens:
             mask = self._window(sliding_window, query.shape[2])
@@ -93,15 +92,15 @@ class Cached(nn.Module):
         return out, None
 
     def _window(self, width: int, count: int) -> Tensor:
-        """`(n, max_tokens)`: 0 for the last `width` places up to each token, elsewhere the half of the lowest number.
+        """`(n, max_tokens)`: 0 for the last `width` positions up to each token, elsewhere half the lowest number.
 
-        Not -inf: the operator goes through the cache in blocks, and one hidden as a whole would become NaN.
+        Not -inf: the operator processes the cache in blocks, and a fully masked block would give NaN.
         """
         if width not in self.masks:
-            own = (torch.arange(count) + self.start).unsqueeze(1)
-            places = torch.arange(self.max_tokens).unsqueeze(0)
-            seen = (places <= own) & (places > own - width)
-            self.masks[width] = torch.where(seen, 0.0, torch.finfo(torch.float32).min / 2)
+            queries = (torch.arange(count) + self.start).unsqueeze(1)
+            keys = torch.arange(self.max_tokens).unsqueeze(0)
+            visible = (keys <= queries) & (keys > queries - width)
+            self.masks[width] = torch.where(visible, 0.0, torch.finfo(torch.float32).min / 2)
         return self.masks[width]
 
     def _cache(self) -> Any:
@@ -109,8 +108,8 @@ class Cached(nn.Module):
 
         owner = self
 
-        class Layer(CacheLayerMixin):  # type: ignore[misc]
-            """One layer's places, written where they lie."""
+        class StaticCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+            """One layer's cache, updated in place."""
 
             is_compileable, is_sliding = True, False
 
@@ -136,21 +135,21 @@ class Cached(nn.Module):
             def get_max_length(self) -> int:
                 return owner.max_tokens
 
-        return Cache(layers=[Layer(index) for index in range(self.config.num_hidden_layers)])
+        return Cache(layers=[StaticCacheLayer(index) for index in range(self.config.num_hidden_layers)])
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """While the body runs, the model attends by `attend`, and builds no masks of its own."""
+        """Inside, the model uses `attend`, and builds no masks."""
         try:
-            with _attention_by(self.config, self.attend):
+            with _replace_attention(self.config, self.attend):
                 yield
         finally:
             self.start, self.masks = 0, {}
 
 
 @contextmanager
-def _attention_by(config: Any, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """While the body runs, models of this config attend by `attend`, and build no masks of their own."""
+def _replace_attention(config: Any, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Inside, models with this config use `attend` for attention, and build no masks."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -169,20 +168,20 @@ def _attention_by(config: Any, attend: Callable[..., tuple[Tensor, None]]) -> It
 Shape = tuple[int, int]  # key-value heads, and their width
 
 
-def _shapes(model: nn.Module, config: Any) -> list[tuple[Shape, Shape]]:
-    """What each layer's keys and values are like, seen while the model reads one token.
+def _record_shapes(model: nn.Module, config: Any) -> list[tuple[Shape, Shape]]:
+    """The shapes of each layer's keys and values, recorded while the model reads one token.
 
-    Raises `EdgetuneError` for layers whose attention cannot be replaced: those of the model's own code.
+    Raises `EdgetuneError` for layers whose attention cannot be replaced: those with custom code.
     """
     shapes: dict[int, tuple[Shape, Shape]] = {}
 
-    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         index: Any = getattr(module, "layer_idx", len(shapes))
         shapes[index] = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
-        # attention to the one token is its value
+        # attention to a single token gives its value
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
 
-    with torch.no_grad(), _attention_by(config, note):
+    with torch.no_grad(), _replace_attention(config, record):
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     layers = range(config.num_hidden_layers)
     missing = [str(layer) for layer in layers if layer not in shapes]
@@ -197,14 +196,14 @@ def _shapes(model: nn.Module, config: Any) -> list[tuple[Shape, Shape]]:
 
 
 def check_layers(config: Any) -> None:
-    """Raise for a model that has layers without keys and values of their own."""
+    """Raise for a model with layers that do not have their own keys and values."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    unsupported = sorted(kinds - {"full_attention", "sliding_attention"})
     shared: int = getattr(config, "num_kv_shared_layers", 0)
-    if strange or shared:
+    if unsupported or shared:
         raise EdgetuneError(
             "a static cache has one key and one value for each layer; this model has other layers",
-            got=strange or "layers that share a cache",
+            got=unsupported or "layers that share a cache",
             allowed=["full_attention", "sliding_attention"],
             action="export its logits for a window of tokens: et.export(model, example_inputs, path)",
             exit_code=Exit.EXPORT,
@@ -216,7 +215,7 @@ def check_model(model: nn.Module, max_tokens: int) -> None:
     transformers = require("transformers", "language models")
     if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is None:
         raise EdgetuneError(
-            "a language model is one of transformers with a head over its vocabulary",
+            "a language model must be a transformers model with a head over its vocabulary",
             got=type(model).__name__,
             action="load it with AutoModelForCausalLM",
             exit_code=Exit.EXPORT,

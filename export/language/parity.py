@@ -1,4 +1,4 @@
-"""Proof that a program says what its model does: greedy tokens of the one, read again by the other."""
+"""Compare a text-generation program with its model: the model scores the program's greedy tokens."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from edgetune.core.ledger import OutputParity, Parity
 from edgetune.runtime.allowed import FLOAT, allowed_difference
 from edgetune.runtime.language import greedy_in_child
 
-_QUANTIZED = 0.25  # of the largest logit: through the cache, what rounding moved is read again at each later token
-_AT_ONCE = 16  # prompts in one child: all the logits of their answers are kept until it ends
+_QUANTIZED = 0.25  # of the largest logit: through the cache, a rounding error affects each later token
+_BATCH = 16  # prompts in one child process, which holds the logits of all its answers
 
 
 def compare(
     path: Path, model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, max_tokens: int, prefill_tokens: int
 ) -> tuple[Parity, tuple[int, float] | None]:
-    """Let the program answer each prompt with `tokens` greedy tokens, and the eager model choose at each place.
+    """Generate `tokens` greedy tokens for each prompt, and let the eager model choose a token at each position.
 
-    The eager model attends as transformers does, without a cache. A prompt is cut where it leaves no room for
-    `tokens`. Also returns the place of the first token, from 0, that the eager model would not have chosen, and by how
-    much its own choice is ahead there; of the first prompt with one. None: all are the same.
+    The eager model runs without a cache. A prompt that leaves no room for `tokens` is truncated. Also returns the
+    position of the first token, from 0, that the eager model would not have chosen, and how far its logit is below
+    the largest one; of the first prompt with such a token. None: all tokens are equal.
     """
     cut = [list(ids)[: max(1, max_tokens - tokens)] for ids in prompts]
     wanted = min(tokens, max_tokens)
     counted = same = 0
     first: tuple[int, float] | None = None
     largest = difference = 0.0
-    for start in range(0, len(cut), _AT_ONCE):
-        some = cut[start : start + _AT_ONCE]
-        for prompt, (got, logits) in zip(some, greedy_in_child(path, some, wanted, prefill_tokens), strict=True):
+    for start in range(0, len(cut), _BATCH):
+        batch = cut[start : start + _BATCH]
+        for prompt, (got, logits) in zip(batch, greedy_in_child(path, batch, wanted, prefill_tokens), strict=True):
             expected = eager_logits(model, prompt, got)
             if not bool(torch.isfinite(logits).all()):
-                what = "the program returns logits that are not finite"
-                raise EdgetuneError(what, where=str(path), exit_code=Exit.EXPORT)
+                message = "the program returns logits that are not finite"
+                raise EdgetuneError(message, where=str(path), exit_code=Exit.EXPORT)
             equal = expected.argmax(-1) == torch.tensor(got)
             if first is None and not bool(equal.all()):
-                place = int((~equal).nonzero()[0])
-                row = expected[place]
-                first = place, float(row.max() - row[got[place]])
+                index = int((~equal).nonzero()[0])
+                row = expected[index]
+                first = index, float(row.max() - row[got[index]])
             counted, same = counted + len(got), same + int(equal.sum())
             largest = max(largest, float(expected.abs().max()))
             difference = max(difference, float((expected - logits).abs().max()))
@@ -62,7 +62,7 @@ def compare(
 
 
 def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """The model's logits `(len(answer), vocabulary)` at the place of each token of the answer."""
+    """The model's logits `(len(answer), vocabulary)` for each token of the answer."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])
     with torch.inference_mode():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
@@ -70,13 +70,13 @@ def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int])
 
 
 def check(parity: Parity, first: tuple[int, float] | None, min_same_prediction_pct: float) -> None:
-    """Raise where fewer tokens are the same than the bound allows, or a logit is further off than it may be."""
+    """Raise if fewer tokens are equal, or a logit differs more, than the bounds allow."""
     if first is not None and parity.same_prediction_pct < min_same_prediction_pct:
         raise EdgetuneError(
-            f"the program chooses the model's token at {parity.same_prediction_pct:.2f} % of {parity.rows} places, "
+            f"the program chooses the model's token at {parity.same_prediction_pct:.2f} % of {parity.rows} positions, "
             f"below {min_same_prediction_pct:g} %: first at {first[0]}, where the model's logits are "
             f"{first[1]:.3g} apart (largest difference of a logit {parity.max_abs_difference:.3g})",
-            action="compare on more tokens, or allow it: min_same_prediction_pct=...",
+            action="compare more tokens, or lower the bound: min_same_prediction_pct=...",
             exit_code=Exit.EXPORT,
         )
     relative, allowed = parity.max_relative_difference, parity.max_relative_allowed
@@ -84,7 +84,7 @@ def check(parity: Parity, first: tuple[int, float] | None, min_same_prediction_p
         raise EdgetuneError(
             f"a logit of the program differs from the model's by {parity.max_abs_difference:.3g}, which is "
             f"{relative:.2g} of the largest; allowed is {allowed:g}",
-            action="export its logits for a window of tokens, et.export(model, example_inputs, path): where that "
-            "differs too, the error names the module",
+            action="export its logits for a window of tokens, et.export(model, example_inputs, path): if these "
+            "differ too, the error names the module",
             exit_code=Exit.EXPORT,
         )

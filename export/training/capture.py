@@ -29,33 +29,34 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 CHILD = "model"  # the name of the user's model in the wrappers
 
 
-class LossModule(nn.Module):
+class LogitsModule(nn.Module):
+    """The model as a module of positional inputs that returns logits."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(inputs) if isinstance(inputs, dict) else ()
+
+    def logits(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The logits for positional inputs."""
+        return logits_of(call(self.model, dict(zip(self.names, tensors)) if self.names else tensors))  # noqa: B905
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """The logits."""
+        return self.logits(tensors)
+
+
+class LossModule(LogitsModule):
     """The model with its loss: takes the inputs by position, then the labels."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
+    def __init__(self, model: nn.Module, inputs: Inputs, loss: Loss) -> None:
+        super().__init__(model, inputs)
         self.loss = loss
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *tensors: Tensor) -> Any:
         """The loss, a scalar, and the logits."""
-        inputs, labels = tensors[:-1], tensors[-1]
-        logits = logits_of(call(self.model, dict(zip(self.names, inputs)) if self.names else inputs))  # noqa: B905
-        return self.loss(logits, labels), logits.detach()
-
-
-class Forward(nn.Module):
-    """The model without its loss: logits for its inputs by position."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The logits."""
-        return logits_of(call(self.model, dict(zip(self.names, tensors)) if self.names else tensors))  # noqa: B905
+        logits = self.logits(tensors[:-1])
+        return self.loss(logits, tensors[-1]), logits.detach()
 
 
 class SplitLayer(nn.Module):
@@ -170,8 +171,7 @@ def capture_joint(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss) 
     """Capture forward, loss and backward of a model from `prepare_copy` for exactly these shapes."""
     from torch.export.exported_program import _decompose_exported_program
 
-    step = LossModule(model, tuple(inputs) if isinstance(inputs, dict) else (), loss)
-    program = _capture(step, (*tensors_of(inputs), labels))
+    program = _capture(LossModule(model, inputs, loss), (*tensors_of(inputs), labels))
     wanted = {f"{CHILD}.{name}" for name in trainable_parameters(model)}
     for node in program.graph.nodes:
         target = program.graph_signature.inputs_to_parameters.get(node.name)
@@ -251,7 +251,7 @@ def _hide_quantization(program: ExportedProgram, wanted: set[str]) -> Iterator[d
 
 def capture_forward(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """Capture only the forward pass of a model from `prepare_copy`."""
-    return _capture(Forward(model, tuple(inputs) if isinstance(inputs, dict) else ()), tensors_of(inputs))
+    return _capture(LogitsModule(model, inputs), tensors_of(inputs))
 
 
 def _capture(module: nn.Module, tensors: tuple[Tensor, ...]) -> ExportedProgram:

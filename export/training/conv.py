@@ -69,7 +69,7 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
     """As `torch.conv2d`, without a bias."""
     outputs, inputs, *kernel = weight.shape
     taps = slice_windows(x, kernel, stride, padding, dilation)
-    batch, height, width, channels = taps[0].shape
+    batch, height, width, _ = taps[0].shape
     count = len(taps)
     if _is_depthwise(weight.shape, groups):
         rows = weight.reshape(outputs, count).permute(1, 0).contiguous()
@@ -79,14 +79,18 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
         return total.permute(0, 3, 1, 2).contiguous()
     positions = batch * height * width
     if groups == 1:
-        columns = (torch.cat(taps, -1) if count > 1 else taps[0]).reshape(positions, count * channels)
-        matrix = weight.permute(2, 3, 1, 0).reshape(count * inputs, outputs)
-        flat = multiply(columns, matrix)
+        flat = multiply(_columns(taps), weight.permute(2, 3, 1, 0).reshape(count * inputs, outputs))
     else:
         each = outputs // groups
         matrix = weight.view(groups, each, inputs, count).permute(0, 3, 2, 1).reshape(groups, count * inputs, each)
         flat = torch.bmm(_group_columns(taps, groups), matrix).permute(1, 0, 2).reshape(positions, outputs)
     return flat.view(batch, height, width, outputs).permute(0, 3, 1, 2).contiguous()
+
+
+def _columns(taps: list[Tensor]) -> Tensor:
+    """`(positions, kernel positions * channels)`."""
+    columns = torch.cat(taps, -1) if len(taps) > 1 else taps[0]
+    return columns.reshape(-1, columns.shape[-1])
 
 
 def _group_columns(taps: list[Tensor], groups: int) -> Tensor:
@@ -114,8 +118,7 @@ def weight_gradient(
         each = [(tap.reshape(positions, channels) * rows).sum(0, keepdim=True) for tap in taps]
         return (torch.cat(each, 0) if count > 1 else each[0]).permute(1, 0).reshape(weight_shape)
     if groups == 1:
-        columns = (torch.cat(taps, -1) if count > 1 else taps[0]).reshape(positions, count * channels)
-        flat = multiply(rows.permute(1, 0), columns)  # (outputs, kernel positions * inputs)
+        flat = multiply(rows.permute(1, 0), _columns(taps))  # (outputs, kernel positions * inputs)
         return flat.view(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
     each_out = outputs // groups
     grouped = rows.view(positions, groups, each_out).permute(1, 2, 0).contiguous()

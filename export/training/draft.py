@@ -162,7 +162,10 @@ class Draft:
         self.graph.eliminate_dead_code()
         self._name_modules()
         order = [n.name for n in self.graph.nodes if n.op == "placeholder"]
-        specs = [self._spec(self._specs[name]) for name in order]
+        specs = [
+            InputSpec(InputKind.BUFFER, spec.arg, spec.target, persistent=True) if spec.target in self.state else spec
+            for spec in (self._specs[name] for name in order)
+        ]
         returned = [OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(n.name), t) for t, n in updates.items()]
         returned += [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in outputs]
         self.graph.lint()
@@ -183,11 +186,6 @@ class Draft:
                     owners[node] = module if all(owners.get(s) for s in sources) else ""
                 if module:
                     node.meta["nn_module_stack"] = {"owner": (module, "")}
-
-    def _spec(self, spec: InputSpec) -> InputSpec:
-        if spec.target in self.state:
-            return InputSpec(InputKind.BUFFER, spec.arg, spec.target, persistent=True)
-        return spec
 
     def _program(self, signature: ExportGraphSignature, outputs: int) -> ExportedProgram:
         users = [s for s in signature.input_specs if s.kind is InputKind.USER_INPUT]

@@ -42,7 +42,7 @@ def stock_plan_bytes(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Los
     from executorch.exir import EdgeCompileConfig, to_edge
     from torch.export.experimental import _export_forward_backward
 
-    step = LossModule(prepare_copy(model), tuple(inputs) if isinstance(inputs, dict) else (), loss)
+    step = LossModule(prepare_copy(model), inputs, loss)
     # CPU flash attention's backward has no kernel in executorch
     with silence_libraries(), sdpa_kernel(SDPBackend.MATH):
         exported = torch.export.export(step, (*tensors_of(inputs), labels), strict=False)

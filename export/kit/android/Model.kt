@@ -1,4 +1,4 @@
-// The program and what model.json says of it. Keep one Model, and use it from one thread: it is not thread-safe.
+// The program and its model.json. Keep one Model, and use it from one thread: it is not thread-safe.
 package org.edgetune.kit
 
 import android.content.Context
@@ -10,33 +10,33 @@ import org.pytorch.executorch.EValue
 import org.pytorch.executorch.Module
 import org.pytorch.executorch.Tensor
 
-/** Loads `assets/model.pte`. Off the main thread, please: it copies the program the first time and reads it. */
+/** Loads `assets/model.pte`. Not on the main thread: the first time, it copies the program. */
 open class Model(private val context: Context) : Closeable {
-    protected val told = JSONObject(asset("model.json"))
-    protected val carried: JSONObject = told.getJSONObject("carried")
+    protected val manifest = JSONObject(asset("model.json"))
+    protected val carried: JSONObject = manifest.getJSONObject("carried")
     protected val how: JSONObject = carried.getJSONObject("preprocessing")
     private val labels: List<String> = strings(carried.getJSONArray("labels"))
     private val module: Module = Module.load(program().absolutePath)
 
     /** The shape of each input, by name, in the program's order. */
     protected val shapes: Map<String, LongArray> =
-        objects(told.getJSONArray("calls").getJSONObject(0).getJSONArray("inputs"))
+        objects(manifest.getJSONArray("calls").getJSONObject(0).getJSONArray("inputs"))
             .associate { it.getString("name") to longs(it.getJSONArray("shape")) }
 
-    /** The classes, the likeliest first. `inputs` has a tensor for each name in [shapes]. */
+    /** The classes, the most likely first. `inputs` has a tensor for each name in [shapes]. */
     protected fun run(inputs: Map<String, Tensor>): List<Answer> {
         val given = shapes.keys.map { EValue.from(inputs.getValue(it)) }
         val outputs = module.forward(*given.toTypedArray())
-        check(outputs.isNotEmpty()) { "the program gave nothing: see logcat, tag ExecuTorch" }
+        check(outputs.isNotEmpty()) { "the program returned nothing: see logcat, tag ExecuTorch" }
         return answers(outputs[0].toTensor().dataAsFloatArray, labels)
     }
 
     override fun close() = module.destroy()
 
-    /** ExecuTorch reads a file; an asset is none. Copied anew where the app brings another program. */
+    /** ExecuTorch reads files, and an asset is not a file: copied once for each version of the program. */
     private fun program(): File {
-        val file = File(context.filesDir, "${told.getString("sha256")}.pte")
-        if (file.length() == told.getLong("size_bytes")) return file
+        val file = File(context.filesDir, "${manifest.getString("sha256")}.pte")
+        if (file.length() == manifest.getLong("size_bytes")) return file
         val partial = File(context.filesDir, "${file.name}.partial")
         context.assets.open("model.pte").use { from -> partial.outputStream().use { from.copyTo(it) } }
         check(partial.renameTo(file)) { "cannot write $file" }

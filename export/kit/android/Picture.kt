@@ -1,4 +1,4 @@
-// From pixels to the program's input. Plain Kotlin, nothing of Android.
+// Pixels to the program's input. Plain Kotlin, independent of Android.
 package org.edgetune.kit
 
 import kotlin.math.abs
@@ -6,7 +6,7 @@ import kotlin.math.floor
 import kotlin.math.max
 import kotlin.math.min
 
-/** What model.json says under carried.preprocessing; see [Model]. */
+/** The values under carried.preprocessing in model.json; see [Model]. */
 class Preparation(
     private val sizePx: Int,
     private val grey: Boolean,
@@ -33,12 +33,12 @@ class Preparation(
 
     private fun value(pixel: Int, channel: Int): Float {
         val rgb = intArrayOf(pixel shr 16 and 255, pixel shr 8 and 255, pixel and 255)
-        // grey as Pillow weighs the three
+        // grey with Pillow's weights
         val one = if (grey) (rgb[0] * 19595 + rgb[1] * 38470 + rgb[2] * 7471 + 0x8000) shr 16 else rgb[channel]
         return one.toFloat()
     }
 
-    /** Which old pixels make up a new one, and with what weights: a triangle, as wide as the new pixel if larger. */
+    /** The source pixels of a resized one and their weights: a triangle filter, as wide as the new pixel if larger. */
     private class Share(val first: Int, val weights: DoubleArray)
 
     private fun shares(oldSize: Int, begin: Double, length: Double): List<Share> =

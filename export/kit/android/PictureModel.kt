@@ -4,7 +4,7 @@ import android.content.Context
 import android.graphics.Bitmap
 import org.pytorch.executorch.Tensor
 
-/** Answers for pictures: `PictureModel(context).use { it.answer(bitmap).first().label }`. */
+/** Answers for images: `PictureModel(context).use { it.answer(bitmap).first().label }`. */
 class PictureModel(context: Context) : Model(context) {
     private val preparation =
         Preparation(
@@ -17,7 +17,7 @@ class PictureModel(context: Context) : Model(context) {
             std = floats(how.getJSONArray("std")),
         )
 
-    /** The classes of a picture, the likeliest first. Turn it upright before: a Bitmap has lost its orientation. */
+    /** The classes of an upright image, the most likely first: a Bitmap has no orientation. */
     fun answer(picture: Bitmap): List<Answer> {
         val plain = if (picture.config == Bitmap.Config.ARGB_8888) picture else picture.copy(Bitmap.Config.ARGB_8888, false)
         val pixels = IntArray(plain.width * plain.height)

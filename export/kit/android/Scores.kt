@@ -1,4 +1,4 @@
-// What comes out of the program. Plain Kotlin, nothing of Android.
+// The program's output. Plain Kotlin, independent of Android.
 package org.edgetune.kit
 
 import kotlin.math.exp
@@ -6,7 +6,7 @@ import kotlin.math.exp
 /** A class and its score; the scores of all classes add up to 1. */
 data class Answer(val label: String, val score: Double)
 
-/** The classes, the likeliest first. */
+/** The classes, the most likely first. */
 fun answers(logits: FloatArray, labels: List<String>): List<Answer> {
     val highest = logits.map { it.toDouble() }.reduce { a, b -> if (a > b) a else b }
     val parts = logits.map { exp(it - highest) }

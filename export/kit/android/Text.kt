@@ -1,10 +1,10 @@
-// From a text to the tokens of a BERT tokenizer. Plain Kotlin, nothing of Android. A special token that is written out in
-// a text, such as [SEP], is cut like any other: Hugging Face's tokenizer would take it for the token.
+// A text to the tokens of a BERT tokenizer. Plain Kotlin, independent of Android. A special token that is spelled out in
+// a text, such as [SEP], is split like any other word: Hugging Face's tokenizer would treat it as the token.
 package org.edgetune.kit
 
 import java.text.Normalizer
 
-/** What model.json says of the tokenizer under carried.preprocessing.wordpiece; see [Model]. */
+/** The values under carried.preprocessing.wordpiece in model.json; see [Model]. */
 class WordPiece(
     private val vocabulary: Map<String, Long>,
     private val unknown: Long,
@@ -25,7 +25,7 @@ class WordPiece(
         return before + inner.toLongArray() + after
     }
 
-    /** Runs of characters between blanks, and each punctuation mark. */
+    /** Runs of characters between spaces, and each punctuation mark. */
     private fun words(text: String): List<String> {
         val found = mutableListOf(StringBuilder())
         for (point in folded(cleaned(points(text)))) {
@@ -49,11 +49,11 @@ class WordPiece(
             val apart = Normalizer.normalize(string(found), Normalizer.Form.NFD)
             found = points(apart).filterNot { Character.getType(it) == Character.NON_SPACING_MARK.toInt() }
         }
-        // one character at a time: the sigma at the end of a Greek word is as any other
+        // one character at a time: a final sigma is not special
         return if (lowercase) found.flatMap { points(string(listOf(it)).lowercase()) } else found
     }
 
-    /** The longest pieces of a word that are in the vocabulary, from the left; all or the unknown token. */
+    /** The longest pieces of a word in the vocabulary, from the left; the unknown token if a piece is missing. */
     private fun pieces(word: String): List<Long> {
         val points = points(word)
         val found = mutableListOf<Long>()

@@ -8,7 +8,7 @@ import org.pytorch.executorch.Tensor
 class TextModel(context: Context) : Model(context) {
     private val tokenizer = tokenizer(how.getJSONObject("wordpiece"))
 
-    /** The classes of a text, the likeliest first. */
+    /** The classes of a text, the most likely first. */
     fun answer(text: String): List<Answer> {
         val shape = shapes.getValue("input_ids")
         val width = shape[1].toInt()

@@ -1,4 +1,4 @@
-// The program and what model.json says of it. Use a model from one thread at a time: it is not thread-safe.
+// The program and its model.json. Use a model from one thread at a time: it is not thread-safe.
 import ExecuTorch
 import Foundation
 
@@ -12,8 +12,8 @@ public enum KitError: Swift.Error {
   case missing(String)
 }
 
-/// What an app reads of model.json.
-struct Told: Decodable {
+/// The part of model.json that an app reads.
+struct Manifest: Decodable {
   struct Spec: Decodable {
     let name: String
     let shape: [Int]
@@ -39,7 +39,7 @@ struct Told: Decodable {
     let pad_id: Int64?
     let ending: String?
     let wordpiece: WordPiece?
-    // pictures
+    // images
     let size_px: Int?
     let color: String?
     let crop: String?
@@ -66,28 +66,28 @@ struct Told: Decodable {
 
 /// The program, loaded from the package's resources.
 final class Model {
-  let told: Told
+  let manifest: Manifest
   private let module: Module
 
   init() throws {
-    told = try JSONDecoder().decode(Told.self, from: Data(contentsOf: Model.resource("model.json")))
+    manifest = try JSONDecoder().decode(Manifest.self, from: Data(contentsOf: Model.resource("model.json")))
     module = Module(filePath: try Model.resource("model.pte").path)
     try module.load("forward")
   }
 
   static func resource(_ name: String) throws -> URL {
-    guard let found = Bundle.module.url(forResource: name, withExtension: nil) else { throw KitError.missing(name) }
-    return found
+    guard let url = Bundle.module.url(forResource: name, withExtension: nil) else { throw KitError.missing(name) }
+    return url
   }
 
-  /// The classes, the likeliest first. `inputs` stand in the order of `told.inputs`.
+  /// The classes, the most likely first. `inputs` are in the order of `manifest.inputs`.
   func run(_ inputs: [ValueConvertible]) throws -> [Answer] {
     let output = try Tensor<Float>(module.forward(inputs))
     let logits = output.scalars().map(Double.init)
     let highest = logits.max() ?? 0
     let parts = logits.map { exp($0 - highest) }
     let sum = parts.reduce(0, +)
-    let labels = told.carried.labels
+    let labels = manifest.carried.labels
     return parts.enumerated()
       .map { Answer(label: $0.offset < labels.count ? labels[$0.offset] : String($0.offset), score: $0.element / sum) }
       .sorted { $0.score > $1.score }

@@ -18,7 +18,7 @@ $products
       resources: [
 $resources
       ],
-      linkerSettings: [.unsafeFlags(["-Wl,-all_load"])]  // backends and kernels announce themselves when loaded
+      linkerSettings: [.unsafeFlags(["-Wl,-all_load"])]  // backends and kernels register themselves when loaded
     )
   ]
 )

@@ -1,9 +1,9 @@
-// From a picture to an answer.
+// An image to an answer.
 import CoreGraphics
 import ExecuTorch
 import Foundation
 
-/// Answers for pictures: `try PictureModel().answer(image.cgImage!).first?.label`.
+/// Answers for images: `try PictureModel().answer(image.cgImage!).first?.label`.
 public final class PictureModel {
   private let model: Model
   private let sizePx: Int
@@ -16,7 +16,7 @@ public final class PictureModel {
 
   public init() throws {
     model = try Model()
-    let how = model.told.carried.preprocessing
+    let how = model.manifest.carried.preprocessing
     guard let size = how.size_px, let mean = how.mean, let std = how.std else { throw KitError.missing("size_px") }
     sizePx = size
     grey = how.color == "grey"
@@ -27,7 +27,7 @@ public final class PictureModel {
     self.std = std
   }
 
-  /// The classes of a picture, the likeliest first. Turn it upright before: a CGImage has lost its orientation.
+  /// The classes of an upright image, the most likely first: a CGImage has no orientation.
   public func answer(_ picture: CGImage) throws -> [Answer] {
     let (width, height) = (picture.width, picture.height)
     var bytes = [UInt8](repeating: 0, count: width * height * 4)
@@ -41,7 +41,7 @@ public final class PictureModel {
       return true
     }
     guard drawn else { throw KitError.missing("pixels") }
-    return try model.run([Tensor<Float>(inputs(bytes, width, height), shape: model.told.inputs[0].shape)])
+    return try model.run([Tensor<Float>(inputs(bytes, width, height), shape: model.manifest.inputs[0].shape)])
   }
 
   /// Bytes R, G, B, unused, row by row, to channels first.
@@ -52,7 +52,7 @@ public final class PictureModel {
       if channel < (grey ? 1 : 3) {
         let plane = (0..<(width * height)).map { at -> Float in
           if !grey { return Float(bytes[at * 4 + channel]) }
-          // grey as Pillow weighs the three
+          // grey with Pillow's weights
           let (r, g, b) = (Int(bytes[at * 4]), Int(bytes[at * 4 + 1]), Int(bytes[at * 4 + 2]))
           return Float((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16)
         }
@@ -63,7 +63,7 @@ public final class PictureModel {
     return found
   }
 
-  /// Which old pixels make up a new one, and with what weights: a triangle, as wide as the new pixel if larger.
+  /// The source pixels of a resized one and their weights: a triangle filter, as wide as the new pixel if larger.
   private func shares(_ oldSize: Int, _ begin: Double, _ length: Double) -> [(first: Int, weights: [Double])] {
     (0..<sizePx).map { place in
       let scale = length / Double(sizePx)

@@ -1,5 +1,5 @@
-// From a text to an answer. A special token that is written out in a text, such as [SEP], is cut like any other: Hugging
-// Face's tokenizer would take it for the token.
+// A text to an answer. A special token that is spelled out in a text, such as [SEP], is split like any other word:
+// Hugging Face's tokenizer would treat it as the token.
 import ExecuTorch
 import Foundation
 
@@ -10,15 +10,15 @@ public final class TextModel {
 
   public init() throws {
     model = try Model()
-    let how = model.told.carried.preprocessing
+    let how = model.manifest.carried.preprocessing
     guard let piece = how.wordpiece, let file = how.tokenizer else { throw KitError.missing("wordpiece") }
     tokenizer = try WordPiece(piece, vocabulary: WordPiece.vocabulary(Model.resource(file)))
   }
 
-  /// The classes of a text, the likeliest first.
+  /// The classes of a text, the most likely first.
   public func answer(_ text: String) throws -> [Answer] {
-    let how = model.told.carried.preprocessing
-    let shape = model.told.inputs[0].shape
+    let how = model.manifest.carried.preprocessing
+    let shape = model.manifest.inputs[0].shape
     let width = shape[1]
     let tokens = tokenizer.tokens(
       text + (how.ending ?? ""), most: min(width, how.max_length ?? width), cutRight: how.cut != "left")
@@ -26,16 +26,16 @@ public final class TextModel {
     let ids = tokens + [Int64](repeating: how.pad_id ?? 0, count: empty)
     let mask = [Int64](repeating: 1, count: tokens.count) + [Int64](repeating: 0, count: empty)
     return try model.run(
-      model.told.inputs.map { Tensor<Int64>($0.name == "attention_mask" ? mask : ids, shape: shape) })
+      model.manifest.inputs.map { Tensor<Int64>($0.name == "attention_mask" ? mask : ids, shape: shape) })
   }
 }
 
 /// A tokenizer of the BERT family.
 struct WordPiece {
-  private let how: Told.WordPiece
+  private let how: Manifest.WordPiece
   private let vocabulary: [String: Int64]
 
-  init(_ how: Told.WordPiece, vocabulary: [String: Int64]) {
+  init(_ how: Manifest.WordPiece, vocabulary: [String: Int64]) {
     self.how = how
     self.vocabulary = vocabulary
   }
@@ -55,7 +55,7 @@ struct WordPiece {
     return how.before + (cutRight ? found.prefix(room) : found.suffix(room)) + how.after
   }
 
-  /// Runs of characters between blanks, and each punctuation mark.
+  /// Runs of characters between spaces, and each punctuation mark.
   private func words(_ text: String) -> [[Unicode.Scalar]] {
     var found: [[Unicode.Scalar]] = [[]]
     for scalar in folded(cleaned(Array(text.unicodeScalars))) {
@@ -82,7 +82,7 @@ struct WordPiece {
     return how.lowercase ? found.flatMap { Array($0.properties.lowercaseMapping.unicodeScalars) } : found
   }
 
-  /// The longest pieces of a word that are in the vocabulary, from the left; all or the unknown token.
+  /// The longest pieces of a word in the vocabulary, from the left; the unknown token if a piece is missing.
   private func pieces(_ word: [Unicode.Scalar]) -> [Int64] {
     var found: [Int64] = []
     var start = 0

@@ -1,4 +1,4 @@
-// Answers of the program in the folder above, for texts or for pictures in files. See README.md for how to build it.
+// Answers of the program in the parent folder, for texts or for image files. See README.md for how to build it.
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 
@@ -23,7 +23,7 @@ using executorch::runtime::EValue;
 
 namespace {
 
-// Prints the three likeliest classes.
+// Prints the three most likely classes.
 void show(const char* row, const float* logits, std::size_t classes) {
   std::vector<double> scores(logits, logits + classes);
   const double highest = *std::max_element(scores.begin(), scores.end());
@@ -48,7 +48,7 @@ void show(const char* row, const float* logits, std::size_t classes) {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fprintf(stderr, "usage: %s FOLDER (TEXT|PICTURE.ppm)...   FOLDER: where model.pte lies\n", argv[0]);
+    std::fprintf(stderr, "usage: %s FOLDER (TEXT|IMAGE.ppm)...   FOLDER: the folder of model.pte\n", argv[0]);
     return 2;
   }
   const std::string folder = std::string(argv[1]) + "/";

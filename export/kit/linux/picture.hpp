@@ -1,4 +1,4 @@
-// From a picture to the program's input, going by spec.hpp. Plain C++17.
+// An image to the program's input, by spec.hpp. Plain C++17.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +17,10 @@ namespace kit {
 
 struct Picture {
   int width, height, channels;  // 1: grey, 3: RGB
-  std::vector<std::uint8_t> bytes;  // row by row, the channels of a pixel together
+  std::vector<std::uint8_t> bytes;  // row by row, channels last
 };
 
-// A binary PGM (P5) or PPM (P6) file, upright. Give your own decoder's or camera's pixels as a Picture instead.
+// A binary PGM (P5) or PPM (P6) file, upright. For pixels from a decoder or a camera, make a Picture.
 inline Picture read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::string kind;
@@ -49,7 +49,7 @@ inline Picture read(const std::string& path) {
   return found;
 }
 
-// Which old pixels make up a new one, and with what weights: a triangle, as wide as the new pixel where it is larger.
+// The source pixels of a resized one and their weights: a triangle filter, as wide as the new pixel if larger.
 struct Share {
   int first;
   std::vector<double> weights;
@@ -120,7 +120,7 @@ inline std::vector<float> inputs(const Picture& picture) {
         const std::uint8_t* pixel = &picture.bytes[at * picture.channels];
         if (picture.channels == 1) {
           plane[at] = pixel[0];
-        } else if (kGrey) {  // as Pillow weighs them
+        } else if (kGrey) {  // with Pillow's weights
           plane[at] = static_cast<float>((pixel[0] * 19595 + pixel[1] * 38470 + pixel[2] * 7471 + 0x8000) >> 16);
         } else {
           plane[at] = pixel[channel];

@@ -1,5 +1,5 @@
-// From a text to the tokens of a BERT tokenizer, going by spec.hpp and vocab.txt. Plain C++17. A special token that is
-// written out in a text, such as [SEP], is cut like any other: Hugging Face's tokenizer would take it for the token.
+// A text to the tokens of a BERT tokenizer, by spec.hpp and vocab.txt. Plain C++17. A special token that is spelled out
+// in a text, such as [SEP], is split like any other word: Hugging Face's tokenizer would treat it as the token.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace kit {
 
-// From UTF-8 to code points. A byte that begins no character becomes U+FFFD, which is dropped later.
+// UTF-8 to code points. An invalid byte becomes U+FFFD, which is dropped later.
 inline std::u32string points(const std::string& text) {
   std::u32string found;
   for (std::size_t at = 0; at < text.size();) {
@@ -54,9 +54,9 @@ bool within(const Range (&ranges)[count], char32_t point) {
   return after != ranges && point <= (after - 1)->last;
 }
 
-// Lower case and without accents, as far as spec.hpp says so.
+// Lower case and without accents, as spec.hpp sets it.
 inline void fold(char32_t point, std::u32string& into) {
-  if (kStripAccents && point >= 0xAC00 && point <= 0xD7A3) {  // Korean syllables fall apart by arithmetic
+  if (kStripAccents && point >= 0xAC00 && point <= 0xD7A3) {  // Korean syllables are decomposed by arithmetic
     const char32_t place = point - 0xAC00;
     into += {static_cast<char32_t>(0x1100 + place / 588), static_cast<char32_t>(0x1161 + place % 588 / 28)};
     if (place % 28 != 0) {
@@ -74,7 +74,7 @@ inline void fold(char32_t point, std::u32string& into) {
   }
 }
 
-// The words of a text: runs of characters between blanks, and each punctuation mark.
+// The words of a text: runs of characters between spaces, and each punctuation mark.
 inline std::vector<std::u32string> words(const std::string& text) {
   std::u32string cleaned;
   for (char32_t point : points(text)) {
@@ -111,7 +111,7 @@ inline std::vector<std::u32string> words(const std::string& text) {
 
 class Tokenizer {
  public:
-  // `path`: vocab.txt, one token a line, its number from 0 is its id.
+  // `path`: vocab.txt, one token per line; the line number, from 0, is its id.
   explicit Tokenizer(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     if (!file) {
@@ -142,7 +142,7 @@ class Tokenizer {
   }
 
  private:
-  // The longest pieces of a word that are in the vocabulary, from the left; all or the unknown token.
+  // The longest pieces of a word in the vocabulary, from the left; the unknown token if a piece is missing.
   void pieces(const std::u32string& word, std::vector<std::int64_t>& into) const {
     const std::size_t known = into.size();
     for (std::size_t start = 0; start < word.size();) {

@@ -1,9 +1,9 @@
-// Answers of a language model, by ExecuTorch's own runner.
+// Generates answers with ExecuTorch's language runner.
 import ExecuTorchLLM
 import Foundation
 
-public final class Talk {
-  private struct Told: Decodable {
+public final class Generator {
+  private struct Manifest: Decodable {
     struct Tokenizer: Decodable { let file: String }
     struct Language: Decodable {
       let max_tokens: Int
@@ -17,38 +17,38 @@ public final class Talk {
     let after: String
   }
 
-  private let language: Told.Language
+  private let language: Manifest.Language
   private let chat: Chat
   private let runner: TextRunner
 
   public init() throws {
-    let told: Told = try Talk.decoded("model.json")
-    language = told.language
-    chat = try Talk.decoded("chat.json")
+    let manifest: Manifest = try Generator.decoded("model.json")
+    language = manifest.language
+    chat = try Generator.decoded("chat.json")
     runner = TextRunner(
-      modelPath: try Talk.resource("model.pte").path, tokenizerPath: try Talk.resource(language.tokenizer.file).path)
+      modelPath: try Generator.resource("model.pte").path, tokenizerPath: try Generator.resource(language.tokenizer.file).path)
     try runner.load()
   }
 
-  /// One message, answered from scratch; `heard` gets each piece of text as it comes. Off the main thread, please.
-  public func answer(_ message: String, heard: @escaping (String) -> Void) throws {
+  /// Answers one message without history; `onText` gets each piece of text. Do not call it on the main thread.
+  public func answer(_ message: String, onText: @escaping (String) -> Void) throws {
     runner.reset()
     let config = Config {
       $0.sequenceLength = language.max_tokens
       $0.isEchoEnabled = false
       $0.temperature = 0
     }
-    try runner.generate(chat.before + message + chat.after, config, tokenCallback: heard)
+    try runner.generate(chat.before + message + chat.after, config, tokenCallback: onText)
   }
 
-  /// Ends an answer early.
+  /// Stops an answer early.
   public func stop() { runner.stop() }
 
   private static func resource(_ name: String) throws -> URL {
-    guard let found = Bundle.module.url(forResource: name, withExtension: nil) else {
+    guard let url = Bundle.module.url(forResource: name, withExtension: nil) else {
       throw CocoaError(.fileNoSuchFile, userInfo: [NSFilePathErrorKey: name])
     }
-    return found
+    return url
   }
 
   private static func decoded<Value: Decodable>(_ name: String) throws -> Value {

@@ -7,26 +7,26 @@ import org.json.JSONObject
 import org.pytorch.executorch.extension.llm.LlmCallback
 import org.pytorch.executorch.extension.llm.LlmModule
 
-/** Answers of a language model, by ExecuTorch's own runner. Off the main thread, please. */
-class Talk(private val context: Context, temperature: Float = 0f) : Closeable {
-    private val told = JSONObject(text("model.json"))
-    private val language = told.getJSONObject("language")
+/** Generates answers with ExecuTorch's language runner. Do not use it on the main thread. */
+class Generator(private val context: Context, temperature: Float = 0f) : Closeable {
+    private val manifest = JSONObject(text("model.json"))
+    private val language = manifest.getJSONObject("language")
     private val chat = JSONObject(text("chat.json"))
     private val module =
         LlmModule(
-            file("model.pte", told.getString("sha256") + ".pte").absolutePath,
+            file("model.pte", manifest.getString("sha256") + ".pte").absolutePath,
             file(tokenizer(), language.getJSONObject("tokenizer").getString("sha256") + ".json").absolutePath,
             temperature,
         )
 
-    /** One message, answered from scratch; [heard] gets each piece of text as it comes. */
-    fun answer(message: String, heard: (String) -> Unit) {
+    /** Answers one message without history; [onText] gets each piece of text as it is generated. */
+    fun answer(message: String, onText: (String) -> Unit) {
         module.resetContext()
         val prompt = chat.getString("before") + message + chat.getString("after")
         var failure: String? = null
         val callback =
             object : LlmCallback {
-                override fun onResult(result: String) = heard(result)
+                override fun onResult(result: String) = onText(result)
 
                 override fun onError(errorCode: Int, message: String) {
                     failure = "error $errorCode: $message"
@@ -36,7 +36,7 @@ class Talk(private val context: Context, temperature: Float = 0f) : Closeable {
         check(failure == null) { "the program failed: $failure" }
     }
 
-    /** Ends an answer early. */
+    /** Stops an answer early. */
     fun stop() = module.stop()
 
     override fun close() = module.resetNative()
@@ -45,7 +45,7 @@ class Talk(private val context: Context, temperature: Float = 0f) : Closeable {
 
     private fun text(name: String): String = context.assets.open(name).bufferedReader().use { it.readText() }
 
-    /** ExecuTorch reads files; assets are none. Copied once, under the checksum. */
+    /** ExecuTorch reads files, and assets are not files: copied once, named by checksum. */
     private fun file(asset: String, name: String): File {
         val file = File(context.filesDir, name)
         if (file.exists()) return file

@@ -1,8 +1,8 @@
-"""Answers of the language model beside this file, as they come.
+"""Generate an answer with the program in this folder.
 
-python talk.py "a question"
+python generate.py "a question"
 
-It goes by model.json, its tokenizer and chat.json, which holds what the model's chat format puts around a message.
+It reads model.json, its tokenizer and chat.json, which has the text that the chat format puts around a message.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 
-class Talker:
-    """A program with its cache, and its tokenizer."""
+class Generator:
+    """A text-generation program and its tokenizer."""
 
     def __init__(self, path: Path) -> None:
-        """Load the .pte at `path`, with its .json and the files that names beside it."""
-        import executorch.kernels.quantized  # noqa: F401  makes the kernels of quantized embeddings known
+        """Load the .pte at `path` with its .json and the files that it names."""
+        import executorch.kernels.quantized  # noqa: F401  registers the kernels of quantized embeddings
         from executorch.runtime import Runtime
         from tokenizers import Tokenizer
 
@@ -32,27 +32,29 @@ class Talker:
         self.tokenizer = Tokenizer.from_file(str(path.parent / self.language["tokenizer"]["file"]))
         runtime = Runtime.get()
         _load_kernels()
-        self.program = runtime.load_program(path)  # it must live as long as its methods
+        self.program = runtime.load_program(path)  # must outlive its methods
         self.method = self.program.load_method("forward")
 
     def answer(self, message: str, most: int = 256) -> Iterator[str]:
-        """The likeliest answer to one message, piece by piece."""
+        """The most likely answer to one message, piece by piece."""
         from tokenizers.decoders import DecodeStream
 
-        around = self.chat["before"] or self.chat["after"]
+        has_format = self.chat["before"] or self.chat["after"]
         text = self.chat["before"] + message + self.chat["after"]
-        prompt = self.tokenizer.encode(text, add_special_tokens=not around).ids
+        prompt = self.tokenizer.encode(text, add_special_tokens=not has_format).ids
         if not 0 < len(prompt) <= self.language["max_tokens"]:
             raise ValueError(f"the message has {len(prompt)} tokens; from 1 to {self.language['max_tokens']} fit")
         stream = DecodeStream(skip_special_tokens=True)
         token = self._prefill(prompt)
-        for place in range(len(prompt), len(prompt) + most):
+        for position in range(len(prompt), len(prompt) + most):
             if token in self.language["eos_ids"]:
                 return
-            yield stream.step(self.tokenizer, token) or ""  # a character of several tokens comes with the last
-            if place >= self.language["max_tokens"]:  # the cache is full
+            yield (
+                stream.step(self.tokenizer, token) or ""
+            )  # a character of several tokens is complete with the last one
+            if position >= self.language["max_tokens"]:  # the cache is full
                 return
-            token = self._step([token], place)
+            token = self._step([token], position)
 
     def _prefill(self, prompt: list[int]) -> int:
         token, piece = 0, self.language["prefill_tokens"]
@@ -60,14 +62,14 @@ class Talker:
             token = self._step(prompt[start : start + piece], start)
         return token
 
-    def _step(self, tokens: list[int], place: int) -> int:
-        """Put the tokens into the cache at `place`; the likeliest after them."""
-        (logits,) = self.method.execute([torch.tensor([tokens]), torch.tensor([place])])
+    def _step(self, tokens: list[int], position: int) -> int:
+        """Put the tokens into the cache at `position`; returns the most likely next token."""
+        (logits,) = self.method.execute([torch.tensor([tokens]), torch.tensor([position])])
         return int(logits[0, -1].argmax())
 
 
 def _load_kernels() -> None:
-    """Attention and cache: they lie in a library of their own."""
+    """Load the library with the attention and cache kernels."""
     package = importlib.util.find_spec("executorch.extension.llm.custom_ops")
     folders = list(package.submodule_search_locations or []) if package is not None else []
     (library,) = (file for folder in folders for file in Path(folder).glob("*custom_ops_aot_lib.*"))
@@ -75,12 +77,12 @@ def _load_kernels() -> None:
 
 
 def main(words: list[str]) -> int:
-    """Print the answer; the exit code."""
+    """Print the answer; returns the exit code."""
     if not words:
         print(__doc__)
         return 2
-    talker = Talker(Path(__file__).resolve().parent / "model.pte")
-    for piece in talker.answer(" ".join(words)):
+    generator = Generator(Path(__file__).resolve().parent / "model.pte")
+    for piece in generator.answer(" ".join(words)):
         print(piece, end="", flush=True)
     print()
     return 0
