@@ -110,8 +110,8 @@ def pictures():
     return [(numpy.zeros((4, 4 + n % 2), dtype="uint8"), n % 2) for n in range(20)]
 def texts():
     return ["text %d" % n for n in range(40)]
-def floats():
-    return [("text", 0.5)]
+def strange():
+    return [("text", b"good")]
 def misnamed():
     return {"training": rows()}
 """
@@ -127,7 +127,7 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
     assert sorted(loaded("parts").test.inputs) == ["another", "one more"]
     assert loaded("texts").task == CausalLM()
     for function, message in {
-        "mixed": "several kinds|neither a text nor", "pictures": "several sizes", "floats": "neither a string nor",
+        "mixed": "several kinds|neither a text nor", "pictures": "several sizes", "strange": "neither a string nor a number",
         "misnamed": "returns no training rows",
     }.items():  # fmt: skip
         with pytest.raises(EdgetuneError, match=message) as caught:
