@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgetune.cli.progress import shown
+from edgetune.cli.progress import show_progress
 from edgetune.core.ledger import Ledger
 from edgetune.recipe import recipe
-from edgetune.recipe.overrides import from_text
+from edgetune.recipe.overrides import parse_overrides
 from edgetune.run import fold, pipeline, runs
-from edgetune.run.environment import environment
+from edgetune.run.environment import detect_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
@@ -68,13 +68,13 @@ def full_fine_tuning(name: str, changes: dict[str, Any], out: Path, seed: int) -
 def run(what: recipe.Recipe, out: Path) -> Ledger:
     """Run one recipe in a folder of its own; a finished run of the very same recipe is taken as it is."""
     for digest in sorted(out.parent.rglob("digest.txt")):
-        earlier = runs.earlier_ledger(digest.parent)
+        earlier = runs.read_ledger(digest.parent)
         same = digest.read_text(encoding="utf-8").startswith(what.digest + "\n")
         if same and earlier is not None and earlier.finished:
             print(f"taken from {digest.parent.relative_to(ROOT)}", file=sys.stderr)
             return earlier
     number = 1 + max((int(path.name[-3:]) for path in out.glob(f"{what.name}-*")), default=0)
-    with shown() as progress:
+    with show_progress() as progress:
         return pipeline.run(what, out=out / f"{what.name}-{number:03d}", progress=progress).ledger
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     whole = "--full" in given
     given = [word for word in given if word != "--full"]
     name = given.pop(0) if given and "=" not in given[0] else "text-minilm"
-    changes, out = from_text(given), ROOT / "runs" / "bench"
+    changes, out = parse_overrides(given), ROOT / "runs" / "bench"
     ledgers = [run(recipe.load(name, {**changes, "seed": seed}), out) for seed in SEEDS]
     full = [full_fine_tuning(name, changes, out, seed) for seed in SEEDS] if whole else []
     sizes = fp32_sizes(name, changes, out)
@@ -93,7 +93,7 @@ def main() -> None:
     program = ledgers[0].program
     assert program is not None
     parities = [ledger.program.parity for ledger in ledgers if ledger.program and ledger.program.parity]
-    machine = environment()
+    machine = detect_environment()
     lines = [
         f"# `make bench`: {name}",
         "",

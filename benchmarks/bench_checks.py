@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgetune.cli.progress import shown
+from edgetune.cli.progress import show_progress
 from edgetune.run import pipeline
 
 CHECKS = {  # what: (module, function), as the caller looks it up
@@ -60,7 +60,7 @@ def main() -> int:
         module: Any = importlib.import_module(module_name)
         setattr(module, function, clock.timed(name, getattr(module, function)))
     began = time.perf_counter()
-    with shown() as progress:
+    with show_progress() as progress:
         run = pipeline.run(recipe, progress=progress)
     whole = time.perf_counter() - began
     print(f"{recipe}: {whole:.0f} s in all, {Path(run.folder)}\n\n| check | seconds | share |\n|---|---|---|")

@@ -27,7 +27,7 @@ import bench_export_worker as worker
 import torch
 
 from edgetune.core.quiet import silence_libraries
-from edgetune.run.environment import versions
+from edgetune.run.environment import installed_versions
 from support.families import FAMILIES, Family
 from support.timm_apart import TIMM, import_timm
 
@@ -255,7 +255,7 @@ def verdicts(found: Found) -> list[tuple[bool, str]]:
 
 def document(found: Found) -> str:
     """The page."""
-    machine = versions()
+    machine = installed_versions()
     measured = sum(f"{name}/{column}" in found for name in FAMILIES for column in worker.COLUMNS)
     lines = [
         "# `make bench-export`: model families, from adapter to verified program",

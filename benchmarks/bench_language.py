@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgetune.run.environment import environment
+from edgetune.run.environment import detect_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("bench_language_worker.py")
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many blocks of SmolLM2")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-language.json")
     given = parser.parse_args()
-    here = environment()
+    here = detect_environment()
     packages = ("torch", "executorch", "torchao", "transformers")
     machine = {"cpu": here.cpu, "versions": {name: here.versions[name] for name in packages}}
     how = {"rounds": given.rounds, "threads": given.threads, "layers": given.layers}

@@ -19,7 +19,7 @@ from edgetune.core import registry
 from edgetune.core.quiet import silence_libraries
 from edgetune.data.dataset import Dataset
 from edgetune.data.rows import Rows
-from edgetune.models.loaded import Loaded, ModelSettings
+from edgetune.models.loaded import LoadedModel, ModelSettings
 from edgetune.runtime.clock.machine import resident_mib
 from edgetune.tasks.causal_lm import CausalLM
 from edgetune.tasks.task import Task
@@ -31,11 +31,11 @@ TOKENS = 64  # of MiniLM's input
 Says = Callable[[Sequence[int], int], int]  # tokens, and where the first of them stands -> the likeliest next one
 
 
-def loaded(source: str, task: Task, layers: int | None) -> Loaded:
+def loaded(source: str, task: Task, layers: int | None) -> LoadedModel:
     """A model of the registry, without data."""
     none = Rows([])
     dataset = Dataset("", task, none, none, none)
-    found: Loaded = registry.loader(registry.MODELS, "model", source)(
+    found: LoadedModel = registry.loader(registry.MODELS, "model", source)(
         ModelSettings(source=source, layers=layers), dataset
     )
     return found

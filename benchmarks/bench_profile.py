@@ -33,7 +33,7 @@ from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device, load
 from edgetune.profile.validate import format_lines, validate
 from edgetune.program.artifact import Artifact
-from edgetune.run.environment import versions
+from edgetune.run.environment import installed_versions
 from edgetune.runtime import verify
 from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.place import TimingRequest
@@ -207,7 +207,7 @@ def document(
     rows: list[Row], steps: list[Row], host: Device, noise: float, found: list[tuple[bool, str]], validation: Any
 ) -> str:
     """The page."""
-    calibration, machine = host.calibration, versions()
+    calibration, machine = host.calibration, installed_versions()
     assert calibration is not None
     lines = [
         "# `make bench-profile`: predicted and measured",

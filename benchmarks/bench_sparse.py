@@ -24,7 +24,7 @@ from typing import Any
 
 from bench_sparse_worker import TASKS, WITH_LEAN
 
-from edgetune.run.environment import environment
+from edgetune.run.environment import detect_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "bench_sparse_worker.py")]
@@ -223,7 +223,7 @@ def main() -> None:
         if "cost" not in held:
             print(f"{task}: no step has been timed yet", file=sys.stderr)
             continue
-        machine = environment()
+        machine = detect_environment()
         settings = TASKS[task]
         lines = [
             f"# `make bench-sparse`: {task}",

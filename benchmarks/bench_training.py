@@ -24,7 +24,7 @@ import torch
 from bench_sparse_worker import TASKS, Worker
 
 from edgetune.export.training.step import Batch, Check, eager_losses, export_training
-from edgetune.run.environment import environment
+from edgetune.run.environment import detect_environment
 from support.training_measures import loss_difference, step_times, stock_plan_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +115,7 @@ def main() -> None:
             found[f"{task} {method}"] = measured(task, method, given.rows, times)
             print(found[f"{task} {method}"], file=sys.stderr)
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    machine = environment()
+    machine = detect_environment()
     lines = [
         "# Training programs",
         "",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.recipe import recipe
-from edgetune.recipe.schema import SCHEMA_FILE, first_line, schema
+from edgetune.recipe.schema import SCHEMA_FILE, build_schema, first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
@@ -94,7 +94,7 @@ TYPES = {"string": "string", "integer": "integer", "number": "number", "boolean"
 
 def page() -> str:
     """The page in Markdown."""
-    whole = schema()
+    whole = build_schema()
     kinds = whole["$defs"]
     steps = {
         name: (field["description"], field["anyOf"][0])
@@ -116,7 +116,7 @@ def page() -> str:
 
 def packaged() -> str:
     """A table of the recipes in the package."""
-    rows = [f"| `{name}` | {recipe.load(name).description} |" for name in recipe.names()]
+    rows = [f"| `{name}` | {recipe.load(name).description} |" for name in recipe.packaged_recipes()]
     return "\n".join(["| recipe | purpose |", "|---|---|", *rows])
 
 
@@ -174,7 +174,7 @@ def joined(words: Iterable[str]) -> str:
 
 def schema_text() -> str:
     """The schema file beside the packaged recipes."""
-    return json.dumps(schema(), indent=1) + "\n"
+    return json.dumps(build_schema(), indent=1) + "\n"
 
 
 if __name__ == "__main__":

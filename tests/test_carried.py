@@ -24,7 +24,7 @@ from edgetune.data.text import tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
 from edgetune.export import Artifact, export
 from edgetune.export.kit.linux.sample import Preparation
-from edgetune.models.loaded import Loaded, ModelSettings
+from edgetune.models.loaded import LoadedModel, ModelSettings
 from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, minilm
@@ -74,7 +74,7 @@ def bert_tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def small_bert(classes: Sequence[str] = ("no", "maybe", "yes")) -> tuple[Loaded, Dataset]:
+def small_bert(classes: Sequence[str] = ("no", "maybe", "yes")) -> tuple[LoadedModel, Dataset]:
     """One layer, random weights large enough to tell texts apart; MiniLM's own tokenizer; real tweets."""
     data = tweets("", DataSettings(source="tweets", train_rows=16, validation_rows=8, test_rows=24))
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def small_bert(classes: Sequence[str] = ("no", "maybe", "yes")) -> tuple[Loaded,
     with torch.no_grad():
         model.classifier.bias -= model(**inputs).mean(0)  # no class wins always
     dataset = Dataset("tweets", TextClassification(tuple(classes)), data.train, data.validation, data.test)
-    return Loaded("small", model, encode), dataset
+    return LoadedModel("small", model, encode), dataset
 
 
 class Shades(nn.Module):
@@ -112,13 +112,13 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 def small_vision(
     inputs: Any, classes: Sequence[str], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
-) -> tuple[Loaded, Dataset]:
+) -> tuple[LoadedModel, Dataset]:
     rows = Rows(inputs, [n % len(classes) for n in range(len(inputs))])
     dataset = Dataset("pictures", ImageClassification(tuple(classes)), rows, rows, rows)
-    return Loaded("shades", Shades(len(classes), len(mean)).eval(), ImageEncoder(32, mean, std)), dataset
+    return LoadedModel("shades", Shades(len(classes), len(mean)).eval(), ImageEncoder(32, mean, std)), dataset
 
 
-def exported(loaded: Loaded, dataset: Dataset, folder: Path) -> Artifact:
+def exported(loaded: LoadedModel, dataset: Dataset, folder: Path) -> Artifact:
     pad_to = TOKENS if dataset.task.texts else None
     rows = [loaded.encode(dataset.test.take([n]), pad_to) for n in range(4)]
     told = describe_io(loaded, dataset, "small-recipe")
@@ -183,7 +183,7 @@ def test_texts_get_the_models_answers_from_what_lies_beside_the_program(tmp_path
 
 
 @pytest.fixture(scope="module")
-def greys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Dataset, Artifact]:
+def greys(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Dataset, Artifact]:
     """A program for pictures of an array, as Fashion-MNIST's."""
     data = fashion_mnist("", DataSettings(source="fashion-mnist", test_rows=12, train_rows=200, validation_rows=8))
     loaded, dataset = small_vision(data.test.inputs, ("a", "b", "c"))
@@ -191,7 +191,7 @@ def greys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Dataset, Ar
 
 
 def test_pictures_of_an_array_get_the_models_answers_from_files(
-    greys: tuple[Loaded, Dataset, Artifact], tmp_path: Path
+    greys: tuple[LoadedModel, Dataset, Artifact], tmp_path: Path
 ) -> None:
     """Resized as floats, as in training; pictures in files of all kinds are test_kit's, resized as bytes."""
     loaded, dataset, artifact = greys
@@ -306,7 +306,7 @@ def test_an_encoder_of_the_users_own_is_named_as_not_carried() -> None:
     encode: Encode = own
     rows = Rows(["x", "y"], [0, 1])
     dataset = Dataset("tiny", TextClassification(("a", "b")), rows, rows, rows)
-    known = describe_io(Loaded("mine", nn.Linear(3, 2), encode), dataset)
+    known = describe_io(LoadedModel("mine", nn.Linear(3, 2), encode), dataset)
     assert known.preprocessing is None
     assert any("not part of the program" in note for note in known.notes)
 
@@ -322,7 +322,7 @@ def test_a_tokenizer_of_another_program_is_refused(tmp_path: Path) -> None:
     assert caught.value.exit_code == Exit.EXPORT
 
 
-def test_the_card_says_what_is_known_and_no_more(greys: tuple[Loaded, Dataset, Artifact]) -> None:
+def test_the_card_says_what_is_known_and_no_more(greys: tuple[LoadedModel, Dataset, Artifact]) -> None:
     artifact = greys[2]
     told = artifact.path.with_suffix(".md").read_text(encoding="utf-8")
     read = sum(operator.weight_bytes for operator in artifact.manifest.main.operators)

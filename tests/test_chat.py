@@ -18,7 +18,7 @@ from edgetune.data.own import own_splits
 from edgetune.data.rows import IGNORED_LABEL, Rows
 from edgetune.data.settings import DataSettings
 from edgetune.data.tables import from_csv, from_jsonl, from_splits
-from edgetune.models.chat import chat_tokens, without_cut_answers
+from edgetune.models.chat import chat_tokens, drop_truncated_answers
 from edgetune.models.text import TextEncoder
 from edgetune.run.exportable import prompts_from_texts
 from edgetune.tasks.causal_lm import CausalLM
@@ -236,20 +236,22 @@ def test_rows_whose_answers_are_cut_off_are_left_out_and_named(tmp_path: Path) -
     long = Conversation((("user", "x" * 200), ("assistant", "No.")))
     more = data.with_parts({"train": Rows([*data.train.inputs, long])})
     with pytest.raises(EdgetuneError, match="have nothing to learn") as caught:
-        without_cut_answers(more, TextEncoder(fast, 100), "m", max_bad_rows_pct=1)
+        drop_truncated_answers(more, TextEncoder(fast, 100), "m", max_bad_rows_pct=1)
     assert caught.value.exit_code == Exit.DATA
     needed = len(fast.apply_chat_template(long.plain[:1], add_generation_prompt=True, tokenize=False))
     assert "raise model.max_length" in str(caught.value.action)
-    kept = without_cut_answers(more, TextEncoder(fast, 100), "m", max_bad_rows_pct=10)
+    kept = drop_truncated_answers(more, TextEncoder(fast, 100), "m", max_bad_rows_pct=10)
     assert kept.train.inputs == data.train.inputs
     assert f"train conversation {len(more.train)}: its first answer begins at token" in kept.notes[-1]
     assert needed > 100
-    assert without_cut_answers(more, TextEncoder(fast, 512), "m", max_bad_rows_pct=0).train.inputs == more.train.inputs
+    assert (
+        drop_truncated_answers(more, TextEncoder(fast, 512), "m", max_bad_rows_pct=0).train.inputs == more.train.inputs
+    )
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
     data = read(chats(tmp_path))
     with pytest.raises(EdgetuneError, match="has no chat template"):
-        without_cut_answers(data, TextEncoder(tokenizer(None), 100), "m", 1)
+        drop_truncated_answers(data, TextEncoder(tokenizer(None), 100), "m", 1)
     with pytest.raises(EdgetuneError, match="does not take conversations"):
-        without_cut_answers(data, lambda inputs, pad_to=None: torch.zeros(1), "m", 1)
+        drop_truncated_answers(data, lambda inputs, pad_to=None: torch.zeros(1), "m", 1)

@@ -193,9 +193,9 @@ def test_tidy_removes_the_old_and_the_unfinished_and_nothing_else(tmp_path: Path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     (tmp_path / "state.txt").write_text("keep")
-    checkpoint.tidy(tmp_path, keep=2)
+    checkpoint.remove_old(tmp_path, keep=2)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine", "state.txt", "update-3", "update-4"]
-    checkpoint.tidy(tmp_path / "nowhere")
+    checkpoint.remove_old(tmp_path / "nowhere")
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 

@@ -18,9 +18,9 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Ledger, Row, Verdict
 from edgetune.profile import device
 from edgetune.recipe import recipe
-from edgetune.recipe.schema import schema
+from edgetune.recipe.schema import build_schema
 from edgetune.run import pipeline
-from edgetune.run.environment import Environment, as_text
+from edgetune.run.environment import Environment, format_environment
 
 VERBS = [
     "run",
@@ -307,10 +307,10 @@ def test_a_missed_budget_is_exit_code_4(
 
 def test_recipes_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     listed = Answer(capsys, "recipes", "list")
-    assert [line.split(":")[0] for line in listed.out.splitlines()] == list(recipe.names())
-    assert [r["name"] for r in Answer(capsys, "recipes", "list", "--json").json] == list(recipe.names())
+    assert [line.split(":")[0] for line in listed.out.splitlines()] == list(recipe.packaged_recipes())
+    assert [r["name"] for r in Answer(capsys, "recipes", "list", "--json").json] == list(recipe.packaged_recipes())
     shown = Answer(capsys, "recipes", "show", "text-minilm")
-    assert shown.out == recipe.text_of("text-minilm")[0]
+    assert shown.out == recipe.read_recipe_text("text-minilm")[0]
     resolved = Answer(capsys, "recipes", "show", "text-minilm", "seed=3", "--resolved")
     assert recipe.parse(resolved.out, "again.yaml") == recipe.load("text-minilm", {"seed": 3})
 
@@ -348,7 +348,7 @@ def test_recipes_validate_looks_into_variants(mine: Path, capsys: pytest.Capture
 
 
 def test_recipes_schema(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Answer(capsys, "recipes", "schema").json == schema()
+    assert Answer(capsys, "recipes", "schema").json == build_schema()
 
 
 # devices, env, report, profile, export
@@ -382,7 +382,7 @@ def test_env(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["host_calibrated"] is False
     assert "peft" not in found["extras"]["lora"]
     assert found["targets"]["xnnpack"] == "lowers and runs here"
-    text = as_text(Environment.model_validate(found))
+    text = format_environment(Environment.model_validate(found))
     assert f"torch {metadata.version('torch')}" in text
     assert "not calibrated" in text
 

@@ -98,9 +98,9 @@ def test_each_verb_has_only_the_options_that_mean_something(
 def test_names_of_completion_are_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    assert complete.recipe_names("") == list(recipe.names())
+    assert complete.recipe_names("") == list(recipe.packaged_recipes())
     (tmp_path / "text-mine.yaml").touch()
-    packaged = [name for name in recipe.names() if name.startswith("text-")]
+    packaged = [name for name in recipe.packaged_recipes() if name.startswith("text-")]
     assert complete.recipe_names("text-") == [*packaged, "text-mine.yaml"]
     device.user_folder().mkdir(parents=True)
     (device.user_folder() / "pixel-99.yaml").touch()

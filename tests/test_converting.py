@@ -13,7 +13,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import tensors_of
 from edgetune.recipe import recipe
 from edgetune.run import pipeline
-from edgetune.run.exporting import export_from, exportable
+from edgetune.run.exporting import export_from, load_exportable
 from support.checkpoints import save_bert
 
 NET = """
@@ -63,7 +63,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_module_of_ones_own_is_exported_with_its_own_inputs_and_weights(net: Path, tmp_path: Path) -> None:
-    trained = exportable(f"py:{net}:build", inputs=f"py:{net}:inputs").model
+    trained = load_exportable(f"py:{net}:build", inputs=f"py:{net}:inputs").model
     with torch.no_grad():
         trained[0].weight.fill_(0.5)
     save_file(trained.state_dict(), tmp_path / "trained.safetensors")
@@ -89,24 +89,24 @@ def test_a_module_of_ones_own_is_exported_with_its_own_inputs_and_weights(net: P
 )
 def test_what_a_function_must_return(net: Path, function: str, inputs: str | None, message: str) -> None:
     with pytest.raises(EdgetuneError, match=message):
-        exportable(f"py:{net}:{function}", inputs=inputs and f"py:{net}:{inputs}")
+        load_exportable(f"py:{net}:{function}", inputs=inputs and f"py:{net}:{inputs}")
 
 
 def test_a_file_that_cannot_be_run_is_named_with_the_line(net: Path) -> None:
     with pytest.raises(EdgetuneError, match=r"broken.py, line 2: broken.py cannot be run: ModuleNotFoundError"):
-        exportable(f"py:{net.parent / 'broken.py'}:build")
+        load_exportable(f"py:{net.parent / 'broken.py'}:build")
     with pytest.raises(EdgetuneError, match="no such file"):
-        exportable("py:nowhere.py:build")
+        load_exportable("py:nowhere.py:build")
     with pytest.raises(EdgetuneError, match="does not name a function in a file"):
-        exportable("py:net.py")
+        load_exportable("py:net.py")
 
 
 def test_weights_that_do_not_fit_are_refused(net: Path, tmp_path: Path) -> None:
     save_file({"0.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(EdgetuneError, match=r"the weights do not fit the model: .*0.bias"):
-        exportable(f"py:{net}:build", inputs=f"py:{net}:inputs", weights=tmp_path / "other.safetensors")
+        load_exportable(f"py:{net}:build", inputs=f"py:{net}:inputs", weights=tmp_path / "other.safetensors")
     with pytest.raises(EdgetuneError, match="for models that are exported"):
-        exportable("minilm", inputs=f"py:{net}:inputs")
+        load_exportable("minilm", inputs=f"py:{net}:inputs")
 
 
 def test_a_finished_classifier_keeps_its_classes_without_data(tmp_path: Path) -> None:
@@ -118,14 +118,14 @@ def test_a_finished_classifier_keeps_its_classes_without_data(tmp_path: Path) ->
     assert carried.task == "text-classification"
     assert "made-up inputs" in carried.notes[0]
     assert (tmp_path / "model.tokenizer.json").exists()
-    example = exportable(f"hf:{tmp_path / 'model'}").example
+    example = load_exportable(f"hf:{tmp_path / 'model'}").example
     torch.testing.assert_close(artifact.run(example)[0], model(**example).logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "outputs"), [("Model", 2), ("TokenClassification", 1)])
 def test_a_model_that_chooses_no_class_of_a_text_claims_none(kind: str, outputs: int, tmp_path: Path) -> None:
     save_bert(tmp_path, kind)
-    converted = exportable(f"hf:{tmp_path}")
+    converted = load_exportable(f"hf:{tmp_path}")
     assert converted.carried.labels == ()
     assert converted.carried.postprocessing is None
     assert converted.carried.preprocessing is not None
@@ -140,14 +140,14 @@ def test_an_encoder_decoder_asks_for_its_inputs(tmp_path: Path) -> None:
     with pytest.raises(
         EdgetuneError, match=r"the inputs of .* are unknown: got 'T5ForConditionalGeneration'"
     ) as caught:
-        exportable(source)
+        load_exportable(source)
     assert "--inputs" in caught.value.action
     ids = "torch.tensor([[3, 4, 5]])"
     (tmp_path / "own.py").write_text(
         f"import torch\ndef inputs():\n    return {{'input_ids': {ids}, 'decoder_input_ids': {ids}}}\n",
         encoding="utf-8",
     )
-    converted = exportable(source, inputs=f"py:{tmp_path / 'own.py'}:inputs")
+    converted = load_exportable(source, inputs=f"py:{tmp_path / 'own.py'}:inputs")
     assert set(converted.example) == {"input_ids", "decoder_input_ids"}
     assert converted.model(**converted.example).logits.shape == (1, 3, 10)
 
@@ -159,7 +159,7 @@ def test_a_vision_model_of_transformers_takes_made_up_pictures(tmp_path: Path) -
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     processor = {"size": {"height": 16, "width": 16}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
     transformers.ViTImageProcessor(**processor).save_pretrained(tmp_path)
-    converted = exportable(f"hf:{tmp_path}")
+    converted = load_exportable(f"hf:{tmp_path}")
     assert converted.carried.labels == ("cat", "dog")
     told: Any = converted.carried.preprocessing
     assert told.mean == pytest.approx((127.5, 102.0, 76.5))

@@ -15,7 +15,7 @@ import edgetune as et
 from edgetune.core.inputs import call, logits_of
 from edgetune.core.technique import Technique
 from edgetune.quant.size import parameter_count, stored_bytes
-from edgetune.recipe.recipe import Recipe, load, names
+from edgetune.recipe.recipe import Recipe, load, packaged_recipes
 from edgetune.run.finished import open_run
 from edgetune.run.fold import Fold
 from support.checkpoints import save_bert, save_images, save_llama
@@ -106,7 +106,7 @@ def test_an_opened_run_is_the_model_that_it_ended_with(name: str, place: Path, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", packaged_recipes())
 def test_golden_recipes_open_as_they_ended(name: str, tmp_path: Path) -> None:
     fold, folder = run_of(load(name, {"variant": "smoke"}), tmp_path / "run")
     began = time.perf_counter()

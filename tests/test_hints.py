@@ -11,7 +11,7 @@ from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import select
 from edgetune.recipe.recipe import parse
-from edgetune.run.exporting import exportable
+from edgetune.run.exporting import load_exportable
 
 
 def recipe_error(model: str = "minilm", data: str = "tweets") -> str:
@@ -37,7 +37,7 @@ def test_models(model: str, near: str, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(EdgetuneError, match=f"unknown model.*did you mean '{near}'"):
         registry.loader(registry.MODELS, "model", model)
     with pytest.raises(EdgetuneError, match=f"unknown model.*did you mean '{near}'"):
-        exportable(model)
+        load_exportable(model)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from edgetune.data.dataset import Dataset
 from edgetune.export import Artifact
 from edgetune.export.kit import PLATFORMS, check, find, kit_of, target_for
 from edgetune.export.kit.platforms import platform_of
-from edgetune.models.loaded import Loaded
+from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.profile import device
@@ -45,7 +45,7 @@ with silence_libraries():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
 CLASSES = ("nein", 'vielleicht "ja"', "oui, é")  # quotes and accents, which a sample's source must survive
-Made = tuple[Loaded, Dataset, Artifact]
+Made = tuple[LoadedModel, Dataset, Artifact]
 
 
 @pytest.fixture(scope="module")
@@ -436,11 +436,11 @@ def test_a_language_model_generates_from_its_kit(talking: Artifact, tmp_path: Pa
 @pytest.mark.slow
 def test_the_whole_line_from_a_name_to_answers(tmp_path: Path) -> None:
     """MiniLM as it is loaded, with real tweets: the command, then the sample on the rows."""
-    from edgetune.run.exporting import exportable
+    from edgetune.run.exporting import load_exportable
 
     assert main.main(["kit", "minilm", "linux", "-o", str(tmp_path / "kit")]) == 0
     known = json.loads((tmp_path / "kit" / "model.json").read_text(encoding="utf-8"))
-    found = exportable("minilm")
+    found = load_exportable("minilm")
     assert found.check_inputs is not None
     from edgetune.data.settings import DataSettings
     from edgetune.data.text import tweets
@@ -462,11 +462,11 @@ def test_the_whole_line_for_pictures(tmp_path: Path) -> None:
     """EfficientNet-Lite0 as it is loaded, with Fashion-MNIST's pictures in files."""
     from edgetune.data.settings import DataSettings
     from edgetune.data.vision import fashion_mnist
-    from edgetune.run.exporting import exportable
+    from edgetune.run.exporting import load_exportable
 
     assert main.main(["kit", "effnet-lite0", "linux", "-o", str(tmp_path / "kit")]) == 0
     known = json.loads((tmp_path / "kit" / "model.json").read_text(encoding="utf-8"))
-    found = exportable("effnet-lite0")
+    found = load_exportable("effnet-lite0")
     assert found.check_inputs is not None
     data = fashion_mnist("", DataSettings(source="fashion-mnist"))
     paths = []

@@ -257,7 +257,7 @@ def test_what_cannot_be_exported_is_refused_before_any_work(case: str, tmp_path:
 
 def test_what_has_no_tokenizer_cannot_talk() -> None:
     with pytest.raises(EdgetuneError, match="cannot generate text"):
-        exporting.exportable("model.pt2", language=True)
+        exporting.load_exportable("model.pt2", language=True)
     with pytest.raises(EdgetuneError, match="needs a causal language model") as caught:
         exporting.tokenizer_of(ImageClassification(), lambda inputs: inputs)
     assert "hf:PATH" in caught.value.action

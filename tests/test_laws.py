@@ -24,7 +24,7 @@ from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.kept import kept_bytes
 from edgetune.quant.size import stored_bytes
-from edgetune.train.resume import changing_tensors, put_back
+from edgetune.train.resume import changing_tensors, restore_tensors
 from support.laws import CASES, Case, fit, logits, loss_of
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -164,7 +164,7 @@ def test_what_was_trained_comes_back_from_a_checkpoint(case: Case) -> None:
     model, other = case.applied(), case.applied()
     fit(model, case.inputs())
     assert any(not torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
-    put_back(other, {name: value.detach().clone() for name, value in changing_tensors(model).items()})
+    restore_tensors(other, {name: value.detach().clone() for name, value in changing_tensors(model).items()})
     torch.testing.assert_close(logits(other, case.inputs()), logits(model, case.inputs()), atol=0, rtol=0)
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
 

@@ -18,7 +18,7 @@ from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.data.dataset import Dataset, Split
 from edgetune.data.rows import Rows
-from edgetune.models.causal import built_once, smollm2
+from edgetune.models.causal import build_once, smollm2
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.metadata import describe_io
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
@@ -191,7 +191,7 @@ def moods(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_an_exported_checkpoint_carries_its_own_classes(moods: tuple[Path, Path]) -> None:
-    exportable = exporting.exportable(f"hf:{moods[0]}", f"csv:{moods[1]}")
+    exportable = exporting.load_exportable(f"hf:{moods[0]}", f"csv:{moods[1]}")
     assert exportable.carried is not None
     assert exportable.carried.labels == ("neutral", "bad", "good")
 
@@ -402,7 +402,7 @@ def test_built_once_by_two_at_the_same_time(tmp_path: Path) -> None:
 
     def work() -> None:
         begun.wait()
-        built_once(folder, build)
+        build_once(folder, build)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -424,9 +424,9 @@ def test_built_once_never_leaves_or_uses_a_half_written_folder(tmp_path: Path) -
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        built_once(folder, fails)
+        build_once(folder, fails)
     assert [path.name for path in tmp_path.iterdir()] == ["model.lock"]
-    built_once(folder, lambda unfinished: (unfinished / "weights").touch())
+    build_once(folder, lambda unfinished: (unfinished / "weights").touch())
     assert [path.name for path in folder.iterdir()] == ["weights"]
 
 

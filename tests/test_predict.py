@@ -22,14 +22,14 @@ from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings, WholeData
 from edgetune.data.tables import from_csv
 from edgetune.export import Artifact, export
-from edgetune.models.loaded import Loaded
+from edgetune.models.loaded import LoadedModel
 from edgetune.program.manifest import ProgramKind
 from edgetune.run.predicting import evaluate, predict
 from edgetune.run.predictor import Predictor
 from edgetune.tasks.answers import count_answers
 from support.manifests import stored
 
-Text = tuple[Loaded, Dataset, Artifact]
+Text = tuple[LoadedModel, Dataset, Artifact]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Text:
     return loaded, dataset, exported(loaded, dataset, folder)
 
 
-def logits_of(loaded: Loaded, rows: Sequence[Any], pad_to: int | None = None) -> torch.Tensor:
+def logits_of(loaded: LoadedModel, rows: Sequence[Any], pad_to: int | None = None) -> torch.Tensor:
     inputs: Any = loaded.encode(rows, pad_to)
     with torch.no_grad():
         answer: torch.Tensor = loaded.model(**inputs) if isinstance(inputs, dict) else loaded.model(inputs)

@@ -18,7 +18,7 @@ from edgetune.data.rows import Rows
 from edgetune.tasks.image_classification import ImageClassification
 from edgetune.tasks.text_classification import TextClassification
 from edgetune.train.prefix.cache import PrefixCache
-from edgetune.train.prefix.rows import Form, bytes_of, filled, mapped, nothing_in, tensor_of
+from edgetune.train.prefix.rows import Form, blank_template, bytes_of, fill_template, map_leaves, tensor_of
 from support.laws import bert, mlp
 from support.prefixes import (
     MODELS,
@@ -216,14 +216,14 @@ def test_forms_and_nests() -> None:
     assert torch.equal(row, tensor[1, :, :2])
     assert torch.equal(tensor_of(bytearray(bytes_of(row)), torch.float32, form.row_shape(2)), row)
     template = {"a": (form, None), "b": [Form((4,), torch.int64), "c"]}
-    blank = nothing_in(template, 3, 5, torch.device("cpu"), whole=False)
+    blank = blank_template(template, 3, 5, torch.device("cpu"), whole=False)
     assert blank["a"][0].isnan().all()
     assert blank["a"][0].untyped_storage().nbytes() == 4
     assert (blank["a"][1], blank["b"][0].tolist(), blank["b"][1]) == (None, [0, 0, 0, 0], "c")
-    given = filled(template, [tensor, row])
+    given = fill_template(template, [tensor, row])
     assert given["a"][0] is tensor
     assert given["b"][0] is row
-    assert mapped(str, (1, [2])) == ("1", ["2"])
+    assert map_leaves(str, (1, [2])) == ("1", ["2"])
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.cli.progress import shown
+from edgetune.cli.progress import show_progress
 from edgetune.core.quiet import silence_command, silence_libraries
 
 pytest.importorskip("transformers")
@@ -46,7 +46,8 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def test_a_model_of_the_hub_loads_without_a_word(folder: Path) -> None:
-    code = "from edgetune.run.exporting import exportable; print(exportable('hf:tiny', 'csv:rows.csv').model.training)"
+    code = "from edgetune.run.exporting import load_exportable as load; "
+    code += "print(load('hf:tiny', 'csv:rows.csv').model.training)"
     done = run(folder, "-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 
@@ -109,7 +110,7 @@ def test_quiet_puts_bars_back() -> None:
 
 
 def test_progress_without_a_terminal_takes_few_lines(capfd: pytest.CaptureFixture[str]) -> None:
-    with shown() as progress:
+    with show_progress() as progress:
         for done in range(8):
             progress("profile", done, 7, f"device {done}")
         for done in range(1, 41):

@@ -14,7 +14,7 @@ import edgetune as et
 from edgetune.core.ledger import Ledger
 from edgetune.recipe import recipe
 from edgetune.recipe.document import read
-from edgetune.recipe.schema import EDITOR_LINE, with_editor_line
+from edgetune.recipe.schema import EDITOR_LINE, add_editor_line
 
 
 def test_the_generated_parts_are_what_the_code_makes() -> None:
@@ -62,15 +62,15 @@ def test_the_whole_recipe_of_the_page_is_one() -> None:
     assert recipe.parse(recipe_page.WHOLE, "reviews.yaml", {"variant": "smoke"}).data.train_rows == 64
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipe.packaged_recipes())
 def test_every_packaged_recipe_and_its_copy_name_a_schema_that_is_there(name: str) -> None:
-    text = recipe.text_of(name)[0]
+    text = recipe.read_recipe_text(name)[0]
     first = text.splitlines()[0]
     assert (readme.ROOT / "recipes" / first.removeprefix(EDITOR_LINE)) == recipe_page.SCHEMA
-    copied, _, rest = with_editor_line(text).partition("\n")
+    copied, _, rest = add_editor_line(text).partition("\n")
     assert rest == text.partition("\n")[2]
     assert Path(url2pathname(urlsplit(copied.removeprefix(EDITOR_LINE)).path)).samefile(recipe_page.SCHEMA)
-    assert with_editor_line("name: mine\n") == f"{copied}\nname: mine\n"
+    assert add_editor_line("name: mine\n") == f"{copied}\nname: mine\n"
 
 
 def test_the_site_has_every_page_and_every_public_name() -> None:

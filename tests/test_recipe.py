@@ -17,9 +17,9 @@ from edgetune.profile import device
 from edgetune.recipe import recipe
 from edgetune.recipe.document import MOST_ALIASES, MOST_BYTES, read
 from edgetune.recipe.outline import outline
-from edgetune.recipe.overrides import from_text
+from edgetune.recipe.overrides import parse_overrides
 from edgetune.recipe.recipe import Recipe
-from edgetune.recipe.schema import schema
+from edgetune.recipe.schema import build_schema
 
 TEXT = """\
 name: mine
@@ -42,7 +42,7 @@ TOP = "name, description, seed, model, data, steps, export, profile, budget, var
 
 
 def parsed(text: str = TEXT, *changes: str) -> Recipe:
-    return recipe.parse(text, "mine.yaml", from_text(changes))
+    return recipe.parse(text, "mine.yaml", parse_overrides(changes))
 
 
 def complaint(text: str = TEXT, *changes: str) -> str:
@@ -162,7 +162,7 @@ def test_plan_shows_the_implied_finalizing() -> None:
     assert [p.step for p in outline(explicit) if p.name == "finalize"] == [4]
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipe.packaged_recipes())
 def test_golden_recipes_and_their_variants(name: str) -> None:
     found = recipe.load(name)
     assert found.name == name
@@ -468,7 +468,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_schema_knows_every_technique() -> None:
-    whole = schema()
+    whole = build_schema()
     forms = whole["properties"]["steps"]["items"]["anyOf"]
     names = [*registry.TECHNIQUES, *registry.STEPS]
     assert forms[0]["enum"] == names
@@ -484,7 +484,7 @@ def test_schema_knows_every_technique() -> None:
 
 def test_schema_describes_every_field() -> None:
     """With a unit where the name has one, and with a default unless the field must be given."""
-    fields = {path: (field, required) for path, field, required in fields_of_schema(schema(), "")}
+    fields = {path: (field, required) for path, field, required in fields_of_schema(build_schema(), "")}
     assert len(fields) > 85
     units = {"_pct": "ercentage", "_mib": "MiB", "_ms": "ms", "_px": "pixels", "_bits": "its"}
     for path, (field, required) in fields.items():

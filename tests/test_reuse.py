@@ -52,7 +52,7 @@ def copy_of(run: pipeline.Run, folder: Path) -> Path:
 
 def begun(out: Path, path: Path, *changes: str, **how: Any) -> tuple[Ledger, list[str]]:
     """The ledger of a resumed run, and the names of what it did (not of what it reused)."""
-    from edgetune.recipe.overrides import from_text
+    from edgetune.recipe.overrides import parse_overrides
 
     done: list[str] = []
 
@@ -60,7 +60,7 @@ def begun(out: Path, path: Path, *changes: str, **how: Any) -> tuple[Ledger, lis
         if what.endswith("train") or (what == "measure" and at == 0):
             done.append(detail if what == "measure" else "train")
 
-    ledger = pipeline.run(path, from_text(list(changes)), out=out, progress=note, **how).ledger
+    ledger = pipeline.run(path, parse_overrides(list(changes)), out=out, progress=note, **how).ledger
     return ledger, list(dict.fromkeys(done))
 
 
@@ -166,9 +166,9 @@ def test_a_late_step_that_cannot_work_stops_the_run_before_any_training(
 
 def test_widths_are_rounded_to_what_comes_later(recipe_path: Path) -> None:
     def rounded(*changes: str) -> int:
-        from edgetune.recipe.overrides import from_text
+        from edgetune.recipe.overrides import parse_overrides
 
-        settings: Any = recipe.load(recipe_path, from_text(list(changes))).steps[2].settings
+        settings: Any = recipe.load(recipe_path, parse_overrides(list(changes))).steps[2].settings
         return settings.round_to
 
     assert rounded() == 32
@@ -178,7 +178,7 @@ def test_widths_are_rounded_to_what_comes_later(recipe_path: Path) -> None:
 
 def test_a_digest_depends_on_all_that_came_before(recipe_path: Path) -> None:
     def chain(**changes: Any) -> tuple[str, ...]:
-        return reuse.digests(recipe.load(recipe_path, {k.replace("__", "."): v for k, v in changes.items()}))
+        return reuse.step_digests(recipe.load(recipe_path, {k.replace("__", "."): v for k, v in changes.items()}))
 
     plain = chain()
     assert len(set(plain)) == 6

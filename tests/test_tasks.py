@@ -18,7 +18,7 @@ from edgetune.core.ledger import METRICS
 from edgetune.data.dataset import Dataset, Split
 from edgetune.data.rows import IGNORED_LABEL, Rows
 from edgetune.data.settings import DataSettings
-from edgetune.models.labels import names_of_outputs
+from edgetune.models.labels import output_names
 from edgetune.models.loaded import ModelSettings
 from edgetune.models.text import hugging_face
 from edgetune.program.carried import ScaledValue, TaggedWords
@@ -29,7 +29,7 @@ from edgetune.tasks.quality import quality
 from edgetune.tasks.regression import Regression
 from edgetune.tasks.task import Batch, Task
 from edgetune.tasks.token_classification import TokenClassification
-from edgetune.train.loop import counted, soft_loss
+from edgetune.train.loop import count_labels, soft_loss
 from support.checkpoints import WORDS, save_bert, save_tokenizer
 
 TAGS = ("O", "B-place", "I-place")
@@ -62,7 +62,7 @@ def dataset(name: str) -> Dataset:
     rows = Rows(texts, labels)
     task = kind(names)
     task.check("tiny", rows, (rows, rows))
-    return Dataset("tiny", task.fitted(rows), rows, rows, rows)
+    return Dataset("tiny", task.fit(rows), rows, rows, rows)
 
 
 def split_of(data: Dataset) -> Split:
@@ -98,7 +98,7 @@ def test_the_loss_is_finite_has_a_gradient_and_is_least_where_all_is_right(name:
     assert 0 <= float(data.task.loss(right, labels)) < 1e-6 < loss.item()
     # two halves weigh as their labels do: so an update may be cut into batches of any size
     halves = [(guess.detach()[half], labels[half]) for half in (slice(3), slice(3, 8))]
-    together = sum(counted(some) * data.task.loss(of, some).item() for of, some in halves) / counted(labels)
+    together = sum(count_labels(some) * data.task.loss(of, some).item() for of, some in halves) / count_labels(labels)
     assert together == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_only_the_first_token_of_a_word_has_its_tag(tmp_path: Path) -> None:
     begins = loaded.encode([rows.inputs[0]], 12)["words"][0]  # type: ignore[call-overload, index]
     assert labels[0][begins >= 0].tolist() == [1, 0, 2]
     assert set(labels[0][begins < 0].tolist()) == {IGNORED_LABEL}
-    assert names_of_outputs(loaded.model.config) == TAGS
+    assert output_names(loaded.model.config) == TAGS
     # what is cut off counts as missed: of the second entity, nothing is seen
     short = hugging_face(str(tmp_path), ModelSettings(source="x", max_length=8), data)
     long = Rows([(*("a",) * 20, "bad")], [(1, *(0,) * 19, 1)])
@@ -364,7 +364,7 @@ def test_settings_of_two_tasks_do_not_go_together() -> None:
 
 def test_standard_values_come_from_the_training_rows_alone() -> None:
     train, test = Rows(["a"] * 4, [0.0, 2.0, 4.0, 6.0]), Rows(["b"], [1e6])
-    task = Regression().fitted(train)
+    task = Regression().fit(train)
     assert (task.mean, task.std) == (3.0, pytest.approx(math.sqrt(5)))
     _, labels = task.collate({}, test.labels_at([0]))
     assert labels.item() == pytest.approx((1e6 - 3) / math.sqrt(5))

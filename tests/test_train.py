@@ -22,7 +22,7 @@ from torch.nn import functional
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Quality
 from edgetune.train import checkpoint
-from edgetune.train.loop import counted, soft_loss, train
+from edgetune.train.loop import count_labels, soft_loss, train
 from edgetune.train.plan import TrainingPlan, epoch_order
 from edgetune.train.reached import GradientWatch
 from edgetune.train.settings import Distill, Train
@@ -375,7 +375,7 @@ def test_tokens_weigh_alike_however_texts_are_cut() -> None:
         losses.append([p.loss for p in train(model, values, Text(), next_token, seed=0, teacher=teacher).losses])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-    assert counted(Text().batch(range(4))[1]) == 5 + 2 + 0 + 4
+    assert count_labels(Text().batch(range(4))[1]) == 5 + 2 + 0 + 4
 
 
 def test_soft_loss_is_the_divergence_times_the_squared_temperature() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
-from edgetune.recipe.names import SUFFIX, TARGET_NAMES, ids
+from edgetune.recipe.names import SUFFIX, TARGET_NAMES, device_ids
 
 PLATFORMS = ("android", "ios", "jetson", "linux")  # of kits
 
@@ -24,7 +24,7 @@ def recipe_names(incomplete: str) -> list[str]:
 
 def device_names(incomplete: str) -> list[str]:
     """Devices in the package and in the user's folder."""
-    return _beginning(incomplete, ids())
+    return _beginning(incomplete, device_ids())
 
 
 def platform_names(incomplete: str) -> list[str]:

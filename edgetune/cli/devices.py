@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")
 devices = typer.Typer(help="List, compare and calibrate phones and boards.", **PLAIN)
 
 
-def printed(value: object) -> None:
+def print_result(value: object) -> None:
     """Text as it is; anything else as JSON."""
     print(value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
@@ -36,7 +36,7 @@ def devices_list(as_json: Json = False) -> int:
     from edgetune.profile.listing import format_entries, list_entries
 
     entries = list_entries()
-    printed([asdict(entry) for entry in entries] if as_json else format_entries(entries))
+    print_result([asdict(entry) for entry in entries] if as_json else format_entries(entries))
     return 0
 
 
@@ -52,7 +52,7 @@ def devices_show(
     from edgetune.profile.listing import describe_device
 
     device = load(device_id)
-    printed(device.model_dump(mode="json", exclude_unset=True) if as_json else describe_device(device))
+    print_result(device.model_dump(mode="json", exclude_unset=True) if as_json else describe_device(device))
     return 0
 
 
@@ -73,7 +73,7 @@ def devices_add(
 
     path = add(Path(source), replace=replace) if like is None else copy(like, source, replace=replace)
     copied = f"{path}: a copy of {like}; edit it: every source is marked as copied"
-    printed({"id": path.stem, "path": str(path)} if as_json else f"{path}: added" if like is None else copied)
+    print_result({"id": path.stem, "path": str(path)} if as_json else f"{path}: added" if like is None else copied)
     return 0
 
 
@@ -91,11 +91,11 @@ def devices_validate(
     from edgetune.core.places import raise_all
     from edgetune.profile import device
     from edgetune.profile.validate import format_lines, to_json, validate
-    from edgetune.recipe.names import ids
+    from edgetune.recipe.names import device_ids
 
     errors: list[EdgetuneError] = []
     valid: dict[str, device.Device] = {}
-    for name in paths or ids():
+    for name in paths or device_ids():
         try:
             described = device.load(name)
             valid[described.id] = described
@@ -103,12 +103,12 @@ def devices_validate(
             errors.append(error)
     validation = None if paths or errors else validate(valid)
     if as_json:
-        printed({"valid": list(valid), "errors": [str(error) for error in errors], **to_json(validation)})
+        print_result({"valid": list(valid), "errors": [str(error) for error in errors], **to_json(validation)})
         return int(Exit.USAGE) if errors else 0
     raise_all("devices", errors)
-    printed(f"valid: {', '.join(valid)}")
+    print_result(f"valid: {', '.join(valid)}")
     if validation is not None:
-        printed("\n".join(format_lines(validation)))
+        print_result("\n".join(format_lines(validation)))
     return 0
 
 
@@ -132,7 +132,7 @@ def devices_calibrate(
 
     This times micro-programs for up to ten minutes. An interrupted calibration continues where it stopped.
     """
-    from edgetune.cli.progress import shown
+    from edgetune.cli.progress import show_progress
     from edgetune.core.errors import EdgetuneError
     from edgetune.profile import calibrate
     from edgetune.profile.calibration import path_beside
@@ -144,7 +144,7 @@ def devices_calibrate(
         raise EdgetuneError("it is not clear what to calibrate", got=device_id, action=action)
     if elsewhere and out is not None:
         raise EdgetuneError("--out only applies to this host", got=str(out), action="omit --out")
-    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+    with show_progress() as progress, contextlib.redirect_stdout(sys.stderr):
 
         def report(name: str, done: int, of: int) -> None:
             progress(name, done, of, "")
@@ -163,7 +163,7 @@ def devices_calibrate(
         f"that were not used in the fit, the error is {calibration.error_pct:g} % (median) and "
         f"{calibration.error_p90_pct:g} % (90th percentile)"
     )
-    printed(
+    print_result(
         {"path": str(path), **calibration.model_dump(mode="json")} if as_json else "\n".join([text, *calibration.notes])
     )
     return 0
@@ -189,5 +189,5 @@ def devices_compare(
 
         page(comparison, html)
         print(f"page: {html}", file=sys.stderr)
-    printed(plain(comparison) if as_json else text(comparison, terminal_width()))
+    print_result(plain(comparison) if as_json else text(comparison, terminal_width()))
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgetune.cli.complete import device_names, platform_names, target_names
-from edgetune.cli.devices import Json, printed
+from edgetune.cli.devices import Json, print_result
 from edgetune.core.files import write_atomically
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def export(
             external_data=ptd,
         )
     if as_json:
-        printed(artifact.manifest.model_dump(mode="json"))
+        print_result(artifact.manifest.model_dump(mode="json"))
         return 0
     carried = artifact.manifest.carried
     classes = f"classes: {truncate_list(carried.labels)}" if carried and carried.labels else ""
     notes = [f"note: {note}" for note in carried.notes] if carried else []
-    printed("\n".join(filter(None, [f"{artifact.path}: {_program(artifact.program())}", classes, *notes])))
+    print_result("\n".join(filter(None, [f"{artifact.path}: {_program(artifact.program())}", classes, *notes])))
     return 0
 
 
@@ -129,8 +129,8 @@ def kit(
     """
     from edgetune.core.errors import EdgetuneError
     from edgetune.export.kit import check, find, kit_of, new_kit, target_for
-    from edgetune.run.exportable import to_program, with_cache, write_card_with_run
-    from edgetune.run.exporting import exportable
+    from edgetune.run.exportable import set_cache_size, to_program, write_card_with_run
+    from edgetune.run.exporting import load_exportable
 
     chosen, folder = find(platform), out or Path(f"kit-{platform}")
     goal = target_for(chosen, device, target)
@@ -148,13 +148,13 @@ def kit(
                 raise EdgetuneError(fact, got=model, action=action)
             kit_of(Path(model), chosen, folder)
         else:
-            source = with_cache(exportable(model, data, language, inputs, weights), max_tokens)
+            source = set_cache_size(load_exportable(model, data, language, inputs, weights), max_tokens)
             if source.generation is None:
                 check(chosen, source.carried)
             new_kit(chosen, folder, make)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     as_data = {"folder": str(folder), "files": files}
-    printed(as_data if as_json else f"{folder}: start with README.md\n" + "\n".join(f"  {file}" for file in files))
+    print_result(as_data if as_json else f"{folder}: start with README.md\n" + "\n".join(f"  {file}" for file in files))
     return 0
 
 
@@ -182,15 +182,15 @@ def lint(
     from edgetune.core.inputs import rows_of
     from edgetune.export.lint import lint as lint_model
     from edgetune.export.targets import for_device
-    from edgetune.run.exporting import exportable
+    from edgetune.run.exporting import load_exportable
 
     chosen = for_device(device, target)
     with contextlib.redirect_stdout(sys.stderr):
-        source = exportable(model, data, inputs=inputs, weights=weights)
+        source = load_exportable(model, data, inputs=inputs, weights=weights)
         example = rows_of(source.example, 0, 1) if source.one_row else source.example
         findings = lint_model(source.model, example, chosen)
     nothing = f"no findings: {chosen.name} takes the whole model"
-    printed([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
+    print_result([asdict(f) for f in findings] if as_json else "\n".join(map(str, findings)) or nothing)
     return int(Exit.EXPORT) if any(finding.severity == "error" for finding in findings) else 0
 
 
@@ -213,7 +213,7 @@ def inspect(
 
         write_atomically(html, page(inspection))
     if as_json:
-        printed(inspection.model_dump(mode="json"))
+        print_result(inspection.model_dump(mode="json"))
     else:
-        printed(str(inspection) + (f"\n\npage: {html}" if html is not None else ""))
+        print_result(str(inspection) + (f"\n\npage: {html}" if html is not None else ""))
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgetune.cli.devices import Json, printed
+from edgetune.cli.devices import Json, print_result
 
 if TYPE_CHECKING:
     from edgetune.runtime.generating import Generation
@@ -51,7 +51,7 @@ def generate(
         raw=raw,
         on_text=on_text,
     )
-    printed(asdict(answer) if as_json else "")  # ends the line
+    print_result(asdict(answer) if as_json else "")  # ends the line
     print(f"edgetune: {summary(answer)}", file=sys.stderr)
     if answer.stopped == "cache":
         message = "edgetune: the answer ends here because the cache is full\n  next: export with a larger max_tokens"

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from edgetune import __version__
 from edgetune.cli import export, generate, predict, profile, training
-from edgetune.cli.devices import PLAIN, Json, devices, printed
+from edgetune.cli.devices import PLAIN, Json, devices, print_result
 from edgetune.cli.training import Overrides, RecipeName
 from edgetune.core.quiet import silence_command
 
@@ -89,7 +89,7 @@ def _failure(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # typer turns Ctrl-C into its own
         return "edgetune: interrupted", int(Exit.INTERRUPTED)
     if isinstance(error, EdgetuneError):
-        return f"edgetune: {_as_typed(str(error))}", int(error.exit_code)
+        return f"edgetune: {_shorten_paths(str(error))}", int(error.exit_code)
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(getattr(error, "message", error)), int(Exit.USAGE)
     if hasattr(error, "format_message"):  # typer's usage errors
@@ -101,7 +101,7 @@ def _failure(error: BaseException) -> tuple[str, int]:
     return f"edgetune: {type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1
 
 
-def _as_typed(text: str) -> str:
+def _shorten_paths(text: str) -> str:
     """Paths below the folder one is in as one types them: those of a recipe were made absolute."""
     here = f"{Path.cwd()}{os.sep}"
     return text if here == os.sep * 2 else re.sub(rf"(?<![\w/]){re.escape(here)}", "", text)
@@ -115,7 +115,7 @@ def _options(
     ] = False,
 ) -> None:
     if version:
-        printed(__version__)
+        print_result(__version__)
         raise typer.Exit()
 
 
@@ -138,13 +138,13 @@ def run(
 ) -> int:
     """Run a recipe: train, compress, export, verify, profile."""
     from edgetune.recipe import recipe as recipes_of
-    from edgetune.recipe.overrides import from_text
+    from edgetune.recipe.overrides import parse_overrides
 
-    changes = from_text(overrides or [])
+    changes = parse_overrides(overrides or [])
     if dry_run:
-        printed(_plan(recipes_of.load(recipe, changes), out, as_json))
+        print_result(_plan(recipes_of.load(recipe, changes), out, as_json))
         return 0
-    from edgetune.cli.progress import shown
+    from edgetune.cli.progress import show_progress
     from edgetune.core.errors import EdgetuneError, Exit
     from edgetune.run import pipeline
 
@@ -156,7 +156,7 @@ def run(
         progress(stage, done, of, detail)
 
     try:
-        with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+        with show_progress() as progress, contextlib.redirect_stdout(sys.stderr):
             done = pipeline.run(
                 recipe, overrides=changes, out=out, resume=resume, from_step=from_step, until_step=until_step,
                 progress=report_progress,
@@ -172,11 +172,11 @@ def run(
         again = ["edgetune", "run", recipe, *(overrides or []), "--resume", "--out", str(done.folder)]
         print(f"edgetune: stopped after step {until_step}; continue with: {shlex.join(again)}", file=sys.stderr)
     if as_json:
-        printed({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
+        print_result({"folder": str(done.folder), **done.ledger.model_dump(mode="json")})
     else:
         _show(done.ledger)
         program = [f"program: {done.program}"] if done.program else []
-        printed("\n".join([*program, *([f"report: {done.report}"] if until_step is None else [])]))
+        print_result("\n".join([*program, *([f"report: {done.report}"] if until_step is None else [])]))
     for verdict in done.missed:
         values = f"{verdict.value:.4g}, the limit is {verdict.limit:g}, the lowest reachable value {verdict.least:.4g}"
         print(f"edgetune: the budget for {verdict.device} is not met: {verdict.quantity} is {values}", file=sys.stderr)
@@ -223,20 +223,20 @@ def report(
     page = reports.report(folder)
     ledger = Ledger.read(folder / reports.LEDGER)
     if as_json:
-        printed(ledger.model_dump(mode="json"))
+        print_result(ledger.model_dump(mode="json"))
     else:
         _show(ledger)
-        printed(f"report: {page}")
+        print_result(f"report: {page}")
     return 0
 
 
 @app.command()
 def env(as_json: Json = False) -> int:
     """Print versions, machine, extras and available targets."""
-    from edgetune.run.environment import as_text, environment
+    from edgetune.run.environment import detect_environment, format_environment
 
-    detected = environment()
-    printed(detected.model_dump(mode="json") if as_json else as_text(detected))
+    detected = detect_environment()
+    print_result(detected.model_dump(mode="json") if as_json else format_environment(detected))
     return 0
 
 
@@ -245,9 +245,9 @@ def recipes_list(as_json: Json = False) -> int:
     """List the packaged recipes."""
     from edgetune.recipe import recipe as recipes_of
 
-    loaded = [recipes_of.load(name) for name in recipes_of.names()]
+    loaded = [recipes_of.load(name) for name in recipes_of.packaged_recipes()]
     plain = [{"name": r.name, "description": r.description, "variants": list(r.variants)} for r in loaded]
-    printed(plain if as_json else "\n".join(f"{r.name}: {r.description}" for r in loaded))
+    print_result(plain if as_json else "\n".join(f"{r.name}: {r.description}" for r in loaded))
     return 0
 
 
@@ -260,13 +260,13 @@ def recipes_show(
 ) -> int:
     """Print a recipe, as written or resolved."""
     from edgetune.recipe import recipe as recipes_of
-    from edgetune.recipe.overrides import from_text
+    from edgetune.recipe.overrides import parse_overrides
 
     if not (resolved or overrides or as_json):
-        printed(recipes_of.text_of(recipe)[0].rstrip("\n"))
+        print_result(recipes_of.read_recipe_text(recipe)[0].rstrip("\n"))
         return 0
-    loaded = recipes_of.load(recipe, from_text(overrides or []))
-    printed(loaded.resolved() if as_json else loaded.to_yaml().rstrip("\n"))
+    loaded = recipes_of.load(recipe, parse_overrides(overrides or []))
+    print_result(loaded.resolved() if as_json else loaded.to_yaml().rstrip("\n"))
     return 0
 
 
@@ -277,15 +277,15 @@ def recipes_copy(
 ) -> int:
     """Copy a recipe to your own file."""
     from edgetune.recipe import recipe as recipes_of
-    from edgetune.recipe.schema import with_editor_line
+    from edgetune.recipe.schema import add_editor_line
 
-    text, shown = recipes_of.text_of(name)
+    text, shown = recipes_of.read_recipe_text(name)
     to = path or Path()
     to = to / Path(shown).name if to.is_dir() else to
     # a run is named after its recipe: runs of the copy do not mix with those of the original
     text = re.sub(r"^name:.*$", f"name: {to.stem}", text, count=1, flags=re.MULTILINE)
-    _write_recipe(to, with_editor_line(text))
-    printed(str(to))
+    _write_recipe(to, add_editor_line(text))
+    print_result(str(to))
     return 0
 
 
@@ -304,16 +304,16 @@ def recipes_new(
     from edgetune.core.errors import EdgetuneError
     from edgetune.recipe import recipe as recipes_of
     from edgetune.recipe.new_recipe import TaskName, new_recipe
-    from edgetune.recipe.schema import with_editor_line
+    from edgetune.recipe.schema import add_editor_line
 
     if task is not None and task not in get_args(TaskName):
         raise EdgetuneError("unknown task", got=task, allowed=get_args(TaskName))
     _check_recipe_path(out)
     with contextlib.redirect_stdout(sys.stderr):
         written = new_recipe(out, model, data, task=task, text=text, label=label)  # type: ignore[arg-type]
-    _write_recipe(out, with_editor_line(written))
+    _write_recipe(out, add_editor_line(written))
     recipes_of.load(out)
-    printed(f"{out}: next: edgetune run {out} --dry-run")
+    print_result(f"{out}: next: edgetune run {out} --dry-run")
     return 0
 
 
@@ -343,10 +343,10 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
     from edgetune.core.errors import EdgetuneError, Exit
     from edgetune.core.places import Errors
     from edgetune.recipe import recipe as recipes_of
-    from edgetune.recipe.overrides import from_text
+    from edgetune.recipe.overrides import parse_overrides
 
     try:
-        changes = from_text(overrides or [])
+        changes = parse_overrides(overrides or [])
         loaded = recipes_of.load(recipe, changes)
         for variant in loaded.variants:
             recipes_of.load(recipe, {**changes, "variant": variant})
@@ -355,20 +355,20 @@ def recipes_validate(recipe: RecipeName, overrides: Overrides = None, as_json: J
             raise
         errors = error.errors if isinstance(error, Errors) else (error,)
         keys = ("where", "what", "got", "allowed", "action")
-        printed({"valid": False, "errors": [{key: getattr(e, key) for key in keys} for e in errors]})
+        print_result({"valid": False, "errors": [{key: getattr(e, key) for key in keys} for e in errors]})
         return int(Exit.USAGE)
     variants = f", variants: {', '.join(loaded.variants)}" if loaded.variants else ""
     text = f"{loaded.name}: valid, {len(loaded.steps)} steps{variants}"
-    printed({"valid": True, "errors": [], "digest": loaded.digest} if as_json else text)
+    print_result({"valid": True, "errors": [], "digest": loaded.digest} if as_json else text)
     return 0
 
 
 @recipes.command("schema")
 def recipes_schema() -> int:
     """Print the JSON Schema of a recipe."""
-    from edgetune.recipe.schema import schema
+    from edgetune.recipe.schema import build_schema
 
-    printed(schema())
+    print_result(build_schema())
     return 0
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune.cli.devices import Json, printed
+from edgetune.cli.devices import Json, print_result
 
 if TYPE_CHECKING:
-    from edgetune.run.given_rows import Given
+    from edgetune.run.given_rows import InputRow
     from edgetune.run.predicting import Answer, Evaluation
 
 ProgramPath = Annotated[
@@ -38,22 +38,22 @@ def predict(
     as_json: Json = False,
 ) -> int:
     """Answer for texts or images with an exported program: their classes, a number, or the entities in a text."""
-    from edgetune.cli.progress import shown
+    from edgetune.cli.progress import show_progress
     from edgetune.run.given_rows import read_rows
-    from edgetune.run.predicting import answers_for
+    from edgetune.run.predicting import predict_rows
     from edgetune.run.predictor import ROWS_AT_ONCE, Predictor
 
     with contextlib.redirect_stdout(sys.stderr):
         predictor = Predictor(program)
         given = read_rows(rows, predictor.task.texts, sys.stdin, column or _columns(predictor.artifact.path))
-        with shown() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
-            answers = answers_for(predictor, [one.row for one in given], progress)
+        with show_progress() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
+            answers = predict_rows(predictor, [one.row for one in given], progress)
     for note in predictor.notes:
         print(f"edgetune: {note}", file=sys.stderr)
     if as_json:
-        printed([_plain(one, answer) for one, answer in zip(given, answers, strict=True)])
+        print_result([_plain(one, answer) for one, answer in zip(given, answers, strict=True)])
         return 0
-    printed("\n".join(_line(one, answer, top) for one, answer in zip(given, answers, strict=True)))
+    print_result("\n".join(_line(one, answer, top) for one, answer in zip(given, answers, strict=True)))
     return 0
 
 
@@ -68,13 +68,13 @@ def _columns(program: Path) -> tuple[str, ...]:
         return ("text",)
 
 
-def _line(given: Given, answer: Answer, top: int) -> str:
+def _line(given: InputRow, answer: Answer, top: int) -> str:
     text = " ".join(answer.row.split())
     text = text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
-    return f"{given.source + ': ' if given.source else ''}{text}: {_in_words(answer, top)}"
+    return f"{given.source + ': ' if given.source else ''}{text}: {_describe(answer, top)}"
 
 
-def _in_words(answer: Answer, top: int) -> str:
+def _describe(answer: Answer, top: int) -> str:
     from edgetune.core.numbers import format_number
     from edgetune.run.predicting import PredictedEntities, PredictedNumber
 
@@ -86,7 +86,7 @@ def _in_words(answer: Answer, top: int) -> str:
     return ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(answer.scores.items())[:top])
 
 
-def _plain(given: Given, answer: Answer) -> dict[str, Any]:
+def _plain(given: InputRow, answer: Answer) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {**({"source": given.source} if given.source else {}), **asdict(answer)}
@@ -111,20 +111,20 @@ def evaluate(
     Prints the accuracy with its 95 % interval, precision and recall per class, and the confusion matrix; of a program
     without classes, the root of the mean squared error, or the F1 of entities.
     """
-    from edgetune.cli.progress import shown
+    from edgetune.cli.progress import show_progress
     from edgetune.core.errors import EdgetuneError
-    from edgetune.recipe.overrides import from_text
+    from edgetune.recipe.overrides import parse_overrides
     from edgetune.run.predicting import evaluate as evaluate_
 
     if split not in ("test", "all"):
         raise EdgetuneError("unknown split", got=split, allowed=["test", "all"])
-    with shown() as progress, contextlib.redirect_stdout(sys.stderr):
+    with show_progress() as progress, contextlib.redirect_stdout(sys.stderr):
         evaluation = evaluate_(
-            program, data, part="test" if split == "test" else "all", overrides=from_text(overrides or []),
+            program, data, part="test" if split == "test" else "all", overrides=parse_overrides(overrides or []),
             progress=progress,
         )  # fmt: skip
     if as_json:
-        printed(_figures(evaluation))
+        print_result(_figures(evaluation))
     else:
         _print(evaluation)
     return 0

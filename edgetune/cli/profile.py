@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetune.cli.complete import device_names
-from edgetune.cli.devices import Json, printed
+from edgetune.cli.devices import Json, print_result
 
 if TYPE_CHECKING:
     from edgetune.core.ledger import Measured
@@ -61,7 +61,7 @@ def profile(
     measured: tuple[Measured | None, ...] = (None,) * len(predicted)
     if place is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            measured = _measured(artifact, on or HOST, threads, seconds, python, runner)
+            measured = _measure(artifact, on or HOST, threads, seconds, python, runner)
     pairs = tuple(zip(predicted, measured, strict=True))
     calls: list[dict[str, Any]] = [
         {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None} for p, m in pairs
@@ -70,16 +70,16 @@ def profile(
     for call, of in zip(calls, by_call):  # noqa: B905  none without --layers
         call["layers"] = of.model_dump(mode="json", include={"layers", "other", "calls_ms", "bounds_pct"})
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
-        printed(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
+        print_result(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
         return 0
     summary = artifact.program()
-    printed(text(f"{artifact.path.name}: {summary.target}, {summary.size_mib:,.1f} MiB", pairs))
+    print_result(text(f"{artifact.path.name}: {summary.target}, {summary.size_mib:,.1f} MiB", pairs))
     for of in by_call:
-        printed("\n" + layers_text(of))
+        print_result("\n" + layers_text(of))
     return 0
 
 
-def _measured(
+def _measure(
     artifact: Artifact,
     on: str,
     threads: int | None,

@@ -16,7 +16,7 @@ FEW = 16  # parts that get no line at each quarter
 
 
 @contextmanager
-def shown() -> Iterator[Report]:
+def show_progress() -> Iterator[Report]:
     """A callback `(stage, done, of, detail)` that shows progress until the block ends."""
     console = Console(stderr=True)
     if not console.is_terminal:

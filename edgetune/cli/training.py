@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgetune.cli.complete import recipe_names, target_names
-from edgetune.cli.devices import Json, printed
+from edgetune.cli.devices import Json, print_result
 
 if TYPE_CHECKING:
     from edgetune.run.prepared import Prepared
@@ -26,12 +26,12 @@ Overrides = Annotated[
 ]
 
 
-def _prepared(recipe: str, overrides: list[str]) -> Prepared:
-    from edgetune.recipe.overrides import from_text
+def _prepare(recipe: str, overrides: list[str]) -> Prepared:
+    from edgetune.recipe.overrides import parse_overrides
     from edgetune.recipe.recipe import load
     from edgetune.run.prepared import prepare
 
-    return prepare(load(recipe, from_text(overrides)))
+    return prepare(load(recipe, parse_overrides(overrides)))
 
 
 def export_training(
@@ -51,15 +51,15 @@ def export_training(
     from edgetune.export.training.step import export_training as lower
 
     with contextlib.redirect_stdout(sys.stderr):
-        prepared = _prepared(recipe, overrides or [])
+        prepared = _prepare(recipe, overrides or [])
         inputs, labels = next(prepared.batches(rows))
         artifact = lower(prepared.model, inputs, labels, out, loss=prepared.loss, target=target, momentum=momentum)
     manifest, training = artifact.manifest, artifact.training
     if as_json:
-        printed(manifest.model_dump(mode="json"))
+        print_result(manifest.model_dump(mode="json"))
         return 0
     weights = sum(math.prod(spec.shape) for spec in training.trainable)
-    printed(
+    print_result(
         f"{artifact.path}: {manifest.size_bytes / 2**20:.2f} MiB, plan {manifest.main.plan_bytes / 2**20:.1f} MiB, "
         f"{weights:,} trainable values; losses of {training.parity.steps} steps within "
         f"{training.parity.max_abs_loss_difference:.1e} of eager mode"
@@ -90,14 +90,14 @@ def train_pte(
     from edgetune.runtime.training import train_pte as train
 
     with contextlib.redirect_stdout(sys.stderr):
-        prepared = _prepared(recipe, overrides or [])
+        prepared = _prepare(recipe, overrides or [])
         rows = Artifact.load(program, "training").manifest.call("train").inputs[0].shape[0]
         batches = (batch for epoch in range(epochs) for batch in prepared.batches(rows, epoch))
         losses = train(program, batches, learning_rate, steps=steps, resume=resume, checkpoint=out)
         quality = prepared.quality(pull_(out, prepared.model))
     figures = {"steps": len(losses), "losses": losses, quality.metric: quality.value, "state": str(out)}
     text = f"{out}: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, {in_words(quality)}"
-    printed(figures if as_json else f"{text} on {quality.rows} test rows")
+    print_result(figures if as_json else f"{text} on {quality.rows} test rows")
     return 0
 
 
@@ -119,10 +119,10 @@ def pull(
     from edgetune.export.training.pull import pull as pull_
 
     with contextlib.redirect_stdout(sys.stderr):
-        prepared = _prepared(recipe, overrides or [])
+        prepared = _prepare(recipe, overrides or [])
         model = finalize(pull_(source, prepared.model))
         quality = prepared.quality(model)
         save_model(model, str(out))
     figures = {"weights": str(out), quality.metric: quality.value, "rows": quality.rows}
-    printed(figures if as_json else f"{out}: {in_words(quality)} on {quality.rows} test rows")
+    print_result(figures if as_json else f"{out}: {in_words(quality)} on {quality.rows} test rows")
     return 0

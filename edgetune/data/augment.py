@@ -38,7 +38,7 @@ class Augmented:
             mirrored = torch.rand(len(pictures)) < 0.5
             pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(3), pictures)
         if "crop" in self.kinds:
-            pictures = _cropped(pictures)
+            pictures = _crop_randomly(pictures)
         if "colour" in self.kinds:
             contrast, brightness = 1 + _STRENGTH * (2 * torch.rand(2, len(pictures), 1, 1, 1) - 1)
             mean = pictures.mean((1, 2, 3), keepdim=True)
@@ -46,7 +46,7 @@ class Augmented:
         return pictures
 
 
-def _cropped(pictures: Tensor) -> Tensor:
+def _crop_randomly(pictures: Tensor) -> Tensor:
     height, width = pictures.shape[2:]
     most = max(1, round(_SHIFT * min(height, width)))
     wide = F.pad(pictures, (most,) * 4, mode="reflect")

@@ -243,7 +243,7 @@ def assemble(
     train, validation, test = cut
     if not settings.whole:
         task.check(name, train, (validation, test))
-    return Dataset(name, task.fitted(train), train, validation, test, tuple(notes))
+    return Dataset(name, task.fit(train), train, validation, test, tuple(notes))
 
 
 def classes_of(labels: Sequence[str]) -> tuple[str, ...]:

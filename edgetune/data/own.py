@@ -50,7 +50,7 @@ def own_splits(argument: str, settings: DataSettings) -> Dataset:
     labelled = {label is not None for part in rows.values() for _, label, _ in part}
     if len(labelled) > 1:
         raise data_error(f"{source} returns rows with and without a label", action=_FORM)
-    return _assembled(source, rows, kinds.pop(), labelled.pop(), settings)
+    return _assemble(source, rows, kinds.pop(), labelled.pop(), settings)
 
 
 Record = tuple[Any, Any, str]  # input; class, number, tags or None; kind
@@ -68,7 +68,7 @@ def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Rec
         value, label = row if pair else (row, None)
         place = f"{source}: {part} row {number}"
         if isinstance(label, (list, tuple)):
-            records.append((*_tagged(place, value, label, settings), "tagged words"))
+            records.append((*_read_tags(place, value, label, settings), "tagged words"))
             continue
         value, kind = _input(place, value, settings.loss_on == "answers")
         records.append((value, _label(place, label), kind))
@@ -77,7 +77,7 @@ def _read(source: str, part: str, rows: Any, settings: DataSettings) -> list[Rec
     return records
 
 
-def _tagged(place: str, words: Any, tags: Any, settings: DataSettings) -> tuple[Any, Any]:
+def _read_tags(place: str, words: Any, tags: Any, settings: DataSettings) -> tuple[Any, Any]:
     try:
         return tagged_words(words, tags, settings)
     except ValueError as error:
@@ -120,7 +120,7 @@ def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
     return array, "picture"
 
 
-def _assembled(
+def _assemble(
     source: str, parts: Mapping[str, list[Record]], kind: str, labelled: bool, settings: DataSettings
 ) -> Dataset:
     if not labelled and kind not in _TEXTS:

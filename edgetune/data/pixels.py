@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edgetune.data.dataset import data_error
 
 
-def pixels(inputs: Sequence[Any], image_px: int, grey: bool = False) -> NDArray[np.uint8]:
+def load_pixels(inputs: Sequence[Any], image_px: int, grey: bool = False) -> NDArray[np.uint8]:
     """Pictures in files as one array `(rows, image_px, image_px, 3)` of bytes, RGB; without the last axis for `grey`.
 
     A picture that is no square is resized until it covers one, and its middle is taken.
@@ -24,7 +24,7 @@ def pixels(inputs: Sequence[Any], image_px: int, grey: bool = False) -> NDArray[
     out = np.empty((len(inputs), image_px, image_px, *(() if grey else (3,))), dtype=np.uint8)
     for row, path in enumerate(inputs):
         with Image.open(path) as image:
-            if reason := too_many_bits(image):
+            if reason := depth_problem(image):
                 raise data_error(f"{path}: {reason}")
             image.draft("RGB", (image_px, image_px))  # a JPEG at a fraction of its size, never below this one
             upright = ImageOps.exif_transpose(image).convert(mode)
@@ -40,7 +40,7 @@ def luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:
     """Pictures as one array `(rows, image_px, image_px)` of grey values from 0 to 255."""
-    array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, image_px)
+    array = inputs if isinstance(inputs, np.ndarray) else load_pixels(inputs, image_px)
     grey = torch.from_numpy(array.astype(np.float32))
     grey = (grey.mean(dim=3) if grey.dim() == 4 else grey)[:, None]
     if grey.shape[2:] != (image_px, image_px):
@@ -49,7 +49,7 @@ def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:
     return squares
 
 
-def too_many_bits(image: Any) -> str:
+def depth_problem(image: Any) -> str:
     """What is wrong with more than 8 bits a channel, of which Pillow makes white or black; nothing for 8."""
     bits = 16 if image.mode.startswith("I;") else 32 if image.mode in ("I", "F") else 8
     return f"it has {bits} bits per channel, but only 8 are supported: save it with 8" if bits > 8 else ""

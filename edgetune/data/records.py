@@ -31,7 +31,7 @@ from edgetune.tasks.token_classification import TokenClassification
 Record = tuple[Any, Any]  # text, words or conversation; class, number, tags, or nothing
 
 
-def keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings) -> None:
+def add_record(records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings) -> None:
     """Add one row to `records`, or say in `bad` why it cannot be used. `values` are those of `settings.columns`."""
     try:
         if settings.messages is not None:
@@ -42,7 +42,7 @@ def keep(records: list[Record], bad: BadRows, place: str, values: Sequence[Any],
             records.append((_text(values[:-1]), _number(values[-1])))
         elif settings.label is not None:
             text = _text(values[:-1])
-            records.append((text, _named(_label(values[-1], settings), settings)))
+            records.append((text, _rename_label(_label(values[-1], settings), settings)))
         else:
             records.append((_text(values), None))
     except EdgetuneError:  # a fault of the whole table
@@ -59,10 +59,10 @@ def _text(parts: Sequence[Any]) -> str:
     text = "\n".join(part for part in parts if part.strip()) if len(parts) > 1 else str(parts[0])
     if not text.strip():
         raise ValueError("empty text")
-    return _readable(text)
+    return _check_readable(text)
 
 
-def _readable(text: str) -> str:
+def _check_readable(text: str) -> str:
     """The text. Raises for bytes that are no UTF-8, which stand in it as lone surrogates, and for a zero byte."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(NOT_UTF8)
@@ -82,7 +82,7 @@ def _label(label: Any, settings: DataSettings) -> str:
         raise ValueError("empty label")
     if is_missing(text) and text not in (settings.label_names or {}):
         raise ValueError(f"the label is missing: {label}")
-    return _readable(text)
+    return _check_readable(text)
 
 
 def _number(value: Any) -> float:
@@ -104,7 +104,7 @@ def tagged_words(words: Any, tags: Any, settings: DataSettings) -> Record:
     for name, each in zip(("words", "tags"), both, strict=True):
         if not isinstance(each, (list, tuple)):
             raise ValueError(f"the {name} are {type(each).__name__}, not a list")
-    words, tags = both[0], [_named(str(tag), settings) for tag in both[1]]
+    words, tags = both[0], [_rename_label(str(tag), settings) for tag in both[1]]
     if not words:
         raise ValueError("no words")
     if len(words) != len(tags):
@@ -114,7 +114,7 @@ def tagged_words(words: Any, tags: Any, settings: DataSettings) -> Record:
     strange = next((tag for tag in tags if not is_tag(tag)), None)
     if strange is not None:
         raise ValueError(f"{strange!r} is no tag of the form O, B-kind or I-kind")
-    return tuple(_readable(word) for word in words), tuple(tags)
+    return tuple(_check_readable(word) for word in words), tuple(tags)
 
 
 def _conversation(values: Sequence[Any], settings: DataSettings) -> Any:
@@ -128,7 +128,7 @@ def _conversation(values: Sequence[Any], settings: DataSettings) -> Any:
     return conversation
 
 
-def _named(label: str, settings: DataSettings) -> str:
+def _rename_label(label: str, settings: DataSettings) -> str:
     """What `settings.label_names` calls a label; raises for one that it leaves out."""
     names = settings.label_names
     if names is None:
@@ -143,7 +143,7 @@ def _named(label: str, settings: DataSettings) -> str:
     return names[label]
 
 
-def finish(
+def build_dataset(
     name: str,
     train: list[Record],
     bad: BadRows,

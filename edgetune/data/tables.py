@@ -19,7 +19,7 @@ from edgetune.data.dataset import (
     Dataset,
     data_error,
 )
-from edgetune.data.records import Record, finish, keep
+from edgetune.data.records import Record, add_record, build_dataset
 from edgetune.data.settings import DataSettings
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -42,7 +42,7 @@ def from_csv(argument: str, settings: DataSettings) -> Dataset:
 
 
 def _read_csv(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
-    text = _decoded(path)
+    text = _decode(path)
     header, delimiter = _header(text, path, settings)
     columns = [header.index(name) for name in settings.columns]
     records: list[Record] = []
@@ -54,7 +54,7 @@ def _read_csv(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Re
         elif len(cells) != len(header):
             bad.add(f"row {row}", f"{len(cells)} columns where the header has {len(header)}")
         else:
-            keep(records, bad, f"row {row}", [cells[c] for c in columns], settings)
+            add_record(records, bad, f"row {row}", [cells[c] for c in columns], settings)
     return records, total
 
 
@@ -67,7 +67,7 @@ def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[
     records: list[Record] = []
     fields: set[str] = set()
     wanted = settings.columns
-    total, text = 0, _decoded(path)
+    total, text = 0, _decode(path)
     if text.lstrip().startswith("["):
         action = 'write one object per line; pandas: to_json(path, orient="records", lines=True)'
         raise data_error(f"{path.name} is one JSON list, not one object per line", action=action)
@@ -88,7 +88,7 @@ def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[
         if missing:
             bad.add(f"row {row}", f"no field {missing[0]!r}")
         else:
-            keep(records, bad, f"row {row}", [value[name] for name in wanted], settings)
+            add_record(records, bad, f"row {row}", [value[name] for name in wanted], settings)
     if fields:
         _check_columns(path.name, sorted(fields), settings)
     return records, total
@@ -105,7 +105,7 @@ def from_conll(argument: str, settings: DataSettings) -> Dataset:
 def read_conll(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
     """The texts of a file in that form, and how many there are."""
     records: list[Record] = []
-    total, lines = 0, [*_decoded(path).split("\n"), ""]
+    total, lines = 0, [*_decode(path).split("\n"), ""]
     words: list[list[str]] = []
     for number, line in enumerate(lines, start=1):
         cells = line.split()
@@ -115,7 +115,9 @@ def read_conll(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[R
             total, place = total + 1, f"text on line {number - len(words)}"
             lonely = next((cells[0] for cells in words if len(cells) < 2), None)
             if lonely is None:
-                keep(records, bad, place, ([cells[0] for cells in words], [cells[-1] for cells in words]), settings)
+                add_record(
+                    records, bad, place, ([cells[0] for cells in words], [cells[-1] for cells in words]), settings
+                )
             else:
                 bad.add(place, f"the word {lonely!r} has no tag")
             words = []
@@ -124,13 +126,13 @@ def read_conll(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[R
 
 def _from_files(argument: str, kind: str, settings: DataSettings, read: Reader) -> Dataset:
     """The training rows of one file, and the test rows of another where `settings.test_file` names one."""
-    path, bad = _existing(argument, kind), BadRows(settings.max_bad_rows_pct)
-    test = None if settings.test_file is None else _existing(settings.test_file, kind)
+    path, bad = _existing_file(argument, kind), BadRows(settings.max_bad_rows_pct)
+    test = None if settings.test_file is None else _existing_file(settings.test_file, kind)
     records, total = read(path, settings, bad)
     if test is None:
-        return finish(path.name, records, bad, total, settings)
+        return build_dataset(path.name, records, bad, total, settings)
     held_out, others = read(test, settings, bad)
-    return finish(path.name, records, bad, total + others, settings, {"test": held_out})
+    return build_dataset(path.name, records, bad, total + others, settings, {"test": held_out})
 
 
 def from_hub(argument: str, settings: DataSettings) -> Dataset:
@@ -160,14 +162,14 @@ def from_splits(name: str, tables: dict[str, Any], settings: DataSettings) -> Da
         records = parts.setdefault(part, [])
         for row, cells in enumerate(zip(*values, strict=True), start=1):
             if names is not None:
-                cells = (*cells[:-1], _by_name(cells[-1], names))
-            keep(records, bad, f"{split}, row {row}", cells, settings)
+                cells = (*cells[:-1], _name_label(cells[-1], names))
+            add_record(records, bad, f"{split}, row {row}", cells, settings)
     if "train" not in parts:
         raise data_error(f"{name} has no split called train", got=", ".join(tables))
-    return finish(name, parts.pop("train"), bad, total, settings, parts)
+    return build_dataset(name, parts.pop("train"), bad, total, settings, parts)
 
 
-def _existing(argument: str, kind: str) -> Path:
+def _existing_file(argument: str, kind: str) -> Path:
     if not argument:
         raise data_error(f"{kind} needs a path", action=f"write source: {kind}:path/to/file")
     path = Path(argument).expanduser()
@@ -186,7 +188,7 @@ def _existing(argument: str, kind: str) -> Path:
     return path
 
 
-def _decoded(path: Path) -> str:
+def _decode(path: Path) -> str:
     """The file as text; bytes that are no UTF-8 stay as lone surrogates, so that the row that holds them is known."""
     content = path.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -282,10 +284,10 @@ def _class_names(table: Any, settings: DataSettings) -> list[str] | None:
     return names
 
 
-def _by_name(value: Any, names: list[str]) -> Any:
+def _name_label(value: Any, names: list[str]) -> Any:
     """A number, or each number of a list, by its name; `None` for one that has none."""
     if isinstance(value, list):
-        return [_by_name(each, names) for each in value]
+        return [_name_label(each, names) for each in value]
     if not isinstance(value, int):
         return value
     return names[value] if 0 <= value < len(names) else None

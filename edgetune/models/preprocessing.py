@@ -34,7 +34,7 @@ def _wordpiece(tokenizer: dict[str, Any]) -> WordPiece | None:
     """The few settings of a BERT tokenizer; `None` where any part of it is of another kind."""
     parts = {name: tokenizer.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer", "post_processor")}
     kinds = [parts[name].get("type") for name in ("model", "normalizer", "pre_tokenizer")]
-    around = _around(parts["post_processor"])
+    around = _special_tokens(parts["post_processor"])
     if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"] or around is None:
         return None
     model, normalizer = parts["model"], parts["normalizer"]
@@ -52,7 +52,7 @@ def _wordpiece(tokenizer: dict[str, Any]) -> WordPiece | None:
     )
 
 
-def _around(post: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _special_tokens(post: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The special tokens before and after a single text."""
     if post.get("type") == "BertProcessing":
         return (post["cls"][1],), (post["sep"][1],)

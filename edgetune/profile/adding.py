@@ -12,7 +12,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_atomically
 from edgetune.profile import calibration as calibrations
 from edgetune.profile.device import ID, load, parse, read
-from edgetune.recipe.names import HOST, SUFFIX, own, shipped, user_folder
+from edgetune.recipe.names import HOST, SUFFIX, packaged_ids, user_descriptors, user_folder
 
 
 def add(path: Path, *, replace: bool = False) -> Path:
@@ -77,9 +77,9 @@ def _target_path(name: str, replace: bool) -> Path:
         raise EdgetuneError(
             f"{HOST!r} is this machine", action="run `edgetune devices calibrate`, or give the file another id"
         )
-    if name in shipped():
+    if name in packaged_ids():
         raise EdgetuneError(f"device {name!r} is part of edgetune", action="give the descriptor another id")
-    there = own().get(name)
+    there = user_descriptors().get(name)
     if there is not None and not replace:
         raise EdgetuneError(f"device {name!r} already exists: {there}", action="add --replace, or choose another id")
     return user_folder() / (name + SUFFIX)

@@ -37,8 +37,8 @@ from edgetune.profile.facts import (
 )
 from edgetune.profile.sources import resolve_sources
 from edgetune.recipe.document import read as read_yaml
-from edgetune.recipe.document import read_file
-from edgetune.recipe.names import HOST, SUFFIX, ids, own, shipped, user_folder
+from edgetune.recipe.document import read_yaml_text
+from edgetune.recipe.names import HOST, SUFFIX, device_ids, packaged_ids, user_descriptors, user_folder
 
 Family = Literal["phone", "board", "jetson", "computer", "microcontroller"]
 TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openvino", "ethos-u", "tosa"]
@@ -255,8 +255,8 @@ def read(id_or_path: str | Path) -> tuple[object, str]:
     """What the file of that descriptor holds, not yet checked, and what to call it in an error."""
     if str(id_or_path).endswith(SUFFIX):
         return _read(Path(id_or_path)), str(id_or_path)
-    name, mine = str(id_or_path), own()
-    if name in shipped():
+    name, mine = str(id_or_path), user_descriptors()
+    if name in packaged_ids():
         if name in mine:
             raise EdgetuneError(
                 f"device {name!r} is part of edgetune and is also defined in {mine[name]}",
@@ -272,12 +272,15 @@ def read(id_or_path: str | Path) -> tuple[object, str]:
             action="run `edgetune devices calibrate` once; it takes a few minutes",
         )
     raise EdgetuneError(
-        "unknown device", got=name, allowed=ids(), action="`edgetune devices list` prints all; a path ends in .yaml"
+        "unknown device",
+        got=name,
+        allowed=device_ids(),
+        action="`edgetune devices list` prints all; a path ends in .yaml",
     )
 
 
 def _read(path: Path) -> object:
-    return read_yaml(read_file(path, "`edgetune devices list` prints those that are known"), str(path)).value
+    return read_yaml(read_yaml_text(path, "`edgetune devices list` prints those that are known"), str(path)).value
 
 
 def _named(device: Device, name: str, where: str) -> Device:

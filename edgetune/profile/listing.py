@@ -11,7 +11,7 @@ from edgetune.core.ledger import on_cpu
 from edgetune.core.numbers import align_columns
 from edgetune.profile.device import Device, Family, load
 from edgetune.profile.facts import Fact, Flags, StorageKind
-from edgetune.recipe.names import ids, own
+from edgetune.recipe.names import device_ids, user_descriptors
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class DeviceEntry:
 
 def list_entries() -> tuple[DeviceEntry, ...]:
     """Every name that `load` takes, by family and then in order; those with a fault last."""
-    mine = own()
+    mine = user_descriptors()
     order = {family: number for number, family in enumerate(get_args(Family))}
-    all_entries = [_entry(name, name in mine) for name in ids()]
+    all_entries = [_entry(name, name in mine) for name in device_ids()]
     return tuple(sorted(all_entries, key=lambda entry: order.get(entry.family, len(order))))
 
 

@@ -11,7 +11,7 @@ from edgetune.profile import prior, published
 from edgetune.profile.device import Device, load
 from edgetune.profile.facts import StrictRecord
 from edgetune.profile.published import UNITS, Published, PublishedFigure
-from edgetune.recipe.names import ids
+from edgetune.recipe.names import device_ids
 
 Basis = Literal["device left out", "one row used"]
 SUBJECTS = (
@@ -104,7 +104,7 @@ def refit() -> prior.Prior:
 
 
 def _all_devices() -> dict[str, Device]:
-    return {name: load(name) for name in ids()}
+    return {name: load(name) for name in device_ids()}
 
 
 def _items(content: Published, devices: Mapping[str, Device]) -> tuple[list[_Item], list[Missing]]:

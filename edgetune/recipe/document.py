@@ -95,7 +95,7 @@ def write_yaml(path: Path, content: object) -> None:
     write_atomically(path, yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
-def read_file(path: Path, action: str = "") -> str:
+def read_yaml_text(path: Path, action: str = "") -> str:
     """The text of a YAML file, if it is there, small enough and UTF-8; `action`: what to do where it is not there."""
     try:
         with path.open("rb") as file:
@@ -128,7 +128,7 @@ def read(text: str, name: str) -> Document:
         why = " ".join(part for part in (error.context, error.problem) if part)
         action = next((action for part, action in _MENDING.items() if part in why), "")
         raise EdgetuneError(f"not YAML: {why}", where=name + at, action=action) from error
-    reading = _Reading(name)
+    reading = _NodeReader(name)
     value = reading.value(node, ()) if node is not None else None
     raise_all(name, reading.errors)
     return Document(name, value, reading.places)
@@ -165,7 +165,7 @@ def _check_limits(text: str, name: str, reader: type[Any]) -> None:
             raise EdgetuneError("a second document starts here", where=where, action="use one document per file")
 
 
-class _Reading:
+class _NodeReader:
     """Nodes to values, collecting lines and errors on the way."""
 
     def __init__(self, name: str) -> None:

@@ -14,26 +14,26 @@ _FILES = ("csv", "jsonl", "imagefolder", "fashion-mnist", "py")  # sources whose
 _SOURCES = ("model", "data", "model.source", "data.source")
 
 
-def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The values of a recipe, or changes to one, with every path as seen from `folder` made absolute."""
     absolute = dict(values)
     for key, value in values.items():
         if key in _SOURCES and isinstance(value, str):
-            absolute[key] = source_from(value, folder)
+            absolute[key] = resolve_source(value, folder)
         elif key in _SOURCES and isinstance(value, Mapping) and isinstance(value.get("source"), str):
-            absolute[key] = {**value, "source": source_from(value["source"], folder)}
+            absolute[key] = {**value, "source": resolve_source(value["source"], folder)}
             if isinstance(value.get("test_file"), str):
                 absolute[key]["test_file"] = _absolute(value["test_file"], folder)
         elif key == "data.test_file" and isinstance(value, str):
             absolute[key] = _absolute(value, folder)
         elif key == "variants" and isinstance(value, Mapping):
-            absolute[key] = {n: located(v, folder) if isinstance(v, Mapping) else v for n, v in value.items()}
+            absolute[key] = {n: resolve_paths(v, folder) if isinstance(v, Mapping) else v for n, v in value.items()}
         elif key in ("profile", "budget", "devices", "profile.devices", "device"):
-            absolute[key] = _descriptors(value, folder)
+            absolute[key] = _resolve_descriptors(value, folder)
     return absolute
 
 
-def source_from(source: str, folder: Path) -> str:
+def resolve_source(source: str, folder: Path) -> str:
     """`csv:rows.csv` with the path as seen from `folder`; `hf:` only where such a folder exists, else it is an id."""
     kind, colon, argument = source.partition(":")
     if not argument or (kind not in _FILES and not (kind == "hf" and (folder / argument).expanduser().exists())):
@@ -41,9 +41,9 @@ def source_from(source: str, folder: Path) -> str:
     return f"{kind}{colon}{_absolute(argument, folder)}"
 
 
-def source_for(source: str, folder: Path) -> str:
+def relative_source(source: str, folder: Path) -> str:
     """A source as seen from here, written as a recipe in `folder` has to write it."""
-    absolute = source_from(source, Path())
+    absolute = resolve_source(source, Path())
     kind, _, argument = absolute.partition(":")
     return source if absolute == source else f"{kind}:{os.path.relpath(argument, folder.absolute())}"
 
@@ -52,12 +52,12 @@ def _absolute(path: str, folder: Path) -> str:
     return os.path.normpath(folder.absolute() / Path(path).expanduser())
 
 
-def _descriptors(value: Any, folder: Path) -> Any:
+def _resolve_descriptors(value: Any, folder: Path) -> Any:
     """The same for paths of device descriptors, which end in `.yaml`, wherever they stand in it."""
     if isinstance(value, str):
         return _absolute(value, folder) if value.endswith(".yaml") else value
     if isinstance(value, list):
-        return [_descriptors(each, folder) for each in value]
+        return [_resolve_descriptors(each, folder) for each in value]
     if isinstance(value, Mapping):
-        return {k: _descriptors(v, folder) if k in ("devices", "device") else v for k, v in value.items()}
+        return {k: _resolve_descriptors(v, folder) if k in ("devices", "device") else v for k, v in value.items()}
     return value

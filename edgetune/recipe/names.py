@@ -23,19 +23,19 @@ def user_folder() -> Path:
     return folder / "edgetune" / "devices"
 
 
-def shipped() -> tuple[str, ...]:
+def packaged_ids() -> tuple[str, ...]:
     """Names of the descriptors in the package."""
     names = (item.name for item in resources.files("edgetune.devices").iterdir())
     return tuple(sorted(n.removesuffix(SUFFIX) for n in names if n.endswith(SUFFIX) and n != PUBLISHED + SUFFIX))
 
 
-def own() -> dict[str, Path]:
+def user_descriptors() -> dict[str, Path]:
     """Descriptors in the user's folder, by name."""
     folder = user_folder()
     return {path.stem: path for path in sorted(folder.glob("*" + SUFFIX))} if folder.is_dir() else {}
 
 
-def ids() -> tuple[str, ...]:
+def device_ids() -> tuple[str, ...]:
     """Names that `load` takes: those in the package, then those in the user's folder."""
-    names = shipped()
-    return names + tuple(name for name in own() if name not in names)
+    names = packaged_ids()
+    return names + tuple(name for name in user_descriptors() if name not in names)

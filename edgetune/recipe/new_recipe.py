@@ -16,8 +16,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.data.columns import LABELS, TEXTS, likely_column, named_column
 from edgetune.data.dataset import Dataset
 from edgetune.data.settings import DataSettings
-from edgetune.models.labels import match_classes, names_of_outputs
-from edgetune.recipe.located import source_for
+from edgetune.models.labels import match_classes, output_names
+from edgetune.recipe.located import relative_source
 
 TaskName = Literal["text", "image", "language"]
 _LOOKED_AT = 200  # rows, to tell which column is which
@@ -74,23 +74,23 @@ def new_recipe(
     for table, kind, source in ((registry.MODELS, "model", model), (registry.DATASETS, "data", data)):
         if source.partition(":")[0] not in table:
             raise registry.unknown_source_error(table, kind, source)
-    columns = _columns(data, task, text, label)
+    columns = _infer_columns(data, task, text, label)
     settings = DataSettings.model_validate({"source": data, **columns})
     dataset: Dataset = registry.loader(registry.DATASETS, "data", data)(settings)
     seen = dataset.task.kind
     if task is not None and task != seen:
         raise EdgetuneError(f"this data is not for the task {task}", got=seen, action=f"leave out --task {task}")
-    written = {"source": source_for(data, path.parent), **columns}
+    written = {"source": relative_source(data, path.parent), **columns}
     shown = ", ".join(f"{key}: {json.dumps(value)}" for key, value in written.items())
     rows = f"{len(dataset.train):,} training rows, {len(dataset.test):,} to test on"
     classes = f", {len(dataset.classes)} classes" if dataset.classes else ""
-    config = _config(model)
+    config = _read_config(model)
     size, unit = _size(seen, config)
-    head = ", head: new" if _has_head_for_others(config, dataset) else ""
+    head = ", head: new" if _needs_new_head(config, dataset) else ""
     export = "{language: true}" if seen == "language" else "{}"
     return f"""\
 name: {path.stem}
-model: {{source: {json.dumps(source_for(model, path.parent))}, {size}{head}}}  # {unit}
+model: {{source: {json.dumps(relative_source(model, path.parent))}, {size}{head}}}  # {unit}
 data: {{{shown}}}  # {rows}{classes}
 
 steps:
@@ -106,25 +106,25 @@ variants:
 """
 
 
-def _config(model: str) -> Any:
+def _read_config(model: str) -> Any:
     """What transformers knows of an `hf:` model before its weights are read; `None` for any other."""
     if not model.startswith("hf:"):
         return None
-    from edgetune.models.loaded import reachable
+    from edgetune.models.loaded import explain_load_errors
 
     transformers, name = registry.require("transformers", f"the model {model}"), model.removeprefix("hf:")
-    with reachable(model, name):
+    with explain_load_errors(model, name):
         return transformers.AutoConfig.from_pretrained(name)
 
 
-def _has_head_for_others(config: Any, dataset: Dataset) -> bool:
+def _needs_new_head(config: Any, dataset: Dataset) -> bool:
     """Whether the checkpoint is a classifier of other classes than the data's, which a run would refuse."""
     if not any(
         str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()
     ):
         return False
     try:
-        match_classes("", names_of_outputs(config), dataset.classes, keep=False)
+        match_classes("", output_names(config), dataset.classes, keep=False)
     except EdgetuneError:
         return True
     return False
@@ -148,7 +148,7 @@ def _steps(task: TaskName, config: Any) -> str:
     return _STEPS[task] % (json.dumps([f"*.{target}" for target in targets]), "lm_head")
 
 
-def _columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, Any]:
+def _infer_columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, Any]:
     """The settings that say which columns of a table are read; none where they are called as the defaults are."""
     kind, _, argument = data.partition(":")
     given = {key: value for key, value in (("text", text), ("label", label)) if value is not None}

@@ -30,7 +30,9 @@ def outline(recipe: Recipe) -> tuple[OutlineLine, ...]:
         if move.implied:
             lines.append(OutlineLine(None, "finalize", f"{joined(move.finalizes)}; {move.reason}"))
         else:
-            lines.append(OutlineLine(move.index + 1, step.name, joined(move.finalizes) or in_words(step.settings)))
+            lines.append(
+                OutlineLine(move.index + 1, step.name, joined(move.finalizes) or describe_settings(step.settings))
+            )
     if plan and plan[-1].open:
         lines.append(OutlineLine(None, "finalize", joined(reversed(plan[-1].open))))
     if recipe.export:
@@ -41,11 +43,11 @@ def outline(recipe: Recipe) -> tuple[OutlineLine, ...]:
     if recipe.profile:
         host = ["this host, measured"] if recipe.profile.measure and recipe.export else []
         lines.append(OutlineLine(None, "profile", joined([*host, *recipe.profile.devices])))
-    lines += [OutlineLine(None, "budget", in_words(budget)) for budget in recipe.budget]
+    lines += [OutlineLine(None, "budget", describe_settings(budget)) for budget in recipe.budget]
     return tuple(lines)
 
 
-def in_words(settings: BaseModel) -> str:
+def describe_settings(settings: BaseModel) -> str:
     """The first setting, and those that are not the defaults: `rank 4, targets *.query *.value`."""
     plain = settings.model_dump(mode="json")
     fields = type(settings).model_fields

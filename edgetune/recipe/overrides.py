@@ -21,10 +21,10 @@ from edgetune.recipe.document import Document, read
 VARIANT = "variant"  # the key that chooses one of the recipe's own named sets
 
 
-def from_text(settings: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
     """`["train.epochs=2"]` as a mapping; each value is read as YAML.
 
-    >>> from_text(["train.epochs=2", "lora.targets=['*.query']", "name=x"])
+    >>> parse_overrides(["train.epochs=2", "lora.targets=['*.query']", "name=x"])
     {'train.epochs': 2, 'lora.targets': ['*.query'], 'name': 'x'}
     """
     overrides: dict[str, Any] = {}
@@ -38,7 +38,7 @@ def from_text(settings: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
-def overridden(
+def apply_overrides(
     document: Document, overrides: Mapping[str, Any], top: Sequence[str]
 ) -> tuple[Document, list[EdgetuneError]]:
     """The document with `overrides` applied (those of a chosen variant first), and the ones that fit nothing.
@@ -77,7 +77,7 @@ def overridden(
 
 def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[KeyPath]:
     """Every place that a dotted key means."""
-    first, *rest = (_segment(part) for part in key.split("."))
+    first, *rest = (_parse_segment(part) for part in key.split("."))
     below: KeyPath = ()
     for name, position in rest:
         below += (int(name) - 1 if name.isdecimal() else name,) if position is None else (name, position - 1)
@@ -120,7 +120,7 @@ def _steps(values: dict[str, Any]) -> list[Any]:
     return steps if isinstance(steps, list) else []
 
 
-def _segment(part: str) -> tuple[str, int | None]:
+def _parse_segment(part: str) -> tuple[str, int | None]:
     """`train[2]` as ("train", 2)."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(\d+)\])?", part)
     if not match:
@@ -146,7 +146,7 @@ def _set(values: Any, path: KeyPath, value: Any) -> None:
         else:
             kind = "a list; give a position" if isinstance(at, list) else "no mapping"
             raise EdgetuneError(
-                f"{format_path(done)} is {kind}", got=_shown(key), action="" if done else "give a field"
+                f"{format_path(done)} is {kind}", got=_format_key(key), action="" if done else "give a field"
             )
         if index == len(path) - 1:
             at[key] = value
@@ -157,5 +157,5 @@ def _set(values: Any, path: KeyPath, value: Any) -> None:
         at = at[key]
 
 
-def _shown(key: Key) -> str:
+def _format_key(key: Key) -> str:
     return str(key + 1) if isinstance(key, int) else key

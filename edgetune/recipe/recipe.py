@@ -22,10 +22,10 @@ from edgetune.core.technique import Settings, StepSettings, adapt_defaults
 from edgetune.core.validated import Problem, setting_names, validate
 from edgetune.data.settings import DataSettings
 from edgetune.models.loaded import ModelSettings
-from edgetune.recipe.document import Document, read, read_file
-from edgetune.recipe.located import located
-from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, ids
-from edgetune.recipe.overrides import VARIANT, overridden
+from edgetune.recipe.document import Document, read, read_yaml_text
+from edgetune.recipe.located import resolve_paths
+from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, device_ids
+from edgetune.recipe.overrides import VARIANT, apply_overrides
 from edgetune.recipe.sections import Budget, ExportSettings, ProfileSettings, Step
 
 NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
@@ -82,23 +82,23 @@ class Recipe(Settings):
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def names() -> tuple[str, ...]:
+def packaged_recipes() -> tuple[str, ...]:
     """The recipes in the package."""
     files = resources.files("edgetune.recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
 
 
-def text_of(recipe: str | Path) -> tuple[str, str]:
+def read_recipe_text(recipe: str | Path) -> tuple[str, str]:
     """The YAML text of a recipe, and what errors call it. A name is in the package; what ends in .yaml is a path."""
     if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
         place = Path(recipe)
         if not place.exists():
             other = place.with_suffix(".yml" if place.suffix == ".yaml" else ".yaml")
-            near = other.name if other.is_file() else nearest_file(place) or nearest(place.stem, names())
+            near = other.name if other.is_file() else nearest_file(place) or nearest(place.stem, packaged_recipes())
             action = "`edgetune recipes list` prints those of the package"
             raise EdgetuneError("no such recipe", got=str(recipe), near=near, action=action)
-        return read_file(place), str(recipe)
-    if recipe not in names():
+        return read_yaml_text(place), str(recipe)
+    if recipe not in packaged_recipes():
         place = Path(recipe)
         action = NO_RECIPES.get(place.suffix.lower(), "a path must end in .yaml").format(recipe)
         if place.is_dir():
@@ -106,7 +106,7 @@ def text_of(recipe: str | Path) -> tuple[str, str]:
                 (each for each in (place / "recipe.yaml", *sorted(place.glob("*.y*ml"))) if each.is_file()), ""
             )
             action = f"write {inside}" if inside else "this is a folder: write the path of a file that ends in .yaml"
-        raise EdgetuneError("no such recipe in the package", got=recipe, allowed=names(), action=action)
+        raise EdgetuneError("no such recipe in the package", got=recipe, allowed=packaged_recipes(), action=action)
     return resources.files("edgetune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8"), f"{recipe}.yaml"
 
 
@@ -118,11 +118,11 @@ def load(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Reci
     """
     if not isinstance(overrides or {}, Mapping):
         raise EdgetuneError("overrides are a mapping", got=overrides, action='write {"train.epochs": 2}')
-    text, name = text_of(recipe)
+    text, name = read_recipe_text(recipe)
     document = read(text, name)
     if name == str(recipe) and isinstance(document.value, dict):  # a file, not one of the package
-        document = Document(name, located(document.value, Path(name).parent), document.places)
-    return from_document(document, located(overrides or {}, Path()))
+        document = Document(name, resolve_paths(document.value, Path(name).parent), document.places)
+    return from_document(document, resolve_paths(overrides or {}, Path()))
 
 
 def parse(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -140,9 +140,9 @@ def from_document(document: Document, overrides: Mapping[str, Any] | None = None
     if not isinstance(document.value, dict):
         message = "a recipe is a mapping"
         raise EdgetuneError(message, where=document.name, got=document.value, allowed=Recipe.model_fields)
-    document, errors = overridden(_long_form(document), overrides or {}, list(Recipe.model_fields))
-    document = _long_form(document)
-    checking = _Checking(document)
+    document, errors = apply_overrides(_expand_shorthands(document), overrides or {}, list(Recipe.model_fields))
+    document = _expand_shorthands(document)
+    checking = _Checker(document)
     recipe = checking.recipe()
     raise_all(document.name, [*errors, *checking.errors])
     if recipe is None:
@@ -150,7 +150,7 @@ def from_document(document: Document, overrides: Mapping[str, Any] | None = None
     return recipe
 
 
-def _long_form(document: Document) -> Document:
+def _expand_shorthands(document: Document) -> Document:
     """Shorthands written out: `model: minilm`, one budget, a step that is only a name."""
     values = dict(document.value)
     values.setdefault("name", Path(document.name).stem)
@@ -161,11 +161,11 @@ def _long_form(document: Document) -> Document:
         values["budget"] = [values["budget"]]
     values.setdefault("steps", [])
     if isinstance(values["steps"], list):
-        values["steps"] = [_long_step(step) for step in values["steps"]]
+        values["steps"] = [_expand_step(step) for step in values["steps"]]
     return Document(document.name, values, document.places)
 
 
-def _long_step(step: Any) -> Any:
+def _expand_step(step: Any) -> Any:
     if isinstance(step, str):
         return {step: {}}
     if isinstance(step, dict) and len(step) == 1:
@@ -178,7 +178,7 @@ def step_names() -> list[str]:
     return [*registry.TECHNIQUES, *registry.STEPS]
 
 
-def _mended_step(got: Any) -> str:
+def _suggest_indent(got: Any) -> str:
     """What to do about a step whose settings are not indented more than its name; empty for any other mistake."""
     names = [name for name in got if name in step_names()] if isinstance(got, list) else []
     settings = [name for name in got if name not in names] if names else []
@@ -187,7 +187,7 @@ def _mended_step(got: Any) -> str:
     return f"indent {', '.join(settings)} further than {names[0]}"
 
 
-def _place_instead(problem: Problem, values: Mapping[str, Any]) -> str:
+def _suggest_place(problem: Problem, values: Mapping[str, Any]) -> str:
     """How `data: {csv: rows.csv}` is written, or where `epochs: 3` belongs; empty for any other mistake."""
     section, *rest = problem.path
     if problem.what == "unknown field" and not rest:
@@ -199,7 +199,7 @@ def _place_instead(problem: Problem, values: Mapping[str, Any]) -> str:
     return f"write source: {rest[0]}:{values[str(section)][rest[0]]}"
 
 
-class _Checking:
+class _Checker:
     """Plain values to a recipe, collecting errors."""
 
     def __init__(self, document: Document) -> None:
@@ -213,7 +213,7 @@ class _Checking:
         recipe, problems = validate(Recipe, {**head, "steps": []})
         for problem in problems:
             error = problem.at(self.where(problem.path))
-            error.action = error.action or _place_instead(problem, values)
+            error.action = error.action or _suggest_place(problem, values)
             self.errors.append(error)
         self.order(steps)
         self.sources(values)
@@ -253,7 +253,9 @@ class _Checking:
         for index, step in enumerate(plain):
             if not isinstance(step, dict) or len(step) != 1 or not isinstance(next(iter(step)), str):
                 got = list(step) if isinstance(step, dict) else step
-                action = _mended_step(got) or "write `- name`, or `- name: {setting: value}`; a dash before every step"
+                action = (
+                    _suggest_indent(got) or "write `- name`, or `- name: {setting: value}`; a dash before every step"
+                )
                 message = "a step is one name with its settings"
                 self.errors.append(EdgetuneError(message, where=self.where_step(index), got=got, action=action))
                 continue
@@ -315,7 +317,7 @@ class _Checking:
         ]
         for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
             named_devices += [(("budget", index, "device"), budget.get("device"))] if isinstance(budget, dict) else []
-        allowed = dict.fromkeys([*ids(), HOST])
+        allowed = dict.fromkeys([*device_ids(), HOST])
         for path, name in named_devices:
             if isinstance(name, str) and name not in allowed and not name.endswith(SUFFIX):
                 self.errors.append(EdgetuneError("unknown device", where=self.where(path), got=name, allowed=allowed))
@@ -365,7 +367,7 @@ class _Checking:
             where = self.where(("variants", name))
             if VARIANT in overrides:
                 self.errors.append(EdgetuneError("a variant cannot choose a variant", where=where))
-            _, errors = overridden(self.document, overrides, list(Recipe.model_fields))
+            _, errors = apply_overrides(self.document, overrides, list(Recipe.model_fields))
             self.errors += [error.within(where) for error in errors if VARIANT not in overrides]
 
 

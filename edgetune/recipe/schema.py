@@ -12,7 +12,7 @@ SCHEMA_FILE = "recipe.schema.json"  # beside the packaged recipes, made by `make
 EDITOR_LINE = "# yaml-language-server: $schema="  # what editors read the schema of a YAML file from
 
 
-def schema() -> dict[str, Any]:
+def build_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe file, with the settings of every technique; for editors and other tools."""
     whole = Recipe.model_json_schema(ref_template="#/$defs/{model}")
     definitions: dict[str, Any] = whole["$defs"]
@@ -28,26 +28,26 @@ def schema() -> dict[str, Any]:
     properties = whole["properties"]
     steps = {"type": "array", "minItems": 1, "items": {"anyOf": forms}}
     properties["steps"] = {"description": properties["steps"]["description"], **steps}
-    properties["model"] = _either({"type": "string"}, properties["model"])
-    properties["data"] = _either({"type": "string"}, properties["data"])
-    properties["budget"] = _either({"$ref": "#/$defs/Budget"}, properties["budget"])
+    properties["model"] = _add_short_form({"type": "string"}, properties["model"])
+    properties["data"] = _add_short_form({"type": "string"}, properties["data"])
+    properties["budget"] = _add_short_form({"$ref": "#/$defs/Budget"}, properties["budget"])
     whole["required"] = [key for key in whole["required"] if key != "name"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_unwrapped(whole)}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_unwrap(whole)}
 
 
-def _either(short: dict[str, Any], long: dict[str, Any]) -> dict[str, Any]:
+def _add_short_form(short: dict[str, Any], long: dict[str, Any]) -> dict[str, Any]:
     """A property that has a short form too; what is said of the long one holds for both."""
     shared: dict[str, Any] = {key: long[key] for key in ("title", "description", "default") if key in long}
     return {**shared, "anyOf": [short, {key: value for key, value in long.items() if key not in shared}]}
 
 
-def _unwrapped(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
     """The same with each paragraph of a description in one line, as editors show it."""
     if isinstance(value, list):
-        return [_unwrapped(inner) for inner in value]
+        return [_unwrap(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    plain = {key: _unwrapped(inner) for key, inner in value.items()}
+    plain = {key: _unwrap(inner) for key, inner in value.items()}
     if isinstance(plain.get("description"), str):
         plain["description"] = "\n\n".join(" ".join(part.split()) for part in plain["description"].split("\n\n"))
     return plain
@@ -58,10 +58,10 @@ def first_line(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
-def with_editor_line(text: str) -> str:
+def add_editor_line(text: str) -> str:
     """The text of a recipe that may lie anywhere on this disk; its first line names the schema in the package.
 
-    >>> print(with_editor_line("name: mine").replace(str(Path.cwd()), "..."))  # doctest: +ELLIPSIS
+    >>> print(add_editor_line("name: mine").replace(str(Path.cwd()), "..."))  # doctest: +ELLIPSIS
     # yaml-language-server: $schema=file://...recipe.schema.json
     name: mine
     """

@@ -13,7 +13,7 @@ from edgetune.core.numbers import MIB, align_columns, format_number, pluralize
 from edgetune.profile.calls import predict_calls
 from edgetune.profile.cost import fits
 from edgetune.profile.device import Device, load
-from edgetune.recipe.names import HOST, ids
+from edgetune.recipe.names import HOST, device_ids
 from edgetune.report.device_tables import CPU_TARGETS
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def compare(artifact: Artifact | str | Path, devices: Sequence[str | Device] | N
         artifact = Artifact.load(artifact, "model", "language")
     manifest, faults = artifact.manifest, list[tuple[str, str]]()
     lines: list[Line] = []
-    for device in ids() if devices is None else _once(devices):
+    for device in device_ids() if devices is None else _once(devices):
         try:
             described = device if isinstance(device, Device) else load(device)
         except EdgetuneError as error:

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from edgetune.recipe.sections import Budget
 
 
-def verdicts(budgets: Sequence[Budget], ledger: Ledger, least_training_mib: Sequence[float]) -> tuple[Verdict, ...]:
+def check_budgets(
+    budgets: Sequence[Budget], ledger: Ledger, least_training_mib: Sequence[float]
+) -> tuple[Verdict, ...]:
     """One verdict for each limit. `least_training_mib`: of each training, what it takes with batches of one row."""
-    return tuple(verdict for budget in budgets for verdict in _of_device(budget, ledger, least_training_mib))
+    return tuple(verdict for budget in budgets for verdict in _check_budget(budget, ledger, least_training_mib))
 
 
-def _of_device(budget: Budget, ledger: Ledger, least_training_mib: Sequence[float]) -> Iterator[Verdict]:
+def _check_budget(budget: Budget, ledger: Ledger, least_training_mib: Sequence[float]) -> Iterator[Verdict]:
     """The least is of this recipe: another one, say with a higher ratio of pruning, may come to less."""
     predicted = next((p for p in ledger.predicted if p.device == load(budget.device).id), None)
     call = f"predicted for {predicted.call}" if predicted and predicted.call else "predicted"

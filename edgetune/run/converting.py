@@ -14,8 +14,8 @@ from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.other_names import nearest_file
 from edgetune.core.own_code import PREFIX, call_own
 from edgetune.core.registry import require
-from edgetune.models.labels import names_of_outputs
-from edgetune.models.loaded import ModelSettings, part_of, reachable
+from edgetune.models.labels import output_names
+from edgetune.models.loaded import ModelSettings, explain_load_errors, import_class
 from edgetune.models.own import module_of
 from edgetune.run.exportable import Exportable
 
@@ -34,7 +34,7 @@ _PICTURES = 8
 _GENERATOR_SEED = 0
 
 
-def converted(source: str, inputs: str | None = None, weights: Path | None = None) -> Exportable:
+def convert_model(source: str, inputs: str | None = None, weights: Path | None = None) -> Exportable:
     """The model that `hf:PATH`, `timm:NAME` or `py:file.py:build` names, ready to be lowered.
 
     Args:
@@ -47,13 +47,13 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     kind, _, argument = source.partition(":")
     if weights is not None and kind != "py":
         raise EdgetuneError("--weights only applies to py: models", got=str(weights), action="leave out")
-    makers: dict[str, Callable[[str], Converted]] = {
-        "hf": _hugging_face, "timm": _timm, "py": lambda argument: _own(argument, weights),
+    makers: dict[str, Callable[[str], ConvertedModel]] = {
+        "hf": _hugging_face, "timm": _timm, "py": lambda argument: _build_own(argument, weights),
     }  # fmt: skip
     if kind not in makers:
         raise EdgetuneError(f"{source} needs data", action="pass --data, which provides the classes and the check rows")
     model, made_up, carried = makers[kind](argument)
-    given = _given(inputs) if inputs else None
+    given = _read_inputs(inputs) if inputs else None
     if given is None and not made_up:
         raise EdgetuneError(
             f"the inputs of {source} are unknown",
@@ -67,42 +67,42 @@ def converted(source: str, inputs: str | None = None, weights: Path | None = Non
     return Exportable(model.eval(), rows[0], rows if len(rows) > 1 else None, carried=carried, one_row=one_row)
 
 
-Converted = tuple[nn.Module, Sequence[Inputs], "Carried"]
+ConvertedModel = tuple[nn.Module, Sequence[Inputs], "Carried"]
 
 
-def _hugging_face(argument: str) -> Converted:
+def _hugging_face(argument: str) -> ConvertedModel:
     """Any model of transformers that takes tokens or pictures, by what its config says that it is."""
     transformers = require("transformers", f"the model hf:{argument}")
-    with reachable(f"hf:{argument}", argument):
+    with explain_load_errors(f"hf:{argument}", argument):
         config = transformers.AutoConfig.from_pretrained(argument)
         says = tuple(config.architectures or ())
         if not says:
             action = 'add "architectures" to its config.json, or build it with py:file.py:build'
             raise EdgetuneError(f"the config of hf:{argument} does not name the model", action=action)
-        model = part_of(transformers, says[0]).from_pretrained(argument, dtype=torch.float32)
+        model = import_class(transformers, says[0]).from_pretrained(argument, dtype=torch.float32)
         takes = getattr(model, "main_input_name", "input_ids")
         if takes == "pixel_values" and not hasattr(config, "vocab_size"):
-            return _pictures_of(transformers, argument, model, config)
+            return _convert_images(transformers, argument, model, config)
         if takes == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-            return _texts_of(transformers, argument, model, config)
+            return _convert_texts(transformers, argument, model, config)
     from edgetune.program.carried import Carried
 
     return model, [], Carried(model=f"hf:{argument}")  # sound, or a text and what was written of its answer
 
 
-def _texts_of(transformers: Any, argument: str, model: nn.Module, config: Any) -> Converted:
-    from edgetune.models.text import TextEncoder, give_padding
+def _convert_texts(transformers: Any, argument: str, model: nn.Module, config: Any) -> ConvertedModel:
+    from edgetune.models.text import TextEncoder, set_padding_token
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(argument)
-    give_padding(argument, tokenizer, config)
+    set_padding_token(argument, tokenizer, config)
     settings = ModelSettings(source=f"hf:{argument}")
     length = min(settings.max_length, getattr(config, "max_position_embeddings", None) or settings.max_length)
     encode = TextEncoder(tokenizer, length)
     rows = [encode([text], pad_to=length) for text in TEXTS]
-    return model, rows, _carried(f"hf:{argument}", model, encode, config)
+    return model, rows, _describe_io(f"hf:{argument}", model, encode, config)
 
 
-def _pictures_of(transformers: Any, argument: str, model: nn.Module, config: Any) -> Converted:
+def _convert_images(transformers: Any, argument: str, model: nn.Module, config: Any) -> ConvertedModel:
     from edgetune.models.vision import ImageEncoder
 
     processor = transformers.AutoImageProcessor.from_pretrained(argument, use_fast=False)
@@ -111,27 +111,29 @@ def _pictures_of(transformers: Any, argument: str, model: nn.Module, config: Any
     scale = 255.0 if getattr(processor, "do_rescale", True) else 1.0
     mean, deviation = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,), (1.0,))
     channels = getattr(config, "num_channels", 3)
-    encode = ImageEncoder(side, _each(mean, channels, scale), _each(deviation, channels, scale))
-    rows: list[Inputs] = [{"pixel_values": picture} for picture in _made_up_pictures(encode)]
-    return model, rows, _carried(f"hf:{argument}", model, encode, config)
+    encode = ImageEncoder(side, _per_channel(mean, channels, scale), _per_channel(deviation, channels, scale))
+    rows: list[Inputs] = [{"pixel_values": picture} for picture in _random_images(encode)]
+    return model, rows, _describe_io(f"hf:{argument}", model, encode, config)
 
 
-def _each(values: Sequence[float], channels: int, scale: float) -> tuple[float, ...]:
+def _per_channel(values: Sequence[float], channels: int, scale: float) -> tuple[float, ...]:
     return tuple(scale * value for value in (values if len(values) == channels else [*values] * channels))
 
 
-def _timm(argument: str) -> Converted:
-    from edgetune.models.vision import ImageEncoder, timm_with
+def _timm(argument: str) -> ConvertedModel:
+    from edgetune.models.vision import ImageEncoder, import_timm
 
-    timm = timm_with(argument)
-    with reachable(f"timm:{argument}", f"timm/{argument}"):
+    timm = import_timm(argument)
+    with explain_load_errors(f"timm:{argument}", f"timm/{argument}"):
         model = timm.create_model(argument, pretrained=True)
     config = timm.data.resolve_model_data_config(model)
-    encode = ImageEncoder(config["input_size"][1], _each(config["mean"], 3, 255.0), _each(config["std"], 3, 255.0))
-    return model, _made_up_pictures(encode), _carried(f"timm:{argument}", model, encode, None)
+    encode = ImageEncoder(
+        config["input_size"][1], _per_channel(config["mean"], 3, 255.0), _per_channel(config["std"], 3, 255.0)
+    )
+    return model, _random_images(encode), _describe_io(f"timm:{argument}", model, encode, None)
 
 
-def _made_up_pictures(encode: Any) -> list[Tensor]:
+def _random_images(encode: Any) -> list[Tensor]:
     """Smooth random pictures, as photographs are, in the form that the model takes."""
     generator = torch.Generator().manual_seed(_GENERATOR_SEED)
     small = torch.rand(_PICTURES, len(encode.mean), 8, 8, generator=generator)
@@ -140,11 +142,11 @@ def _made_up_pictures(encode: Any) -> list[Tensor]:
     return [encode(pictures[n : n + 1]) for n in range(_PICTURES)]
 
 
-def _carried(source: str, model: nn.Module, encode: Any, config: Any) -> Carried:
+def _describe_io(source: str, model: nn.Module, encode: Any, config: Any) -> Carried:
     """What an app needs: how inputs are made, and the model's own names of its classes where it chooses one."""
     from edgetune.data.dataset import Dataset
     from edgetune.data.rows import Rows
-    from edgetune.models.loaded import Loaded
+    from edgetune.models.loaded import LoadedModel
     from edgetune.models.metadata import describe_io
     from edgetune.tasks.causal_lm import CausalLM
     from edgetune.tasks.image_classification import ImageClassification
@@ -161,17 +163,17 @@ def _carried(source: str, model: nn.Module, encode: Any, config: Any) -> Carried
         None,
         "single_label_classification",
     ):
-        labels = names_of_outputs(config)
+        labels = output_names(config)
     pictures = hasattr(encode, "image_px")
     task: type[Task] = ImageClassification if pictures else TextClassification if labels else CausalLM
     none = Rows([])
-    described = describe_io(Loaded(source, model, encode), Dataset("", task(labels), none, none, none))
+    described = describe_io(LoadedModel(source, model, encode), Dataset("", task(labels), none, none, none))
     if not labels:  # tokens, spans or vectors come out: nothing here says what they mean
         described = described.model_copy(update={"task": "", "postprocessing": None})
     return described
 
 
-def _own(argument: str, weights: Path | None = None) -> Converted:
+def _build_own(argument: str, weights: Path | None = None) -> ConvertedModel:
     from edgetune.program.carried import Carried
 
     source = f"{PREFIX}{argument}"
@@ -203,7 +205,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise EdgetuneError(message, got=str(path), action="give the state dict of this module") from error
 
 
-def _given(inputs: str) -> list[Inputs]:
+def _read_inputs(inputs: str) -> list[Inputs]:
     """What the user's function returned: one input, or a list of them, of which the first is the example."""
     value = call_own(inputs)
     rows = list(value) if isinstance(value, list) else [value]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from edgetune.recipe.names import HOST, ids
+from edgetune.recipe.names import HOST, device_ids
 from edgetune.runtime import host
 from edgetune.runtime.clock.machine import cpuinfo, text_of, usable_cores
 
@@ -52,7 +52,7 @@ class Environment(BaseModel):
     host_calibrated: bool
 
 
-def environment() -> Environment:
+def detect_environment() -> Environment:
     """Look at this machine; runs nothing on it but a child process that imports executorch's partitioners."""
     return Environment(
         python=platform.python_version(),
@@ -65,11 +65,11 @@ def environment() -> Environment:
         accelerators=_accelerators(),
         extras=_extras(),
         targets=_targets(),
-        host_calibrated=HOST in ids(),
+        host_calibrated=HOST in device_ids(),
     )
 
 
-def versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """What a run's record says of where it was made: the stack's installed versions, Python, system and processor."""
     installed = {name: version for name in STACK if (version := _version(name))}
     return {**installed, "python": platform.python_version(), "platform": platform.platform(), "cpu": host.cpu_name()}
@@ -137,7 +137,7 @@ def _targets() -> dict[str, str]:
     return targets
 
 
-def as_text(env: Environment) -> str:
+def format_environment(env: Environment) -> str:
     """The environment as lines for a terminal."""
     lines = [
         f"edgetune {env.versions['edgetune']}, Python {env.python}, {env.platform} ({sys.executable})",

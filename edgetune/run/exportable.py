@@ -51,7 +51,7 @@ class Exportable:
     one_row: bool = True  # the program takes one row; else the example as it stands
 
 
-def with_cache(source: Exportable, max_tokens: int | None) -> Exportable:
+def set_cache_size(source: Exportable, max_tokens: int | None) -> Exportable:
     """With so many places in its cache; raises for a model that is not to talk."""
     if max_tokens is None:
         return source

@@ -18,9 +18,9 @@ from edgetune.run.exportable import (
     Exportable,
     GenerationSettings,
     prompts_from_texts,
+    set_cache_size,
     to_program,
     tokenizer_of,
-    with_cache,
     write_card_with_run,
 )
 
@@ -89,7 +89,7 @@ def export_from(
         dynamic: sizes that may differ between calls, as `et.export` takes them.
         external_data: the weights into `model.ptd` beside the program.
     """
-    model = with_cache(exportable(source, data, language, inputs, weights), max_tokens)
+    model = set_cache_size(load_exportable(source, data, language, inputs, weights), max_tokens)
     if model.generation is not None and (dynamic or external_data):
         message = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(message, action="leave out --dynamic and --ptd, or --language")
@@ -100,7 +100,7 @@ def export_from(
     return artifact
 
 
-def exportable(
+def load_exportable(
     source: str,
     data: str | None = None,
     language: bool = False,
@@ -119,13 +119,13 @@ def exportable(
                 got=source,
                 action="export the model itself: hf:PATH --language, or et.export_language(model, tokenizer, path)",
             )
-        return _saved(place)
+        return _from_pt2(place)
     if kind in CONVERTED and data is None and not language:
-        from edgetune.run.converting import converted
+        from edgetune.run.converting import convert_model
 
-        return converted(source, inputs, weights)
+        return convert_model(source, inputs, weights)
     if kind in registry.MODELS:
-        return _by_name(source, data, language)
+        return _from_registry(source, data, language)
     if place.is_dir():
         if not (place / "recipe.yaml").is_file():
             action = "give a run's folder, or write hf:PATH for a model's folder"
@@ -142,7 +142,7 @@ def exportable(
     raise EdgetuneError(f"unknown model; accepted are {ACCEPTED}", got=source, near=near, action=action)
 
 
-def _saved(path: Path) -> Exportable:
+def _from_pt2(path: Path) -> Exportable:
     import torch
 
     if not path.is_file():
@@ -163,7 +163,7 @@ def _saved(path: Path) -> Exportable:
     return Exportable(_Program(program.module()).eval(), dict(kwargs) if kwargs else tuple(args), one_row=False)
 
 
-def _by_name(source: str, data: str | None, language: bool) -> Exportable:
+def _from_registry(source: str, data: str | None, language: bool) -> Exportable:
     import torch
 
     from edgetune.data.dataset import Split
@@ -172,7 +172,11 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     from edgetune.models.metadata import describe_io
 
     data = data or OWN_DATA.get(source.partition(":")[0])
-    dataset = _texts() if data is None else registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
+    dataset = (
+        _empty_dataset()
+        if data is None
+        else registry.loader(registry.DATASETS, "data", data)(DataSettings(source=data))
+    )
     settings = ModelSettings(source=source)
     torch.manual_seed(0)
     loaded = registry.loader(registry.MODELS, "model", source)(settings, dataset)
@@ -192,7 +196,7 @@ def _by_name(source: str, data: str | None, language: bool) -> Exportable:
     return Exportable(loaded.model, rows[0], rows, carried=metadata)
 
 
-def _texts() -> Dataset:
+def _empty_dataset() -> Dataset:
     """No rows, for a language model: it has no classes to learn from them."""
     from edgetune.data.dataset import Dataset
     from edgetune.data.rows import Rows

@@ -30,8 +30,8 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Settings, Technique
 from edgetune.data.dataset import Dataset, Split
 from edgetune.data.rows import Rows
-from edgetune.models.chat import without_cut_answers
-from edgetune.models.loaded import Loaded
+from edgetune.models.chat import drop_truncated_answers
+from edgetune.models.loaded import LoadedModel
 from edgetune.program.carried import Carried
 from edgetune.quant.int8 import Static8
 from edgetune.recipe.recipe import Recipe, load, settings_class
@@ -65,7 +65,7 @@ class FinishedRun:
     recipe: Recipe
     ledger: Ledger
     structure: Structure
-    loaded: Loaded
+    loaded: LoadedModel
 
     @property
     def model(self) -> nn.Module:
@@ -83,7 +83,7 @@ class FinishedRun:
         data = self.recipe.data
         dataset: Dataset = registry.loader(registry.DATASETS, "data", data.source)(data)
         dataset = self.loaded.labelled(dataset)
-        dataset = without_cut_answers(dataset, self.loaded.encode, self.loaded.name, data.max_bad_rows_pct)
+        dataset = drop_truncated_answers(dataset, self.loaded.encode, self.loaded.name, data.max_bad_rows_pct)
         return Split(dataset.task, dataset.test, self.loaded.encode)
 
     def exportable(self, language: bool = False) -> Exportable:
@@ -100,7 +100,7 @@ def save_finished(
     structure = Structure(
         graph=isinstance(model, Static8),
         packed=any(type(tensor) is not Tensor for tensor in model.state_dict().values()),
-        shared=_shared(model),
+        shared=_tied_tensors(model),
         history=tuple((s.name, s.settings.model_dump(mode="json")) for s in recipe.steps if _is_technique(s.settings)),
         task=dataset.task.name,
         values=asdict(dataset.task),
@@ -134,7 +134,7 @@ def open_run(folder: str | Path) -> FinishedRun:
         EdgetuneError: the folder holds no finished run, or the stored model does not fit the recipe's model.
     """
     folder = Path(folder)
-    ledger = runs.earlier_ledger(folder)
+    ledger = runs.read_ledger(folder)
     if ledger is None or not ledger.finished:
         action = f"edgetune run RECIPE --resume --out {folder}"
         raise EdgetuneError("the folder does not contain a finished run", got=str(folder), action=action)
@@ -143,9 +143,9 @@ def open_run(folder: str | Path) -> FinishedRun:
     values = {**structure.values, "labels": tuple(structure.values["labels"])}
     dataset = Dataset(ledger.data, registry.load(registry.TASKS[structure.task])(**values), rows, rows, rows)
     seed_everything(recipe.seed)
-    loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, dataset)
+    loaded: LoadedModel = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, dataset)
     run = FinishedRun(folder, recipe, ledger, structure, loaded)
-    return replace(run, loaded=replace(loaded, model=_rebuilt(run).eval()))
+    return replace(run, loaded=replace(loaded, model=_rebuild(run).eval()))
 
 
 def _read_structure(folder: Path) -> Structure:
@@ -160,7 +160,7 @@ def _read_structure(folder: Path) -> Structure:
         raise EdgetuneError(message, where=str(path), action=action) from error
 
 
-def _rebuilt(run: FinishedRun) -> nn.Module:
+def _rebuild(run: FinishedRun) -> nn.Module:
     """The stored model: the structure of the loaded one after each technique, with the stored tensors."""
     stored = run.folder / FOLDER
     if run.structure.graph:
@@ -206,7 +206,7 @@ def _add_missing(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             module._parameters[key] = nn.Parameter(torch.empty_like(state[name]), requires_grad=False)
 
 
-def _shared(model: nn.Module) -> dict[str, str]:
+def _tied_tensors(model: nn.Module) -> dict[str, str]:
     """Of tied tensors, every name but the first, with the first."""
     firsts: dict[int, str] = {}
     named = model.state_dict(keep_vars=True).items()

@@ -26,18 +26,18 @@ from edgetune.core.progress import NOTE, Progress
 from edgetune.core.technique import Sample, StepSettings, Technique
 from edgetune.data.dataset import Dataset, Split
 from edgetune.export.targets import find
-from edgetune.models.chat import without_cut_answers
-from edgetune.models.loaded import Loaded
+from edgetune.models.chat import drop_truncated_answers
+from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
 from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
-from edgetune.recipe.names import HOST, ids
-from edgetune.recipe.outline import in_words
+from edgetune.recipe.names import HOST, device_ids
+from edgetune.recipe.outline import describe_settings
 from edgetune.recipe.recipe import Recipe
 from edgetune.recipe.sections import ExportSettings, ProfileSettings, Step
 from edgetune.run import reuse, runs
-from edgetune.run.budget import verdicts
-from edgetune.run.environment import versions
+from edgetune.run.budget import check_budgets
+from edgetune.run.environment import installed_versions
 from edgetune.run.exportable import (
     Exportable,
     check_can_generate,
@@ -46,8 +46,8 @@ from edgetune.run.exportable import (
     write_card_with_run,
 )
 from edgetune.run.finished import save_finished
-from edgetune.run.measures import kept_mib, measure
-from edgetune.run.rehearsal import in_step, rehearse
+from edgetune.run.measures import measure, saved_for_backward_mib
+from edgetune.run.rehearsal import name_step_in_errors, rehearse
 from edgetune.run.samples import Samples
 from edgetune.tasks.quality import answers_on, quality
 from edgetune.train import loggers
@@ -73,9 +73,9 @@ class Fold:
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool, progress: Progress, record: bool = True) -> None:
         self.recipe, self.folder, self.resume, self.progress, self.record = recipe, folder, resume, progress, record
-        earlier = runs.earlier_ledger(folder) if resume else None
+        earlier = runs.read_ledger(folder) if resume else None
         self.measured_before = {row.digest: row for row in earlier.rows} if earlier else {}
-        self.digests = reuse.digests(recipe)
+        self.digests = reuse.step_digests(recipe)
         self.digest = self.digests[0]  # of what was done to the model so far
         if record:
             _check_reachable(recipe)
@@ -83,14 +83,14 @@ class Fold:
         progress("load", 0, 2, recipe.data.source)
         self.dataset: Dataset = registry.loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
         if record:
-            runs.same_data(folder, self.dataset)
+            runs.check_same_data(folder, self.dataset)
         progress("load", 1, 2, recipe.model.source)
         seed_everything(recipe.seed)
-        loaded: Loaded = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
+        loaded: LoadedModel = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
         progress("load", 2, 2, loaded.name)
         self.data_as_read = self.dataset
         self.dataset = loaded.labelled(self.dataset)  # a trained head that was kept has its own order of classes
-        self.dataset = without_cut_answers(self.dataset, loaded.encode, loaded.name, recipe.data.max_bad_rows_pct)
+        self.dataset = drop_truncated_answers(self.dataset, loaded.encode, loaded.name, recipe.data.max_bad_rows_pct)
         self.model: nn.Module = loaded.model
         self.task = self.dataset.task
         self.train_split = Split(self.task, self.dataset.train, loaded.encode)
@@ -109,23 +109,26 @@ class Fold:
             model=loaded.name,
             data=self.dataset.name,
             settings=recipe.resolved(),
-            environment=versions(),
+            environment=installed_versions(),
             baselines=earlier.baselines if earlier else self.task.baselines(self.dataset.parts, loaded.encode),
             notes=(*self.dataset.notes, *loaded.notes),
         )
         if record:
-            for note in (*self.ledger.notes, *_few(self.dataset)):  # before any training, not only in the report
+            for note in (
+                *self.ledger.notes,
+                *_few_rows_note(self.dataset),
+            ):  # before any training, not only in the report
                 progress(NOTE, 0, 0, note)
             self.check(loaded, batch_sizes)
 
-    def check(self, loaded: Loaded, batch_sizes: list[int]) -> None:
+    def check(self, loaded: LoadedModel, batch_sizes: list[int]) -> None:
         """What model and data tell of steps that come later: raise before any work is done."""
         asked = self.recipe.export
         if not self.task.texts:
-            from edgetune.models.vision import check_takes_pictures
+            from edgetune.models.vision import check_image_size
 
             example = tensors_of(self.samples.example())[0]
-            check_takes_pictures(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
+            check_image_size(loaded.name, self.model, example, self.samples.least_batch(batch_sizes))
         if self.recipe.data.augment and self.task.texts:
             raise EdgetuneError("data.augment only applies to images", got=self.task.name, action="leave it out")
         trainings = [step.settings for step in self.recipe.steps if isinstance(step.settings, Train)]
@@ -156,7 +159,7 @@ class Fold:
         if self.recipe.export:
             self.export()
         self.ledger = self.ledger.with_(
-            verdicts=verdicts(self.recipe.budget, self.ledger, self.least_training_mib), finished=True
+            verdicts=check_budgets(self.recipe.budget, self.ledger, self.least_training_mib), finished=True
         )
         self.save()
         return self.ledger
@@ -175,7 +178,7 @@ class Fold:
 
     def reuse(self, steps: int) -> None:
         """Take the rows that an earlier run measured up to this step as they are, and say so."""
-        standing = reuse.standing(self.digests, steps)
+        standing = reuse.reusable_digests(self.digests, steps)
         self.measured_before = {d: row for d, row in self.measured_before.items() if d in standing}
         names = [row.step for row in self.measured_before.values()]
         if names:
@@ -189,7 +192,7 @@ class Fold:
         for move in plan_steps([step.settings for step in steps]):
             step = steps[move.index]
             seed_everything(self.recipe.seed + 1000 * (move.index + 1))  # so that a resumed run replays the same step
-            with in_step(self.recipe, move.index + 1):
+            with name_step_in_errors(self.recipe, move.index + 1):
                 if move.implied:
                     self.close()
                     continue
@@ -207,11 +210,11 @@ class Fold:
         self.digest = self.digests[index + 1]
         started = time.perf_counter()
         if isinstance(step.settings, Technique):
-            self.progress(step.name, 0, 1, in_words(step.settings))
+            self.progress(step.name, 0, 1, describe_settings(step.settings))
             self.model = apply(self.model, step.settings, self.sample())
             self.progress(step.name, 1, 1, "")
             seconds = time.perf_counter() - started
-            self.add_row(step.name, in_words(step.settings), seconds, exact=step.settings.exact)
+            self.add_row(step.name, describe_settings(step.settings), seconds, exact=step.settings.exact)
         elif isinstance(step.settings, Train):
             self.train(index, step.settings)
         elif not step.settings.closes:
@@ -229,14 +232,14 @@ class Fold:
                 technique.save(self.model, self.folder)
         names = ", ".join(t.name for t in reversed(techniques))
         self.model = finalize(self.model)
-        self.digest = reuse.finalized(self.digest)
+        self.digest = reuse.finalized_digest(self.digest)
         self.add_row("finalize", names, time.perf_counter() - started)
 
     def train(self, index: int, settings: Train) -> None:
         """A `train` step, with what its memory comes to."""
         teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
         name = f"{index + 1:02d}-train"
-        kept = kept_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
+        kept = saved_for_backward_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
         one = self.least_kept_mib()
         folder = self.folder / "checkpoints" / name
         with TrainingLog(folder, f"{self.folder.name}-{name}", settings.log, settings.model_dump(mode="json")) as log:
@@ -257,7 +260,7 @@ class Fold:
                 validation=lambda model: quality(model, self.validation_split, EVALUATION_BATCH),
                 progress=progress,
             )
-        self.add_row("train", in_words(settings), result.seconds)
+        self.add_row("train", describe_settings(settings), result.seconds)
         taught_by = stored_bytes(teacher) / MIB if teacher is not None else 0.0
         fixed = stored_bytes(self.model) / MIB + result.gradients_mib + result.optimizer_state_mib + taught_by
         self.least_training_mib.append(fixed + one)
@@ -290,11 +293,11 @@ class Fold:
     def least_kept_mib(self) -> float:
         """What a training of one row at a time keeps for backward, or of two where a batch norm needs them."""
         try:
-            return kept_mib(self.model, self.samples.largest_batch(1), self.loss)
+            return saved_for_backward_mib(self.model, self.samples.largest_batch(1), self.loss)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            return kept_mib(self.model, self.samples.largest_batch(2), self.loss)
+            return saved_for_backward_mib(self.model, self.samples.largest_batch(2), self.loss)
 
     def export(self) -> None:
         """The program, measured here and predicted for the devices."""
@@ -318,7 +321,7 @@ class Fold:
         if asked.measure and runs_here:
             self.progress("profile", 0, len(devices) + 1, "this host")
             measured = measure_calls(artifact)
-            devices += [HOST] if HOST in ids() and HOST not in devices else []  # predicted beside measured
+            devices += [HOST] if HOST in device_ids() and HOST not in devices else []  # predicted beside measured
         predicted: list[Predicted] = []
         by_layer: list[Layers] = []
         for number, device in enumerate(devices):
@@ -402,6 +405,6 @@ def _distils(step: Step) -> bool:
     return isinstance(step.settings, Train) and step.settings.distill is not None
 
 
-def _few(dataset: Dataset) -> tuple[str, ...]:
+def _few_rows_note(dataset: Dataset) -> tuple[str, ...]:
     rows = len(dataset.test)
     return (f"only {rows} row{'s' * (rows != 1)} to test on: give more, or data.test_file",) if rows < _FEW_ROWS else ()

@@ -20,21 +20,23 @@ STDIN = "-"
 
 
 @dataclass(frozen=True)
-class Given:
+class InputRow:
     """One row, and where it came from: empty where it was given as it is."""
 
     row: str
     source: str = ""  # "rows.csv, row 3"
 
 
-def read_rows(arguments: Sequence[str], texts: bool, stdin: TextIO, columns: Sequence[str] = ("text",)) -> list[Given]:
+def read_rows(
+    arguments: Sequence[str], texts: bool, stdin: TextIO, columns: Sequence[str] = ("text",)
+) -> list[InputRow]:
     """Every row that the arguments name, in their order.
 
     A text is taken as it is; a `.txt` gives a row for each line, a `.csv` and a `.jsonl` one for each record (of its
     fields `columns`), `-` the lines of stdin. Images are files, folders of them, or `-`: one path a line. Raises
     `EdgetuneError` (exit code 3) for a file that cannot be read whole: no row is left out.
     """
-    rows: list[Given] = []
+    rows: list[InputRow] = []
     for argument in arguments:
         if argument == STDIN:
             rows += _lines(stdin.read(), "stdin")
@@ -49,13 +51,13 @@ def read_rows(arguments: Sequence[str], texts: bool, stdin: TextIO, columns: Seq
     return rows
 
 
-def _texts(argument: str, columns: Sequence[str]) -> list[Given]:
+def _texts(argument: str, columns: Sequence[str]) -> list[InputRow]:
     if not argument.strip():
         raise data_error("the text is empty", got=argument, action="give a text, an image or a file")
     path, ending = Path(argument), Path(argument).suffix.lower()
     here = _exists(path)
     if not here and not (ending in FILES and len(argument.split()) == 1):  # "open a.txt" is a text, "a.txt" a file
-        return [Given(argument)]
+        return [InputRow(argument)]
     if not here:
         raise data_error(
             "no such file",
@@ -86,13 +88,13 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _lines(text: str, source: str) -> list[Given]:
+def _lines(text: str, source: str) -> list[InputRow]:
     """A row for each line that is not blank, with the number an editor shows."""
     lines = enumerate(text.splitlines(), start=1)
-    return [Given(line.strip(), f"{source}, line {number}") for number, line in lines if line.strip()]
+    return [InputRow(line.strip(), f"{source}, line {number}") for number, line in lines if line.strip()]
 
 
-def _records(path: Path, loader: str, columns: Sequence[str]) -> list[Given]:
+def _records(path: Path, loader: str, columns: Sequence[str]) -> list[InputRow]:
     settings = WholeData(source=f"{loader}:{path}", text=tuple(columns), label=None, max_bad_rows_pct=0)
     try:
         dataset = registry.loader(registry.DATASETS, "data", settings.source)(settings)
@@ -100,18 +102,18 @@ def _records(path: Path, loader: str, columns: Sequence[str]) -> list[Given]:
         error.action = error.action.replace("set data.text to the name of the column", "name the column with --column")
         error.action = error.action.replace(", or raise data.max_bad_rows_pct", "")
         raise
-    return [Given(text, f"{path.name}, row {number}") for number, text in enumerate(dataset.test.inputs, start=1)]
+    return [InputRow(text, f"{path.name}, row {number}") for number, text in enumerate(dataset.test.inputs, start=1)]
 
 
-def _images(path: Path) -> Iterable[Given]:
+def _images(path: Path) -> Iterable[InputRow]:
     if not path.is_dir():
         if path.suffix.lower() in FILES:
             message = "the program takes images: a file of rows is for texts"
             raise data_error(
                 message, got=str(path), action="give images or folders; or paths on stdin, one per line, with -"
             )
-        return [Given(str(path))]
+        return [InputRow(str(path))]
     images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     if not images:
         raise data_error("the folder contains no images", got=str(path), allowed=IMAGES, action="give another folder")
-    return [Given(str(image)) for image in images]
+    return [InputRow(str(image)) for image in images]

@@ -81,11 +81,11 @@ def run(
         folder, steps = runs.resumable_folder(recipe, where, again_from)
     else:
         folder = runs.new_folder(recipe, where)
-    with runs.alone(folder):
+    with runs.lock_run(folder):
         fold = Fold(recipe, folder, resume=steps is not None, progress=progress or (lambda *_: None))
         fold.rehearse()
         if steps is not None:  # not before the recipe as it is now has been seen to work
-            runs.take_back(recipe, folder, steps)
+            runs.roll_back(recipe, folder, steps)
             fold.reuse(steps)
         try:
             return Run(folder, fold.run(until))

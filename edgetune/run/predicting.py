@@ -84,10 +84,10 @@ def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Answer,
     Raises `EdgetuneError`, with exit code 5 if the program lacks metadata or does not run, and 3 for a row that
     cannot be read.
     """
-    return answers_for(Predictor(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
+    return predict_rows(Predictor(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
 
 
-def answers_for(predictor: Predictor, rows: Sequence[Any], progress: Progress = lambda *_: None) -> tuple[Answer, ...]:
+def predict_rows(predictor: Predictor, rows: Sequence[Any], progress: Progress = lambda *_: None) -> tuple[Answer, ...]:
     """What a program that is loaded already answers for each row."""
     if not len(rows):
         return ()
@@ -150,9 +150,9 @@ def evaluate(
             got=settings.source,
             action="give data of the kind that the program was trained on",
         )
-    rows = dataset.test if part == "test" else _together((dataset.train, dataset.validation, dataset.test))
-    task, places = predictor.task, _places(dataset.classes, predictor.task.labels)
-    labelled = Rows(rows.inputs, [_numbered(label, places) for label in rows.labels or ()])
+    rows = dataset.test if part == "test" else _concatenate((dataset.train, dataset.validation, dataset.test))
+    task, places = predictor.task, _match_classes(dataset.classes, predictor.task.labels)
+    labelled = Rows(rows.inputs, [_renumber(label, places) for label in rows.labels or ()])
     if not len(labelled):
         raise data_error("there are no rows to measure quality on", got=dataset.name, action="give more rows")
     encoded, logits = predictor.run(rows.inputs, progress)
@@ -200,7 +200,7 @@ def data_settings(program: Path, source: str | None = None, overrides: Mapping[s
     return settings
 
 
-def _together(parts: Sequence[Rows]) -> Rows:
+def _concatenate(parts: Sequence[Rows]) -> Rows:
     """All rows of a data set, one part after the other."""
     parts = [rows for rows in parts if len(rows)]
     labels = [label for rows in parts for label in rows.labels or ()]
@@ -211,14 +211,14 @@ def _together(parts: Sequence[Rows]) -> Rows:
     return Rows(parts[0].inputs if len(parts) == 1 else [one for rows in parts for one in rows.inputs], labels)
 
 
-def _numbered(label: Any, places: Sequence[int]) -> Any:
+def _renumber(label: Any, places: Sequence[int]) -> Any:
     """A class or tags by the program's numbers; a number as it is."""
     if isinstance(label, tuple):
         return tuple(places[tag] for tag in label)
     return places[int(label)] if places else label
 
 
-def _places(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
+def _match_classes(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
     """Where each class of the data stands among the program's: by name, but for case and spaces around.
 
     Outputs called `LABEL_0`, `LABEL_1` are the classes `0`, `1`.

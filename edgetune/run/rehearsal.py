@@ -45,7 +45,7 @@ def rehearse(
         progress("rehearse", move.index, len(recipe.steps), step.name)
         seed_everything(recipe.seed)
         try:
-            with in_step(recipe, move.index + 1):
+            with name_step_in_errors(recipe, move.index + 1):
                 if move.finalizes:
                     model = finalize(model)
                 elif isinstance(step.settings, Technique):
@@ -63,7 +63,7 @@ def rehearse(
 
 
 @contextmanager
-def in_step(recipe: Recipe, number: int) -> Iterator[None]:
+def name_step_in_errors(recipe: Recipe, number: int) -> Iterator[None]:
     """An error inside says in which step of the recipe, counted from one, it happened."""
     step = recipe.steps[number - 1]
     try:

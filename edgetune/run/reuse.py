@@ -25,7 +25,7 @@ EXPORT = "export"  # what may be asked for as if it were a step: everything afte
 _CHANGES_NO_RESULT = {"train": CHANGES_NO_RESULT}
 
 
-def digests(recipe: Recipe) -> tuple[str, ...]:
+def step_digests(recipe: Recipe) -> tuple[str, ...]:
     """Of the model and the data as loaded, then after each step."""
     plain = recipe.resolved()
     own = [contents_digest(recipe.model.source), contents_digest(recipe.data.source)]
@@ -37,7 +37,7 @@ def digests(recipe: Recipe) -> tuple[str, ...]:
     return tuple(chain)
 
 
-def finalized(digest: str) -> str:
+def finalized_digest(digest: str) -> str:
     """Of a model of this digest once what is open on it is finalized."""
     return _sha256([digest, "finalize"])
 
@@ -46,20 +46,20 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def text_for(recipe: Recipe) -> str:
+def digest_text(recipe: Recipe) -> str:
     """What a run of this recipe keeps in `digest.txt`."""
-    return "\n".join([recipe.digest, *digests(recipe)]) + "\n"
+    return "\n".join([recipe.digest, *step_digests(recipe)]) + "\n"
 
 
-def is_of(recipe: Recipe, folder: Path) -> bool:
+def is_run_of(recipe: Recipe, folder: Path) -> bool:
     """Whether the run in the folder is of this very recipe, and of the user's own code as it is now."""
-    return (folder / FILE).read_text(encoding="utf-8") == text_for(recipe)
+    return (folder / FILE).read_text(encoding="utf-8") == digest_text(recipe)
 
 
 def unchanged_steps(recipe: Recipe, folder: Path) -> int | None:
     """How many steps, from the first, the run in `folder` has just so; `None` where its model or data are others."""
     earlier = (folder / FILE).read_text(encoding="utf-8").split()[1:]
-    pairs = zip(earlier, digests(recipe), strict=False)
+    pairs = zip(earlier, step_digests(recipe), strict=False)
     equal = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(recipe.steps) + 1))
     return equal - 1 if equal else None
 
@@ -82,7 +82,7 @@ def step_number(recipe: Recipe, given: str | int, export: bool = False) -> int:
     raise EdgetuneError("the recipe has no such step", got=given, allowed=allowed, action="give its number")
 
 
-def standing(chain: Sequence[str], steps: int) -> frozenset[str]:
+def reusable_digests(chain: Sequence[str], steps: int) -> frozenset[str]:
     """The digests of all rows of a ledger that stand where the first `steps` steps do."""
     reached = chain[: steps + 1]
-    return frozenset([*reached, *(finalized(digest) for digest in reached)])
+    return frozenset([*reached, *(finalized_digest(digest) for digest in reached)])

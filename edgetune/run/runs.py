@@ -16,7 +16,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
 from edgetune.core.ledger import Ledger
 from edgetune.run import reuse
-from edgetune.run.environment import versions
+from edgetune.run.environment import installed_versions
 
 if TYPE_CHECKING:
     from edgetune.data.dataset import Dataset
@@ -44,8 +44,8 @@ def new_folder(recipe: Recipe, out: Path | None) -> Path:
 
 def _describe(recipe: Recipe, folder: Path) -> None:
     write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-    write_atomically(folder / "environment.json", json.dumps(versions(), indent=1))
-    write_atomically(folder / reuse.FILE, reuse.text_for(recipe))  # last: a folder without it cannot be resumed
+    write_atomically(folder / "environment.json", json.dumps(installed_versions(), indent=1))
+    write_atomically(folder / reuse.FILE, reuse.digest_text(recipe))  # last: a folder without it cannot be resumed
 
 
 def _numbered(name: str) -> Path:
@@ -85,29 +85,29 @@ def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = 
             got=str(folders[0]),
             action=f"give the settings of {folders[0] / 'recipe.yaml'}, or run without --resume",
         )
-    folder = next((f for f in usable if _can_go_on(f, recipe)), usable[0])
+    folder = next((f for f in usable if _can_continue(f, recipe)), usable[0])
     steps = unchanged[folder] or 0
-    earlier = earlier_ledger(folder)
-    if again_from is None and reuse.is_of(recipe, folder) and earlier and earlier.finished:
+    earlier = read_ledger(folder)
+    if again_from is None and reuse.is_run_of(recipe, folder) and earlier and earlier.finished:
         action = f"edgetune report {folder}, or repeat part of it with --from STEP"
         raise EdgetuneError("the run is finished", got=str(folder), action=action)
     return folder, steps if again_from is None else min(steps, again_from - 1)
 
 
-def _can_go_on(folder: Path, recipe: Recipe) -> bool:
-    earlier = earlier_ledger(folder)
-    return reuse.is_of(recipe, folder) and (earlier is None or not earlier.finished)
+def _can_continue(folder: Path, recipe: Recipe) -> bool:
+    earlier = read_ledger(folder)
+    return reuse.is_run_of(recipe, folder) and (earlier is None or not earlier.finished)
 
 
-def take_back(recipe: Recipe, folder: Path, steps: int) -> None:
+def roll_back(recipe: Recipe, folder: Path, steps: int) -> None:
     """Leave in the folder what the first `steps` steps made, and make it a run of this recipe.
 
-    Call it within `alone`. A kill in between loses no more than was to be done again.
+    Call it within `lock_run`. A kill in between loses no more than was to be done again.
     """
-    chain = reuse.digests(recipe)
-    earlier = earlier_ledger(folder)
+    chain = reuse.step_digests(recipe)
+    earlier = read_ledger(folder)
     if earlier is not None:
-        rows = tuple(row for row in earlier.rows if row.digest in reuse.standing(chain, steps))
+        rows = tuple(row for row in earlier.rows if row.digest in reuse.reusable_digests(chain, steps))
         kept = {row.index for row in rows}
         trainings = tuple(t for t in earlier.trainings if t.row in kept)
         nothing = {"program": None, "measured": (), "predicted": (), "verdicts": (), "finished": False}
@@ -121,7 +121,7 @@ def take_back(recipe: Recipe, folder: Path, steps: int) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Keeps a second process out of the folder; the system lets go if this one dies."""
     lock = filelock.FileLock(folder / "run.lock")
     try:
@@ -137,7 +137,7 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def same_data(folder: Path, dataset: Dataset) -> None:
+def check_same_data(folder: Path, dataset: Dataset) -> None:
     """Note what rows a run began with; raise where a resumed run finds others."""
     path = folder / "data.txt"
     if not path.exists():
@@ -151,7 +151,7 @@ def same_data(folder: Path, dataset: Dataset) -> None:
         )
 
 
-def earlier_ledger(folder: Path) -> Ledger | None:
+def read_ledger(folder: Path) -> Ledger | None:
     """What an interrupted run had measured; `None` when it had not come that far."""
     path = folder / "ledger.json"
     return Ledger.read(path) if path.exists() else None

@@ -48,14 +48,14 @@ def count_answers(classes: Sequence[str], rows: Rows, logits: Tensor, *, picture
             true=classes[int(true[row])],
             predicted=classes[int(predicted[row])],
             confidence_pct=100 * float(sureness[row]),
-            **_preview(rows.inputs[row], pictures=pictures),
+            **_preview_row(rows.inputs[row], pictures=pictures),
         )
         for row in order[:MOST_MISTAKES]
     )
     return Answers(classes=figures, confusions=confusions, mistakes=mistakes)
 
 
-def _preview(row: Any, *, pictures: bool) -> dict[str, str]:
+def _preview_row(row: Any, *, pictures: bool) -> dict[str, str]:
     """A row as a reader sees it: the beginning of a text, or a small image and the name of its file."""
     if pictures:
         return {"text": Path(row).name if isinstance(row, (str, Path)) else "", "image": _thumbnail(row)}

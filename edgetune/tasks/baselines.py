@@ -22,7 +22,7 @@ _PIXEL_SIDE = 28
 _STRENGTHS = (0.1, 3.0, 10.0)  # inverse of the regularization
 
 
-def majority(parts: Parts, classes: Sequence[str]) -> Baseline:
+def majority_baseline(parts: Parts, classes: Sequence[str]) -> Baseline:
     """Always the commonest class, in per cent of right answers."""
     [(commonest, _)] = Counter(_labels(parts.train)).most_common(1)
     right = sum(label == commonest for label in _labels(parts.test))
@@ -35,7 +35,7 @@ def tfidf_classes(parts: Parts) -> Baseline:
     return Baseline(name="TF-IDF + logistic regression", value=_logistic(_tfidf(parts), labels))
 
 
-def always_the_mean(parts: Parts) -> Baseline:
+def mean_baseline(parts: Parts) -> Baseline:
     """Always the mean of the training values, as the root of the mean squared error."""
     mean = float(np.mean(parts.train.labels or ()))
     return Baseline(name=f"always the mean, {mean:.3g}", value=_rmse(mean, parts.test))

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from edgetune.core.ledger import Baseline
 from edgetune.data.rows import Encode
-from edgetune.tasks.baselines import majority, pixel_classes
+from edgetune.tasks.baselines import majority_baseline, pixel_classes
 from edgetune.tasks.classification import Classification
 from edgetune.tasks.task import Parts
 
@@ -24,4 +24,4 @@ class ImageClassification(Classification):
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
         """Always the commonest class; logistic regression on grey pixels."""
-        return majority(parts, self.labels), pixel_classes(parts)
+        return majority_baseline(parts, self.labels), pixel_classes(parts)

@@ -16,7 +16,7 @@ from edgetune.core.inputs import Inputs
 from edgetune.core.ledger import Baseline, Quality
 from edgetune.data.rows import Encode, Rows
 from edgetune.program.carried import ScaledValue
-from edgetune.tasks.baselines import always_the_mean, tfidf_ridge
+from edgetune.tasks.baselines import mean_baseline, tfidf_ridge
 from edgetune.tasks.task import Batch, Parts, Task
 
 
@@ -30,7 +30,7 @@ class Regression(Task):
     name: ClassVar[str] = "regression"
     rows: ClassVar[str] = "texts with numbers"
 
-    def fitted(self, train: Rows) -> Regression:
+    def fit(self, train: Rows) -> Regression:
         """With mean and standard deviation of the training values."""
         if not len(train):
             return self
@@ -66,7 +66,7 @@ class Regression(Task):
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
         """Always the mean of the training values; TF-IDF with ridge regression."""
-        return always_the_mean(parts), tfidf_ridge(parts)
+        return mean_baseline(parts), tfidf_ridge(parts)
 
     def postprocessing(self) -> ScaledValue:
         """The output, no longer standardized."""

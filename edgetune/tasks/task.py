@@ -58,7 +58,7 @@ class Task:
         """The same task with other names."""
         return replace(self, labels=tuple(labels))
 
-    def fitted(self, train: Rows) -> Self:
+    def fit(self, train: Rows) -> Self:
         """The same task with what it learns from the training rows alone."""
         return self
 

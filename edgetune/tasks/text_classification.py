@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from edgetune.core.ledger import Baseline
 from edgetune.data.rows import Encode
-from edgetune.tasks.baselines import majority, tfidf_classes
+from edgetune.tasks.baselines import majority_baseline, tfidf_classes
 from edgetune.tasks.classification import Classification
 from edgetune.tasks.task import Parts
 
@@ -21,4 +21,4 @@ class TextClassification(Classification):
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
         """Always the commonest class; TF-IDF with logistic regression."""
-        return majority(parts, self.labels), tfidf_classes(parts)
+        return majority_baseline(parts, self.labels), tfidf_classes(parts)

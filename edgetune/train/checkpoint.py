@@ -57,8 +57,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = {
-            "tensors": _written(folder, "tensors", ".safetensors", lambda path: save_file(_apart(tensors), path)),
-            "state": _written(folder, "state", ".json", lambda path: path.write_text(text, encoding="utf-8")),
+            "tensors": _write_hashed(
+                folder, "tensors", ".safetensors", lambda path: save_file(_unshare(tensors), path)
+            ),
+            "state": _write_hashed(folder, "state", ".json", lambda path: path.write_text(text, encoding="utf-8")),
         }
         marker = json.dumps({"format": _FORMAT, **files}, indent=1)
         flush(folder)  # the marker comes once what it names is on the disk
@@ -78,7 +80,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the state of a complete checkpoint; anything else raises `EdgetuneError`."""
     folder = Path(folder)
-    wrong = fault(folder)
+    wrong = find_fault(folder)
     if wrong:
         raise EdgetuneError(
             f"this checkpoint cannot be used: {wrong}",
@@ -92,7 +94,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads((folder / marker["state"]["name"]).read_text(encoding="utf-8"))
 
 
-def fault(folder: Path) -> str:
+def find_fault(folder: Path) -> str:
     """What is wrong with the checkpoint in `folder`, in a few words; empty when it is complete and unchanged."""
     path = folder / MARKER
     if not path.is_file():
@@ -118,14 +120,14 @@ def fault(folder: Path) -> str:
 def latest(parent: Path) -> Path | None:
     """The last complete checkpoint among the folders of `parent`, by name; others are logged and passed over."""
     for folder in reversed(_folders(Path(parent))):
-        wrong = fault(folder)
+        wrong = find_fault(folder)
         if not wrong:
             return folder
         _log.warning("checkpoint %s is skipped: %s", folder, wrong)
     return None
 
 
-def tidy(parent: Path, keep: int = 2) -> None:
+def remove_old(parent: Path, keep: int = 2) -> None:
     """Remove the folders of `parent` that were never finished, and all but the last `keep` finished ones.
 
     Only folders that look like checkpoints are touched. Call it after `save`, so that the new one is complete.
@@ -145,15 +147,15 @@ def tidy(parent: Path, keep: int = 2) -> None:
 def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
-    return sorted(entry for entry in parent.iterdir() if entry.is_dir() and _ours(entry))
+    return sorted(entry for entry in parent.iterdir() if entry.is_dir() and _is_checkpoint(entry))
 
 
-def _ours(folder: Path) -> bool:
+def _is_checkpoint(folder: Path) -> bool:
     """Whether nothing but a checkpoint's files, finished or not, lies in the folder."""
     return all(entry.is_file() and _FILES.fullmatch(entry.name) for entry in folder.iterdir())
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor contiguous and, where a storage is shared or only partly used, a copy of its own."""
     storages: set[int] = set()
     result = {}
@@ -167,7 +169,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _written(folder: Path, stem: str, suffix: str, write: Callable[[Path], object]) -> dict[str, Any]:
+def _write_hashed(folder: Path, stem: str, suffix: str, write: Callable[[Path], object]) -> dict[str, Any]:
     """Write under a temporary name, flush, rename to a name that holds the checksum; its entry in the marker."""
     temporary = folder / f".{stem}{suffix}"
     write(temporary)
@@ -199,7 +201,7 @@ def _remove_unnamed(folder: Path) -> None:
                 entry.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
-    except (OSError, ValueError, KeyError) as error:  # the next `tidy` tries again
+    except (OSError, ValueError, KeyError) as error:  # the next `remove_old` tries again
         _log.warning("left-over files in %s could not be removed: %s", folder, error)
 
 
@@ -215,10 +217,10 @@ def pack(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
     {0: (tensor([1., 1.]), inf)}
     """
     tensors: dict[str, Tensor] = {}
-    return tensors, _packed(value, prefix.rstrip("/"), tensors)
+    return tensors, _pack_value(value, prefix.rstrip("/"), tensors)
 
 
-def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _pack_value(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -229,10 +231,10 @@ def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, (list, tuple)):
-        items = [_packed(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        items = [_pack_value(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _packed(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _pack_value(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     raise EdgetuneError("pack: this cannot be stored", where=path, got=type(value).__name__)
 
 

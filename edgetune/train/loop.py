@@ -31,7 +31,7 @@ from edgetune.train import checkpoint
 from edgetune.train import optimizer as optimizers
 from edgetune.train.plan import TrainingPlan, TrainingRows
 from edgetune.train.reached import GradientWatch
-from edgetune.train.resume import Interrupts, Progress, Saver, changing_tensors, identity, put_back
+from edgetune.train.resume import Interrupts, Progress, Saver, changing_tensors, restore_tensors, training_identity
 from edgetune.train.settings import Distill, Train
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def train(
     plan = TrainingPlan(settings, split, seed)
     optimizer = optimizers.build(settings, parameters)
     seed_everything(seed)
-    saver = Saver(folder, model, optimizer, identity(model, settings, len(split), seed)) if folder else None
+    saver = Saver(folder, model, optimizer, training_identity(model, settings, len(split), seed)) if folder else None
     run = saver.restore(plan.updates) if saver else Progress()
     began = time.perf_counter() - run.seconds
     optimizer.zero_grad(set_to_none=True)
@@ -128,7 +128,7 @@ def train(
                 saver.save(run)
             if interrupts.seen:
                 raise KeyboardInterrupt
-    put_back(model, run.best_tensors)
+    restore_tensors(model, run.best_tensors)
     model.eval()
     return _result(run, optimizer, cache.report if cache else None)
 
@@ -162,7 +162,7 @@ def _backward(
 ) -> float:
     """Gradients and value of the mean loss over all labels of an update, however its batches are cut."""
     device = device_of(model)
-    counts = [counted(labels) for _, labels in batches]
+    counts = [count_labels(labels) for _, labels in batches]
     if not sum(counts):
         raise EdgetuneError(
             "no label of this batch counts", action="leave out rows without any label", exit_code=Exit.DATA
@@ -188,7 +188,7 @@ def _backward(
     return total
 
 
-def counted(labels: Tensor) -> int:
+def count_labels(labels: Tensor) -> int:
     """Labels that a mean loss divides by: all numbers, and all classes that are not -100."""
     return labels.numel() if labels.is_floating_point() else int(labels.ne(_IGNORED_LABEL).sum())
 
@@ -256,7 +256,7 @@ def _check(
         if resume:
             raise EdgetuneError("resuming needs the folder of the checkpoints", action="pass folder=")
         return
-    checkpoint.tidy(folder)
+    checkpoint.remove_old(folder)
     if not resume and checkpoint.latest(folder) is not None:
         raise EdgetuneError(
             "this folder contains checkpoints of an earlier training",

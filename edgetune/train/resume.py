@@ -51,7 +51,7 @@ def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def restore_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values, all or none, into the tensors of `changing_tensors`."""
     own = changing_tensors(model) if values else {}
     for name, value in own.items():
@@ -59,7 +59,7 @@ def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 class Saver:
-    """Writes and reads the checkpoints of one training; `identity` is what must be the same to go on."""
+    """Writes and reads the checkpoints of one training; `training_identity` is what must be the same to go on."""
 
     def __init__(
         self, folder: Path, model: nn.Module, stepper: torch.optim.Optimizer, identity: Mapping[str, Any]
@@ -84,7 +84,7 @@ class Saver:
         }
         target = self.folder / f"update-{progress.update:08d}"
         checkpoint.save(target, {**tensors, **optimizer_tensors, **random_tensors}, state)
-        checkpoint.tidy(self.folder)
+        checkpoint.remove_old(self.folder)
 
     def restore(self, updates: int) -> Progress:
         """Put model, optimizer and generators where the last complete checkpoint has them, if there is one.
@@ -106,7 +106,7 @@ class Saver:
                 got=str(folder),
                 action="restore these (threads: OMP_NUM_THREADS), or start again in another folder",
             )
-        put_back(self.model, tensors)
+        restore_tensors(self.model, tensors)
         optimizer.load_state_dict(self.optimizer, checkpoint.unpack(tensors, state["optimizer"]))
         checkpoint.set_random_state(checkpoint.unpack(tensors, state["random"]))
         losses = [LossPoint(update=int(u), loss=loss, learning_rate=rate) for u, loss, rate in state["losses"]]
@@ -116,7 +116,7 @@ class Saver:
         return Progress(done, losses, state["gradient_bytes"], best, best_tensors, done, seconds)
 
 
-def identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[str, Any]:
+def training_identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[str, Any]:
     """What must be the same for a resumed training to end with the same bits; the frozen weights by a checksum."""
     frozen = hashlib.sha256()
     for name, value in model.named_parameters():

@@ -24,10 +24,10 @@ from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
 from edgetune.core.modes import preserve_state
 from edgetune.train.plan import TrainingRows
-from edgetune.train.prefix.kept import CacheType, KeptRows
-from edgetune.train.prefix.key import about
-from edgetune.train.prefix.rows import filled, named, nothing_in, relative_error
-from edgetune.train.prefix.stages import Stages, as_trained, draws, find_prefix, in_order
+from edgetune.train.prefix.kept import CachedRows, CacheType
+from edgetune.train.prefix.key import describe_cache
+from edgetune.train.prefix.rows import blank_template, fill_template, name_arguments, relative_error
+from edgetune.train.prefix.stages import Stages, check_order, find_prefix, find_random_modules, training_modes
 from edgetune.train.prefix.store import RowStore
 
 _CHECK_ROWS = 4
@@ -53,7 +53,7 @@ class PrefixReport:
 class PrefixCache:
     """Keeps and gives back what the frozen prefix of a model gives. Made by `open`; a context manager."""
 
-    def __init__(self, model: nn.Module, stages: Stages, kept: KeptRows, dtype: CacheType) -> None:
+    def __init__(self, model: nn.Module, stages: Stages, kept: CachedRows, dtype: CacheType) -> None:
         self.model, self.stages, self.kept, self.dtype = model, stages, kept, dtype
         self.whole = False  # stand-ins that may be written into
         self.check_error = 0.0
@@ -88,12 +88,12 @@ class PrefixCache:
             raise EdgetuneError("cache_prefix: there are no rows", exit_code=Exit.DATA)
         stages = Stages(model)
         try:
-            with as_trained(model) as modes:
+            with training_modes(model) as modes:
                 prefix = find_prefix(stages, split)
                 stages.keep(set(prefix.stages))
-                kept = KeptRows(model, split, prefix, stages, dtype, chunk_rows, modes)
+                kept = CachedRows(model, split, prefix, stages, dtype, chunk_rows, modes)
                 _refuse_noise(kept)
-            described = about(model, split, prefix, dtype, chunk_rows, kept.autocast)
+            described = describe_cache(model, split, prefix, dtype, chunk_rows, kept.autocast)
             smaller = "set cache_dtype to fp16" if dtype == "fp32" else "train on fewer rows"
             kept.store = RowStore.open(Path(folder), described, kept.sizes(), max_mib, smaller)
         except BaseException:
@@ -203,7 +203,7 @@ class _Replayer:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have the rows ready before the first stage is called."""
-        inputs = named(args, kwargs)
+        inputs = name_arguments(args, kwargs)
         self.tensors, self.width = self.cache.kept.load(inputs, self.rows), self.cache.kept.width(inputs)
         self.place = 0
 
@@ -212,14 +212,14 @@ class _Replayer:
         kept, prefix = self.cache.kept, self.cache.kept.prefix
         if self.place == len(prefix.calls):
             return plain(*args, **kwargs)
-        in_order(prefix, self.place, name)
+        check_order(prefix, self.place, name)
         made = prefix.calls[self.place]
         self.place += 1
         if self.place == len(prefix.calls):
-            return filled(made.template, self.tensors)
+            return fill_template(made.template, self.tensors)
         if not made.has_rows:
             return plain(*args, **kwargs)
-        return nothing_in(made.template, len(self.rows), self.width, kept.device, self.cache.whole)
+        return blank_template(made.template, len(self.rows), self.width, kept.device, self.cache.whole)
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
@@ -227,7 +227,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _refuse_noise(kept: KeptRows) -> None:
+def _refuse_noise(kept: CachedRows) -> None:
     """Raise if the rows change, or the prefix draws random numbers, changes its buffers or is not the same twice."""
     model, rows = kept.model, _probe(kept)
     inputs, other = kept.inputs(rows), kept.inputs(rows)
@@ -245,7 +245,7 @@ def _refuse_noise(kept: KeptRows) -> None:
     differs = any(relative_error(a, b) > 1e-3 for a, b in zip(first, again, strict=True))
     if not (drew or went_on or differs):
         return
-    modules = draws(model, kept.prefix.stages)
+    modules = find_random_modules(model, kept.prefix.stages)
     problem = "draws random numbers" if drew else "changes its buffers" if went_on else "gives something else each time"
     raise EdgetuneError(
         f"cache_prefix: in training mode the frozen prefix {problem}"
@@ -254,7 +254,7 @@ def _refuse_noise(kept: KeptRows) -> None:
     )
 
 
-def _probe(kept: KeptRows) -> list[int]:
+def _probe(kept: CachedRows) -> list[int]:
     """A few rows of different lengths."""
     last, most = len(kept.order) - 1, min(_CHECK_ROWS, len(kept.order))
     return list(dict.fromkeys(kept.order[last * n // max(most - 1, 1)] for n in range(most)))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, call, device_of, to_device
 from edgetune.train.plan import TrainingRows
-from edgetune.train.prefix.rows import bytes_of, digest_of, forms_in, named, stored_type, tensor_of
-from edgetune.train.prefix.stages import Filler, Prefix, PrefixEnd, Stages, in_modes
+from edgetune.train.prefix.rows import bytes_of, digest_of, forms_in, name_arguments, stored_type, tensor_of
+from edgetune.train.prefix.stages import Filler, Prefix, PrefixEnd, Stages, set_modes
 from edgetune.train.prefix.store import RowStore
 
 CacheType = Literal["fp32", "fp16"]
 
 
-class KeptRows:
+class CachedRows:
     """What the prefix gives for each row of a split. `modes`: of every module, as in training."""
 
     def __init__(
@@ -71,20 +71,20 @@ class KeptRows:
     def width_of(self, inputs: Inputs) -> int:
         """The same of inputs that the model was not called with yet."""
         if isinstance(inputs, dict):
-            return self.width(named((), inputs))
-        return self.width(named((inputs,) if isinstance(inputs, Tensor) else inputs, {}))
+            return self.width(name_arguments((), inputs))
+        return self.width(name_arguments((inputs,) if isinstance(inputs, Tensor) else inputs, {}))
 
     def digests(self, inputs: dict[str | int, Any], rows: Sequence[int]) -> list[bytes]:
         """What tells the inputs of each row, after checking that they are what the split gives."""
         width = self.width(inputs)
         if width and max(self.length(row) for row in rows) > width:
-            raise _other_inputs(f"they are {width} tokens wide, and the longest row has more")
+            raise _other_inputs_error(f"they are {width} tokens wide, and the longest row has more")
         tensors = []
         for name, form in self.prefix.inputs:
             value = inputs.get(name)
             if not isinstance(value, Tensor) or tuple(value.shape) != form.shape(len(rows), width):
                 got = tuple(value.shape) if isinstance(value, Tensor) else "missing"
-                raise _other_inputs(f"{name} is {got} instead of {form.shape(len(rows), width)}")
+                raise _other_inputs_error(f"{name} is {got} instead of {form.shape(len(rows), width)}")
             tensors.append((name, form, value.detach().cpu()))
             if name == "attention_mask" and width:
                 self._refuse_other_padding(tensors[-1][2], rows, width)
@@ -110,10 +110,10 @@ class KeptRows:
         """The inputs as the model was called with them, and what the prefix gives."""
         filler = Filler(self.prefix)
         try:
-            with self.stages.played_by(filler), torch.no_grad(), in_modes(self.modes):
+            with self.stages.played_by(filler), torch.no_grad(), set_modes(self.modes):
                 call(self.model, inputs)
         except PrefixEnd:
-            return named(filler.args, filler.kwargs), filler.tensors
+            return name_arguments(filler.args, filler.kwargs), filler.tensors
         raise EdgetuneError(
             f"cache_prefix: {self.prefix.boundary.stage} did not run as often as when the cache was opened",
             action="leave cache_prefix out for a model whose stages do not always run in the same order",
@@ -131,7 +131,7 @@ class KeptRows:
                     f"{form.shape(len(chunk), width)} {form.dtype}",
                     action="leave cache_prefix out for rows of different shapes",
                 )
-        stored = [_stored(tensor, kind) for tensor, kind in zip(tensors, self.types, strict=True)]
+        stored = [_convert_to_stored(tensor, kind) for tensor, kind in zip(tensors, self.types, strict=True)]
         with self.store.writing():
             for n, row in enumerate(chunk):
                 there = self.store.read(row)
@@ -182,14 +182,14 @@ class KeptRows:
         return record[1]
 
 
-def _other_inputs(problem: str) -> EdgetuneError:
+def _other_inputs_error(problem: str) -> EdgetuneError:
     return EdgetuneError(
         f"cache_prefix: these inputs are not those of the rows: {problem}",
         action="call the model on the inputs of split.batch(indices), with the indices given to cache.rows",
     )
 
 
-def _stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
+def _convert_to_stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
     stored = tensor.detach().to("cpu", kind)
     if kind != tensor.dtype and not torch.isfinite(stored).all():
         raise EdgetuneError(

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from edgetune.core.inputs import device_of, tensors_of
 from edgetune.train.plan import TrainingRows
-from edgetune.train.prefix.rows import Form, bytes_of, digest_of, mapped
+from edgetune.train.prefix.rows import Form, bytes_of, digest_of, map_leaves
 from edgetune.train.prefix.stages import Prefix
 
 _FORMAT = 1
 _SAMPLED_ROWS = 16
 
 
-def about(
+def describe_cache(
     model: nn.Module, split: TrainingRows, prefix: Prefix, dtype: str, chunk_rows: int, autocast: str
 ) -> dict[str, Any]:
     """Everything that must be the same for a kept row to have the bits it would be computed with again.
@@ -29,13 +29,13 @@ def about(
         "format": _FORMAT,
         "dtype": dtype,
         "stages": prefix.stages,
-        "calls": [repr(mapped(_written, made.template)) for made in prefix.calls],
-        "weights": _weights(model, prefix),
+        "calls": [repr(map_leaves(_describe_form, made.template)) for made in prefix.calls],
+        "weights": _digest_weights(model, prefix),
         "layers": _hash("\n".join(str(model.get_submodule(name)) for name in prefix.stages)),
         "config": _hash(str(getattr(model, "config", ""))),
         "rows": len(split),
         "lengths": None if lengths is None else _hash(repr(list(lengths))),
-        "sample": _sample(split),
+        "sample": _digest_sample(split),
         "chunk_rows": chunk_rows,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
@@ -44,11 +44,11 @@ def about(
     }
 
 
-def _written(value: Any) -> Any:
+def _describe_form(value: Any) -> Any:
     return f"{value.sizes} {value.dtype}" if isinstance(value, Form) else value
 
 
-def _weights(model: nn.Module, prefix: Prefix) -> str:
+def _digest_weights(model: nn.Module, prefix: Prefix) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for stage in prefix.stages:
         module = model.get_submodule(stage)
@@ -61,7 +61,7 @@ def _weights(model: nn.Module, prefix: Prefix) -> str:
     return digest.hexdigest()
 
 
-def _sample(split: TrainingRows) -> str:
+def _digest_sample(split: TrainingRows) -> str:
     count = len(split)
     rows = dict.fromkeys((count - 1) * n // (_SAMPLED_ROWS - 1) for n in range(_SAMPLED_ROWS))
     digests = [digest_of(tensors_of(split.batch([row])[0])) for row in rows]

@@ -106,13 +106,13 @@ def leaves(value: object) -> Iterator[Any]:
         yield value
 
 
-def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """The same nest with `function` of every value; keeps named tuples and dicts of their own class."""
     if isinstance(value, dict):
-        items = {key: mapped(function, item) for key, item in value.items()}
+        items = {key: map_leaves(function, item) for key, item in value.items()}
         return items if type(value) is dict else type(value)(**items)
     if isinstance(value, (tuple, list)):
-        values = [mapped(function, item) for item in value]
+        values = [map_leaves(function, item) for item in value]
         return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     return function(value)
 
@@ -136,7 +136,7 @@ def template_of(subject: str, one: Any, two: Any, longer: Any, widths: Widths) -
             action="leave cache_prefix out for this model",
         )
 
-    return mapped(form, one)
+    return map_leaves(form, one)
 
 
 def forms_in(template: Any) -> list[Form]:
@@ -144,13 +144,13 @@ def forms_in(template: Any) -> list[Form]:
     return [value for value in leaves(template) if isinstance(value, Form)]
 
 
-def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
+def fill_template(template: Any, tensors: Sequence[Tensor]) -> Any:
     """The template with tensors in the place of its forms."""
     rest = iter(tensors)
-    return mapped(lambda value: next(rest) if isinstance(value, Form) else value, template)
+    return map_leaves(lambda value: next(rest) if isinstance(value, Form) else value, template)
 
 
-def nothing_in(template: Any, rows: int, tokens: int, device: torch.device, whole: bool) -> Any:
+def blank_template(template: Any, rows: int, tokens: int, device: torch.device, whole: bool) -> Any:
     """The template with tensors that nobody may read: not a number everywhere, or zero for whole numbers.
 
     They take the room of one value, or with `whole` all of it, for code that writes into them.
@@ -165,7 +165,7 @@ def nothing_in(template: Any, rows: int, tokens: int, device: torch.device, whol
             return torch.full(shape, blank, dtype=value.dtype, device=device)
         return torch.full((), blank, dtype=value.dtype, device=device).expand(shape)
 
-    return mapped(stand_in, template)
+    return map_leaves(stand_in, template)
 
 
 def stored_type(dtype: torch.dtype, setting: str) -> torch.dtype:
@@ -193,7 +193,7 @@ def digest_of(values: Sequence[Tensor]) -> bytes:
     return digest.digest()
 
 
-def named(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str | int, Any]:
+def name_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str | int, Any]:
     """What a model was called with, by name or by place."""
     arguments: dict[str | int, Any] = dict(enumerate(args))
     arguments.update(kwargs)

@@ -17,7 +17,7 @@ from edgetune.core.inputs import call, device_of, tensors_in, to_device
 from edgetune.core.modes import preserve_state
 from edgetune.lean.stages import stages_of
 from edgetune.train.plan import TrainingRows
-from edgetune.train.prefix.rows import Form, Widths, form_of, forms_in, named, template_of, widths_of
+from edgetune.train.prefix.rows import Form, Widths, form_of, forms_in, name_arguments, template_of, widths_of
 
 
 class PrefixEnd(Exception):
@@ -162,7 +162,7 @@ class _Watcher:
         self.first_trained = ""
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs = {name: value for name, value in named(args, kwargs).items() if isinstance(value, Tensor)}
+        self.inputs = {name: value for name, value in name_arguments(args, kwargs).items() if isinstance(value, Tensor)}
 
     def stage(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.trains(name) or any(t.requires_grad for t in tensors_in((args, kwargs))):
@@ -179,7 +179,7 @@ def find_prefix(stages: Stages, split: TrainingRows) -> Prefix:
     lengths = split.lengths
     short = 0 if lengths is None else min(rows, key=lambda row: lengths[row])
     long = 0 if lengths is None else max(rows, key=lambda row: lengths[row])
-    one, two, longer = (_watched(stages, split, probe) for probe in ([short], [short, short], [long]))
+    one, two, longer = (_watch(stages, split, probe) for probe in ([short], [short, short], [long]))
     names = [name for name, _ in one.outputs]
     if not names:
         raise EdgetuneError(
@@ -210,7 +210,7 @@ def find_prefix(stages: Stages, split: TrainingRows) -> Prefix:
     return Prefix(tuple(calls), one.first_trained or "what follows the stages", inputs, widths)
 
 
-def _watched(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watcher:
+def _watch(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watcher:
     modules = dict(stages.model.named_modules())
     watcher = _Watcher(lambda name: any(p.requires_grad for p in modules[name].parameters()))
     inputs, _ = split.batch(rows)
@@ -226,7 +226,7 @@ def _watched(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watch
 
 
 @contextmanager
-def as_trained(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
+def training_modes(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
     """The modes in which the model trains, and no trace left: its own if it is in training mode, else all of them."""
     modes = {module: module.training for module in model.modules()}
     with preserve_state(model, training=True):
@@ -237,7 +237,7 @@ def as_trained(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
 
 
 @contextmanager
-def in_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
+def set_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
     """Inside, each module has the mode given; afterwards its own again."""
     before = {module: module.training for module in modes}
     for module, mode in modes.items():
@@ -262,7 +262,7 @@ class Filler:
 
     def stage(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the stage; after the last one, stop."""
-        in_order(self.prefix, self.place, name)
+        check_order(self.prefix, self.place, name)
         output = plain(*args, **kwargs)
         self.place += 1
         if self.place == len(self.prefix.calls):
@@ -271,7 +271,7 @@ class Filler:
         return output
 
 
-def in_order(prefix: Prefix, place: int, name: str) -> None:
+def check_order(prefix: Prefix, place: int, name: str) -> None:
     """Raise unless this is the stage that ran at this place when the cache was opened."""
     expected = prefix.calls[place].stage
     if name != expected:
@@ -281,7 +281,7 @@ def in_order(prefix: Prefix, place: int, name: str) -> None:
         )
 
 
-def draws(model: nn.Module, names: Sequence[str]) -> list[str]:
+def find_random_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Modules in training mode, inside these stages, that look as if they were random or as if rows met in them."""
     random_modules = []
     for stage in names:

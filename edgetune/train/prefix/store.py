@@ -81,7 +81,7 @@ class RowStore:
                 os.utime(place / _ABOUT)  # the least recently used one goes first
             return cls(place, sizes, lock)
         except OSError as error:
-            raise _refused(place, error) from error
+            raise _disk_error(place, error) from error
 
     def read(self, row: int) -> tuple[bytes, list[bytearray]] | None:
         """What tells the row's inputs, and the bytes of its tensors; `None` where the row is not there whole."""
@@ -112,7 +112,7 @@ class RowStore:
                 _write_at(self.files[tensor], int(self.offsets[tensor][row]), value)
             _write_at(self.rows_file, row * len(_EMPTY), inputs + _checksum(row, inputs, values))
         except OSError as error:
-            raise _refused(self.folder, error) from error
+            raise _disk_error(self.folder, error) from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -192,7 +192,7 @@ def _create(place: Path, about: Mapping[str, Any], sizes: Sequence[Sequence[int]
 
 def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock: Any) -> None:
     """Remove what was not used for longest until the limit holds, and check that the disk has the room."""
-    others = [entry for entry in folder.iterdir() if entry.is_dir() and entry != place and _ours(entry)]
+    others = [entry for entry in folder.iterdir() if entry.is_dir() and entry != place and _is_cache(entry)]
     others.sort(key=lambda entry: (entry / _ABOUT).stat().st_mtime if (entry / _ABOUT).exists() else 0.0)
     total = needed + sum(_bytes_of(entry) for entry in others)
     kept = 0
@@ -221,7 +221,7 @@ def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock:
         )
 
 
-def _ours(entry: Path) -> bool:
+def _is_cache(entry: Path) -> bool:
     """Whether the folder looks like a cache: nothing else is ever removed."""
     return len(entry.name) == 24 and all(
         file.name in (_ABOUT, "rows.bin", "write.lock") or file.name.startswith(("tensor-", "use-", f".{_ABOUT}."))
@@ -246,7 +246,7 @@ def _in_use(entry: Path, filelock: Any) -> bool:
     return living
 
 
-def _refused(place: Path, error: OSError) -> EdgetuneError:
+def _disk_error(place: Path, error: OSError) -> EdgetuneError:
     return EdgetuneError(
         f"the cached prefix cannot be written or read ({error.strerror or error})",
         got=str(place),
