@@ -20,7 +20,7 @@ def _frozen(draft: Draft, node: Any) -> bool:
     return node is None or draft.frozen(node) is not None
 
 
-def _conv_settings(args: tuple[Any, ...]) -> tuple[list[int], list[int], list[int], int]:
+def _conv_settings(args: list[Any]) -> tuple[list[int], list[int], list[int], int]:
     """Stride, padding, dilation and groups, for two dimensions."""
     stride, padding, dilation, _, _, groups = args[:6]
     if len(stride) == 1:
@@ -44,13 +44,12 @@ def _convolution(draft: Draft, node: fx.Node) -> fx.Node | None:
     elif rest[3] or len(rest[0]) > 2:  # transposed, or three dimensions: portable kernels
         return None
     else:
-        stride, padding, dilation, groups = _conv_settings(tuple(rest))
-        shape = shape_of(node)
-
-        def product(x: Tensor, weight: Tensor) -> Tensor:
-            return conv.convolve(_add_height(x), _add_height(weight), stride, padding, dilation, groups).view(shape)
-
-        result = draft.inline(product, x, weight)  # type: ignore[arg-type]
+        settings, shape = _conv_settings(rest), shape_of(node)
+        result = draft.inline(
+            lambda x, w: conv.convolve(_add_height(x), _add_height(w), *settings).view(shape),
+            _as_node(x),
+            _as_node(weight),
+        )
     if bias is None:
         return result
     column = [1, -1, *([1] * (len(shape_of(node)) - 2))]
@@ -58,37 +57,27 @@ def _convolution(draft: Draft, node: fx.Node) -> fx.Node | None:
 
 
 def _convolution_backward(draft: Draft, node: fx.Node) -> None:
-    gradient, x, weight = node.args[:3]
+    gradient, x, weight = map(_as_node, node.args[:3])
     rest: list[Any] = list(node.args[4:])
     if rest[3] or len(rest[0]) > 2:
         return
-    stride, padding, dilation, groups = _conv_settings(tuple(rest))
-    size = shape_of(_as_node(x))
-    kernel_shape = shape_of(_as_node(weight))
+    settings, size, kernel_shape = _conv_settings(rest), shape_of(x), shape_of(weight)
     if len(size) == 3:
         size, kernel_shape = [*size[:2], 1, size[2]], [*kernel_shape[:2], 1, kernel_shape[2]]
     for user in list(node.users):
         which = user.args[1]
-        if which == 0 and draft.frozen(_as_node(weight)) is not None:
-            new = _through_frozen(
-                draft, _as_node(gradient), _as_node(weight), size, kernel_shape, (stride, padding, dilation, groups)
-            )
+        if which == 0 and draft.frozen(weight) is not None:
+            new = _through_frozen(draft, gradient, weight, size, kernel_shape, settings)
         elif which == 0:
             new = draft.inline(
-                lambda g, w: conv.input_gradient(
-                    _add_height(g), _add_height(w), size[2:], stride, padding, dilation, groups
-                ),
-                _as_node(gradient), _as_node(weight),
-            )  # fmt: skip
+                lambda g, w: conv.input_gradient(_add_height(g), _add_height(w), size[2:], *settings), gradient, weight
+            )
         elif which == 1:
             new = draft.inline(
-                lambda g, x: conv.weight_gradient(
-                    _add_height(g), _add_height(x), kernel_shape, stride, padding, dilation, groups
-                ),
-                _as_node(gradient), _as_node(x),
-            )  # fmt: skip
+                lambda g, x: conv.weight_gradient(_add_height(g), _add_height(x), kernel_shape, *settings), gradient, x
+            )
         else:
-            new = draft.inline(lambda g: g.sum([0, *range(2, g.dim())]), _as_node(gradient))
+            new = draft.inline(lambda g: g.sum([0, *range(2, g.dim())]), gradient)
         if shape_of(new) != shape_of(user):
             new = draft.call(aten.view.default, new, shape_of(user))
         draft.replace(user, new)
@@ -101,9 +90,7 @@ def _through_frozen(
     stride, padding, dilation, groups = settings
     value = draft.frozen(weight)
     assert value is not None
-    flipped = draft.constant(
-        ("flipped", weight), lambda: conv.flip_weight(_add_height(value.detach()), groups).contiguous()
-    )
+    flipped = draft.constant(("flipped", weight), lambda: conv.flip_weight(_add_height(value), groups).contiguous())
     reach = [d * (k - 1) for d, k in zip(dilation, kernel[2:], strict=True)]
     if stride == [1, 1] and len(shape_of(gradient)) == 4:
         back = [r - p for r, p in zip(reach, padding, strict=True)]
