@@ -38,11 +38,11 @@ def inspect(path: str | Path) -> Inspection:
     data = path.read_bytes()
     program, header = _read_program(path, data)
     try:
-        return _inspect(path, data, program, header)
+        return _describe_program(path, data, program, header)
     except EdgetuneError:  # from a file next to it
         raise
     except (IndexError, AttributeError, TypeError, ValueError) as error:  # invalid references
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise _damage_error(path, f"{type(error).__name__}: {error}") from error
 
 
 def _read_program(path: Path, data: bytes) -> tuple[Any, Any]:
@@ -64,18 +64,18 @@ def _read_program(path: Path, data: bytes) -> tuple[Any, Any]:
         header.program_size, header.segment_base_offset, header.segment_data_size = len(data), 0, 0
     size = max(header.program_size, header.segment_base_offset + header.segment_data_size)
     if size > len(data):
-        raise _damaged(path, f"its header states {size} bytes, but the file has {len(data)}")
+        raise _damage_error(path, f"its header states {size} bytes, but the file has {len(data)}")
     try:
         program = _flatbuffer_to_program(data[: header.program_size])
     except Exception as error:  # the generated reader raises whatever its slices run into
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise _damage_error(path, f"{type(error).__name__}: {error}") from error
     for segment in program.segments or ():
         if header.segment_base_offset + segment.offset + segment.size > len(data):
-            raise _damaged(path, "a segment ends after the file")
+            raise _damage_error(path, "a segment ends after the file")
     return program, header
 
 
-def _damaged(path: Path, why: str) -> EdgetuneError:
+def _damage_error(path: Path, why: str) -> EdgetuneError:
     return EdgetuneError(
         f"the program is damaged or from another executorch version: {why}",
         where=str(path),
@@ -84,7 +84,7 @@ def _damaged(path: Path, why: str) -> EdgetuneError:
     )
 
 
-def _inspect(path: Path, data: bytes, program: Any, header: Any) -> Inspection:
+def _describe_program(path: Path, data: bytes, program: Any, header: Any) -> Inspection:
     digest = hashlib.sha256(data).hexdigest()
     inside = _constants(program)
     constants = sorted([*inside, *_external_constants(path, inside)], key=lambda constant: -constant.size_bytes)
@@ -188,7 +188,7 @@ def _external_constants(path: Path, constants: list[Constant]) -> list[Constant]
     try:
         sizes = external_weights.read_sizes(file)
     except Exception as error:  # as above
-        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+        raise _damage_error(file, f"{type(error).__name__}: {error}") from error
     named = {constant.name for constant in constants if constant.kind == "external"}
     return [Constant(name=n, size_bytes=size, kind="external") for n, size in sizes.items() if n not in named]
 

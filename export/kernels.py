@@ -20,7 +20,7 @@ _CACHE_KERNELS = "llama::"  # attention and cache, in a library that only text-g
 
 
 @cache
-def registered() -> frozenset[str]:
+def registered_kernels() -> frozenset[str]:
     """Names such as `aten::add.out` of the kernels in this machine's runtime."""
     with silence_libraries():
         import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and others
@@ -69,7 +69,7 @@ def _missing_kernel(node: fx.Node, target: Target) -> str:
     name = str(node.target.name())  # type: ignore[union-attr]
     if (not target.runs_here and not name.startswith("aten::")) or name.startswith(_CACHE_KERNELS):
         return ""
-    if name not in registered():
+    if name not in registered_kernels():
         return name
     values = [source.meta.get("val") for source in node.all_input_nodes] + [node.meta.get("val")]
     if name == "aten::convolution.out" and any(isinstance(v, Tensor) and v.dim() > 4 for v in values):

@@ -130,13 +130,13 @@ def _record_calls(program: nn.Module, row: Row) -> _Call:
     """Run the model on the row and return the tree of module calls."""
     root = _Call("", program, ())
     stack = [root]
-    with slow_path(program), _hooked(program, stack):  # the fast path does not call submodules
+    with slow_path(program), _recording_hooks(program, stack):  # the fast path does not call submodules
         program(*row)
     return root
 
 
 @contextmanager
-def _hooked(program: nn.Module, stack: list[_Call]) -> Iterator[None]:
+def _recording_hooks(program: nn.Module, stack: list[_Call]) -> Iterator[None]:
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             copies: dict[int, Tensor] = {}  # keeps identity: attention checks whether query and key are the same tensor

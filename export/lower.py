@@ -136,7 +136,7 @@ def compile_programs(
     except EdgetuneError:
         raise
     except Exception as error:  # executorch raises Exception, RuntimeError, ExportError and AssertionError alike
-        raise _not_lowered(programs, target, error) from error
+        raise _lowering_error(programs, target, error) from error
     kernels.check({name: built.exported_program(name) for name in programs}, programs, target)
     arenas = {plan.name: sum(plan.non_const_buffer_sizes) for plan in built.executorch_program.execution_plan}
     methods = {}
@@ -165,7 +165,7 @@ def describe_method(built: Any, name: str, program: ExportedProgram, data: bytes
     )
 
 
-def _not_lowered(programs: Mapping[str, ExportedProgram], target: Target, error: Exception) -> EdgetuneError:
+def _lowering_error(programs: Mapping[str, ExportedProgram], target: Target, error: Exception) -> EdgetuneError:
     """The error for the method that contains the operators which executorch names."""
     errors = {name: failures.lowering_error(program, target.name, error) for name, program in programs.items()}
     name = max(errors, key=lambda method: len(errors[method].what))

@@ -150,35 +150,35 @@ def check_batch_first(model: nn.Module, batch: Row) -> None:
         try:
             single_row = eager_outputs(model, tuple(tensor[-1:] for tensor in batch))
         except Exception as error:  # the model's own code
-            raise _not_batch_first(f"the model does not take one row: {type(error).__name__}: {error}") from error
+            raise _batch_error(f"the model does not take one row: {type(error).__name__}: {error}") from error
     rows, allowed = batch[0].shape[0], allowed_difference(model)
     equal = 0
     for name, whole in together.items():
         single = single_row.get(name)
         if single is None or single.dim() != whole.dim():
-            raise _not_batch_first(f"output {name} has another number of dimensions for one row")
-        dims = [dim for dim in range(whole.dim()) if _without(dim, whole) == _without(dim, single)]
+            raise _batch_error(f"output {name} has another number of dimensions for one row")
+        dims = [dim for dim in range(whole.dim()) if _shape_without(dim, whole) == _shape_without(dim, single)]
         dims = [dim for dim in dims if (whole.shape[dim], single.shape[dim]) == (rows, 1)]
-        if dims and not any(_near(whole.narrow(dim, rows - 1, 1), single, allowed) for dim in dims):
-            raise _not_batch_first(f"output {name} of one row differs from that row of a batch")
+        if dims and not any(_is_near(whole.narrow(dim, rows - 1, 1), single, allowed) for dim in dims):
+            raise _batch_error(f"output {name} of one row differs from that row of a batch")
         equal += bool(dims)
     if not equal:
-        raise _not_batch_first("no output has a dimension of the batch's size")
+        raise _batch_error("no output has a dimension of the batch's size")
 
 
-def _without(dim: int, tensor: Tensor) -> list[int]:
+def _shape_without(dim: int, tensor: Tensor) -> list[int]:
     shape = list(tensor.shape)
     return shape[:dim] + shape[dim + 1 :]
 
 
-def _near(one: Tensor, other: Tensor, allowed: float) -> bool:
+def _is_near(one: Tensor, other: Tensor, allowed: float) -> bool:
     if not one.is_floating_point() or not bool(torch.isfinite(one).all()):
         return torch.equal(one, other) or one.is_floating_point()
     largest = float(one.abs().max()) if one.numel() else 0.0
     return largest == 0 or float((one - other).abs().max()) <= allowed * largest
 
 
-def _not_batch_first(reason: str) -> EdgetuneError:
+def _batch_error(reason: str) -> EdgetuneError:
     return EdgetuneError(
         f"one_row is set, but the inputs are not batch first: {reason}",
         action=_WHOLE,

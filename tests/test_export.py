@@ -19,7 +19,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export import export
 from edgetune.export.lower import compile_program
-from edgetune.export.targets import TARGETS, available, for_device
+from edgetune.export.targets import TARGETS, for_device, lowerable_targets
 from edgetune.program.artifact import Artifact
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
@@ -384,7 +384,7 @@ def test_targets_say_what_they_are_and_what_is_missing() -> None:
         for_device(None, "xnpack")
     with pytest.raises(EdgetuneError, match="pixel-8 does not run this target: got 'coreml'"):
         for_device("pixel-8", "coreml")
-    assert available()["xnnpack"] == "lowers and runs here"
+    assert lowerable_targets()["xnnpack"] == "lowers and runs here"
 
 
 @pytest.mark.parametrize("form", ["none", "bool", "float", "causal", "grouped"])

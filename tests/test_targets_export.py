@@ -15,7 +15,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export.lower import Lowered, lower
-from edgetune.export.targets import TARGETS, Target, available, find, for_device
+from edgetune.export.targets import TARGETS, Target, find, for_device, lowerable_targets
 from edgetune.export.targets.forms import form_of
 from edgetune.profile import device
 from edgetune.quant.int4 import Int4
@@ -66,7 +66,7 @@ def test_targets_are_values() -> None:
 def test_what_is_missing_is_told_before_any_work() -> None:
     for target in TARGETS.values():
         lacking = target.lacks()
-        assert (target.name in available()) == (lacking == "")
+        assert (target.name in lowerable_targets()) == (lacking == "")
         if lacking:
             with pytest.raises(EdgetuneError, match=f"target {target.name} cannot be lowered") as caught:
                 target.partitioners()

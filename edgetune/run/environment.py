@@ -127,7 +127,7 @@ def _targets() -> dict[str, str]:
     Asked of a child process: importing all partitioners is slow, prints, and could take this one down.
     """
     script = (
-        "import json; from edgetune.export.targets import TARGETS, available; found = available();"
+        "import json; from edgetune.export.targets import TARGETS, lowerable_targets; found = lowerable_targets();"
         "print(); print(json.dumps({n: found.get(n, 'not here: ' + t.install) for n, t in TARGETS.items()}))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)

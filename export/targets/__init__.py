@@ -44,7 +44,7 @@ def for_device(device: str | None, target: str | None) -> Target:
     return find(target or descriptor.targets[0]).for_soc(descriptor.soc)
 
 
-def available() -> dict[str, str]:
+def lowerable_targets() -> dict[str, str]:
     """Every target this machine can lower to, and whether it can also run the programs."""
     lowerable = {}
     for name, target in TARGETS.items():

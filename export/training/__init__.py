@@ -1,1 +1,1 @@
-"""Training programs: forward, loss, the backward of what trains, and its update, as one ExecuTorch program."""
+"""Training programs: forward, loss, backward and update as one ExecuTorch program."""

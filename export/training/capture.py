@@ -1,4 +1,4 @@
-"""Capture a model and its loss as one graph: forward, loss, and the backward of what trains."""
+"""Capture a model and its loss as one graph: forward, loss, and the backward of trainable parameters."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _hide_quantization(program: ExportedProgram, wanted: set[str]) -> Iterator[d
             if node in needs_gradient:
                 raise EdgetuneError(
                     "a gradient would have to pass through a quantized layer",
-                    action="quantize only layers before the first one that trains",
+                    action="quantize only layers before the first trainable one",
                     exit_code=Exit.EXPORT,
                 )
     stand_ins: dict[Any, Any] = {}

@@ -95,14 +95,8 @@ def _columns(taps: list[Tensor]) -> Tensor:
 
 def _group_columns(taps: list[Tensor], groups: int) -> Tensor:
     """Columns of each group: `(groups, positions, kernel positions * channels of the group)`."""
-    batch, height, width, channels = taps[0].shape
-    positions, count, each = batch * height * width, len(taps), channels // groups
-    columns = (
-        torch.cat([t.reshape(positions, 1, channels) for t in taps], 1)
-        if count > 1
-        else taps[0].reshape(positions, 1, channels)
-    )
-    return columns.view(positions, count, groups, each).permute(2, 0, 1, 3).reshape(groups, positions, count * each)
+    columns = _columns(taps).view(-1, len(taps), groups, taps[0].shape[-1] // groups)
+    return columns.permute(2, 0, 1, 3).reshape(groups, columns.shape[0], -1)
 
 
 def weight_gradient(

@@ -71,15 +71,11 @@ def _split_partitions(
     pieces: dict[tuple[int, int], list[fx.Node]] = {}
     for n, nodes in enumerate(whole):
         mates = set(nodes)
-        for node in nodes:
-            pieces.setdefault((n, _segment_of(node, mates, positions, ends)), []).append(node)
+        for node in nodes:  # a constant belongs to its first reader
+            readers = [node] if node in positions else [user for user in node.users if user in mates]
+            segment = bisect.bisect_right(ends, min(map(positions.__getitem__, readers)))
+            pieces.setdefault((n, segment), []).append(node)
     return list(pieces.values())
-
-
-def _segment_of(node: fx.Node, mates: Any, positions: dict[fx.Node, int], ends: Sequence[int]) -> int:
-    """The number of a node's segment; a constant belongs to its first reader."""
-    at = positions[node] if node in positions else min(positions[user] for user in node.users if user in mates)
-    return bisect.bisect_right(ends, at)
 
 
 def find_cuts(program: ExportedProgram, partitions: Sequence[Sequence[fx.Node]], together: Any) -> list[int]:

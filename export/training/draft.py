@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -215,6 +215,18 @@ class Draft:
 def shape_of(node: Any) -> list[int]:
     """The shape of a node's tensor."""
     return list(node.meta["val"].shape)
+
+
+def reach(start: Iterable[fx.Node], successors: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes that can be reached from `start`, itself included."""
+    reached: set[fx.Node] = set()
+    todo = list(start)
+    while todo:
+        node = todo.pop()
+        if node not in reached:
+            reached.add(node)
+            todo += successors(node)
+    return reached
 
 
 def _value(node: fx.Node) -> Any:

@@ -20,7 +20,7 @@ def _frozen(draft: Draft, node: Any) -> bool:
     return node is None or draft.frozen(node) is not None
 
 
-def _conv_settings(args: tuple[Any, ...]) -> tuple[list[int], list[int], list[int], int]:
+def _conv_settings(args: list[Any]) -> tuple[list[int], list[int], list[int], int]:
     """Stride, padding, dilation and groups, for two dimensions."""
     stride, padding, dilation, _, _, groups = args[:6]
     if len(stride) == 1:
@@ -44,13 +44,12 @@ def _convolution(draft: Draft, node: fx.Node) -> fx.Node | None:
     elif rest[3] or len(rest[0]) > 2:  # transposed, or three dimensions: portable kernels
         return None
     else:
-        stride, padding, dilation, groups = _conv_settings(tuple(rest))
-        shape = shape_of(node)
-
-        def product(x: Tensor, weight: Tensor) -> Tensor:
-            return conv.convolve(_add_height(x), _add_height(weight), stride, padding, dilation, groups).view(shape)
-
-        result = draft.inline(product, x, weight)  # type: ignore[arg-type]
+        settings, shape = _conv_settings(rest), shape_of(node)
+        result = draft.inline(
+            lambda x, w: conv.convolve(_add_height(x), _add_height(w), *settings).view(shape),
+            _as_node(x),
+            _as_node(weight),
+        )
     if bias is None:
         return result
     column = [1, -1, *([1] * (len(shape_of(node)) - 2))]
@@ -58,37 +57,27 @@ def _convolution(draft: Draft, node: fx.Node) -> fx.Node | None:
 
 
 def _convolution_backward(draft: Draft, node: fx.Node) -> None:
-    gradient, x, weight = node.args[:3]
+    gradient, x, weight = map(_as_node, node.args[:3])
     rest: list[Any] = list(node.args[4:])
     if rest[3] or len(rest[0]) > 2:
         return
-    stride, padding, dilation, groups = _conv_settings(tuple(rest))
-    size = shape_of(_fx(x))
-    kernel_shape = shape_of(_fx(weight))
+    settings, size, kernel_shape = _conv_settings(rest), shape_of(x), shape_of(weight)
     if len(size) == 3:
         size, kernel_shape = [*size[:2], 1, size[2]], [*kernel_shape[:2], 1, kernel_shape[2]]
     for user in list(node.users):
         which = user.args[1]
-        if which == 0 and draft.frozen(_fx(weight)) is not None:
-            new = _through_frozen(
-                draft, _fx(gradient), _fx(weight), size, kernel_shape, (stride, padding, dilation, groups)
-            )
+        if which == 0 and draft.frozen(weight) is not None:
+            new = _through_frozen(draft, gradient, weight, size, kernel_shape, settings)
         elif which == 0:
             new = draft.inline(
-                lambda g, w: conv.input_gradient(
-                    _add_height(g), _add_height(w), size[2:], stride, padding, dilation, groups
-                ),
-                _fx(gradient), _fx(weight),
-            )  # fmt: skip
+                lambda g, w: conv.input_gradient(_add_height(g), _add_height(w), size[2:], *settings), gradient, weight
+            )
         elif which == 1:
             new = draft.inline(
-                lambda g, x: conv.weight_gradient(
-                    _add_height(g), _add_height(x), kernel_shape, stride, padding, dilation, groups
-                ),
-                _fx(gradient), _fx(x),
-            )  # fmt: skip
+                lambda g, x: conv.weight_gradient(_add_height(g), _add_height(x), kernel_shape, *settings), gradient, x
+            )
         else:
-            new = draft.inline(lambda g: g.sum([0, *range(2, g.dim())]), _fx(gradient))
+            new = draft.inline(lambda g: g.sum([0, *range(2, g.dim())]), gradient)
         if shape_of(new) != shape_of(user):
             new = draft.call(aten.view.default, new, shape_of(user))
         draft.replace(user, new)
@@ -101,9 +90,7 @@ def _through_frozen(
     stride, padding, dilation, groups = settings
     value = draft.frozen(weight)
     assert value is not None
-    flipped = draft.constant(
-        ("flipped", weight), lambda: conv.flip_weight(_add_height(value.detach()), groups).contiguous()
-    )
+    flipped = draft.constant(("flipped", weight), lambda: conv.flip_weight(_add_height(value), groups).contiguous())
     reach = [d * (k - 1) for d, k in zip(dilation, kernel[2:], strict=True)]
     if stride == [1, 1] and len(shape_of(gradient)) == 4:
         back = [r - p for r, p in zip(reach, padding, strict=True)]
@@ -124,12 +111,12 @@ def _batch_norm(draft: Draft, node: fx.Node) -> None:
     if not (_frozen(draft, mean) and _frozen(draft, variance)):
         return
     column = [1, -1, *([1] * (len(shape_of(x)) - 2))]
-    held = [draft.frozen(_fx(n)) if n is not None else None for n in (weight, bias, mean, variance)]
+    held = [draft.frozen(_as_node(n)) if n is not None else None for n in (weight, bias, mean, variance)]
     mean_value, variance_value = held[2], held[3]
     assert mean_value is not None
     assert variance_value is not None
     if _frozen(draft, weight) and _frozen(draft, bias):
-        merged = _into_convolution(draft, node, _fx(x), held, float(eps))  # type: ignore[arg-type]
+        merged = _into_convolution(draft, node, _as_node(x), held, float(eps))  # type: ignore[arg-type]
         if merged is not None:
             draft.replace(user, merged)
             return
@@ -150,7 +137,7 @@ def _into_convolution(draft: Draft, node: fx.Node, x: fx.Node, held: list[Tensor
     weight, bias, mean, variance = held
     if x.target is not aten.convolution.default or x.args[6] or len(x.users) > 1:
         return None
-    kernel, before = draft.frozen(_fx(x.args[1])), None if x.args[2] is None else draft.frozen(_fx(x.args[2]))
+    kernel, before = draft.frozen(_as_node(x.args[1])), None if x.args[2] is None else draft.frozen(_as_node(x.args[2]))
     if kernel is None or (before is None and x.args[2] is not None):
         return None
     assert mean is not None
@@ -172,7 +159,7 @@ def _into_convolution(draft: Draft, node: fx.Node, x: fx.Node, held: list[Tensor
 def _max_pool_backward(draft: Draft, node: fx.Node) -> fx.Node:
     gradient, x, kernel, stride, padding, dilation = node.args[:6]
     settings = [_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation)]
-    return draft.inline(lambda g, x: conv.max_pool_gradient(g, x, *settings), _fx(gradient), _fx(x))
+    return draft.inline(lambda g, x: conv.max_pool_gradient(g, x, *settings), _as_node(gradient), _as_node(x))
 
 
 def _max_pool(draft: Draft, node: fx.Node) -> None:
@@ -199,7 +186,7 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
 
 
-def _fx(node: Any) -> fx.Node:
+def _as_node(node: Any) -> fx.Node:
     assert isinstance(node, fx.Node)
     return node
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from edgetune.capture.graph import key_of
-from edgetune.export.training.draft import Draft
+from edgetune.export.training.draft import Draft, reach
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.permute.default, aten.clone.default, aten.unsqueeze.default, aten.t.default,
@@ -59,8 +59,12 @@ def recompute(draft: Draft) -> int:
         saved.discard(node)
         saved |= leaves
         backward |= {copy}
-    backward = backward_of(draft) | _collect_sources(set(copies.values()), saved)
-    merge_equal(draft, backward)
+
+    def is_recomputed(node: fx.Node) -> bool:
+        return node not in saved and node.op == "call_function" and node.target in CHEAP
+
+    recomputed = reach(filter(is_recomputed, copies.values()), lambda node: filter(is_recomputed, node.all_input_nodes))
+    merge_equal(draft, backward_of(draft) | recomputed)
     return len(copies)
 
 
@@ -101,18 +105,6 @@ def _rebuild(draft: Draft, node: fx.Node, saved: set[fx.Node]) -> fx.Node:
         return _rebuild_norm(draft, node, rebuild_source)
     args, kwargs = fx.map_arg((node.args, node.kwargs), rebuild_source)
     return draft.call(node.target, *args, **kwargs)
-
-
-def _collect_sources(nodes: set[fx.Node], saved: set[fx.Node]) -> set[fx.Node]:
-    """The cheap nodes and their sources, back to the saved ones."""
-    nodes_behind: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in nodes_behind and node not in saved and node.op == "call_function" and node.target in CHEAP:
-            nodes_behind.add(node)
-            todo += node.all_input_nodes
-    return nodes_behind
 
 
 def _is_norm(node: fx.Node) -> bool:

@@ -22,11 +22,7 @@ class Unit:
 
 def schedule_units(units: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable]) -> list[Unit]:
     """The units in the order with the smallest arena of those tried. `kept` tensors live to the end."""
-    tried = [
-        list(units),
-        _schedule(units, sizes, kept, eager=True),
-        _schedule(units, sizes, kept, eager=False),
-    ]
+    tried = [list(units), *(_schedule(units, sizes, kept, eager=eager) for eager in (True, False))]
     return min(tried, key=lambda order: plan_arena(order, sizes, kept)[0])
 
 
@@ -80,9 +76,8 @@ def plan_arena(
     order: Sequence[Unit], sizes: dict[Hashable, int], kept: set[Hashable], alignment: int = 16
 ) -> tuple[int, dict[Hashable, int]]:
     """Bytes of the arena, and the offset of each tensor."""
-    return place_tensors(
-        {k: (sizes[k], *span) for k, span in lifetimes_of(order, kept).items() if sizes.get(k)}, alignment
-    )
+    spans = lifetimes_of(order, kept)
+    return place_tensors({k: (sizes[k], *span) for k, span in spans.items() if sizes.get(k)}, alignment)
 
 
 def place_tensors(

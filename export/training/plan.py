@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature
 
+from edgetune.export.training.draft import reach
 from edgetune.export.training.order import Unit, place_tensors, schedule_units
 
 _COPY = "aten.copy_.default"
@@ -62,7 +63,7 @@ def _write_in_place(graph_module: fx.GraphModule, copy: fx.Node, holder: fx.Node
     if not isinstance(maker, fx.Node) or maker.op != "call_function":
         return False
     readers = [user for user in holder.users if user is not copy and user is not maker and user.op != "output"]
-    after = _descendants(maker)
+    after = reach(maker.users, _readers_of)
     if any(reader in after or _is_view(reader) for reader in readers):
         return False
     if is_delegate(maker):
@@ -113,18 +114,10 @@ def _is_safe_inside(graph_module: fx.GraphModule, delegate: fx.Node, holder: fx.
     return True
 
 
-def _descendants(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    todo = list(node.users)
-    while todo:
-        user = todo.pop()
-        if user not in seen:
-            seen.add(user)
-            todo.extend(user.users)
-            for kwarg in user.kwargs.values():
-                if isinstance(kwarg, fx.Node):
-                    todo.extend(u for u in kwarg.users)
-    return seen
+def _readers_of(node: fx.Node) -> list[fx.Node]:
+    """The readers of a node, and of the tensors that it writes as keyword arguments."""
+    written = [argument for argument in node.kwargs.values() if isinstance(argument, fx.Node)]
+    return [*node.users, *(user for argument in written for user in argument.users)]
 
 
 def reorder(graph_module: fx.GraphModule, signature: ExportGraphSignature) -> None:

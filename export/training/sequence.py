@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from edgetune.export.training.draft import Draft
+from edgetune.export.training.draft import Draft, reach
 from edgetune.export.training.memory import backward_of, bytes_of
 from edgetune.export.training.order import Unit, schedule_units
 from edgetune.export.training.update import MOMENTUM
@@ -42,12 +42,12 @@ def advance_updates(draft: Draft, updates: dict[str, fx.Node], before: dict[fx.N
     place = {node: n for n, node in enumerate(before)}
     backward = backward_of(draft)
     results = [n for n in draft.graph.output_node().all_input_nodes if n not in updates.values()]
-    driving = backward | _with_prerequisites(results, before)
+    driving = backward | reach((n for n in results if n in before), before.__getitem__)
     first = _only_for_one_update(draft, updates) & backward
     waiting: dict[fx.Node, int] = {}
     followers: dict[fx.Node, list[fx.Node]] = {}
     for node in driving:
-        needed = _nearest_driving(node, driving, before)
+        needed = reach(before[node], lambda other: () if other in driving else before[other]) & driving
         waiting[node] = len(needed)
         for other in needed:
             followers.setdefault(other, []).append(node)
@@ -73,18 +73,6 @@ def _prerequisites(draft: Draft, updates: dict[str, fx.Node]) -> dict[fx.Node, s
     return required
 
 
-def _with_prerequisites(nodes: list[fx.Node], before: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
-    """The operators among the nodes, and all that they need."""
-    collected: set[fx.Node] = set()
-    todo = [node for node in nodes if node in before]
-    while todo:
-        node = todo.pop()
-        if node not in collected:
-            collected.add(node)
-            todo += before[node]
-    return collected
-
-
 def _only_for_one_update(draft: Draft, updates: dict[str, fx.Node]) -> set[fx.Node]:
     """The operators needed only for the update of one parameter, or of its momentum."""
     parameters: dict[str, int] = {}
@@ -98,23 +86,6 @@ def _only_for_one_update(draft: Draft, updates: dict[str, fx.Node]) -> set[fx.No
         for user in node.users:
             leads[node] = leads.get(node, 0) | leads.get(user, 0)
     return {node for node, bits in leads.items() if bits and not bits & (bits - 1)}
-
-
-def _nearest_driving(node: fx.Node, driving: set[fx.Node], before: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
-    """The driving operators that a node needs, directly or through others."""
-    nearest: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    todo = list(before[node])
-    while todo:
-        other = todo.pop()
-        if other in seen:
-            continue
-        seen.add(other)
-        if other in driving:
-            nearest.add(other)
-        else:
-            todo += before[other]
-    return nearest
 
 
 def _emit(
