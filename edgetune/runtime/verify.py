@@ -117,8 +117,8 @@ def compare(
     in the first output, along `class_dim`; for a single logit, its sign. Of outputs with a value per token, those that
     the input with index `mask` (an attention mask) hides are ignored. Copies of the first row in another memory order
     are tried as well. `data` is the program's data file. Rows smaller than the batch of a finished program are put
-    together. Raises `EdgetuneError` (exit code 5) if the program does not run, if its outputs differ in number, shape or
-    type from the model's, or if a value is not finite.
+    together. Raises `EdgetuneError` (exit code 5) if the program does not run, if its outputs differ from the model's in
+    number, shape or type, or if a value is not finite.
     """
     rows = _batch_rows(path, rows)
     compared = run_both(path, model, rows, mask=mask, data=data)
@@ -140,7 +140,8 @@ def prove(
 ) -> tuple[Parity, list[Row]]:
     """`compare`, then `check`; an error names the cause of the difference if `locate` finds it.
 
-    `tries`: further inputs, by a description; their values count, but not their predictions. `same_within`: see `predictions_of`.
+    `tries`: further inputs, by a description; their values count, but not their predictions. `same_within`: see
+    `predictions_of`.
     """
     compared = run_both(path, model, rows, mask=mask, data=data, tries=tries, locate=locate, same_within=same_within)
     parity = compared.parity(len(rows), allowed_difference(model), counted)
