@@ -117,8 +117,8 @@ def compare(
     in the first output, along `class_dim`; for a single logit, its sign. Of outputs with a value per token, those that
     the input with index `mask` (an attention mask) hides are ignored. Copies of the first row in another memory order
     are tried as well. `data` is the program's data file. Rows smaller than the batch of a finished program are put
-    together. Raises `EdgetuneError` (exit code 5) if the program does not run, if its outputs differ from the model's in
-    number, shape or type, or if a value is not finite.
+    together. Raises `EdgetuneError` (exit code 5) if the program does not run, if its outputs differ from the
+    model's in number, shape or type, or if a value is not finite.
     """
     rows = _batch_rows(path, rows)
     compared = run_both(path, model, rows, mask=mask, data=data)

@@ -106,7 +106,7 @@ def load_runtime(threads: int | None) -> Any:
     import torch  # noqa: F401  first, for its libraries
     from executorch.extension.pybindings import _portable_lib
 
-    if importlib.util.find_spec("openvino") is not None:  # it registers the backend; without openvino it only costs seconds
+    if importlib.util.find_spec("openvino") is not None:  # registers the backend
         from executorch.extension.pybindings import portable_lib  # noqa: F401
     if threads is not None:
         _portable_lib._unsafe_reset_threadpool(threads)
