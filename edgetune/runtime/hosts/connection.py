@@ -127,7 +127,7 @@ class Connection:
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a shell script over there, with `sent` as its input; `hold` keeps the input open until it ends.
 
-        Raises `EdgetuneError` unless it ends in time or the connection breaks; other failures show in its exit code.
+        Raises `EdgetuneError` on a timeout or a broken connection; other failures show in its exit code.
         """
         with contextlib.ExitStack() as ends:
             printed, errors = (ends.enter_context(tempfile.TemporaryFile()) for _ in range(2))
