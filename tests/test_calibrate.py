@@ -242,7 +242,7 @@ def test_what_takes_the_timing_process_down_is_named_and_the_rest_is_timed(built
     assert all(one.us > 0 and one.load_ms > 0 for one in timed)
     told = dict(line.split(": ", 1) for line in failed)
     assert set(told) == {fatal.stem, rubbish.stem}
-    assert "took its process down (status " in told[fatal.stem]
+    assert "crashed its process (status " in told[fatal.stem]
     assert "load" in told[rubbish.stem]
     again, _ = trials.clock(folder, good, threads=1, seconds=0.005, rounds=2)
     assert sorted(again, key=repr) == sorted(timed, key=repr)  # all from the file, nothing timed anew

@@ -78,7 +78,7 @@ def test_a_noisy_run_says_so() -> None:
     found = measure.summarize_timing(timing([draw.choice((10.0, 13.0, 17.0)) for _ in range(20)]), 1)
     assert found.noise_pct is not None
     assert found.noise_pct > measure.NOISY_PCT
-    assert f"noisy: the median is known to about {found.noise_pct:.0f} % only" in found.note
+    assert f"noisy: the median is certain to about {found.noise_pct:.0f} % only" in found.note
 
 
 def test_heat_and_a_falling_clock_are_said() -> None:

@@ -20,9 +20,9 @@ __all__ = ["Profile", "profile"]
 
 @dataclass(frozen=True)
 class Profile:
-    """What a program costs: computed for a device, and, where it was asked for, measured on this host.
+    """The cost of a program, predicted for a device and, if requested, measured on this host.
 
-    Of a language program it is what one token costs, and `prompt` what a piece of a prompt does.
+    For a text-generation program it is the cost of one token, and `prompt` that of a piece of a prompt.
     """
 
     predicted: Predicted

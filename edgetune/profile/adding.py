@@ -1,4 +1,4 @@
-"""Descriptors of one's own: a file checked and copied to where `load` finds it, or a copy of another to edit."""
+"""Your own descriptors: check a file and copy it to the user's folder, or copy another one to edit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from edgetune.recipe.names import HOST, SUFFIX, packaged_ids, user_descriptors, 
 
 
 def add(path: Path, *, replace: bool = False) -> Path:
-    """Check a descriptor and copy it, as it stands, to the user's folder under its id; returns where it lies.
+    """Check a descriptor and copy it unchanged to the user's folder under its id. Returns the new path.
 
-    A calibration beside it comes along; one that lay beside what is replaced goes, for it was fitted to other numbers.
-    Raises `EdgetuneError` for every fault of the file, for a name that ships with edgetune, and for one that is there
-    already unless `replace`.
+    A calibration next to it is copied too; that of a replaced descriptor is deleted, since it was fitted to other
+    numbers. Raises `EdgetuneError` for every fault of the file, for a name that ships with edgetune, and for one that
+    exists already unless `replace`.
     """
     if path.suffix != SUFFIX:
         raise EdgetuneError(
@@ -36,10 +36,10 @@ def add(path: Path, *, replace: bool = False) -> Path:
 
 
 def copy(like: str, name: str, *, replace: bool = False) -> Path:
-    """Write a copy of the descriptor `like` under another name, to be edited; returns where it lies.
+    """Copy the descriptor `like` under another name, to be edited. Returns the new path.
 
-    Every source is marked as copied and its trust is low: the numbers are of another device until someone looks. A
-    calibration is left out, for it was fitted to that device alone.
+    Every source is marked as copied and gets low trust: the numbers are those of another device until someone checks
+    them. A calibration is not copied, since it was fitted to that device alone.
     """
     if not re.fullmatch(ID, name):
         raise EdgetuneError(
@@ -60,7 +60,7 @@ def copy(like: str, name: str, *, replace: bool = False) -> Path:
 
 
 def _mark_as_copied(value: object, like: str) -> object:
-    """The same with each source marked as copied and trusted little."""
+    """The same with each source marked as copied, and low trust."""
     if isinstance(value, list):
         return [_mark_as_copied(item, like) for item in value]
     if not isinstance(value, dict):
@@ -72,7 +72,7 @@ def _mark_as_copied(value: object, like: str) -> object:
 
 
 def _target_path(name: str, replace: bool) -> Path:
-    """Where the descriptor of that name is to lie; refused where it would hide or overwrite another."""
+    """The path for a descriptor of that name. Raises if it would hide or overwrite another."""
     if name == HOST:
         raise EdgetuneError(
             f"{HOST!r} is this machine", action="run `edgetune devices calibrate`, or give the file another id"
@@ -86,11 +86,11 @@ def _target_path(name: str, replace: bool) -> Path:
 
 
 def _write(target: Path, text: str, calibration: calibrations.Calibration | None) -> None:
-    """The descriptor, and beside it the calibration that is its own, or none."""
+    """Write the descriptor and its calibration, if it has one."""
     beside = calibrations.path_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)  # first: numbers are never predicted with the rates of others
+        beside.unlink(missing_ok=True)  # first, so that no descriptor is used with another's calibration
     except OSError as error:
         message = f"cannot write to the folder of your devices: {error.strerror or error}"
         raise EdgetuneError(

@@ -1,4 +1,4 @@
-"""Calibrate a machine: time micro-programs there, fit the cost model to them, and keep what came out as JSON."""
+"""Calibrate a machine: time micro-programs there, fit the cost model to them, and store the result as JSON."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from edgetune.runtime import host
 from edgetune.runtime.clock.machine import usable_cores
 
 ENGINE = "ExecuTorch XNNPACK"
-STEADY = 0.10  # between two timings of a program: above, one thread is taken where the choice is ours
+STEADY = 0.10  # between two timings of a program; above, one thread is used by default
 _SECONDS, _QUICK_SECONDS, _ROUNDS = 0.1, 0.02, 2
 _LEAST_PROGRAMS = 3
-_NEAR_BYTES = float(MIB)  # of a core's second level, where nobody knows
+_NEAR_BYTES = float(MIB)  # of a core's second level, if unknown
 
 
 def calibrate(
@@ -37,10 +37,10 @@ def calibrate(
 ) -> Device:
     """Time micro-programs on this host, fit the cost model, and write descriptor and calibration; returns the device.
 
-    `out`: a `.yaml` file, by default `host.yaml` in the user's folder, where `load("host")` finds it; the calibration
-    goes beside it, as JSON. `threads`: by default all cores of the process, or one on a virtual machine and where
-    timings with all of them do not repeat. `quick`: few programs, for tests; its predictions are poor. Takes up to ten
-    minutes on 2 cores; a calibration that was stopped goes on where it was. Both files are written at the end.
+    `out`: a `.yaml` file, by default `host.yaml` in the user's folder, which `load("host")` reads; the calibration is
+    stored next to it. `threads`: by default all cores of the process, or one on a virtual machine or if timings with
+    all of them do not repeat. `quick`: few programs, for tests; its predictions are poor. Takes up to ten minutes on 2
+    cores; an interrupted calibration continues where it stopped. Both files are written at the end.
     """
     path, most = _path(out), usable_cores()
     if threads is not None and not 1 <= threads <= most:
@@ -85,13 +85,13 @@ def _path(out: Path | None) -> Path:
 
 
 def _steady(timings: Sequence[Clocked]) -> bool:
-    """Whether four programs of five take the same time twice."""
+    """Whether four of five programs take the same time twice."""
     apart = sorted(_apart(timings))
     return not apart or apart[math.ceil(0.8 * len(apart)) - 1] <= STEADY
 
 
 def noise_pct(timings: Sequence[Clocked]) -> float:
-    """How far the timings of one program lie apart, the median over programs; 0 where each was timed once."""
+    """Spread between the timings of one program, median over programs; 0 if each was timed once."""
     apart = _apart(timings)
     return 100 * statistics.median(apart) if apart else 0.0
 
@@ -111,7 +111,7 @@ def fit_calibration(
     threads: int,
     notes: Sequence[str] = (),
 ) -> Calibration:
-    """A calibration of the device from timed programs; of several timings of one the least, the least disturbed."""
+    """A calibration of the device from timed programs, by the least of the timings of each."""
     least: dict[str, Clocked] = {}
     for one in timings:
         if one.name not in least or one.us < least[one.name].us:
@@ -154,7 +154,7 @@ def fit_calibration(
 
 
 def _reported_errors(result: Fit, timed: Sequence[Timed]) -> list[float]:
-    """The errors that say how good it is: of the networks left out; of the chains where no network could be."""
+    """The errors to report: of left-out networks, or of chains if there are no networks."""
     networks = [result.errors[item.name] for item in timed if item.network and item.name in result.errors]
     errors = networks or list(result.errors.values())
     if not errors:
@@ -167,7 +167,7 @@ def _reported_errors(result: Fit, timed: Sequence[Timed]) -> list[float]:
 
 
 def caches_of(device: Device) -> CacheSizes:
-    """A core's second level, and half of the last: others want their share of it."""
+    """A core's second level, and half of the last, which is shared."""
     near, last = device.caches.l2_kib.value, device.caches.last_level_kib.value
     near_bytes = near * 1024 if near is not None else _NEAR_BYTES
     return CacheSizes(near_bytes, max((last * 1024 if last is not None else DEFAULT_CACHE_BYTES) / 2, near_bytes))
@@ -184,8 +184,8 @@ def calibrate_on(
 ) -> Calibration:
     """The same for a described device that `on` reaches (`ssh://user@host`): programs are built here and timed there.
 
-    Each in a process of its own, which takes some seconds there. The calibration goes to the user's folder, where
-    `load(device_id)` finds it. Raises `EdgetuneError` for what `edgetune.runtime.hosts` raises.
+    Each runs in a new process, which takes some seconds. The calibration is stored in the user's folder, where
+    `load(device_id)` finds it. Raises `EdgetuneError` as `edgetune.runtime.hosts` does.
     """
     from edgetune.runtime.hosts.session import Timeable, time_programs
 
@@ -213,11 +213,11 @@ def calibrate_on(
 
 
 def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, out: Path | None = None) -> Calibration:
-    """Fit a calibration of a described device to a table of measurements made elsewhere, and write it.
+    """Fit a calibration of a described device to a table of measurements, and write it.
 
-    `table`: a CSV with the columns `program` (path of a `.pte`, relative to the table), `latency_us`, and where known
-    `load_ms` and `kind` (`network` for a whole model). The calibration goes where `load(device_id)` looks, or to `out`.
-    Raises `EdgetuneError` for a table or a program that cannot be read, with the line.
+    `table`: a CSV with the columns `program` (path of a `.pte`, relative to the table), `latency_us`, and optionally
+    `load_ms` and `kind` (`network` for a whole model). The calibration is written to `out`, by default where
+    `load(device_id)` finds it. Raises `EdgetuneError` for an unreadable table or program, with the line.
     """
     device = load(device_id)
     if threads is not None and threads < 1:
@@ -250,7 +250,7 @@ def _executed_operators(path: Path, where: str) -> tuple[Operator, ...]:
         return executed_operators(path.read_bytes())
     except EdgetuneError as error:
         raise error.within(where) from error
-    except Exception as error:  # whatever executorch's reader says of a file that is no program
+    except Exception as error:  # executorch's reader raises anything for a file that is not a program
         raise EdgetuneError("the program cannot be read", where=where, got=path.name) from error
 
 

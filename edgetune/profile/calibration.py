@@ -1,7 +1,6 @@
-"""What a calibration found out: rates of every kernel's terms, how the products are tiled, and how far off it is.
+"""A calibration: the rates of each kernel's terms, the tiles of products, and its error.
 
-It lies as JSON beside the descriptor: `host.calibration.json` in the user's folder, or where a descriptor of one's own
-lies.
+It is stored as JSON next to the descriptor, or in the user's folder for a descriptor that ships with edgetune.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ class Curve(StrictRecord):
     delegated: bool
     rates: dict[str, Rate] = Field(min_length=1)
     programs: int = Field(ge=1)  # that it was fitted to
-    error_pct: float | None = Field(default=None, ge=0)  # median over those where it leads, left out; None: leads none
+    error_pct: float | None = Field(default=None, ge=0)  # median over left-out programs it leads, if any
 
 
 class Traffic(StrictRecord):
-    """Microseconds per thousand bytes that a cache does not hold."""
+    """Microseconds per thousand bytes that do not fit into a cache."""
 
     weights_from_last_level: Rate
     weights_from_memory: Rate
@@ -49,7 +48,7 @@ class Traffic(StrictRecord):
 
 
 class Calibration(StrictRecord):
-    """What `edgetune devices calibrate` fitted to timed programs."""
+    """The result of `edgetune devices calibrate`."""
 
     format: int = Field(default=2, ge=2, le=2)
     device: str = Field(min_length=1)
@@ -59,11 +58,11 @@ class Calibration(StrictRecord):
     threads: int = Field(ge=1, le=1024)
     programs: int = Field(ge=1, le=100_000)  # chains of one operator
     networks: int = Field(ge=0, le=100_000)  # networks of blocks
-    error_pct: float = Field(ge=0, le=1e4)  # median over the networks, or the chains where there are none, left out
+    error_pct: float = Field(ge=0, le=1e4)  # median over left-out networks, or chains if there are no networks
     error_p90_pct: float = Field(ge=0, le=1e4)
     noise_pct: float = Field(ge=0, le=1e4)  # median difference between two timings of one program
-    interval_pct: float = Field(gt=0, lt=100)  # share of programs that the band is to hold
-    interval_log: float = Field(gt=0, le=10)  # natural logarithm of its half width
+    interval_pct: float = Field(gt=0, lt=100)  # target coverage of the prediction interval
+    interval_log: float = Field(gt=0, le=10)  # half its width, as a natural logarithm
     call_us: Rate  # one execution of a program
     delegate_call_us: Rate
     load_ms: Rate  # of a program, and for each MiB of its weights
@@ -84,7 +83,7 @@ class Calibration(StrictRecord):
 
     @property
     def caches(self) -> CacheSizes:
-        """The levels that traffic is told from."""
+        """The cache sizes that traffic is computed from."""
         return CacheSizes(self.near_cache_bytes, self.last_cache_bytes)
 
     def tile(self, dtype: DType) -> KernelTile:
@@ -99,7 +98,7 @@ def path_beside(descriptor: Path) -> Path:
 
 
 def read(path: Path) -> Calibration | None:
-    """The calibration in that file; `None` where there is none. Raises `EdgetuneError` with field and reason."""
+    """The calibration in that file; `None` if there is none. Raises `EdgetuneError` with field and reason."""
     if not path.is_file():
         return None
     try:
@@ -114,5 +113,5 @@ def read(path: Path) -> Calibration | None:
 
 
 def write(path: Path, calibration: Calibration) -> None:
-    """Write so that the file is either the old one or the whole new one."""
+    """Write it atomically."""
     write_atomically(path, json.dumps(calibration.model_dump(mode="json"), indent=1) + "\n")

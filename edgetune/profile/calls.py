@@ -1,4 +1,4 @@
-"""What each kind of call of a program costs; a text-generation program has two: a token, and a piece of a prompt."""
+"""The cost of each kind of call; a text-generation program has two: a token, and a piece of a prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def measure_calls(artifact: Artifact, *, threads: int | None = None, seconds: fl
 
 
 def predict_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted, ...]:
-    """What each kind of call costs on a device, in the same order. Memory is that of the call which needs most."""
+    """Predict each kind of call on a device, in the order of the manifest. Memory is the largest of all calls."""
     described = device if isinstance(device, Device) else load(device)
     manifest = artifact.manifest
     calibrated = described.calibration is not None
@@ -55,7 +55,7 @@ def predict_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted, 
 
 
 def _apply_prior(prediction: Predicted, operators: Sequence[Operator], device: Device) -> Predicted:
-    """The prediction with what published measurements of such programs on such devices add to it."""
+    """Correct a prediction by the prior from published measurements."""
     log, sigma = prior.load_prior().offset(device, prior.group_of(operators))
     latency_ms, width = prediction.latency_ms * math.exp(log), math.exp(prior.SIGMAS * sigma)
     return prediction.model_copy(
@@ -71,12 +71,12 @@ def _apply_prior(prediction: Predicted, operators: Sequence[Operator], device: D
 
 
 def operators_of(call: Call, as_executed: bool) -> tuple[Operator, ...]:
-    """The operators of a call: as in the model, or as the runtime executes them if the manifest says."""
+    """The operators of a call: as in the model, or as executed, if the manifest has them."""
     return tuple(map(_as_matmul, (as_executed and call.executed) or call.operators))
 
 
 def _as_matmul(operator: Operator) -> Operator:
-    """Attention is no backend's, but as fast as a backend's product: what the predictor tells apart."""
+    """Attention has a kernel of its own that is as fast as a delegated product, so treat it as one."""
     if _ATTENTION not in operator.operator:
         return operator
     return operator.model_copy(update={"delegated": True, "kind": "matmul"})

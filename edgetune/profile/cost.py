@@ -1,7 +1,7 @@
-"""Predicted cost of a program on a described device: the sum over its operators, and what the calls around them take.
+"""Predict the cost of a program on a described device: the sum over its operators, and the overhead of calls.
 
-A calibrated device has curves that were fitted there (`edgetune.profile.curves`); of another the larger of compute
-and memory time is taken (`edgetune.profile.roofline`).
+A calibrated device has fitted curves (`edgetune.profile.curves`); for others the larger of compute and memory time
+counts (`edgetune.profile.roofline`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def delegate_calls_of(operators: Sequence[Operator]) -> int:
 
 
 def drop_folded_operators(operators: Sequence[Operator]) -> tuple[Operator, ...]:
-    """The operators that run on their own: XNNPACK folds a batch norm, and a clamp after it, into the layer before.
+    """The operators without those that XNNPACK folds into the layer before: batch norms, and clamps after it.
 
     A batch norm that follows no layer is never delegated, so a delegated one is always folded.
     """
@@ -49,7 +49,7 @@ def drop_folded_operators(operators: Sequence[Operator]) -> tuple[Operator, ...]
 
 
 def operator_costs(operators: Sequence[Operator], device: Device) -> list[OperatorCost]:
-    """What each operator costs there, in program order; those that XNNPACK folds into others are left out."""
+    """The cost of each operator, in program order, without those that XNNPACK folds into others."""
     if device.calibration is not None:
         return curves.operator_costs(operators, device, device.calibration)
     return roofline.operator_costs(drop_folded_operators(operators), device)
@@ -63,7 +63,7 @@ def predict(
     program_bytes: int | None = None,
     delegate_calls: int | None = None,
 ) -> Predicted:
-    """Latency with its band, energy, cold start, and peak memory above an empty process, of one execution.
+    """Latency with its interval, energy, cold start, and peak memory above an empty process, of one execution.
 
     `plan_bytes`: the planned arena; `program_bytes`: size of the `.pte`, by default the sum of the weights;
     `delegate_calls`: by default counted from the order of the operators. Raises `EdgetuneError` for an empty program
@@ -103,10 +103,7 @@ def _calls_us(device: Device, delegate_calls: int) -> float:
 
 
 def cold_start_ms(operators: Sequence[Operator], device: Device, program_bytes: int | None = None) -> float:
-    """Milliseconds to read the program from storage, and to pack the weights as the backend wants them.
-
-    Where the storage is unknown the file is taken to lie in memory already.
-    """
+    """Milliseconds to read the program from storage, if its speed is known, and to pack the weights."""
     weights = footprint_bytes(operators)
     size = weights if program_bytes is None else float(program_bytes)
     speed = device.storage.read_mb_s.value
@@ -158,7 +155,7 @@ def _note(device: Device, rates: Rates, costs: Sequence[OperatorCost], total_us:
 
 
 def fits(device: Device, memory_mib: float) -> list[str]:
-    """Why so much memory is too much for the device; nothing where it fits or nobody knows."""
+    """Why the device has too little memory; empty if it has enough, or if unknown."""
     usable, ram = device.memory.usable_app_memory_mib.value, device.memory.ram_gib.value
     if usable is not None and memory_mib > usable:
         return [f"needs {memory_mib:.0f} MiB, more than the {usable:.0f} MiB an app gets"]

@@ -1,12 +1,13 @@
-"""What an operator costs on a calibrated device: its terms by the rates that were fitted there.
+"""The cost of an operator on a calibrated device: its terms times the fitted rates.
 
-An operator that the calibration never saw is taken for the nearest that it knows, by name, and widens the band.
+An operator without a curve uses the nearest one, which the prediction names, and widens the interval.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from edgetune.profile.calibration import Calibration, Curve
 from edgetune.profile.device import Device
@@ -16,7 +17,7 @@ from edgetune.profile.roofline import compute_us, fixed_of, memory_us, operator_
 from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footprint_bytes, shared_terms, terms_of
 from edgetune.program.operators import Operator
 
-# Natural logarithms of how far off a stand-in may be: the same kernel in another type, another kernel, a prior.
+# Uncertainty of a stand-in, as a natural logarithm: the same kernel in another type, another kernel, a prior.
 TYPE_LOG, KIND_LOG, PRIOR_LOG = math.log(1.5), math.log(2.0), math.log(3.0)
 _LEAST_US = 1e-3
 _SHAPES = {"macs": "several rows and columns", "one row": "one row", "one column": "one column"}  # of products
@@ -30,10 +31,7 @@ def operator_costs(operators: Sequence[Operator], device: Device, calibration: C
     for operator in operators:
         curve, log, guessed = _curve(operator, calibration)
         if curve is None:
-            guess = operator_cost(operator, rates, fixed, cached)
-            costs.append(
-                OperatorCost(operator, guess.us, log, guess.compute_us, guess.memory_us, guess.fixed_us, guessed)
-            )
+            costs.append(replace(operator_cost(operator, rates, fixed, cached), log=log, guessed=guessed))
             continue
         own_us = _own_us(operator, curve, calibration) + _traffic_us(operator, footprint, calibration)
         full_us, traffic_us = compute_us(operator, rates), memory_us(operator, rates, cached)
@@ -49,7 +47,7 @@ def _own_us(operator: Operator, curve: Curve, calibration: Calibration) -> float
 
 
 def _rate(curve: Curve, term: str) -> float:
-    """The term's rate. Of the largest term of a product one must be there: without it the product would be free."""
+    """The term's rate. A product without one for its largest term uses that of another shape, or it would be free."""
     others = _SHAPES if term in _SHAPES else ()
     return next((curve.rates[name] for name in (term, *others) if name in curve.rates), 0.0)
 
@@ -65,7 +63,7 @@ def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) 
 
 
 def _curve(operator: Operator, calibration: Calibration) -> tuple[Curve | None, float, str]:
-    """The operator's curve, or the nearest, how far off it may be, and its name where it is another's."""
+    """The operator's curve or the nearest one, its uncertainty, and a description of a stand-in."""
     name, sizes = curve_of(operator), set(terms_of(operator, calibration.tile(operator.dtype)))
     own = calibration.curves.get(name)
     if own is not None and sizes <= set(own.rates):

@@ -1,4 +1,4 @@
-"""What is known of a device: a descriptor in which every number carries where it came from and how far to trust it."""
+"""Device descriptors: facts of a device, each with its source and how far to trust it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openv
 
 ID = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 
-_LEAST_RAM_GIB, _LEAST_GHZ = 0.125, 0.3  # of what runs an operating system
+_LEAST_RAM_GIB, _LEAST_GHZ = 0.125, 0.3  # the least of devices with an operating system
 
 
 class Cluster(StrictRecord):
@@ -58,11 +58,11 @@ class Cluster(StrictRecord):
 
 
 class Memory(StrictRecord):
-    """Main memory. `ram_gib` is what is fitted; `usable_app_memory_mib` what one process gets before it is killed."""
+    """Main memory. `ram_gib`: installed; `usable_app_memory_mib`: the most that one process can use."""
 
     bus_bits: Bits
     mega_transfers_per_s: Transfers
-    bandwidth_gb_s: Bandwidth  # theoretical peak, except where the source says measured
+    bandwidth_gb_s: Bandwidth  # theoretical peak, unless the source says measured
     ram_gib: Gibibytes
     usable_app_memory_mib: Mebibytes
 
@@ -96,9 +96,9 @@ class DeviceCaches(StrictRecord):
 
 
 class Accelerator(StrictRecord):
-    """What computes beside the CPU. Nothing is predicted from it yet.
+    """A processor other than the CPU. Predictions do not use it yet.
 
-    `target` is the ExecuTorch backend that reaches it, one of the device's `targets`, or null with the reason.
+    `target`: the ExecuTorch backend for it, one of the device's `targets`, or null with the reason.
     """
 
     name: str = Field(min_length=1)
@@ -117,7 +117,7 @@ class Accelerator(StrictRecord):
 
 
 class Power(StrictRecord):
-    """What the whole device takes."""
+    """Power of the whole device."""
 
     low_w: Watts
     high_w: Watts
@@ -131,7 +131,7 @@ class Power(StrictRecord):
 
 
 class Storage(StrictRecord):
-    """Where the program is read from when it starts."""
+    """The storage that a program is loaded from."""
 
     kind: StorageKind
     read_mb_s: MegabytesPerSecond  # sequential
@@ -139,7 +139,7 @@ class Storage(StrictRecord):
 
 
 class Device(StrictRecord):
-    """A descriptor. `clusters` and `targets` stand in order: fastest cores first, preferred backend first."""
+    """A descriptor. `clusters` and `targets` are in order: fastest cores first, preferred backend first."""
 
     format: int = Field(ge=1, le=1)  # strict: a `Literal` of 1 takes `true`
     id: str = Field(pattern=ID)
@@ -147,7 +147,7 @@ class Device(StrictRecord):
     soc: str = Field(min_length=1)
     family: Family
     clusters: tuple[Cluster, ...] = Field(min_length=1)
-    threads: Count  # to run a program with
+    threads: Count  # that a program runs with
     isa: Flags
     memory: Memory
     caches: DeviceCaches
@@ -156,8 +156,8 @@ class Device(StrictRecord):
     storage: Storage
     targets: tuple[TargetName, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
-    no_runtime: str = ""  # why no published ExecuTorch runs on it; empty: one does
-    calibration: Calibration | None = Field(default=None, exclude=True)  # of a file of its own; see `load`
+    no_runtime: str = ""  # why no published ExecuTorch runs on it, if so
+    calibration: Calibration | None = Field(default=None, exclude=True)  # stored in another file; see `load`
 
     @model_validator(mode="after")
     def _agree(self) -> Device:
@@ -207,14 +207,14 @@ def _facts(value: object, path: str) -> Iterator[tuple[str, Fact | Flags | Stora
 
 
 def parse(content: object, where: str) -> Device:
-    """A descriptor from what a YAML file held; every fault of the file in one error."""
+    """A descriptor from the content of a YAML file; one error for all its faults."""
     if not isinstance(content, dict):
         raise EdgetuneError("a descriptor is a mapping", where=where, got=type(content).__name__)
     plain, lines = resolve_sources(content)
     if "calibration" in content:
         lines.append("calibration: it belongs in a separate file; run `edgetune devices calibrate` again")
     try:
-        device = Device.model_validate_json(json.dumps(plain))  # strict, and a list is no mistake for a tuple
+        device = Device.model_validate_json(json.dumps(plain))  # strict, but takes a list for a tuple
     except ValidationError as error:
         lines += list_faults(Device, error)
     if lines:
@@ -227,17 +227,18 @@ def parse(content: object, where: str) -> Device:
 
 
 def load(id_or_path: str | Path) -> Device:
-    """The descriptor of that name, or in that file if it ends in `.yaml`, with the calibration beside it if any.
+    """The descriptor of that name, or in that file if it ends in `.yaml`, with its calibration, if any.
 
-    The calibration of a shipped device lies in the user's folder. Raises `EdgetuneError` for an unknown name (with the
-    nearest one), a fault in a file, and a name that stands both in the package and in the user's folder.
+    Calibrations of shipped devices are in the user's folder. Raises `EdgetuneError` for an unknown name (with the
+    nearest one), a fault in a file, and a name that is both in the package and in the user's folder.
     """
     content, where = read(id_or_path)
     device = parse(content, where)
     if str(id_or_path).endswith(SUFFIX):
         beside = path_beside(Path(id_or_path))
     else:
-        _named(device, str(id_or_path), where)
+        if device.id != str(id_or_path):
+            raise EdgetuneError(f"id: must equal the file name, {str(id_or_path)!r}", where=where, got=device.id)
         beside = path_beside(user_folder() / (device.id + SUFFIX))
     calibration = read_calibration(beside)
     if calibration is not None and calibration.device != device.id:
@@ -252,7 +253,7 @@ def load(id_or_path: str | Path) -> Device:
 
 
 def read(id_or_path: str | Path) -> tuple[object, str]:
-    """What the file of that descriptor holds, not yet checked, and what to call it in an error."""
+    """The unchecked content of that descriptor's file, and its name for errors."""
     if str(id_or_path).endswith(SUFFIX):
         return _read(Path(id_or_path)), str(id_or_path)
     name, mine = str(id_or_path), user_descriptors()
@@ -281,9 +282,3 @@ def read(id_or_path: str | Path) -> tuple[object, str]:
 
 def _read(path: Path) -> object:
     return read_yaml(read_yaml_text(path, "`edgetune devices list` prints those that are known"), str(path)).value
-
-
-def _named(device: Device, name: str, where: str) -> Device:
-    if device.id != name:
-        raise EdgetuneError(f"id: must equal the file name, {name!r}", where=where, got=device.id)
-    return device

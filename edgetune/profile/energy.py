@@ -1,6 +1,6 @@
-"""Energy of a run, from its operations, the bytes that they move, and what the device takes while it runs.
+"""Energy of a run, from its operations, the bytes that they move, and the power of an awake device.
 
-Orders of magnitude for whole systems of one class, no measurement of any one device: held to nothing.
+These are orders of magnitude for a class of systems, validated against no measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgetune.program.operators import DType, Operator
 _MAC_PJ: dict[DType, float] = {"fp32": 40.0, "bf16": 40.0, "fp16": 20.0, "int8": 10.0, "8da4w": 10.0}
 # A byte from main memory: 1.3 to 2.6 nJ for 64 bits (the same source), LPDDR4 about a third of it.
 _BYTE_PJ = 80.0
-# Watts that run whether the core computes or waits: what a device of the class takes when it is awake and idle.
+# Watts of a device of the class that is awake and idle.
 _AWAKE_W = {"phone": 1.0, "board": 2.0, "jetson": 4.0, "computer": 8.0, "microcontroller": 0.02}
 
 

@@ -1,4 +1,4 @@
-"""One number of a descriptor: value, unit, source and trust; or null with the reason why nobody knows it."""
+"""One fact of a descriptor: value, unit, source and trust; or null with the reason why it is unknown."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Medium = Literal["ufs", "emmc", "nvme", "sata", "sd", "flash"]
 
 
 class StrictRecord(OneLine):
-    """Base of everything in a descriptor: immutable, no unknown keys, no quiet conversion."""
+    """Base of the records in descriptors and calibrations: immutable, no unknown keys, no conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FactSource(StrictRecord):
-    """Where numbers come from, and how far to trust them. Facts name it by its key under `sources`."""
+    """The source of numbers, and how far to trust it. Facts refer to it by its key under `sources`."""
 
     source: str = Field(min_length=1)
     trust: Trust
@@ -30,9 +30,11 @@ class FactSource(StrictRecord):
 class _Sourced(StrictRecord):
     source: str = ""
     trust: Trust | None = None
-    unknown: str = ""  # why nobody knows, where the value is null
+    unknown: str = ""  # why the value is null
 
-    def _check_origin(self, has_value: bool) -> None:
+    @model_validator(mode="after")
+    def _check_origin(self) -> _Sourced:
+        has_value = getattr(self, "value", None) is not None
         if has_value and (not self.source or self.trust is None):
             raise ValueError("a value needs its source and its trust (high, medium or low)")
         if has_value and self.unknown:
@@ -41,6 +43,7 @@ class _Sourced(StrictRecord):
             raise ValueError("a null needs the reason, in `unknown`")
         if not has_value and (self.source or self.trust is not None):
             raise ValueError("a null has no source and no trust")
+        return self
 
 
 class Fact(_Sourced):
@@ -49,20 +52,14 @@ class Fact(_Sourced):
     value: float | None
     unit: str = ""  # must be the field's; only counts have none
 
-    @model_validator(mode="after")
-    def _origin(self) -> Fact:
-        self._check_origin(self.value is not None)
-        return self
-
 
 class Flags(_Sourced):
-    """Instruction set extensions as the operating system prints them; empty: none of these. `None` with the reason."""
+    """Instruction set extensions as the operating system prints them, or `None` with the reason."""
 
     value: tuple[Flag, ...] | None
 
     @model_validator(mode="after")
-    def _origin(self) -> Flags:
-        self._check_origin(self.value is not None)
+    def _check_unique(self) -> Flags:
         for flag in self.value or ():
             if (self.value or ()).count(flag) > 1:
                 raise ValueError(f"{flag} is named twice")
@@ -70,14 +67,9 @@ class Flags(_Sourced):
 
 
 class StorageKind(_Sourced):
-    """What kind of storage a program is read from, or `None` with the reason."""
+    """The kind of storage that a program is read from, or `None` with the reason."""
 
     value: Medium | None
-
-    @model_validator(mode="after")
-    def _origin(self) -> StorageKind:
-        self._check_origin(self.value is not None)
-        return self
 
 
 def _between(unit: str, low: float, high: float, *, whole: bool = False) -> Callable[[Fact], Fact]:

@@ -1,8 +1,8 @@
 """Fit a calibration to timed programs: positive rates for every term, by non-negative least squares.
 
-Each program is one equation, its measured microseconds the sum of its operators' terms by their rates. Relative errors
-count, large ones less than by their square. Rates that cannot be negative make every prediction positive, and rise
-with each size. (Lawson and Hanson 1974, chapter 23, by scipy.)
+Each program is one equation: its measured microseconds are the sum of its operators' terms times their rates. The loss
+is of relative errors, with less weight for large ones. Rates that cannot be negative make every prediction positive and
+increasing in each size. (Lawson and Hanson 1974, chapter 23, by scipy.)
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ Equation = Mapping[Key, float]
 
 INTERVAL_PCT = 90.0
 _FOLDS = 8
-_NETWORK_WEIGHT = 2.0  # of a network's equation: it shows what operators cost among others
-_SOFT = 0.1  # a relative error above it counts less than by its square
+_NETWORK_WEIGHT = 2.0  # of a network's equation, which shows the cost of operators in context
+_SOFT = 0.1  # relative errors above it get less weight
 _SWEEPS = 6
-_EVEN = 1e-3  # how much kernels that always come together are drawn to equal shares of what they take
+_EVEN = 1e-3  # pull towards equal shares for kernels that always occur together
 _TILE_ROWS, _TILE_COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), (8, 16, 32)
 _TILED: tuple[DType, ...] = ("fp32", "int8", "8da4w")
-_FEW = 12  # programs that a kernel has to occur in, if it leads none
-_NEXT_TO_NOTHING_US = 1e-3  # of a kernel that adds nothing to the programs that it occurs in
-_LEAST_LOG = math.log(1.03)  # no band is narrower: two timings of one program differ by as much
+_FEW = 12  # programs that a kernel must occur in, if it leads none
+_NEXT_TO_NOTHING_US = 1e-3  # of a kernel that adds nothing to its programs
+_LEAST_LOG = math.log(1.03)  # least half width: two timings of one program differ by as much
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One program and its latency in microseconds. `network`: it is no chain of one operator."""
+    """One program and its latency in microseconds. `network`: not a chain of one operator."""
 
     name: str
     operators: tuple[Operator, ...]
@@ -63,11 +63,11 @@ class Timed:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the terms depend on beside the operator."""
+    """What the terms depend on besides the operator."""
 
     caches: CacheSizes
     tiles: Mapping[DType, KernelTile] = field(default_factory=dict)
-    stand_ins: Mapping[str, str] = field(default_factory=dict)  # curves that another is fitted for
+    stand_ins: Mapping[str, str] = field(default_factory=dict)  # curve -> the one fitted in its place
 
     def tile(self, dtype: DType) -> KernelTile:
         """The tile of this type's products."""
@@ -76,7 +76,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came out. Errors are relative, each program predicted from others alone."""
+    """The result. Errors are relative, with each program predicted from others alone."""
 
     rates: Rates
     tiles: dict[DType, KernelTile]
@@ -106,7 +106,7 @@ def equation(operators: Sequence[Operator], setting: Setting) -> Counter[Key]:
 
 
 def predicted_us(terms: Equation, rates: Mapping[Key, float]) -> float:
-    """The sum of the terms by their rates; a term without a rate counts nothing."""
+    """The sum of the terms times their rates; a term without a rate counts nothing."""
     return sum(size * rates.get(key, 0.0) for key, size in terms.items())
 
 
@@ -130,10 +130,9 @@ def fit(timed: Sequence[Timed], caches: CacheSizes) -> Fit:
 
 
 def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
-    """Curves that too few programs show to be told from what stands around them, and whose they take.
+    """Curves that occur in too few programs to be fitted, and the curves that replace them.
 
-    That of the same kernel in another type, if it leads a program of its own: whatever is left over in the few programs
-    that such a kernel occurs in would become its rate.
+    They are of the same kernel in another type that leads a chain: rates fitted to few programs are mere residuals.
     """
     programs: Counter[str] = Counter()
     leading: set[str] = set()
@@ -150,21 +149,21 @@ def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
 
 
 def _leading(item: Timed) -> set[str]:
-    """The curves that a chain shows: its leader, and what stands there at least half as often."""
+    """The curves of a chain: its leader, and those that occur at least half as often."""
     counts = Counter(curve_of(operator) for operator in item.operators)
     return {curve for curve, count in counts.items() if 2 * count >= max(counts.values())}
 
 
 def _leader(item: Timed) -> str:
-    """The curve of the operator that a chain is a chain of."""
+    """The curve of the operator that a chain repeats."""
     return Counter(curve_of(operator) for operator in item.operators).most_common(1)[0][0]
 
 
 def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
     """Positive rates with the least relative error.
 
-    Of terms that grow together in all programs the errors tell the sum alone; a slight pull on each term's part of the
-    whole (Hoerl and Kennard 1970) shares it evenly, where least squares by themselves give all of it to one.
+    Terms that grow together in all programs are only determined by their sum; a slight pull on each term's part
+    (Hoerl and Kennard 1970) shares it evenly, where plain least squares would give all of it to one.
     """
     nnls = require("scipy.optimize", "a calibration").nnls
     keys = sorted({key for terms in equations for key in terms})
@@ -187,10 +186,7 @@ def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
 
 
 def _left_out(timed: Sequence[Timed], equations: Sequence[Equation]) -> dict[str, float]:
-    """The error of each program, predicted by a fit to the others of seven folds out of eight.
-
-    A program whose kernels are in no other cannot be predicted from others, and has none.
-    """
+    """The error of each program in eight-fold cross-validation; none if one of its kernels is in no other program."""
     errors: dict[str, float] = {}
     for fold in range(min(_FOLDS, len(timed))):
         kept = [index for index in range(len(timed)) if index % _FOLDS != fold]
@@ -206,7 +202,7 @@ def _left_out(timed: Sequence[Timed], equations: Sequence[Equation]) -> dict[str
 
 
 def _tiles(timed: Sequence[Timed], caches: CacheSizes) -> dict[DType, KernelTile]:
-    """The tile of each type, found by how well the programs with products of that type are fitted."""
+    """The tile of each type that best fits the programs with products of that type."""
     tiles: dict[DType, KernelTile] = {}
     for dtype in _TILED:
         own = [item for item in timed if any(is_product(o) and o.dtype == dtype for o in item.operators)]
@@ -225,11 +221,11 @@ def _misfit(timed: Sequence[Timed], caches: CacheSizes, dtype: DType, tile: Kern
     return sum(min(abs(error), 0.5) ** 2 for error in errors)
 
 
-# What a calibration keeps of it
+# The parts of a calibration
 
 
 def curves(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
-    """The rates by kernel, with how many programs each was fitted to and the error of those that it leads."""
+    """The rates by kernel, with the number of its programs and the error of those that it leads."""
     sample: dict[str, Operator] = {}
     programs: Counter[str] = Counter()
     leads: dict[str, list[float]] = {}
@@ -244,7 +240,7 @@ def curves(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
         rates = {term: float(f"{rate:.5g}") for (curve, term), rate in result.rates.items() if curve == name}
         if not any(rates.values()):
             if programs[name] < _FEW:
-                continue  # too few programs to tell it from what stands around it: the fallback takes its place
+                continue  # too few programs to fit it: the fallback is used
             rates["1"] = _NEXT_TO_NOTHING_US
         error = 100 * statistics.median(leads[name]) if name in leads else None
         made[name] = Curve(
@@ -255,7 +251,7 @@ def curves(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
 
 
 def traffic(result: Fit) -> Traffic:
-    """What lies beyond the caches."""
+    """The rates of traffic beyond the caches."""
     return Traffic(
         weights_from_last_level=result.rates.get((WEIGHTS, "last level"), 0.0),
         weights_from_memory=result.rates.get((WEIGHTS, "memory"), 0.0),
@@ -264,12 +260,12 @@ def traffic(result: Fit) -> Traffic:
 
 
 def tilings(result: Fit) -> dict[DType, Tiling]:
-    """The tiles as a calibration keeps them."""
+    """The tiles as records of a calibration."""
     return {dtype: Tiling(rows=tile.rows, columns=tile.columns) for dtype, tile in result.tiles.items()}
 
 
 def interval_log(errors: Sequence[float]) -> float:
-    """Half the width of a band that holds `INTERVAL_PCT` of such errors, as a logarithm.
+    """Half the width of the prediction interval that covers `INTERVAL_PCT` of such errors, as a logarithm.
 
     The quantile is that of split conformal prediction (Lei et al. 2018, section 2.2): rank ceil((n + 1) share).
     """
@@ -279,7 +275,7 @@ def interval_log(errors: Sequence[float]) -> float:
 
 
 def load_costs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Milliseconds to load a program, and more for each MiB of its weights, from pairs (MiB, ms)."""
+    """Milliseconds to load a program, and per MiB of its weights, from pairs (MiB, ms)."""
     nnls = require("scipy.optimize", "a calibration").nnls
     if not pairs:
         return 0.0, 0.0
@@ -289,6 +285,6 @@ def load_costs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def shuffled(timed: Sequence[Timed]) -> list[Timed]:
-    """In an order of their own, so that no fold holds all sizes of one kernel. The same at each call."""
+    """In a fixed random order, so that no fold has all sizes of one kernel."""
     order = np.random.default_rng(0).permutation(len(timed))
     return [timed[index] for index in order]

@@ -1,4 +1,4 @@
-"""What each layer of a program is predicted to take on a device, and what bounds it."""
+"""Predicted time of each layer of a program on a device, and what bounds it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
 
 
 def predict_layers(artifact: Artifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
-    """The layers of each kind of call, in the order of `predict_calls`, whose latency they add up to."""
+    """The layers of each kind of call, in the order of `predict_calls`; their times add up to its latency."""
     described = device if isinstance(device, Device) else load(device)
     by_call = []
     for prediction, call in zip(predict_calls(artifact, described), artifact.manifest.calls, strict=True):
         operators = operators_of(call, described.calibration is not None)
         bare_ms = predict(operators, described, plan_bytes=call.plan_bytes, delegate_calls=call.delegates).latency_ms
-        slower = prediction.latency_ms / bare_ms  # what published measurements add
+        slower = prediction.latency_ms / bare_ms  # factor from published measurements
         by_call.append(_layers_of_call(prediction, operator_costs(operators, described), slower, described, most))
     return tuple(by_call)
 

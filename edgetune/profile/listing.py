@@ -1,4 +1,4 @@
-"""Descriptors as text: one line each, or one whole with the source and trust of every number."""
+"""Descriptors as text: one line each, or one in full with the source and trust of every number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgetune.recipe.names import device_ids, user_descriptors
 
 @dataclass(frozen=True)
 class DeviceEntry:
-    """One known name. `fault`: why its file cannot be used; the other fields are then empty."""
+    """One device name. `fault`: why its file is invalid; the other fields are then empty."""
 
     id: str
     name: str = ""
@@ -25,12 +25,12 @@ class DeviceEntry:
     ram_gib: float | None = None
     bandwidth_gb_s: float | None = None
     calibrated: bool = False
-    own: bool = False  # it lies in the user's folder
+    own: bool = False  # in the user's folder
     fault: str = ""
 
 
 def list_entries() -> tuple[DeviceEntry, ...]:
-    """Every name that `load` takes, by family and then in order; those with a fault last."""
+    """Every name that `load` accepts, by family; invalid ones last."""
     mine = user_descriptors()
     order = {family: number for number, family in enumerate(get_args(Family))}
     all_entries = [_entry(name, name in mine) for name in device_ids()]
@@ -55,7 +55,7 @@ def _entry(name: str, mine: bool) -> DeviceEntry:
 
 
 def format_entries(list_entries: Sequence[DeviceEntry]) -> str:
-    """A table grouped by family; `?` where nobody knows."""
+    """A table grouped by family; `?` for unknown values."""
     head = ("id", "name", "SoC", "RAM", "GB/s", "")
     rows = [_row(entry) for entry in list_entries if not entry.fault]
     first, *table = [f"  {line}" for line in align_columns((head, *rows), right={3, 4})]
@@ -82,7 +82,7 @@ def _ram(gib: float | None) -> str:
 
 
 def describe_device(device: Device) -> str:
-    """Everything that is known of a device, and for each number its trust and source."""
+    """All facts of a device, each with its trust and source."""
     section = device.calibration
     lines = [
         f"{device.id}: {device.name}, {device.soc} ({device.family})",
@@ -101,7 +101,7 @@ def describe_device(device: Device) -> str:
 
 
 def _predicted(device: Device) -> str:
-    """What predictions are for, and what they are not for: a board's CPU is not the board."""
+    """What predictions cover and what they do not: a board's CPU is not the board."""
     if device.no_runtime:
         return f"as if it had a runtime, but it has none: {device.no_runtime}"
     threads = device.calibration.threads if device.calibration is not None else device.thread_count
@@ -118,7 +118,7 @@ def _value(fact: Fact | Flags | StorageKind) -> str:
 
 
 def _heading(device: Device, path: str) -> list[str]:
-    """Says what the numbers below are of, in front of the first number of a cluster or an accelerator."""
+    """A heading in front of the first fact of a cluster or an accelerator."""
     field, _, rest = path.partition(".")
     number, _, name = rest.partition(".")
     if field == "clusters" and name == "count":

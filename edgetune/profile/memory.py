@@ -1,11 +1,11 @@
 """Peak memory of a program above an empty process: what is planned, what is packed, and what the runtime adds.
 
-    peak = arena + packed weights + weights that lie beside their packed copy + workspace + tables + runtime
+    peak = arena + packed weights + weights not yet freed after packing + workspace + tables + runtime
 
-XNNPACK packs the weights of one delegate after the other. Those of linear layers go back one by one as they are packed,
-so that the largest lies there twice for a moment; those of convolutions go back when the delegate is whole (measured:
-of a transformer the peak holds its weights once and one layer twice, of a convolutional net all of them twice). Packed
-means padded: to 16 columns and, of 8-bit types, to 8 products deep.
+XNNPACK packs the weights of one delegate after the other. Weights of linear layers are freed one by one after packing,
+so that the largest exists twice for a moment; those of convolutions are freed when the delegate is complete (measured:
+a transformer's peak has its weights once and one layer twice, a convolutional network's has all of them twice). Packing
+pads to 16 columns and, for 8-bit types, to a depth of 8.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgetune.program.operators import DType, Operator
 
 # Fitted once to the peaks of 90 programs in fresh processes (families of models in fp32, int8 and int4).
 RUNTIME_MIB = 0.4
-_KERNEL_MIB = 0.17  # code and tables of each kind of kernel outside of the delegates, paged in when first called
+_KERNEL_MIB = 0.17  # code and tables of each kind of kernel outside the delegates
 _DELEGATED_KERNEL_MIB = 0.02  # of each kind and type within them
 _FOUR_BIT_MIB = 0.17  # more where 4-bit weights are packed
 _OPERATOR_MIB = 0.0014  # what the runtime keeps for each operator
@@ -32,9 +32,9 @@ _WEIGHT_BYTES: dict[DType, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1,
 def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_bytes: int | None = None) -> float:
     """MiB that loading and running the program adds to an empty process.
 
-    `program_bytes`: size of the `.pte`: what of it is no operator's weights (instructions, tables of embeddings) is
-    counted whole, as the runtime locks it in memory; where a process may not lock so much (`ulimit -l`), only the rows
-    that are looked up are paged in.
+    `program_bytes`: size of the `.pte`. Its part that is no operator's weights (instructions, embedding tables) counts
+    in full, as the runtime locks it in memory; if a process may not lock so much (`ulimit -l`), only the rows that are
+    looked up are paged in.
     """
     delegated = [operator for operator in operators if operator.delegated]
     apart = [operator for operator in operators if not operator.delegated]
@@ -48,7 +48,7 @@ def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_
 
 
 def _runtime_mib(delegated: Sequence[Operator], apart: Sequence[Operator]) -> float:
-    """What the runtime itself takes: its code, the kernels that the program calls, a record of each operator."""
+    """Memory of the runtime: its code, the kernels that the program calls, and a record of each operator."""
     kinds = {(operator.operator, operator.dtype) for operator in delegated}
     four_bit = any(operator.dtype == "8da4w" for operator in delegated)
     kernels = _KERNEL_MIB * len({operator.operator for operator in apart}) + _DELEGATED_KERNEL_MIB * len(kinds)
@@ -71,7 +71,7 @@ def packed_bytes(operator: Operator) -> float:
     elements = max(math.prod(operator.output_shape), 1)
     columns = columns_of(operator)
     depth = round(operator.macs / elements / operator.window)
-    # 4-bit weights keep their scales, which only the stored size tells
+    # 4-bit weights keep their scales, whose size follows from the stored size
     scales = max(operator.weight_bytes - columns * depth * width, 0.0) if operator.dtype == "8da4w" else 0.0
     return operator.groups * up(columns, VECTOR) * (operator.window * up(depth, deep) * width + bias) + scales
 
@@ -85,9 +85,9 @@ def _pointers_bytes(operator: Operator) -> float:
 
 
 def _beside_packed_bytes(operators: Sequence[Operator]) -> float:
-    """Most bytes of weights that lie beside their packed copy: of one delegate its convolutions and its largest layer.
+    """Most bytes of weights that exist besides their packed copy: a delegate's convolutions and its largest layer.
 
-    Operators outside of the delegates part one delegate from the next.
+    Operators outside the delegates separate one delegate from the next.
     """
     most = convolutions = largest = 0
     for operator in operators:

@@ -1,4 +1,4 @@
-"""The share of one operator in a prediction."""
+"""The predicted cost of one operator."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Bound = Literal["compute", "memory", "overhead"]
 
 @dataclass(frozen=True)
 class OperatorCost:
-    """What one operator is predicted to take, and what it would take at the full rates of the device."""
+    """Predicted time of one operator, and its time at the full rates of the device."""
 
     operator: Operator
     us: float
-    log: float  # how far off it may be, as a natural logarithm
+    log: float  # uncertainty, as a natural logarithm
     compute_us: float  # at the peak arithmetic rate
     memory_us: float  # at the full bandwidth
-    fixed_us: float  # whatever its size
-    guessed: str = ""  # where the figure comes from, if the calibration does not know the operator
+    fixed_us: float  # independent of its size
+    guessed: str = ""  # the stand-in, if the operator was never calibrated
 
     @property
     def bound(self) -> Bound:
-        """What its time is mostly spent on: arithmetic, memory traffic, or being called at all."""
+        """What dominates its time: arithmetic, memory traffic, or call overhead."""
         if self.fixed_us > self.us / 2:
             return "overhead"
         return "compute" if self.compute_us >= self.memory_us else "memory"

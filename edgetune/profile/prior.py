@@ -1,12 +1,12 @@
-"""What published measurements of other devices teach about a device that was never calibrated.
+"""A prior for devices that were never calibrated, learned from published measurements of other devices.
 
     log(time published / time predicted) = a[kind of program, engine, app of others or not] + b[family] + c[type]
 
-Each term is the mean over devices of what the terms before it left, a device counting once however many rows it has;
-all but the first are pulled towards zero while few devices speak for them. Nested means, no regression: with some ten
-devices for a kind of program a regression fits the devices. Tried on the rows with their device left out and not kept:
-one thread or many as a further term (fewer large errors, more of 40 %), the core's pipeline (in order or not) in place
-of the family, dot products, and the model's size.
+Each term is the mean over devices of the residuals of the terms before it. A device counts once however many rows it
+has, and all terms but the first are shrunk towards zero while few devices have data for them. A regression would fit
+the devices, some ten for a kind of program. Tried on left-out devices and rejected: one thread or many as a further term
+(fewer large errors, more of 40 %), the core's pipeline (in order or not) in place of the family, dot products, and the
+model's size.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from edgetune.profile.facts import StrictRecord
 from edgetune.program.operators import DType, Operator
 
 FILE = "prior.json"
-COVERAGE = 0.8  # the share of left-out rows that a band claims to hold
-SIGMAS = 1.2816  # of a normal error, on each side of its middle, for that share
-_DOUBTS = (0.0, 0.5, 1.0)  # devices that a term has to outweigh, by level: one alone is halved by 1
-_PULL = 2.0  # devices that a class's own width has to outweigh
-_SPARE = 0.25  # of a device, counted beside few of them: with it, left-out rows are held as often as claimed
-_LEAST = 0.10  # no band is narrower: two labs that measured one phone differ by more
-_NOTHING = 0.7  # where fewer than two devices speak: a factor of two
+COVERAGE = 0.8  # target coverage of left-out rows by the prediction interval
+SIGMAS = 1.2816  # half width of that interval for a normal error
+_DOUBTS = (0.0, 0.5, 1.0)  # pseudo-devices with a zero term, by level
+_PULL = 2.0  # pseudo-devices with the width of the kind of program
+_SPARE = 0.25  # of a device, added so that left-out rows are covered as often as claimed
+_LEAST = 0.10  # least half width: two labs that measured one phone differ by more
+_NOTHING = 0.7  # with data of fewer than two devices: a factor of two
 _PRECISION: dict[DType, str] = {
     "fp32": "fp32", "fp16": "16-bit", "bf16": "16-bit", "int8": "int8", "8da4w": "4-bit",
 }  # fmt: skip
@@ -43,7 +43,7 @@ Keys = tuple[str, str, str]  # from the widest term to the narrowest
 
 @dataclass(frozen=True)
 class Seen:
-    """One published row: whose, under which terms, and how much slower than predicted."""
+    """One published row: its device, its terms, and how much slower than predicted it is."""
 
     device: str
     keys: Keys
@@ -51,18 +51,18 @@ class Seen:
 
 
 class Prior(StrictRecord):
-    """The terms, and how wide the band around their sum is. Logarithms of times."""
+    """The terms, and the width of the prediction interval around their sum, as logarithms of times."""
 
     offsets: dict[str, float]
-    widths: dict[str, float]  # half of the band that holds `COVERAGE`, by the first and by the second key
+    widths: dict[str, float]  # half the interval that covers `COVERAGE`, by the first and by the second key
 
     def offset_and_width(self, keys: Keys) -> tuple[float, float]:
-        """The sum of the terms known for these keys, and half the width of its band."""
+        """The sum of the terms for these keys, and half the width of its interval."""
         width = self.widths.get(keys[1], self.widths.get(keys[0], _NOTHING))
         return sum(self.offsets.get(key, 0.0) for key in keys), width
 
     def has_data_for(self, keys: Keys) -> bool:
-        """Whether any device at all told of this kind of program."""
+        """Whether any device has data for this kind of program."""
         return keys[0] in self.offsets
 
     def offset(self, device: Device, group: str) -> tuple[float, float]:
@@ -73,7 +73,7 @@ class Prior(StrictRecord):
 
 
 def group_of(operators: Sequence[Operator]) -> str:
-    """What kind of program it is, from where its multiplications are: `vision int8`, `decode 4-bit`, `prefill fp32`."""
+    """The kind of program, by most of its multiplications: `vision int8`, `decode 4-bit`, `prefill fp32`."""
     most = max(operators, key=lambda operator: operator.macs)
     work: dict[tuple[str, str], int] = defaultdict(int)
     for operator in operators:
@@ -90,8 +90,8 @@ def group_of(operators: Sequence[Operator]) -> str:
 def keys_of(group: str, device: Device, setting: str, engine: str = "XNNPACK") -> Keys:
     """The terms of a program of that group on the device.
 
-    Outside of the apps of others, Apple's phones are a world of their own: all of their rows are from the engine's own
-    apps, and the figures of one phone differ from the rule by up to a factor of twenty.
+    iPhones are fitted separately, except in apps of others: all their other rows come from the engine's own apps, and
+    one phone's figures are off by up to a factor of twenty.
     """
     kind, _, precision = group.partition(" ")
     first = kind if "XNNPACK" in engine else f"{engine} {kind}"
@@ -114,17 +114,17 @@ def fit_offsets(rows: Iterable[Seen], *, without: frozenset[str] = frozenset()) 
         for row, log in zip(taught, left, strict=True):
             by_key[row.keys[level]][row.device].append(log)
         for key, devices in by_key.items():
-            # the first term is not pulled: the predictor's own constants then cancel, also where they were
-            # once set by rows of the very device that is left out
+            # The first term is not shrunk: the predictor's constants then cancel, even if they were once set by rows of
+            # the device that is left out.
             offsets[key] = sum(median(logs) for logs in devices.values()) / (len(devices) + doubt)
         left = [log - offsets[row.keys[level]] for row, log in zip(taught, left, strict=True)]
     return offsets
 
 
 def fit_widths(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
-    """Half the band by first and second key: the quantile of what is missed on each device when it, too, is left out.
+    """Half the interval by first and second key: the quantile of the errors on each device when it, too, is left out.
 
-    A class's own is pulled towards that of its kind of program, which more devices speak for.
+    The width of a class is shrunk towards that of its kind of program, for which more devices have data.
     """
     missed: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     classes: dict[str, str] = {}
@@ -146,7 +146,7 @@ def fit_widths(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -
 
 
 def _quantile(devices: dict[str, list[float]]) -> float:
-    """The quantile at `COVERAGE`, every device counting once."""
+    """The quantile at `COVERAGE`, with equal weight for every device."""
     errors = sorted((error, 1 / len(own)) for own in devices.values() for error in own)
     wanted, reached = min(COVERAGE * (len(devices) + _SPARE), len(devices)) - 1e-9, 0.0
     for error, weight in errors:
@@ -159,7 +159,7 @@ def _quantile(devices: dict[str, list[float]]) -> float:
 def trust(rows: Sequence[Seen], offsets: dict[str, float]) -> dict[str, float]:
     """By first and second key, the part of one row's error that the device's other rows share, from 0 to 1.
 
-    The variance between devices over that between and within, both of what the terms leave.
+    This is the variance of the residuals between devices, over that between and within devices.
     """
     left: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -189,6 +189,6 @@ def load_prior() -> Prior:
 
 
 def write(prior: Prior, path: Path) -> None:
-    """As JSON, rounded so that a fresh fit on another machine gives the same file."""
+    """Write it as JSON, rounded so that a fit on another machine gives the same file."""
     plain = {name: {key: round(value, 4) for key, value in sorted(terms.items())} for name, terms in prior}
     write_atomically(path, json.dumps(plain, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Measurements that others published (`devices/published.yaml`), row by row, and what the predictor says of each."""
+"""Published measurements (`devices/published.yaml`), and the prediction for each."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ UNITS: dict[Quantity, str] = {
     "file_mib": "MiB",
     "peak_memory_mib": "MiB",
 }
-_COARSE = 0.1  # a row whose printed step moves it by more is no measure of anything
+_COARSE = 0.1  # a row whose rounding changes it by more is not counted
 
 
 class PublishedColumn(StrictRecord):
-    """A device as the source ran it."""
+    """A device, as configured by the source."""
 
     device: str = Field(min_length=1)
     threads: int | None = Field(default=None, ge=1, le=1024)  # default: the descriptor's
@@ -58,7 +58,7 @@ class PublishedTable(StrictRecord):
     engine: str = Field(min_length=1)
     setting: Literal["shell", "own app", "app"]
     quantity: Quantity
-    dtype: DType | None = None  # of networks; a language model's row names its scheme
+    dtype: DType | None = None  # of networks; a language model's row names its quantization scheme
     tokens: int = Field(default=0, ge=0, le=1_000_000)
     rounded_to: float = Field(default=0, ge=0, le=1e6)
     source: str = Field(min_length=1)
@@ -86,7 +86,7 @@ class PublishedTable(StrictRecord):
 
 
 class Unpredicted(StrictRecord):
-    """A published figure that no list of operators stands for, with the reason."""
+    """A published figure that cannot be predicted, with the reason."""
 
     label: str = Field(min_length=1)
     engine: str = Field(min_length=1)
@@ -114,7 +114,7 @@ class PublishedFigure:
 
     @property
     def label(self) -> str:
-        """The row in words, without its device."""
+        """A description without the device."""
         words = [self.name]
         if self.table.dtype is not None:
             words.append(self.table.dtype)
@@ -126,7 +126,7 @@ class PublishedFigure:
 
     @property
     def subject(self) -> Subject:
-        """Which share the row is counted in."""
+        """The group that the row is counted in."""
         if self.table.quantity in ("file_mib", "peak_memory_mib"):
             return "memory"
         if "XNNPACK" not in self.table.engine:
@@ -135,12 +135,12 @@ class PublishedFigure:
 
     @property
     def coarse(self) -> bool:
-        """Whether the printed step alone moves the figure by more than a tenth."""
+        """Whether rounding alone changes the figure by more than a tenth."""
         return self.table.rounded_to / 2 > _COARSE * self.value
 
     @property
     def operators(self) -> tuple[Operator, ...]:
-        """What the engine ran."""
+        """The operators that the engine ran."""
         table = self.table
         if table.dtype is not None:
             return _network(self.name, table.dtype)
@@ -158,14 +158,14 @@ def figures_of(published: Published) -> Iterator[PublishedFigure]:
 
 @cache
 def load_published() -> Published:
-    """The measurements that others published, as shipped."""
+    """The published measurements in the package."""
     name = "published.yaml"
     text = (resources.files("edgetune.devices") / name).read_text(encoding="utf-8")
     return parse(read(text, name).value, name)
 
 
 def parse(content: object, where: str) -> Published:
-    """The tables from what a YAML file held; `EdgetuneError` with field and reason."""
+    """The tables from the content of a YAML file. Raises `EdgetuneError` with field and reason."""
     if not isinstance(content, dict):
         raise EdgetuneError("the file is a mapping", where=where, got=type(content).__name__)
     try:
@@ -175,7 +175,7 @@ def parse(content: object, where: str) -> Published:
 
 
 def device_as_run(device: Device, column: PublishedColumn) -> Device:
-    """The device as the source ran it: its clock, its threads. Raises for more threads than cores."""
+    """The device with the source's clock and threads. Raises for more threads than cores."""
     changes: dict[str, object] = {}
     if column.ghz is not None:
         first = device.clusters[0]
@@ -189,7 +189,7 @@ def device_as_run(device: Device, column: PublishedColumn) -> Device:
 
 
 def predict_figure(row: PublishedFigure, device: Device) -> float:
-    """What the predictor says of the row by itself, in the row's unit."""
+    """The prediction for the row, without the prior, in the row's unit."""
     quantity = row.table.quantity
     if quantity == "file_mib":
         return file_mib(*_language(row.name))
@@ -225,7 +225,7 @@ def _model(name: str, prompt: bool, tokens: int) -> tuple[Operator, ...]:
 
 
 def _language(name: str) -> tuple[Architecture, QuantizationScheme]:
-    """The model and the scheme that a row's name stands for. Raises `ValueError`, as validators do."""
+    """The model and the quantization scheme of a row's name. Raises `ValueError`, as validators do."""
     model, _, scheme = name.partition(" ")
     if model not in ARCHITECTURES or scheme not in QUANTIZATION_SCHEMES:
         allowed = f"{', '.join(ARCHITECTURES)} with {', '.join(QUANTIZATION_SCHEMES)}"

@@ -1,4 +1,4 @@
-"""The rates of a device that costs are computed from: peak arithmetic and memory traffic, and how unsure they are."""
+"""The peak arithmetic rate and memory bandwidth of a device, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from edgetune.profile.device import Device
 from edgetune.profile.facts import Fact
 from edgetune.program.operators import DType, Kind
 
-# How far a number of this trust may be off, as a natural logarithm (0.15: a factor of 1.16).
+# Uncertainty of a number of this trust, as a natural logarithm (0.15: a factor of 1.16).
 TRUST_LOG = {"high": 0.05, "medium": 0.15, "low": 0.30}
 UNKNOWN_LOG = 0.60  # a named default stands in for the number: a factor of 1.8
 
-# GB/s where nobody published a figure: the middle of what vendors list for the family.
+# GB/s if no figure is published: the middle of what vendors list for the family.
 DEFAULT_BANDWIDTH_GB_S = {"phone": 51.2, "board": 12.8, "jetson": 51.2, "computer": 20.0, "microcontroller": 1.6}
 DEFAULT_GHZ = {"phone": 2.5, "board": 1.5, "jetson": 1.5, "computer": 2.5, "microcontroller": 0.2}
 DEFAULT_MACS_PER_CYCLE = 8.0  # two 128-bit FMA pipes
@@ -25,7 +25,7 @@ _DENSE: frozenset[Kind] = frozenset({"conv", "pointwise-conv", "linear", "matmul
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak rates with the threads of the descriptor. `*_log`: how far off they may be, as a natural logarithm."""
+    """Peak rates with the threads of the descriptor. `*_log`: uncertainty, as a natural logarithm."""
 
     threads_gmacs: float  # fp32, all threads in use
     core_gmacs: float  # fp32, the fastest core alone

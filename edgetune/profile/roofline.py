@@ -1,9 +1,9 @@
-"""What an operator costs on a device that was never calibrated: the larger of compute time and memory time.
+"""The cost of an operator on a device that was never calibrated: the larger of compute time and memory time.
 
     time = max(work / (peak x compute share), bytes / (bandwidth x memory share)) + fixed cost of the operator
 
-The shares are priors, the same for all devices; `edgetune.profile.prior` adds what published measurements say of a kind
-of device.
+The shares are priors, the same for all devices; `edgetune.profile.prior` corrects them by published measurements of
+similar devices.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edgetune.program.operators import DType, Kind, Operator
 # Share of the peak that a delegated operator reaches without any calibration: (float, 8-bit activations).
 # linear: OnePlus 12, Llama 3.2 1B, prefill 117 GOPS in bf16 of 259 peak, 507 of 2074 with 8da4w (executorch's
 # llama README). Convolutions: set so that MobileNetV2 on a Raspberry Pi 4 (XNNPACK README, 46 ms) and ResNet-50
-# there (ncnn README, 263 ms) fall well inside the band; int8 scaled as for linear. The rest: guesses, and it shows
-# in the band.
+# there (ncnn README, 263 ms) fall well inside the interval; int8 scaled as for linear. The rest: guesses, which
+# widens the interval.
 _COMPUTE: dict[Kind, tuple[float, float]] = {
     "conv": (0.50, 0.30),
     "pointwise-conv": (0.40, 0.25),
@@ -50,7 +50,7 @@ _COSTLY = ("gelu", "tanh", "sigmoid", "exp", "erf", "silu", "log", "pow", "sqrt"
 _COSTLY_WORK = 12.0
 _ELEMENT_BYTES: dict[DType, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "8da4w": 4}
 
-# Natural logarithms of how far off the shares may be.
+# Uncertainty of the shares, as natural logarithms.
 PRIOR_LOG, PORTABLE_LOG = math.log(1.7), math.log(2.5)
 
 
@@ -72,7 +72,7 @@ _FIXED_GHZ = 2.5
 
 @dataclass(frozen=True)
 class Shares:
-    """Compute and memory share of one kind of operator, and how unsure they are, as natural logarithms."""
+    """Compute and memory share of one kind of operator, and their uncertainty, as natural logarithms."""
 
     compute: float
     memory: float
@@ -81,7 +81,7 @@ class Shares:
 
 
 def work_of(operator: Operator) -> float:
-    """Multiply-accumulates, or their like for operators that multiply nothing."""
+    """Multiply-accumulates, or an equivalent for operators without any."""
     if operator.macs > 0:
         return float(operator.macs)
     name = operator.operator.lower()

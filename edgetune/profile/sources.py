@@ -1,4 +1,4 @@
-"""Sources of a descriptor, told once: `from: KEY` in a fact stands for the source and trust under `sources`."""
+"""Sources that several facts share: `from: KEY` in a fact stands for the source and trust under `sources`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgetune.profile.facts import FactSource
 
 
 def resolve_sources(content: dict[object, object]) -> tuple[dict[object, object], list[str]]:
-    """The content with each `from` replaced by what it names, without `sources`; and every fault with its path.
+    """Replace each `from` by the source that it names. Returns the content without `sources`, and all faults by path.
 
     >>> resolved({"sources": {"spec": {"source": "a page", "trust": "low"}}, "ghz": {"value": 2.0, "from": "spec"}})
     ({'ghz': {'value': 2.0, 'source': 'a page', 'trust': 'low'}}, [])
@@ -24,7 +24,7 @@ def resolve_sources(content: dict[object, object]) -> tuple[dict[object, object]
 
 
 def _parse_sources(sources: object, faults: list[str]) -> dict[str, FactSource | None]:
-    """The sources by key; `None` for one with a fault, so that it is told once and not at every use."""
+    """The sources by key; `None` for one with a fault, which is then reported only once."""
     if not isinstance(sources, dict):
         faults.append("sources: must be a mapping of keys to source and trust")
         return {}

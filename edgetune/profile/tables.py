@@ -1,4 +1,4 @@
-"""What a program costs, as tables for a terminal of 80 columns: predicted and measured side by side, never mixed."""
+"""The cost of a program as tables for a terminal: predicted and measured side by side, never mixed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _table(predicted: Predicted, measured: Measured | None) -> Table:
 
 
 def _rows(predicted: Predicted, measured: Measured | None) -> Iterator[tuple[str, str, str]]:
-    """A name, what is predicted and what was measured; units stand in the cells."""
+    """A name, the predicted and the measured value, with their units."""
     one = measured
     yield "device", predicted.name or predicted.device, one.device if one else ""
     yield "runs on", predicted.runs_on, on_cpu(one.threads) if one else ""

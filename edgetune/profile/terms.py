@@ -1,6 +1,6 @@
-"""What the time of one operator grows with: its sizes, rounded up to the tiles that a kernel computes at once.
+"""The terms that the time of one operator is linear in: its sizes, rounded up to the tiles of its kernel.
 
-    microseconds = sum over terms of (size x microseconds per unit), each rate positive
+    microseconds = sum over terms of (size x microseconds per unit), with positive rates
 
 A product of M x K by K x N, computed in tiles, has the terms M N K (padded to whole tiles), M N, M K and N K. M N K
 over the sum is an efficiency that rises with each of the sizes, as it does on real kernels. The rates are fitted to
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from edgetune.program.operators import Operator
 
 PRODUCTS = frozenset({"conv", "pointwise-conv", "linear", "matmul"})
-WEIGHTS, TRAFFIC = "weights", "traffic"  # shared by all curves: what a cache does not hold is read from the next one
+WEIGHTS, TRAFFIC = "weights", "traffic"  # shared by all curves: traffic beyond a cache
 CALL, DELEGATE = "call", "delegate call"
-VECTOR = 16  # channels that a depthwise kernel or a reduction takes at once; of narrower kernels a multiple
-DEPTH = 8  # products of one place that an 8-bit kernel takes at once
-LONG = 256  # values of a row from which ExecuTorch's layer norm takes half the time for each
-SIDE_BYTES = 32  # of the squares in which a transpose moves values
+VECTOR = 16  # channels that a depthwise kernel or a reduction processes at once
+DEPTH = 8  # products that an 8-bit kernel adds at once
+LONG = 256  # row length from which ExecuTorch's layer norm takes half the time per value
+SIDE_BYTES = 32  # of the square blocks of a transpose
 _WIDTHS: dict[str, int] = {"int8": 1, "fp16": 2, "bf16": 2}
 _K, _M = 1e3, 1e6
 
@@ -36,7 +36,7 @@ class KernelTile:
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """Bytes that stay near: in the second level of one core, and in the last level."""
+    """Bytes of the second-level cache of one core, and of the last level."""
 
     near_bytes: float
     last_bytes: float
@@ -46,7 +46,7 @@ Key = tuple[str, str]  # curve, term
 
 
 def curve_of(operator: Operator) -> str:
-    """Operators of one curve run the same kernel: name, kind where a name has several, window, type."""
+    """The curve of an operator, shared by all that run the same kernel: name, variant and type."""
     name = operator.operator
     if name.endswith(".conv2d"):
         name += " grouped" if operator.groups > 1 else " pointwise" if operator.window == 1 else " spatial"
@@ -65,25 +65,22 @@ def family_of(curve: str) -> str:
 
 
 def is_product(operator: Operator) -> bool:
-    """Whether it is a matrix product, a convolution as one among them."""
+    """Whether it is a matrix product, convolutions included."""
     return operator.macs > 0 and operator.kind in PRODUCTS
 
 
 def wide_window(operator: Operator) -> bool:
-    """Whether a depthwise convolution has more values under its window than XNNPACK's kernels for them take (25).
-
-    It is then run as a product for each channel, with one column of a tile in use.
-    """
+    """Whether a depthwise window exceeds XNNPACK's kernels (25), so that it runs as a product per channel."""
     return operator.kind == "depthwise-conv" and operator.window > 25
 
 
 def columns_of(operator: Operator) -> int:
-    """The values that are side by side in what it writes, at least one; of a depthwise convolution its channels."""
+    """Contiguous values of its output, at least one; for a depthwise convolution, its channels."""
     return operator.columns or (operator.output_shape[-1] if operator.output_shape else 1) or 1
 
 
 def terms_of(operator: Operator, tile: KernelTile) -> dict[str, float]:
-    """The sizes of one operator: thousands of values, of a product millions of multiply-accumulates."""
+    """The terms of one operator: thousands of values, for products millions of multiply-accumulates."""
     elements = math.prod(operator.output_shape) if operator.output_shape else 1
     columns = columns_of(operator)
     if is_product(operator):
@@ -106,7 +103,7 @@ def terms_of(operator: Operator, tile: KernelTile) -> dict[str, float]:
         windows = {"places": elements / columns / _K, "windows": elements * operator.window / _K}
         return {"1": 1, **windows, "bytes": operator.activation_bytes / _K}
     if operator.kind == "data-movement":
-        if operator.window > 1:  # a transpose that leaves nothing side by side
+        if operator.window > 1:  # a transpose that leaves nothing contiguous
             side = SIDE_BYTES // _WIDTHS.get(operator.dtype, 4)
             squares = up(columns, side) * up(operator.window, side)
             return {"1": 1, "tiles": elements / (columns * operator.window) * squares / _K}
@@ -117,7 +114,7 @@ def terms_of(operator: Operator, tile: KernelTile) -> dict[str, float]:
 
 
 def _wide_depthwise(operator: Operator, elements: int, channels: int, tile: KernelTile) -> dict[str, float]:
-    """A product for each channel, of which a tile has one column in use."""
+    """A product per channel, which uses one column of a tile."""
     rows = up(max(elements // channels, 1), tile.rows)
     deep = DEPTH if operator.dtype == "int8" else 1
     return {
@@ -132,7 +129,7 @@ def _product(operator: Operator, elements: int, columns: int, tile: KernelTile) 
     wide = DEPTH if operator.dtype == "int8" else 1
     full = operator.window * up(round(depth / operator.window), wide)
     rows = max(elements // (columns * groups), 1)
-    padded_rows = 1 if rows == 1 else up(rows, tile.rows)  # one row has a kernel of its own
+    padded_rows = 1 if rows == 1 else up(rows, tile.rows)  # one row has its own kernel
     whole = groups * padded_rows * up(columns, tile.columns) * full
     # One row reads each weight for one product, one column uses one in a vector of products: other rates.
     name = "one row" if rows == 1 else "one column" if columns == 1 else "macs"
@@ -146,12 +143,12 @@ def _product(operator: Operator, elements: int, columns: int, tile: KernelTile) 
 
 
 def shared_terms(operator: Operator, footprint_bytes: float, caches: CacheSizes) -> dict[Key, float]:
-    """Thousands of bytes from beyond the caches: weights if the program's do not fit, activations by themselves."""
+    """Thousands of bytes from beyond the caches: weights if those of the program do not fit, and large activations."""
     terms: dict[Key, float] = {}
     if operator.weight_bytes:
         for level, holds in (("last level", caches.near_bytes), ("memory", caches.last_bytes)):
             if footprint_bytes > holds:
-                missed = min(footprint_bytes / holds - 1, 1)  # of twice what it holds none is there at the next run
+                missed = min(footprint_bytes / holds - 1, 1)  # of twice its size nothing is left at the next run
                 terms[(WEIGHTS, level)] = missed * operator.weight_bytes / _K
     if operator.activation_bytes > caches.near_bytes:
         terms[(TRAFFIC, "last level")] = operator.activation_bytes / _K
@@ -159,10 +156,10 @@ def shared_terms(operator: Operator, footprint_bytes: float, caches: CacheSizes)
 
 
 def footprint_bytes(operators: Sequence[Operator]) -> float:
-    """What one run of a program reads of constants."""
+    """Bytes of constants that one run of a program reads."""
     return float(sum(operator.weight_bytes for operator in operators))
 
 
 def up(size: int, step: int) -> int:
-    """The least multiple of `step` that holds `size`."""
+    """The least multiple of `step` that is not below `size`."""
     return -(-size // step) * step

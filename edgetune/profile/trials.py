@@ -1,8 +1,7 @@
-"""Micro-programs built and timed in processes of their own, and kept until the calibration that wants them is done.
+"""Build and time micro-programs in child processes, and keep them until the calibration is finished.
 
 `edgetune.export.build_microbenchmarks` builds them: a program as `NAME.pte`, its inputs as `NAME.pt` and its
-operators as `NAME.json`; timings are lines of `timings-HOST.jsonl`, written as they come, so that a calibration that
-was stopped goes on where it was.
+operators as `NAME.json`; timings are appended to `timings-HOST.jsonl`, so that an interrupted calibration can continue.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from edgetune.profile.micro.program import Micro
 from edgetune.program.operators import Operator
 from edgetune.runtime.clock.machine import usable_cores
 
-Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many
+Progress = Callable[[str, int, int], None]  # current step, how many are done, and the total
 
 _BUILDERS = 2  # processes: a compiler takes a gigabyte
-TIMINGS = f"timings-{platform.node() or 'here'}.jsonl"  # the folder may lie in a home that several machines share
+TIMINGS = f"timings-{platform.node() or 'here'}.jsonl"  # several machines may share the folder
 
 
 @dataclass(frozen=True)
 class CalibrationProgram:
-    """A program of a calibration. `network`: blocks as a model has them, not a chain of one operator."""
+    """A program of a calibration. `network`: blocks of a model, not a chain of one operator."""
 
     item: Micro
     network: bool
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The stem of its files."""
         return self.item.name
 
 
 def trials(quick: bool) -> tuple[CalibrationProgram, ...]:
-    """All programs of a calibration, chains first; a few of each where it is quick."""
+    """All programs of a calibration, chains first; a few of each if it is quick."""
     chains = (*micro.tiny(), *(micro.quick() if quick else micro.programs()))
     networks = tuple(blocks())[:2] if quick else tuple(blocks())
     return (
@@ -60,7 +59,7 @@ def trials(quick: bool) -> tuple[CalibrationProgram, ...]:
 
 
 def folder_for(quick: bool) -> Path:
-    """Where programs lie: by what they are and by the versions that build them."""
+    """The folder of the programs, by their names and by the versions that build them."""
     names = [trial.name for trial in trials(quick)]
     packages = ("edgetune", "executorch", "torch", "torchao")
     parts = [*names, *(importlib.metadata.version(package) for package in packages)]
@@ -76,7 +75,7 @@ def forget(folder: Path) -> None:
 
 
 def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[str]:
-    """Build what is not there yet; the programs that cannot be, each with the reason."""
+    """Build what is missing. Returns the programs that cannot be built, with the reason."""
     wanted = trials(quick)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [trial.name for trial in wanted if not is_built(folder, trial.name)]
@@ -103,13 +102,13 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
     lost = [name for name in missing if not is_built(folder, name) and name not in reported]
     if lost:
         why = f": {problems[0]}" if problems else ""
-        action = "run it again: it goes on where it was"
+        action = "run it again: it continues where it stopped"
         raise EdgetuneError(f"{len(lost)} micro-programs were not built{why}", action=action, exit_code=Exit.EXPORT)
     return failed
 
 
 def _follow(module: str, arguments: list[str], answers: SimpleQueue[dict[str, Any] | None]) -> str:
-    """Pass on what a child prints as JSON lines, then `None`; how it failed, or nothing."""
+    """Pass on the JSON lines that a child prints, then `None`. Returns how it failed, or an empty text."""
     command = [sys.executable, "-m", module, *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as child:
@@ -126,7 +125,7 @@ def _follow(module: str, arguments: list[str], answers: SimpleQueue[dict[str, An
 
 
 def is_built(folder: Path, name: str) -> bool:
-    """Whether a program of this name is there, whole."""
+    """Whether a program of this name is complete."""
     return (folder / f"{name}.json").is_file()  # written last
 
 
@@ -151,9 +150,9 @@ class Clocked:
 def clock(
     folder: Path, names: Sequence[str], *, threads: int, seconds: float, rounds: int, progress: Progress | None = None
 ) -> tuple[list[Clocked], list[str]]:
-    """Time each program so many times, all of them once before any of them again; and those that do not run.
+    """Time all programs once per round. Returns the timings, and the programs that do not run with the reason.
 
-    Rounds that lie apart, because a machine that others use is slow for minutes at a time.
+    Rounds are far apart, because a machine that others use is slow for minutes at a time.
     """
     kept = list(_read_timings(folder, threads))
     failed: dict[str, str] = {}
@@ -174,7 +173,7 @@ def clock(
 
 
 def _read_timings(folder: Path, threads: int) -> Iterator[Clocked]:
-    """What was timed before this calibration was stopped."""
+    """The timings from before this calibration was interrupted."""
     path = folder / TIMINGS
     if not path.is_file():
         return
@@ -188,7 +187,7 @@ def _read_timings(folder: Path, threads: int) -> Iterator[Clocked]:
 
 
 def _time_each(folder: Path, names: Sequence[str], threads: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """What a process says of the programs that it times, one after the other."""
+    """Time programs in a child process, and yield its answers."""
     request = {"threads": threads, "seconds": seconds, "names": list(names)}
     write_atomically(folder / "request.json", json.dumps(request))
     command = [sys.executable, "-m", "edgetune.runtime.clock.many", str(folder)]

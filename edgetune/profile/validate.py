@@ -1,4 +1,4 @@
-"""Predictions held against measurements that others published, each device's own rows left out of what is learned."""
+"""Validate predictions against published measurements, with each device left out of the prior for its rows."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SUBJECTS = (
 
 
 class CheckedPrediction(StrictRecord):
-    """One prediction beside the published figure. `error_pct`: predicted above published is positive."""
+    """A prediction compared with a published figure. `error_pct` is positive if the prediction is higher."""
 
     predicted: float
     low: float
     high: float
     error_pct: float
-    inside: bool  # the published figure lies in the band
+    inside: bool  # the published figure is in the prediction interval
 
 
 class Compared(StrictRecord):
-    """One published figure and what is predicted for it."""
+    """One published figure and its predictions."""
 
     device: str
     engine: str
@@ -41,19 +41,19 @@ class Compared(StrictRecord):
     label: str
     unit: str
     published: float
-    left_out: CheckedPrediction  # nothing of this device was used
-    one_row: CheckedPrediction | None  # the first row of the device and kind was; none for that row itself
+    left_out: CheckedPrediction  # by a prior without this device
+    one_row: CheckedPrediction | None  # also by the first row of the device and kind; none for that row itself
     counted: bool
     note: str
     source: str
 
 
 class Share(StrictRecord):
-    """How many of the counted rows of a subject are predicted how well, in per cent."""
+    """Accuracy of the predictions for the counted rows of a subject, in percent."""
 
     subject: str
     basis: Basis
-    same_rows: bool  # only those rows that have both, so that the two can be compared
+    same_rows: bool  # only rows that have both predictions, for comparison
     rows: int
     within_10_pct: float
     within_20_pct: float
@@ -62,7 +62,7 @@ class Share(StrictRecord):
 
 
 class Missing(StrictRecord):
-    """Published figures that are not predicted, with the reason."""
+    """Published figures without a prediction, with the reason."""
 
     label: str
     figures: int
@@ -71,7 +71,7 @@ class Missing(StrictRecord):
 
 
 class Validation(StrictRecord):
-    """What `edgetune devices validate` found beyond the descriptors themselves."""
+    """The result of `edgetune devices validate`, apart from faults in descriptors."""
 
     rows: tuple[Compared, ...]
     missing: tuple[Missing, ...]
@@ -80,17 +80,17 @@ class Validation(StrictRecord):
 
 @dataclass(frozen=True)
 class _Item:
-    """A row that can be predicted: the figure by the predictor alone, and what its error adds to the prior."""
+    """A row that can be predicted: the figure without a prior, and its observation for the prior."""
 
     row: PublishedFigure
     predict_figure: float
     seen: prior.Seen
-    band: prior.Keys  # the terms whose errors the band is taken from
-    faster: bool  # a higher figure is a shorter time
+    width_keys: prior.Keys  # the terms that the width of the interval is taken from
+    is_rate: bool  # a higher figure is a shorter time
 
 
 def validate(devices: Mapping[str, Device] | None = None, rows: Published | None = None) -> Validation:
-    """Predict every published row that can be; by default on all devices known here, the rows as shipped."""
+    """Predict all published rows that can be predicted; by default those of the package on all devices."""
     content = published.load_published() if rows is None else rows
     items, missing = _items(content, _all_devices() if devices is None else devices)
     compared = compare(items)
@@ -126,32 +126,32 @@ def _items(content: Published, devices: Mapping[str, Device]) -> tuple[list[_Ite
 
 def _item(row: PublishedFigure, device: Device) -> _Item:
     figure = published.predict_figure(row, device)
-    faster = UNITS[row.table.quantity] == "tokens/s"
-    log = math.log(figure / row.value) if faster else math.log(row.value / figure)
+    is_rate = UNITS[row.table.quantity] == "tokens/s"
+    log = math.log(figure / row.value) if is_rate else math.log(row.value / figure)
     table = row.table
     name: str = table.quantity
-    keys = band = (name, name, name)
+    keys = width_keys = (name, name, name)
     if row.subject != "memory":
         kind = {"decode_tokens_per_s": "decode", "prefill_tokens_per_s": "prefill"}.get(table.quantity, "vision")
         group = f"{kind} {prior.group_of(row.operators).partition(' ')[2]}"
         keys = prior.keys_of(group, device, table.setting, table.engine)
-        # nobody's errors but those of apps tell how far a figure from an app may be off
-        band = prior.keys_of(group, device, "app", table.engine) if table.setting == "own app" else keys
-    return _Item(row, figure, prior.Seen(device.id, keys, log), band, faster)
+        # the uncertainty of a figure from an app is that of apps
+        width_keys = prior.keys_of(group, device, "app", table.engine) if table.setting == "own app" else keys
+    return _Item(row, figure, prior.Seen(device.id, keys, log), width_keys, is_rate)
 
 
 def _teaches(item: _Item) -> bool:
     """Whether the prior learns from the row.
 
-    Sizes are computed, a coarse figure is no measure, and an engine's app says little of what its program does from a
-    shell; of Apple's phones there are only apps.
+    Not from sizes, which are computed, nor from coarse figures, nor from an engine's app, which differs from a program
+    in a shell; but iPhones only have apps.
     """
     app = item.row.table.setting == "own app" and "on Apple" not in item.seen.keys[0]
     return item.row.subject != "memory" and not item.row.coarse and not app
 
 
 def compare(items: Sequence[_Item]) -> tuple[Compared, ...]:
-    """Every row predicted from the others' rows, then with one row of its device."""
+    """Predict every row from those of other devices, and then also with one row of its device."""
     teaching = [item.seen for item in items if _teaches(item)]
     learned: dict[str, tuple[prior.Prior, dict[str, float]]] = {}
     for name in {item.seen.device for item in items}:
@@ -173,14 +173,14 @@ def _compared(
     log, width = (
         (0.0, math.log(1.1))
         if memory
-        else (fitted_prior.offset_and_width(keys)[0], fitted_prior.offset_and_width(item.band)[1])
+        else (fitted_prior.offset_and_width(keys)[0], fitted_prior.offset_and_width(item.width_keys)[1])
     )
     one = used.get((item.seen.device, keys[0]))
     one_row = None
     if one is not None and one is not item:
         part = shares.get(keys[1], shares.get(keys[0], 0.5))
         missed = one.seen.log - fitted_prior.offset_and_width(one.seen.keys)[0]
-        # what the used row shares with this one is known now: the band keeps the rest
+        # the error that the used row shares with this one is known; the interval covers the rest
         one_row = _check_prediction(item, log + part * missed, max(width * math.sqrt(1 - part**2), math.log(1.1)))
     notes = [row.column.note] if row.column.note else []
     alone = not memory and not fitted_prior.has_data_for(keys)
@@ -218,8 +218,8 @@ def _subjects(row: PublishedFigure, apple: bool) -> tuple[str, ...]:
 
 
 def _check_prediction(item: _Item, log: float, width: float) -> CheckedPrediction:
-    """The figure with the learned offset of its time, `log`, and the band around it."""
-    sign = -1 if item.faster else 1
+    """The figure with the learned offset of its time, `log`, and its interval, compared with the published one."""
+    sign = -1 if item.is_rate else 1
     middle = item.predict_figure * math.exp(sign * log)
     low, high = middle * math.exp(-width), middle * math.exp(width)
     return CheckedPrediction(
@@ -271,7 +271,7 @@ def _unpredicted(content: Published) -> tuple[Missing, ...]:
 
 
 def to_json(validation: Validation | None) -> dict[str, object]:
-    """As JSON has it; nothing compared gives empty lists."""
+    """The content of the JSON output; empty lists if nothing was compared."""
     if validation is None:
         return {"published": [], "missing": [], "shares": []}
     whole = validation.model_dump(mode="json")

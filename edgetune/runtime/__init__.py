@@ -1,1 +1,1 @@
-"""What runs exported programs: child processes, the stopwatch, this host and others."""
+"""Run exported programs: child processes, timing, this host and others."""

@@ -1,8 +1,8 @@
-"""How far a value of a program may be from eager mode's, as a share of the largest absolute value of its output.
+"""How far a value of a program may differ from eager mode, as a share of the largest absolute value of its output.
 
 - a model in floating point: 1e-3 (45 families of models stay within 2e-5), 1e-2 with weights in fp16, 5e-2 in bf16;
-- activations rounded to 8 bits as they come, as under 4-bit weights: 5e-2 (the families stay within 2e-2). A value
-  that lies between two steps may go to the other one, since eager mode and the backend add in another order;
+- activations rounded to 8 bits dynamically, as with 4-bit weights: 5e-2 (the families stay within 2e-2). A value
+  between two steps may be rounded either way, since eager mode and the backend add in a different order;
 - activations rounded to 8 bits by fixed scales: 0.25 (convolutional families are equal to the bit, small vision
   transformers, whose attention is computed between two roundings, within 0.17);
 - whole numbers and truth values: none.
@@ -17,7 +17,7 @@ FLOAT, FP16, BF16, DYNAMIC_INT8, STATIC_INT8 = 1e-3, 1e-2, 5e-2, 5e-2, 0.25
 
 
 def allowed_difference(model: nn.Module) -> float:
-    """How far a value of the program may be from this model's, by what its layers are: see the top of this file."""
+    """How far a value of the program may differ from this model's, by its layers: see the top of this file."""
     allowed = FLOAT
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
@@ -30,13 +30,13 @@ def allowed_difference(model: nn.Module) -> float:
 
 
 def _rounds_activations(weight: Tensor) -> bool:
-    """Whether a weight of torchao comes with a rounding of what it is multiplied with."""
+    """Whether a weight is one of torchao's that rounds the activations it is multiplied with."""
     settings = (getattr(weight, name, None) for name in ("activation_quantization", "act_quant_kwargs"))
     return type(weight).__module__.startswith("torchao") and any(setting is not None for setting in settings)
 
 
 def _allowed_in_graph(module: fx.GraphModule) -> float:
-    """For a graph that was captured, with roundings to fixed or to measured scales among its operators."""
+    """For a captured graph whose operators may round to fixed or to measured scales."""
     called = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
     rounding = {name for name in called if name.startswith(("quantized_decomposed.quantize", "torchao.quantize"))}
     if not rounding:

@@ -1,4 +1,4 @@
-"""Why a child that ran a program ended without an answer: what the runtime said, and the one thing to do about it."""
+"""Why a child process that ran a program gave no answer: the runtime's messages, and one next action."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.runtime import remedies
 
-# A line of the runtime's log; those about the processor, and lists of what a kernel was given, say nothing.
+# A line of the runtime's log, and the lines that explain nothing.
 _LINE = re.compile(r"^(?:\[E [^\]]*\] |E \S+ )?\[[\w.]+:\d+\] (.+)$")
-_SAYS_NOTHING = re.compile(
+_UNINFORMATIVE = re.compile(
     r"midr|^kernel '|Reading file|CPU info|^arg \d+|^dtype: |^\d+,$|^\]$|instructions don't have|^Error resizing"
 )
 
@@ -56,7 +56,7 @@ _ACTIONS: tuple[tuple[str, str], ...] = (
 
 
 def child_error(path: Path, done: subprocess.CompletedProcess[str], result: dict[str, Any] | None) -> EdgetuneError:
-    """The error for a child that left no answer, or one that says what went wrong."""
+    """The error for a child without an answer, or with an error as its answer."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if result is not None and "error" in result:
         reasons = list(dict.fromkeys(_reasons(lines)))
@@ -74,9 +74,9 @@ def child_error(path: Path, done: subprocess.CompletedProcess[str], result: dict
 
 
 def _reasons(lines: list[str]) -> list[str]:
-    """What the runtime's log says of the failure, without the places in its source."""
+    """The runtime's messages about the failure, without their source locations."""
     messages = [line.group(1).strip() for line in map(_LINE.match, lines) if line is not None]
-    return [reason for reason in messages if not _SAYS_NOTHING.search(reason)]
+    return [reason for reason in messages if not _UNINFORMATIVE.search(reason)]
 
 
 def _plain(error: str) -> str:

@@ -1,9 +1,9 @@
-"""Child processes without the seconds that their imports take: a server imports once and forks for each request.
+"""Child processes without the seconds of their imports: a server imports once and forks for each request.
 
 `python -m edgetune.runtime.forks` is the server. It reads requests from stdin, one line of JSON each, and forks; the
 fork answers the request in its folder as `python -m MODULE FOLDER` would, and ends. The server writes its exit code
-to stdout. A program that takes its process down takes the fork alone; what is timed or whose memory is measured gets
-a process of its own instead (`edgetune.runtime.run`).
+to stdout. A program that crashes takes only the fork down. Programs whose time or memory is measured get a fresh
+process instead (`edgetune.runtime.run`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AVAILABLE = sys.platform == "linux"  # elsewhere a process with system libraries
 
 
 class ForkServer:
-    """The server and its pipes. It ends with this process, whose pipe it reads from."""
+    """The server and its pipes. It ends with this process."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -42,7 +42,7 @@ class ForkServer:
         )
 
     def run(self, module: str, folder: Path) -> int | None:
-        """The exit code of a fork that answers the request in `folder`, negative for a signal; None: no server."""
+        """Exit code of a fork that answers the request in `folder`, negative for a signal; None without a server."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"module": module, "folder": str(folder), "environment": dict(os.environ)}
@@ -64,7 +64,7 @@ class ForkServer:
         self.close()
 
     def close(self) -> None:
-        """Let the server end, which it does once nobody can ask it."""
+        """Close its pipes, which ends the server."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -77,12 +77,12 @@ _in_use = threading.Lock()
 
 
 def prepare() -> None:
-    """Start the server, which imports while this process goes on."""
+    """Start the server, which imports while this process continues."""
     global _server
     if not AVAILABLE or not _in_use.acquire(blocking=False):
         return
     try:
-        if _server is None or _server.owner != os.getpid():  # a fork of this process has no share in its server
+        if _server is None or _server.owner != os.getpid():  # a fork of this process cannot use its server
             _server = ForkServer()
             atexit.register(_close, _server)
     finally:
@@ -95,7 +95,7 @@ def _close(server: ForkServer) -> None:
 
 
 def run(module: str, folder: Path) -> int | None:
-    """The exit code of `python -m module folder`, by a fork. None: no fork is to be had now."""
+    """The exit code of `python -m module folder`, by a fork. None if no fork is available now."""
     global _server
     prepare()
     if not AVAILABLE or not _in_use.acquire(blocking=False):  # another thread's request is under way
@@ -119,7 +119,7 @@ def run(module: str, folder: Path) -> int | None:
 
 
 def _serve() -> int:
-    requests, replies = os.dup(0), os.dup(1)  # a fork, and what it loads, can neither read the one nor write the other
+    requests, replies = os.dup(0), os.dup(1)  # no fork may read requests or write replies
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)

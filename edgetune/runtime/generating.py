@@ -1,4 +1,4 @@
-"""Text from an exported language model, by the real runtime in a child process."""
+"""Generate text with an exported language model, by the real runtime in a child process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer, and what it cost on this host."""
+    """An answer, and its cost on this host."""
 
     text: str
     tokens: tuple[int, ...]  # an end token included
     prompt_tokens: int
-    stopped: Literal["end", "length", "cache"]  # by the model; as long as asked for; the cache is full
+    stopped: Literal["end", "length", "cache"]  # by an end token; at max_tokens; because the cache is full
     prefill_tokens_per_s: float
-    decode_tokens_per_s: float | None  # None: the answer is one token, which the prompt gave
+    decode_tokens_per_s: float | None  # None: the answer is one token, computed with the prompt
     load_ms: float
     peak_memory_mib: float  # of the process that ran it
     threads: int

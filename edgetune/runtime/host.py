@@ -1,4 +1,4 @@
-"""Facts of the machine this runs on, as its operating system prints them. What it does not print is null."""
+"""Facts of this machine, as its operating system prints them; null if it does not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sourced = dict[str, Any]
 
 
 def sourced(value: float | list[str] | None, unit: str, source: str, trust: str, unknown: str) -> Sourced:
-    """One sourced value of a descriptor; a null with the reason where there is none."""
+    """One sourced value of a descriptor; null with the reason if it is unknown."""
     if value is None:
         return {"value": None, "unknown": unknown}
     named = {"unit": unit} if unit else {}
@@ -34,7 +34,7 @@ def sourced(value: float | list[str] | None, unit: str, source: str, trust: str,
 
 
 def cpu_name() -> str:
-    """What the processor is called."""
+    """Name of the processor."""
     fields = cpuinfo()
     named = fields.get("model name") or fields.get("Hardware") or fields.get("Model")
     return named or platform.processor() or platform.machine() or "unknown"
@@ -59,7 +59,7 @@ def macs_per_cycle(flags: list[str] | None) -> float | None:
 
 
 def is_virtual() -> bool:
-    """Whether this is a virtual machine, as far as the processor says so."""
+    """Whether this is a virtual machine, by the processor's flags."""
     return "hypervisor" in cpuinfo().get("flags", "").split()
 
 
@@ -79,7 +79,7 @@ def cache_kib(level: int) -> float | None:
 
 
 def ram_gib() -> float | None:
-    """Main memory that the system has."""
+    """Size of main memory."""
     match = re.search(r"^MemTotal:\s+(\d+) kB", text_of(_MEMINFO), re.MULTILINE)
     return round(int(match[1]) / 1024**2, 2) if match is not None else None
 
@@ -91,7 +91,7 @@ def copy_gb_s(threads: int, mib: int = 256, rounds: int = 5) -> float:
     target = torch.empty_like(source)
     try:
         torch.set_num_threads(threads)
-        target.copy_(source)  # the first touch of the pages is not what is asked for
+        target.copy_(source)  # the first touch of the pages is not measured
         best = min(_seconds(source, target) for _ in range(rounds))
     finally:
         torch.set_num_threads(before)
@@ -105,7 +105,7 @@ def _seconds(source: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
-    """A descriptor of this host as YAML would hold it, without a calibration."""
+    """A descriptor of this host, as in YAML, without a calibration."""
     fields, name = cpuinfo(), cpu_name()
     flags, printed = flags_of(fields), "/proc/cpuinfo"
     mhz = float(fields["cpu MHz"]) if re.fullmatch(r"\d+(\.\d+)?", fields.get("cpu MHz", "")) else None
@@ -138,7 +138,7 @@ def describe(threads: int, bandwidth_gb_s: float) -> dict[str, Any]:
                 round(bandwidth_gb_s, 2), "GB/s", f"measured: copy of 256 MiB with {threads} threads", "high", ""
             ),
             "ram_gib": sourced(ram_gib(), "GiB", str(_MEMINFO), "high", no_print),
-            "usable_app_memory_mib": {"value": None, "unknown": "what the other processes leave of the RAM"},
+            "usable_app_memory_mib": {"value": None, "unknown": "depends on the other processes"},
         },
         "caches": {
             "l2_kib": sourced(l2, "KiB", "sysfs", "high", no_print),

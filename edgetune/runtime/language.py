@@ -29,7 +29,7 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: tuple[int, ...]
-    stopped: Literal["end", "length", "cache"]  # an end token; as many as asked for; the cache is full
+    stopped: Literal["end", "length", "cache"]  # by an end token; at max_tokens; because the cache is full
     threads: int
     load_ms: float
     prefill_ms: float  # of the prompt, up to the first token
@@ -56,9 +56,9 @@ class GenerationRequest(BaseModel):
 
 
 def answer(generation: GenerationRequest, on_token: Callable[[int], None] = lambda token: None) -> Answer:
-    """Let a child process answer; `on_token` gets each token as it comes.
+    """Generate in a child process; `on_token` gets each token as it is generated.
 
-    Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
+    Raises `EdgetuneError` (exit code 5) if the program does not load or run, or the child dies.
     """
     request = {"verb": "generate", "generation": generation.model_dump(mode="json")}
     result, _ = ask_child(
@@ -80,7 +80,7 @@ def greedy_in_child(
 
 
 class LanguageProgram:
-    """A language `.pte` loaded by the runtime in this process."""
+    """A text-generation `.pte` loaded by the runtime in this process."""
 
     def __init__(self, path: str, prefill_tokens: int, threads: int | None = None) -> None:
         runtime = load_runtime(threads)
@@ -90,14 +90,14 @@ class LanguageProgram:
         self._method = runtime._load_program(path).load_method("forward")
 
     def prefill(self, prompt: Sequence[int]) -> Tensor:
-        """Put the prompt at the begin of the cache. The logits `(vocabulary,)` after it."""
+        """Fill the cache with the prompt. Returns the logits `(vocabulary,)` after it."""
         logits = torch.empty(0)
         for start in range(0, len(prompt), self.prefill_tokens):
             logits = self.step(prompt[start : start + self.prefill_tokens], start)
         return logits
 
     def step(self, tokens: Sequence[int], position: int) -> Tensor:
-        """The logits after `tokens`, which go to the cache at `position`. Overwritten by the next step."""
+        """The logits after `tokens`, which are cached from `position`. Overwritten by the next step."""
         given = (torch.tensor([list(tokens)]), torch.tensor([position]))
         (logits,) = self._method.call(given, clone_outputs=False)
         last: Tensor = logits[0, -1]

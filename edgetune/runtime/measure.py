@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from edgetune.runtime.run import State, Timing
 
 WIDE = 1.5  # p90 over p10: above, something else was running
-NOISY_PCT = 5.0  # a median less sure than this is said to be noisy
-DRIFT_PCT = 10.0  # and one that moved by more in the course of the runs
+NOISY_PCT = 5.0  # a median less certain than this gets a note
+DRIFT_PCT = 10.0  # and so does one that drifted further than this
 _BLOCKS = 10
-# of a median absolute deviation: to a standard deviation; what ten values lack (Croux and Rousseeuw, n / (n - 0.8));
-# and Student's quantile for 0.37 times nine degrees of freedom, as little as it is worth of a standard deviation
+# Factors of a median absolute deviation: to a standard deviation; for ten values (Croux and Rousseeuw, n / (n - 0.8));
+# Student's quantile for 0.37 times nine degrees of freedom, its efficiency
 _DEVIATIONS = 1.4826 * 1.087 * 3.0
 _HEATED_C, _SLOWED = 5.0, 0.9
 
@@ -39,10 +39,10 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def noise_pct(latencies_ms: Sequence[float]) -> float | None:
-    """How far off the median may be, in percent of it: half of its 95 % interval. None below ten runs.
+    """Half of the median's 95 % interval, in percent of it. None below ten runs.
 
-    From the medians of ten blocks of runs that follow each other, so that slow changes count too, by their median
-    absolute deviation, which a burst of other work in one block leaves alone.
+    From the medians of ten consecutive blocks, so that slow changes count, by their median absolute deviation, which
+    ignores a burst of other work in one block.
     """
     whole = statistics.median(latencies_ms)
     if len(latencies_ms) < _BLOCKS or whole <= 0:
@@ -55,7 +55,7 @@ def noise_pct(latencies_ms: Sequence[float]) -> float | None:
 
 
 def drift_pct(latencies_ms: Sequence[float]) -> float | None:
-    """By how much the median of the last third of the runs lies above that of the first, in percent of the median."""
+    """Increase of the median from the first third of the runs to the last, in percent of the median."""
     third = len(latencies_ms) // 3
     whole = statistics.median(latencies_ms)
     if third < 1 or whole <= 0:
@@ -64,7 +64,7 @@ def drift_pct(latencies_ms: Sequence[float]) -> float | None:
 
 
 def summarize_timing(timing: Timing, threads: int, call: str = "", device: str = THIS_HOST, note: str = "") -> Measured:
-    """A timing of this kind of call as the ledger keeps it. `note`: what else is to be said of it."""
+    """A timing of a call as an entry of the ledger. `note`: a caveat to add."""
     notes = [note, *_noise_notes(timing.latencies_ms), *_state_notes(timing.states)]
     return Measured(
         device=device,
@@ -89,11 +89,10 @@ def summarize_timing(timing: Timing, threads: int, call: str = "", device: str =
 
 
 def _noise_notes(latencies_ms: Sequence[float]) -> list[str]:
-    """What makes these runs noisy, in words."""
     wide, noise, drift = spread(latencies_ms), noise_pct(latencies_ms), drift_pct(latencies_ms)
     notes = [f"p90 is {wide:.1f} times p10: other work was running"] if wide > WIDE else []
     if noise is not None and noise > NOISY_PCT:
-        notes.append(f"noisy: the median is known to about {noise:.0f} % only")
+        notes.append(f"noisy: the median is certain to about {noise:.0f} % only")
     if drift is not None and abs(drift) > DRIFT_PCT:
         way = "slower" if drift > 0 else "faster"
         notes.append(f"the last third of the runs was {abs(drift):.0f} % {way} than the first")
@@ -101,7 +100,7 @@ def _noise_notes(latencies_ms: Sequence[float]) -> list[str]:
 
 
 def _hottest_c(states: Sequence[State]) -> tuple[float, float] | None:
-    """Before and after, of the sensor that is hottest after the runs."""
+    """Before and after the runs, of the sensor that is hottest after them."""
     after = states[-1].temperature_c if states else {}
     name = max(after, key=lambda sensor: after[sensor], default="")
     before = states[0].temperature_c.get(name) if states else None
@@ -115,7 +114,7 @@ def _fastest_mhz(states: Sequence[State]) -> tuple[float, float] | None:
 
 
 def _state_notes(states: Sequence[State]) -> list[str]:
-    """Whether the machine got hot or slowed down, where it says so."""
+    """Whether the machine got hot or slowed down, as far as its sensors show."""
     heat, clock = _hottest_c(states), _fastest_mhz(states)
     notes = []
     if heat is not None and heat[1] - heat[0] >= _HEATED_C:

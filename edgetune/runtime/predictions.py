@@ -1,4 +1,4 @@
-"""Which class an output says, and whether the model and its program say the same."""
+"""The class that an output predicts, and whether a model and its program agree on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = tuple[Tensor, ...]
 
 
 def class_dim(shape: Sequence[int], inputs: Row) -> int | None:
-    """The dimension that the classes of a prediction lie along; `None`: each value is a prediction of its own.
+    """The dimension of the classes; `None`: each value is a separate prediction.
 
     (rows, classes), (rows, tokens, classes), but (rows, classes, height, width) and more. Three dimensions of which
     the last, but not the second, is as long as that of an input with three are (rows, classes, length).

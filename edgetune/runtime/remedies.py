@@ -1,4 +1,4 @@
-"""What to change where a backend does not take an operator: one sentence for each operator that was met."""
+"""What to change if a backend does not take an operator: one sentence for each operator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ _REMEDIES: dict[str, str] = {
     "embedding": "none needed: a look-up of rows has no arithmetic",
     "native_group_norm": "fix the input's size, so that it can be written as means",
     "_native_batch_norm_legit_no_training": "put it behind a convolution or linear layer that nothing else reads",
-    "mean": "fix the input's size; export writes a mean of fixed size otherwise",
+    "mean": "fix the input's size; export rewrites a mean of fixed size",
     "grouped_mm_fallback": 'choose static experts: model.set_experts_implementation("batched_mm")',
     "_grouped_mm": 'choose static experts: model.set_experts_implementation("batched_mm")',
     "nonzero": "keep all positions and multiply by a mask of zeros and ones",
@@ -29,7 +29,7 @@ _REMEDIES: dict[str, str] = {
     "_to_dim_order_copy": "convert once at the input instead of in the layer",
     "fractional_max_pool2d": "pool with fixed windows: nn.MaxPool2d or nn.AdaptiveMaxPool2d",
     "fractional_max_pool3d": "pool with fixed windows: nn.MaxPool3d or nn.AdaptiveMaxPool3d",
-    "max_pool3d_with_indices": "pool without return_indices: nn.MaxPool3d by itself is taken",
+    "max_pool3d_with_indices": "pool without return_indices: nn.MaxPool3d alone is taken",
     "max_unpool2d": "enlarge with nn.Upsample or nn.ConvTranspose2d instead",
     "max_unpool3d": "enlarge with nn.Upsample or nn.ConvTranspose3d instead",
     "_upsample_bicubic2d_aa": "resize bilinearly (antialias=True is taken there), or outside of the program",
@@ -64,6 +64,6 @@ _REMEDIES: dict[str, str] = {
 
 
 def remedy(operator: str) -> str:
-    """What helps with `aten.index.Tensor` or `aten::index`; empty where nothing is known to."""
+    """The hint for `aten.index.Tensor` or `aten::index`; empty if there is none."""
     parts = operator.replace("::", ".").split(".")
     return _REMEDIES.get(parts[1] if len(parts) > 1 else parts[0], "")

@@ -1,7 +1,7 @@
-"""Run and time a program in a process of its own, since a bad `.pte` can take its process down.
+"""Run and time a program in a child process, since a bad `.pte` can crash its process.
 
-`python -m edgetune.runtime.run FOLDER` is the side of the child that runs: it reads `request.json` and `inputs.pt`
-there and writes `outputs.safetensors` and `result.json`. The child that times is `edgetune.runtime.clock`.
+`python -m edgetune.runtime.run FOLDER` is the child that runs: it reads `request.json` and `inputs.pt` and writes
+`outputs.safetensors` and `result.json`. The child that times is `edgetune.runtime.clock`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CLOCK = "edgetune.runtime.clock"
 
 
 class State(BaseModel):
-    """What a machine said of its heat and speed at one moment; empty where it says nothing."""
+    """Temperatures and clocks of a machine at one moment, as far as they can be read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,10 +48,10 @@ class Timing(BaseModel):
     warm_up_runs: int
     peak_memory_mib: float
     empty_memory_mib: float  # after the imports, before the program is loaded
-    cores: tuple[int, ...] = ()  # that the process was kept to; none: the system lets nobody choose
+    cores: tuple[int, ...] = ()  # that the process was pinned to; empty if pinning is not possible
     states: tuple[State, ...] = ()  # before the timed runs and after each batch of them
-    energy_mj: float | None = None  # of one run; None: nothing there measures it
-    energy_note: str = ""  # what was measured, or why nothing was
+    energy_mj: float | None = None  # of one run; None: not measured
+    energy_note: str = ""  # the meter, or why there is none
 
     @property
     def latency_ms(self) -> float:
@@ -64,44 +64,42 @@ def run_in_child(
 ) -> list[tuple[Tensor, ...]]:
     """Execute a method once for each tuple of inputs, in a child process; returns the outputs of each.
 
-    `data` is the `.ptd` of a program whose weights lie apart. Raises `EdgetuneError` (exit code 5) where the program
-    does not load or run, or the child dies.
+    `data` is the `.ptd` with the weights, if there is one. Raises `EdgetuneError` (exit code 5) if the program does not
+    load or run, or the child dies.
     """
-    outputs: list[dict[int, Tensor]] = [{} for _ in batches]
     request = {"method": method, "data": _absolute(data)}
     _, tensors = ask_child(_MODULE, Path(path), request, batches)
-    for key, tensor in tensors.items():
-        row, _, place = key.partition(".")
-        outputs[int(row)][int(place)] = tensor
-    return [tuple(row_outputs[place] for place in sorted(row_outputs)) for row_outputs in outputs]
+    return _outputs_by_row(tensors, len(batches))
 
 
 def run_programs(programs: Sequence[tuple[Path, tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...] | None]:
     """Execute each program once on its inputs, all in one child process; `None` for one that does not run.
 
-    Raises `EdgetuneError` (exit code 5) where the child dies.
+    Raises `EdgetuneError` (exit code 5) if the child dies.
     """
     if not programs:
         return []
     request = {"programs": [_absolute(path) for path, _ in programs]}
     result, tensors = ask_child(_MODULE, programs[0][0], request, [inputs for _, inputs in programs])
-    outputs: list[dict[int, Tensor]] = [{} for _ in programs]
-    for key, tensor in tensors.items():
-        row, _, place = key.partition(".")
-        outputs[int(row)][int(place)] = tensor
-    return [
-        None if row in result["failed"] else tuple(row_outputs[place] for place in sorted(row_outputs))
-        for row, row_outputs in enumerate(outputs)
-    ]
+    outputs = _outputs_by_row(tensors, len(programs))
+    return [None if row in result["failed"] else output for row, output in enumerate(outputs)]
+
+
+def _outputs_by_row(tensors: dict[str, Tensor], rows: int) -> list[tuple[Tensor, ...]]:
+    """From tensors with the keys `ROW.INDEX`."""
+    outputs: list[list[Tensor]] = [[] for _ in range(rows)]
+    for key in sorted(tensors, key=lambda key: [int(part) for part in key.split(".")]):
+        outputs[int(key.partition(".")[0])].append(tensors[key])
+    return [tuple(output) for output in outputs]
 
 
 def time_calls(
     path: Path, request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]], *, data: Path | None = None
 ) -> tuple[Timing, ...]:
-    """Each call timed in one child process, as `edgetune.runtime.clock` is asked to. Raises as `run_in_child` does.
+    """Time each call in one child process, by `edgetune.runtime.clock`. Raises as `run_in_child` does.
 
     Warm-up ends when two windows of five runs agree within 5 %, or after `warm_up_seconds` of the request. At least ten
-    runs are timed. With a data file the method is loaded by its first run, which `first_ms` then holds.
+    runs are timed. With a data file the first run loads the method, and `first_ms` includes that.
     """
     result, _ = ask_child(_CLOCK, path, {**request, "data": _absolute(data)}, calls, fresh=True)
     return tuple(Timing.model_validate(call) for call in result["calls"])
@@ -120,10 +118,10 @@ def ask_child(
     fresh: bool = False,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Run `python -m module` on a request about the program at `path`: its answer, and the tensors it left.
+    """Run `python -m module` on a request about the program at `path`. Returns its answer and its tensors.
 
-    `fresh` asks for a process of its own, as time and memory do that are measured, not for a fork of one that has
-    torch and the runtime imported. `on_line` then gets each line that the child prints, as it comes.
+    `fresh`: in a new process, to measure time and memory, not in a fork with torch and the runtime imported. `on_line`
+    then gets each line that the child prints.
     """
     from safetensors.torch import load_file
 
@@ -140,7 +138,7 @@ def ask_child(
 
 
 def write_request(folder: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]) -> None:
-    """Leave in the folder what the child reads there: `request.json`, and the rows in `inputs.pt`."""
+    """Write `request.json`, and the rows in `inputs.pt`, for the child."""
     rows = [tuple(tensor.detach().cpu().contiguous().clone() for tensor in batch) for batch in batches]
     torch.save(rows, folder / "inputs.pt")
     (folder / "request.json").write_text(json.dumps({**request, "rows": len(rows)}), encoding="utf-8")
@@ -156,7 +154,7 @@ def _run_fork(module: str, folder: Path) -> subprocess.CompletedProcess[str] | N
 
 
 def _run_process(module: str, folder: Path, on_line: Callable[[str], None]) -> subprocess.CompletedProcess[str]:
-    """The child's side, run to its end. Its working directory is the folder: nothing there can shadow a package."""
+    """Run the child to its end, in the folder, where nothing can shadow a package."""
     with (
         (folder / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
@@ -173,7 +171,7 @@ def _run_process(module: str, folder: Path, on_line: Callable[[str], None]) -> s
             for line in child.stdout:
                 on_line(line)
             code = child.wait()
-        finally:  # interrupted, or the listener raised
+        finally:  # interrupted, or `on_line` raised
             child.kill()
         errors.seek(0)
         return subprocess.CompletedProcess(child.args, code, "", errors.read())

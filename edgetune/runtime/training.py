@@ -1,4 +1,4 @@
-"""Train with a program on this host, keep its state as a checkpoint, and bring the weights back into a model.
+"""Train with a program on this host, and save and load its state as a checkpoint.
 
 `python -m edgetune.runtime.training FOLDER` is the child's side of `steps_in_child` and `time_steps_in_child`.
 """
@@ -42,22 +42,22 @@ class TrainingProgram:
         self._train, self._forward = program.load_method("train"), program.load_method("forward")
 
     def step(self, inputs: Inputs, labels: Tensor, learning_rate: float) -> tuple[float, Tensor]:
-        """One update. The loss before it, and the logits."""
+        """One update. Returns the loss before it, and the logits."""
         given = (*map(_contiguous, (*tensors_of(inputs), labels)), torch.tensor(learning_rate))
         loss, logits = self._train.call(given)
         return loss.item(), logits
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """The logits with the weights as they are now."""
+        """The logits with the current weights."""
         (logits,) = self._forward.call(tuple(map(_contiguous, tensors_of(inputs))))
         return logits  # type: ignore[no-any-return]
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what trains, by the model's own names, and of its momentum, `<name>_momentum`."""
+        """Copies of the trained tensors by their names in the model, and of their momentum, `<name>_momentum`."""
         return {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from this state. Raises unless its names and shapes are the program's."""
+        """Continue from this state. Raises unless its names and shapes are the program's."""
         own = self._tensors()
         fitting = set(own) == set(state) and all(own[n].shape == t.shape for n, t in state.items())
         if not fitting:
@@ -71,14 +71,14 @@ class TrainingProgram:
             tensor.copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The program's own memory."""
+        """The tensors in the program's memory."""
         training = self.artifact.training
         names = [spec.name for spec in training.trainable]
         names += [name + MOMENTUM for name in names] if training.momentum else []
         return {name: self._train.get_attribute(_PREFIX + name) for name in names}
 
     def save(self, path: str | Path) -> None:
-        """Write the state as safetensors, with all that `pull` needs."""
+        """Write the state as safetensors, with the metadata that `pull` needs."""
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -129,9 +129,9 @@ def train_pte(
 
 
 def steps_in_child(path: Path, batches: Sequence[tuple[Tensor, ...]], learning_rate: float) -> list[float]:
-    """One step a batch `(inputs..., labels)` in a child process, since a bad program can take its process down.
+    """One step per batch `(inputs..., labels)` in a child process, since a bad program can crash its process.
 
-    Raises `EdgetuneError` (exit code 5) where the program does not load or run, or the child dies.
+    Raises `EdgetuneError` (exit code 5) if the program does not load or run, or the child dies.
     """
     result, _ = ask_child(_MODULE, path, {"learning_rate": learning_rate, "seconds": 0.0}, batches)
     return [float(loss) for loss in result["losses"]]

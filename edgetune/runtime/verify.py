@@ -1,4 +1,4 @@
-"""Proof that a program computes what its model does: run in a child process, every value of every output compared."""
+"""Verify a program against its model: run it in a child process, and compare every value of every output."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from edgetune.runtime.predictions import predictions_of
 from edgetune.runtime.run import run_in_child
 
 _AT_ONCE = 32  # rows that the model computes together
-_ALL_ZERO = 1e-3  # stands for the largest value of an output that is zero everywhere
+_ALL_ZERO = 1e-3  # in place of the largest value of an output that is zero everywhere
 
 Row = tuple[Tensor, ...]
 Locate = Callable[[Row], str]
-"""Says for one set of inputs where a difference comes from; asked only when a proof fails."""
+"""Locates the cause of a difference for one set of inputs; called only if the verification fails."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the program may differ by.
+    """How far the program may differ from the model.
 
-    `max_relative_difference` is that of a value over the largest of its output; `None`: as the layers of the model
-    allow, `allowed_difference`. `max_abs_difference` holds beside it.
+    `max_relative_difference`: of a value, over the largest value of its output; `None`: `allowed_difference` of the
+    model. `max_abs_difference` is checked in addition.
     """
 
     min_same_prediction_pct: float = 99.0
@@ -44,14 +44,14 @@ class Bounds:
 
 @dataclass
 class _Output:
-    """What is known of one output so far."""
+    """Largest value and difference of one output so far."""
 
     exact: bool
     largest: float = 0.0
     difference: float = 0.0
 
     def add(self, expected: Tensor, got: Tensor) -> float:
-        """Take in the values of one run; returns their largest difference."""
+        """Add the values of one run; returns their largest difference."""
         if not expected.numel():
             return 0.0
         wide = torch.float64 if expected.is_floating_point() or expected.dtype == torch.bool else torch.int64
@@ -83,7 +83,7 @@ class OutputComparison:
     _worst_difference: float = -1.0
 
     def add(self, expected: dict[str, Tensor], got: dict[str, Tensor], row: Row) -> None:
-        """Take in the values of one run."""
+        """Add the values of one run."""
         for name, tensor in expected.items():
             output = self.outputs.setdefault(name, _Output(exact=not tensor.is_floating_point()))
             difference = output.add(tensor, got[name]) / (output.largest or _ALL_ZERO)
@@ -91,11 +91,11 @@ class OutputComparison:
                 self.worst, self._worst_difference = row, difference
 
     def parities(self) -> tuple[OutputParity, ...]:
-        """Of each output."""
+        """One entry per output."""
         return tuple(output.parity(name) for name, output in self.outputs.items())
 
     def parity(self, rows: int, allowed: float, counted: str = "held-out row") -> Parity:
-        """What a manifest says of it."""
+        """Summarize it for a manifest."""
         outputs = self.parities()
         return Parity(
             rows=rows,
@@ -111,15 +111,14 @@ class OutputComparison:
 def compare(
     path: Path, model: nn.Module, rows: Sequence[Row], mask: int | None = None, data: Path | None = None
 ) -> tuple[Parity, list[Row]]:
-    """Run the program and the model, in eager mode, on each row. Also returns the program's outputs of each.
+    """Run the program and the model, in eager mode, on each row. Also returns the program's outputs.
 
     All values of all outputs are compared. A prediction is the class with the largest value in the output `logits`, or
-    in the first: along `class_dim`; of one logit, its sign. What the input number `mask` (an attention mask) hides in
-    an output with a value for each token is left out: it means nothing. A copy of the first row out of memory order
-    and one in channels-last order are tried as well. `data` is the program's data file. Rows may differ in their sizes
-    where the program's may; where they are smaller than what a finished program takes at once, they are put together.
-    Raises `EdgetuneError` (exit code 5) where the program does not run, or gives other outputs, shapes or types than
-    the model, or a value that is not finite.
+    in the first output, along `class_dim`; for a single logit, its sign. Of outputs with a value per token, those that
+    the input with index `mask` (an attention mask) hides are ignored. Copies of the first row in another memory order
+    are tried as well. `data` is the program's data file. Rows smaller than the batch of a finished program are put
+    together. Raises `EdgetuneError` (exit code 5) if the program does not run, if its outputs differ from the
+    model's in number, shape or type, or if a value is not finite.
     """
     rows = _batch_rows(path, rows)
     compared = run_both(path, model, rows, mask=mask, data=data)
@@ -139,9 +138,10 @@ def prove(
     locate: Locate,
     same_within: float | None = None,
 ) -> tuple[Parity, list[Row]]:
-    """`compare`, then `check`; an error says where the difference comes from, as far as `locate` finds it.
+    """`compare`, then `check`; an error names the cause of the difference if `locate` finds it.
 
-    `tries` are inputs by a description: their values count, they are no rows. `same_within`: see `predictions_of`.
+    `tries`: further inputs, by a description; their values count, but not their predictions. `same_within`: see
+    `predictions_of`.
     """
     compared = run_both(path, model, rows, mask=mask, data=data, tries=tries, locate=locate, same_within=same_within)
     parity = compared.parity(len(rows), allowed_difference(model), counted)
@@ -161,15 +161,12 @@ def run_both(
     locate: Locate | None = None,
     same_within: float | None = None,
 ) -> OutputComparison:
-    """One method of the program beside the model, as `compare` describes it."""
+    """Compare one method of the program with the model, as in `compare`."""
     tries = [*tries, *_reorder_memory(rows[0])]
     results = run_in_child(path, [*rows, *(row for _, row in tries)], method=method, data=data)
     compared = OutputComparison(results[: len(rows)])
-    with (
-        silence_libraries(),
-        preserve_buffers(model),
-        torch.no_grad(),
-    ):  # what keeps a state goes through the rows as the program does
+    # a state is updated row by row, as in the program
+    with silence_libraries(), preserve_buffers(model), torch.no_grad():
         for place, (row, expected) in enumerate(zip(rows, _eager_rows(model, rows), strict=True)):
             got = _pair_outputs(path, expected, results[place], row, locate)
             expected, got = _drop_hidden_tokens(expected, got, row, mask)
@@ -193,9 +190,9 @@ def run_both(
 
 
 def _eager_rows(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
-    """The model's outputs for each row; neighbours of one shape are computed at once where that changes nothing.
+    """The model's outputs for each row; rows of one shape are batched if that changes nothing.
 
-    A quantized model unpacks its weights at each call, so that thousand rows one by one take minutes.
+    A quantized model unpacks its weights at each call: a thousand rows one by one would take minutes.
     """
     start = 0
     for _, group in groupby(rows, key=lambda row: [tensor.shape for tensor in row]):
@@ -212,7 +209,7 @@ def _eager_rows(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Ten
 
 
 def _rows_are_independent(model: nn.Module, two: Sequence[Row]) -> bool:
-    """Whether two rows of one give together what each gives alone, whichever ran before: nothing joins them."""
+    """Whether two rows in one batch give the same as each alone, in any order."""
     if not all(tensor.dim() and tensor.shape[0] == 1 for row in two for tensor in row):
         return False
     with preserve_buffers(model):
@@ -229,14 +226,14 @@ def _rows_are_independent(model: nn.Module, two: Sequence[Row]) -> bool:
 
 
 def eager_outputs(model: nn.Module, row: Row) -> dict[str, Tensor]:
-    """The model's outputs by their names, for a copy of the inputs: some models write into them."""
+    """The model's outputs by name, for a copy of the inputs, which some models overwrite."""
     row = tuple(tensor.clone() for tensor in row)
     named = getattr(model, "named_outputs", None)
     return named(row) if named is not None else named_outputs(model(*row), "logits")
 
 
 def _eager_or_nothing(model: nn.Module, row: Row) -> dict[str, Tensor]:
-    """The same, or nothing where the model does not take such inputs."""
+    """The same, or nothing if the model does not accept these inputs."""
     try:
         return eager_outputs(model, row)
     except Exception:  # a model's own code: anything
@@ -244,7 +241,7 @@ def _eager_or_nothing(model: nn.Module, row: Row) -> dict[str, Tensor]:
 
 
 def _batch_rows(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
-    """Rows put together to the batch that the finished program at `path` takes, where they are smaller."""
+    """Rows put together to the batch of the finished program at `path`, if they are smaller."""
     if not manifest_path(path).is_file():
         return rows
     specs = read_manifest(path).main.inputs
@@ -258,7 +255,7 @@ def _batch_rows(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def _reorder_memory(row: Row) -> list[tuple[str, Row]]:
-    """Copies of a row with the same values that lie otherwise in memory."""
+    """Copies of a row with the same values in other memory orders."""
     copies = [("inputs out of memory order", tuple(map(_out_of_order, row)))]
     if any(tensor.dim() == 4 for tensor in row):
         last = torch.channels_last
@@ -269,7 +266,7 @@ def _reorder_memory(row: Row) -> list[tuple[str, Row]]:
 
 
 def _out_of_order(tensor: Tensor) -> Tensor:
-    """The same values with the dimensions the other way round in memory."""
+    """The same values with the dimensions in reverse order in memory."""
     dims = list(range(tensor.dim()))[::-1]
     return tensor.permute(dims).contiguous().permute(dims)
 
@@ -277,7 +274,7 @@ def _out_of_order(tensor: Tensor) -> Tensor:
 def _pair_outputs(
     path: Path, expected: dict[str, Tensor], outputs: Row, row: Row, locate: Locate | None
 ) -> dict[str, Tensor]:
-    """The program's outputs by the names of the model's. Raises where their number, a shape or a type differs."""
+    """The program's outputs by the model's names. Raises if their number, a shape or a type differs."""
     wanted = [f"{name}: {_form(tensor)}" for name, tensor in expected.items()]
     if [_form(tensor) for tensor in outputs] != [_form(tensor) for tensor in expected.values()]:
         raise _parity_error(
@@ -297,7 +294,7 @@ def _form(tensor: Tensor) -> str:
 def _drop_hidden_tokens(
     expected: dict[str, Tensor], got: dict[str, Tensor], row: Row, mask: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Both without the tokens that the mask hides, in outputs with a value for each token."""
+    """Both without the tokens that the mask hides, in outputs with a value per token."""
     if mask is None or mask >= len(row):
         return expected, got
     seen = row[mask] != 0
@@ -326,7 +323,7 @@ def _check_finite(
 
 
 def check(parity: Parity, bounds: Bounds, place: Callable[[], str] | None = None) -> None:
-    """Raise where the program is further from the model than the bounds allow; `place` says where that begins."""
+    """Raise if the program differs from the model by more than the bounds; `place` locates the cause."""
     allowed = bounds.max_relative_difference
     check_values(parity.outputs, parity.max_relative_allowed if allowed is None else allowed, place)
     if parity.same_prediction_pct < bounds.min_same_prediction_pct:
@@ -352,7 +349,7 @@ def check_values(
     *,
     program: str = "the program",
 ) -> None:
-    """Raise where a value of an output is further from the model's than `allowed` of the output's largest."""
+    """Raise if a value differs from the model's by more than `allowed`, relative to its output's largest value."""
     for output in outputs:
         if output.exact and output.max_abs_difference > 0:
             raise _parity_error(f"output {output.name} of {program} has other integers than that of the model", place)
@@ -376,7 +373,7 @@ def _parity_error(
     allowed: Sequence[str] = (),
     setting: str = "",
 ) -> EdgetuneError:
-    """The error for a program that computes something else, with the module where that begins."""
+    """The error for a program that differs from its model, with the module where that begins."""
     begins = place() if place is not None else ""
     rewrite = "write that module in other operators" if begins else "look for the first layer whose values differ"
     return EdgetuneError(

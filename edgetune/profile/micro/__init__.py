@@ -1,7 +1,7 @@
 """Micro-programs for a calibration: chains of one operator each, in the sizes and types of models for small devices.
 
-A chain, because one small operator is over before it can be told from the call around it, and because in a model an
-operator finds its weights as the operators before it left the caches.
+Chains, because one small operator takes less time than the call around it, and because in a model an operator finds the
+caches as the operators before it left them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgetune.profile.micro.functions import functions, kernels
 from edgetune.profile.micro.layers import layers, linear
 from edgetune.profile.micro.program import Calls, Function, Micro, chain_of, floats
 
-CHAIN = 33  # operators in the long tiny programs, from which the cost of one is told
+CHAIN = 33  # operators in the long tiny programs, to measure the cost of one
 
 
 def _tiny(name: str, function: Function, times: int) -> Micro:
@@ -23,7 +23,7 @@ def _tiny(name: str, function: Function, times: int) -> Micro:
 
 
 def tiny() -> tuple[Micro, Micro, Micro, Micro]:
-    """One and many tiny operators: those that XNNPACK takes (abs), then those that it leaves (cumsum)."""
+    """One and many tiny operators: delegated to XNNPACK (abs), and portable ones (cumsum)."""
 
     def portable(x: Tensor) -> Tensor:
         return torch.cumsum(x, -1)
@@ -37,7 +37,7 @@ def tiny() -> tuple[Micro, Micro, Micro, Micro]:
 
 
 def _alternating(x: Tensor) -> Tensor:
-    """A part for the backend and a kernel outside, so that each of them is a call."""
+    """Alternate between the backend and a portable kernel, so that each is a call."""
     return torch.cumsum(x.abs(), -1)
 
 
@@ -48,10 +48,10 @@ def _parts() -> Iterator[Micro]:
 
 
 def quick() -> tuple[Micro, ...]:
-    """The few that show a calibration to work."""
+    """A few, enough to test a calibration."""
     return (linear(64, 256, 256, 1), linear(64, 512, 512, 1), chain_of("add", torch.add, (1, 65536), (1, 65536)))
 
 
 def programs() -> tuple[Micro, ...]:
-    """All of a calibration, beside the tiny ones: sizes as they occur in small language and vision models."""
+    """All programs except the tiny ones, in sizes of small language and vision models."""
     return (*layers(), *functions(), *kernels(), *_parts())

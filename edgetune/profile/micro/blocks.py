@@ -1,6 +1,6 @@
-"""Small networks of blocks as models have them: what a calibration is held against, and never fitted to.
+"""Small networks of typical blocks, whose errors when left out give a calibration its prediction interval.
 
-Their errors give a calibration its band: an operator in a network finds other things in the caches than in a chain.
+An operator in a network finds other data in the caches than in a chain.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _BINARY: dict[str, Function] = {"add": torch.add, "multiply": torch.mul, "subtra
 
 
 def _attention(heads: int, rows: int, wide: int) -> tuple[Micro, Micro]:
-    """Scores and their use: two products of activations."""
+    """Both products of attention."""
     return (
         chain_of("scores", lambda q, k: torch.bmm(q, k), (heads, rows, wide), (heads, wide, rows)),
         chain_of("values", lambda p, v: torch.bmm(p, v), (heads, rows, rows), (heads, rows, wide)),
@@ -41,7 +41,7 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def _split_heads(x: Tensor) -> Tensor:
-    """Transposed there and back with something between, or the compiler takes both out."""
+    """Transposed there and back, with an operator between, or the compiler removes both."""
     return x.transpose(1, 2).abs().transpose(1, 2).abs()
 
 
@@ -77,7 +77,7 @@ def _quarters(x: Tensor) -> Tensor:
 
 
 def _steps(x: Tensor) -> Tensor:
-    """Thin slices out of the middle, as a recurrence takes them."""
+    """Thin slices, as a recurrence takes them."""
     total = x[:, :, 0]
     for step in range(1, x.shape[2]):
         total = total + x[:, :, step]
@@ -89,7 +89,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def pooled(x: Tensor) -> Tensor:
-    """The largest of each window, as many as there were."""
+    """Max pooling that keeps the size."""
     return functional.max_pool2d(x, 3, 1, 1)
 
 
@@ -116,7 +116,7 @@ _BATCHED = (
 
 
 def functions() -> Iterator[Micro]:
-    """What has no weights and goes to XNNPACK."""
+    """Delegated operators without weights."""
     for name, function in _UNARY.items():
         yield from (chain_of(name, function, size, times=8) for size in _SIZES)
     for name, function in _BINARY.items():
@@ -169,7 +169,7 @@ def _embedding(rows: int, words: int, wide: int, quantize: str = "") -> Micro:
         return (torch.randint(0, words, (1, rows), generator=torch.Generator().manual_seed(0)),)
 
     name = quantized_name(f"embedding-{rows}x{wide}", quantize)
-    # int4 wants a linear layer, and takes the table with it
+    # int4 needs a linear layer, and quantizes the table with it
     return Micro(name, lambda: LayerChain([nn.Embedding(words, wide), nn.Linear(wide, wide)]), tokens, quantize)
 
 
@@ -178,7 +178,7 @@ def _masked(x: Tensor) -> Tensor:
 
 
 def _selected(x: Tensor, y: Tensor) -> Tensor:
-    """One comparison and many choices, so that each can be told from the other."""
+    """One comparison and many selections, so that their costs can be separated."""
     mask = x > 0.5
     for _ in range(8):
         x = torch.where(mask, y, x)

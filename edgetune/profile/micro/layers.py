@@ -30,7 +30,7 @@ def _pointwise(wide: int, out: int, size: int, pairs: int, quantize: str = "") -
 
 
 def _conv(wide: int, size: int, kernel: int, times: int, groups: int = 1, quantize: str = "") -> Micro:
-    """`times` convolutions that keep channels and size, as many groups as told."""
+    """`times` convolutions that keep channels and size."""
     kind = "depthwise" if groups == wide else "conv" if groups == 1 else f"conv-of-{groups}"
 
     def module() -> nn.Module:
@@ -69,7 +69,7 @@ def _upward(wide: int, out: int, size: int, quantize: str = "") -> Micro:
 
 
 class _Between(nn.Module):
-    """Convolutions with a function after each: in the types and the order of axes that convolutions leave."""
+    """Convolutions with a function after each, in the memory order that convolutions leave."""
 
     def __init__(self, function: Function, wide: int, times: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _Between(nn.Module):
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """Keeps the order of the axes, so that there is a transpose before and after."""
+    """Keeps the order of axes, with a transpose before and after."""
     return x + 3.0
 
 

@@ -1,4 +1,4 @@
-"""A program to time, and what such programs are put together from."""
+"""A program to time, and the modules that such programs consist of."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Micro:
 
 
 class Calls(nn.Module):
-    """A function as a module, called again and again on its own result."""
+    """A function as a module, called repeatedly on its own result."""
 
     def __init__(self, function: Function, times: int = 1) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Calls(nn.Module):
 
 
 class LayerChain(nn.Module):
-    """Layers one after the other, under a name: parameter names that begin with a digit break the lowering."""
+    """Layers in sequence, as a child with a name: parameter names that begin with a digit break the lowering."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()

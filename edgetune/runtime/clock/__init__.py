@@ -1,4 +1,4 @@
-"""The stopwatch that runs beside a program, here or on a device: stdlib, and torch and executorch where it times.
+"""The stopwatch that times a program, here or on a device, with the standard library, torch and executorch.
 
-It imports nothing else of edgetune, so that these few files, zipped, are all that is shipped to a device.
+It imports nothing else of edgetune, so that only these few files are copied to a device, zipped.
 """

@@ -12,19 +12,19 @@ from .runs import answer, serve
 
 
 def main() -> int:
-    """Run as a program."""
+    """Answer the request."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--leashed"]
     if len(arguments) < len(sys.argv) - 1:
         threading.Thread(target=_leash, daemon=True).start()
     folder = Path(arguments[0])
-    if (folder / "job.zip").is_file():  # from another machine the request comes packed
+    if (folder / "job.zip").is_file():  # a request from another machine is packed
         with zipfile.ZipFile(folder / "job.zip") as packed:
             packed.extractall(folder)
     return serve(folder, answer)
 
 
 def _leash() -> None:
-    """The other side holds stdin open; when it goes away, nothing of ours goes on running here."""
+    """Exit when stdin ends: the other side, which holds it open, is gone."""
     while os.read(0, 4096):
         pass
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What the machine says of itself: its cores, temperatures, clocks, and this process's memory."""
+"""Cores, temperatures and clocks of this machine, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROC = Path("/proc")
 
 
 def text_of(path: Path) -> str:
-    """What the file holds, without spaces around it; nothing where it cannot be read."""
+    """The stripped content of the file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
     except OSError:
@@ -21,7 +21,7 @@ def text_of(path: Path) -> str:
 
 
 def number_in(path: Path) -> float | None:
-    """The number that the file holds, if it holds one."""
+    """The number in the file, if there is one."""
     try:
         return float(text_of(path))
     except ValueError:
@@ -29,26 +29,26 @@ def number_in(path: Path) -> float | None:
 
 
 def cpuinfo(proc_folder: Path = PROC) -> dict[str, str]:
-    """Fields of the first processor in `/proc/cpuinfo`, and those below all; none where the system has no such file."""
+    """Fields of the first processor in `/proc/cpuinfo`, and the common ones; none if there is no such file."""
     pairs = [line.partition(":") for line in text_of(proc_folder / "cpuinfo").splitlines()]
     return {key.strip(): value.strip() for key, _, value in reversed(pairs)}
 
 
 def allowed_cores() -> tuple[int, ...]:
-    """The cores that this process may use; nothing where the system does not say."""
+    """The cores that this process may use; empty if unknown."""
     affinity = getattr(os, "sched_getaffinity", None)
     return tuple(sorted(affinity(0))) if affinity is not None else ()
 
 
 def usable_cores(sys_folder: Path = SYS) -> int:
-    """How many cores this process has: those that it may use, or fewer where a container gets less of their time."""
+    """How many cores this process may use, or fewer if its container has a smaller CPU quota."""
     allowed = len(allowed_cores()) or os.cpu_count() or 1
-    quota, _, period = text_of(sys_folder / "fs/cgroup/cpu.max").partition(" ")  # "max 100000" where there is none
+    quota, _, period = text_of(sys_folder / "fs/cgroup/cpu.max").partition(" ")  # "max 100000" if there is none
     return min(allowed, max(1, round(int(quota) / int(period)))) if quota.isdecimal() else allowed
 
 
 def best_cores(threads: int, allowed: tuple[int, ...], sys_folder: Path = SYS) -> tuple[int, ...]:
-    """So many of the allowed cores: the fastest first, and a core's second thread after all the first ones."""
+    """The best of the allowed cores: the fastest first, and second threads of a core last."""
 
     def place(core: int) -> tuple[float, int, int]:
         folder = sys_folder / "devices/system/cpu" / f"cpu{core}"
@@ -61,7 +61,7 @@ def best_cores(threads: int, allowed: tuple[int, ...], sys_folder: Path = SYS) -
 
 
 def pin(threads: int) -> tuple[int, ...]:
-    """Keep this process and all its threads to that many cores; the cores, or nothing where it cannot be done."""
+    """Pin this process to that many cores. Returns them; empty if that is not possible."""
     allowed = allowed_cores()
     cores = best_cores(threads, allowed) if allowed else ()
     if cores:
@@ -86,7 +86,7 @@ def state(sys_folder: Path = SYS) -> dict[str, dict[str, float]]:
 
 
 def facts(proc_folder: Path = PROC) -> dict[str, Any]:
-    """What machine this is."""
+    """Model and size of this machine."""
     board = text_of(proc_folder / "device-tree/model")
     named = cpuinfo(proc_folder)
     model = board or named.get("Model") or named.get("model name") or platform.processor() or ""
@@ -101,7 +101,7 @@ def facts(proc_folder: Path = PROC) -> dict[str, Any]:
 def resident_mib(field: str) -> float:
     """Resident memory of this process, `VmRSS` now or `VmHWM` at its peak.
 
-    Linux only counts a process's own peak there: `ru_maxrss` also carries the parent's over the fork.
+    Linux resets only this peak in a child: `ru_maxrss` of a fork includes its parent's.
     """
     for line in text_of(PROC / "self/status").splitlines():
         if line.startswith(field + ":"):

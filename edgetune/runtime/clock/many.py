@@ -1,8 +1,7 @@
 """`python -m edgetune.runtime.clock.many FOLDER`: time many programs, each in a fork of one process.
 
-It answers `request.json` (threads, seconds, names), with `<name>.pte` and `<name>.pt` beside it, and prints one JSON
-line for each program that it has timed. A fork, because a program that shares a process finds the workspace of those
-before it, and because one that crashes takes only its own fork down.
+It reads `request.json` (threads, seconds, names), `<name>.pte` and `<name>.pt`, and prints one JSON line per program.
+Programs get forks, because in one process each would reuse the workspace of those before it, and a crash would end all.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ _LEAST_RUNS = 5
 
 
 def main(folder: Path) -> int:
-    """Run as a program."""
+    """Time the programs that the request names."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     machine.pin(int(request["threads"]))
-    runtime = load_runtime(None)  # without a thread of its own until a fork asks for some
+    runtime = load_runtime(None)  # without threads until a fork sets them
     for name in request["names"]:
         fork = os.fork()
         if fork == 0:
             os._exit(_time_program(runtime, folder, name, int(request["threads"]), float(request["seconds"])))
         status = os.waitpid(fork, 0)[1]
         if status != 0:
-            _print_json({"name": name, "state": "failed", "error": f"it took its process down (status {status})"})
+            _print_json({"name": name, "state": "failed", "error": f"it crashed its process (status {status})"})
     return 0
 
 
@@ -43,7 +42,7 @@ def _time_program(runtime: Any, folder: Path, name: str, threads: int, seconds: 
         runtime._unsafe_reset_threadpool(threads)
         torch.set_num_threads(threads)  # a kernel that calls BLAS would wait for a second thread on the same core
         _print_json({"name": name, "state": "done", **_time_calls(runtime, folder, name, seconds)})
-    except Exception as error:  # one program that does not load or run: the others go on
+    except Exception as error:  # a program that does not load or run: continue with the others
         _print_json({"name": name, "state": "failed", "error": f"{type(error).__name__}: {error}"})
     return 0
 

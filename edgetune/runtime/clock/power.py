@@ -1,6 +1,6 @@
-"""Energy of a run, from what the machine measures itself: RAPL, a Jetson's tegrastats, or the battery. Else none.
+"""Energy of a run, by the machine's own meter, if there is one: RAPL, a Jetson's tegrastats, or the battery.
 
-Every meter counts all that its sensor covers, the idle part included; its name says what that is.
+Every meter counts all that its sensor covers, idle power included; its name says what that is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LEAST_SAMPLES = 5
 
 
 def energy(once: Callable[[], float], seconds: float, sys_folder: Path = SYS) -> dict[str, Any]:
-    """Millijoules of one run, from runs for about `seconds`: `energy_mj`, null where nothing measures it, and why."""
+    """Millijoules of one run, from runs for about `seconds`: `energy_mj`, or null with the reason."""
     meter, why = find_meter(sys_folder)
     if meter is None:
         return {"energy_mj": None, "energy_note": why}
@@ -47,7 +47,7 @@ def energy(once: Callable[[], float], seconds: float, sys_folder: Path = SYS) ->
 
 
 class Meter:
-    """Counts joules between `start` and `stop`, which also says what was counted, or why nothing was."""
+    """Counts joules between `start` and `stop`, which also returns what was counted, or why nothing was."""
 
     def start(self) -> None:
         """Begin."""
@@ -61,7 +61,7 @@ class Meter:
 
 
 def find_meter(sys_folder: Path = SYS) -> tuple[Meter | None, str]:
-    """The machine's meter; without one, the reason."""
+    """The machine's meter, or the reason why there is none."""
     zones = rapl_zones(sys_folder)
     if zones:
         readable = [zone for zone in zones if number_in(zone / "energy_uj") is not None]
@@ -75,7 +75,7 @@ def find_meter(sys_folder: Path = SYS) -> tuple[Meter | None, str]:
 
 
 def rapl_zones(sys_folder: Path = SYS) -> list[Path]:
-    """The zones to add up: each package, and memory where it is counted apart from its package."""
+    """The zones to add up: each package, and memory if it is counted separately."""
     zones = sorted((sys_folder / "class/powercap").glob("intel-rapl:*"))  # AMD's too; not the copies of intel-rapl-mmio
     named = {zone: text_of(zone / "name") for zone in zones}
     packages = [zone for zone, name in named.items() if name.startswith("package")]
@@ -98,7 +98,7 @@ class Rapl(Meter):
         self.before = self._read()
 
     def stop(self, seconds: float) -> tuple[float | None, str]:
-        """Read them again; a counter that went round once is told from its range."""
+        """Read them again; a counter may have wrapped around once."""
         names = ", ".join(text_of(zone / "name") for zone in self.zones)
         joules = 0.0
         for zone, before, after in zip(self.zones, self.before, self._read()):  # noqa: B905  runs on older Pythons too
@@ -130,7 +130,7 @@ def module_w(line: str) -> tuple[float, str] | None:
 
 
 class Tegrastats(Meter):
-    """NVIDIA's reader of a Jetson's power sensors, in a process of its own."""
+    """NVIDIA's reader of a Jetson's power sensors, as a child process."""
 
     def __init__(self, program: str) -> None:
         self.program = program
@@ -138,7 +138,7 @@ class Tegrastats(Meter):
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Let it print."""
+        """Start it."""
         self.printed = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
         arguments = [self.program, "--interval", str(round(_INTERVAL_SECONDS * 1e3))]
         self.process = subprocess.Popen(
@@ -161,9 +161,9 @@ class Tegrastats(Meter):
 
 
 def battery_w(fields: dict[str, str]) -> tuple[float | None, str]:
-    """Watts that a battery gives, from the files of its folder under /sys/class/power_supply; else the reason.
+    """Watts from a battery, by the files of its folder under /sys/class/power_supply; else the reason.
 
-    The kernel's documentation has microamperes, microvolts and microwatts; some phones print others.
+    The kernel's units are microamperes, microvolts and microwatts; some phones use others.
 
     >>> battery_w({"type": "Battery", "status": "Discharging", "current_now": "-350000", "voltage_now": "4000000"})
     (1.4, '')
@@ -186,13 +186,13 @@ def battery_w(fields: dict[str, str]) -> tuple[float | None, str]:
 
 
 def battery_fields(folder: Path) -> dict[str, str]:
-    """What `battery_w` reads."""
+    """The input of `battery_w`."""
     names = ("type", "scope", "status", "power_now", "current_now", "voltage_now")
     return {name: text_of(folder / name) for name in names}
 
 
 def battery(sys_folder: Path = SYS) -> tuple[Meter | None, str]:
-    """The battery that the machine runs from; else the reason."""
+    """The battery that powers the machine; else the reason."""
     why = "neither RAPL nor tegrastats nor a battery is here"
     for folder in sorted((sys_folder / "class/power_supply").glob("*")):
         fields = battery_fields(folder)
@@ -204,7 +204,7 @@ def battery(sys_folder: Path = SYS) -> tuple[Meter | None, str]:
 
 
 class Battery(Meter):
-    """What the battery gives, read now and then."""
+    """The battery's power, read at intervals."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -212,7 +212,7 @@ class Battery(Meter):
         self.read: list[float] = []
 
     def start(self) -> None:
-        """Begin with none."""
+        """Begin without readings."""
         self.read, self.next = [], 0.0
 
     def tick(self) -> None:

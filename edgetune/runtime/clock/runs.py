@@ -1,7 +1,7 @@
-"""The child's side: load a program, run it, and write down how long that took.
+"""The child process: load a program, run it and time it.
 
-It answers `request.json` in its folder, with the tensors of `inputs.pt`, by `result.json`. Only what it needs is
-imported before the memory of the empty process is read.
+It reads `request.json` and the tensors in `inputs.pt` from its folder, and writes `result.json`. It imports only what
+it needs before it measures the memory of the empty process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import machine, power
 if TYPE_CHECKING:
     from torch import Tensor
 
-MISSING = "missing"  # the kind of error where a package is not there
+MISSING = "missing"  # the kind of error if a package is not installed
 
 
 def serve(folder: Path, answer: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> int:
@@ -42,7 +42,7 @@ def serve(folder: Path, answer: Callable[[Path, dict[str, Any]], dict[str, Any]]
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a program needs; those that are not installed are left out."""
+    """Versions of the packages that a program needs, if installed."""
     installed = {}
     for name in ("executorch", "torch"):
         try:
@@ -78,7 +78,7 @@ def answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_installed() -> dict[str, Any]:
-    """What is installed here, without the seconds that its import takes."""
+    """What is installed here, without importing it."""
     installed = versions()
     absent = [name for name in ("executorch", "torch") if name not in installed]
     if absent:
@@ -106,7 +106,7 @@ def load_runtime(threads: int | None) -> Any:
     import torch  # noqa: F401  first, for its libraries
     from executorch.extension.pybindings import _portable_lib
 
-    if importlib.util.find_spec("openvino") is not None:  # whose library it finds; else it is seconds of imports
+    if importlib.util.find_spec("openvino") is not None:  # registers the backend
         from executorch.extension.pybindings import portable_lib  # noqa: F401
     if threads is not None:
         _portable_lib._unsafe_reset_threadpool(threads)
@@ -126,7 +126,7 @@ def load_language_operators() -> None:
 
 
 def read_inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
-    """The rows that were left in the folder for the child."""
+    """The rows in the folder."""
     import torch
 
     batches: list[tuple[Tensor, ...]] = torch.load(folder / "inputs.pt", weights_only=True) if rows else []
@@ -134,12 +134,9 @@ def read_inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
 
 
 def _load_method(runtime: Any, folder: Path, request: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], Any]:
-    """The method `forward`, loaded and ready to be called.
-
-    A clone of the outputs would be torch's work, not the program's, and start threads of its own.
-    """
+    """Load the method `forward`. Its outputs are not cloned, which would time torch and start its threads."""
     path, data = str(folder / request["path"]), request.get("data")
-    if data is not None:  # which only a module takes: it loads a method at its first execution
+    if data is not None:  # only a module takes it, and loads a method at its first execution
         module = runtime._load_for_executorch(path, str(folder / data))
         return lambda inputs: module.run_method("forward", inputs, clone_outputs=False)
     program = runtime._load_program(path)
@@ -153,7 +150,7 @@ def _load_method(runtime: Any, folder: Path, request: dict[str, Any]) -> Callabl
 
 
 def time_runs(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
-    """The first run, the warm-up and the timed runs of what `once` does and times, as `Timing` names them."""
+    """Time the first run, the warm-up and the runs of `once`; the fields are those of `Timing`."""
     first_ms = once()
     warm = _warm_up(once, float(request["warm_up_seconds"]))
     states = [machine.state()]
@@ -166,7 +163,7 @@ def time_runs(once: Callable[[], float], request: dict[str, Any]) -> dict[str, A
 
 
 def time_in_batches(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:
-    """The same by the thermal protocol: batches of so many warm-ups and runs, and the machine's state around each."""
+    """The same by the thermal protocol: batches of warm-ups and runs, with the machine's state around each."""
     first_ms = once()
     states = [machine.state()]
     latencies: list[float] = []

@@ -1,4 +1,4 @@
-"""An Android phone on adb, as a place to time programs with executorch's `executor_runner`, built for Android."""
+"""Time programs on an Android phone over adb, with executorch's `executor_runner`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from edgetune.runtime.hosts.place import Place, TimingRequest
 if TYPE_CHECKING:
     from edgetune.runtime.run import Timing
 
-WARM_UPS, RUNS = 3, 20  # of each batch, which is a process of its own
-_BATCHES_OF_MEANS = 5  # where the runner prints only a mean: so many, for their spread
+WARM_UPS, RUNS = 3, 20  # of each batch, which is a new process
+_BATCHES_OF_MEANS = 5  # if the runner prints only a mean
 _WATCHED_SECONDS = 1.0
 _MOST_BATCHES = 50
 _FOLDER = "/data/local/tmp"
@@ -42,7 +42,7 @@ _STATES = {
 
 
 class Adb:
-    """Times programs on a phone; a context with a folder of its own there."""
+    """Times programs on a phone; a context with a temporary folder there."""
 
     def __init__(self, place: Place, runner: Path | None, *, timeout_seconds: float = 900.0) -> None:
         if runner is None:
@@ -97,11 +97,11 @@ class Adb:
         return self._cores
 
     def caveat(self, built_with: dict[str, str]) -> str:
-        """That its inputs are ones, that memory is the whole process's, and what else the runner cannot say."""
+        """Its inputs are ones, memory is that of the whole process, and other limits of the runner."""
         return "; ".join(filter(None, ("executor_runner: inputs are ones, memory is of the whole process", self.means)))
 
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
-        """One call, timed in batches of 3 warm-ups and 20 runs; the inputs are all ones."""
+        """Time one call in batches of 3 warm-ups and 20 runs; all inputs are ones."""
         from edgetune.runtime.run import State, Timing
 
         if request.language or len(request.calls) != 1:
@@ -133,7 +133,7 @@ class Adb:
     def _batches(
         self, command: list[str], path: Path, seconds: float
     ) -> tuple[android.Log, list[float], list[dict[str, Any]]]:
-        """The first batch's log, the milliseconds of all runs but the warm-ups, and the phone's state around each."""
+        """The first batch's log, the milliseconds of all runs but warm-ups, and the phone's state around each batch."""
         states = [self._state()]
         runs: list[float] = []
         logs: list[android.Log] = []
@@ -165,7 +165,7 @@ class Adb:
         return log
 
     def _measure_memory(self, command: list[str], path: Path, latency_ms: float, energy: bool) -> dict[str, Any]:
-        """Peak memory, and energy of one run, from a longer batch that is not timed but looked at from beside it."""
+        """Peak memory, and energy of one run, from a longer batch that is observed instead of timed."""
         executions = max(WARM_UPS + RUNS, math.ceil(_WATCHED_SECONDS * 1e3 / latency_ms))
         words = shlex.join([*command, f"--num_executions={executions}"])
         done = self._run(["shell", android.watch_script(self.folder, words)], self.timeout_seconds)
@@ -203,7 +203,7 @@ class Adb:
         return done.stdout if done.returncode == 0 else ""
 
     def _run(self, arguments: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-        """Adb on the chosen phone; what it prints, errors among it. The words of a shell command come as one."""
+        """Run adb on the chosen phone. Errors are part of its output."""
         named = ["-s", self.serial] if self.serial else []
         try:
             return subprocess.run(
@@ -219,7 +219,7 @@ class Adb:
             ) from error
 
     def _choose_phone(self) -> str:
-        """The serial of the phone: the one asked for, or the only one."""
+        """The serial of the phone: the requested one, or the only one."""
         done = self._run(["devices"], _SECONDS)
         phones = android.parse_devices(done.stdout)
         if self.place.serial and self.place.serial not in phones:
@@ -245,7 +245,7 @@ class Adb:
         return EdgetuneError(f"{message}: {' '.join(lines[-3:])[:500]}", where=self.serial, action=action)
 
     def _runner_error(self, code: int, output: str, path: Path) -> EdgetuneError:
-        """Why the runner did not run the program."""
+        """The error for a program that the runner did not run."""
         error = self._adb_error(f"{path} does not run there (code {code})", output)
         error.exit_code = Exit.EXPORT
         error.action = "build the runner from the executorch that the program was made with, with its backend"

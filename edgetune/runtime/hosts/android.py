@@ -1,4 +1,4 @@
-"""What adb, Android's services and executorch's runner print, read."""
+"""Parse the output of adb, of Android's services and of executorch's runner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgetune.runtime.clock.power import battery_w
 _POWER = "/sys/class/power_supply/battery"
 _LEAST_SAMPLES = 3
 
-# one line for each sensor that the shell may read: its path, and what it holds
+# prints one line for each readable sensor: its path and its value
 SENSORS = (
     "for f in /sys/class/thermal/thermal_zone*/temp /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq; do "
     'v=$(cat $f 2>/dev/null) && echo "$f $v $(cat ${f%/temp}/type 2>/dev/null)"; done; true'
@@ -19,7 +19,7 @@ SENSORS = (
 
 
 def watch_script(folder: str, command: str) -> str:
-    """A shell's script: the command, and beside it its peak memory and the battery, a few times a second."""
+    """A shell script that runs the command and prints its peak memory and the battery ten times a second."""
     files = " ".join(f"{_POWER}/{name}" for name in ("status", "current_now", "voltage_now"))
     battery = f"echo battery $(cat {files} 2>/dev/null)"  # unquoted: three lines become three words
     return (
@@ -41,16 +41,16 @@ def parse_devices(printed: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Log:
-    """What executorch's runner logs of a batch."""
+    """The runner's log of a batch."""
 
     load_ms: float
     runs: int
     total_ms: float  # of all runs
-    runs_ms: list[float]  # of each, where it prints them
+    runs_ms: list[float]  # of each, if it prints them
 
 
 def parse_log(printed: str) -> Log | None:
-    """The times in a runner's log; None where it has none.
+    """The times in a runner's log; None if there are none.
 
     >>> log_of("I 00:00:00.5 executorch:executor_runner.cpp:1] Model loaded in 4.5 ms.\\n"
     ...        "... Iteration 1 of 1: 2.25 ms\\n... Model executed successfully 1 time(s) in 2.25 ms.")
@@ -65,7 +65,7 @@ def parse_log(printed: str) -> Log | None:
 
 
 def _load_ms(printed: str) -> float | None:
-    """As it says, or, of an older runner, by the clock of its log, which begins with the process."""
+    """As logged, or, for an older runner, by the log's clock, which begins with the process."""
     match = re.search(r"Model loaded in ([\d.]+) ms", printed)
     if match is not None:
         return float(match[1])
@@ -76,15 +76,15 @@ def _load_ms(printed: str) -> float | None:
 
 
 def peak_mib(printed: str) -> float | None:
-    """The most resident memory seen, from lines of /proc/PID/status."""
+    """Peak resident memory, from lines of /proc/PID/status."""
     sizes_kib = [int(kib) for kib in re.findall(r"^VmHWM:\s+(\d+) kB", printed, re.M)]
     return max(sizes_kib) / 1024 if sizes_kib else None
 
 
 def power_w(watched: str, service: str) -> tuple[float | None, str]:
-    """Mean watts of the phone while it was watched, and which meter; else None, and why.
+    """Mean watts of the phone while it was observed, and the meter; else None and the reason.
 
-    `service` is what `dumpsys battery` prints: on a charger, or on the cable of adb, the battery tells nothing.
+    `service`: the output of `dumpsys battery`: while the phone charges, also by adb's cable, its battery shows nothing.
     """
     powered = re.search(r"^\s*(\w+) powered: true", service, re.M)
     if powered is not None:

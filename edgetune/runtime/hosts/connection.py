@@ -1,7 +1,7 @@
-"""One ssh connection, and a fresh folder on the other side that goes away with it.
+"""One ssh connection, and a temporary folder on the other machine that is removed with it.
 
-All commands share the connection of a keeper: a shell over there that made the folder, waits for its input to end,
-and then removes the folder. Its input ends when we close it, when we are killed, and when the line is cut.
+All commands share the connection of a keeper: a remote shell that creates the folder, waits for its input to end, and
+removes the folder. Its input ends when we close it, when we are killed, and when the connection is lost.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _KEEP = (
 _FOLDER = re.compile(rf"{_MARK}(/[^\n]*/edgetune-[A-Za-z0-9]+)\n")
 _SECONDS_TO_CONNECT = 20
 _SECONDS_TO_END = 20.0
-_BYTES_A_SECOND = 64 * 1024  # a line slower than this is taken for dead
+_BYTES_A_SECOND = 64 * 1024  # a connection slower than this counts as dead
 _LONGEST_SOCKET = 70  # of 104 characters at most, ssh adds some of its own
 
-# what ssh says, in part, and what to do about it
+# part of ssh's message, its meaning, and the next action
 _REFUSED = (
     ("Could not resolve", "no machine has this name", "check the name, or give its address"),
     ("REMOTE HOST IDENTIFICATION", "its key is another one than before", "run `ssh {to}` yourself to see why"),
@@ -50,7 +50,7 @@ NO_SPACE = "No space left on device"
 
 
 class Connection:
-    """A context: connected on entering, everything over there removed on leaving."""
+    """A context: connects on entering, and removes everything on the other machine on leaving."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -95,7 +95,7 @@ class Connection:
         stderr: int | IO[bytes],
         master: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Ssh, running a shell's script over there. In a session of its own: Ctrl-C is ours, we end it in order."""
+        """Run a shell script by ssh, in a new session, so that Ctrl-C reaches us alone and we end it in order."""
         options = [
             "BatchMode=yes",
             f"ConnectTimeout={_SECONDS_TO_CONNECT}",
@@ -125,9 +125,9 @@ class Connection:
         hold: bool = False,
         on_timeout: Exit = Exit.USAGE,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a shell's script over there, with `sent` as its input; `hold` keeps the input open until it ends.
+        """Run a shell script over there, with `sent` as its input; `hold` keeps the input open until it ends.
 
-        Raises `EdgetuneError` where it does not end in time or the line is cut; what else went wrong is its code.
+        Raises `EdgetuneError` on a timeout or a broken connection; other failures show in its exit code.
         """
         with contextlib.ExitStack() as ends:
             printed, errors = (ends.enter_context(tempfile.TemporaryFile()) for _ in range(2))
@@ -151,7 +151,7 @@ class Connection:
         return done
 
     def push(self, content: Path | bytes, name: str) -> None:
-        """Write a file of the folder over there; its folder is made."""
+        """Write a file in the remote folder; its parent folder is created."""
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         to = f"{self.folder}/{name}"
         script = f"mkdir -p {shlex.quote(os.path.dirname(to))} && cat >{shlex.quote(to)} && wc -c <{shlex.quote(to)}"
@@ -164,11 +164,11 @@ class Connection:
         raise self.remote_error(f"{name} could not be written there", errors_text)
 
     def remove(self, name: str) -> None:
-        """Remove what is so named in the folder over there."""
+        """Remove a file or folder in the remote folder."""
         self.run(f"rm -rf -- {shlex.quote(f'{self.folder}/{name}')}", seconds=60)
 
     def disk_full_error(self, size: int) -> EdgetuneError:
-        """The error where the disk over there is full."""
+        """The error for a full disk."""
         return EdgetuneError(
             f"no room is left for {size / 2**20:.1f} MiB in {os.path.dirname(self.folder) or '/var/tmp'}",
             where=str(self.place),
@@ -176,7 +176,7 @@ class Connection:
         )
 
     def remote_error(self, message: str, output: str) -> EdgetuneError:
-        """An error from over there, with what was said of it."""
+        """An error on the other machine, with the end of its output."""
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         detail = f": {' '.join(lines[-3:])[:500]}" if lines else ""
         return EdgetuneError(message + detail, where=str(self.place))
@@ -206,7 +206,7 @@ def _file_of(content: bytes) -> IO[bytes]:
 
 
 def _read_until(process: subprocess.Popen[bytes], mark: str, seconds: float) -> str:
-    """What the process prints up to the end of the line with the mark, or until it ends, or time is up."""
+    """The output up to the line with the mark, or until the process ends or time is up."""
     assert process.stdout is not None
     printed, until = b"", time.monotonic() + seconds
     while time.monotonic() < until and not re.search(mark.encode() + rb".*\n", printed):
@@ -234,7 +234,7 @@ def _close_keeper(keeper: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ended, whatever it does; what it ran over there sees its input end."""
+    """Kill ssh; the remote command sees its input end."""
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()

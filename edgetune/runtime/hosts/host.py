@@ -1,4 +1,4 @@
-"""This host as a place to time programs: a fresh process for each, kept to so many cores."""
+"""Time programs on this host, each in a new process pinned to a number of cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENERGY_SECONDS = 1.0
 
 
 class Host:
-    """Times programs here. A context, as the runners of other machines are; there is nothing to close."""
+    """Times programs here. A context, like the runners of other machines, with nothing to close."""
 
     name = THIS_HOST
 
@@ -49,5 +49,5 @@ class Host:
         return timings
 
     def caveat(self, built_with: dict[str, str]) -> str:
-        """What is to be said of the place beside each measurement: of this host nothing."""
+        """None for this host."""
         return ""

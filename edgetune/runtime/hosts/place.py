@@ -1,4 +1,4 @@
-"""Where a program is to be timed: `host`, `ssh://user@host:port` or `adb:serial`."""
+"""Where to time a program: `host`, `ssh://user@host:port` or `adb:serial`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FORMS = ("host", "ssh://user@host", "ssh://user@host:port", "adb", "adb:serial")
 
-# Neither a user nor a host begins with "-" (it would be an option) or holds anything that a shell reads.
+# Neither a user nor a host begins with "-" (it would be an option) or contains characters special to a shell.
 _SSH = re.compile(
     r"ssh://(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9._-]*)@)?"
     r"(?P<host>[A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\])(?::(?P<port>[0-9]{1,5}))?/?"
@@ -27,13 +27,13 @@ _SERIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]*")
 
 @dataclass(frozen=True)
 class TimingRequest:
-    """A program to time: the inputs of each call, which is run for about so many seconds."""
+    """A program to time, and the inputs of each call, which runs for about `seconds`."""
 
     path: Path
     calls: Sequence[tuple[Tensor, ...]]
     threads: int
     seconds: float
-    data: Path | None = None  # the `.ptd` with its weights, where they lie apart
+    data: Path | None = None  # the `.ptd` with its weights, if there is one
     language: bool = False  # it needs the kernels of language models
     energy: bool = True  # also look for a meter
 
@@ -53,17 +53,17 @@ class Runner(Protocol):
 
     @property
     def name(self) -> str:
-        """What a measurement taken there is labelled with."""
+        """The label of its measurements."""
 
     @property
     def cores(self) -> int:
         """Cores that a program may use there."""
 
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
-        """Each call of the program timed in one fresh process. Raises `EdgetuneError` (exit code 5) where it fails."""
+        """Time each call of the program in one new process. Raises `EdgetuneError` (exit code 5) if it fails."""
 
     def caveat(self, built_with: dict[str, str]) -> str:
-        """What is to be said beside a measurement of a program made with these versions."""
+        """A note to print next to measurements of a program made with these versions; may be empty."""
 
     def __enter__(self) -> Runner: ...
 
@@ -72,7 +72,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """A place of one kind; what it does not need stays empty."""
+    """A machine, and how to reach it."""
 
     kind: Literal["host", "ssh", "adb"]
     user: str = ""
@@ -87,7 +87,7 @@ class Place:
 
 
 def parse_place(on: str) -> Place:
-    """What `--on` names. Raises `EdgetuneError` for anything else than `FORMS`.
+    """Parse `--on`. Raises `EdgetuneError` for anything but `FORMS`.
 
     >>> parsed("ssh://pi@raspberrypi.local:2222")
     Place(kind='ssh', user='pi', host='raspberrypi.local', port=2222, serial='')

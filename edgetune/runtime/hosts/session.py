@@ -1,4 +1,4 @@
-"""Many programs timed on one machine, and a program with its manifest measured there."""
+"""Time many programs on one machine, or measure a program with its manifest there."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from edgetune.program.manifest import LanguageSpec
     from edgetune.runtime.run import Timing
 
-Progress = Callable[[str, int, int], None]  # what is done now, how many are done, of how many; 0: nobody knows
+Progress = Callable[[str, int, int], None]  # current step, how many are done, and the total; 0: unknown
 
 
 @dataclass(frozen=True)
 class Timeable:
-    """A program to time, and the inputs of the call that is timed."""
+    """A program to time, and the inputs of its call."""
 
     name: str
     path: Path
     inputs: tuple[Tensor, ...]
-    data: Path | None = None  # the `.ptd` with its weights, where they lie apart
+    data: Path | None = None  # the `.ptd` with its weights, if there is one
 
 
 def open_runner(
@@ -65,11 +65,11 @@ def time_programs(
     count: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Timing | EdgetuneError]]:
-    """Time many programs on one machine, each in a fresh process there, over one connection; one at a time.
+    """Time many programs on one machine, one after the other in new processes, over one connection.
 
-    `programs` may be a generator that lowers each just before it is timed, and removes it after. `threads`: by default
-    all cores there. `count`: how many there will be, for `progress`. A program that does not run gives its error
-    as its value; what concerns the machine (no connection, no runtime) is raised.
+    `programs` may be a generator that lowers each program just before it is timed. `threads`: by default all cores
+    there. `count`: their number, for `progress`. A program that does not run yields its error; errors of the machine
+    (no connection, no runtime) are raised.
     """
     if isinstance(on, str):
         with open_runner(on, python=python) as machine:
@@ -99,9 +99,9 @@ def measure_on(
     threads: int | None = None,
     seconds: float = 2.0,
 ) -> tuple[Measured, ...]:
-    """Each kind of call timed there for about `seconds`; of a text-generation program the token comes first.
+    """Time each kind of call there for about `seconds`, with made-up inputs, in the order of the manifest.
 
-    `threads`: by default all cores that a program may use there. Inputs are valid, not real.
+    `threads`: by default all cores that a program may use there.
     """
     threads = threads if threads is not None else machine.cores
     manifest, language = artifact.manifest, artifact.manifest.language
@@ -110,15 +110,12 @@ def measure_on(
         TimingRequest(artifact.path, rows, threads, seconds, artifact.data_path, language=language is not None)
     )
     note = machine.caveat(manifest.versions)
-    pairs = zip(manifest.calls, reversed(timings), strict=True)  # the prompt fills the cache, so it is timed first
+    pairs = zip(manifest.calls, reversed(timings), strict=True)  # the prompt is timed first: it fills the cache
     return tuple(summarize_timing(timing, threads, call.label, machine.name, note) for call, timing in pairs)
 
 
 def _prompt_and_token(language: LanguageSpec) -> list[tuple[Tensor, ...]]:
-    """A call with a piece of a prompt at an empty cache, and one with the token after it.
-
-    A full cache has no place for the token after: then its last place is written again.
-    """
+    """A call with a piece of a prompt at an empty cache, and one with the token after it, if the cache has room."""
     count = language.prefill_tokens
     following = min(count, language.max_tokens - 1)
     return [

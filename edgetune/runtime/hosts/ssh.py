@@ -1,4 +1,4 @@
-"""A machine that ssh reaches, as a place to time programs: a Raspberry Pi, a Jetson, any Linux with the runtime."""
+"""Time programs over ssh: on a Raspberry Pi, a Jetson, or any Linux with the runtime."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def clock_zip() -> bytes:
 
 
 def _pack_request(request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]]) -> bytes:
-    """What the stopwatch is asked, as the zip that it unpacks: each file by itself would be a turn over the line."""
+    """The request to the stopwatch as one zip, since each file would cost a round trip."""
     from edgetune.runtime.run import write_request
 
     made = io.BytesIO()
@@ -59,8 +59,8 @@ def _pack_request(request: dict[str, Any], calls: Sequence[tuple[Tensor, ...]]) 
 class Ssh:
     """Times programs on another machine; a context that keeps one connection.
 
-    `python` is the Python there, whose packages hold executorch: a name, or a path from that user's home.
-    `timeout_seconds` is what one program may take.
+    `python`: the Python there, with executorch installed: a name, or a path from that user's home. `timeout_seconds`:
+    limit for one program.
     """
 
     def __init__(self, place: Place, *, python: str = "python3", timeout_seconds: float = 900.0) -> None:
@@ -88,7 +88,7 @@ class Ssh:
 
     @property
     def name(self) -> str:
-        """User, host and what machine that says it is."""
+        """User, host and model of the machine."""
         model = self.facts.get("model") or self.facts.get("machine")
         return f"{self.place} ({model})" if model else str(self.place)
 
@@ -98,7 +98,7 @@ class Ssh:
         return int(self.facts["cores"])
 
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
-        """Each call timed there by the thermal protocol: batches of 3 warm-ups and 20 runs."""
+        """Time each call there by the thermal protocol: batches of 3 warm-ups and 20 runs."""
         from edgetune.runtime.run import Timing
 
         request.check_threads(self.cores, str(self.place))
@@ -114,7 +114,7 @@ class Ssh:
         return tuple(Timing.model_validate(call) for call in answer["calls"])
 
     def caveat(self, built_with: dict[str, str]) -> str:
-        """Whether the executorch there is another one than the program was made with."""
+        """A note if the executorch there is not the one that the program was made with."""
         there, here = self.versions.get("executorch"), built_with.get("executorch")
         return f"made with executorch {here}, run with {there}" if here and there != here else ""
 
@@ -125,7 +125,7 @@ class Ssh:
         path: Path | None = None,
         data: Path | None = None,
     ) -> dict[str, Any]:
-        """The clock's answer, in a process of its own there; what was pushed for it is removed after."""
+        """The stopwatch's answer, from a new process there; the files pushed for it are removed afterwards."""
         self._jobs += 1
         folder = f"{self._jobs}"
         try:
@@ -159,7 +159,7 @@ class Ssh:
     def _no_answer_error(
         self, code: int, output: str, result: dict[str, Any] | None, path: Path | None
     ) -> EdgetuneError:
-        """Why there is no answer, and what to do about it."""
+        """Why there is no answer, and the next action."""
         if result is not None:
             return self._remote_error(result, path)
         message, action, exit_code = _reason(code, output, self.python)
@@ -168,7 +168,7 @@ class Ssh:
         return error
 
     def _remote_error(self, result: dict[str, Any], path: Path | None) -> EdgetuneError:
-        """The error that the other side found."""
+        """The error that the other side reported."""
         needed = _required_versions()
         wants = " ".join(f'"{name}=={version}"' for name, version in needed.items())
         if result.get("kind") == "missing":
@@ -189,7 +189,7 @@ class Ssh:
 
 
 def _reason(code: int, output: str, python: str) -> tuple[str, str, Exit]:
-    """What a shell's exit code means, and what to do about it."""
+    """The meaning of a shell's exit code, the next action, and our exit code."""
     if code == 127:
         action = "install Python 3.10 to 3.12 there, or name yours: --python PATH"
         return f"there is no {python!r}", action, Exit.USAGE
@@ -206,7 +206,7 @@ def _reason(code: int, output: str, python: str) -> tuple[str, str, Exit]:
 
 
 def _required_versions() -> dict[str, str]:
-    """The versions here, which a program made here runs with; without a part of torch's that names its build."""
+    """The versions here, without the build that torch's names."""
     from edgetune.runtime.clock.runs import versions
 
     return {name: version.partition("+")[0] for name, version in versions().items()}
