@@ -118,7 +118,7 @@ def sparse_table() -> str:
             quality = f"{statistics.mean(found):.2f}{spread}" if found else "not measured"
             lines.append(
                 f"| {path.stem.removeprefix('bench-sparse-')} | {method} | {cost['step_ms']:,.0f} "
-                f"| {cost['kept_mib']:,.1f} | {quality} |"
+                f"| {cost['saved_mib']:,.1f} | {quality} |"
             )
     return "\n".join(lines)
 
