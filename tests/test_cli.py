@@ -357,13 +357,13 @@ def test_recipes_schema(capsys: pytest.CaptureFixture[str]) -> None:
 def test_devices(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = Answer(capsys, "devices", "list")
     rows = [line for line in listed.out.splitlines()[1:] if line.startswith("  ")]
-    assert sorted(line.split()[0] for line in rows) == sorted(device.ids())
-    assert {item["id"] for item in Answer(capsys, "devices", "list", "--json").json} == set(device.ids())
+    assert sorted(line.split()[0] for line in rows) == sorted(device.device_ids())
+    assert {item["id"] for item in Answer(capsys, "devices", "list", "--json").json} == set(device.device_ids())
     shown = Answer(capsys, "devices", "show", "pixel-8", "--json")
     assert shown.json["id"] == "pixel-8"
     assert "Google Tensor G3 specification pages" in Answer(capsys, "devices", "show", "pixel-8").out
     answer = Answer(capsys, "devices", "validate").out
-    assert answer.startswith(f"valid: {', '.join(device.ids())}\n")
+    assert answer.startswith(f"valid: {', '.join(device.device_ids())}\n")
     assert "oneplus-12 llama-3.2-1b bf16 decode: 19.2 tokens/s | " in answer
     unknown = Answer(capsys, "devices", "show", "pixel8")
     assert unknown.code == 2

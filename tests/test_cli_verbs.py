@@ -104,7 +104,7 @@ def test_names_of_completion_are_the_real_ones(tmp_path: Path, monkeypatch: pyte
     assert complete.recipe_names("text-") == [*packaged, "text-mine.yaml"]
     device.user_folder().mkdir(parents=True)
     (device.user_folder() / "pixel-99.yaml").touch()
-    assert complete.device_names("") == list(device.ids())
+    assert complete.device_names("") == list(device.device_ids())
     assert "pixel-99" in complete.device_names("pixel-9")
     assert complete.target_names("") == list(TARGETS)
 

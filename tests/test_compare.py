@@ -73,7 +73,7 @@ def small(described: Device, usable_mib: float | None) -> Device:
 def test_every_known_device_has_a_line_and_the_fastest_comes_first(artifact: Artifact) -> None:
     found = compare(artifact.path)
     left_out = dict(found.faults)
-    assert {line.device for line in found.lines} | set(left_out) == set(device.ids())
+    assert {line.device for line in found.lines} | set(left_out) == set(device.device_ids())
     assert set(left_out) == {"raspberry-pi-2", "raspberry-pi-zero-w"}
     assert all(reason.startswith("no runtime: 32-bit Arm") for reason in left_out.values())
     predicted = [line.predicted[0].latency_ms for line in found.lines if line.predicted]

@@ -24,7 +24,7 @@ SHIPPED = (
     "jetson-xavier-nx", "jetson-orin-nano", "jetson-orin-nano-super", "jetson-orin-nx-16", "jetson-agx-orin",
     "laptop-i5-1135g7", "macbook-air-m2", "alif-ensemble-e7",
 )  # fmt: skip
-EVERY = device.shipped()
+EVERY = device.packaged_ids()
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +46,8 @@ def test_the_promised_devices_ship() -> None:
     assert set(EVERY) >= set(SHIPPED)
     assert len(SHIPPED) >= 36
     assert {device.load(name).family for name in EVERY} == set(get_args(device.Family))
-    assert set(device.ids()) == set(EVERY)
-    assert "published" not in device.ids()  # measurements, which lie in the same folder
+    assert set(device.device_ids()) == set(EVERY)
+    assert "published" not in device.device_ids()  # measurements, which lie in the same folder
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -219,7 +219,7 @@ def test_a_descriptor_of_ones_own_is_found_by_name_and_by_path(own_folder: Path)
     mine = {**content("raspberry-pi-5"), "id": "my-pi", "name": "Mine"}
     path = own_folder / "my-pi.yaml"
     document.write_yaml(path, mine)
-    assert "my-pi" in device.ids()
+    assert "my-pi" in device.device_ids()
     assert device.load("my-pi") == device.load(path) == device.load(str(path))
     assert device.load("my-pi").name == "Mine"
     path.rename(own_folder / "other.yaml")

@@ -193,7 +193,7 @@ def test_the_list_is_a_table_by_family(capsys: pytest.CaptureFixture[str]) -> No
     families = list(get_args(device.Family))
     assert [line for line in lines if line in families] == families
     ids = [line.split()[0] for line in lines[1:] if line.startswith("  ")]
-    assert sorted(ids) == sorted(device.ids())
+    assert sorted(ids) == sorted(device.device_ids())
     assert len({line.find("GB/s") for line in lines if "GB/s" in line}) == 1
     row = next(line for line in lines if line.split()[:1] == ["my-phone"])
     assert row.endswith("8 GiB   76.8  your own")

@@ -32,7 +32,7 @@ def of_programs() -> dict[str, list[float | None]]:
     return {
         " ".join(filter(None, (name, identity, prediction.call))): [getattr(prediction, figure) for figure in FIGURES]
         for name, artifact in artifacts.items()
-        for identity in device.shipped()
+        for identity in device.packaged_ids()
         for prediction in predict_calls(artifact, identity)
     }
 
@@ -40,7 +40,7 @@ def of_programs() -> dict[str, list[float | None]]:
 def of_published_rows() -> dict[str, list[float | None]]:
     """What the predictor by itself says of each published row of a device with a descriptor."""
     rows = enumerate(published.figures_of(published.load_published()))
-    described = {identity: device.load(identity) for identity in device.shipped()}
+    described = {identity: device.load(identity) for identity in device.packaged_ids()}
     return {
         f"{number} {row.column.device} {row.label}": [published.predict_figure(row, described[row.column.device])]
         for number, row in rows

@@ -250,7 +250,7 @@ def test_targets_are_those_that_the_platforms_packages_run() -> None:
     assert chosen("android") == chosen("ios") == chosen("linux") == "xnnpack"
     assert chosen("android", "galaxy-s24", "vulkan") == "vulkan"
     assert chosen("ios", target="coreml") == "coreml"
-    for known in device.ids():
+    for known in device.device_ids():
         found = device.load(known)
         if found.family == "microcontroller" or (found.family == "computer" and "coreml" in found.targets):
             with pytest.raises(EdgetuneError, match="there is no kit"):

@@ -68,7 +68,7 @@ def test_the_packages_listed_are_those_of_the_tree() -> None:
 
 def test_data_is_found_where_it_is_installed() -> None:
     assert {"text-minilm", "vision-effnet-lite0", "lm-smollm2"} <= set(recipe.packaged_recipes())
-    assert "pixel-8" in device.ids()
+    assert "pixel-8" in device.device_ids()
     assert resources.files("edgetune.recipes").joinpath("assets.txt").is_file()
     assert resources.files("edgetune").joinpath("py.typed").is_file()
 

@@ -47,7 +47,7 @@ def operator(
     )
 
 
-@pytest.mark.parametrize("name", device.ids())
+@pytest.mark.parametrize("name", device.device_ids())
 def test_every_prediction_is_a_positive_number_inside_its_band(name: str) -> None:
     described = device.load(name)
     for kind in KINDS:

@@ -278,7 +278,7 @@ got 'prunes'; allowed: lora
 mine.yaml, line 9, budget: limits nothing: allowed: latency_ms, size_mib, train_memory_mib, peak_memory_mib
   next: give at least one of them
 mine.yaml, line 9, budget.device: unknown device: got 'pixel-99'; \
-allowed: {truncate_list((*device.ids(), "host"))}; did you mean 'pixel-9'?"""
+allowed: {truncate_list((*device.device_ids(), "host"))}; did you mean 'pixel-9'?"""
     )
 
 

@@ -45,7 +45,7 @@ def macs_delegated_pct(found: Lowered) -> float:
 
 
 def test_every_target_that_a_descriptor_names_is_here() -> None:
-    for name in device.ids():
+    for name in device.device_ids():
         known = device.load(name)
         for target in known.targets:
             assert for_device(name, target).name == target, (name, target)

@@ -26,7 +26,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, device.Device]:
-    return {name: device.load(name) for name in device.ids()}
+    return {name: device.load(name) for name in device.device_ids()}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_programs_are_told_apart_by_their_products() -> None:
     assert prior.group_of(movement) == "vision fp32"
 
 
-@pytest.mark.parametrize("name", device.ids())
+@pytest.mark.parametrize("name", device.device_ids())
 def test_every_device_gets_an_offset_and_a_width(name: str) -> None:
     for group in ("decode 4-bit", "decode 16-bit", "prefill 4-bit", "vision fp32", "vision int8", "vision 16-bit"):
         log, sigma = prior.load_prior().offset(device.load(name), group)
@@ -248,7 +248,7 @@ def test_published_rows_are_predicted_with_their_device_left_out(whole: validate
 def test_the_command_tells_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "validate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["valid"] == list(device.ids())
+    assert found["valid"] == list(device.device_ids())
     assert {"published", "missing", "shares", "errors"} < set(found)
     assert found["published"][0]["left_out"]["predicted"] > 0
     assert main(["devices", "validate"]) == 0

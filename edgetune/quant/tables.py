@@ -21,14 +21,14 @@ def looks_up(table: nn.Embedding) -> bool:
         return True
     tokens = torch.zeros(1, 1, dtype=torch.long, device=table.weight.device)
     try:
-        with torch.no_grad(), _Watch(table.weight) as watch:
+        with torch.no_grad(), _LookupRecorder(table.weight) as watch:
             table.forward(tokens)
     except Exception:  # whatever a forward raises that wants something else
         return False
     return watch.looked_up and not watch.read_otherwise
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LookupRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operators that read one weight."""
 
     def __init__(self, weight: Tensor) -> None:

@@ -46,7 +46,7 @@ from edgetune.run.exportable import (
     write_card_with_run,
 )
 from edgetune.run.finished import save_finished
-from edgetune.run.measures import measure, saved_for_backward_mib
+from edgetune.run.measures import measure, saved_mib
 from edgetune.run.rehearsal import name_step_in_errors, rehearse
 from edgetune.run.samples import Samples
 from edgetune.tasks.quality import answers_on, quality
@@ -239,8 +239,8 @@ class Fold:
         """A `train` step, with what its memory comes to."""
         teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
         name = f"{index + 1:02d}-train"
-        kept = saved_for_backward_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
-        one = self.least_kept_mib()
+        saved = saved_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
+        one = self.least_saved_mib()
         folder = self.folder / "checkpoints" / name
         with TrainingLog(folder, f"{self.folder.name}-{name}", settings.log, settings.model_dump(mode="json")) as log:
 
@@ -269,7 +269,7 @@ class Fold:
             losses=result.losses,
             optimizer_state_mib=result.optimizer_state_mib,
             gradients_mib=result.gradients_mib,
-            peak_memory_mib=fixed + kept,
+            peak_memory_mib=fixed + saved,
         )
         self.ledger = self.ledger.with_(trainings=(*self.ledger.trainings, training))
         self.save()
@@ -290,14 +290,14 @@ class Fold:
         weights = self.task.class_weights(self.dataset.train)
         return lambda logits, labels: self.task.loss(logits, labels, weights)
 
-    def least_kept_mib(self) -> float:
-        """What a training of one row at a time keeps for backward, or of two where a batch norm needs them."""
+    def least_saved_mib(self) -> float:
+        """What a training of one row at a time saves for backward, or of two where a batch norm needs them."""
         try:
-            return saved_for_backward_mib(self.model, self.samples.largest_batch(1), self.loss)
+            return saved_mib(self.model, self.samples.largest_batch(1), self.loss)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            return saved_for_backward_mib(self.model, self.samples.largest_batch(2), self.loss)
+            return saved_mib(self.model, self.samples.largest_batch(2), self.loss)
 
     def export(self) -> None:
         """The program, measured here and predicted for the devices."""

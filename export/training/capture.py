@@ -22,7 +22,7 @@ from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
 from edgetune.export.pass_cache import fast_decompositions
 from edgetune.export.training import layers, passes
 from edgetune.lean.frozen import remove_hooks
-from edgetune.lean.frozen_ops import padded
+from edgetune.lean.frozen_ops import pad_input
 from edgetune.sparse.sliced import Sliced
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -115,7 +115,7 @@ class _AddSliceProduct(TorchFunctionMode):
         self, func: Any, layer: SplitLayer, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Tensor:  # fmt: skip
-        input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
+        input, stride, padding, dilation = pad_input(input, weight, stride, padding, dilation)
         if layer.dim == 1:
             chosen = input.index_select(-1 - len(stride), layer.indices)  # type: ignore[arg-type]
             return func(chosen, layer.slice, None, stride, padding, dilation)  # type: ignore[no-any-return]
