@@ -147,7 +147,7 @@ def pluralize(many: int, thing: str) -> str:
 def format_size(size_bytes: int) -> str:
     """Bytes in the unit that suits them.
 
-    >>> format_size(512), size(20480), format_size(5 * 2**20)
+    >>> format_size(512), format_size(20480), format_size(5 * 2**20)
     ('512 B', '20.0 KiB', '5.00 MiB')
     """
     if size_bytes < 2**10:
