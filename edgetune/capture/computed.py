@@ -1,7 +1,7 @@
 """Weights that a captured graph computes: by weight norm, standardization, a parametrization.
 
-A quantizer rounds a weight that is a constant of the graph. One that is computed from constants alone becomes one here,
-which changes nothing else; one that is computed from the inputs cannot.
+A quantizer only rounds weights that are constants of the graph. A weight that is computed from constants alone becomes
+one here; a weight that is computed from the inputs cannot.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def fold_weights(graph_module: fx.GraphModule, skip: frozenset[str]) -> None:
 
 
 def _steps(node: fx.Node) -> list[fx.Node] | None:
-    """What must be computed for this node, in the graph's order; None where an input or chance is in it."""
+    """The nodes to compute for this one, in the graph's order; None if it depends on an input or on random numbers."""
     pending, needed = [node], set()
     while pending:
         current = pending.pop()
@@ -70,7 +70,7 @@ def _steps(node: fx.Node) -> list[fx.Node] | None:
         if current not in needed:
             needed.add(current)
             pending += current.all_input_nodes
-            # what is written to in place on the way belongs to it
+            # and in-place operators on the way
             pending += [user for user in current.users if _writes(user) and user.args[0] is current]
     return [step for step in node.graph.nodes if step in needed]
 

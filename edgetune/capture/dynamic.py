@@ -1,4 +1,4 @@
-"""Sizes that are known only while running: which axes of the inputs, within which bounds, and rows to check them by."""
+"""Dynamic sizes: axes of the inputs, their bounds, and rows to check them with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Dynamic = Mapping[str, tuple[int, int]]
 """Least and greatest size by the name of an axis.
 
 `batch` is the first axis of every input and `tokens` the second of all that are as long there as the first input.
-Any other is written out as `INPUT.AXIS` (`pixels.2`, `input_0.1`); axes that always have one size stand together,
-with commas between them.
+Any other is written as `INPUT.AXIS` (`pixels.2`, `input_0.1`); axes that always have the same size are separated by
+commas.
 """
 
 
@@ -37,7 +37,7 @@ class Axis:
 
 
 def axes_of(dynamic: Dynamic, names: Sequence[str], example: Sequence[Tensor]) -> tuple[Axis, ...]:
-    """The axes that are asked for. Raises `EdgetuneError` where an input has none such, or bounds are none."""
+    """The dynamic axes. Raises `EdgetuneError` for an axis that no input has, and for invalid bounds."""
     axes: list[Axis] = []
     for name, bounds in dynamic.items():
         low, high = _bounds(name, bounds)
@@ -79,7 +79,7 @@ def _places(name: str, names: Sequence[str], example: Sequence[Tensor]) -> list[
 
 
 def parse_bounds(asked: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Bounds as a command line writes them.
+    """Parse bounds from the command line.
 
     >>> parsed(["tokens=1:64", "pixels.2,pixels.3=64:256"])
     {'tokens': (1, 64), 'pixels.2,pixels.3': (64, 256)}
@@ -95,9 +95,9 @@ def parse_bounds(asked: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def sizes_to_check(axes: Sequence[Axis]) -> list[dict[str, int]]:
-    """Sizes by name: all at their greatest, all at their least, halfway, and one at its least beside the others' most.
+    """Sizes by name: the greatest, the least, halfway, each at its least with the others at their greatest.
 
-    The greatest come again at the end: a program that has shrunk must grow.
+    The greatest come again at the end, since a program must also grow after it has shrunk.
     """
     bounds = {axis.name: (axis.low, axis.high) for axis in axes}
     high = {name: most for name, (_, most) in bounds.items()}
@@ -117,7 +117,7 @@ def resize_row(row: Sequence[Tensor], axes: Sequence[Axis], sizes: Mapping[str, 
 
 
 def shapes_for(model: nn.Module, axes: Sequence[Axis], inputs: int) -> Any:
-    """`dynamic_shapes` of `torch.export.export` for a model with so many inputs; `None` where all sizes are fixed."""
+    """`dynamic_shapes` of `torch.export.export` for a model with `inputs` inputs; `None` if all sizes are fixed."""
     if not axes:
         return None
     dims = {axis.name: _dim(axis) for axis in axes}
@@ -131,9 +131,9 @@ def _dim(axis: Axis) -> Any:
 
 
 def infer_views(program: ExportedProgram) -> None:
-    """Write -1 for the free size of every view that has one only: XNNPACK takes no other view of a free size.
+    """Write -1 for the dynamic size of every view that has only one: XNNPACK takes no other view with dynamic sizes.
 
-    The layers of a text model of free length reach it in fewer pieces, with less memory between them.
+    The layers of a text model of dynamic length then form fewer delegates, with less memory between them.
     """
     for node in program.graph.nodes:
         if node.target in _VIEWS:
@@ -145,7 +145,7 @@ def infer_views(program: ExportedProgram) -> None:
 
 
 def bounds_error(axes: Sequence[Axis], error: Exception) -> EdgetuneError | None:
-    """The error for a model that does not take every size within the bounds; `None` where something else is wrong."""
+    """The error for a model that does not accept every size within the bounds; `None` for another error."""
     text = str(error)
     if "Constraints violated" not in text and "ConstraintViolation" not in type(error).__name__:
         return None

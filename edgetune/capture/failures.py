@@ -1,4 +1,4 @@
-"""What could not be exported, and which module it comes from."""
+"""Errors for what cannot be exported, with the module that it comes from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgetune.runtime import remedies
 
 _DATA_DEPENDENT = "GuardOnDataDependent|data-dependent|Data dependent|_local_scalar_dense|unbacked"
 
-_NO_OPERATOR = ("torch._C._set_grad_enabled", "_set_grad_enabled")  # what torch.export does in between
+_NO_OPERATOR = ("torch._C._set_grad_enabled", "_set_grad_enabled")  # called by torch.export itself
 
 
 def capture_error(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> EdgetuneError:
@@ -53,7 +53,7 @@ def _at(model: nn.Module, shortened_name: str) -> nn.Module | None:
 
 @contextmanager
 def no_partial_graph() -> Iterator[None]:
-    """Where torch.export fails it prints the graph that it had so far, hundreds of lines, before it raises."""
+    """Keep torch.export from printing its partial graph, hundreds of lines, when it fails."""
     from torch.export import _trace
 
     _trace.print = lambda *_, **__: None  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ class _LastCall(TorchFunctionMode):
 
 
 def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, str]:
-    """Export once more with a note of every module entered and left: the one not left is the one."""
+    """Export once more and record every module entered and left: the failure is in the last one not left."""
     stack: list[str] = []
     handles = []
 
@@ -91,7 +91,7 @@ def _where_it_stops(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
         with last, no_partial_graph():
             torch.export.export(model, inputs, strict=False)
         return "", ""
-    except Exception:  # the same one as before: only the place is wanted
+    except Exception:  # the same one as before; only its location is needed
         return operators.shorten(stack[-1]) if stack else "", last.name
     finally:
         for handle in handles:
@@ -107,7 +107,7 @@ def draws(node: fx.Node) -> bool:
 
 
 def check_drawn(program: ExportedProgram) -> None:
-    """Raise for a captured program that draws random numbers: no two runs of it agree, so nothing can be proven."""
+    """Raise for a captured program that draws random numbers: it cannot be verified."""
     drawn = [node for node in program.graph.nodes if draws(node)]
     if drawn:
         places = dict.fromkeys(f"{node.target} in {operators.module_of(node) or 'the model itself'}" for node in drawn)
@@ -152,7 +152,7 @@ def _named_in(target: str, text: str) -> bool:
 
 
 def _node_in(error: BaseException) -> fx.Node | None:
-    """The node that a pass was at when it failed, where the error names none: what its innermost function was given."""
+    """The node that a pass failed at, if the error names none: an argument of its innermost function."""
     for each in reversed(list(_causes(error))):
         for frame, _ in reversed(list(traceback.walk_tb(each.__traceback__))):
             for value in frame.f_locals.values():
@@ -162,7 +162,7 @@ def _node_in(error: BaseException) -> fx.Node | None:
 
 
 def _aten(node: fx.Node) -> Any:
-    """What a node calls, without the dialect that executorch wraps it in."""
+    """What a node calls, without executorch's wrapper."""
     return node.target if isinstance(node.target, OpOverload) else getattr(node.target, "_op", node.target)
 
 
@@ -178,6 +178,6 @@ def _chain(error: BaseException) -> str:
 
 
 def _first(error: Exception) -> str:
-    """The first line that says something."""
+    """The first line that is not empty."""
     lines = [line.strip() for line in _chain(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

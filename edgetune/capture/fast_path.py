@@ -1,8 +1,8 @@
-"""`nn.TransformerEncoder` in eval mode without gradients: what its fast path computes, in operators that are captured.
+"""`nn.TransformerEncoder` in eval mode: the results of its fast path, in operators that can be captured.
 
 Given a padding mask, the fast path runs on nested tensors and leaves zeros where the mask hides, but only where every
-row's padding is at its end (pytorch/pytorch#86120). `torch.export` follows the slow path, which computes something at
-those places. The program is to give what the model gives: the slow path, and those zeros behind it.
+row's padding is at its end (pytorch/pytorch#86120). `torch.export` follows the slow path, which computes values there.
+The program must match the model, so it runs the slow path and then writes those zeros.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def slow_path(model: nn.Module) -> Iterator[None]:
-    """While the body runs, every encoder of torch takes its slow path and gives what its fast path gives."""
+    """While the body runs, every encoder takes its slow path with the results of its fast path."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         for module in model.modules():
@@ -31,7 +31,7 @@ def slow_path(model: nn.Module) -> Iterator[None]:
 
 
 def _nests(encoder: nn.TransformerEncoder) -> bool:
-    """Whether it makes nested tensors of padded rows in eval mode, as far as that does not depend on its inputs."""
+    """Whether it uses nested tensors in eval mode, as far as that does not depend on its inputs."""
     if not getattr(encoder, "use_nested_tensor", False) or len(encoder.layers) == 0:
         return False
     first: Any = encoder.layers[0]
@@ -43,7 +43,7 @@ def _nests(encoder: nn.TransformerEncoder) -> bool:
 
 
 def _hide(encoder: nn.TransformerEncoder) -> list[Any]:
-    """Hooks that write the zeros: before the encoder's norm, or at its end where it has none."""
+    """Hooks that write the zeros: before the encoder's norm, or at its end if it has none."""
     signature = inspect.signature(encoder.forward)
     zeros_at: list[Tensor | None] = [None]  # (batch, length, 1), of the call that is running
 
@@ -64,9 +64,9 @@ def _hide(encoder: nn.TransformerEncoder) -> list[Any]:
 
 
 def _zeros_at(padding: Tensor, checked: bool) -> Tensor:
-    """Where the fast path leaves zeros: what the mask hides, if it hides ends alone or nobody checks that it does."""
+    """Where the fast path leaves zeros: the masked places, if they are at the ends or if it does not check that."""
     hidden = padding if padding.dtype == torch.bool else padding != 0
     if checked and hidden.shape[1] > 1:
-        holes = hidden[:, :-1] & ~hidden[:, 1:]  # something to see behind something hidden
+        holes = hidden[:, :-1] & ~hidden[:, 1:]  # a visible place after a hidden one
         hidden = hidden & ~holes.any()
     return hidden.unsqueeze(-1)

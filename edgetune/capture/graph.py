@@ -1,4 +1,4 @@
-"""A model as a graph of ATen operators, with the repairs that its target wants, each value computed once."""
+"""Capture a model as a graph of ATen operators, with the repairs for its target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 def capture(
     model: nn.Module, inputs: tuple[Tensor, ...], target: str | None = None, axes: Sequence[Axis] = ()
 ) -> ExportedProgram:
-    """The model as a graph of ATen operators, functional, with the repairs that this target wants."""
+    """Capture the model as a functional graph of ATen operators, with the repairs for this target."""
     try:
         with static_experts(model), slow_path(model), failures.no_partial_graph():
             shapes = dynamic.shapes_for(model, axes, len(inputs))
@@ -44,15 +44,15 @@ def _check_inputs_unwritten(program: ExportedProgram) -> None:
     if written:
         places = [program.graph_signature.user_inputs.index(name) for name in written.values()]
         raise EdgetuneError(
-            "the model writes into its inputs, and a program returns no outputs but those that the model returns",
+            "the model writes into its inputs, but a program only returns the outputs of the model",
             got=[f"input {place}" for place in places],
-            action="let it write into a copy, x = x.clone(), and return what is to be kept",
+            action="write into a copy, x = x.clone(), and return the result",
             exit_code=Exit.EXPORT,
         )
 
 
 def prepare(program: ExportedProgram) -> None:
-    """Compute what is computed twice once (every layer converts the same mask), and number the operators."""
+    """Remove duplicate computations (every layer converts the same mask), and number the operators."""
     graph = program.graph
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -71,7 +71,7 @@ def prepare(program: ExportedProgram) -> None:
 def key_of(node: fx.Node) -> Any:
     """Equal for nodes that compute the same; `None` for one that must stay.
 
-    Quantization is left alone: XNNPACK takes a dynamically quantized linear only with a quantizer of its own.
+    Quantization stays: XNNPACK takes a dynamically quantized linear only with its own quantizer.
     """
     if node.op != "call_function" or not str(node.target).startswith("aten."):
         return None

@@ -1,15 +1,14 @@
 """The operators of an exported program: what each computes, reads and writes, and which module it comes from.
 
-They are read from the ATen graph before a backend takes it. Quantize, dequantize and the search for their scales
-belong to the operator that they feed and are not listed; views and what the compiler folded into constants cost
-nothing and are not listed either.
+They are read from the ATen graph before a backend takes it. Quantize, dequantize and the search for their scales count
+as part of the operator that they feed; views and what the compiler folded into constants are free. Both are left out.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,24 +41,24 @@ class Placed:
 
 @dataclass(frozen=True)
 class _Operand:
-    """A tensor argument seen through the dequantization before it."""
+    """A tensor argument, behind its dequantization."""
 
     node: fx.Node
     bits: int  # of one element as stored or moved
     scale_bytes: int
     quantized: bool
-    dynamic: bool  # quantized with a scale found while running
+    dynamic: bool  # quantized with a scale computed at run time
 
 
 def number(program: ExportedProgram) -> None:
-    """Give every operator of the graph a number that its nodes keep through all of the lowering."""
+    """Give every operator of the graph a number that its nodes keep during lowering."""
     for index, node in enumerate(program.graph.nodes):
         if node.op == "call_function":
             node.meta["custom"] = {**node.meta.get("custom", {}), _NUMBER: index}
 
 
 def number_of(node: fx.Node) -> int | None:
-    """The number that `number` gave, if the node still knows it."""
+    """The number that `number` gave the node, if it still has one."""
     index: int | None = node.meta.get("custom", {}).get(_NUMBER)
     return index
 
@@ -92,18 +91,13 @@ def macs_of(program: ExportedProgram) -> dict[int, int]:
 
 
 def shorten(path: str) -> str:
-    """A module path of the exported wrapper as the user knows it: without the wrapper's own child."""
+    """A module path in the user's own names: without the wrapper's child."""
     return _WRAPPER.sub("", path)
 
 
 def describe(program: ExportedProgram, placed: Placed) -> tuple[Operator, ...]:
     """One record for each operator that runs, in the order of the graph."""
-    signature = program.graph_signature
-    constants = {
-        *signature.inputs_to_parameters,
-        *signature.inputs_to_buffers,
-        *signature.inputs_to_lifted_tensor_constants,
-    }
+    constants = constants_of(program)
     portable = {index for _, index in placed.portable if index is not None}
     records = []
     for node in program.graph.nodes:
@@ -115,7 +109,17 @@ def describe(program: ExportedProgram, placed: Placed) -> tuple[Operator, ...]:
     return tuple(records)
 
 
-def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operator:
+def constants_of(program: ExportedProgram) -> dict[str, str]:
+    """The names of the program's constants by those of their placeholders."""
+    signature = program.graph_signature
+    return {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+
+
+def _operator(node: fx.Node, constants: Container[str], *, delegated: bool) -> Operator:
     sources = [_operand(argument) for argument in node.all_input_nodes]
     weights = [s for s in sources if s.node.name in constants]
     activations = [s for s in sources if s.node.name not in constants]
@@ -143,7 +147,7 @@ def _operator(node: fx.Node, constants: set[str], *, delegated: bool) -> Operato
 
 
 def _operand(node: fx.Node) -> _Operand:
-    """Look through dequantize, and through quantize where the scale is found while running."""
+    """Look through dequantize, and through quantize if the scale is computed at run time."""
     value = _value(node)
     bits = 8 * value.element_size() if value is not None else 0
     if not (_is_quantizing(node) and "dequantize" in str(node.target)):
@@ -176,7 +180,7 @@ def _written_bits(node: fx.Node) -> int:
 
 
 def _is_rounded(node: fx.Node) -> bool:
-    """Whether what the node writes has a fixed 8-bit scale; a clamp after it runs as one with it."""
+    """Whether the node's output has a fixed 8-bit scale; a clamp after it is fused."""
     users = list(node.users)
     if len(users) == 1 and short_name(str(users[0].target)) in ("relu", "hardtanh"):
         return _is_rounded(users[0])
@@ -227,7 +231,7 @@ def _value(node: Any) -> Tensor | None:
 
 def _shape(node: Any) -> tuple[int, ...]:
     value = _value(node)
-    # a size that is known only while running counts as none
+    # a size that is known only at run time counts as 0
     return tuple(size if isinstance(size, int) else _bound(size) for size in value.shape) if value is not None else ()
 
 
@@ -237,12 +241,12 @@ def _bound(size: Any) -> int:
 
 
 def _elements(shape: tuple[int, ...]) -> int:
-    """How many values; 0 where that is known only while running."""
+    """How many values; 0 if known only at run time."""
     return math.prod(shape)
 
 
 def delegated_pct(operators: Sequence[Operator]) -> tuple[float, float]:
-    """What the backend takes: the share of the multiply-accumulates, and of the operators."""
+    """Delegated shares, in percent: of the multiply-accumulates, and of the operators."""
     taken = [operator for operator in operators if operator.delegated]
     macs = sum(operator.macs for operator in operators)
     taken_macs = sum(operator.macs for operator in taken)

@@ -25,7 +25,7 @@ class Positional(nn.Module):
         self.names = tuple(inputs) if isinstance(inputs, dict) else ()
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The outputs for one tensor per input; one that stands alone, by itself."""
+        """The outputs for one tensor per input; a single output is not in a tuple."""
         outputs = tuple(self.named_outputs(tensors).values())
         return outputs[0] if len(outputs) == 1 else outputs
 

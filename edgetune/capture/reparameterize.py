@@ -1,8 +1,8 @@
-"""Fold what was several layers while training into one: parallel branches, and batch norms into the layer before.
+"""Fold layers that are separate only for training: parallel branches, and batch norms into the layer before.
 
-Architectures such as MobileOne, RepVGG, RepViT and FastViT bring a method that fuses a block's branches. timm and
-others call it `fuse()`, which returns the new block, or `reparameterize()` or `switch_to_deploy()`, which change
-the block in place. It is found by its name, so that no library of models is imported here.
+Architectures such as MobileOne, RepVGG, RepViT and FastViT have a method that fuses a block's branches. timm and others
+call it `fuse()`, which returns the new block, or `reparameterize()` or `switch_to_deploy()`, which change the block in
+place. It is called by name, so that no library of models is imported here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _LAYERS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was folded, and what it changed on the example. Differences are relative to an output's largest value."""
+    """What was folded, and the change of the outputs for the example, relative to an output's largest value."""
 
     branches: tuple[str, ...] = ()  # modules that fused their own branches
     norms: tuple[str, ...] = ()  # batch norms folded into the layer before them
-    refused: tuple[str, ...] = ()  # what was kept as it was, and why
+    refused: tuple[str, ...] = ()  # what was not folded, and why
     difference: float = 0.0
 
     def __str__(self) -> str:
@@ -50,10 +50,10 @@ class Report:
 def reparameterize(
     model: nn.Module, example_inputs: Inputs, *, max_difference: float = 1e-4
 ) -> tuple[nn.Module, Report]:
-    """Fuse branches, then fold batch norms, on a copy. `model`, in eval mode, stays as it was.
+    """Fuse branches, then fold batch norms, in a copy of `model`, which must be in eval mode.
 
-    A step that changes a logit of the example by more than `max_difference` of the largest logit is taken back, and
-    the report says so. Where nothing can be folded, the model itself comes back.
+    A step that changes a logit of the example by more than `max_difference` of the largest logit is undone, and
+    reported. If nothing can be folded, `model` itself is returned.
     """
     if model.training or not (_fusible(model) or _has_norms(model)):
         return model, Report()
@@ -77,7 +77,7 @@ def _step(
     most: float,
     change: Callable[[nn.Module], tuple[list[str], list[str]]],
 ) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
-    """Apply `change` to a copy: the copy where it still computes the same, else the model as it was."""
+    """Apply `change` to a copy. Returns the copy if it still computes the same, else the model."""
     changed = copy.deepcopy(model)
     done, refused = change(changed)
     if not done:
@@ -89,7 +89,7 @@ def _step(
 
 
 def _difference(model: nn.Module, inputs: Inputs, wanted: list[Tensor]) -> float:
-    """Largest difference of an output, relative to its largest value; infinite where it cannot be compared."""
+    """Largest difference of an output, relative to its largest value; infinite if not comparable."""
     try:
         got = list(tensors_in(call(model, inputs)))
     except Exception:  # a fused block that no longer fits its neighbours raises anything
@@ -116,7 +116,7 @@ def _has_norms(model: nn.Module) -> bool:
 
 
 def _method(module: nn.Module) -> str:
-    """The method by which this module fuses itself, empty without one."""
+    """The method by which this module fuses itself; empty if there is none."""
     for name in ("fuse", *_IN_PLACE):
         method = getattr(type(module), name, None)
         if callable(method) and _takes_nothing(method):
@@ -134,7 +134,7 @@ def _takes_nothing(method: Any) -> bool:
 
 
 def _fuse_branches(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Let every block below `model` fuse its branches, from the outside in: an outer one may take inner ones along."""
+    """Fuse the branches of every block, from the outside in, since an outer block may fuse inner ones."""
     done: list[str] = []
     refused: list[str] = []
 
@@ -145,7 +145,7 @@ def _fuse_branches(model: nn.Module) -> tuple[list[str], list[str]]:
                 before = copy.deepcopy(child)
                 try:
                     fused = getattr(child, method)()
-                except Exception as error:  # written by others for blocks that hold what they expect
+                except Exception as error:  # code of others: anything
                     refused.append(f"{path}: {method}() raised {type(error).__name__}: {error}")
                     fused = before
                 else:
@@ -160,7 +160,7 @@ def _fuse_branches(model: nn.Module) -> tuple[list[str], list[str]]:
 
 def _fold_norms(model: nn.Module, inputs: Inputs) -> tuple[list[str], list[str]]:
     """Fold each batch norm that reads the output of a convolution or linear layer which nothing else reads."""
-    # a weight that is computed when it is read has no identity of its own: the next tensor may take its place
+    # a weight that is computed when it is read has no stable identity
     plain = (m for m in model.modules() if isinstance(m, (*_CONVS, nn.Linear)) and "weight" in m._parameters)
     layers = {id(m.weight): m for m in plain}
     norms = {id(m.running_mean): (name, m) for name, m in model.named_modules() if isinstance(m, _NORMS)}
@@ -195,7 +195,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if next(tensors_in(result), None) is not None:  # else it looked at a shape or a type
+        if next(tensors_in(result), None) is not None:  # else it read a shape or a type
             self.readers.update(id(tensor) for tensor in tensors_in([*args, *kwargs.values()]))
         if func in _LAYERS and len(args) > 1:
             self._made[id(result)] = (result, id(args[1]))
@@ -217,6 +217,6 @@ def _fold(layer: nn.Module, norm: Any) -> None:
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What a batch norm does beside normalizing: timm's carry a dropout and an activation."""
+    """The rest of a batch norm: timm's have a dropout and an activation."""
     after = [child for _, child in norm.named_children()]
     return nn.Sequential(*after) if after else nn.Identity()

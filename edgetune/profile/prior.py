@@ -4,8 +4,8 @@
 
 Each term is the mean over devices of the residuals of the terms before it. A device counts once however many rows it
 has, and all terms but the first are shrunk towards zero while few devices have data for them. A regression would fit
-the devices, some ten for a kind of program. Tried on left-out devices and rejected: one thread or many as a further
-term (fewer large errors, more of 40 %), the core's pipeline (in order or not) in place of the family, dot products, and the
+the devices, some ten for a kind of program. Tried on left-out devices and rejected: one thread or many as a term
+(fewer large errors, more of 40 %), the core's pipeline (in order or not) in place of the family, dot products, and the
 model's size.
 """
 

@@ -1,8 +1,7 @@
-"""Repairs: what a model computes, written so that the backend takes it.
+"""Repairs: rewrite what a model computes so that the backend takes it.
 
-A repair of one operator is a plain function over tensors: `Decomposition`, used where that operator is met. It
-returns `NotImplemented` for what should stay as it is. A repair of the graph is a pass over the captured program.
-Each stands in a file of its own with a test against eager.
+A repair of an operator is a function over tensors, `Decomposition`, that returns `NotImplemented` to keep the operator.
+A repair of the graph is a pass over the captured program. Each has its own file and a test against eager mode.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from edgetune.capture.repairs import (
 
 Decomposition = Callable[..., Any]
 
-# What XNNPACK leaves to portable kernels, or computes only roughly, in operators that it takes and computes exactly.
+# Operators that XNNPACK leaves to portable kernels or computes inaccurately.
 XNNPACK: dict[Any, Decomposition] = {
     **activations.REPAIRS,
     **expand.REPAIRS,
@@ -58,9 +57,9 @@ XNNPACK: dict[Any, Decomposition] = {
 }
 
 
-_ON_KERNELS = ("xnnpack", "portable")  # what these do not take runs on kernels; others have more operators themselves
+_ON_KERNELS = ("xnnpack", "portable")  # other targets have more operators of their own
 
-# What has no kernel, in operators that have one.
+# Operators without a kernel.
 KERNELS: dict[Any, Decomposition] = {
     **activations.WITHOUT_KERNEL,
     **adaptive.REPAIRS,
@@ -73,20 +72,20 @@ KERNELS: dict[Any, Decomposition] = {
 
 
 def decompositions(target: str | None) -> dict[Any, Decomposition]:
-    """The operators to write otherwise for this target; `None`: only what every target wants."""
+    """The operators to rewrite for this target; `None`: only those for every target."""
     plain = KERNELS if target in _ON_KERNELS else {}
     return {**attention.REPAIRS, **plain, **(XNNPACK if target == "xnnpack" else {})}
 
 
 def before(program: ExportedProgram) -> None:
-    """Change what is seen only before operators are written otherwise."""
+    """Repair what is recognizable only before operators are decomposed."""
     grouped.share_keys(program)
     bags.of_one_length(program)
     complexes.as_pairs(program)
 
 
 def repair_graph(program: ExportedProgram, target: str | None) -> None:
-    """Change the captured program in place where it computes what need not be, or in a form that costs a delegate."""
+    """Repair the captured program in place."""
     identities.drop(program)
     if target == "xnnpack":
         scalars.as_floats(program)

@@ -1,7 +1,6 @@
-"""Activations that XNNPACK has no operator for: ELU and its kin, softplus, mish and the hard sigmoid.
+"""Activations without an XNNPACK operator: ELU and its relatives, softplus, mish and the hard sigmoid.
 
-None of them needs a choice between two branches, which no float backend takes: each is a sum of two parts, one of
-which is zero or vanishes.
+Each is written as a sum of two parts instead of a selection between two branches, which no float backend takes.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
 
 
 def prelu(x: Tensor, weight: Tensor) -> Any:
-    """Of five dims, which XNNPACK's partitioner takes and its passes then fail at: by its two sides."""
+    """With five dims, which XNNPACK's partitioner takes but its passes fail at: as a sum of both sides."""
     if x.dim() <= 4:
         return NotImplemented
     slopes = weight.reshape(1, -1, *[1] * (x.dim() - 2))

@@ -1,4 +1,4 @@
-"""Adaptive pooling that has no kernel: window by window, since each of them is of its own size."""
+"""Adaptive pooling without a kernel: window by window, since they differ in size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgetune.capture.repairs.shapes import Repaired, is_fixed
 
-_MOST = 256  # windows whose place is wanted: each is some operators
+_MOST = 256  # windows: each is several operators
 
 
 def average(x: Tensor, output_size: Sequence[int]) -> Repaired:
@@ -23,7 +23,7 @@ def average(x: Tensor, output_size: Sequence[int]) -> Repaired:
 
 
 def largest(x: Tensor, output_size: Sequence[int]) -> Repaired:
-    """The largest value of each window, and its place; without a reader the place is not computed."""
+    """The largest value of each window, and its index, which is only computed if it is read."""
     if not is_fixed(x) or prod(output_size) > _MOST:
         return NotImplemented
     return _along(x, output_size, lambda part, dim: part.amax(dim, keepdim=True)), _places(x, output_size)
@@ -44,7 +44,7 @@ def _along(x: Tensor, output_size: Sequence[int], pool: Callable[[Tensor, int], 
 
 
 def _places(x: Tensor, output_size: Sequence[int]) -> Tensor:
-    """In a window's own places first, then in those of the whole."""
+    """The indices in the whole tensor, from those in each window."""
     rank = len(output_size)
     sizes, kept = list(x.shape[-rank:]), list(x.shape[:-rank])
     numbers = torch.arange(prod(sizes)).reshape(sizes)

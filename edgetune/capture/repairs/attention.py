@@ -22,10 +22,9 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention `(..., length, head)` in operators that XNNPACK takes.
 
-    The stock decomposition tests every row for being masked as a whole, which splits each attention into two
-    delegates with five portable operators between them. Here a masked place gets the half of the lowest finite
-    number instead of -inf. The outcome differs only in a row that may look at nothing: the mean of the values,
-    where the stock one gives zeros.
+    The stock decomposition tests whether a row is masked completely, which splits attention into two delegates and five
+    portable operators. Here a masked place gets half of the lowest finite number instead of -inf. The
+    result only differs for a completely masked row: the mean of the values instead of zeros.
     """
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     lowest = torch.finfo(query.dtype).min / 2

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgetune.capture.repairs.shapes import Repaired, calling, is_fixed
+from edgetune.capture.repairs.shapes import Repaired, add_node, is_fixed
 
 _SUM, _MEAN, _MAX = 0, 1, 2
 
@@ -25,7 +26,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Repaired:
-    """Bags that begin at `offsets`, known only while running: every row is asked whether it is in every bag."""
+    """Bags that begin at `offsets`, known only at run time: test for every row whether it is in every bag."""
     if not is_fixed(indices, offsets) or indices.dim() != 1:
         return NotImplemented
     places = torch.arange(indices.shape[0], device=indices.device)
@@ -43,11 +44,11 @@ def embedding_bag(
         shares = shares if per_sample_weights is None else shares * per_sample_weights
         bags = torch.matmul(shares, rows)
         bags = bags / counts.clamp(min=1.0) if mode == _MEAN else bags
-    return bags, indices, indices, indices  # the others are for a backward, which no program has
+    return bags, indices, indices, indices  # the others are for a backward pass
 
 
 def of_one_length(program: ExportedProgram) -> None:
-    """Write a bag for each row of a matrix, whose offsets are therefore evenly spaced, as a look-up of that matrix."""
+    """Write bags that are the rows of a matrix, with evenly spaced offsets, as a look-up of that matrix."""
     graph = program.graph
     for node in list(graph.nodes):
         if node.target != _ATEN.embedding_bag.padding_idx:
@@ -67,7 +68,7 @@ def of_one_length(program: ExportedProgram) -> None:
 
 
 def _length(node: fx.Node) -> int:
-    """How many rows each bag has; 0 where that differs or is not known."""
+    """Rows of each bag; 0 if that differs or is unknown."""
     indices, offsets = node.args[1:3]
     if not isinstance(offsets, fx.Node) or offsets.target != _ATEN.arange.start_step:
         return 0
@@ -80,7 +81,7 @@ def _length(node: fx.Node) -> int:
 
 
 def _looked_up(graph: fx.Graph, node: fx.Node, length: int) -> fx.Node:
-    call = calling(graph, node)
+    call = partial(add_node, graph, node)
     given = dict(enumerate(node.args))
     weight, mode, padding = node.args[0], given.get(4, _SUM), given.get(8)
     dtype = weight.meta["val"].dtype  # type: ignore[union-attr]

@@ -1,26 +1,27 @@
-"""Complex numbers as pairs of real ones: rotary embeddings by `torch.polar`, and what else multiplies and adds them.
+"""Complex numbers as pairs of real ones, for which the runtime has almost no kernels, as in rotary embeddings.
 
-The runtime has next to no kernels for complex numbers, and no backend takes them. A complex tensor becomes a real one
-with a last dim of two.
+A complex tensor becomes a real one with a last dim of two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgetune.capture.repairs.shapes import calling, is_fixed
+from edgetune.capture.operators import constants_of
+from edgetune.capture.repairs.shapes import add_node, is_fixed
 
 _ATEN = torch.ops.aten
 Pairs = dict[fx.Node, fx.Node]
 
 
 def as_pairs(program: ExportedProgram) -> None:
-    """Write every complex tensor of the captured program as pairs; nothing, where one of them is met otherwise."""
+    """Write every complex tensor of the captured program as pairs, if all their operators are supported."""
     nodes = [node for node in program.graph.nodes if _touches(node)]
     if not nodes or not all(_is_supported(node, program) for node in nodes):
         return
@@ -56,23 +57,14 @@ def _is_supported(node: fx.Node, program: ExportedProgram) -> bool:
     if not is_fixed(node.meta["val"]) or any(user.op == "output" for user in node.users if _is_complex(node)):
         return False
     if node.op == "placeholder":
-        return node.name in _constants(program)
+        return node.name in constants_of(program)
     matrix = node.target is not _ATEN.numpy_T.default or node.meta["val"].dim() == 2
     return node.target in _FORMS and not node.kwargs and matrix
 
 
-def _constants(program: ExportedProgram) -> dict[str, str]:
-    signature = program.graph_signature
-    return {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-
-
 def _make_real(program: ExportedProgram, node: fx.Node) -> None:
-    """A constant of the program, and what its placeholder knows of it."""
-    name, fake = _constants(program)[node.name], node.meta["val"]
+    """Turn a complex constant, and the value of its placeholder, into pairs."""
+    name, fake = constants_of(program)[node.name], node.meta["val"]
     holder: Any = program.state_dict if name in program.state_dict else program.constants
     real = torch.view_as_real(holder[name].detach().resolve_conj()).contiguous()
     holder[name] = nn.Parameter(real, requires_grad=False) if isinstance(holder[name], nn.Parameter) else real
@@ -80,10 +72,10 @@ def _make_real(program: ExportedProgram, node: fx.Node) -> None:
 
 
 class _Writer:
-    """Writes one node in real operators. Names of its methods are those of what it writes."""
+    """Writes one node in real operators."""
 
     def __init__(self, graph: fx.Graph, node: fx.Node, pairs: Pairs) -> None:
-        self.call, self.node, self.pairs = calling(graph, node), node, pairs
+        self.call, self.node, self.pairs = partial(add_node, graph, node), node, pairs
         self.shape = list(node.meta["val"].shape)
 
     def pair(self, value: Any) -> Any:
@@ -91,7 +83,7 @@ class _Writer:
         return self.pairs[value]
 
     def dim(self, value: Any, dim: int) -> int:
-        """A dim counted from the front, since one more is behind."""
+        """A dim counted from the front, since pairs add one at the end."""
         rank: int = self.node.args[0].meta["val"].dim() if isinstance(value, fx.Node) else len(self.shape)  # type: ignore[union-attr]
         return dim % rank
 
@@ -99,28 +91,23 @@ class _Writer:
         """The real and the imaginary part of anything; `None` for an imaginary part that is zero."""
         if isinstance(value, complex):
             return value.real, value.imag
-        if not _is_complex_source(value, self.pairs):
+        if not isinstance(value, fx.Node) or value not in self.pairs:
             return value, None
-        return self.call(_ATEN.select.int, self.pairs[value], -1, 0), self.call(
-            _ATEN.select.int, self.pairs[value], -1, 1
-        )
+        real, imaginary = (self.call(_ATEN.select.int, self.pairs[value], -1, index) for index in (0, 1))
+        return real, imaginary
 
     def joined(self, real: Any, imaginary: Any) -> fx.Node:
-        """Pairs of two parts, each a tensor of the node's shape or one that stretches to it."""
+        """Pairs of two parts, which are expanded to the node's shape."""
         sides = [self.call(_ATEN.expand.default, side, self.shape) for side in (real, imaginary)]
         return self.call(_ATEN.stack.default, sides, -1)
 
     def binary(self, operator: Any, left: Any, right: Any) -> Any:
-        """A tensor operator of two values, of which one may be a number or be missing (zero)."""
+        """A tensor operator of two values, of which one may be a number."""
         if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
             raise AssertionError("a complex operator of numbers alone")
         if not isinstance(left, fx.Node):
             left = self.call(_ATEN.full_like.default, right, left)
         return self.call(operator, left, right)
-
-
-def _is_complex_source(value: Any, pairs: Pairs) -> bool:
-    return isinstance(value, fx.Node) and value in pairs
 
 
 def _reshaped(w: _Writer, x: Any, *_: Any) -> fx.Node:
@@ -208,7 +195,7 @@ def _quotient(w: _Writer, left: Any, right: Any) -> fx.Node:
 
 
 def _spectrum(w: _Writer, x: Any, *given: Any) -> fx.Node:
-    """The one transform that has a kernel; its outcome is read as pairs at once."""
+    """The one transform that has a kernel; its result is read as pairs."""
     return w.call(_ATEN.view_as_real.default, w.call(_ATEN.fft_rfft.default, x, *given))
 
 

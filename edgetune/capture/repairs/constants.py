@@ -1,7 +1,7 @@
-"""Weights that the forward pass computes from other weights: computed once, here.
+"""Weights that the forward pass computes from other weights: compute them once, here.
 
-A backend takes a layer only where its weight is a constant of the program. Standardized weights, a position bias
-looked up in a table and a rotary embedding's angles are constants that the graph still computes.
+A backend takes a layer only if its weight is a constant of the program. Standardized weights, position biases looked up
+in a table and the angles of rotary embeddings are constants that the graph still computes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch.export import ExportedProgram
 
 from edgetune.core.quiet import silence_libraries
 
-_MOST_BYTES = 2**20  # what may grow the program: a constant larger than this and than what it is computed from
+_MOST_BYTES = 2**20  # larger constants are not folded if they are larger than their sources
 _CLONE, _PLAIN = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
 _NEVER = ("quantize", "dequantize", "choose_qparams", "full", "expand", "repeat", "zeros", "ones", "empty")
 
 
 def fold(program: ExportedProgram) -> None:
-    """Replace what depends on constants only by its value, except where that would make the program larger."""
+    """Replace what depends only on constants by its value, unless the program would grow."""
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
     copies = [node for node in program.graph.nodes if node.target == _CLONE and dict(node.kwargs) == _PLAIN]
-    for node in copies:  # as an operator without a memory format, past which the pass sees no constant
+    for node in copies:  # without a memory format, which the pass does not fold
         node.target, node.kwargs = torch.ops.aten.contiguous.default, {}
     with silence_libraries():
         constant_prop_pass(program, custom_skip_targets=_kept(program.graph))
@@ -34,10 +34,10 @@ def fold(program: ExportedProgram) -> None:
 
 
 def own_memory(program: ExportedProgram) -> None:
-    """Give each constant that is a part of a larger one memory of its own.
+    """Copy each constant that is a part of a larger one.
 
-    XNNPACK's compiler (executorch 1.4.1) writes a constant from where its storage begins: of a slice, such as the
-    projections of keys and values in torch's attention, it writes what stands before, silently.
+    XNNPACK's compiler (executorch 1.4.1) writes a constant from the start of its storage: for a slice, such as the key
+    and value projections in torch's attention, it silently writes the wrong values.
     """
     for holder in (program.state_dict, program.constants):
         for name, value in holder.items():
@@ -51,7 +51,7 @@ def _is_part(value: Tensor) -> bool:
 
 
 def _kept(graph: fx.Graph) -> set[Any]:
-    """The operators that stay: quantization, random numbers, and those of which one would give a large constant."""
+    """The operators that stay: quantization, random numbers, and those that would give a large constant."""
     kept = set()
     for node in graph.nodes:
         if node.op != "call_function":

@@ -1,4 +1,4 @@
-"""Repeating: grouped-query attention and broadcast tensors, as a concatenation, which XNNPACK takes."""
+"""Repeated tensors (grouped-query attention, broadcasts) as concatenations, which XNNPACK takes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _tiled(x: Tensor, times: list[int]) -> Tensor:
 
 
 def _copies(x: Tensor, count: int) -> list[Tensor]:
-    """XNNPACK refuses a concatenation that reads one tensor only: the last operand is a tensor of its own."""
+    """Copies of a tensor, the last one computed: XNNPACK refuses a concatenation of a single tensor."""
     return [*[x] * (count - 1), x * 1.0]
 
 

@@ -1,7 +1,7 @@
 """Mixtures of experts by operators of fixed shape.
 
-transformers sorts tokens by expert and multiplies group by group, whose sizes are known only while running; no
-backend has that operator. Its `batched_mm` form picks each token's weights and multiplies in one batch.
+transformers sorts tokens by expert and multiplies group by group, with sizes known only at run time; no backend has
+that operator. Its `batched_mm` form selects each token's weights and multiplies in one batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STATIC = "batched_mm"
 
 @contextmanager
 def static_experts(model: nn.Module) -> Iterator[None]:
-    """While the body runs, let every mixture of experts in `model` use operators of fixed shape."""
+    """While the body runs, every mixture of experts in `model` uses operators of fixed shape."""
     settings: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         config = getattr(module, "config", None)

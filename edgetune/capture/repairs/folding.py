@@ -1,4 +1,4 @@
-"""What has no kernel and is a convolution or a product: `nn.Fold`, `nn.Bilinear`, `F.conv_tbc`."""
+"""Operators without a kernel as convolutions or products: `nn.Fold`, `nn.Bilinear`, `F.conv_tbc`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fold(
     padding: Sequence[int],
     stride: Sequence[int],
 ) -> Repaired:
-    """Overlapping blocks put back and added up: a transposed convolution with a kernel for each place of a block."""
+    """Overlapping blocks added up: a transposed convolution with a kernel for each place of a block."""
     if x.dim() != 3 or not is_fixed(x) or not x.dtype.is_floating_point:
         return NotImplemented
     sizes = list(zip(output_size, kernel_size, dilation, padding, stride, strict=True))
@@ -39,7 +39,7 @@ def fold(
 
 
 def bilinear(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Repaired:
-    """`left W right` for each output: the product by `left` is a linear layer of all outputs at once."""
+    """`left W right` for each output: the product with `left` is one linear layer for all outputs."""
     if not is_fixed(left, right):
         return NotImplemented
     outputs, width, other = weight.shape

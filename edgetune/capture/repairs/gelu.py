@@ -1,6 +1,6 @@
-"""GELU by its tanh form.
+"""GELU in its tanh form.
 
-XNNPACK's only GELU is the exact one, and executorch gives it the tanh form too: up to 5e-4 off, silently.
+XNNPACK only has the exact GELU, which executorch silently uses for the tanh form too: a difference of up to 5e-4.
 """
 
 from __future__ import annotations

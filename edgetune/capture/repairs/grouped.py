@@ -1,4 +1,4 @@
-"""Grouped-query attention without copies: keys and values that are repeated for each head of a group are not."""
+"""Grouped-query attention without copies of keys and values for each head of a group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAME = (_ATEN.slice.Tensor, _ATEN.clone.default, _ATEN.contiguous.default, _ATE
 
 
 def share_keys(program: ExportedProgram) -> None:
-    """Hand attention the keys and values before `expand`, and the grouping to the attention itself."""
+    """Give attention the keys and values before `expand`, and let it do the grouping."""
     for node in program.graph.nodes:
         if node.target != _ATTENTION or node.kwargs.get("enable_gqa"):
             continue

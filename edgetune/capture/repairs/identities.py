@@ -1,4 +1,4 @@
-"""Operators that return what they are given: aliases, detached tensors, dropout of a model that does not train."""
+"""Operators that return their input: aliases, detached tensors, dropout in eval mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SAME = (_ATEN.alias.default, _ATEN.detach.default, _ATEN.detach_.default, _ATEN
 
 
 def drop(program: ExportedProgram) -> None:
-    """Let what reads such an operator read its input; what the program returns keeps its own node."""
+    """Replace such operators by their input; outputs of the program keep their own node."""
     graph = program.graph
     outputs = set(graph.output_node().all_input_nodes)
     for node in list(graph.nodes):

@@ -1,4 +1,4 @@
-"""Splitting, picking and rolling: XNNPACK cuts a slice without a stride, and nothing else."""
+"""Splitting, selecting and rolling as slices without a stride, which XNNPACK takes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def unbind(x: Tensor, dim: int = 0) -> Repaired:
 
 
 def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Repaired:
-    """Both parts of each dim the other way round."""
+    """Swap both parts of each dim."""
     if not takes(x) or len(shifts) != len(dims):
         return NotImplemented
     for shift, dim in zip(shifts, dims):  # noqa: B905  their lengths were compared

@@ -1,6 +1,6 @@
-"""Means, sums, variances and norms: XNNPACK averages a tensor of four dims over its last two, and nothing else.
+"""Means, sums, variances and norms as means of four dims over the last two, which XNNPACK takes.
 
-Sizes are those of a view: `(rows, 1, 1, width)` for a mean over the last dims.
+A mean over the last dims becomes one of a view `(rows, 1, 1, width)`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _pooled(x: Tensor, kept: list[int], dims: tuple[int, ...]) -> Repaired:
     order = [*kept, *dims]
     if order == sorted(order):  # the last dims: a row of memory each
         four = x if x.dim() == 4 and len(dims) == 2 else x.reshape(prod(rows), 1, 1, -1)
-    else:  # as pictures, whose channels lie closest together in memory
+    else:  # as images, whose channels are contiguous in memory
         four = x.permute(order).reshape(rows[0] if rows else 1, prod(rows[1:]), -1, 1)
     return torch.ops.aten.mean.dim(four, [2, 3], True)
 
@@ -55,7 +55,7 @@ def total(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype:
 def variance(
     x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> Repaired:
-    """The mean square of what is left without the mean."""
+    """The mean square of the differences from the mean."""
     if not takes(x) or x.numel() == 0 or x.dim() == 0:
         return NotImplemented
     dims = list(dims_of(dim, x.dim()))
@@ -68,7 +68,7 @@ def variance(
 
 
 def variance_of(x: Tensor, dim: Sequence[int] | None, unbiased: bool = True, keepdim: bool = False) -> Repaired:
-    """The same, asked for in the older way."""
+    """The same by the older operator."""
     return variance(x, dim, correction=1 if unbiased else 0, keepdim=keepdim)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from edgetune.capture.repairs.shapes import Repaired, called, takes
+from edgetune.capture.repairs.shapes import Repaired, add_node, takes
 
 
 def rms_norm(
@@ -50,18 +51,16 @@ def group_norm(
 
 
 def _mean(rows: Tensor, parts: int) -> Tensor:
-    """Of `(rows, 1, 1, width)`, each row in equal parts first: XNNPACK adds up one after the other, and its error grows
-    with their number. Over 4096 values it was 9e-7, and 1e-7 in 64 parts.
-    """
+    """Mean of `(rows, 1, 1, width)`, each row in equal parts first, since XNNPACK's error grows with the width."""
     each = torch.ops.aten.mean.dim(rows.reshape(rows.shape[0] * parts, 1, 1, -1), [2, 3], True)
     whole: Tensor = torch.ops.aten.mean.dim(each.reshape(-1, 1, 1, parts), [2, 3], True)
     return whole
 
 
 def unchain(program: ExportedProgram) -> None:
-    """Write a batch norm that reads another's output as `x * scale + shift`, the two computed from its weights.
+    """Write a batch norm that reads another's output as `x * scale + shift`.
 
-    XNNPACK's pass makes each batch norm a convolution, and fails on one whose input it has just made.
+    XNNPACK's pass turns each batch norm into a convolution, and fails if it has just done so with its input.
     """
     graph = program.graph
     for node in list(graph.nodes):
@@ -71,16 +70,16 @@ def unchain(program: ExportedProgram) -> None:
             continue
         x, weight, bias, mean, variance, _, eps = node.args
         form = [1, -1, *[1] * (x.meta["val"].dim() - 2)]
+        add = partial(add_node, graph, node)
         with graph.inserting_before(node):
-            scale = called(graph, node, _ATEN.rsqrt.default, (called(graph, node, _ATEN.add.Tensor, (variance, eps)),))
+            scale = add(_ATEN.rsqrt.default, add(_ATEN.add.Tensor, variance, eps))
             if weight is not None:
-                scale = called(graph, node, _ATEN.mul.Tensor, (scale, weight))
-            shift = called(graph, node, _ATEN.neg.default, (called(graph, node, _ATEN.mul.Tensor, (mean, scale)),))
+                scale = add(_ATEN.mul.Tensor, scale, weight)
+            shift = add(_ATEN.neg.default, add(_ATEN.mul.Tensor, mean, scale))
             if bias is not None:
-                shift = called(graph, node, _ATEN.add.Tensor, (shift, bias))
-            scale, shift = (called(graph, node, _ATEN.reshape.default, (value, form)) for value in (scale, shift))
-            whole = called(graph, node, _ATEN.mul.Tensor, (x, scale))
-            whole = called(graph, node, _ATEN.add.Tensor, (whole, shift))
+                shift = add(_ATEN.add.Tensor, shift, bias)
+            scale, shift = (add(_ATEN.reshape.default, value, form) for value in (scale, shift))
+            whole = add(_ATEN.add.Tensor, add(_ATEN.mul.Tensor, x, scale), shift)
         for first in [user for user in node.users if user.args[1] == 0]:
             first.replace_all_uses_with(whole)
     graph.eliminate_dead_code()

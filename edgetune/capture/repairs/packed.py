@@ -1,8 +1,7 @@
-"""A weight that a layer packs and something else reads.
+"""A weight that a layer packs and another operator reads.
 
-XNNPACK lays a layer's weight and bias out anew when it loads a program and gives the memory of the first layout back.
-An operator of the same delegate that reads the same constant by its values finds memory that is gone: the process ends
-(executorch 1.4.1). It gets a copy of the constant.
+XNNPACK packs a layer's weight and bias when it loads a program, and frees the original. Another operator of the same
+delegate that reads the same constant then reads freed memory and crashes (executorch 1.4.1). It gets a copy.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from edgetune.capture.operators import constants_of
+
 _ATEN = torch.ops.aten
-_PACKING: dict[Any, tuple[int, ...]] = {  # the arguments that are laid out anew
+_PACKING: dict[Any, tuple[int, ...]] = {  # the packed arguments
     _ATEN.linear.default: (1, 2), _ATEN.addmm.default: (0, 2), _ATEN.mm.default: (1,), _ATEN.prelu.default: (1,),
     _ATEN._prelu_kernel.default: (1,), _ATEN.convolution.default: (1, 2), _ATEN.conv1d.default: (1, 2),
     _ATEN.conv2d.default: (1, 2), _ATEN.conv_transpose2d.input: (1, 2),
@@ -24,12 +25,10 @@ _NEVER = ("gather", "permute", "transpose", "t", "view")
 
 
 def part(program: ExportedProgram) -> None:
-    """Give what reads a packed constant by its values a copy of it."""
+    """Give other readers of a packed constant a copy of it."""
     from executorch.backends.transforms.utils import create_constant_placeholder
 
-    graph, signature = program.graph, program.graph_signature
-    constants = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
-                 **signature.inputs_to_lifted_tensor_constants}  # fmt: skip
+    graph, constants = program.graph, constants_of(program)
     for node in [node for node in graph.nodes if node.op == "placeholder" and node.name in constants]:
         name = constants[node.name]
         data = program.state_dict.get(name, program.constants.get(name))
@@ -50,6 +49,6 @@ def _packs(reader: fx.Node, node: fx.Node) -> bool:
 
 
 def _is_apart(reader: fx.Node) -> bool:
-    """Whether the operator is none of XNNPACK's, or reads the constant while the program is made."""
+    """Whether the operator is not one of XNNPACK's, or reads the constant at compile time."""
     name = str(reader.target).split(".")
     return len(name) > 1 and (name[1] in _NEVER or name[1].startswith(("embedding", "index", "quantize", "dequantize")))

@@ -1,4 +1,4 @@
-"""Padding by reflection and by the edge, as slices and a concatenation; the stock form gathers by index."""
+"""Reflection and edge padding as slices and a concatenation, where the stock form gathers by index."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from edgetune.capture.repairs.shapes import Repaired, is_fixed, takes
 
-_MOST = 8  # a side: each place of it is an operand of its own
+_MOST = 8  # per side: each place is an operand
 
 
 def reflect(x: Tensor, padding: Sequence[int]) -> Repaired:
-    """Mirrored at the first and the last place, which are not repeated."""
+    """Mirror at the first and the last place, which are not repeated."""
     return _padded(x, padding, mirrored=True)
 
 
 def replicate(x: Tensor, padding: Sequence[int]) -> Repaired:
-    """The first and the last place repeated."""
+    """Repeat the first and the last place."""
     return _padded(x, padding, mirrored=False)
 
 
@@ -31,7 +31,7 @@ def pad(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float 
 
 
 def constant(x: Tensor, padding: Sequence[int], value: float | None = None) -> Repaired:
-    """What a negative padding cuts off first, which the kernel does not take."""
+    """Crop by negative paddings, which the kernel does not take."""
     if not is_fixed(x) or not any(isinstance(p, int) and p < 0 for p in padding):
         return NotImplemented
     for place in range(len(padding) // 2):

@@ -1,4 +1,4 @@
-"""Pooling: XNNPACK's average never counts the padding, keeps to whole windows and wants four dims."""
+"""Pooling: XNNPACK's average never counts the padding, and needs whole windows and four dims."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def average(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Repaired:
-    """An average that counts the padding, as one over a picture that was padded before."""
+    """An average that counts the padding, as one over a padded image."""
     kernel, step, edge = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding)
     if not takes(x) or x.dim() != 4 or divisor_override is not None:
         return NotImplemented
@@ -47,7 +47,7 @@ def adaptive_average(x: Tensor, output_size: Sequence[int]) -> Repaired:
 
 
 def largest(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Repaired:
-    """The largest value of a picture, as a pool over all of it."""
+    """The largest value of an image, as a pool over all of it."""
     dims = sorted(d % x.dim() for d in dim)
     if not takes(x) or x.dim() != 4 or dims != [2, 3]:
         return NotImplemented
@@ -57,7 +57,7 @@ def largest(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Repair
 
 
 def largest_and_place(x: Tensor, dim: int, keepdim: bool = False) -> Repaired:
-    """Of four dims, which XNNPACK's partitioner takes and its compiler then refuses: two operators."""
+    """With four dims, which XNNPACK's partitioner takes but its compiler refuses: two operators."""
     if not takes(x) or x.dim() != 4:
         return NotImplemented
     return torch.amax(x, [dim], keepdim), torch.argmax(x, dim, keepdim)

@@ -1,14 +1,13 @@
 """A quantized tensor that is cut, reordered or padded.
 
-executorch 1.4 lets XNNPACK move whole numbers where a move stands between two roundings. With two scales such a
-program does not load; with one, slices, views and permutations of pictures are laid out wrongly: other values, or
-memory that is freed twice. A padding is taken for quantized although what reads it is not, and does not load either.
-A product by one keeps the move in floating point, with a conversion before and behind it.
+With executorch 1.4, XNNPACK moves integers if a move is between two roundings. With two scales such a program does not
+load; with one, slices, views and permutations of images are laid out wrongly: wrong values, or memory that is freed
+twice. A padding counts as quantized although its reader is not, and does not load either. A product by one keeps the
+move in floating point, with a conversion before and after it.
 
-A dequantized tensor that two operators read is marked for both as the last of them wants it, in whole numbers or not,
-and turned for both where one wants its channels last: values of another kind or form, or sizes that do not fit. One
-that is rounded again by the same scale, as where a dropout was between, is run as if it never had been. So each reader
-gets a conversion of its own, and nothing is rounded twice.
+A dequantized tensor with two readers gets the type and memory order that the last one needs, for both: wrong values, or
+sizes that do not fit. One that is rounded again by the same scale, as after a dropout, must not be. So each reader gets
+its own conversion, and nothing is rounded twice.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from edgetune.capture.repairs.shapes import called
+from edgetune.capture.repairs.shapes import add_node
 
 _ATEN = torch.ops.aten
 _MOVES = (
@@ -29,7 +28,7 @@ _PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
 
 
 def apart(program: ExportedProgram) -> None:
-    """Part a move from the rounding behind it, a padding from the values before it, and a tensor's readers."""
+    """Separate moves from the rounding after them, paddings from the values before them, and readers of a tensor."""
     graph = program.graph
     _round_once(graph)
     for node in list(graph.nodes):
@@ -65,7 +64,7 @@ def _share_none(graph: fx.Graph) -> None:
 
 def _part(graph: fx.Graph, node: fx.Node, reader: fx.Node) -> None:
     with graph.inserting_before(reader):
-        value = called(graph, node, _ATEN.mul.Tensor, (node, 1.0))
+        value = add_node(graph, node, _ATEN.mul.Tensor, node, 1.0)
     reader.replace_input_with(node, value)
 
 
@@ -74,6 +73,6 @@ def _is(node: fx.Node, operator: str) -> bool:
 
 
 def _is_flat(node: fx.Node) -> bool:
-    """Whether a tensor lies alike with its channels first and last, as a pooled picture does."""
+    """Whether channels first and last have the same memory order, as for a pooled image."""
     shape: tuple[int, ...] = tuple(node.meta["val"].shape)
     return sum(size != 1 for size in shape[1:]) <= 1

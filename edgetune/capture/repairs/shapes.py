@@ -1,13 +1,13 @@
-"""What the repairs ask of shapes, and what they give."""
+"""What the repairs have in common: checks of shapes, and new nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
-Repaired = Any  # what replaces the operator's tensors, or `NotImplemented`: the operator stays
+Repaired = Any  # the tensors in place of the operator's, or `NotImplemented` to keep the operator
 
 
 def is_fixed(*tensors: Tensor) -> bool:
@@ -21,26 +21,14 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def dims_of(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    """The dims in ascending order, none of them negative; all of them for none."""
+    """The dims in ascending order, counted from the front; all if none are given."""
     listed = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     return tuple(sorted(dim % rank for dim in listed))
 
 
-def called(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """A node with the history of `like`, and the value that it computes."""
-    made = graph.call_function(target, args)
-    made.meta = {key: value for key, value in like.meta.items() if key != "val"}
-    made.meta["val"] = target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in args])
-    return made
-
-
-def calling(graph: fx.Graph, like: fx.Node) -> Callable[..., fx.Node]:
-    """A function that adds a node, `call(operator, *args)`, with the history of `like` and the value it computes."""
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        made = graph.call_function(target, args)
-        made.meta = {key: value for key, value in like.meta.items() if key != "val"}
-        made.meta["val"] = target(*fx.node.map_arg(args, lambda node: node.meta["val"]))
-        return made
-
-    return call
+def add_node(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Add a node with the history of `like` and the value that it computes."""
+    node = graph.call_function(target, args)
+    node.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda source: source.meta["val"]))
+    return node

@@ -1,7 +1,7 @@
-"""Convolution and pooling in three dims, by pictures: the runtime's kernels and XNNPACK's end at two.
+"""Convolution and pooling in three dims, by images: the kernels of the runtime and of XNNPACK have at most two.
 
-A volume `(batch, channels, depth, rows, columns)` is a stack of pictures. What a window covers in depth are as many
-pictures side by side: further input channels of a convolution, further operands of a maximum or a sum.
+A volume `(batch, channels, depth, rows, columns)` is a stack of images. The images that a window covers in depth become
+further input channels of a convolution, or further operands of a maximum or a sum.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def conv3d(
     dilation: Sequence[int] = (1,),
     groups: int = 1,
 ) -> Repaired:
-    """A convolution of pictures whose channels are those of all depths that the window covers."""
+    """A convolution of images whose channels are those of all depths that the window covers."""
     if x.dim() != 5 or not is_fixed(x, weight):
         return NotImplemented
     stride, padding, dilation = _three(stride), _three(padding), _three(dilation)
     deep, edge, step = weight.shape[2], padding[0], dilation[0]
     frames = F.pad(x, [0, 0, 0, 0, edge, edge]) if edge else x
     count = (frames.shape[2] - step * (deep - 1) - 1) // stride[0] + 1
-    pictures = _side_by_side(frames, [k * step for k in range(deep)], count, stride[0], groups)
+    images = _side_by_side(frames, [k * step for k in range(deep)], count, stride[0], groups)
     flat = weight.transpose(1, 2).reshape(weight.shape[0], -1, *weight.shape[3:])
-    return _volume(F.conv2d(pictures, flat, bias, stride[1:], padding[1:], dilation[1:], groups), count)
+    return _volume(F.conv2d(images, flat, bias, stride[1:], padding[1:], dilation[1:], groups), count)
 
 
 def conv3d_padded(
@@ -68,7 +68,7 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: Sequence[int] = (1,),
 ) -> Repaired:
-    """A transposed convolution of pictures: in depth, zeros between them and the window turned round."""
+    """A transposed convolution of images: in depth, zeros between them and the window turned round."""
     if x.dim() != 5 or not is_fixed(x, weight):
         return NotImplemented
     stride, padding, dilation = _three(stride), _three(padding), _three(dilation)
@@ -81,11 +81,11 @@ def conv_transpose3d(
     edge = step * (deep - 1) - padding[0]
     frames = F.pad(x, [0, 0, 0, 0, edge, edge + more[0]])  # a negative one cuts
     count = frames.shape[2] - step * (deep - 1)
-    pictures = _side_by_side(frames, [k * step for k in reversed(range(deep))], count, 1, groups)
+    images = _side_by_side(frames, [k * step for k in reversed(range(deep))], count, 1, groups)
     wide = weight.shape[1]
     flat = weight.reshape(groups, -1, wide, deep, prod(weight.shape[3:])).permute(0, 3, 1, 2, 4)
     flat = flat.reshape(weight.shape[0] * deep, wide, *weight.shape[3:])
-    made = F.conv_transpose2d(pictures, flat, bias, stride[1:], padding[1:], more[1:], groups, dilation[1:])
+    made = F.conv_transpose2d(images, flat, bias, stride[1:], padding[1:], more[1:], groups, dilation[1:])
     return _volume(made, count)
 
 
@@ -98,7 +98,7 @@ def average(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Repaired:
-    """Sums of windows in depth of averages of pictures, by how many places each window counts."""
+    """Sums of windows in depth of averages of images, by how many places each window counts."""
     if x.dim() != 5 or not is_fixed(x):
         return NotImplemented
     kernel, step, edge = _three(kernel_size), _three(stride or kernel_size), _three(padding)
@@ -114,8 +114,8 @@ def average(
     total = taps[0]
     for tap in taps[1:]:
         total = total + tap
-    pictures = total.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
-    means = _volume(F.avg_pool2d(pictures, kernel[1:], step[1:]), len(counts[0]))
+    images = total.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+    means = _volume(F.avg_pool2d(images, kernel[1:], step[1:]), len(counts[0]))
     means = means[..., : len(counts[1]), : len(counts[2])]
     area = kernel[1] * kernel[2]
     if divisor_override is not None:
@@ -140,12 +140,12 @@ def largest(
     dilation: Sequence[int] = (1,),
     ceil_mode: bool = False,
 ) -> Repaired:
-    """The largest in depth of the largest of pictures."""
+    """The largest in depth of the largest of images."""
     if x.dim() != 5 or not is_fixed(x) or not x.dtype.is_floating_point:
         return NotImplemented
     kernel, step, edge, apart = (_three(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
-    pictures = x.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
-    pooled = _volume(F.max_pool2d(pictures, kernel[1:], step[1:], edge[1:], apart[1:], ceil_mode), x.shape[2])
+    images = x.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+    pooled = _volume(F.max_pool2d(images, kernel[1:], step[1:], edge[1:], apart[1:], ceil_mode), x.shape[2])
     covered = apart[0] * (kernel[0] - 1) + 1
     count = _windows(x.shape[2], covered, step[0], edge[0], ceil_mode)
     after = max(0, (count - 1) * step[0] + covered - x.shape[2] - edge[0])
@@ -174,7 +174,7 @@ def _taps(x: Tensor, kernel: int, step: int, count: int, apart: int = 1) -> list
 
 
 def _side_by_side(x: Tensor, starts: list[int], count: int, step: int, groups: int) -> Tensor:
-    """`count` pictures a volume, each with the channels of the depths at `starts`, those of a group together."""
+    """`count` images a volume, each with the channels of the depths at `starts`, those of a group together."""
     frames = x.transpose(1, 2)
     taps = [frames[:, start : start + (count - 1) * step + 1 : step] for start in starts]
     if groups == 1 or len(taps) == 1:
@@ -183,9 +183,9 @@ def _side_by_side(x: Tensor, starts: list[int], count: int, step: int, groups: i
     return parts.transpose(1, 2).reshape(-1, len(taps) * x.shape[1], *x.shape[3:])
 
 
-def _volume(pictures: Tensor, count: int) -> Tensor:
+def _volume(images: Tensor, count: int) -> Tensor:
     """Pictures as volumes of so many each."""
-    return pictures.reshape(-1, count, *pictures.shape[1:]).transpose(1, 2)
+    return images.reshape(-1, count, *images.shape[1:]).transpose(1, 2)
 
 
 _ATEN = torch.ops.aten

@@ -1,4 +1,4 @@
-"""Writes a convolutional network down layer by layer as the operators that XNNPACK runs: norms and ReLUs folded.
+"""Builds the operator list of a convolutional network as XNNPACK runs it: norms and ReLUs are folded.
 
 Names, shapes and the rest are those that `edgetune.program.executed` reads from a program.
 """
@@ -13,7 +13,7 @@ _ELEMENT_BYTES: dict[DType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, 
 
 
 class Builder:
-    """Counts operators of a convolutional network. `size` and `channels` are those of the tensor at hand, one image."""
+    """Collects operators of a convolutional network. `size` and `channels` are those of the current tensor."""
 
     def __init__(self, size: int, dtype: DType) -> None:
         self.size, self.channels, self.dtype = size, 3, dtype
@@ -22,7 +22,7 @@ class Builder:
 
     @property
     def elements(self) -> int:
-        """Of the tensor at hand."""
+        """Of the current tensor."""
         return self.channels * self.size**2
 
     def add(
@@ -58,11 +58,11 @@ class Builder:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor at hand."""
+        """Of the current tensor."""
         return (1, self.size, self.size, self.channels)
 
     def conv(self, out: int, kernel: int, stride: int = 1, *, padding: int | None = None) -> None:
-        """A convolution with a bias, or with what a folded norm leaves; by default padded to keep the size."""
+        """A convolution with a bias; by default padded to keep the size."""
         read, inner = self.elements, self.channels
         self._slide(kernel, stride, kernel // 2 if padding is None else padding)
         self.channels = out
@@ -73,7 +73,7 @@ class Builder:
         )  # fmt: skip
 
     def depthwise(self, kernel: int, stride: int = 1) -> None:
-        """A convolution of each channel by itself, padded."""
+        """A padded depthwise convolution."""
         read, weights = self.elements, self.channels * kernel**2
         self._slide(kernel, stride, kernel // 2)
         self.add(
@@ -85,7 +85,7 @@ class Builder:
         self.size = (self.size + 2 * padding - kernel) // stride + 1
 
     def unary(self, name: str) -> None:
-        """An activation that no convolution takes in."""
+        """An activation that is not folded."""
         self.add(name, "elementwise", self.shape, self.elements)
 
     def residual(self) -> None:
@@ -104,7 +104,7 @@ class Builder:
         self.add("concatenate", "data-movement", self.shape, self.elements)
 
     def shuffle(self) -> None:
-        """The channels of two branches in turn: a transpose that keeps none beside each other."""
+        """Interleave the channels of two branches, by a transpose."""
         self.add("static-transpose", "data-movement", self.shape, self.elements, columns=1)
 
     def squeeze(self, inner: int, *, silu: bool) -> None:
@@ -131,7 +131,7 @@ class Builder:
         self.add("global-avg-pooling2d", "reduction", self.shape, read, window=window)
 
     def linear(self, out: int, act: str = "") -> None:
-        """A fully connected layer on what is left, one row."""
+        """A fully connected layer on one row."""
         inner = self.elements
         self.add("fully-connected", "linear", (1, out), inner, macs=inner * out, weights=inner * out + out)
         self.channels, self.size = out, 1

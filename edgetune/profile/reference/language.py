@@ -1,4 +1,4 @@
-"""Language models as operator lists: one decoding step after a cache, a prefill, the cache and what a file holds."""
+"""Language models as operator lists: a decoding step, a prefill, and the sizes of cache and file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Architecture:
     vocabulary: int
     tied: bool = True  # the output head is the embedding table
     attention_bias: bool = False  # on query, key and value
-    head_norms: bool = False  # a norm of its own for query and key
+    head_norms: bool = False  # norms of query and key
     norms: int = 2  # of a layer; 0: without weights, but computed twice
 
     @property
@@ -72,27 +72,19 @@ class QuantizationScheme:
     dtype: DType
     block_bits: float
     head_bits: float
-    file_block_bits: float  # a file keeps its scales in 32 bits, what is packed for the kernels in 16
+    file_block_bits: float  # scales have 32 bits in a file, and 16 when packed for the kernels
     file_head_bits: float
-    file_table_bits: float  # of the embedding table, where it is a copy of its own
+    file_table_bits: float  # of the embedding table, if it is a separate copy
     copies: int = 2  # of a tied table: one for the embedding, one for the head
     cache_bytes: int = 4  # of one element
     adapter_rank: int = 0  # LoRA beside every linear layer, in 32 bits
 
 
-def _grouped(name: str, group: int, **changes: float) -> QuantizationScheme:
+def _grouped(name: str, group: int, head_bits: float | None = None, adapter_rank: int = 0) -> QuantizationScheme:
     """4-bit weights in groups with a scale each, 8-bit activations, as ExecuTorch exports them (`8da4w`)."""
-    packed, filed = 4 + 16 / group, 4 + 32 / group
-    bits = {"head_bits": packed, "file_head_bits": filed, "file_table_bits": 8.0, **changes}
+    packed, stored = 4 + 16 / group, 4 + 32 / group
     return QuantizationScheme(
-        name=name,
-        dtype="8da4w",
-        block_bits=packed,
-        head_bits=bits["head_bits"],
-        file_block_bits=filed,
-        file_head_bits=bits["file_head_bits"],
-        file_table_bits=bits["file_table_bits"],
-        adapter_rank=int(bits.get("adapter_rank", 0)),
+        name, "8da4w", packed, head_bits or packed, stored, head_bits or stored, 8.0, adapter_rank=adapter_rank
     )
 
 
@@ -101,8 +93,8 @@ _ALL_SCHEMES = (
     _grouped("8da4w-g32", 32),
     _grouped("8da4w-g128", 128),
     _grouped("8da4w-g256", 256),
-    _grouped("8da4w-g32-head8", 32, head_bits=8.0, file_head_bits=8.0),
-    _grouped("8da4w-g32-head8-lora16", 32, head_bits=8.0, file_head_bits=8.0, adapter_rank=16),
+    _grouped("8da4w-g32-head8", 32, head_bits=8.0),
+    _grouped("8da4w-g32-head8-lora16", 32, head_bits=8.0, adapter_rank=16),
     # llama.cpp: blocks of 4 and 6 bits as its file of Llama 3.2 3B (2.02 GB) has them, the tied table in 6
     QuantizationScheme("q4-k-m", "8da4w", 4.81, 6.5625, 4.81, 6.5625, 0, copies=1, cache_bytes=2),
 )
@@ -181,7 +173,7 @@ class _Step:
         self.add(name, "elementwise", (self.tokens, width), inputs * self.tokens * width * self.bytes)
 
     def convert(self, width: int) -> None:
-        """The rows in 8 bits with a scale each, as 8-bit products take them."""
+        """Convert rows to 8 bits with a scale each, for 8-bit products."""
         if self.scheme.dtype == "8da4w":
             self.elementwise("xnnpack.convert-fp32-qdint8", width, 1)
 
@@ -200,7 +192,7 @@ class _Step:
             self.norm(queries)
             self.norm(keys)
         self.elementwise("xnnpack.multiply", queries + keys, 2)
-        # each row sees what came before it and the rows of this run up to itself
+        # each row attends to the cache and to the rows up to itself
         pairs = self.tokens * self.cached + self.tokens * (self.tokens + 1) // 2
         seen = self.cached + self.tokens
         read = self.tokens * queries * self.bytes + 2 * seen * keys * self.scheme.cache_bytes
@@ -219,7 +211,7 @@ class _Step:
                 self.elementwise("xnnpack.sigmoid", model.inner, 1)
                 self.elementwise("xnnpack.multiply", model.inner, 2)
                 self.elementwise("xnnpack.multiply", model.inner, 2)
-            if name not in ("key", "value", "up"):  # these read what was converted for the layer before them
+            if name not in ("key", "value", "up"):  # these share the conversion of the layer before them
                 self.convert(columns)
             self.linear(columns, rows, self.scheme.block_bits, tokens)
         self.elementwise("xnnpack.add", model.hidden, 2)
