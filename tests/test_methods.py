@@ -102,7 +102,7 @@ def test_inspection_names_every_method(two: Artifact) -> None:
 
 
 def test_inputs_of_other_shapes_and_other_methods_are_refused(two: Artifact) -> None:
-    with pytest.raises(EdgetuneError, match=r"does not take.*\(1, 13\).*int64 \(1, 12\)") as caught:
+    with pytest.raises(EdgetuneError, match=r"does not accept.*\(1, 13\).*int64 \(1, 12\)") as caught:
         two.run(torch.zeros(1, 13, dtype=torch.long), "features")
     assert caught.value.exit_code == Exit.EXPORT
     with pytest.raises(EdgetuneError, match=r"no such method: got 'feature'.*did you mean 'features'"):

@@ -81,7 +81,7 @@ def test_rows_are_put_together_to_what_a_finished_program_takes(tmp_path: Path) 
     parity, outputs = compare(artifact.path, Positional(model, x).eval(), [(row[None],) for row in x])
     assert parity.max_abs_difference < 1e-6
     assert [tuple(output.shape) for (output,) in outputs] == [(3, 1), (3, 1)]
-    with pytest.raises(EdgetuneError, match=r"does not take.*float32 \(1, 8\).*float32 \(3, 8\)"):
+    with pytest.raises(EdgetuneError, match=r"does not accept.*float32 \(1, 8\).*float32 \(3, 8\)"):
         compare(artifact.path, Positional(model, x).eval(), [(row[None],) for row in x[:4]])
 
 
@@ -228,7 +228,7 @@ def test_one_row_takes_the_rows_apart(tmp_path: Path) -> None:
     assert call.inputs[0].shape == (1, 8)
     assert call.parity is not None
     assert (call.parity.number, call.parity.counted) == ("6 rows", "held-out row")
-    with pytest.raises(EdgetuneError, match=r"check_inputs: shapes.*does not take.*\(2, 8\).*\(6, 8\)"):
+    with pytest.raises(EdgetuneError, match=r"check_inputs: shapes.*does not accept.*\(2, 8\).*\(6, 8\)"):
         export(model, x, tmp_path / "m.pte", check_inputs=[x[:2]])
     with pytest.raises(EdgetuneError, match="batch is free too"):
         export(model, x, tmp_path / "m.pte", one_row=True, dynamic={"batch": (1, 8)})

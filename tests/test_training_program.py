@@ -277,7 +277,7 @@ def test_a_weight_that_trains_inside_a_delegate_is_refused() -> None:
         exported = torch.export.export(nn.Linear(8, 3), (torch.randn(4, 8),))
         lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).exported_program()
     lower.check_delegates(lowered, {"another"})
-    with pytest.raises(EdgetuneError, match="a delegate holds weight") as caught:
+    with pytest.raises(EdgetuneError, match="a delegate contains the trainable weight") as caught:
         lower.check_delegates(lowered, {"weight", "another"})
     assert caught.value.exit_code is Exit.EXPORT
 
