@@ -57,7 +57,7 @@ def main(task: str, threads: int) -> None:
         found.append({
             "task": task, "method": method, "predicted_ms": min(profile.step_ms(resolved) for profile in profiles),
             "measured_ms": min(map(statistics.median, times[method])), "all_ms": times[method],
-            "predicted_kept_mib": profiles[0].account(resolved).kept_bytes / MIB,
+            "predicted_kept_mib": profiles[0].account(resolved).saved_bytes / MIB,
             "measured_kept_mib": worker.memory()["kept_mib"],
         })  # fmt: skip
     print(json.dumps(found), file=out)

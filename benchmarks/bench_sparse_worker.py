@@ -28,8 +28,8 @@ from edgetune.core.registry import DATASETS, MODELS, loader
 from edgetune.core.technique import Sample
 from edgetune.data.dataset import Split
 from edgetune.data.settings import DataSettings
-from edgetune.lean.kept import kept_bytes
 from edgetune.lean.operators import Activations
+from edgetune.lean.saved import saved_bytes
 from edgetune.lean.technique import Lean
 from edgetune.models.loaded import ModelSettings
 from edgetune.sparse.auto import choose as auto
@@ -154,7 +154,7 @@ class Worker:
         return {
             "process_mib": (peak_bytes() - self.ready_rss) / MIB,
             "optimizer_mib": optimizers.state_bytes(self.optimizer) / MIB,
-            "kept_mib": kept_bytes(self.model, inputs, lambda y: self.loss(logits_of(y), labels)) / MIB,
+            "kept_mib": saved_bytes(self.model, inputs, lambda y: self.loss(logits_of(y), labels)) / MIB,
             "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "backward_operators": self.backward_operators(),
         }
@@ -236,7 +236,7 @@ def choose(worker: Worker, step_ms: float) -> dict[str, Any]:
     written = found.scheme.written()
     return {
         "scheme": {n: part.model_dump() if isinstance(part, Slice) else part for n, part in written.items()},
-        "predicted": {"step_ms": found.step_ms, "kept_mib": found.account.kept_bytes / MIB},
+        "predicted": {"step_ms": found.step_ms, "kept_mib": found.account.saved_bytes / MIB},
     }
 
 

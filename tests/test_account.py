@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, logits_of
-from edgetune.lean.kept import kept_bytes
+from edgetune.lean.saved import saved_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.run.measures import count_macs
 from edgetune.sparse.auto.account import Account, Profile, Updating
@@ -46,7 +46,7 @@ def batch_of(inputs: Inputs, model: nn.Module) -> Batch:
 
 
 def measured_bytes(model: nn.Module, batch: Batch) -> int:
-    return kept_bytes(model, batch[0], lambda output: loss(logits_of(output), batch[1]))
+    return saved_bytes(model, batch[0], lambda output: loss(logits_of(output), batch[1]))
 
 
 def peak_of_step(model: nn.Module, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor] = loss) -> int:
@@ -110,9 +110,9 @@ def test_kept_bytes_are_predicted_for_every_scheme(case: str) -> None:
         trained = apply(copy.deepcopy(model), technique)
         measured = measured_bytes(trained, batch)
         # a slice may or may not share what its neighbours keep
-        assert measured <= predicted.kept_bytes * (1.001 if isinstance(scheme, str) else 1.05), scheme
+        assert measured <= predicted.saved_bytes * (1.001 if isinstance(scheme, str) else 1.05), scheme
         # where a gradient starts in one of two branches, the other is counted too: here much, in a deep net little
-        assert predicted.kept_bytes <= measured * (1.001 if isinstance(scheme, str) else 1.5), scheme
+        assert predicted.saved_bytes <= measured * (1.001 if isinstance(scheme, str) else 1.5), scheme
         assert predicted.weights_bytes == stored_bytes(trained)
         gradients = sum(p.numel() * 4 for p in trained.parameters() if p.requires_grad)
         assert predicted.gradients_bytes == gradients
@@ -126,7 +126,7 @@ def test_kept_bytes_are_predicted_for_operators_in_8_bits(case: str) -> None:
     technique = SparseUpdate(scheme="last-2", activations="8bit")
     predicted = Profile.of(model, batch, loss, technique.under(model)).account(technique.resolve(model))
     measured = measured_bytes(apply(copy.deepcopy(model), technique), batch)
-    assert abs(predicted.kept_bytes - measured) <= 0.1 * measured
+    assert abs(predicted.saved_bytes - measured) <= 0.1 * measured
     assert predicted.peak_bytes > predicted.weights_bytes
 
 
@@ -135,7 +135,7 @@ def test_full_training_is_predicted_exactly() -> None:
     batch = batch_of(tokens(), model)
     technique = SparseUpdate(scheme={"*": "full"})
     told = Profile.of(model, batch, loss, SparseUpdate().under(model)).account(technique.resolve(model))
-    assert told.kept_bytes == measured_bytes(technique.apply(model), batch)
+    assert told.saved_bytes == measured_bytes(technique.apply(model), batch)
 
 
 class Wide(nn.Module):
@@ -182,7 +182,7 @@ def test_layers_that_share_an_input_keep_it_once_and_slices_keep_their_own() -> 
     whole = 16 * 8 * 4
 
     def kept(**parts: Any) -> int:
-        return told.account(parts).kept_bytes - told.account({"two": "bias"}).kept_bytes
+        return told.account(parts).saved_bytes - told.account({"two": "bias"}).saved_bytes
 
     assert kept(one="full") == kept(two="full") == kept(one="full", two="full") == whole
     assert kept(one=Slice(ratio=0.5), two=Slice(ratio=0.5)) == whole
@@ -305,8 +305,8 @@ def test_memory_is_predicted_within_a_tenth_on_real_models(name: str) -> None:
         technique = SparseUpdate(scheme=scheme, head=head)  # type: ignore[arg-type]
         predicted = told.account(technique.resolve(model))
         trained = technique.apply(copy.deepcopy(model))
-        kept = kept_bytes(trained, batch[0], lambda output: real_loss(logits_of(output), batch[1]))
-        assert predicted.kept_bytes == pytest.approx(kept, rel=0.1), scheme
+        kept = saved_bytes(trained, batch[0], lambda output: real_loss(logits_of(output), batch[1]))
+        assert predicted.saved_bytes == pytest.approx(kept, rel=0.1), scheme
         assert predicted.peak_bytes == pytest.approx(peak_of_step(trained, batch, real_loss), rel=0.1), scheme
 
 

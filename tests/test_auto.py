@@ -12,7 +12,7 @@ from torch import nn
 from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.technique import Sample
-from edgetune.lean.kept import kept_bytes
+from edgetune.lean.saved import saved_bytes
 from edgetune.sparse.auto.account import Profile
 from edgetune.sparse.auto.choose import choose
 from edgetune.sparse.scheme import Slice
@@ -58,13 +58,13 @@ def test_auto_stays_in_its_budget_and_does_more_with_more() -> None:
 
 
 def test_auto_predicts_what_its_scheme_keeps() -> None:
-    from edgetune.lean.kept import kept_bytes
+    from edgetune.lean.saved import saved_bytes
 
     model, batch = Mlp(64), rows(64, 8)[0]
     found = _choose(model, 0.25)
     written = {n: _by_magnitude(part) for n, part in found.scheme.written().items()}
     trained = SparseUpdate(scheme=written).apply(model)
-    assert found.account.kept_bytes == kept_bytes(trained, batch[0], lambda output: loss(output, batch[1]))
+    assert found.account.saved_bytes == saved_bytes(trained, batch[0], lambda output: loss(output, batch[1]))
 
 
 def _by_magnitude(part: Any) -> Any:
@@ -119,7 +119,7 @@ def test_auto_trains_within_its_budget_and_writes_down_what_it_chose(tmp_path: P
     state = sum(v.nbytes for entry in optimizer.state.values() for v in entry.values())
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     weights = sum(p.nbytes for p in mlp().parameters())
-    kept = kept_bytes(model, inputs, lambda output: loss(output, labels))
+    kept = saved_bytes(model, inputs, lambda output: loss(output, labels))
     assert weights + gradients + state + kept <= 0.15 * MIB
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     technique.save(model, tmp_path)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from edgetune.core.apply import apply, finalize
 from edgetune.core.inputs import call, logits_of
 from edgetune.lean import head
-from edgetune.lean.kept import kept_bytes
+from edgetune.lean.saved import saved_bytes
 from edgetune.lean.technique import Lean
 from edgetune.sparse.update import SparseUpdate
 from edgetune.tasks.causal_lm import CausalLM
@@ -63,7 +63,7 @@ def test_it_is_the_mean_over_the_next_tokens_that_count() -> None:
 
 
 def test_no_logits_are_kept() -> None:
-    with_logits, without = (kept_bytes(last_block(hook), tokens(), loss_of) for hook in (False, True))
+    with_logits, without = (saved_bytes(last_block(hook), tokens(), loss_of) for hook in (False, True))
     logits, hidden, column = 4 * 10 * 48 * 4, 4 * 10 * 32 * 4, 4 * 10 * 8
     assert with_logits - without == logits + column + 4 - hidden  # log-softmax, labels and their weight
 
@@ -71,7 +71,7 @@ def test_no_logits_are_kept() -> None:
 def test_a_loss_computed_inside_the_model_keeps_none_either() -> None:
     inside = {**tokens(), "labels": labels()}
     model, plain = last_block(True), last_block(False)
-    kept = [kept_bytes(each, inside, lambda output: output.loss) for each in (plain, model)]
+    kept = [saved_bytes(each, inside, lambda output: output.loss) for each in (plain, model)]
     assert kept[0] > kept[1]
     for each in (model, plain):
         call(each, inside).loss.backward()
@@ -86,7 +86,7 @@ def test_a_head_that_trains_keeps_no_logits_either(chunk: int, tied: bool, monke
     monkeypatch.setattr(head, "_CHUNK_VALUES", chunk)
     plain, model = llama(tied).train(), apply(llama(tied), Lean()).train()
     head.take_off(other := apply(llama(tied), Lean()))
-    assert kept_bytes(other, tokens(), loss_of) - kept_bytes(model, tokens(), loss_of) > 0.8 * (4 * 10 * 48) * 4
+    assert saved_bytes(other, tokens(), loss_of) - saved_bytes(model, tokens(), loss_of) > 0.8 * (4 * 10 * 48) * 4
     (expected, wanted), (value, mine) = gradients(plain), gradients(model)
     assert value == pytest.approx(expected, rel=1e-6)
     assert wanted.keys() == mine.keys()
@@ -130,9 +130,9 @@ def test_a_part_of_the_logits_goes_to_pytorch() -> None:
 
 def test_it_goes_with_the_model_and_comes_off() -> None:
     model = last_block(True)
-    kept = kept_bytes(model, tokens(), loss_of)
+    kept = saved_bytes(model, tokens(), loss_of)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert kept_bytes(other, tokens(), loss_of) == kept
+        assert saved_bytes(other, tokens(), loss_of) == kept
     assert not finalize(model).lm_head._forward_hooks
 
 

@@ -22,7 +22,7 @@ from edgetune.core.peft_layers import is_peft
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.lean.kept import kept_bytes
+from edgetune.lean.saved import saved_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.train.resume import changing_tensors, put_back
 from support.laws import CASES, Case, fit, logits, loss_of
@@ -154,8 +154,8 @@ def test_gradients_only_where_declared_and_equal_to_autograds(case: Case) -> Non
 
 @named([case for case in CASES if case.keeps_less])
 def test_fewer_bytes_are_kept_for_backward(case: Case) -> None:
-    plain = kept_bytes(case.model(), case.inputs(), loss_of)
-    kept = kept_bytes(case.applied(), case.inputs(), loss_of)
+    plain = saved_bytes(case.model(), case.inputs(), loss_of)
+    kept = saved_bytes(case.applied(), case.inputs(), loss_of)
     assert 0 < kept < 0.85 * plain
 
 
@@ -193,10 +193,10 @@ def test_an_adapter_comes_back_from_its_folder(case: Case, tmp_path: Path) -> No
 def test_an_open_model_copies_and_pickles(case: Case) -> None:
     model = case.applied()
     fit(model, case.inputs())
-    kept = kept_bytes(model, case.inputs(), loss_of)
+    kept = saved_bytes(model, case.inputs(), loss_of)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(logits(other, case.inputs()), logits(model, case.inputs()), atol=0, rtol=0)
-        assert kept_bytes(other, case.inputs(), loss_of) == kept
+        assert saved_bytes(other, case.inputs(), loss_of) == kept
         plain = finalize(other)
         assert not any(is_wrapped(m) or m._forward_hooks for m in plain.modules())
     if any(t.needs_finalize() for t in case.techniques):  # what opens stays open

@@ -21,9 +21,9 @@ from edgetune.core.apply import apply, finalize
 from edgetune.core.inputs import call
 from edgetune.core.technique import Technique
 from edgetune.lean.frozen import Hook
-from edgetune.lean.kept import kept_bytes
-from edgetune.lean.low_rank import fitting_layers
-from edgetune.lean.operators import LightOperators
+from edgetune.lean.low_rank import find_fitting_layers
+from edgetune.lean.operators import LeanOperators
+from edgetune.lean.saved import saved_bytes
 from edgetune.lean.technique import Lean
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.update import SparseUpdate
@@ -75,8 +75,8 @@ def hooks_of(model: nn.Module) -> list[Hook]:
 def test_lora_saves_less_than_half_at_equal_gradients(name: str) -> None:
     """Of tiny models; `make bench-sparse` has the figures of real ones."""
     plain, model = (trained_adapter(name, [*more, ADAPTERS[name]]) for more in ([], [Lean()]))
-    assert 2 * kept_bytes(model, tokens(), loss_of) <= kept_bytes(plain, tokens(), loss_of)
-    assert len(list(fitting_layers(model))) == sum(1 for key in model.state_dict() if ".lora_A." in key) > 0
+    assert 2 * saved_bytes(model, tokens(), loss_of) <= saved_bytes(plain, tokens(), loss_of)
+    assert len(list(find_fitting_layers(model))) == sum(1 for key in model.state_dict() if ".lora_A." in key) > 0
     assert_same(gradients(model, tokens()), gradients(plain, tokens()))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(gradients(other, tokens()), gradients(model, tokens()), 0)
@@ -96,7 +96,7 @@ def test_every_kind_of_adapter_has_equal_gradients(change: dict[str, Any]) -> No
     adapter = ADAPTERS["llama"].model_copy(update=change)
     plain, model = (trained_adapter("llama", [*more, adapter]) for more in ([], [Lean()]))
     assert_same(gradients(model, tokens()), gradients(plain, tokens()), 3e-5)
-    assert kept_bytes(model, tokens(), loss_of) < kept_bytes(plain, tokens(), loss_of)
+    assert saved_bytes(model, tokens(), loss_of) < saved_bytes(plain, tokens(), loss_of)
 
 
 def test_dropout_of_an_adapter_keeps_a_seed() -> None:
@@ -104,7 +104,7 @@ def test_dropout_of_an_adapter_keeps_a_seed() -> None:
     adapter = ADAPTERS["bert"].model_copy(update={"dropout": 0.3})
     model = trained_adapter("bert", [Lean(), adapter], torch.float64)
     plain = trained_adapter("bert", [adapter], torch.float64)
-    assert 2 * kept_bytes(model, tokens(), loss_of) <= kept_bytes(plain, tokens(), loss_of)
+    assert 2 * saved_bytes(model, tokens(), loss_of) <= saved_bytes(plain, tokens(), loss_of)
 
     def loss() -> Tensor:
         torch.manual_seed(5)
@@ -153,7 +153,7 @@ def test_a_head_under_the_adapters_and_the_loss_inside_the_model() -> None:
 )  # fmt: skip
 def test_in_every_order_the_hooks_are_put_on_once_and_all_come_off(techniques: list[Technique]) -> None:
     model = apply(bert(), techniques)
-    roots = [hook for hook in hooks_of(model) if isinstance(hook, LightOperators)]
+    roots = [hook for hook in hooks_of(model) if isinstance(hook, LeanOperators)]
     assert len(roots) == 1
     asked = [t.activations for t in techniques if isinstance(t, (Lean, SparseUpdate))]
     assert roots[0].asked == asked
@@ -168,20 +168,20 @@ def test_the_order_with_lora_changes_nothing() -> None:
         trained_adapter("bert", [Lean(), ADAPTERS["bert"]]),
         trained_adapter("bert", [ADAPTERS["bert"], Lean()]),
     )
-    assert kept_bytes(one, tokens(), loss_of) == kept_bytes(other, tokens(), loss_of)
+    assert saved_bytes(one, tokens(), loss_of) == saved_bytes(other, tokens(), loss_of)
     assert_same(gradients(one, tokens()), gradients(other, tokens()), 0)
 
 
 def test_the_precision_asked_for_last_counts_while_it_is_open() -> None:
     def saved(*techniques: Technique) -> int:
-        return kept_bytes(apply(bert(), techniques), tokens(), loss_of)
+        return saved_bytes(apply(bert(), techniques), tokens(), loss_of)
 
     sparse, fewer = SparseUpdate(scheme="last-1"), SparseUpdate(scheme="last-1", activations="8bit")
     assert saved(sparse, Lean(activations="8bit")) == saved(fewer) < saved(sparse) == saved(fewer, Lean())
     assert saved(Lean(activations="8bit"), sparse) == saved(sparse)
     model = apply(bert(), [Lean(activations="8bit"), sparse])
     model = sparse.finalize(model)  # lean alone is left, with its own precision
-    assert kept_bytes(model, tokens(), loss_of) == saved(Lean(activations="8bit"))
+    assert saved_bytes(model, tokens(), loss_of) == saved(Lean(activations="8bit"))
 
 
 def test_batch_norms_in_training_mode_use_the_batch_also_where_their_weight_is_frozen() -> None:
@@ -217,11 +217,11 @@ def test_a_checkpointed_layer_runs_the_same_twice() -> None:
 
 def test_a_layer_whose_adapter_is_off_or_hooked_is_left_to_peft() -> None:
     model = trained_adapter("llama", [Lean(), ADAPTERS["llama"]])
-    layers = list(fitting_layers(model))
+    layers = list(find_fitting_layers(model))
     layers[0].enable_adapters(False)
     layers[1].lora_A["default"].register_forward_hook(lambda *_: None)
     layers[2].base_layer.weight.requires_grad_(True)
-    assert list(fitting_layers(model)) == layers[3:]
+    assert list(find_fitting_layers(model)) == layers[3:]
     with torch.no_grad():
         expected = logits(trained_adapter("llama", [ADAPTERS["llama"]]).eval(), tokens())
     layers[0].enable_adapters(True)

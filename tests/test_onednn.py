@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.lean import onednn
-from edgetune.lean.frozen_ops import convolved_back
-from edgetune.lean.operators import LightOperators
+from edgetune.lean.frozen_ops import convolution_input_gradient
+from edgetune.lean.operators import LeanOperators
 
 torch.set_num_threads(1)
 SHAPES = [(2048, 48, 384), (257, 1536, 384), (300, 384, 1536), (4096, 64, 64)]
@@ -25,10 +25,10 @@ def test_the_three_products_are_pytorchs(rows: int, inputs: int, outputs: int) -
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     gradient = torch.randn(rows, outputs)
-    assert onednn.suits(x, weight, bias)
+    assert onednn.supports(x, weight, bias)
     close(onednn.linear(x, weight, bias), functional.linear(x, weight, bias))
-    close(onednn.of_input(gradient, weight), gradient @ weight)
-    found = onednn.of_weight(gradient, x)
+    close(onednn.input_gradient(gradient, weight), gradient @ weight)
+    found = onednn.weight_gradient(gradient, x)
     close(found, gradient.t() @ x)
     assert found.is_contiguous()
 
@@ -36,7 +36,7 @@ def test_the_three_products_are_pytorchs(rows: int, inputs: int, outputs: int) -
 def test_batches_strides_and_empty_batches() -> None:
     x, weight = torch.randn(7, 40, 3, 256)[:, :, 1], torch.randn(256, 1024)[:, ::4]
     close(onednn.linear(x, weight), functional.linear(x, weight))
-    close(onednn.of_weight(x, x), x.flatten(0, 1).t() @ x.flatten(0, 1))
+    close(onednn.weight_gradient(x, x), x.flatten(0, 1).t() @ x.flatten(0, 1))
     assert onednn.linear(torch.randn(0, 256), torch.randn(9, 256)).shape == (0, 9)
 
 
@@ -50,7 +50,7 @@ def test_batches_strides_and_empty_batches() -> None:
     ],
 )
 def test_what_does_not_fit_goes_to_pytorch(x: Tensor, weight: Tensor) -> None:
-    assert not onednn.suits(x, weight)
+    assert not onednn.supports(x, weight)
     found = onednn.linear(x, weight)
     assert found.dtype == x.dtype
     assert found.device == x.device
@@ -67,8 +67,8 @@ def test_wrong_shapes_get_pytorchs_error() -> None:
 def test_switched_off_it_is_not_used() -> None:
     x, weight = torch.randn(2048, 256), torch.randn(256, 256)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not onednn.suits(x, weight)
-    assert onednn.suits(x, weight)
+        assert not onednn.supports(x, weight)
+    assert onednn.supports(x, weight)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -86,7 +86,7 @@ def test_the_gradient_of_a_convolutions_input(
     y = torch.convolution(x, weight, None, *settings)
     gradient = torch.randn_like(y)
     (wanted,) = torch.autograd.grad(y, x, gradient)
-    torch.testing.assert_close(convolved_back(gradient, weight, x.shape, settings), wanted)
+    torch.testing.assert_close(convolution_input_gradient(gradient, weight, x.shape, settings), wanted)
 
 
 class Viewing(nn.Module):
@@ -112,7 +112,7 @@ def test_a_model_that_views_its_pictures(frozen: bool) -> None:
     wanted.square().sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    LightOperators().put_on(model)
+    LeanOperators().put_on(model)
     found = model(x)
     close(found, wanted)
     found.square().sum().backward()
@@ -143,6 +143,6 @@ def test_channels_keep_the_layout() -> None:
 def test_a_picture_comes_back_as_the_model_would_lay_it_out() -> None:
     model, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
     whole = nn.Sequential(model)
-    LightOperators().put_on(whole)
+    LeanOperators().put_on(whole)
     assert whole(x).view(2, -1).shape == (2, 4 * 36)
     assert onednn.is_channels_last(whole(x.contiguous(memory_format=torch.channels_last)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from edgetune.core.apply import apply, finalize
 from edgetune.core.carriers import dense
 from edgetune.core.errors import EdgetuneError
-from edgetune.lean.kept import kept_bytes
+from edgetune.lean.saved import saved_bytes
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.size import parameter_count
 from edgetune.sparse.scheme import Slice
@@ -113,7 +113,7 @@ def test_only_the_channels_that_are_needed_are_kept(name: str, kept_channels: in
     indices, dim = strongest(plain, 0.25, "inputs")
     layer = Sliced(plain, indices, dim)
     assert layer.indices.numel() < plain.weight.shape[dim] / 2
-    assert kept_bytes(layer, x, lambda y: y.sum()) == x.nbytes * kept_channels // 8
+    assert saved_bytes(layer, x, lambda y: y.sum()) == x.nbytes * kept_channels // 8
 
 
 def test_what_is_strongest() -> None:

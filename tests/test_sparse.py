@@ -17,7 +17,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call
 from edgetune.core.technique import Sample
 from edgetune.lean.frozen import FrozenLayer
-from edgetune.lean.kept import kept_bytes
+from edgetune.lean.saved import saved_bytes
 from edgetune.lean.stages import blocks_of, stages_of
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.sliced import Sliced
@@ -216,7 +216,7 @@ def test_a_frozen_prefix_has_no_dropout_and_no_graph_even_in_training_mode() -> 
 
 def test_lora_in_a_frozen_block_switches_it_on_by_itself() -> None:
     model = apply(bert(layers=3), SparseUpdate(scheme="last-1"))
-    before = kept_bytes(model, tokens(), loss_of)
+    before = saved_bytes(model, tokens(), loss_of)
     apply(model, LoRA(rank=2, targets=("bert.encoder.layer.1.*.query",)))
     modes: dict[int, bool] = {}
     for i in (0, 1):
@@ -226,7 +226,7 @@ def test_lora_in_a_frozen_block_switches_it_on_by_itself() -> None:
     loss_of(call(model.train(), tokens())).backward()
     assert modes == {0: False, 1: True}
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    assert kept_bytes(model, tokens(), loss_of) > before
+    assert saved_bytes(model, tokens(), loss_of) > before
 
 
 def test_modes_come_back_after_an_error() -> None:
@@ -276,7 +276,7 @@ def test_finalize_undoes_all_and_twice_raises() -> None:
     with pytest.raises(EdgetuneError, match="already applied"):
         SparseUpdate(scheme="last-2").apply(model)
     plain = finalize(SparseUpdate(scheme="last-1").finalize(model))
-    assert kept_bytes(plain, pictures(), loss_of) == kept_bytes(cnn(), pictures(), loss_of)
+    assert saved_bytes(plain, pictures(), loss_of) == saved_bytes(cnn(), pictures(), loss_of)
     assert SparseUpdate(scheme="last-2").apply(plain) is plain
 
 
@@ -378,7 +378,7 @@ def test_autocast_reaches_a_frozen_convolution() -> None:
 def test_kept_bytes_are_those_of_the_saved_tensors() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 4, bias=False))
     # input (3, 8), sigmoid's output (3, 8) once for itself and the next linear, the squared logits (3, 4)
-    assert kept_bytes(model, torch.randn(3, 8), lambda y: y.square().sum()) == 4 * (24 + 24 + 12)
+    assert saved_bytes(model, torch.randn(3, 8), lambda y: y.square().sum()) == 4 * (24 + 24 + 12)
 
 
 def test_measuring_changes_nothing() -> None:
@@ -389,7 +389,7 @@ def test_measuring_changes_nothing() -> None:
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)
-    assert kept_bytes(model, pictures(), loss_of) > 0
+    assert saved_bytes(model, pictures(), loss_of) > 0
     assert torch.equal(torch.rand(3), expected)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -401,7 +401,7 @@ def test_counting_what_is_kept_keeps_nothing_itself() -> None:
     seen: list[weakref.ref[Tensor]] = []
     model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
     model[1].register_forward_hook(lambda _, __, output: seen.append(weakref.ref(output)))
-    assert kept_bytes(model, torch.randn(2, 4), lambda output: output.sum()) > 0
+    assert saved_bytes(model, torch.randn(2, 4), lambda output: output.sum()) > 0
     gc.collect()
     assert [reference() for reference in seen] == [None]
 

@@ -1,1 +1,1 @@
-"""Operators between the layers that keep less for backward than PyTorch's own."""
+"""Operators between the layers that save less for backward than PyTorch's own."""

@@ -1,7 +1,7 @@
-"""Activations, dropout and softmax that keep bits, bytes or a seed for backward.
+"""Activations, dropout and softmax that save bits, bytes or a seed for backward.
 
-Exact: ReLU and ReLU6 keep one bit an element (extra where a trained layer after a ReLU keeps its output anyhow),
-dropout keeps the seed of its mask. In 8 bits: GELU, SiLU and hard-swish keep their derivative on a fixed grid that
+Exact: ReLU and ReLU6 save one bit per element (extra where a trained layer after a ReLU saves its output anyway),
+dropout saves the seed of its mask. In 8 bits: GELU, SiLU and hard-swish save their derivative on a fixed grid that
 holds 0 and 1 (the output is exact, the derivative is off by at most half a step: GELU 1/402, SiLU 1/422, hard-swish
 1/254, quick GELU 1/422), and softmax its output with a scale per row (off by at most the row's peak / 510).
 """
@@ -18,15 +18,15 @@ from torch.nn import functional
 
 from edgetune.lean.packing import (
     dropout_noise,
-    flattened,
+    flatten,
     from_rows,
+    make_generator,
     memory_order,
     new_seed,
     pack_bits,
     pieces,
     row_pieces,
-    seeded,
-    shaped,
+    unflatten,
     unpack_bits,
     wide_enough,
 )
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """A smooth activation: its value, its derivative times a gradient, and the grid its derivative is kept on."""
+    """A smooth activation: its value, its derivative times a gradient, and the grid its derivative is saved on."""
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]  # (gradient, input)
@@ -63,7 +63,7 @@ ACTIVATIONS = {
 
 def derivative_steps(x: Tensor, activation: Activation, order: list[int]) -> Tensor:
     """The derivative at `x` as uint8 `(elements,)` on its grid."""
-    flat = flattened(x, order)
+    flat = flatten(x, order)
     steps = torch.empty(flat.shape, dtype=torch.uint8, device=x.device)
     for piece in pieces(len(flat)):
         wide = wide_enough(flat[piece])
@@ -74,36 +74,36 @@ def derivative_steps(x: Tensor, activation: Activation, order: list[int]) -> Ten
 
 def times_derivative(gradient: Tensor, steps: Tensor, activation: Activation, order: list[int]) -> Tensor:
     """The gradient times what `derivative_steps` packed."""
-    flat = flattened(gradient, order)
-    found = torch.empty_like(flat)
+    flat = flatten(gradient, order)
+    product = torch.empty_like(flat)
     for piece in pieces(len(flat)):
         derivative = steps[piece].to(flat.dtype).sub_(activation.below).mul_(1 / activation.steps)
-        torch.mul(derivative, flat[piece], out=found[piece])
-    return shaped(found, gradient.shape, order)
+        torch.mul(derivative, flat[piece], out=product[piece])
+    return unflatten(product, gradient.shape, order)
 
 
 class _ByteDerivative(torch.autograd.Function):
-    """Keeps the derivative in one byte an element; `y` holds the value, where it is known already."""
+    """Saves the derivative in one byte per element; `y` holds the value if it was computed already."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, inplace: bool, y: list[Tensor]) -> Tensor:  # type: ignore[override]
-        found = ACTIVATIONS[kind]
+        activation = ACTIVATIONS[kind]
         ctx.kind, ctx.order = kind, memory_order(x)
-        ctx.save_for_backward(derivative_steps(x, found, ctx.order))
+        ctx.save_for_backward(derivative_steps(x, activation, ctx.order))
         if not inplace:
-            return y[0] if y else found.value(x)
+            return y[0] if y else activation.value(x)
         ctx.mark_dirty(x)
-        return x.copy_(found.value(x))
+        return x.copy_(activation.value(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        found = times_derivative(gradient, ctx.saved_tensors[0], ACTIVATIONS[ctx.kind], ctx.order)
-        return found, None, None, None
+        for_x = times_derivative(gradient, ctx.saved_tensors[0], ACTIVATIONS[ctx.kind], ctx.order)
+        return for_x, None, None, None
 
 
 class _FromInput(torch.autograd.Function):
-    """Keeps the input and nothing else; for activations written out in several operators. `y` holds their value."""
+    """Saves the input and nothing else; for activations written out in several operators. `y` holds their value."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, y: list[Tensor]) -> Tensor:  # type: ignore[override]
@@ -117,25 +117,25 @@ class _FromInput(torch.autograd.Function):
         return ACTIVATIONS[ctx.kind].backward(gradient, ctx.saved_tensors[0]), None, None
 
 
-def byte_derivative(x: Tensor, kind: str, inplace: bool = False, value: Tensor | None = None) -> Tensor:
-    """The activation with its derivative kept in one byte an element; its value may be known already."""
+def activate_saving_derivative(x: Tensor, kind: str, inplace: bool = False, value: Tensor | None = None) -> Tensor:
+    """The activation, saving its derivative in one byte per element; `value`: if it was computed already."""
     return _ByteDerivative.apply(x, kind, inplace, [] if value is None else [value])  # type: ignore[no-any-return,no-untyped-call]
 
 
-def from_input(x: Tensor, kind: str, value: Tensor) -> Tensor:
-    """The activation with its input kept, and this value."""
+def activate_saving_input(x: Tensor, kind: str, value: Tensor) -> Tensor:
+    """The activation with this value, saving its input."""
     return _FromInput.apply(x, kind, [value])  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Clamped(torch.autograd.Function):
-    """max(x, 0), or between 0 and `top`; keeps one bit an element."""
+    """max(x, 0), or between 0 and `top`; saves one bit per element."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, top: float | None, inplace: bool) -> Tensor:  # type: ignore[override]
         into = x if inplace else None
         y = torch.clamp(x, 0, top, out=into) if top is not None else torch.clamp_min(x, 0, out=into)
         ctx.order = memory_order(y)
-        flat = flattened(y, ctx.order)
+        flat = flatten(y, ctx.order)
         bits = torch.empty((len(flat) + 7) // 8, dtype=torch.uint8, device=x.device)
         for piece in pieces(len(flat)):
             part = flat[piece]
@@ -149,22 +149,22 @@ class _Clamped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (bits,), flat = ctx.saved_tensors, flattened(gradient, ctx.order)
-        found = torch.empty_like(flat)
+        (bits,), flat = ctx.saved_tensors, flatten(gradient, ctx.order)
+        for_x = torch.empty_like(flat)
         for piece in pieces(len(flat)):
             packed = bits[piece.start // 8 : (piece.stop + 7) // 8]
             passes = unpack_bits(packed, piece.stop - piece.start).to(flat.dtype)
-            aten.threshold_backward.grad_input(flat[piece], passes, 0, grad_input=found[piece])
-        return shaped(found, gradient.shape, ctx.order), None, None
+            aten.threshold_backward.grad_input(flat[piece], passes, 0, grad_input=for_x[piece])
+        return unflatten(for_x, gradient.shape, ctx.order), None, None
 
 
 class _Dropout(torch.autograd.Function):
-    """Keeps nothing but the seed of the mask."""
+    """Saves nothing but the seed of the mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:  # type: ignore[override]
         ctx.p, ctx.seed, ctx.order = p, new_seed(), memory_order(x)
-        y = dropped(x, p, ctx.seed, ctx.order)
+        y = apply_dropout(x, p, ctx.seed, ctx.order)
         if not inplace:
             return y
         ctx.mark_dirty(x)
@@ -173,25 +173,25 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return dropped(gradient, ctx.p, ctx.seed, ctx.order), None, None
+        return apply_dropout(gradient, ctx.p, ctx.seed, ctx.order), None, None
 
 
-def dropped(x: Tensor, p: float, seed: int, order: list[int]) -> Tensor:
-    """`x` with the dropout of this seed, drawn in this order of the dimensions."""
-    flat, generator = flattened(x, order), seeded(seed, x.device)
-    found = torch.empty_like(flat)
+def apply_dropout(x: Tensor, p: float, seed: int, order: list[int]) -> Tensor:
+    """Dropout of `x` by this seed, drawn in this order of the dimensions."""
+    flat, generator = flatten(x, order), make_generator(seed, x.device)
+    y = torch.empty_like(flat)
     for piece in pieces(len(flat)):
         noise = dropout_noise(piece.stop - piece.start, p, flat.dtype, generator)
-        torch.mul(flat[piece], noise, out=found[piece])
-    return shaped(found, x.shape, order)
+        torch.mul(flat[piece], noise, out=y[piece])
+    return unflatten(y, x.shape, order)
 
 
 class _ByteSoftmax(torch.autograd.Function):
-    """Keeps its output in one byte an element and a scale per row."""
+    """Saves its output in one byte per element and a scale per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:  # type: ignore[override]
-        y = functional.softmax(x, dim, dtype=dtype)  # autocast decides on the dtype as ever
+        y = functional.softmax(x, dim, dtype=dtype)  # autocast chooses the dtype
         ctx.dim, ctx.dtype = dim, x.dtype
         moved = y.movedim(dim, -1)
         rows = moved.reshape(-1, moved.shape[-1])
@@ -233,7 +233,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`functional.dropout`; it draws one seed from the global generator, so its masks are others than PyTorch's."""
+    """`functional.dropout`; it draws one seed from the global generator, so its masks differ from PyTorch's."""
     if not (input.requires_grad and training and 0 < p < 1 and input.is_floating_point() and input.numel()):
         return functional.dropout(input, p, training, inplace)
     return _Dropout.apply(input, p, inplace)  # type: ignore[no-any-return,no-untyped-call]

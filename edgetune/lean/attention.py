@@ -1,8 +1,8 @@
-"""Scaled dot-product attention that keeps query, key, value and a seed, and never the scores.
+"""Scaled dot-product attention that saves query, key, value and a seed, and never the scores.
 
-PyTorch keeps the scores as soon as there is dropout (on a CPU three times: before and after dropout, and the mask),
+PyTorch saves the scores as soon as there is dropout (on a CPU three times: before and after dropout, and the mask),
 and a bool mask once more in floats for each layer. Here the scores are computed again in backward, some heads at a
-time. Long rows without dropout go through PyTorch's flash kernel, which keeps its output and one number per row too
+time. Long rows without dropout go through PyTorch's flash kernel, which saves its output and one number per row too
 (Dao et al., 2022, arXiv:2205.14135, is the kernel's idea).
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from edgetune.lean.packing import autocast_dtype, dropout_noise, new_seed, no_autocast, seeded, wide_enough
-from edgetune.lean.sources import Latest
+from edgetune.lean.packing import autocast_dtype, dropout_noise, make_generator, new_seed, no_autocast, wide_enough
+from edgetune.lean.producers import LastActivation
 
 aten = torch.ops.aten
 _CHUNK = 2**17  # scores computed at once, half a MiB in fp32: they stay in the cache
@@ -46,36 +46,34 @@ class _Scores:
                 rows, stop = slice(row, min(row + rows_step, batch)), min(head + heads_step, heads)
                 yield (rows, slice(head, stop)), (rows, slice(head // groups, stop // groups))
 
-    def many(self, x: Tensor, part: tuple[slice, slice]) -> Tensor:
+    def expand_heads(self, x: Tensor, part: tuple[slice, slice]) -> Tensor:
         """Key or value of these rows and heads, once for each head of the query: `(rows * heads, tokens, width)`."""
-        return wide_enough(_repeated(x[part], self.groups)).flatten(0, 1)
+        return wide_enough(_repeat_heads(x[part], self.groups)).flatten(0, 1)
 
     def probabilities(self, query: Tensor, key: Tensor, part: tuple[slice, slice]) -> Tensor:
         """`(rows * heads, queries, keys)`; a query that may look nowhere has zeros."""
         scores = torch.bmm(query * self.scale, key.transpose(1, 2))
-        added = self.triangle if self.mask is None else self._masked(part, scores)
+        added = self.triangle if self.mask is None else self._mask_term(part, scores)
         if added is None:
             return torch.softmax(scores, -1)
         grouped = scores.view(part[0].stop - part[0].start, -1, *scores.shape[1:])
         grouped += added
-        found = torch.softmax(scores, -1)
+        weights = torch.softmax(scores, -1)
         nowhere = added.amax(-1, keepdim=True) == -math.inf
         if bool(nowhere.any()):
-            found.view_as(grouped).masked_fill_(nowhere, 0)
-        return found
+            weights.view_as(grouped).masked_fill_(nowhere, 0)
+        return weights
 
-    def _masked(self, part: tuple[slice, slice], like: Tensor) -> Tensor:
+    def _mask_term(self, part: tuple[slice, slice], like: Tensor) -> Tensor:
         """What is added to the scores: 0 or -inf, or the mask's own floats."""
         assert self.mask is not None
         mask = self.mask[part[0] if self.mask.shape[0] > 1 else slice(None)]
         mask = mask[:, part[1]] if mask.shape[1] > 1 else mask
-        if mask.dtype != torch.bool:
-            return mask.to(like.dtype)
-        return like.new_zeros(mask.shape).masked_fill_(mask.logical_not(), -math.inf)
+        return _additive_mask(mask, like).to(like.dtype)  # type: ignore[union-attr]
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps query, key, value (before the repetition for grouped heads), the mask as it came, and a seed."""
+    """Saves query, key, value (before the repetition for grouped heads), the mask as it came, and a seed."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -87,18 +85,20 @@ class _Attention(torch.autograd.Function):
         groups = query.shape[1] // key.shape[1]
         if not p:
             return functional.scaled_dot_product_attention(
-                query, _repeated(key, groups), _repeated(value, groups), mask, 0.0, is_causal, scale=scale
+                query, _repeat_heads(key, groups), _repeat_heads(value, groups), mask, 0.0, is_causal, scale=scale
             )
         batch, heads, queries, _ = query.shape
         # laid out as the model will want it: heads side by side for each token
         out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-        generator = seeded(ctx.seed, query.device)
+        generator = make_generator(ctx.seed, query.device)
         with no_autocast(query.device):
             scores = _Scores(query, key, mask, is_causal, scale)
             for part, few in scores.pieces():
-                found = scores.probabilities(wide_enough(query[part]).flatten(0, 1), scores.many(key, few), part)
-                found.mul_(dropout_noise(found.numel(), p, found.dtype, generator).view_as(found))
-                out[part] = torch.bmm(found, scores.many(value, few)).view_as(out[part])
+                weights = scores.probabilities(
+                    wide_enough(query[part]).flatten(0, 1), scores.expand_heads(key, few), part
+                )
+                weights.mul_(dropout_noise(weights.numel(), p, weights.dtype, generator).view_as(weights))
+                out[part] = torch.bmm(weights, scores.expand_heads(value, few)).view_as(out[part])
         return out
 
     @staticmethod
@@ -118,7 +118,7 @@ def attention_gradients(
     gradient of the output may have its heads side by side, `(batch * tokens, heads * width)`; the output has.
     """
     (query, key, value, mask), (p, is_causal, scale, seed) = tensors, settings
-    generator = seeded(seed, query.device)
+    generator = make_generator(seed, query.device)
     batch, heads, queries, _ = query.shape
     if gradient.dim() == 2:
         gradient = gradient.view(batch, queries, heads, -1).transpose(1, 2)
@@ -129,17 +129,17 @@ def attention_gradients(
         scores = _Scores(query, key, mask, is_causal, scale)
         for part, few in scores.pieces():
             q, g = (wide_enough(t[part]).flatten(0, 1) for t in (query, gradient))
-            k, v = scores.many(key, few), scores.many(value, few)
-            found = scores.probabilities(q, k, part)
-            noise = dropout_noise(found.numel(), p, found.dtype, generator).view_as(found) if p else None
-            probabilities = found if noise is None else found * noise
+            k, v = scores.expand_heads(key, few), scores.expand_heads(value, few)
+            weights = scores.probabilities(q, k, part)
+            noise = dropout_noise(weights.numel(), p, weights.dtype, generator).view_as(weights) if p else None
+            dropped = weights if noise is None else weights * noise
             if out is not None:
-                out[part] = torch.bmm(probabilities, v).view_as(out[part])
-            for_value[few] = _summed(torch.bmm(probabilities.transpose(1, 2), g), query[part].shape, scores.groups)
+                out[part] = torch.bmm(dropped, v).view_as(out[part])
+            for_value[few] = _sum_groups(torch.bmm(dropped.transpose(1, 2), g), query[part].shape, scores.groups)
             back = torch.bmm(g, v.transpose(1, 2))
-            back = aten._softmax_backward_data(back if noise is None else back.mul_(noise), found, -1, found.dtype)
+            back = aten._softmax_backward_data(back if noise is None else back.mul_(noise), weights, -1, weights.dtype)
             for_query[part] = torch.bmm(back, k).mul_(scale).view_as(query[part])
-            for_key[few] = _summed(torch.bmm(back.transpose(1, 2), q).mul_(scale), query[part].shape, scores.groups)
+            for_key[few] = _sum_groups(torch.bmm(back.transpose(1, 2), q).mul_(scale), query[part].shape, scores.groups)
     return rows, (for_query, for_key, for_value)
 
 
@@ -153,8 +153,8 @@ class _Flash(torch.autograd.Function):
         ctx.settings = (is_causal, scale)
         groups = query.shape[1] // key.shape[1]
         out, sums = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, _repeated(key, groups), _repeated(value, groups), 0.0, is_causal,
-            attn_mask=_floats(mask, query), scale=scale,
+            query, _repeat_heads(key, groups), _repeat_heads(value, groups), 0.0, is_causal,
+            attn_mask=_additive_mask(mask, query), scale=scale,
         )  # fmt: skip
         ctx.save_for_backward(query, key, value, mask, out, sums)
         return out  # type: ignore[no-any-return]
@@ -166,31 +166,31 @@ class _Flash(torch.autograd.Function):
         is_causal, scale = ctx.settings
         groups = query.shape[1] // key.shape[1]
         for_query, for_key, for_value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, query, _repeated(key, groups), _repeated(value, groups), out, sums, 0.0, is_causal,
-            attn_mask=_floats(mask, query), scale=scale,
+            gradient, query, _repeat_heads(key, groups), _repeat_heads(value, groups), out, sums, 0.0, is_causal,
+            attn_mask=_additive_mask(mask, query), scale=scale,
         )  # fmt: skip
         return (
             for_query,
-            _summed(for_key, query.shape, groups),
-            _summed(for_value, query.shape, groups),
+            _sum_groups(for_key, query.shape, groups),
+            _sum_groups(for_value, query.shape, groups),
             None,
             None,
             None,
         )
 
 
-def _floats(mask: Tensor | None, like: Tensor) -> Tensor | None:
+def _additive_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return like.new_zeros(mask.shape).masked_fill_(mask.logical_not(), -math.inf)
 
 
-def _repeated(x: Tensor, groups: int) -> Tensor:
+def _repeat_heads(x: Tensor, groups: int) -> Tensor:
     """Each head `groups` times."""
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
-def _summed(x: Tensor, shape: torch.Size, groups: int) -> Tensor:
+def _sum_groups(x: Tensor, shape: torch.Size, groups: int) -> Tensor:
     """Gradients for each of the query's heads, `(rows, heads, ...)` of `shape`, added up for each of the key's."""
     x = x.view(shape[0], shape[1], *x.shape[-2:])
     return x if groups == 1 else x.view(shape[0], -1, groups, *x.shape[2:]).sum(2)
@@ -199,12 +199,12 @@ def _summed(x: Tensor, shape: torch.Size, groups: int) -> Tensor:
 class Repeats:
     """Remembers which tensors are a grouped key or value repeated for every head, and of what.
 
-    Models that repeat before attention (as Hugging Face's do where there is a mask) would keep every copy.
+    Models that repeat before attention (as Hugging Face's do where there is a mask) would save every copy.
     """
 
     def __init__(self) -> None:
         self.expanded: tuple[weakref.ref[Tensor], Tensor] | None = None
-        self.found: list[tuple[weakref.ref[Tensor], Tensor, int, tuple[int, int]]] = []  # of a key and a value
+        self.pairs: list[tuple[weakref.ref[Tensor], Tensor, int, tuple[int, int]]] = []  # of a key and a value
 
     def expand(self, x: Tensor, *sizes: Any) -> Tensor:
         """`Tensor.expand`, noting `(batch, heads, 1, tokens, width)` made larger in the third place."""
@@ -219,20 +219,20 @@ class Repeats:
         if self.expanded is not None and self.expanded[0]() is x:
             few, groups = self.expanded[1], x.shape[2]
             if y.shape == (x.shape[0], x.shape[1] * groups, *x.shape[3:]):
-                self.found = [*self.found[-1:], (weakref.ref(y), few.squeeze(2), groups, (y._version, few._version))]
+                self.pairs = [*self.pairs[-1:], (weakref.ref(y), few.squeeze(2), groups, (y._version, few._version))]
             self.expanded = None
         return y
 
-    def of(self, x: Tensor) -> tuple[Tensor, int]:
+    def before_repeat(self, x: Tensor) -> tuple[Tensor, int]:
         """`x` before it was repeated, and how often it was."""
-        for output, few, groups, versions in self.found:
+        for output, few, groups, versions in self.pairs:
             if output() is x and (x._version, few._version) == versions:
                 return few, groups
         return x, 1
 
 
 def scaled_dot_product_attention(
-    latest: Latest, repeats: Repeats, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    last: LastActivation, repeats: Repeats, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """`functional.scaled_dot_product_attention`; its dropout draws one seed from the global generator."""
@@ -241,10 +241,10 @@ def scaled_dot_product_attention(
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    (few_key, groups), (few_value, others) = repeats.of(key), repeats.of(value)
+    (few_key, groups), (few_value, others) = repeats.before_repeat(key), repeats.before_repeat(value)
     if groups == others:
         key, value = few_key, few_value
-    repeats.found = []
+    repeats.pairs = []
     dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value = (t.to(dtype) for t in (query, key, value))
@@ -256,7 +256,7 @@ def scaled_dot_product_attention(
         return _Flash.apply(*flat, attn_mask, is_causal, scale)  # type: ignore[no-any-return,no-untyped-call]
     y: Tensor = _Attention.apply(query, key, value, attn_mask, dropout_p, is_causal, scale)  # type: ignore[no-untyped-call]
     seed: int = y.grad_fn.seed  # type: ignore[union-attr]
-    latest.note_attention(y, (query, key, value), attn_mask, dropout_p, is_causal, scale, seed)
+    last.record_attention(y, (query, key, value), attn_mask, dropout_p, is_causal, scale, seed)
     return y
 
 
@@ -269,7 +269,7 @@ def _fits(
         return False
     if any(t.dim() != 4 or not t.numel() or t.dtype != query.dtype or t.device != query.device for t in tensors):
         return False
-    if not query.is_floating_point() or (query.device.type != "cpu" and not p):  # elsewhere its kernels keep no scores
+    if not query.is_floating_point() or (query.device.type != "cpu" and not p):  # elsewhere its kernels save no scores
         return False
     if not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[:3] != value.shape[:3]:
         return False

@@ -1,10 +1,10 @@
-"""Frozen layers that cost nothing: no graph, no dropout, no kept inputs.
+"""Frozen layers that cost nothing: no graph, no dropout, no saved inputs.
 
 Two kinds of forward hooks, objects that copy and pickle with the model:
 `FrozenStage` runs a whole stage (embeddings, a block) in eval mode and without a graph while nothing in it or before
-it trains. `FrozenLayer` keeps a frozen batch norm on its running statistics, and, outside the reach of
-`light.operators.LightOperators`, computes one frozen convolution or normalization so that autograd keeps no input of
-it. Both look at what trains at every call, so a layer made trainable later is treated as such by itself.
+it trains. `FrozenLayer` keeps a frozen batch norm on its running statistics and, where no `LeanOperators` are active,
+computes a frozen convolution or normalization without saving its input. Both check what trains at every call, so a
+layer that becomes trainable later is handled correctly.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from edgetune.lean.frozen_ops import REPLACED
 
 
 class Hook:
-    """A pair of hooks around a module's forward; what was entered is left again, also after an error."""
+    """A pair of hooks around a module's forward; `after` also runs after an error."""
 
     def __init__(self) -> None:
         self.entered: list[Callable[[], None]] = []
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Enter, and remember how to leave."""
+        """Enter, and store the function that undoes it."""
         self.entered.append(self.enter(module, args, kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Undo what `before` did; what is returned, if anything, takes the place of the output."""
+        """Undo what `before` did; a returned value replaces the output."""
         if self.entered:  # empty if another hook failed before ours ran
             self.entered.pop()()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-        """Change what must be changed for this call; return what undoes it."""
+        """Change the state for this call; return the function that undoes it."""
         raise NotImplementedError
 
     def put_on(self, module: nn.Module) -> None:
@@ -47,30 +47,30 @@ class Hook:
         module.register_forward_hook(self.after, always_call=True)
 
 
-def never_compiled_alone(function: Any) -> None:
-    """Where a compiler has to break inside a hooked module it would compile the hook by itself, with a warning.
+def never_compile(function: Any) -> None:
+    """Keep torch.compile from compiling a hook after a graph break inside its module, which would warn.
 
-    As torch._dynamo's skip_code does, which takes a second to import.
+    The same as torch._dynamo's skip_code, which takes a second to import.
     """
     action = eval_frame._FrameAction
     strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
     eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
-never_compiled_alone(Hook.after)
+never_compile(Hook.after)
 
 
 class FrozenStage(Hook):
     """Eval mode and no graph, while no parameter of the stage and none of its inputs needs a gradient.
 
-    A forward hook of another's inside may ask for a graph, as `enable_input_require_grads` of transformers does for
-    reentrant checkpoints: then recording is left on, which records nothing unless that hook makes it.
+    A foreign forward hook inside may need a graph, as that of transformers' `enable_input_require_grads` does for
+    reentrant checkpoints: then recording stays on, which records nothing unless that hook makes it.
     """
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-        """Do nothing where something trains; else switch dropout and recording off."""
+        """Switch dropout and recording off, unless something trains."""
         if any(t.requires_grad for t in (*module.parameters(), *tensors_in((args, kwargs)))):
-            return nothing
+            return do_nothing
         recording, training = torch.is_grad_enabled(), [m for m in module.modules() if m.training]
         for inner in training:
             inner.training = False
@@ -89,15 +89,15 @@ def _has_foreign_hook(module: nn.Module) -> bool:
 
 
 class FrozenLayer(Hook):
-    """No kept input for a layer whose weight is frozen; a batch norm also stays on its running statistics."""
+    """No saved input for a layer whose weight is frozen; a batch norm also stays on its running statistics."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-        """Do nothing where the weight trains; else put our operators in the place of PyTorch's."""
+        """Replace PyTorch's operators with ours, unless the weight trains."""
         weight = module._parameters.get("weight")
         if weight is None or weight.requires_grad:
-            return nothing
-        alone = torch.is_grad_enabled() and not torch.compiler.is_compiling() and replacing() is None
-        training, mode = module.training, _KeepNoInput() if alone else None
+            return do_nothing
+        replaces = torch.is_grad_enabled() and not torch.compiler.is_compiling() and active_mode() is None
+        training, mode = module.training, _SaveNoInput() if replaces else None
         if isinstance(module, _BatchNorm):
             module.training = False
         if mode is not None:
@@ -111,11 +111,11 @@ class FrozenLayer(Hook):
         return leave
 
 
-class Replacing(TorchFunctionMode):
-    """Puts our operators in the place of PyTorch's, for layers of any class: padding of their own goes on working."""
+class OperatorMode(TorchFunctionMode):
+    """Replaces PyTorch's operators with ours, for layers of any class: those that pad by themselves still work."""
 
 
-class _KeepNoInput(Replacing):
+class _SaveNoInput(OperatorMode):
     """Only those of frozen layers."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -125,44 +125,45 @@ class _KeepNoInput(Replacing):
         return operator(*args, **(kwargs or {}))
 
 
-def replacing() -> Replacing | None:
-    """What puts our operators in the place of PyTorch's where this code runs; None outside."""
+def active_mode() -> OperatorMode | None:
+    """The mode that replaces PyTorch's operators where this code runs; `None` if there is none."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return next((mode for mode in modes if isinstance(mode, Replacing)), None)
+    return next((mode for mode in modes if isinstance(mode, OperatorMode)), None)
 
 
 def in_checkpoint() -> bool:
-    """Whether a checkpointed function runs: PyTorch's operators then, since ours would not be there the second time.
+    """Whether a checkpointed function is running; PyTorch's own operators must run in it.
 
-    Such a function keeps nothing, and is computed again in backward, outside of any hook on the model. PyTorch checks
-    that it then keeps the same tensors as the first time.
+    It saves nothing and is recomputed in backward outside of any hook on the model, and PyTorch checks that it then
+    saves the same tensors as the first time.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """Undo nothing."""
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-KEEPING = (*CONVOLUTIONS, _BatchNorm, nn.LayerNorm, nn.GroupNorm)  # what keeps an input although its weight is frozen
+# layers that save an input although their weight is frozen
+SAVING_INPUT = (*CONVOLUTIONS, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Keep every batch norm whose weight is frozen on its running statistics, whatever mode the model is in."""
+    """Keep every batch norm with a frozen weight on its running statistics in train and eval mode."""
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not has_hook(module, FrozenLayer):
             FrozenLayer().put_on(module)
 
 
 def has_hook(module: nn.Module, kind: type[Hook]) -> bool:
-    """Whether such a hook lies on the module."""
+    """Whether the module has a hook of this kind."""
     return any(isinstance(getattr(hook, "__self__", None), kind) for hook in module._forward_pre_hooks.values())
 
 
 def remove_hooks(model: nn.Module, kinds: type[Hook] | tuple[type[Hook], ...] = Hook) -> None:
-    """Take the hooks of these kinds off the model; all by default."""
+    """Remove the hooks of these kinds from the model, all by default."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), kinds)]:

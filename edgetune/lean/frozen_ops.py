@@ -1,7 +1,7 @@
-"""Convolution and normalizations that keep no input for backward when their weight is frozen.
+"""Convolution and normalizations that save no input for backward when their weight is frozen.
 
-PyTorch keeps the input of a convolution and of a batch norm whether or not the weight needs a gradient
-(`F.linear` does not). Under autocast it keeps the cast copy of every frozen weight too; here the weight is cast again.
+PyTorch saves the input of a convolution and of a batch norm whether or not the weight needs a gradient
+(`F.linear` does not). Under autocast it saves the cast copy of every frozen weight too; here the weight is cast again.
 The gradients here equal autograd's; where a weight does train, PyTorch's own operator runs.
 """
 
@@ -19,7 +19,7 @@ from edgetune.lean import onednn
 
 
 class _Convolution(torch.autograd.Function):
-    """Keeps the weight alone, and only if the input needs a gradient."""
+    """Saves the weight alone, and only if the input needs a gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -36,31 +36,33 @@ class _Convolution(torch.autograd.Function):
         for_input = for_bias = None
         if ctx.needs_input_grad[0]:
             (weight,) = ctx.saved_tensors
-            for_input = convolved_back(gradient, weight.to(gradient.dtype), ctx.shape, ctx.settings)
+            for_input = convolution_input_gradient(gradient, weight.to(gradient.dtype), ctx.shape, ctx.settings)
         if ctx.needs_input_grad[2]:
             for_bias = gradient.sum([d for d in range(gradient.dim()) if d != 1])
         return for_input, None, for_bias, None, None, None, None
 
 
-def convolved_back(gradient: Tensor, weight: Tensor, shape: torch.Size, settings: tuple[Any, ...]) -> Tensor:
+def convolution_input_gradient(
+    gradient: Tensor, weight: Tensor, shape: torch.Size, settings: tuple[Any, ...]
+) -> Tensor:
     """The gradient of a convolution's input of this shape, from that of its output.
 
     As the transposed convolution that it is: aten.convolution_backward asks for the input too, and copies it.
     `settings`: stride, padding, dilation, transposed, output padding, groups, as `torch.convolution` takes them.
     """
     stride, padding, dilation, _, _, groups = settings
-    left_over = [
+    output_padding = [
         size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for size, out, s, p, d, k in zip(
             shape[2:], gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
         )
     ]
-    weight = onednn.laid_out_as(gradient, weight)
-    return torch.convolution(gradient, weight, None, stride, padding, dilation, True, left_over, groups)
+    weight = onednn.match_layout(gradient, weight)
+    return torch.convolution(gradient, weight, None, stride, padding, dilation, True, output_padding, groups)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the weight as it is stored, not as autocast casts it, and the input only if the weight trains."""
+    """Saves the weight as it is stored, not as autocast casts it, and the input only if the weight trains."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -72,17 +74,17 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, x = ctx.saved_tensors
-        for_input = None if weight is None else onednn.of_input(gradient, weight.to(gradient.dtype))
-        for_weight = None if x is None else onednn.of_weight(gradient, x)
+        for_input = None if weight is None else onednn.input_gradient(gradient, weight.to(gradient.dtype))
+        for_weight = None if x is None else onednn.weight_gradient(gradient, x)
         for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return for_input, for_weight, for_bias
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`functional.linear` by the faster library; under autocast without keeping a cast copy of a frozen weight."""
+    """`functional.linear` by the faster library; under autocast without saving a cast copy of a frozen weight."""
     records = input.requires_grad or (bias is not None and bias.requires_grad)
     device = input.device.type
-    if onednn.suits(input, weight, bias):
+    if onednn.supports(input, weight, bias):
         if not torch.is_grad_enabled() or not (records or weight.requires_grad):
             return onednn.linear(input, weight, bias)
         return _Linear.apply(input, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
@@ -94,7 +96,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(input.to(dtype), weight, None if bias is None else bias.to(dtype))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def padded(
+def pad_input(
     input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
 ) -> tuple[Tensor, list[int], list[int], list[int]]:
     """The arguments of a convolution with each number written out; padding by name is done to the input."""
@@ -118,7 +120,7 @@ def _convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         input = onednn.channels_last(input, weight)
         if weight.requires_grad or not (input.requires_grad or (bias is not None and bias.requires_grad)):
             return original(input, weight, bias, stride, padding, dilation, groups)
-        input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
+        input, stride, padding, dilation = pad_input(input, weight, stride, padding, dilation)
         if torch.is_autocast_enabled(input.device.type):  # a Function is not cast by itself
             dtype = torch.get_autocast_dtype(input.device.type)
             input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
@@ -143,8 +145,8 @@ def _batch_norm(
     return torch.addcmul(shift.view(shape), input, scale.view(shape)).to(input.dtype)
 
 
-class _BiasAlone(torch.autograd.Function):
-    """`y` holds a value to which a trained bias was added; keeps nothing. The bias is summed over `dimensions`."""
+class _BiasOnly(torch.autograd.Function):
+    """`y` holds a value to which a trained bias was added; saves nothing. The bias is summed over `dimensions`."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, y: list[Tensor], dimensions: Sequence[int]) -> Tensor:  # type: ignore[override]
@@ -160,11 +162,11 @@ class _BiasAlone(torch.autograd.Function):
 def layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`functional.layer_norm`, which keeps nothing where the bias alone trains."""
+    """`functional.layer_norm`, which saves nothing where the bias alone trains."""
     if bias is None or weight is None or weight.requires_grad or input.requires_grad or not bias.requires_grad:
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
     y = functional.layer_norm(input, normalized_shape, weight, bias.detach(), eps)
-    return _BiasAlone.apply(bias, [y], range(input.dim() - bias.dim()))  # type: ignore[no-any-return,no-untyped-call]
+    return _BiasOnly.apply(bias, [y], range(input.dim() - bias.dim()))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _group_norm(
@@ -173,7 +175,7 @@ def _group_norm(
     if bias is None or weight is None or weight.requires_grad or input.requires_grad or not bias.requires_grad:
         return functional.group_norm(input, num_groups, weight, bias, eps)
     y = functional.group_norm(input, num_groups, weight, bias.detach(), eps)
-    return _BiasAlone.apply(bias, [y], [d for d in range(input.dim()) if d != 1])  # type: ignore[no-any-return,no-untyped-call]
+    return _BiasOnly.apply(bias, [y], [d for d in range(input.dim()) if d != 1])  # type: ignore[no-any-return,no-untyped-call]
 
 
 REPLACED: dict[Any, Callable[..., Tensor]] = {

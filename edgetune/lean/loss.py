@@ -1,4 +1,4 @@
-"""Cross entropy that keeps the logits as they came, and only the rows whose label counts."""
+"""Cross entropy that saves the logits as they came, and only the rows whose label counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORTH_A_COPY = 0.75  # up to this share of rows that count they are copied out;
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """PyTorch keeps the log-probabilities, a copy of the logits; here the logits do, which the model's output holds."""
+    """PyTorch saves the log-probabilities, a copy of the logits; here the logits do, which the model's output holds."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int, reduction: str) -> Tensor:  # type: ignore[override]
@@ -33,22 +33,22 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, target, counts = ctx.saved_tensors
         wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-        found = torch.softmax(logits, -1, dtype=wide)
+        for_logits = torch.softmax(logits, -1, dtype=wide)
         safe = target if ctx.few else target.where(counts, 0)
-        found.scatter_add_(1, safe.unsqueeze(1), found.new_full((len(safe), 1), -1.0))
+        for_logits.scatter_add_(1, safe.unsqueeze(1), for_logits.new_full((len(safe), 1), -1.0))
         scale = gradient.to(wide)
         if ctx.reduction == "mean":
             scale = scale / ctx.number
         if ctx.reduction == "none":
-            found.mul_((scale[counts] if ctx.few else scale * counts).unsqueeze(1))
+            for_logits.mul_((scale[counts] if ctx.few else scale * counts).unsqueeze(1))
         else:
-            found.mul_(scale if ctx.few else (scale * counts).unsqueeze(1))
-        found = found.to(logits.dtype)
+            for_logits.mul_(scale if ctx.few else (scale * counts).unsqueeze(1))
+        for_logits = for_logits.to(logits.dtype)
         if not ctx.few:
-            return found, None, None, None
-        for_logits = found.new_zeros(ctx.shape)
-        for_logits[counts] = found
-        return for_logits, None, None, None
+            return for_logits, None, None, None
+        every_row = for_logits.new_zeros(ctx.shape)
+        every_row[counts] = for_logits
+        return every_row, None, None, None
 
 
 def cross_entropy(
@@ -62,6 +62,6 @@ def cross_entropy(
         return functional.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    if reduction in ("mean", "sum") and head.of(input) is not None:
+    if reduction in ("mean", "sum") and head.head_of(input) is not None:
         return head.cross_entropy(input, target, ignore_index, reduction)  # type: ignore[arg-type]
     return _CrossEntropy.apply(input, target, ignore_index, reduction)  # type: ignore[no-any-return,no-untyped-call]

@@ -1,8 +1,8 @@
-"""peft's LoRA linears in one node, which keeps the layer's input once and a few numbers per row.
+"""peft's LoRA linears in one node, which saves the layer's input once and a few numbers per row.
 
 peft computes such a layer by six operators. In one, the low-rank path is added to the output in place, and the layer's
-input is known to whatever comes after it: an activation or a gated product keeps that input, which the layer keeps
-anyhow, in the place of its output, and computes the layer again in backward.
+input is known to whatever comes after it: an activation or a gated product saves that input, which the layer saves
+anyway, in the place of its output, and computes the layer again in backward.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from edgetune.lean.frozen import in_checkpoint
 from edgetune.lean.packing import autocast_dtype
+from edgetune.lean.producers import LastActivation
 from edgetune.lean.products import low_rank_linear
-from edgetune.lean.sources import Latest
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def fitting_layers(model: nn.Module) -> Iterator[nn.Module]:
+def find_fitting_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The layers in the model that compute nothing but `W x + b + scaling * B A dropout(x)`, with A and B trained."""
-    peft = sys.modules.get("peft.tuners.lora.layer")  # not imported: there is none, and peft takes seconds
+    peft = sys.modules.get(
+        "peft.tuners.lora.layer"
+    )  # if not imported, the model has none; importing peft takes seconds
     if peft is not None:
         yield from (module for module in model.modules() if type(module) is peft.Linear and _fits(module))
 
@@ -53,26 +55,24 @@ def _parts(layer: Any) -> tuple[Any, Any, Any]:
     return layer.lora_A, layer.lora_B, layer.lora_dropout
 
 
-def bind(layer: nn.Module, latest: Latest) -> Any:
-    """What may stand as the layer's `forward` while the operators of this `latest` are in place."""
+def bind(layer: nn.Module, last: LastActivation) -> Any:
+    """A `forward` for the layer while the operators of this `last` are active."""
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         base = self.base_layer
         plain = not args and not kwargs and type(x) in _PLAIN and x.dtype == base.weight.dtype and x.dim() > 1
-        if not plain or not _records(latest, x):
+        if not plain or not _records(last, x):
             return type(self).forward(self, x, *args, **kwargs)
         (adapter,) = self.active_adapters
         down, up, dropout = (each[adapter] for each in _parts(self))
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return low_rank_linear(
-            latest, x, base.weight, base.bias, down.weight, up.weight, float(self.scaling[adapter]), p
-        )
+        return low_rank_linear(last, x, base.weight, base.bias, down.weight, up.weight, float(self.scaling[adapter]), p)
 
     return types.MethodType(forward, layer)
 
 
-def _records(latest: Latest, x: Tensor) -> bool:
-    """Whether the operators are in reach of this call, and it is one of theirs."""
+def _records(last: LastActivation, x: Tensor) -> bool:
+    """Whether the operators are active, and this call is one of theirs."""
     return (
         not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_checkpoint() and not autocast_dtype(x)
     )

@@ -1,11 +1,11 @@
-"""Operators that keep less for backward, put in the place of PyTorch's while a model's forward runs.
+"""Operators that save less for backward and replace PyTorch's while a model's forward runs.
 
-`LightOperators` is a pair of hooks on the root of a model. While its forward records a graph, every call of a
-function in the tables below goes to the operator of the same meaning that keeps less: see activations,
+`LeanOperators` is a pair of hooks on the root of a model. While its forward records a graph, every call of a
+function in the tables below goes to the operator of the same meaning that saves less: see activations,
 products, norms, attention, loss and frozen_ops; peft's LoRA linears go to low_rank. Values are PyTorch's own;
 gradients equal autograd's ("exact"), or are bounded as those files say ("8bit"). Where nothing needs a gradient, under
-a compiler, and inside a checkpointed function (which keeps nothing, and is computed again outside of these hooks),
-PyTorch's own operators run. `LightModule` does the same for modules written out in several operators.
+a compiler, and inside a checkpointed function (which saves nothing, and is computed again outside of these hooks),
+PyTorch's own operators run. `LeanModule` does the same for modules written out in several operators.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch.nn import functional
 
 from edgetune.core.inputs import tensors_in
 from edgetune.lean import activations, head, low_rank, products
-from edgetune.lean.activations import ACTIVATIONS, byte_derivative, from_input
+from edgetune.lean.activations import ACTIVATIONS, activate_saving_derivative, activate_saving_input
 from edgetune.lean.attention import Repeats, scaled_dot_product_attention
 from edgetune.lean.frozen import (
     Hook,
-    Replacing,
+    OperatorMode,
+    active_mode,
+    do_nothing,
     has_hook,
     in_checkpoint,
-    never_compiled_alone,
-    nothing,
+    never_compile,
     remove_hooks,
-    replacing,
 )
 from edgetune.lean.frozen_ops import REPLACED
 from edgetune.lean.loss import cross_entropy
-from edgetune.lean.norms import layer_norm, rms_fits, rms_norm, rms_of
+from edgetune.lean.norms import attach_rms_backward, layer_norm, rms_norm, supports_rms_norm
 from edgetune.lean.onednn import is_channels_last, view
-from edgetune.lean.sources import Latest
+from edgetune.lean.producers import LastActivation
 
 Activations = Literal["exact", "8bit"]
 
@@ -68,7 +68,7 @@ _EIGHT_BIT: dict[Any, Callable[..., Any]] = {
     torch.softmax: activations.softmax_method_8bit,
     Tensor.softmax: activations.softmax_method_8bit,
 }
-_LINKED: dict[Any, Callable[..., Any]] = {  # these look at what the latest of them gave
+_LINKED: dict[Any, Callable[..., Any]] = {  # these look at the last output of one another
     functional.gelu: products.gelu,
     functional.silu: products.activation("silu", functional.silu),
     Tensor.mul: products.product,
@@ -90,14 +90,14 @@ _WRITTEN_OUT = {
 }
 
 
-class _Operators(Replacing):
-    """Sends calls to the operators that keep less."""
+class _Operators(OperatorMode):
+    """Sends calls to the operators that save less."""
 
     def __init__(self, eight_bit: bool) -> None:
         super().__init__()
         self.plain = _EIGHT_BIT if eight_bit else _EXACT
         self.linked = _LINKED_EIGHT_BIT if eight_bit else _LINKED
-        self.latest, self.repeats = Latest(eight_bit), Repeats()
+        self.last, self.repeats = LastActivation(eight_bit), Repeats()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,10 +105,10 @@ class _Operators(Replacing):
             return func(*args, **kwargs)
         if func is Tensor.view:
             return view(*args, **kwargs)
-        if not torch.is_grad_enabled() or "out" in kwargs:  # nothing is kept; what is left is to be fast
+        if not torch.is_grad_enabled() or "out" in kwargs:  # nothing is saved; only speed counts
             return _FAST.get(func, func)(*args, **kwargs)
         if _writes(getattr(func, "__name__", "."), args, kwargs):
-            own_output(args or tuple(kwargs.values()))
+            copy_saved_output_before_write(args or tuple(kwargs.values()))
         if func is functional.multi_head_attention_forward:
             with self:
                 return _MULTI_HEAD(*args, **kwargs)
@@ -121,9 +121,9 @@ class _Operators(Replacing):
 
     def _run(self, func: Any, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.scaled_dot_product_attention:
-            return operator(self.latest, self.repeats, *args, **kwargs)
+            return operator(self.last, self.repeats, *args, **kwargs)
         if func in self.linked:
-            return operator(self.latest, *args, **kwargs)
+            return operator(self.last, *args, **kwargs)
         return operator(*args, **kwargs)
 
 
@@ -154,53 +154,53 @@ def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) > 1 and args[-1] is True and (name in _FLAGGED or (name == "dropout" and len(args) > 3))
 
 
-def own_output(args: tuple[Any, ...]) -> None:
-    """Before the first argument is changed in place: let the norm whose kept output it is keep a copy."""
+def copy_saved_output_before_write(args: tuple[Any, ...]) -> None:
+    """Before the first argument is changed in place: save a copy if it is a norm's saved output."""
     node = args[0].grad_fn if args and isinstance(args[0], Tensor) else None
-    if node is not None and getattr(node, "owned", 0) is None and not node.eight_bit:  # type: ignore[attr-defined]
+    if node is not None and getattr(node, "copied", 0) is None and not node.eight_bit:  # type: ignore[attr-defined]
         *rest, output = node.saved_tensors  # type: ignore[attr-defined]
-        node.owned = (*rest, output.clone())  # type: ignore[attr-defined]
+        node.copied = (*rest, output.clone())  # type: ignore[attr-defined]
 
 
-def latest() -> Latest | None:
-    """What the operators in whose reach this code runs have noted; None outside, and in a checkpointed function."""
-    mode = replacing()
-    return mode.latest if isinstance(mode, _Operators) and torch.is_grad_enabled() and not in_checkpoint() else None
+def last_activation() -> LastActivation | None:
+    """What the active operators recorded last; `None` without any, and in a checkpointed function."""
+    mode = active_mode()
+    return mode.last if isinstance(mode, _Operators) and torch.is_grad_enabled() and not in_checkpoint() else None
 
 
 class _EagerHook(Hook):
-    """Idle under a compiler, which decides by itself what to keep and what to compute again."""
+    """Idle under a compiler, which itself decides what to save and what to recompute."""
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Enter, unless this is being compiled."""
+        """Enter, unless a compiler traces."""
         if not torch.compiler.is_compiling():
             super().before(module, args, kwargs)
 
 
-class LightOperators(_EagerHook):
-    """Lets a whole model keep less for backward. `put_on_operators` and `take_off_operators` handle it."""
+class LeanOperators(_EagerHook):
+    """Lets a whole model save less for backward. `put_on_operators` and `take_off_operators` handle it."""
 
     def __init__(self, activations: Activations = "exact") -> None:
         super().__init__()
-        self.asked: list[Activations] = [activations]  # by every technique that uses it; the last one counts
-        self.usual = False  # whether the caller's pictures were laid out as usual
+        self.asked: list[Activations] = [activations]  # by every technique on the model; the last counts
+        self.contiguous = False  # whether the caller's images were laid out contiguously
 
     def put_on(self, module: nn.Module) -> None:
         """Register on the root, and on each module inside that is written out in several operators."""
         super().put_on(module)
         for inner in module.modules():
-            if not has_hook(inner, LightModule) and LightModule.fits(inner):
-                LightModule().put_on(inner)
+            if not has_hook(inner, LeanModule) and LeanModule.fits(inner):
+                LeanModule().put_on(inner)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-        """Do nothing where no graph is recorded, or where an outer model has its operators in place."""
-        if not torch.is_grad_enabled() or isinstance(replacing(), _Operators):
-            return nothing
-        self.usual = not any(is_channels_last(t) for t in tensors_in((args, kwargs)))
+        """Do nothing if no graph is recorded, or if an outer model has its operators in place."""
+        if not torch.is_grad_enabled() or isinstance(active_mode(), _Operators):
+            return do_nothing
+        self.contiguous = not any(is_channels_last(t) for t in tensors_in((args, kwargs)))
         mode = _Operators(self.asked[-1] == "8bit")
-        layers = [] if mode.latest.eight_bit else list(low_rank.fitting_layers(module))
+        layers = [] if mode.last.eight_bit else list(low_rank.find_fitting_layers(module))
         for layer in layers:  # in the instance, where it hides that of its class for this call
-            layer.__dict__["forward"] = low_rank.bind(layer, mode.latest)
+            layer.__dict__["forward"] = low_rank.bind(layer, mode.last)
         mode.__enter__()  # type: ignore[no-untyped-call]
 
         def leave() -> None:
@@ -211,47 +211,47 @@ class LightOperators(_EagerHook):
         return leave
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Leave, and give a picture back laid out as the model would: who called it may take a `view` of it."""
-        usual, self.usual = self.usual and len(self.entered) > 0, False
+        """Leave, and return images in the model's own layout, as the caller may take a `view` of them."""
+        contiguous, self.contiguous = self.contiguous and len(self.entered) > 0, False
         super().after(module, args, output)
-        if usual and isinstance(output, Tensor) and output.dim() == 4 and not output.is_contiguous():
+        if contiguous and isinstance(output, Tensor) and output.dim() == 4 and not output.is_contiguous():
             return output.contiguous() if output.is_contiguous(memory_format=torch.channels_last) else None
         return None
 
 
-never_compiled_alone(LightOperators.after)
+never_compile(LeanOperators.after)
 
 
 def put_on_operators(model: nn.Module, activations: Activations) -> None:
-    """Let a model save less for backward. What has the operators already computes in the precision asked for last."""
+    """Let a model save less for backward; the last requested precision applies."""
     hook = _operators_of(model)
     if hook is None:
-        LightOperators(activations).put_on(model)
+        LeanOperators(activations).put_on(model)
         head.put_on(model)
     else:
         hook.asked.append(activations)
 
 
 def take_off_operators(model: nn.Module) -> None:
-    """Undo the latest `put_on_operators`; the hooks go with the first one."""
+    """Undo the last `put_on_operators`; the hooks are removed with the first."""
     hook = _operators_of(model)
     if hook is None:
         return
     hook.asked.pop()
     if not hook.asked:
-        remove_hooks(model, (LightOperators, LightModule))
+        remove_hooks(model, (LeanOperators, LeanModule))
         head.take_off(model)
 
 
-def _operators_of(model: nn.Module) -> LightOperators | None:
+def _operators_of(model: nn.Module) -> LeanOperators | None:
     hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return next((hook for hook in hooks if isinstance(hook, LightOperators)), None)
+    return next((hook for hook in hooks if isinstance(hook, LeanOperators)), None)
 
 
-class LightModule(_EagerHook):
+class LeanModule(_EagerHook):
     """One node with our backward for a module that is written out: RMS norms, the GELUs of older models.
 
-    The module runs as it is, without a graph; its output then gets a backward that keeps less.
+    The module runs as it is, without a graph; its output then gets a backward that saves less.
     """
 
     def __init__(self) -> None:
@@ -261,7 +261,7 @@ class LightModule(_EagerHook):
     @staticmethod
     @torch.no_grad()
     def fits(module: nn.Module) -> bool:
-        """Whether the module computes what we take it for, by trying it."""
+        """Whether the module computes what its name says, by trying it."""
         name, weight = type(module).__name__, module._parameters.get("weight")
         if name in _WRITTEN_OUT:
             x = torch.linspace(-4, 4, 64)
@@ -277,11 +277,11 @@ class LightModule(_EagerHook):
         return not weight.is_meta and torch.allclose(module(x), expected, rtol=tolerance, atol=tolerance)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-        """Stop recording for this call, if it would record."""
+        """Stop recording for this call."""
         x = args[0] if len(args) == 1 and not kwargs else None
         if not torch.is_grad_enabled() or not self._takes(module, x):
             self.inputs.append(None)
-            return nothing
+            return do_nothing
         self.inputs.append(x)
         torch.set_grad_enabled(False)
 
@@ -296,9 +296,9 @@ class LightModule(_EagerHook):
             return False
         if type(module).__name__ in _WRITTEN_OUT:
             return x.requires_grad
-        noted = latest()
-        return (x.requires_grad or (weight is not None and weight.requires_grad)) and rms_fits(
-            x, weight, noted is not None and noted.eight_bit
+        last = last_activation()
+        return (x.requires_grad or (weight is not None and weight.requires_grad)) and supports_rms_norm(
+            x, weight, last is not None and last.eight_bit
         )
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -307,17 +307,21 @@ class LightModule(_EagerHook):
         x = self.inputs.pop() if self.inputs else None
         if x is None or not isinstance(output, Tensor):  # after an error there is no output
             return None
-        noted = latest() or Latest(eight_bit=False)  # in a checkpointed function, which keeps nothing
+        last = last_activation() or LastActivation(eight_bit=False)  # in a checkpointed function, which saves nothing
         kind = _WRITTEN_OUT.get(type(module).__name__)
         if kind is None:
-            return rms_of(noted, x, module._parameters["weight"], _eps(module) or 0.0, output)
-        y = byte_derivative(x, kind, value=output) if noted.eight_bit else from_input(x, kind, output)
-        return noted.note(y, kind, x)
+            return attach_rms_backward(last, x, module._parameters["weight"], _eps(module) or 0.0, output)
+        y = (
+            activate_saving_derivative(x, kind, value=output)
+            if last.eight_bit
+            else activate_saving_input(x, kind, output)
+        )
+        return last.record(y, kind, x)
 
 
-never_compiled_alone(LightModule.after)
+never_compile(LeanModule.after)
 
 
 def _eps(module: nn.Module) -> float | None:
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return found if isinstance(found, float) else None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None

@@ -1,4 +1,4 @@
-"""Small forms of what backward needs: one bit, one byte, or one seed in the place of a float."""
+"""Small forms of what backward needs: one bit, one byte, or one seed instead of a float."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def memory_order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=lambda d: (-strides[d], d))
 
 
-def flattened(x: Tensor, order: list[int]) -> Tensor:
+def flatten(x: Tensor, order: list[int]) -> Tensor:
     """The elements in this order of the dimensions, one after the other; a view where that is possible."""
     return x.permute(order).reshape(-1)
 
 
-def shaped(flat: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
-    """What `flattened` undoes: a view of `flat`."""
+def unflatten(flat: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+    """What `flatten` undoes: a view of `flat`."""
     return flat.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
 
 
@@ -74,12 +74,12 @@ def from_rows(steps: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def new_seed() -> int:
-    """Drawn from the global generator of the CPU: a seeded or resumed run draws the same ones."""
+    """Drawn from the global generator of the CPU: a make_generator or resumed run draws the same ones."""
     return int(torch.randint(2**63 - 1, ()))
 
 
-def seeded(seed: int, device: torch.device) -> torch.Generator:
-    """A generator of its own; the global one is not touched."""
+def make_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A new generator; the global one is not touched."""
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -105,7 +105,7 @@ def wide_enough(x: Tensor) -> Tensor:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, dtypes are what the code says."""
+    """Switch autocast off."""
     return torch.autocast(device.type, enabled=False)
 
 

@@ -2,8 +2,8 @@
 
 timm's BEiT and SwinV2 call `F.linear(x, self.qkv.weight, bias)`, own code ties a head by `h @ self.wte.weight.T`,
 `nn.MultiheadAttention` hands `out_proj.weight` on. One forward is watched: each operator that is given a weight, and
-the modules whose forward runs at that moment. Without inputs the source of the modules around a layer is read for what
-is sure to happen (`edgetune.lean.reads_in_source`), and the model's first forward is watched.
+the modules whose forward runs at that moment. Without inputs the source code of the modules around a layer is read for
+reads that are certain (`edgetune.lean.reads_in_source`), and the model's first forward is watched.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device
 from edgetune.core.modes import preserve_state
 from edgetune.core.technique import Sample
-from edgetune.lean.frozen import Hook, never_compiled_alone, remove_hooks
-from edgetune.lean.reads_in_source import read_in_source
+from edgetune.lean.frozen import Hook, never_compile, remove_hooks
+from edgetune.lean.reads_in_source import outer_names, read_in_source
 
-# operators that need no value of it: what is read of an alias is seen there
+# operators that need no values; reads of an alias are seen where they happen
 _LOOKS_ONLY = ("new_", "sym_", "is_", "_has_", "size", "stride", "numel", "dim", "detach", "alias")
 
 
 @dataclass
 class Reads:
-    """What was seen: for each layer whose weight is read elsewhere the readers' names; the layers that never ran.
+    """For each layer whose weight is read elsewhere, its readers' names; and the layers that never ran.
 
     `complete`: whether the model ran in evaluation mode to the end.
     """
@@ -59,9 +59,9 @@ def refuse_read_elsewhere(model: nn.Module, chosen: Iterable[str], sample: Sampl
 def readers_of(
     model: nn.Module, chosen: Iterable[str], sample: Sample | None = None
 ) -> tuple[dict[str, list[str]], bool]:
-    """By name of a layer, who reads its weight elsewhere; and whether a forward was watched for it to the end.
+    """For each layer name the modules that read its weight elsewhere, and whether a whole forward was watched.
 
-    Source is read for what is sure to happen; with a sample the model then runs once in each mode, without a trace.
+    The source code gives reads that are certain; with a sample the model also runs once in each mode.
     """
     names = list(chosen)
     readers = read_in_source(model, names)
@@ -90,18 +90,18 @@ def weights_read_elsewhere(model: nn.Module, inputs: Inputs, names: Iterable[str
 
     A model that cannot run on these inputs in one of the modes is watched as far as it gets.
     """
-    watch, complete = _Watch(model, names), True
+    watch, complete = _ReadRecorder(model, names), True
     for training in (False, True):  # torch's attention has a fast path in evaluation
-        with preserve_state(model, training), torch.no_grad(), _asleep(model), watch:
+        with preserve_state(model, training), torch.no_grad(), _suspend_first_forward(model), watch:
             try:
                 call(model, to_device(inputs, device_of(model)))
-            except Exception:  # inputs of another form than forward wants: the first real forward is to be watched
+            except Exception:  # inputs that forward does not take: the first real forward is watched instead
                 complete &= training
     return watch.reads(complete)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which weights the operators are given, and whose forward runs meanwhile."""
+class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records which weights the operators are given, and whose forward is running."""
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, module in layers.items():
             for parameter in module._parameters.values():
                 if parameter is not None and _storage(parameter) in self.chosen:
-                    around = (layers[outer] for outer in _outer(name) if is_wrapped(layers[outer]))
+                    around = (layers[outer] for outer in outer_names(name) if is_wrapped(layers[outer]))
                     self.owners.setdefault(_storage(parameter), set()).update(map(id, (module, *around)))
         self.running: list[nn.Module] = []
         self.thread = threading.get_ident()
@@ -126,8 +126,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.readers: dict[str, list[str]] = {}
         self.handles: list[Any] = []
 
-    def __enter__(self) -> _Watch:
-        # for all modules there are: hooks of its own would keep a torch encoder layer off its fast path
+    def __enter__(self) -> _ReadRecorder:
+        # global hooks: hooks on the module would keep a torch encoder layer off its fast path
         self.handles = [
             hooks_of_all.register_module_forward_pre_hook(self._begin),
             hooks_of_all.register_module_forward_hook(self._end, always_call=True),
@@ -160,7 +160,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, func: Any, operator: str, args: Any, kwargs: Any) -> None:
         tensors = list(tensors_in((args, kwargs)))
-        if operator in ("copy_", "index_copy_", "fill_", "zero_"):  # written, not read: a slice is put in its place
+        if operator in ("copy_", "index_copy_", "fill_", "zero_"):  # written, not read
             tensors = list(tensors_in((args[1:], kwargs)))
         for tensor in tensors:
             storage = _storage(tensor)
@@ -174,18 +174,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     readers.append(reader)
 
     def reads(self, complete: bool = True) -> Reads:
-        """What was seen so far."""
+        """What was recorded so far."""
         idle = [name for name, layer in self.layers.items() if id(layer) not in self.ran]
         return Reads(dict(self.readers), idle, complete)
 
 
-def _outer(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:depth]) for depth in range(len(parts)))
-
-
 def _storage(tensor: Tensor) -> int:
-    """What names the memory of a tensor, which its views and its `.data` share."""
+    """An identifier of a tensor's memory, which its views and its `.data` share."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
@@ -201,19 +196,19 @@ class FirstForward(Hook):
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
         self.names = list(names)
-        self.asleep = False
-        self.watch: _Watch | None = None
+        self.suspended = False
+        self.watch: _ReadRecorder | None = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin to watch, unless this is being traced or watched already."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or self.asleep or self.watch is not None:
+        """Begin to watch, unless the forward is traced or watched already."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or self.suspended or self.watch is not None:
             return
-        self.watch = _Watch(module, [name for name in self.names if _is_wrapped(module, name)])
+        self.watch = _ReadRecorder(module, [name for name in self.names if _is_wrapped(module, name)])
         self.watch.__enter__()
         self.watch._begin(module, args)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Judge what was seen; `output` is None where the forward failed."""
+        """Check what was recorded; `output` is None if the forward failed."""
         if torch.compiler.is_compiling() or self.watch is None or self.watch.thread != threading.get_ident():
             return
         watch, self.watch = self.watch, None
@@ -223,11 +218,11 @@ class FirstForward(Hook):
             refuse_readers(module, watch.reads().elsewhere)
 
 
-never_compiled_alone(FirstForward.after)
+never_compile(FirstForward.after)
 
 
 def watch_first_forward(model: nn.Module, names: Iterable[str]) -> None:
-    """Let the model's next forward be watched, for techniques that had no inputs to try beforehand."""
+    """Watch the model's next forward, for techniques that had no inputs to try beforehand."""
     earlier = _first_forward(model)
     if earlier is None:
         FirstForward(names).put_on(model)
@@ -236,7 +231,7 @@ def watch_first_forward(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _is_wrapped(model: nn.Module, name: str) -> bool:
-    """Whether a wrapped layer has this name; what was to be wrapped may have been refused for another reason."""
+    """Whether a wrapped layer has this name."""
     try:
         return is_wrapped(model.get_submodule(name))
     except AttributeError:
@@ -249,13 +244,13 @@ def _first_forward(model: nn.Module) -> FirstForward | None:
 
 
 @contextmanager
-def _asleep(model: nn.Module) -> Iterator[None]:
+def _suspend_first_forward(model: nn.Module) -> Iterator[None]:
     """Keep the hook idle for a forward that is watched already."""
     hook = _first_forward(model)
     if hook is not None:
-        hook.asleep = True
+        hook.suspended = True
     try:
         yield
     finally:
         if hook is not None:
-            hook.asleep = False
+            hook.suspended = False

@@ -1,7 +1,7 @@
-"""Reads of a layer's weight that stand in the source of a module around it, and that its forward is sure to reach.
+"""Find, in the source code of the modules around a layer, reads of its weight that forward is certain to reach.
 
-Only what can be told is told: a layer named by attributes from `self` on, in `forward` or in a method or property that
-it calls, on a path whose conditions hold for this very module. The rest is left to watching a forward.
+Only certain reads count: of a layer reached by attributes of `self`, in `forward` or in a method or property that it
+calls, on a path whose conditions hold for this module. Watching a forward finds the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-# What is looked up on a weight without needing a value of it.
+# attributes of a weight that do not need its values
 _LOOKS_ONLY = frozenset(
     {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "nelement", "element_size", "requires_grad", "is_cuda",
      "is_meta", "layout", "data_ptr", "names", "grad", "grad_fn", "is_floating_point", "stride", "type", "get_device",
@@ -30,36 +30,37 @@ _DEEPEST = 6  # calls from forward on
 
 
 def read_in_source(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """For each layer called so whose weight a module around it is sure to read: the names of those modules."""
+    """For each of these layers whose weight a module around it is certain to read: the names of those modules."""
     layers = {id(model.get_submodule(name)): name for name in names}
-    around = {outer: model.get_submodule(outer) for name in layers.values() for outer in _outer(name)}
+    around = {outer: model.get_submodule(outer) for name in layers.values() for outer in outer_names(name)}
     readers: dict[str, list[str]] = {}
     for outer, module in around.items():
-        for layer in _read_by(module, outer):
+        for layer in _layers_read_by(module, outer):
             if id(layer) in layers and id(layer) != id(module):
                 readers.setdefault(layers[id(layer)], []).append(outer)
     return readers
 
 
-def _outer(name: str) -> list[str]:
+def outer_names(name: str) -> list[str]:
+    """Names of the modules around the layer called `name`, the model itself, "", first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
-def _read_by(module: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Layers whose weight the forward of this module reads, as far as its source tells."""
+def _layers_read_by(module: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Layers whose weight the forward of this module certainly reads."""
     if isinstance(module, nn.MultiheadAttention):
         yield module.out_proj
     elif isinstance(module, nn.TransformerEncoderLayer):  # on its fast path
         yield from (layer for layer in module.modules() if isinstance(layer, nn.Linear))
     elif not type(module).__module__.startswith("torch."):
         forward = inspect.unwrap(module.forward)
-        yield from _Source(module).reads(getattr(forward, "__func__", forward), type(module), 0)
+        yield from _ForwardReader(module).reads(getattr(forward, "__func__", forward), type(module), 0)
 
 
 @functools.lru_cache(maxsize=4096)
-def _body(code: types.CodeType) -> ast.FunctionDef | None:
-    """The function as a tree; None where its source is not at hand."""
+def _parse_function(code: types.CodeType) -> ast.FunctionDef | None:
+    """The syntax tree of a function; `None` if its source is not available."""
     try:
         tree = ast.parse(textwrap.dedent("".join(inspect.getsourcelines(code)[0])))
     except (OSError, TypeError, SyntaxError, IndexError):
@@ -67,7 +68,7 @@ def _body(code: types.CodeType) -> ast.FunctionDef | None:
     return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
 
 
-class _Source:
+class _ForwardReader:
     """Walks the statements that the forward of one module runs."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -75,12 +76,12 @@ class _Source:
         self.seen: set[types.CodeType] = set()
 
     def reads(self, function: Any, kind: type, depth: int) -> Iterator[nn.Module]:
-        """Of the function and of what it calls; `kind` is where `super()` starts from."""
+        """Reads in the function and in what it calls; `kind` is where `super()` starts from."""
         code = getattr(function, "__code__", None)
         if code is None or code in self.seen or depth > _DEEPEST:
             return
         self.seen.add(code)
-        body = _body(code)
+        body = _parse_function(code)
         if body is None or not body.args.args:
             return
         owner = next((c for c in type(self.module).__mro__ if function in vars(c).values()), kind)
@@ -90,24 +91,24 @@ class _Source:
 class _Walk:
     """One function's statements; `me` is its name for the module."""
 
-    def __init__(self, source: _Source, me: str, owner: type, depth: int) -> None:
-        self.source, self.me, self.owner, self.depth = source, me, owner, depth
+    def __init__(self, reader: _ForwardReader, me: str, owner: type, depth: int) -> None:
+        self.reader, self.me, self.owner, self.depth = reader, me, owner, depth
         self.ended = False  # a statement before this one may have left the function
 
     def statements(self, body: Sequence[ast.stmt]) -> Iterator[nn.Module]:
-        """Those that are sure to run."""
+        """Reads in the statements that are certain to run."""
         for statement in body:
             if self.ended:
                 return
             yield from self.statement(statement)
 
     def statement(self, node: ast.stmt) -> Iterator[nn.Module]:
-        """One; of a branch that may or may not run only the condition."""
+        """Reads in one statement; of a branch that may not run, only in its condition."""
         if isinstance(node, ast.If):
             yield from self.expression(node.test)
             holds = self.value(node.test)
             if holds is _UNKNOWN:
-                self.ended |= _leaves(node)
+                self.ended |= _may_leave(node)
             else:
                 yield from self.statements(node.body if holds else node.orelse)
         elif isinstance(node, (ast.With, ast.AsyncWith)):
@@ -116,9 +117,9 @@ class _Walk:
             yield from self.statements(node.body)
         elif isinstance(node, ast.For):
             yield from self.expression(node.iter)  # the body may run for none
-            self.ended |= _leaves(node)
+            self.ended |= _may_leave(node)
         elif isinstance(node, (ast.While, ast.Try, ast.FunctionDef, ast.ClassDef, ast.AsyncFor, ast.Match)):
-            self.ended |= _leaves(node) and not isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            self.ended |= _may_leave(node) and not isinstance(node, (ast.FunctionDef, ast.ClassDef))
         elif isinstance(node, (ast.Return, ast.Raise)):
             for child in ast.iter_child_nodes(node):
                 yield from self.expression(child)
@@ -128,7 +129,7 @@ class _Walk:
                 yield from self.expression(child)
 
     def expression(self, node: ast.AST, looks_only: bool = False) -> Iterator[nn.Module]:
-        """Weights read in it, and in the methods and properties that it calls."""
+        """Reads in the expression, and in the methods and properties that it calls."""
         if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             return
         if isinstance(node, ast.IfExp):
@@ -147,7 +148,7 @@ class _Walk:
                 yield from self.attribute(node, looks_only)
             looks_only = node.attr in _LOOKS_ONLY
         elif isinstance(node, ast.Call):
-            yield from self.called(node)
+            yield from self.follow_call(node)
             looks_only = _name(node.func) in _LOOKERS
             yield from self.expression(node.func)
             for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
@@ -160,39 +161,39 @@ class _Walk:
         """A weight, or a property of the module's own class."""
         if node.attr == "weight" and not looks_only:
             layer = self.value(node.value)
-            if isinstance(layer, nn.Module) and layer is not self.source.module:
+            if isinstance(layer, nn.Module) and layer is not self.reader.module:
                 yield layer
         if isinstance(node.value, ast.Name) and node.value.id == self.me:
-            own = inspect.getattr_static(type(self.source.module), node.attr, None)
+            own = inspect.getattr_static(type(self.reader.module), node.attr, None)
             if isinstance(own, property) and own.fget is not None:
-                yield from self.source.reads(own.fget, self.owner, self.depth + 1)
+                yield from self.reader.reads(own.fget, self.owner, self.depth + 1)
 
-    def called(self, node: ast.Call) -> Iterator[nn.Module]:
+    def follow_call(self, node: ast.Call) -> Iterator[nn.Module]:
         """A method of the module's own class, or of the class above."""
         if not isinstance(node.func, ast.Attribute):
             return
         function: Any = None
         if isinstance(node.func.value, ast.Name) and node.func.value.id == self.me:
-            function = inspect.getattr_static(type(self.source.module), node.func.attr, None)
+            function = inspect.getattr_static(type(self.reader.module), node.func.attr, None)
         elif isinstance(node.func.value, ast.Call) and _name(node.func.value.func) == "super":
-            order = type(self.source.module).__mro__
+            order = type(self.reader.module).__mro__
             above = order[order.index(self.owner) + 1 :] if self.owner in order else ()
             function = next((vars(c)[node.func.attr] for c in above if node.func.attr in vars(c)), None)
         if isinstance(function, types.FunctionType):
-            yield from self.source.reads(inspect.unwrap(function), self.owner, self.depth + 1)
+            yield from self.reader.reads(inspect.unwrap(function), self.owner, self.depth + 1)
 
     def value(self, node: ast.AST) -> Any:
-        """What an expression over the module's own attributes comes to; `_UNKNOWN` where anything else is in it."""
+        """The value of an expression over the module's own attributes; `_UNKNOWN` if anything else is in it."""
         try:
             return self._value(node)
-        except Exception:  # an attribute that is missing, a comparison that raises: whatever it is, it is not known
+        except Exception:  # an attribute that is missing, a comparison that raises
             return _UNKNOWN
 
     def _value(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
-            return self.source.module if node.id == self.me else _UNKNOWN
+            return self.reader.module if node.id == self.me else _UNKNOWN
         if isinstance(node, ast.Attribute):
             outer = self.value(node.value)
             if outer is _UNKNOWN or node.attr in ("training", "is_scripting", "grad"):
@@ -207,14 +208,14 @@ class _Walk:
             inner = self.value(node.operand)
             return _UNKNOWN if inner is _UNKNOWN else not inner
         if isinstance(node, ast.BoolOp):
-            return self._both(node)
+            return self._bool_value(node)
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             left, right = self.value(node.left), self.value(node.comparators[0])
             compare = _COMPARED.get(type(node.ops[0]))
             return _UNKNOWN if _UNKNOWN in (left, right) or compare is None else bool(compare(left, right))
         return _UNKNOWN
 
-    def _both(self, node: ast.BoolOp) -> Any:
+    def _bool_value(self, node: ast.BoolOp) -> Any:
         decides = isinstance(node.op, ast.Or)
         values = [self.value(inner) for inner in node.values]
         if any(value is not _UNKNOWN and bool(value) == decides for value in values):
@@ -238,6 +239,6 @@ def _name(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
-def _leaves(node: ast.stmt) -> bool:
+def _may_leave(node: ast.stmt) -> bool:
     """Whether a statement inside may leave the function."""
     return any(isinstance(inner, (ast.Return, ast.Raise)) for inner in ast.walk(node))

@@ -1,17 +1,18 @@
-"""The blocks of a model, and its stages: the pieces that run one after the other."""
+"""The repeated blocks of a model, and its stages: the modules that run one after the other."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from edgetune.core.wrapped import Wrapped
+from edgetune.lean.reads_in_source import outer_names
 
 
 def blocks_of(model: nn.Module) -> list[str]:
     """Names of the repeated blocks, in the model's order; empty when there are none.
 
-    The longest ModuleList or Sequential whose children are of one class says which class is the block; then every
-    outermost module of that class is one. Sequentials of Sequentials (stages) count as one list.
+    The children of the longest ModuleList or Sequential with children of one class give the class of a block; every
+    outermost module of that class is a block. Sequentials of Sequentials (stages) count as one list.
     """
     longest: list[str] = []
     for name, module in model.named_modules():
@@ -34,7 +35,7 @@ def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
     if children and all(isinstance(child, (nn.ModuleList, nn.Sequential)) for child in children.values()):
         inner = [_flat_children(key, child) for key, child in children.items()]
         # the commonest class only: stages often begin with one block of another class
-        flat = {k: m for found in inner for k, m in found.items()}
+        flat = {k: m for children_of in inner for k, m in children_of.items()}
         kinds = [type(m) for m in flat.values()]
         common = max(set(kinds), key=lambda kind: (kinds.count(kind), -kinds.index(kind))) if kinds else None
         return {k: m for k, m in flat.items() if type(m) is common}
@@ -42,36 +43,31 @@ def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
 
 
 def stages_of(model: nn.Module) -> list[nn.Module]:
-    """The pieces that run one after the other: the blocks, and the outermost modules around them.
+    """The modules that run one after the other: the blocks, and the outermost modules around them.
 
-    Where there are no blocks: the outermost modules that do not train only in part. A module without parameters is a
+    If there are no blocks: the outermost modules that do not train only in part. A module without parameters is a
     stage only before the last block, where nothing but noise could come from it; after it, dropout serves the head.
     """
     blocks = set(blocks_of(model))
-    ancestors = {outer for name in blocks for outer in _outer(name)}
-    found: list[nn.Module] = []
+    ancestors = {outer for name in blocks for outer in outer_names(name)[1:]}
+    stages: list[nn.Module] = []
     remaining = len(blocks)
 
     def walk(name: str, module: nn.Module) -> None:
         nonlocal remaining
         remaining -= name in blocks
-        if name in blocks or (name and not _descend(name, module, ancestors)):
+        if name in blocks or (name and not _opens_up(name, module, ancestors)):
             if remaining or name in blocks or any(True for _ in module.parameters()):
-                found.append(module)
+                stages.append(module)
             return
         for key, child in module.named_children():
             walk(f"{name}.{key}".lstrip("."), child)
 
     walk("", model)
-    return found
+    return stages
 
 
-def _outer(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
-
-
-def _descend(name: str, module: nn.Module, ancestors: set[str]) -> bool:
+def _opens_up(name: str, module: nn.Module, ancestors: set[str]) -> bool:
     if isinstance(module, Wrapped):  # its base runs with what trains beside it
         return False
     if name in ancestors or isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):

@@ -18,7 +18,7 @@ class Lean(Technique):
     """Save less for backward, whatever trains: with `lora`, with full fine-tuning, in any training loop.
 
     Gradients equal autograd's; with `activations="8bit"` they are approximate, with bounds stated in
-    `edgetune/lean/activations.py` and `products.py`. `sparse-update` has these operators by itself.
+    `edgetune/lean/activations.py` and `products.py`. `sparse-update` includes these operators.
     """
 
     name: ClassVar[str] = "lean"

@@ -46,7 +46,7 @@ from edgetune.run.exportable import (
     write_card_with_run,
 )
 from edgetune.run.finished import save_finished
-from edgetune.run.measures import kept_mib, measure
+from edgetune.run.measures import measure, saved_mib
 from edgetune.run.rehearsal import in_step, rehearse
 from edgetune.run.samples import Samples
 from edgetune.tasks.quality import answers_on, quality
@@ -236,8 +236,8 @@ class Fold:
         """A `train` step, with what its memory comes to."""
         teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
         name = f"{index + 1:02d}-train"
-        kept = kept_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
-        one = self.least_kept_mib()
+        kept = saved_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
+        one = self.least_saved_mib()
         folder = self.folder / "checkpoints" / name
         with TrainingLog(folder, f"{self.folder.name}-{name}", settings.log, settings.model_dump(mode="json")) as log:
 
@@ -287,14 +287,14 @@ class Fold:
         weights = self.task.class_weights(self.dataset.train)
         return lambda logits, labels: self.task.loss(logits, labels, weights)
 
-    def least_kept_mib(self) -> float:
+    def least_saved_mib(self) -> float:
         """What a training of one row at a time keeps for backward, or of two where a batch norm needs them."""
         try:
-            return kept_mib(self.model, self.samples.largest_batch(1), self.loss)
+            return saved_mib(self.model, self.samples.largest_batch(1), self.loss)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            return kept_mib(self.model, self.samples.largest_batch(2), self.loss)
+            return saved_mib(self.model, self.samples.largest_batch(2), self.loss)
 
     def export(self) -> None:
         """The program, measured here and predicted for the devices."""

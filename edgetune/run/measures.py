@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.modes import preserve_state
 from edgetune.core.numbers import MIB
-from edgetune.lean.kept import kept_bytes
+from edgetune.lean.saved import saved_bytes
 from edgetune.quant.size import parameter_count, stored_bytes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss
         trainable_parameters=trainable,
         size_mib=stored_bytes(model) / MIB,
         macs=count_macs(model, inputs),
-        saved_for_backward_mib=kept_mib(model, batch, loss) if trainable else 0.0,
+        saved_for_backward_mib=saved_mib(model, batch, loss) if trainable else 0.0,
     )
 
 
@@ -61,7 +61,7 @@ def _packed_products() -> dict[Any, Any]:
     return {product: flops}
 
 
-def kept_mib(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> float:
+def saved_mib(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> float:
     """MiB that one training forward keeps for backward, parameters not counted."""
     inputs, labels = batch
-    return kept_bytes(model, inputs, lambda output: loss(logits_of(output), labels)) / MIB
+    return saved_bytes(model, inputs, lambda output: loss(logits_of(output), labels)) / MIB

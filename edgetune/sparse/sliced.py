@@ -1,4 +1,4 @@
-"""A layer of which only some channels train: backward computes their gradient alone and keeps only what it needs."""
+"""A layer of which only some channels train: backward computes their gradient alone and saves only what it needs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.plain import computed_tensor, describe_computation, describe_parametrization, is_stock, probe_tensors
 from edgetune.core.wrapped import Wrapped
 from edgetune.lean import onednn
-from edgetune.lean.frozen_ops import convolved_back, padded
-from edgetune.lean.operators import latest
-from edgetune.lean.products import columns_of, kept_columns
+from edgetune.lean.frozen_ops import convolution_input_gradient, pad_input
+from edgetune.lean.operators import last_activation
+from edgetune.lean.products import restore_columns, save_columns
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SLICEABLE = (nn.Linear, *CONVOLUTIONS)
@@ -27,9 +27,9 @@ SLICEABLE = (nn.Linear, *CONVOLUTIONS)
 class Sliced(Wrapped):
     """A linear or convolution whose weight trains at `indices` along `dim`; the rest of it is frozen.
 
-    `dim` 1 slices the input channels: backward keeps those alone, and their gradient is one smaller product.
-    `dim` 0 slices the output channels: the product is smaller too, and every input channel is kept.
-    A convolution in groups is sliced by whole groups along `dim` 0, which keeps the inputs of those groups alone.
+    `dim` 1 slices the input channels: backward saves those alone, and their gradient is one smaller product.
+    `dim` 0 slices the output channels: the product is smaller too, and every input channel is saved.
+    A convolution in groups is sliced by whole groups along `dim` 0, which saves the inputs of those groups alone.
 
     `slice` is what trains, of the shape of the weight with `len(indices)` channels along `dim`. It is written into the
     base's weight at every call. The state dict holds both; one without `slice` takes it from the weight.
@@ -136,8 +136,8 @@ class _InPlaceOf(TorchFunctionMode):
         x, part, weight, bias = _as_autocast(input, layer.slice, weight, bias)
         if layer.dim == 0:
             return _SlicedLinear.apply(x, part, weight, bias, layer.indices, 0, "", x)  # type: ignore[no-untyped-call, no-any-return]
-        kind, kept = kept_columns(latest(), x, layer.indices)
-        return _SlicedLinear.apply(x, part, weight, bias, layer.indices, 1, kind, *kept)  # type: ignore[no-untyped-call, no-any-return]
+        kind, saved = save_columns(last_activation(), x, layer.indices)
+        return _SlicedLinear.apply(x, part, weight, bias, layer.indices, 1, kind, *saved)  # type: ignore[no-untyped-call, no-any-return]
 
     def _convolution(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
@@ -145,7 +145,7 @@ class _InPlaceOf(TorchFunctionMode):
     ) -> Tensor:  # fmt: skip
         layer = self.layer
         input = onednn.channels_last(input, weight)
-        input, stride, padding, dilation = padded(input, weight, stride, padding, dilation)
+        input, stride, padding, dilation = pad_input(input, weight, stride, padding, dilation)
         x, part, weight, bias = _as_autocast(input, layer.slice, weight, bias)
         batched = x.dim() == weight.dim()
         settings = (stride, padding, dilation, False, [0] * len(stride), groups)
@@ -164,34 +164,34 @@ def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 class _SlicedLinear(torch.autograd.Function):
-    """`x` is `(..., in)`. Keeps `(..., k)` of it for `dim` 1 (see `kept_columns`), all of it for `dim` 0."""
+    """`x` is `(..., in)`. Saves `(..., k)` of it for `dim` 1 (see `save_columns`), all of it for `dim` 0."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, part: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, dim: int, kind: str,
-        *kept: Tensor | None,
+        *saved: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, indices, *kept)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, indices, *saved)
         ctx.dim, ctx.kind = dim, kind
         return onednn.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, indices, *kept = ctx.saved_tensors
+        weight, indices, *saved = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         for_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
-        for_input = onednn.of_input(gradient, weight) if ctx.needs_input_grad[0] else None
+        for_input = onednn.input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
         for_part = None
         if ctx.needs_input_grad[1]:
             mine = rows if ctx.dim == 1 else rows.index_select(1, indices)
-            needed = columns_of(ctx.kind, kept, indices, gradient.dtype)
-            for_part = onednn.of_weight(mine, needed)
-        return for_input, for_part, None, for_bias, *[None] * (3 + len(kept))
+            needed = restore_columns(ctx.kind, saved, indices, gradient.dtype)
+            for_part = onednn.weight_gradient(mine, needed)
+        return for_input, for_part, None, for_bias, *[None] * (3 + len(saved))
 
 
 class _SlicedConvolution(torch.autograd.Function):
-    """`x` is `(batch, in, ...)`. Keeps the input channels that the slice's gradient reads."""
+    """`x` is `(batch, in, ...)`. Saves the input channels that the slice's gradient reads."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -216,7 +216,7 @@ class _SlicedConvolution(torch.autograd.Function):
         needed, part, weight, indices = ctx.saved_tensors
         for_input = for_part = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_input = convolved_back(gradient, weight, ctx.shape, ctx.settings)
+            for_input = convolution_input_gradient(gradient, weight, ctx.shape, ctx.settings)
         if ctx.needs_input_grad[1]:
             mine = gradient if ctx.dim == 1 else onednn.select_channels(gradient, indices)
             settings = (*ctx.settings[:-1], ctx.sliced_groups)

@@ -23,7 +23,7 @@ from edgetune.core.merging import merge
 from edgetune.core.peft_layers import is_peft
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.lean.frozen import KEEPING, FrozenLayer, FrozenStage, remove_hooks
+from edgetune.lean.frozen import SAVING_INPUT, FrozenLayer, FrozenStage, remove_hooks
 from edgetune.lean.operators import Activations, put_on_operators, take_off_operators
 from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 from edgetune.lean.stages import stages_of
@@ -136,7 +136,7 @@ class SparseUpdate(Technique):
             for key, parameter in layer._parameters.items():
                 if parameter is not None:
                     parameter.requires_grad_(trains(choice.part, key))
-            if choice.part in ("bias", "frozen") and isinstance(layer, KEEPING):
+            if choice.part in ("bias", "frozen") and isinstance(layer, SAVING_INPUT):
                 FrozenLayer().put_on(layer)
         for name, (indices, dim) in chosen.items():
             replace(model, name, Sliced(model.get_submodule(name), indices, dim))

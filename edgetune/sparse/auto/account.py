@@ -1,9 +1,9 @@
 """The accountant: what training a scheme takes, told from one look at the model, without training the scheme.
 
-A gradient that starts at a layer passes everything after it, and each operator it passes keeps what it needs; a layer
-whose weight trains keeps its input as well. Both are observed in the model as `SparseUpdate` leaves it: a few forwards
-(nothing trains but the first layer; biases; everything) say which storage is kept when, and for which layer. What a
-scheme keeps is then the union of storages: those kept after its first layer, and those kept for its layers.
+A gradient that starts at a layer passes everything after it, and each operator it passes saves what it needs; a layer
+whose weight trains saves its input as well. Both are observed in the model as `SparseUpdate` leaves it: a few forwards
+(nothing trains but the first layer; biases; everything) say which storage is saved when, and for which layer. What a
+scheme saves is then the union of storages: those saved after its first layer, and those saved for its layers.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Account:
     weights_bytes: int  # as stored; a slice is there beside its weight
     gradients_bytes: int  # all at once, or with `in_backward` the largest
     optimizer_bytes: int
-    kept_bytes: int  # by autograd, for backward
+    saved_bytes: int  # by autograd, for backward
     transient_bytes: int  # what comes on top for a moment at the peak of a step
 
     @property
     def total_bytes(self) -> int:
-        """Weights, gradients, optimizer state and kept activations: what the ledger calls train_memory_mib."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.kept_bytes
+        """Weights, gradients, optimizer state and saved activations: what the ledger calls train_memory_mib."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.saved_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -67,7 +67,7 @@ class Account:
     def __str__(self) -> str:
         parts = {
             "weights": self.weights_bytes, "gradients": self.gradients_bytes, "optimizer": self.optimizer_bytes,
-            "saved for backward": self.kept_bytes,
+            "saved for backward": self.saved_bytes,
         }  # fmt: skip
         told = ", ".join(f"{name} {value / MIB:.1f}" for name, value in parts.items())
         return f"{self.scheme}: {self.total_bytes / MIB:.1f} MiB ({told}); at the peak {self.peak_bytes / MIB:.1f}"
@@ -85,7 +85,7 @@ class Layer:
     shared: bool  # a parameter of it also hangs in another layer
     trainable: bool  # its parameters are floating point
     channels: Mapping[str, tuple[int, int]]  # slices "inputs", "outputs": channels, and how many go together
-    whole_input: frozenset[str]  # slices that keep all of the input
+    whole_input: frozenset[str]  # slices that save all of the input
     macs: int
     saves: Mapping[str, tuple[Save, ...]]  # for "frozen", "bias", "full", and "alone": full where no gradient passes
 
@@ -134,7 +134,7 @@ class Layer:
         return float(part == "full")
 
     def kept(self, part: Part, passed: bool = True) -> list[Save]:
-        """What is kept in this layer when `part` of it trains, and a gradient passes it or starts here."""
+        """What is saved in this layer when `part` of it trains, and a gradient passes it or starts here."""
         if not isinstance(part, Slice):
             if passed:
                 return list(self.saves[part])
@@ -146,7 +146,7 @@ class Layer:
         for save in self.saves["full"]:
             if save.storage not in known and share == 1.0:
                 mine.append(save)
-            elif save.storage not in known:  # a copy of some channels, which nobody else keeps
+            elif save.storage not in known:  # a copy of some channels, which nobody else saves
                 mine.append(save._replace(storage=(*save.storage, self.name), nbytes=round(save.used * share)))
         return passing + mine if passed else mine
 
@@ -156,8 +156,8 @@ class Profile:
     """What the accountant knows of a model and a batch. Holds no tensor."""
 
     layers: tuple[Layer, ...]  # in the order in which they run
-    between: tuple[Save, ...]  # kept outside of all layers
-    live: tuple[int, ...]  # bytes at each clock of a forward of which nothing is kept
+    between: tuple[Save, ...]  # saved outside of all layers
+    live: tuple[int, ...]  # bytes at each clock of a forward of which nothing is saved
     times: Times
     weights_bytes: int
 
@@ -213,7 +213,7 @@ class Profile:
         return next(layer for layer in self.layers if layer.name == name)
 
     def kept(self, parts: Mapping[str, Part]) -> list[Save]:
-        """Every storage that a scheme keeps, once."""
+        """Every storage that a scheme saves, once."""
         training = [layer for layer in self.layers if parts.get(layer.name, "frozen") != "frozen"]
         training = [layer for layer in training if layer.sizes(parts[layer.name])]
         if not training:
@@ -225,12 +225,12 @@ class Profile:
         last: dict[StorageName, Save] = {}
         for save in sorted(saves, key=lambda save: save.clock):
             last[save.storage] = save
-        # what an operator that is passed keeps whole serves a slice too
+        # what an operator that is passed saves whole serves a slice too
         passing = {save.storage for save in self.passing(first.start)}
         return [save for name, save in last.items() if not (name[-1] in parts and name[:-1] in passing)]
 
     def passing(self, start: int) -> list[Save]:
-        """What is kept only because a gradient that starts here passes."""
+        """What is saved only because a gradient that starts here passes."""
         saves = [save for save in self.between if save.clock > start]
         return saves + [s for layer in self.layers if layer.start > start for s in layer.kept("frozen")]
 
@@ -243,15 +243,15 @@ class Profile:
         largest = max(sizes, default=0)
         held = largest if updating.in_backward else sum(sizes)
         kept = self.kept(parts)
-        kept_bytes = sum(save.nbytes for save in kept)
+        saved_bytes = sum(save.nbytes for save in kept)
         peak = max(self._peak(kept, parts, largest, updating), held + 2 * largest)
         return Account(
             scheme=scheme.name if isinstance(scheme, Scheme) else "written",
             weights_bytes=self.weights_bytes + sum(layer.copied_bytes(parts[layer.name]) for layer in training),
             gradients_bytes=held,
             optimizer_bytes=sum(layer.state_bytes(parts[layer.name], updating) for layer in training),
-            kept_bytes=kept_bytes,
-            transient_bytes=peak - kept_bytes - held,
+            saved_bytes=saved_bytes,
+            transient_bytes=peak - saved_bytes - held,
         )
 
     def _unshared(self, parts: Mapping[str, Part]) -> Iterable[Layer]:
@@ -269,9 +269,9 @@ class Profile:
     def _peak(self, kept: list[Save], parts: Mapping[str, Part], largest: int, updating: Updating) -> int:
         """Bytes beside weights and optimizer state at the fullest moment of forward and backward.
 
-        At a clock of backward there is what forward had kept until then, the gradients of later layers, and gradients
-        of the activations, taken to be as large as what forward holds at that clock when nothing is kept. At the loss,
-        the last clock, what is kept is among what forward holds; in the first layer no gradient of an input is made.
+        At a clock of backward there is what forward had saved until then, the gradients of later layers, and gradients
+        of the activations, taken to be as large as what forward holds at that clock when nothing is saved. At the loss,
+        the last clock, what is saved is among what forward holds; in the first layer no gradient of an input is made.
         """
         last = len(self.live) - 1
         keeps, arrives = [0] * (last + 2), [0] * (last + 2)

@@ -66,7 +66,7 @@ def choose(
         model: not under a sparse update; left as it was.
         sample: `labelled` gives training batches of the size that training will use, `loss` the loss. Memory is
             counted for the largest of the first batches.
-        budget_mib: weights, gradients, optimizer state and activations kept for backward together, which is what
+        budget_mib: weights, gradients, optimizer state and activations saved for backward together, which is what
             the ledger calls train_memory_mib.
         step_ms: most time of one training step on this machine, without loading data.
         under: puts the model under a scheme, see `SparseUpdate.under`.
@@ -135,7 +135,7 @@ def _remembered(
     profile: Profile, values: Mapping[str, Mapping[Part, float]], limits: Limits, fixed: Mapping[str, Part],
     updating: Updating,
 ) -> Mapping[str, Part]:  # fmt: skip
-    """The search; with a limit of time, which is measured anew in every process, its answer is kept on disk."""
+    """The search; with a limit of time, which is measured anew in every process, its answer is saved on disk."""
     if limits.step_ms is None:
         return find_scheme(profile, values, limits, fixed=fixed, updating=updating).parts
     what = (limits, sorted(fixed.items()), updating, sorted((n, list(own.items())) for n, own in values.items()))

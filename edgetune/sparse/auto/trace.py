@@ -1,4 +1,4 @@
-"""What one forward keeps for backward, where and by which layer; what it holds at each moment."""
+"""What one forward saves for backward, where and by which layer; what it holds at each moment."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ StorageName = tuple[Any, ...]  # the same in every forward of one model: how the
 
 
 class Save(NamedTuple):
-    """One storage that autograd keeps for backward."""
+    """One storage that autograd saves for backward."""
 
     clock: int  # modules entered and left so far
     owner: str | None  # the innermost layer with parameters of its own that was running
     storage: StorageName
-    nbytes: int  # of the whole storage, as long as any of it is kept
+    nbytes: int  # of the whole storage, as long as any of it is saved
     used: int  # bytes of the tensor that is wanted, which may be a part of the storage
 
 
 class Trace(NamedTuple):
-    """What one training forward and its loss keep; nothing of it is held."""
+    """What one training forward and its loss save; nothing of it is held."""
 
     saves: tuple[Save, ...]
     entered: dict[str, int]  # layer with parameters of its own -> clock at its first call, in order
@@ -111,11 +111,11 @@ def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
     return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
-_RECENT = 32  # kept tensors that are held: an operator may look at what the one before it kept
+_RECENT = 32  # saved tensors that are held: an operator may look at what the one before it saved
 
 
 class _Saves(Clock):
-    """Notes what autograd keeps and lets it go, so that a forward takes no more memory than without a graph."""
+    """Notes what autograd saves and lets it go, so that a forward takes no more memory than without a graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -140,7 +140,7 @@ class _Saves(Clock):
         if storage._cdata not in self.own:
             key: int = storage._cdata
             if key not in self.seen:
-                # what no module takes or returns is told by when it was kept, its size and a number
+                # what no module takes or returns is told by when it was saved, its size and a number
                 self.seen[key] = (_weak(storage), ("kept", self.now, storage.nbytes()))
             self.found.append((self.now, self.owner, key, storage.nbytes(), tensor.nbytes))
         same = tensor.detach()
@@ -159,9 +159,9 @@ class _Saves(Clock):
 
 
 def trace_saves(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, alone: bool = False) -> Trace:
-    """What a training forward of `model`, as it stands, keeps. The model and the random state are left as they were.
+    """What a training forward of `model`, as it stands, saves. The model and the random state are left as they were.
 
-    `alone`: each layer gets inputs that need no gradient, so that it keeps only what its own parameters need.
+    `alone`: each layer gets inputs that need no gradient, so that it saves only what its own parameters need.
     """
     inputs, labels = batch
     clock = _Saves(model)
@@ -192,7 +192,7 @@ def _still(held: weakref.ref[Tensor]) -> Tensor:
 
 
 def _stand_in(form: tuple[torch.Size, torch.dtype]) -> Tensor:
-    """Something of this form without memory, for an operator that looks at what the one before it kept."""
+    """Something of this form without memory, for an operator that looks at what the one before it saved."""
     return torch.empty((), dtype=form[1]).expand(form[0])
 
 
@@ -231,7 +231,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def trace_live(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> list[int]:
-    """Most bytes held at once at each clock of a training forward of which nothing is kept for backward.
+    """Most bytes held at once at each clock of a training forward of which nothing is saved for backward.
 
     Weights, buffers and inputs are not counted.
     """

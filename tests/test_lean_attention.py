@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.lean import attention
-from edgetune.lean.operators import LightOperators
-from support.light import Call, agree, gradients, kept, leaf, light
+from edgetune.lean.operators import LeanOperators
+from support.lean_models import Call, agree, extra_saved_bytes, gradients, leaf, make_lean
 
 torch.set_num_threads(1)
 
@@ -59,14 +59,14 @@ def test_causal_attention_is_exact_in_any_precision(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_with_dropout_has_the_gradient_of_its_own_mask(name: str) -> None:
-    """Against finite differences: a seeded call drops the same scores each time."""
+    """Against finite differences: a make_generator call drops the same scores each time."""
 
     def seeded_call(*inputs: Tensor) -> Tensor:
         torch.manual_seed(0)
         return model(*inputs)
 
     attend = functools.partial(functional.scaled_dot_product_attention, attn_mask=MASKS[name], dropout_p=0.4)
-    model = light(functools.partial(attend, enable_gqa=True))
+    model = make_lean(functools.partial(attend, enable_gqa=True))
     inputs = (heads(2, 4, 7, 3, 1), heads(2, 2, 9, 3, 2), heads(2, 2, 9, 3, 3))
     doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
     assert torch.autograd.gradcheck(seeded_call, doubles, fast_mode=True)
@@ -75,7 +75,7 @@ def test_attention_with_dropout_has_the_gradient_of_its_own_mask(name: str) -> N
 
 def test_dropout_in_attention_keeps_the_mean() -> None:
     inputs = tuple(heads(1, 2, 5, 4, i) for i in range(3))
-    model = light(functools.partial(functional.scaled_dot_product_attention, dropout_p=0.2))
+    model = make_lean(functools.partial(functional.scaled_dot_product_attention, dropout_p=0.2))
     mean = torch.stack([model(*inputs).detach() for _ in range(2000)]).mean(0)
     assert float((mean - functional.scaled_dot_product_attention(*inputs)).detach().abs().max()) < 0.1
 
@@ -88,8 +88,8 @@ def test_attention_keeps_its_inputs_and_no_scores(p: float) -> None:
     mask = (torch.arange(16) < torch.tensor([[16], [5]]))[:, None, None].expand(2, 1, 16, 16)
     attend = functools.partial(functional.scaled_dot_product_attention, attn_mask=mask, dropout_p=p)
     one = 2 * 4 * 16 * 8 * 4
-    assert kept(light(attend), inputs) == 3 * one + 2 * 16  # the mask before it was expanded
-    assert kept(Call(attend), inputs) >= 4 * one + 4 * 2 * 16 * 16
+    assert extra_saved_bytes(make_lean(attend), inputs) == 3 * one + 2 * 16  # the mask before it was expanded
+    assert extra_saved_bytes(Call(attend), inputs) >= 4 * one + 4 * 2 * 16 * 16
 
 
 def test_repeated_keys_and_values_are_kept_once() -> None:
@@ -103,13 +103,13 @@ def test_repeated_keys_and_values_are_kept_once() -> None:
     inputs = (heads(2, 6, 7, 8, 1), heads(2, 2, 9, 8, 2), heads(2, 2, 9, 8, 3))
     agree(functools.partial(function, mask=mask), *inputs)
     size = 4 * 2 * 8 * (6 * 7 + 2 * 2 * 9)
-    assert kept(light(functools.partial(function, mask=mask)), inputs) == size + 2 * 9
+    assert extra_saved_bytes(make_lean(functools.partial(function, mask=mask)), inputs) == size + 2 * 9
 
 
 def test_multi_head_attention_of_torch() -> None:
     plain = nn.MultiheadAttention(16, 4, batch_first=True)
     model = copy.deepcopy(plain)
-    LightOperators("8bit").put_on(model)
+    LeanOperators("8bit").put_on(model)
     x = leaf(2, 5, 16)
     for weights in (True, False):
         expected, (wanted,) = gradients(lambda x, w=weights: plain(x, x, x, need_weights=w)[0], (x,))
@@ -133,4 +133,4 @@ def test_cross_entropy_is_exact(reduction: str, ignored: int) -> None:
     agree(functools.partial(functional.cross_entropy, target=labels % 5, label_smoothing=0.1), leaf(8, 5))
     rows = 8 - ignored
     size = rows * (5 * 4 + 8) + 8 if rows <= 6 else 8 * (5 * 4 + 8) + 8
-    assert kept(light(loss), leaf(8, 5)) == size
+    assert extra_saved_bytes(make_lean(loss), leaf(8, 5)) == size

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.lean.operators import LightModule, LightOperators, latest
-from edgetune.lean.products import columns_of, kept_columns
-from support.light import Call, agree, gradients, kept, leaf, light
+from edgetune.lean.operators import LeanModule, LeanOperators, last_activation
+from edgetune.lean.products import restore_columns, save_columns
+from support.lean_models import Call, agree, extra_saved_bytes, gradients, leaf, make_lean
 
 torch.set_num_threads(1)
 
@@ -27,16 +27,16 @@ def test_softmax_in_8_bits_is_bounded(dim: int) -> None:
 
     x = leaf(3, 11, 6)
     expected, (wanted,) = gradients(function, (x,))
-    got, (found,) = gradients(light(function, "8bit"), (x,))
+    got, (found,) = gradients(make_lean(function, "8bit"), (x,))
     assert torch.equal(got, expected)
     gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     step, inner = expected.amax(dim, keepdim=True) / 510, (gradient * expected).sum(dim, keepdim=True)
     bound = step * (gradient - inner).abs() + (expected + step) * step * gradient.abs().sum(dim, keepdim=True)
     assert bool(((found - wanted).abs() <= bound + 1e-6).all())
     rows = x.numel() // x.shape[dim]
-    assert kept(light(function, "8bit"), x) == x.numel() + 4 * rows
+    assert extra_saved_bytes(make_lean(function, "8bit"), x) == x.numel() + 4 * rows
     masked = torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]], requires_grad=True)
-    assert light(lambda x: x.softmax(-1), "8bit")(masked)[0].tolist() == [1, 0]
+    assert make_lean(lambda x: x.softmax(-1), "8bit")(masked)[0].tolist() == [1, 0]
 
 
 NORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
@@ -78,11 +78,11 @@ def test_norms_share_what_they_keep_with_the_linear_after_them(name: str) -> Non
     for trains in (True, False):
         model, plain = Call(both, torch.randn(7, 24)), Call(both, torch.randn(7, 24))
         model.weights.requires_grad_(trains), plain.weights.requires_grad_(trains)
-        LightOperators().put_on(model)
+        LeanOperators().put_on(model)
         outside = 4 * 24 * len(weights)  # a frozen weight and bias, which are not the model's own here
         rest = 4 * 20 * (2 if name == "layer" else 1)  # PyTorch keeps the mean, too
-        assert kept(model, leaf(4, 5, 24)) == 4 * 20 * 24 + 4 * 20 + outside
-        assert kept(plain, leaf(4, 5, 24)) >= 4 * 20 * 24 * (2 if trains else 1) + rest + 4 * 24
+        assert extra_saved_bytes(model, leaf(4, 5, 24)) == 4 * 20 * 24 + 4 * 20 + outside
+        assert extra_saved_bytes(plain, leaf(4, 5, 24)) >= 4 * 20 * 24 * (2 if trains else 1) + rest + 4 * 24
 
 
 @pytest.mark.parametrize("name", ["layer", "layer without parameters", "rms", "rms without weight"])
@@ -91,7 +91,7 @@ def test_norms_in_8_bits_are_bounded(name: str) -> None:
     weights = [p.detach() for p in parameters]
     x = leaf(4, 5, 24)
     expected, (wanted,) = gradients(lambda x: function(x, *weights), (x,))
-    model = light(lambda x: function(x, *weights), "8bit")
+    model = make_lean(lambda x: function(x, *weights), "8bit")
     got, (found,) = gradients(model, (x,))
     torch.testing.assert_close(got, expected)
     centred = x.detach() - (x.detach().mean(-1, keepdim=True) if "layer" in name else 0)
@@ -102,7 +102,7 @@ def test_norms_in_8_bits_are_bounded(name: str) -> None:
     share = (gradient * rows).mean(-1, keepdim=True).abs()
     bound = rstd * (step * share + (rows.abs() + step) * step * gradient.abs().mean(-1, keepdim=True))
     assert bool(((found - wanted).abs() <= bound * 1.001 + 1e-6).all())
-    assert kept(model, x) == 20 * (24 + 4 + 4) + 4 * 24 * len(weights)
+    assert extra_saved_bytes(model, x) == 20 * (24 + 4 + 4) + 4 * 24 * len(weights)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3])
@@ -144,15 +144,15 @@ LlamaRMSNorm = type("LlamaRMSNorm", (OldRms,), {})
 def test_a_norm_that_is_written_out_becomes_one_node() -> None:
     plain = nn.Sequential(LlamaRMSNorm())
     model = copy.deepcopy(plain)
-    LightOperators().put_on(model)
+    LeanOperators().put_on(model)
     x = leaf(3, 5, 16)
     expected, wanted = gradients(lambda x, w: torch.func.functional_call(plain, {"0.weight": w}, (x,)), (x, leaf(16)))
     got, found = gradients(lambda x, w: torch.func.functional_call(model, {"0.weight": w}, (x,)), (x, leaf(16)))
     assert torch.equal(got, expected)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    assert kept(model, x) == 3 * 5 * 16 * 4 + 15 * 4
-    assert kept(plain, x) == 2 * 3 * 5 * 16 * 4 + 15 * 4
-    assert not LightModule.fits(LlamaRMSNorm(offset=1.0))  # Gemma's formula is another
+    assert extra_saved_bytes(model, x) == 3 * 5 * 16 * 4 + 15 * 4
+    assert extra_saved_bytes(plain, x) == 2 * 3 * 5 * 16 * 4 + 15 * 4
+    assert not LeanModule.fits(LlamaRMSNorm(offset=1.0))  # Gemma's formula is another
 
 
 def test_old_gelus_become_one_node() -> None:
@@ -163,11 +163,11 @@ def test_old_gelus_become_one_node() -> None:
         expected, (wanted,) = gradients(ACT2FN[name], (x,))
         for activations, tolerance, size in (("exact", 1e-5, 4), ("8bit", bound * 4, 1)):
             model = nn.Sequential(ACT2FN[name])
-            LightOperators(activations).put_on(model)
+            LeanOperators(activations).put_on(model)
             got, (found,) = gradients(model, (x,))
             assert torch.equal(got, expected)
             assert float((found - wanted).abs().max()) <= tolerance
-            assert kept(model, x) == 4 * 40 * size
+            assert extra_saved_bytes(model, x) == 4 * 40 * size
 
 
 # Products and linears after activations
@@ -190,9 +190,9 @@ def test_gated_products_and_linears_are_exact_and_keep_their_inputs_alone(activa
     agree(whole, leaf(3, 4, 6), leaf(3, 4, 6), leaf(5, 6), leaf(5))
     agree(lambda x, w, b: functional.linear(activation(x), w, b), leaf(3, 4, 6), leaf(5, 6), leaf(5))
     model, plain = (Call(whole, torch.randn(5, 6), torch.randn(5)) for _ in range(2))
-    LightOperators().put_on(model)
-    assert kept(model, (leaf(3, 4, 6), leaf(3, 4, 6))) == 2 * 3 * 4 * 6 * 4
-    assert kept(plain, (leaf(3, 4, 6), leaf(3, 4, 6))) == 4 * 3 * 4 * 6 * 4
+    LeanOperators().put_on(model)
+    assert extra_saved_bytes(model, (leaf(3, 4, 6), leaf(3, 4, 6))) == 2 * 3 * 4 * 6 * 4
+    assert extra_saved_bytes(plain, (leaf(3, 4, 6), leaf(3, 4, 6))) == 4 * 3 * 4 * 6 * 4
 
 
 def test_an_activation_changed_in_place_is_not_taken_for_its_source() -> None:
@@ -204,7 +204,7 @@ def test_an_activation_changed_in_place_is_not_taken_for_its_source() -> None:
         y.add_(1)
         return out * y
 
-    total = light(function)(leaf(3)).sum()
+    total = make_lean(function)(leaf(3)).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # as with PyTorch's own
         total.backward()
 
@@ -212,14 +212,14 @@ def test_an_activation_changed_in_place_is_not_taken_for_its_source() -> None:
 def test_gated_products_in_8_bits_are_bounded() -> None:
     gate, up = leaf(7, 40), leaf(8, 40).detach()[:7].requires_grad_()
     expected, (for_gate, for_up) = gradients(gated, (gate, up))
-    got, (found_gate, found_up) = gradients(light(gated, "8bit"), (gate, up))
+    got, (found_gate, found_up) = gradients(make_lean(gated, "8bit"), (gate, up))
     assert torch.equal(got, expected)
     gradient = torch.randn(7, 40, generator=torch.Generator().manual_seed(3)).abs()
     y, step = functional.silu(gate.detach()), up.detach().abs().amax(1, keepdim=True) / 254
     bound = gradient * ((up.detach().abs() + step) / 422 + step * 1.1)
     assert bool(((found_gate - for_gate).abs() <= bound + 1e-5).all())
     assert bool(((found_up - for_up).abs() <= gradient * y.abs().amax(1, keepdim=True) / 254 + 1e-5).all())
-    assert kept(light(gated, "8bit"), (gate, up)) == 3 * 7 * 40 + 2 * 7 * 4
+    assert extra_saved_bytes(make_lean(gated, "8bit"), (gate, up)) == 3 * 7 * 40 + 2 * 7 * 4
 
 
 @pytest.mark.parametrize("before", ["gelu", "norm"])
@@ -232,14 +232,14 @@ def test_a_linear_in_8_bits_keeps_int8_rows(before: str) -> None:
     x, matrix = leaf(7, 40), leaf(5, 40)
     y = functional.gelu(x.detach()) if before == "gelu" else functional.layer_norm(x.detach(), (40,))
     _, (_, wanted) = gradients(function, (x, matrix))
-    _, (_, found) = gradients(light(function, "8bit"), (x, matrix))
+    _, (_, found) = gradients(make_lean(function, "8bit"), (x, matrix))
     gradient = torch.randn(7, 5, generator=torch.Generator().manual_seed(3)).abs()
     assert bool(
         ((found - wanted).abs() <= gradient.t() @ (y.abs().amax(1, keepdim=True) / 254).expand(7, 40) + 1e-5).all()
     )
     model = Call(function, torch.randn(5, 40))
-    LightOperators("8bit").put_on(model)
-    assert kept(model, x) == 7 * 40 + 7 * 4 + (7 * 40 if before == "gelu" else 7 * 4)
+    LeanOperators("8bit").put_on(model)
+    assert extra_saved_bytes(model, x) == 7 * 40 + 7 * 4 + (7 * 40 if before == "gelu" else 7 * 4)
 
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -259,14 +259,14 @@ def test_columns_for_a_slice_follow_from_what_is_kept_anyhow(name: str, activati
 
     def function(x: Tensor) -> Tensor:
         y = FORMS[name](x * 1)
-        kind, saved = kept_columns(latest(), y, columns)
-        found.extend([y.detach()[..., columns], columns_of(kind, saved, columns, y.dtype)])
+        kind, saved = save_columns(last_activation(), y, columns)
+        found.extend([y.detach()[..., columns], restore_columns(kind, saved, columns, y.dtype)])
         if activations == "exact" and name != "nothing noted":
             kept_by_node = {t.untyped_storage().data_ptr() for t in _saved_by(y)}
             assert {t.untyped_storage().data_ptr() for t in saved if t is not None} <= kept_by_node
         return y
 
-    light(function, activations)(leaf(2, 5, 24))
+    make_lean(function, activations)(leaf(2, 5, 24))
     expected, got = found
     peak = 2.5 * float(leaf(2, 5, 24).detach().abs().max()) ** (2 if name == "gated" else 1)
     torch.testing.assert_close(

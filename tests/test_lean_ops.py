@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.lean.packing import dropout_noise, from_rows, pack_bits, seeded, to_rows, unpack_bits
-from support.light import Call, agree, gradients, kept, leaf, light
+from edgetune.lean.packing import dropout_noise, from_rows, make_generator, pack_bits, to_rows, unpack_bits
+from support.lean_models import Call, agree, extra_saved_bytes, gradients, leaf, make_lean
 
 torch.set_num_threads(1)
 
@@ -50,11 +50,11 @@ def test_rows_in_8_bits_are_within_half_a_step(dtype: torch.dtype) -> None:
 
 
 def test_dropout_noise_has_the_share_and_the_mean_that_were_asked_for() -> None:
-    noise = dropout_noise(400_003, 0.3, torch.float32, seeded(1, torch.device("cpu")))
+    noise = dropout_noise(400_003, 0.3, torch.float32, make_generator(1, torch.device("cpu")))
     assert noise.eq(0).float().mean().item() == pytest.approx(0.3, abs=0.005)
     assert noise.unique().numel() == 2
     assert noise.mean().item() == pytest.approx(1, abs=0.01)
-    rare = dropout_noise(400_000, 0.001, torch.float32, seeded(1, torch.device("cpu")))
+    rare = dropout_noise(400_000, 0.001, torch.float32, make_generator(1, torch.device("cpu")))
     assert 300 < int(rare.eq(0).sum()) < 500
 
 
@@ -82,8 +82,8 @@ def test_clamps_are_exact(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["relu", "relu6", "relu in place", "hardtanh in place"])
 def test_clamps_keep_one_bit(name: str) -> None:
     x = leaf(5, 13)
-    assert kept(light(CLAMPS[name]), x) == 9
-    assert kept(Call(CLAMPS[name]), x) == 5 * 13 * 4
+    assert extra_saved_bytes(make_lean(CLAMPS[name]), x) == 9
+    assert extra_saved_bytes(Call(CLAMPS[name]), x) == 5 * 13 * 4
 
 
 def test_a_clamp_in_place_changes_a_view_of_its_base() -> None:
@@ -110,19 +110,22 @@ def test_smooth_activations_in_8_bits_keep_one_byte_within_their_bound(name: str
     function, bound = SMOOTH[name]
     for x in [*layouts(torch.float32), torch.linspace(-12, 12, 20_001, requires_grad=True)]:
         expected, (wanted,) = gradients(function, (x,))
-        got, (found,) = gradients(light(function, "8bit"), (x,))
+        got, (found,) = gradients(make_lean(function, "8bit"), (x,))
         assert torch.equal(got, expected)
         gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).abs()
         assert bool(((found - wanted).abs() <= gradient * (bound + 1e-6)).all())
     x = leaf(5, 13)
-    assert kept(light(function, "8bit"), x) == 5 * 13
-    assert kept(light(function), x) == kept(Call(function), x) == 5 * 13 * 4  # the input, as PyTorch
+    assert extra_saved_bytes(make_lean(function, "8bit"), x) == 5 * 13
+    as_pytorch = 5 * 13 * 4  # the input
+    assert extra_saved_bytes(make_lean(function), x) == extra_saved_bytes(Call(function), x) == as_pytorch
 
 
 def test_an_8_bit_activation_passes_far_gradients_exactly() -> None:
     x = torch.tensor([-40.0, 40.0], requires_grad=True)
     for function, _ in SMOOTH.values():
-        assert torch.autograd.grad(light(function, "8bit")(x).sum(), x)[0].tolist() == pytest.approx([0, 1], abs=1e-6)
+        assert torch.autograd.grad(make_lean(function, "8bit")(x).sum(), x)[0].tolist() == pytest.approx(
+            [0, 1], abs=1e-6
+        )
 
 
 # Dropout
@@ -130,13 +133,13 @@ def test_an_8_bit_activation_passes_far_gradients_exactly() -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_dropout_keeps_a_seed_and_its_gradient_has_the_same_mask(in_place: bool) -> None:
-    model = light(lambda x: functional.dropout(x * 1, 0.25, inplace=in_place))
+    model = make_lean(lambda x: functional.dropout(x * 1, 0.25, inplace=in_place))
     for x in layouts(torch.float32):
         y = model(x)
         (gradient,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(y, gradient * x)
         assert bool(((gradient == 0) | ((gradient - 4 / 3).abs() < 1e-6)).all())
-    assert kept(model, leaf(8, 9)) == 0
+    assert extra_saved_bytes(model, leaf(8, 9)) == 0
     torch.manual_seed(5)
     first = model(leaf(8, 9))
     assert not torch.equal(model(leaf(8, 9)), first)
@@ -147,5 +150,5 @@ def test_dropout_keeps_a_seed_and_its_gradient_has_the_same_mask(in_place: bool)
 def test_dropout_is_the_identity_without_training_or_p() -> None:
     x = leaf(4, 4)
     for function in (lambda x: functional.dropout(x, 0.5, training=False), lambda x: functional.dropout(x, 0.0)):
-        assert torch.equal(light(function)(x), x)
-    assert light(lambda x: functional.dropout(x, 1.0))(x).count_nonzero() == 0
+        assert torch.equal(make_lean(function)(x), x)
+    assert make_lean(lambda x: functional.dropout(x, 1.0))(x).count_nonzero() == 0

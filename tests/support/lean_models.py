@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.lean.kept import kept_bytes
-from edgetune.lean.operators import LightOperators
+from edgetune.lean.operators import LeanOperators
+from edgetune.lean.saved import saved_bytes
 
 
 class Call(nn.Module):
@@ -24,9 +24,9 @@ class Call(nn.Module):
         return self.function(*inputs, *self.weights)
 
 
-def light(function: Callable[..., Any], activations: Any = "exact") -> Call:
+def make_lean(function: Callable[..., Any], activations: Any = "exact") -> Call:
     model = Call(function)
-    LightOperators(activations).put_on(model)
+    LeanOperators(activations).put_on(model)
     return model
 
 
@@ -40,15 +40,15 @@ def gradients(
     return y.detach(), list(torch.autograd.grad(y, [x for x in copies if x.requires_grad], gradient))
 
 
-def kept(model: nn.Module, inputs: Any) -> int:
+def extra_saved_bytes(model: nn.Module, inputs: Any) -> int:
     """Bytes kept besides the inputs of the test, which its leaves hold anyway."""
-    return kept_bytes(model, inputs, lambda y: y.sum())
+    return saved_bytes(model, inputs, lambda y: y.sum())
 
 
 def agree(function: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-5) -> None:
     """Values are PyTorch's own, gradients equal to `tolerance` of their size."""
     expected, wanted = gradients(function, inputs)
-    got, found = gradients(light(function), inputs)
+    got, found = gradients(make_lean(function), inputs)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype

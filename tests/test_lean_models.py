@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edgetune.core.inputs import call
-from edgetune.lean.frozen import remove_hooks, replacing
-from edgetune.lean.kept import kept_bytes
-from edgetune.lean.operators import LightModule, LightOperators
+from edgetune.lean.frozen import active_mode, remove_hooks
+from edgetune.lean.operators import LeanModule, LeanOperators
+from edgetune.lean.saved import saved_bytes
 from edgetune.sparse.update import SparseUpdate
 from support.laws import bert, cnn, llama, loss_of, mlp, pictures, tokens, vectors
 from support.timm_apart import TIMM, run_with_timm
@@ -40,7 +40,7 @@ def steady(build: Callable[[], nn.Module]) -> nn.Module:
 def sparse(model: nn.Module, scheme: str) -> nn.Module:
     """With PyTorch's operators between the layers."""
     model = SparseUpdate(scheme=scheme).apply(model)
-    remove_hooks(model, (LightOperators, LightModule))
+    remove_hooks(model, (LeanOperators, LeanModule))
     return model
 
 
@@ -71,21 +71,21 @@ def test_models_train_as_before_and_keep_less(
     if scheme:
         sparse(plain, scheme)
     model = copy.deepcopy(plain)
-    LightOperators(activations).put_on(model)
+    LeanOperators(activations).put_on(model)
     wanted = trained(plain, inputs(), runs=2)  # two: gradients add up
     assert_same(trained(model, inputs(), runs=2), wanted, tolerance)
-    assert kept_bytes(model, inputs(), loss_of) < kept_bytes(plain, inputs(), loss_of)
+    assert saved_bytes(model, inputs(), loss_of) < saved_bytes(plain, inputs(), loss_of)
     for changed in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(trained(changed, inputs()), trained(model, inputs()), 0)
-    remove_hooks(model, (LightOperators, LightModule))
-    assert kept_bytes(model, inputs(), loss_of) == kept_bytes(plain, inputs(), loss_of)
+    remove_hooks(model, (LeanOperators, LeanModule))
+    assert saved_bytes(model, inputs(), loss_of) == saved_bytes(plain, inputs(), loss_of)
 
 
 @pytest.mark.parametrize(("build", "inputs"), MODELS)
 def test_nothing_changes_without_gradients(build: Any, inputs: Any) -> None:
     plain = build()
     model = copy.deepcopy(plain)
-    LightOperators("8bit").put_on(model)
+    LeanOperators("8bit").put_on(model)
     with torch.no_grad():
         for training in (False, True):
             torch.manual_seed(0)
@@ -96,14 +96,14 @@ def test_nothing_changes_without_gradients(build: Any, inputs: Any) -> None:
 
 def test_after_an_error_and_in_nested_calls_the_operators_are_gone() -> None:
     model = mlp()
-    LightOperators().put_on(model)
+    LeanOperators().put_on(model)
     outer = nn.Sequential(model)
-    LightOperators("8bit").put_on(outer)
+    LeanOperators("8bit").put_on(outer)
     with pytest.raises(RuntimeError):
         outer(torch.ones(2, 7))
-    assert replacing() is None
+    assert active_mode() is None
     assert_same({k[2:]: g for k, g in trained(outer, vectors()).items()}, trained(mlp(), vectors()), 0.05)
-    assert replacing() is None
+    assert active_mode() is None
     remove_hooks(outer)
     assert not outer._forward_pre_hooks
     assert not model._forward_hooks
@@ -116,7 +116,7 @@ def test_gradient_checkpointing_stays_right(build: Any, reentrant: bool) -> None
     if not reentrant:  # which needs an input that needs a gradient
         sparse(plain, "last-1")
     model = copy.deepcopy(plain)
-    LightOperators().put_on(model)
+    LeanOperators().put_on(model)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
@@ -128,11 +128,11 @@ def test_autocast() -> None:
     plain = steady(bert)
     sparse(plain, "bias")
     model = copy.deepcopy(plain)
-    LightOperators().put_on(model)
+    LeanOperators().put_on(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, wanted = trained(model, tokens()), trained(plain, tokens())
         # PyTorch keeps the cast copies of frozen weights
-        assert kept_bytes(model, tokens(), loss_of) < 0.6 * kept_bytes(plain, tokens(), loss_of)
+        assert saved_bytes(model, tokens(), loss_of) < 0.6 * saved_bytes(plain, tokens(), loss_of)
     assert_same(found, wanted, 0.1)
 
 
@@ -144,7 +144,7 @@ def test_under_a_compiler_results_stay(backend: str, whole: bool) -> None:
     torch._dynamo.reset()
     plain = sparse(steady(bert), "last-1")
     model = copy.deepcopy(plain)
-    LightOperators().put_on(model)
+    LeanOperators().put_on(model)
     for part in [model] if whole else model.bert.encoder.layer:
         part.compile(backend=backend)
     trained(model, tokens())
@@ -155,8 +155,8 @@ TIMM_CHILD = """
 import copy, sys
 import torch
 from torch.nn import functional
-from edgetune.lean.kept import kept_bytes
-from edgetune.lean.operators import LightOperators
+from edgetune.lean.saved import saved_bytes
+from edgetune.lean.operators import LeanOperators
 
 torch.set_num_threads(1)
 for name in sys.argv[1:]:
@@ -166,11 +166,11 @@ for name in sys.argv[1:]:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model = copy.deepcopy(plain)
-    LightOperators().put_on(model)
+    LeanOperators().put_on(model)
     size = 224 if "vit" in name else 64
     picture, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
     loss = lambda y: functional.cross_entropy(y, labels)
-    sizes = [kept_bytes(m, picture, loss) for m in (plain, model)]
+    sizes = [saved_bytes(m, picture, loss) for m in (plain, model)]
     nudged = copy.deepcopy(plain)
     for m, x in ((plain, picture), (model, picture), (nudged, picture * (1 + 1e-6))):
         loss(m.train()(x)).backward()
