@@ -163,7 +163,7 @@ def training_verdicts(steps: list[Row]) -> list[tuple[bool, str]]:
     if not steps:
         return [(False, "training steps: not measured")]
     times = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in steps]
-    kept = [abs(row["predicted_kept_mib"] / row["measured_kept_mib"] - 1) for row in steps]
+    kept = [abs(row["predicted_saved_mib"] / row["measured_saved_mib"] - 1) for row in steps]
     return [
         (max(times) <= 0.2, f"training steps within 20 % for {share(times, 0.2):.0f} % of {len(steps)} schemes (all)"),
         (max(kept) <= 0.1, f"their memory saved for backward within 10 % for {share(kept, 0.1):.0f} % of them (all)"),
@@ -246,8 +246,8 @@ def document(
     ]
     lines += [
         f"| {r['task']} | {r['method']} | {r['measured_ms']:.0f} | {r['predicted_ms']:.0f} | "
-        f"{100 * (r['predicted_ms'] / r['measured_ms'] - 1):+.0f} % | {r['measured_kept_mib']:.1f} | "
-        f"{r['predicted_kept_mib']:.1f} |"
+        f"{100 * (r['predicted_ms'] / r['measured_ms'] - 1):+.0f} % | {r['measured_saved_mib']:.1f} | "
+        f"{r['predicted_saved_mib']:.1f} |"
         for r in steps
     ]  # fmt: skip
     return "\n".join([*lines, "", "## Published rows", "", "```", *format_lines(validation), "```"]) + "\n"

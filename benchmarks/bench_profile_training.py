@@ -18,7 +18,7 @@ import torch
 from bench_sparse_worker import MIB, TASKS, Worker
 
 from edgetune.core.apply import finalize
-from edgetune.sparse.auto.account import Profile
+from edgetune.sparse.auto.account import CostModel
 from edgetune.sparse.update import SparseUpdate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +36,8 @@ def main(task: str, threads: int) -> None:
     model = finalize(looked.model).requires_grad_(True)
     head, kept = TASKS[task].head, TASKS[task].activations  # how `auto` keeps them there
 
-    def look(technique: SparseUpdate) -> Profile:
-        return Profile.of(model, looked.batches[0], looked.loss, technique.under(model))
+    def look(technique: SparseUpdate) -> CostModel:
+        return CostModel.of(model, looked.batches[0], looked.loss, technique.under(model))
 
     workers = {method: Worker(task, method, scheme=scheme) for method in METHODS}
     exact, own = [], []
@@ -57,8 +57,8 @@ def main(task: str, threads: int) -> None:
         found.append({
             "task": task, "method": method, "predicted_ms": min(profile.step_ms(resolved) for profile in profiles),
             "measured_ms": min(map(statistics.median, times[method])), "all_ms": times[method],
-            "predicted_kept_mib": profiles[0].account(resolved).saved_bytes / MIB,
-            "measured_kept_mib": worker.memory()["kept_mib"],
+            "predicted_saved_mib": profiles[0].account(resolved).saved_bytes / MIB,
+            "measured_saved_mib": worker.memory()["saved_mib"],
         })  # fmt: skip
     print(json.dumps(found), file=out)
 

@@ -33,7 +33,7 @@ from edgetune.lean.saved import saved_bytes
 from edgetune.lean.technique import Lean
 from edgetune.models.loaded import ModelSettings
 from edgetune.sparse.auto import choose as auto
-from edgetune.sparse.auto.account import Updating
+from edgetune.sparse.auto.account import OptimizerSpec
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from edgetune.tasks.quality import quality
@@ -154,7 +154,7 @@ class Worker:
         return {
             "process_mib": (peak_bytes() - self.ready_rss) / MIB,
             "optimizer_mib": optimizers.state_bytes(self.optimizer) / MIB,
-            "kept_mib": saved_bytes(self.model, inputs, lambda y: self.loss(logits_of(y), labels)) / MIB,
+            "saved_mib": saved_bytes(self.model, inputs, lambda y: self.loss(logits_of(y), labels)) / MIB,
             "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "backward_operators": self.backward_operators(),
         }
@@ -229,14 +229,14 @@ def choose(worker: Worker, step_ms: float) -> dict[str, Any]:
     """The scheme, written out, for the budget of the task and this time of a step, with what is predicted of it."""
     task, model = worker.task, finalize(worker.model).requires_grad_(True)
     technique = SparseUpdate(head=task.head, activations=task.activations)
-    updating = Updating(in_backward=True)
+    spec = OptimizerSpec(in_backward=True)
     found = auto.choose(model, worker.sample(), task.budget_mib, step_ms, under=technique.under(model),
-        head=task.head, updating=updating)  # fmt: skip
+        head=task.head, optimizer=spec)  # fmt: skip
     print(found, file=sys.stderr)
-    written = found.scheme.written()
+    written = found.scheme.to_mapping()
     return {
         "scheme": {n: part.model_dump() if isinstance(part, Slice) else part for n, part in written.items()},
-        "predicted": {"step_ms": found.step_ms, "kept_mib": found.account.saved_bytes / MIB},
+        "predicted": {"step_ms": found.step_ms, "saved_mib": found.account.saved_bytes / MIB},
     }
 
 

@@ -122,7 +122,7 @@ def sparse_table() -> str:
             quality = f"{statistics.mean(values):.2f}{spread}" if values else same
             lines.append(
                 f"| {path.stem.removeprefix('bench-sparse-')} | {method} | {cost['step_ms']:,.0f} "
-                f"| {cost['kept_mib']:,.1f} | {quality} |"
+                f"| {cost['saved_mib']:,.1f} | {quality} |"
             )
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.lean.saved import saved_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.run.measures import count_macs
-from edgetune.sparse.auto.account import Account, Profile, Updating
+from edgetune.sparse.auto.account import Account, CostModel, OptimizerSpec
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
@@ -101,7 +101,7 @@ def test_kept_bytes_are_predicted_for_every_scheme(case: str) -> None:
     build, inputs = CASES[case]
     model = build()
     batch = batch_of(inputs(), model)
-    told = Profile.of(model, batch, loss, SparseUpdate().under(model))
+    told = CostModel.of(model, batch, loss, SparseUpdate().under(model))
     head = "frozen" if case == "tied" else "full"
     named: list[Any] = ["last-1", "last-2", *([] if case in ("llama", "tied") else ["bias"])]
     for scheme in [*named, *schemes(model)]:
@@ -124,7 +124,7 @@ def test_kept_bytes_are_predicted_for_operators_in_8_bits(case: str) -> None:
     model = build()
     batch = batch_of(inputs(), model)
     technique = SparseUpdate(scheme="last-2", activations="8bit")
-    predicted = Profile.of(model, batch, loss, technique.under(model)).account(technique.resolve(model))
+    predicted = CostModel.of(model, batch, loss, technique.under(model)).account(technique.resolve(model))
     measured = measured_bytes(apply(copy.deepcopy(model), technique), batch)
     assert abs(predicted.saved_bytes - measured) <= 0.1 * measured
     assert predicted.peak_bytes > predicted.weights_bytes
@@ -134,7 +134,7 @@ def test_full_training_is_predicted_exactly() -> None:
     model = bert()
     batch = batch_of(tokens(), model)
     technique = SparseUpdate(scheme={"*": "full"})
-    told = Profile.of(model, batch, loss, SparseUpdate().under(model)).account(technique.resolve(model))
+    told = CostModel.of(model, batch, loss, SparseUpdate().under(model)).account(technique.resolve(model))
     assert told.saved_bytes == measured_bytes(technique.apply(model), batch)
 
 
@@ -160,7 +160,7 @@ def test_the_peak_of_a_step_is_predicted(scheme: Any) -> None:
     model, inputs = Wide(), torch.randn(2048, 64)
     batch = (inputs, torch.zeros(2048, dtype=torch.int64))
     technique = SparseUpdate(scheme=scheme)
-    predicted = Profile.of(model, batch, loss, technique.under(model)).account(technique.resolve(model))
+    predicted = CostModel.of(model, batch, loss, technique.under(model)).account(technique.resolve(model))
     measured = peak_of_step(technique.apply(model), batch)
     assert predicted.peak_bytes == pytest.approx(measured, rel=0.25)  # hardly any weights: the transients are all
     assert predicted.peak_bytes > 1.2 * predicted.weights_bytes
@@ -178,7 +178,7 @@ def test_layers_that_share_an_input_keep_it_once_and_slices_keep_their_own() -> 
 
     model = Parallel()
     batch = (torch.randn(16, 8), torch.zeros(16, dtype=torch.int64))
-    told = Profile.of(model, batch, loss, SparseUpdate().under(model))
+    told = CostModel.of(model, batch, loss, SparseUpdate().under(model))
     whole = 16 * 8 * 4
 
     def kept(**parts: Any) -> int:
@@ -196,7 +196,7 @@ def test_looking_changes_nothing() -> None:
     batch = batch_of(pictures(), model)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    Profile.of(model, batch, loss, SparseUpdate().under(model))
+    CostModel.of(model, batch, loss, SparseUpdate().under(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -208,30 +208,30 @@ def test_looking_changes_nothing() -> None:
 def test_the_optimizer_is_counted() -> None:
     model = mlp()
     batch = batch_of(vectors(), model)
-    told = Profile.of(model, batch, loss, SparseUpdate().under(model))
+    told = CostModel.of(model, batch, loss, SparseUpdate().under(model))
     scheme = SparseUpdate(scheme="last-1").resolve(model)
     values = sum(choice.training for choice in scheme.choices)
     tensors = sum(len(told.layer(c.layer).sizes(c.part)) for c in scheme.choices)
-    for updating, expected in [
-        (Updating(), 8 * values + 4 * tensors), (Updating(optimizer="sgd"), 4 * values),
-        (Updating(optimizer="sgd", momentum=0), 0),
+    for spec, expected in [
+        (OptimizerSpec(), 8 * values + 4 * tensors), (OptimizerSpec(optimizer="sgd"), 4 * values),
+        (OptimizerSpec(optimizer="sgd", momentum=0), 0),
     ]:  # fmt: skip
-        assert told.account(scheme, updating).optimizer_bytes == expected
+        assert told.account(scheme, spec).optimizer_bytes == expected
     largest = max(size for c in scheme.choices for size in told.layer(c.layer).sizes(c.part))
-    assert told.account(scheme, Updating(in_backward=True)).gradients_bytes == 4 * largest
+    assert told.account(scheme, OptimizerSpec(in_backward=True)).gradients_bytes == 4 * largest
 
 
 def test_macs_are_those_of_the_ledger() -> None:
     model = cnn()
     batch = batch_of(pictures(), model)
     assert sum(
-        layer.macs for layer in Profile.of(model, batch, loss, SparseUpdate().under(model)).layers
+        layer.macs for layer in CostModel.of(model, batch, loss, SparseUpdate().under(model)).layers
     ) == count_macs(model, batch[0])
 
 
 def test_training_less_is_predicted_to_be_faster() -> None:
     model, inputs = Wide(), torch.randn(512, 64)
-    told = Profile.of(model, (inputs, torch.zeros(512, dtype=torch.int64)), loss, SparseUpdate().under(model))
+    told = CostModel.of(model, (inputs, torch.zeros(512, dtype=torch.int64)), loss, SparseUpdate().under(model))
     clocks = len(told.times.frozen)
     assert clocks == len(told.times.forward) == len(told.times.backward)
     part_ms = {layer.name: {"bias": 0.1, QUARTER: 0.5, "full": 2.0} for layer in told.layers}
@@ -251,7 +251,7 @@ def test_an_account_prints() -> None:
 def test_a_model_under_a_sparse_update_is_refused() -> None:
     model = apply(mlp(), SparseUpdate(scheme="last-1"))
     with pytest.raises(EdgetuneError, match="already"):
-        Profile.of(model, batch_of(vectors(), model), loss, SparseUpdate().under(model))
+        CostModel.of(model, batch_of(vectors(), model), loss, SparseUpdate().under(model))
 
 
 def _real(name: str) -> tuple[nn.Module, Batch, list[Any], str]:
@@ -300,7 +300,7 @@ def test_memory_is_predicted_within_a_tenth_on_real_models(name: str) -> None:
     def real_loss(logits: Tensor, labels: Tensor) -> Tensor:
         return task.loss(logits, labels)
 
-    told = Profile.of(model, batch, real_loss, SparseUpdate().under(model))
+    told = CostModel.of(model, batch, real_loss, SparseUpdate().under(model))
     for scheme in ["last-1", "last-2", *written]:
         technique = SparseUpdate(scheme=scheme, head=head)  # type: ignore[arg-type]
         predicted = told.account(technique.resolve(model))
@@ -319,5 +319,5 @@ def test_eight_bit_state_is_counted_as_torchao_keeps_it() -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(built)
-    updating = Updating(state_bits=8)
-    assert sum(updating.state_bytes(p.numel()) for p in parameters) == optimizer.state_bytes(built)
+    spec = OptimizerSpec(state_bits=8)
+    assert sum(spec.state_bytes(p.numel()) for p in parameters) == optimizer.state_bytes(built)

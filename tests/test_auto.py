@@ -13,7 +13,7 @@ from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.technique import Sample
 from edgetune.lean.saved import saved_bytes
-from edgetune.sparse.auto.account import Profile
+from edgetune.sparse.auto.account import CostModel
 from edgetune.sparse.auto.choose import choose
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
@@ -45,7 +45,7 @@ def _choose(model: nn.Module, budget_mib: float, **settings: Any) -> Any:
 
 def test_auto_stays_in_its_budget_and_does_more_with_more() -> None:
     model = Mlp(64)
-    profile = Profile.of(model, rows(8, 8)[0], loss, SparseUpdate().under(model))
+    profile = CostModel.of(model, rows(8, 8)[0], loss, SparseUpdate().under(model))
     whole = profile.account({n: "full" for n, _ in model.named_modules()}).total_bytes / MIB
     chosen = [_choose(model, share * whole) for share in (0.45, 0.6, 0.8, 1.01)]
     for share, found in zip((0.45, 0.6, 0.8, 1.01), chosen, strict=True):
@@ -53,7 +53,7 @@ def test_auto_stays_in_its_budget_and_does_more_with_more() -> None:
     assert [c.value for c in chosen] == sorted(c.value for c in chosen)
     assert all(c.scheme.part("classifier") == "full" for c in chosen)
     assert all(choice.training == choice.parameters for choice in chosen[-1].scheme.choices)
-    trained = SparseUpdate(scheme=chosen[0].scheme.written()).resolve(model)
+    trained = SparseUpdate(scheme=chosen[0].scheme.to_mapping()).resolve(model)
     assert trained.choices == chosen[0].scheme.choices
 
 
@@ -62,7 +62,7 @@ def test_auto_predicts_what_its_scheme_keeps() -> None:
 
     model, batch = Mlp(64), rows(64, 8)[0]
     found = _choose(model, 0.25)
-    written = {n: _by_magnitude(part) for n, part in found.scheme.written().items()}
+    written = {n: _by_magnitude(part) for n, part in found.scheme.to_mapping().items()}
     trained = SparseUpdate(scheme=written).apply(model)
     assert found.account.saved_bytes == saved_bytes(trained, batch[0], lambda output: loss(output, batch[1]))
 

@@ -13,8 +13,8 @@ from edgetune.sparse.auto import contribution
 from edgetune.sparse.auto.contribution import (
     Analysis,
     Contributions,
+    analyze_contributions,
     candidates,
-    contributions,
     each_gradient,
     weight_scores,
 )
@@ -38,7 +38,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_fisher_is_the_root_of_squared_gradients_by_channel() -> None:
     model, batches = mlp(), rows(16, 0)
-    found = contributions(model, batches, loss, Analysis(rows_at_once=8), head=["classifier"])
+    found = analyze_contributions(model, batches, loss, Analysis(rows_at_once=8), head=["classifier"])
     squares: dict[str, Tensor] = {}
     for inputs, labels in batches:
         model.zero_grad()
@@ -59,7 +59,7 @@ def test_fisher_is_the_root_of_squared_gradients_by_channel() -> None:
 
 def test_more_of_a_layer_is_worth_more() -> None:
     for mode in ("magnitude", "fisher"):
-        found = contributions(cnn(), _pictures(), loss, Analysis(by=mode), cache=False)  # type: ignore[arg-type]
+        found = analyze_contributions(cnn(), _pictures(), loss, Analysis(by=mode), cache=False)  # type: ignore[arg-type]
         for own in found.values.values():
             assert list(own.values()) == sorted(own.values())
         ratios = [p.ratio for p in found.values["blocks.1.pointwise"] if isinstance(p, Slice)]
@@ -102,7 +102,7 @@ def test_weight_scores_are_those_of_the_mean_gradient_and_of_the_mean_square() -
 
 def test_no_batch_is_refused() -> None:
     with pytest.raises(EdgetuneError, match="batches with labels") as error:
-        contributions(mlp(), [], loss)
+        analyze_contributions(mlp(), [], loss)
     assert error.value.exit_code == Exit.DATA
 
 
@@ -119,18 +119,18 @@ def test_layers_that_share_a_weight_are_no_candidates() -> None:
 
 def test_the_result_is_kept_by_weights_data_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = mlp(), rows(16, 6)
-    first = contributions(model, batches, loss)
-    again = contributions(model, batches, loss)
+    first = analyze_contributions(model, batches, loss)
+    again = analyze_contributions(model, batches, loss)
     assert not first.cached
     assert again.cached
     assert again.values == first.values
-    assert not contributions(model, batches, loss, Analysis(ratios=(0.5,))).cached
-    assert not contributions(model, rows(16, 7), loss).cached
+    assert not analyze_contributions(model, batches, loss, Analysis(ratios=(0.5,))).cached
+    assert not analyze_contributions(model, rows(16, 7), loss).cached
     with torch.no_grad():
         model.stem.bias[0] += 1
-    assert not contributions(model, batches, loss).cached
-    monkeypatch.setattr(contribution, "by_fisher", lambda *_: pytest.fail("was to be read from the cache"))
-    assert contributions(model, batches, loss).cached
+    assert not analyze_contributions(model, batches, loss).cached
+    monkeypatch.setattr(contribution, "score_by_fisher", lambda *_: pytest.fail("was to be read from the cache"))
+    assert analyze_contributions(model, batches, loss).cached
 
 
 def test_contributions_print() -> None:

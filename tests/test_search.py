@@ -6,7 +6,7 @@ import random
 import pytest
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.sparse.auto.account import Layer, Profile, Updating
+from edgetune.sparse.auto.account import CostModel, LayerCost, OptimizerSpec
 from edgetune.sparse.auto.search import Limits, Solution, Values, find_scheme
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.auto.trace import Save
@@ -15,7 +15,7 @@ from edgetune.sparse.scheme import Part, Slice
 HALF, EIGHTH = Slice(ratio=0.5), Slice(ratio=0.125)
 
 
-def profile_of(seed: int, layers: int) -> Profile:
+def profile_of(seed: int, layers: int) -> CostModel:
     """A network drawn at random: some layers share an input, some inputs are also kept by what stands before them."""
     chance = random.Random(seed)
     found, between, clock = [], [], 1
@@ -33,11 +33,11 @@ def profile_of(seed: int, layers: int) -> Profile:
         between.append(Save(clock + 1, None, ("between", number), 4 * rows * chance.randrange(12), 0))
         bias = {"bias": width} if chance.random() < 0.7 else {}
         found.append(
-            Layer(
+            LayerCost(
                 name=name, start=clock, end=clock + 1, parameters={"weight": width * width, **bias}, element_bytes=4,
                 shared=False, trainable=True, channels={"inputs": (width, 1), "outputs": (width, 1)},
                 whole_input=frozenset({"outputs"}), macs=rows * width * width,
-                saves={"frozen": passing, "bias": passing, "full": kept, "alone": kept[-1:]},
+                saves={"frozen": passing, "bias": passing, "full": kept, "first": kept[-1:]},
             )
         )  # fmt: skip
         clock += 2
@@ -47,10 +47,10 @@ def profile_of(seed: int, layers: int) -> Profile:
         ms = chance.random()
         parts[layer.name] = {"bias": 0.01, QUARTER: 0.1 + ms / 4, "full": 0.1 + ms}
     times = Times(passing, passing, passing, parts, (0.01, 1e-5))
-    return Profile(tuple(found), tuple(between), (0,) * (clock + 1), times, 10_000)
+    return CostModel(tuple(found), tuple(between), (0,) * (clock + 1), times, 10_000)
 
 
-def values_of(profile: Profile, seed: int, parts: tuple[Part, ...] = ("bias", EIGHTH, HALF, "full")) -> Values:
+def values_of(profile: CostModel, seed: int, parts: tuple[Part, ...] = ("bias", EIGHTH, HALF, "full")) -> Values:
     chance = random.Random(seed)
     found: dict[str, dict[Part, float]] = {}
     for layer in profile.layers:
@@ -60,7 +60,7 @@ def values_of(profile: Profile, seed: int, parts: tuple[Part, ...] = ("bias", EI
 
 
 def brute_force(
-    profile: Profile, values: Values, limits: Limits, fixed: dict[str, Part], updating: Updating
+    profile: CostModel, values: Values, limits: Limits, fixed: dict[str, Part], spec: OptimizerSpec
 ) -> tuple[float, int] | None:
     """The best value and the least bytes for it, by trying everything."""
     best: tuple[float, int] | None = None
@@ -69,7 +69,7 @@ def brute_force(
         parts = {n: part for n, (part, _) in zip(values, chosen, strict=True) if part != "frozen"}
         if not parts or (limits.step_ms is not None and profile.step_ms(parts) > limits.step_ms):
             continue
-        taken = profile.account(parts, updating).total_bytes
+        taken = profile.account(parts, spec).total_bytes
         value = sum(worth for _, worth in chosen)
         if taken <= limits.bytes and (best is None or (value, -taken) > (best[0], -best[1])):
             best = (value, taken)
@@ -87,15 +87,15 @@ def test_exactly_finds_what_trying_everything_finds(seed: int) -> None:
     values = values_of(profile, seed)
     chance = random.Random(seed)
     fixed: dict[str, Part] = {"layer3": "full"} if seed % 3 == 0 else {}
-    updating = Updating(in_backward=seed % 4 == 1, optimizer="sgd" if seed % 5 == 2 else "adamw")
-    most = profile.account(dict.fromkeys(values, "full"), updating).total_bytes
+    spec = OptimizerSpec(in_backward=seed % 4 == 1, optimizer="sgd" if seed % 5 == 2 else "adamw")
+    most = profile.account(dict.fromkeys(values, "full"), spec).total_bytes
     limits = Limits(10_000 + chance.random() * (most - 10_000), None if seed % 2 else (0.3 + 0.7 * chance.random()) * 4)
-    expected = brute_force(profile, values, limits, fixed, updating)
+    expected = brute_force(profile, values, limits, fixed, spec)
     if expected is None:
         with pytest.raises(EdgetuneError, match="lowest possible"):
-            find_scheme(profile, values, limits, fixed=fixed, updating=updating)
+            find_scheme(profile, values, limits, fixed=fixed, optimizer=spec)
         return
-    agree(find_scheme(profile, values, limits, fixed=fixed, updating=updating), expected)
+    agree(find_scheme(profile, values, limits, fixed=fixed, optimizer=spec), expected)
 
 
 def test_few_points_lose_little_and_never_exceed_the_budget() -> None:

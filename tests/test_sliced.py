@@ -14,7 +14,7 @@ from edgetune.lean.saved import saved_bytes
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.size import parameter_count
 from edgetune.sparse.scheme import Slice
-from edgetune.sparse.sliced import Sliced, strongest
+from edgetune.sparse.sliced import Sliced, strongest_channels
 from edgetune.sparse.update import SparseUpdate
 from support.laws import bert, cnn, fit, llama, logits, mlp, pictures, tokens, vectors
 
@@ -95,7 +95,7 @@ def test_gradients_equal_autograds(name: str, of: str) -> None:
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     plain, x = make(), torch.randn(shape)
-    indices, dim = strongest(plain, 0.5, of)
+    indices, dim = strongest_channels(plain, 0.5, of)
     layer = Sliced(copy.deepcopy(plain), indices, dim)
     torch.testing.assert_close(layer(x), plain(x), atol=1e-6, rtol=1e-5)
     (for_input, mine), (expected_input, expected) = gradients(layer, x), gradients(plain, x)
@@ -110,7 +110,7 @@ def test_gradients_equal_autograds(name: str, of: str) -> None:
 def test_only_the_channels_that_are_needed_are_kept(name: str, kept_channels: int) -> None:
     make, shape = LAYERS[name]
     plain, x = make(), torch.randn(shape)
-    indices, dim = strongest(plain, 0.25, "inputs")
+    indices, dim = strongest_channels(plain, 0.25, "inputs")
     layer = Sliced(plain, indices, dim)
     assert layer.indices.numel() < plain.weight.shape[dim] / 2
     assert saved_bytes(layer, x, lambda y: y.sum()) == x.nbytes * kept_channels // 8
@@ -120,15 +120,15 @@ def test_what_is_strongest() -> None:
     layer = nn.Linear(4, 2)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -5, 0, 2], [1, 1, 3, -3]]))
-    assert strongest(layer, 0.5, "inputs")[0].tolist() == [1, 3]
-    assert strongest(layer, 0.01, "inputs")[0].tolist() == [1]  # never none
-    assert strongest(layer, 0.5, "outputs") == (torch.tensor([0]), 0)
+    assert strongest_channels(layer, 0.5, "inputs")[0].tolist() == [1, 3]
+    assert strongest_channels(layer, 0.01, "inputs")[0].tolist() == [1]  # never none
+    assert strongest_channels(layer, 0.5, "outputs") == (torch.tensor([0]), 0)
     scores = torch.tensor([[9.0, 0, 0, 0], [0, 0, 8, 0]])
-    assert strongest(layer, 0.5, "inputs", scores)[0].tolist() == [0, 2]
+    assert strongest_channels(layer, 0.5, "inputs", scores)[0].tolist() == [0, 2]
     grouped = nn.Conv2d(4, 8, 1, groups=4)
     with torch.no_grad():
         grouped.weight.copy_(torch.arange(8.0).view(8, 1, 1, 1))
-    assert strongest(grouped, 0.5, "inputs")[0].tolist() == [4, 5, 6, 7]
+    assert strongest_channels(grouped, 0.5, "inputs")[0].tolist() == [4, 5, 6, 7]
 
 
 def test_a_sliced_layer_computes_with_its_dense_weight_and_merges_in_the_trained_slice() -> None:
@@ -168,7 +168,7 @@ def test_a_slice_is_no_more_parameters() -> None:
 def test_two_forwards_before_a_backward_and_a_layer_called_twice() -> None:
     torch.manual_seed(0)
     plain = nn.Linear(8, 8)
-    layer = Sliced(copy.deepcopy(plain), *strongest(plain, 0.5, "inputs"))
+    layer = Sliced(copy.deepcopy(plain), *strongest_channels(plain, 0.5, "inputs"))
     x = torch.randn(2, 8, requires_grad=True)
     layer(layer(x)).sum().backward()
     twice = plain(plain(x)).sum()
@@ -266,7 +266,7 @@ def test_a_number_is_a_slice_of_inputs_by_magnitude() -> None:
 )
 def test_a_scheme_written_out_resolves_to_itself(model: Any, inputs: Any, scheme: Any) -> None:
     resolved = SparseUpdate(scheme=scheme).resolve(model())
-    again = SparseUpdate(scheme=resolved.written()).resolve(model())
+    again = SparseUpdate(scheme=resolved.to_mapping()).resolve(model())
     assert again.choices == resolved.choices
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.sparse.auto.account import Profile
+from edgetune.sparse.auto.account import CostModel
 from edgetune.sparse.auto.timing import QUARTER, Times
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
@@ -61,7 +61,7 @@ def test_every_layer_is_timed_in_every_part_and_the_model_is_left_as_it_was() ->
         Padded(3, 8), nn.BatchNorm2d(8), nn.ReLU(), Padded(8, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 4)
     )
     before = copy.deepcopy(model.state_dict())
-    profile = Profile.of(
+    profile = CostModel.of(
         model,
         (torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])),
         functional.cross_entropy,

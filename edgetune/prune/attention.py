@@ -187,5 +187,5 @@ def find_head_size(model: nn.Module, name: str) -> int:
         f"the attention {display_name(name)} does not say how many heads it has",
         got=type(module).__name__,
         allowed=(*HEAD_COUNTS, *HEAD_SIZES),
-        action=f"set one of these attributes, as in {type(module).__name__}.{HEAD_COUNTS[1]} = 8, or {skip_action(name)}",
+        action=f"set one of them, as in {type(module).__name__}.{HEAD_COUNTS[1]} = 8, or {skip_action(name)}",
     )

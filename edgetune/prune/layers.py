@@ -15,7 +15,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is the linear of GPT-2, whose weight is `(in, out)`: transformers' `Conv1D`, recognized by its name."""
+    """Whether it is GPT-2's linear, transformers' `Conv1D`, whose weight is `(in, out)`; recognized by name."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
 
 

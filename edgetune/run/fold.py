@@ -236,7 +236,7 @@ class Fold:
         """A `train` step, with what its memory comes to."""
         teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
         name = f"{index + 1:02d}-train"
-        kept = saved_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
+        saved = saved_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
         one = self.least_saved_mib()
         folder = self.folder / "checkpoints" / name
         with TrainingLog(folder, f"{self.folder.name}-{name}", settings.log, settings.model_dump(mode="json")) as log:
@@ -266,7 +266,7 @@ class Fold:
             losses=result.losses,
             optimizer_state_mib=result.optimizer_state_mib,
             gradients_mib=result.gradients_mib,
-            peak_memory_mib=fixed + kept,
+            peak_memory_mib=fixed + saved,
         )
         self.ledger = self.ledger.with_(trainings=(*self.ledger.trainings, training))
         self.save()
@@ -288,7 +288,7 @@ class Fold:
         return lambda logits, labels: self.task.loss(logits, labels, weights)
 
     def least_saved_mib(self) -> float:
-        """What a training of one row at a time keeps for backward, or of two where a batch norm needs them."""
+        """What a training of one row at a time saves for backward, or of two where a batch norm needs them."""
         try:
             return saved_mib(self.model, self.samples.largest_batch(1), self.loss)
         except ValueError as error:

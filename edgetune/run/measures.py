@@ -30,7 +30,7 @@ class Measures(NamedTuple):
 
 
 def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss: Loss) -> Measures:
-    """Count `model`: MACs on `inputs` (one example), bytes kept for backward on `batch` (inputs, labels)."""
+    """Count `model`: MACs on `inputs` (one example), bytes saved for backward on `batch` (inputs, labels)."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Measures(
         parameters=parameter_count(model),
@@ -62,6 +62,6 @@ def _packed_products() -> dict[Any, Any]:
 
 
 def saved_mib(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> float:
-    """MiB that one training forward keeps for backward, parameters not counted."""
+    """MiB that one training forward saves for backward, parameters not counted."""
     inputs, labels = batch
     return saved_bytes(model, inputs, lambda output: loss(logits_of(output), labels)) / MIB

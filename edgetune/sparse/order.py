@@ -17,8 +17,8 @@ from edgetune.core.technique import Sample
 def running_order(model: nn.Module, names: Iterable[str], sample: Sample | None) -> list[str]:
     """The layers of these names by when each is first called on the sample's inputs; those never called come first.
 
-    Layers that stand in `nn.Sequential` alone run as they are written, and need no sample. Raises `EdgetuneError` for
-    any other model without one.
+    A model of nested `nn.Sequential` runs as it is written and needs no sample; for any other one, `EdgetuneError` is
+    raised if none is given.
     """
     names = list(names)
     if _is_written_in_order(model):

@@ -25,7 +25,7 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 class Slice(Settings):
     """Train some channels of a linear layer or a convolution, and its bias: those that rank highest by `by`.
 
-    `inputs` keeps least for backward. A convolution in groups is sliced by whole groups.
+    `inputs` saves least for backward. A convolution in groups is sliced by whole groups.
     """
 
     ratio: Ratio
@@ -79,16 +79,16 @@ class Scheme:
                 lines.append(f"  {choice.part!s:<6} {choice.layer or '(the model itself)'}: {choice.training:,}")
         return "\n".join(lines)
 
-    def written(self) -> dict[str, WrittenPart]:
-        """The scheme written out, to go into a recipe: it resolves to the same parts again."""
-        found: dict[str, WrittenPart] = {"*": "frozen"}
+    def to_mapping(self) -> dict[str, WrittenPart]:
+        """The scheme as a mapping for a recipe, which resolves to the same parts again."""
+        parts: dict[str, WrittenPart] = {"*": "frozen"}
         for choice in self.choices:
-            inside = any(_within(choice.layer, outer) for outer in found)
+            inside = any(_within(choice.layer, outer) for outer in parts)
             if choice.training or inside:
                 part = choice.part
                 plain = isinstance(part, Slice) and part == Slice(ratio=part.ratio)
-                found[choice.layer] = part.ratio if plain else part  # type: ignore[union-attr]
-        return found
+                parts[choice.layer] = part.ratio if plain else part  # type: ignore[union-attr]
+        return parts
 
 
 def is_bias(name: str) -> bool:
@@ -115,8 +115,8 @@ def resolve(
 ) -> Scheme:
     """The scheme for this model. `head` is everything after the last block; a written mapping is laid over it.
 
-    Where there is no list of like blocks, a named scheme takes each layer that has a weight for a block, in the order
-    in which they run on the sample, and the last of them for the head.
+    If the model has no list of equal blocks, a named scheme treats each layer with a weight as a block, in the order in
+    which they run on the sample, and the last one as the head.
     A slice that covers a whole block means its linears and convolutions; the norms among them train whole.
     """
     layers = parameter_layers(model)
@@ -127,7 +127,7 @@ def resolve(
     order = list(layers)
     parts: dict[str, Part] = dict.fromkeys(order, "frozen")
     if isinstance(scheme, str):
-        parts |= _named(scheme, layers, blocks)
+        parts |= _resolve_named(scheme, layers, blocks)
     if blocks:
         last = max(i for i, name in enumerate(order) if _within(name, blocks[-1]))
         for name in order[last + 1 :]:
@@ -150,8 +150,8 @@ def _within(name: str, outer: str) -> bool:
     return name == outer or name.startswith(outer + ".")
 
 
-def _named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> dict[str, Part]:
-    """What a named scheme trains, before the head."""
+def _resolve_named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> dict[str, Part]:
+    """The parts that a named scheme trains, without the head."""
     last, order = re.fullmatch(r"last-(\d+)", scheme), list(layers)
     if scheme not in NAMED[1:-1] and not last:
         raise EdgetuneError("unknown scheme", got=scheme, allowed=["last-1", "last-2", "last-4", *NAMED[1:]])
@@ -166,11 +166,11 @@ def _named(scheme: str, layers: Mapping[str, nn.Module], blocks: list[str]) -> d
     count = int(last[1])
     if count > len(blocks):
         raise EdgetuneError(f"the model has {len(blocks)} blocks", got=scheme, action=f"use last-{len(blocks)} at most")
-    return dict.fromkeys(_last(order, blocks, count), "full")
+    return dict.fromkeys(_last_blocks(order, blocks, count), "full")
 
 
-def _last(order: list[str], blocks: list[str], count: int) -> list[str]:
-    """The layers from the first of the last `count` blocks to the end, with what stands between two of them."""
+def _last_blocks(order: list[str], blocks: list[str], count: int) -> list[str]:
+    """The layers from the first of the last `count` blocks to the end, and what is between them."""
     if count == 0:
         return []
     start = min(i for i, name in enumerate(order) if _within(name, blocks[-count]))
@@ -185,8 +185,8 @@ def _pockengine(layers: Mapping[str, nn.Module], blocks: list[str]) -> dict[str,
     FFN are those outside the attention that make wider.
     """
     order = list(layers)
-    parts: dict[str, Part] = dict.fromkeys(_last(order, blocks, math.ceil(len(blocks) / 2)), "bias")
-    for name in _last(order, blocks, math.ceil(len(blocks) / 3)):
+    parts: dict[str, Part] = dict.fromkeys(_last_blocks(order, blocks, math.ceil(len(blocks) / 2)), "bias")
+    for name in _last_blocks(order, blocks, math.ceil(len(blocks) / 3)):
         layer = layers[name]
         if not isinstance(layer, nn.Linear):
             continue
@@ -204,14 +204,14 @@ def _lay_over(
     order = list(parts)
     named: set[str] = set()
     for pattern, part in written.items():
-        found = [name for name in order if any(matches(outer, [pattern]) for outer in _itself_and_outer(name))]
-        if not found:
+        matched = [name for name in order if any(matches(outer, [pattern]) for outer in _itself_and_outer(name))]
+        if not matched:
             raise no_match_error("scheme: the pattern matches no layer with parameters", pattern, order)
         part = Slice(ratio=part) if isinstance(part, float) else part
-        for name in found:
-            alone = name == pattern or not isinstance(part, Slice)
-            parts[name] = part if alone or isinstance(layers[name], SLICEABLE) else _unsliced(name, layers[name])
-        named |= set(found)
+        for name in matched:
+            as_written = name == pattern or not isinstance(part, Slice) or isinstance(layers[name], SLICEABLE)
+            parts[name] = part if as_written else _part_beside_slices(name, layers[name])
+        named |= set(matched)
     if not blocks and order[-1] not in named:
         raise EdgetuneError(
             "scheme: without a list of equal blocks the head is unknown",
@@ -220,8 +220,8 @@ def _lay_over(
         )
 
 
-def _unsliced(name: str, layer: nn.Module) -> Part:
-    """What a slice means for another layer that its pattern covers too: a norm trains whole."""
+def _part_beside_slices(name: str, layer: nn.Module) -> Part:
+    """The part of a layer that cannot be sliced, under a pattern with a slice: a norm trains whole."""
     if not is_norm(layer):
         refuse_slice(name, layer)
     return "full"
@@ -254,7 +254,7 @@ def _choice(name: str, layer: nn.Module, part: Part) -> Choice:
 
 
 def _refuse_tied(model: nn.Module, parts: dict[str, Part]) -> None:
-    """Raise where one parameter hangs in two layers that the scheme treats differently."""
+    """Raise if two layers share a parameter and the scheme treats them differently."""
     seen: dict[int, tuple[str, bool]] = {}
     for layer, part in parts.items():
         for key, value in model.get_submodule(layer)._parameters.items():

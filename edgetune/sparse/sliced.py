@@ -100,7 +100,7 @@ def channels_of(layer: nn.Module, of: str) -> tuple[int, int]:
     return (1 if of == "inputs" else 0), 1
 
 
-def strongest(layer: nn.Module, ratio: float, of: str, scores: Tensor | None = None) -> tuple[Tensor, int]:
+def strongest_channels(layer: nn.Module, ratio: float, of: str, scores: Tensor | None = None) -> tuple[Tensor, int]:
     """Indices of the channels with the largest scores, ascending, and the weight's dimension they are of.
 
     `scores` has the weight's shape, none negative; by default the weight's magnitude. At least one channel, or one
@@ -288,7 +288,7 @@ def _not_followed(layer: nn.Module, training: bool) -> str:
             continue
         if gradient is None:
             return "no gradient reaches its weight"
-        sliced = Sliced(plain, *strongest(plain, 0.5, "inputs"))
+        sliced = Sliced(plain, *strongest_channels(plain, 0.5, "inputs"))
         try:
             output, part = _tried(sliced, x, sliced.slice)
         except Exception as refused:  # as a forward may raise that takes named arguments, or looks at its own class

@@ -28,7 +28,7 @@ from edgetune.lean.operators import Activations, put_on_operators, take_off_oper
 from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 from edgetune.lean.stages import stages_of
 from edgetune.sparse.scheme import Part, Scheme, Slice, Under, WrittenPart, resolve, trains
-from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest
+from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest_channels
 
 _SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
 _SCORED_BATCHES = 4  # that slices by gradient or Fisher information look at
@@ -126,7 +126,7 @@ class SparseUpdate(Technique):
         refuse_read_elsewhere(model, slices, sample)
         scores = self._scores(model, slices, sample)
         chosen = {
-            name: strongest(model.get_submodule(name), part.ratio, part.of, scores.get(name))
+            name: strongest_channels(model.get_submodule(name), part.ratio, part.of, scores.get(name))
             for name, part in slices.items()
         }
         trainable.remember(model, self.name, chooses=True)
@@ -173,6 +173,6 @@ class SparseUpdate(Technique):
         scheme: Scheme = getattr(model, _SCHEME)
         if self.scheme != "auto":
             return
-        written = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.written().items()}
+        written = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.to_mapping().items()}
         comment = "".join(f"# {line}\n" for line in str(scheme).splitlines())
         write_atomically(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": written}, sort_keys=False))

@@ -231,7 +231,7 @@ def with_fsdp2(folder: Path, rank: int) -> None:
         lambda: et.finalize(model),
         lambda: et.export(model, batch, folder / "m.pte"),
         lambda: et.save_adapter(model, folder / "adapter"),
-        lambda: pack_linear(**batch),
+        lambda: packed(**batch),
     ):
         try:
             attempt()

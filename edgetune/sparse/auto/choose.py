@@ -1,4 +1,4 @@
-"""The scheme that a budget allows: contributions, the accountant and the search, joined."""
+"""Choose the scheme for a budget from the contributions and the costs of all layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from edgetune.core.numbers import MIB
 from edgetune.core.technique import Sample
 from edgetune.data.dataset import cache_folder
 from edgetune.lean.stages import blocks_of
-from edgetune.sparse.auto.account import Account, Profile, Updating
-from edgetune.sparse.auto.contribution import Contributions, contributions
+from edgetune.sparse.auto.account import Account, CostModel, OptimizerSpec
+from edgetune.sparse.auto.contribution import Contributions, analyze_contributions
 from edgetune.sparse.auto.search import Limits, find_scheme
 from edgetune.sparse.scheme import Part, Scheme, Slice, Under, is_norm, resolve
 
@@ -29,7 +29,7 @@ _MOST_ROWS = 128  # that the contribution analysis looks at
 
 @dataclass(frozen=True)
 class Chosen:
-    """A scheme with what it is predicted to take and what it is worth."""
+    """A scheme with its predicted costs and its contribution."""
 
     scheme: Scheme
     account: Account
@@ -58,7 +58,7 @@ def choose(
     under: Under,
     head: Part = "full",
     norms: bool = True,
-    updating: Updating | None = None,
+    optimizer: OptimizerSpec | None = None,
 ) -> Chosen:
     """The scheme with the largest sum of contributions within a budget; of equally good ones the smallest.
 
@@ -72,41 +72,41 @@ def choose(
         under: puts the model under a scheme, see `SparseUpdate.under`.
         head: what of the head trains in any case (but not where it is tied to the embedding).
         norms: whether normalization layers may train.
-        updating: the optimizer.
+        optimizer: the optimizer.
 
     Raises:
-        EdgetuneError: (exit code 4) no scheme fits; it says the least that can be had.
+        EdgetuneError: (exit code 4) no scheme fits; it names the lowest reachable costs.
     """
     labelled, loss = sample.labels()
-    updating = updating or Updating()
-    batches = list(_first(labelled(), _MOST_ROWS))
+    optimizer = optimizer or OptimizerSpec()
+    batches = list(_take_rows(labelled(), _MOST_ROWS))
     if not batches:
         raise EdgetuneError("sample.labelled gives no batch", exit_code=Exit.DATA)
     largest = max(batches, key=lambda batch: sum(t.numel() for t in tensors_of(batch[0])))
-    profile = Profile.of(model, largest, loss, under)
-    fixed = _fixed(model, profile, head, norms)
-    contributed = contributions(model, batches, loss, head=list(fixed))
+    costs = CostModel.of(model, largest, loss, under)
+    fixed = _decide_head(model, costs, head, norms)
+    contributed = analyze_contributions(model, batches, loss, head=list(fixed))
     values = {
         name: own
         for name, own in contributed.values.items()
-        if name in {layer.name for layer in profile.layers if layer.trainable and not layer.shared}
+        if name in {layer.name for layer in costs.layers if layer.trainable and not layer.shared}
         and (norms or not is_norm(model.get_submodule(name)))
     }
     limits = Limits(budget_mib * MIB, step_ms)
-    parts = _remembered(profile, values, limits, fixed, updating)
+    parts = _find_or_load(costs, values, limits, fixed, optimizer)
     written = {name: parts.get(name, "frozen") for name in parameter_layers(model)}
     scheme = dataclasses.replace(resolve(model, written, "frozen", True), name="auto")
     return Chosen(
         scheme=scheme,
-        account=profile.account(scheme, updating),
-        step_ms=profile.step_ms(scheme),
+        account=costs.account(scheme, optimizer),
+        step_ms=costs.step_ms(scheme),
         value=sum(values[name][part] for name, part in parts.items() if name in values),
         contributions=contributed,
     )
 
 
-def _first(batches: Iterator[tuple[Inputs, Tensor]], rows: int) -> Iterator[tuple[Inputs, Tensor]]:
-    """The first batches, until they have so many rows."""
+def _take_rows(batches: Iterator[tuple[Inputs, Tensor]], rows: int) -> Iterator[tuple[Inputs, Tensor]]:
+    """The first batches, until they have `rows` rows."""
     seen = 0
     for batch in batches:
         yield batch
@@ -115,35 +115,35 @@ def _first(batches: Iterator[tuple[Inputs, Tensor]], rows: int) -> Iterator[tupl
             return
 
 
-def _fixed(model: nn.Module, profile: Profile, head: Part, norms: bool) -> dict[str, Part]:
-    """What the head's setting decides: everything after the last block, or where there are no blocks the last layer."""
+def _decide_head(model: nn.Module, costs: CostModel, head: Part, norms: bool) -> dict[str, Part]:
+    """The parts of the layers after the last block, or of the last layer if there are no blocks."""
     names, blocks = (
         [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))],
         blocks_of(model),
     )
     inside = [n for n, name in enumerate(names) if blocks and (name == blocks[-1] or name.startswith(blocks[-1] + "."))]
-    known = {layer.name: layer for layer in profile.layers}
+    by_name = {layer.name: layer for layer in costs.layers}
     fixed: dict[str, Part] = {}
-    for name in names[inside[-1] + 1 :] if inside else [profile.layers[-1].name]:
-        layer = known[name]
+    for name in names[inside[-1] + 1 :] if inside else [costs.layers[-1].name]:
+        layer = by_name[name]
         held = not layer.trainable or layer.shared or (is_norm(model.get_submodule(name)) and not norms)
         fixed[name] = "frozen" if held or not layer.sizes(head) else head
     return fixed
 
 
-def _remembered(
-    profile: Profile, values: Mapping[str, Mapping[Part, float]], limits: Limits, fixed: Mapping[str, Part],
-    updating: Updating,
+def _find_or_load(
+    costs: CostModel, values: Mapping[str, Mapping[Part, float]], limits: Limits, fixed: Mapping[str, Part],
+    optimizer: OptimizerSpec,
 ) -> Mapping[str, Part]:  # fmt: skip
-    """The search; with a limit of time, which is measured anew in every process, its answer is saved on disk."""
+    """The result of the search; with a time limit it is cached on disk, as timings differ between processes."""
     if limits.step_ms is None:
-        return find_scheme(profile, values, limits, fixed=fixed, updating=updating).parts
-    what = (limits, sorted(fixed.items()), updating, sorted((n, list(own.items())) for n, own in values.items()))
-    memory = [(layer.name, layer.start, layer.parameters, layer.saves) for layer in profile.layers]
-    digest = hashlib.sha256(repr((what, memory, profile.between, torch.get_num_threads())).encode()).hexdigest()
+        return find_scheme(costs, values, limits, fixed=fixed, optimizer=optimizer).parts
+    request = (limits, sorted(fixed.items()), optimizer, sorted((n, list(own.items())) for n, own in values.items()))
+    memory = [(layer.name, layer.start, layer.parameters, layer.saves) for layer in costs.layers]
+    digest = hashlib.sha256(repr((request, memory, costs.between, torch.get_num_threads())).encode()).hexdigest()
     path = cache_folder() / "schemes" / f"{digest}.json"
     if not path.is_file():
-        parts = find_scheme(profile, values, limits, fixed=fixed, updating=updating).parts
+        parts = find_scheme(costs, values, limits, fixed=fixed, optimizer=optimizer).parts
         written = {n: part.model_dump() if isinstance(part, Slice) else part for n, part in parts.items()}
         write_atomically(path, json.dumps(written))
     read = json.loads(path.read_text(encoding="utf-8"))

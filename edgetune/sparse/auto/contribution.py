@@ -1,7 +1,7 @@
-"""What training each layer is worth, by Fisher information.
+"""Estimate what training each layer contributes, by Fisher information.
 
-In the place of the short trainings of Lin et al., On-device training under 256KB memory, 2022, arXiv:2206.15472,
-section 3.2. Values add up in the search, which is an approximation of theirs too.
+It replaces the short trainings of Lin et al., On-device training under 256KB memory, 2022, arXiv:2206.15472,
+section 3.2. Values add up in the search, an approximation that they make too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgetune.core.technique import Settings
 from edgetune.data.dataset import cache_folder
 from edgetune.sparse.auto.trace import Loss
 from edgetune.sparse.scheme import Part, Slice, trains
-from edgetune.sparse.sliced import SLICEABLE, channels_of, strongest
+from edgetune.sparse.sliced import SLICEABLE, channels_of, strongest_channels
 
 _VERSION = 2  # of what is computed; another number leaves old caches alone
 
@@ -43,7 +43,7 @@ class Analysis(Settings):
 
 @dataclass(frozen=True)
 class Contributions:
-    """What each part of each layer is worth, at least nothing; more of a layer is never worth less."""
+    """The contribution of each part of each layer; more of a layer never contributes less."""
 
     values: Mapping[str, Mapping[Part, float]]
     cached: bool = False
@@ -52,8 +52,8 @@ class Contributions:
         best = sorted(self.values, key=lambda name: -max(self.values[name].values(), default=0.0))
         lines = [f"contributions by fisher, of {len(self.values)} layers the best:"]
         for name in best[:12]:
-            told = ", ".join(f"{part} {value:.3g}" for part, value in self.values[name].items())
-            lines.append(f"  {name}: {told}")
+            parts = ", ".join(f"{part} {value:.3g}" for part, value in self.values[name].items())
+            lines.append(f"  {name}: {parts}")
         return "\n".join(lines)
 
     def dumps(self) -> str:
@@ -76,7 +76,7 @@ def _read(part: Any) -> Part:
     return Slice.model_validate(part) if isinstance(part, dict) else part
 
 
-def contributions(
+def analyze_contributions(
     model: nn.Module,
     labelled: Iterable[Labelled],
     loss: Loss,
@@ -85,7 +85,7 @@ def contributions(
     head: Sequence[str] = (),
     cache: bool = True,
 ) -> Contributions:
-    """What training each layer of `model` is worth; the model is left as it was.
+    """The contribution of training each layer of `model`, which is left as it was.
 
     Args:
         model: not under a sparse update.
@@ -102,7 +102,7 @@ def contributions(
     path = cache_folder() / "contributions" / f"{_digest(model, batches, analysis, head)}.json"
     if cache and path.is_file():
         return Contributions.loads(path.read_text(encoding="utf-8"))
-    contributed = Contributions(by_fisher(model, candidates(model, head), batches, loss, analysis))
+    contributed = Contributions(score_by_fisher(model, candidates(model, head), batches, loss, analysis))
     if cache:
         write_atomically(path, contributed.dumps())
     return contributed
@@ -124,7 +124,7 @@ def candidates(model: nn.Module, head: Sequence[str] = ()) -> dict[str, nn.Modul
 
 
 def _parts(layer: nn.Module, analysis: Analysis) -> list[Part]:
-    """What may train in a layer, the least first."""
+    """What may train in a layer, the smallest part first."""
     own = [key for key, value in layer._parameters.items() if value is not None]
     parts: list[Part] = ["bias"] if any(trains("bias", key) for key in own) else []
     if isinstance(layer, SLICEABLE) and layer.weight.numel() > max(layer.weight.shape):
@@ -146,10 +146,10 @@ def each_gradient(
     """Call `use(layer, parameter, gradient)` for every few rows, as soon as the gradient exists; then it is dropped.
 
     In eval mode, so that no dropout and no batch statistics blur it. Returns how often each parameter had its turn.
-    Memory: one gradient at a time, and what backward of `rows_at_once` rows keeps.
+    Memory: one gradient at a time, and what backward of `rows_at_once` rows saves.
     """
     turns, device = 0, device_of(model)
-    with _only_trains(model, layers), preserve_state(model), _taken(layers, use):
+    with _only_trains(model, layers), preserve_state(model), _hand_over_gradients(layers, use):
         for inputs, labels in batches:
             for start in range(0, len(labels), rows_at_once):
                 stop = min(start + rows_at_once, len(labels))
@@ -174,8 +174,8 @@ def _only_trains(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[
 
 
 @contextmanager
-def _taken(layers: Mapping[str, nn.Module], use: Callable[[str, str, Tensor], None]) -> Iterator[None]:
-    """Each gradient goes to `use` and is dropped, inside backward."""
+def _hand_over_gradients(layers: Mapping[str, nn.Module], use: Callable[[str, str, Tensor], None]) -> Iterator[None]:
+    """Pass each gradient to `use` during backward, then drop it."""
 
     def hook(name: str, key: str) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
@@ -214,7 +214,7 @@ def weight_scores(
     return {name: (total / turns).abs() for name, total in totals.items()}
 
 
-def by_fisher(
+def score_by_fisher(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Labelled], loss: Loss, analysis: Analysis
 ) -> dict[str, dict[Part, float]]:
     """Contributions by empirical Fisher information, the mean squared gradient of a few rows at a time.
@@ -229,9 +229,9 @@ def by_fisher(
     def add(name: str, key: str, gradient: Tensor) -> None:
         squares = gradient.float().square()
         for dim in range(min(2, squares.dim())):
-            found = squares.sum([d for d in range(squares.dim()) if d != dim]) if squares.dim() > 1 else squares
+            sums_of_dim = squares.sum([d for d in range(squares.dim()) if d != dim]) if squares.dim() > 1 else squares
             at = (name, key, dim)
-            sums[at] = sums[at] + found if at in sums else found
+            sums[at] = sums[at] + sums_of_dim if at in sums else sums_of_dim
 
     turns = each_gradient(model, layers, batches, loss, analysis.rows_at_once, add)
     if not turns:
@@ -260,23 +260,23 @@ def _worth_of(layer: nn.Module, part: Part, worth: Mapping[tuple[str, int], Tens
     if channels is None:
         return total
     if part.by == "fisher":
-        # scores of the weight's shape, as `strongest` takes them: all of a channel's in its first value
+        # scores of the weight's shape, as `strongest_channels` takes them: all of a channel's in its first value
         shape = [1] * layer.weight.dim()  # type: ignore[union-attr, operator]
         shape[dim] = len(channels)
-        indices, _ = strongest(layer, part.ratio, part.of, channels.square().view(shape))
+        indices, _ = strongest_channels(layer, part.ratio, part.of, channels.square().view(shape))
     else:
-        indices, _ = strongest(layer, part.ratio, part.of)
+        indices, _ = strongest_channels(layer, part.ratio, part.of)
     return total + float(channels[indices].sum())
 
 
 def _digest(model: nn.Module, batches: Sequence[Labelled], analysis: Analysis, head: Sequence[str]) -> str:
     """SHA-256 of everything that the result depends on."""
-    found = hashlib.sha256(repr((_VERSION, analysis.model_dump(), sorted(head), torch.__version__)).encode())
+    digest = hashlib.sha256(repr((_VERSION, analysis.model_dump(), sorted(head), torch.__version__)).encode())
     tensors = [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
     for number, (inputs, labels) in enumerate(batches):
         tensors += [(f"{number}", tensor) for tensor in (*tensors_of(inputs), labels)]
     for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    found.update(str(type(model)).encode())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(str(type(model)).encode())
+    return digest.hexdigest()

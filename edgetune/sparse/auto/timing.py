@@ -1,4 +1,4 @@
-"""How long each piece of a training step takes on this machine: each layer frozen, passed, and trained in part.
+"""Measure how long each part of a training step takes on this machine: each layer frozen, passed, and trained in part.
 
 A few training steps are timed, in which every layer takes turns at being frozen, training its bias, a quarter of its
 weight, or all of it. In forward the clock ticks at every module. In backward a hook on a tensor is called just before
@@ -26,7 +26,7 @@ from edgetune.train import optimizer
 from edgetune.train.settings import Train
 
 QUARTER = Slice(ratio=0.25)
-TRIED: tuple[Part, ...] = ("frozen", "bias", QUARTER, "full")
+TIMED_PARTS: tuple[Part, ...] = ("frozen", "bias", QUARTER, "full")
 _RUNS = 3  # of which the median counts, after one to warm up
 Spans = tuple[list[float], list[float]]  # milliseconds at each clock of forward and of backward
 
@@ -52,11 +52,11 @@ class Times:
         """
         if not sizes:
             return 0.0
-        known = self.parts.get(name, {})
+        timed = self.parts.get(name, {})
         update = self.update_ms[0] * len(sizes) + self.update_ms[1] * sum(sizes)
         if not isinstance(part, Slice):
-            return update + known.get(part, 0.0)
-        low, high = known.get(QUARTER, 0.0), known.get("full", 0.0)
+            return update + timed.get(part, 0.0)
+        low, high = timed.get(QUARTER, 0.0), timed.get("full", 0.0)
         slope = max(0.0, high - low) / (1 - quarter) if quarter < 1 else 0.0
         return update + max(low + (share - quarter) * slope, 0.0)
 
@@ -74,8 +74,8 @@ class _Steps(Clock):
         """Once for each tick of the clock."""
         made = self.now if kind == "out" else self.now - 1
         for tensor in tensors_in(value):
-            known = self.hooked.get(id(tensor))
-            if tensor.requires_grad and tensor.grad_fn is not None and (known is None or known() is not tensor):
+            hooked = self.hooked.get(id(tensor))
+            if tensor.requires_grad and tensor.grad_fn is not None and (hooked is None or hooked() is not tensor):
                 self.hooked[id(tensor)] = weakref.ref(tensor)
                 tensor.register_hook(self._comes_back_to(made))  # type: ignore[no-untyped-call]
         self.began.append(time.perf_counter())
@@ -84,21 +84,21 @@ class _Steps(Clock):
         return lambda _: self.back.append((time.perf_counter(), made))
 
 
-def measured(
+def time_steps(
     model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, under: Under, order: Sequence[str],
-    able: Mapping[str, Sequence[Part]], clocks: Mapping[str, Iterable[int]],
+    parts_of: Mapping[str, Sequence[Part]], clocks: Mapping[str, Iterable[int]],
 ) -> Times:  # fmt: skip
     """Time `model`, whose layers are given in the `order` in which they run.
 
-    `able`: the parts, of TRIED, that each layer can train; the first of `order` that can train something always does.
-    `clocks`: those of each layer. The model is left as it was.
+    `parts_of`: the parts among TIMED_PARTS that each layer can train; the first layer of `order` that can train always
+    does. `clocks`: those of each layer. The model is left as it was.
     """
-    first, last = next(n for n in order if "full" in able[n]), next(n for n in reversed(order) if "full" in able[n])
+    first, *_, last = 2 * [name for name in order if "full" in parts_of[name]]
     frozen, _ = _spans(model, batch, loss, under, {last: "full"})
     turns: list[tuple[Mapping[str, Part], Spans]] = []
-    for turn in range(len(TRIED)):
-        wanted = {name: TRIED[(number + turn) % len(TRIED)] for number, name in enumerate(order)}
-        parts = {name: part if part in able[name] else "frozen" for name, part in wanted.items()} | {first: "full"}
+    for turn in range(len(TIMED_PARTS)):
+        wanted = {name: TIMED_PARTS[(number + turn) % len(TIMED_PARTS)] for number, name in enumerate(order)}
+        parts = {name: part if part in parts_of[name] else "frozen" for name, part in wanted.items()} | {first: "full"}
         turns.append((parts, _spans(model, batch, loss, under, parts)))
     forward, backward = _medians([spans for _, spans in turns])
     extra: dict[str, dict[Part, float]] = {}
@@ -109,7 +109,7 @@ def measured(
         took = {part: sum(there[n] + back[n] for n in mine) for part, (there, back) in own.items()}
         if name == first:  # no gradient passes it
             least = sum(frozen[n] for n in mine)
-            extra[name] = dict.fromkeys(able[name], max(0.0, took["full"] - least))
+            extra[name] = dict.fromkeys(parts_of[name], max(0.0, took["full"] - least))
             continue
         extra[name] = {part: max(0.0, ms - took["frozen"]) for part, ms in took.items()}
         for n in mine:
@@ -160,10 +160,10 @@ def _update_ms() -> tuple[float, float]:
 
 def _update_of(size: int) -> float:
     parameter = nn.Parameter(torch.zeros(size // 32, 32))
-    updating, taken = optimizer.build(Train(), [parameter]), []
+    adamw, taken = optimizer.build(Train(), [parameter]), []
     for _ in range(_RUNS + 1):
         parameter.grad = torch.zeros_like(parameter)
         begun = time.perf_counter()
-        optimizer.step(updating)
+        optimizer.step(adamw)
         taken.append(1e3 * (time.perf_counter() - begun))
     return statistics.median(taken[1:])

@@ -1,4 +1,4 @@
-"""What one forward saves for backward, where and by which layer; what it holds at each moment."""
+"""Trace what one forward saves for backward, when and in which layer, and what it holds at each moment."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Clock:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[Clock]:
-        """The hooks are there inside."""
+        """Register the hooks for the duration of the block."""
         handles = []
         for module in _unwrapped(model):
             handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
@@ -93,7 +93,7 @@ class Clock:
         return next((owner for _, owner in reversed(self.stack) if owner is not None), None)
 
     def see(self, kind: str, call_number: int, value: object) -> None:
-        """Called with what goes into a module and what comes out."""
+        """Called with the inputs and outputs of every module."""
 
 
 def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
@@ -106,8 +106,8 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
             inside.add(module.base)
 
 
-def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
-    """While it is there, no other storage gets the same key, although the memory itself is let go."""
+def _weak_reference(storage: torch.UntypedStorage) -> StorageWeakRef:
+    """While the reference exists, no other storage gets the same key, although the memory is freed."""
     return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
@@ -122,7 +122,7 @@ class _Saves(Clock):
         own = (*model.parameters(), *model.buffers())
         self.own = {t.untyped_storage()._cdata for t in own}
         self.seen: dict[int, tuple[StorageWeakRef, StorageName]] = {}  # the references keep addresses from being reused
-        self.found: list[tuple[int, str | None, int, int, int]] = []
+        self.saved: list[tuple[int, str | None, int, int, int]] = []
         self.recent: deque[Tensor] = deque(maxlen=_RECENT)
 
     def see(self, kind: str, call_number: int, value: object) -> None:
@@ -131,8 +131,8 @@ class _Saves(Clock):
 
     def name(self, storage: torch.UntypedStorage, name: StorageName) -> int:
         key: int = storage._cdata
-        if key not in self.seen or self.seen[key][1][0] == "kept":
-            self.seen[key] = (_weak(storage), name)
+        if key not in self.seen or self.seen[key][1][0] == "saved":
+            self.seen[key] = (_weak_reference(storage), name)
         return key
 
     def pack(self, tensor: Tensor) -> weakref.ref[Tensor]:
@@ -140,9 +140,9 @@ class _Saves(Clock):
         if storage._cdata not in self.own:
             key: int = storage._cdata
             if key not in self.seen:
-                # what no module takes or returns is told by when it was saved, its size and a number
-                self.seen[key] = (_weak(storage), ("kept", self.now, storage.nbytes()))
-            self.found.append((self.now, self.owner, key, storage.nbytes(), tensor.nbytes))
+                # what no module takes or returns is identified by when it was saved, its size and a number
+                self.seen[key] = (_weak_reference(storage), ("saved", self.now, storage.nbytes()))
+            self.saved.append((self.now, self.owner, key, storage.nbytes(), tensor.nbytes))
         same = tensor.detach()
         self.recent.append(same)
         return weakref.ref(same)
@@ -150,23 +150,25 @@ class _Saves(Clock):
     def saves(self) -> tuple[Save, ...]:
         names: dict[int, StorageName] = {}
         counts: dict[StorageName, int] = {}
-        for _, _, key, _, _ in self.found:
+        for _, _, key, _, _ in self.saved:
             name = self.seen[key][1]
             if key not in names:
                 counts[name] = counts.get(name, 0) + 1
                 names[key] = (*name, counts[name])
-        return tuple(Save(clock, owner, names[key], size, used) for clock, owner, key, size, used in self.found)
+        return tuple(Save(clock, owner, names[key], size, used) for clock, owner, key, size, used in self.saved)
 
 
-def trace_saves(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, alone: bool = False) -> Trace:
+def trace_saves(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, detach_inputs: bool = False) -> Trace:
     """What a training forward of `model`, as it stands, saves. The model and the random state are left as they were.
 
-    `alone`: each layer gets inputs that need no gradient, so that it saves only what its own parameters need.
+    `detach_inputs`: each layer gets inputs that need no gradient, so that it saves only what its own parameters need.
     """
     inputs, labels = batch
     clock = _Saves(model)
-    hooks = saved_tensors_hooks(clock.pack, _still)
-    leaves = [m for m in clock.owners if alone and not any(n in clock.owners for n in m.modules() if n is not m)]
+    hooks = saved_tensors_hooks(clock.pack, _unpack)
+    leaves = [
+        m for m in clock.owners if detach_inputs and not any(n in clock.owners for n in m.modules() if n is not m)
+    ]
     handles = [leaf.register_forward_pre_hook(_detach, with_kwargs=True) for leaf in leaves]
     try:
         with preserve_state(model, training=True), torch.enable_grad(), clock.on(model), hooks:
@@ -184,19 +186,19 @@ def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     )
 
 
-def _still(held: weakref.ref[Tensor]) -> Tensor:
-    found = held()
-    if found is None:
+def _unpack(held: weakref.ref[Tensor]) -> Tensor:
+    tensor = held()
+    if tensor is None:
         raise RuntimeError("nothing was saved for this backward")
-    return found
+    return tensor
 
 
-def _stand_in(form: tuple[torch.Size, torch.dtype]) -> Tensor:
+def _placeholder(form: tuple[torch.Size, torch.dtype]) -> Tensor:
     """Something of this form without memory, for an operator that looks at what the one before it saved."""
     return torch.empty((), dtype=form[1]).expand(form[0])
 
 
-# oneDNN reorders the input, and the output back: one of the two copies is there at a time, and no one else sees it;
+# oneDNN reorders the input, and the output back: one of the two copies exists at a time, invisible to PyTorch;
 # with channels last there is nothing to reorder
 _REORDERING = frozenset({torch.ops.aten.convolution.default})
 
@@ -204,9 +206,9 @@ _REORDERING = frozenset({torch.ops.aten.convolution.default})
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operators make, for as long as they live."""
 
-    def __init__(self, known: set[int], clock: Clock) -> None:
+    def __init__(self, counted: set[int], clock: Clock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known, self.clock, self.bytes = known, clock, 0
+        self.counted, self.clock, self.bytes = counted, clock, 0
         self.most: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -220,13 +222,13 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
+        if key not in self.counted:
+            self.counted.add(key)
             self.bytes += size
             weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
+        self.counted.discard(key)
         self.bytes -= size
 
 
@@ -239,7 +241,7 @@ def trace_live(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss) -> li
     inputs, labels = batch
     own = (*model.parameters(), *model.buffers(), *tensors_in(batch))
     live = _Live({t.untyped_storage()._cdata for t in own}, clock)
-    hooks = saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), _stand_in)
+    hooks = saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), _placeholder)
     with preserve_state(model, training=True), torch.enable_grad(), clock.on(model), hooks, live:
         loss(logits_of(call(model, inputs)), labels)
     return [live.most.get(n, 0) for n in range(clock.now + 1)]
