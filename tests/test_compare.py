@@ -206,8 +206,8 @@ def test_the_picture_marks_what_does_not_fit(artifact: Artifact) -> None:
     assert traces["phone"]["marker"]["color"] != traces["board"]["marker"]["color"]
     assert figure.spec["layout"]["xaxis"]["type"] == "log"
     assert all(trace["error_x"]["array"][0] > 0 for trace in traces.values())
-    assert "pixel-8" in figure.told
-    assert "alif-ensemble-e7" not in figure.told
+    assert "pixel-8" in figure.description
+    assert "alif-ensemble-e7" not in figure.description
 
 
 def test_the_comparison_imports_no_executorch(artifact: Artifact) -> None:
@@ -293,12 +293,12 @@ def test_a_language_program_is_told_in_tokens(
     assert found.cache_mib == talking.language.cache_bytes / 2**20
     for line in found.lines:
         token, piece = line.predicted
-        assert line.speech is not None
-        middle, low, high = line.speech.decode_tokens_s
+        assert line.speed is not None
+        middle, low, high = line.speed.decode_tokens_s
         assert low < middle < high
         assert middle == pytest.approx(1000 / token.latency_ms)
-        assert line.speech.prefill_tokens_s[0] == pytest.approx(found.prefill_tokens * 1000 / piece.latency_ms)
-        assert line.speech.first_token_ms == (piece.latency_ms, piece.latency_low_ms, piece.latency_high_ms)
+        assert line.speed.prefill_tokens_s[0] == pytest.approx(found.prefill_tokens * 1000 / piece.latency_ms)
+        assert line.speed.first_token_ms == (piece.latency_ms, piece.latency_low_ms, piece.latency_high_ms)
         assert line.cold_start_ms == piece.cold_start_ms
     assert (
         main(["devices", "compare", str(talking.path), "--devices", "pixel-8", "--html", str(tmp_path / "p.html")]) == 0

@@ -15,7 +15,7 @@ from edgetune.core.apply import apply, finalize
 from edgetune.core.carriers import dense
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.packed_layers import is_nf4
-from edgetune.quant.nf4 import NF4, import_bitsandbytes, packed, packed_bytes
+from edgetune.quant.nf4 import NF4, import_bitsandbytes, pack_linear, packed_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.update import SparseUpdate
 from support.laws import bert, llama, logits, mlp, tokens, vectors
@@ -37,7 +37,7 @@ def four_bit(model: nn.Module) -> list[str]:
 def test_size_and_rounding(rows: int, columns: int, block_size: int, double_quant: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(columns, rows)
-    layer = packed(import_bitsandbytes(), plain, block_size, double_quant)
+    layer = pack_linear(import_bitsandbytes(), plain, block_size, double_quant)
     assert stored_bytes(layer) == packed_bytes(rows * columns, block_size, double_quant) + 4 * rows
     weights = plain.weight.detach().flatten()
     scales = torch.stack([block.abs().max() for block in weights.split(block_size)])
@@ -49,7 +49,7 @@ def test_size_and_rounding(rows: int, columns: int, block_size: int, double_quan
 
 @pytest.mark.parametrize("width", [40, 64])  # 64: what bitsandbytes would rearrange in eval mode; 40: where it fails
 def test_forwards_change_nothing(width: int) -> None:
-    layer = packed(import_bitsandbytes(), nn.Linear(64, width), 64, True).eval()
+    layer = pack_linear(import_bitsandbytes(), nn.Linear(64, width), 64, True).eval()
     before, x = dense(layer), torch.randn(5, 64)
     with torch.no_grad():
         eager = layer(x)
@@ -62,7 +62,7 @@ def test_forwards_change_nothing(width: int) -> None:
 
 
 def test_dense_is_right_for_a_layer_that_another_loader_let_be_rearranged() -> None:
-    layer = packed(import_bitsandbytes(), nn.Linear(64, 64), 64, False).eval()
+    layer = pack_linear(import_bitsandbytes(), nn.Linear(64, 64), 64, False).eval()
     before, x = dense(layer), torch.randn(5, 64)
     from bitsandbytes.functional import has_avx512bf16
 
@@ -103,7 +103,7 @@ def test_a_plain_checkpoint_is_packed_as_it_is_loaded() -> None:
     plain, model = mlp(), NF4(block_size=32).apply(mlp())
     with torch.no_grad():
         plain.stem.weight.mul_(3)
-    expected = dense(packed(import_bitsandbytes(), plain.stem, 32, True))
+    expected = dense(pack_linear(import_bitsandbytes(), plain.stem, 32, True))
     model.load_state_dict(plain.state_dict())
     assert torch.equal(dense(model.stem), expected)
 

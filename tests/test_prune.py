@@ -14,7 +14,7 @@ from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Sample
 from edgetune.prune.cut import resize_like
 from edgetune.prune.groups import Cut, find_groups
-from edgetune.prune.importance import magnitude
+from edgetune.prune.importance import magnitude_scores
 from edgetune.prune.structured import Prune
 
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -265,7 +265,7 @@ def test_head_importance_is_the_norm_of_its_own_map() -> None:
     value = torch.cat([layer.self.value.weight, layer.self.value.bias[:, None]], 1).double()
     read = layer.output.dense.weight.double()
     maps = [torch.linalg.norm(read[:, h * 6 : h * 6 + 6] @ value[h * 6 : h * 6 + 6]) for h in range(4)]
-    torch.testing.assert_close(magnitude(model, group), torch.stack(maps).detach())
+    torch.testing.assert_close(magnitude_scores(model, group), torch.stack(maps).detach())
 
 
 def test_skip_leaves_a_block_alone_and_the_config_unchanged() -> None:

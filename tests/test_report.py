@@ -87,7 +87,16 @@ def test_page_holds_every_plot_with_the_numbers_of_the_ledger(tmp_path: Path) ->
     ledger = example()
     page(ledger, tmp_path / "report.html")
     reading, figures = read(tmp_path / "report.html")
-    assert set(figures) == {"quality-size", "kept", "loss-0", "loss-1", "latency", "memory", "delegated", "undelegated"}
+    assert set(figures) == {
+        "quality-size",
+        "saved",
+        "loss-0",
+        "loss-1",
+        "latency",
+        "memory",
+        "delegated",
+        "undelegated",
+    }
     divs = {div.get("id"): div for div in reading.named("div")}
     for key in figures:
         assert divs[f"plot-{key}"]["role"] == "img"
@@ -95,7 +104,7 @@ def test_page_holds_every_plot_with_the_numbers_of_the_ledger(tmp_path: Path) ->
     data = {key: figure["spec"]["data"] for key, figure in figures.items()}
     assert data["quality-size"][0]["x"] == [row.size_mib for row in ledger.rows]
     assert data["quality-size"][0]["y"] == [row.quality.value for row in ledger.rows if row.quality]
-    assert data["kept"][0]["x"] == [row.saved_for_backward_mib for row in ledger.rows[:-1]]
+    assert data["saved"][0]["x"] == [row.saved_for_backward_mib for row in ledger.rows[:-1]]
     for key, training in zip(("loss-0", "loss-1"), ledger.trainings, strict=True):
         curves = {trace["name"]: trace for trace in data[key]}
         assert curves["loss"]["y"] == [point.loss for point in training.losses]
@@ -176,12 +185,12 @@ def partial() -> list[Any]:
                  note="stopped at update 2: the loss is not finite")  # fmt: skip
     return [
         pytest.param(empty, set(), "no step was finished", id="empty"),
-        pytest.param(empty.with_(rows=(whole.rows[0], failed)), {"quality-size", "kept"},
+        pytest.param(empty.with_(rows=(whole.rows[0], failed)), {"quality-size", "saved"},
                      "stopped at update 2: the loss is not finite", id="failed"),
         pytest.param(whole.with_(program=None, measured=(), predicted=(), verdicts=(), trainings=()),
-                     {"quality-size", "kept"}, "no program was exported", id="no program"),
+                     {"quality-size", "saved"}, "no program was exported", id="no program"),
         pytest.param(whole.with_(rows=tuple(row.model_copy(update={"quality": None}) for row in whole.rows)),
-                     {"kept", "loss-0", "loss-1", "latency", "memory", "delegated", "undelegated"},
+                     {"saved", "loss-0", "loss-1", "latency", "memory", "delegated", "undelegated"},
                      "No quality was measured", id="no quality"),
         pytest.param(
             whole.with_(
@@ -195,7 +204,7 @@ def partial() -> list[Any]:
                 predicted=tuple(line.model_copy(update={"latency_high_ms": NAN}) for line in whole.predicted),
                 measured=tuple(line.model_copy(update={"latency_ms": math.inf}) for line in whole.measured),
             ),
-            {"quality-size", "kept", "loss-0", "latency", "memory", "delegated", "undelegated"},
+            {"quality-size", "saved", "loss-0", "latency", "memory", "delegated", "undelegated"},
             "not finite", id="nan"),
     ]  # fmt: skip
 

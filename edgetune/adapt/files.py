@@ -47,15 +47,17 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
 
 
 def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
-    """The model itself, without what stands around it as a whole, and the config of its adapter."""
+    """The model inside its wrappers, and the config of its adapter."""
     config = None
     while True:
         config = getattr(model, "peft_config", {}).get(ADAPTER) or config
         children = dict(model.named_children())
-        alone = set(children) in ({PARALLEL}, {COMPILED}) and not any(True for _ in model.parameters(recurse=False))
+        is_wrapper = set(children) in ({PARALLEL}, {COMPILED}) and not any(
+            True for _ in model.parameters(recurse=False)
+        )
         if is_peft_model(model):
             model = model.get_base_model()  # type: ignore[operator]
-        elif alone:
+        elif is_wrapper:
             (model,) = children.values()
         else:
             break
@@ -72,7 +74,7 @@ def trained_under(model: nn.Module) -> list[str]:
 
 
 def _trained_whole(model: nn.Module) -> list[str]:
-    """Names of the layers outside the adapter of which something trains. Raises where peft's format has no place."""
+    """Names of the layers outside the adapter that train. Raises for those that peft's format cannot store."""
     under = trained_under(model)
     if under:
         raise EdgetuneError(
@@ -81,7 +83,7 @@ def _trained_whole(model: nn.Module) -> list[str]:
             action="save the whole model, or leave these layers out of the scheme or the targets",
         )
     adapted = tuple(f"{name}." for name, module in model.named_modules() if is_peft(module))
-    found = []
+    names = []
     for name, module in model.named_modules():
         if name.startswith(adapted) or not any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
@@ -89,5 +91,5 @@ def _trained_whole(model: nn.Module) -> list[str]:
             raise EdgetuneError(
                 f"{name or 'the model'} has parameters outside its layers, which peft cannot save on their own"
             )
-        found.append(name)
-    return found
+        names.append(name)
+    return names

@@ -49,10 +49,10 @@ def inject(
     dtype: torch.dtype | None = None,
     sample: Sample | None = None,
 ) -> None:
-    """Let peft wrap the chosen layers, and put back what trained if an open technique had chosen it. In place.
+    """Let peft wrap the chosen layers in place, and restore what trained if an open technique had chosen it.
 
-    `dtype` is that of the adapter; `None`: the layer's own. Raises `EdgetuneError`, with the model as it was, where
-    an adapted layer does not compute what the plain one does, or could not be merged once it has trained.
+    `dtype` is that of the adapter; `None`: the layer's own. Raises `EdgetuneError`, with the model as it was, if an
+    adapted layer differs from the plain one, or could not be merged after training.
     """
     for name, layer in chosen.items():
         refuse_computed(name, layer)
@@ -64,7 +64,7 @@ def inject(
     try:
         _wrap(model, config, chosen, dtype)
     except EdgetuneError:
-        _take_off(model, chosen)
+        _restore_layers(model, chosen)
         remove_hooks(model, FirstForward)
         trainable.recall(model, OWNER)
         raise
@@ -79,7 +79,7 @@ def inject(
 def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], dtype: torch.dtype | None) -> None:
     peft = require("peft", "lora")
     try:
-        with silence_libraries():  # what peft warns of is checked here, by name
+        with silence_libraries():  # what peft warns of is checked here
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     except (ValueError, TypeError) as error:
         got = f"rank {config.r} on {config.target_modules}"
@@ -91,7 +91,7 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], dtype: to
     checked: set[str] = set()
     for name, plain in chosen.items():
         layer = model.get_submodule(name)
-        _mend_convolution(layer)
+        _fix_convolution(layer)
         if dtype is not None:
             for key, parameter in layer.named_parameters():
                 if "base_layer" not in key:
@@ -112,7 +112,7 @@ def _refuse_groups(name: str, layer: nn.Module) -> None:
         )
 
 
-def _mend_convolution(layer: Any) -> None:
+def _fix_convolution(layer: Any) -> None:
     """peft makes the first convolution of a side path without its base's dilation and padding mode."""
     base = base_of(layer)
     if isinstance(base, _ConvNd):
@@ -150,21 +150,21 @@ def _check_layer(name: str, layer: nn.Module, plain: nn.Module) -> None:
         raise
 
 
-def _take_off(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    """The plain layers again, where peft put its own."""
+def _restore_layers(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Put the plain layers back in the place of peft's."""
     for name, layer in chosen.items():
         replace(model, name, layer)
     model.__dict__.pop("peft_config", None)
 
 
-def trained_type(layers: dict[str, nn.Module]) -> torch.dtype | None:
-    """float32 where a layer is of 16 bits; `None`: adapters take the type of their layers."""
-    kept = {p.dtype for layer in layers.values() if not is_nf4(layer) for p in layer.parameters()}
-    return torch.float32 if kept & {torch.float16, torch.bfloat16} else None
+def adapter_dtype(layers: dict[str, nn.Module]) -> torch.dtype | None:
+    """float32 if a layer has 16 bits; `None`: adapters take the type of their layers."""
+    dtypes = {p.dtype for layer in layers.values() if not is_nf4(layer) for p in layer.parameters()}
+    return torch.float32 if dtypes & {torch.float16, torch.bfloat16} else None
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raise where the model carries an adapter of peft's."""
+    """Raise if the model has an adapter of peft's."""
     if any(is_peft(module) for module in model.modules()):
         raise EdgetuneError(
             "the model already has an adapter", action="put finalize between the two, or call et.finalize(model)"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS
-from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, trained_type
+from edgetune.adapt.inject import ADAPTER, adapter_dtype, inject, refuse_adapters
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import add_active_technique
 from edgetune.core.errors import EdgetuneError
@@ -43,7 +43,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise EdgetuneError("the adapter is for another model: no such layers", got=unknown or sorted(state))
     config.inference_mode, config.modules_to_save = False, None
     chosen = {name: model.get_submodule(name) for name in names}
-    inject(model, config, chosen, trained_type(chosen))
+    inject(model, config, chosen, adapter_dtype(chosen))
     _load(peft, model, state)
     loaded = LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(sorted(names)))
     add_active_technique(model, loaded)  # so that et.finalize merges it

@@ -11,7 +11,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from edgetune.adapt.inject import can_adapt, exact_targets, inject, refuse_adapters, trained_type
+from edgetune.adapt.inject import adapter_dtype, can_adapt, exact_targets, inject, refuse_adapters
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, select
@@ -74,7 +74,7 @@ class LoRA(Technique):
             use_dora=self.dora,
             fan_in_fan_out=all(is_transposed(layer) for layer in chosen.values()),
         )
-        inject(model, config, chosen, trained_type(chosen), sample)
+        inject(model, config, chosen, adapter_dtype(chosen), sample)
         for layer in whole.values():
             for parameter in layer.parameters():
                 parameter.requires_grad_(True)
@@ -85,14 +85,13 @@ class LoRA(Technique):
         model = merge(model, is_peft)
         if hasattr(model, "peft_config"):
             del model.peft_config
-        keep = trainable.is_chosen(model)  # whoever chose keeps its batch norms frozen
+        keep = trainable.is_chosen(model)  # the technique that chose keeps its batch norms frozen
         remove_hooks(model, FirstForward if keep else (FirstForward, FrozenLayer))
         trainable.recall(model, self.name)
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Save the adapter in `folder/adapter`, unless layers under it were trained too and it cannot be used
-        alone."""
+        """Save the adapter in `folder/adapter`, unless its base layers were trained too."""
         from edgetune.adapt.files import save_adapter, trained_under
 
         if not trained_under(model):

@@ -180,7 +180,7 @@ def devices_compare(
 
     Shows latency, memory, energy, cold start, and whether the program fits.
     """
-    from edgetune.report.compare import compare, plain, text
+    from edgetune.report.compare import compare, text, to_json_values
 
     names = None if devices is None else [name.strip() for name in devices.split(",") if name.strip()]
     comparison = compare(program, names)
@@ -189,5 +189,5 @@ def devices_compare(
 
         page(comparison, html)
         print(f"page: {html}", file=sys.stderr)
-    print_result(plain(comparison) if as_json else text(comparison, terminal_width()))
+    print_result(to_json_values(comparison) if as_json else text(comparison, terminal_width()))
     return 0

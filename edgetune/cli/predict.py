@@ -157,7 +157,7 @@ def _print(evaluation: Evaluation) -> None:
 
     from edgetune.core.numbers import format_quality_with_interval, pluralize
     from edgetune.report.answer_tables import answer_tables
-    from edgetune.report.console import clean, drawn
+    from edgetune.report.console import clean, draw_table
     from edgetune.report.sentences import as_sentence
 
     console = Console()
@@ -168,7 +168,7 @@ def _print(evaluation: Evaluation) -> None:
     for table in answer_tables(evaluation.answers) if evaluation.answers else ():
         console.print()
         console.print(Text(table.title, style="bold"))
-        console.print(drawn(table, console.width))
+        console.print(draw_table(table, console.width))
         for note in table.notes:
             console.print(Text(clean(note), style="dim"))
     for note in evaluation.notes:

@@ -1,4 +1,4 @@
-"""Attention as its layers and numbers: which linears write queries, keys and values, and how many heads they hold."""
+"""Find the attentions of a model: the linears that write queries, keys and values, and their numbers of heads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Attention:
         return self.heads // self.kv_heads
 
 
-def projections(module: nn.Module) -> tuple[str, str, str] | None:
+def find_projections(module: nn.Module) -> tuple[str, str, str] | None:
     """The child names of queries, keys and values, if `module` is an attention of plain linears."""
     linears = {name for name, child in module.named_children() if is_linear(child)}
     for names in SEPARATE:
@@ -75,22 +75,24 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
 
 def attention_names(model: nn.Module) -> list[str]:
     """The dotted names of all attentions, those with raw parameters (`nn.MultiheadAttention`) included."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) or projections(m) is not None]
+    return [
+        n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) or find_projections(m) is not None
+    ]
 
 
-def called(name: str) -> str:
-    """What errors call a module: by its dotted name, which the whole model does not have."""
+def display_name(name: str) -> str:
+    """A module's dotted name for messages; the whole model has none."""
     return name or "(the whole model)"
 
 
-def without(name: str) -> str:
-    """How to leave an attention out; one that is the whole model cannot be named in `skip`."""
+def skip_action(name: str) -> str:
+    """The action that leaves an attention out; the whole model cannot be named in `skip`."""
     only = 'prune what: ["ffn"] only'
     return f'leave it out: skip: ["{name}"], or {only}' if name else only
 
 
 def block_of(model: nn.Module, name: str) -> str:
-    """The outermost repeated block an attention stands in, `encoder.layer.3`; without one, its parent.
+    """The outermost repeated block around an attention, such as `encoder.layer.3`; if there is none, its parent.
 
     Outermost, since in T5 the parts of a block are numbered too: `block.0.layer.1` is its FFN.
     """
@@ -105,19 +107,19 @@ def block_of(model: nn.Module, name: str) -> str:
 def describe(model: nn.Module, name: str, readers: Callable[[str], list[str]], agree: UnitsAgree) -> Attention:
     """The attention called `name`; `readers` gives the linears that read what a layer writes.
 
-    `agree` says whether a writer's and a reader's positions belong to the same units: how the heads lie in a fused
-    linear is not in its name. Raises `EdgetuneError` when its heads cannot be told from its attributes, or its output
-    projection from the graph.
+    `agree` says whether a writer's and a reader's positions belong to the same units, as the order of heads in a fused
+    linear is not in its name. Raises `EdgetuneError` if the attributes do not give the heads, or the graph does not
+    give the output projection.
     """
-    children = projections(model.get_submodule(name))
+    children = find_projections(model.get_submodule(name))
     if children is None:
         raise EdgetuneError(
-            f"{called(name)} keeps queries, keys and values in one raw parameter, which cannot be cut by heads",
+            f"{display_name(name)} keeps queries, keys and values in one raw parameter, which cannot be cut by heads",
             got=type(model.get_submodule(name)).__name__,
-            action=without(name),
+            action=skip_action(name),
         )
     query, key, value = (f"{name}.{child}" if name else child for child in children)
-    head_dim = head_size(model, name)
+    head_dim = find_head_size(model, name)
     if query == value:
         return _describe_fused(model, name, query, readers, agree, head_dim)
     wide, narrow = _width(model, query), _width(model, value)
@@ -149,11 +151,13 @@ def _describe_fused(
     ):
         if agree(layer, outputs[0], of_unit, read):
             return Attention(name, layer, layer, layer, outputs[0], heads, units, head_dim, of_unit)
-    raise _refusal(name, f"how heads lie in the outputs of {layer} are unknown or mixed", (rows, wide))
+    raise _refusal(name, f"the order of the heads in the outputs of {layer} is unknown or mixed", (rows, wide))
 
 
 def _refusal(name: str, reason: str, got: object) -> EdgetuneError:
-    return EdgetuneError(f"the heads of {called(name)} cannot be pruned: {reason}", got=got, action=without(name))
+    return EdgetuneError(
+        f"the heads of {display_name(name)} cannot be pruned: {reason}", got=got, action=skip_action(name)
+    )
 
 
 def spans(units: int, *parts: int | tuple[int, int]) -> Units:
@@ -166,22 +170,22 @@ def _width(model: nn.Module, layer: str) -> int:
     return width_of(model.get_submodule(layer), "out")
 
 
-def head_size(model: nn.Module, name: str) -> int:
+def find_head_size(model: nn.Module, name: str) -> int:
     """Channels of one head of the attention called `name`, from its own attributes."""
     module = model.get_submodule(name)
     for attribute in HEAD_SIZES:
         size = getattr(module, attribute, None)
         if isinstance(size, int) and size > 0:
             return size
-    query, key, _ = projections(module) or ("", "", "")
+    query, key, _ = find_projections(module) or ("", "", "")
     wide = _width(module, query) // (3 if query == key else 1)
     for attribute in HEAD_COUNTS:
         heads = getattr(module, attribute, None)
         if isinstance(heads, int) and heads > 0:
             return wide // heads
     raise EdgetuneError(
-        f"the attention {called(name)} does not say how many heads it has",
+        f"the attention {display_name(name)} does not say how many heads it has",
         got=type(module).__name__,
         allowed=(*HEAD_COUNTS, *HEAD_SIZES),
-        action=f"set one of these attributes, as in {type(module).__name__}.{HEAD_COUNTS[1]} = 8, or {without(name)}",
+        action=f"set one of them, as in {type(module).__name__}.{HEAD_COUNTS[1]} = 8, or {skip_action(name)}",
     )

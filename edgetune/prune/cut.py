@@ -1,4 +1,4 @@
-"""Taking units out of a model's layers, and what has to follow: attributes, config, a check, and the way back."""
+"""Cut units out of a model's layers, update attributes and config, check the result, and undo a failed cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs, call, tensors_in
 from edgetune.core.modes import preserve_state
-from edgetune.prune.attention import HEAD_COUNTS, attention_names, called, head_size, projections
+from edgetune.prune.attention import HEAD_COUNTS, attention_names, display_name, find_head_size, find_projections
 from edgetune.prune.groups import Cut
 from edgetune.prune.layers import (
     BATCH_NORMS,
@@ -40,12 +40,12 @@ class Changes:
         self._before: list[tuple[Any, str, Any]] = []
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
-        """Set it, and remember what was there."""
+        """Set an attribute and store its old value."""
         self._before.append((owner, attribute, getattr(owner, attribute)))
         setattr(owner, attribute, value)
 
     def undo(self) -> None:
-        """Put everything back, the last first."""
+        """Restore all old values, the last first."""
         while self._before:
             owner, attribute, value = self._before.pop()
             setattr(owner, attribute, value)
@@ -53,20 +53,20 @@ class Changes:
 
 @torch.no_grad()
 def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor] | None = None) -> None:
-    """Take the units out, in place, and prove it: the smaller model must equal the old one with those units at zero.
+    """Cut the units out in place, and check that the result equals the old model with those units at zero.
 
-    Every layer that reads units is compared by itself, and then the model's output. `fill`: for a layer that reads
-    units, the value `(in,)` to hold dropped inputs at instead of zero; it is folded into the layer's bias. Raises
-    `EdgetuneError`, with the model as it was, when something else reads a cut width; it names the cuts that fail.
+    The output of every layer that reads units is compared, and the model's. `fill`: for such a layer, the value `(in,)`
+    of dropped inputs instead of zero; it is folded into the layer's bias. Raises `EdgetuneError` that names the failed
+    cuts, with the model as it was, if something else reads a cut width.
     """
     with preserve_state(model):
-        changes, reason = _tried(model, cuts, inputs, fill or {})
+        changes, reason = _try_cuts(model, cuts, inputs, fill or {})
         if not reason:
             return
         changes.undo()
         failing: dict[str, str] = {}
         for one in cuts if len(cuts) > 1 else ():
-            own, reason_alone = _tried(model, [one], inputs, fill or {})
+            own, reason_alone = _try_cuts(model, [one], inputs, fill or {})
             own.undo()
             if reason_alone:
                 failing[one.group.name] = reason_alone
@@ -78,7 +78,7 @@ def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, reason in failing.items():
         by_reason.setdefault(reason, []).append(name)
-    listed = [f"{truncate_list(map(called, names), 4)}: {reason}" for reason, names in by_reason.items()]
+    listed = [f"{truncate_list(map(display_name, names), 4)}: {reason}" for reason, names in by_reason.items()]
     more = f"; and {len(listed) - 3} more reasons" if len(listed) > 3 else ""
     kinds = {one.group.kind for one in cuts}
     whole = {k for k in kinds if all(one.group.name in failing for one in cuts if one.group.kind == k)}
@@ -91,12 +91,12 @@ def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
     )
 
 
-def _tried(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor]) -> tuple[Changes, str]:
-    """Make the cuts; what was changed, and in words why the result is not what it should be. Empty: it is."""
+def _try_cuts(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor]) -> tuple[Changes, str]:
+    """Make the cuts. Returns the changes and, if the result is wrong, the reason, else an empty string."""
     changes = Changes()
-    dropped = _dropped(cuts)
+    dropped = _dropped_positions(cuts)
     readers = {name: dropped.get((name, "out"), set()) for name, axis in dropped if axis == "in"}
-    with _held(model, cuts, fill), _outputs_of(model, readers) as wanted:
+    with _hold_dropped_inputs(model, cuts, fill), _outputs_of(model, readers) as wanted:
         wanted[""] = _floats_in(call(model, inputs))
     try:
         _apply(model, cuts, fill, changes)
@@ -119,7 +119,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _outputs_of(model: nn.Module, layers: Mapping[str, set[int]]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the layers return while the body runs, each without these positions of its channels."""
+    """Collect what the layers return in the block, without these positions of their channels."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = []
     for name, gone in layers.items():
@@ -141,10 +141,10 @@ def _outputs_of(model: nn.Module, layers: Mapping[str, set[int]]) -> Iterator[di
 
 
 @contextmanager
-def _held(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, Tensor]) -> Iterator[None]:
-    """The model with the inputs that belong to dropped units held at their fill, or zero."""
+def _hold_dropped_inputs(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, Tensor]) -> Iterator[None]:
+    """Hold the inputs that belong to dropped units at their fill, or zero."""
     handles = []
-    for (name, axis), drop in _dropped(cuts).items():
+    for (name, axis), drop in _dropped_positions(cuts).items():
         if axis == "out":
             continue
         layer = model.get_submodule(name)
@@ -166,7 +166,7 @@ def _held(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, Tensor]) -> Ite
 
 
 def _difference(name: str, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> str:
-    """How what a layer returned (the model: no name) differs from what it should have, in words; empty if it is right.
+    """How the output of a layer (the model: no name) differs from the expected one, in words; empty if it does not.
 
     Within 1e-4 of the largest value in fp32, and 5e-2 in 16 bits.
     """
@@ -187,17 +187,19 @@ def _difference(name: str, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> s
 
 def _apply(model: nn.Module, cuts: Sequence[Cut], fill: dict[str, Tensor], changes: Changes) -> None:
     """Slice every layer once along each axis: a layer that reads a concatenation is in several groups."""
-    for (name, axis), drop in _dropped(cuts).items():
+    for (name, axis), drop in _dropped_positions(cuts).items():
         layer = model.get_submodule(name)
         if axis == "in" and name in fill and isinstance(layer.bias, Tensor):
             gone, weight = sorted(drop), weight_of(layer)
-            changes.set(layer, "bias", _like(layer.bias, layer.bias + weight[:, gone] @ fill[name][gone].to(weight)))
+            changes.set(
+                layer, "bias", _replacement(layer.bias, layer.bias + weight[:, gone] @ fill[name][gone].to(weight))
+            )
         _slice(layer, axis, [i for i in range(width_of(layer, axis)) if i not in drop], changes)
     for one in cuts:
         _follow_modules(model, one, changes)
 
 
-def _dropped(cuts: Iterable[Cut]) -> dict[tuple[str, Axis], set[int]]:
+def _dropped_positions(cuts: Iterable[Cut]) -> dict[tuple[str, Axis], set[int]]:
     """Positions to drop, by layer and axis."""
     dropped: dict[tuple[str, Axis], set[int]] = {}
     for one in cuts:
@@ -218,7 +220,7 @@ def _follow_modules(model: nn.Module, one: Cut, changes: Changes) -> None:
                 changes.set(model.get_submodule(parent), name, units)
 
 
-def _like(old: Tensor, new: Tensor) -> Tensor:
+def _replacement(old: Tensor, new: Tensor) -> Tensor:
     new = new.detach().clone()
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
@@ -228,11 +230,11 @@ def _slice(layer: nn.Module, axis: Axis, keep: list[int], changes: Changes) -> N
     weight = getattr(layer, "weight", None)
     if weight is not None:
         kept = torch.tensor(keep, device=weight.device)
-        changes.set(layer, "weight", _like(weight, weight.index_select(axis_of(layer, axis), kept)))
+        changes.set(layer, "weight", _replacement(weight, weight.index_select(axis_of(layer, axis), kept)))
     for name in ("bias", "running_mean", "running_var") if axis == "out" else ():
         tensor = getattr(layer, name, None)
         if tensor is not None:
-            changes.set(layer, name, _like(tensor, tensor[keep]))
+            changes.set(layer, name, _replacement(tensor, tensor[keep]))
     for name in _width_attributes(layer, axis):
         changes.set(layer, name, len(keep))
 
@@ -259,7 +261,7 @@ def _set_heads(module: nn.Module, heads: int, kv_heads: int, head_dim: int, chan
 
 
 def _follow_config(model: nn.Module, cuts: Sequence[Cut], changes: Changes) -> None:
-    """Write the new widths into a Hugging Face config, where it can say them: the same in every layer.
+    """Write the new widths into a Hugging Face config, if it can express them: the same in every layer.
 
     A config without `head_dim` takes hidden size / heads for it, so a head count in it would be read as other heads:
     there the old count stays, and `resize_like` reads the new one from the weights.
@@ -308,22 +310,22 @@ def _in_all_layers(config: Any, cuts: Sequence[Cut], kind: str) -> bool:
 def resize_like(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Give the layers of an unpruned `model` the widths that a pruned model's state dict has, in place, and return it.
 
-    For a pruned model whose config cannot say its widths (BERT takes hidden size / heads for the size of a head):
+    For a pruned model whose config cannot express its widths (BERT takes hidden size / heads for the size of a head):
     build it from the config, resize, then `load_state_dict(state)`. Heads keep their size, so their number follows.
     """
-    names = [n for n in attention_names(model) if projections(model.get_submodule(n))]
-    sizes = {n: (head_size(model, n), _queries_per_unit(model.get_submodule(n))) for n in names}
+    names = [n for n in attention_names(model) if find_projections(model.get_submodule(n))]
+    sizes = {n: (find_head_size(model, n), _queries_per_unit(model.get_submodule(n))) for n in names}
     changes = Changes()
     try:
         for name, layer in model.named_modules():
             if (is_linear(layer) or isinstance(layer, (*CONVOLUTIONS, *BATCH_NORMS))) and f"{name}.weight" in state:
-                _shrink(name, layer, state[f"{name}.weight"].shape, changes)
+                _resize_layer(name, layer, state[f"{name}.weight"].shape, changes)
     except EdgetuneError:
         changes.undo()
         raise
     for name, (size, per_unit) in sizes.items():
         module = model.get_submodule(name)
-        query, key, _ = projections(module) or ("", "", "")
+        query, key, _ = find_projections(module) or ("", "", "")
         rows, key_rows = (width_of(module.get_submodule(child), "out") for child in (query, key))
         kv_heads = rows // size // (per_unit + 2) if query == key else key_rows // size
         heads = kv_heads * per_unit if query == key else rows // size
@@ -340,7 +342,7 @@ def _queries_per_unit(module: nn.Module) -> int:
     return per_unit if isinstance(per_unit, int) else 1
 
 
-def _shrink(name: str, layer: nn.Module, shape: Sequence[int], changes: Changes) -> None:
+def _resize_layer(name: str, layer: nn.Module, shape: Sequence[int], changes: Changes) -> None:
     old = tuple(layer.weight.shape) if isinstance(layer.weight, Tensor) else ()
     if len(old) != len(shape) or any(a < b for a, b in zip(old, shape, strict=True)) or old[2:] != tuple(shape[2:]):
         raise EdgetuneError(

@@ -1,4 +1,4 @@
-"""What must be cut together, as a value to print and then act on.
+"""Find the groups of layers that must be cut together, as values to print and then act on.
 
 The dependencies are read from torch-pruning's graph; its own `group.prune` and pruners are not used.
 """
@@ -20,11 +20,11 @@ from edgetune.prune.attention import (
     Units,
     attention_names,
     block_of,
-    called,
     describe,
-    projections,
+    display_name,
+    find_projections,
+    skip_action,
     spans,
-    without,
 )
 from edgetune.prune.layers import Axis, cannot_cut, is_candidate, is_depthwise, is_linear, width_of
 from edgetune.prune.probe import units_agree
@@ -89,8 +89,8 @@ class Cut:
 def find_groups(model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> list[Group]:
     """The groups of these kinds, in the model's order, without those that touch its output or a layer in `skip`.
 
-    Raises `EdgetuneError` where the graph cannot be traced, for a wanted group that cannot be followed, and for a kind
-    of which there is no group, with every layer seen and why it was left out.
+    Raises `EdgetuneError` if the graph cannot be traced, for a wanted group that cannot be followed, and for a kind
+    without a group, naming every layer seen and why it was left out.
     """
     finder = _Finder(model, inputs, kinds, skip)
     groups = finder.groups()
@@ -111,52 +111,56 @@ class _Finder:
         self.attentions = attention_names(model)
         self.blocked: dict[str, str] = {}  # layers whose group cannot be followed, and why
         self.left_out: dict[str, str] = {}  # layers seen that lead to no group, and why
-        # FFNs are known by the attention beside them: one that cannot be cut itself will do
-        beside = self.attentions or (_named_attention(model) if "ffn" in kinds else [])
+        # FFNs are identified by the attention in their block, even one that cannot be cut
+        beside = self.attentions or (_attention_modules(model) if "ffn" in kinds else [])
         self.blocks = [block_of(model, name) + "." for name in beside]
-        self.inner = tuple(name + "." for name in beside if name in _named_attention(model))
+        self.inner = tuple(name + "." for name in beside if name in _attention_modules(model))
         self.projections = {
             (f"{name}.{child}" if name else child)
             for name in self.attentions
-            for child in projections(model.get_submodule(name)) or ()
+            for child in find_projections(model.get_submodule(name)) or ()
         }
 
     def groups(self) -> list[Group]:
         """Heads, then what the graph couples elsewhere; sorted by the model's own order."""
         groups = []
         if "heads" in self.kinds:
-            groups = [_of_attention(a) for name in self.attentions if (a := self.attention(name)) is not None]
+            groups = [_group_of_attention(a) for name in self.attentions if (a := self.attention(name)) is not None]
         if self.kinds & {"ffn", "channels"}:
-            groups += self.coupled()
+            groups += self.coupled_groups()
         order = {name: index for index, name in enumerate(self.names.values())}
         return sorted(groups, key=lambda group: (order[group.name], group.kind))
 
     def attention(self, name: str) -> Attention | None:
-        """One attention, unless it is skipped. Raises where its heads cannot be followed."""
-        layers = [f"{name}.{child}" if name else child for child in projections(self.model.get_submodule(name)) or ()]
-        if self.skipped([name]) or (layers and self.skipped(layers)):
+        """One attention, unless it is skipped. Raises if its heads cannot be followed."""
+        layers = [
+            f"{name}.{child}" if name else child for child in find_projections(self.model.get_submodule(name)) or ()
+        ]
+        if self.is_skipped([name]) or (layers and self.is_skipped(layers)):
             self.left_out[name] = "in skip"
             return None
         for layer in layers:
             module = self.model.get_submodule(layer)
             if module not in self.graph.module2node:
                 raise EdgetuneError(
-                    f"the heads of {called(name)} cannot be pruned: {layer} ({self.traced.why_absent(module)})",
+                    f"the heads of {display_name(name)} cannot be pruned: {layer} ({self.traced.why_absent(module)})",
                     got=type(self.model.get_submodule(name)).__name__,
-                    action=without(name),
+                    action=skip_action(name),
                 )
-        attention = describe(self.model, name, self.readers, self.agree)
-        if self.skipped([*attention.writers, attention.output]):
+        attention = describe(self.model, name, self.readers, self.units_agree)
+        if self.is_skipped([*attention.writers, attention.output]):
             self.left_out[name] = "in skip"
             return None
         return attention
 
-    def agree(self, writer: str, reader: str, outputs: Units, inputs: Units) -> bool:
-        """Whether the units at these positions of a writer and a reader are each by themselves."""
-        return units_agree(self.model, self.inputs, writer, reader, _inverted(outputs), _inverted(inputs))
+    def units_agree(self, writer: str, reader: str, outputs: Units, inputs: Units) -> bool:
+        """Whether the units at these positions of a writer and a reader are independent of one another."""
+        return units_agree(
+            self.model, self.inputs, writer, reader, _unit_of_position(outputs), _unit_of_position(inputs)
+        )
 
-    def skipped(self, layers: Collection[str]) -> bool:
-        """Whether a pattern fits one of the layers or something they lie in."""
+    def is_skipped(self, layers: Collection[str]) -> bool:
+        """Whether a skip pattern matches one of the layers or a module around them."""
         paths = {layer.rsplit(".", cut)[0] for layer in layers for cut in range(layer.count(".") + 1)}
         return any(matches(path, self.skip) for path in paths)
 
@@ -174,13 +178,13 @@ class _Finder:
                     waiting.append(node)
         return readers
 
-    def coupled(self) -> list[Group]:
+    def coupled_groups(self) -> list[Group]:
         """The FFN and channel groups. Query, key and value layers are never a root: grouped heads do not end there."""
         groups: list[Group] = []
         done: set[str] = set()
         for name in self.raw_experts():
             self.left_out[name] = "experts whose weights are raw parameters"
-            if "ffn" in self.kinds and not self.skipped([name]):
+            if "ffn" in self.kinds and not self.is_skipped([name]):
                 self.blocked[name] = self.left_out[name]
         for layer, name in self.names.items():
             if name in done or not is_candidate(layer):
@@ -191,7 +195,7 @@ class _Finder:
             if layer not in self.graph.module2node:
                 self.leave_absent(name)
                 continue
-            members, obstacles = self.items(layer)
+            members, obstacles = self.members_of(layer)
             done |= {member.layer for member in members if member.axis == "out"}
             group = self.group(name, members, obstacles)
             if group is not None:
@@ -215,7 +219,7 @@ class _Finder:
             "output" not in reason.split()
             and not raw
             and self.kind_of([name]) in self.kinds
-            and not self.skipped([name])
+            and not self.is_skipped([name])
         ):
             self.blocked[name] = reason
 
@@ -234,7 +238,7 @@ class _Finder:
             by_reason.setdefault(reason, []).append(name)
         seen = "; ".join(f"{truncate_list(names, 4)} ({reason})" for reason, names in by_reason.items())
         if kind == "heads" and not self.attentions:
-            seen = truncate_list(_named_attention(self.model), 4)
+            seen = truncate_list(_attention_modules(self.model), 4)
             seen = seen and f"{seen} (no linears of its own called as those of an attention are)"
         raise EdgetuneError(
             f"nothing to prune: no layer can be cut as {kind}; seen: {seen}"
@@ -244,14 +248,14 @@ class _Finder:
             action="change what, or shorten skip",
         )
 
-    def items(self, layer: nn.Module) -> tuple[list[Member], list[str]]:
-        """What must follow when all outputs of `layer` are cut: members, and in words what cannot be followed."""
+    def members_of(self, layer: nn.Module) -> tuple[list[Member], list[str]]:
+        """The members that follow a cut of all outputs of `layer`, and in words what cannot be followed."""
         width = width_of(layer, "out")
         try:
             dependents = self.traced.dependents(layer)
         except (AttributeError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
             reason = f"a rearrangement of its outputs ({type(error).__name__} while following them)"
-            return [Member(self.names[layer], "out", _each(width))], [reason]
+            return [Member(self.names[layer], "out", _one_per_unit(width))], [reason]
         members: list[Member] = []
         obstacles: list[str] = []
         lost: dict[tuple[str, Axis], None] = {}  # members whose positions the graph does not give rightly
@@ -278,14 +282,14 @@ class _Finder:
                 lost[name, axis] = None
             members.append(member or Member(name, axis, ()))
         if lost and not obstacles:
-            return self.folded(members)
+            return self.fold_outputs(members)
         return members, obstacles + [f"the order of {name}'s channels" for name, _ in lost]
 
-    def folded(self, members: list[Member]) -> tuple[list[Member], list[str]]:
-        """The group where several outputs of its writer are one channel of its readers.
+    def fold_outputs(self, members: list[Member]) -> tuple[list[Member], list[str]]:
+        """The group if several outputs of its writer are one channel of its readers.
 
-        The two halves of a fused gate and up, or the pixels of a pixel shuffle: known by the widths, and by whether
-        the readers agree that such units are each by themselves.
+        The two halves of a fused gate and up, or the pixels of a pixel shuffle: recognized by the widths, and by
+        whether such units are independent of one another in the readers.
         """
         layers = {member.layer: self.model.get_submodule(member.layer) for member in members}
         widths = [width_of(layers[member.layer], member.axis) for member in members]
@@ -296,9 +300,10 @@ class _Finder:
             for outputs in (spans(units, *((1, n * units) for n in range(several))), spans(units, several)):
                 readers = [m.layer for m in members if m.axis == "in"]
                 if all(
-                    width_of(layers[r], "in") == units and self.agree(writer, r, outputs, _each(units)) for r in readers
+                    width_of(layers[r], "in") == units and self.units_agree(writer, r, outputs, _one_per_unit(units))
+                    for r in readers
                 ):
-                    by_width = {wide: outputs, units: _each(units)}
+                    by_width = {wide: outputs, units: _one_per_unit(units)}
                     return [Member(m.layer, m.axis, by_width[w]) for m, w in zip(members, widths, strict=True)], []
         return members, [f"the order of {member.layer}'s channels" for member in members if not member.of_unit]
 
@@ -311,7 +316,7 @@ class _Finder:
             reason = "writes the model's output"
         elif not any(member.axis == "in" for member in members) and not obstacles:
             reason = "no layer reads it"
-        elif self.skipped(layers):
+        elif self.is_skipped(layers):
             reason = "in skip"
         elif kind not in self.kinds:
             reason = f"{kind}, not {' or '.join(sorted(self.kinds))}"
@@ -331,7 +336,7 @@ class _Finder:
     def kind_of(self, layers: Sequence[str]) -> Kind:
         """FFN, if the layers are linears of one transformer block, none of them its attention's; else channels.
 
-        What lies between the linears, such as a norm, may be of any class.
+        Layers between the linears, such as a norm, may be of any class.
         """
         linears = all(is_linear(self.model.get_submodule(n)) for n in layers if self.is_candidate(n))
         within = any(all(layer.startswith(block) for layer in layers) for block in self.blocks)
@@ -354,16 +359,16 @@ class _Finder:
         return False
 
 
-def _named_attention(model: nn.Module) -> list[str]:
-    """Modules that call themselves an attention."""
+def _attention_modules(model: nn.Module) -> list[str]:
+    """Modules whose class name contains "attention"."""
     return [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
 
 
-def _each(width: int) -> Units:
+def _one_per_unit(width: int) -> Units:
     return tuple((position,) for position in range(width))
 
 
-def _inverted(units: Units) -> list[int]:
+def _unit_of_position(units: Units) -> list[int]:
     """The unit of each position."""
     of_position = {position: unit for unit, positions in enumerate(units) for position in positions}
     return [of_position[position] for position in range(len(of_position))]
@@ -383,7 +388,7 @@ def _member(
     return Member(layer, axis, tuple(tuple(unit) for unit in of_unit))
 
 
-def _of_attention(attention: Attention) -> Group:
+def _group_of_attention(attention: Attention) -> Group:
     units, size, per_unit = attention.kv_heads, attention.head_dim, attention.queries_per_unit
     if attention.fused_rows is not None:
         writers = [Member(attention.query, "out", attention.fused_rows)]

@@ -1,4 +1,4 @@
-"""How much each unit of a group matters. Higher stays."""
+"""Score the units of a group; those with the highest scores stay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_o
 
 
 @torch.no_grad()
-def magnitude(model: nn.Module, group: Group) -> Tensor:
+def magnitude_scores(model: nn.Module, group: Group) -> Tensor:
     """Scores `(units,)` from the weights alone: what a unit can write times what is read of it.
 
     Heads: the Frobenius norm of output x value projection, the map that the head applies. Linears: the product of the
@@ -24,7 +24,7 @@ def magnitude(model: nn.Module, group: Group) -> Tensor:
     the root mean square that the batch norms give the channel, times the norm of the weights that read it.
     """
     if group.attention is not None:
-        return _head_norms(model, group)
+        return _head_scores(model, group)
     read = sum(_norms(model, member, 1).square() for member in group.along("in"))
     score = torch.as_tensor(read).sqrt()
     writers = [(m, model.get_submodule(m.layer)) for m in group.along("out")]
@@ -46,7 +46,7 @@ def _norms(model: nn.Module, member: Member, dim: int) -> Tensor:
     return power[torch.tensor(member.of_unit, device=power.device)].sum(1).sqrt()
 
 
-def _head_norms(model: nn.Module, group: Group) -> Tensor:
+def _head_scores(model: nn.Module, group: Group) -> Tensor:
     attention = group.attention
     assert attention is not None
     value, output = model.get_submodule(attention.value), model.get_submodule(attention.output)
@@ -70,8 +70,8 @@ class Moments:
     first: Tensor
     second: Tensor
 
-    def joined(self, other: Moments) -> Moments:
-        """Over the rows of both."""
+    def add(self, other: Moments) -> Moments:
+        """Moments over the rows of both."""
         return Moments(self.rows + other.rows, self.first + other.first, self.second + other.second)
 
     @property
@@ -83,8 +83,8 @@ class Moments:
 Key = tuple[str, str]  # a group's name and a layer that reads its units
 
 
-def observe(model: nn.Module, groups: Sequence[Group], batches: Iterable[Inputs]) -> dict[Key, Moments]:
-    """Moments of what every reading layer of the groups gets as input on the batches; padded tokens are left out."""
+def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable[Inputs]) -> dict[Key, Moments]:
+    """Moments of the inputs of every reading layer of the groups on the batches, without padded tokens."""
     moments: dict[Key, Moments] = {}
     mask: list[Tensor | None] = [None]
     handles = []
@@ -94,14 +94,14 @@ def observe(model: nn.Module, groups: Sequence[Group], batches: Iterable[Inputs]
         def look(layer: nn.Module, args: tuple[Tensor, ...], key: Key = key, index: Tensor = index) -> None:
             rows = _rows(layer, args[0], mask[0])[:, index.to(args[0].device)]
             new = Moments(len(rows), rows.double().sum(0), torch.einsum("nud,nue->ude", rows, rows).double())
-            moments[key] = moments[key].joined(new) if key in moments else new
+            moments[key] = moments[key].add(new) if key in moments else new
 
         handles.append(model.get_submodule(member.layer).register_forward_pre_hook(look))
     try:
         with preserve_state(model), torch.no_grad():
             for inputs in batches:
-                found = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-                mask[0] = found.bool() if found is not None and found.dim() == 2 else None
+                padding = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+                mask[0] = padding.bool() if padding is not None and padding.dim() == 2 else None
                 call(model, inputs)
     finally:
         for handle in handles:
@@ -121,13 +121,13 @@ def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def folds(layer: nn.Module) -> bool:
+def can_fold_mean(layer: nn.Module) -> bool:
     """Whether the mean of a dropped input can go into the layer's bias. Not for convolutions, which pad with zeros."""
     return is_linear(layer) and layer.bias is not None
 
 
 @torch.no_grad()
-def activation(model: nn.Module, group: Group, moments: Mapping[Key, Moments]) -> Tensor:
+def activation_scores(model: nn.Module, group: Group, moments: Mapping[Key, Moments]) -> Tensor:
     """Scores `(units,)`: the mean square of what dropping a unit changes in the layers that read it.
 
     E ||W_u x_u||^2 = tr(W_u E[x_u x_u'] W_u'); around the mean where `means` folds that into the bias.
@@ -138,19 +138,19 @@ def activation(model: nn.Module, group: Group, moments: Mapping[Key, Moments]) -
         weight = weight_of(layer).double()
         weight = weight.movedim(1, -1).reshape(-1, weight.shape[1])[:, torch.tensor(member.of_unit)]
         second = seen.second / seen.rows
-        if folds(layer):
+        if can_fold_mean(layer):
             second = second - seen.mean[:, :, None] * seen.mean[:, None, :]
         score += (torch.einsum("oud,oue->ude", weight, weight) * second).sum((1, 2)).cpu()
     return score
 
 
-def means(model: nn.Module, groups: Sequence[Group], moments: Mapping[Key, Moments]) -> dict[str, Tensor]:
-    """What to hold dropped inputs at, `(in,)` for each layer that can fold it into its bias."""
+def input_means(model: nn.Module, groups: Sequence[Group], moments: Mapping[Key, Moments]) -> dict[str, Tensor]:
+    """Mean of the dropped inputs, `(in,)` for each layer that can fold it into its bias."""
     held: dict[str, Tensor] = {}
     for group in groups:
         for member in group.along("in"):
             layer = model.get_submodule(member.layer)
-            if folds(layer):
+            if can_fold_mean(layer):
                 seen = moments[group.name, member.layer]
                 values = held.setdefault(member.layer, torch.zeros(width_of(layer, "in"), device=seen.first.device))
                 values[torch.tensor(member.of_unit)] = seen.mean.to(values.dtype)

@@ -1,4 +1,4 @@
-"""The layers that pruning can cut, each seen in one form: weights `(out, in, ...)`, units along "out" or "in"."""
+"""A uniform view of the layers that pruning can cut: weights `(out, in, ...)`, units along "out" or "in"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is the linear of GPT-2, whose weight lies `(in, out)`: transformers' `Conv1D`, known by its name."""
+    """Whether it is GPT-2's linear, transformers' `Conv1D`, whose weight is `(in, out)`; recognized by name."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
 
 
@@ -25,7 +25,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether it is a convolution of each channel by itself."""
+    """Whether it is a depthwise convolution."""
     return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
 
 
@@ -35,7 +35,7 @@ def is_candidate(layer: nn.Module) -> bool:
 
 
 def axis_of(layer: nn.Module, axis: Axis) -> int:
-    """The dimension of the layer's own weight along which `axis` lies."""
+    """The dimension of the layer's own weight for `axis`."""
     swapped = is_conv1d(layer) or (isinstance(layer, TRANSPOSED) and not is_depthwise(layer))
     return int((axis == "in") != swapped)
 
@@ -55,7 +55,7 @@ def width_of(layer: nn.Module, axis: Axis) -> int:
 
 
 def channel_dimension(layer: nn.Module) -> int:
-    """The dimension of the layer's inputs and outputs in which its channels lie, counted from the end."""
+    """The channel dimension of the layer's inputs and outputs, counted from the end."""
     return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
 
 

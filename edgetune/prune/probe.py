@@ -1,9 +1,8 @@
-"""Which outputs of one layer reach which inputs of another: asked of autograd, not of the names."""
+"""Check by autograd which outputs of one layer reach which inputs of another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +42,13 @@ def units_agree(
 
 
 def _between(model: nn.Module, inputs: Inputs, writer: str, reader: str) -> tuple[Tensor | None, Tensor | None]:
-    """What one layer writes and the other reads in a forward pass, of one graph; `None` where it is not called once."""
+    """One layer's output and the other's input in a forward pass, in one graph; `None` unless each is called once."""
     written: list[Tensor] = []
     read: list[Tensor] = []
 
-    def keep_output(_: nn.Module, args: Any, output: Tensor) -> None:
-        written.append(output)
-
-    def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        read.append(args[0])
-
     handles = [
-        model.get_submodule(writer).register_forward_hook(keep_output),
-        model.get_submodule(reader).register_forward_pre_hook(keep_input),
+        model.get_submodule(writer).register_forward_hook(lambda _, __, output: written.append(output)),
+        model.get_submodule(reader).register_forward_pre_hook(lambda _, args: read.append(args[0])),
     ]
     try:
         with torch.enable_grad():

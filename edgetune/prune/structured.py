@@ -15,10 +15,10 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import matches, no_match_error
 from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Needs, Sample, Technique
-from edgetune.prune.attention import attention_names, called
+from edgetune.prune.attention import attention_names, display_name
 from edgetune.prune.cut import cut, resize_like
 from edgetune.prune.groups import Cut, Group, Kind, find_groups
-from edgetune.prune.importance import activation, magnitude, means, observe
+from edgetune.prune.importance import activation_scores, input_means, magnitude_scores, observe_moments
 
 _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 
@@ -86,17 +86,17 @@ class Prune(Technique):
         with preserve_state(model), preserve_trainability(model):
             groups = find_groups(model, sample.inputs, kinds, self.skip)
         _refuse_shared(model, groups)
-        moments = observe(model, groups, sample.batches()) if self.importance == "activation" else None
+        moments = observe_moments(model, groups, sample.batches()) if self.importance == "activation" else None
         cuts = []
         for group in groups:
-            count = self._kept(group)
+            count = self._units_to_keep(group)
             if count == group.units:
                 continue
-            scores = magnitude(model, group) if moments is None else activation(model, group, moments)
-            cuts.append(_least(group, scores, count))
+            scores = magnitude_scores(model, group) if moments is None else activation_scores(model, group, moments)
+            cuts.append(_drop_lowest(group, scores, count))
         self._refuse_unchanged(kinds, groups, cuts)
         self._refuse_unreached(kinds, groups)
-        return tuple(cuts), {} if moments is None else means(model, groups, moments)
+        return tuple(cuts), {} if moments is None else input_means(model, groups, moments)
 
     def _check(self, model: nn.Module) -> None:
         wrapped = next((name for name, module in model.named_modules() if is_wrapped(module)), None)
@@ -123,13 +123,13 @@ class Prune(Technique):
         own = {"ffn": self.ffn_ratio, "heads": self.head_ratio, "channels": None}[kind]
         return self.ratio if own is None else own
 
-    def _step(self, kind: Kind) -> int:
+    def _multiple(self, kind: Kind) -> int:
         """What the number of units that stay is a multiple of."""
         return 1 if kind == "heads" else self.round_to
 
-    def _kept(self, group: Group) -> int:
+    def _units_to_keep(self, group: Group) -> int:
         """Units that stay, rounded to the nearest multiple (halves up) and at least one multiple."""
-        step = self._step(group.kind)
+        step = self._multiple(group.kind)
         wanted = group.units * (1 - self._ratio(group.kind))
         return min(group.units, max(step, int(wanted / step + 0.5) * step))
 
@@ -153,11 +153,15 @@ class Prune(Technique):
         """Raise where a share leaves next to nothing of most widths, so that far less would go than was asked."""
         for kind in sorted(kinds):
             own, ratio = [group for group in groups if group.kind == kind], self._ratio(kind)
-            units, kept = sum(group.units for group in own), sum(map(self._kept, own))
-            emptied = [g for g in own if g.units * (1 - ratio) < self._step(kind) / 2 and g.units > self._step(kind)]
-            missed = sum(self._kept(group) - group.units * (1 - ratio) for group in emptied)
+            units, kept = sum(group.units for group in own), sum(map(self._units_to_keep, own))
+            emptied = [
+                g for g in own if g.units * (1 - ratio) < self._multiple(kind) / 2 and g.units > self._multiple(kind)
+            ]
+            missed = sum(self._units_to_keep(group) - group.units * (1 - ratio) for group in emptied)
             if missed > _MOST_MISSED * units:
-                widths = ", ".join(f"{self._kept(g)} of {g.units} in {called(g.name)}" for g in emptied[:3])
+                widths = ", ".join(
+                    f"{self._units_to_keep(g)} of {g.units} in {display_name(g.name)}" for g in emptied[:3]
+                )
                 least = "at least one head" if kind == "heads" else f"round_to={self.round_to}"
                 reached = math.floor(100 * (1 - kept / units)) / 100
                 raise EdgetuneError(
@@ -167,7 +171,7 @@ class Prune(Technique):
                 )
 
 
-def _least(group: Group, scores: Tensor, count: int) -> Cut:
+def _drop_lowest(group: Group, scores: Tensor, count: int) -> Cut:
     order = torch.argsort(scores.cpu(), descending=True, stable=True)
     return Cut(group, tuple(sorted(order[count:].tolist())))
 

@@ -1,4 +1,4 @@
-"""A model's layers as a graph, by torch-pruning; and what belongs to tracing: rows, outputs."""
+"""Trace a model's layers into torch-pruning's dependency graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def first_rows(inputs: Inputs) -> Inputs:
 
 @dataclass(frozen=True)
 class Dependent:
-    """What must follow a cut: a module or another node of the graph, and which positions follow which outputs."""
+    """A module or another node of the graph that must follow a cut, and which positions follow which outputs."""
 
     module: Any
     name: str  # for messages
@@ -96,7 +96,7 @@ class Traced:
         ]
 
     def why_absent(self, layer: nn.Module) -> str:
-        """Why a layer does not stand in the graph, in words."""
+        """Why a layer is not in the graph, in words."""
         if not any(parameter in self.reached for parameter in layer.parameters(recurse=False)):
             return "does not reach the model's output"
         if layer not in self.called:
@@ -117,7 +117,7 @@ def _order(pair: tuple[int, int | None]) -> tuple[int, int]:
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Traced:
-    """Run the model once, and follow what depends on what. Its parameters ask for gradients afterwards."""
+    """Run the model once and build its dependency graph. Its parameters require gradients afterwards."""
     pruning = require("torch_pruning", "prune")
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -169,7 +169,7 @@ def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def _conv1d_pruner(pruning: Any) -> Any:
-    """What the library asks about a layer it does not know: its widths. It is never let cut."""
+    """The widths of a layer that the library does not know; it never cuts one."""
 
     class Conv1DPruner(pruning.BasePruningFunc):  # type: ignore[misc]
         def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:

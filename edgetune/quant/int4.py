@@ -63,14 +63,14 @@ class Int4(Technique):
         trained."""
         with silence_libraries():
             require("torchao", "int4")
-        skip_linears, skip_tables = self._skips(model)
+        skip_linears, skip_tables = self._split_skips(model)
         linears = select(model, self.targets, skip_linears, nn.Linear, _is_choosable)
         wide = select(model, self.int8_linears, skip_linears, nn.Linear, _is_choosable) if self.int8_linears else {}
         linears |= wide
-        tables, left = self._tables(model, skip_tables)
+        tables, left = self._choose_tables(model, skip_tables)
         readers, _ = readers_of(model, [*linears, *tables], sample)
         left += [name for name in readers if tables.pop(name, None)]
-        refuse_readers(model, _read_by_others(model, {n: r for n, r in readers.items() if n in linears}))
+        refuse_readers(model, _without_encoder_layers(model, {n: r for n, r in readers.items() if n in linears}))
         for name, layer in linears.items():
             refuse_computed(name, layer)
             if name not in wide:
@@ -79,9 +79,9 @@ class Int4(Technique):
             _check_table(name, table)
             if self.embeddings == "int4":
                 self._check_width(name, table.embedding_dim, "the width of an embedding")
-        for told in (_not_looked_up(left), _bare(model)):
-            if told:
-                warnings.warn(told, stacklevel=3)  # who called `et.apply`
+        for message in (_describe_kept_tables(left), _describe_bare_weights(model)):
+            if message:
+                warnings.warn(message, stacklevel=3)  # the caller of `et.apply`
         _untie(model, linears, tables)
         table_config = _table_config(4 if self.embeddings == "int4" else 8, self.group_size)
         for table in tables.values():
@@ -99,30 +99,28 @@ class Int4(Technique):
                 table.padding_idx = None  # type: ignore[assignment]
         return model
 
-    def _skips(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """The skip patterns that name linears and those that name embeddings; one that names neither goes to
-        the linears, where `select` raises.
-        """
+    def _split_skips(self, model: nn.Module) -> tuple[list[str], list[str]]:
+        """The skip patterns for linears and for embeddings; `select` raises for one that matches neither."""
         tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         for_tables = [p for p in self.skip if any(matches(n, [p]) for n in tables)]
         for_linears = [p for p in self.skip if p not in for_tables or any(matches(n, [p]) for n in linears)]
         return for_linears, for_tables
 
-    def _tables(self, model: nn.Module, skip: list[str]) -> tuple[dict[str, nn.Embedding], list[str]]:
+    def _choose_tables(self, model: nn.Module, skip: list[str]) -> tuple[dict[str, nn.Embedding], list[str]]:
         """The tables to quantize, and the names of those that cannot be."""
         if self.embeddings == "none":
             return {}, []
-        found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_float(m)}
-        wanted = {n: m for n, m in found.items() if not matches(n, skip)}
+        tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_float(m)}
+        wanted = {n: m for n, m in tables.items() if not matches(n, skip)}
         # one with max_norm is refused below; calling it, as looks_up may, would rewrite a row
         fit = {n: m for n, m in wanted.items() if m.max_norm is not None or looks_up(m)}
         return fit, [n for n in wanted if n not in fit]
 
-    def _check_width(self, name: str, width: int, what: str) -> None:
+    def _check_width(self, name: str, width: int, width_name: str) -> None:
         if width % self.group_size:
             raise EdgetuneError(
-                f"int4: {what} is not a multiple of group_size {self.group_size}",
+                f"int4: {width_name} is not a multiple of group_size {self.group_size}",
                 where=name,
                 got=width,
                 action=f"prune with round_to={self.group_size}, or leave the layer out with skip: [{name!r}]",
@@ -139,8 +137,8 @@ def _is_choosable(layer: nn.Module) -> bool:
     return _is_float(layer) or bool(computed_tensor(layer))
 
 
-def _read_by_others(model: nn.Module, readers: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Without torch's encoder layer, which leaves its fast path where a weight is quantized, and calls its linears."""
+def _without_encoder_layers(model: nn.Module, readers: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Drop torch's encoder layer, which leaves its fast path if a weight is quantized, and then calls its linears."""
     others = {
         name: [r for r in outer if not isinstance(model.get_submodule(r), nn.TransformerEncoderLayer)]
         for name, outer in readers.items()
@@ -158,17 +156,17 @@ def _check_table(name: str, table: nn.Embedding) -> None:
         )
 
 
-def _not_looked_up(names: list[str]) -> str:
+def _describe_kept_tables(names: list[str]) -> str:
     return (
         f"int4: {truncate_list(names)}: an embedding whose weight is read in another way than by looking rows up; "
-        f"it stays in floating point. To say so: skip: {names}"
+        f"it stays in floating point. To silence this: skip: {names}"
         if names
         else ""
     )
 
 
-def _bare(model: nn.Module) -> str:
-    """What to say of matrices that no layer of their own holds: fused experts, the projections of torch's attention."""
+def _describe_bare_weights(model: nn.Module) -> str:
+    """A message about matrices outside linear layers, such as fused experts or torch's attention; empty if none."""
     layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     total = sum(parameter.numel() for parameter in model.parameters())
     names = [
@@ -176,7 +174,7 @@ def _bare(model: nn.Module) -> str:
         for name, module in model.named_modules()
         for own, parameter in module.named_parameters(recurse=False)
         if not isinstance(module, layers) and parameter.dim() > 1 and len(parameter) > 1
-        if parameter.numel() > total / 100  # less is not worth a word
+        if parameter.numel() > total / 100  # smaller ones are not worth a warning
     ]
     return (
         f"int4: {truncate_list(names)}: these weights do not belong to linear layers and stay in floating point"
@@ -186,7 +184,7 @@ def _bare(model: nn.Module) -> str:
 
 
 def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn.Embedding]) -> None:
-    """Say in the config that shared weights are no longer shared, so that nothing ties them again."""
+    """Record in the config that shared weights are no longer shared, so that nothing ties them again."""
     chosen = [*linears.values(), *tables.values()]
     holders: dict[int, set[int]] = {}
     for module in model.modules():
@@ -201,7 +199,7 @@ def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn
 
 
 def _linear_configs(group_size: int) -> tuple[Any, Any]:
-    """For linears in 4 and in 8 bits."""
+    """The torchao configs of linears in 4 and in 8 bits."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, MappingType
     from torchao.quantization.granularity import PerAxis, PerGroup
 
@@ -210,7 +208,7 @@ def _linear_configs(group_size: int) -> tuple[Any, Any]:
             weight_dtype=weight_dtype,
             weight_granularity=granularity,
             weight_mapping_type=MappingType.SYMMETRIC,
-            weight_scale_dtype=scale_dtype,  # as XNNPACK keeps them: eager mode computes with the same scales
+            weight_scale_dtype=scale_dtype,  # as XNNPACK stores them: eager mode computes with the same scales
         )
 
     return (
@@ -220,7 +218,7 @@ def _linear_configs(group_size: int) -> tuple[Any, Any]:
 
 
 def _table_config(bits: Literal[4, 8], group_size: int) -> Any:
-    """For tables; `group_size` counts in 4 bits only. The scales stay as wide as the weight was."""
+    """The torchao config of tables; `group_size` is for 4 bits only. The scales keep the type of the weight."""
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerAxis, PerGroup
 

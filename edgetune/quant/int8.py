@@ -114,7 +114,7 @@ class Static8(nn.Module):
             parameter.requires_grad_(False)
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
-        """What the model returned: a tensor, a tuple or a mapping of them."""
+        """The outputs of the model: a tensor, a tuple or a mapping of them."""
         outputs = self._outputs((*inputs, *(named[name] for name in self.names[len(inputs) :])))
         single = isinstance(outputs, Tensor)
         return outputs if single or self.keys is None else dict(zip(self.keys, outputs, strict=True))
@@ -147,6 +147,6 @@ class Static8(nn.Module):
         return cls(graph, tuple(settings.pop("names")), keys=tuple(keys) if keys else None, **settings).eval()
 
     def train(self, mode: bool = True) -> Static8:
-        """Sets the flag only: a captured graph has no second mode, and refuses to be asked."""
+        """Set the flag only: a captured graph has a single mode."""
         self.training = mode
         return self

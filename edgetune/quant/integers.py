@@ -20,7 +20,7 @@ _BITS = 20  # of the larger factor of an addition
 class Integers(fx.Interpreter):
     """Runs a graph of dequantize, operator, clamp and quantize with whole numbers where XNNPACK has them.
 
-    Run as it is written, the graph keeps its biases in floating point where XNNPACK rounds them to the step of the
+    Run as written, the graph keeps its biases in floating point where XNNPACK rounds them to the step of the
     sum, and scales before it adds or multiplies. That moves one value in a thousand to the next of its 256 steps,
     later layers enlarge it, and in EfficientNet-Lite0 a third of all values had moved after five blocks. The sums
     here are exact while they stay below 2^24, in single precision. What XNNPACK computes in floating point between
@@ -29,27 +29,27 @@ class Integers(fx.Interpreter):
     """
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node; a quantized operator gives multiples of the scale that the next node rounds to."""
+        """The value of a node; of a quantized operator, multiples of the scale that the next node rounds to."""
         rule = _RULES.get(n.target)
-        found = self._in_program_form(n) if rule is None else rule(self, n)
-        return super().run_node(n) if found is None else found
+        value = self._in_program_form(n) if rule is None else rule(self, n)
+        return super().run_node(n) if value is None else value
 
     def _in_program_form(self, n: fx.Node) -> Tensor | None:
-        """A sum, a norm or an attention written as the export writes it; `None` for what it leaves alone."""
+        """A sum, a norm or an attention as the export writes it; `None` for other operators."""
         form = _forms().get(n.target)
         if form is None:
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        found: Tensor | None = form(*args, **kwargs)
-        return None if found is NotImplemented else found
+        value: Tensor | None = form(*args, **kwargs)
+        return None if value is NotImplemented else value
 
     def layer(self, n: fx.Node) -> Tensor | None:
         """A sum of products and a rounded bias, scaled once."""
-        source, weight, output = n.args[0], n.args[1], _after(n, _CLAMPS)
+        source, weight, output = n.args[0], n.args[1], _consumer(n, _CLAMPS)
         if not (_is(source, "dequantize") and _is(weight, "dequantize") and _is(output, "quantize")):
             return None  # one that was left in floating point
         args, _ = self.fetch_args_kwargs_from_env(n)
-        integers, weight_scale = (self._stored(argument) for argument in weight.args[:2])
+        integers, weight_scale = (self._constant(argument) for argument in weight.args[:2])
         scale: Any = source.args[1]
         step: Any = weight_scale * scale  # of the sum: one, or one for each output channel
         along = (-1,) if n.target is _ATEN.linear.default else (-1, *[1] * (args[0].dim() - 2))
@@ -60,7 +60,7 @@ class Integers(fx.Interpreter):
         return (total * ratio.view(along)).round() * _scale(output)
 
     def addition(self, n: fx.Node) -> Tensor | None:
-        """Both sides times whole factors, of which the larger has 21 bits; halves go up."""
+        """Both sides times integer factors, of which the larger has 21 bits; halves round up."""
         output = self._elementwise(n, _RELUS)
         if output is None or n.kwargs.get("alpha", 1) != 1:
             return None
@@ -82,11 +82,11 @@ class Integers(fx.Interpreter):
         return (self._integers(left) * self._integers(right) * ratio).round() * _scale(output)
 
     def mean(self, n: fx.Node) -> Tensor | None:
-        """A mean over a picture. Its exact halves go to the even neighbour, the zero point counted in.
+        """A mean over an image. Its exact halves go to the even neighbour, the zero point counted in.
 
         In floating point, chance decides where they go, and of a mean over four numbers every fourth is a half.
         """
-        source, output = n.args[0], _after(n, frozenset())
+        source, output = n.args[0], _consumer(n, frozenset())
         if not (_is(source, "dequantize") and _is(output, "quantize")):
             return self._in_program_form(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -94,13 +94,13 @@ class Integers(fx.Interpreter):
             return self._in_program_form(n)
         mean: Tensor = n.target(self._integers(source), *args[1:], **kwargs)  # type: ignore[operator]
         zero: Any = output.args[2]
-        found: Tensor = ((mean * (_scale(source) / _scale(output)) + zero).round() - zero) * _scale(output)
-        return found
+        rescaled: Tensor = ((mean * (_scale(source) / _scale(output)) + zero).round() - zero) * _scale(output)
+        return rescaled
 
-    def enlarged(self, n: fx.Node) -> Tensor | None:
-        """Bilinear resizing of a picture: along the rows, then between them, in single precision.
+    def resize(self, n: fx.Node) -> Tensor | None:
+        """Bilinear resizing of an image: along the rows, then between them, in single precision.
 
-        Where each place is a mean of whole numbers, as after a doubling, many a value is a half.
+        Where each place is a mean of whole numbers, as after a doubling, many values are halves.
         """
         args, _ = self.fetch_args_kwargs_from_env(n)
         x, size, aligned = args[:3]
@@ -113,21 +113,21 @@ class Integers(fx.Interpreter):
         )  # fmt: skip
         above, below = x[:, :, top], x[:, :, bottom]
         above, below = (row[..., left] + (row[..., right] - row[..., left]) * across for row in (above, below))
-        found: Tensor = above + (below - above) * down[:, None]
-        return found
+        resized: Tensor = above + (below - above) * down[:, None]
+        return resized
 
     def _elementwise(self, n: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
-        """The node that rounds the outcome, where both sides are quantized as well."""
-        output = _after(n, clamps)
+        """The node that rounds the result, if both sides are quantized as well."""
+        output = _consumer(n, clamps)
         sides = len(n.args) == 2 and all(_is(source, "dequantize") for source in n.args)
         return output if sides and _is(output, "quantize") else None
 
     def _integers(self, source: Any) -> Tensor:
-        """What was dequantized, less its zero point."""
+        """The integers that were dequantized, minus the zero point."""
         value: Tensor = self.env[source]
         return (value / _scale(source)).round()
 
-    def _stored(self, argument: Any) -> Any:
+    def _constant(self, argument: Any) -> Any:
         """A constant of the graph: a tensor that the module holds, or a number."""
         return self.fetch_attr(str(argument.target)) if isinstance(argument, fx.Node) else argument
 
@@ -137,19 +137,19 @@ _RULES: dict[Any, Callable[[Integers, fx.Node], Tensor | None]] = {
     **dict.fromkeys((_ATEN.add.Tensor, _ATEN.add_.Tensor), Integers.addition),
     **dict.fromkeys((_ATEN.mul.Tensor, _ATEN.mul_.Tensor), Integers.product),
     **dict.fromkeys((_ATEN.adaptive_avg_pool2d.default, _ATEN.mean.dim), Integers.mean),
-    _ATEN.upsample_bilinear2d.vec: Integers.enlarged,
+    _ATEN.upsample_bilinear2d.vec: Integers.resize,
 }
 
 
 @cache
 def _forms() -> dict[Any, Callable[..., Any]]:
-    """What the export computes in other operators, of which the outcome is not the same to the last bit."""
+    """The operators that the export writes in other ones, whose results differ in the last bit."""
     from edgetune.capture.repairs import activations, attention, gelu, mean, norms, power
 
-    found: dict[Any, Callable[..., Any]] = {}
+    forms: dict[Any, Callable[..., Any]] = {}
     for repair in (activations, attention, gelu, mean, norms, power):
-        found.update(repair.REPAIRS)
-    return found
+        forms.update(repair.REPAIRS)
+    return forms
 
 
 def _between(had: int, wanted: int, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +169,7 @@ def _scale(node: Any) -> Tensor:
 
 
 def _is_pooling(target: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a mean is one that XNNPACK takes between two roundings: over a whole picture, whose dims it keeps."""
+    """Whether a mean is one that XNNPACK takes between two roundings: over a whole image, whose dims it keeps."""
     if args[0].dim() != 4 or not args[1]:
         return False
     if target is _ATEN.adaptive_avg_pool2d.default:
@@ -177,13 +177,13 @@ def _is_pooling(target: Any, args: tuple[Any, ...]) -> bool:
     return sorted(dim % 4 for dim in args[1]) == [2, 3] and len(args) > 2 and bool(args[2])
 
 
-def _after(node: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
-    """The one node that reads this one, or the clamp behind it."""
+def _consumer(node: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
+    """The one node that reads this one, or the clamp after it."""
     users = list(node.users)
     if len(users) == 1 and users[0].target in clamps:
         users = list(users[0].users)
     return users[0] if len(users) == 1 else None
 
 
-def _is(node: object, what: str) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node) and str(node.target).startswith(f"quantized_decomposed.{what}")
+def _is(node: object, operator: str) -> TypeGuard[fx.Node]:
+    return isinstance(node, fx.Node) and str(node.target).startswith(f"quantized_decomposed.{operator}")

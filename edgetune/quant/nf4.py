@@ -66,7 +66,7 @@ class NF4(Technique):
             refuse_computed(name, layer)
             if type(layer) is not nn.Linear:
                 raise EdgetuneError(f"{name} is a {type(layer).__name__}, not a plain linear", action="add it to skip")
-            if layer.weight.dtype not in _PACKABLE:  # bitsandbytes computes wrongly in others without a word
+            if layer.weight.dtype not in _PACKABLE:  # bitsandbytes computes wrongly in others without an error
                 raise EdgetuneError(
                     f"{name} cannot be packed in 4 bits", got=str(layer.weight.dtype), allowed=map(str, _PACKABLE),
                     action="convert the model first, as in model.float()",
@@ -74,13 +74,13 @@ class NF4(Technique):
             self._check_width(name, layer.in_features)
         trainable.remember(model, self.name)
         for name, layer in chosen.items():
-            replace(model, name, packed(bnb, layer, self.block_size, self.double_quant))
+            replace(model, name, pack_linear(bnb, layer, self.block_size, self.double_quant))
         if not watched:
             watch_first_forward(model, chosen)
         return model
 
     def _refuse_other_kinds(self, model: nn.Module, linears: set[str]) -> None:
-        """Raise where a pattern means layers that multiply by a matrix but are no `nn.Linear`, as all of GPT-2's."""
+        """Raise if a pattern matches only products that are no `nn.Linear`, as all of GPT-2's."""
         others = {name: type(module).__name__ for name, module in model.named_modules() if _is_other_product(module)}
         for pattern in self.targets:
             meant = [name for name in others if matches(name, [pattern])]
@@ -94,7 +94,7 @@ class NF4(Technique):
                 )
 
     def _check_width(self, name: str, width: int) -> None:
-        # bitsandbytes' kernel for CPUs with AVX-512 reads the wrong scales where a block goes on in the next row
+        # bitsandbytes' kernel for CPUs with AVX-512 reads the wrong scales if a block continues in the next row
         if width % self.block_size:
             divisors = [size for size in (32, 64, 128, 256) if width % size == 0]
             raise EdgetuneError(
@@ -111,7 +111,7 @@ class NF4(Technique):
 
 
 def _is_other_product(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D or its like: no class of torch's, with one matrix as its weight."""
+    """Whether it is a layer such as transformers' Conv1D: a class outside torch with one matrix as its weight."""
     weight = module._parameters.get("weight")
     if isinstance(module, (nn.Linear, nn.Embedding)) or weight is None or is_wrapped(module):
         return False
@@ -131,7 +131,7 @@ def packed_bytes(weights: int, block_size: int, double_quant: bool) -> int:
 
 
 def import_bitsandbytes() -> Any:
-    """bitsandbytes, without its advice to install compiled kernels from a hub."""
+    """Import bitsandbytes without its advice to install compiled kernels from a hub."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -141,16 +141,16 @@ def import_bitsandbytes() -> Any:
         logger.setLevel(level)
 
 
-def packed(bnb: Any, layer: Any, block_size: int, double_quant: bool) -> nn.Module:
+def pack_linear(bnb: Any, layer: Any, block_size: int, double_quant: bool) -> nn.Module:
     """The linear with its weight `(out, in)` in 4 bits; the bias is the same parameter as before.
 
-    It computes in the type that the weight had, and notes it as `plain_dtype`: bitsandbytes would turn a bias into
-    the type it computes in, and what is unpacked is to fit the layers around it.
+    It computes in the type that the weight had, and notes it as `plain_dtype`: bitsandbytes would convert a bias
+    to the type it computes in, and an unpacked layer must fit the layers around it.
     """
     dtype: torch.dtype = layer.weight.dtype
     new: Any = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
     new.plain_dtype = dtype
-    new.weight = _packed_weight(bnb, layer.weight.detach(), block_size, double_quant)
+    new.weight = _pack_weight(bnb, layer.weight.detach(), block_size, double_quant)
     new.bias = layer.bias
     # In eval mode on a CPU with AVX512-BF16 the forward would rearrange the weight for good: scales rounded to bf16,
     # no gradient any more, and a failure where the rows are no multiple of 32.
@@ -171,9 +171,9 @@ def _refuse_without_scales(layer: Any, _: object) -> None:
         )
 
 
-def _packed_weight(bnb: Any, weight: torch.Tensor, block_size: int, double_quant: bool) -> Any:
+def _pack_weight(bnb: Any, weight: torch.Tensor, block_size: int, double_quant: bool) -> Any:
     settings = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": "nf4"}
-    # Without its `module`, since a deep copy would go on holding the layer that it was copied from.
+    # Without its `module`, since a deep copy would keep holding the layer that it was copied from.
     return bnb.nn.Params4bit(weight.to(torch.float32).clone(), requires_grad=False, **settings).to(weight.device)
 
 
@@ -188,5 +188,5 @@ def _load_packed(layer: Any, state: dict[str, Any], prefix: str, *_: object) -> 
         stored = {key.removeprefix(prefix + "weight."): value for key, value in extra.items()}
         layer.weight.quant_state = bnb.functional.QuantState.from_dict(stored, device=layer.weight.device)
     elif weight.is_floating_point():
-        fresh = _packed_weight(bnb, weight.to(layer.weight.device), current.blocksize, current.nested)
+        fresh = _pack_weight(bnb, weight.to(layer.weight.device), current.blocksize, current.nested)
         state[prefix + "weight"], layer.weight.quant_state = fresh.data, fresh.quant_state

@@ -32,13 +32,13 @@ def quantize_static(
 
     Takes the tensors of `inputs` by position, any number of rows. Weights have one scale per output channel, or
     one in all without `per_channel`. The layers called `skip` stay in floating point, which only XNNPACK's quantizer
-    can do. A target's own quantizer gets, and gives, a graph for one row: it does not know sizes that may differ.
-    Raises `EdgetuneError` (exit code 5) where the model cannot be captured with a free batch size.
+    can do. A target's own quantizer takes and returns a graph for one row: it does not support dynamic sizes.
+    Raises `EdgetuneError` (exit code 5) if the model cannot be captured with a free batch size.
     """
     quantizer = quantizer_for(target, per_channel=per_channel, skip=skip)
     any_rows = target not in OWN
     with silence_libraries(), torch.no_grad():
-        prepared = _prepared(_fused(model, inputs, skip), inputs, quantizer, skip, any_rows=any_rows)
+        prepared = _prepare(_fuse_branches(model, inputs, skip), inputs, quantizer, skip, any_rows=any_rows)
         seen = 0
         for batch in batches:
             tensors = tensors_of(batch)
@@ -56,7 +56,7 @@ def quantize_static(
 
 
 def _drop_unused(graph_module: fx.GraphModule) -> None:
-    """Take away the float weights that the folded int8 ones replaced, which the module still holds."""
+    """Delete the float weights that the folded int8 ones replaced."""
     used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     tensors = [*graph_module.named_parameters(), *graph_module.named_buffers()]
     for name in [name for name, _ in tensors if name not in used]:
@@ -64,16 +64,17 @@ def _drop_unused(graph_module: fx.GraphModule) -> None:
         delattr(graph_module.get_submodule(parent), own)
 
 
-def _fused(model: nn.Module, inputs: Inputs, skip: frozenset[str]) -> nn.Module:
-    """The model with its parallel branches made one, as an export would make them: each branch would be rounded
-    by itself. Where fusing takes a layer away that is to be skipped, the model as it is.
+def _fuse_branches(model: nn.Module, inputs: Inputs, skip: frozenset[str]) -> nn.Module:
+    """The model with parallel branches fused as in an export, unless that removes a layer in `skip`.
+
+    Unfused, each branch would be rounded separately.
     """
     fused, report = reparameterize(model, inputs)
-    kept = skip <= {name for name, _ in fused.named_modules()}
-    return fused if report.branches and kept else model
+    complete = skip <= {name for name, _ in fused.named_modules()}
+    return fused if report.branches and complete else model
 
 
-def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[str], *, any_rows: bool) -> Any:
+def _prepare(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[str], *, any_rows: bool) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     program = Positional(model, inputs).eval()
@@ -92,7 +93,7 @@ def _prepared(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[
 
 
 def _keep_dims(graph_module: fx.GraphModule) -> None:
-    """Write a mean over pictures as one that keeps their dims, and a flatten.
+    """Write a mean over images as one that keeps their dims, and a flatten.
 
     XNNPACK takes no other between two roundings: it would compute the mean in floating point, where chance decides
     which way a half goes, and a mean of a few whole numbers is often a half.
@@ -105,9 +106,9 @@ def _keep_dims(graph_module: fx.GraphModule) -> None:
         if value.dim() != 4 or sorted(dim % 4 for dim in node.args[1] or ()) != [2, 3]:
             continue
         with graph.inserting_before(node):
-            kept = graph.call_function(aten.mean.dim, (node.args[0], [2, 3], True))
-            flat = graph.call_function(aten.flatten.using_ints, (kept, 1))
-        kept.meta, flat.meta = {**node.meta, "val": value.mean((2, 3), keepdim=True)}, dict(node.meta)
+            mean = graph.call_function(aten.mean.dim, (node.args[0], [2, 3], True))
+            flat = graph.call_function(aten.flatten.using_ints, (mean, 1))
+        mean.meta, flat.meta = {**node.meta, "val": value.mean((2, 3), keepdim=True)}, dict(node.meta)
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
     graph_module.recompile()

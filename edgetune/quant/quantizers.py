@@ -1,7 +1,7 @@
 """ExecuTorch's quantizers: that of XNNPACK, which most targets take, and those of targets with their own.
 
-They are the one thing of executorch's that this room uses: they note in a graph of torch what is to be rounded. What
-makes programs of such graphs, executorch's compiler, is `edgetune.export`'s alone.
+They annotate in a graph what to round. Executorch's compiler, which makes programs of such graphs, is used by
+`edgetune.export` alone.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ OWN = {
 
 
 def qnn_lacks() -> str:
-    """What Qualcomm's compiler lacks on this machine; empty: nothing.
+    """What Qualcomm's compiler lacks on this machine; empty if it is complete.
 
-    Importing executorch's Qualcomm package fetches the SDK where it is not, so this comes before any import.
+    Importing executorch's Qualcomm package downloads a missing SDK, so this is checked before the import.
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"Qualcomm's compiler runs on x86 Linux, this is {platform.system()} {platform.machine()}"
@@ -109,8 +109,8 @@ def quantizer_for(target: str, *, per_channel: bool, skip: frozenset[str] = froz
 def _xnnpack(*, per_channel: bool, skip: frozenset[str]) -> Any:
     """ExecuTorch's quantizer, with one scale after a layer and its clamp instead of one before and one after.
 
-    The stock one knows a layer and a relu as one, but not relu6: it spreads the 8 bits of such a layer over values
-    that the clamp then cuts off, which cost EfficientNet-Lite0 a tenth of its predictions. XNNPACK runs both as one.
+    The stock one fuses a layer with relu but not with relu6: it spreads the 8 bits of such a layer over values that
+    the clamp then cuts off, which cost EfficientNet-Lite0 a tenth of its predictions. XNNPACK fuses both.
     """
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as stock
     from torchao.quantization.pt2e.observer import MinMaxObserver
@@ -162,10 +162,9 @@ def _whole_constants(graph_module: fx.GraphModule) -> None:
 
 @contextmanager
 def fast_annotation() -> Iterator[None]:
-    """Let XNNPACK's quantizer look for convolutions with a batch norm only where a graph has a batch norm left.
+    """Skip XNNPACK's search for convolutions with a batch norm if the graph has no batch norm left.
 
-    It traces its twelve patterns anew for each model, which takes longer than all else that quantizing a small one
-    does, and those that it looks for have been folded before.
+    It traces its twelve patterns again for each model, which takes longer than the rest of quantizing a small one.
     """
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
 

@@ -1,4 +1,4 @@
-"""How many bytes and parameters a model really has, quantized tensors included."""
+"""Count the bytes and parameters of a model, quantized tensors included."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def stored_bytes(model: nn.Module) -> int:
 def parameter_count(model: nn.Module) -> int:
     """Weights of the model as its architecture counts them, however many bits each has. A shared one counts once.
 
-    What carries a layer says how many values it stands for. A program-like model (`int8`) says itself
-    how many it was made from, in `source_parameters`.
+    A carrier gives the number of values of its layer; the graph of an `int8` model states it in `source_parameters`.
     """
     whole = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "source_parameters", None), int)}
     inside = {id(p) for m in whole.values() for p in m.parameters()}
-    counts = {id(p): count for c, m in _carried(model) for p, count in c.counts(m).items()}
+    counts = {id(p): count for c, m in _carried_layers(model) for p, count in c.counts(m).items()}
     own = sum(counts.get(id(p), p.numel()) for p in model.parameters() if id(p) not in inside)
     return own + sum(int(m.source_parameters) for m in whole.values())  # type: ignore[arg-type]
 
@@ -52,13 +51,13 @@ def weight_bits(tensor: Tensor) -> int | None:
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     seen: set[int] = set()
-    hidden = [tensor for carrier, layer in _carried(model) for tensor in carrier.hidden_tensors(layer)]
+    hidden = [tensor for carrier, layer in _carried_layers(model) for tensor in carrier.hidden_tensors(layer)]
     for tensor in (*model.parameters(), *model.buffers(), *hidden):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield tensor
 
 
-def _carried(model: nn.Module) -> list[tuple[Carrier, nn.Module]]:
+def _carried_layers(model: nn.Module) -> list[tuple[Carrier, nn.Module]]:
     pairs = [(carrier_of(layer), layer) for layer in model.modules()]
     return [(carrier, layer) for carrier, layer in pairs if carrier is not None]

@@ -1,4 +1,4 @@
-"""Which embeddings do nothing with their weight but look rows up: only those still run once it is quantized."""
+"""Find the embeddings that only look up rows of their weight: only those still run when it is quantized."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 def looks_up(table: nn.Embedding) -> bool:
     """Whether a call of the table reads its weight by `F.embedding` and in no other way.
 
-    A subclass may do as it likes: Bart's and Gemma's word embeddings scale the rows that they look up, Whisper's
-    positions are slices of the weight. So one of those is called once, with one token, and watched. One that does not
-    take a tensor of tokens cannot be watched, and counts as reading in another way.
+    Subclasses differ: Bart's and Gemma's word embeddings scale the rows that they look up, Whisper's positions are
+    slices of the weight. A subclass is called once, with one token, and watched. If it does not take a tensor of
+    tokens, it counts as reading in another way.
     """
     if type(table).forward is nn.Embedding.forward:
         return True
@@ -23,7 +23,7 @@ def looks_up(table: nn.Embedding) -> bool:
     try:
         with torch.no_grad(), _LookupRecorder(table.weight) as watch:
             table.forward(tokens)
-    except Exception:  # whatever a forward raises that wants something else
+    except Exception:  # whatever its forward raises
         return False
     return watch.looked_up and not watch.read_otherwise
 

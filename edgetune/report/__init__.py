@@ -18,7 +18,7 @@ LEDGER, PAGE = "ledger.json", "report.html"
 def write(ledger: Ledger, folder: Path) -> None:
     """Write `ledger.json`, then `report.html`, each whole or not at all.
 
-    The ledger comes first, so that it is there even where the page raises because plotly is missing.
+    The ledger comes first, so that it exists even if the page raises because plotly is missing.
     """
     write_atomically(folder / LEDGER, ledger.dumps())
     page(ledger, folder / PAGE)
@@ -27,7 +27,7 @@ def write(ledger: Ledger, folder: Path) -> None:
 def report(run_dir: Path | str) -> Path:
     """Rebuild `report.html` of a run from its `ledger.json`, and return its path.
 
-    Raises `EdgetuneError` for a folder that is not there, has no ledger, or has one that cannot be read.
+    Raises `EdgetuneError` for a folder that does not exist or has no readable ledger.
     """
     folder = Path(run_dir)
     if not folder.is_dir():

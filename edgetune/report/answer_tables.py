@@ -23,8 +23,8 @@ def answer_tables(answers: Answers) -> tuple[Table, ...]:
 def brief_table(answers: Answers) -> Table:
     """The classes with the lowest recall, and the most frequent confusion in words, for a terminal."""
     table = class_table(answers)
-    measured = [place for place, one in enumerate(answers.classes) if one.recall_pct is not None]
-    lowest = sorted(measured, key=lambda place: answers.classes[place].recall_pct or 0.0)[:MOST_CLASSES]
+    measured = [index for index, one in enumerate(answers.classes) if one.recall_pct is not None]
+    lowest = sorted(measured, key=lambda index: answers.classes[index].recall_pct or 0.0)[:MOST_CLASSES]
     notes = []
     if answers.confusions:
         first = answers.confusions[0]
@@ -32,7 +32,7 @@ def brief_table(answers: Answers) -> Table:
         notes = [f"Most often confused: {often}."]
     left = len(table.rows) - len(lowest)
     title = f"Classes with the lowest recall ({pluralize(left, 'other')} on the page)" if left else table.title
-    shown = tuple(tuple(table.rows[place][:4]) for place in (lowest if left else range(len(table.rows))))
+    shown = tuple(tuple(table.rows[index][:4]) for index in (lowest if left else range(len(table.rows))))
     return replace(table, title=title, columns=table.columns[:4], rows=shown, notes=tuple(notes))
 
 
@@ -67,11 +67,11 @@ def class_table(answers: Answers) -> Table:
 def confusion_table(answers: Answers) -> Table | None:
     """A row for each true class and a column for each predicted one; the frequent confusions of many classes."""
     if len(answers.classes) > WIDEST_MATRIX:
-        return _pairs(answers)
+        return _frequent_confusions(answers)
     names = [one.name for one in answers.classes]
     counted = {(one.true, one.predicted): one.rows for one in answers.confusions}
     counted |= {(one.name, one.name): one.right for one in answers.classes}
-    columns = (Column("true, predicted as", text=True), *(Column(_cut(name, MOST_LETTERS)) for name in names))
+    columns = (Column("true, predicted as", text=True), *(Column(_truncate(name, MOST_LETTERS)) for name in names))
     rows = tuple(
         (Cell(true), *(_count(counted.get((true, predicted), 0), true == predicted) for predicted in names))
         for true in names
@@ -85,7 +85,7 @@ def _count(rows: int, right: bool) -> Cell:
     return Cell(f"{rows:,}", "good" if right else "bad")
 
 
-def _pairs(answers: Answers) -> Table | None:
+def _frequent_confusions(answers: Answers) -> Table | None:
     if not answers.confusions:
         return None
     columns = (Column("true", text=True), Column("prediction", text=True), Column("rows"))
@@ -117,5 +117,5 @@ def mistake_table(answers: Answers) -> Table | None:
     return Table("mistakes", "The most confident mistakes", columns, rows)
 
 
-def _cut(text: str, most: int) -> str:
+def _truncate(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"

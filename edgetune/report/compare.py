@@ -1,4 +1,4 @@
-"""One program on every device that is known: predicted latency, memory, energy and cold start, and whether it fits."""
+"""Compare one program on many devices: predicted latency, memory, energy, cold start, and whether it fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MS = 1e3
 
 
 @dataclass(frozen=True)
-class Speech:
+class GenerationSpeed:
     """Predicted speed of a text-generation program on one device; rates with the ends of their prediction intervals."""
 
     decode_tokens_s: tuple[float, float, float]  # middle, low, high
@@ -33,19 +33,19 @@ class Speech:
 
 @dataclass(frozen=True)
 class Line:
-    """One device. `predicted`: each kind of call, the one that says a token first; none where it cannot run there."""
+    """One device. `predicted`: each kind of call, that of one token first; empty if the program cannot run there."""
 
     device: str
     name: str
     family: str
     predicted: tuple[Predicted, ...]
     fits: bool | None  # None: its memory is unknown
-    why: str = ""  # it does not fit, or nobody knows
-    speech: Speech | None = None
+    why: str = ""  # it does not fit, or this is unknown
+    speed: GenerationSpeed | None = None
 
     @property
     def cold_start_ms(self) -> float | None:
-        """Load, pack and run once; of a language program read a prompt of `prefill_tokens`."""
+        """Load, pack and run once; a text-generation program reads a prompt of `prefill_tokens`."""
         return self.predicted[-1].cold_start_ms if self.predicted else None
 
 
@@ -58,17 +58,17 @@ class Comparison:
     size_mib: float
     lines: tuple[Line, ...]
     faults: tuple[tuple[str, str], ...] = ()  # the descriptor, and what is wrong with it
-    prefill_tokens: int | None = None  # of a language program, and what its cache takes
+    prefill_tokens: int | None = None  # of a text-generation program, and what its cache takes
     cache_mib: float | None = None
     notes: tuple[str, ...] = ()
 
 
 def compare(artifact: Artifact | str | Path, devices: Sequence[str | Device] | None = None) -> Comparison:
-    """Predict a program on these devices, by default all that are known, the fastest first.
+    """Predict a program on these devices, by default all known ones, the fastest first.
 
-    Left out, with the reason in `faults`: a device that no runtime is published for, this host before it was
-    calibrated, and among all known ones a descriptor with a fault. Raises `EdgetuneError` for a device by name that is
-    unknown or has a fault, and where nothing is left to compare.
+    Left out, with the reason in `faults`: devices without a published runtime, this host if it is not calibrated, and
+    by default descriptors with a fault. Raises `EdgetuneError` if a named device is unknown or has a fault, and if no
+    device is left.
     """
     if isinstance(artifact, (str, Path)):
         from edgetune.program.artifact import Artifact
@@ -76,7 +76,7 @@ def compare(artifact: Artifact | str | Path, devices: Sequence[str | Device] | N
         artifact = Artifact.load(artifact, "model", "language")
     manifest, faults = artifact.manifest, list[tuple[str, str]]()
     lines: list[Line] = []
-    for device in device_ids() if devices is None else _once(devices):
+    for device in device_ids() if devices is None else _unique(devices):
         try:
             described = device if isinstance(device, Device) else load(device)
         except EdgetuneError as error:
@@ -104,15 +104,15 @@ def compare(artifact: Artifact | str | Path, devices: Sequence[str | Device] | N
     )
 
 
-def _once(devices: Sequence[str | Device]) -> tuple[str | Device, ...]:
-    """The devices, each one time."""
-    found: list[str | Device] = []
-    for device in devices:
-        if device not in found:
-            found.append(device)
-    if not found:
+def _unique(devices: Sequence[str | Device]) -> tuple[str | Device, ...]:
+    """The devices without duplicates."""
+    if not devices:
         raise EdgetuneError("no device is named", action="name one, or omit --devices to compare all")
-    return tuple(found)
+    unique: list[str | Device] = []
+    for device in devices:
+        if device not in unique:
+            unique.append(device)
+    return tuple(unique)
 
 
 def _line(artifact: Artifact, device: Device) -> Line:
@@ -131,75 +131,72 @@ def _line(artifact: Artifact, device: Device) -> Line:
         predicted=predicted,
         fits=None if unknown else not reasons,
         why="memory size unknown" if unknown else "; ".join(reasons),
-        speech=_speech(predicted, language.prefill_tokens) if language is not None else None,
+        speed=_generation_speed(predicted, language.prefill_tokens) if language is not None else None,
     )
 
 
-def _speech(predicted: Sequence[Predicted], prefill_tokens: int) -> Speech:
-    token, piece = predicted
-    return Speech(
-        decode_tokens_s=(_MS / token.latency_ms, _MS / token.latency_high_ms, _MS / token.latency_low_ms),
-        prefill_tokens_s=(
-            prefill_tokens * _MS / piece.latency_ms,
-            prefill_tokens * _MS / piece.latency_high_ms,
-            prefill_tokens * _MS / piece.latency_low_ms,
-        ),
-        first_token_ms=(piece.latency_ms, piece.latency_low_ms, piece.latency_high_ms),
-    )
+def _generation_speed(predicted: Sequence[Predicted], prefill_tokens: int) -> GenerationSpeed:
+    token, prompt = predicted
+
+    def tokens_s(call: Predicted, tokens: int) -> tuple[float, float, float]:
+        return tuple(tokens * _MS / ms for ms in (call.latency_ms, call.latency_high_ms, call.latency_low_ms))  # type: ignore[return-value]
+
+    first_token_ms = (prompt.latency_ms, prompt.latency_low_ms, prompt.latency_high_ms)
+    return GenerationSpeed(tokens_s(token, 1), tokens_s(prompt, prefill_tokens), first_token_ms)
 
 
 def _order(line: Line) -> tuple[bool, float, str]:
-    """By latency, those without any last."""
+    """The sort key: latency, devices without a prediction last."""
     return not line.predicted, line.predicted[0].latency_ms if line.predicted else 0.0, line.device
 
 
 def _notes(target: str, lines: Sequence[Line], prefill_tokens: int | None) -> tuple[str, ...]:
-    """What holds for the whole table."""
-    found = [line.predicted[0] for line in lines if line.predicted]
-    said = [
+    """Notes on the whole table."""
+    predictions = [line.predicted[0] for line in lines if line.predicted]
+    notes = [
         "All values are predicted from device descriptors, for the CPU with the threads shown. None was measured.",
         "GPUs and NPUs are not predicted. Energy is an order-of-magnitude estimate.",
     ]
-    shares = sorted({one.interval_pct for one in found if one.interval_pct is not None})
+    shares = sorted({one.interval_pct for one in predictions if one.interval_pct is not None})
     if shares:
         coverage = " or ".join(f"{share:g} %" for share in shares)
-        unchecked = " Some were never validated." if any(one.interval_pct is None for one in found) else ""
-        said.append(f"The intervals are designed to cover {coverage} of programs.{unchecked}")
+        unchecked = " Some were never validated." if any(one.interval_pct is None for one in predictions) else ""
+        notes.append(f"The intervals are designed to cover {coverage} of programs.{unchecked}")
     if prefill_tokens is not None:
-        said.append(
+        notes.append(
             f"Latency and energy are those of one token after {prefill_tokens} tokens. The time to the first token is "
             f"for a prompt of {prefill_tokens} tokens. A cold start also loads the program."
         )
-    if target not in CPU_TARGETS and found:
-        said.append(f"Computed for the CPU cores: {target} on other hardware is not predicted.")
-    return tuple(said)
+    if target not in CPU_TARGETS and predictions:
+        notes.append(f"Computed for the CPU cores: {target} on other hardware is not predicted.")
+    return tuple(notes)
 
 
-# the first to go where the terminal is too narrow for all
-_SPARED = ("cold ms", "calibrated", "mJ", "J/1,000 tokens", "prefill/s", "MiB")
+# dropped in this order if the terminal is too narrow
+_SPARE_COLUMNS = ("cold ms", "calibrated", "mJ", "J/1,000 tokens", "prefill/s", "MiB")
 
 
-def text(found: Comparison, width: int | None = None) -> str:
-    """The comparison as a table for a terminal, of so many columns: those that are spared first are left out."""
-    head = ("device", *headed(found), "fits")
-    rows = [(*row[:-1], _verdict(line)) for row, line in zip(rows_of(found), found.lines, strict=True)]
+def text(comparison: Comparison, width: int | None = None) -> str:
+    """The comparison as a table for a terminal of this width, without the columns that do not fit."""
+    head = ("device", *column_headings(comparison), "fits")
+    rows = [(*row[:-1], _verdict(line)) for row, line in zip(rows_of(comparison), comparison.lines, strict=True)]
     table = [head, *rows]
     lines = _lines(table)
-    for name in _SPARED:
+    for name in _SPARE_COLUMNS:
         if width is not None and max(map(len, lines)) > width and name in table[0]:
-            place = table[0].index(name)
-            table = [(*row[:place], *row[place + 1 :]) for row in table]
+            index = table[0].index(name)
+            table = [(*row[:index], *row[index + 1 :]) for row in table]
             lines = _lines(table)
-    first = f"{found.program}: {found.target}, {format_number(found.size_mib)} MiB"
-    if found.cache_mib is not None:
-        first += f", and {format_number(found.cache_mib)} MiB of memory for its cache"
+    first = f"{comparison.program}: {comparison.target}, {format_number(comparison.size_mib)} MiB"
+    if comparison.cache_mib is not None:
+        first += f", and {format_number(comparison.cache_mib)} MiB of memory for its cache"
     shown = [f"{first}; predicted for the {'CPUs' if len(rows) > 1 else 'CPU'} of {pluralize(len(rows), 'device')}", ""]
     shown += lines
-    reasons = [(line.device, line.why) for line in found.lines if line.why]
-    for title, told in (("does not fit, or unknown", reasons), ("left out", found.faults)):
-        if told:
-            shown += ["", title, *(f"  {name}: {reason}" for name, reason in told)]
-    return "\n".join([*shown, "", *found.notes])
+    reasons = [(line.device, line.why) for line in comparison.lines if line.why]
+    for title, entries in (("does not fit, or unknown", reasons), ("left out", comparison.faults)):
+        if entries:
+            shown += ["", title, *(f"  {name}: {reason}" for name, reason in entries)]
+    return "\n".join([*shown, "", *comparison.notes])
 
 
 def _lines(table: Sequence[Sequence[str]]) -> list[str]:
@@ -211,14 +208,14 @@ def _verdict(line: Line) -> str:
     return "?" if line.fits is None else "yes" if line.fits else "no"
 
 
-def rows_of(found: Comparison) -> list[tuple[str, ...]]:
-    """The device, its figures under `headed`, and whether it fits, line by line."""
-    return [(line.device, *_figures(line, len(headed(found))), _fits(line)) for line in found.lines]
+def rows_of(comparison: Comparison) -> list[tuple[str, ...]]:
+    """For each line the device, its figures under `column_headings`, and whether it fits."""
+    return [(line.device, *_figures(line, len(column_headings(comparison))), _fits(line)) for line in comparison.lines]
 
 
-def headed(found: Comparison) -> tuple[str, ...]:
-    """What the figures are, with their units."""
-    if found.prefill_tokens is not None:
+def column_headings(comparison: Comparison) -> tuple[str, ...]:
+    """The headings of the figures, with units."""
+    if comparison.prefill_tokens is not None:
         return (
             "threads", "tokens/s", "interval", "prefill/s", "1st token ms", "interval", "MiB", "J/1,000 tokens",
             "cold ms", "calibrated", "not predicted",
@@ -239,18 +236,12 @@ def _figures(line: Line, many: int) -> tuple[str, ...]:
         ", ".join(kind.upper() for kind in one.accelerators or ()) or "-",
     )
     threads = str(one.threads or "-")
-    if line.speech is None:
-        return (threads, format_number(one.latency_ms), _band(one.latency_low_ms, one.latency_high_ms), *shared)
-    decode, prefill, first = line.speech.decode_tokens_s, line.speech.prefill_tokens_s, line.speech.first_token_ms
-    return (
-        threads,
-        format_number(decode[0]),
-        _band(*decode[1:]),
-        format_number(prefill[0]),
-        format_number(first[0]),
-        _band(*first[1:]),
-        *shared,
-    )
+    if line.speed is None:
+        return (threads, format_number(one.latency_ms), _interval(one.latency_low_ms, one.latency_high_ms), *shared)
+    decode, decode_interval = format_number(line.speed.decode_tokens_s[0]), _interval(*line.speed.decode_tokens_s[1:])
+    first, first_interval = format_number(line.speed.first_token_ms[0]), _interval(*line.speed.first_token_ms[1:])
+    prefill = format_number(line.speed.prefill_tokens_s[0])
+    return (threads, decode, decode_interval, prefill, first, first_interval, *shared)
 
 
 def _fits(line: Line) -> str:
@@ -259,25 +250,25 @@ def _fits(line: Line) -> str:
     return "yes" if line.fits else f"no: {line.why}"
 
 
-def _band(low: float, high: float) -> str:
+def _interval(low: float, high: float) -> str:
     return f"{format_number(low)} to {format_number(high)}"
 
 
-def plain(found: Comparison) -> dict[str, Any]:
+def to_json_values(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values."""
     return {
-        "program": found.program,
-        "target": found.target,
-        "size_mib": found.size_mib,
-        "prefill_tokens": found.prefill_tokens,
-        "cache_mib": found.cache_mib,
-        "devices": [_plain_line(line) for line in found.lines],
-        "faults": [{"device": name, "fault": fault} for name, fault in found.faults],
-        "notes": list(found.notes),
+        "program": comparison.program,
+        "target": comparison.target,
+        "size_mib": comparison.size_mib,
+        "prefill_tokens": comparison.prefill_tokens,
+        "cache_mib": comparison.cache_mib,
+        "devices": [_line_values(line) for line in comparison.lines],
+        "faults": [{"device": name, "fault": fault} for name, fault in comparison.faults],
+        "notes": list(comparison.notes),
     }
 
 
-def _plain_line(line: Line) -> dict[str, Any]:
+def _line_values(line: Line) -> dict[str, Any]:
     one = line.predicted[0] if line.predicted else None
     values: dict[str, Any] = {
         "device": line.device,
@@ -290,7 +281,7 @@ def _plain_line(line: Line) -> dict[str, Any]:
         "energy_j_per_1000": one.energy_mj if one is not None else None,
         "predicted": [call.model_dump(mode="json") for call in line.predicted],
     }
-    if line.speech is not None:
+    if line.speed is not None:
         for name in ("decode_tokens_s", "prefill_tokens_s", "first_token_ms"):
-            values[name] = dict(zip(("middle", "low", "high"), getattr(line.speech, name), strict=True))
+            values[name] = dict(zip(("middle", "low", "high"), getattr(line.speed, name), strict=True))
     return values

@@ -7,23 +7,23 @@ from typing import Any
 
 from edgetune.core.numbers import format_number, pluralize
 from edgetune.report.compare import Comparison, Line
-from edgetune.report.device_figures import whiskers
-from edgetune.report.drawing import BLUE, GREY, ORANGE, TEAL, Figure, axis, built, category_axis, label, log_range
+from edgetune.report.device_figures import error_bars
+from edgetune.report.drawing import BLUE, GREY, ORANGE, TEAL, Figure, axis, build_spec, category_axis, label, log_range
 
 PURPLE = "#8b5fc7"
 _FAMILIES = {"phone": BLUE, "board": TEAL, "jetson": PURPLE, "computer": ORANGE, "microcontroller": GREY}
 _ROW_PX = 22
 
 
-def by_device(found: Comparison) -> tuple[Figure, ...]:
-    """Latency on each device with its interval; of a language program a token, and the first token after a prompt."""
-    if found.prefill_tokens is None:
-        figures = [_latencies("devices", "Predicted latency of one run", found.lines, 0)]
+def by_device(comparison: Comparison) -> tuple[Figure, ...]:
+    """Latency on each device with its interval; for text generation, of one token and of the first token."""
+    if comparison.prefill_tokens is None:
+        figures = [_latencies("devices", "Predicted latency of one run", comparison.lines, 0)]
     else:
-        first = f"Predicted time to the first token, after a prompt of {pluralize(found.prefill_tokens, 'token')}"
+        first = f"Predicted time to the first token, after a prompt of {pluralize(comparison.prefill_tokens, 'token')}"
         figures = [
-            _latencies("devices", "Predicted latency of one token", found.lines, 0),
-            _latencies("devices-first", first, found.lines, 1),
+            _latencies("devices", "Predicted latency of one token", comparison.lines, 0),
+            _latencies("devices-first", first, comparison.lines, 1),
         ]
     return tuple(figure for figure in figures if figure is not None)
 
@@ -49,12 +49,12 @@ def _latencies(key: str, title: str, lines: Sequence[Line], call: int) -> Figure
         "xaxis": axis("ms, each with its interval", type="log", range=log_range(ends), dtick=1),
         "yaxis": category_axis(categoryorder="array", categoryarray=[label(line.device) for line in drawn], dtick=1),
     }
-    told = ", ".join(
+    description = ", ".join(
         f"{line.device} {format_number(line.predicted[call].latency_ms)} ms"
         + (" (does not fit)" if line.fits is False else "")
         for line in drawn
     )
-    return Figure(key, title, told, built(traces, layout), wide=True)
+    return Figure(key, title, description, build_spec(traces, layout), wide=True)
 
 
 def _points(lines: Sequence[Line], call: int, family: str, fits: bool) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _points(lines: Sequence[Line], call: int, family: str, fits: bool) -> dict[s
         "name": family if fits else f"{family}, does not fit",
         "x": [one.latency_ms for one in calls],
         "y": [label(line.device) for line in lines],
-        "error_x": whiskers([(one.latency_ms, one.latency_low_ms, one.latency_high_ms) for one in calls]),
+        "error_x": error_bars([(one.latency_ms, one.latency_low_ms, one.latency_high_ms) for one in calls]),
         "marker": {"color": color, "size": 11, "symbol": "circle" if fits else "x-open", "line": {"width": 2}},
         "hovertext": marks,
         "hovertemplate": "<b>%{y}</b><br>%{hovertext}<extra></extra>",

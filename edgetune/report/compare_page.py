@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetune.core.numbers import format_number, pluralize
-from edgetune.report.compare import Comparison, headed, rows_of
+from edgetune.report.compare import Comparison, column_headings, rows_of
 from edgetune.report.compare_figures import by_device
 from edgetune.report.pages import Section, write_report
 from edgetune.report.tables import Cell, Column, Table
 
 
 def page(comparison: Comparison, path: Path) -> None:
-    """Write the comparison as one HTML page that needs nothing else, whole or not at all."""
+    """Write the comparison as one self-contained HTML page, whole or not at all."""
     figures = by_device(comparison)
     columns = (
         Column("device", text=True),
-        *(Column(name) for name in headed(comparison)),
+        *(Column(name) for name in column_headings(comparison)),
         Column("fits", text=True, wraps=True),
     )
     rows = tuple(

@@ -43,20 +43,20 @@ class Terminal:
         for table in summary_tables(ledger):
             yield Text("")
             yield Text(table.title, style="bold")
-            yield drawn(table, width)
+            yield draw_table(table, width)
             if table.key == "steps" and any(column.room > width for column in table.columns if column.text):
                 yield from settings_lines(ledger)
             for note in table.notes:
                 yield Text(clean(note), style="dim")
 
 
-def drawn(table: Table, width: int) -> RichTable:
-    """One table, without the columns that there is no room for."""
-    shown = [place for place, column in enumerate(table.columns) if column.room <= width]
+def draw_table(table: Table, width: int) -> RichTable:
+    """One table, without the columns that do not fit."""
+    shown = [index for index, column in enumerate(table.columns) if column.room <= width]
     tight = _natural_width(table, shown, width >= WIDE) > width
     still_tight = tight and _natural_width(table, shown, width >= WIDE, short=True) > width
     named = table.key != "program"
-    drawn_table = RichTable(
+    rich_table = RichTable(
         box=box.SIMPLE_HEAD if named else None,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -64,34 +64,34 @@ def drawn(table: Table, width: int) -> RichTable:
         show_header=named,
         header_style="dim",
     )
-    for place in shown:
-        column = table.columns[place]
-        drawn_table.add_column(
+    for index in shown:
+        column = table.columns[index]
+        rich_table.add_column(
             heading(column, width >= WIDE),
             justify="left" if column.text else "right",
             no_wrap=not column.text or column.heading == "step",
             max_width=column.narrow or None if still_tight else None,
-            min_width=_longest_name(table, place) if column.heading == "device" else None,
+            min_width=_longest_name(table, index) if column.heading == "device" else None,
             overflow="fold",
         )
     for row in table.rows:
-        drawn_table.add_row(*(styled(row[place], short=tight) for place in shown))
-    return drawn_table
+        rich_table.add_row(*(style_cell(row[index], short=tight) for index in shown))
+    return rich_table
 
 
 def _natural_width(table: Table, shown: list[int], wide: bool, *, short: bool = False) -> int:
     """Characters that these columns take where nothing wraps; `short`: with the short texts of the cells."""
     widths = [
-        max(len(line) for text in (heading(table.columns[place], wide), *cells) for line in text.split("\n"))
-        for place in shown
-        for cells in [[(short and row[place].short) or row[place].text for row in table.rows]]
+        max(len(line) for text in (heading(table.columns[index], wide), *cells) for line in text.split("\n"))
+        for index in shown
+        for cells in [[(short and row[index].short) or row[index].text for row in table.rows]]
     ]
     return sum(widths) + 2 * (len(widths) - 1)
 
 
-def _longest_name(table: Table, place: int) -> int:
-    """Characters of the longest word in a column that is to stay in one piece."""
-    lengths = [len(word) for row in table.rows for word in row[place].text.split()]
+def _longest_name(table: Table, index: int) -> int:
+    """Characters of the longest word in a column that must not be split."""
+    lengths = [len(word) for row in table.rows for word in row[index].text.split()]
     return max((length for length in lengths if length <= LONGEST_DEVICE), default=1)
 
 
@@ -102,20 +102,20 @@ def heading(column: Column, wide: bool) -> str:
     return f"{column.heading}\n{column.unit}" if column.unit else column.heading
 
 
-def styled(cell: Cell, *, short: bool = False) -> Text:
+def style_cell(cell: Cell, *, short: bool = False) -> Text:
     """A cell as rich text; markup in it stays text."""
     return Text(clean(cell.short if short and cell.short else cell.text), style=STYLES[cell.tone])
 
 
 def settings_lines(ledger: Ledger) -> Iterator[RenderableType]:
-    """The settings column, where it has no room: the settings that the recipe chose."""
+    """The settings of each step below the table, if their column does not fit."""
     for row in ledger.rows:
         if row.detail and row.step not in WITHOUT_SETTINGS:
             yield Padding(Text(clean(f"{row.index} {row.step}: {row.detail}"), style="dim"), (0, 0, 0, 2))
 
 
 def clean(text: str) -> str:
-    """Without control characters, so that a name from a file cannot drive the terminal."""
+    """Replace control characters, so that a name from a file cannot control the terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 

@@ -1,6 +1,6 @@
 """Latency and memory per device. Blue and hatched is predicted, orange and filled is measured.
 
-The two never share a panel: each has its own, with its name over it, above one scale.
+The two never share a panel: each has its own, with a heading, on one scale.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from typing import Any
 
 from edgetune.core.ledger import Ledger, Measured, Predicted
 from edgetune.core.numbers import finite_or_none, format_number
-from edgetune.report.drawing import BAR_PX, BLUE, ORANGE, Figure, axis, built, category_axis, horizontal, room_for_text
+from edgetune.report.drawing import (
+    BAR_PX,
+    BLUE,
+    ORANGE,
+    Figure,
+    axis,
+    build_spec,
+    category_axis,
+    horizontal,
+    room_for_text,
+)
 
 
 def latency(ledger: Ledger) -> Figure | None:
@@ -19,27 +29,27 @@ def latency(ledger: Ledger) -> Figure | None:
     predicted = [line for line in ledger.predicted if finite_or_none(line.latency_ms) is not None]
     measured = [line for line in ledger.measured if finite_or_none(line.latency_ms) is not None]
     above = horizontal(
-        [named(line) for line in predicted], [line.latency_ms for line in predicted], BLUE,
+        [label_of(line) for line in predicted], [line.latency_ms for line in predicted], BLUE,
         [f"{format_number(line.latency_ms)} ({format_number(line.latency_low_ms)} to "
          f"{format_number(line.latency_high_ms)})"
          for line in predicted], hatched=True,
     )  # fmt: skip
-    above["error_x"] = whiskers([(line.latency_ms, line.latency_low_ms, line.latency_high_ms) for line in predicted])
+    above["error_x"] = error_bars([(line.latency_ms, line.latency_low_ms, line.latency_high_ms) for line in predicted])
     below = horizontal(
         [line.where for line in measured], [line.latency_ms for line in measured], ORANGE,
         [f"{format_number(line.latency_ms)} ({format_number(line.latency_p10_ms)} to "
          f"{format_number(line.latency_p90_ms)})"
          for line in measured],
     )  # fmt: skip
-    below["error_x"] = whiskers([(line.latency_ms, line.latency_p10_ms, line.latency_p90_ms) for line in measured])
-    told = told_devices(
+    below["error_x"] = error_bars([(line.latency_ms, line.latency_p10_ms, line.latency_p90_ms) for line in measured])
+    description = describe_devices(
         [(line, line.latency_ms) for line in predicted], [(line, line.latency_ms) for line in measured], "ms"
     )
-    return panels("latency", "Latency of one run", "ms", above, below, told,
+    return panels("latency", "Latency of one run", "ms", above, below, description,
                   "on the CPU, with its interval", "median, p10 to p90")  # fmt: skip
 
 
-def named(line: Predicted) -> str:
+def label_of(line: Predicted) -> str:
     """Device and call, and that it is the CPU: a board with a GPU may be faster than the bar says."""
     return f"{line.device} CPU, {line.call}" if line.call else f"{line.device} CPU"
 
@@ -55,10 +65,10 @@ def memory(ledger: Ledger) -> Figure | None:
                        [format_number(value) for _, value in bars], hatched=True)  # fmt: skip
     below = horizontal([line.where for line in measured], [line.peak_memory_mib for line in measured], ORANGE,
                        [format_number(line.peak_memory_mib) for line in measured])  # fmt: skip
-    told = told_devices(
+    description = describe_devices(
         [(line, line.peak_memory_mib) for line in predicted], [(line, line.peak_memory_mib) for line in measured], "MiB"
     )
-    figure = panels("memory", "Peak memory of one run", "MiB", above, below, told,
+    figure = panels("memory", "Peak memory of one run", "MiB", above, below, description,
                     "weights and planned arena", "of the process, less that of an empty one")  # fmt: skip
     if figure is None or not (predicted and measured):
         return figure
@@ -69,7 +79,7 @@ def memory(ledger: Ledger) -> Figure | None:
     return replace(figure, note=note)
 
 
-def told_devices(
+def describe_devices(
     predicted: Sequence[tuple[Predicted, float]], measured: Sequence[tuple[Measured, float]], of: str
 ) -> str:
     """Both panels in words."""
@@ -88,7 +98,7 @@ def panels(
     of: str,
     above: dict[str, Any],
     below: dict[str, Any],
-    told: str,
+    description: str,
     note_above: str,
     note_below: str,
 ) -> Figure | None:
@@ -111,10 +121,10 @@ def panels(
         "xaxis": axis(of, range=[0, reach], anchor="y2" if len(shown) == 2 else "y"),
     }
     top = 1.0
-    for place, (bars, head) in enumerate(shown):
+    for index, (bars, head) in enumerate(shown):
         foot = max(0.0, top - len(bars["x"]) * BAR_PX / inner_px)
-        name = "yaxis2" if place else "yaxis"
-        bars["yaxis"] = "y2" if place else "y"
+        name = "yaxis2" if index else "yaxis"
+        bars["yaxis"] = "y2" if index else "y"
         layout[name] = category_axis(domain=[foot, top])
         layout["annotations"].append(
             {"xref": "paper", "yref": "paper", "x": 0, "y": top, "text": head, "showarrow": False, "xanchor": "left",
@@ -122,11 +132,11 @@ def panels(
         )  # fmt: skip
         top = foot - gap_px / inner_px
     traces = [trace for bars, _ in shown for trace in (bars, texts_beyond(bars))]
-    return Figure(key, title, told, built(traces, layout))
+    return Figure(key, title, description, build_spec(traces, layout))
 
 
 def texts_beyond(bars: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of the bars, taken off them and written where bar and whisker end."""
+    """Move the numbers of the bars to the end of bar and error bar."""
     texts, bars["text"] = bars["text"], [""] * len(bars["y"])
     bars["hovertext"] = texts
     return {
@@ -150,8 +160,8 @@ def ends(bars: dict[str, Any]) -> list[float]:
     return [value + more for value, more in zip(bars["x"], bars["error_x"]["array"], strict=True)]
 
 
-def whiskers(lines: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
-    """Error bars from (value, low, high); an end that is not finite, or on the wrong side, has no whisker."""
+def error_bars(lines: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    """Error bars from (value, low, high); an end that is not finite, or on the wrong side, has none."""
     return {
         "type": "data",
         "symmetric": False,

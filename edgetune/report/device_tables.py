@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from edgetune.core.ledger import Ledger, Measured, Predicted, on_cpu
 from edgetune.core.numbers import format_number
-from edgetune.report.tables import Cell, Column, Table, cells, grouped_notes
+from edgetune.report.tables import Cell, Column, Table, cells, group_notes
 
 CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
 QUANTITIES = {
@@ -82,7 +82,7 @@ def predicted_table(ledger: Ledger, *, brief: bool = False) -> Table | None:
         for line in ledger.predicted
     )
     notes = ["Computed from device descriptors for the CPU; nothing here was timed."]
-    notes += _parted_notes(ledger.predicted) if brief else grouped_notes((x.where, x.note) for x in ledger.predicted)
+    notes += _split_notes(ledger.predicted) if brief else group_notes((x.where, x.note) for x in ledger.predicted)
     return Table("predicted", "Predicted, not measured", columns, rows, tuple(notes))
 
 
@@ -91,11 +91,11 @@ def _accelerator_cell(line: Predicted) -> Cell:
     return Cell(line.not_predicted or "none", short=kinds)
 
 
-def _parted_notes(predicted: Sequence[Predicted]) -> list[str]:
+def _split_notes(predicted: Sequence[Predicted]) -> list[str]:
     """Each part of a note once, with the devices that it holds for, or `all`."""
     parts = [(line.where, part) for line in predicted for part in line.note.split("; ")]
     everywhere = ", ".join(dict.fromkeys(line.where for line in predicted))
-    notes = grouped_notes(parts)
+    notes = group_notes(parts)
     return [f"all{note.removeprefix(everywhere)}" if "," in everywhere and note.startswith(f"{everywhere}:") else note
             for note in notes]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What all plots share: the figure value, layout, axes and horizontal bars. Text and grid get the page's colours."""
+"""Parts of all plots: the figure value, layout, axes and horizontal bars. Text and grid get the page's colours."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 from edgetune.core.registry import require
 
-# Legible on white and on near-black; told apart by most colour-blind people, and by pattern as well.
+# Legible on white and on near-black; description apart by most colour-blind people, and by pattern as well.
 BLUE, ORANGE, TEAL, GREY = "#3b82d9", "#d9770f", "#159a86", "#8a8f98"
 BAR_PX = 34  # height of a horizontal bar with its gap
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: `spec` is plotly's JSON value, `told` is its content in words."""
+    """A plot: `spec` is plotly's JSON value, `description` gives its content in words."""
 
     key: str
     title: str
-    told: str
+    description: str
     spec: dict[str, Any]
     wide: bool = False
-    note: str = ""  # what has to be known to read it
+    note: str = ""  # needed to read it
 
 
 def label(text: str, most: int = 28) -> str:
-    """A name as plotly text: its small HTML stays unread, and it is cut where it would push the plot aside."""
+    """A name as plotly text: HTML is escaped, and a long name is truncated."""
     return html.escape(text if len(text) <= most else text[: most - 1] + "…", quote=False)
 
 
-def built(traces: Sequence[dict[str, Any]], layout: dict[str, Any]) -> dict[str, Any]:
-    """Traces and layout through plotly, which refuses any attribute that it does not know."""
+def build_spec(traces: Sequence[dict[str, Any]], layout: dict[str, Any]) -> dict[str, Any]:
+    """Build plotly's JSON from traces and layout; plotly refuses unknown attributes."""
     graph = require("plotly.graph_objects", "the HTML report")
     base = {
         "template": graph.layout.Template(),
@@ -51,7 +51,7 @@ def built(traces: Sequence[dict[str, Any]], layout: dict[str, Any]) -> dict[str,
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """An axis with a title that makes its own room."""
+    """An axis with a title and automatic margin."""
     return {"title": {"text": title, "standoff": 10}, "automargin": True, "zeroline": False, **more}
 
 
@@ -66,7 +66,7 @@ def horizontal(
         "type": "bar",
         "orientation": "h",
         "x": list(values),
-        "y": distinct([label(name) for name in names]),
+        "y": number_duplicates([label(name) for name in names]),
         "text": list(texts),
         "textposition": "outside",
         "cliponaxis": False,
@@ -76,10 +76,10 @@ def horizontal(
     }
 
 
-def distinct(names: Sequence[str]) -> list[str]:
-    """The names, numbered where one comes again: plotly draws bars of one name over each other.
+def number_duplicates(names: Sequence[str]) -> list[str]:
+    """Number repeated names: plotly draws bars of one name over each other.
 
-    >>> distinct(["a", "b", "a"])
+    >>> number_duplicates(["a", "b", "a"])
     ['a', 'b', 'a (2)']
     """
     seen: dict[str, int] = {}

@@ -24,7 +24,7 @@ from edgetune.report.drawing import (
     TEAL,
     Figure,
     axis,
-    built,
+    build_spec,
     category_axis,
     height_of,
     horizontal,
@@ -41,8 +41,8 @@ def figures(ledger: Ledger) -> tuple[Figure, ...]:
     """Every plot that the ledger has numbers for."""
     candidates = [
         quality_against_size(ledger),
-        kept_for_backward(ledger),
-        *(loss_curve(ledger, training, place) for place, training in enumerate(ledger.trainings)),
+        saved_for_backward(ledger),
+        *(loss_curve(ledger, training, index) for index, training in enumerate(ledger.trainings)),
         latency(ledger),
         memory(ledger),
         delegated(ledger),
@@ -59,15 +59,15 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
     result = last_quality(ledger)
     if result is None:
         return None
-    known = [
+    points_of_rows = [
         (row, row.quality.value)
         for row in ledger.rows
         if row.quality and row.quality.metric == result.metric
         if finite_or_none(row.quality.value) is not None and finite_or_none(row.size_mib) is not None
     ]
-    if not known:
+    if not points_of_rows:
         return None
-    rows, values = [row for row, _ in known], [value for _, value in known]
+    rows, values = [row for row, _ in points_of_rows], [value for _, value in points_of_rows]
     sizes = [row.size_mib for row in rows]
     points = {
         "type": "scatter",
@@ -76,7 +76,7 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
         "x": sizes,
         "y": values,
         "text": point_labels(rows, sizes, values),
-        "textposition": [label_side(values, place) for place in range(len(rows))],
+        "textposition": [label_side(values, index) for index in range(len(rows))],
         "cliponaxis": False,
         "line": {"color": BLUE, "width": 1, "dash": "dot"},
         "marker": {"color": BLUE, "size": 11},
@@ -88,19 +88,19 @@ def quality_against_size(ledger: Ledger) -> Figure | None:
     layout: dict[str, Any] = {
         "height": 380,
         "xaxis": axis("size in memory, MiB", range=[0, 1.12 * max(sizes)]),
-        "yaxis": axis(y_title, range=padded([*values, *baselines.values()])),
+        "yaxis": axis(y_title, range=pad_range([*values, *baselines.values()])),
         "margin": {"l": 8, "r": 44, "t": 28 + 20 * len(baselines), "b": 8},
         "shapes": [],
         "annotations": [],
     }
     add_baselines(layout, baselines)
-    told = "; ".join(f"{row.index} {row.step}: {format_score(v)} at {format_number(row.size_mib)} MiB"
+    description = "; ".join(f"{row.index} {row.step}: {format_score(v)} at {format_number(row.size_mib)} MiB"
                      for row, v in zip(rows, values, strict=True))  # fmt: skip
     title = f"{capitalize_first(metric_noun(result))} against size, step by step"
-    return Figure("quality-size", title, told, built([points], layout))
+    return Figure("quality-size", title, description, build_spec([points], layout))
 
 
-def padded(values: Sequence[float]) -> list[float]:
+def pad_range(values: Sequence[float]) -> list[float]:
     """A range around the values with room for labels at both ends."""
     low, high = min(values), max(values)
     room = 0.16 * (high - low) or max(abs(high) * 0.1, 1.0)
@@ -127,37 +127,37 @@ def point_labels(rows: Sequence[Row], sizes: Sequence[float], values: Sequence[f
     """A label for each point, empty where another point close by already carries it."""
     wide, high = (max(sizes) or 1.0), (max(values) - min(values)) or 1.0
     groups: list[list[int]] = []
-    for place in range(len(rows)):
+    for index in range(len(rows)):
         for group in groups:
             first = group[0]
-            if abs(sizes[first] - sizes[place]) < NEAR * wide and abs(values[first] - values[place]) < NEAR * high:
-                group.append(place)
+            if abs(sizes[first] - sizes[index]) < NEAR * wide and abs(values[first] - values[index]) < NEAR * high:
+                group.append(index)
                 break
         else:
-            groups.append([place])
+            groups.append([index])
     labels = [""] * len(rows)
     for group in groups:
-        names = [f"{rows[place].index} {rows[place].step}" for place in group]
+        names = [f"{rows[index].index} {rows[index].step}" for index in group]
         labels[group[0]] = "<br>".join(label(name) for name in names) if len(group) <= 2 else span(rows, group)
     return labels
 
 
-def label_side(values: Sequence[float], place: int) -> str:
-    """Below a point that the path comes down to and leaves upwards, else above: off the path."""
-    around = [values[other] for other in (place - 1, place + 1) if 0 <= other < len(values)]
-    last = place > 0 and place == len(values) - 1
-    low = bool(around) and not last and min(around) >= values[place] and max(values) > values[place]
+def label_side(values: Sequence[float], index: int) -> str:
+    """Below a local minimum of the path, else above."""
+    around = [values[other] for other in (index - 1, index + 1) if 0 <= other < len(values)]
+    last = index > 0 and index == len(values) - 1
+    low = bool(around) and not last and min(around) >= values[index] and max(values) > values[index]
     return "bottom center" if low else "top center"
 
 
 def span(rows: Sequence[Row], group: Sequence[int]) -> str:
-    """Numbers of many rows in one place, and the name of the last: "5 to 8 finalize"."""
+    """The range of many rows at one point, and the name of the last: "5 to 8 finalize"."""
     first, last = rows[group[0]], rows[group[-1]]
     return f"{first.index} to {last.index} {label(last.step)}"
 
 
-def kept_for_backward(ledger: Ledger) -> Figure | None:
-    """MiB of activations that one training batch keeps, per step."""
+def saved_for_backward(ledger: Ledger) -> Figure | None:
+    """MiB that one training batch saves for backward, per step."""
     rows = [row for row in ledger.rows if finite_or_none(row.saved_for_backward_mib) is not None]
     if not rows:
         return None
@@ -171,16 +171,16 @@ def kept_for_backward(ledger: Ledger) -> Figure | None:
         [label(row.detail, 60), format_count(row.trainable_parameters), format_seconds(row.seconds)] for row in rows
     ]
     bars["hovertemplate"] = "<b>%{y}</b><br>%{customdata[0]}<br>%{customdata[1]} trainable<extra></extra>"
-    told = "; ".join(f"{row.index} {row.step}: {format_number(row.saved_for_backward_mib)} MiB" for row in rows)
+    description = "; ".join(f"{row.index} {row.step}: {format_number(row.saved_for_backward_mib)} MiB" for row in rows)
     layout = {
         "height": max(380, height_of(len(rows))),
         "xaxis": axis("MiB", rangemode="tozero", range=[0, room_for_text(bars["x"])]),
         "yaxis": category_axis(),
     }
-    return Figure("kept", "Saved for backward by one training batch", told, built([bars], layout))
+    return Figure("saved", "Saved for backward by one training batch", description, build_spec([bars], layout))
 
 
-def loss_curve(ledger: Ledger, training: Training, place: int) -> Figure | None:
+def loss_curve(ledger: Ledger, training: Training, index: int) -> Figure | None:
     """One training: the loss of each update, its running mean, and the learning rate on an axis of its own."""
     points = training.losses
     if not any(finite_or_none(point.loss) is not None for point in points):
@@ -222,22 +222,22 @@ def loss_curve(ledger: Ledger, training: Training, place: int) -> Figure | None:
             rangemode="tozero",
         ),
     }
-    known = [loss for loss in losses if loss is not None]
-    first, last, lowest = (format_number(loss) for loss in (known[0], known[-1], min(known)))
-    told = f"{len(points)} updates; first loss {first}, last {last}, lowest {lowest}"
-    if len(known) < len(points):
-        told += f"; {len(points) - len(known)} not finite"
+    finite = [loss for loss in losses if loss is not None]
+    first, last, lowest = (format_number(loss) for loss in (finite[0], finite[-1], min(finite)))
+    description = f"{len(points)} updates; first loss {first}, last {last}, lowest {lowest}"
+    if len(finite) < len(points):
+        description += f"; {len(points) - len(finite)} not finite"
     title = f"Loss of {step_name(ledger, training.row)}"
-    return Figure(f"loss-{place}", title, told, built(traces, layout))
+    return Figure(f"loss-{index}", title, description, build_spec(traces, layout))
 
 
 def running_mean(values: Sequence[float | None]) -> list[float | None]:
-    """Mean of the known values in a centred window of a twentieth of the curve."""
+    """Mean of the window values in a centred window of a twentieth of the curve."""
     half = max(1, len(values) // (2 * WINDOWS))
     means: list[float | None] = []
-    for place in range(len(values)):
-        known = [value for value in values[max(0, place - half) : place + half + 1] if value is not None]
-        means.append(sum(known) / len(known) if known else None)
+    for index in range(len(values)):
+        window = [value for value in values[max(0, index - half) : index + half + 1] if value is not None]
+        means.append(sum(window) / len(window) if window else None)
     return means
 
 
@@ -245,24 +245,24 @@ def running_mean(values: Sequence[float | None]) -> list[float | None]:
 
 
 def delegated(ledger: Ledger) -> Figure | None:
-    """What the backend took, of the MACs and of the operators."""
+    """The delegated share of the MACs and of the operators."""
     program = ledger.program
     if program is None:
         return None
     shares = [("of the operators", program.delegated_operators_pct), ("of the MACs", program.delegated_macs_pct)]
-    known = [(name, share) for name, share in shares if finite_or_none(share) is not None]
-    if not known:
+    measured = [(name, share) for name, share in shares if finite_or_none(share) is not None]
+    if not measured:
         return None
-    names = [name for name, _ in known]
+    names = [name for name, _ in measured]
     taken: dict[str, Any] = {
         "type": "bar", "orientation": "h", "name": f"delegated to {label(program.target)}", "y": names,
-        "x": [share for _, share in known], "text": [f"{format_percent(share)} %" for _, share in known],
+        "x": [share for _, share in measured], "text": [f"{format_percent(share)} %" for _, share in measured],
         "textposition": "inside", "insidetextanchor": "middle", "insidetextfont": {"color": "#ffffff"},
         "marker": {"color": TEAL}, "hovertemplate": "%{y}: %{x:.2f} %<extra>delegated</extra>",
     }  # fmt: skip
     left: dict[str, Any] = {
         "type": "bar", "orientation": "h", "name": "undelegated", "y": names,
-        "x": [100 - share for _, share in known],
+        "x": [100 - share for _, share in measured],
         "marker": {"color": GREY, "pattern": {"shape": "/", "fillmode": "replace", "fgcolor": GREY, "size": 6}},
         "hovertemplate": "%{y}: %{x:.2f} %<extra>undelegated</extra>",
     }  # fmt: skip
@@ -276,15 +276,15 @@ def delegated(ledger: Ledger) -> Figure | None:
         "xaxis": axis("%", range=[0, 100]),
         "yaxis": axis(""),
     }
-    told = (
-        ", ".join(f"{format_percent(share)} % {name}" for name, share in reversed(known))
+    description = (
+        ", ".join(f"{format_percent(share)} % {name}" for name, share in reversed(measured))
         + f" delegated to {program.target}"
     )
-    return Figure("delegated", "Delegated share of the program", told, built([taken, left], layout))
+    return Figure("delegated", "Delegated share of the program", description, build_spec([taken, left], layout))
 
 
 def undelegated(ledger: Ledger) -> Figure | None:
-    """How often each operator stayed with the portable kernels, over all modules."""
+    """The count of each undelegated operator, over all modules."""
     if ledger.program is None or not ledger.program.undelegated:
         return None
     totals: dict[str, int] = {}
@@ -298,5 +298,5 @@ def undelegated(ledger: Ledger) -> Figure | None:
         "xaxis": axis("operators", rangemode="tozero", range=[0, room_for_text(bars["x"])]),
         "yaxis": category_axis(),
     }
-    told = ", ".join(f"{name} {many}" for name, many in ordered)
-    return Figure("undelegated", "Undelegated operators", told, built([bars], layout))
+    description = ", ".join(f"{name} {many}" for name, many in ordered)
+    return Figure("undelegated", "Undelegated operators", description, build_spec([bars], layout))

@@ -7,24 +7,24 @@ from typing import Any
 
 from edgetune.core.ledger import Layer, Layers
 from edgetune.core.numbers import format_number, format_percent, pluralize
-from edgetune.report.drawing import BLUE, GREY, ORANGE, Figure, axis, built, label, log_range
+from edgetune.report.drawing import BLUE, GREY, ORANGE, Figure, axis, build_spec, label, log_range
 
 _BOUNDS = {"compute": BLUE, "memory": ORANGE, "overhead": GREY}
 _FEWEST_PX, _MOST_PX = 7.0, 34.0  # of a point, across
 
 
-def rooflines(found: Sequence[Layers]) -> tuple[Figure, ...]:
-    """One for each kind of call on each device: what its layers reach, beneath what the device allows."""
-    figures = [roofline(of, place) for place, of in enumerate(found)]
+def rooflines(calls: Sequence[Layers]) -> tuple[Figure, ...]:
+    """One for each kind of call on each device: the rates of its calls below the device's limits."""
+    figures = [roofline(call, index) for index, call in enumerate(calls)]
     return tuple(figure for figure in figures if figure is not None)
 
 
-def roofline(found: Layers, place: int = 0) -> Figure | None:
-    """Intensity against the rate reached, one point a layer; `None` where nothing multiplies."""
-    drawn = [layer for layer in found.layers if layer.macs]
+def roofline(call: Layers, index: int = 0) -> Figure | None:
+    """Intensity against the rate reached, one point per layer; `None` if nothing multiplies."""
+    drawn = [layer for layer in call.layers if layer.macs]
     if not drawn:
         return None
-    roof = found.roof
+    roof = call.roof
     left = 0.5 * min(layer.intensity for layer in drawn)
     ridge = max(roof.gmacs.values(), default=0.0) / roof.memory_gb_s
     right = 2.0 * max(*(layer.intensity for layer in drawn), ridge)
@@ -48,14 +48,14 @@ def roofline(found: Layers, place: int = 0) -> Figure | None:
         "xaxis": axis("multiply-accumulates per byte", type="log", range=log_range([left, right]), dtick=1),
         "yaxis": axis("GMAC/s reached, predicted", type="log", range=log_range(heights), dtick=1),
     }
-    title = f"Roofline of the CPU, predicted: {found.where}"
-    return Figure(f"roofline-{place}", title, _told(found, len(drawn)), built(traces, layout))
+    title = f"Roofline of the CPU, predicted: {call.where}"
+    return Figure(f"roofline-{index}", title, _describe(call, len(drawn)), build_spec(traces, layout))
 
 
-def _told(found: Layers, drawn: int) -> str:
+def _describe(call: Layers, drawn: int) -> str:
     """The chart in words."""
-    bounds = ", ".join(f"{bound} {format_percent(share)} %" for bound, share in found.bounds_pct.items())
-    slowest = found.layers[0]
+    bounds = ", ".join(f"{bound} {format_percent(share)} %" for bound, share in call.bounds_pct.items())
+    slowest = call.layers[0]
     return (
         f"Of the predicted time, bound by {bounds}. The slowest layer is {slowest.module} with "
         f"{format_percent(slowest.share_pct)} %, {format_number(slowest.intensity)} multiply-accumulates per byte and "

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else, from the templates beside this file. Every value is escaped."""
+"""Self-contained HTML pages from the templates in this package. Every value is escaped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgetune.report.tables import Table
 
 @dataclass(frozen=True)
 class Tile:
-    """One number with its name above and what it goes by below."""
+    """One number with its name above and an explanation below."""
 
     name: str
     value: str
@@ -59,7 +59,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_report(path: Path, figures: Sequence[Figure], **values: Any) -> None:
-    """Write `report.html` with these figures, whole or not at all. Raises `EdgetuneError` where plotly is missing."""
+    """Write `report.html` with these figures, whole or not at all. Raises `EdgetuneError` if plotly is missing."""
     optional: dict[str, Any] = dict.fromkeys(("remarks", "sentences", "first", "tiles", "details", "terms"), ())
     plotly = require("plotly.offline", "the HTML report").get_plotlyjs().replace("</script", "<\\/script")
     specs = {figure.key: {"spec": figure.spec, "wide": figure.wide} for figure in figures}

@@ -1,4 +1,4 @@
-"""The page of a run: what stands where."""
+"""The page of a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FOOTER = (
 def page(ledger: Ledger, path: Path) -> None:
     """Write the page to `path`, whole or not at all.
 
-    Raises `EdgetuneError` where plotly is missing.
+    Raises `EdgetuneError` if plotly is missing.
     """
     drawn = (*figures(ledger), *rooflines(ledger.layers))
     write_report(
@@ -77,7 +77,7 @@ def sections(ledger: Ledger, drawn: tuple[Figure, ...]) -> tuple[Section, ...]:
     steps = step_table(ledger) if ledger.rows else None
     return (
         section("Budget", (verdict_table(ledger),)),
-        section("Steps", (steps, quality_table(ledger)), "kept"),
+        section("Steps", (steps, quality_table(ledger)), "saved"),
         section("Predictions on the test set", answer_tables(ledger.answers) if ledger.answers else ()),
         section("Training", (training_table(ledger),), "loss-"),
         section("Devices", (predicted_table(ledger), measured_table(ledger)), "latency", "memory", "roofline-"),

@@ -18,7 +18,7 @@ from edgetune.report.device_tables import QUANTITIES, budget_met, ran_on
 from edgetune.report.tables import gain, last_quality
 
 LOST_POINTS = 2.0  # a step that costs more accuracy is named at the top
-RAISED_PCT = 5.0  # or raises by more what is better when low
+RAISED_PCT = 5.0  # or that raises a lower-is-better metric by more
 WIDE_POINTS = 10.0  # an interval that is wider says that the test set is small
 UNCHANGED = ("train", "load", "eval")  # steps that compress nothing
 
@@ -50,7 +50,7 @@ def _state(size_mib: float, result: Quality | None, *, short: bool = False) -> s
 
 
 def _speed(ledger: Ledger) -> str:
-    """The latency on the device of the budget, or else the first one that there is a figure for."""
+    """The latency on the device of the budget, or else on the first device with a figure."""
     line = main_prediction(ledger)
     if line is not None:
         text = f"{format_number(line.latency_ms)} ms predicted on the CPU of {_device(line)}"
@@ -64,7 +64,7 @@ def _speed(ledger: Ledger) -> str:
 
 
 def main_prediction(ledger: Ledger) -> Predicted | None:
-    """The prediction that the run is about: of a device in the budget, or else the first."""
+    """The prediction for a device in the budget, or else the first."""
     wanted = {verdict.device for verdict in ledger.verdicts}
     return next((line for line in ledger.predicted if line.device in wanted), next(iter(ledger.predicted), None))
 
@@ -75,11 +75,11 @@ def _device(line: Predicted) -> str:
 
 def remarks(ledger: Ledger) -> tuple[str, ...]:
     """Problems that a reader must not miss, such as a missed budget."""
-    found = [] if ledger.finished else ["This run is not finished. The figures cover the steps so far."]
+    sentences = [] if ledger.finished else ["This run is not finished. The figures cover the steps so far."]
     broken = [line for line in ledger.verdicts if not line.holds]
-    found += [_missed(line) for line in broken]
-    found += [*_against_baselines(ledger), *_losses(ledger), *_small_test_set(ledger)]
-    return tuple(found)
+    sentences += [_missed(line) for line in broken]
+    sentences += [*_against_baselines(ledger), *_losses(ledger), *_small_test_set(ledger)]
+    return tuple(sentences)
 
 
 def _missed(line: Verdict) -> str:
@@ -93,10 +93,10 @@ def _missed(line: Verdict) -> str:
 
 def _against_baselines(ledger: Ledger) -> Iterator[str]:
     result = last_quality(ledger)
-    known = [line for line in ledger.baselines if finite_or_none(line.value) is not None]
-    if result is None or finite_or_none(result.value) is None or not known:
+    measured = [line for line in ledger.baselines if finite_or_none(line.value) is not None]
+    if result is None or finite_or_none(result.value) is None or not measured:
         return
-    best = (max if result.higher_is_better else min)(known, key=lambda line: line.value)
+    best = (max if result.higher_is_better else min)(measured, key=lambda line: line.value)
     lead = result.value - best.value if result.higher_is_better else best.value - result.value
     interval = result.interval_pct
     of = " %" if metric_unit(result) else ""
@@ -110,7 +110,7 @@ def _against_baselines(ledger: Ledger) -> Iterator[str]:
 
 
 def _losses(ledger: Ledger) -> Iterator[str]:
-    """Steps other than training that cost quality, and what later steps won back."""
+    """Steps other than training that cost quality, and the final quality."""
     for before, row in zip(ledger.rows, ledger.rows[1:], strict=False):
         difference = gain(row.quality, before.quality)
         if difference is None or row.step in UNCHANGED:
@@ -192,7 +192,7 @@ def _about(ledger: Ledger) -> str:
 
 
 def smaller(before_mib: float, after_mib: float) -> str:
-    """How many times smaller, where that says something."""
+    """How many times smaller, if it is smaller."""
     if (
         finite_or_none(before_mib) is None
         or finite_or_none(after_mib) is None

@@ -28,9 +28,9 @@ Tone = Literal["", "good", "bad", "faint"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column; `short` is its heading, unit included, and `narrow` its greatest width, where room is short.
+    """A column; in a narrow terminal `short` is its heading, unit included, and `narrow` its maximum width.
 
-    `room` is the width of the whole table that it takes to show the column.
+    `room` is the table width from which the column is shown.
     """
 
     heading: str
@@ -39,7 +39,7 @@ class Column:
     wraps: bool = False  # on the page too
     short: str = ""
     room: int = 0  # characters
-    narrow: int = 0  # characters; 0: as wide as it likes
+    narrow: int = 0  # characters; 0: no limit
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def gain(now: Quality | None, before: Quality | None) -> float | None:
 
 
 def change_cell(now: Quality | None, before: Quality | None) -> Cell:
-    """A change, toned by whether it is for the better."""
+    """A change, colored by whether it is an improvement."""
     difference = gain(now, before)
     text = format_change(difference)
     if now is None or difference is None or text == "0.00":
@@ -109,18 +109,18 @@ def step_table(ledger: Ledger) -> Table:
         Column("saved for backward", "MiB", short="saved\nMiB"),
         Column("time", "s"),
     )
-    rows = tuple(step_row(ledger.rows, place) for place in range(len(ledger.rows)))
-    notes = grouped_notes((str(row.index), row.note) for row in ledger.rows)
+    rows = tuple(step_row(ledger.rows, index) for index in range(len(ledger.rows)))
+    notes = group_notes((str(row.index), row.note) for row in ledger.rows)
     notes.insert(0, measured_on(metric) if metric else "No quality was measured.")
     if any(not row.note and None in (row.quality, row.macs, row.saved_for_backward_mib) for row in ledger.rows):
         notes.append(f"{DASH}: not measured.")
     return Table("steps", "Step by step", columns, rows, tuple(notes))
 
 
-def grouped_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Each note once, with the names of all that it is of; empty ones left out.
+def group_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Each note once, with all names that it applies to; empty ones are left out.
 
-    >>> grouped_notes([("a", "new"), ("b", ""), ("c", "new")])
+    >>> group_notes([("a", "new"), ("b", ""), ("c", "new")])
     ['a, c: new']
     """
     names: dict[str, list[str]] = {}
@@ -131,7 +131,7 @@ def grouped_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def measured_on(metric: Quality) -> str:
-    """How far the figures of the quality column can be trusted."""
+    """The test set and the uncertainty of the quality column."""
     text = f"{capitalize_first(metric_noun(metric))} on {pluralize(metric.rows, 'test row')}"
     interval = metric.interval_pct
     if interval is not None:
@@ -139,15 +139,15 @@ def measured_on(metric: Quality) -> str:
     return f"{text}." if metric.higher_is_better else f"{text}; lower is better."
 
 
-def step_row(rows: tuple[Row, ...], place: int) -> tuple[Cell, ...]:
+def step_row(rows: tuple[Row, ...], index: int) -> tuple[Cell, ...]:
     """The cells of one step."""
-    row = rows[place]
+    row = rows[index]
     return (
         Cell(f"{row.index} {row.step}"),
         Cell(row.detail, "faint"),
         *cells(format_score(row.quality.value) if row.quality else DASH),
-        change_cell(row.quality, rows[0].quality) if place else Cell(DASH, "faint"),
-        change_cell(row.quality, rows[place - 1].quality) if place else Cell(DASH, "faint"),
+        change_cell(row.quality, rows[0].quality) if index else Cell(DASH, "faint"),
+        change_cell(row.quality, rows[index - 1].quality) if index else Cell(DASH, "faint"),
         *cells(
             format_count(row.parameters),
             format_count(row.trainable_parameters),
@@ -268,7 +268,7 @@ def undelegated(program: Program, *, brief: bool = False) -> str:
 
 
 def training_table(ledger: Ledger) -> Table | None:
-    """What each training held in memory, and how its loss went."""
+    """The memory and the losses of each training."""
     if not ledger.trainings:
         return None
     columns = (

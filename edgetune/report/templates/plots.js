@@ -4,7 +4,7 @@
   const touch = matchMedia("(pointer: coarse)").matches;
   const shown = [];
 
-  // Text, grid and whiskers take the colours of the page, so that one figure serves light, dark and paper.
+  // Text, grid and error_bars take the colours of the page, so that one figure serves light, dark and paper.
   function theme(paper) {
     const light = {ink: "#000000", soft: "#444444", grid: "#dddddd", paper: "#ffffff"};
     const style = getComputedStyle(document.documentElement);
