@@ -10,7 +10,7 @@ import pytest
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import cost, device, roofline
 from edgetune.profile.rates import CACHE_RATIO, DEFAULT_BANDWIDTH_GB_S, rates_of
-from edgetune.profile.reference import mobilenet_v2
+from edgetune.profile.reference import NETWORKS
 from edgetune.program.operators import DType, Kind, Operator
 
 KINDS: tuple[Kind, ...] = (
@@ -164,7 +164,7 @@ def test_senseless_programs_are_refused() -> None:
 
 def test_priors_against_the_published_rows() -> None:
     """MobileNetV2 on a Pi 4 by XNNPACK: 46 ms. A factor of two is all that priors promise."""
-    predicted = cost.predict(mobilenet_v2(), device.load("raspberry-pi-4"))
+    predicted = cost.predict(NETWORKS["mobilenet-v2"](), device.load("raspberry-pi-4"))
     assert 46 / 2 < predicted.latency_ms < 46 * 2
     assert predicted.latency_low_ms < 46 < predicted.latency_high_ms
     # prefill of Llama 3.2 1B on a OnePlus 12: 60.3 tokens/s in bf16, 260.5 with 8da4w, at 128 tokens

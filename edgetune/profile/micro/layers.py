@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -20,52 +20,43 @@ def linear(rows: int, wide: int, out: int, pairs: int, quantize: str = "") -> Mi
     return Micro(quantized_name(f"linear-{rows}x{wide}x{out}", quantize), module, floats((rows, wide)), quantize)
 
 
-def _pointwise(wide: int, out: int, size: int, pairs: int, quantize: str = "") -> Micro:
-    def module() -> nn.Module:
-        return LayerChain([layer for _ in range(pairs) for layer in (nn.Conv2d(wide, out, 1), nn.Conv2d(out, wide, 1))])
+def _images(name: str, channels: int, size: int, layers: Callable[[], Sequence[nn.Module]], quantize: str) -> Micro:
+    """A chain of layers on one image."""
+    full = quantized_name(f"{name}x{size}", quantize)
+    return Micro(full, lambda: LayerChain(layers()), floats((1, channels, size, size)), quantize)
 
-    return Micro(
-        quantized_name(f"pointwise-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize
-    )
+
+def _pointwise(wide: int, out: int, size: int, pairs: int, quantize: str = "") -> Micro:
+    def layers() -> list[nn.Module]:
+        return [layer for _ in range(pairs) for layer in (nn.Conv2d(wide, out, 1), nn.Conv2d(out, wide, 1))]
+
+    return _images(f"pointwise-{wide}x{out}", wide, size, layers, quantize)
 
 
 def _conv(wide: int, size: int, kernel: int, times: int, groups: int = 1, quantize: str = "") -> Micro:
     """`times` convolutions that keep channels and size."""
     kind = "depthwise" if groups == wide else "conv" if groups == 1 else f"conv-of-{groups}"
 
-    def module() -> nn.Module:
-        made = [nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=groups) for _ in range(times)]
-        return LayerChain(made)
+    def layers() -> list[nn.Module]:
+        return [nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=groups) for _ in range(times)]
 
-    name = quantized_name(f"{kind}-{kernel}-{wide}x{size}", quantize)
-    return Micro(name, module, floats((1, wide, size, size)), quantize)
+    return _images(f"{kind}-{kernel}-{wide}", wide, size, layers, quantize)
 
 
 def _stem(out: int, size: int, kernel: int, stride: int, quantize: str = "") -> Micro:
     """The first convolution of a network: three channels in."""
-
-    def module() -> nn.Module:
-        return LayerChain([nn.Conv2d(3, out, kernel, stride, kernel // 2)])
-
-    return Micro(quantized_name(f"stem-{kernel}-{out}x{size}", quantize), module, floats((1, 3, size, size)), quantize)
+    return _images(f"stem-{kernel}-{out}", 3, size, lambda: [nn.Conv2d(3, out, kernel, stride, kernel // 2)], quantize)
 
 
 def _strided(wide: int, size: int, kernel: int, quantize: str = "") -> Micro:
-    def module() -> nn.Module:
-        return LayerChain([nn.Conv2d(wide, wide, kernel, 2, kernel // 2, groups=wide)])
+    def layers() -> list[nn.Module]:
+        return [nn.Conv2d(wide, wide, kernel, 2, kernel // 2, groups=wide)]
 
-    return Micro(
-        quantized_name(f"strided-{kernel}-{wide}x{size}", quantize), module, floats((1, wide, size, size)), quantize
-    )
+    return _images(f"strided-{kernel}-{wide}", wide, size, layers, quantize)
 
 
 def _upward(wide: int, out: int, size: int, quantize: str = "") -> Micro:
-    def module() -> nn.Module:
-        return LayerChain([nn.ConvTranspose2d(wide, out, 2, 2)])
-
-    return Micro(
-        quantized_name(f"upward-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize
-    )
+    return _images(f"upward-{wide}x{out}", wide, size, lambda: [nn.ConvTranspose2d(wide, out, 2, 2)], quantize)
 
 
 class _Between(nn.Module):

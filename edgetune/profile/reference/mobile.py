@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from edgetune.profile.reference.builder import Builder
-from edgetune.program.operators import DType, Operator
 
-Operators = tuple[Operator, ...]
 # expansion, output channels, repeats, first stride, kernel
 Stage = tuple[int, int, int, int, int]
 
@@ -30,9 +28,8 @@ def _inverted(net: Builder, stages: tuple[Stage, ...]) -> None:
                 net.residual()
 
 
-def mobilenet_v1(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v1(net: Builder) -> None:
     """MobileNet 1.0 (Howard et al. 2017, table 1)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
     for out, stride in (
         (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1),
@@ -40,12 +37,10 @@ def mobilenet_v1(size: int = 224, dtype: DType = "fp32") -> Operators:
         net.depthwise(3, stride)
         net.conv(out, 1)
     net.head()
-    return tuple(net.operators)
 
 
-def mobilenet_v2(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v2(net: Builder) -> None:
     """MobileNetV2 1.0 (Sandler et al. 2018, table 2)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
     _inverted(
         net,
@@ -54,12 +49,10 @@ def mobilenet_v2(size: int = 224, dtype: DType = "fp32") -> Operators:
     )  # fmt: skip
     net.conv(1280, 1)
     net.head()
-    return tuple(net.operators)
 
 
-def mnasnet(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mnasnet(net: Builder) -> None:
     """MnasNet-B1 1.0 (Tan et al. 2019, without squeeze and excitation)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
     net.depthwise(3)
     net.conv(16, 1)
@@ -69,7 +62,6 @@ def mnasnet(size: int = 224, dtype: DType = "fp32") -> Operators:
     )
     net.conv(1280, 1)
     net.head()
-    return tuple(net.operators)
 
 
 # kernel, expanded channels, output channels, squeeze, hard swish, stride: Howard et al. 2019, tables 1 and 2
@@ -86,8 +78,7 @@ _V3_SMALL = (
 )  # fmt: skip
 
 
-def _v3(blocks: tuple[tuple[int, ...], ...], last: int, hidden: int, size: int, dtype: DType) -> Operators:
-    net = Builder(size, dtype)
+def _v3(net: Builder, blocks: tuple[tuple[int, ...], ...], last: int, hidden: int) -> None:
     net.conv(16, 3, 2)
     net.unary("hardswish")
     for kernel, expanded, out, squeezed, hard, stride in blocks:
@@ -109,17 +100,16 @@ def _v3(blocks: tuple[tuple[int, ...], ...], last: int, hidden: int, size: int, 
     net.mean()
     net.linear(hidden, "hardswish")
     net.linear(1000)
-    return tuple(net.operators)
 
 
-def mobilenet_v3_large(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v3_large(net: Builder) -> None:
     """MobileNetV3 large 1.0 (Howard et al. 2019, table 1)."""
-    return _v3(_V3_LARGE, 960, 1280, size, dtype)
+    _v3(net, _V3_LARGE, 960, 1280)
 
 
-def mobilenet_v3_small(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v3_small(net: Builder) -> None:
     """MobileNetV3 small 1.0 (Howard et al. 2019, table 2)."""
-    return _v3(_V3_SMALL, 576, 1024, size, dtype)
+    _v3(net, _V3_SMALL, 576, 1024)
 
 
 def _squeezed(net: Builder, stages: tuple[Stage, ...]) -> None:
@@ -138,9 +128,8 @@ def _squeezed(net: Builder, stages: tuple[Stage, ...]) -> None:
                 net.residual()
 
 
-def efficientnet_b0(size: int = 224, dtype: DType = "fp32") -> Operators:
+def efficientnet_b0(net: Builder) -> None:
     """EfficientNet-B0 (Tan and Le 2019, table 1)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
     net.silu()
     _squeezed(
@@ -151,12 +140,10 @@ def efficientnet_b0(size: int = 224, dtype: DType = "fp32") -> Operators:
     net.conv(1280, 1)
     net.silu()
     net.head()
-    return tuple(net.operators)
 
 
-def efficientnet_v2_s(size: int = 384, dtype: DType = "fp32") -> Operators:
-    """EfficientNetV2-S (Tan and Le 2021, table 4), by default at its evaluation size of 384 pixels."""
-    net = Builder(size, dtype)
+def efficientnet_v2_s(net: Builder) -> None:
+    """EfficientNetV2-S (Tan and Le 2021, table 4), at its evaluation size of 384 pixels."""
     net.conv(24, 3, 2)
     net.silu()
     for expand, out, repeats, first_stride in ((1, 24, 2, 1), (4, 48, 4, 2), (4, 64, 4, 2)):
@@ -175,4 +162,3 @@ def efficientnet_v2_s(size: int = 384, dtype: DType = "fp32") -> Operators:
     net.conv(1280, 1)
     net.silu()
     net.head()
-    return tuple(net.operators)
