@@ -181,7 +181,7 @@ def test_a_prediction_is_the_larger_of_compute_and_memory_time() -> None:
         one = operator(macs=macs, weights=weights, activations=1000)
         (part,) = roofline.operator_costs([one], described)
         shares = roofline.prior_shares("linear", "fp32", delegated=True)
-        cached = roofline.weights_cached([one], rates)
+        cached = roofline.weights_fit_in_cache([one], rates)
         computing = roofline.compute_us(one, rates) / shares.compute
         moving = roofline.memory_us(one, rates, cached) / shares.memory
         assert part.us == pytest.approx(max(computing, moving) + fixed.delegated)
@@ -191,9 +191,11 @@ def test_a_prediction_is_the_larger_of_compute_and_memory_time() -> None:
 def test_what_a_cache_holds_moves_faster() -> None:
     rates = rates_of(device.load("raspberry-pi-5"))
     fits, spills = operator(weights=1000, activations=0), operator(weights=int(rates.cache_bytes), activations=0)
-    assert roofline.weights_cached([fits], rates)
-    assert not roofline.weights_cached([spills], rates)
-    assert not roofline.weights_cached([fits] * int(rates.cache_bytes / 1000), rates)  # all of the program's count
+    assert roofline.weights_fit_in_cache([fits], rates)
+    assert not roofline.weights_fit_in_cache([spills], rates)
+    assert not roofline.weights_fit_in_cache(
+        [fits] * int(rates.cache_bytes / 1000), rates
+    )  # all of the program's count
     far, near = (roofline.memory_us(fits, rates, cached) for cached in (False, True))
     assert far == pytest.approx(near * CACHE_RATIO)
     assert far == pytest.approx(1000 / (rates.memory_gb_s * 1e3))

@@ -14,7 +14,7 @@ def _divisible(value: float) -> int:
     return near + 8 if near < 0.9 * value else near
 
 
-def _inverted(net: Builder, stages: tuple[Stage, ...]) -> None:
+def _inverted_residuals(net: Builder, stages: tuple[Stage, ...]) -> None:
     """Inverted residual blocks with ReLU6: expand, depthwise, project."""
     for expand, out, repeats, first_stride, kernel in stages:
         for number in range(repeats):
@@ -42,7 +42,7 @@ def mobilenet_v1(net: Builder) -> None:
 def mobilenet_v2(net: Builder) -> None:
     """MobileNetV2 1.0 (Sandler et al. 2018, table 2)."""
     net.conv(32, 3, 2)
-    _inverted(
+    _inverted_residuals(
         net,
         ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3), (6, 96, 3, 1, 3), (6, 160, 3, 2, 3),
          (6, 320, 1, 1, 3)),
@@ -56,7 +56,7 @@ def mnasnet(net: Builder) -> None:
     net.conv(32, 3, 2)
     net.depthwise(3)
     net.conv(16, 1)
-    _inverted(
+    _inverted_residuals(
         net,
         ((3, 24, 3, 2, 3), (3, 40, 3, 2, 5), (6, 80, 3, 2, 5), (6, 96, 2, 1, 3), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3)),
     )
@@ -112,7 +112,7 @@ def mobilenet_v3_small(net: Builder) -> None:
     _v3(net, _V3_SMALL, 576, 1024)
 
 
-def _squeezed(net: Builder, stages: tuple[Stage, ...]) -> None:
+def _squeeze_excite_blocks(net: Builder, stages: tuple[Stage, ...]) -> None:
     """Inverted residual blocks of EfficientNet: SiLU, and squeeze to a quarter of the block's input."""
     for expand, out, repeats, first_stride, kernel in stages:
         for number in range(repeats):
@@ -132,7 +132,7 @@ def efficientnet_b0(net: Builder) -> None:
     """EfficientNet-B0 (Tan and Le 2019, table 1)."""
     net.conv(32, 3, 2)
     net.silu()
-    _squeezed(
+    _squeeze_excite_blocks(
         net,
         ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
          (6, 320, 1, 1, 3)),
@@ -158,7 +158,7 @@ def efficientnet_v2_s(net: Builder) -> None:
                 net.silu()
             if stride == 1 and came_in == out:
                 net.residual()
-    _squeezed(net, ((4, 128, 6, 2, 3), (6, 160, 9, 1, 3), (6, 256, 15, 2, 3)))
+    _squeeze_excite_blocks(net, ((4, 128, 6, 2, 3), (6, 160, 9, 1, 3), (6, 256, 15, 2, 3)))
     net.conv(1280, 1)
     net.silu()
     net.head()
