@@ -240,10 +240,11 @@ def layers_of_minilm(folder: Path) -> list[dict[str, Any]]:
 
 def time_program(path: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Median latency of a plain program."""
-    from edgetune.profile.calls import measure_calls
     from edgetune.program.artifact import Artifact
+    from edgetune.runtime.hosts.host import Host
+    from edgetune.runtime.hosts.session import measure_on
 
-    (measured,) = measure_calls(Artifact.load(path), threads=threads, seconds=seconds)
+    (measured,) = measure_on(Host(), Artifact.load(path), threads=threads, seconds=seconds)
     return measured.model_dump(mode="json")
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError
 from edgetune.export import Artifact, export
 from edgetune.profile import calibrate, calibration, device, micro, profile, trials
-from edgetune.profile.calls import measure_calls
 from edgetune.runtime import measure
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.session import measure_on
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +124,7 @@ def test_a_program_is_predicted_for_a_phone_and_measured_here(artifact: Artifact
     assert only.measured is None
     assert only.predicted.device == "pixel-8"
     assert profile(str(artifact.path)) == only
-    (here,) = measure_calls(artifact, threads=1, seconds=0.05)
+    (here,) = measure_on(Host(), artifact, threads=1, seconds=0.05)
     assert here.device == "this host"
     assert 0 < here.latency_p10_ms <= here.latency_ms <= here.latency_p90_ms
     assert here.runs >= 10

@@ -19,7 +19,7 @@ GROWN = ("weight_bytes", "activation_bytes")
 
 @cache
 def found() -> fit.Fit:
-    return fit.fit(fit.shuffled(programs(noise=0.03)), CACHES)
+    return fit.fit(fit.shuffle_programs(programs(noise=0.03)), CACHES)
 
 
 def test_programs_that_were_never_timed_are_predicted() -> None:
@@ -28,14 +28,14 @@ def test_programs_that_were_never_timed_are_predicted() -> None:
 
 
 def test_without_noise_the_sums_are_exact() -> None:
-    exact = fit.fit(fit.shuffled(programs(noise=0.0)), CACHES)
+    exact = fit.fit(fit.shuffle_programs(programs(noise=0.0)), CACHES)
     assert max(abs(exact.us(mix, CACHES) / true_us(mix) - 1) for mix in mixes(20)) < 1e-5  # the pull to even shares
     assert max(map(abs, exact.errors.values())) < 1e-4
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
 def test_the_tiles_of_each_type_are_found(noise: float) -> None:
-    assert fit.fit(fit.shuffled(programs(noise=noise, seed=7)), CACHES).tiles == TILES
+    assert fit.fit(fit.shuffle_programs(programs(noise=noise, seed=7)), CACHES).tiles == TILES
 
 
 def test_a_type_with_few_products_keeps_the_smallest_tile() -> None:
@@ -130,16 +130,16 @@ def test_one_wild_timing_moves_nothing_else() -> None:
 def test_what_a_calibration_keeps() -> None:
     timed = programs(noise=0.0)
     exact = fit.fit(timed, CACHES)
-    curves = fit.curves(exact, timed)
+    curves = fit.curve_records(exact, timed)
     assert set(curves) == {curve for curve, _ in exact.rates} - {CALL, DELEGATE, WEIGHTS, TRAFFIC}
     linear = curves["xnnpack.fully-connected fp32"]
     assert (linear.kind, linear.delegated, linear.programs) == ("linear", True, 25)
     assert linear.rates["macs"] == pytest.approx(true_rate(("xnnpack.fully-connected fp32", "macs")), rel=0.01)
     assert linear.error_pct == pytest.approx(0, abs=0.1)
     assert not curves["aten.cumsum.out fp32"].delegated
-    traffic = fit.traffic(exact)
+    traffic = fit.traffic_record(exact)
     assert traffic.weights_from_memory == pytest.approx(true_rate((WEIGHTS, "memory")), rel=0.01)
-    assert {dtype: (tile.rows, tile.columns) for dtype, tile in fit.tilings(exact).items()} == {
+    assert {dtype: (tile.rows, tile.columns) for dtype, tile in fit.tile_records(exact).items()} == {
         "fp32": (6, 16), "int8": (4, 8),
     }  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_a_kernel_that_leads_no_program_takes_the_rates_of_its_kin_not_what_is_l
     timed[once] = fit.Timed("guest", (*timed[once].operators, guest, guest), timed[once].us * 1.5)
     assert fit.stand_ins(timed) == {"xnnpack.static-reshape int8": "xnnpack.static-reshape fp32"}
     found = fit.fit(timed, CACHES)
-    assert "xnnpack.static-reshape int8" not in fit.curves(found, timed)
+    assert "xnnpack.static-reshape int8" not in fit.curve_records(found, timed)
     assert found.us([guest], CACHES) == pytest.approx(found.us([made(reshape, 4, 8, 1)], CACHES), rel=0.01)
 
 
@@ -187,8 +187,8 @@ def test_loading_costs_a_fixed_part_and_more_by_size() -> None:
 
 def test_the_order_is_another_and_always_the_same() -> None:
     timed = programs()
-    assert fit.shuffled(timed) == fit.shuffled(timed) != timed
-    assert sorted(item.name for item in fit.shuffled(timed)) == sorted(item.name for item in timed)
+    assert fit.shuffle_programs(timed) == fit.shuffle_programs(timed) != timed
+    assert sorted(item.name for item in fit.shuffle_programs(timed)) == sorted(item.name for item in timed)
 
 
 def test_senseless_timings_are_refused() -> None:

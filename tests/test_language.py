@@ -21,12 +21,14 @@ from edgetune.export.language import CHECK_PROMPT, export_language
 from edgetune.export.language.cached import cache_argument
 from edgetune.export.language.parity import eager_logits
 from edgetune.models.loaded import ModelSettings
-from edgetune.profile.calls import measure_calls, predict_calls
+from edgetune.profile.calls import predict_calls
 from edgetune.program.artifact import Artifact
 from edgetune.program.tokenizer import ChatTokenizer, without_truncation
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.run import exporting
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.session import measure_on
 from edgetune.runtime.language import greedy_in_child
 from edgetune.tasks.image_classification import ImageClassification
 from support.decoders import ARCHITECTURES, CACHE, TEMPLATE, VOCABULARY, decoder, export_decoder, llama, tokenizer
@@ -203,7 +205,7 @@ def test_a_call_with_one_token_is_described_apart(int4: tuple[Any, Artifact]) ->
 
 def test_what_each_call_costs_is_measured_and_predicted(int4: tuple[Any, Artifact]) -> None:
     artifact = int4[1]
-    token, piece = measure_calls(artifact, threads=1, seconds=0.1)
+    token, piece = measure_on(Host(), artifact, threads=1, seconds=0.1)
     assert (token.where, piece.where) == ("this host, a token after 32", "this host, 32 tokens of a prompt")
     assert min(token.latency_ms, piece.latency_ms, token.runs - 9) > 0
     assert token.peak_memory_mib == piece.peak_memory_mib > 0

@@ -10,7 +10,7 @@ import pytest
 from edgetune.core.errors import EdgetuneError
 from edgetune.profile import cost, device, roofline
 from edgetune.profile.rates import CACHE_RATIO, DEFAULT_BANDWIDTH_GB_S, rates_of
-from edgetune.profile.reference import mobilenet_v2
+from edgetune.profile.reference import NETWORKS
 from edgetune.program.operators import DType, Kind, Operator
 
 KINDS: tuple[Kind, ...] = (
@@ -164,7 +164,7 @@ def test_senseless_programs_are_refused() -> None:
 
 def test_priors_against_the_published_rows() -> None:
     """MobileNetV2 on a Pi 4 by XNNPACK: 46 ms. A factor of two is all that priors promise."""
-    predicted = cost.predict(mobilenet_v2(), device.load("raspberry-pi-4"))
+    predicted = cost.predict(NETWORKS["mobilenet-v2"](), device.load("raspberry-pi-4"))
     assert 46 / 2 < predicted.latency_ms < 46 * 2
     assert predicted.latency_low_ms < 46 < predicted.latency_high_ms
     # prefill of Llama 3.2 1B on a OnePlus 12: 60.3 tokens/s in bf16, 260.5 with 8da4w, at 128 tokens
@@ -181,7 +181,7 @@ def test_a_prediction_is_the_larger_of_compute_and_memory_time() -> None:
         one = operator(macs=macs, weights=weights, activations=1000)
         (part,) = roofline.operator_costs([one], described)
         shares = roofline.prior_shares("linear", "fp32", delegated=True)
-        cached = roofline.weights_cached([one], rates)
+        cached = roofline.weights_fit_in_cache([one], rates)
         computing = roofline.compute_us(one, rates) / shares.compute
         moving = roofline.memory_us(one, rates, cached) / shares.memory
         assert part.us == pytest.approx(max(computing, moving) + fixed.delegated)
@@ -191,9 +191,11 @@ def test_a_prediction_is_the_larger_of_compute_and_memory_time() -> None:
 def test_what_a_cache_holds_moves_faster() -> None:
     rates = rates_of(device.load("raspberry-pi-5"))
     fits, spills = operator(weights=1000, activations=0), operator(weights=int(rates.cache_bytes), activations=0)
-    assert roofline.weights_cached([fits], rates)
-    assert not roofline.weights_cached([spills], rates)
-    assert not roofline.weights_cached([fits] * int(rates.cache_bytes / 1000), rates)  # all of the program's count
+    assert roofline.weights_fit_in_cache([fits], rates)
+    assert not roofline.weights_fit_in_cache([spills], rates)
+    assert not roofline.weights_fit_in_cache(
+        [fits] * int(rates.cache_bytes / 1000), rates
+    )  # all of the program's count
     far, near = (roofline.memory_us(fits, rates, cached) for cached in (False, True))
     assert far == pytest.approx(near * CACHE_RATIO)
     assert far == pytest.approx(1000 / (rates.memory_gb_s * 1e3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgetune.profile.reference import NETWORKS, resnet50
+from edgetune.profile.reference import NETWORKS
 from edgetune.profile.reference.language import ARCHITECTURES, QUANTIZATION_SCHEMES, decode, file_mib, prefill
 
 # million multiply-accumulates and parameters as published: the papers' tables, else torchvision's documentation
@@ -82,6 +82,7 @@ def test_operators_are_told_as_a_program_tells_them() -> None:
 
 
 def test_macs_grow_with_the_area_of_the_image() -> None:
+    resnet50 = NETWORKS["resnet-50"]
     small, large = resnet50(), resnet50(size=448)
     convolutions = [sum(o.macs for o in net if "conv" in o.kind) for net in (small, large)]
     assert convolutions[1] == 4 * convolutions[0]

@@ -96,10 +96,10 @@ def _difference(model: nn.Module, inputs: Inputs, wanted: list[Tensor]) -> float
         return float("inf")
     if len(got) != len(wanted):
         return float("inf")
-    return max((_apart(*pair) for pair in zip(got, wanted, strict=True)), default=0.0)
+    return max((_relative_difference(*pair) for pair in zip(got, wanted, strict=True)), default=0.0)
 
 
-def _apart(got: Tensor, wanted: Tensor) -> float:
+def _relative_difference(got: Tensor, wanted: Tensor) -> float:
     if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
         return float("inf")
     if not wanted.is_floating_point():

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from edgetune.core.ledger import Measured, Predicted
 from edgetune.core.one_line import figure
-from edgetune.profile.calls import measure_calls, predict_calls
+from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device, load
 from edgetune.recipe.names import HOST
+from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.session import measure_on
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -51,7 +53,7 @@ def profile(artifact: Artifact | str | Path, device: str | Device = "pixel-8", *
     predicted = predict_calls(artifact, described)
     threads = described.thread_count if described.id == HOST else None
     measured: tuple[Measured | None, ...] = (
-        measure_calls(artifact, threads=threads) if measure or described.id == HOST else (None,) * len(predicted)
+        measure_on(Host(), artifact, threads=threads) if measure or described.id == HOST else (None,) * len(predicted)
     )
     token, *prompt = (Profile(p, m) for p, m in zip(predicted, measured, strict=True))
     return replace(token, prompt=prompt[0]) if prompt else token

@@ -86,17 +86,17 @@ def _path(out: Path | None) -> Path:
 
 def _steady(timings: Sequence[Clocked]) -> bool:
     """Whether four of five programs take the same time twice."""
-    apart = sorted(_apart(timings))
+    apart = sorted(_relative_spreads(timings))
     return not apart or apart[math.ceil(0.8 * len(apart)) - 1] <= STEADY
 
 
 def noise_pct(timings: Sequence[Clocked]) -> float:
     """Spread between the timings of one program, median over programs; 0 if each was timed once."""
-    apart = _apart(timings)
+    apart = _relative_spreads(timings)
     return 100 * statistics.median(apart) if apart else 0.0
 
 
-def _apart(timings: Sequence[Clocked]) -> list[float]:
+def _relative_spreads(timings: Sequence[Clocked]) -> list[float]:
     by_name: dict[str, list[float]] = {}
     for one in timings:
         by_name.setdefault(one.name, []).append(one.us)
@@ -122,7 +122,7 @@ def fit_calibration(
             "too few programs were timed to calibrate: " + "; ".join(notes[:3]), got=len(timed), exit_code=Exit.EXPORT
         )
     caches = caches_of(device)
-    result = fit.fit(fit.shuffled(timed), caches)
+    result = fit.fit(fit.shuffle_programs(timed), caches)
     load_ms, load_ms_per_mib = fit.load_costs(
         [(footprint_bytes(operators[one.name]) / MIB, one.load_ms) for one in least.values() if one.load_ms > 0]
     )
@@ -146,9 +146,9 @@ def fit_calibration(
         load_ms_per_mib=load_ms_per_mib,
         near_cache_bytes=caches.near_bytes,
         last_cache_bytes=caches.last_bytes,
-        tiles=fit.tilings(result),
-        traffic=fit.traffic(result),
-        curves=fit.curves(result, timed),
+        tiles=fit.tile_records(result),
+        traffic=fit.traffic_record(result),
+        curves=fit.curve_records(result, timed),
         notes=tuple(notes),
     )
 

@@ -6,29 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgetune.core.ledger import Measured, Predicted
+from edgetune.core.ledger import Predicted
 from edgetune.profile import prior
 from edgetune.profile.cost import predict
 from edgetune.profile.device import Device, load
 from edgetune.profile.energy import program_mj
 from edgetune.profile.memory import peak_memory_mib
 from edgetune.program.operators import Operator
-from edgetune.runtime.hosts.host import Host
-from edgetune.runtime.hosts.session import measure_on
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
     from edgetune.program.manifest import Call
 
 _ATTENTION = "custom_sdpa"  # executorch's own kernel: blocked products on all threads, no plain loops
-
-
-def measure_calls(artifact: Artifact, *, threads: int | None = None, seconds: float = 2.0) -> tuple[Measured, ...]:
-    """Each kind of call timed on this host for about `seconds`; of a text-generation program the token comes first.
-
-    `threads`: by default all cores of the process.
-    """
-    return measure_on(Host(), artifact, threads=threads, seconds=seconds)
 
 
 def predict_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted, ...]:

@@ -13,7 +13,7 @@ from edgetune.profile.calibration import Calibration, Curve
 from edgetune.profile.device import Device
 from edgetune.profile.operator_cost import OperatorCost
 from edgetune.profile.rates import rates_of
-from edgetune.profile.roofline import compute_us, fixed_of, memory_us, operator_cost, weights_cached
+from edgetune.profile.roofline import compute_us, fixed_of, memory_us, operator_cost, weights_fit_in_cache
 from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footprint_bytes, shared_terms, terms_of
 from edgetune.program.operators import Operator
 
@@ -26,7 +26,7 @@ _SHAPES = {"macs": "several rows and columns", "one row": "one row", "one column
 def operator_costs(operators: Sequence[Operator], device: Device, calibration: Calibration) -> list[OperatorCost]:
     """The cost of each operator."""
     rates, fixed, footprint = rates_of(device), fixed_of(device), footprint_bytes(operators)
-    cached = weights_cached(operators, rates)
+    cached = weights_fit_in_cache(operators, rates)
     costs: list[OperatorCost] = []
     for operator in operators:
         curve, log, guessed = _curve(operator, calibration)

@@ -12,29 +12,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.validated import list_faults
+from edgetune.profile import facts as fact_types
 from edgetune.profile.calibration import Calibration, path_beside
 from edgetune.profile.calibration import read as read_calibration
-from edgetune.profile.facts import (
-    Bandwidth,
-    Bits,
-    Count,
-    Fact,
-    Flags,
-    Gibibytes,
-    Gigaflops,
-    Gigahertz,
-    Kibibytes,
-    Mebibytes,
-    MegabytesPerSecond,
-    Megahertz,
-    PerCycle,
-    StorageGibibytes,
-    StorageKind,
-    StrictRecord,
-    Teraops,
-    Transfers,
-    Watts,
-)
+from edgetune.profile.facts import Fact, Flags, StorageKind, StrictRecord
 from edgetune.profile.sources import resolve_sources
 from edgetune.recipe.document import read as read_yaml
 from edgetune.recipe.document import read_yaml_text
@@ -52,19 +33,19 @@ class Cluster(StrictRecord):
     """Cores of one kind."""
 
     core: str = Field(min_length=1)
-    count: Count
-    ghz: Gigahertz
-    fp32_macs_per_cycle: PerCycle  # of one core: FMA pipes x 32-bit lanes
+    count: fact_types.Count
+    ghz: fact_types.Gigahertz
+    fp32_macs_per_cycle: fact_types.PerCycle  # of one core: FMA pipes x 32-bit lanes
 
 
 class Memory(StrictRecord):
     """Main memory. `ram_gib`: installed; `usable_app_memory_mib`: the most that one process can use."""
 
-    bus_bits: Bits
-    mega_transfers_per_s: Transfers
-    bandwidth_gb_s: Bandwidth  # theoretical peak, unless the source says measured
-    ram_gib: Gibibytes
-    usable_app_memory_mib: Mebibytes
+    bus_bits: fact_types.Bits
+    mega_transfers_per_s: fact_types.Transfers
+    bandwidth_gb_s: fact_types.Bandwidth  # theoretical peak, unless the source says measured
+    ram_gib: fact_types.Gibibytes
+    usable_app_memory_mib: fact_types.Mebibytes
 
     @model_validator(mode="after")
     def _agree(self) -> Memory:
@@ -84,8 +65,8 @@ class Memory(StrictRecord):
 class DeviceCaches(StrictRecord):
     """Of the fastest cores: L2 of one core, last level shared by all."""
 
-    l2_kib: Kibibytes
-    last_level_kib: Kibibytes
+    l2_kib: fact_types.Kibibytes
+    last_level_kib: fact_types.Kibibytes
 
     @model_validator(mode="after")
     def _agree(self) -> DeviceCaches:
@@ -103,9 +84,9 @@ class Accelerator(StrictRecord):
 
     name: str = Field(min_length=1)
     kind: Literal["gpu", "npu", "dla"]
-    clock_mhz: Megahertz
-    fp16_gflops: Gigaflops
-    dense_int8_tops: Teraops  # dense: half of a figure printed for sparse weights
+    clock_mhz: fact_types.Megahertz
+    fp16_gflops: fact_types.Gigaflops
+    dense_int8_tops: fact_types.Teraops  # dense: half of a figure printed for sparse weights
     target: TargetName | None
     unreached: str = ""
 
@@ -119,8 +100,8 @@ class Accelerator(StrictRecord):
 class Power(StrictRecord):
     """Power of the whole device."""
 
-    low_w: Watts
-    high_w: Watts
+    low_w: fact_types.Watts
+    high_w: fact_types.Watts
 
     @model_validator(mode="after")
     def _agree(self) -> Power:
@@ -134,8 +115,8 @@ class Storage(StrictRecord):
     """The storage that a program is loaded from."""
 
     kind: StorageKind
-    read_mb_s: MegabytesPerSecond  # sequential
-    capacity_gib: StorageGibibytes  # as sold, the smallest
+    read_mb_s: fact_types.MegabytesPerSecond  # sequential
+    capacity_gib: fact_types.StorageGibibytes  # as sold, the smallest
 
 
 class Device(StrictRecord):
@@ -147,7 +128,7 @@ class Device(StrictRecord):
     soc: str = Field(min_length=1)
     family: Family
     clusters: tuple[Cluster, ...] = Field(min_length=1)
-    threads: Count  # that a program runs with
+    threads: fact_types.Count  # that a program runs with
     isa: Flags
     memory: Memory
     caches: DeviceCaches

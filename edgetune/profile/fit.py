@@ -224,7 +224,7 @@ def _misfit(timed: Sequence[Timed], caches: CacheSizes, dtype: DType, tile: Kern
 # The parts of a calibration
 
 
-def curves(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
+def curve_records(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
     """The rates by kernel, with the number of its programs and the error of those that it leads."""
     sample: dict[str, Operator] = {}
     programs: Counter[str] = Counter()
@@ -250,7 +250,7 @@ def curves(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
     return made
 
 
-def traffic(result: Fit) -> Traffic:
+def traffic_record(result: Fit) -> Traffic:
     """The rates of traffic beyond the caches."""
     return Traffic(
         weights_from_last_level=result.rates.get((WEIGHTS, "last level"), 0.0),
@@ -259,7 +259,7 @@ def traffic(result: Fit) -> Traffic:
     )
 
 
-def tilings(result: Fit) -> dict[DType, Tiling]:
+def tile_records(result: Fit) -> dict[DType, Tiling]:
     """The tiles as records of a calibration."""
     return {dtype: Tiling(rows=tile.rows, columns=tile.columns) for dtype, tile in result.tiles.items()}
 
@@ -284,7 +284,7 @@ def load_costs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(fixed), float(slope)
 
 
-def shuffled(timed: Sequence[Timed]) -> list[Timed]:
+def shuffle_programs(timed: Sequence[Timed]) -> list[Timed]:
     """In a fixed random order, so that no fold has all sizes of one kernel."""
     order = np.random.default_rng(0).permutation(len(timed))
     return [timed[index] for index in order]

@@ -87,7 +87,7 @@ def describe_device(device: Device) -> str:
     lines = [
         f"{device.id}: {device.name}, {device.soc} ({device.family})",
         f"targets: {', '.join(device.targets)}",
-        f"predicted: {_predicted(device)}",
+        f"predicted: {_prediction_scope(device)}",
         f"calibration: {'none; predictions use priors' if section is None else section.date}",
         "",
     ]
@@ -100,7 +100,7 @@ def describe_device(device: Device) -> str:
     return "\n".join(lines + (["", "notes", *(f"  {note}" for note in device.notes)] if device.notes else []))
 
 
-def _predicted(device: Device) -> str:
+def _prediction_scope(device: Device) -> str:
     """What predictions cover and what they do not: a board's CPU is not the board."""
     if device.no_runtime:
         return f"as if it had a runtime, but it has none: {device.no_runtime}"

@@ -66,7 +66,7 @@ class PublishedTable(StrictRecord):
     rows: dict[str, tuple[float | None, ...]] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _whole(self) -> PublishedTable:
+    def _check_table(self) -> PublishedTable:
         vision = self.quantity == "latency_ms"
         if vision != (self.dtype is not None):
             raise ValueError("dtype: latencies need one, language models name theirs in the row")

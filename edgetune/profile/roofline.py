@@ -107,7 +107,7 @@ def memory_us(operator: Operator, rates: Rates, weights_cached: bool) -> float:
     return (weights + activations) / (rates.memory_gb_s * 1e3)
 
 
-def weights_cached(operators: Sequence[Operator], rates: Rates) -> bool:
+def weights_fit_in_cache(operators: Sequence[Operator], rates: Rates) -> bool:
     """Whether all weights of the program stay in the last cache from one run to the next."""
     return sum(operator.weight_bytes for operator in operators) <= rates.cache_bytes / 2
 
@@ -130,7 +130,7 @@ def fixed_of(device: Device) -> Fixed:
 def operator_costs(operators: Sequence[Operator], device: Device) -> list[OperatorCost]:
     """The cost of each operator."""
     rates, fixed = rates_of(device), fixed_of(device)
-    cached = weights_cached(operators, rates)
+    cached = weights_fit_in_cache(operators, rates)
     return [operator_cost(operator, rates, fixed, cached) for operator in operators]
 
 

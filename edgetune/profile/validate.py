@@ -94,7 +94,11 @@ def validate(devices: Mapping[str, Device] | None = None, rows: Published | None
     content = published.load_published() if rows is None else rows
     items, missing = _items(content, _all_devices() if devices is None else devices)
     compared = compare(items)
-    return Validation(rows=compared, missing=(*missing, *_unpredicted(content)), shares=_shares(compared))
+    missing += [
+        Missing(label=f"{row.label}, {row.engine}: {row.value}", figures=1, why=row.why, source=row.source)
+        for row in content.unpredicted
+    ]
+    return Validation(rows=compared, missing=tuple(missing), shares=_shares(compared))
 
 
 def refit() -> prior.Prior:
@@ -162,10 +166,10 @@ def compare(items: Sequence[_Item]) -> tuple[Compared, ...]:
     for item in items:
         if _teaches(item):
             used.setdefault((item.seen.device, item.seen.keys[0]), item)
-    return tuple(_compared(item, *learned[item.seen.device], used) for item in items)
+    return tuple(_compare_row(item, *learned[item.seen.device], used) for item in items)
 
 
-def _compared(
+def _compare_row(
     item: _Item, fitted_prior: prior.Prior, shares: dict[str, float], used: Mapping[tuple[str, str], _Item]
 ) -> Compared:
     row, keys = item.row, item.seen.keys
@@ -263,13 +267,6 @@ def _share(subject: str, basis: Basis, same_rows: bool, predictions: Sequence[Ch
     )
 
 
-def _unpredicted(content: Published) -> tuple[Missing, ...]:
-    return tuple(
-        Missing(label=f"{row.label}, {row.engine}: {row.value}", figures=1, why=row.why, source=row.source)
-        for row in content.unpredicted
-    )
-
-
 def to_json(validation: Validation | None) -> dict[str, object]:
     """The content of the JSON output; empty lists if nothing was compared."""
     if validation is None:
@@ -288,7 +285,9 @@ def format_lines(validation: Validation) -> list[str]:
             output += [f"{row.engine}; {source}"]
         output.append(f"  {_line(row)}")
     output += ["", "Not predicted:"]
-    output += [f"  {one.label}{_figures(one.figures)}: {one.why}" for one in validation.missing]
+    output += [
+        f"  {row.label}{f', {row.figures} figures' * (row.figures > 1)}: {row.why}" for row in validation.missing
+    ]
     output += ["", *(_sentence(share) for share in validation.shares)]
     return output
 
@@ -304,10 +303,6 @@ def _cell(prediction: CheckedPrediction) -> str:
     place = "inside" if prediction.inside else "outside"
     span = f"{prediction.low:.3g} to {prediction.high:.3g}"
     return f"{prediction.predicted:.3g} ({prediction.error_pct:+.0f} %; {span}, {place})"
-
-
-def _figures(count: int) -> str:
-    return f", {count} figures" if count > 1 else ""
 
 
 def _sentence(share: Share) -> str:

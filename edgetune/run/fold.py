@@ -313,14 +313,16 @@ class Fold:
 
     def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Every kind of call of the program, timed on this host and predicted for each device."""
-        from edgetune.profile.calls import measure_calls, predict_calls
+        from edgetune.profile.calls import predict_calls
         from edgetune.profile.layers import predict_layers
+        from edgetune.runtime.hosts.host import Host
+        from edgetune.runtime.hosts.session import measure_on
 
         devices = [*asked.devices]
         measured: tuple[Measured, ...] = ()
         if asked.measure and runs_here:
             self.progress("profile", 0, len(devices) + 1, "this host")
-            measured = measure_calls(artifact)
+            measured = measure_on(Host(), artifact)
             devices += [HOST] if HOST in device_ids() and HOST not in devices else []  # predicted beside measured
         predicted: list[Predicted] = []
         by_layer: list[Layers] = []

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from edgetune.core.errors import EdgetuneError, Exit
-
-if TYPE_CHECKING:
-    from edgetune.program.artifact import Artifact
-    from edgetune.runtime.language import Answer, GenerationRequest
+from edgetune.core.errors import EdgetuneError
 
 MAX_TOKENS = 256
 
@@ -60,24 +56,8 @@ def generate(
     """
     from edgetune.program.artifact import Artifact
     from edgetune.program.tokenizer import ChatTokenizer
-    from edgetune.runtime.language import answer
+    from edgetune.runtime.language import GenerationRequest, answer
 
-    _check(max_tokens, temperature, seed, threads)
-    artifact = Artifact.load(path, "language")
-    tokenizer = ChatTokenizer(artifact)
-    request = _request(artifact, tokenizer.tokens(prompt, raw=raw), max_tokens, temperature, seed, threads)
-    stream = tokenizer.stream()
-
-    def emit(token: int) -> None:
-        text = stream.add(token)
-        if text:
-            on_text(text)
-
-    reply = answer(request, emit)
-    return _generation(reply, len(request.prompt), tokenizer.text(reply.tokens))
-
-
-def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) -> None:
     for name, got, least in (("max_tokens", max_tokens, 1), ("threads", threads, 1), ("seed", seed, 0)):
         if got is not None and got < least:
             raise EdgetuneError(f"{name} is at least {least}", got=got)
@@ -87,26 +67,27 @@ def _check(max_tokens: int, temperature: float, seed: int, threads: int | None) 
             got=temperature,
             action="use 0 for greedy decoding, or 1 for the distribution of the model",
         )
-
-
-def _request(
-    artifact: Artifact, prompt: list[int], max_tokens: int, temperature: float, seed: int, threads: int | None
-) -> GenerationRequest:
-    from edgetune.runtime.language import GenerationRequest
-
-    language = artifact.language
-    if len(prompt) > language.max_tokens:
+    artifact = Artifact.load(path, "language")
+    language, tokenizer = artifact.language, ChatTokenizer(artifact)
+    tokens = tokenizer.tokens(prompt, raw=raw)
+    if len(tokens) > language.max_tokens:
         raise EdgetuneError(
             "the prompt has more tokens than fit into the cache of the program",
             where=str(artifact.path),
-            got=len(prompt),
+            got=len(tokens),
             allowed=[f"at most {language.max_tokens}"],
             action="shorten the prompt, or export the model with a larger max_tokens",
-            exit_code=Exit.USAGE,
         )
-    return GenerationRequest(
+    stream = tokenizer.stream()
+
+    def emit(token: int) -> None:
+        text = stream.add(token)
+        if text:
+            on_text(text)
+
+    request = GenerationRequest(
         path=str(artifact.path.resolve()),
-        prompt=tuple(prompt),
+        prompt=tuple(tokens),
         cache_tokens=language.max_tokens,
         prefill_tokens=language.prefill_tokens,
         eos_ids=language.eos_ids,
@@ -115,17 +96,15 @@ def _request(
         seed=seed,
         threads=threads,
     )
-
-
-def _generation(answer: Answer, prompt_tokens: int, text: str) -> Generation:
+    reply = answer(request, emit)
     return Generation(
-        text=text,
-        tokens=answer.tokens,
-        prompt_tokens=prompt_tokens,
-        stopped=answer.stopped,
-        prefill_tokens_per_s=1e3 * prompt_tokens / answer.prefill_ms,
-        decode_tokens_per_s=1e3 * answer.decode_calls / answer.decode_ms if answer.decode_calls else None,
-        load_ms=answer.load_ms,
-        peak_memory_mib=answer.peak_memory_mib,
-        threads=answer.threads,
+        text=tokenizer.text(reply.tokens),
+        tokens=reply.tokens,
+        prompt_tokens=len(tokens),
+        stopped=reply.stopped,
+        prefill_tokens_per_s=1e3 * len(tokens) / reply.prefill_ms,
+        decode_tokens_per_s=1e3 * reply.decode_calls / reply.decode_ms if reply.decode_calls else None,
+        load_ms=reply.load_ms,
+        peak_memory_mib=reply.peak_memory_mib,
+        threads=reply.threads,
     )

@@ -81,7 +81,7 @@ def before(program: ExportedProgram) -> None:
     """Repair what is recognizable only before operators are decomposed."""
     grouped.share_keys(program)
     bags.of_one_length(program)
-    complexes.as_pairs(program)
+    complexes.write_as_pairs(program)
 
 
 def repair_graph(program: ExportedProgram, target: str | None) -> None:
@@ -94,7 +94,7 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
         constants.fold(program)
     if target == "xnnpack":
         products.batch(program)
-        rescaled.apart(program)
+        rescaled.separate_moves(program)
         packed.part(program)
     constants.own_memory(program)
     program.graph.eliminate_dead_code()

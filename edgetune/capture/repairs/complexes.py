@@ -20,7 +20,7 @@ _ATEN = torch.ops.aten
 Pairs = dict[fx.Node, fx.Node]
 
 
-def as_pairs(program: ExportedProgram) -> None:
+def write_as_pairs(program: ExportedProgram) -> None:
     """Write every complex tensor of the captured program as pairs, if all their operators are supported."""
     nodes = [node for node in program.graph.nodes if _touches(node)]
     if not nodes or not all(_is_supported(node, program) for node in nodes):
@@ -96,7 +96,7 @@ class _Writer:
         real, imaginary = (self.call(_ATEN.select.int, self.pairs[value], -1, index) for index in (0, 1))
         return real, imaginary
 
-    def joined(self, real: Any, imaginary: Any) -> fx.Node:
+    def join(self, real: Any, imaginary: Any) -> fx.Node:
         """Pairs of two parts, which are expanded to the node's shape."""
         sides = [self.call(_ATEN.expand.default, side, self.shape) for side in (real, imaginary)]
         return self.call(_ATEN.stack.default, sides, -1)
@@ -110,11 +110,11 @@ class _Writer:
         return self.call(operator, left, right)
 
 
-def _reshaped(w: _Writer, x: Any, *_: Any) -> fx.Node:
+def _write_reshape(w: _Writer, x: Any, *_: Any) -> fx.Node:
     return w.call(_ATEN.reshape.default, w.pair(x), [*w.shape, 2])
 
 
-def _expanded(w: _Writer, x: Any, *_: Any) -> fx.Node:
+def _write_expand(w: _Writer, x: Any, *_: Any) -> fx.Node:
     return w.call(_ATEN.expand.default, w.pair(x), [*w.shape, 2])
 
 
@@ -123,7 +123,7 @@ def _same(w: _Writer, x: Any, *_: Any) -> fx.Node:
     return same
 
 
-def _moved(operator: Any, dims: int) -> Callable[..., fx.Node]:
+def _write_with_dims(operator: Any, dims: int) -> Callable[..., fx.Node]:
     """An operator whose first `dims` arguments behind the tensor are dims."""
 
     def write(w: _Writer, x: Any, *given: Any) -> fx.Node:
@@ -133,17 +133,17 @@ def _moved(operator: Any, dims: int) -> Callable[..., fx.Node]:
     return write
 
 
-def _permuted(w: _Writer, x: Any, dims: list[int]) -> fx.Node:
+def _write_permute(w: _Writer, x: Any, dims: list[int]) -> fx.Node:
     return w.call(_ATEN.permute.default, w.pair(x), [*(d % len(dims) for d in dims), len(dims)])
 
 
-def _turned(w: _Writer, x: Any) -> fx.Node:
+def _write_transpose(w: _Writer, x: Any) -> fx.Node:
     """`x.T` of a matrix, `x.mT` of any."""
     rank = len(w.shape)
     return w.call(_ATEN.transpose.int, w.pair(x), rank - 2, rank - 1)
 
 
-def _joined(operator: Any) -> Callable[..., fx.Node]:
+def _write_join(operator: Any) -> Callable[..., fx.Node]:
     """`cat` or `stack` of complex tensors."""
 
     def write(w: _Writer, tensors: list[Any], dim: int = 0) -> fx.Node:
@@ -160,9 +160,9 @@ def _product(operator: Any) -> Callable[..., fx.Node]:
         if b is None or d is None:
             one, (real, imaginary) = (left, (c, d)) if b is None else (right, (a, b))
             sides = [(one, part) if b is None else (part, one) for part in (real, imaginary)]
-            return w.joined(*(w.binary(operator, *side) for side in sides))
+            return w.join(*(w.binary(operator, *side) for side in sides))
         real = w.call(_ATEN.sub.Tensor, w.binary(operator, a, c), w.binary(operator, b, d))
-        return w.joined(real, w.call(_ATEN.add.Tensor, w.binary(operator, a, d), w.binary(operator, b, c)))
+        return w.join(real, w.call(_ATEN.add.Tensor, w.binary(operator, a, d), w.binary(operator, b, c)))
 
     return write
 
@@ -172,8 +172,8 @@ def _sum(operator: Any) -> Callable[..., fx.Node]:
         (a, b), (c, d) = w.parts(left), w.parts(right)
         real = w.binary(operator, a, c)
         if d is None:
-            return w.joined(real, b)
-        return w.joined(real, w.call(_ATEN.neg.default, d) if b is None and operator is _ATEN.sub.Tensor else
+            return w.join(real, b)
+        return w.join(real, w.call(_ATEN.neg.default, d) if b is None and operator is _ATEN.sub.Tensor else
                         d if b is None else w.binary(operator, b, d))  # fmt: skip
 
     return write
@@ -183,7 +183,7 @@ def _quotient(w: _Writer, left: Any, right: Any) -> fx.Node:
     """By a real number or tensor, or by way of the conjugate."""
     (a, b), (c, d) = w.parts(left), w.parts(right)
     if d is None:
-        return w.joined(w.call(_ATEN.div.Tensor, a, c), w.call(_ATEN.div.Tensor, b, c))
+        return w.join(w.call(_ATEN.div.Tensor, a, c), w.call(_ATEN.div.Tensor, b, c))
     square = w.call(_ATEN.add.Tensor, w.binary(_ATEN.mul.Tensor, c, c), w.binary(_ATEN.mul.Tensor, d, d))
     times = _ATEN.mul.Tensor
     if b is None:
@@ -191,7 +191,7 @@ def _quotient(w: _Writer, left: Any, right: Any) -> fx.Node:
     else:
         real = w.call(_ATEN.add.Tensor, w.binary(times, a, c), w.binary(times, b, d))
         imaginary = w.call(_ATEN.sub.Tensor, w.binary(times, b, c), w.binary(times, a, d))
-    return w.joined(w.call(_ATEN.div.Tensor, real, square), w.call(_ATEN.div.Tensor, imaginary, square))
+    return w.join(w.call(_ATEN.div.Tensor, real, square), w.call(_ATEN.div.Tensor, imaginary, square))
 
 
 def _spectrum(w: _Writer, x: Any, *given: Any) -> fx.Node:
@@ -201,7 +201,7 @@ def _spectrum(w: _Writer, x: Any, *given: Any) -> fx.Node:
 
 def _conjugate(w: _Writer, x: Any) -> fx.Node:
     real, imaginary = w.parts(x)
-    return w.joined(real, w.call(_ATEN.neg.default, imaginary))
+    return w.join(real, w.call(_ATEN.neg.default, imaginary))
 
 
 def _magnitude(w: _Writer, x: Any) -> fx.Node:
@@ -215,7 +215,7 @@ def _angle(w: _Writer, x: Any) -> fx.Node:
 
 def _polar(w: _Writer, length: Any, angle: Any) -> fx.Node:
     sides = (w.call(_ATEN.cos.default, angle), w.call(_ATEN.sin.default, angle))
-    return w.joined(*(w.call(_ATEN.mul.Tensor, length, side) for side in sides))
+    return w.join(*(w.call(_ATEN.mul.Tensor, length, side) for side in sides))
 
 
 def _exponential(w: _Writer, x: Any) -> fx.Node:
@@ -226,7 +226,7 @@ def _exponential(w: _Writer, x: Any) -> fx.Node:
 _FORMS: dict[Any, Callable[..., fx.Node]] = {
     _ATEN.view_as_complex.default: lambda w, x: x,
     _ATEN.view_as_real.default: _same,
-    _ATEN.complex.default: lambda w, real, imaginary: w.joined(real, imaginary),
+    _ATEN.complex.default: lambda w, real, imaginary: w.join(real, imaginary),
     _ATEN.polar.default: _polar,
     _ATEN.fft_rfft.default: _spectrum,
     _ATEN.real.default: lambda w, x: w.parts(x)[0],
@@ -244,14 +244,14 @@ _FORMS: dict[Any, Callable[..., fx.Node]] = {
     _ATEN.div.Tensor: _quotient,
     **dict.fromkeys((_ATEN.reshape.default, _ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.flatten.using_ints,
                      _ATEN.unflatten.int, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.default,
-                     _ATEN.squeeze.dims), _reshaped),
-    **dict.fromkeys((_ATEN.expand.default, _ATEN.expand_as.default), _expanded),
-    _ATEN.transpose.int: _moved(_ATEN.transpose.int, 2),
-    _ATEN.slice.Tensor: _moved(_ATEN.slice.Tensor, 1),
-    _ATEN.select.int: _moved(_ATEN.select.int, 1),
-    _ATEN.narrow.default: _moved(_ATEN.narrow.default, 1),
-    _ATEN.permute.default: _permuted,
-    **dict.fromkeys((_ATEN.numpy_T.default, _ATEN.mT.default, _ATEN.t.default), _turned),
-    _ATEN.cat.default: _joined(_ATEN.cat.default),
-    _ATEN.stack.default: _joined(_ATEN.stack.default),
+                     _ATEN.squeeze.dims), _write_reshape),
+    **dict.fromkeys((_ATEN.expand.default, _ATEN.expand_as.default), _write_expand),
+    _ATEN.transpose.int: _write_with_dims(_ATEN.transpose.int, 2),
+    _ATEN.slice.Tensor: _write_with_dims(_ATEN.slice.Tensor, 1),
+    _ATEN.select.int: _write_with_dims(_ATEN.select.int, 1),
+    _ATEN.narrow.default: _write_with_dims(_ATEN.narrow.default, 1),
+    _ATEN.permute.default: _write_permute,
+    **dict.fromkeys((_ATEN.numpy_T.default, _ATEN.mT.default, _ATEN.t.default), _write_transpose),
+    _ATEN.cat.default: _write_join(_ATEN.cat.default),
+    _ATEN.stack.default: _write_join(_ATEN.stack.default),
 }  # fmt: skip

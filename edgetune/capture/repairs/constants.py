@@ -27,7 +27,7 @@ def fold(program: ExportedProgram) -> None:
     for node in copies:  # without a memory format, which the pass does not fold
         node.target, node.kwargs = torch.ops.aten.contiguous.default, {}
     with silence_libraries():
-        constant_prop_pass(program, custom_skip_targets=_kept(program.graph))
+        constant_prop_pass(program, custom_skip_targets=_operators_to_keep(program.graph))
     for node in program.graph.nodes:
         if node in copies:
             node.target, node.kwargs = _CLONE, _PLAIN
@@ -50,7 +50,7 @@ def _is_part(value: Tensor) -> bool:
     return value.storage_offset() != 0 or value.untyped_storage().nbytes() != value.numel() * value.element_size()
 
 
-def _kept(graph: fx.Graph) -> set[Any]:
+def _operators_to_keep(graph: fx.Graph) -> set[Any]:
     """The operators that stay: quantization, random numbers, and those that would give a large constant."""
     kept = set()
     for node in graph.nodes:

@@ -23,14 +23,14 @@ def expand(x: Tensor, size: Sequence[int], *, implicit: bool = False) -> Repaire
     times = [want // had if had else 1 for want, had in zip(wanted, given)]  # noqa: B905
     if (prod(times) == 1 and len(size) == x.dim()) or prod(times) > _MOST:
         return NotImplemented
-    return _tiled(x.reshape(given), times)
+    return _tile(x.reshape(given), times)
 
 
 def repeat(x: Tensor, repeats: Sequence[int]) -> Repaired:
     """`x` written `repeats` times along each dim."""
     if not takes(x) or not all(isinstance(times, int) for times in repeats) or not 1 < prod(repeats) <= _MOST:
         return NotImplemented
-    return _tiled(x.reshape((1,) * (len(repeats) - x.dim()) + tuple(x.shape)), list(repeats))
+    return _tile(x.reshape((1,) * (len(repeats) - x.dim()) + tuple(x.shape)), list(repeats))
 
 
 def repeat_interleave(x: Tensor, repeats: int, dim: int | None = None, *, output_size: int | None = None) -> Repaired:
@@ -43,7 +43,7 @@ def repeat_interleave(x: Tensor, repeats: int, dim: int | None = None, *, output
     return torch.cat(_copies(x.reshape(form), repeats), dim + 1).reshape(final)
 
 
-def _tiled(x: Tensor, times: list[int]) -> Tensor:
+def _tile(x: Tensor, times: list[int]) -> Tensor:
     for dim, count in enumerate(times):
         x = torch.cat(_copies(x, count), dim) if count > 1 else x
     return x

@@ -26,10 +26,10 @@ def mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: 
     final = [1 if d in dims else size for d, size in enumerate(x.shape)] if keepdim else [x.shape[d] for d in kept]
     if all(x.shape[d] == 1 for d in dims):
         return x.reshape(final)
-    return _pooled(x, kept, dims).reshape(final)
+    return _pool(x, kept, dims).reshape(final)
 
 
-def _pooled(x: Tensor, kept: list[int], dims: tuple[int, ...]) -> Repaired:
+def _pool(x: Tensor, kept: list[int], dims: tuple[int, ...]) -> Repaired:
     rows = [x.shape[d] for d in kept]
     order = [*kept, *dims]
     if order == sorted(order):  # the last dims: a row of memory each

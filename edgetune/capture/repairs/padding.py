@@ -15,19 +15,21 @@ _MOST = 8  # per side: each place is an operand
 
 def reflect(x: Tensor, padding: Sequence[int]) -> Repaired:
     """Mirror at the first and the last place, which are not repeated."""
-    return _padded(x, padding, mirrored=True)
+    return _pad_by_slices(x, padding, mirrored=True)
 
 
 def replicate(x: Tensor, padding: Sequence[int]) -> Repaired:
     """Repeat the first and the last place."""
-    return _padded(x, padding, mirrored=False)
+    return _pad_by_slices(x, padding, mirrored=False)
 
 
 def pad(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Repaired:
     """Any of them by its name."""
     if mode == "constant":
         return constant(x, padding, value)
-    return _padded(x, padding, mirrored=mode == "reflect") if mode in ("reflect", "replicate") else NotImplemented
+    return (
+        _pad_by_slices(x, padding, mirrored=mode == "reflect") if mode in ("reflect", "replicate") else NotImplemented
+    )
 
 
 def constant(x: Tensor, padding: Sequence[int], value: float | None = None) -> Repaired:
@@ -41,12 +43,12 @@ def constant(x: Tensor, padding: Sequence[int], value: float | None = None) -> R
     return torch.nn.functional.pad(x, rest, value=value) if any(rest) else x
 
 
-def cropped(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Repaired:
+def crop(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Repaired:
     """The same by its name."""
     return constant(x, padding, value) if mode == "constant" else NotImplemented
 
 
-def _padded(x: Tensor, padding: Sequence[int], *, mirrored: bool) -> Repaired:
+def _pad_by_slices(x: Tensor, padding: Sequence[int], *, mirrored: bool) -> Repaired:
     if not takes(x) or not all(isinstance(p, int) and 0 <= p <= _MOST for p in padding):
         return NotImplemented
     for place in range(len(padding) // 2):
@@ -59,7 +61,7 @@ def _padded(x: Tensor, padding: Sequence[int], *, mirrored: bool) -> Repaired:
 
 
 _ATEN = torch.ops.aten
-WITHOUT_KERNEL: dict[Any, Any] = {_ATEN.pad.default: cropped, _ATEN.constant_pad_nd.default: constant}
+WITHOUT_KERNEL: dict[Any, Any] = {_ATEN.pad.default: crop, _ATEN.constant_pad_nd.default: constant}
 REPAIRS: dict[Any, Any] = {
     _ATEN.pad.default: pad,
     _ATEN.reflection_pad1d.default: reflect,

@@ -27,7 +27,7 @@ _SAFE = (_ATEN.max_pool2d.default, _ATEN.relu.default)  # with one scale
 _PADS = (_ATEN.pad.default, _ATEN.constant_pad_nd.default)
 
 
-def apart(program: ExportedProgram) -> None:
+def separate_moves(program: ExportedProgram) -> None:
     """Separate moves from the rounding after them, paddings from the values before them, and readers of a tensor."""
     graph = program.graph
     _round_once(graph)

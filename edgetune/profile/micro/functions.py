@@ -45,15 +45,15 @@ def _split_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).abs().transpose(1, 2).abs()
 
 
-def _turned(x: Tensor) -> Tensor:
+def _transpose_and_back(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).abs().transpose(-1, -2).abs()
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def _to_channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).abs().permute(0, 3, 1, 2).abs()
 
 
-def _channels_last_int8(x: Tensor) -> Tensor:
+def _to_channels_last_int8(x: Tensor) -> Tensor:
     """With an operator that is quantized."""
     y = x.permute(0, 2, 3, 1)
     y = y + y
@@ -61,22 +61,22 @@ def _channels_last_int8(x: Tensor) -> Tensor:
     return y + y
 
 
-def _reshaped(x: Tensor) -> Tensor:
+def _reshape(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1).abs().reshape(x.shape).abs()
 
 
-def halves(x: Tensor) -> Tensor:
+def swap_halves(x: Tensor) -> Tensor:
     """Two slices and their concatenation."""
     half = x.shape[1] // 2
     return torch.cat((x[:, half:], x[:, :half]), 1)
 
 
-def _quarters(x: Tensor) -> Tensor:
+def _join_quarters(x: Tensor) -> Tensor:
     quarter = x.shape[-1] // 4
     return torch.cat([x[..., i * quarter : (i + 1) * quarter].abs() for i in range(4)], -1)
 
 
-def _steps(x: Tensor) -> Tensor:
+def _sum_slices(x: Tensor) -> Tensor:
     """Thin slices, as a recurrence takes them."""
     total = x[:, :, 0]
     for step in range(1, x.shape[2]):
@@ -84,28 +84,28 @@ def _steps(x: Tensor) -> Tensor:
     return total
 
 
-def _padded(x: Tensor) -> Tensor:
+def _pad(x: Tensor) -> Tensor:
     return functional.pad(x, (1, 1, 1, 1)).abs()
 
 
-def pooled(x: Tensor) -> Tensor:
+def max_pool(x: Tensor) -> Tensor:
     """Max pooling that keeps the size."""
     return functional.max_pool2d(x, 3, 1, 1)
 
 
-def _averaged(x: Tensor) -> Tensor:
+def _average(x: Tensor) -> Tensor:
     return functional.avg_pool2d(x, 2, 2)
 
 
-def _resized(x: Tensor) -> Tensor:
+def _resize(x: Tensor) -> Tensor:
     return functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def _centered(x: Tensor) -> Tensor:
+def _center(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def _squeezed(x: Tensor) -> Tensor:
+def _scale_by_mean(x: Tensor) -> Tensor:
     return x * x.mean((2, 3), keepdim=True)
 
 
@@ -125,9 +125,9 @@ def functions() -> Iterator[Micro]:
     yield from (chain_of(n, _BINARY[n], s, s, times=4, quantize=INT8) for n in ("add", "multiply") for s in _ENDS)
     yield from (chain_of("hardswish", functional.hardswish, s, times=4, quantize=INT8) for s in ((1, 1, 16), *_ENDS))
     for shape in ((1, 64, 1, 1), (1, 256, 4, 4), (1, 64, 16, 16), (1, 16, 32, 32), (1, 96, 56, 56)):
-        yield chain_of("channels-last", _channels_last, shape, times=4)
-        yield chain_of("channels-last", _channels_last_int8, shape, times=2, quantize=INT8)
-        yield chain_of("squeezed", _squeezed, shape, times=4)
+        yield chain_of("channels-last", _to_channels_last, shape, times=4)
+        yield chain_of("channels-last", _to_channels_last_int8, shape, times=2, quantize=INT8)
+        yield chain_of("squeezed", _scale_by_mean, shape, times=4)
     yield chain_of("multiply-image", torch.mul, (1, 64, 16, 16), (1, 64, 1, 1), times=8)
     yield chain_of("multiply-scalar", lambda x: x * 1.01, (1, 16, 64), times=8)
     for heads, rows, wide in ((2, 16, 32), (4, 64, 32), (12, 64, 32), (3, 196, 64), (9, 128, 64)):
@@ -137,21 +137,21 @@ def functions() -> Iterator[Micro]:
     yield from (chain_of("softmax", _softmax, s, times=4) for s in ((2, 16, 16), (12, 64, 64), (3, 196, 196)))
     for shape in ((1, 16, 2, 32), (1, 64, 12, 32), (1, 196, 3, 64), (1, 96, 4, 4)):
         yield chain_of("heads", _split_heads, shape, times=4)
-        yield chain_of("turned", _turned, shape, times=4)
-        yield chain_of("reshaped", _reshaped, shape, times=4)
+        yield chain_of("turned", _transpose_and_back, shape, times=4)
+        yield chain_of("reshaped", _reshape, shape, times=4)
     for text in ((1, 32, 64), (1, 128, 384)):
-        yield chain_of("halves", halves, text, times=4)
-        yield chain_of("quarters", _quarters, text, times=4)
-    yield chain_of("quarters", _quarters, (1, 64, 4, 16), times=4)
+        yield chain_of("halves", swap_halves, text, times=4)
+        yield chain_of("quarters", _join_quarters, text, times=4)
+    yield chain_of("quarters", _join_quarters, (1, 64, 4, 16), times=4)
     for averaged in ((1, 32, 64), (1, 128, 384), (1, 128, 4), (1, 1024, 16)):
-        yield chain_of("centered", _centered, averaged, times=4)
-    yield from (chain_of("steps", _steps, shape) for shape in ((1, 128, 16, 8), (1, 512, 8, 4)))
+        yield chain_of("centered", _center, averaged, times=4)
+    yield from (chain_of("steps", _sum_slices, shape) for shape in ((1, 128, 16, 8), (1, 512, 8, 4)))
     for shape in ((1, 16, 16, 16), (1, 64, 28, 28)):
-        yield chain_of("halves", halves, shape, times=2)
-        yield chain_of("padded", _padded, shape)
-        yield chain_of("max-pool", pooled, shape, times=2)
-        yield chain_of("average-pool", _averaged, shape)
-        yield chain_of("resized", _resized, shape)
+        yield chain_of("halves", swap_halves, shape, times=2)
+        yield chain_of("padded", _pad, shape)
+        yield chain_of("max-pool", max_pool, shape, times=2)
+        yield chain_of("average-pool", _average, shape)
+        yield chain_of("resized", _resize, shape)
 
 
 # What no backend takes
@@ -173,11 +173,11 @@ def _embedding(rows: int, words: int, wide: int, quantize: str = "") -> Micro:
     return Micro(name, lambda: LayerChain([nn.Embedding(words, wide), nn.Linear(wide, wide)]), tokens, quantize)
 
 
-def _masked(x: Tensor) -> Tensor:
+def _mask(x: Tensor) -> Tensor:
     return torch.where(x > 0.5, x, 0.25)
 
 
-def _selected(x: Tensor, y: Tensor) -> Tensor:
+def _select_repeatedly(x: Tensor, y: Tensor) -> Tensor:
     """One comparison and many selections, so that their costs can be separated."""
     mask = x > 0.5
     for _ in range(8):
@@ -185,22 +185,22 @@ def _selected(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
-def _joined(x: Tensor) -> Tensor:
+def _join_masks(x: Tensor) -> Tensor:
     low, high = x > 0.2, x < 0.9
     for _ in range(8):
         low = low & high
     return low.to(torch.float32)
 
 
-def _picked(x: Tensor) -> Tensor:
+def _reverse_columns(x: Tensor) -> Tensor:
     return x[:, torch.arange(x.shape[1] - 1, -1, -1)]
 
 
-def _gathered(x: Tensor) -> Tensor:
+def _reverse_rows(x: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0] - 1, -1, -1)]
 
 
-def _both(x: Tensor) -> Tensor:
+def _within_bounds(x: Tensor) -> Tensor:
     return ((x > 0.2) & (x < 0.9)).to(torch.float32)
 
 
@@ -213,16 +213,17 @@ def kernels() -> Iterator[Micro]:
     yield from (_embedding(rows, 1024, wide, q) for rows, wide in ((16, 64), (64, 384)) for q in ("", INT4))
     sizes = ((1, 16, 64), (1, 64, 384))
     functions = {"add": lambda x: x + x, "negate": torch.neg, "cumsum": lambda x: torch.cumsum(x, -1),
-                 "where": _masked, "picked": _picked, "both": _both, "top": lambda x: torch.topk(x, 2, -1)[0],
+                 "where": _mask, "picked": _reverse_columns, "both": _within_bounds,
+                 "top": lambda x: torch.topk(x, 2, -1)[0],
                  "heads": lambda x: x.transpose(1, 2).contiguous(), "softmax": _softmax,
-                 "joined": _joined, "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
+                 "joined": _join_masks, "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
     for name, function in functions.items():
         times = 1 if name in ("top", "both", "joined", "heads") else 4
         yield from (chain_of(name, function, size, times=times, target="portable") for size in sizes)
-    yield from (chain_of("selected", _selected, size, size, target="portable") for size in sizes)
+    yield from (chain_of("selected", _select_repeatedly, size, size, target="portable") for size in sizes)
     yield from (chain_of("least", torch.minimum, size, size, times=4, target="portable") for size in sizes)
     yield from (
-        chain_of("gathered", _gathered, size, target="portable")
+        chain_of("gathered", _reverse_rows, size, target="portable")
         for size in ((16, 64, 128), (32, 64, 32), (48, 128, 96))
     )
     yield chain_of("matmul", torch.bmm, (2, 16, 32), (2, 32, 16), target="portable")

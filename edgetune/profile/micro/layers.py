@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
 
-from edgetune.profile.micro.functions import halves, pooled
+from edgetune.profile.micro.functions import max_pool, swap_halves
 from edgetune.profile.micro.program import INT4, INT8, Function, LayerChain, Micro, floats, quantized_name
 
 
@@ -20,52 +20,43 @@ def linear(rows: int, wide: int, out: int, pairs: int, quantize: str = "") -> Mi
     return Micro(quantized_name(f"linear-{rows}x{wide}x{out}", quantize), module, floats((rows, wide)), quantize)
 
 
-def _pointwise(wide: int, out: int, size: int, pairs: int, quantize: str = "") -> Micro:
-    def module() -> nn.Module:
-        return LayerChain([layer for _ in range(pairs) for layer in (nn.Conv2d(wide, out, 1), nn.Conv2d(out, wide, 1))])
+def _images(name: str, channels: int, size: int, layers: Callable[[], Sequence[nn.Module]], quantize: str) -> Micro:
+    """A chain of layers on one image."""
+    full = quantized_name(f"{name}x{size}", quantize)
+    return Micro(full, lambda: LayerChain(layers()), floats((1, channels, size, size)), quantize)
 
-    return Micro(
-        quantized_name(f"pointwise-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize
-    )
+
+def _pointwise(wide: int, out: int, size: int, pairs: int, quantize: str = "") -> Micro:
+    def layers() -> list[nn.Module]:
+        return [layer for _ in range(pairs) for layer in (nn.Conv2d(wide, out, 1), nn.Conv2d(out, wide, 1))]
+
+    return _images(f"pointwise-{wide}x{out}", wide, size, layers, quantize)
 
 
 def _conv(wide: int, size: int, kernel: int, times: int, groups: int = 1, quantize: str = "") -> Micro:
     """`times` convolutions that keep channels and size."""
     kind = "depthwise" if groups == wide else "conv" if groups == 1 else f"conv-of-{groups}"
 
-    def module() -> nn.Module:
-        made = [nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=groups) for _ in range(times)]
-        return LayerChain(made)
+    def layers() -> list[nn.Module]:
+        return [nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=groups) for _ in range(times)]
 
-    name = quantized_name(f"{kind}-{kernel}-{wide}x{size}", quantize)
-    return Micro(name, module, floats((1, wide, size, size)), quantize)
+    return _images(f"{kind}-{kernel}-{wide}", wide, size, layers, quantize)
 
 
 def _stem(out: int, size: int, kernel: int, stride: int, quantize: str = "") -> Micro:
     """The first convolution of a network: three channels in."""
-
-    def module() -> nn.Module:
-        return LayerChain([nn.Conv2d(3, out, kernel, stride, kernel // 2)])
-
-    return Micro(quantized_name(f"stem-{kernel}-{out}x{size}", quantize), module, floats((1, 3, size, size)), quantize)
+    return _images(f"stem-{kernel}-{out}", 3, size, lambda: [nn.Conv2d(3, out, kernel, stride, kernel // 2)], quantize)
 
 
-def _strided(wide: int, size: int, kernel: int, quantize: str = "") -> Micro:
-    def module() -> nn.Module:
-        return LayerChain([nn.Conv2d(wide, wide, kernel, 2, kernel // 2, groups=wide)])
+def _strided_conv(wide: int, size: int, kernel: int, quantize: str = "") -> Micro:
+    def layers() -> list[nn.Module]:
+        return [nn.Conv2d(wide, wide, kernel, 2, kernel // 2, groups=wide)]
 
-    return Micro(
-        quantized_name(f"strided-{kernel}-{wide}x{size}", quantize), module, floats((1, wide, size, size)), quantize
-    )
+    return _images(f"strided-{kernel}-{wide}", wide, size, layers, quantize)
 
 
-def _upward(wide: int, out: int, size: int, quantize: str = "") -> Micro:
-    def module() -> nn.Module:
-        return LayerChain([nn.ConvTranspose2d(wide, out, 2, 2)])
-
-    return Micro(
-        quantized_name(f"upward-{wide}x{out}x{size}", quantize), module, floats((1, wide, size, size)), quantize
-    )
+def _transposed_conv(wide: int, out: int, size: int, quantize: str = "") -> Micro:
+    return _images(f"upward-{wide}x{out}", wide, size, lambda: [nn.ConvTranspose2d(wide, out, 2, 2)], quantize)
 
 
 class _Between(nn.Module):
@@ -83,17 +74,22 @@ class _Between(nn.Module):
         return x
 
 
-def _shifted(x: Tensor) -> Tensor:
+def _add_constant(x: Tensor) -> Tensor:
     """Keeps the order of axes, with a transpose before and after."""
     return x + 3.0
 
 
-def _shuffled(x: Tensor) -> Tensor:
+def _shuffle_channels(x: Tensor) -> Tensor:
     """The channels of two halves in turn (Zhang et al. 2018, section 3.1)."""
     return x.reshape(x.shape[0], 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
-_BETWEEN: dict[str, Function] = {"shifted": _shifted, "shuffled": _shuffled, "swapped": halves, "pooled": pooled}
+_BETWEEN: dict[str, Function] = {
+    "shifted": _add_constant,
+    "shuffled": _shuffle_channels,
+    "swapped": swap_halves,
+    "pooled": max_pool,
+}
 
 
 def _between(name: str, wide: int, size: int, quantize: str) -> Micro:
@@ -141,7 +137,7 @@ def layers() -> Iterator[Micro]:
         for wide, size, groups in ((128, 14, 2), (64, 16, 4), (128, 14, 32), (64, 8, 8), (256, 7, 32)):
             yield _conv(wide, size, 3, 2, groups, quantize)
         yield from (_stem(*shape, quantize=quantize) for shape in ((16, 64, 3, 2), (32, 224, 3, 2), (32, 64, 7, 4)))
-        yield from (_strided(*shape, quantize=quantize) for shape in ((96, 56, 3), (64, 16, 5), (64, 32, 7)))
+        yield from (_strided_conv(*shape, quantize=quantize) for shape in ((96, 56, 3), (64, 16, 5), (64, 32, 7)))
         yield from (_between("shifted", *shape, quantize) for shape in ((64, 1), (16, 32), (128, 7)))
         yield from (_between(n, *s, quantize) for n in ("shuffled", "swapped", "pooled") for s in ((16, 28), (64, 7)))
-        yield from (_upward(*shape, quantize=quantize) for shape in ((64, 64, 8), (32, 32, 16)))
+        yield from (_transposed_conv(*shape, quantize=quantize) for shape in ((64, 64, 8), (32, 32, 16)))

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from edgetune.profile.reference.builder import Builder
-from edgetune.program.operators import DType, Operator
-
-Operators = tuple[Operator, ...]
 
 
-def _stem(size: int, dtype: DType) -> Builder:
-    net = Builder(size, dtype)
+def _stem(net: Builder) -> None:
     net.conv(64, 7, 2)
     net.pool(3, 2, 1)
-    return net
 
 
 def _shortcut(net: Builder, came_in: int, came_size: int, out: int, stride: int) -> None:
@@ -23,9 +18,9 @@ def _shortcut(net: Builder, came_in: int, came_size: int, out: int, stride: int)
     net.residual()
 
 
-def resnet18(size: int = 224, dtype: DType = "fp32") -> Operators:
+def resnet18(net: Builder) -> None:
     """ResNet-18 (He et al. 2016, table 1)."""
-    net = _stem(size, dtype)
+    _stem(net)
     for width, first_stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
         for number in range(2):
             stride, came_in, came_size = (first_stride if number == 0 else 1), net.channels, net.size
@@ -33,12 +28,11 @@ def resnet18(size: int = 224, dtype: DType = "fp32") -> Operators:
             net.conv(width, 3)
             _shortcut(net, came_in, came_size, width, stride)
     net.head()
-    return tuple(net.operators)
 
 
-def resnet50(size: int = 224, dtype: DType = "fp32", width_factor: int = 1) -> Operators:
+def resnet50(net: Builder, width_factor: int = 1) -> None:
     """ResNet-50 v1.5 (He et al. 2016, stride on the 3x3)."""
-    net = _stem(size, dtype)
+    _stem(net)
     for width, repeats, first_stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for number in range(repeats):
             stride, came_in, came_size = (first_stride if number == 0 else 1), net.channels, net.size
@@ -47,17 +41,15 @@ def resnet50(size: int = 224, dtype: DType = "fp32", width_factor: int = 1) -> O
             net.conv(4 * width, 1)
             _shortcut(net, came_in, came_size, 4 * width, stride)
     net.head()
-    return tuple(net.operators)
 
 
-def wide_resnet50(size: int = 224, dtype: DType = "fp32") -> Operators:
+def wide_resnet50(net: Builder) -> None:
     """Wide ResNet-50-2 (Zagoruyko and Komodakis 2016): inner layers twice as wide."""
-    return resnet50(size, dtype, 2)
+    resnet50(net, 2)
 
 
-def vgg16(size: int = 224, dtype: DType = "fp32") -> Operators:
+def vgg16(net: Builder) -> None:
     """VGG-16 (Simonyan and Zisserman 2015, configuration D)."""
-    net = Builder(size, dtype)
     for width, layers in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(layers):
             net.conv(width, 3)
@@ -65,7 +57,6 @@ def vgg16(size: int = 224, dtype: DType = "fp32") -> Operators:
     net.linear(4096)
     net.linear(4096)
     net.linear(1000)
-    return tuple(net.operators)
 
 
 def _fire(net: Builder, squeeze: int, expand: int) -> None:
@@ -76,7 +67,7 @@ def _fire(net: Builder, squeeze: int, expand: int) -> None:
     net.gather(2 * expand)
 
 
-def _squeezenet(net: Builder, pools: tuple[int, ...]) -> Operators:
+def _squeezenet(net: Builder, pools: tuple[int, ...]) -> None:
     """Eight fire modules, a pooling before those numbered; the last convolution is the classifier."""
     for number, (squeeze, expand) in enumerate(
         ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
@@ -86,26 +77,22 @@ def _squeezenet(net: Builder, pools: tuple[int, ...]) -> Operators:
         _fire(net, squeeze, expand)
     net.conv(1000, 1)
     net.mean()
-    return tuple(net.operators)
 
 
-def squeezenet_1_0(size: int = 224, dtype: DType = "fp32") -> Operators:
+def squeezenet_1_0(net: Builder) -> None:
     """SqueezeNet 1.0 (Iandola et al. 2016, table 1)."""
-    net = Builder(size, dtype)
     net.conv(96, 7, 2, padding=0)
-    return _squeezenet(net, (0, 3, 7))
+    _squeezenet(net, (0, 3, 7))
 
 
-def squeezenet_1_1(size: int = 224, dtype: DType = "fp32") -> Operators:
+def squeezenet_1_1(net: Builder) -> None:
     """SqueezeNet 1.1 (the authors' repository, v1.1)."""
-    net = Builder(size, dtype)
     net.conv(64, 3, 2, padding=0)
-    return _squeezenet(net, (0, 2, 4))
+    _squeezenet(net, (0, 2, 4))
 
 
-def googlenet(size: int = 224, dtype: DType = "fp32") -> Operators:
+def googlenet(net: Builder) -> None:
     """GoogLeNet (Szegedy et al. 2015, table 1), with 3x3 in place of 5x5 as torchvision has it; no auxiliary heads."""
-    net = Builder(size, dtype)
     net.conv(64, 7, 2)
     net.pool(3, 2, ceil=True)
     net.conv(64, 1)
@@ -131,12 +118,10 @@ def googlenet(size: int = 224, dtype: DType = "fp32") -> Operators:
         net.conv(pooled, 1)
         net.gather(one + three + five + pooled)
     net.head()
-    return tuple(net.operators)
 
 
-def shufflenet_v2(size: int = 224, dtype: DType = "fp32") -> Operators:
+def shufflenet_v2(net: Builder) -> None:
     """ShuffleNetV2 1.0x (Ma et al. 2018, table 5); a channel shuffle is one movement of the whole tensor."""
-    net = Builder(size, dtype)
     net.conv(24, 3, 2)
     net.pool(3, 2, 1)
     for out, repeats in ((116, 4), (232, 8), (464, 4)):
@@ -155,4 +140,3 @@ def shufflenet_v2(size: int = 224, dtype: DType = "fp32") -> Operators:
             net.shuffle()
     net.conv(1024, 1)
     net.head()
-    return tuple(net.operators)

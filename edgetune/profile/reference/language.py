@@ -80,7 +80,7 @@ class QuantizationScheme:
     adapter_rank: int = 0  # LoRA beside every linear layer, in 32 bits
 
 
-def _grouped(name: str, group: int, head_bits: float | None = None, adapter_rank: int = 0) -> QuantizationScheme:
+def _grouped_scheme(name: str, group: int, head_bits: float | None = None, adapter_rank: int = 0) -> QuantizationScheme:
     """4-bit weights in groups with a scale each, 8-bit activations, as ExecuTorch exports them (`8da4w`)."""
     packed, stored = 4 + 16 / group, 4 + 32 / group
     return QuantizationScheme(
@@ -90,11 +90,11 @@ def _grouped(name: str, group: int, head_bits: float | None = None, adapter_rank
 
 _ALL_SCHEMES = (
     QuantizationScheme("bf16", "bf16", 16, 16, 16, 16, 16, copies=1, cache_bytes=2),
-    _grouped("8da4w-g32", 32),
-    _grouped("8da4w-g128", 128),
-    _grouped("8da4w-g256", 256),
-    _grouped("8da4w-g32-head8", 32, head_bits=8.0),
-    _grouped("8da4w-g32-head8-lora16", 32, head_bits=8.0, adapter_rank=16),
+    _grouped_scheme("8da4w-g32", 32),
+    _grouped_scheme("8da4w-g128", 128),
+    _grouped_scheme("8da4w-g256", 256),
+    _grouped_scheme("8da4w-g32-head8", 32, head_bits=8.0),
+    _grouped_scheme("8da4w-g32-head8-lora16", 32, head_bits=8.0, adapter_rank=16),
     # llama.cpp: blocks of 4 and 6 bits as its file of Llama 3.2 3B (2.02 GB) has them, the tied table in 6
     QuantizationScheme("q4-k-m", "8da4w", 4.81, 6.5625, 4.81, 6.5625, 0, copies=1, cache_bytes=2),
 )

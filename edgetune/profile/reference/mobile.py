@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from edgetune.profile.reference.builder import Builder
-from edgetune.program.operators import DType, Operator
 
-Operators = tuple[Operator, ...]
 # expansion, output channels, repeats, first stride, kernel
 Stage = tuple[int, int, int, int, int]
 
@@ -16,7 +14,7 @@ def _divisible(value: float) -> int:
     return near + 8 if near < 0.9 * value else near
 
 
-def _inverted(net: Builder, stages: tuple[Stage, ...]) -> None:
+def _inverted_residuals(net: Builder, stages: tuple[Stage, ...]) -> None:
     """Inverted residual blocks with ReLU6: expand, depthwise, project."""
     for expand, out, repeats, first_stride, kernel in stages:
         for number in range(repeats):
@@ -30,9 +28,8 @@ def _inverted(net: Builder, stages: tuple[Stage, ...]) -> None:
                 net.residual()
 
 
-def mobilenet_v1(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v1(net: Builder) -> None:
     """MobileNet 1.0 (Howard et al. 2017, table 1)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
     for out, stride in (
         (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1),
@@ -40,36 +37,31 @@ def mobilenet_v1(size: int = 224, dtype: DType = "fp32") -> Operators:
         net.depthwise(3, stride)
         net.conv(out, 1)
     net.head()
-    return tuple(net.operators)
 
 
-def mobilenet_v2(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v2(net: Builder) -> None:
     """MobileNetV2 1.0 (Sandler et al. 2018, table 2)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
-    _inverted(
+    _inverted_residuals(
         net,
         ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3), (6, 96, 3, 1, 3), (6, 160, 3, 2, 3),
          (6, 320, 1, 1, 3)),
     )  # fmt: skip
     net.conv(1280, 1)
     net.head()
-    return tuple(net.operators)
 
 
-def mnasnet(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mnasnet(net: Builder) -> None:
     """MnasNet-B1 1.0 (Tan et al. 2019, without squeeze and excitation)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
     net.depthwise(3)
     net.conv(16, 1)
-    _inverted(
+    _inverted_residuals(
         net,
         ((3, 24, 3, 2, 3), (3, 40, 3, 2, 5), (6, 80, 3, 2, 5), (6, 96, 2, 1, 3), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3)),
     )
     net.conv(1280, 1)
     net.head()
-    return tuple(net.operators)
 
 
 # kernel, expanded channels, output channels, squeeze, hard swish, stride: Howard et al. 2019, tables 1 and 2
@@ -86,8 +78,7 @@ _V3_SMALL = (
 )  # fmt: skip
 
 
-def _v3(blocks: tuple[tuple[int, ...], ...], last: int, hidden: int, size: int, dtype: DType) -> Operators:
-    net = Builder(size, dtype)
+def _v3(net: Builder, blocks: tuple[tuple[int, ...], ...], last: int, hidden: int) -> None:
     net.conv(16, 3, 2)
     net.unary("hardswish")
     for kernel, expanded, out, squeezed, hard, stride in blocks:
@@ -109,20 +100,19 @@ def _v3(blocks: tuple[tuple[int, ...], ...], last: int, hidden: int, size: int, 
     net.mean()
     net.linear(hidden, "hardswish")
     net.linear(1000)
-    return tuple(net.operators)
 
 
-def mobilenet_v3_large(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v3_large(net: Builder) -> None:
     """MobileNetV3 large 1.0 (Howard et al. 2019, table 1)."""
-    return _v3(_V3_LARGE, 960, 1280, size, dtype)
+    _v3(net, _V3_LARGE, 960, 1280)
 
 
-def mobilenet_v3_small(size: int = 224, dtype: DType = "fp32") -> Operators:
+def mobilenet_v3_small(net: Builder) -> None:
     """MobileNetV3 small 1.0 (Howard et al. 2019, table 2)."""
-    return _v3(_V3_SMALL, 576, 1024, size, dtype)
+    _v3(net, _V3_SMALL, 576, 1024)
 
 
-def _squeezed(net: Builder, stages: tuple[Stage, ...]) -> None:
+def _squeeze_excite_blocks(net: Builder, stages: tuple[Stage, ...]) -> None:
     """Inverted residual blocks of EfficientNet: SiLU, and squeeze to a quarter of the block's input."""
     for expand, out, repeats, first_stride, kernel in stages:
         for number in range(repeats):
@@ -138,12 +128,11 @@ def _squeezed(net: Builder, stages: tuple[Stage, ...]) -> None:
                 net.residual()
 
 
-def efficientnet_b0(size: int = 224, dtype: DType = "fp32") -> Operators:
+def efficientnet_b0(net: Builder) -> None:
     """EfficientNet-B0 (Tan and Le 2019, table 1)."""
-    net = Builder(size, dtype)
     net.conv(32, 3, 2)
     net.silu()
-    _squeezed(
+    _squeeze_excite_blocks(
         net,
         ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
          (6, 320, 1, 1, 3)),
@@ -151,12 +140,10 @@ def efficientnet_b0(size: int = 224, dtype: DType = "fp32") -> Operators:
     net.conv(1280, 1)
     net.silu()
     net.head()
-    return tuple(net.operators)
 
 
-def efficientnet_v2_s(size: int = 384, dtype: DType = "fp32") -> Operators:
-    """EfficientNetV2-S (Tan and Le 2021, table 4), by default at its evaluation size of 384 pixels."""
-    net = Builder(size, dtype)
+def efficientnet_v2_s(net: Builder) -> None:
+    """EfficientNetV2-S (Tan and Le 2021, table 4), at its evaluation size of 384 pixels."""
     net.conv(24, 3, 2)
     net.silu()
     for expand, out, repeats, first_stride in ((1, 24, 2, 1), (4, 48, 4, 2), (4, 64, 4, 2)):
@@ -171,8 +158,7 @@ def efficientnet_v2_s(size: int = 384, dtype: DType = "fp32") -> Operators:
                 net.silu()
             if stride == 1 and came_in == out:
                 net.residual()
-    _squeezed(net, ((4, 128, 6, 2, 3), (6, 160, 9, 1, 3), (6, 256, 15, 2, 3)))
+    _squeeze_excite_blocks(net, ((4, 128, 6, 2, 3), (6, 160, 9, 1, 3), (6, 256, 15, 2, 3)))
     net.conv(1280, 1)
     net.silu()
     net.head()
-    return tuple(net.operators)
