@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
+    from support.programs import Small
 
 pytest.register_assert_rewrite("support")
 torch.set_num_threads(1)
 
 # a file stays with one worker: those that take minutes begin first, or one worker ends alone with them
-LONG = ("recipes", "language", "random_modules", "training_program", "export", "quant", "calibrate", "kit", "programs")
+LONG = ("recipes", "language", "random_modules", "training_program", "export", "int8", "calibrate", "kit", "programs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,9 +28,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
 
 
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe, alone in the working directory."""
+    from support.command_line import RECIPE
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+# Programs that several files only read: made when the first test of a process asks for one
+
+
+@pytest.fixture(scope="session")
+def text_program(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    from support import programs
+
+    return programs.text_program(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def picture_program(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    from support import programs
+
+    return programs.picture_program(tmp_path_factory.mktemp("picture"))
+
+
 @pytest.fixture(scope="session")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A text-generation program, which its tests only read."""
     from support.decoders import export_decoder, llama
 
     return export_decoder(llama(), tmp_path_factory.mktemp("talking"))

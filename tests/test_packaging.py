@@ -17,6 +17,7 @@ from packaging.version import Version
 
 import edgetune as et
 from edgetune.core import registry
+from edgetune.export.kit import PLATFORMS
 from edgetune.profile import device
 from edgetune.recipe import recipe
 
@@ -71,6 +72,21 @@ def test_data_is_found_where_it_is_installed() -> None:
     assert "pixel-8" in device.device_ids()
     assert resources.files("edgetune.recipes").joinpath("assets.txt").is_file()
     assert resources.files("edgetune").joinpath("py.typed").is_file()
+
+
+def test_every_template_of_a_kit_is_shipped() -> None:
+    """Package data are named by pattern: a file that no pattern takes would be missing in the wheel."""
+    folder = ROOT / "export" / "kit"
+    patterns = read_project()["tool"]["setuptools"]["package-data"]["edgetune.export.kit"]
+    files = {file for file in folder.glob("*/*") if "__pycache__" not in file.parts}
+    assert {file for pattern in patterns for file in folder.glob(pattern)} == files
+    sources = {
+        source
+        for p in PLATFORMS.values()
+        for part in (p.always, p.text, p.picture, p.generation)
+        for source in part.values()
+    }
+    assert {str(file.relative_to(folder)) for file in files} == sources | {"linux/cpp.md"}
 
 
 def test_import_is_light_and_changes_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Sequence
@@ -11,40 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_carried import exported, photographs, small_bert, small_vision
 from torch import nn
 
 from edgetune.cli import predict as cli_predict
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.data.dataset import Dataset
 from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings, WholeData
 from edgetune.data.tables import from_csv
-from edgetune.export import Artifact, export
+from edgetune.export import export
 from edgetune.models.loaded import LoadedModel
 from edgetune.program.manifest import ProgramKind
 from edgetune.run.predicting import evaluate, predict
 from edgetune.run.predictor import Predictor
 from edgetune.tasks.answers import count_answers
 from support.manifests import stored
-
-Text = tuple[LoadedModel, Dataset, Artifact]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
-    loaded, dataset = small_bert()
-    return loaded, dataset, exported(loaded, dataset, tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Text:
-    folder = tmp_path_factory.mktemp("vision")
-    (folder / "own").mkdir()
-    paths = [str(path) for path in photographs(folder / "own")]
-    loaded, dataset = small_vision(paths, ("dark", "light"))
-    return loaded, dataset, exported(loaded, dataset, folder)
+from support.programs import CLASSES, Small
 
 
 def logits_of(loaded: LoadedModel, rows: Sequence[Any], pad_to: int | None = None) -> torch.Tensor:
@@ -54,8 +37,8 @@ def logits_of(loaded: LoadedModel, rows: Sequence[Any], pad_to: int | None = Non
     return answer
 
 
-def test_texts_are_answered_as_the_model_does(text: Text) -> None:
-    loaded, dataset, artifact = text
+def test_texts_are_answered_as_the_model_does(text_program: Small) -> None:
+    loaded, dataset, artifact = text_program
     rows = [str(row) for row in dataset.test.inputs]
     predictions = predict(artifact.path, rows)
     wanted = logits_of(loaded, rows).softmax(1)
@@ -67,8 +50,8 @@ def test_texts_are_answered_as_the_model_does(text: Text) -> None:
     assert predict(artifact.path, []) == ()
 
 
-def test_images_are_answered_as_the_model_does(vision: Text, tmp_path: Path) -> None:
-    loaded, dataset, artifact = vision
+def test_images_are_answered_as_the_model_does(picture_program: Small, tmp_path: Path) -> None:
+    loaded, dataset, artifact = picture_program
     paths = list(dataset.test.inputs)
     wanted = logits_of(loaded, paths).softmax(1)
     predictions = predict(artifact.path, paths)
@@ -82,9 +65,13 @@ def test_images_are_answered_as_the_model_does(vision: Text, tmp_path: Path) -> 
 
 
 def test_the_verb_reads_files_folders_and_stdin(
-    text: Text, vision: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text_program: Small,
+    picture_program: Small,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    program = str(text[2].path)
+    program = str(text_program[2].path)
     (tmp_path / "rows.txt").write_text("so good\n\n  so bad \n", encoding="utf-8")
     (tmp_path / "rows.csv").write_text('text,stars\n"one, two",5\nthree,1\n', encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text('{"said": "four"}\n', encoding="utf-8")
@@ -100,8 +87,8 @@ def test_the_verb_reads_files_folders_and_stdin(
     line = capsys.readouterr().out
     wanted = predict(program, "four")[0]
     assert line == f"rows.jsonl, row 1: four: {wanted.label} {100 * wanted.score:.1f} %\n"
-    assert main(["predict", str(vision[2].path), str(Path(vision[1].test.inputs[0]).parent)]) == 0
-    assert capsys.readouterr().out.count("\n") == len(vision[1].test.inputs)
+    assert main(["predict", str(picture_program[2].path), str(Path(picture_program[1].test.inputs[0]).parent)]) == 0
+    assert capsys.readouterr().out.count("\n") == len(picture_program[1].test.inputs)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +104,7 @@ def test_the_verb_reads_files_folders_and_stdin(
     ],
 )
 def test_a_file_that_cannot_be_read_whole_is_refused(
-    rows: list[str], what: str, action: str, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: list[str], what: str, action: str, text_program: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
@@ -126,16 +113,16 @@ def test_a_file_that_cannot_be_read_whole_is_refused(
     (tmp_path / "other.csv").write_text("review\na\n")
     (tmp_path / "rows.tsv").write_text("text\na\n")
     with pytest.raises(EdgetuneError) as caught:
-        cli_predict.predict(text[2].path, rows)
+        cli_predict.predict(text_program[2].path, rows)
     assert what in caught.value.what
     assert caught.value.action.startswith(action)
 
 
-def test_a_sentence_that_names_a_file_is_a_text(text: Text) -> None:
-    assert cli_predict.predict(text[2].path, ["please open notes.txt", "long " * 200 + "a.txt", "." * 5]) == 0
+def test_a_sentence_that_names_a_file_is_a_text(text_program: Small) -> None:
+    assert cli_predict.predict(text_program[2].path, ["please open notes.txt", "long " * 200 + "a.txt", "." * 5]) == 0
 
 
-def test_what_a_program_lacks_is_named(text: Text, tmp_path: Path) -> None:
+def test_what_a_program_lacks_is_named(text_program: Small, tmp_path: Path) -> None:
     torch.manual_seed(0)
     bare = export(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(1, 3, 4), tmp_path / "bare.pte")
     with pytest.raises(
@@ -155,9 +142,9 @@ def test_what_a_program_lacks_is_named(text: Text, tmp_path: Path) -> None:
 
 
 def test_classes_without_names_are_numbered_and_the_reader_told(
-    text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text_program: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for file in text[2].path.parent.iterdir():
+    for file in text_program[2].path.parent.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     manifest = json.loads((tmp_path / "model.json").read_text())
     manifest["carried"]["labels"] = []
@@ -173,8 +160,10 @@ def labelled(path: Path, rows: Sequence[str], labels: Sequence[str]) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def test_eval_counts_what_the_program_answers(text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, dataset, artifact = text
+def test_eval_counts_what_the_program_answers(
+    text_program: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, dataset, artifact = text_program
     rows = [str(row) for row in dataset.test.inputs]
     answers = [one.label for one in predict(artifact.path, rows)]
     wrong = [dataset.classes[(dataset.classes.index(label) + 1) % 3] for label in answers]
@@ -200,8 +189,8 @@ def test_eval_counts_what_the_program_answers(text: Text, tmp_path: Path, capsys
         assert heading in printed
 
 
-def test_eval_of_a_few_rows_of_one_class_and_of_strange_ones(text: Text, tmp_path: Path) -> None:
-    artifact = text[2]
+def test_eval_of_a_few_rows_of_one_class_and_of_strange_ones(text_program: Small, tmp_path: Path) -> None:
+    artifact = text_program[2]
     labelled(tmp_path / "one.jsonl", ["a"], ["no"])
     answers = evaluate(artifact.path, f"jsonl:{tmp_path / 'one.jsonl'}", part="all")
     assert answers.quality.rows == 1
@@ -217,13 +206,14 @@ def test_eval_of_a_few_rows_of_one_class_and_of_strange_ones(text: Text, tmp_pat
 
 
 def test_eval_takes_the_data_of_the_recipe_beside_the_program(
-    text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text_program: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for file in text[2].path.parent.iterdir():
+    for file in text_program[2].path.parent.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     rows = [f"text {number}" for number in range(40)]
-    lines = [f"{row},{('no', 'maybe', 'yes')[place % 3]}" for place, row in enumerate(rows)]
-    (tmp_path / "rows.csv").write_text("\n".join(["review,stars", *lines]))
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        lines = [(row, CLASSES[place % 3]) for place, row in enumerate(rows)]
+        csv.writer(file).writerows([("review", "stars"), *lines])
     data: dict[str, Any] = {
         "source": f"csv:{tmp_path / 'rows.csv'}",
         "text": "review",
@@ -244,7 +234,7 @@ def test_eval_takes_the_data_of_the_recipe_beside_the_program(
     assert [one["row"] for one in json.loads(capsys.readouterr().out)] == rows, "the recipe names the column"
     # another file of the same layout: columns and names of labels are the recipe's
     (tmp_path / "other.csv").write_text("title,body,stars\nfine,so good,1\npoor,so bad,0\n")
-    data |= {"text": ["title", "body"], "label_names": {"0": "no", "1": "yes"}, "test_rows": 4}
+    data |= {"text": ["title", "body"], "label_names": {"0": CLASSES[0], "1": CLASSES[2]}, "test_rows": 4}
     (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "data": data}))
     assert main(["predict", str(tmp_path), str(tmp_path / "other.csv"), "--json"]) == 0
     assert [one["row"] for one in json.loads(capsys.readouterr().out)] == ["fine\nso good", "poor\nso bad"]
@@ -252,8 +242,8 @@ def test_eval_takes_the_data_of_the_recipe_beside_the_program(
     assert [one["rows"] for one in json.loads(capsys.readouterr().out)["classes"]] == [1, 0, 1]
 
 
-def test_eval_of_image_folders(vision: Text, tmp_path: Path) -> None:
-    loaded, dataset, artifact = vision
+def test_eval_of_image_folders(picture_program: Small, tmp_path: Path) -> None:
+    loaded, dataset, artifact = picture_program
     paths = list(dataset.test.inputs)
     predicted = logits_of(loaded, paths).argmax(1).tolist()
     for path, place in zip(paths, predicted, strict=True):
@@ -288,8 +278,8 @@ def test_answers_are_counted_by_hand() -> None:
     assert answers.quality.value == 25.0
 
 
-def test_a_program_for_several_rows_at_once_answers_any_number(vision: Text, tmp_path: Path) -> None:
-    loaded, dataset, artifact = vision
+def test_a_program_for_several_rows_at_once_answers_any_number(picture_program: Small, tmp_path: Path) -> None:
+    loaded, dataset, artifact = picture_program
     paths = list(dataset.test.inputs)
     pair = export(loaded.model, loaded.encode(paths[:2]), tmp_path / "pair.pte", carried=artifact.manifest.carried)
     assert pair.manifest.main.inputs[0].shape[0] == 2

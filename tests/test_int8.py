@@ -1,4 +1,4 @@
-"""int4 and int8: sizes, errors, tied weights, any number of rows."""
+"""int8: any number of rows, the very bits of its program, layers left out, fused and computed ones."""
 
 from __future__ import annotations
 
@@ -14,24 +14,9 @@ from torch.nn import functional as F
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.technique import Sample
 from edgetune.export import export
-from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8, Static8
 from edgetune.quant.integers import Integers
-from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
-
-
-class Tied(nn.Module):
-    """A language model in three lines: the head shares the table's weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(50, 32, padding_idx=0)
-        self.body = nn.Linear(32, 32)
-        self.lm_head = nn.Linear(32, 50, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(torch.tanh(self.body(self.embed_tokens(ids))))
+from edgetune.quant.size import parameter_count, stored_bytes
 
 
 class Small(nn.Module):
@@ -45,94 +30,6 @@ class Small(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         hidden = F.relu6(self.norm(self.conv(pixels)))
         return self.head(self.drop(hidden.mean((2, 3))))
-
-
-def tied() -> Tied:
-    torch.manual_seed(0)
-    return Tied().eval()
-
-
-def test_int4_counts_half_a_byte_for_a_weight() -> None:
-    layer = nn.Sequential(nn.Linear(64, 10, bias=False))
-    assert stored_bytes(layer) == 64 * 10 * 4
-    Int4().apply(layer)
-    scales = 10 * (64 // 32) * 2
-    assert stored_bytes(layer) == 64 * 10 // 2 + scales
-    assert parameter_count(layer) == 640
-
-
-def test_int4_stays_within_half_a_step_of_each_weight() -> None:
-    torch.manual_seed(1)
-    layer = nn.Sequential(nn.Linear(64, 16))
-    before = layer[0].weight.detach().clone()
-    Int4().apply(layer)
-    quantized = layer[0].weight
-    step = quantized.scale.float().repeat_interleave(32, dim=1)
-    error = (quantized.dequantize() - before).abs()
-    clipped = before >= 7 * step  # symmetric: +7.5 steps has no code
-    rounding = 8 * 2**-8  # codes are computed with bf16 scales in bf16, and a code is at most 8
-    assert (error[~clipped] <= (0.501 + rounding) * step[~clipped]).all()
-    assert (error[clipped] <= (1.001 + rounding) * step[clipped]).all()
-    assert error.max() > 0
-
-
-def test_int4_unties_the_head_from_the_table() -> None:
-    model = tied()
-    shared = model.embed_tokens.weight.detach().clone()
-    ids = torch.arange(50)[None]
-    expected = model(ids)
-    assert parameter_count(model) == 50 * 32 + 32 * 32 + 32
-    Int4().apply(model)
-    assert model.lm_head.weight.target_dtype == torch.int4
-    assert model.embed_tokens.weight.target_dtype == torch.int8
-    assert model.embed_tokens.padding_idx is None
-    assert torch.allclose(model.embed_tokens.weight.dequantize(), shared, atol=float(shared.abs().max()) / 100)
-    assert torch.allclose(model.lm_head.weight.dequantize(), shared, atol=float(shared.abs().max()) / 7)
-    assert (model(ids) - expected).norm() < 0.25 * expected.norm()
-
-
-def test_int4_leaves_out_what_skip_names() -> None:
-    model = Int4(skip=("lm_head", "embed_tokens")).apply(tied())
-    assert type(model.lm_head.weight) is nn.Parameter
-    assert type(model.embed_tokens.weight) is nn.Parameter
-    assert model.body.weight.target_dtype == torch.int4
-
-
-def test_int4_names_the_layer_that_the_group_does_not_divide() -> None:
-    model = nn.ModuleDict({"good": nn.Linear(64, 8), "bad": nn.Linear(40, 8)})
-    with pytest.raises(EdgetuneError, match=r"bad: .*group_size 32: got 40[\s\S]*round_to=32.*skip: \['bad'\]"):
-        Int4().apply(model)
-    assert type(model["good"].weight) is nn.Parameter, "nothing may be quantized before all widths are checked"
-
-
-def test_int4_refuses_a_skip_that_names_nothing() -> None:
-    with pytest.raises(EdgetuneError, match=r"skip: the pattern matches no layer: got 'lm_heed'.*lm_head"):
-        Int4(skip=("lm_heed",)).apply(tied())
-
-
-def test_int4_refuses_a_table_with_max_norm() -> None:
-    with pytest.raises(EdgetuneError, match="max_norm"):
-        Int4().apply(nn.ModuleDict({"table": nn.Embedding(5, 4, max_norm=1.0), "linear": nn.Linear(32, 2)}))
-
-
-def test_int4_refuses_a_projection_that_is_read_directly() -> None:
-    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
-    with pytest.raises(EdgetuneError, match=r'out_proj is not called[\s\S]*add "self_attn\.out_proj" to skip'):
-        Int4().apply(model)
-    x = torch.randn(1, 4, 32)
-    with torch.no_grad():
-        expected = model(x)
-        with pytest.warns(UserWarning, match=r"self_attn\.in_proj_weight: these weights do not belong to"):
-            Int4(skip=("self_attn.out_proj",)).apply(model)
-        got = model(x)
-    assert 0 < (got - expected).norm() < 0.3 * expected.norm()
-
-
-def test_int4_copies_and_counts_a_shared_layer_once() -> None:
-    layer = nn.Linear(32, 8, bias=False)
-    model = Int4().apply(nn.ModuleDict({"a": layer, "b": layer}))
-    assert stored_bytes(model) == tensor_bytes(layer.weight)
-    assert stored_bytes(copy.deepcopy(model)) == stored_bytes(model)
 
 
 def batches() -> list[torch.Tensor]:
