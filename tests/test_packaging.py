@@ -81,10 +81,7 @@ def test_every_template_of_a_kit_is_shipped() -> None:
     files = {file for file in folder.glob("*/*") if "__pycache__" not in file.parts}
     assert {file for pattern in patterns for file in folder.glob(pattern)} == files
     sources = {
-        source
-        for p in PLATFORMS.values()
-        for part in (p.always, p.text, p.picture, p.generation)
-        for source in part.values()
+        template for p in PLATFORMS.values() for part in (p.common, p.text, p.image, p.generation) for template in part
     }
     assert {str(file.relative_to(folder)) for file in files} == sources | {"linux/cpp.md"}
 
