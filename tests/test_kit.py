@@ -32,7 +32,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import silence_libraries
 from edgetune.data.dataset import Dataset
 from edgetune.export import Artifact
-from edgetune.export.kit import PLATFORMS, check, find, kit_of, target_for
+from edgetune.export.kit import PLATFORMS, check, copy_to_kit, find, target_for
 from edgetune.export.kit.platforms import platform_of
 from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
@@ -94,7 +94,7 @@ def test_a_kit_has_all_its_parts_and_nothing_to_fill_in(
 ) -> None:
     made: Made = request.getfixturevalue(kind)
     artifact = made[2]
-    folder = kit_of(artifact.path, find(name), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find(name), tmp_path / "kit")
     where, always, with_text, with_picture = EXPECTED[name]
     own = MODEL | ({"model.tokenizer.json"} if kind == "text" else set())
     parts = with_text if kind == "text" else with_picture
@@ -114,15 +114,17 @@ def test_a_kit_has_all_its_parts_and_nothing_to_fill_in(
 def test_the_packages_of_a_kit_fit_its_target(text: Made, tmp_path: Path) -> None:
     path = text[2].path
     version = text[2].manifest.versions["executorch"]
-    gradle = (kit_of(path, find("android"), tmp_path / "a") / "build.gradle.kts").read_text(encoding="utf-8")
+    gradle = (copy_to_kit(path, find("android"), tmp_path / "a") / "build.gradle.kts").read_text(encoding="utf-8")
     assert f'implementation("org.pytorch:executorch-android:{version}")' in gradle
-    package = (kit_of(path, find("ios"), tmp_path / "i") / "Package.swift").read_text(encoding="utf-8")
+    package = (copy_to_kit(path, find("ios"), tmp_path / "i") / "Package.swift").read_text(encoding="utf-8")
     assert f'branch: "swiftpm-{version}"' in package
     assert package.count(".product(") == 4
     assert '.product(name: "backend_xnnpack", package: "executorch"),' in package
     for name in ("model.pte", "model.json", "model.md", "model.tokenizer.json"):
         assert f'.copy("Resources/{name}")' in package
-    required = (kit_of(path, find("linux"), tmp_path / "l") / "requirements.txt").read_text(encoding="utf-8").split()
+    required = (
+        (copy_to_kit(path, find("linux"), tmp_path / "l") / "requirements.txt").read_text(encoding="utf-8").split()
+    )
     assert {f"executorch=={version}", "tokenizers>=0.21"} <= set(required)
 
 
@@ -135,18 +137,18 @@ def test_a_program_that_was_not_run_says_so_and_links_its_backend(picture: Made,
     ):
         (tmp_path / name).mkdir()
         path = told_anew(picture, tmp_path / name, known, parity=False, target=target, note=note)
-        folder = kit_of(path, find(name), tmp_path / f"{name}-kit")
+        folder = copy_to_kit(path, find(name), tmp_path / f"{name}-kit")
         assert f"The program was {note}." in (folder / "README.md").read_text(encoding="utf-8")
         build = {"android": "build.gradle.kts", "ios": "Package.swift"}[name]
         assert package in (folder / build).read_text(encoding="utf-8")
         with pytest.raises(EdgetuneError, match="do not run this target"):
-            kit_of(path, find("linux"), tmp_path / "kit")
+            copy_to_kit(path, find("linux"), tmp_path / "kit")
 
 
 def test_the_linux_sample_is_the_one_that_was_tried(picture: Made, tmp_path: Path) -> None:
     """`test_carried` runs it on raw rows and compares it with the model."""
     loaded, dataset, artifact = picture
-    folder = kit_of(artifact.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
     assert (folder / "sample.py").read_bytes() == SAMPLE.read_bytes()
     paths = list(dataset.test.inputs)
     same_as_the_model(sampled(folder, [str(p) for p in paths]), loaded.model, loaded.encode(paths), CLASSES)
@@ -155,7 +157,7 @@ def test_the_linux_sample_is_the_one_that_was_tried(picture: Made, tmp_path: Pat
 def test_the_linux_sample_is_a_command(text: Made, tmp_path: Path) -> None:
     import sys
 
-    folder = kit_of(text[2].path, find("jetson"), tmp_path / "kit")
+    folder = copy_to_kit(text[2].path, find("jetson"), tmp_path / "kit")
     command = [sys.executable, str(folder / "sample.py"), "so good", "so bad"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = done.stdout.splitlines()[-2:]
@@ -207,7 +209,7 @@ def built(folder: Path, source: str) -> Path:
 
 def test_the_cpp_sample_cuts_texts_as_the_tokenizer_does(text: Made, tmp_path: Path) -> None:
     loaded, dataset, artifact = text
-    folder = kit_of(artifact.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
     rows = [*map(str, dataset.test.inputs), *map(str, dataset.train.inputs), *HARD_TEXTS]
     (folder / "rows").write_bytes(b"".join(row.encode() + b"\0" for row in rows))
     command = [str(built(folder, TEXT_MAIN)), str(folder / "cpp" / "vocab.txt"), str(folder / "rows")]
@@ -221,7 +223,7 @@ def test_the_cpp_sample_cuts_texts_as_the_tokenizer_does(text: Made, tmp_path: P
 
 def test_the_cpp_sample_prepares_pictures_as_training_did(picture: Made, tmp_path: Path) -> None:
     loaded, dataset, artifact = picture
-    folder = kit_of(artifact.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
     plain = []
     for number, path in enumerate(dataset.test.inputs):
         upright = ImageOps.exif_transpose(Image.open(path))
@@ -285,7 +287,7 @@ def told_anew(made: Made, folder: Path, known: Carried | None, parity: bool = Tr
 def test_programs_that_carry_nothing_make_no_kit(picture: Made, tmp_path: Path) -> None:
     path = told_anew(picture, tmp_path, None)
     with pytest.raises(EdgetuneError, match="no preprocessing and no classes") as caught:
-        kit_of(path, find("linux"), tmp_path / "kit")
+        copy_to_kit(path, find("linux"), tmp_path / "kit")
     assert caught.value.exit_code == Exit.EXPORT
     assert files_of(tmp_path) == {"model.pte", "model.json"}
 
@@ -298,14 +300,14 @@ def test_what_is_carried_must_fit_the_program(picture: Made, tmp_path: Path) -> 
     for wrong in ({"preprocessing": larger}, {"labels": ("one",)}):
         path = told_anew(picture, tmp_path, known.model_copy(update=wrong))
         with pytest.raises(EdgetuneError, match="do not match its metadata"):
-            kit_of(path, find("linux"), tmp_path / "kit")
+            copy_to_kit(path, find("linux"), tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(text: Made, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(EdgetuneError, match="already exists"):
-        kit_of(text[2].path, find("linux"), tmp_path)
+        copy_to_kit(text[2].path, find("linux"), tmp_path)
     assert files_of(tmp_path) == {"mine.txt"}
 
 
@@ -318,7 +320,7 @@ def test_another_tokenizer_goes_to_python_alone(text: Made, tmp_path: Path) -> N
     known = describe_io(loaded, dataset).model_copy(update={"preprocessing": text_preprocessing(plain, TOKENS)})
     with pytest.raises(EdgetuneError, match="BERT family"):
         check(find("android"), known)
-    folder = kit_of(told_anew(text, tmp_path, known), find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(told_anew(text, tmp_path, known), find("linux"), tmp_path / "kit")
     assert not [file for file in files_of(folder) if file.startswith("cpp")]
     assert "No C++ sample" in (folder / "README.md").read_text(encoding="utf-8")
     (found,) = sampled(folder, ["abc"])["rows"]
@@ -330,7 +332,7 @@ def test_a_tampered_tokenizer_makes_no_kit(text: Made, tmp_path: Path) -> None:
         shutil.copyfile(file, tmp_path / file.name)
     (tmp_path / "model.tokenizer.json").write_text("{}")
     with pytest.raises(EdgetuneError, match="not the one that its manifest describes"):
-        kit_of(tmp_path / "model.pte", find("linux"), tmp_path / "kit")
+        copy_to_kit(tmp_path / "model.pte", find("linux"), tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
 
 
@@ -411,7 +413,7 @@ def test_a_language_model_generates_from_its_kit(talking: Artifact, tmp_path: Pa
 
     from edgetune.runtime.generating import generate
 
-    folder = kit_of(talking.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(talking.path, find("linux"), tmp_path / "kit")
     own = MODEL | {"model.tokenizer.json", "chat.json"}
     assert files_of(folder) == own | {"README.md", "generate.py", "requirements.txt"}
     message = "a small model talks"
@@ -424,7 +426,7 @@ def test_a_language_model_generates_from_its_kit(talking: Artifact, tmp_path: Pa
     assert expected.text.startswith(said.rstrip("\ufffd")), "a character whose bytes never came is left out"
     assert len(said) > 0
     for name in ("android", "ios"):
-        made = kit_of(talking.path, find(name), tmp_path / name)
+        made = copy_to_kit(talking.path, find(name), tmp_path / name)
         where = EXPECTED[name][0]
         sample = {"android": f"{KOTLIN}/Generator.kt", "ios": f"{SWIFT}/Generator.swift"}[name]
         build = {"android": "build.gradle.kts", "ios": "Package.swift"}[name]
