@@ -15,7 +15,7 @@ from edgetune.cli import complete, main
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import silence_libraries
 from edgetune.export import Artifact
-from edgetune.export.kit import PLATFORMS, check, find, kit_of, target_for
+from edgetune.export.kit import PLATFORMS, check, copy_to_kit, find, target_for
 from edgetune.export.kit.platforms import platform_of
 from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
@@ -60,7 +60,7 @@ def test_a_kit_has_all_its_parts_and_nothing_to_fill_in(
 ) -> None:
     made: Small = request.getfixturevalue(f"{kind}_program")
     artifact = made[2]
-    folder = kit_of(artifact.path, find(name), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find(name), tmp_path / "kit")
     where, always, with_text, with_picture = EXPECTED[name]
     own = MODEL | ({"model.tokenizer.json"} if kind == "text" else set())
     parts = with_text if kind == "text" else with_picture
@@ -84,7 +84,7 @@ def test_a_kit_of_a_program_that_talks(talking: Artifact, tmp_path: Path) -> Non
         "android": {"build.gradle.kts", f"{KOTLIN}/Generator.kt"},
         "ios": {"Package.swift", f"{SWIFT}/Generator.swift"},
     }.items():
-        folder = kit_of(talking.path, find(name), tmp_path / name)
+        folder = copy_to_kit(talking.path, find(name), tmp_path / name)
         assert files_of(folder) == {EXPECTED[name][0] + file for file in own} | sources | {"README.md"}
         if name != "linux":
             readme = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
@@ -94,15 +94,17 @@ def test_a_kit_of_a_program_that_talks(talking: Artifact, tmp_path: Path) -> Non
 def test_the_packages_of_a_kit_fit_its_target(text_program: Small, tmp_path: Path) -> None:
     path = text_program[2].path
     version = text_program[2].manifest.versions["executorch"]
-    gradle = (kit_of(path, find("android"), tmp_path / "a") / "build.gradle.kts").read_text(encoding="utf-8")
+    gradle = (copy_to_kit(path, find("android"), tmp_path / "a") / "build.gradle.kts").read_text(encoding="utf-8")
     assert f'implementation("org.pytorch:executorch-android:{version}")' in gradle
-    package = (kit_of(path, find("ios"), tmp_path / "i") / "Package.swift").read_text(encoding="utf-8")
+    package = (copy_to_kit(path, find("ios"), tmp_path / "i") / "Package.swift").read_text(encoding="utf-8")
     assert f'branch: "swiftpm-{version}"' in package
     assert package.count(".product(") == 4
     assert '.product(name: "backend_xnnpack", package: "executorch"),' in package
     for name in ("model.pte", "model.json", "model.md", "model.tokenizer.json"):
         assert f'.copy("Resources/{name}")' in package
-    required = (kit_of(path, find("linux"), tmp_path / "l") / "requirements.txt").read_text(encoding="utf-8").split()
+    required = (
+        (copy_to_kit(path, find("linux"), tmp_path / "l") / "requirements.txt").read_text(encoding="utf-8").split()
+    )
     assert {f"executorch=={version}", "tokenizers>=0.21"} <= set(required)
 
 
@@ -115,12 +117,12 @@ def test_a_program_that_was_not_run_says_so_and_links_its_backend(picture_progra
     ):
         (tmp_path / name).mkdir()
         path = carry_other(picture_program, tmp_path / name, known, parity=False, target=target, note=note)
-        folder = kit_of(path, find(name), tmp_path / f"{name}-kit")
+        folder = copy_to_kit(path, find(name), tmp_path / f"{name}-kit")
         assert f"The program was {note}." in (folder / "README.md").read_text(encoding="utf-8")
         build = {"android": "build.gradle.kts", "ios": "Package.swift"}[name]
         assert package in (folder / build).read_text(encoding="utf-8")
         with pytest.raises(EdgetuneError, match="do not run this target"):
-            kit_of(path, find("linux"), tmp_path / "kit")
+            copy_to_kit(path, find("linux"), tmp_path / "kit")
 
 
 # Refusals
@@ -168,7 +170,7 @@ def carry_other(made: Small, folder: Path, known: Carried | None, parity: bool =
 def test_programs_that_carry_nothing_make_no_kit(picture_program: Small, tmp_path: Path) -> None:
     path = carry_other(picture_program, tmp_path, None)
     with pytest.raises(EdgetuneError, match="no preprocessing and no classes") as caught:
-        kit_of(path, find("linux"), tmp_path / "kit")
+        copy_to_kit(path, find("linux"), tmp_path / "kit")
     assert caught.value.exit_code == Exit.EXPORT
     assert files_of(tmp_path) == {"model.pte", "model.json"}
 
@@ -181,14 +183,14 @@ def test_what_is_carried_must_fit_the_program(picture_program: Small, tmp_path: 
     for wrong in ({"preprocessing": larger}, {"labels": ("one",)}):
         path = carry_other(picture_program, tmp_path, known.model_copy(update=wrong))
         with pytest.raises(EdgetuneError, match="do not match its metadata"):
-            kit_of(path, find("linux"), tmp_path / "kit")
+            copy_to_kit(path, find("linux"), tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(text_program: Small, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(EdgetuneError, match="already exists"):
-        kit_of(text_program[2].path, find("linux"), tmp_path)
+        copy_to_kit(text_program[2].path, find("linux"), tmp_path)
     assert files_of(tmp_path) == {"mine.txt"}
 
 
@@ -201,7 +203,7 @@ def test_another_tokenizer_goes_to_python_alone(text_program: Small, tmp_path: P
     known = describe_io(loaded, dataset).model_copy(update={"preprocessing": text_preprocessing(plain, TOKENS)})
     with pytest.raises(EdgetuneError, match="BERT family"):
         check(find("android"), known)
-    folder = kit_of(carry_other(text_program, tmp_path, known), find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(carry_other(text_program, tmp_path, known), find("linux"), tmp_path / "kit")
     assert not [file for file in files_of(folder) if file.startswith("cpp")]
     assert "No C++ sample" in (folder / "README.md").read_text(encoding="utf-8")
     (found,) = run_sample(folder, ["abc"])["rows"]
@@ -213,7 +215,7 @@ def test_a_tampered_tokenizer_makes_no_kit(text_program: Small, tmp_path: Path) 
         shutil.copyfile(file, tmp_path / file.name)
     (tmp_path / "model.tokenizer.json").write_text("{}")
     with pytest.raises(EdgetuneError, match="not the one that its manifest describes"):
-        kit_of(tmp_path / "model.pte", find("linux"), tmp_path / "kit")
+        copy_to_kit(tmp_path / "model.pte", find("linux"), tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
 
 

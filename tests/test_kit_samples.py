@@ -16,7 +16,7 @@ import torch
 from edgetune.cli import main
 from edgetune.core.quiet import silence_libraries
 from edgetune.export import Artifact
-from edgetune.export.kit import find, kit_of
+from edgetune.export.kit import copy_to_kit, find
 from edgetune.program.carried import TextPreprocessing
 from edgetune.runtime.generating import generate
 from support.programs import CLASSES, HARD_TEXTS, SAMPLE, STD, TOKENS, Small, check_sample, run_sample
@@ -28,14 +28,14 @@ with silence_libraries():
 def test_the_linux_sample_is_the_one_that_was_tried(picture_program: Small, tmp_path: Path) -> None:
     """`test_carried` runs it on raw rows and compares it with the model."""
     loaded, dataset, artifact = picture_program
-    folder = kit_of(artifact.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
     assert (folder / "sample.py").read_bytes() == SAMPLE.read_bytes()
     paths = list(dataset.test.inputs)
     check_sample(run_sample(folder, [str(p) for p in paths]), loaded.model, loaded.encode(paths), CLASSES)
 
 
 def test_the_linux_sample_is_a_command(text_program: Small, tmp_path: Path) -> None:
-    folder = kit_of(text_program[2].path, find("jetson"), tmp_path / "kit")
+    folder = copy_to_kit(text_program[2].path, find("jetson"), tmp_path / "kit")
     command = [sys.executable, str(folder / "sample.py"), "so good", "so bad"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = done.stdout.splitlines()[-2:]
@@ -86,7 +86,7 @@ def built(folder: Path, source: str) -> Path:
 
 def test_the_cpp_sample_cuts_texts_as_the_tokenizer_does(text_program: Small, tmp_path: Path) -> None:
     loaded, dataset, artifact = text_program
-    folder = kit_of(artifact.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
     rows = [*map(str, dataset.test.inputs), *map(str, dataset.train.inputs), *HARD_TEXTS]
     (folder / "rows").write_bytes(b"".join(row.encode() + b"\0" for row in rows))
     command = [str(built(folder, TEXT_MAIN)), str(folder / "cpp" / "vocab.txt"), str(folder / "rows")]
@@ -100,7 +100,7 @@ def test_the_cpp_sample_cuts_texts_as_the_tokenizer_does(text_program: Small, tm
 
 def test_the_cpp_sample_prepares_pictures_as_training_did(picture_program: Small, tmp_path: Path) -> None:
     loaded, dataset, artifact = picture_program
-    folder = kit_of(artifact.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
     plain = []
     for number, path in enumerate(dataset.test.inputs):
         upright = ImageOps.exif_transpose(Image.open(path))
@@ -133,7 +133,7 @@ assert not {"edgetune", "transformers"} & set(sys.modules)
 
 
 def test_a_language_model_talks_from_its_kit(talking: Artifact, tmp_path: Path) -> None:
-    folder = kit_of(talking.path, find("linux"), tmp_path / "kit")
+    folder = copy_to_kit(talking.path, find("linux"), tmp_path / "kit")
     message = "a small model talks"
     command = [sys.executable, "-c", GENERATE, str(folder), message]
     done = subprocess.run(command, capture_output=True, check=False)

@@ -238,14 +238,14 @@ def quantized_in_16_bits() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "a plain module": (lambda: nn.Linear(4, 4), {}, "one of transformers"),
+    "a plain module": (lambda: nn.Linear(4, 4), {}, "must be a transformers model"),
     "a cache beyond the positions": (lambda: decoder("Llama"), {"max_tokens": 300}, "positions"),
     "a prefill that is no multiple": (lambda: decoder("Llama"), {"prefill_tokens": 48}, "chunk size is not valid"),
-    "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "CPU operators"),
-    "nothing to compare on": (lambda: decoder("Llama"), {"check_prompts": ()}, "a prompt with tokens is needed"),
+    "a target without the operators": (lambda: decoder("Llama"), {"target": "vulkan"}, "needs a CPU target"),
+    "nothing to compare on": (lambda: decoder("Llama"), {"check_prompts": ()}, "at least one prompt"),
     "quantized in bf16": (quantized_in_16_bits, {}, "was quantized in bfloat16"),
     "an attention of its own code": (lambda: decoder("Bloom"), {}, "attention of BloomForCausalLM is custom code"),
-    "a prompt without tokens": (lambda: decoder("Llama"), {"check_prompts": ([],)}, "a prompt with tokens is needed"),
+    "a prompt without tokens": (lambda: decoder("Llama"), {"check_prompts": ([],)}, "tokens in every prompt"),
 }
 
 

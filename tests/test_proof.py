@@ -152,7 +152,7 @@ def test_the_module_where_a_difference_begins_is_named(tmp_path: Path) -> None:
         export(seeded(Nested, 1.01), x, tmp_path / "m.pte")
     assert caught.value.exit_code == Exit.EXPORT
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(EdgetuneError, match=r"no single module differs as much: .* computed between the modules"):
+    with pytest.raises(EdgetuneError, match=r"no single module differs as much: .* code between the modules"):
         export(seeded(Nested, 1.0, 1.1), x, tmp_path / "b.pte")
 
 

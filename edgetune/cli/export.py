@@ -128,7 +128,7 @@ def kit(
     uses them. A .pte is copied together with its files; anything else is exported first.
     """
     from edgetune.core.errors import EdgetuneError
-    from edgetune.export.kit import check, find, kit_of, new_kit, target_for
+    from edgetune.export.kit import check, copy_to_kit, create_kit, find, target_for
     from edgetune.run.exportable import set_cache_size, to_program, write_card_with_run
     from edgetune.run.exporting import load_exportable
 
@@ -146,12 +146,12 @@ def kit(
             if device or target or data or inputs or weights or language or max_tokens:
                 fact, action = "the program is already lowered", "omit all options except -o and --json"
                 raise EdgetuneError(fact, got=model, action=action)
-            kit_of(Path(model), chosen, folder)
+            copy_to_kit(Path(model), chosen, folder)
         else:
             source = set_cache_size(load_exportable(model, data, language, inputs, weights), max_tokens)
             if source.generation is None:
                 check(chosen, source.carried)
-            new_kit(chosen, folder, make)
+            create_kit(chosen, folder, make)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     as_data = {"folder": str(folder), "files": files}
     print_result(as_data if as_json else f"{folder}: start with README.md\n" + "\n".join(f"  {file}" for file in files))

@@ -16,14 +16,14 @@ from edgetune.program.artifact import Artifact
 from edgetune.program.card import card_path
 from edgetune.program.manifest import manifest_path
 
-__all__ = ["PLATFORMS", "check", "find", "kit_of", "new_kit", "target_for"]
+__all__ = ["PLATFORMS", "check", "copy_to_kit", "create_kit", "find", "target_for"]
 
 check = classifier.check
 
 _CODE = (".kt", ".py", ".cpp", "linux/text.hpp", "linux/picture.hpp")  # copied unchanged; other templates have fields
 
 
-def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) -> Path:
+def create_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) -> Path:
     """Make a kit in `folder`, which must be new or empty; `make` writes the program to the path that it is given.
 
     If anything fails, nothing is left in `folder`.
@@ -43,7 +43,7 @@ def new_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) 
     return folder
 
 
-def kit_of(program: Path, platform: Platform, folder: Path) -> Path:
+def copy_to_kit(program: Path, platform: Platform, folder: Path) -> Path:
     """Make a kit of an existing program, with the files next to it."""
     manifest = Artifact.load(program, "model", "language").manifest
     target_for(platform, None, manifest.target)  # raises if the platform cannot run it
@@ -58,7 +58,7 @@ def kit_of(program: Path, platform: Platform, folder: Path) -> Path:
             shutil.copyfile(program.with_name(name), path.with_name(name))
         return Artifact.load(path)
 
-    return new_kit(platform, folder, copy)
+    return create_kit(platform, folder, copy)
 
 
 def _fill(folder: Path, files: Mapping[str, str], fields: Mapping[str, str]) -> None:
