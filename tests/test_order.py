@@ -57,7 +57,7 @@ def test_it_says_what_stays_open_and_why_it_finalizes() -> None:
     [
         ([et.Int4(), LORA], "lora: cannot follow int4, which leaves integer weights\n  next: put lora before int4"),
         ([et.Int8(), TRAIN], "train: cannot follow int8, which leaves integer weights"),
-        ([et.Int4(), et.Int4()], "int4: stands twice"),
+        ([et.Int4(), et.Int4()], "int4: occurs twice"),
         ([LORA, TRAIN, LORA], "lora: cannot follow lora, which leaves adapters\n  next: finalize between the two"),
         ([LORA, SCHEME], "put sparse-update before lora, or finalize between the two"),
         ([SCHEME, et.NF4()], "nf4: cannot follow sparse-update, which leaves frozen layers"),

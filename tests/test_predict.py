@@ -266,7 +266,7 @@ def test_whole_data_keep_every_row_whatever_their_number(tmp_path: Path) -> None
 def test_answers_are_counted_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0], [0.0, 9.0]])
     images = np.zeros((4, 8, 8), np.uint8)
-    answers = count_answers(("cat", "dog"), Rows(images, [0, 0, 1, 0]), logits, pictures=True)
+    answers = count_answers(("cat", "dog"), Rows(images, [0, 0, 1, 0]), logits, images=True)
     cat, dog = answers.classes
     assert (cat.rows, cat.predicted, cat.right, cat.precision_pct) == (3, 2, 1, 50.0)
     assert cat.recall_pct == pytest.approx(100 / 3)

@@ -318,7 +318,7 @@ def test_order_is_checked_before_any_work() -> None:
 
 def test_a_technique_cannot_stand_twice() -> None:
     text = TEXT.replace("  - int4:", "  - int4\n  - int4:")
-    assert "step 7 (line 11), int4: stands twice" in complaint(text)
+    assert "step 7 (line 11), int4: occurs twice" in complaint(text)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "just words", "null"])

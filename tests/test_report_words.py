@@ -205,7 +205,7 @@ def test_thumbnails_are_inlined(tmp_path: Path) -> None:
     import numpy as np
 
     images = Rows(np.zeros((2, 28, 28), np.uint8), [0, 1])
-    ledger = example().with_(answers=count_answers(("a", "b"), images, tensor([[0.0, 2.0], [0.0, 2.0]]), pictures=True))
+    ledger = example().with_(answers=count_answers(("a", "b"), images, tensor([[0.0, 2.0], [0.0, 2.0]]), images=True))
     whole = reading(ledger, tmp_path)
     (image,) = [attributes for tag, attributes in whole.elements if tag == "img"]
     assert str(image["src"]).startswith("data:image/png;base64,")

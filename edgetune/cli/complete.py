@@ -1,6 +1,6 @@
-"""Names that the shell completes. They are read off folders alone: each press of the tab key starts a process.
+"""Shell completion of names. They are read from folders alone: each press of the tab key starts a process.
 
-Where nothing begins with what was typed, the shell offers files.
+If no name begins with the typed text, the shell offers files.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def device_names(incomplete: str) -> list[str]:
 
 
 def platform_names(incomplete: str) -> list[str]:
-    """What a kit can be made for."""
+    """The platforms of kits."""
     return _beginning(incomplete, PLATFORMS)
 
 
 def target_names(incomplete: str) -> list[str]:
-    """What a program can be lowered to."""
+    """The targets of programs."""
     return _beginning(incomplete, TARGET_NAMES)
 
 

@@ -19,12 +19,12 @@ devices = typer.Typer(help="List, compare and calibrate phones and boards.", **P
 
 
 def print_result(value: object) -> None:
-    """Text as it is; anything else as JSON."""
+    """Print text as it is, anything else as JSON."""
     print(value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; `None` where it is a file or a pipe, which is never too narrow."""
+    """Columns of the terminal; `None` if stdout is a file or a pipe, which has no limit."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 

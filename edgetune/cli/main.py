@@ -31,10 +31,10 @@ VERBS = (  # in the order of the work, which is the order of `edgetune --help`
 
 
 class InOrder(TyperGroup):
-    """Lists the verbs in the order of the work."""
+    """Lists the verbs in the order of `VERBS`."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """As `VERBS` has them, then the rest."""
+        """The verbs in the order of `VERBS`, then the rest."""
         return sorted(self.commands, key=lambda verb: VERBS.index(verb) if verb in VERBS else len(VERBS))
 
 
@@ -96,13 +96,13 @@ def _failure(error: BaseException) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         hint = f"\n  next: {context.command_path} --help" if context is not None else ""
         return f"edgetune: {error.format_message()}{hint}", int(Exit.USAGE)
-    if isinstance(error, OSError) and error.filename is not None:  # of a file that nobody asked about before
+    if isinstance(error, OSError) and error.filename is not None:  # of a file that no check covers
         return f"edgetune: {error.filename}: {error.strerror}\n  next: choose another path", int(Exit.USAGE)
     return f"edgetune: {type(error).__name__}: {error}\n  next: run again with --debug for the trace", 1
 
 
 def _shorten_paths(text: str) -> str:
-    """Paths below the folder one is in as one types them: those of a recipe were made absolute."""
+    """Make paths below the current folder relative: those of a recipe were made absolute."""
     here = f"{Path.cwd()}{os.sep}"
     return text if here == os.sep * 2 else re.sub(rf"(?<![\w/]){re.escape(here)}", "", text)
 
@@ -152,7 +152,7 @@ def run(
 
     def report_progress(stage: str, done: int, of: int, detail: str) -> None:
         nonlocal begun
-        begun = True  # the run's folder is there
+        begun = True  # the run's folder exists
         progress(stage, done, of, detail)
 
     try:
@@ -189,10 +189,10 @@ def _plan(recipe: Any, out: Path | None, as_json: bool) -> object:
     from edgetune.recipe.outline import outline
 
     planned = outline(recipe)
-    pictures = "vision" in MODELS.get(recipe.model.source.partition(":")[0], "")
+    is_image_model = "vision" in MODELS.get(recipe.model.source.partition(":")[0], "")
     writes = ["recipe.yaml", "environment.json", "digest.txt", "checkpoints/", "ledger.json", "report.html"]
     writes += ["model.pte", "model.json", "model.md"] if recipe.export else []
-    writes += ["model.tokenizer.json"] if recipe.export and not pictures else []
+    writes += ["model.tokenizer.json"] if recipe.export and not is_image_model else []
     folder = str(out or f"runs/{recipe.name}-NNN")
     if as_json:
         steps = [{"step": p.step, "name": p.name, "detail": p.detail} for p in planned]

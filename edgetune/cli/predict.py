@@ -1,4 +1,4 @@
-"""`edgetune predict` and `edgetune eval`: answers of an exported program for rows, or how good they are."""
+"""`edgetune predict` and `edgetune eval`: the predictions of an exported program, and their quality."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def predict(
 
 
 def _columns(program: Path) -> tuple[str, ...]:
-    """The text's columns in the recipe beside a program, or `text` where there is none."""
+    """The text columns in the recipe next to a program, or `text` if there is no recipe."""
     from edgetune.core.errors import EdgetuneError
     from edgetune.run.predicting import data_settings
 

@@ -87,7 +87,7 @@ def _measure(
     python: str,
     runner: Path | None,
 ) -> tuple[Measured, ...]:
-    """Timed there. Raises where that is this host, and it cannot run the target."""
+    """Time the program. Raises if that is on this host, which cannot run the target."""
     from edgetune.core.errors import EdgetuneError, Exit
     from edgetune.export.targets import find
     from edgetune.runtime.hosts.session import measure_on, open_runner

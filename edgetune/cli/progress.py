@@ -29,13 +29,13 @@ def show_progress() -> Iterator[Report]:
 
 
 class Lines:
-    """A line at each quarter of what has many parts, at both ends of what has few, and when anything else is done."""
+    """Prints a line at each quarter of a long stage, at both ends of a short one, and when any other is done."""
 
     def __init__(self) -> None:
         self.stage, self.quarter = "", -1
 
     def __call__(self, stage: str, done: int, of: int, detail: str) -> None:
-        """Print, if there is something new to say."""
+        """Print, if there is something new."""
         if stage == NOTE:
             print(f"note: {detail}", file=sys.stderr, flush=True)
             return
@@ -47,7 +47,7 @@ class Lines:
 
 
 class Bars:
-    """One bar for each thing in turn, all of them until the block ends."""
+    """One bar for each stage, all of them visible until the block ends."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
@@ -55,7 +55,7 @@ class Bars:
         self.task: TaskID | None = None
 
     def __call__(self, stage: str, done: int, of: int, detail: str) -> None:
-        """Move the bar, or begin the next one."""
+        """Move the bar, or start the next one."""
         if stage == NOTE:
             self.bars.console.print(f"note: {detail}", markup=False, highlight=False)
             return

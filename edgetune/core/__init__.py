@@ -1,1 +1,1 @@
-"""What everything stands on: errors, techniques, carriers, apply and finalize, the registry, the ledger."""
+"""Errors, techniques, carriers, apply and finalize, the registry, the ledger: imported by every other room."""

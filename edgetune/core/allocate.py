@@ -1,7 +1,7 @@
-"""Allocation: one option for each of several items, with the largest sum of values whose costs stay within limits.
+"""Choose one option for each of several items: the largest sum of values whose costs stay within limits.
 
 A multiple-choice knapsack with one limit for each kind of cost, solved by dynamic programming over the items: of the
-sums of costs and value that the items so far can have, only those that no other beats go on.
+sums of costs and value so far, only those that no other sum dominates are kept.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Option(Generic[Name]):
 def allocate(
     options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float], *, most_points: int = MOST_POINTS
 ) -> dict[str, Option[Any]]:
-    """The option of each item by which the sum of values is largest; of equal ones that which costs least.
+    """Choose the option of each item so that the sum of values is largest; among equal sums, the cheapest.
 
     Costs of one kind add up to at most its limit. Exact as long as no more than `most_points` sums matter after an
-    item; beyond that, only the best of those within a part in `most_points` of the limit goes on.
+    item; beyond that, only the best sum in each cell of a grid over the costs is kept.
 
     >>> bits = {"first": [Option(4, 0.2, {"kib": 4}), Option(8, 1.0, {"kib": 8})],
     ...         "last": [Option(4, 0.7, {"kib": 4}), Option(8, 0.9, {"kib": 8})]}
@@ -53,10 +53,9 @@ def allocate(
 
 
 class Front(Generic[Name]):
-    """The sums of costs and value that are worth going on with, over the items so far, and how each came to be.
+    """The Pareto front of sums of costs and value over the items so far, with the options behind each.
 
-    `limits` names the kinds of cost that count; an option may have others. `most_points`: None keeps all that no other
-    beats.
+    `limits` names the kinds of cost that count; an option may have others. `most_points=None` keeps every point.
     """
 
     def __init__(self, limits: Mapping[str, float], most_points: int | None = MOST_POINTS) -> None:
@@ -67,7 +66,7 @@ class Front(Generic[Name]):
         self._options: Sequence[Option[Name]] = ()
 
     def plus(self, options: Sequence[Option[Name]], limits: Mapping[str, float] | None = None) -> Front[Name]:
-        """One more item: every point with every option, less those over the limits (by default its own) or beaten."""
+        """Add an item: every point with every option, without those over the limits (default: its own) or dominated."""
         front: Front[Name] = Front(self._ordered(limits), self.most_points)
         rows = np.array([[*(option.costs[kind] for kind in self.limits), option.value] for option in options])
         width = len(self.limits) + 1
@@ -82,9 +81,9 @@ class Front(Generic[Name]):
         return front
 
     def best(self, limits: Mapping[str, float] | None = None) -> Option[tuple[Option[Name], ...]] | None:
-        """The point of the largest value within the limits (by default its own), of those the one that costs least.
+        """The point of the largest value within the limits (default: its own), the cheapest of equal ones.
 
-        Its name is the options of the items, in the order in which they came; None where no point is within.
+        Its name is the options of the items in order; `None` if no point is within.
         """
         inside = np.flatnonzero(_within(self.sums, self._ordered(limits)))
         if not len(inside):
@@ -94,7 +93,7 @@ class Front(Generic[Name]):
         return self._point(int(inside[order[0]]))
 
     def points(self) -> list[Option[tuple[Option[Name], ...]]]:
-        """Each point as an option of what its items are together."""
+        """Each point as one option that combines its items."""
         return [self._point(number) for number in range(len(self.sums))]
 
     def _ordered(self, limits: Mapping[str, float] | None) -> dict[str, float]:
@@ -125,7 +124,7 @@ def _solve(
 
 
 def _infeasible_error(options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float]) -> EdgetuneError:
-    """The error that states, of each kind of cost, the least that the other limits allow, or the least at all."""
+    """The error, with the lowest cost of each kind that the other limits allow."""
     least = {}
     for kind in limits:
         cheap = {name: [replace(option, value=-option.costs[kind]) for option in own] for name, own in options.items()}
@@ -147,7 +146,7 @@ def _within(sums: np.ndarray, limits: Mapping[str, float]) -> np.ndarray:
 
 
 def _pareto_indices(sums: np.ndarray) -> np.ndarray:
-    """The points that no other beats in every cost and in value, by the first cost."""
+    """The points that no other dominates in every cost and in value, sorted by the first cost."""
     order = np.lexsort((-sums[:, -1], *(sums[:, kind] for kind in range(sums.shape[1] - 2, -1, -1))))
     values = sums[order, -1]
     if sums.shape[1] <= 2:  # one cost, in whose order the values have to rise
@@ -162,7 +161,7 @@ def _pareto_indices(sums: np.ndarray) -> np.ndarray:
 
 
 def _thin_out(sums: np.ndarray, order: np.ndarray, limits: Mapping[str, float], most: int) -> np.ndarray:
-    """At most so many of the points: in each cell of a grid over the costs the one with the largest value."""
+    """At most `most` points: the one of largest value in each cell of a grid over the costs."""
     cells = max(1, int(most ** (1 / len(limits))))
     place = np.zeros(len(order), dtype=np.int64)
     for kind, limit in enumerate(limits.values()):

@@ -1,4 +1,4 @@
-"""`apply` and `finalize`: techniques on a model, outside of any recipe."""
+"""`apply` and `finalize` techniques on a model, outside of any recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def active_techniques(model: nn.Module) -> tuple[Technique, ...]:
 
 
 def add_active_technique(model: nn.Module, technique: Technique) -> None:
-    """Note that a technique is applied to `model`, so that `finalize` undoes it."""
+    """Record that a technique is applied to `model`, so that `finalize` finalizes it."""
     setattr(model, _OPEN, [*active_techniques(model), technique])
 
 
@@ -68,7 +68,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
 
 
 def _as_list(techniques: object) -> list[Technique]:
-    """Techniques as a list; anything else is refused with what to write instead."""
+    """Techniques as a list; raises for anything else."""
     if isinstance(techniques, Technique):
         return [techniques]
     several = isinstance(techniques, Iterable) and not isinstance(techniques, (str, Mapping))
@@ -81,7 +81,7 @@ def _as_list(techniques: object) -> list[Technique]:
 
 
 def _suggest_technique(other: object) -> str:
-    """What was probably meant by something that is no technique."""
+    """What the user probably meant by something that is not a technique."""
     if isinstance(other, type) and issubclass(other, Technique):
         required = [name for name, field in other.model_fields.items() if field.is_required()]
         return f"make an object of the class: et.{other.__name__}({', '.join(f'{name}=...' for name in required)})"
@@ -94,14 +94,14 @@ def _suggest_technique(other: object) -> str:
 
 
 def check_model(model: object, verb: str) -> None:
-    """Raise for what is no module where `et.<verb>` takes one first."""
+    """Raise if the first argument of `et.<verb>` is not a module."""
     if not isinstance(model, nn.Module):
         action = f"give et.{verb} an nn.Module first"
         raise EdgetuneError("not a model", where=f"et.{verb}", got=model, action=action)
 
 
 def penalty(model: nn.Module) -> Tensor | None:
-    """What the techniques that are open on `model` add to the loss in training; `None`: nothing."""
+    """What the active techniques of `model` add to the training loss; `None`: nothing."""
     terms = [technique.penalty(model) for technique in active_techniques(unwrap_model(model))]
     added = [term for term in terms if term is not None]
     return torch.stack(added).sum() if added else None
@@ -127,7 +127,7 @@ def finalize(model: nn.Module) -> nn.Module:
 
 
 def _finalize_own(model: nn.Module) -> nn.Module:
-    """Finalize what `apply` put on this very model."""
+    """Finalize the techniques of this module, not of those inside it."""
     techniques = list(active_techniques(model))
     while techniques:
         technique = techniques.pop()

@@ -1,4 +1,4 @@
-"""Layers that carry something extra, and the plain layer that each stands for: one line in one table for each kind.
+"""Layers that carry something extra, and the equivalent plain layer: one line in one table for each kind.
 
 Ours (`Wrapped`), peft's tuner layers of any family, and the 4-bit linears of bitsandbytes.
 """
@@ -20,7 +20,7 @@ CARRIERS = (  # the outer ones of a nest first
 
 
 class Carrier:
-    """One kind of layer that carries something extra. `base_name`: under which name it holds its base, if it does."""
+    """One kind of layer that carries something extra. `base_name`: the attribute of its base, if it has one."""
 
     base_name = ""
 
@@ -29,7 +29,7 @@ class Carrier:
         raise NotImplementedError
 
     def base(self, layer: nn.Module) -> nn.Module:
-        """The layer inside; the layer itself where it stands in the plain one's place."""
+        """The layer inside; the layer itself if it replaces the plain one."""
         return layer
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
@@ -40,22 +40,22 @@ class Carrier:
         raise NotImplementedError
 
     def hidden_tensors(self, layer: nn.Module) -> list[Tensor]:
-        """What it stores beside its parameters and buffers."""
+        """Tensors that it stores in addition to parameters and buffers."""
         return []
 
     def counts(self, layer: nn.Module) -> dict[Tensor, int]:
-        """Own parameters that stand for another number of values than they have."""
+        """Parameters that represent more or fewer values than they have."""
         return {}
 
 
 @cache
 def carriers() -> tuple[Carrier, ...]:
-    """The table, one object for each line."""
+    """One object for each line of the table."""
     return tuple(load(line)() for line in CARRIERS)
 
 
 def carrier_of(layer: nn.Module) -> Carrier | None:
-    """The kind of a layer that carries something extra; `None` for any other."""
+    """The carrier of a layer; `None` for a plain one."""
     return next((carrier for carrier in carriers() if carrier.owns(layer)), None)
 
 
@@ -80,17 +80,17 @@ def dense_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def dense(layer: nn.Module) -> Tensor:
-    """The plain weight that the layer computes with, `(out, in, ...)` as its base's own."""
+    """The plain weight that the layer computes with, `(out, in, ...)` as in its base."""
     return dense_tensors(layer)["weight"]
 
 
 def dense_bias(layer: nn.Module) -> Tensor | None:
-    """The plain bias `(out,)` that goes with `dense`; `None`: there is none."""
+    """The plain bias `(out,)` that belongs to `dense`; `None` if there is none."""
     return dense_tensors(layer).get("bias")
 
 
 def plain_layer(layer: nn.Module) -> nn.Module:
-    """The innermost layer, with everything wrapped around it taken off."""
+    """The innermost layer, without everything that wraps it."""
     carrier = carrier_of(layer)
     inner = layer if carrier is None else carrier.base(layer)
     return layer if inner is layer else plain_layer(inner)

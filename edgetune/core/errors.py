@@ -1,4 +1,4 @@
-"""The one error, and the exit codes that it asks for."""
+"""The one error class, and the exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class EdgetuneError(ValueError):
 
 
 def _format_value(value: object, most: int = 200) -> str:
-    """How an error shows a value: a whole model that was given for a number is cut."""
+    """A value as an error shows it, cut after `most` characters."""
     text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]} ..."
 

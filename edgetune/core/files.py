@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Write files and folders completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from edgetune.core.errors import EdgetuneError
 
 @contextmanager
 def replace_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """A temporary name beside each path of one folder, to write to; at the end the files are flushed and renamed.
+    """Yield a temporary path next to each path, to write to; at the end the files are flushed and renamed.
 
-    Readers see an old file or a whole new one, and the last path only where those before it are in place. Where the
-    block raises, the temporary files go and what stood there stays. Suffixes are kept, and a stem that files share.
+    Readers see an old file or a complete new one, and the last path only after those before it. If the block raises,
+    the temporary files are removed and the old ones stay. Suffixes are kept.
     """
     token = secrets.token_hex(4)
     temporary = tuple(path.with_name(f".{path.stem}.{token}{path.suffix}") for path in paths)
@@ -39,7 +39,7 @@ def replace_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 @contextmanager
 def build_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes `path` at the end; where the block raises, nothing is left of it."""
+    """Yield a temporary folder to fill, which becomes `path` at the end; if the block raises, it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -53,7 +53,7 @@ def build_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text by `replace_files`. Raises `EdgetuneError` where the disk is full or refuses."""
+    """Write a text by `replace_files`. Raises `EdgetuneError` if the file cannot be written."""
     try:
         with replace_files(path) as (temporary,):
             temporary.write_text(text, encoding="utf-8")
@@ -63,7 +63,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise where no file can be written into a folder, or no such folder be made, as far as can be seen before."""
+    """Raise if nothing can be written into a folder, or the folder cannot be created, as far as can be checked."""
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = "nothing can be written into it" if there.is_dir() else "it is a file, not a folder"
@@ -71,7 +71,7 @@ def check_writable(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Make the disk hold what was written to a file or a folder."""
+    """Flush a file or folder to the disk."""
     if os.name != "posix" and path.is_dir():  # Windows opens no folder
         return
     descriptor = os.open(path, os.O_RDONLY)

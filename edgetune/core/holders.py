@@ -1,4 +1,4 @@
-"""What torch puts around a whole model: `torch.compile`, DataParallel, DistributedDataParallel."""
+"""What torch wraps around a whole model: `torch.compile`, DataParallel, DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ COMPILED, PARALLEL = "_orig_mod", "module"  # under which names they hold it
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The model itself, with what torch puts around a whole one taken off."""
+    """The model itself, without torch's wrappers."""
     while (name := _inner_name(model)) is not None:
         model = getattr(model, name)
     return model
 
 
 def rewrap_model(outer: nn.Module, model: nn.Module) -> nn.Module:
-    """`outer` with `model` in the place of what it held; `model` itself where `outer` was no holder.
+    """`outer` with `model` in place of the model that it wrapped; `model` itself if `outer` is not a wrapper.
 
-    Also where `outer` was built for the parameters that the model had, as DistributedDataParallel is.
+    Also `model` itself if `outer` was built for the old parameters, as DistributedDataParallel is.
     """
     if unwrap_model(outer) is outer or is_distributed(outer):
         return model
@@ -33,7 +33,7 @@ def rewrap_model(outer: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise where no process holds whole weights (FSDP2)."""
+    """Raise if no process holds whole weights (FSDP2)."""
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise EdgetuneError(
             "the model's weights are sharded over processes",
@@ -44,7 +44,7 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def refuse_distributed(model: nn.Module) -> None:
-    """Raise for a model that is already spread over processes: its new parameters would stay different in each."""
+    """Raise for a model that is already distributed: its new parameters would differ between processes."""
     refuse_sharded(model)
     if is_distributed(model):
         raise EdgetuneError(
@@ -55,7 +55,7 @@ def refuse_distributed(model: nn.Module) -> None:
 
 
 def is_distributed(model: nn.Module) -> bool:
-    """Whether the model, or something that holds it, synchronizes gradients between processes."""
+    """Whether the model, or a wrapper around it, synchronizes gradients between processes."""
     names = {c.__name__ for module in (model, unwrap_model(model)) for c in type(module).__mro__}
     return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
 
@@ -69,7 +69,7 @@ def _inner_name(model: nn.Module) -> str | None:
 
 
 def plain_name(name: str) -> str:
-    """A dotted name or key as it is in the model before anything in it was compiled.
+    """A dotted name or key as it was before `torch.compile`.
 
     >>> plain_name("blocks.0._orig_mod.up.weight")
     'blocks.0.up.weight'

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: asked once whether it answers, instead of a minute of retries for each file."""
+"""Check once whether the Hugging Face hub responds, instead of a minute of retries for each file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def hub_problem() -> str:
-    """Why the hub does not answer; empty if it does. One request without retries, through the proxy if one is set."""
+    """Why the hub does not respond; empty if it does. One request without retries, through the proxy if one is set."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
@@ -24,9 +24,9 @@ def hub_problem() -> str:
 
 @contextmanager
 def check_hub(source: str, fetches: bool = True) -> Iterator[str]:
-    """Gives why the hub does not answer, and keeps libraries from asking it again: they look among cached files only.
+    """Yield why the hub does not respond, and keep libraries offline inside if it does not.
 
-    Empty where it answers, and where `source` is a path on this disk or nothing is fetched, so that it is not asked.
+    Empty if it responds, or if no request is needed: `source` is a local path, or nothing is fetched.
     """
     silence = hub_problem() if fetches and not Path(source).expanduser().exists() else ""
     if not silence:

@@ -1,4 +1,4 @@
-"""A model's inputs and outputs, whatever their form: a tensor, a tuple, a mapping."""
+"""A model's inputs and outputs in any form: a tensor, a tuple, a mapping."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, what is called `logits`, or the first of a tuple."""
+    """The logits in a model's output: a tensor, the value named `logits`, or the first of a tuple."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -73,7 +73,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter or buffer lies; the CPU for a model without any."""
+    """The device of the first parameter or buffer; the CPU if there is none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

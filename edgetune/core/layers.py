@@ -1,4 +1,4 @@
-"""Shell patterns that choose layers by their dotted names. A pattern that matches nothing raises."""
+"""Select layers by shell patterns on their dotted names. A pattern that matches nothing raises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgetune.core.other_names import nearest
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a dotted name fits one of the patterns; `*.query` also fits `query` itself.
+    """Whether a dotted name matches one of the patterns; `*.query` also matches `query` itself.
 
     >>> matches("encoder.layer.0.query", ["*.query"]), matches("query", ["*.query"]), matches("key", ["*.query"])
     (True, True, False)
@@ -27,9 +27,9 @@ def select(
     kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module,
     accept: Callable[[nn.Module], bool] | None = None,
 ) -> dict[str, nn.Module]:
-    """Layers of `kind` whose name fits `include` and not `skip`, in the model's own order.
+    """Layers of `kind` whose name matches `include` and not `skip`, in the model's order.
 
-    Raises `EdgetuneError` for each pattern of either list that fits no layer of that kind.
+    Raises `EdgetuneError` for each pattern of either list that matches no layer of that kind.
     """
     if isinstance(include, str) or isinstance(skip, str):
         raise EdgetuneError("patterns must be a list", got=include, action=f"write [{include!r}]")
@@ -53,7 +53,7 @@ def parameter_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def no_match_error(problem: str, pattern: str, names: Iterable[str]) -> EdgetuneError:
-    """The error for a pattern that fits none of the names: what they end in, and which one was probably meant."""
+    """The error for a pattern that matches no name, with the patterns that would."""
     names = list(names)
     endings = _endings(names)
     near = nearest(pattern, endings) or nearest(pattern, names)
@@ -62,7 +62,7 @@ def no_match_error(problem: str, pattern: str, names: Iterable[str]) -> Edgetune
 
 
 def _endings(names: Iterable[str]) -> list[str]:
-    """The shortest patterns for layers of these names: `*.query` for that of every block.
+    """The shortest patterns for these layers: `*.query` for the query of every block.
 
     >>> _endings(["blocks.0.query", "blocks.1.query", "blocks.1.norm", "0", "head.1"])
     ['*.query', '*.norm', '0', 'head.1']
@@ -72,7 +72,7 @@ def _endings(names: Iterable[str]) -> list[str]:
 
 
 def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raise for a layer whose weight also belongs to another layer (tied embeddings): merging would change both."""
+    """Raise for a layer whose weight is tied to another layer: a merge would change both."""
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -89,6 +89,6 @@ def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the layer called `name` is."""
+    """Put `new` in place of the layer `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)

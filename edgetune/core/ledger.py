@@ -1,4 +1,4 @@
-"""The ledger: what a run measured, step by step, as one value that goes to JSON, the terminal and the page."""
+"""The ledger: everything that a run measured, step by step, written as JSON and shown by the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Entry(OneLine):
 
 
 class Metric(NamedTuple):
-    """What a quality is called, and which way it goes."""
+    """The name of a quality metric, and whether higher is better."""
 
     noun: str
     unit: str
@@ -66,7 +66,7 @@ class Quality(Entry):
 
 
 class Row(Entry):
-    """The model as it stood after one step. `None`: not measured, with the reason in `note`."""
+    """The model after one step. `None`: not measured, with the reason in `note`."""
 
     index: int  # 0 is the model as loaded
     step: str  # recipe name of the step, "load" or "finalize"
@@ -98,7 +98,7 @@ class Training(Entry):
     losses: tuple[LossPoint, ...]
     optimizer_state_mib: float
     gradients_mib: float
-    peak_memory_mib: float | None = None  # weights, gradients, optimizer state, kept activations and the teacher
+    peak_memory_mib: float | None = None  # weights, gradients, optimizer state, saved activations, teacher
 
 
 class UndelegatedOperator(Entry):
@@ -110,7 +110,7 @@ class UndelegatedOperator(Entry):
 
 
 class OutputParity(Entry):
-    """One output of the program against the same of the eager model, over everything that it was tried on."""
+    """One output of the program compared with the eager model's, over all inputs that were tried."""
 
     name: str
     largest: float  # absolute value in eager mode
@@ -120,15 +120,15 @@ class OutputParity(Entry):
 
 
 class Parity(Entry):
-    """The program against the eager model it was made from, on held-out rows or at each place of its own text."""
+    """The program compared with the eager model, on held-out rows, greedy tokens or given inputs."""
 
-    rows: int  # so many of what `counted` names
+    rows: int  # number of what `counted` names
     same_prediction_pct: float
     max_abs_difference: float
     counted: Literal["held-out row", "greedy token", "input"] = "held-out row"
-    outputs: tuple[OutputParity, ...] = ()  # none: a program of before values were compared for each output
+    outputs: tuple[OutputParity, ...] = ()  # empty: an older program, compared by predictions alone
     max_relative_allowed: float | None = None
-    tried: tuple[str, ...] = ()  # what else it was run on, beside the rows
+    tried: tuple[str, ...] = ()  # what else it was run on, in addition to the rows
 
     @property
     def number(self) -> str:
@@ -142,7 +142,7 @@ class Parity(Entry):
 
 
 class Program(Entry):
-    """The exported program, as its `model.json` states it."""
+    """The exported program, as in its `model.json`."""
 
     path: str
     target: str
@@ -156,7 +156,7 @@ class Program(Entry):
 
 
 class CallCost(Entry):
-    """What one kind of call of a program costs on one device."""
+    """The cost of one kind of call of a program on one device."""
 
     device: str
     call: str = ""  # of a text-generation program: one token, or a piece of a prompt; else there is one kind
@@ -168,7 +168,7 @@ class CallCost(Entry):
 
 
 def on_cpu(threads: int | None) -> str:
-    """`CPU, 6 threads`.
+    """`CPU, 6 threads`; the number only if it is known.
 
     >>> on_cpu(1), on_cpu(None)
     ('CPU, 1 thread', 'CPU')
@@ -190,9 +190,9 @@ class Measured(CallCost):
     first_ms: float | None = None  # the first run, with everything cold
     noise_pct: float | None = None  # the median is known to about this much, either way
     drift_pct: float | None = None  # the last third of the runs against the first
-    cores: tuple[int, ...] = ()  # that the process was kept to; none: the system lets nobody choose
+    cores: tuple[int, ...] = ()  # that the process was pinned to; empty: the system cannot pin
     energy_mj: float | None = None  # of one run, all that the meter covers; None: nothing there measures it
-    energy_note: str = ""  # which meter, or why there is none
+    energy_note: str = ""  # the meter, or why there is none
     temperature_c: tuple[float, float] | None = None  # of the hottest sensor, before and after the runs
     clock_mhz: tuple[float, float] | None = None  # of the fastest core, before, and the lowest after any batch
 
@@ -200,7 +200,7 @@ class Measured(CallCost):
 class Predicted(CallCost):
     """Computed from a device descriptor, for its CPU; the interval is as wide as the descriptor's trust demands."""
 
-    name: str = ""  # of the device, as its maker writes it; empty: a ledger of before
+    name: str = ""  # of the device, as its maker writes it
     threads: int | None = None  # that the prediction is for
     accelerators: tuple[str, ...] | None = None  # kinds that the device has beside its CPU: "gpu"; none is predicted
     latency_ms: float
@@ -250,7 +250,7 @@ class Layer(Entry):
 
 
 class Roof(Entry):
-    """What bounds every layer on the device, in multiply-accumulates."""
+    """The limits of the device for every layer, in multiply-accumulates."""
 
     memory_gb_s: float
     cache_gb_s: float  # of what stays in the last cache
@@ -258,24 +258,24 @@ class Roof(Entry):
 
 
 class Layers(CallCost):
-    """One kind of call on one device: its layers, the slowest first, and what is no layer's."""
+    """One kind of call on one device: its layers, the slowest first, and the rest."""
 
-    latency_ms: float  # that they add up to
+    latency_ms: float  # their sum
     layers: tuple[Layer, ...]
-    other: Layer | None  # what the rest takes together
+    other: Layer | None  # all other operators together
     calls_ms: float  # of calling the program and its delegates
     bounds_pct: dict[Literal["compute", "memory", "overhead"], float]  # share of the time, the calls among the overhead
     roof: Roof
 
 
 class Verdict(Entry):
-    """One line of the recipe's budget."""
+    """One limit of the recipe's budget."""
 
     device: str
     quantity: Literal["latency_ms", "size_mib", "train_memory_mib", "peak_memory_mib"]
     limit: float
-    value: float  # what the run came to
-    least: float  # the least that this run shows can be had
+    value: float  # the run's result
+    least: float  # the lowest value that this run shows to be reachable
     holds: bool
     note: str = ""
 
@@ -292,22 +292,22 @@ class ClassFigures(Entry):
 
     name: str
     rows: int  # that are of this class
-    predicted: int  # that the model takes for it
+    predicted: int  # that the model predicts as it
     right: int  # both
 
     @property
     def precision_pct(self) -> float | None:
-        """Of the rows that the model takes for this class, those that are; `None` where it takes none for it."""
+        """Of the rows predicted as this class, those that are; `None` if none is."""
         return 100 * self.right / self.predicted if self.predicted else None
 
     @property
     def recall_pct(self) -> float | None:
-        """Of the rows of this class, those that the model finds; `None` where there are none."""
+        """Of the rows of this class, those predicted as it; `None` if there are none."""
         return 100 * self.right / self.rows if self.rows else None
 
 
 class Confusion(Entry):
-    """Rows of one class that the model takes for another."""
+    """Rows of one class that the model predicts as another."""
 
     true: str
     predicted: str
@@ -315,10 +315,10 @@ class Confusion(Entry):
 
 
 class Mistake(Entry):
-    """A row that the model takes for another class, with its share of all classes' scores."""
+    """A row that the model predicts as another class, with that class's share of all scores."""
 
     row: int  # of the test set, from 0
-    text: str = ""  # the text, cut where it is long, or the name of an image's file
+    text: str = ""  # the text, truncated, or the name of an image's file
     image: str = ""  # a small image as a data: URI
     true: str
     predicted: str
@@ -326,7 +326,7 @@ class Mistake(Entry):
 
 
 class Answers(Entry):
-    """What a classifier answers on the test set, class by class."""
+    """A classifier's predictions on the test set, counted by class."""
 
     classes: tuple[ClassFigures, ...]  # in the model's order
     confusions: tuple[Confusion, ...] = ()  # the most frequent first; the rarest are left out of a long list
@@ -353,13 +353,13 @@ class Ledger(Entry):
     baselines: tuple[Baseline, ...] = ()
     rows: tuple[Row, ...] = ()
     trainings: tuple[Training, ...] = ()
-    answers: Answers | None = None  # of the final model; None: a language model, or a ledger of before
+    answers: Answers | None = None  # of the final model; None: a language model
     program: Program | None = None
     measured: tuple[Measured, ...] = ()
     predicted: tuple[Predicted, ...] = ()
-    layers: tuple[Layers, ...] = ()  # of each prediction; none: a ledger of before
+    layers: tuple[Layers, ...] = ()  # of each prediction
     verdicts: tuple[Verdict, ...] = ()
-    notes: tuple[str, ...] = ()  # what a reader has to know about the data and the model
+    notes: tuple[str, ...] = ()  # for the reader, about the data and the model
     finished: bool = False
 
     def with_(self, **changes: Any) -> Ledger:

@@ -1,4 +1,4 @@
-"""Layers that carry something extra become plain ones again; each is compared before and after."""
+"""Merge layers that carry something extra into plain ones; each is compared before and after."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, r
 
 
 def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> nn.Module:
-    """Replace every layer that `which` picks by its plain equivalent, in place, together with what it wraps.
+    """Replace every layer that `which` selects by its plain equivalent, in place, with everything that it wraps.
 
-    Raises `EdgetuneError` if the weight of one is tied to another layer, since the other would change with it, or if
-    no plain layer computes what the layer does. What was merged before then stays merged: the outputs are the same.
+    Raises `EdgetuneError` if a weight is tied to another layer, which would change too, or if no plain layer computes
+    the
+    same. Layers merged before the error stay merged: the outputs are the same.
     """
     if which(model):
         return merge_layer(model)
@@ -27,7 +28,7 @@ def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> 
     outermost = [name for name in chosen if not any(name.startswith(other + ".") for other in chosen)]
     layers = {name: model.get_submodule(name) for name in outermost}
     _refuse_tied(model, layers)
-    merged: dict[int, nn.Module] = {}  # a layer may hang in the model under several names
+    merged: dict[int, nn.Module] = {}  # a layer may be in the model under several names
     for name, layer in layers.items():
         if id(layer) not in merged:
             try:
@@ -44,16 +45,17 @@ def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> 
 
 @torch.no_grad()
 def merge_layer(layer: nn.Module) -> nn.Module:
-    """The plain layer with the dense weight and bias written into it. Trainability of the base is kept.
+    """The plain layer with the dense weight and bias written into it; `requires_grad` stays that of the base.
 
-    A 4-bit base becomes a new `nn.Linear` of the type that it had before, which trains like any new layer. Raises
-    `EdgetuneError`, with the layer as it was, where the plain layer does not compute the same.
+    A 4-bit base becomes a new `nn.Linear` of its original type. Raises `EdgetuneError`, with the layer unchanged, if
+    the
+    plain layer does not compute the same.
     """
     plain = plain_layer(layer)
     tensors = {name: tensor.detach() for name, tensor in dense_tensors(layer).items()}
     inputs = probe_inputs(plain)
     expected = None if inputs is None else outputs_of(layer, inputs)
-    if is_wrapped(plain):  # it stands in the place of a plain layer, in a storage format of its own
+    if is_wrapped(plain):  # a storage format in place of a plain layer
         merged, before = _new_linear(plain, tensors), {}
     else:
         before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
@@ -71,7 +73,7 @@ def merge_layer(layer: nn.Module) -> nn.Module:
 
 
 def _new_linear(packed: Any, tensors: dict[str, Tensor]) -> nn.Module:
-    """An `nn.Linear` in the place of a 4-bit one; a bias that did not change stays the parameter that it was."""
+    """An `nn.Linear` in place of a 4-bit one; a bias that did not change stays the same parameter."""
     linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(tensors["weight"])
     bias = tensors.get("bias")
@@ -81,7 +83,7 @@ def _new_linear(packed: Any, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def _write(plain: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Write the tensors into the plain layer, in place; a bias is made where there was none."""
+    """Write the tensors into the plain layer, in place; a bias is added if there is none."""
     own = plain.state_dict(keep_vars=True)
     if not set(tensors) - {"bias"} <= set(own):
         raise EdgetuneError(
@@ -117,9 +119,9 @@ def _refuse_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def merge_foreign_layers(model: nn.Module) -> nn.Module:
-    """Merge what peft and bitsandbytes put on the model without edgetune, and take peft's own model off.
+    """Merge what peft and bitsandbytes put on the model without edgetune, and remove peft's own model.
 
-    Raises `EdgetuneError` for an adapter of peft that changes no layer: prompts, prefixes.
+    Raises `EdgetuneError` for an adapter of peft that changes no layer, such as prompts and prefixes.
     """
     whole = {name: module for name, module in model.named_modules() if is_peft_model(module)}
     for name, module in whole.items():

@@ -1,4 +1,4 @@
-"""Looking at a model without leaving a trace."""
+"""Context managers that restore a model's modes, buffers, trainability and the random state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from edgetune.core.inputs import device_of
 
 @contextmanager
 def preserve_state(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Evaluation (or training) mode inside; each module's own mode, the buffers and the random state are put back.
+    """Switch to evaluation (or training) mode; restore each module's mode, the buffers and the random state.
 
-    Buffers are only kept where they can change, which is in training mode; a model that keeps a state in them runs
-    within `preserve_buffers`.
+    Buffers are only saved in training mode. For a model that writes to them in evaluation mode, add `preserve_buffers`.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
@@ -36,7 +35,7 @@ def preserve_state(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def preserve_trainability(model: nn.Module) -> Iterator[None]:
-    """Let each parameter require a gradient again, or none, as it did."""
+    """Restore each parameter's `requires_grad`."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -47,7 +46,7 @@ def preserve_trainability(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back every buffer that the body writes or replaces: a model may keep a state there."""
+    """Restore every buffer that the body writes or replaces."""
     held = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()

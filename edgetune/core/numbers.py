@@ -1,4 +1,4 @@
-"""Numbers as people read them. Everything that is missing or not finite becomes a word or a dash, never `nan`."""
+"""Format numbers for people. A missing or non-finite number becomes a word or a dash, never `nan`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ STEPS_OF_1000 = ("", " k", " M", " G", " T", " P")
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """The value where there is one that can be drawn, else `None`."""
+    """The value if it is a finite number, else `None`."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """To `digits` significant figures, without exponents down to a thousandth.
+    """`digits` significant figures, without exponents down to a thousandth.
 
     >>> [format_number(v) for v in (0.0, 0.004217, 1.0, 86.64, 1234.4, None, float("nan"))]
     ['0', '0.00422', '1.00', '86.6', '1,234', '-', 'not finite']
@@ -36,7 +36,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_count(value: int | None) -> str:
-    """How many, with k, M, G.
+    """A count, with k, M, G.
 
     >>> [format_count(v) for v in (0, 512, 999_999, 22_713_601, 1_361_000_000, None)]
     ['0', '512', '1.00 M', '22.7 M', '1.36 G', '-']
@@ -52,7 +52,7 @@ def format_count(value: int | None) -> str:
 
 
 def format_percent(value: float | None) -> str:
-    """A share with one decimal; 100.0 only where it is all, 0.0 only where it is nothing.
+    """A percentage with one decimal; 100.0 only for all, 0.0 only for none.
 
     >>> [format_percent(v) for v in (100.0, 99.98, 0.01, 0.0, 42.25)]
     ['100.0', '> 99.9', '< 0.1', '0.0', '42.2']
@@ -67,7 +67,7 @@ def format_percent(value: float | None) -> str:
 
 
 def format_score(value: float | None) -> str:
-    """A quality, to two decimals."""
+    """A quality, with two decimals."""
     return f"{value:,.2f}" if finite_or_none(value) is not None else format_number(value)
 
 
@@ -97,7 +97,7 @@ def format_quality(value: Quality | None) -> str:
 
 
 def format_quality_with_interval(value: Quality) -> str:
-    """A quality with the 95 % interval that its number of rows allows, where there is one.
+    """A quality with its 95 % interval, if it has one.
 
     >>> format_quality_with_interval(Quality(metric="accuracy_pct", value=90.0, rows=20))
     '90.00 % accuracy on 20 rows (95 % interval: 69.9 to 97.2 %)'
@@ -108,7 +108,7 @@ def format_quality_with_interval(value: Quality) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """A duration, to a hundredth where it is short.
+    """A duration in seconds, to the hundredth below 1.
 
     >>> [format_seconds(v) for v in (0.019, 9.5, 94.32, 1234.5)]
     ['0.02', '9.50', '94.3', '1,234']
@@ -127,7 +127,7 @@ def metric_unit(value: Quality) -> str:
 
 
 def capitalize_first(text: str) -> str:
-    """The text as a heading begins.
+    """The text with a capital first letter.
 
     >>> capitalize_first("entity F1"), capitalize_first("")
     ('Entity F1', '')
@@ -136,7 +136,7 @@ def capitalize_first(text: str) -> str:
 
 
 def pluralize(many: int, thing: str) -> str:
-    """The number and its noun.
+    """A number and its noun.
 
     >>> pluralize(1, "row"), pluralize(1500, "row")
     ('1 row', '1,500 rows')
@@ -145,7 +145,7 @@ def pluralize(many: int, thing: str) -> str:
 
 
 def format_size(size_bytes: int) -> str:
-    """Bytes in the unit that suits them.
+    """A size in bytes, in the unit that suits it.
 
     >>> format_size(512), format_size(20480), format_size(5 * 2**20)
     ('512 B', '20.0 KiB', '5.00 MiB')
@@ -156,7 +156,7 @@ def format_size(size_bytes: int) -> str:
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
-    """Rows of a table as lines; the columns of these indices are set to the right.
+    """Rows of a table as lines; columns whose indices are in `right` are right-aligned.
 
     >>> align_columns([("a", "1", "x"), ("bc", "10", "")], {1})
     ['a    1  x', 'bc  10']

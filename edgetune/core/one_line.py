@@ -1,4 +1,4 @@
-"""Values that hold much and print little: a manifest with a thousand operators is one short line in a session."""
+"""Values with a short `repr`: a manifest with a thousand operators is one line in a session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_LETTERS = 100
 
 
 def figure(value: float) -> str:
-    """Three figures, and all digits of a large whole part.
+    """Three significant digits, and all digits of a large integer part.
 
     >>> figure(0.01234), figure(6.4), figure(12345.6)
     ('0.0123', '6.4', '12,346')
@@ -20,7 +20,7 @@ def figure(value: float) -> str:
 
 
 class OneLine(BaseModel):
-    """A base whose `repr` and `str` are one short line: numbers and names as they are, of collections the length."""
+    """A base whose `repr` and `str` are one short line: numbers and names in full, collections by their length."""
 
     def __repr__(self) -> str:
         text = ""
@@ -35,7 +35,7 @@ class OneLine(BaseModel):
 
 
 def _parts(value: BaseModel) -> Iterator[str]:
-    """What a field says of itself; nothing where it is empty, or a value of its own."""
+    """The fields as text, without empty ones and nested values."""
     for name in type(value).model_fields:
         field: Any = getattr(value, name)
         if isinstance(field, float):

@@ -1,4 +1,4 @@
-"""The order of steps, worked out in one place from what each step takes and leaves.
+"""The order of steps, derived in one place from what each step takes and leaves.
 
 The check of a recipe, its dry run, the rehearsal, the run, training programs and `et.apply` all follow `plan_steps`.
 """
@@ -18,7 +18,7 @@ Kind = StepSettings | type[StepSettings]  # traits are those of the class
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One thing to do: the step at `index` of the list, or where `implied`, finalizing before it."""
+    """One action: the step at `index` of the list, or if `implied`, finalizing before that step."""
 
     index: int
     implied: bool
@@ -35,10 +35,10 @@ def plan_steps(
     Args:
         steps: settings, or classes of settings.
         opened: what is open on the model already.
-        place: says where a step stands, for errors; by default its name.
+        place: returns the location of a step, for errors; by default its name.
 
     Raises:
-        EdgetuneError: every step that cannot stand where it does; several as `places.Errors`.
+        EdgetuneError: every step in a wrong position; several as `places.Errors`.
     """
     plan: list[PlannedStep] = []
     errors: list[EdgetuneError] = []
@@ -74,7 +74,7 @@ def _names(steps: Iterable[Kind]) -> tuple[str, ...]:
 
 
 def _is_replaced_by(step: Kind, other: Kind) -> bool:
-    """Whether a step takes the place of an open one: a choice of what trains does, trained adapters never go so."""
+    """Whether the step replaces an open one: a choice of what trains can be replaced, trained adapters cannot."""
     return bool(other.leaves & step.leaves & ~Trait.ADAPTED)
 
 
@@ -84,7 +84,7 @@ def _wrong_order_error(
     where = place(index) if place else step.name
     other = blocking or stacked[0]
     if blocking is not None and blocking.name == step.name:
-        return EdgetuneError("stands twice", where=where, action="keep one of the two")
+        return EdgetuneError("occurs twice", where=where, action="keep one of the two")
     leaves = (other.leaves & ~step.takes).in_words
     ways = [] if other.name == step.name else [f"put {step.name} before {other.name}"]
     action = ", or ".join(ways if blocking else [*ways, "finalize between the two"])

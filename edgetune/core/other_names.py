@@ -1,4 +1,4 @@
-"""What other libraries call our settings and steps, so that an error can answer with the name that works here."""
+"""Other libraries' names for our settings and steps, so that an error can suggest the right one."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ STEPS = {
 
 
 def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
-    """The allowed name that was probably meant: by another library's name for it, or by its spelling; else empty.
+    """The allowed name that was probably meant, by another library's name for it or by its spelling; else empty.
 
     >>> nearest("lr", ["epochs", "learning_rate"]), nearest("LoRA", ["lora"]), nearest("colour", ["rank"])
     ('learning_rate', 'lora', '')
@@ -148,7 +148,7 @@ SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl",
 
 
 def nearest_source(source: str, table: Iterable[str], data: bool) -> str:
-    """The source of a model or of data that was probably meant by one of an unknown kind; else empty.
+    """The source of a model or data set that was probably meant by an unknown one; else empty.
 
     >>> models, tables = ["minilm", "hf", "timm"], ["tweets", "csv", "jsonl", "imagefolder"]
     >>> nearest_source("tinybert", models, False), nearest_source("minilmm", models, False)
@@ -180,7 +180,7 @@ def nearest_source(source: str, table: Iterable[str], data: bool) -> str:
 
 
 def nearest_function(source: str) -> str:
-    """`py:FILE.py:FUNCTION` for a file of one's own that was named in part, `net.py`, `net:build`; else empty."""
+    """`py:FILE.py:FUNCTION` for your own file named in part, such as `net.py` or `net:build`; else empty."""
     file, _, function = source.removeprefix("py:").partition(":")
     path = Path(file if file.endswith(".py") else f"{file}.py").expanduser()
     if not path.is_file():
@@ -195,7 +195,7 @@ def nearest_function(source: str) -> str:
 
 
 def nearest_file(path: Path, folders: bool = False) -> str:
-    """A file of the same kind (or a folder) beside it with nearly the same name; else empty."""
+    """A file of the same kind (or a folder) next to the path with a similar name; else empty."""
     if not path.parent.is_dir():
         return ""
     beside = [each for each in sorted(path.parent.iterdir()) if each.is_dir() == folders and each.name != path.name]

@@ -1,4 +1,4 @@
-"""What a model returns, as the named tensors that a program returns in its place."""
+"""A model's output as named tensors, as a program returns it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _ACTION = (
 
 
 def named_outputs(output: Any, only: str = "output") -> dict[str, Tensor]:
-    """Every tensor of an output by its name; `only` is the name of a tensor that is the whole output.
+    """Every tensor of an output by its name; `only` is the name if the output is a single tensor.
 
-    Keys of a mapping and fields of a class are names, places of a tuple are `output_0`, `output_1`; what is nested is
-    `state.0`. What is None is left out. Raises `EdgetuneError` (exit code 5) for anything that is no tensor.
+    Keys of a mapping and fields of a class are names, positions of a tuple are `output_0`, `output_1`; nested values
+    are
+    `state.0`. `None` is left out. Raises `EdgetuneError` (exit code 5) for anything that is not a tensor.
 
     >>> import torch
     >>> list(named_outputs((torch.zeros(1), {"state": [torch.zeros(2), None]})))
@@ -45,7 +46,7 @@ def named_outputs(output: Any, only: str = "output") -> dict[str, Tensor]:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Whatever is not None, by its path through mappings, tuples and objects that hold tensors in fields."""
+    """Every value except None, by its path through mappings, tuples and objects with tensor fields."""
     parts = _parts(value, path)
     if value is not None and parts is None:
         yield path, value
@@ -54,7 +55,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: Any, path: str) -> list[tuple[str, Any]] | None:
-    """What a container holds by name; `None` for what is none."""
+    """The named contents of a container; `None` for anything else."""
     if isinstance(value, Mapping):
         return [(str(name), part) for name, part in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):

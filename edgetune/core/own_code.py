@@ -1,4 +1,4 @@
-"""Functions in files of the user's own: `py:path/to/file.py:function`. Calling one runs that file."""
+"""Functions in the user's own files: `py:path/to/file.py:function`. Calling one runs that file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def split_source(source: str) -> tuple[Path, str]:
 
 
 def contents_digest(source: str) -> str:
-    """SHA-256 of the file that `py:file.py:function` names; "" for any other source, and where there is not a file."""
+    """SHA-256 of the file that `py:file.py:function` names; "" for any other source, or if there is no such file."""
     if not source.startswith(PREFIX):
         return ""
     path, _ = split_source(source)
@@ -36,9 +36,9 @@ def contents_digest(source: str) -> str:
 
 
 def load_function(source: str) -> Callable[..., Any]:
-    """Run the file, and return its function. The file may import what lies beside it.
+    """Run the file, and return its function. The file may import modules next to it.
 
-    Raises `EdgetuneError` where there is no such file or function, and where the file itself fails.
+    Raises `EdgetuneError` if there is no such file or function, or if the file itself fails.
     """
     path, name = split_source(source)
     if not path.is_file():
@@ -70,7 +70,7 @@ def load_function(source: str) -> Callable[..., Any]:
 
 
 def call_own(source: str, *optional: Any) -> Any:
-    """What the function returns. It is given as many of the `optional` arguments as it takes by position."""
+    """Call the function with as many of the `optional` arguments as it takes by position, and return its result."""
     function = load_function(source)
     path, name = split_source(source)
     try:

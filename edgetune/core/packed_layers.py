@@ -1,4 +1,4 @@
-"""The 4-bit linears of bitsandbytes, whichever library put them into the model."""
+"""The 4-bit linears of bitsandbytes, however they got into the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_nf4(layer: nn.Module) -> bool:
 
 
 def nf4_weight(layer: Any) -> Tensor:
-    """The unpacked weight `(out, in)` of a 4-bit linear, in the type that it had before it was packed."""
+    """The unpacked weight `(out, in)` of a 4-bit linear, in its original type."""
     from bitsandbytes import functional
 
     data, state = layer.weight.data, getattr(layer.weight, "quant_state", None)
@@ -31,14 +31,14 @@ def nf4_weight(layer: Any) -> Tensor:
 
 
 class Packed(Carrier):
-    """The line of the table."""
+    """The carrier of 4-bit linears."""
 
     def owns(self, layer: nn.Module) -> bool:
         """Whether it is a 4-bit linear."""
         return is_nf4(layer)
 
     def tensors(self, layer: Any) -> dict[str, Tensor]:
-        """The unpacked weight, and the bias as it is."""
+        """The unpacked weight, and the bias."""
         return (
             {"weight": nf4_weight(layer)} if layer.bias is None else {"weight": nf4_weight(layer), "bias": layer.bias}
         )
@@ -53,5 +53,5 @@ class Packed(Carrier):
         return tensors
 
     def counts(self, layer: Any) -> dict[Tensor, int]:
-        """A byte of the weight holds two of its values."""
+        """Each byte of the weight holds two values."""
         return {layer.weight: layer.weight.quant_state.shape.numel()}

@@ -1,7 +1,7 @@
-"""Layers that peft puts around a plain one.
+"""Layers that peft wraps around a plain one.
 
-A tuner layer is never taken at its class's word: what it merges to is compared with what it computes, on random input,
-since several families change the bias as well as the weight, and some are no plain layer at all.
+A merged layer is always compared with the tuner layer on random input: several families change the bias as well as the
+weight, and some have no plain equivalent at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError, Attribute
 
 
 def is_peft(layer: nn.Module) -> bool:
-    """Whether peft put the layer there: a tuner layer of any family, or a layer kept beside a trained copy of it."""
+    """Whether peft put the layer there: a tuner layer of any family, or a layer kept with a trained copy of it."""
     return is_tuner(layer) or _is_auxiliary(layer)
 
 
@@ -34,19 +34,19 @@ def is_tuner(layer: nn.Module) -> bool:
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether it is peft's own model around another."""
+    """Whether it is peft's own model, which wraps another."""
     module = sys.modules.get("peft.peft_model")
     return module is not None and isinstance(model, module.PeftModel)
 
 
 def _is_auxiliary(layer: nn.Module) -> bool:
-    """Whether peft keeps the layer beside a trained copy (`modules_to_save`) or trained rows (trainable tokens)."""
+    """Whether peft keeps the layer with a trained copy (`modules_to_save`) or trained rows (trainable tokens)."""
     module = sys.modules.get("peft.utils.other")
     return module is not None and isinstance(layer, module.AuxiliaryTrainingWrapper)
 
 
 class Peft(Carrier):
-    """The line of the table."""
+    """The carrier of peft's layers."""
 
     base_name = "base_layer"
 
@@ -55,11 +55,11 @@ class Peft(Carrier):
         return is_peft(layer)
 
     def base(self, layer: Any) -> nn.Module:
-        """The layer that peft wraps, with every tuner layer around it taken off."""
+        """The layer that peft wraps, without all tuner layers around it."""
         return base_of(layer)
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
-        """What peft merges it to, compared with what it computes."""
+        """The result of peft's merge, compared with what the layer computes."""
         return peft_tensors(layer)
 
 
@@ -69,7 +69,7 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def base_of(layer: Any) -> nn.Module:
-    """The layer that peft wraps, with every tuner layer around it taken off."""
+    """The layer that peft wraps, without all tuner layers around it."""
     if _is_auxiliary(layer):
         trained = _trained_copy(layer)
         return base_of(trained) if is_peft(trained) else trained
@@ -78,7 +78,7 @@ def base_of(layer: Any) -> nn.Module:
 
 
 def _trained_copy(wrapper: Any) -> nn.Module:
-    """What computes in the place of a layer that peft keeps: its trained copy, its tuner layer, or itself."""
+    """The layer that computes instead of the one that peft keeps: its trained copy, its tuner layer, or itself."""
     if hasattr(wrapper, "token_adapter"):
         return wrapper.token_adapter  # type: ignore[no-any-return]
     active = [] if wrapper.disable_adapters else wrapper.active_adapters
@@ -86,10 +86,10 @@ def _trained_copy(wrapper: Any) -> nn.Module:
 
 
 def peft_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the plain layer that computes what peft's layer does, by their names in the plain layer.
+    """The tensors of the plain layer that computes the same as peft's, by their names in the plain layer.
 
-    In the layout and the type of the base. Raises `EdgetuneError` where there is no such plain layer: an adapter whose
-    effect depends on its input, or one that peft merges wrongly.
+    In the layout and type of the base. Raises `EdgetuneError` if there is no such plain layer: an adapter whose effect
+    depends on its input, or one that peft merges wrongly.
     """
     if _is_auxiliary(layer):
         trained = _trained_copy(layer)
@@ -114,7 +114,7 @@ def peft_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _in_float32(layer: nn.Module) -> nn.Module:
-    """A copy in eval mode that computes in float32, so that a merge is rounded once."""
+    """A copy in eval mode that computes in float32, so that a merge is rounded only once."""
     trial = copy.deepcopy(layer).eval().float()
     for original, module in zip(layer.modules(), trial.modules(), strict=True):
         if is_nf4(module):
@@ -126,7 +126,7 @@ def _in_float32(layer: nn.Module) -> nn.Module:
 
 
 def _try_outputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
-    """What the layer computes; `None` where it wants more than its base's inputs."""
+    """The layer's output; `None` if it needs more than the inputs of its base."""
     try:
         return outputs_of(layer, inputs)
     except _FAILURES:
@@ -138,9 +138,9 @@ def _matches(plain: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor | No
 
 
 def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
-    """The base layer after peft's own merge, the innermost tuner first; `None` where peft cannot.
+    """The base layer after peft's own merge, the innermost tuner first; `None` if peft cannot merge.
 
-    A 4-bit base is left to the other way: peft would round the sum to 4 bits again.
+    Not for a 4-bit base: peft would round the sum to 4 bits again.
     """
     if is_nf4(plain):
         return None
@@ -160,7 +160,7 @@ def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
 
 
 def _is_for_parameters(layer: nn.Module) -> bool:
-    """Whether peft adapts a bare parameter of a module of any class, such as fused experts: it adds to it, no more."""
+    """Whether peft adapts a bare parameter of any module, such as fused experts, by adding to it."""
     return type(layer).__name__ == "ParamWrapper"
 
 
@@ -170,7 +170,7 @@ def _is_linear(plain: nn.Module) -> bool:
 
 @torch.no_grad()
 def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
-    """The linear layer with the map that the tuner layer computes: its value at zero, and at each unit vector."""
+    """The linear layer with the map of the tuner layer, read from its outputs at zero and at each unit vector."""
     width = plain.weight.shape[0] if is_transposed(plain) else plain.in_features
     device = plain.weight.device
     bias = outputs_of(trial, (torch.zeros(1, width, device=device),))[0]
@@ -187,7 +187,7 @@ def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
 
 
 def _convert_to_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
-    """The merged tensors in the layout and the types of the plain layer."""
+    """The merged tensors in the layout and types of the plain layer."""
     dtype = getattr(plain, "plain_dtype", torch.float32) if is_nf4(plain) else None
     own = {} if is_nf4(plain) else plain.state_dict()
     weight_type = dtype or own["weight"].dtype if "weight" in own or dtype else None

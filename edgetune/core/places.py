@@ -1,4 +1,4 @@
-"""Places in nested values, and several errors of one document as one."""
+"""Paths into nested values, and several errors of one document as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KeyPath = tuple[Key, ...]
 
 
 class Errors(EdgetuneError):
-    """Several errors of one document, printed together; `errors` holds them apart."""
+    """Several errors of one document, printed together; `errors` holds each of them."""
 
     def __init__(self, name: str, errors: Sequence[EdgetuneError]) -> None:
         self.errors = tuple(errors)
@@ -22,7 +22,7 @@ class Errors(EdgetuneError):
 
 
 def raise_all(name: str, errors: Sequence[EdgetuneError]) -> None:
-    """Raise the only error as it is, several as one `Errors`, none not at all."""
+    """Raise a single error as it is, several as one `Errors`, and nothing if there is none."""
     if len(errors) == 1:
         raise errors[0]
     if errors:

@@ -1,7 +1,8 @@
-"""Whether a layer computes what its class says: its own weight and bias, in the functional of its class.
+"""Check that a layer computes what its class does: the functional of its class with its own weight and bias.
 
-Weight norm, spectral norm and parametrizations give a layer a weight that is computed at each call; standardized and
-scaled layers change it in a forward of their own. A technique that takes the weight as it stands is wrong on those.
+Weight norm, spectral norm and parametrizations compute the weight at each call; standardized and scaled layers change
+it
+in their own forward. A technique that reads `layer.weight` would be wrong on those.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ _REMEDIES = {
 def refuse_computed(name: str, layer: nn.Module) -> None:
     """Raise unless the layer equals the functional of its class with its own weight and bias.
 
-    Looks at linears, convolutions, embeddings and transformers' Conv1D; layers of other classes pass. One with a
-    forward of its own is called on random input of its own shape, dtype and device, without its hooks and in both
-    modes; that leaves no trace. One on the meta device has no values to compare: its forward must be its class's own.
+    Checks linears, convolutions, embeddings and transformers' Conv1D; layers of other classes pass. A layer with its
+    own
+    forward is called on random input in both modes, without its hooks, and is restored afterwards. On the meta device
+    there are no values to compare: the forward must be that of its class.
     """
     reason = describe_computation(layer)
     if reason:
@@ -47,7 +49,7 @@ def _action(name: str, layer: nn.Module) -> str:
 
 
 def computed_tensor(layer: nn.Module) -> str:
-    """`weight` or `bias` where the layer computes that at each call, so that it is no parameter of its own; else ""."""
+    """`weight` or `bias` if the layer computes it at each call, so that it is not a parameter; else ""."""
     for key in ("weight", "bias"):
         if getattr(layer, key, None) is not layer._parameters.get(key):
             return key
@@ -55,7 +57,7 @@ def computed_tensor(layer: nn.Module) -> str:
 
 
 def describe_computation(layer: nn.Module) -> str:
-    """What the layer computes beside its class; "" for a plain one, and for one of a class that is not looked at."""
+    """What the layer computes beyond its class; "" for a plain layer or a class that is not checked."""
     kind = kind_of(layer)
     if kind is None or is_wrapped(layer):
         return ""
@@ -84,12 +86,12 @@ def describe_computation(layer: nn.Module) -> str:
 
 
 def describe_parametrization(key: str, steps: parametrize.ParametrizationList) -> str:
-    """Says what computes the weight or bias."""
+    """What computes the weight or bias, in words."""
     return f"its {key} is parametrized by {', '.join(type(step).__name__.strip('_') for step in steps)}"
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """The class of torch (or transformers' Conv1D) that the layer is one of; None for any other."""
+    """The class of torch (or transformers' Conv1D) that the layer belongs to; None for any other."""
     return next((kind for kind in _FUNCTIONALS if _is_a(layer, kind)), None)
 
 
@@ -99,7 +101,7 @@ def _is_a(layer: nn.Module, kind: str) -> bool:
 
 
 def is_stock(layer: nn.Module) -> bool:
-    """Whether its forward is the very one of its class in torch (or of transformers' Conv1D)."""
+    """Whether its forward is that of its class in torch (or of transformers' Conv1D)."""
     kind = kind_of(layer)
     if kind is None or "forward" in layer.__dict__ or type(layer).__call__ is not nn.Module.__call__:
         return False
@@ -111,7 +113,7 @@ def is_stock(layer: nn.Module) -> bool:
 
 
 def _describe_difference(layer: nn.Module, kind: str, training: bool) -> str:
-    """How the layer's output differs from the functional's in this mode; "" where it does not."""
+    """How the layer's output differs from the functional's in this mode; "" if it does not."""
     refused: Exception | None = None
     with preserve_layer(layer, training), torch.no_grad():
         for x in probe_tensors(layer):
@@ -127,7 +129,7 @@ def _describe_difference(layer: nn.Module, kind: str, training: bool) -> str:
 
 @contextmanager
 def preserve_layer(layer: nn.Module, training: bool) -> Iterator[None]:
-    """For a call of one layer in this mode: what its forward notes or changes on it is put back."""
+    """Call one layer in this mode, and restore everything that its forward changes on it."""
     attributes, buffers = dict(layer.__dict__), dict(layer._buffers)
     values = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     try:

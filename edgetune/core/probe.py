@@ -1,4 +1,4 @@
-"""Random input of a layer's own shape and type, and how far two layers are apart on it."""
+"""Random input that fits a layer, and the difference of two layers on it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _ROWS = 3
 
 
 def probe_inputs(layer: nn.Module) -> tuple[Tensor, ...] | None:
-    """Inputs that a plain layer takes, always the same; `None` where its class does not say which those are.
+    """Inputs that fit a plain layer, always the same; `None` if its class does not determine them.
 
-    The values are several times as large as usual activations: what depends on its input in another way than a plain
-    layer does, such as a router, shows there.
+    The values are several times as large as usual activations, to expose layers whose effect depends on their input,
+    such
+    as routers.
     """
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.MultiheadAttention):
@@ -41,7 +42,7 @@ def probe_inputs(layer: nn.Module) -> tuple[Tensor, ...] | None:
         return (_normal(layer, _ROWS, *layer.normalized_shape),)
     if hasattr(layer, "in_features"):
         return (_normal(layer, _ROWS, 2, layer.in_features),)  # type: ignore[arg-type]
-    if isinstance(weight, Tensor) and 1 <= weight.dim() <= 2:  # transformers' Conv1D (in, out), norms of one's own
+    if isinstance(weight, Tensor) and 1 <= weight.dim() <= 2:  # transformers' Conv1D (in, out), custom norms
         return (_normal(layer, _ROWS, 2, weight.shape[0]),)
     return None
 
@@ -57,19 +58,19 @@ def _normal(layer: nn.Module, *shape: int) -> Tensor:
 
 
 def _smallest_image(layer: _ConvNd) -> list[int]:
-    """For each axis a size that gives several outputs."""
+    """For each axis, a size that gives several outputs."""
     axes = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
     return [dilation * (kernel - 1) + 1 + 2 * stride for kernel, dilation, stride in axes]
 
 
 def _padded_image(layer: _ConvNd) -> list[int]:
-    """For each axis a size that padding by reflection allows."""
+    """For each axis, a size that allows reflection padding."""
     return [max(pair) + 1 for pair in zip(*[iter(layer._reversed_padding_repeated_twice)] * 2)][::-1]  # noqa: B905
 
 
 @torch.no_grad()
 def outputs_of(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    """What the layer computes in eval mode, without its own hooks; of several outputs the first."""
+    """The layer's output in eval mode, without its own hooks; the first of several."""
     with preserve_state(layer):
         output: Any = layer.forward(*inputs)
     return output if isinstance(output, Tensor) else output[0]
@@ -91,5 +92,5 @@ def relative_difference(expected: Tensor, actual: Tensor) -> float:
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:
-    """What rounding alone may come to in this type, over the largest value of an output."""
+    """The largest difference that rounding alone causes in this type, relative to the largest output value."""
     return {torch.float16: 5e-3, torch.bfloat16: 4e-2}.get(dtype, EXACT)

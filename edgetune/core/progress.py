@@ -1,4 +1,4 @@
-"""How long work reports what it is doing."""
+"""The callback that reports progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep libraries' own chatter off the terminal: it tears progress bars, and names nothing that the user could do."""
+"""Silence libraries' own output, which would break progress bars and tells the user nothing to act on."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def silence_libraries() -> Iterator[None]:
 
 @contextmanager
 def silence_command() -> Iterator[None]:
-    """For a whole command: logs below errors, and what libraries warn of in their own code.
+    """For a whole command: silence logs below errors, and warnings that libraries raise in their own code.
 
-    What a file of the user's warns of is shown, and all of it where Python was told to show warnings.
+    Warnings from the user's files are shown; with `python -W` or PYTHONWARNINGS, all are.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -46,7 +46,7 @@ def silence_command() -> Iterator[None]:
 
 @contextmanager
 def _hide_bars() -> Iterator[None]:
-    """The bars of transformers, with its tables of weights, and of datasets, once they are imported; then as before."""
+    """Hide the progress bars of transformers and datasets, if they are imported; restored afterwards."""
     transformers, datasets = (sys.modules.get(name) for name in ("transformers.utils.logging", "datasets.utils.tqdm"))
     level = transformers.get_verbosity() if transformers else 0
     shown = transformers is not None and transformers.is_progress_bar_enabled()

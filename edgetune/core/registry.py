@@ -1,4 +1,4 @@
-"""Literal tables from a name to `module:attribute`. Nothing is imported before it is used."""
+"""Tables from a name to `module:attribute`. Nothing is imported before it is used."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def load(path: str) -> Any:
 
 
 def loader(table: Mapping[str, str], kind: str, source: str) -> Callable[..., Any]:
-    """The loader of a source such as `tweets` or `csv:rows.csv`, with the part after the colon given first."""
+    """The loader of a source such as `tweets` or `csv:rows.csv`; the part after the colon is its first argument."""
     name, _, argument = source.partition(":")
     if name not in table:
         raise unknown_source_error(table, kind, source)
@@ -100,7 +100,7 @@ def loader(table: Mapping[str, str], kind: str, source: str) -> Callable[..., An
 
 
 def unknown_source_error(table: Mapping[str, str], kind: str, source: str) -> EdgetuneError:
-    """What is wrong with a source of no known kind, and what was probably meant."""
+    """The error for a source of an unknown kind, with what was probably meant."""
     near = nearest_source(source, table, table is DATASETS)
     action = "download the file first, and give its path" if "://" in source and not near else ""
     return EdgetuneError(f"unknown {kind}", got=source, allowed=sorted(table), near=near, action=action)
@@ -115,7 +115,7 @@ def technique_class(name: str) -> type[Technique]:
 
 
 def require(module: str, purpose: str) -> Any:
-    """Import an optional dependency, or say which extra installs it."""
+    """Import an optional dependency; the error names the extra that installs it."""
     try:
         with silence_libraries():
             return importlib.import_module(module)

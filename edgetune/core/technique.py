@@ -1,4 +1,4 @@
-"""The one abstraction: a technique is its settings plus `apply` and `finalize`. And the one error."""
+"""A technique is its settings plus `apply` and `finalize`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Needs = Literal["nothing", "inputs", "batches", "labels"]
 
 @dataclass(frozen=True)
 class Sample:
-    """Data for techniques: example inputs, and calibration batches, which `batches` returns anew at each call.
+    """Data for techniques: example inputs, and calibration batches, of which `batches` returns a new iterator.
 
     `inputs` is a tensor, a tuple of positional tensors or a dict of keyword tensors, batch first.
     `labelled` returns training batches `(inputs, labels)`, the one that needs the most memory first. `loss` maps
@@ -53,7 +53,7 @@ class Sample:
 
 
 class _Explaining(ModelMetaclass):
-    """Makes settings, and says what is wrong with them as an `EdgetuneError`, where pydantic has one of its own."""
+    """Raises an `EdgetuneError` for wrong settings, instead of pydantic's `ValidationError`."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
         if args:
@@ -82,10 +82,10 @@ class Settings(BaseModel, metaclass=_Explaining):
 
 
 class StepSettings(Settings):
-    """Base of what a recipe's steps take: techniques, `train`, `eval`, `finalize`. `core.order` reads the traits.
+    """Base of a recipe's steps: techniques, `train`, `eval`, `finalize`. `core.order` reads the traits.
 
-    `takes`: what the model may be when it comes. What is open and not taken is finalized first; what stays, such as
-    integer weights, is an error.
+    `takes`: what the model may be before the step. Open techniques that are not taken are finalized first; permanent
+    traits, such as integer weights, are an error.
     `leaves`: what the model is afterwards, in addition.
     `closes`: the step finalizes whatever is open.
     """
@@ -119,7 +119,7 @@ class Technique(StepSettings):
         return model
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """What training adds to the loss while this is open, a scalar with a gradient. By default nothing."""
+        """A term of the training loss while the technique is open, a scalar with a gradient; by default none."""
         return None
 
     @classmethod
@@ -129,7 +129,7 @@ class Technique(StepSettings):
 
     @property
     def needs(self) -> Needs:
-        """What `apply` takes from the sample, with these settings: nothing, example inputs, batches, or labels too."""
+        """What `apply` needs from the sample with these settings: nothing, example inputs, batches, or labels too."""
         return "nothing"
 
     @property
@@ -143,9 +143,9 @@ class Technique(StepSettings):
         return self
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """Give a plain model the structure that this technique left, without its work, and return it.
+        """Give a plain model the structure that this technique leaves, without its work, and return it.
 
-        `state`: the tensors that the model will load, by name. By default the structure is the plain one.
+        `state`: the tensors that the model will load, by name. By default the structure does not change.
         """
         return model
 
@@ -153,7 +153,7 @@ class Technique(StepSettings):
         """Before finalizing, save separate results such as an adapter in `folder`. By default this does nothing."""
 
     def required(self, sample: Sample | None) -> Sample:
-        """The sample, once it has what this technique needs of it. Raises `EdgetuneError` if it does not."""
+        """The sample, checked for what this technique needs. Raises `EdgetuneError` if that is missing."""
         if sample is None:
             raise EdgetuneError(
                 f"{self.name} needs example inputs",
@@ -165,7 +165,7 @@ class Technique(StepSettings):
 
 
 def adapt_defaults(steps: Sequence[Any]) -> list[Any]:
-    """The steps, each technique with the defaults that suit those after it."""
+    """The steps, with each technique's defaults adapted to those after it."""
 
     def later(index: int) -> list[Technique]:
         return [step for step in steps[index + 1 :] if isinstance(step, Technique)]

@@ -1,4 +1,4 @@
-"""Which parameters train: remembered by a technique before it changes them, put back when it is finalized."""
+"""Which parameters train: saved by a technique before it changes them, and restored when it is finalized."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _Note(NamedTuple):
 
 
 def remember(model: nn.Module, owner: str, chooses: bool = False) -> None:
-    """Note for the technique called `owner` what trains now. Raises if it is already applied.
+    """Save which parameters train, for the technique `owner`. Raises if it is already applied.
 
-    `chooses`: the technique chooses what of the plain layers trains, and those after it leave that as it is.
+    `chooses`: the technique decides which plain layers train, and later techniques leave that as it is.
     """
     notes = _notes(model)
     if owner in notes:
@@ -29,7 +29,7 @@ def remember(model: nn.Module, owner: str, chooses: bool = False) -> None:
 
 
 def recall(model: nn.Module, owner: str) -> None:
-    """Put back what `owner` had remembered; parameters that are new or gone since are left alone."""
+    """Restore what `owner` saved; parameters that were added or removed since are left alone."""
     notes = dict(_notes(model))
     note = notes.pop(owner, _Note({}, False))
     for name, parameter in model.named_parameters():
@@ -42,7 +42,7 @@ def recall(model: nn.Module, owner: str) -> None:
 
 
 def is_chosen(model: nn.Module) -> bool:
-    """Whether an open technique chose what of the plain layers trains."""
+    """Whether an open technique decided which plain layers train."""
     return any(note.chooses for note in _notes(model).values())
 
 

@@ -1,4 +1,4 @@
-"""What a technique can make of a model: the one vocabulary in which techniques say what they need and what they do."""
+"""Traits of a model: the vocabulary in which techniques declare what they take and leave."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Flag, auto
 
 
 class Trait(Flag):
-    """What a model is beside plain layers in floating point. Several hold at once: `Trait.FROZEN | Trait.PACKED`."""
+    """What a model is in addition to plain floating-point layers. They combine: `Trait.FROZEN | Trait.PACKED`."""
 
     PLAIN = 0
     ADAPTED = auto()  # trained tensors in addition to frozen layers

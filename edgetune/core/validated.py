@@ -1,4 +1,4 @@
-"""Plain values against a pydantic class: the object, or every error in plain words with its path."""
+"""Validate plain values against a pydantic class: the object, or every error in plain words with its path."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class Problem:
     near: str | None = None
 
     def at(self, where: str) -> EdgetuneError:
-        """As an error that says where."""
+        """The problem as an error at this location."""
         return EdgetuneError(
             self.what, where=where, got=self.got, allowed=self.allowed, action=self.action, near=self.near
         )
 
 
 def validate(kind: type[Kind], value: Mapping[str, Any]) -> tuple[Kind | None, list[Problem]]:
-    """`kind` made from plain values. Nothing is converted: "8" is no number, 1 is not true, 8.0 is not whole."""
+    """Build `kind` from plain values, without conversions: "8" is not a number, 1 is not true, 8.0 is not whole."""
     made: Kind | None = None
     problems: list[Problem] = []
     try:
@@ -74,19 +74,19 @@ def validate(kind: type[Kind], value: Mapping[str, Any]) -> tuple[Kind | None, l
 
 
 def explain_errors(kind: type[BaseModel], error: ValidationError) -> list[Problem]:
-    """What pydantic found wrong, in plain words; what it says of each member of a union is said once."""
+    """Pydantic's errors in plain words; those of a union's members are merged into one."""
     return list(_merge_problems(_problem(kind, details) for details in error.errors(include_url=False)))
 
 
 def list_faults(kind: type[BaseModel], error: ValidationError, around: KeyPath = ()) -> list[str]:
-    """What pydantic found wrong, a line each: `memory.ram_gib: must be ...`; positions count from zero."""
+    """Pydantic's errors, one line each: `memory.ram_gib: must be ...`; positions count from zero."""
     return [str(problem.at(".".join(map(str, (*around, *problem.path))))) for problem in explain_errors(kind, error)]
 
 
 def _find_conversions(kind: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]:
-    """Where pydantic would quietly turn one type of plain value into another.
+    """Values that pydantic would silently convert to another type.
 
-    Its strict mode is asked for these alone: a list for a tuple, or text for a path, is no mistake in a file.
+    Its strict mode is used for these alone: a list for a tuple, or text for a path, is not a mistake in a file.
     """
     try:
         kind.model_validate_json(json.dumps(value, default=str), strict=True)
@@ -107,9 +107,9 @@ def setting_names(kind: type[BaseModel]) -> tuple[str, ...]:
 
 
 def _merge_problems(problems: Iterator[Problem]) -> Iterator[Problem]:
-    """The members of a union each complain about one value: say it once, and of the member that fits best.
+    """The problems of a union's members with one value, as one problem.
 
-    That is the one in which something deeper is wrong: a mapping with one wrong value was not meant as text.
+    The member with a problem deeper inside is the one that was meant.
     """
     by_path: dict[KeyPath, list[Problem]] = {}
     for problem in problems:
@@ -162,7 +162,7 @@ def _problem(kind: type[BaseModel], details: ErrorDetails) -> Problem:
 
 
 def _section_class(around: type[BaseModel], path: KeyPath) -> type[BaseModel]:
-    """The class of the field that `path` ends in; where it names none, one without fields."""
+    """The class of the field that `path` ends in; one without fields if there is none."""
     fields = [field for name, field in around.model_fields.items() if path and (field.alias or name) == path[-1]]
     return next((a for field in fields for a in _members(field.annotation) if _is_model(a)), BaseModel)
 
@@ -173,13 +173,13 @@ def _parse_choices(text: str) -> tuple[str, ...]:
 
 
 def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[KeyPath, type[BaseModel] | None]:
-    """The path of a pydantic location, without the tags of unions, and the class that its last part is a field of."""
+    """The path of a pydantic location, without the tags of unions, and the class of its last field."""
     path: list[Key] = []
     annotations: list[Any] = [kind]
     around: type[BaseModel] | None = kind
     for part in loc:
         choices = [a for a in annotations if a is not type(None)]
-        if len(choices) > 1:  # the tag of a union's member stands here
+        if len(choices) > 1:  # this part is the tag of a union's member
             annotations = [a for a in choices if _is_tag(part, a)] or choices
             if not any(part in setting_names(a) for a in choices if _is_model(a)):
                 continue
@@ -199,7 +199,7 @@ def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[KeyPath, type[Ba
 
 
 def _inner_annotations(annotation: Any, part: Key) -> tuple[Any, ...]:
-    """The annotation of what a collection holds at that position or key."""
+    """The annotation of a collection's value at that position or key."""
     inner = typing.get_args(annotation)
     if _is_mapping(annotation):
         return inner[1:]
@@ -213,7 +213,7 @@ def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
 
 
 def _is_tag(part: Key, annotation: Any) -> bool:
-    """Whether pydantic means this member of a union by that part of a location: `str`, `Slice`, `dict[str,...]`."""
+    """Whether this part of a location is pydantic's tag for this member of a union: `str`, `Slice`, `dict[str,...]`."""
     name = getattr(typing.get_origin(annotation) or annotation, "__name__", "")
     return re.split(r"[\[(]", str(part))[0] == name
 
@@ -223,7 +223,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """An annotation as the members of its union."""
+    """The members of a union annotation."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (Union, types.UnionType):

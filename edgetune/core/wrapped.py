@@ -1,4 +1,4 @@
-"""A layer that carries something extra, and the plain weight it stands for.
+"""A layer that carries something extra, and the plain weight that it is equivalent to.
 
 `Wrapped` keeps the plain layer as `base`. The base's tensors keep their state-dict keys: `q.weight` stays
 `q.weight`, not `q.base.weight`, so a wrapped model loads the plain model's checkpoint and the other way round.
@@ -15,12 +15,12 @@ from edgetune.core.errors import EdgetuneError
 
 
 class Wrapped(nn.Module):
-    """Base class: a plain layer plus extra tensors. Subclasses give `forward` and, where the weight changes, `dense`.
+    """Base class: a plain layer plus extra tensors. Subclasses define `forward` and, if the weight changes, `dense`.
 
-    The extra tensors must not be called as the base's own (`weight`, `bias`): both would want the same key.
+    Extra tensors must not have names of the base's (`weight`, `bias`): their keys would collide.
     """
 
-    repeats: ClassVar[tuple[str, ...]] = ()  # names of own parameters whose values lie in the base's weight too
+    repeats: ClassVar[tuple[str, ...]] = ()  # names of parameters whose values are also in the base's weight
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Wrapped(nn.Module):
 
 
 class Own(Carrier):
-    """The line of the table."""
+    """The carrier of our own wrapped layers."""
 
     base_name = "base"
 
@@ -50,12 +50,12 @@ class Own(Carrier):
         return layer.base  # type: ignore[no-any-return]
 
     def tensors(self, layer: Any) -> dict[str, Tensor]:
-        """What the subclass says."""
+        """The subclass's dense weight and bias."""
         bias = layer.dense_bias()
         return {"weight": layer.dense()} if bias is None else {"weight": layer.dense(), "bias": bias}
 
     def counts(self, layer: Any) -> dict[Tensor, int]:
-        """A parameter that repeats values of the base counts no more."""
+        """A parameter that repeats values of the base does not count."""
         return {getattr(layer, name): 0 for name in layer.repeats}
 
 

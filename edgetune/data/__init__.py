@@ -1,1 +1,1 @@
-"""Datasets."""
+"""Data sets: loaders, splits and batches."""

@@ -1,4 +1,4 @@
-"""Conversations: messages of a user and an assistant, as tables of chats hold them."""
+"""Conversations: messages of a user and an assistant, as chat tables contain them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROLES = {
 class Conversation:
     """Messages in order, each a role ("system", "user" or "assistant") and a text; at least one is an answer.
 
-    `answers_only`: the answers alone count in the loss; else every token does.
+    `answers_only`: only the answers count in the loss, not every token.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -27,12 +27,12 @@ class Conversation:
 
     @property
     def plain(self) -> list[dict[str, str]]:
-        """The messages as chat templates take them."""
+        """The messages in the form of chat templates."""
         return [{"role": role, "content": content} for role, content in self.messages]
 
     @property
     def key(self) -> str:
-        """Everything before the first answer: conversations that share it stay on one side of a split."""
+        """Everything before the first answer: conversations with the same key stay in one part of a split."""
         opening: list[str] = []
         for role, content in self.messages:
             if role == ANSWERING:
@@ -44,8 +44,9 @@ class Conversation:
 def read_messages(value: Any, answers_only: bool = True) -> Conversation:
     """The conversation in one cell of a table: a list of `{role, content}`, or the same as JSON text.
 
-    ShareGPT's `{from, value}` and the names that it gives to roles are understood too, and a mapping of lists, which
-    is how some libraries hand over a list of mappings. Raises `ValueError` with the reason where it is none.
+    ShareGPT's `{from, value}` and its role names work too, and a mapping of lists, in which some libraries return a
+    list
+    of mappings. Raises `ValueError` with the reason for anything else.
     """
     if isinstance(value, str):
         try:
@@ -75,7 +76,7 @@ def _message(number: int, given: Any) -> tuple[str, str]:
 
 
 def split_key(row: str | tuple[str, ...] | Conversation) -> str:
-    """Equal for rows that must not be on both sides of a split: copies of a text, conversations that start alike."""
+    """Equal for rows that must stay in one part of a split: copies of a text, conversations with the same start."""
     if isinstance(row, Conversation):
         return row.key
     return " ".join(row if isinstance(row, tuple) else row.split()).lower()

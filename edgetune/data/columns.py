@@ -1,4 +1,4 @@
-"""Which column of a table is probably the text, and which the class, by what people call them."""
+"""Guess which column of a table is the text, and which the class, from common names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TEXTS = ("text", "sentence", "review", "comment", "message", "content", "body", 
 
 
 def likely_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
-    """The column of one of these names, the likeliest first; else one with such a name among its words.
+    """The column with one of these names, the likeliest first; else one with such a word in its name.
 
     >>> likely_column(["id", "Review Text", "Sentiment"], TEXTS), likely_column(["id", "n"], LABELS)
     ('Review Text', None)
@@ -21,6 +21,6 @@ def likely_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
 
 
 def named_column(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
-    """The column that is called by one of these names, the likeliest first."""
+    """The column with one of these names, the likeliest first."""
     plain = {column: column.strip().casefold() for column in columns}
     return next((column for name in names for column in plain if plain[column] == name), None)

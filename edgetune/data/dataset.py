@@ -1,4 +1,4 @@
-"""What a loader of data returns, how rows are kept, split and checked, and how batches are made of them."""
+"""What a data loader returns, how rows are split and checked, and how batches are made of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_UTF8 = "not in UTF-8"  # why a row cannot be read
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows in three parts that share none, what they are for, and what a reader of a report has to know."""
+    """Rows in three disjoint parts, their task, and notes for the report."""
 
     name: str
     task: Task
@@ -34,7 +34,7 @@ class Dataset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the task's labels, in order; empty for a task without."""
+        """The names of the task's labels, in order; empty for a task without labels."""
         return self.task.labels
 
     @property
@@ -48,10 +48,7 @@ class Dataset:
         return replace(self, train=train, validation=validation, test=test, notes=(*self.notes, *notes))
 
     def with_classes(self, classes: Mapping[str, str]) -> Dataset:
-        """The same rows under other names and numbers: `classes` gives each new name, in order, and its present one.
-
-        Where they stand so already, the data set itself.
-        """
+        """The same rows with renamed and reordered classes: each new name, in order, and its present one."""
         if tuple(classes) == self.classes:
             return self
         number = {self.classes.index(old): new for new, old in enumerate(classes.values())}
@@ -65,7 +62,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the classes and all rows; of a picture in a file its path, size and time of change."""
+        """SHA-256 of the classes and all rows; for an image file, of its path, size and modification time."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for rows in self.parts:
             digest.update(repr(None if rows.labels is None else list(rows.labels)).encode())
@@ -80,7 +77,7 @@ class Dataset:
 
 
 class Split:
-    """Rows as batches `(inputs, labels)`, with labels as the task's loss takes them."""
+    """Rows as batches `(inputs, labels)`, with labels in the form of the task's loss."""
 
     def __init__(self, task: Task, rows: Rows, encode: Encode) -> None:
         self.task, self.rows, self.encode = task, rows, encode
@@ -93,15 +90,15 @@ class Split:
         return self.task.collate(self.encoded(indices, pad_to), self.rows.labels_at(indices))
 
     def encoded(self, indices: Sequence[int], pad_to: int | None = None) -> Inputs:
-        """The rows at `indices` as the encoder makes them."""
+        """The rows at `indices`, encoded."""
         return self.encode(self.rows.take(indices), pad_to)
 
     def pad_to(self, max_length: int) -> int | None:
-        """Tokens of every row in a program's shape; `None` for images, which have one shape."""
+        """Tokens per row in a program's shape; `None` for images, which have one shape."""
         return max_length if self.task.texts else None
 
     def one_row(self, index: int, max_length: int) -> Inputs:
-        """One row in the shape a program takes: texts padded to `max_length`, pictures as they are."""
+        """One row in a program's shape: texts padded to `max_length`, images unchanged."""
         return self.batch([index], self.pad_to(max_length))[0]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Inputs, Tensor]]:
@@ -111,7 +108,7 @@ class Split:
 
     @cached_property
     def lengths(self) -> tuple[int, ...] | None:
-        """Tokens of each row after truncation, for batches of like length; `None` where rows are no texts."""
+        """Tokens of each row after truncation, to batch rows of similar length; `None` if rows are not texts."""
         if not self.task.texts or len(self) == 0:
             return None
         lengths: list[int] = []
@@ -124,7 +121,7 @@ class Split:
 
 
 def cache_folder() -> Path:
-    """Where converted models and fetched data are kept: `edgetune` under `XDG_CACHE_HOME`, else under `~/.cache`."""
+    """The folder for converted models and downloaded data: `edgetune` in `XDG_CACHE_HOME`, or in `~/.cache`."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "edgetune"
 
@@ -137,18 +134,18 @@ def data_error(
 
 
 class BadRows:
-    """Collects the rows that cannot be read, and says when there are too many."""
+    """Collects rows that cannot be read, and raises if there are too many."""
 
     def __init__(self, max_bad_rows_pct: float) -> None:
         self.max_bad_rows_pct = max_bad_rows_pct
         self.rows: list[tuple[str, str]] = []  # place, reason
 
     def add(self, place: str, reason: str) -> None:
-        """`place` as a person finds it: "row 12" (as an editor counts) or a path."""
+        """Add a row by its location: "row 12" (as an editor counts) or a path."""
         self.rows.append((place, reason))
 
     def notes(self, total: int, source: str, reason: str = "cannot be read") -> tuple[str, ...]:
-        """A note of what was left out, or `EdgetuneError` if it is more than allowed. `total` counts bad rows too."""
+        """A note about the skipped rows, or `EdgetuneError` if they exceed the limit. `total` includes bad rows."""
         if not self.rows:
             return ()
         share = 100 * len(self.rows) / max(total, 1)
@@ -165,7 +162,7 @@ class BadRows:
         return (f"left out {len(self.rows):,} of {total:,} rows that {reason}: {first}",)
 
     def _by_reason(self, most: int = 5) -> str:
-        """Each reason once, with the first place: "row 12 and 3 more: empty text"."""
+        """Each reason once, with the first location: "row 12 and 3 more: empty text"."""
         places: dict[str, list[str]] = {}
         for place, reason in self.rows:
             places.setdefault(reason, []).append(place)
@@ -181,11 +178,11 @@ class BadRows:
 def split_indices(
     keys: Sequence[str], labels: Sequence[int] | None, settings: DataSettings, parts: tuple[str, ...]
 ) -> tuple[list[int], ...]:
-    """Indices of the training rows, then of each of `parts` ("test", "validation"), which hold about their share.
+    """Indices of the training rows, then of each of `parts` ("test", "validation"), by their percentages.
 
-    Depends on the contents alone, not on their order or on a seed. Rows of one key stay together, so that a
-    duplicate never stands on both sides. Classes are spread evenly, and each keeps at least one row for training.
-    Every list is in an order that is as good as random, so its beginning is a fair sample of it.
+    Depends on the contents alone, not on their order or on a seed. Rows with the same key stay together, so that a
+    duplicate is never in two parts. Classes are spread evenly, and each keeps at least one row for training.
+    Each list is in a pseudo-random order, so that its first rows are a fair sample.
     """
     if settings.whole:
         holder = "test" if "test" in parts else "train"
@@ -215,7 +212,7 @@ def split_indices(
 
 
 def split_rows(keys: Sequence[str], rows: Rows, settings: DataSettings) -> tuple[Rows, Rows, Rows]:
-    """Train, validation and test rows by `split_indices`."""
+    """Training, validation and test rows by `split_indices`."""
     train, test, validation = split_indices(keys, rows.classes, settings, ("test", "validation"))
     return rows.subset(train), rows.subset(validation), rows.subset(test)
 
@@ -227,7 +224,7 @@ def assemble(
     settings: DataSettings,
     notes: Sequence[str] = (),
 ) -> Dataset:
-    """A data set of train, validation and test rows, cut to the settings' limits, after the last checks."""
+    """A data set of three parts, limited to the numbers of rows in the settings, after the last checks."""
     cut = []
     for part, rows in zip(("train", "validation", "test"), parts, strict=True):
         limit: int | None = getattr(settings, f"{part}_rows")
@@ -247,7 +244,7 @@ def assemble(
 
 
 def classes_of(labels: Sequence[str]) -> tuple[str, ...]:
-    """The classes in order: by number where all are whole numbers, else by name.
+    """The classes in order: by number if all are integers, else by name.
 
     >>> classes_of(["10", "9", "9"]), classes_of(["b", "a"])
     (('9', '10'), ('a', 'b'))

@@ -1,4 +1,4 @@
-"""What a column of labels looks like before anything trains on it: refused where it names no classes, else noted."""
+"""Check a column of labels before anything trains on it: an error if it contains no classes, else notes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SKEWED = 10  # rows of the commonest class for one of the rarest
 
 
 def is_missing(label: object) -> bool:
-    """Whether a label says that there is none: `nan`, `null`, `N/A`."""
+    """Whether a label stands for a missing value: `nan`, `null`, `N/A`."""
     return str(label).strip().casefold() in MISSING
 
 
 def check_labels(name: str, column: str, labels: Sequence[str]) -> tuple[str, ...]:
-    """What a reader has to know of these labels, one for each row.
+    """Notes about these labels, one for each row.
 
-    Raises `EdgetuneError` where they are numbers or dates of a scale, or ids, and no classes.
+    Raises `EdgetuneError` if they are numbers, dates or ids rather than classes.
     """
     counts = Counter(labels)
     if len(counts) > _MOST_CLASSES and len(labels) < _ROWS_EACH * len(counts):

@@ -1,4 +1,4 @@
-"""Rows that a function of the user's own returns: `py:file.py:splits`."""
+"""Rows from the user's own function: `py:file.py:splits`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ _FORM = 'return a list of (text or image, label), or {"train": [...], "validatio
 
 
 def own_splits(argument: str, settings: DataSettings) -> Dataset:
-    """What `splits()` returns: rows `(input, label)`, in one list or in one for each part; parts not given are cut.
+    """The rows that `splits()` returns: `(input, label)` in one list, or in one for each part; missing parts are split
+    off.
 
-    An input is a text, the path of an image, a picture of Pillow, or an array `(height, width[, 3])` of bytes; all
-    are of one kind, arrays of one size. A label is a string or a whole number; a float is a number to predict, and a
+    An input is a text, the path of an image, a Pillow image, or a `uint8` array `(height, width[, 3])`; all
+    are of one kind, arrays of one size. A label is a string or an integer; a float is a number to predict, and a
     list of tags goes with a list of words. For a language model rows are texts, or conversations as lists of
     `{role, content}`.
     """
@@ -108,8 +109,8 @@ def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
         return value, "text"
     if isinstance(value, Path):
         return value, "path of an image"
-    if hasattr(value, "convert"):  # a picture of Pillow
-        return np.asarray(value.convert("RGB")), "picture"
+    if hasattr(value, "convert"):  # a Pillow image
+        return np.asarray(value.convert("RGB")), "image"
     if isinstance(value, Mapping):
         raise data_error(f"{place} is a mapping", got=", ".join(map(str, value)), action=_FORM)
     array = np.asarray(value)
@@ -117,7 +118,7 @@ def _input(place: str, value: Any, answers_only: bool) -> tuple[Any, str]:
         shape = f"{array.dtype} {array.shape}"
         action = "give a text, a path, a Pillow image, or a uint8 array (height, width[, 3])"
         raise data_error(f"{place} is neither a text nor an image", got=shape, action=action)
-    return array, "picture"
+    return array, "image"
 
 
 def _assemble(
@@ -132,7 +133,7 @@ def _assemble(
 
     def rows(part: list[Record]) -> Rows:
         inputs: Any = [value for value, _, _ in part]
-        if kind == "picture":
+        if kind == "image":
             shapes = sorted({value.shape for value in inputs})
             if len(shapes) > 1:
                 action = "resize them to one size, or give paths"
@@ -166,7 +167,7 @@ def _task_of(source: str, kind: str, labels: Sequence[Any]) -> Task:
 
 
 def _key(value: Any) -> str:
-    """Equal for copies, which stand on one side of a split."""
+    """Equal for copies, which stay in one part of a split."""
     if isinstance(value, (str, Conversation, tuple)):
         return split_key(value)
     return hashlib.sha256(value.read_bytes() if isinstance(value, Path) else value.tobytes()).hexdigest()

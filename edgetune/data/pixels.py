@@ -14,9 +14,9 @@ from edgetune.data.dataset import data_error
 
 
 def load_pixels(inputs: Sequence[Any], image_px: int, grey: bool = False) -> NDArray[np.uint8]:
-    """Pictures in files as one array `(rows, image_px, image_px, 3)` of bytes, RGB; without the last axis for `grey`.
+    """Image files as one array `(rows, image_px, image_px, 3)` of bytes, RGB; without the last axis for `grey`.
 
-    A picture that is no square is resized until it covers one, and its middle is taken.
+    An image that is not square is resized to cover one, and cropped to the centre.
     """
     from PIL import Image, ImageOps
 
@@ -39,7 +39,7 @@ def luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:
-    """Pictures as one array `(rows, image_px, image_px)` of grey values from 0 to 255."""
+    """Images as one array `(rows, image_px, image_px)` of grey values from 0 to 255."""
     array = inputs if isinstance(inputs, np.ndarray) else load_pixels(inputs, image_px)
     grey = torch.from_numpy(array.astype(np.float32))
     grey = (grey.mean(dim=3) if grey.dim() == 4 else grey)[:, None]
@@ -50,6 +50,6 @@ def grey_pixels(inputs: Sequence[Any], image_px: int) -> NDArray[np.float32]:
 
 
 def depth_problem(image: Any) -> str:
-    """What is wrong with more than 8 bits a channel, of which Pillow makes white or black; nothing for 8."""
+    """The problem with more than 8 bits per channel, which Pillow would turn white or black; empty for 8."""
     bits = 16 if image.mode.startswith("I;") else 32 if image.mode in ("I", "F") else 8
     return f"it has {bits} bits per channel, but only 8 are supported: save it with 8" if bits > 8 else ""

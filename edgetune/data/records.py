@@ -1,4 +1,4 @@
-"""Records as tables hold them: each checked on its own, then split into a data set of the task that the columns say."""
+"""Records of tables: each is checked, then all are split into a data set for the task that the columns imply."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Record = tuple[Any, Any]  # text, words or conversation; class, number, tags, or
 
 
 def add_record(records: list[Record], bad: BadRows, place: str, values: Sequence[Any], settings: DataSettings) -> None:
-    """Add one row to `records`, or say in `bad` why it cannot be used. `values` are those of `settings.columns`."""
+    """Add one row to `records`, or to `bad` with the reason. `values` are those of `settings.columns`."""
     try:
         if settings.messages is not None:
             records.append((_conversation(values, settings), None))
@@ -52,7 +52,7 @@ def add_record(records: list[Record], bad: BadRows, place: str, values: Sequence
 
 
 def _text(parts: Sequence[Any]) -> str:
-    """The columns of a text as one. Raises `ValueError` that says why there is none."""
+    """The text columns joined into one. Raises `ValueError` with the reason if there is no text."""
     other = next((part for part in parts if not isinstance(part, str)), None)
     if other is not None:
         raise ValueError(f"the text is {type(other).__name__}, not a string")
@@ -63,7 +63,7 @@ def _text(parts: Sequence[Any]) -> str:
 
 
 def _check_readable(text: str) -> str:
-    """The text. Raises for bytes that are no UTF-8, which stand in it as lone surrogates, and for a zero byte."""
+    """The text. Raises for bytes that are not UTF-8, which appear as lone surrogates, and for a zero byte."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(NOT_UTF8)
     if "\0" in text:
@@ -72,7 +72,7 @@ def _check_readable(text: str) -> str:
 
 
 def _label(label: Any, settings: DataSettings) -> str:
-    """A class. Raises `ValueError` for what is none."""
+    """A class. Raises `ValueError` for anything else."""
     text = str(label).strip()
     if isinstance(label, float) and not math.isnan(label):
         raise ValueError("the label is a number with a fraction, not a class: set data.target to predict numbers")
@@ -99,7 +99,7 @@ def _number(value: Any) -> float:
 
 
 def tagged_words(words: Any, tags: Any, settings: DataSettings) -> Record:
-    """Words and their tags, from lists or from texts with blanks between. Raises `ValueError` where they do not fit."""
+    """Words and their tags, from lists or from texts with spaces. Raises `ValueError` if they do not match."""
     both = [each.split() if isinstance(each, str) else each for each in (words, tags)]
     for name, each in zip(("words", "tags"), both, strict=True):
         if not isinstance(each, (list, tuple)):
@@ -129,7 +129,7 @@ def _conversation(values: Sequence[Any], settings: DataSettings) -> Any:
 
 
 def _rename_label(label: str, settings: DataSettings) -> str:
-    """What `settings.label_names` calls a label; raises for one that it leaves out."""
+    """The name of a label in `settings.label_names`; raises if it is missing there."""
     names = settings.label_names
     if names is None:
         return label
@@ -151,7 +151,7 @@ def build_dataset(
     settings: DataSettings,
     others: dict[str, list[Record]] | None = None,
 ) -> Dataset:
-    """The data set of the rows that were read; parts that are not given are cut from the training rows."""
+    """The data set of the rows that were read; missing parts are split off the training rows."""
     others = others or {}
     notes = bad.notes(total, name)
     labels = [label for part in (train, *others.values()) for _, label in part]
@@ -191,7 +191,7 @@ def build_dataset(
 
 
 def rows_of(inputs: Sequence[Any], labels: Sequence[Any], task: Task) -> Rows:
-    """The rows of a task, whose labels have numbers for names."""
+    """The rows of a task, with labels as numbers."""
     number = {name: place for place, name in enumerate(task.labels)}
     if isinstance(task, CausalLM):
         return Rows(inputs)

@@ -1,4 +1,4 @@
-"""Rows as loaders return them, and what makes a model's inputs of them."""
+"""Rows as loaders return them, and the protocol of encoders."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Rows:
     """Inputs and their labels. Inputs are texts, words of a text, conversations, paths of images, or one `uint8` array
     `(rows, height, width[, 3])`.
 
-    A label is the number of a class, a measured value, or a tag's number for each word; `labels` is `None` for a causal
-    language model, whose labels are the tokens themselves.
+    A label is the number of a class, a number to predict, or the number of a tag for each word; `labels` is `None` for
+    a
+    causal language model, whose labels are the tokens themselves.
     """
 
     inputs: Sequence[Any]
@@ -35,7 +36,7 @@ class Rows:
 
     @property
     def classes(self) -> Sequence[int] | None:
-        """The class of each row; `None` where rows have none."""
+        """The class of each row; `None` if rows have none."""
         labels = self.labels
         return None if labels is None or any(isinstance(label, (float, tuple)) for label in labels[:1]) else labels
 
@@ -56,10 +57,10 @@ class Rows:
 
 
 class Encode(Protocol):
-    """Turns inputs into the tensors a model takes, batch first.
+    """Turns inputs into a model's tensors, batch first.
 
-    Texts are padded to the longest of the batch, rounded up; `pad_to` asks for exactly that many tokens instead.
-    Conversations give `labels` too, which the task takes out: the token ids, with -100 where nothing is to be learned.
+    Texts are padded to the longest of the batch, rounded up; `pad_to` sets exactly that many tokens instead.
+    Conversations also give `labels`, which the task takes out: the token ids, with -100 for tokens not to be learned.
     """
 
     def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs:

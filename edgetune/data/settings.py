@@ -11,7 +11,7 @@ from edgetune.core.technique import Settings
 COLUMNS = ("messages", "text", "label", "target", "tags", "label_names")  # settings that name the columns of a table
 _FIXED = ("tweets", "tweet-entities", "word-sentiment", "conversations", "fashion-mnist", "imagefolder")
 _CONLL = {"text": "tokens", "label": None, "tags": "tags"}  # what the columns of such a file are
-_UNREAD = {  # settings that a kind of source has no use for
+_UNREAD = {  # settings that do not apply to a kind of source
     "hf": ("test_file",),
     "conll": ("messages", "text", "label", "target", "tags", "loss_on"),
     "py": (*COLUMNS, "test_file"),
@@ -20,7 +20,7 @@ _UNREAD = {  # settings that a kind of source has no use for
 
 
 def unread_by(source: str) -> tuple[str, ...]:
-    """The settings that this kind of source has no use for."""
+    """The settings that do not apply to this kind of source."""
     return _UNREAD.get(source.partition(":")[0], ())
 
 
@@ -70,13 +70,13 @@ class DataSettings(Settings):
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns that make up a text, or a conversation."""
+        """The columns that form a text, or a conversation."""
         columns = self.text if self.messages is None else self.messages
         return (columns,) if isinstance(columns, str) else columns
 
     @property
     def columns_by_setting(self) -> tuple[tuple[str, str], ...]:
-        """The columns that are read, in order, each with the setting that names it."""
+        """The columns to read, in order, each with the setting that names it."""
         text = "text" if self.messages is None else "messages"
         labels = (("label", self.label), ("target", self.target), ("tags", self.tags))
         return (
@@ -86,13 +86,13 @@ class DataSettings(Settings):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read: those of the text, then the label's."""
+        """The columns to read: those of the text, then the label's."""
         return tuple(column for _, column in self.columns_by_setting)
 
     @model_validator(mode="before")
     @classmethod
     def _instead_of_label(cls, given: Any) -> Any:
-        """Conversations, numbers and tags have no classes, so `label` need not be set to `null` beside them."""
+        """Conversations, numbers and tags have no classes, so `label` need not be set to `null`."""
         if not isinstance(given, dict):
             return given
         if str(given.get("source", "")).partition(":")[0] == "conll":
@@ -128,6 +128,6 @@ class DataSettings(Settings):
 
 
 class WholeData(DataSettings):
-    """The same of data that are only evaluated: nothing is kept back for training, so a few rows are enough."""
+    """The settings of data that is only evaluated: nothing is held out for training, so a few rows are enough."""
 
     whole: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Tables of the user's own: CSV, JSON lines, and data sets of the Hugging Face hub or its `datasets` library."""
+"""The user's own tables: CSV, JSON lines, CoNLL, and data sets of the Hugging Face hub or its `datasets` library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgetune.data.settings import DataSettings
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
-_PACKED = {  # how a file begins that is no table as it stands, and what to do with it
+_PACKED = {  # first bytes of files that are not text, with the advice
     b"PK\x03\x04": "it is an Excel workbook or a zip archive: save the table as CSV in UTF-8",
     b"\x1f\x8b": "unpack it: it is compressed by gzip",
     b"PAR1": "it is a Parquet file: write it as CSV or JSON lines",
@@ -34,9 +34,9 @@ Reader = Callable[[Path, DataSettings, BadRows], "tuple[list[Record], int]"]  # 
 
 
 def from_csv(argument: str, settings: DataSettings) -> Dataset:
-    """A table with a header in UTF-8, its columns apart by comma, semicolon or tab.
+    """A UTF-8 table with a header, separated by commas, semicolons or tabs.
 
-    The columns are those that the settings name; rows are split by what they hold, never by their order.
+    The settings name the columns; rows are split by their contents, not by their order.
     """
     return _from_files(argument, "csv", settings, _read_csv)
 
@@ -59,7 +59,7 @@ def _read_csv(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Re
 
 
 def from_jsonl(argument: str, settings: DataSettings) -> Dataset:
-    """One JSON object a line, in UTF-8, with the fields that the settings name."""
+    """One JSON object per line, in UTF-8, with the fields that the settings name."""
     return _from_files(argument, "jsonl", settings, _read_jsonl)
 
 
@@ -95,15 +95,15 @@ def _read_jsonl(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[
 
 
 def from_conll(argument: str, settings: DataSettings) -> Dataset:
-    """A word and its tag a line, apart by blanks or tabs, as CoNLL shared tasks have them; an empty line ends a text.
+    """One word and its tag per line, separated by spaces or tabs, as in CoNLL shared tasks; an empty line ends a text.
 
-    The first column is the word, the last one its tag; lines that begin with -DOCSTART- are left out.
+    The first column is the word, the last one its tag; lines that begin with -DOCSTART- are skipped.
     """
     return _from_files(argument, "conll", settings, read_conll)
 
 
 def read_conll(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Record], int]:
-    """The texts of a file in that form, and how many there are."""
+    """The texts of a CoNLL file, and their number."""
     records: list[Record] = []
     total, lines = 0, [*_decode(path).split("\n"), ""]
     words: list[list[str]] = []
@@ -125,7 +125,7 @@ def read_conll(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[R
 
 
 def _from_files(argument: str, kind: str, settings: DataSettings, read: Reader) -> Dataset:
-    """The training rows of one file, and the test rows of another where `settings.test_file` names one."""
+    """The training rows of one file, and the test rows of `settings.test_file` if it is set."""
     path, bad = _existing_file(argument, kind), BadRows(settings.max_bad_rows_pct)
     test = None if settings.test_file is None else _existing_file(settings.test_file, kind)
     records, total = read(path, settings, bad)
@@ -136,16 +136,15 @@ def _from_files(argument: str, kind: str, settings: DataSettings, read: Reader) 
 
 
 def from_hub(argument: str, settings: DataSettings) -> Dataset:
-    """A data set of texts by its id on the Hugging Face hub, or a folder on this disk; `id:name` picks a configuration.
+    """A data set of texts by its id on the Hugging Face hub, or a local folder; `id:name` selects a configuration.
 
-    Its own test and validation splits are used where it has them with labels; else they are cut from the training
-    rows.
+    Its own test and validation splits are used if they have labels; else they are split off the training rows.
     """
     return from_splits(argument, _load_hub(argument), settings)
 
 
 def from_splits(name: str, tables: dict[str, Any], settings: DataSettings) -> Dataset:
-    """The same from tables of the `datasets` library that are already loaded, by the names of their splits."""
+    """The same from loaded tables of the `datasets` library, by the names of their splits."""
     bad = BadRows(settings.max_bad_rows_pct)
     parts: dict[str, list[Record]] = {}
     total = 0
@@ -189,7 +188,7 @@ def _existing_file(argument: str, kind: str) -> Path:
 
 
 def _decode(path: Path) -> str:
-    """The file as text; bytes that are no UTF-8 stay as lone surrogates, so that the row that holds them is known."""
+    """The file as text; bytes that are not UTF-8 stay as lone surrogates, to identify their row."""
     content = path.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise data_error(f"{path.name} is written in UTF-16", action="save it as UTF-8")
@@ -236,7 +235,7 @@ def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) ->
 
 
 def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[tuple[int, list[str] | str]]:
-    """Each row after the header with the line it begins on, counted from 1; a string says why it cannot be read."""
+    """Each row after the header with its first line, counted from 1; a string is the reason why it cannot be read."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     next(reader)
     while True:
@@ -277,7 +276,7 @@ def _load_hub(argument: str) -> dict[str, Any]:
 
 
 def _class_names(table: Any, settings: DataSettings) -> list[str] | None:
-    """What the numbers in the column of labels or tags are called, where the table says so."""
+    """The names of the numbers in the column of labels or tags, if the table has them."""
     column = settings.label or settings.tags
     feature = table.features[column] if column is not None else None
     names: list[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
@@ -285,7 +284,7 @@ def _class_names(table: Any, settings: DataSettings) -> list[str] | None:
 
 
 def _name_label(value: Any, names: list[str]) -> Any:
-    """A number, or each number of a list, by its name; `None` for one that has none."""
+    """A number, or each number of a list, replaced by its name; `None` if it has none."""
     if isinstance(value, list):
         return [_name_label(each, names) for each in value]
     if not isinstance(value, int):

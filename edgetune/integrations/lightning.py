@@ -1,4 +1,4 @@
-"""For Lightning: a callback that finalizes the model when fitting ends."""
+"""A callback for Lightning that finalizes the model when fitting ends."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def callback() -> Callback:
     """A callback for a `Trainer` whose module, or a model inside it, went through `et.apply`.
 
-    It logs what trains, raises for what no backward reaches (after ten steps or an epoch),
+    It logs what trains, raises for parameters that no backward reaches (after ten steps or an epoch),
     and finalizes in place at the end of `Trainer.fit`, after the last checkpoint was written:
-    checkpoints hold the open model, what follows `fit` sees plain layers.
+    checkpoints hold the open model, code after `fit` sees plain layers.
     """
     base: Any = require("lightning.pytorch", "the Lightning callback").Callback
 

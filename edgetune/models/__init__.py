@@ -1,1 +1,1 @@
-"""Pretrained models."""
+"""Pretrained models and their encoders."""

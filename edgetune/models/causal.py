@@ -1,7 +1,7 @@
 """SmolLM2, a small causal language model.
 
-Its package stores 4-bit values. They are kept as floats here, so every comparison with a quantized form of this model
-starts from a baseline that has been quantized once already; `Loaded.notes` says so in each report.
+Its package stores 4-bit values, which are kept as floats here. So every comparison with a quantized form of this model
+starts from a baseline that was already quantized once; `LoadedModel.notes` says so in each report.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def _keep_first_blocks(model: Any, layers: int) -> None:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Make `folder` by `build` unless it is there. Built under another name, then renamed: what is there is whole.
+    """Create `folder` by `build` unless it exists. It is built under another name, then renamed.
 
-    A lock makes a second process wait for the first; the system lets it go if its holder dies.
+    A second process waits for the lock, which the system releases if its holder dies.
     """
     if folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""Conversations as tokens: written by the model's own chat template, with the answers marked for the loss."""
+"""Conversations as tokens, formatted by the model's chat template, with the answers marked for the loss."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from edgetune.data.rows import IGNORED_LABEL, Encode, Rows
 def chat_tokens(tokenizer: Any, conversation: Conversation) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and their labels: -100 outside of the answers.
 
-    An answer begins behind what the template writes to make the model speak, and ends with the special token that
-    closes its turn. Raises `ValueError` where the template refuses the messages, or writes an answer in other words.
+    An answer begins after the template's generation prompt, and ends with the special token that closes its turn.
+    Raises
+    `ValueError` if the template refuses the messages, or changes an answer.
     """
     text, spans = _render_with_spans(tokenizer, conversation)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -36,7 +37,7 @@ def chat_tokens(tokenizer: Any, conversation: Conversation) -> tuple[list[int], 
 
 
 def _render_with_spans(tokenizer: Any, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where each answer begins and ends in it."""
+    """The text of a conversation, and the start and end of each answer in it."""
     messages = conversation.plain
     text = _render(tokenizer, messages)
     spans: list[tuple[int, int]] = []
@@ -64,7 +65,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False
 
 
 def check_chat(name: str, tokenizer: Any) -> None:
-    """Raise unless a tokenizer can write conversations and say which characters its tokens stand for."""
+    """Raise unless the tokenizer has a chat template and maps its tokens to characters."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise EdgetuneError(
             f"{name} has no chat template, so it cannot take conversations",
@@ -79,10 +80,10 @@ def check_chat(name: str, tokenizer: Any) -> None:
 
 
 def drop_truncated_answers(dataset: Dataset, encode: Encode, name: str, max_bad_rows_pct: float) -> Dataset:
-    """The data without the conversations in which nothing is left to learn: their answers begin behind `max_length`.
+    """The data without conversations whose answers all begin after `max_length`, so that nothing is left to learn.
 
-    Other data as they are. Raises `EdgetuneError` for a model that takes no conversations, and for more such rows
-    than `max_bad_rows_pct`.
+    Other data are returned unchanged. Raises `EdgetuneError` for a model that does not take conversations, and if such
+    rows exceed `max_bad_rows_pct`.
     """
     if not any(isinstance(row, Conversation) for rows in dataset.parts for row in rows.inputs[:1]):
         return dataset

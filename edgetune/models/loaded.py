@@ -1,4 +1,4 @@
-"""What a loader of models returns, and the settings it takes."""
+"""What a model loader returns, and the settings that it takes."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode and fp32, and what turns rows into its inputs.
+    """A model in eval mode and fp32, and the encoder that turns rows into its inputs.
 
-    A new head is drawn from torch's random generator: seed it before loading to have the same one again.
+    A new head is drawn from torch's random generator: seed it before loading to get the same one again.
     """
 
     name: str
@@ -64,12 +64,12 @@ class LoadedModel:
     classes: Mapping[str, str] | None = None  # of a kept head, in its order: its own name, and the data's
 
     def labelled(self, dataset: Dataset) -> Dataset:
-        """The data with the classes that the model's outputs are, under their names and in their order."""
+        """The data with the classes of the model's outputs, under their names and in their order."""
         return dataset if self.classes is None else dataset.with_classes(self.classes)
 
 
 def import_class(transformers: Any, name: str) -> Any:
-    """A class of transformers, which imports its file only here; says what is wrong if that fails."""
+    """A class of transformers, whose file is imported only now; the error says why that failed."""
     try:
         with silence_libraries():
             return getattr(transformers, name)
@@ -86,9 +86,9 @@ def import_class(transformers: Any, name: str) -> Any:
 
 @contextmanager
 def explain_load_errors(source: str, name: str, fetches: bool = True) -> Iterator[None]:
-    """Turns what the library raises for a name it cannot find, offline or not, into one clear error.
+    """Turn a library's errors about a name that it cannot load, online or offline, into one clear error.
 
-    `name` is the path or the hub's name in `source`. A hub that does not answer is asked once.
+    `name` is the path or the hub id in `source`. A hub that does not respond is tried once.
     """
     if not name:
         raise EdgetuneError(
@@ -115,7 +115,7 @@ def explain_load_errors(source: str, name: str, fetches: bool = True) -> Iterato
 
 
 def check_task(tasks: tuple[type[Task], ...], model: str, task: Task) -> None:
-    """Raises unless the task of the data set is one that the model has a head for."""
+    """Raise unless the model has a head for the task of the data set."""
     if not isinstance(task, tasks):
         takes = " or ".join(own.rows for own in tasks)
         action = f"choose {task.models}, or other data"
@@ -128,20 +128,20 @@ def check_task(tasks: tuple[type[Task], ...], model: str, task: Task) -> None:
 
 
 def refuse_argument(model: str, argument: str) -> None:
-    """Raises if something follows the colon of a model that takes nothing there."""
+    """Raise if something follows the colon of a model that takes no argument."""
     if argument:
         raise EdgetuneError(f"{model} takes no argument after a colon", got=argument, action=f"write source: {model}")
 
 
 def refuse_settings(model: str, settings: ModelSettings, *names: str) -> None:
-    """Raises if a setting that this loader does not heed was changed."""
+    """Raise if a setting that this loader does not use was changed."""
     for name in names:
         if getattr(settings, name) != ModelSettings.model_fields[name].default:
             raise EdgetuneError(f"{model} does not take model.{name}", action=f"leave model.{name} out")
 
 
 def check_max_length(max_length: int, positions: int | None) -> None:
-    """Raises if texts could have more tokens than the model has positions."""
+    """Raise if texts could have more tokens than the model has positions."""
     if positions is not None and max_length > positions:
         raise EdgetuneError(
             "model.max_length exceeds the positions of the model",
@@ -151,7 +151,7 @@ def check_max_length(max_length: int, positions: int | None) -> None:
 
 
 def licence_of(package: str) -> str:
-    """What an installed package says its licence is; empty where it says nothing."""
+    """The licence in an installed package's metadata; empty if there is none."""
     try:
         fields = metadata.metadata(package)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What a loaded model's program carries: what its encoder does to a picture or a text, and the names of the classes."""
+"""Metadata for a model's program: its preprocessing, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocess
 
 
 def describe_io(loaded: LoadedModel, dataset: Dataset, recipe: str = "") -> Carried:
-    """What stands in the manifest of a program made from this model, for an app to go by.
+    """The metadata in the manifest of a program made from this model, for an app to use.
 
-    A tokenizer or an encoder that cannot be described is named in `notes`; nothing is carried of it then.
+    A tokenizer or an encoder that cannot be described is named in `notes`, and left out.
     """
     dataset = loaded.labelled(dataset)
     preprocessing, note = _preprocessing(loaded, dataset)
@@ -48,7 +48,7 @@ def _preprocessing(
 
 
 def _image_preprocessing(encode: ImageEncoder, inputs: Any) -> ImagePreprocessing:
-    """Pictures in files are cropped and resized as bytes; those of an array are stretched as floats."""
+    """Image files are cropped and resized as bytes; arrays are stretched as floats."""
     shape = getattr(inputs, "shape", None)
     return ImagePreprocessing(
         size_px=encode.image_px,

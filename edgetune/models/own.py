@@ -1,4 +1,4 @@
-"""A model that a function of the user's own builds: `py:file.py:build`."""
+"""A model that the user's own function builds: `py:file.py:build`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from edgetune.models.vision import ImageEncoder
 
 
 def own_model(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
-    """What `build()` or `build(classes)` returns: a module, or `(module, encode)`; `classes` are the data's, in order.
+    """The model that `build()` or `build(classes)` returns: a module, or `(module, encode)`; `classes` are the data's.
 
-    `encode` makes the model's inputs of a list of rows: a function, or a tokenizer of transformers. Without one,
-    pictures come as fp32 `(batch, image_channels, image_px, image_px)` from 0 to 1; texts need one.
+    `encode` turns a list of rows into the model's inputs: a function, or a tokenizer of transformers. If none is given,
+    images come as fp32 `(batch, image_channels, image_px, image_px)` from 0 to 1; texts need one.
     """
     source = f"{PREFIX}{argument}"
     refuse_settings(source, settings, "layers", "pretrained", "head")
@@ -27,7 +27,7 @@ def own_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Loade
 
 
 def module_of(source: str, built: Any) -> tuple[nn.Module, Any]:
-    """The module and the encoder, if any, in what a function returned."""
+    """The module and the encoder, if any, that a function returned."""
     model, encode = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise EdgetuneError(

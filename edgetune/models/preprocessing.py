@@ -1,4 +1,4 @@
-"""What a program's metadata say of a tokenizer: what an app has to do with a text."""
+"""Describe a tokenizer for a program's metadata: what an app must do with a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgetune.program.tokenizer import backend, without_truncation
 
 
 def text_preprocessing(tokenizer: Any, max_length: int, *, ending: str = "") -> TextPreprocessing:
-    """What a fast tokenizer of transformers, or a `tokenizers.Tokenizer`, does to a text.
+    """The preprocessing of a fast tokenizer of transformers, or of a `tokenizers.Tokenizer`.
 
     Raises `EdgetuneError` for a tokenizer that cannot be written as a `tokenizer.json`.
     """
@@ -31,7 +31,7 @@ def text_preprocessing(tokenizer: Any, max_length: int, *, ending: str = "") -> 
 
 
 def _wordpiece(tokenizer: dict[str, Any]) -> WordPiece | None:
-    """The few settings of a BERT tokenizer; `None` where any part of it is of another kind."""
+    """The settings of a BERT tokenizer; `None` if any part of it is of another kind."""
     parts = {name: tokenizer.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer", "post_processor")}
     kinds = [parts[name].get("type") for name in ("model", "normalizer", "pre_tokenizer")]
     around = _special_tokens(parts["post_processor"])

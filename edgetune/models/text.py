@@ -1,4 +1,4 @@
-"""Text encoders with a classification head, and any model of the Hugging Face library."""
+"""Text encoders with a classification head, and the models of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _ROUND_TOKENS = 8  # kernels like such lengths, and there are fewer different sh
 class TextEncoder:
     """Texts to `input_ids` and `attention_mask`, both int64 `(batch, tokens)`, padded on the right.
 
-    `ending`, if given, is put behind each text: the token that tells a language model to stop. Conversations are
-    written by the chat template, which ends them itself, and give `labels` too. The words of a text, a tuple, give
-    `words`: the place of the word that a token begins, else -1.
+    `ending`, if given, is appended to each text: the token at which a language model stops. Conversations are
+    formatted by the chat template, which adds it itself, and also give `labels`. The words of a text, a tuple, also
+    give `words`: the index of the word that a token begins, else -1.
     """
 
     tokenizer: Any  # a fast tokenizer of transformers
@@ -51,7 +51,7 @@ class TextEncoder:
     ending: str = ""
 
     def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Inputs:
-        """Cut to `max_length` tokens (or `pad_to`, if that is less), padded to `pad_to` or the batch's longest."""
+        """Truncate to `max_length` tokens (or `pad_to`, if less), and pad to `pad_to` or the batch's longest."""
         length = min(self.max_length, pad_to or self.max_length)
         if inputs and isinstance(inputs[0], Conversation):
             pairs = [chat_tokens(self.tokenizer, each) for each in inputs]
@@ -93,7 +93,7 @@ def _pad_rows(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
 
 
 class MeanPoolClassifier(nn.Module):
-    """A BERT whose token vectors are averaged over the text, then classified: how sentence encoders were trained.
+    """A BERT whose token vectors are averaged, then classified, as sentence encoders are trained.
 
     Layers are named as in transformers' own classifier: `bert`, `dropout`, `classifier`.
     """
@@ -157,7 +157,7 @@ def minilm(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedMo
 
 
 def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
-    """A model of texts by its id on the hub, or by a folder that holds it, with the head that the task needs."""
+    """A transformers model of texts by its hub id or local folder, with the head that the task needs."""
     if not argument:
         raise EdgetuneError("hf: needs a model id or a folder", action="write source: hf:owner/name")
     check_task((TextClassification, Regression, TokenClassification, CausalLM), f"hf:{argument}", dataset.task)
@@ -189,7 +189,7 @@ def hugging_face(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
 
 
 def set_padding_token(source: str, tokenizer: Any, config: Any) -> None:
-    """Language models often have no token for padding: the end token serves, since the mask hides it."""
+    """Use the end token for padding if the tokenizer has no padding token; the mask hides it."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise EdgetuneError(f"hf:{source} has neither a padding nor an end token, so rows cannot be batched")
@@ -199,7 +199,7 @@ def set_padding_token(source: str, tokenizer: Any, config: Any) -> None:
 
 
 def _check_causal(source: str, model: nn.Module) -> None:
-    """Raise for a model that has seen the token it predicts, as BERT has: its perplexity means nothing."""
+    """Raise for a model that sees the token it predicts, as BERT does: its perplexity would be meaningless."""
     tokens = torch.tensor([[1, 2, 3], [1, 2, 4]])
     with torch.no_grad():
         one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :2]
@@ -212,7 +212,7 @@ def _check_causal(source: str, model: nn.Module) -> None:
 
 
 def _prepare_for_words(source: str, tokenizer: Any) -> Any:
-    """The tokenizer, ready for texts that are split into words."""
+    """The tokenizer, set up for texts that are split into words."""
     if not getattr(tokenizer, "is_fast", False):
         raise EdgetuneError(
             f"the tokenizer of hf:{source} does not map tokens to words, so words cannot be tagged",
@@ -225,7 +225,7 @@ def _prepare_for_words(source: str, tokenizer: Any) -> Any:
 
 
 def _require_new_head(source: str, settings: ModelSettings) -> ModelSettings:
-    """A head for one number, which is always new: what a trained one gives is not in standardized values."""
+    """Settings with a new head: a trained one does not predict standardized values."""
     if settings.head == "keep":
         raise EdgetuneError(
             f"the head of hf:{source} predicts numbers of another scale, so it cannot be kept",
@@ -246,8 +246,8 @@ def _classifier(
 ) -> tuple[nn.Module, tuple[str, ...], dict[str, str] | None]:
     """The model, notes, and the classes of a trained head that was kept.
 
-    A checkpoint is a classifier of that kind if it says so, or if it says nothing and holds a head. Without classes, a
-    head gives one number.
+    The checkpoint's head is kept if its config names that kind of classifier, or names none and the head is there.
+    For a task without classes, a head has one output.
     """
     own, problem, says = output_names(config), config.problem_type, config.architectures or ()
     if not settings.pretrained:
@@ -288,7 +288,7 @@ def _match_head(
 
 
 def _unnamed_note(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
-    """What a report has to say where classes were not matched by name."""
+    """A note for the report if classes were not matched by name."""
     taken = f"the checkpoint does not name its classes; they are assumed to be {', '.join(matched)}"
     return () if own == tuple(matched) else (taken,)
 
@@ -302,7 +302,7 @@ def _set_output_names(config: Any, classes: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A loaded model, and which of its weights are new: missing in the checkpoint, or of other shapes there."""
+    """A loaded model, and its new weights: missing in the checkpoint, or of other shapes there."""
 
     model: nn.Module
     missing: frozenset[str]
@@ -316,11 +316,11 @@ class _Checkpoint:
 
     @property
     def holds_head(self) -> bool:
-        """Whether the checkpoint has every weight of the head, though perhaps of another shape."""
+        """Whether the checkpoint has every weight of the head, perhaps of another shape."""
         return bool(self.head) and not self.head & self.missing
 
     def notes(self, redrawn: frozenset[str] = frozenset()) -> tuple[str, ...]:
-        """What a report has to say of new weights."""
+        """Notes for the report about new weights."""
         new = sorted(self.missing | self.mismatched)
         notes = [f"new weights, not in the checkpoint: {', '.join(new)}"] if new else []
         notes += [f"new weights instead of those of the checkpoint: {', '.join(sorted(redrawn))}"] if redrawn else []

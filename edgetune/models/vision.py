@@ -1,4 +1,4 @@
-"""Vision backbones with a new head, and how pictures become their inputs."""
+"""Vision backbones with a new head, and the encoder of images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from edgetune.tasks.image_classification import ImageClassification
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """Pictures to fp32 `(batch, channels, image_px, image_px)`: `(x - mean) / std`, with x from 0 to 255.
+    """Images to fp32 `(batch, channels, image_px, image_px)`: `(x - mean) / std`, with x from 0 to 255.
 
     There are as many channels as values in `mean`. Takes an array `(batch, height, width[, 3])` of bytes, or a list of
     paths. For one channel, colours become grey values.
@@ -44,7 +44,7 @@ class ImageEncoder:
     std: tuple[float, ...]
 
     def __call__(self, inputs: Sequence[Any], pad_to: int | None = None) -> Tensor:
-        """`pad_to` is for texts, and has no meaning here."""
+        """`pad_to` is for texts, and must be None here."""
         if pad_to is not None:
             raise EdgetuneError("images are not padded", got=pad_to)
         grey = len(self.mean) == 1
@@ -63,7 +63,7 @@ class ImageEncoder:
 def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
     """EfficientNet-Lite0 trained on ImageNet, with a new head (3.4 M parameters and the head).
 
-    Padding is fixed for pictures of `settings.image_px`: the model takes no other size.
+    Padding is fixed for images of `settings.image_px`: the model takes no other size.
     """
     refuse_argument("effnet-lite0", argument)
     check_task((ImageClassification,), "effnet-lite0", dataset.task)
@@ -86,9 +86,9 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
 
 
 def _replace_static_convolutions(model: nn.Module) -> None:
-    """An ordinary `nn.Conv2d` for each convolution that pads alike on both sides, in place: adapters know those only.
+    """Replace convolutions with symmetric padding by an ordinary `nn.Conv2d`, in place: adapters only know those.
 
-    The class of the package also wants to be told the picture's size whenever another one like it is made.
+    The package's class also needs the image size whenever another one like it is made.
     """
     for name, layer in list(model.named_modules()):
         if type(layer).__name__ != "Conv2dStaticSamePadding":
@@ -106,7 +106,7 @@ def _replace_static_convolutions(model: nn.Module) -> None:
 
 
 def import_timm(name: str) -> Any:
-    """The library timm, once it is known to have a model of this name."""
+    """The library timm, after checking that it has a model of this name."""
     timm = require("timm", f"the model timm:{name}")
     if name.partition(".")[0] not in timm.list_models():
         raise EdgetuneError("timm has no model of this name", got=name, allowed=timm.list_models())
@@ -114,7 +114,7 @@ def import_timm(name: str) -> Any:
 
 
 def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedModel:
-    """A model of timm by its name, with a new head; pictures are normalized as its own settings say."""
+    """A timm model by its name, with a new head; images are normalized as its config says."""
     if not argument:
         raise EdgetuneError("timm: needs a model name", action="write source: timm:mobilenetv4_conv_small")
     check_task((ImageClassification,), f"timm:{argument}", dataset.task)
@@ -144,7 +144,7 @@ def timm_model(argument: str, settings: ModelSettings, dataset: Dataset) -> Load
 
 
 def _per_channel(shares: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Values from 0 to 1 of three channels as values from 0 to 255; their mean for a single channel."""
+    """Values of three channels from 0 to 1, scaled to 0 to 255; their mean for a single channel."""
     scaled = tuple(255.0 * share for share in shares)
     return scaled if channels == 3 else (sum(scaled) / len(scaled),)
 
@@ -152,7 +152,7 @@ def _per_channel(shares: Sequence[float], channels: int) -> tuple[float, ...]:
 def _trained_classes(
     source: str, model: Any, settings: ModelSettings, classes: tuple[str, ...]
 ) -> dict[str, str] | None:
-    """The classes of a trained head: timm keeps its own where the data have as many classes. `None`: it is new."""
+    """The classes of a trained head, which timm keeps if the data has as many classes. `None`: it is new."""
     config = getattr(model, "pretrained_cfg", None) or {}
     if not settings.pretrained or config.get("num_classes") != len(classes):
         if settings.head == "keep":
@@ -174,9 +174,10 @@ _SIZES_PX = (48, 64, 96, 112, 128, 160, 192, 224, 256, 384, 512)
 def check_image_size(name: str, model: nn.Module, example: Tensor, least_batch: int | None) -> None:
     """Raise unless `model` accepts images of the size of `example`, `(1, channels, image_px, image_px)`.
 
-    `least_batch`: rows of the smallest batch that a training has; `None` where nothing is trained. A network that
-    halves its pictures five times leaves one value of each channel of a small one, of which a batch norm in training
-    mode makes nothing where the batch is a single row.
+    `least_batch`: rows of the smallest training batch; `None` if nothing is trained. A network that halves its images
+    five times leaves one value per channel of a small one, on which a batch norm in training mode fails if the batch is
+    a
+    single row.
     """
     trial, image_px = copy.deepcopy(model), example.shape[-1]
 

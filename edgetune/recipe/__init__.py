@@ -1,1 +1,1 @@
-"""Recipes: YAML text to a checked value, with places, overrides and the schema."""
+"""Recipes: from YAML text to a checked value, with line numbers, overrides and the JSON Schema."""

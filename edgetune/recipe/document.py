@@ -1,9 +1,7 @@
-"""YAML text <-> plain values, with the line of each one. Safe, limited in size, and every structural error at once.
+"""YAML text <-> plain values, with the line of each value. Safe, limited in size, and every structural error at once.
 
-Recipes, overrides and device descriptors are read by it.
-
-Only what JSON can hold is read: mappings with text keys, lists, text, finite numbers, true/false and null. `1e-3` is a
-number and `no`, `on` and `2024-01-01` are text, as in YAML 1.2.
+Used for recipes, overrides and device descriptors. Only JSON's values are read: mappings with text keys, lists, text,
+finite numbers, true/false and null. `1e-3` is a number and `no`, `on` and `2024-01-01` are text, as in YAML 1.2.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class _FastReader(_C):  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe, and writes a value that occurs twice twice."""
+    """The safe dumper, without aliases for repeated values."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -76,14 +74,14 @@ _MENDING = {  # what PyYAML says, and what to do about it
 
 @dataclass(frozen=True)
 class Document:
-    """Plain values and where each came from: `places[("steps", 0, "lora")]` is "line 12"."""
+    """Plain values and the location of each: `places[("steps", 0, "lora")]` is "line 12"."""
 
     name: str
     value: Any
     places: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> tuple[str, KeyPath]:
-        """Where `path` stands, or the nearest thing around it, and the part of the path that was found."""
+        """The location of `path`, or of the nearest value around it, and the part of the path that it is for."""
         for shown in (path, tuple(key for key in path if not isinstance(key, int))):
             if shown in self.places:
                 return self.places[shown], shown
@@ -91,12 +89,12 @@ class Document:
 
 
 def write_yaml(path: Path, content: object) -> None:
-    """Write so that the file is either the old one or the whole new one, also when the process is killed."""
+    """Write a YAML file atomically."""
     write_atomically(path, yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def read_yaml_text(path: Path, action: str = "") -> str:
-    """The text of a YAML file, if it is there, small enough and UTF-8; `action`: what to do where it is not there."""
+    """The text of a YAML file that exists, is small enough and UTF-8; `action`: the advice if it does not exist."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -143,7 +141,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
 
 
 def _check_limits(text: str, name: str, reader: type[Any]) -> None:
-    """Go through the parser's events, before anything is built."""
+    """Check the parser's events before any value is built."""
     depth = aliases = documents = nodes = 0
     for event in yaml.parse(text, reader):
         mark = event.start_mark
@@ -166,7 +164,7 @@ def _check_limits(text: str, name: str, reader: type[Any]) -> None:
 
 
 class _NodeReader:
-    """Nodes to values, collecting lines and errors on the way."""
+    """Converts nodes to values, and collects lines and errors."""
 
     def __init__(self, name: str) -> None:
         self.name, self.nodes = name, 0

@@ -1,6 +1,6 @@
-"""Paths in a recipe are relative to the recipe, those given on the command line to the folder it is run in.
+"""Resolve paths: those in a recipe relative to the recipe, those on the command line to the current folder.
 
-Both become absolute when a recipe is loaded, so that the copy in a run's folder means the same files.
+Both become absolute when a recipe is loaded, so that the copy in a run's folder refers to the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SOURCES = ("model", "data", "model.source", "data.source")
 
 
 def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The values of a recipe, or changes to one, with every path as seen from `folder` made absolute."""
+    """The values of a recipe, or overrides, with every path made absolute from `folder`."""
     absolute = dict(values)
     for key, value in values.items():
         if key in _SOURCES and isinstance(value, str):
@@ -34,7 +34,7 @@ def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def resolve_source(source: str, folder: Path) -> str:
-    """`csv:rows.csv` with the path as seen from `folder`; `hf:` only where such a folder exists, else it is an id."""
+    """`csv:rows.csv` with an absolute path; `hf:` only if the folder exists, else it is a hub id."""
     kind, colon, argument = source.partition(":")
     if not argument or (kind not in _FILES and not (kind == "hf" and (folder / argument).expanduser().exists())):
         return source
@@ -42,7 +42,7 @@ def resolve_source(source: str, folder: Path) -> str:
 
 
 def relative_source(source: str, folder: Path) -> str:
-    """A source as seen from here, written as a recipe in `folder` has to write it."""
+    """A source relative to the current folder, rewritten relative to `folder`."""
     absolute = resolve_source(source, Path())
     kind, _, argument = absolute.partition(":")
     return source if absolute == source else f"{kind}:{os.path.relpath(argument, folder.absolute())}"
@@ -53,7 +53,7 @@ def _absolute(path: str, folder: Path) -> str:
 
 
 def _resolve_descriptors(value: Any, folder: Path) -> Any:
-    """The same for paths of device descriptors, which end in `.yaml`, wherever they stand in it."""
+    """The same for paths of device descriptors, which end in `.yaml`, at any depth."""
     if isinstance(value, str):
         return _absolute(value, folder) if value.endswith(".yaml") else value
     if isinstance(value, list):

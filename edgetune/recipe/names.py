@@ -1,4 +1,4 @@
-"""Names that a recipe may use and that need nothing heavy to be known: targets, and devices with a descriptor."""
+"""Names that a recipe may use, without heavy imports: targets, and devices that have a descriptor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PUBLISHED = "published"  # beside the descriptors: measurements, no device
 
 
 def user_folder() -> Path:
-    """Where descriptors of one's own lie: `$XDG_CONFIG_HOME/edgetune/devices`, by default under `~/.config`."""
+    """The folder of your own descriptors: `$XDG_CONFIG_HOME/edgetune/devices`, by default under `~/.config`."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
     # the XDG specification says to ignore a relative path
     folder = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"
@@ -36,6 +36,6 @@ def user_descriptors() -> dict[str, Path]:
 
 
 def device_ids() -> tuple[str, ...]:
-    """Names that `load` takes: those in the package, then those in the user's folder."""
+    """All device names: those in the package, then those in the user's folder."""
     names = packaged_ids()
     return names + tuple(name for name in user_descriptors() if name not in names)

@@ -1,4 +1,4 @@
-"""A first recipe for a model and data of the user's own: short, commented, and it runs."""
+"""Write a first recipe for the user's own model and data: short, commented, and ready to run."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def new_recipe(
     """The text of a recipe that fine-tunes `model` on `data`, compresses and exports it.
 
     Args:
-        path: where the recipe is to stand; its stem names it, and paths in it are relative to it.
-        model: `minilm`, `hf:PATH`, `timm:NAME`, `py:file.py:build`; paths as seen from here.
-        data: `csv:rows.csv`, `imagefolder:pictures`, ... It is read, to see what it holds.
-        task: "text" (classes of texts), "image" (classes of pictures) or "language"; by default what the data are for.
-        text, label: columns of a table; by default those that look like it.
+        path: the file to write; its stem is the recipe's name, and paths in the recipe are relative to it.
+        model: `minilm`, `hf:PATH`, `timm:NAME`, `py:file.py:build`; paths relative to the current folder.
+        data: `csv:rows.csv`, `imagefolder:photos`, ... It is read, to find out what it contains.
+        task: "text" (classes of texts), "image" (classes of images) or "language"; by default inferred from the data.
+        text, label: columns of a table; by default inferred.
 
     Raises:
-        EdgetuneError: model or data that cannot be read, or of another task than asked for.
+        EdgetuneError: the model or the data cannot be read, or is for another task than the one asked for.
     """
     for table, kind, source in ((registry.MODELS, "model", model), (registry.DATASETS, "data", data)):
         if source.partition(":")[0] not in table:
@@ -107,7 +107,7 @@ variants:
 
 
 def _read_config(model: str) -> Any:
-    """What transformers knows of an `hf:` model before its weights are read; `None` for any other."""
+    """The transformers config of an `hf:` model, without its weights; `None` for any other model."""
     if not model.startswith("hf:"):
         return None
     from edgetune.models.loaded import explain_load_errors
@@ -118,7 +118,7 @@ def _read_config(model: str) -> Any:
 
 
 def _needs_new_head(config: Any, dataset: Dataset) -> bool:
-    """Whether the checkpoint is a classifier of other classes than the data's, which a run would refuse."""
+    """Whether the checkpoint is a classifier with other classes than the data's, which a run would refuse."""
     if not any(
         str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()
     ):
@@ -149,7 +149,7 @@ def _steps(task: TaskName, config: Any) -> str:
 
 
 def _infer_columns(data: str, task: TaskName | None, text: str | None, label: str | None) -> dict[str, Any]:
-    """The settings that say which columns of a table are read; none where they are called as the defaults are."""
+    """The settings that name the columns of a table; none if the columns have the default names."""
     kind, _, argument = data.partition(":")
     given = {key: value for key, value in (("text", text), ("label", label)) if value is not None}
     if kind not in ("csv", "jsonl") or not Path(argument).expanduser().is_file():
@@ -190,7 +190,7 @@ def _are_measured(values: Sequence[str]) -> bool:
 
 
 def _first_rows(path: Path, kind: str) -> dict[str, list[str]]:
-    """The first values of each column as text; empty where the file is no table (reading it says what is wrong)."""
+    """The first values of each column as text; empty if the file is not a table (the loader then says why)."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     if kind == "jsonl":
         try:

@@ -1,4 +1,4 @@
-"""What a run will do, told before it is done: the steps, and what their order implies."""
+"""The outline of a run, before it starts: its steps, and what their order implies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgetune.recipe.sections import CHECK_ROWS
 
 @dataclass(frozen=True)
 class OutlineLine:
-    """One thing that a run will do. `step` is the recipe's step, from one; `None`: implied by the order."""
+    """One action of a run. `step`: the number in the recipe, from one; `None` if implied by the order."""
 
     step: int | None
     name: str
@@ -22,7 +22,7 @@ class OutlineLine:
 
 
 def outline(recipe: Recipe) -> tuple[OutlineLine, ...]:
-    """Everything a run of the recipe does, in order."""
+    """Everything that a run of the recipe does, in order."""
     lines: list[OutlineLine] = []
     plan = plan_steps([step.settings for step in recipe.steps])
     for move in plan:
@@ -48,7 +48,7 @@ def outline(recipe: Recipe) -> tuple[OutlineLine, ...]:
 
 
 def describe_settings(settings: BaseModel) -> str:
-    """The first setting, and those that are not the defaults: `rank 4, targets *.query *.value`."""
+    """The first setting, and those that differ from the default: `rank 4, targets *.query *.value`."""
     plain = settings.model_dump(mode="json")
     fields = type(settings).model_fields
     first = next(iter(fields), None)

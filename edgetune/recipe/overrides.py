@@ -1,4 +1,4 @@
-"""`key=value` changes to a recipe's plain values, before they are validated.
+"""Apply `key=value` overrides to a recipe's plain values, before they are validated.
 
 `seed`, `model.max_length`, `export.target` are fields of the recipe; `train.epochs` is that field of every step called
 train, `train[2].epochs` of the second one, `steps.3.ratio` of the third step. Positions count from one.
@@ -41,7 +41,7 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
 def apply_overrides(
     document: Document, overrides: Mapping[str, Any], top: Sequence[str]
 ) -> tuple[Document, list[EdgetuneError]]:
-    """The document with `overrides` applied (those of a chosen variant first), and the ones that fit nothing.
+    """The document with `overrides` applied (those of a selected variant first), and errors for the rest.
 
     Args:
         document: a recipe whose steps are all of the form `{name: settings}`.
@@ -76,7 +76,7 @@ def apply_overrides(
 
 
 def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[KeyPath]:
-    """Every place that a dotted key means."""
+    """Every path that a dotted key refers to."""
     first, *rest = (_parse_segment(part) for part in key.split("."))
     below: KeyPath = ()
     for name, position in rest:
@@ -106,7 +106,7 @@ def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[KeyPath
 
 
 def _field_of_step(name: str, steps: Iterable[str]) -> str:
-    """`train.learning_rate` for `lr`: the setting of one of the steps that was probably meant; else empty."""
+    """`train.learning_rate` for `lr`: the setting of a step that was probably meant; else empty."""
     for step in dict.fromkeys(steps):
         table = {**registry.TECHNIQUES, **registry.STEPS}
         near = nearest(name, setting_names(registry.load(table[step])), cutoff=0.9) if step in table else ""
@@ -129,7 +129,7 @@ def _parse_segment(part: str) -> tuple[str, int | None]:
 
 
 def _set(values: Any, path: KeyPath, value: Any) -> None:
-    """Write `value` at `path`, making the mappings on the way that are not there yet."""
+    """Write `value` at `path`, and create missing mappings on the way."""
     at: Any = values
     for index, key in enumerate(path):
         done: KeyPath = path[:index]

@@ -1,4 +1,4 @@
-"""YAML -> a frozen `Recipe`: every error at once with its line, order rules checked before any work."""
+"""YAML -> a frozen `Recipe`: every error at once with its line, and the order of steps checked before any work."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, device_ids
 from edgetune.recipe.overrides import VARIANT, apply_overrides
 from edgetune.recipe.sections import Budget, ExportSettings, ProfileSettings, Step
 
-NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that are no language models
+NOT_LANGUAGE = frozenset({"minilm", "effnet-lite0", "timm"})  # models of the registry that cannot generate text
 
 _ROWS = "write a recipe for it: edgetune recipes new --model minilm --data csv:{0}"
-NO_RECIPES = {  # by suffix, and what to do instead
+NO_RECIPES = {  # by suffix, with the advice
     ".pte": "a program is asked: edgetune predict {0} TEXT, or profile, inspect, generate",
     ".pt2": "a saved model is exported: edgetune export {0}",
     **dict.fromkeys((".csv", ".tsv"), _ROWS),
@@ -66,7 +66,7 @@ class Recipe(Settings):
     """Named sets of overrides; `variant=NAME` on the command line selects one."""
 
     def resolved(self) -> dict[str, Any]:
-        """Plain values with every default written out; reading them gives an equal recipe."""
+        """Plain values with every default written out; reading them returns an equal recipe."""
         plain = self.model_dump(mode="json")
         plain["steps"] = [{s["name"]: s["settings"]} for s in plain["steps"]]
         return plain
@@ -77,19 +77,19 @@ class Recipe(Settings):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the resolved settings, without what changes no result (description, unchosen variants)."""
+        """SHA-256 of the settings that affect the result (not the description, nor variants that are not selected)."""
         plain = {k: v for k, v in self.resolved().items() if k not in ("description", "variants")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def packaged_recipes() -> tuple[str, ...]:
-    """The recipes in the package."""
+    """The names of the recipes in the package."""
     files = resources.files("edgetune.recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
 
 
 def read_recipe_text(recipe: str | Path) -> tuple[str, str]:
-    """The YAML text of a recipe, and what errors call it. A name is in the package; what ends in .yaml is a path."""
+    """The YAML text of a recipe, and its name for errors. A path ends in .yaml; else it is a packaged recipe."""
     if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
         place = Path(recipe)
         if not place.exists():
@@ -111,10 +111,12 @@ def read_recipe_text(recipe: str | Path) -> tuple[str, str]:
 
 
 def load(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read, override and check a recipe, by name or path. Its paths are relative to it, those of overrides to here.
+    """Read, override and check a recipe, by name or path.
+
+    Paths in it are relative to the recipe, those in overrides to the current folder.
 
     Raises:
-        EdgetuneError: one error as it is; several as `document.Errors`, whose text has them all.
+        EdgetuneError: a single error as it is; several as `places.Errors`.
     """
     if not isinstance(overrides or {}, Mapping):
         raise EdgetuneError("overrides are a mapping", got=overrides, action='write {"train.epochs": 2}')
@@ -126,17 +128,17 @@ def load(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Reci
 
 
 def parse(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read, override and check the text of a recipe; `name` is what errors call it."""
+    """Read, override and check the text of a recipe; errors call it `name`."""
     return from_document(read(text, name), overrides)
 
 
 def from_plain(plain: Mapping[str, Any], name: str = "recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from plain values, such as `Recipe.resolved` gives."""
+    """A recipe from plain values, such as those of `Recipe.resolved`."""
     return from_document(Document(name, dict(plain)), overrides)
 
 
 def from_document(document: Document, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Override and check plain values whose lines are known."""
+    """Override and check plain values with their line numbers."""
     if not isinstance(document.value, dict):
         message = "a recipe is a mapping"
         raise EdgetuneError(message, where=document.name, got=document.value, allowed=Recipe.model_fields)
@@ -151,7 +153,7 @@ def from_document(document: Document, overrides: Mapping[str, Any] | None = None
 
 
 def _expand_shorthands(document: Document) -> Document:
-    """Shorthands written out: `model: minilm`, one budget, a step that is only a name."""
+    """Write shorthands out: `model: minilm`, one budget, a step that is only a name."""
     values = dict(document.value)
     values.setdefault("name", Path(document.name).stem)
     for key in ("model", "data"):
@@ -174,12 +176,12 @@ def _expand_step(step: Any) -> Any:
 
 
 def step_names() -> list[str]:
-    """Every word that may begin a step."""
+    """The names of all steps."""
     return [*registry.TECHNIQUES, *registry.STEPS]
 
 
 def _suggest_indent(got: Any) -> str:
-    """What to do about a step whose settings are not indented more than its name; empty for any other mistake."""
+    """What to do about a step whose settings are not indented below its name; empty for any other mistake."""
     names = [name for name in got if name in step_names()] if isinstance(got, list) else []
     settings = [name for name in got if name not in names] if names else []
     if len(names) != 1 or not set(settings) & set(setting_names(settings_class(names[0]))):
@@ -188,7 +190,7 @@ def _suggest_indent(got: Any) -> str:
 
 
 def _suggest_place(problem: Problem, values: Mapping[str, Any]) -> str:
-    """How `data: {csv: rows.csv}` is written, or where `epochs: 3` belongs; empty for any other mistake."""
+    """How to write `data: {csv: rows.csv}`, or where `epochs: 3` belongs; empty for any other mistake."""
     section, *rest = problem.path
     if problem.what == "unknown field" and not rest:
         holder = next((name for name in step_names() if section in setting_names(settings_class(name))), "")
@@ -200,7 +202,7 @@ def _suggest_place(problem: Problem, values: Mapping[str, Any]) -> str:
 
 
 class _Checker:
-    """Plain values to a recipe, collecting errors."""
+    """Builds a recipe from plain values, and collects errors."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -240,7 +242,7 @@ class _Checker:
         return ", ".join(part for part in (self.document.name, at, format_path((name, *path)) if name else "") if part)
 
     def steps(self, plain: Any) -> list[tuple[int, str, Step | None]]:
-        """Index, name and step of every step whose name is known; the step is `None` if its settings are wrong."""
+        """Index, name and step of every step with a valid name; the step is `None` if its settings are wrong."""
         if not isinstance(plain, list) or not plain:
             message = "must be a list of steps" if plain else "a recipe needs at least one step"
             action = "begin each step with a dash, as in `- train`"
@@ -280,7 +282,7 @@ class _Checker:
         return None
 
     def order(self, steps: list[tuple[int, str, Step | None]]) -> None:
-        """What may follow what; read from the classes, so it is reported together with wrong settings."""
+        """Check the order by the classes alone, so that it is reported together with wrong settings."""
         kinds = [settings_class(name) for _, name, _ in steps]
         try:
             plan_steps(kinds, place=lambda n: self.where_step(*steps[n][:2]))
@@ -300,7 +302,7 @@ class _Checker:
             )
 
     def sources(self, values: dict[str, Any]) -> None:
-        """Model and data are names of the registry, with an argument after the first colon."""
+        """Model and data are names in the registry, with an argument after the first colon."""
         for key, table in (("model", registry.MODELS), ("data", registry.DATASETS)):
             source = values[key].get("source") if isinstance(values.get(key), dict) else None
             if isinstance(source, str) and source.partition(":")[0] not in table:
@@ -309,7 +311,7 @@ class _Checker:
                 )
 
     def devices(self, values: dict[str, Any]) -> None:
-        """Every device is known, `host`, or the path of a descriptor."""
+        """Every device is a known id, `host`, or the path of a descriptor."""
         profile, budgets = values.get("profile"), values.get("budget")
         named = profile.get("devices") if isinstance(profile, dict) else None
         named_devices: list[tuple[KeyPath, Any]] = [
@@ -323,14 +325,14 @@ class _Checker:
                 self.errors.append(EdgetuneError("unknown device", where=self.where(path), got=name, allowed=allowed))
 
     def reachable(self, recipe: Recipe | None, steps: list[tuple[int, str, Step | None]]) -> None:
-        """Targets and devices that exist, and budgets that something in the recipe tells."""
+        """The target exists, and something in the recipe provides each budgeted value."""
         if recipe is None:
             return
         if recipe.export is not None and recipe.export.target not in TARGET_NAMES:
             where = self.where(("export", "target"))
             target = recipe.export.target
             self.errors.append(EdgetuneError("unknown target", where=where, got=target, allowed=TARGET_NAMES))
-        self.talking(recipe)
+        self.generation(recipe)
         profiled = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
         for index, budget in enumerate(recipe.budget):
             needs = {
@@ -348,8 +350,8 @@ class _Checker:
                     message = "nothing in the recipe provides this value"
                     self.errors.append(EdgetuneError(message, where=where, action=action))
 
-    def talking(self, recipe: Recipe) -> None:
-        """Whether the model can be a language model, as far as its name tells; the rest is known when it is loaded."""
+    def generation(self, recipe: Recipe) -> None:
+        """Whether the model can generate text, as far as its name shows; the rest is checked when it is loaded."""
         if recipe.export is None or not recipe.export.language:
             return
         if recipe.model.source.partition(":")[0] in NOT_LANGUAGE:
@@ -358,7 +360,7 @@ class _Checker:
             self.errors.append(EdgetuneError(message, where=self.where(("export", "language")), action=action))
 
     def variants(self, plain: Any) -> None:
-        """Every key of every variant must mean something, chosen or not."""
+        """Every key of every variant must refer to something, even if the variant is not selected."""
         if not isinstance(plain, dict):
             return
         for name, overrides in plain.items():
@@ -372,12 +374,12 @@ class _Checker:
 
 
 def settings_class(name: str) -> type[StepSettings]:
-    """The settings class of one step name; only its own module is imported."""
+    """The settings class of a step; imports only its own module."""
     kind: type[StepSettings] = registry.load({**registry.TECHNIQUES, **registry.STEPS}[name])
     return kind
 
 
 def _line(where: str) -> int:
-    """The line number in an error's place, for sorting; 0 for an override."""
+    """The line number in an error's location, for sorting; 0 for an override."""
     match = re.search(r"\bline (\d+)", where)
     return int(match[1]) if match else 0

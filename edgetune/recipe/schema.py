@@ -36,13 +36,13 @@ def build_schema() -> dict[str, Any]:
 
 
 def _add_short_form(short: dict[str, Any], long: dict[str, Any]) -> dict[str, Any]:
-    """A property that has a short form too; what is said of the long one holds for both."""
+    """A property that also has a short form, under the description of the long one."""
     shared: dict[str, Any] = {key: long[key] for key in ("title", "description", "default") if key in long}
     return {**shared, "anyOf": [short, {key: value for key, value in long.items() if key not in shared}]}
 
 
 def _unwrap(value: Any) -> Any:
-    """The same with each paragraph of a description in one line, as editors show it."""
+    """The same with each paragraph of a description on one line, as editors show it."""
     if isinstance(value, list):
         return [_unwrap(inner) for inner in value]
     if not isinstance(value, dict):
@@ -59,7 +59,7 @@ def first_line(text: str) -> str:
 
 
 def add_editor_line(text: str) -> str:
-    """The text of a recipe that may lie anywhere on this disk; its first line names the schema in the package.
+    """The text of a recipe, with a first line that names the packaged schema for editors.
 
     >>> print(add_editor_line("name: mine").replace(str(Path.cwd()), "..."))  # doctest: +ELLIPSIS
     # yaml-language-server: $schema=file://...recipe.schema.json

@@ -1,4 +1,4 @@
-"""The sections of a recipe beside model and data: what a step is, export, profile, budget."""
+"""The sections of a recipe other than model and data: steps, export, profile, budget."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ExportSettings(Settings):
         return self
 
     def rows_to_check(self, available: int) -> int:
-        """How many rows program and model are compared on, of so many in the test set."""
+        """Number of rows on which program and model are compared, of those in the test set."""
         if self.check_rows is not None:
             return self.check_rows
         return min(LANGUAGE_CHECK_ROWS if self.language else CHECK_ROWS, available)

@@ -1,1 +1,1 @@
-"""Running recipes: the fold over the steps, run folders, reuse, budgets, and what is made of a run."""
+"""Run recipes: the fold over the steps, run folders, reuse, budgets, and predictions of a run's program."""

@@ -1,4 +1,4 @@
-"""A recipe's budgets against what the run came to."""
+"""Check a run's results against the recipe's budgets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 def check_budgets(
     budgets: Sequence[Budget], ledger: Ledger, least_training_mib: Sequence[float]
 ) -> tuple[Verdict, ...]:
-    """One verdict for each limit. `least_training_mib`: of each training, what it takes with batches of one row."""
+    """One verdict for each limit. `least_training_mib`: the memory of each training with batches of one row."""
     return tuple(verdict for budget in budgets for verdict in _check_budget(budget, ledger, least_training_mib))
 
 
 def _check_budget(budget: Budget, ledger: Ledger, least_training_mib: Sequence[float]) -> Iterator[Verdict]:
-    """The least is of this recipe: another one, say with a higher ratio of pruning, may come to less."""
+    """The lowest value is for this recipe: another one, say with a higher pruning ratio, may reach less."""
     predicted = next((p for p in ledger.predicted if p.device == load(budget.device).id), None)
     call = f"predicted for {predicted.call}" if predicted and predicted.call else "predicted"
     trainings = [t.peak_memory_mib for t in ledger.trainings if t.peak_memory_mib is not None]

@@ -1,4 +1,4 @@
-"""A finished model as it is, without data: its own classes, and check inputs that are given, or made up and said so."""
+"""Convert a finished model without data: its own classes, and check inputs that are given or generated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = (
     "It rained all weekend, so we stayed in, cooked, and watched three films in a row.",
     "Worst service ever; they never called back, never apologized, and kept the deposit.",
 )  # fmt: skip
-_PICTURES = 8
+_IMAGES = 8
 _GENERATOR_SEED = 0
 
 
@@ -40,8 +40,8 @@ def convert_model(source: str, inputs: str | None = None, weights: Path | None =
     Args:
         source: the model.
         inputs: `py:file.py:function`, which returns one input of the model (a tensor, a tuple or a dict, batch first)
-            or a list of them, on which program and model are compared; by default they are made up, where the kind of
-            model says of which shape they are.
+            or a list of them, on which program and model are compared; by default they are generated, if the kind of
+            model determines their shape.
         weights: a state dict for `py:` models, in a `.safetensors` or `.pt` file.
     """
     kind, _, argument = source.partition(":")
@@ -71,7 +71,7 @@ ConvertedModel = tuple[nn.Module, Sequence[Inputs], "Carried"]
 
 
 def _hugging_face(argument: str) -> ConvertedModel:
-    """Any model of transformers that takes tokens or pictures, by what its config says that it is."""
+    """Any transformers model that takes tokens or images, as its config says."""
     transformers = require("transformers", f"the model hf:{argument}")
     with explain_load_errors(f"hf:{argument}", argument):
         config = transformers.AutoConfig.from_pretrained(argument)
@@ -112,7 +112,7 @@ def _convert_images(transformers: Any, argument: str, model: nn.Module, config: 
     mean, deviation = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,), (1.0,))
     channels = getattr(config, "num_channels", 3)
     encode = ImageEncoder(side, _per_channel(mean, channels, scale), _per_channel(deviation, channels, scale))
-    rows: list[Inputs] = [{"pixel_values": picture} for picture in _random_images(encode)]
+    rows: list[Inputs] = [{"pixel_values": image} for image in _random_images(encode)]
     return model, rows, _describe_io(f"hf:{argument}", model, encode, config)
 
 
@@ -134,16 +134,16 @@ def _timm(argument: str) -> ConvertedModel:
 
 
 def _random_images(encode: Any) -> list[Tensor]:
-    """Smooth random pictures, as photographs are, in the form that the model takes."""
+    """Smooth random images, similar to photographs, in the model's input format."""
     generator = torch.Generator().manual_seed(_GENERATOR_SEED)
-    small = torch.rand(_PICTURES, len(encode.mean), 8, 8, generator=generator)
+    small = torch.rand(_IMAGES, len(encode.mean), 8, 8, generator=generator)
     smooth = nn.functional.interpolate(small, size=(encode.image_px,) * 2, mode="bicubic").clamp(0, 1)
-    pictures = (255 * smooth).round().to(torch.uint8).movedim(1, 3).numpy()
-    return [encode(pictures[n : n + 1]) for n in range(_PICTURES)]
+    images = (255 * smooth).round().to(torch.uint8).movedim(1, 3).numpy()
+    return [encode(images[n : n + 1]) for n in range(_IMAGES)]
 
 
 def _describe_io(source: str, model: nn.Module, encode: Any, config: Any) -> Carried:
-    """What an app needs: how inputs are made, and the model's own names of its classes where it chooses one."""
+    """The metadata that an app needs: preprocessing, and the model's own class names if it is a classifier."""
     from edgetune.data.dataset import Dataset
     from edgetune.data.rows import Rows
     from edgetune.models.loaded import LoadedModel
@@ -164,8 +164,8 @@ def _describe_io(source: str, model: nn.Module, encode: Any, config: Any) -> Car
         "single_label_classification",
     ):
         labels = output_names(config)
-    pictures = hasattr(encode, "image_px")
-    task: type[Task] = ImageClassification if pictures else TextClassification if labels else CausalLM
+    is_image = hasattr(encode, "image_px")
+    task: type[Task] = ImageClassification if is_image else TextClassification if labels else CausalLM
     none = Rows([])
     described = describe_io(LoadedModel(source, model, encode), Dataset("", task(labels), none, none, none))
     if not labels:  # tokens, spans or vectors come out: nothing here says what they mean
@@ -186,7 +186,7 @@ def _build_own(argument: str, weights: Path | None = None) -> ConvertedModel:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the state dict of a `.safetensors` or `.pt` file into the model; every tensor must fit."""
+    """Load the state dict of a `.safetensors` or `.pt` file into the model; every tensor must fit."""
     if not path.is_file():
         raise EdgetuneError(
             "no such file", got=str(path), near=nearest_file(path), action="give a .safetensors or .pt file"
@@ -206,7 +206,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_inputs(inputs: str) -> list[Inputs]:
-    """What the user's function returned: one input, or a list of them, of which the first is the example."""
+    """The inputs that the user's function returned: one, or a list of them, of which the first is the example."""
     value = call_own(inputs)
     rows = list(value) if isinstance(value, list) else [value]
     for row in rows:

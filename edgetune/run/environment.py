@@ -1,4 +1,4 @@
-"""What this machine and this installation are: for `edgetune env`, and for the record of every run."""
+"""Describe this machine and this installation, for `edgetune env` and for the record of every run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FLAGS = {  # as the kernel prints them; those that change how fast a matrix prod
 
 
 class Environment(BaseModel):
-    """Versions, machine, and what can be done here."""
+    """Versions, machine, installed extras and available targets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,7 +53,7 @@ class Environment(BaseModel):
 
 
 def detect_environment() -> Environment:
-    """Look at this machine; runs nothing on it but a child process that imports executorch's partitioners."""
+    """Inspect this machine; runs only a child process that imports executorch's partitioners."""
     return Environment(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
@@ -70,7 +70,7 @@ def detect_environment() -> Environment:
 
 
 def installed_versions() -> dict[str, str]:
-    """What a run's record says of where it was made: the stack's installed versions, Python, system and processor."""
+    """For a run's record: installed versions of the stack, Python, system and processor."""
     installed = {name: version for name in STACK if (version := _version(name))}
     return {**installed, "python": platform.python_version(), "platform": platform.platform(), "cpu": host.cpu_name()}
 
@@ -105,7 +105,7 @@ def _accelerators() -> tuple[str, ...]:
 
 
 def _extras() -> dict[str, tuple[str, ...]]:
-    """What each extra still needs, by the package's own metadata."""
+    """The missing requirements of each extra, from the package's metadata."""
     try:
         required = metadata.requires("edgetune") or []
     except metadata.PackageNotFoundError:
@@ -124,7 +124,7 @@ def _extras() -> dict[str, tuple[str, ...]]:
 def _targets() -> dict[str, str]:
     """Every target: "lowers and runs here", "lowers here; ...", or what is missing.
 
-    Asked of a child process: importing all partitioners is slow, prints, and could take this one down.
+    In a child process: importing all partitioners is slow, prints, and could crash.
     """
     script = (
         "import json; from edgetune.export.targets import TARGETS, lowerable_targets; found = lowerable_targets();"

@@ -1,4 +1,4 @@
-"""A model with what its program is made of, compared on and bundled with, and the program made of it."""
+"""A model with everything that its export needs, and the export of it to a program."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ CACHE_TOKENS = 512
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What makes of a language model a program that talks, instead of one for a window of tokens."""
+    """Settings of a text-generation program; other programs take a window of tokens."""
 
     tokenizer: Any
-    max_tokens: int = CACHE_TOKENS  # places in the cache
-    prompts: tuple[tuple[int, ...], ...] = ()  # that the program and the model continue; none: the exporter's own
+    max_tokens: int = CACHE_TOKENS  # cache positions
+    prompts: tuple[tuple[int, ...], ...] = ()  # that program and model continue; empty: the exporter's own
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """A model in eval mode, one example, rows to compare on (none: the example), and what its program carries."""
+    """A model in eval mode, one example, rows to compare on (None: the example), and its program's metadata."""
 
     model: nn.Module
     example: Inputs
     check_inputs: Sequence[Inputs] | None = None
     generation: GenerationSettings | None = None
     min_same_prediction_pct: float = 99.0
-    carried: Carried | None = None  # None: nobody knows how its inputs are made
+    carried: Carried | None = None  # None: unknown
     ledger: Ledger | None = None  # of the run it comes from
     dynamic: Dynamic | None = None  # sizes that may differ between calls
-    external_data: bool = False  # weights in a file of their own
-    one_row: bool = True  # the program takes one row; else the example as it stands
+    external_data: bool = False  # weights in a separate file
+    one_row: bool = True  # the program takes one row, not the whole example
 
 
 def set_cache_size(source: Exportable, max_tokens: int | None) -> Exportable:
-    """With so many places in its cache; raises for a model that is not to talk."""
+    """Set the cache size; raises if the program does not generate text."""
     if max_tokens is None:
         return source
     if source.generation is None:
@@ -65,7 +65,7 @@ def set_cache_size(source: Exportable, max_tokens: int | None) -> Exportable:
 
 
 def to_program(source: Exportable, path: Path, *, device: str | None = None, target: str | None = None) -> Artifact:
-    """Lower it, prove it, and write what lies beside it: a language program where it is to talk."""
+    """Lower and verify the model, and write the program with its files."""
     from edgetune.export import export
     from edgetune.export.language import CHECK_PROMPT, export_language
 
@@ -102,7 +102,7 @@ def _frees_rows(sizes: Dynamic) -> bool:
 
 
 def write_card_with_run(artifact: Artifact, ledger: Ledger) -> None:
-    """Write the program's model card anew, with what the run measured."""
+    """Rewrite the program's model card, with the results of the run."""
     from edgetune.program.card import write_card
 
     write_card(artifact.path, artifact.manifest, ledger)
@@ -121,7 +121,7 @@ def tokenizer_of(task: Task, encode: Any) -> Any:
 
 
 def check_can_generate(model: nn.Module, task: Task, encode: Any, asked: ExportSettings) -> None:
-    """Raise before a training what would stop the export of a language program after it."""
+    """Raise before a training for what would stop the export of a text-generation program after it."""
     from edgetune.export.language import check_exportable
 
     try:
@@ -134,7 +134,7 @@ def check_can_generate(model: nn.Module, task: Task, encode: Any, asked: ExportS
 def exportable_from_split(
     model: nn.Module, split: Split, max_length: int, asked: ExportSettings, carried: Carried, language: bool = False
 ) -> Exportable:
-    """A model, and of held-out rows what its program is compared on, as a recipe asks; `language`: it talks anyway."""
+    """A model, with the held-out rows that a recipe's export compares it on; `language`: generate text in any case."""
     kept = Exportable(model, split.one_row(0, max_length), carried=carried)
     kept = replace(kept, min_same_prediction_pct=asked.min_same_prediction_pct)
     if not (asked.language or language):
@@ -147,9 +147,9 @@ def exportable_from_split(
 
 
 def prompts_from_texts(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
-    """What a language program is to continue, as tokens, of each of the first `rows` rows.
+    """Prompts for a text-generation program, as tokens, from the first `rows` rows.
 
-    Of a text that is its first half; of a conversation, all that stands before the first answer.
+    The first half of a text; of a conversation, everything before the first answer.
     """
     from edgetune.data.rows import IGNORED_LABEL
     from edgetune.tasks.causal_lm import learned_tokens

@@ -1,4 +1,4 @@
-"""`edgetune export MODEL`: a model by name, a run's folder or a saved program, with example inputs, to `export`."""
+"""`edgetune export MODEL`: load a model by name, a run's folder or a saved program, and export it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from edgetune.export import Artifact
 
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
-CONVERTED = ("hf", "timm", "py")  # finished as they are
+CONVERTED = ("hf", "timm", "py")  # exported without data
 ACCEPTED = "minilm, smollm2, effnet-lite0, hf:PATH, timm:NAME, py:FILE.py:FUNCTION, a run's folder, or a .pt2 file"
 _WEIGHTS = "weights alone are not a model: export py:FILE.py:FUNCTION --weights FILE"
-NO_MODELS = {  # by suffix, and what to do instead
+NO_MODELS = {  # by suffix, with the advice
     **dict.fromkeys((".pt", ".pth", ".bin", ".safetensors", ".ckpt"), _WEIGHTS),
     **dict.fromkeys(
         (".pte", ".onnx", ".tflite", ".gguf", ".h5", ".keras"), "give the model that the file was exported from"
@@ -44,7 +44,7 @@ NO_MODELS = {  # by suffix, and what to do instead
 
 
 class _Program(nn.Module):
-    """A program of `torch.export`, which has one mode only and refuses `eval()`."""
+    """A program of `torch.export`, which has a single mode and refuses `eval()`."""
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
@@ -72,22 +72,22 @@ def export_from(
     dynamic: Dynamic | None = None,
     external_data: bool = False,
 ) -> Artifact:
-    """Lower what `source` names to `path`.
+    """Lower the model that `source` names to `path`.
 
     Args:
-        source: a `.pt2` that `torch.export.save` wrote, the folder of a finished run, a function that builds a module
+        source: a `.pt2` file of `torch.export.save`, the folder of a finished run, a function that builds a module
             (`py:file.py:build`), or a model of the registry (`minilm`, `hf:PATH`, `timm:NAME`).
         path: the `.pte` to write.
         device: lower for its preferred target.
         target: lower for this one instead.
-        data: for a model of the registry: what gives the classes, and the rows to compare on. A model that is finished
-            needs none: its classes are its own, and check inputs are made up where `inputs` gives none.
+        data: for a model of the registry: provides the classes, and the rows to compare on. A finished model needs
+            none: it has its own classes, and check inputs are generated unless `inputs` gives them.
         inputs: `py:file.py:function`, which returns an input of the model, or a list of them, to compare on.
         weights: the state dict of a `py:` model, in a `.safetensors` or `.pt` file.
-        language: a program that talks; what a run made such a program of becomes one anyway.
-        max_tokens: places in the cache of a program that talks; by default those of the run, or 512.
-        dynamic: sizes that may differ between calls, as `et.export` takes them.
-        external_data: the weights into `model.ptd` beside the program.
+        language: export a text-generation program; a run whose recipe does so needs no flag.
+        max_tokens: cache size of a text-generation program, in tokens; by default that of the run, or 512.
+        dynamic: sizes that may differ between calls, as in `et.export`.
+        external_data: store the weights in `model.ptd` next to the program.
     """
     model = set_cache_size(load_exportable(source, data, language, inputs, weights), max_tokens)
     if model.generation is not None and (dynamic or external_data):
@@ -134,7 +134,7 @@ def load_exportable(
         from edgetune.run.finished import open_run
 
         opened = open_run(place)
-        # what the run measured and predicted it says of its own program, not of the one made now
+        # the run measured its own program, not this one
         return replace(opened.exportable(language), ledger=opened.ledger.with_(measured=(), predicted=()))
     action = NO_MODELS.get(place.suffix.lower(), "")
     near = "" if action else nearest_source(source, registry.MODELS, data=False)
@@ -197,7 +197,7 @@ def _from_registry(source: str, data: str | None, language: bool) -> Exportable:
 
 
 def _empty_dataset() -> Dataset:
-    """No rows, for a language model: it has no classes to learn from them."""
+    """A data set without rows, for a language model: it needs no classes."""
     from edgetune.data.dataset import Dataset
     from edgetune.data.rows import Rows
     from edgetune.tasks.causal_lm import CausalLM

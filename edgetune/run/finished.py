@@ -1,8 +1,9 @@
-"""The model that a run ended with, stored once with its history: opening a run trains, prunes and quantizes nothing.
+"""The model that a run ended with, stored with its history: opening a run trains, prunes and quantizes nothing.
 
-`finished/` in the run's folder holds the tensors (`model.safetensors`, quantized ones in torchao's own layout) or, of a
-model that has become a graph, `model.pt2`; and `structure.json`, which says what was done to the model that the recipe
-names. The structure is that model's, after `Technique.rebuild` of each technique.
+`finished/` in the run's folder holds the tensors (`model.safetensors`, quantized ones in torchao's own layout) or, for
+a
+model that has become a graph, `model.pt2`; and `structure.json`, the history of the recipe's model. The structure is
+restored by `Technique.rebuild` of each technique.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ FOLDER, WEIGHTS, GRAPH, STRUCTURE = "finished", "model.safetensors", "model.pt2"
 
 
 class Structure(Settings):
-    """What `structure.json` holds: the model's form, its history, and what the data told its loader."""
+    """The contents of `structure.json`: the model's form, its history, and the task of its data."""
 
     format: Literal[1] = 1
     graph: bool  # the model is a graph, in `model.pt2`
@@ -59,7 +60,7 @@ class Structure(Settings):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, opened: its model in eval mode, its ledger, and what was done to the model."""
+    """A finished run, opened: its model in eval mode, its ledger, and its history."""
 
     folder: Path
     recipe: Recipe
@@ -79,7 +80,7 @@ class FinishedRun:
 
     @cached_property
     def test_split(self) -> Split:
-        """The test rows, read again from the recipe's data, as the model takes them."""
+        """The test rows, read again from the recipe's data, encoded for the model."""
         data = self.recipe.data
         dataset: Dataset = registry.loader(registry.DATASETS, "data", data.source)(data)
         dataset = self.loaded.labelled(dataset)
@@ -87,7 +88,7 @@ class FinishedRun:
         return Split(dataset.task, dataset.test, self.loaded.encode)
 
     def exportable(self, language: bool = False) -> Exportable:
-        """The model with what its program is compared on. `language`: as a text-generation program in any case."""
+        """The model and the rows to compare its program on. `language`: as a text-generation program in any case."""
         settings = self.recipe.export or ExportSettings(check_rows=min(64, len(self.test_split)))
         length, carried = self.recipe.model.max_length, self.structure.carried
         return exportable_from_split(self.model, self.test_split, length, settings, carried, language)
@@ -96,7 +97,7 @@ class FinishedRun:
 def save_finished(
     folder: Path, model: nn.Module, recipe: Recipe, dataset: Dataset, carried: Carried, example: Inputs
 ) -> None:
-    """Store the model of a run beside its ledger. `dataset`: as its loader gave it."""
+    """Store the model of a run next to its ledger. `dataset`: as its loader returned it."""
     structure = Structure(
         graph=isinstance(model, Static8),
         packed=any(type(tensor) is not Tensor for tensor in model.state_dict().values()),
@@ -125,13 +126,13 @@ def save_finished(
 
 
 def open_run(folder: str | Path) -> FinishedRun:
-    """Open a finished run: the very model that it ended with, without any of the work.
+    """Open a finished run: the exact model that it ended with, without repeating any work.
 
     Args:
-        folder: the run's folder. The recipe's model source must be there; its data is read for `exportable` alone.
+        folder: the run's folder. The recipe's model source must exist; its data is only read by `exportable`.
 
     Raises:
-        EdgetuneError: the folder holds no finished run, or the stored model does not fit the recipe's model.
+        EdgetuneError: the folder contains no finished run, or the stored model does not match the recipe's model.
     """
     folder = Path(folder)
     ledger = runs.read_ledger(folder)
@@ -195,7 +196,7 @@ def _rebuild(run: FinishedRun) -> nn.Module:
 
 
 def _add_missing(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give layers the parameters that a technique added to them, such as the bias of a merged adapter."""
+    """Add parameters that a technique added to layers, such as the bias of a merged adapter."""
     for name in state:
         layer, _, key = name.rpartition(".")
         try:
@@ -207,14 +208,14 @@ def _add_missing(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _tied_tensors(model: nn.Module) -> dict[str, str]:
-    """Of tied tensors, every name but the first, with the first."""
+    """Every name of a tied tensor but the first, with the first."""
     firsts: dict[int, str] = {}
     named = model.state_dict(keep_vars=True).items()
     return {name: first for name, tensor in named if (first := firsts.setdefault(id(tensor), name)) != name}
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """The plain values of a config of transformers."""
+    """The plain values of a transformers config."""
     config = getattr(model, "config", None)
     if not callable(getattr(config, "to_json_string", None)):
         return {}

@@ -1,4 +1,4 @@
-"""The fold over a recipe's steps: the model, with a row in the ledger after each; then export, proof and profile."""
+"""The fold over a recipe's steps: the model, with a ledger row after each; then export, verification and profile."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Eval(StepSettings):
 
 
 class Fold:
-    """The state that the steps are folded over: the model, and the ledger so far."""
+    """The state of the fold: the model, and the ledger so far."""
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool, progress: Progress, record: bool = True) -> None:
         self.recipe, self.folder, self.resume, self.progress, self.record = recipe, folder, resume, progress, record
@@ -122,7 +122,7 @@ class Fold:
             self.check(loaded, batch_sizes)
 
     def check(self, loaded: LoadedModel, batch_sizes: list[int]) -> None:
-        """What model and data tell of steps that come later: raise before any work is done."""
+        """Check later steps against model and data, before any work is done."""
         asked = self.recipe.export
         if not self.task.texts:
             from edgetune.models.vision import check_image_size
@@ -149,7 +149,7 @@ class Fold:
             check_can_generate(self.model, self.task, loaded.encode, asked)
 
     def run(self, until: int | None = None) -> Ledger:
-        """Steps, export, profile, verdicts; or only the steps up to this one."""
+        """Run the steps, export, profile and budgets; or only the steps up to `until`."""
         self.steps(until)
         if until is not None:
             return self.ledger
@@ -165,7 +165,7 @@ class Fold:
         return self.ledger
 
     def rehearse(self) -> None:
-        """Do all steps on a copy that is not trained, where something is trained: a late step fails before that."""
+        """Run all steps on an untrained copy, if anything is trained, so that a late step fails before the training."""
         needed = rehearse(self.recipe, self.model, self.sample(), self.samples.example(), self.progress)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -177,7 +177,7 @@ class Fold:
             )
 
     def reuse(self, steps: int) -> None:
-        """Take the rows that an earlier run measured up to this step as they are, and say so."""
+        """Reuse the rows that an earlier run measured up to this step, and report so."""
         standing = reuse.reusable_digests(self.digests, steps)
         self.measured_before = {d: row for d, row in self.measured_before.items() if d in standing}
         names = [row.step for row in self.measured_before.values()]
@@ -185,7 +185,7 @@ class Fold:
             self.progress("reuse", len(names), len(names), f"{', '.join(names)} of {self.folder}")
 
     def steps(self, until: int | None = None) -> None:
-        """All steps, and what is open at the end finalized; or those up to this one, which leaves open what is."""
+        """Run all steps, and finalize at the end; or run the steps up to `until`, without finalizing."""
         self.add_row("load", self.recipe.model.source, self.load_seconds)
         steps = self.recipe.steps[:until]
         taught = {s.settings.distill.teacher for s in self.recipe.steps if _distils(s)}  # type: ignore[attr-defined]
@@ -204,7 +204,7 @@ class Fold:
         self.model.eval()
 
     def step(self, index: int, step: Step) -> None:
-        """One step of the recipe."""
+        """Run one step of the recipe."""
         if step.settings.closes:
             self.close()
         self.digest = self.digests[index + 1]
@@ -221,7 +221,7 @@ class Fold:
             self.add_row(step.name, "", 0.0)
 
     def close(self) -> None:
-        """Finalize what is open, as a row of its own; keep what can be kept apart, such as an adapter."""
+        """Finalize what is open, with a row in the ledger; save separate results, such as an adapter."""
         techniques = [t for t in active_techniques(self.model) if t.needs_finalize()]
         if not techniques:
             self.model = finalize(self.model)
@@ -236,7 +236,7 @@ class Fold:
         self.add_row("finalize", names, time.perf_counter() - started)
 
     def train(self, index: int, settings: Train) -> None:
-        """A `train` step, with what its memory comes to."""
+        """Run a `train` step, and record its memory."""
         teacher = self.teachers.get(settings.distill.teacher) if settings.distill else None
         name = f"{index + 1:02d}-train"
         saved = saved_mib(self.model, self.samples.largest_batch(settings.batch_size), self.loss)
@@ -275,7 +275,7 @@ class Fold:
         self.save()
 
     def seen_in_training(self) -> Split:
-        """The training rows, changed each time they are seen where the data settings say so."""
+        """The training rows, with random changes if the data settings ask for them."""
         kinds = self.recipe.data.augment
         if not kinds:
             return self.train_split
@@ -284,7 +284,7 @@ class Fold:
         return Split(self.task, self.dataset.train, Augmented(self.train_split.encode, kinds))
 
     def loss_with(self, class_weights: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The task's loss; "balanced" counts every class alike, however many rows it has."""
+        """The task's loss; "balanced" weights every class equally, regardless of its number of rows."""
         if class_weights == "none":
             return self.loss
         weights = self.task.class_weights(self.dataset.train)
@@ -300,7 +300,7 @@ class Fold:
             return saved_mib(self.model, self.samples.largest_batch(2), self.loss)
 
     def export(self) -> None:
-        """The program, measured here and predicted for the devices."""
+        """Export the program, time it here and predict it for the devices."""
         assert self.recipe.export is not None
         self.progress("export", 0, 1, self.recipe.export.target)
         artifact = to_program(self.exportable(), self.folder / "model.pte", target=self.recipe.export.target)
@@ -312,7 +312,7 @@ class Fold:
         write_card_with_run(artifact, self.ledger)
 
     def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
-        """Every kind of call of the program, timed on this host and predicted for each device."""
+        """Time every kind of call of the program on this host, and predict it for each device."""
         from edgetune.profile.calls import predict_calls
         from edgetune.profile.layers import predict_layers
         from edgetune.runtime.hosts.host import Host
@@ -334,7 +334,7 @@ class Fold:
         self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted), layers=tuple(by_layer))
 
     def exportable(self, language: bool = False) -> Exportable:
-        """The model as it stands, and what its program is made of, compared on and has beside it."""
+        """The current model with everything that its export needs."""
         asked = self.recipe.export or ExportSettings(check_rows=min(EVALUATION_BATCH, len(self.test_split)))
         return exportable_from_split(
             self.model, self.test_split, self.recipe.model.max_length, asked, self.carried, language
@@ -345,13 +345,13 @@ class Fold:
         return self.task.loss(logits, labels)
 
     def sample(self) -> Sample:
-        """What techniques may look at."""
+        """The data that techniques may use."""
         return self.samples.sample(self.loss)
 
     def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> None:
-        """Measure the model as it stands; a row that was measured of the same steps before is taken as it is.
+        """Measure the model and add a row; reuse the row of an earlier run of the same steps.
 
-        After an `exact` step, whose outputs are the same by law, quality is the last row's, and the row says so.
+        After an `exact` step, which cannot change the outputs, quality is the last row's, and the row says so.
         """
         if not self.record:
             return
@@ -372,15 +372,15 @@ class Fold:
         self.save()
 
     def quality(self) -> Quality:
-        """Of the model as it stands, on the test set."""
+        """The current model's quality on the test set."""
         return self.quality_of(self.model)
 
     def quality_of(self, model: nn.Module) -> Quality:
-        """Of any model, on the test set."""
+        """Any model's quality on the test set."""
         return quality(model, self.test_split, EVALUATION_BATCH)
 
     def save(self) -> None:
-        """Write the ledger, and when finished the report."""
+        """Write the ledger, and the report once finished."""
         from edgetune.report import write
 
         if not self.record:
@@ -392,7 +392,7 @@ class Fold:
 
 
 def _check_reachable(recipe: Recipe) -> None:
-    """What is only needed at the end, checked before any work: the report's library, the target, the devices."""
+    """Check what is only needed at the end before any work: the report's library, the target, the devices."""
     registry.require("plotly", "the report")
     for step in recipe.steps:
         loggers.check(step.settings.log if isinstance(step.settings, Train) else ())

@@ -1,4 +1,4 @@
-"""The rows that a command line names: texts, files of texts, images, folders of images, or lines from stdin."""
+"""The rows that a command line names: texts, files of texts, images, folders of images, or lines of stdin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class InputRow:
-    """One row, and where it came from: empty where it was given as it is."""
+    """One row, and its source: empty if it was given directly."""
 
     row: str
     source: str = ""  # "rows.csv, row 3"
@@ -30,11 +30,11 @@ class InputRow:
 def read_rows(
     arguments: Sequence[str], texts: bool, stdin: TextIO, columns: Sequence[str] = ("text",)
 ) -> list[InputRow]:
-    """Every row that the arguments name, in their order.
+    """Every row that the arguments name, in order.
 
-    A text is taken as it is; a `.txt` gives a row for each line, a `.csv` and a `.jsonl` one for each record (of its
-    fields `columns`), `-` the lines of stdin. Images are files, folders of them, or `-`: one path a line. Raises
-    `EdgetuneError` (exit code 3) for a file that cannot be read whole: no row is left out.
+    A text is one row; a `.txt` has a row per line, a `.csv` and a `.jsonl` one per record (of its
+    fields `columns`), `-` the lines of stdin. Images are files, folders of them, or `-`: one path per line. Raises
+    `EdgetuneError` (exit code 3) for a file that cannot be read completely: no row is left out.
     """
     rows: list[InputRow] = []
     for argument in arguments:
@@ -81,7 +81,7 @@ def _texts(argument: str, columns: Sequence[str]) -> list[InputRow]:
 
 
 def _exists(path: Path) -> bool:
-    """Whether it is a file or folder; a long text, or one with a zero byte, is none."""
+    """Whether it is a file or folder; a long text, or one with a zero byte, is not."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def _exists(path: Path) -> bool:
 
 
 def _lines(text: str, source: str) -> list[InputRow]:
-    """A row for each line that is not blank, with the number an editor shows."""
+    """A row for each line that is not blank, with its line number."""
     lines = enumerate(text.splitlines(), start=1)
     return [InputRow(line.strip(), f"{source}, line {number}") for number, line in lines if line.strip()]
 

@@ -1,4 +1,4 @@
-"""What the ledger says of any model: counted, not guessed, and the same for every technique."""
+"""Measures of any model for the ledger: counted, not estimated, and the same for every technique."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Measures(NamedTuple):
-    """The columns of a ledger row that belong to the model alone."""
+    """The columns of a ledger row that describe the model."""
 
     parameters: int
     trainable_parameters: int
@@ -30,7 +30,7 @@ class Measures(NamedTuple):
 
 
 def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss: Loss) -> Measures:
-    """Count `model`: MACs on `inputs` (one example), bytes saved for backward on `batch` (inputs, labels)."""
+    """Measure `model`: MACs of `inputs` (one example), bytes saved for backward by `batch` (inputs, labels)."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Measures(
         parameters=parameter_count(model),
@@ -50,7 +50,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _packed_products() -> dict[Any, Any]:
-    """The product of bitsandbytes' 4-bit layers, which torch's counter does not know; nothing where none is loaded."""
+    """The product of bitsandbytes' 4-bit layers, which torch's counter does not count; {} if they are not loaded."""
     product = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
     if product is None:
         return {}

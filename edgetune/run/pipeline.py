@@ -29,12 +29,12 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """The page to look at."""
+        """The HTML page."""
         return self.folder / "report.html"
 
     @property
     def missed(self) -> tuple[Verdict, ...]:
-        """The lines of the budget that do not hold."""
+        """The budget limits that are not met."""
         return tuple(v for v in self.ledger.verdicts if not v.holds)
 
 

@@ -1,4 +1,4 @@
-"""Answers of an exported program, by the real runtime, from nothing but the program and what it carries."""
+"""Predictions and quality of an exported program, by the real runtime, from the program and its metadata alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Part = Literal["test", "all"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a program answers for one row."""
+    """A classifier's prediction for one row."""
 
     row: str  # the text, or the path of the image
     label: str
@@ -43,7 +43,7 @@ class PredictedNumber:
 
 @dataclass(frozen=True)
 class EntityInText:
-    """An entity in a text, from character `start` to `end`, that one left out."""
+    """An entity in a text, from character `start` up to, not including, `end`."""
 
     text: str
     kind: str
@@ -53,7 +53,7 @@ class EntityInText:
 
 @dataclass(frozen=True)
 class PredictedEntities:
-    """The entities that a program finds in one text, in order."""
+    """The entities that a program predicts in one text, in order."""
 
     row: str
     entities: tuple[EntityInText, ...]
@@ -64,7 +64,7 @@ Answer = Prediction | PredictedNumber | PredictedEntities
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a program does on labelled rows."""
+    """A program's quality on labelled rows."""
 
     program: str
     data: str
@@ -88,7 +88,7 @@ def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Answer,
 
 
 def predict_rows(predictor: Predictor, rows: Sequence[Any], progress: Progress = lambda *_: None) -> tuple[Answer, ...]:
-    """What a program that is loaded already answers for each row."""
+    """The predictions of a loaded program for each row."""
     if not len(rows):
         return ()
     encoded, logits = predictor.run(rows, progress)
@@ -165,9 +165,9 @@ def evaluate(
 
 
 def data_settings(program: Path, source: str | None = None, overrides: Mapping[str, Any] | None = None) -> DataSettings:
-    """The data of the recipe beside the program, with another source and other settings where they are given.
+    """The data of the recipe next to the program, with another source and other settings if they are given.
 
-    A recipe's columns and names of labels are kept for another source, its numbers of rows and its test file are not.
+    Another source keeps the recipe's columns and label names, but not its numbers of rows and its test file.
     """
     from edgetune.core.places import raise_all
     from edgetune.core.validated import validate
@@ -212,14 +212,14 @@ def _concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def _renumber(label: Any, places: Sequence[int]) -> Any:
-    """A class or tags by the program's numbers; a number as it is."""
+    """A class or tags by the program's numbers; a number unchanged."""
     if isinstance(label, tuple):
         return tuple(places[tag] for tag in label)
     return places[int(label)] if places else label
 
 
 def _match_classes(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """Where each class of the data stands among the program's: by name, but for case and spaces around.
+    """The index of each class of the data among the program's: by name, up to case and surrounding spaces.
 
     Outputs called `LABEL_0`, `LABEL_1` are the classes `0`, `1`.
     """

@@ -1,4 +1,4 @@
-"""An exported program that answers for single rows, by the real runtime, with what it carries to make its inputs."""
+"""Run an exported program on single rows, by the real runtime, with inputs made from its metadata."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ OTHER_KINDS = {
 
 
 class Predictor:
-    """A program that answers for single rows, with what it carries to make its inputs."""
+    """A program that predicts single rows, with inputs made from its metadata."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read the program, or that of a run's folder. Raises `EdgetuneError` that names what it lacks."""
+        """Load the program, or that of a run's folder. Raises `EdgetuneError` if its metadata is incomplete."""
         from edgetune.export.kit.linux.sample import Preparation
 
         self.artifact: Artifact = Artifact.load(path)
@@ -48,7 +48,7 @@ class Predictor:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of its answers has to know."""
+        """Notes for a reader of its predictions."""
         unnamed = self.task.has_classes and not self.carried.labels
         return ("the program has no class names; classes are numbered from 0",) if unnamed else ()
 
@@ -78,7 +78,7 @@ class Predictor:
         return {name: torch.cat([row[name] for row in encoded]) for name in encoded[0]}, logits
 
     def words(self, text: str) -> list[re.Match[str]]:
-        """The words of a text, as a program that tags words splits it."""
+        """The words of a text, as the program's metadata splits it."""
         postprocessing = self.carried.postprocessing
         assert isinstance(postprocessing, TaggedWords)
         words = [*re.finditer(postprocessing.words, text)]
@@ -89,7 +89,7 @@ class Predictor:
     def _inputs(self, row: Any) -> dict[str, Tensor]:
         """The tensors of one row by name; for words, also the word that each token begins."""
         if not self.task.texts:
-            return _picture(self.preparation, row)
+            return _image_inputs(self.preparation, row)
         if not isinstance(self.task, TokenClassification):
             tensors: dict[str, Tensor] = self.preparation.inputs(str(row))
             return tensors
@@ -101,7 +101,7 @@ class Predictor:
         return {**tensors, "words": torch.tensor([starts + [-1] * (tensors["input_ids"].shape[1] - len(starts))])}
 
     def _batches(self, rows: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-        """The rows in batches of the size that the program takes, the last one filled up with its last row."""
+        """The rows in batches of the program's size, the last one filled up with its last row."""
         spec = self.artifact.manifest.main.inputs[0]
         size = (spec.smallest or spec.shape)[0]
         for start in range(0, len(rows), size):
@@ -110,7 +110,7 @@ class Predictor:
             yield tuple(torch.cat(tensors) for tensors in zip(*batch, strict=True))
 
 
-def _picture(preparation: Any, row: Any) -> dict[str, Tensor]:
+def _image_inputs(preparation: Any, row: Any) -> dict[str, Tensor]:
     """The tensors of an image in a file or in an array of bytes."""
     image = registry.require("PIL.Image", "an image")
     try:
@@ -124,7 +124,7 @@ def _picture(preparation: Any, row: Any) -> dict[str, Tensor]:
 
 
 def _check(artifact: Artifact) -> Task:
-    """The task of a program. Raises `EdgetuneError` that names what the program lacks for an answer."""
+    """The task of a program. Raises `EdgetuneError` if its metadata does not allow predictions."""
     from edgetune.export.targets import find
 
     manifest, carried, call = artifact.manifest, artifact.manifest.carried, artifact.manifest.main
@@ -148,11 +148,11 @@ def _check(artifact: Artifact) -> Task:
             action="export a model by name (hf:PATH, timm:NAME), or a run: their programs contain it",
             exit_code=Exit.EXPORT,
         )
-    pictures = isinstance(carried.preprocessing, ImagePreprocessing)
+    is_image = isinstance(carried.preprocessing, ImagePreprocessing)
     names = [spec.name for spec in call.inputs]
     shape = call.outputs[0].shape
     task, dimensions = _task_of(carried, shape)
-    fits = len(names) == 1 if pictures else sorted(names) == ["attention_mask", "input_ids"]
+    fits = len(names) == 1 if is_image else sorted(names) == ["attention_mask", "input_ids"]
     if not fits or len(shape) != dimensions or task.outputs != shape[-1]:
         raise EdgetuneError(
             "the inputs or outputs of the program do not match its metadata",
@@ -172,11 +172,11 @@ def _check(artifact: Artifact) -> Task:
 
 
 def _task_of(carried: Carried, shape: Sequence[int]) -> tuple[Task, int]:
-    """The task that a program was made for, and how many dimensions its output has for that."""
+    """The task that a program was made for, and the number of dimensions of its output."""
     postprocessing, labels = carried.postprocessing, carried.labels or tuple(map(str, range(shape[-1])))
     if isinstance(postprocessing, ScaledValue):
         return Regression(mean=postprocessing.mean, std=postprocessing.std), 2
     if isinstance(postprocessing, TaggedWords):
         return TokenClassification(labels), 3
-    pictures = isinstance(carried.preprocessing, ImagePreprocessing)
-    return ImageClassification(labels) if pictures else TextClassification(labels), 2
+    is_image = isinstance(carried.preprocessing, ImagePreprocessing)
+    return ImageClassification(labels) if is_image else TextClassification(labels), 2

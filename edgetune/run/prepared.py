@@ -1,4 +1,4 @@
-"""A recipe up to its first training, for those that train elsewhere: a training program, a device."""
+"""Prepare a recipe up to its first training, for a training elsewhere: a training program, a device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgetune.train.settings import Train
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe's model as its first `train` step finds it, with the data it would train on."""
+    """A recipe's model before its first `train` step, with its training data."""
 
     model: nn.Module
     settings: Train
@@ -31,13 +31,13 @@ class Prepared:
     pad_to: int | None  # tokens of every row, so that all batches have one shape
 
     def batches(self, rows: int, epoch: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
-        """Batches of exactly so many rows, shuffled by seed and epoch; what is left over waits for another epoch."""
+        """Batches of exactly `rows` rows, shuffled by seed and epoch; remaining rows are left for another epoch."""
         for indices in epoch_order(len(self.train_split) // rows * rows, rows, None, self.seed, epoch):
             yield self.train_split.batch(indices, pad_to=self.pad_to)
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Do a recipe's steps before its first `train`, without measuring anything. Writes nothing."""
+    """Run a recipe's steps before its first `train`, without measuring. Writes nothing."""
     place = next((n for n, step in enumerate(recipe.steps) if isinstance(step.settings, Train)), None)
     if place is None:
         raise EdgetuneError("the recipe has no train step", got=recipe.name, action="add a train step")

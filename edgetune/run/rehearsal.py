@@ -1,7 +1,8 @@
-"""All steps of a recipe once, on a copy that nothing trains: what would stop a late step stops the run before training.
+"""Run all steps of a recipe once on an untrained copy, so that a late step fails before the training.
 
-Widths that a cut leaves and a group size does not divide, a layer that cannot be quantized, a step that leaves nothing
-to train: none of it depends on what a training learns. A recipe that trains nothing is not rehearsed.
+A width that a group size does not divide, a layer that cannot be quantized, a step that leaves nothing to train: none
+of
+this depends on what a training learns. A recipe that trains nothing is not rehearsed.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def rehearse(
     example: Inputs,
     progress: Callable[[str, int, int, str], None],
 ) -> int:
-    """Apply and finalize every step to a copy of `model`, and run the result once on `example`.
+    """Apply and finalize every step on a copy of `model`, and run the result once on `example`.
 
-    Returns how many bytes a run writes at least: two checkpoints of each training, with the optimizer's two moments,
-    the stored model and the program. Raises the `EdgetuneError` of the step, which says that nothing was trained yet.
+    Returns the minimum number of bytes that a run writes: two checkpoints of each training, with the optimizer's two
+    moments, the stored model and the program. Raises the `EdgetuneError` of the step, with a note that nothing was
+    trained.
     """
     if not any(isinstance(step.settings, Train) for step in recipe.steps):
         return 0
@@ -64,7 +66,7 @@ def rehearse(
 
 @contextmanager
 def name_step_in_errors(recipe: Recipe, number: int) -> Iterator[None]:
-    """An error inside says in which step of the recipe, counted from one, it happened."""
+    """Add the step of the recipe, counted from one, to the location of errors inside."""
     step = recipe.steps[number - 1]
     try:
         yield

@@ -1,7 +1,7 @@
-"""What of an earlier run still stands once its recipe has changed: everything before the first step that changed.
+"""Reuse an earlier run after its recipe has changed: everything before the first changed step.
 
-Each step has a digest of its settings and of all that came before it, so two runs whose digests are equal up to a step
-had the same model there. A run's folder keeps them in `digest.txt`: the recipe's own first, then one for the model and
+Each step has a digest of its settings and of all steps before it, so two runs whose digests are equal up to a step
+had the same model there. A run's folder stores them in `digest.txt`: first the recipe's own, then one for the model and
 the data as loaded, then one for each step.
 """
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from edgetune.recipe.recipe import Recipe
 
 FILE = "digest.txt"
-EXPORT = "export"  # what may be asked for as if it were a step: everything after the last one
+EXPORT = "export"  # a pseudo-step: everything after the last one
 _CHANGES_NO_RESULT = {"train": CHANGES_NO_RESULT}
 
 
 def step_digests(recipe: Recipe) -> tuple[str, ...]:
-    """Of the model and the data as loaded, then after each step."""
+    """The digest of the model and the data as loaded, then of each step."""
     plain = recipe.resolved()
     own = [contents_digest(recipe.model.source), contents_digest(recipe.data.source)]
     chain = [_sha256([plain["seed"], plain["model"], plain["data"], *own])]
     for step in plain["steps"]:
         ((name, settings),) = step.items()
-        heeded = {key: value for key, value in settings.items() if key not in _CHANGES_NO_RESULT.get(name, ())}
-        chain.append(_sha256([chain[-1], name, heeded]))
+        relevant = {key: value for key, value in settings.items() if key not in _CHANGES_NO_RESULT.get(name, ())}
+        chain.append(_sha256([chain[-1], name, relevant]))
     return tuple(chain)
 
 
 def finalized_digest(digest: str) -> str:
-    """Of a model of this digest once what is open on it is finalized."""
+    """The digest of a model with this digest after finalizing."""
     return _sha256([digest, "finalize"])
 
 
@@ -47,17 +47,17 @@ def _sha256(value: Any) -> str:
 
 
 def digest_text(recipe: Recipe) -> str:
-    """What a run of this recipe keeps in `digest.txt`."""
+    """The contents of `digest.txt` for this recipe."""
     return "\n".join([recipe.digest, *step_digests(recipe)]) + "\n"
 
 
 def is_run_of(recipe: Recipe, folder: Path) -> bool:
-    """Whether the run in the folder is of this very recipe, and of the user's own code as it is now."""
+    """Whether the run in the folder is of exactly this recipe, and of the user's code in its present state."""
     return (folder / FILE).read_text(encoding="utf-8") == digest_text(recipe)
 
 
 def unchanged_steps(recipe: Recipe, folder: Path) -> int | None:
-    """How many steps, from the first, the run in `folder` has just so; `None` where its model or data are others."""
+    """How many steps, from the first, are the same in `folder`; `None` if its model or data differ."""
     earlier = (folder / FILE).read_text(encoding="utf-8").split()[1:]
     pairs = zip(earlier, step_digests(recipe), strict=False)
     equal = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(recipe.steps) + 1))
@@ -65,7 +65,7 @@ def unchanged_steps(recipe: Recipe, folder: Path) -> int | None:
 
 
 def step_number(recipe: Recipe, given: str | int, export: bool = False) -> int:
-    """The step, from one, that a number or a name means; with `export`, "export" is the step after the last one."""
+    """The step, from one, that a number or a name refers to; with `export`, "export" follows the last step."""
     names = [step.name for step in recipe.steps]
     text = str(given)
     if export and text == EXPORT:
@@ -83,6 +83,6 @@ def step_number(recipe: Recipe, given: str | int, export: bool = False) -> int:
 
 
 def reusable_digests(chain: Sequence[str], steps: int) -> frozenset[str]:
-    """The digests of all rows of a ledger that stand where the first `steps` steps do."""
+    """The digests of all ledger rows of the first `steps` steps."""
     reached = chain[: steps + 1]
     return frozenset([*reached, *(finalized_digest(digest) for digest in reached)])

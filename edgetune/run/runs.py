@@ -1,4 +1,4 @@
-"""The folder of a run: numbered, holding what is needed to resume it, every file written whole or not at all."""
+"""The folder of a run: numbered, with everything needed to resume it, and every file written atomically."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BEGUN = re.compile(r"\.?(recipe\.yaml|environment\.json|digest\.txt|run\.lock)(
 
 
 def new_folder(recipe: Recipe, out: Path | None) -> Path:
-    """A fresh folder: `out`, or the next number under runs/. An `out` that holds anything is refused."""
+    """A new folder: `out`, or the next number under runs/. An `out` that is not empty is refused."""
     folder = _numbered(recipe.name) if out is None else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def _describe(recipe: Recipe, folder: Path) -> None:
 
 
 def _numbered(name: str) -> Path:
-    """The next free number; made here, so that two runs at once do not take the same."""
+    """The next free number; created here, so that two runs at once do not take the same."""
     number = 1 + max((_number(f, name) for f in RUNS.glob(f"{name}-*")), default=0)
     while True:
         try:
@@ -66,11 +66,11 @@ def _number(folder: Path, name: str) -> int:
 
 
 def resumable_folder(recipe: Recipe, out: Path | None, again_from: int | None = None) -> tuple[Path, int]:
-    """`out`, or the run of this recipe to go on with, and how many of its steps, from the first, are reused.
+    """`out`, or the run of this recipe to continue, and how many of its steps, from the first, are reused.
 
-    That is the newest unfinished run of these very settings; else the newest that began with this model and data: what
-    it did before the first step that changed stands. Steps from `again_from` on are done again even so.
-    Raises `EdgetuneError` where there is no such run, or nothing is left to do.
+    The newest unfinished run with exactly these settings; else the newest with this model and data, of which the steps
+    before the first change are reused. Steps from `again_from` on are repeated in any case.
+    Raises `EdgetuneError` if there is no such run, or nothing is left to do.
     """
     numbered = [f for f in RUNS.glob(f"{recipe.name}-*") if _number(f, recipe.name)]
     folders = [out] if out else sorted(numbered, key=lambda f: _number(f, recipe.name), reverse=True)
@@ -100,9 +100,9 @@ def _can_continue(folder: Path, recipe: Recipe) -> bool:
 
 
 def roll_back(recipe: Recipe, folder: Path, steps: int) -> None:
-    """Leave in the folder what the first `steps` steps made, and make it a run of this recipe.
+    """Keep in the folder only what the first `steps` steps produced, and make it a run of this recipe.
 
-    Call it within `lock_run`. A kill in between loses no more than was to be done again.
+    Call it within `lock_run`. A kill in between loses only work that would be repeated anyway.
     """
     chain = reuse.step_digests(recipe)
     earlier = read_ledger(folder)
@@ -122,7 +122,7 @@ def roll_back(recipe: Recipe, folder: Path, steps: int) -> None:
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder; the system lets go if this one dies."""
+    """Keep a second process out of the folder; the system releases the lock if this one dies."""
     lock = filelock.FileLock(folder / "run.lock")
     try:
         lock.acquire(timeout=0)
@@ -138,7 +138,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 
 def check_same_data(folder: Path, dataset: Dataset) -> None:
-    """Note what rows a run began with; raise where a resumed run finds others."""
+    """Record the data of a new run; raise if a resumed run has other data."""
     path = folder / "data.txt"
     if not path.exists():
         write_atomically(path, dataset.fingerprint)
@@ -152,6 +152,6 @@ def check_same_data(folder: Path, dataset: Dataset) -> None:
 
 
 def read_ledger(folder: Path) -> Ledger | None:
-    """What an interrupted run had measured; `None` when it had not come that far."""
+    """The ledger of an interrupted run; `None` if it had not measured anything yet."""
     path = folder / "ledger.json"
     return Ledger.read(path) if path.exists() else None

@@ -1,4 +1,4 @@
-"""The rows of a run's data that measures, techniques and the export look at, in the shapes that these need."""
+"""Rows of a run's data for measures, techniques and the export, in the shapes that they need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALIBRATION_BATCHES = 8
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of the training set for techniques and for memory; of the test set for the shape of the program."""
+    """Rows of the training set for techniques and for memory; of the test set for the program's shape."""
 
     train: Split
     test: Split
@@ -26,25 +26,25 @@ class Samples:
     batch_size: int  # of the first training
 
     def example(self) -> Inputs:
-        """The first row of the test set, in the shape the program takes."""
+        """The first row of the test set, in the program's shape."""
         return self.test.one_row(0, self.max_length)
 
     def largest_batch(self, rows: int) -> tuple[Inputs, Tensor]:
-        """The training rows with the most tokens: what the memory of a training has to hold."""
+        """The training rows with the most tokens, which need the most memory."""
         lengths = self.train.lengths or (0,) * len(self.train)
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         return self.train.batch(order[:rows])
 
     def least_batch(self, batch_sizes: Sequence[int]) -> int | None:
-        """Rows of the smallest batch of trainings with these batch sizes; `None` for no training.
+        """Rows of the smallest batch with these batch sizes; `None` if nothing is trained.
 
-        An epoch is cut into batches of equal size, to one row.
+        An epoch is cut into batches of equal size, up to one row.
         """
         rows = len(self.train)
         return min((rows // math.ceil(rows / size) for size in batch_sizes), default=None)
 
     def sample(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Sample:
-        """What techniques may look at: rows of the training set only."""
+        """The data that techniques may use: training rows only."""
         pad_to = self.train.pad_to(self.max_length)
 
         def batches() -> Iterator[Inputs]:

@@ -1,1 +1,1 @@
-"""What is minimized, measured and compared for each task."""
+"""Tasks: the loss, the quality metric, baselines and postprocessing of each."""

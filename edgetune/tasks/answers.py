@@ -1,4 +1,4 @@
-"""A classifier's answers on labelled rows, counted class by class, with the mistakes it is surest of."""
+"""A classifier's predictions on labelled rows, counted by class, with its most confident mistakes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_CHARACTERS = 200  # of a text
 THUMBNAIL_PX = 64
 
 
-def count_answers(classes: Sequence[str], rows: Rows, logits: Tensor, *, pictures: bool = False) -> Answers:
+def count_answers(classes: Sequence[str], rows: Rows, logits: Tensor, *, images: bool = False) -> Answers:
     """Figures per class, confusions and mistakes from labelled rows and their logits `(rows, classes)`."""
     scores = logits.float().softmax(1)
     sureness, predicted = scores.max(1)
@@ -48,31 +48,31 @@ def count_answers(classes: Sequence[str], rows: Rows, logits: Tensor, *, picture
             true=classes[int(true[row])],
             predicted=classes[int(predicted[row])],
             confidence_pct=100 * float(sureness[row]),
-            **_preview_row(rows.inputs[row], pictures=pictures),
+            **_preview_row(rows.inputs[row], images=images),
         )
         for row in order[:MOST_MISTAKES]
     )
     return Answers(classes=figures, confusions=confusions, mistakes=mistakes)
 
 
-def _preview_row(row: Any, *, pictures: bool) -> dict[str, str]:
-    """A row as a reader sees it: the beginning of a text, or a small image and the name of its file."""
-    if pictures:
+def _preview_row(row: Any, *, images: bool) -> dict[str, str]:
+    """A row for the report: the beginning of a text, or a small image and its file name."""
+    if images:
         return {"text": Path(row).name if isinstance(row, (str, Path)) else "", "image": _thumbnail(row)}
     text = " ".join(row.split())
     return {"text": text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"}
 
 
-def _thumbnail(picture: Any) -> str:
-    """The picture in a file, or in an array of bytes, as a `data:` URI of at most 64 pixels a side."""
+def _thumbnail(source: Any) -> str:
+    """The image in a file or an array of bytes, as a `data:` URI of at most 64 pixels a side."""
     from PIL import Image, ImageOps
 
-    if isinstance(picture, (str, Path)):
-        with Image.open(picture) as opened:
+    if isinstance(source, (str, Path)):
+        with Image.open(source) as opened:
             opened.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
             image = ImageOps.exif_transpose(opened).convert("RGB")
     else:
-        image = Image.fromarray(picture)
+        image = Image.fromarray(source)
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     file = io.BytesIO()
     small = max(image.size) <= THUMBNAIL_PX // 2  # few pixels: lossless is no larger

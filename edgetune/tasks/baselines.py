@@ -1,4 +1,4 @@
-"""Simple methods on the same split, computed anew each time. A fine-tuned model that does not beat them is no use."""
+"""Simple baselines on the same split, computed for every run. A fine-tuned model that does not beat them is useless."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _STRENGTHS = (0.1, 3.0, 10.0)  # inverse of the regularization
 
 
 def majority_baseline(parts: Parts, classes: Sequence[str]) -> Baseline:
-    """Always the commonest class, in per cent of right answers."""
+    """Always the most frequent class; accuracy in per cent."""
     [(commonest, _)] = Counter(_labels(parts.train)).most_common(1)
     right = sum(label == commonest for label in _labels(parts.test))
     return Baseline(name=f"always {classes[commonest]}", value=100 * right / len(parts.test))
 
 
 def tfidf_classes(parts: Parts) -> Baseline:
-    """TF-IDF with logistic regression, in per cent of right answers."""
+    """TF-IDF with logistic regression; accuracy in per cent."""
     labels = [_labels(rows) for rows in parts]
     return Baseline(name="TF-IDF + logistic regression", value=_logistic(_tfidf(parts), labels))
 
 
 def mean_baseline(parts: Parts) -> Baseline:
-    """Always the mean of the training values, as the root of the mean squared error."""
+    """Always the mean of the training values; root mean squared error."""
     mean = float(np.mean(parts.train.labels or ()))
     return Baseline(name=f"always the mean, {mean:.3g}", value=_rmse(mean, parts.test))
 
 
 def tfidf_ridge(parts: Parts) -> Baseline:
-    """TF-IDF with ridge regression, as the root of the mean squared error; validation chooses the strength."""
+    """TF-IDF with ridge regression; root mean squared error. The strength is selected on validation."""
     linear_model = require("sklearn.linear_model", "the baseline")
     train, validation, test = _tfidf(parts)
     models = [linear_model.Ridge(alpha=1 / strength).fit(train, parts.train.labels) for strength in _STRENGTHS]
@@ -55,7 +55,7 @@ def _rmse(predicted: Any, rows: Rows) -> float:
 
 
 def _tfidf(parts: Parts) -> list[Any]:
-    """TF-IDF of the words and pairs of words of each part, learned from the training texts."""
+    """TF-IDF of the words and word pairs of each part, learned from the training texts."""
     text = require("sklearn.feature_extraction.text", "the TF-IDF baseline")
     words = any(character.isalnum() for row in parts.train.inputs for character in row)
     pattern = r"(?u)\b\w+\b" if words else r"(?u)\S+"
@@ -65,7 +65,7 @@ def _tfidf(parts: Parts) -> list[Any]:
 
 
 def pixel_classes(parts: Parts) -> Baseline:
-    """Logistic regression on grey pixels, in per cent of right answers."""
+    """Logistic regression on grey pixels; accuracy in per cent."""
     train = parts.train.subset(range(min(len(parts.train), _PIXEL_TRAIN_ROWS)))
     three = parts._replace(train=train)
     score = _logistic([_flat(rows.inputs) for rows in three], [_labels(rows) for rows in three])
@@ -79,7 +79,7 @@ def _flat(inputs: Sequence[Any]) -> NDArray[np.float32]:
 
 
 def _logistic(parts: Sequence[Any], labels: Sequence[Sequence[int]]) -> float:
-    """Accuracy in per cent on the last of three parts: training, validation (which chooses the strength), test."""
+    """Accuracy in per cent on the last of three parts: training, validation (which selects the strength), test."""
     linear_model = require("sklearn.linear_model", "the baseline")
     best, chosen = -1.0, None
     for strength in _STRENGTHS:
@@ -97,7 +97,7 @@ def _logistic(parts: Sequence[Any], labels: Sequence[Sequence[int]]) -> float:
 
 
 def token_frequencies(train: Sequence[Sequence[int]], test: Sequence[Sequence[int]]) -> Baseline:
-    """The perplexity of single tokens by their frequency; -100 marks those that do not count."""
+    """The perplexity of single tokens by their frequency; tokens marked -100 do not count."""
     counts = Counter(token for row in train for token in row if token != IGNORED_LABEL)
     total = sum(counts.values())
     # the first token of a row is given, not predicted, as it is for the model

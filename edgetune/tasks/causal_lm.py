@@ -1,4 +1,4 @@
-"""Texts whose every token is predicted from those before it."""
+"""Causal language modeling: every token of a text is predicted from those before it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CausalLM(Task):
     models: ClassVar[str] = "smollm2 or hf:PATH"
 
     def collate(self, inputs: Inputs, labels: list[Any] | None) -> tuple[Inputs, Tensor]:
-        """The next tokens, int64 `(batch, tokens)`: labels are moved, not logits, so a frozen head keeps none."""
+        """The next tokens, int64 `(batch, tokens)`. Labels are shifted, not logits, so a frozen head saves none."""
         tensors, learned = learned_tokens(inputs)
         return tensors, functional.pad(learned[:, 1:], (0, 1), value=IGNORED_LABEL)
 
@@ -53,7 +53,7 @@ class CausalLM(Task):
         return Quality(metric="perplexity", value=math.exp(min(total / count, 700.0)), rows=len(rows))
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
-        """The perplexity of single token frequencies; none without `encode`."""
+        """The perplexity of single token frequencies; none if `encode` is not given."""
         if encode is None:
             return ()
         train, test = (tokens_of(rows, encode) for rows in (parts.train, parts.test))
@@ -61,7 +61,7 @@ class CausalLM(Task):
 
 
 def learned_tokens(inputs: Inputs) -> tuple[dict[str, Tensor], Tensor]:
-    """A language model's inputs, and its tokens `(batch, tokens)` with -100 for those that take no part in the loss."""
+    """A language model's inputs, and its tokens `(batch, tokens)` with -100 for those not in the loss."""
     if not isinstance(inputs, dict) or not {"input_ids", "attention_mask"} <= set(inputs):
         raise EdgetuneError("a causal language model needs input_ids and attention_mask from its encoder")
     tensors = dict(inputs)
@@ -70,7 +70,7 @@ def learned_tokens(inputs: Inputs) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def tokens_of(rows: Rows, encode: Encode) -> list[list[int]]:
-    """The tokens of each row, and -100 for those that take no part in the loss."""
+    """The tokens of each row, with -100 for those not in the loss."""
     starts = range(0, len(rows), 512)
     taken = (rows.take(range(start, min(start + 512, len(rows)))) for start in starts)
     return [row for inputs in taken for row in learned_tokens(encode(inputs))[1].tolist()]

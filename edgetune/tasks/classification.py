@@ -1,4 +1,4 @@
-"""Rows of one of several classes: what text and image classification have in common."""
+"""Rows with one of several classes: what text and image classification share."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Classification(Task):
         return cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
 
     def class_weights(self, train: Rows) -> Tensor:
-        """Inverse to the share of the class among the training rows, mean 1 a row.
+        """Inverse to the share of the class among the training rows, with mean 1 per row.
 
         King and Zeng, Logistic Regression in Rare Events Data, 2001, section 4.1: rows / (classes * rows of the class).
         """
@@ -75,7 +75,7 @@ class Classification(Task):
 
     def answers(self, rows: Rows, logits: Tensor) -> Answers:
         """Figures per class, confusions and mistakes."""
-        return count_answers(self.labels, rows, logits, pictures=not self.texts)
+        return count_answers(self.labels, rows, logits, images=not self.texts)
 
     def postprocessing(self) -> ClassScores:
         """The class with the highest score."""

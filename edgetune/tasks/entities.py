@@ -1,4 +1,4 @@
-"""Entities in tagged words: what `B-person I-person O` means, and how many of them a model finds."""
+"""Entities in tagged words: parsing of IOB2 tags such as `B-person I-person O`, and their F1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TAG = re.compile(r"O|[BI]-.+")
 
 
 class Entity(NamedTuple):
-    """Words `start` to `end`, that one left out, of one kind."""
+    """The words from `start` up to, not including, `end`, of one kind."""
 
     kind: str
     start: int
@@ -33,9 +33,9 @@ def tags_in_order(tags: Iterable[str]) -> tuple[str, ...]:
 
 
 def entities(tags: Sequence[str]) -> list[Entity]:
-    """The entities in the tags of a text's words, as seqeval and conlleval read IOB2.
+    """The entities in the tags of a text's words, parsed as IOB2 like seqeval and conlleval.
 
-    `B-` always begins one; so does an `I-` that nothing of its kind stands before.
+    `B-` always begins one; so does an `I-` that does not follow its kind.
 
     >>> [tuple(entity) for entity in entities(["B-a", "I-a", "B-a", "I-b", "O"])]
     [('a', 0, 2), ('a', 2, 3), ('b', 3, 4)]
@@ -53,7 +53,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 
 
 def entity_f1_pct(true: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]]) -> float:
-    """The micro-averaged F1 of whole entities in per cent; 0 where there are none at all, as in seqeval."""
+    """The micro-averaged F1 of whole entities in per cent; 0 if there are none at all, as in seqeval."""
     right = counted = 0
     for tags, others in zip(true, predicted, strict=True):
         ours, theirs = set(entities(tags)), set(entities(others))

@@ -14,7 +14,7 @@ from edgetune.tasks.task import Parts
 
 @dataclass(frozen=True)
 class ImageClassification(Classification):
-    """One class for an image."""
+    """One class for each image."""
 
     name: ClassVar[str] = "image-classification"
     kind: ClassVar[Literal["text", "image", "language"]] = "image"
@@ -23,5 +23,5 @@ class ImageClassification(Classification):
     texts: ClassVar[bool] = False
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
-        """Always the commonest class; logistic regression on grey pixels."""
+        """Always the most frequent class; logistic regression on grey pixels."""
         return majority_baseline(parts, self.labels), pixel_classes(parts)

@@ -1,4 +1,4 @@
-"""A model on a split: its logits batch by batch, for a task to measure."""
+"""Run a model on a split, and measure the quality of its outputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from edgetune.tasks.task import Batch
 
 
 def quality(model: nn.Module, split: Split, batch_size: int = 64) -> Quality:
-    """The figure of the split's task, such as accuracy in per cent.
+    """The metric of the split's task, such as accuracy in per cent.
 
-    Leaves each module's training mode and the random generators as they were. Raises `EdgetuneError` for outputs that
-    are not finite.
+    Restores each module's training mode and the random generators. Raises `EdgetuneError` for outputs that are not
+    finite.
     """
     if not len(split):
         raise EdgetuneError("there are no rows to measure quality on", got="0 rows")
@@ -27,7 +27,7 @@ def quality(model: nn.Module, split: Split, batch_size: int = 64) -> Quality:
 
 
 def logits_for(model: nn.Module, split: Split, batch_size: int = 64) -> Tensor:
-    """Logits `(rows, ...)` on the CPU, in the split's own order; each row must give as many."""
+    """Logits `(rows, ...)` on the CPU, in the split's order."""
     order: list[int] = []
     parts: list[Tensor] = []
     for batch in batches_of(model, split, batch_size):
@@ -38,14 +38,14 @@ def logits_for(model: nn.Module, split: Split, batch_size: int = 64) -> Tensor:
 
 
 def answers_on(model: nn.Module, split: Split, batch_size: int = 64) -> Answers | None:
-    """What `model` answers on a split, class by class; `None` without classes. Leaves the model as it was."""
+    """The predictions of `model` on a split, counted by class; `None` for a task without classes."""
     if not split.task.has_classes or split.rows.labels is None:
         return None
     return split.task.answers(split.rows, logits_for(model, split, batch_size))
 
 
 def batches_of(model: nn.Module, split: Split, batch_size: int) -> Iterator[Batch]:
-    """The logits for each batch. Texts go by length, so that little padding is computed."""
+    """The logits of each batch. Texts are sorted by length, to avoid padding."""
     order = list(range(len(split)))
     if split.lengths is not None:
         lengths = split.lengths

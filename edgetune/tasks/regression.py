@@ -1,4 +1,4 @@
-"""Texts with a number each."""
+"""Regression: texts with one number each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgetune.tasks.task import Batch, Parts, Task
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Mean squared error of outputs `(batch, 1)` with labels `(batch,)`; both are standardized, the quality is not."""
+    """Mean squared error of outputs `(batch, 1)` with labels `(batch,)`, both standardized; the quality is not."""
 
     mean: float = 0.0  # of the training values
     std: float = 1.0
@@ -38,7 +38,7 @@ class Regression(Task):
         return replace(self, mean=values.mean().item(), std=values.std(correction=0).item() or 1.0)
 
     def check(self, name: str, train: Rows, held_out: Sequence[Rows]) -> None:
-        """Raise where all values are the same."""
+        """Raise if all values are the same."""
         if len(set(train.labels or ())) < 2:
             raise EdgetuneError(
                 f"{name}: every training row has the same number",
@@ -58,7 +58,7 @@ class Regression(Task):
         return functional.mse_loss(logits.float().reshape(labels.shape), labels)
 
     def quality(self, batches: Iterable[Batch], rows: Rows) -> Quality:
-        """The root of the mean squared error, in the unit of the data."""
+        """The root mean squared error, in the unit of the data."""
         squares = sum(
             (batch.logits.double().flatten() - batch.labels.double()).square().sum().item() for batch in batches
         )
@@ -69,5 +69,5 @@ class Regression(Task):
         return mean_baseline(parts), tfidf_ridge(parts)
 
     def postprocessing(self) -> ScaledValue:
-        """The output, no longer standardized."""
+        """The output, scaled back to the unit of the data."""
         return ScaledValue(mean=self.mean, std=self.std)

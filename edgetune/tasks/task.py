@@ -1,4 +1,4 @@
-"""What a task is: what its rows are, what is minimized, measured and compared, and what an app makes of the outputs."""
+"""The base of tasks: rows, loss, quality, baselines, and how an app interprets the outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgetune.program.carried import Postprocessing
 
 
 class Batch(NamedTuple):
-    """Some rows, and what a model makes of them."""
+    """Some rows, and a model's outputs for them."""
 
     indices: Sequence[int]  # of the rows
     inputs: Inputs  # as the encoder made them
@@ -35,9 +35,9 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Base of all tasks. A value: two data sets of one task may have other labels.
+    """Base of all tasks. A value: two data sets of one task may have different labels.
 
-    What is not overridden is what a task without classes does.
+    The defaults are those of a task without classes.
     """
 
     labels: tuple[str, ...] = ()  # names of what the model chooses from, in the order of its outputs
@@ -51,44 +51,44 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """Values that a model gives for each row, or for each token."""
+        """Number of values that a model returns for each row, or for each token."""
         return len(self.labels) or 1
 
     def with_labels(self, labels: Iterable[str]) -> Self:
-        """The same task with other names."""
+        """The same task with other label names."""
         return replace(self, labels=tuple(labels))
 
     def fit(self, train: Rows) -> Self:
-        """The same task with what it learns from the training rows alone."""
+        """The same task with what it learns from the training rows."""
         return self
 
     def check(self, name: str, train: Rows, held_out: Sequence[Rows]) -> None:
-        """Raise for rows of the data set `name` that nothing can be learned from."""
+        """Raise if nothing can be learned from the rows of the data set `name`."""
 
     def collate(self, inputs: Inputs, labels: list[Any] | None) -> tuple[Inputs, Tensor]:
-        """A model's inputs, and labels for its logits, of encoded rows and their labels."""
+        """A model's inputs, and labels for its logits, from encoded rows and their labels."""
         raise NotImplementedError
 
     def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-        """What training minimizes: a mean over all labels that count, a scalar; weighted by `class_weights`."""
+        """The loss to minimize: a scalar mean over all labels that count, weighted by `class_weights`."""
         raise NotImplementedError
 
     def class_weights(self, train: Rows) -> Tensor:
-        """The weight of each class in the loss, fp32 `(classes,)`, so that all count alike. Raises without classes."""
+        """Weights of the classes in the loss, fp32 `(classes,)`, so that all count equally; raises without classes."""
         raise EdgetuneError(f"class_weights needs classes, and {self.name} has none", action="leave it out of train")
 
     def quality(self, batches: Iterable[Batch], rows: Rows) -> Quality:
-        """The figure that stands in the ledger, of a model's logits for all `rows`."""
+        """The quality that the ledger records, from a model's logits for all `rows`."""
         raise NotImplementedError
 
     def answers(self, rows: Rows, logits: Tensor) -> Answers | None:
-        """Logits `(rows, ...)` counted class by class; `None` where there are no classes."""
+        """Logits `(rows, ...)` counted by class; `None` for a task without classes."""
         return None
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
-        """What simple methods reach on `parts.test` after learning from `parts.train`, in the unit of `quality`."""
+        """The quality of simple methods on `parts.test` after learning from `parts.train`."""
         raise NotImplementedError
 
     def postprocessing(self) -> Postprocessing | None:
-        """What an app makes of a program's outputs; `None`: they are no answer to a single row."""
+        """How an app interprets a program's outputs; `None` if they are not an answer to a single row."""
         return None

@@ -1,4 +1,4 @@
-"""Texts of one of several classes."""
+"""Texts with one of several classes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from edgetune.tasks.task import Parts
 
 @dataclass(frozen=True)
 class TextClassification(Classification):
-    """One class for a text."""
+    """One class for each text."""
 
     name: ClassVar[str] = "text-classification"
     rows: ClassVar[str] = "texts with classes"
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
-        """Always the commonest class; TF-IDF with logistic regression."""
+        """Always the most frequent class; TF-IDF with logistic regression."""
         return majority_baseline(parts, self.labels), tfidf_classes(parts)

@@ -1,4 +1,4 @@
-"""Texts whose words have a tag each, such as the names in them."""
+"""Token classification: texts whose words have a tag each, such as named entities."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class TokenClassification(Task):
         return functional.cross_entropy(*flat, class_weights.to(logits), ignore_index=IGNORED_LABEL)
 
     def class_weights(self, train: Rows) -> Tensor:
-        """Inverse to the share of the tag among the training words; a tag without any weighs as if it had one."""
+        """Inverse to the share of the tag among the training words; a tag without words weighs as if it had one."""
         tags = torch.tensor([tag for row in train.labels or () for tag in row])
         counts = torch.bincount(tags, minlength=len(self.labels)).clamp(min=1).float()
         return len(tags) / (len(self.labels) * counts)
 
     def quality(self, batches: Iterable[Batch], rows: Rows) -> Quality:
-        """F1 of whole entities in per cent; a word that was cut off counts as outside of any."""
+        """F1 of whole entities in per cent; a truncated word counts as outside of any."""
         predicted: dict[int, list[str]] = {}
         for batch in batches:
             assert isinstance(batch.inputs, dict)  # `collate` has seen it
@@ -91,7 +91,7 @@ class TokenClassification(Task):
         return of_words
 
     def baselines(self, parts: Parts, encode: Encode | None = None) -> tuple[Baseline, ...]:
-        """Each word's commonest tag in the training rows; `O` for an unknown word."""
+        """Each word's most frequent tag in the training rows; `O` for an unknown word."""
         seen: dict[str, Counter[int]] = {}
         for words, row in zip(parts.train.inputs, parts.train.labels or (), strict=True):
             for word, tag in zip(words, row, strict=True):

@@ -7,8 +7,8 @@ A checkpoint is a folder:
     state-<sha>.json
 
 Each file is written under a temporary name, flushed to disk and renamed; the marker is renamed into place last and
-names the files it vouches for. So a folder is either complete or has no marker, and writing over a complete
-checkpoint leaves the old one whole until the new one is.
+lists the other files. So a folder is either complete or has no marker, and overwriting a complete checkpoint keeps the
+old one until the new one is complete.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ _log = logging.getLogger(__name__)
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write `tensors` and the JSON-able `state` into `folder`; what is there stays until the new one is whole.
+    """Write `tensors` and the JSON-able `state` into `folder`; an earlier checkpoint stays until the new one is
+    complete.
 
-    Tensors may share storage, be 0-dim, strided or of any dtype that safetensors knows; each is stored as a copy of
-    its own. Raises `EdgetuneError` when the disk is full or refuses, with the earlier checkpoint untouched.
+    Tensors may share storage, be 0-dim, strided or of any dtype that safetensors supports; each is stored as a separate
+    copy. Raises `EdgetuneError` if the disk is full or read-only, with the earlier checkpoint untouched.
     """
     folder = Path(folder)
     try:
@@ -95,7 +96,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def find_fault(folder: Path) -> str:
-    """What is wrong with the checkpoint in `folder`, in a few words; empty when it is complete and unchanged."""
+    """The problem of the checkpoint in `folder`, in a few words; empty if it is complete and unchanged."""
     path = folder / MARKER
     if not path.is_file():
         return f"it has no {MARKER}, so it was never finished"
@@ -118,7 +119,7 @@ def find_fault(folder: Path) -> str:
 
 
 def latest(parent: Path) -> Path | None:
-    """The last complete checkpoint among the folders of `parent`, by name; others are logged and passed over."""
+    """The last complete checkpoint among the folders of `parent`, by name; others are logged and skipped."""
     for folder in reversed(_folders(Path(parent))):
         wrong = find_fault(folder)
         if not wrong:
@@ -128,9 +129,9 @@ def latest(parent: Path) -> Path | None:
 
 
 def remove_old(parent: Path, keep: int = 2) -> None:
-    """Remove the folders of `parent` that were never finished, and all but the last `keep` finished ones.
+    """Remove the unfinished checkpoints in `parent`, and all but the last `keep` finished ones.
 
-    Only folders that look like checkpoints are touched. Call it after `save`, so that the new one is complete.
+    Other folders are left alone. Call it after `save`, so that the new one is complete.
     """
     finished = []
     for folder in _folders(Path(parent)):
@@ -151,12 +152,12 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether nothing but a checkpoint's files, finished or not, lies in the folder."""
+    """Whether the folder contains only a checkpoint's files, finished or not."""
     return all(entry.is_file() and _FILES.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor contiguous and, where a storage is shared or only partly used, a copy of its own."""
+    """Each tensor contiguous, and copied if its storage is shared or only partly used."""
     storages: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -170,7 +171,7 @@ def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_hashed(folder: Path, stem: str, suffix: str, write: Callable[[Path], object]) -> dict[str, Any]:
-    """Write under a temporary name, flush, rename to a name that holds the checksum; its entry in the marker."""
+    """Write under a temporary name, flush, rename to a name with the checksum; returns its entry in the marker."""
     temporary = folder / f".{stem}{suffix}"
     write(temporary)
     flush(temporary)
@@ -190,7 +191,7 @@ def _sha256(path: Path) -> str:
 
 
 def _remove_unnamed(folder: Path) -> None:
-    """Remove the checkpoint files that the marker does not name, and the folder if that empties it."""
+    """Remove checkpoint files that the marker does not list, and the folder if it is then empty."""
     try:
         named = {MARKER}
         if (folder / MARKER).exists():
@@ -202,11 +203,11 @@ def _remove_unnamed(folder: Path) -> None:
         if not any(folder.iterdir()):
             folder.rmdir()
     except (OSError, ValueError, KeyError) as error:  # the next `remove_old` tries again
-        _log.warning("left-over files in %s could not be removed: %s", folder, error)
+        _log.warning("unlisted files in %s could not be removed: %s", folder, error)
 
 
 def pack(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Take a tree of dicts, lists, tuples, numbers, strings and tensors apart into tensors and JSON.
+    """Split a tree of dicts, lists, tuples, numbers, strings and tensors into tensors and JSON.
 
     For optimizer state dicts and generator states: keys may be integers, floats may be infinite, tuples stay tuples.
 
@@ -239,7 +240,7 @@ def _pack_value(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(tensors: Mapping[str, Tensor], tree: Any) -> Any:
-    """The value that `pack` took apart."""
+    """The inverse of `pack`."""
     if isinstance(tree, list):
         return [unpack(tensors, item) for item in tree]
     if not isinstance(tree, dict):
@@ -255,7 +256,7 @@ def unpack(tensors: Mapping[str, Tensor], tree: Any) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the generators of torch (each accelerator's too), numpy and Python, for `pack`."""
+    """The states of the generators of torch (with accelerators), numpy and Python, for `pack`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -266,7 +267,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back to what `random_state` gave."""
+    """Restore the generators from `random_state`."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

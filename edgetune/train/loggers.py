@@ -1,4 +1,4 @@
-"""The figures of a training while it runs: JSON lines always, and the loggers that `train.log` names."""
+"""Log a training while it runs: always as JSON lines, and to the loggers that `train.log` names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROJECT = "edgetune"  # under which wandb and trackio list the runs
 
 
 class Logger(Protocol):
-    """Where figures go beside the JSON lines."""
+    """A logger in addition to the JSON lines."""
 
     def add(self, update: int, figures: Mapping[str, float]) -> None:
         """The figures of one update."""
@@ -33,7 +33,7 @@ class Logger(Protocol):
 
 
 class _TensorBoard:
-    """Event files in `tensorboard/` beside the checkpoints; `tensorboard --logdir runs` shows them."""
+    """Event files in `tensorboard/` next to the checkpoints; `tensorboard --logdir runs` shows them."""
 
     def __init__(self, folder: Path, update: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -50,7 +50,7 @@ class _TensorBoard:
 
 
 class _Service:
-    """wandb or trackio, which are called alike. Each part of a resumed training is a run of its own there."""
+    """wandb or trackio, which have the same interface. Each part of a resumed training is a separate run there."""
 
     def __init__(self, module: str, run: str, config: Mapping[str, Any], **more: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # it would tear the progress bars
@@ -66,7 +66,7 @@ class _Service:
 
 
 def check(names: Iterable[LoggerName]) -> None:
-    """Raise where a logger is not installed or cannot start, before any work is done."""
+    """Raise if a logger is not installed or cannot start, before any work is done."""
     for name in names:
         try:
             with silence_libraries():
@@ -82,8 +82,9 @@ def check(names: Iterable[LoggerName]) -> None:
 class TrainingLog:
     """The log of one training: `log.jsonl` in `folder`, and the loggers.
 
-    A line has update, updates (in all), loss, learning_rate and seconds (since the training began, all its parts
-    together). Nothing is opened before the first update, so a training that is done already leaves its log as it is.
+    A line has update, updates (in total), loss, learning_rate and seconds (since the training began, over all its
+    parts).
+    Nothing is opened before the first update, so a training that is already finished leaves its log unchanged.
     """
 
     def __init__(self, folder: Path, run: str, names: Iterable[LoggerName], settings: Mapping[str, Any]) -> None:
@@ -103,7 +104,7 @@ class TrainingLog:
                 self.loggers[name].close()
 
     def add(self, update: int, updates: int, loss: float, learning_rate: float) -> None:
-        """One update is done."""
+        """Log one update."""
         file = self._opened(update)
         seconds = round(time.perf_counter() - self.began, 3)
         figures = {"loss": loss, "learning_rate": learning_rate, "seconds": seconds}
@@ -114,7 +115,7 @@ class TrainingLog:
                 self.loggers[name].add(update, figures)
 
     def _opened(self, update: int) -> TextIO:
-        """The file, begun with the lines before this update that an earlier part wrote."""
+        """The file, which keeps the lines of an earlier part before this update."""
         if self.file is None:
             path = self.folder / FILE
             earlier = [line for line in read(path) if line["update"] < update]
@@ -138,7 +139,7 @@ class TrainingLog:
 
     @contextlib.contextmanager
     def _unless_it_fails(self, name: str) -> Any:
-        """A logger that fails is left out from then on, with a warning: it must not cost a training."""
+        """Drop a logger that fails, with a warning: it must not stop a training."""
         try:
             yield
         except Exception as error:
@@ -147,7 +148,7 @@ class TrainingLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; [] where there is none. A last line that a kill cut off is left out."""
+    """The lines of a `log.jsonl`; [] if there is no file. A last line truncated by a kill is left out."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")

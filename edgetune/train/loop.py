@@ -1,4 +1,4 @@
-"""Training: the settings of a `train` step, and one plain loop that a kill cannot spoil.
+"""The training loop: plain, and resumable after a kill at any moment.
 
 The order of the rows is a function of the seed and the epoch alone, and a checkpoint holds everything else that
 changes: trainable parameters, buffers, optimizer, random states and the number of the update. So a run that was
@@ -42,7 +42,7 @@ _IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What one training came to. The model itself was changed in place and is left in eval mode."""
+    """The figures of one training. The model itself was changed in place and is left in eval mode."""
 
     losses: tuple[LossPoint, ...]
     gradients_mib: float  # of all trainable parameters at once; of the largest with in_backward
@@ -71,21 +71,21 @@ def train(
 
     Args:
         model: its parameters with `requires_grad` are trained.
-        settings: how.
+        settings: the settings of the `train` step.
         split: the training rows.
         loss_fn: `(logits, labels)` -> mean loss over the labels that count.
-        seed: decides the order of rows and every random number; the global generators are seeded with it.
-        folder: for checkpoints, `update-00000050` and so on; none are written without it.
-        resume: go on from the last complete checkpoint in `folder`, if there is one.
+        seed: determines the order of rows and all random numbers; the global generators are seeded with it.
+        folder: for checkpoints, `update-00000050` and so on; none are written if it is not given.
+        resume: continue from the last complete checkpoint in `folder`, if there is one.
         teacher: for `settings.distill`.
         validation: for `settings.keep_best`, called after each epoch with the model in eval mode.
-        progress: called after each update with `(updates done, updates in all, loss, learning rate)`.
+        progress: called after each update with `(updates done, updates in total, loss, learning rate)`.
         prefixes: folder for `settings.cache_prefix`; by default `prefixes` in the cache folder of edgetune.
 
     Raises:
-        EdgetuneError: nothing is trainable; no backward reaches a trainable one; a loss or gradient is not
-            finite; a checkpoint fits another training.
-        KeyboardInterrupt: on Ctrl-C, after the update at hand and a checkpoint (at once on the second Ctrl-C).
+        EdgetuneError: nothing is trainable; no backward reaches a trainable parameter; a loss or gradient is not
+            finite; a checkpoint belongs to another training.
+        KeyboardInterrupt: on Ctrl-C, after the current update and a checkpoint (immediately on the second Ctrl-C).
     """
     if settings.in_backward and is_distributed(model):
         raise EdgetuneError(
@@ -114,7 +114,7 @@ def train(
         for update in range(run.update, plan.updates):
             rate = optimizers.set_rate(optimizer, settings.learning_rate * plan.factor(update))
             loss = _backward(model, teacher, settings.distill, loss_fn, plan.batches(update), plan.rows(update), cache)
-            _clip(parameters, settings.clip_norm, loss, update, rate, folder)
+            _clip_gradients(parameters, settings.clip_norm, loss, update, rate, folder)
             optimizers.step(optimizer)
             run.add(loss, rate, largest_gradient[0] if largest_gradient else _gradient_bytes(parameters))
             optimizer.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ def _backward(
     rows: Sequence[Sequence[int]],
     cache: PrefixCache | None,
 ) -> float:
-    """Gradients and value of the mean loss over all labels of an update, however its batches are cut."""
+    """Gradients and value of the mean loss over all labels of an update, however it is cut into batches."""
     device = device_of(model)
     counts = [count_labels(labels) for _, labels in batches]
     if not sum(counts):
@@ -189,15 +189,15 @@ def _backward(
 
 
 def count_labels(labels: Tensor) -> int:
-    """Labels that a mean loss divides by: all numbers, and all classes that are not -100."""
+    """Number of labels that a mean loss divides by: all numbers, and all classes except -100."""
     return labels.numel() if labels.is_floating_point() else int(labels.ne(_IGNORED_LABEL).sum())
 
 
 def soft_loss(logits: Tensor, target: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from the teacher's logits at `temperature`, times its square, mean over what counts.
+    """Kullback-Leibler divergence from the teacher's logits at `temperature`, times its square, averaged over labels.
 
     Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, section 2. Logits `(batch, classes)`,
-    or `(batch, tokens, classes)` where each position has a label. Of numbers, the mean squared difference.
+    or `(batch, tokens, classes)` if each position has a label. For numbers, the mean squared difference.
     """
     if logits.shape != target.shape:
         raise EdgetuneError(
@@ -214,7 +214,7 @@ def soft_loss(logits: Tensor, target: Tensor, labels: Tensor, temperature: float
     return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _clip(
+def _clip_gradients(
     parameters: Sequence[nn.Parameter],
     clip_norm: float | None,
     loss: float,
@@ -266,7 +266,7 @@ def _check(
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What a training would change. Raises `EdgetuneError` where there is nothing."""
+    """The trainable parameters. Raises `EdgetuneError` if there are none."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise EdgetuneError(
@@ -300,7 +300,7 @@ def _result(run: Progress, optimizer: torch.optim.Optimizer, prefix: PrefixRepor
 
 
 def _validate(model: nn.Module, validation: Callable[[nn.Module], Quality], run: Progress) -> None:
-    """Keep a copy of the weights if they are the best so far; the generators are left as they were."""
+    """Copy the weights if they are the best so far; restores the generators."""
     random_state = checkpoint.random_state()
     model.eval()
     quality = validation(model)

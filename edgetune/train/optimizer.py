@@ -1,4 +1,4 @@
-"""The optimizer of a training: which one, its state in 32 or 8 bits, and its step inside backward."""
+"""The optimizer of a training: its state in 32 or 8 bits, and steps inside backward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARTS = ("codes", "scale", "qmap")  # of torchao's 8-bit state
 def build(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW or SGD. Biases and norms, whose tensors have one dimension, are not decayed.
 
-    With `state_bits` 8 the two moments of AdamW are kept in 8 bits, in blocks of 256 values with a scale each
+    With `state_bits` 8 the two moments of AdamW are stored in 8 bits, in blocks of 256 values with a scale each
     (Dettmers et al., 2021, arXiv:2110.02861; torchao's); tensors below 4,096 values keep 32 bits.
     """
     groups = [
@@ -42,7 +42,7 @@ def build(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Op
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Set the learning rate of every group; returns it."""
+    """Set the learning rate of every group, and return it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's
             group["lr"].fill_(rate)
@@ -52,7 +52,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
 
 
 def step(optimizer: torch.optim.Optimizer) -> None:
-    """One step; torchao would compile its own, which needs a compiler on the machine."""
+    """One step, without torchao's compilation, which needs a compiler on the machine."""
     if type(optimizer).__module__.startswith("torchao."):
         with torch.compiler.set_stance("force_eager"):
             optimizer.step()
@@ -62,10 +62,10 @@ def step(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def stepping_in_backward(optimizer: torch.optim.Optimizer, group: Any = None) -> Iterator[list[int]]:
-    """Inside, each parameter is updated as soon as its gradient exists, and the gradient is dropped at once.
+    """Inside, update each parameter as soon as its gradient exists, and drop the gradient immediately.
 
-    `group`: the processes (`torch.distributed.group.WORLD`) that train the same model on rows of their own; each
-    gradient is averaged over them first, since DistributedDataParallel would come too late for that.
+    `group`: the processes (`torch.distributed.group.WORLD`) that train the same model on different rows; each
+    gradient is averaged over them first, since DistributedDataParallel would be too late for that.
 
     Yields a list with one number, the bytes of the largest gradient so far. Raises `EdgetuneError` (exit code 3) in
     backward for a gradient that is not finite, before it reaches the weight.
@@ -86,7 +86,7 @@ def stepping_in_backward(optimizer: torch.optim.Optimizer, group: Any = None) ->
                 action="lower learning_rate, or look for inputs that are not finite",
                 exit_code=Exit.DATA,
             )
-        step(optimizer)  # heeds only what has a gradient: this parameter
+        step(optimizer)  # only this parameter has a gradient
         parameter.grad = None
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -99,7 +99,7 @@ def stepping_in_backward(optimizer: torch.optim.Optimizer, group: Any = None) ->
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state as it lies in memory."""
+    """Bytes of the optimizer's state in memory."""
     values = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     return sum(sum(p.nbytes for p in _parts(v).values()) if _is_8_bit(v) else v.nbytes for v in values)
 
@@ -115,7 +115,7 @@ def state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put back what `state_dict` gave."""
+    """Restore the result of `state_dict`."""
     entries = {
         index: {key: _whole(value) if isinstance(value, dict) else value for key, value in entry.items()}
         for index, entry in state["state"].items()

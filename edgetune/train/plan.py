@@ -1,4 +1,4 @@
-"""The plan of a training: how many updates, their learning rates and their rows, all known before the first."""
+"""The plan of a training: the number of updates, their learning rates and their rows, all fixed before the first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TrainingRows(Protocol):
-    """Training rows; `edgetune.data.dataset.Split` is one."""
+    """Training rows, such as `edgetune.data.dataset.Split`."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +47,7 @@ class TrainingPlan:
         self._epoch, self._order = -1, [[0]]
 
     def factor(self, update: int) -> float:
-        """What the learning rate is multiplied by at this update, counted from 0; never 0."""
+        """The factor of the learning rate at this update, counted from 0; never 0."""
         if update < self.warmup:
             return (update + 1) / (self.warmup + 1)
         done = (update - self.warmup) / (self.updates - self.warmup)
@@ -65,11 +65,11 @@ class TrainingPlan:
         return self._order[place * self.settings.accumulate : (place + 1) * self.settings.accumulate]
 
     def ends_epoch(self, done: int) -> bool:
-        """Whether an epoch, or all of it, is over after so many updates."""
+        """Whether an epoch, or the training, ends after this many updates."""
         return done == self.updates or done % self.updates_per_epoch == 0
 
     def wants_checkpoint(self, done: int) -> bool:
-        """Whether a checkpoint is due after so many updates; the last update always has one."""
+        """Whether a checkpoint is due after this many updates; the last update always has one."""
         return done == self.updates or done % self.settings.checkpoint_every == 0
 
     def batches(self, update: int) -> list[tuple[Inputs, Tensor]]:
@@ -78,10 +78,10 @@ class TrainingPlan:
 
 
 def epoch_order(rows: int, batch_size: int, lengths: Sequence[int] | None, seed: int, epoch: int) -> list[list[int]]:
-    """Every row once, in batches of equal size (to one row, at most `batch_size`), by `seed` and `epoch` alone.
+    """Every row once, in batches of equal size (up to one row, at most `batch_size`), by `seed` and `epoch` alone.
 
-    With `lengths`, rows are sorted by length inside pools of 50 batches, so that little is padded, and the batches
-    are shuffled again.
+    With `lengths`, rows are sorted by length inside pools of 50 batches, to avoid padding, and the batches are shuffled
+    again.
 
     >>> [len(batch) for batch in epoch_order(33, 16, None, seed=0, epoch=0)]
     [11, 11, 11]

@@ -1,4 +1,4 @@
-"""Which trainable parameters a backward has reached: one that none reaches would stay as it is without a word."""
+"""Check that backward reaches every trainable parameter: one that it does not reach would silently never change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = 10  # after which each must have had a gradient; an expert without token
 
 
 class GradientWatch:
-    """Notes first gradients, from `start` to `stop`. Nothing is left on a parameter once it has had one."""
+    """Watches for first gradients, from `start` to `stop`; a parameter's hook is removed after its first one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.waiting = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -22,7 +22,7 @@ class GradientWatch:
         self.steps = 0
 
     def start(self) -> GradientWatch:
-        """Begin to look."""
+        """Register the hooks."""
         self.handles = {
             id(p): p.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
             for p in self.parameters
@@ -30,7 +30,7 @@ class GradientWatch:
         return self
 
     def stop(self) -> None:
-        """Take off what is left."""
+        """Remove the remaining hooks."""
         for handle in self.handles.values():
             handle.remove()
         self.handles, self.parameters = {}, []
@@ -53,9 +53,9 @@ class GradientWatch:
             self.judge()
 
     def judge(self) -> None:
-        """Raise `EdgetuneError`, once, for trainable parameters without any gradient so far.
+        """Raise `EdgetuneError`, once, for trainable parameters without a gradient so far.
 
-        Where there was none at all, as for those that a sharded trainer holds elsewhere, nothing can be said.
+        Not if none has one, as with a sharded trainer that holds the parameters elsewhere.
         """
         names = self._unreached()
         self.stop()

@@ -1,4 +1,4 @@
-"""What a training must write down to be resumed with the same bits, and Ctrl-C between two updates."""
+"""Save and restore a training bit-identically, and handle Ctrl-C between two updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHANGES_NO_RESULT = ("checkpoint_every", "cache_max_mib", "log")  # settings of 
 
 @dataclass
 class Progress:
-    """Where a training stands, apart from model, optimizer and generators."""
+    """The progress of a training, without model, optimizer and generators."""
 
     update: int = 0  # done
     losses: list[LossPoint] = field(default_factory=list)
@@ -38,14 +38,14 @@ class Progress:
     seconds: float = 0.0  # of all processes, up to the last checkpoint or the end
 
     def add(self, loss: float, rate: float, gradient_bytes: int) -> None:
-        """Note one more update."""
+        """Record one more update."""
         self.update += 1
         self.losses.append(LossPoint(update=self.update, loss=loss, learning_rate=rate))
         self.gradient_bytes = max(self.gradient_bytes, gradient_bytes)
 
 
 def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes in a model: trainable parameters, and every buffer."""
+    """The tensors that training changes: trainable parameters, and every buffer."""
     parameters = {f"parameter/{name}": value for name, value in model.named_parameters() if value.requires_grad}
     return {**parameters, **{f"buffer/{name}": value for name, value in model.named_buffers()}}
 
@@ -59,7 +59,7 @@ def restore_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 class Saver:
-    """Writes and reads the checkpoints of one training; `training_identity` is what must be the same to go on."""
+    """Writes and reads the checkpoints of one training; `identity` is what must be the same to resume."""
 
     def __init__(
         self, folder: Path, model: nn.Module, stepper: torch.optim.Optimizer, identity: Mapping[str, Any]
@@ -87,7 +87,7 @@ class Saver:
         checkpoint.remove_old(self.folder)
 
     def restore(self, updates: int) -> Progress:
-        """Put model, optimizer and generators where the last complete checkpoint has them, if there is one.
+        """Restore model, optimizer and generators from the last complete checkpoint, if there is one.
 
         Once all `updates` are done, threads, torch and device may differ: nothing is left that they could change.
         """
@@ -97,8 +97,8 @@ class Saver:
         tensors, state = checkpoint.load(folder)
         was = state["identity"]
         done = int(state["update"])
-        heeded = [key for key in self.identity if done < updates or key not in ("threads", "torch", "device")]
-        differing = [key for key in heeded if was.get(key) != self.identity[key]]
+        compared = [key for key in self.identity if done < updates or key not in ("threads", "torch", "device")]
+        differing = [key for key in compared if was.get(key) != self.identity[key]]
         if differing:
             raise EdgetuneError(
                 "this checkpoint belongs to another training, or would not resume bit-identically: "
@@ -117,7 +117,7 @@ class Saver:
 
 
 def training_identity(model: nn.Module, settings: Train, rows: int, seed: int) -> dict[str, Any]:
-    """What must be the same for a resumed training to end with the same bits; the frozen weights by a checksum."""
+    """What must be the same for a resumed training to end with the same bits; frozen weights by a checksum."""
     frozen = hashlib.sha256()
     for name, value in model.named_parameters():
         if not value.requires_grad:
@@ -137,9 +137,9 @@ def training_identity(model: nn.Module, settings: Train, rows: int, seed: int) -
 
 
 class Interrupts:
-    """Holds back the first Ctrl-C until the update at hand is done; the second one is let through.
+    """Defers the first Ctrl-C until the current update is done; the second one takes effect immediately.
 
-    Only the main thread can do so. Elsewhere, and with `wait` off, Ctrl-C works as ever.
+    Only the main thread can do so. Elsewhere, and with `wait` off, Ctrl-C is not changed.
     """
 
     def __init__(self, wait: bool) -> None:

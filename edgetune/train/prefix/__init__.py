@@ -1,1 +1,1 @@
-"""The outputs of the frozen first stages, kept on disk: a later epoch starts behind them."""
+"""Cache the outputs of the frozen first stages on disk, so that later epochs start after them."""

@@ -1,12 +1,13 @@
-"""The cached prefix: what the frozen stages give for each row is kept on disk, and training starts behind them.
+"""The cached prefix: the outputs of the frozen stages for each row are stored on disk, and training starts after them.
 
-A row is kept without its padding; in a batch it is padded again, with zeros. What a row's values are does not depend
-on the batch it is wanted for: rows are computed in chunks of like length that are the same in every run. So a run
-ends with the same bits whether the cache was empty, full, or filled by another run, and whether it was interrupted.
+A row is stored without its padding; in a batch it is padded again, with zeros. A row's values do not depend on its
+batch: rows are computed in chunks of similar length that are the same in every run. So a run ends with the same bits
+whether the cache was empty, full, or filled by another run, and whether it was interrupted.
 
-While all rows of a batch are there, the skipped stages give tensors of not-a-number that take no room, and the last
-one gives the kept values. Anything that reads what it must not read turns the logits into not-a-number, which a check
-finds before the first update.
+If all rows of a batch are cached, the skipped stages return tensors of NaN that take no memory, and the last one
+returns
+the cached values. Anything that reads what it must not read turns the logits into NaN, which a check detects before the
+first update.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MOST_ERROR = {"fp32": 1e-3, "fp16": 5e-2}  # of the logits in the check, relati
 
 @dataclass(frozen=True)
 class PrefixReport:
-    """What a cached prefix came to so far."""
+    """The figures of a cached prefix so far."""
 
     rows: int  # of the split
     mib: float  # on disk, once all rows are there
@@ -51,7 +52,7 @@ class PrefixReport:
 
 
 class PrefixCache:
-    """Keeps and gives back what the frozen prefix of a model gives. Made by `open`; a context manager."""
+    """Stores and replays the outputs of a model's frozen prefix. Created by `open`; a context manager."""
 
     def __init__(self, model: nn.Module, stages: Stages, kept: CachedRows, dtype: CacheType) -> None:
         self.model, self.stages, self.kept, self.dtype = model, stages, kept, dtype
@@ -70,19 +71,20 @@ class PrefixCache:
         max_mib: float = 4096,
         chunk_rows: int = 32,
     ) -> PrefixCache:
-        """Find the frozen prefix, make or reuse its cache in `folder`, and check it against the model on a few rows.
+        """Find the frozen prefix, create or reuse its cache in `folder`, and check it against the model on a few rows.
 
         Args:
-            model: with what trains already chosen, on its device, in training mode or not.
+            model: with its trainable parameters already chosen, on its device, in training mode or not.
             split: the training rows; row n must always have the same inputs. Texts are padded on the right.
-            folder: of caches. Those of other models and data stay there, as far as `max_mib` allows for all of them.
-            dtype: `fp32` keeps every bit; `fp16` takes half the room and rounds by at most 1 / 2048 of each value.
-            max_mib: of all caches in `folder`. Those used least recently are removed first.
+            folder: of all caches. Those of other models and data stay there, as far as `max_mib` allows for all of
+                them.
+            dtype: `fp32` keeps every bit; `fp16` takes half the space and rounds by at most 1 / 2048 of each value.
+            max_mib: limit for all caches in `folder`. Those used least recently are removed first.
             chunk_rows: how many rows the prefix computes at once.
 
         Raises:
             EdgetuneError: nothing is frozen at the front; the prefix is random or mixes rows; something else reads
-                what is skipped; there is not enough room. Before anything was trained, and with the model as it was.
+                the skipped outputs; there is not enough space. Raised before any training, with the model unchanged.
         """
         if len(split) == 0:
             raise EdgetuneError("cache_prefix: there are no rows", exit_code=Exit.DATA)
@@ -108,7 +110,7 @@ class PrefixCache:
         return cache
 
     def close(self) -> None:
-        """Take the wrappers off the model and let go of the files, which stay for the next training."""
+        """Remove the wrappers from the model and close the files, which stay for the next training."""
         if not self.closed:
             self.closed = True
             self.stages.close()
@@ -130,7 +132,7 @@ class PrefixCache:
 
     @property
     def report(self) -> PrefixReport:
-        """What it came to so far."""
+        """The figures so far."""
         kept = self.kept
         return PrefixReport(
             rows=len(kept.split),
@@ -173,7 +175,7 @@ class PrefixCache:
         raise EdgetuneError(f"cache_prefix: {problem}", action="leave cache_prefix out for this model")
 
     def _compared(self, inputs: Inputs, rows: list[int], full: Tensor) -> float:
-        """The error of the cached path on these rows; not a number where it leaks."""
+        """The error of the cached path on these rows; NaN if skipped outputs are read."""
         self.kept.reset()
         try:
             cached = self._cached(inputs, rows)
@@ -195,20 +197,20 @@ class PrefixCache:
 
 
 class _Replayer:
-    """Gives the kept values in the place of the prefix."""
+    """Replays the cached values instead of running the prefix."""
 
     def __init__(self, cache: PrefixCache, rows: list[int]) -> None:
         self.cache, self.rows, self.place, self.width = cache, rows, 0, 0
         self.tensors: list[Tensor] = []
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have the rows ready before the first stage is called."""
+        """Load the rows before the first stage is called."""
         inputs = name_arguments(args, kwargs)
         self.tensors, self.width = self.cache.kept.load(inputs, self.rows), self.cache.kept.width(inputs)
         self.place = 0
 
     def stage(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Nothing for the stages that are skipped, the kept values for the last one; what comes later runs."""
+        """Blank outputs for skipped stages, the cached values for the last one; later stages run."""
         kept, prefix = self.cache.kept, self.cache.kept.prefix
         if self.place == len(prefix.calls):
             return plain(*args, **kwargs)
@@ -228,7 +230,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 
 def _refuse_noise(kept: CachedRows) -> None:
-    """Raise if the rows change, or the prefix draws random numbers, changes its buffers or is not the same twice."""
+    """Raise if the rows change, or the prefix draws random numbers, changes its buffers or is not deterministic."""
     model, rows = kept.model, _probe(kept)
     inputs, other = kept.inputs(rows), kept.inputs(rows)
     if any(not torch.equal(a, b) for a, b in zip(tensors_of(inputs), tensors_of(other), strict=True)):

@@ -1,4 +1,4 @@
-"""The rows of a cached prefix: computed in chunks, told by their inputs, kept on disk and made into batches again."""
+"""The rows of a cached prefix: computed in chunks, identified by their inputs, stored on disk and batched again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CacheType = Literal["fp32", "fp16"]
 
 
 class CachedRows:
-    """What the prefix gives for each row of a split. `modes`: of every module, as in training."""
+    """The prefix's outputs for each row of a split. `modes`: of every module, as in training."""
 
     def __init__(
         self,
@@ -52,30 +52,30 @@ class CachedRows:
         ]
 
     def reset(self) -> None:
-        """Start counting anew; what was computed stays counted."""
+        """Reset the counts of hits and misses."""
         self.served.clear()
         self.hits = self.misses = 0
 
     def length(self, row: int) -> int:
-        """Tokens of a row; 0 where rows have none."""
+        """Tokens of a row; 0 if rows have none."""
         widths, lengths = self.prefix.widths, self.split.lengths
         return 0 if widths.short == widths.long or lengths is None else int(lengths[row])
 
     def width(self, inputs: dict[str | int, Any]) -> int:
-        """How many tokens a batch is padded to; 0 where rows have none."""
+        """Tokens that a batch is padded to; 0 if rows have none."""
         for name, form in self.prefix.inputs:
             if "tokens" in form.sizes and isinstance(inputs.get(name), Tensor):
                 return int(inputs[name].shape[form.sizes.index("tokens")])
         return 0
 
     def width_of(self, inputs: Inputs) -> int:
-        """The same of inputs that the model was not called with yet."""
+        """The same for inputs that the model was not yet called with."""
         if isinstance(inputs, dict):
             return self.width(name_arguments((), inputs))
         return self.width(name_arguments((inputs,) if isinstance(inputs, Tensor) else inputs, {}))
 
     def digests(self, inputs: dict[str | int, Any], rows: Sequence[int]) -> list[bytes]:
-        """What tells the inputs of each row, after checking that they are what the split gives."""
+        """The digest of each row's inputs, after checking that they are those of the split."""
         width = self.width(inputs)
         if width and max(self.length(row) for row in rows) > width:
             raise _other_inputs_error(f"they are {width} tokens wide, and the longest row has more")
@@ -103,11 +103,11 @@ class CachedRows:
             )
 
     def inputs(self, rows: Sequence[int]) -> Inputs:
-        """The inputs of these rows, where the model is."""
+        """The inputs of these rows, on the model's device."""
         return to_device(self.split.batch(rows)[0], self.device)
 
     def compute(self, inputs: Inputs) -> tuple[dict[str | int, Any], list[Tensor]]:
-        """The inputs as the model was called with them, and what the prefix gives."""
+        """The inputs that the model was called with, and the prefix's outputs."""
         filler = Filler(self.prefix)
         try:
             with self.stages.played_by(filler), torch.no_grad(), set_modes(self.modes):
@@ -120,7 +120,7 @@ class CachedRows:
         )
 
     def _fill(self, chunk: Sequence[int]) -> None:
-        """Compute and keep the rows of a chunk; those that are there already stay as they are."""
+        """Compute and store the rows of a chunk; those already stored are not changed."""
         inputs, tensors = self.compute(self.inputs(chunk))
         digests, width = self.digests(inputs, chunk), self.width(inputs)
         self.computed += len(chunk)
@@ -141,7 +141,7 @@ class CachedRows:
                     self.store.write(row, digests[n], values)
 
     def load(self, inputs: dict[str | int, Any], rows: Sequence[int]) -> list[Tensor]:
-        """The kept tensors of these rows as one batch, padded with zeros; computes what is not there."""
+        """The cached tensors of these rows as one batch, padded with zeros; computes missing rows."""
         if autocast_of(self.device) != self.autocast:
             raise EdgetuneError(
                 "cache_prefix: autocast differs from when the cache was opened",
@@ -157,7 +157,7 @@ class CachedRows:
         return [tensor.to(self.device) for tensor in batch]
 
     def _row(self, row: int, digest: bytes) -> list[bytearray]:
-        """The bytes of one row, computed first if they are not there or belong to other inputs."""
+        """The bytes of one row, computed first if it is missing or has other inputs."""
         record = self.store.read(row)
         if record is not None and record[0] == digest:
             self.hits += 1
@@ -201,5 +201,5 @@ def _convert_to_stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def autocast_of(device: torch.device) -> str:
-    """The type of autocast on this device, or `off`."""
+    """The dtype of autocast on this device, or `off`."""
     return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "off"

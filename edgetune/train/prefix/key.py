@@ -1,4 +1,4 @@
-"""What a cached prefix depends on: the frozen stages, how they are computed, and which rows it is for."""
+"""The key of a cached prefix: the frozen stages, how they are computed, and their rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SAMPLED_ROWS = 16
 def describe_cache(
     model: nn.Module, split: TrainingRows, prefix: Prefix, dtype: str, chunk_rows: int, autocast: str
 ) -> dict[str, Any]:
-    """Everything that must be the same for a kept row to have the bits it would be computed with again.
+    """Everything that must be the same for a cached row to have the same bits if computed again.
 
-    Of the rows' inputs only a few are looked at here; each kept row carries what tells its own.
+    Only a few rows' inputs are read here; each cached row has a digest of its own inputs.
     """
     lengths = split.lengths
     return {

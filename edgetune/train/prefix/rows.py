@@ -1,4 +1,4 @@
-"""Shapes that depend on how many rows and tokens a batch has, and rows cut out of such tensors and put back."""
+"""Shapes as functions of a batch's rows and tokens, and rows cut out of such tensors and put back."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Form:
     dtype: torch.dtype
 
     def shape(self, rows: int, tokens: int) -> tuple[int, ...]:
-        """The shape for so many rows, padded to so many tokens."""
+        """The shape for this many rows, padded to this many tokens."""
         return tuple(rows if size == "rows" else tokens if size == "tokens" else size for size in self.sizes)
 
     @property
     def has_rows(self) -> bool:
-        """Whether the tensor holds something for each row."""
+        """Whether the tensor has a value for each row."""
         return "rows" in self.sizes
 
     def values(self, length: int) -> int:
-        """How many values one row of `length` tokens has."""
+        """Number of values of one row of `length` tokens."""
         return math.prod(self.shape(1, length))
 
     def row(self, tensor: Tensor, row: int, length: int) -> Tensor:
@@ -54,14 +54,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Widths:
-    """How wide the inputs of the short and of the long probe were; equal where rows have no tokens."""
+    """The widths of the inputs of the short and of the long probe; equal if rows have no tokens."""
 
     short: int
     long: int
 
 
 def form_of(subject: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widths) -> Form:
-    """The form of a tensor seen for one row, for two rows and for one longer row."""
+    """The form of a tensor that was seen for one row, for two rows and for one longer row."""
     if not one.dim() == two.dim() == longer.dim():
         raise EdgetuneError(f"cache_prefix: {subject} changes its number of dimensions with the batch")
     sizes: list[Size] = []
@@ -82,7 +82,7 @@ def form_of(subject: str, one: Tensor, two: Tensor, longer: Tensor, widths: Widt
 
 
 def widths_of(one: Sequence[Tensor], longer: Sequence[Tensor]) -> Widths:
-    """The widths of the inputs of a short and a long row: the only two sizes that may differ between them."""
+    """The widths of the inputs of a short and a long row: the only size that may differ between them."""
     widths = {
         (a, b)
         for short, long in zip(one, longer, strict=True)
@@ -107,7 +107,7 @@ def leaves(value: object) -> Iterator[Any]:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same nest with `function` of every value; keeps named tuples and dicts of their own class."""
+    """The same nest with `function` applied to every value; keeps the class of named tuples and dicts."""
     if isinstance(value, dict):
         items = {key: map_leaves(function, item) for key, item in value.items()}
         return items if type(value) is dict else type(value)(**items)
@@ -118,7 +118,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def template_of(subject: str, one: Any, two: Any, longer: Any, widths: Widths) -> Any:
-    """What a stage gave, with a `Form` in the place of each tensor."""
+    """The outputs of a stage, with a `Form` in place of each tensor."""
     others = list(zip(leaves(two), leaves(longer), strict=True))
     if len(others) != sum(1 for _ in leaves(one)):
         raise EdgetuneError(f"cache_prefix: {subject} changes its structure with the batch")
@@ -145,15 +145,15 @@ def forms_in(template: Any) -> list[Form]:
 
 
 def fill_template(template: Any, tensors: Sequence[Tensor]) -> Any:
-    """The template with tensors in the place of its forms."""
+    """The template with tensors in place of its forms."""
     rest = iter(tensors)
     return map_leaves(lambda value: next(rest) if isinstance(value, Form) else value, template)
 
 
 def blank_template(template: Any, rows: int, tokens: int, device: torch.device, whole: bool) -> Any:
-    """The template with tensors that nobody may read: not a number everywhere, or zero for whole numbers.
+    """The template with tensors that must not be read: NaN, or zero for integers.
 
-    They take the room of one value, or with `whole` all of it, for code that writes into them.
+    They take the memory of one value, or with `whole` all of it, for code that writes into them.
     """
 
     def stand_in(value: Any) -> Any:
@@ -169,7 +169,7 @@ def blank_template(template: Any, rows: int, tokens: int, device: torch.device, 
 
 
 def stored_type(dtype: torch.dtype, setting: str) -> torch.dtype:
-    """How values of this type are kept: `fp32` keeps every bit, `fp16` keeps floats wider than 16 bits in 16."""
+    """The dtype to store such values in: `fp32` keeps every bit, `fp16` halves floats wider than 16 bits."""
     wide = dtype in (torch.float32, torch.float64)
     return torch.float16 if setting == "fp16" and wide else dtype
 
@@ -180,12 +180,12 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def tensor_of(data: bytearray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """The tensor of `bytes_of`."""
+    """The inverse of `bytes_of`."""
     return torch.frombuffer(data, dtype=dtype).view(*shape) if data else torch.empty(*shape, dtype=dtype)
 
 
 def digest_of(values: Sequence[Tensor]) -> bytes:
-    """16 bytes that tell these CPU tensors from others."""
+    """A digest of CPU tensors, 16 bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for value in values:
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
@@ -194,14 +194,14 @@ def digest_of(values: Sequence[Tensor]) -> bytes:
 
 
 def name_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str | int, Any]:
-    """What a model was called with, by name or by place."""
+    """A model's arguments, by name or by position."""
     arguments: dict[str | int, Any] = dict(enumerate(args))
     arguments.update(kwargs)
     return arguments
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value of `a`; not a number if only `b` holds such."""
+    """The largest difference, relative to the largest value of `a`; NaN if only `b` contains NaN."""
     same = a == b
     if bool(same.all()):
         return 0.0

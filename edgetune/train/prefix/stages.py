@@ -1,4 +1,4 @@
-"""Wrappers on the stages of a model: they find its frozen prefix, run it alone, or put values in its place."""
+"""Wrappers on the stages of a model: they find its frozen prefix, run it alone, or replay values in its place."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class PrefixEnd(Exception):
 
 
 class Player(Protocol):
-    """What decides on each call of a stage."""
+    """Decides what each call of a stage does."""
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model was called with these inputs."""
+        """Called with the model's inputs."""
         ...
 
     def stage(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A stage was called; `plain` is its own forward."""
+        """Called for a stage; `plain` is its own forward."""
         ...
 
 
 class Stages:
-    """Stands between a model and its stages. Without a player every stage runs as ever."""
+    """Intercepts the calls of a model's stages. If no player is set, every stage runs unchanged."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -50,13 +50,13 @@ class Stages:
             forward.put_on()
 
     def keep(self, names: set[str]) -> None:
-        """Take the wrappers off all stages but these."""
+        """Remove the wrappers from all stages but these."""
         for forward in [f for f in self.replaced if f.name not in names]:
             forward.take_off()
             self.replaced.remove(forward)
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self.handle.remove()
         for forward in self.replaced:
             forward.take_off()
@@ -64,7 +64,7 @@ class Stages:
 
     @contextmanager
     def played_by(self, player: Player | None) -> Iterator[None]:
-        """Inside, `player` decides."""
+        """Inside, `player` handles the calls."""
         before, self.player = self.player, player
         try:
             yield
@@ -77,7 +77,7 @@ class Stages:
 
 
 class _Forward:
-    """Lies over the forward of one stage. A copy or a pickle of the stage has its plain forward again."""
+    """Replaces the forward of one stage. A copy or a pickle of the stage has its plain forward again."""
 
     def __init__(self, stages: Stages, module: nn.Module) -> None:
         self.stages, self.module, self.name = stages, module, stages.names[module]
@@ -116,20 +116,20 @@ def _plain_forward(module: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class StageCall:
-    """One call of a stage in the prefix. `template`: what it gives, with forms in the place of tensors."""
+    """One call of a stage in the prefix. `template`: its output, with forms in place of tensors."""
 
     stage: str
     template: Any
 
     @property
     def has_rows(self) -> bool:
-        """Whether it gives something for each row; what does not runs as ever."""
+        """Whether its output has a value for each row; other calls are not skipped."""
         return any(form.has_rows for form in forms_in(self.template))
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The calls that run before the first stage in which something trains, up to the one whose output is kept."""
+    """The calls before the first stage that trains, up to the one whose output is cached."""
 
     calls: tuple[StageCall, ...]
     first_trained: str  # the stage after it
@@ -138,7 +138,7 @@ class Prefix:
 
     @property
     def boundary(self) -> StageCall:
-        """The last call, whose output the rest of the model starts from."""
+        """The last call, whose output is the input of the rest of the model."""
         return self.calls[-1]
 
     @property
@@ -153,7 +153,7 @@ class Prefix:
 
 
 class _Watcher:
-    """Lets the frozen stages run, notes what they give, and stops at the first one that trains."""
+    """Lets the frozen stages run, records their outputs, and stops at the first one that trains."""
 
     def __init__(self, trains: Callable[[str], bool]) -> None:
         self.trains = trains
@@ -174,7 +174,7 @@ class _Watcher:
 
 
 def find_prefix(stages: Stages, split: TrainingRows) -> Prefix:
-    """What runs before the first stage that trains, found by running it: on a short row, twice that, a long row."""
+    """The calls before the first stage that trains, found by running a short row, two of it, and a long row."""
     rows = range(len(split))
     lengths = split.lengths
     short = 0 if lengths is None else min(rows, key=lambda row: lengths[row])
@@ -227,7 +227,7 @@ def _watch(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watcher
 
 @contextmanager
 def training_modes(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
-    """The modes in which the model trains, and no trace left: its own if it is in training mode, else all of them."""
+    """Yield the modes in which the model trains: its own in training mode, else all on; restores its state."""
     modes = {module: module.training for module in model.modules()}
     with preserve_state(model, training=True):
         if model.training and modes[model]:
@@ -238,7 +238,7 @@ def training_modes(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
 
 @contextmanager
 def set_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
-    """Inside, each module has the mode given; afterwards its own again."""
+    """Inside, each module has the given mode; restored afterwards."""
     before = {module: module.training for module in modes}
     for module, mode in modes.items():
         module.training = mode
@@ -250,7 +250,7 @@ def set_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
 
 
 class Filler:
-    """Runs the prefix, notes what its last call gives, and stops there."""
+    """Runs the prefix, records the output of its last call, and stops there."""
 
     def __init__(self, prefix: Prefix) -> None:
         self.prefix, self.place = prefix, 0
@@ -272,7 +272,7 @@ class Filler:
 
 
 def check_order(prefix: Prefix, place: int, name: str) -> None:
-    """Raise unless this is the stage that ran at this place when the cache was opened."""
+    """Raise unless this stage ran at this position when the cache was opened."""
     expected = prefix.calls[place].stage
     if name != expected:
         raise EdgetuneError(
@@ -282,7 +282,7 @@ def check_order(prefix: Prefix, place: int, name: str) -> None:
 
 
 def find_random_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Modules in training mode, inside these stages, that look as if they were random or as if rows met in them."""
+    """Modules in training mode, inside these stages, that look random or mix rows."""
     random_modules = []
     for stage in names:
         for name, module in model.get_submodule(stage).named_modules():

@@ -1,14 +1,14 @@
-"""Rows of tensors on disk: each stands at its own place in a file, and counts only while its checksum holds.
+"""Rows of tensors on disk: each has a fixed position in a file, and is valid only if its checksum matches.
 
 A cache is a folder named by its key:
 
-    about.json       what the key stands for; written last, so a folder without it was never finished
-    tensor-0.bin     the rows of the first tensor, one behind the other, each as long as the row is
-    rows.bin         for each row 16 bytes that tell its inputs and 16 bytes of checksum; zeros: not there yet
+    about.json       what the key was computed from; written last, so a folder without it was never finished
+    tensor-0.bin     the rows of the first tensor, one after the other, each as long as the row is
+    rows.bin         for each row a digest of its inputs and a checksum, 16 bytes each; zeros: not stored yet
     use-*.lock       held by each process that has the cache open
 
 The checksum covers the row's number, its inputs and every byte of its tensors: a row half written, mixed from two
-writers or damaged on the disk does not fit it and counts as not there. So a kill needs no clean-up, and any number of
+writers or damaged on the disk does not match and counts as missing. So a kill needs no clean-up, and any number of
 processes may use one cache at once. The files are read, not mapped: mapped pages would count as memory of the process,
 and a full disk would end it with a signal instead of an error.
 """
@@ -38,7 +38,7 @@ _EMPTY = bytes(2 * _DIGEST_BYTES)
 
 
 class RowStore:
-    """The rows of one cache; `open` makes or reuses it. `sizes[t][r]` is how many bytes row r of tensor t takes."""
+    """The rows of one cache, created or reused by `open`. `sizes[t][r]`: the bytes of row r of tensor t."""
 
     def __init__(self, folder: Path, sizes: Sequence[Sequence[int]], lock: Any) -> None:
         self.folder, self.lock = folder, lock
@@ -56,10 +56,10 @@ class RowStore:
     def open(
         cls, folder: Path, about: Mapping[str, Any], sizes: Sequence[Sequence[int]], max_mib: float, smaller: str
     ) -> RowStore:
-        """The cache that `about` stands for, with room for all its rows.
+        """The cache with the key of `about`, with space for all its rows.
 
-        All caches of `folder` together take at most `max_mib`: those that were not used for longest are removed, but
-        none that another process has open. `smaller` is the advice of the error when there is not enough room.
+        All caches in `folder` together take at most `max_mib`: the least recently used are removed, but none that
+        another process has open. `smaller` is the advice of the error if there is not enough space.
         """
         filelock = require("filelock", "a cached prefix")
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
@@ -84,7 +84,7 @@ class RowStore:
             raise _disk_error(place, error) from error
 
     def read(self, row: int) -> tuple[bytes, list[bytearray]] | None:
-        """What tells the row's inputs, and the bytes of its tensors; `None` where the row is not there whole."""
+        """The digest of the row's inputs, and the bytes of its tensors; `None` if the row is missing or incomplete."""
         record = self._record(row)
         if record == _EMPTY:
             return None
@@ -97,12 +97,12 @@ class RowStore:
         return record[:_DIGEST_BYTES], values
 
     def inputs(self, row: int) -> bytes | None:
-        """What tells the inputs of the row, without reading its tensors; `None` where there is no row."""
+        """The digest of the row's inputs, without reading its tensors; `None` if there is no row."""
         record = self._record(row)
         return None if record == _EMPTY else record[:_DIGEST_BYTES]
 
     def write(self, row: int, inputs: bytes, values: Sequence[bytes]) -> None:
-        """Put one row in its place. `inputs` tells the row's inputs, 16 bytes; `values` are its tensors' bytes."""
+        """Store one row. `inputs` is the digest of its inputs, 16 bytes; `values` are its tensors' bytes."""
         for tensor, value in enumerate(values):
             if len(value) != self.sizes[tensor][row]:
                 raise EdgetuneError(f"row {row} takes {len(value)} bytes instead of {self.sizes[tensor][row]}")
@@ -116,19 +116,19 @@ class RowStore:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Only one process writes at a time."""
+        """Lock the cache for writing."""
         filelock = require("filelock", "a cached prefix")
         with filelock.FileLock(self.folder / "write.lock"):
             yield
 
     def clear(self) -> None:
-        """Forget every row."""
+        """Discard every row."""
         with self.writing():
             _write_at(self.rows_file, 0, _EMPTY * len(self.verified))
         self.verified[:] = False
 
     def close(self) -> None:
-        """Let go of the files; they stay on disk."""
+        """Close the files; they stay on disk."""
         for file in (*self.files, self.rows_file):
             file.close()
         self.lock.release()
@@ -136,7 +136,7 @@ class RowStore:
 
     @property
     def mib(self) -> float:
-        """What all rows take together."""
+        """Size of all rows together."""
         return needed_bytes(self.sizes) / MIB
 
     def _record(self, row: int) -> bytes:
@@ -157,7 +157,7 @@ class RowStore:
 
 
 def needed_bytes(sizes: Sequence[Sequence[int] | np.ndarray[Any, Any]]) -> int:
-    """What a cache takes on disk once all rows are there."""
+    """Size of a cache on disk with all rows."""
     return int(sum(int(np.sum(each)) for each in sizes)) + len(sizes[0]) * len(_EMPTY)
 
 
@@ -177,7 +177,7 @@ def _write_at(file: BinaryIO, offset: int, value: bytes) -> None:
 
 
 def _create(place: Path, about: Mapping[str, Any], sizes: Sequence[Sequence[int]]) -> None:
-    """Make the files at their full length, as holes that take no room yet; complete only with `about.json`."""
+    """Create the files with their full length, as holes that take no space yet; complete once `about.json` exists."""
     lengths = {f"tensor-{n}.bin": int(np.sum(each)) for n, each in enumerate(sizes)}
     lengths["rows.bin"] = len(sizes[0]) * len(_EMPTY)
     if (place / _ABOUT).exists() and all((place / name).exists() for name in lengths):
@@ -191,7 +191,7 @@ def _create(place: Path, about: Mapping[str, Any], sizes: Sequence[Sequence[int]
 
 
 def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock: Any) -> None:
-    """Remove what was not used for longest until the limit holds, and check that the disk has the room."""
+    """Remove the least recently used caches until the limit is met, and check the free space on the disk."""
     others = [entry for entry in folder.iterdir() if entry.is_dir() and entry != place and _is_cache(entry)]
     others.sort(key=lambda entry: (entry / _ABOUT).stat().st_mtime if (entry / _ABOUT).exists() else 0.0)
     total = needed + sum(_bytes_of(entry) for entry in others)
@@ -222,7 +222,7 @@ def _make_room(folder: Path, place: Path, needed: int, max_mib: float, filelock:
 
 
 def _is_cache(entry: Path) -> bool:
-    """Whether the folder looks like a cache: nothing else is ever removed."""
+    """Whether the folder is a cache: nothing else is ever removed."""
     return len(entry.name) == 24 and all(
         file.name in (_ABOUT, "rows.bin", "write.lock") or file.name.startswith(("tensor-", "use-", f".{_ABOUT}."))
         for file in entry.iterdir()
@@ -234,7 +234,7 @@ def _bytes_of(entry: Path) -> int:
 
 
 def _in_use(entry: Path, filelock: Any) -> bool:
-    """Whether a living process holds one of the locks; removes those of the dead, which the system let go of."""
+    """Whether a living process holds one of the locks; removes those of dead processes."""
     living = False
     for path in entry.glob("use-*.lock"):
         try:
