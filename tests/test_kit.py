@@ -38,7 +38,7 @@ from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.profile import device
-from edgetune.program.carried import Carried, TextPreprocessing, write_beside
+from edgetune.program.carried import Carried, TextPreprocessing, write_tokenizer
 
 with silence_libraries():
     from PIL import Image, ImageOps
@@ -274,7 +274,7 @@ def told_anew(made: Made, folder: Path, known: Carried | None, parity: bool = Tr
     artifact = made[2]
     path = folder / "model.pte"
     shutil.copyfile(artifact.path, path)
-    beside = write_beside(known, path) if known is not None else None
+    beside = write_tokenizer(known, path) if known is not None else None
     calls = artifact.manifest.calls
     calls = calls if parity else tuple(call.model_copy(update={"parity": None}) for call in calls)
     manifest = artifact.manifest.model_copy(update={"carried": beside, "calls": calls, **changes})
