@@ -83,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failure(error: BaseException) -> tuple[str, int]:
-    """What to print for an error, and the exit code."""
     from edgetune.core.errors import EdgetuneError, Exit
 
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # typer turns Ctrl-C into its own

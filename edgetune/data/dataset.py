@@ -211,10 +211,12 @@ def split_indices(
     return tuple([i for k in sorted(part) for i in groups[k]] for part in (kept + left, *chosen))
 
 
-def split_rows(keys: Sequence[str], rows: Rows, settings: DataSettings) -> tuple[Rows, Rows, Rows]:
-    """Training, validation and test rows by `split_indices`."""
-    train, test, validation = split_indices(keys, rows.classes, settings, ("test", "validation"))
-    return rows.subset(train), rows.subset(validation), rows.subset(test)
+def complete_parts(keys: Sequence[str], train: Rows, settings: DataSettings, **others: Rows) -> tuple[Rows, Rows, Rows]:
+    """Training, validation and test rows; parts that are not given are split off `train` by its keys."""
+    missing = tuple(part for part in ("test", "validation") if part not in others)
+    kept, *split_off = split_indices(keys, train.classes, settings, missing)
+    parts = others | {part: train.subset(indices) for part, indices in zip(missing, split_off, strict=True)}
+    return train.subset(kept), parts["validation"], parts["test"]
 
 
 def assemble(

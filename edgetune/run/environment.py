@@ -122,10 +122,7 @@ def _extras() -> dict[str, tuple[str, ...]]:
 
 
 def _targets() -> dict[str, str]:
-    """Every target: "lowers and runs here", "lowers here; ...", or what is missing.
-
-    In a child process: importing all partitioners is slow, prints, and could crash.
-    """
+    """The state of every target, from a child process: importing all partitioners is slow, prints, and could crash."""
     script = (
         "import json; from edgetune.export.targets import TARGETS, lowerable_targets; found = lowerable_targets();"
         "print(); print(json.dumps({n: found.get(n, 'not here: ' + t.install) for n, t in TARGETS.items()}))"

@@ -257,6 +257,5 @@ def _refuse_noise(kept: CachedRows) -> None:
 
 
 def _probe(kept: CachedRows) -> list[int]:
-    """A few rows of different lengths."""
     last, most = len(kept.order) - 1, min(_CHECK_ROWS, len(kept.order))
     return list(dict.fromkeys(kept.order[last * n // max(most - 1, 1)] for n in range(most)))
