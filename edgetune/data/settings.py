@@ -41,7 +41,7 @@ class DataSettings(Settings):
     """Column with a number that the model predicts; the column `label` is not used. Tables only."""
     tags: str | None = None
     """Column with a tag for each word: `O`, `B-kind` or `I-kind`. `text` is then the column with the words, `tokens` by
-    default. Both hold lists, or texts with blanks between. Tables only."""
+    default. Both contain lists, or texts separated by spaces. Tables only."""
     messages: str | tuple[str, str] | None = None
     """Column with a conversation, as a list of `{role, content}`, or two columns with a question and its answer.
     The model's chat template turns them into text; the columns `text` and `label` are not used. Tables only."""

@@ -361,7 +361,7 @@ class Fold:
             self.progress("measure", 0, 1, f"after {step}")
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
-            last = self.ledger.rows[-1].quality if exact else self.quality()
+            last = self.ledger.rows[-1].quality if exact else self.quality_of(self.model)
             note = "not measured again: the step does not change the output" if exact else ""
             row = Row(
                 index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
@@ -370,10 +370,6 @@ class Fold:
             self.progress("measure", 1, 1, quality_in_words(last) if last else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
         self.save()
-
-    def quality(self) -> Quality:
-        """The current model's quality on the test set."""
-        return self.quality_of(self.model)
 
     def quality_of(self, model: nn.Module) -> Quality:
         """Any model's quality on the test set."""
