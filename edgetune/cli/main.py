@@ -265,7 +265,7 @@ def recipes_show(
         print_result(recipes_of.read_recipe_text(recipe)[0].rstrip("\n"))
         return 0
     loaded = recipes_of.load(recipe, parse_overrides(overrides or []))
-    print_result(loaded.resolved() if as_json else loaded.to_yaml().rstrip("\n"))
+    print_result(loaded.resolve() if as_json else loaded.to_yaml().rstrip("\n"))
     return 0
 
 

@@ -50,7 +50,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     steps = adapt_defaults(_as_list(techniques))
     for technique in steps:
         if technique.needs != "nothing":
-            technique.required(sample)
+            technique.require_sample(sample)
     for move in plan_steps(steps, active_techniques(model)):
         technique = steps[move.index]
         if move.implied:

@@ -87,9 +87,9 @@ class Split:
 
     def batch(self, indices: Sequence[int], pad_to: int | None = None) -> tuple[Inputs, Tensor]:
         """The rows at `indices` as one batch."""
-        return self.task.collate(self.encoded(indices, pad_to), self.rows.labels_at(indices))
+        return self.task.collate(self.encode_rows(indices, pad_to), self.rows.labels_at(indices))
 
-    def encoded(self, indices: Sequence[int], pad_to: int | None = None) -> Inputs:
+    def encode_rows(self, indices: Sequence[int], pad_to: int | None = None) -> Inputs:
         """The rows at `indices`, encoded."""
         return self.encode(self.rows.take(indices), pad_to)
 
@@ -113,7 +113,7 @@ class Split:
             return None
         lengths: list[int] = []
         for start in range(0, len(self), 512):
-            inputs = self.encoded(range(start, min(start + 512, len(self))))
+            inputs = self.encode_rows(range(start, min(start + 512, len(self))))
             if not isinstance(inputs, dict) or "attention_mask" not in inputs:
                 return None
             lengths.extend(inputs["attention_mask"].sum(1).tolist())

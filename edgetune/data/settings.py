@@ -91,7 +91,7 @@ class DataSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _instead_of_label(cls, given: Any) -> Any:
+    def _default_label(cls, given: Any) -> Any:
         """Conversations, numbers and tags have no classes, so `label` need not be set to `null`."""
         if not isinstance(given, dict):
             return given
@@ -122,7 +122,7 @@ class DataSettings(Settings):
 
     @field_validator("label_names", mode="before")
     @classmethod
-    def _labels_as_text(cls, given: Any) -> Any:
+    def _stringify_labels(cls, given: Any) -> Any:
         """`{0: bad}` means the label that a table writes as 0."""
         return {str(key): value for key, value in given.items()} if isinstance(given, dict) else given
 

@@ -65,7 +65,7 @@ class Recipe(Settings):
     variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012  pydantic copies it
     """Named sets of overrides; `variant=NAME` on the command line selects one."""
 
-    def resolved(self) -> dict[str, Any]:
+    def resolve(self) -> dict[str, Any]:
         """Plain values with every default written out; reading them returns an equal recipe."""
         plain = self.model_dump(mode="json")
         plain["steps"] = [{s["name"]: s["settings"]} for s in plain["steps"]]
@@ -73,12 +73,12 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.resolve(), sort_keys=False, allow_unicode=True)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the settings that affect the result (not the description, nor variants that are not selected)."""
-        plain = {k: v for k, v in self.resolved().items() if k not in ("description", "variants")}
+        plain = {k: v for k, v in self.resolve().items() if k not in ("description", "variants")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -133,7 +133,7 @@ def parse(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> R
 
 
 def from_plain(plain: Mapping[str, Any], name: str = "recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from plain values, such as those of `Recipe.resolved`."""
+    """A recipe from plain values, such as those of `Recipe.resolve`."""
     return from_document(Document(name, dict(plain)), overrides)
 
 

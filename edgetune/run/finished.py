@@ -83,7 +83,7 @@ class FinishedRun:
         """The test rows, read again from the recipe's data, encoded for the model."""
         data = self.recipe.data
         dataset: Dataset = registry.loader(registry.DATASETS, "data", data.source)(data)
-        dataset = self.loaded.labelled(dataset)
+        dataset = self.loaded.relabel(dataset)
         dataset = drop_truncated_answers(dataset, self.loaded.encode, self.loaded.name, data.max_bad_rows_pct)
         return Split(dataset.task, dataset.test, self.loaded.encode)
 

@@ -89,7 +89,7 @@ class Fold:
         loaded: LoadedModel = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
         progress("load", 2, 2, loaded.name)
         self.data_as_read = self.dataset
-        self.dataset = loaded.labelled(self.dataset)  # a trained head that was kept has its own order of classes
+        self.dataset = loaded.relabel(self.dataset)  # a trained head that was kept has its own order of classes
         self.dataset = drop_truncated_answers(self.dataset, loaded.encode, loaded.name, recipe.data.max_bad_rows_pct)
         self.model: nn.Module = loaded.model
         self.task = self.dataset.task
@@ -108,7 +108,7 @@ class Fold:
             seed=recipe.seed,
             model=loaded.name,
             data=self.dataset.name,
-            settings=recipe.resolved(),
+            settings=recipe.resolve(),
             environment=installed_versions(),
             baselines=earlier.baselines if earlier else self.task.baselines(self.dataset.parts, loaded.encode),
             notes=(*self.dataset.notes, *loaded.notes),
@@ -251,8 +251,8 @@ class Fold:
             result = train(
                 self.model,
                 settings,
-                self.seen_in_training(),
-                self.loss_with(settings.class_weights),
+                self.augmented_split(),
+                self.make_loss(settings.class_weights),
                 seed=self.recipe.seed + index,
                 folder=folder,
                 resume=self.resume,
@@ -274,7 +274,7 @@ class Fold:
         self.ledger = self.ledger.with_(trainings=(*self.ledger.trainings, training))
         self.save()
 
-    def seen_in_training(self) -> Split:
+    def augmented_split(self) -> Split:
         """The training rows, with random changes if the data settings ask for them."""
         kinds = self.recipe.data.augment
         if not kinds:
@@ -283,7 +283,7 @@ class Fold:
 
         return Split(self.task, self.dataset.train, Augmented(self.train_split.encode, kinds))
 
-    def loss_with(self, class_weights: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def make_loss(self, class_weights: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The task's loss; "balanced" weights every class equally, regardless of its number of rows."""
         if class_weights == "none":
             return self.loss
