@@ -53,9 +53,9 @@ def test_a_checkpoint_keeps_the_order_of_its_classes_whatever_the_datas_is(tmp_p
     rows = answered_by(model, encode, SORTED)
     model.save_pretrained(tmp_path)
     loaded = hugging_face(str(tmp_path), model_settings(max_length=16), rows)
-    labelled = loaded.labelled(rows)
+    labelled = loaded.relabel(rows)
     assert labelled.classes == describe_io(loaded, rows).labels == ("neutral", "bad", "good")
-    assert loaded.labelled(labelled) is labelled
+    assert loaded.relabel(labelled) is labelled
     assert loaded.notes == ()
     assert loaded.model.config.id2label == MOODS["id2label"]
     assert torch.equal(loaded.model.classifier.weight, model.classifier.weight)
@@ -132,7 +132,7 @@ def test_outputs_without_names_are_the_datas_classes_in_order_where_the_user_say
     trained = save_bert(tmp_path, num_labels=3)
     loaded = hugging_face(str(tmp_path), model_settings(max_length=16, head="keep"), tiny_dataset(classes=SORTED))
     assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
-    assert loaded.labelled(tiny_dataset(classes=SORTED)).classes == SORTED
+    assert loaded.relabel(tiny_dataset(classes=SORTED)).classes == SORTED
     assert "assumed to be Bad, Good, Neutral" in loaded.notes[0]
 
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_does_not_say_what_it_is_has_a_head_if_its_file_holds_
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
     loaded = hugging_face(str(tmp_path), model_settings(max_length=16), tiny_dataset(classes=SORTED))
-    assert loaded.labelled(tiny_dataset(classes=SORTED)).classes == ("neutral", "bad", "good")
+    assert loaded.relabel(tiny_dataset(classes=SORTED)).classes == ("neutral", "bad", "good")
     assert torch.equal(loaded.model.classifier.weight, trained.classifier.weight)
     with pytest.raises(EdgetuneError, match="the data 2"):
         hugging_face(str(tmp_path), model_settings(max_length=16), tiny_dataset(classes=SORTED[:2]))

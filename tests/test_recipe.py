@@ -91,7 +91,7 @@ def test_a_language_program_is_compared_on_few_texts_unless_told() -> None:
     assert parsed(TALKING, "export.language=true", "export.check_rows=20").export.rows_to_check(100) == 20
     assert [recipe.ExportSettings().rows_to_check(available) for available in (30, 3000)] == [30, 500]
     again = parsed(TALKING, "export.language=true", "export.max_tokens=64")
-    assert recipe.from_plain(again.resolved()) == again
+    assert recipe.from_plain(again.resolve()) == again
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_a_program_that_cannot_talk_is_found_before_any_work(text: str, changes:
 def test_resolved_is_the_same_recipe() -> None:
     found = parsed()
     assert recipe.parse(found.to_yaml(), "other.yaml") == found
-    assert recipe.from_plain(found.resolved()) == found
-    assert yaml.safe_load(found.to_yaml()) == found.resolved()
+    assert recipe.from_plain(found.resolve()) == found
+    assert yaml.safe_load(found.to_yaml()) == found.resolve()
 
 
 def test_a_recipe_is_frozen() -> None:
@@ -345,7 +345,7 @@ def changed(plain: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[st
 
 @pytest.mark.parametrize("value", [None, True, -1, 0, 1.5, 10**30, "x", "", [], ["x"], {}, {"x": 1}, [[]]], ids=repr)
 def test_no_value_of_any_field_escapes_as_another_error(value: Any) -> None:
-    plain = parsed().resolved()
+    plain = parsed().resolve()
     for path in paths_of(plain):
         text = refusal(changed(plain, path, value))
         assert text == "" or text.startswith("mine.yaml"), (path, value, text)
@@ -363,7 +363,7 @@ def refusal(plain: dict[str, Any]) -> str:
 
 
 def test_no_unknown_key_is_taken() -> None:
-    plain = parsed().resolved()
+    plain = parsed().resolve()
     for path in [(), *paths_of(plain)]:
         inner: Any = plain
         for key in path:
@@ -375,7 +375,7 @@ def test_no_unknown_key_is_taken() -> None:
 
 def test_a_removed_mapping_is_named() -> None:
     for key in ("model", "data", "steps"):
-        plain = {k: v for k, v in parsed().resolved().items() if k != key}
+        plain = {k: v for k, v in parsed().resolve().items() if k != key}
         assert f", {key}: " in complaint(yaml.safe_dump(plain))
 
 

@@ -110,7 +110,7 @@ def test_quality_of_right_answers_is_the_best_there_is_and_above_the_baselines(n
 
     def batches(noise: float) -> Any:
         for indices in halves:
-            inputs = split.encoded(indices)
+            inputs = split.encode_rows(indices)
             _, labels = split.task.collate(inputs, split.rows.labels_at(indices))
             logits = perfect(labels, outputs(data))
             yield Batch(indices, inputs, logits + noise * torch.randn(logits.shape), labels)

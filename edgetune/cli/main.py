@@ -83,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failure(error: BaseException) -> tuple[str, int]:
-    """What to print for an error, and the exit code."""
     from edgetune.core.errors import EdgetuneError, Exit
 
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # typer turns Ctrl-C into its own
@@ -266,7 +265,7 @@ def recipes_show(
         print_result(recipes_of.read_recipe_text(recipe)[0].rstrip("\n"))
         return 0
     loaded = recipes_of.load(recipe, parse_overrides(overrides or []))
-    print_result(loaded.resolved() if as_json else loaded.to_yaml().rstrip("\n"))
+    print_result(loaded.resolve() if as_json else loaded.to_yaml().rstrip("\n"))
     return 0
 
 

@@ -58,7 +58,6 @@ def predict(
 
 
 def _columns(program: Path) -> tuple[str, ...]:
-    """The text columns in the recipe next to a program, or `text` if there is no recipe."""
     from edgetune.core.errors import EdgetuneError
     from edgetune.run.predicting import data_settings
 

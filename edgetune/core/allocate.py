@@ -141,7 +141,6 @@ def _infeasible_error(options: Mapping[str, Sequence[Option[Any]]], limits: Mapp
 
 
 def _within(sums: np.ndarray, limits: Mapping[str, float]) -> np.ndarray:
-    """Which points are within the limits."""
     return np.all(sums[:, :-1] <= np.array(list(limits.values())), axis=1)  # type: ignore[no-any-return]
 
 

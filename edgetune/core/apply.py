@@ -50,7 +50,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
     steps = adapt_defaults(_as_list(techniques))
     for technique in steps:
         if technique.needs != "nothing":
-            technique.required(sample)
+            technique.require_sample(sample)
     for move in plan_steps(steps, active_techniques(model)):
         technique = steps[move.index]
         if move.implied:
@@ -68,7 +68,6 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
 
 
 def _as_list(techniques: object) -> list[Technique]:
-    """Techniques as a list; raises for anything else."""
     if isinstance(techniques, Technique):
         return [techniques]
     several = isinstance(techniques, Iterable) and not isinstance(techniques, (str, Mapping))
@@ -81,7 +80,6 @@ def _as_list(techniques: object) -> list[Technique]:
 
 
 def _suggest_technique(other: object) -> str:
-    """What the user probably meant by something that is not a technique."""
     if isinstance(other, type) and issubclass(other, Technique):
         required = [name for name, field in other.model_fields.items() if field.is_required()]
         return f"make an object of the class: et.{other.__name__}({', '.join(f'{name}=...' for name in required)})"

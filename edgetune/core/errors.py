@@ -69,7 +69,6 @@ class EdgetuneError(ValueError):
 
 
 def _format_value(value: object, most: int = 200) -> str:
-    """A value as an error shows it, cut after `most` characters."""
     text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]} ..."
 

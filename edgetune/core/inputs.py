@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Union
 
 import torch
@@ -54,22 +54,23 @@ def tensors_in(value: object) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """The inputs with `function` applied to every tensor, in the same form."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, dict):
+        return {name: function(value) for name, value in inputs.items()}
+    return tuple(map(function, inputs))
+
+
 def rows_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Rows `start:stop` of every tensor, in the same form."""
-    if isinstance(inputs, Tensor):
-        return inputs[start:stop]
-    if isinstance(inputs, dict):
-        return {name: value[start:stop] for name, value in inputs.items()}
-    return tuple(value[start:stop] for value in inputs)
+    return map_tensors(lambda tensor: tensor[start:stop], inputs)
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """The inputs on `device`, in the same form."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return tuple(value.to(device) for value in inputs)
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
 def device_of(model: nn.Module) -> torch.device:

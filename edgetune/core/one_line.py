@@ -35,7 +35,6 @@ class OneLine(BaseModel):
 
 
 def _parts(value: BaseModel) -> Iterator[str]:
-    """The fields as text, without empty ones and nested values."""
     for name in type(value).model_fields:
         field: Any = getattr(value, name)
         if isinstance(field, float):

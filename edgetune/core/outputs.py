@@ -55,7 +55,6 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: Any, path: str) -> list[tuple[str, Any]] | None:
-    """The named contents of a container; `None` for anything else."""
     if isinstance(value, Mapping):
         return [(str(name), part) for name, part in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -39,9 +39,8 @@ class Packed(Carrier):
 
     def tensors(self, layer: Any) -> dict[str, Tensor]:
         """The unpacked weight, and the bias."""
-        return (
-            {"weight": nf4_weight(layer)} if layer.bias is None else {"weight": nf4_weight(layer), "bias": layer.bias}
-        )
+        bias = {} if layer.bias is None else {"bias": layer.bias}
+        return {"weight": nf4_weight(layer), **bias}
 
     def hidden_tensors(self, layer: Any) -> list[Tensor]:
         """Scales and tables."""

@@ -138,10 +138,7 @@ def _matches(plain: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor | No
 
 
 def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
-    """The base layer after peft's own merge, the innermost tuner first; `None` if peft cannot merge.
-
-    Not for a 4-bit base: peft would round the sum to 4 bits again.
-    """
+    """The base layer after peft's own merge; `None` if peft cannot merge, or would round to 4 bits again."""
     if is_nf4(plain):
         return None
     chain = [trial]
@@ -187,7 +184,6 @@ def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
 
 
 def _convert_to_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
-    """The merged tensors in the layout and types of the plain layer."""
     dtype = getattr(plain, "plain_dtype", torch.float32) if is_nf4(plain) else None
     own = {} if is_nf4(plain) else plain.state_dict()
     weight_type = dtype or own["weight"].dtype if "weight" in own or dtype else None

@@ -20,11 +20,6 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.modes import preserve_state
 from edgetune.core.probe import probe_inputs, relative_difference
 
-_REMEDIES = {
-    "parametrized": 'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")',
-    "recomputed": "torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove",
-}
-
 
 def refuse_computed(name: str, layer: nn.Module) -> None:
     """Raise unless the layer equals the functional of its class with its own weight and bias.
@@ -44,8 +39,9 @@ def refuse_computed(name: str, layer: nn.Module) -> None:
 def _action(name: str, layer: nn.Module) -> str:
     skip = f'add "{name}" to skip'
     if parametrize.is_parametrized(layer):
-        return f"{skip}, or make it plain first: {_REMEDIES['parametrized']}"
-    return f"{skip}, or make it plain first: {_REMEDIES['recomputed']}" if computed_tensor(layer) else skip
+        return f'{skip}, or make it plain first: torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")'
+    remedy = "torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove"
+    return f"{skip}, or make it plain first: {remedy}" if computed_tensor(layer) else skip
 
 
 def computed_tensor(layer: nn.Module) -> str:
@@ -113,7 +109,6 @@ def is_stock(layer: nn.Module) -> bool:
 
 
 def _describe_difference(layer: nn.Module, kind: str, training: bool) -> str:
-    """How the layer's output differs from the functional's in this mode; "" if it does not."""
     refused: Exception | None = None
     with preserve_layer(layer, training), torch.no_grad():
         for x in probe_tensors(layer):

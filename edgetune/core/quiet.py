@@ -17,14 +17,9 @@ LIBRARIES = (
 @contextmanager
 def silence_libraries() -> Iterator[None]:
     """Silence warnings, logs and progress bars of libraries in the body."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), _hide_bars():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with _hide_logs(), warnings.catch_warnings(), _hide_bars():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -33,13 +28,18 @@ def silence_command() -> Iterator[None]:
 
     Warnings from the user's files are shown; with `python -W` or PYTHONWARNINGS, all are.
     """
+    with _hide_logs(), warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+        yield
+
+
+@contextmanager
+def _hide_logs() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            if not sys.warnoptions:
-                warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
-            yield
+        yield
     finally:
         logging.disable(before)
 

@@ -137,7 +137,7 @@ class Technique(StepSettings):
         """The number that must divide the input width of every layer that this technique changes."""
         return 1
 
-    def fitted(self, later: Sequence[Technique]) -> Technique:
+    def adapt_to(self, later: Sequence[Technique]) -> Technique:
         """This technique with defaults adapted to the techniques that follow; settings that were given do not
         change."""
         return self
@@ -152,7 +152,7 @@ class Technique(StepSettings):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Before finalizing, save separate results such as an adapter in `folder`. By default this does nothing."""
 
-    def required(self, sample: Sample | None) -> Sample:
+    def require_sample(self, sample: Sample | None) -> Sample:
         """The sample, checked for what this technique needs. Raises `EdgetuneError` if that is missing."""
         if sample is None:
             raise EdgetuneError(
@@ -170,4 +170,4 @@ def adapt_defaults(steps: Sequence[Any]) -> list[Any]:
     def later(index: int) -> list[Technique]:
         return [step for step in steps[index + 1 :] if isinstance(step, Technique)]
 
-    return [step.fitted(later(n)) if isinstance(step, Technique) else step for n, step in enumerate(steps)]
+    return [step.adapt_to(later(n)) if isinstance(step, Technique) else step for n, step in enumerate(steps)]

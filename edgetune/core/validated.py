@@ -84,10 +84,7 @@ def list_faults(kind: type[BaseModel], error: ValidationError, around: KeyPath =
 
 
 def _find_conversions(kind: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]:
-    """Values that pydantic would silently convert to another type.
-
-    Its strict mode is used for these alone: a list for a tuple, or text for a path, is not a mistake in a file.
-    """
+    """Values that pydantic would silently convert; a list for a tuple, or text for a path, is no mistake."""
     try:
         kind.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
@@ -107,10 +104,7 @@ def setting_names(kind: type[BaseModel]) -> tuple[str, ...]:
 
 
 def _merge_problems(problems: Iterator[Problem]) -> Iterator[Problem]:
-    """The problems of a union's members with one value, as one problem.
-
-    The member with a problem deeper inside is the one that was meant.
-    """
+    """The problems of a union's members with one value as one; a member with a deeper problem is the one meant."""
     by_path: dict[KeyPath, list[Problem]] = {}
     for problem in problems:
         by_path.setdefault(problem.path, []).append(problem)
@@ -199,7 +193,6 @@ def _walk(kind: type[BaseModel], loc: tuple[Key, ...]) -> tuple[KeyPath, type[Ba
 
 
 def _inner_annotations(annotation: Any, part: Key) -> tuple[Any, ...]:
-    """The annotation of a collection's value at that position or key."""
     inner = typing.get_args(annotation)
     if _is_mapping(annotation):
         return inner[1:]
@@ -223,7 +216,6 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The members of a union annotation."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (Union, types.UnionType):

@@ -71,12 +71,8 @@ def _base_name(layer: nn.Module) -> str:
 
 
 def _own_names(layer: nn.Module) -> set[str]:
-    parameters, buffers, children = (
-        layer.named_parameters(recurse=False),
-        layer.named_buffers(recurse=False),
-        layer.named_children(),
-    )
-    return {name for names in (parameters, buffers, children) for name, _ in names}
+    tensors = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    return {name for name, _ in (*tensors, *layer.named_children())}
 
 
 def _shorten_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:

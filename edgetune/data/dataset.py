@@ -87,9 +87,9 @@ class Split:
 
     def batch(self, indices: Sequence[int], pad_to: int | None = None) -> tuple[Inputs, Tensor]:
         """The rows at `indices` as one batch."""
-        return self.task.collate(self.encoded(indices, pad_to), self.rows.labels_at(indices))
+        return self.task.collate(self.encode_rows(indices, pad_to), self.rows.labels_at(indices))
 
-    def encoded(self, indices: Sequence[int], pad_to: int | None = None) -> Inputs:
+    def encode_rows(self, indices: Sequence[int], pad_to: int | None = None) -> Inputs:
         """The rows at `indices`, encoded."""
         return self.encode(self.rows.take(indices), pad_to)
 
@@ -113,7 +113,7 @@ class Split:
             return None
         lengths: list[int] = []
         for start in range(0, len(self), 512):
-            inputs = self.encoded(range(start, min(start + 512, len(self))))
+            inputs = self.encode_rows(range(start, min(start + 512, len(self))))
             if not isinstance(inputs, dict) or "attention_mask" not in inputs:
                 return None
             lengths.extend(inputs["attention_mask"].sum(1).tolist())
@@ -211,10 +211,12 @@ def split_indices(
     return tuple([i for k in sorted(part) for i in groups[k]] for part in (kept + left, *chosen))
 
 
-def split_rows(keys: Sequence[str], rows: Rows, settings: DataSettings) -> tuple[Rows, Rows, Rows]:
-    """Training, validation and test rows by `split_indices`."""
-    train, test, validation = split_indices(keys, rows.classes, settings, ("test", "validation"))
-    return rows.subset(train), rows.subset(validation), rows.subset(test)
+def complete_parts(keys: Sequence[str], train: Rows, settings: DataSettings, **others: Rows) -> tuple[Rows, Rows, Rows]:
+    """Training, validation and test rows; parts that are not given are split off `train` by its keys."""
+    missing = tuple(part for part in ("test", "validation") if part not in others)
+    kept, *split_off = split_indices(keys, train.classes, settings, missing)
+    parts = others | {part: train.subset(indices) for part, indices in zip(missing, split_off, strict=True)}
+    return train.subset(kept), parts["validation"], parts["test"]
 
 
 def assemble(

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 from edgetune.data.dataset import data_error
 
-MISSING = frozenset(
-    {"", "nan", "none", "null", "n/a", "na", "<na>", "nat"}
-)  # as pandas and JSON write what is not there
+MISSING = frozenset({"", "nan", "none", "null", "n/a", "na", "<na>", "nat"})  # as pandas and JSON write it
 _MOST_CLASSES = 20  # more of them, at fewer rows each than this, are no classes
 _ROWS_EACH = 3
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./]\d{2,4}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgetune.core.own_code import PREFIX, call_own
 from edgetune.data.chat import Conversation, is_messages, read_messages, split_key
-from edgetune.data.dataset import Dataset, assemble, classes_of, data_error, split_indices
+from edgetune.data.dataset import Dataset, assemble, classes_of, complete_parts, data_error
 from edgetune.data.records import rows_of, tagged_words
 from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
@@ -141,15 +141,9 @@ def _assemble(
             inputs = np.stack(inputs)
         return rows_of(inputs, [label for _, label, _ in part], task)
 
-    read = {name: rows(part) for name, part in parts.items()}
-    lacking = tuple(part for part in ("test", "validation") if part not in read)
-    if lacking:
-        given = read["train"]
-        keys = [_key(value) for value, _, _ in parts["train"]]
-        kept, *cut = split_indices(keys, given.classes, settings, lacking)
-        read |= {name: given.subset(indices) for name, indices in zip(lacking, cut, strict=True)}
-        read["train"] = given.subset(kept)
-    return assemble(source, task, (read["train"], read["validation"], read["test"]), settings)
+    keys = [_key(value) for value, _, _ in parts["train"]]
+    split = complete_parts(keys, settings=settings, **{name: rows(part) for name, part in parts.items()})
+    return assemble(source, task, split, settings)
 
 
 def _task_of(source: str, kind: str, labels: Sequence[Any]) -> Task:

@@ -14,9 +14,8 @@ from edgetune.data.dataset import (
     Dataset,
     assemble,
     classes_of,
+    complete_parts,
     data_error,
-    split_indices,
-    split_rows,
 )
 from edgetune.data.labels import check_labels, is_missing
 from edgetune.data.rows import Rows
@@ -72,7 +71,6 @@ def _check_readable(text: str) -> str:
 
 
 def _label(label: Any, settings: DataSettings) -> str:
-    """A class. Raises `ValueError` for anything else."""
     text = str(label).strip()
     if isinstance(label, float) and not math.isnan(label):
         raise ValueError("the label is a number with a fraction, not a class: set data.target to predict numbers")
@@ -86,7 +84,6 @@ def _label(label: Any, settings: DataSettings) -> str:
 
 
 def _number(value: Any) -> float:
-    """A finite number. Raises `ValueError` for anything else."""
     if is_missing(value):
         raise ValueError(f"the number is missing: {value}" if str(value).strip() else "the number is missing")
     try:
@@ -170,24 +167,18 @@ def build_dataset(
     def rows(records: list[Record]) -> Rows:
         return rows_of([text for text, _ in records], [label for _, label in records], task)
 
-    given = rows(train)
     copies = len(keys) - len(set(keys))
     if copies and settings.messages is not None:
         notes = (*notes, f"{copies:,} conversations start like another one; these are put into the same split")
     elif copies:
         notes = (*notes, f"{copies:,} texts are copies of others; copies are put into the same split")
-    if not others:
-        return assemble(name, task, split_rows(keys, given, settings), settings, notes)
-    lacking = tuple(part for part in ("test", "validation") if part not in others)
-    cut = split_indices(keys, given.classes, settings, lacking)
-    parts = dict(zip(lacking, (given.subset(part) for part in cut[1:]), strict=True))
-    parts.update({part: rows(records) for part, records in others.items()})
     train_texts = {text for text, _ in train}
     shared = sum(text in train_texts for text, _ in others.get("test", ()))
     if shared:
         kind = "texts" if settings.messages is None else "conversations"
         notes = (*notes, f"{shared:,} test {kind} are also among the training rows")
-    return assemble(name, task, (given.subset(cut[0]), parts["validation"], parts["test"]), settings, notes)
+    parts = complete_parts(keys, rows(train), settings, **{part: rows(records) for part, records in others.items()})
+    return assemble(name, task, parts, settings, notes)
 
 
 def rows_of(inputs: Sequence[Any], labels: Sequence[Any], task: Task) -> Rows:

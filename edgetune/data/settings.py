@@ -41,7 +41,7 @@ class DataSettings(Settings):
     """Column with a number that the model predicts; the column `label` is not used. Tables only."""
     tags: str | None = None
     """Column with a tag for each word: `O`, `B-kind` or `I-kind`. `text` is then the column with the words, `tokens` by
-    default. Both hold lists, or texts with blanks between. Tables only."""
+    default. Both contain lists, or texts separated by spaces. Tables only."""
     messages: str | tuple[str, str] | None = None
     """Column with a conversation, as a list of `{role, content}`, or two columns with a question and its answer.
     The model's chat template turns them into text; the columns `text` and `label` are not used. Tables only."""
@@ -91,7 +91,7 @@ class DataSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _instead_of_label(cls, given: Any) -> Any:
+    def _default_label(cls, given: Any) -> Any:
         """Conversations, numbers and tags have no classes, so `label` need not be set to `null`."""
         if not isinstance(given, dict):
             return given
@@ -122,7 +122,7 @@ class DataSettings(Settings):
 
     @field_validator("label_names", mode="before")
     @classmethod
-    def _labels_as_text(cls, given: Any) -> Any:
+    def _stringify_labels(cls, given: Any) -> Any:
         """`{0: bad}` means the label that a table writes as 0."""
         return {str(key): value for key, value in given.items()} if isinstance(given, dict) else given
 

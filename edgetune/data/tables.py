@@ -14,11 +14,7 @@ from edgetune.core.other_names import SUFFIXES, nearest, nearest_file
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.data.columns import LABELS, TEXTS, likely_column
-from edgetune.data.dataset import (
-    BadRows,
-    Dataset,
-    data_error,
-)
+from edgetune.data.dataset import BadRows, Dataset, data_error
 from edgetune.data.records import Record, add_record, build_dataset
 from edgetune.data.settings import DataSettings
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from edgetune.data.dataset import BadRows, Dataset, assemble, data_error, split_rows
+from edgetune.data.dataset import BadRows, Dataset, assemble, complete_parts, data_error
 from edgetune.data.records import build_dataset
 from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
@@ -99,7 +99,7 @@ def tweets(argument: str, settings: DataSettings) -> Dataset:
     )
     rows = Rows([text for text, _ in kept.values()], [label for _, label in kept.values()])
     # shared retweets are cut at different places: those that begin alike stay on one side of the split
-    parts = split_rows([key[:40] for key in kept], rows, settings)
+    parts = complete_parts([key[:40] for key in kept], rows, settings)
     return assemble("tweets", TextClassification(_SENTIMENTS), parts, settings, notes)
 
 
@@ -132,7 +132,7 @@ def word_sentiment(argument: str, settings: DataSettings) -> Dataset:
             ratings[word] = float(mean)
     notes = (f"left out {len(lines) - len(ratings):,} of {len(lines):,} entries that are no words",)
     rows = Rows(list(ratings), list(ratings.values()))
-    parts = split_rows([word[:5].lower() for word in ratings], rows, settings)
+    parts = complete_parts([word[:5].lower() for word in ratings], rows, settings)
     return assemble("word-sentiment", Regression(), parts, settings, notes)
 
 
@@ -181,7 +181,7 @@ def conversations(argument: str, settings: DataSettings) -> Dataset:
             text = "\n".join(f"{speakers[n % 2]}: {' '.join(line.split())}" for n, line in enumerate(lines))
             texts.setdefault(text, lines[0].lower())
     rows = Rows(list(texts))
-    parts = split_rows(list(texts.values()), rows, settings)
+    parts = complete_parts(list(texts.values()), rows, settings)
     notes = (*bad.notes(total, "conversations"), f"left out {total - len(bad.rows) - len(texts):,} exact duplicates")
     return assemble("conversations", CausalLM(), parts, settings, notes)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.other_names import nearest_file
 from edgetune.core.registry import require
-from edgetune.data.dataset import BadRows, Dataset, assemble, cache_folder, data_error, split_indices, split_rows
+from edgetune.data.dataset import BadRows, Dataset, assemble, cache_folder, complete_parts, data_error
 from edgetune.data.pixels import depth_problem
 from edgetune.data.rows import Rows
 from edgetune.data.settings import DataSettings
@@ -26,7 +26,7 @@ from edgetune.tasks.image_classification import ImageClassification
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PARTS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 
 
@@ -40,11 +40,10 @@ def fashion_mnist(argument: str, settings: DataSettings) -> Dataset:
     train = Rows(*_idx_pair(folder, "train", 60_000))
     test = Rows(*_idx_pair(folder, "t10k", 10_000))
     keys = [hashlib.sha256(image.tobytes()).hexdigest() for image in np.asarray(train.inputs)]
-    rest, validation = split_indices(keys, train.labels, settings, ("validation",))
     shared = len({hashlib.sha256(image.tobytes()).hexdigest() for image in np.asarray(test.inputs)} & set(keys))
     copies = (f"{shared:,} test images are also among the training rows",) if shared else ()
     notes = ("the official test set", *copies)
-    parts = (train.subset(rest), train.subset(validation), test)
+    parts = complete_parts(keys, train, settings, test=test)
     return assemble("fashion-mnist", ImageClassification(_FASHION_CLASSES), parts, settings, notes)
 
 
@@ -130,10 +129,15 @@ def from_imagefolder(argument: str, settings: DataSettings) -> Dataset:
         if not counted[label]:
             raise data_error(
                 f"the class folder {label} contains no image",
-                action=f"put images into it ({', '.join(_SUFFIXES)}), or remove the folder",
+                action=f"put images into it ({', '.join(IMAGE_SUFFIXES)}), or remove the folder",
             )
     notes = bad.notes(sum(counted.values()), folder.name)
-    return _image_parts(folder.name, classes, read, settings, notes)
+    train, keys = read.pop("train")
+    shared = len(set(keys) & set(read["test"][1])) if "test" in read else 0
+    if shared:
+        notes = (*notes, f"{shared:,} test images are also among the training rows")
+    split = complete_parts(keys, train, settings, **{part: rows for part, (rows, _) in read.items()})
+    return assemble(folder.name, ImageClassification(classes), split, settings, notes)
 
 
 def _no_classes(folder: Path) -> EdgetuneError:
@@ -147,9 +151,8 @@ def _no_classes(folder: Path) -> EdgetuneError:
 
 
 def _image_files(folder: Path, pattern: str) -> Iterator[Path]:
-    """The files in it with the suffix of an image."""
     for path in sorted(folder.glob(pattern)):
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
             yield path
 
 
@@ -177,7 +180,6 @@ def _read_folder(path: Path, classes: tuple[str, ...], bad: BadRows, counted: di
 
 
 def _problem(path: Path) -> str:
-    """Why an image cannot be read, or an empty string."""
     from PIL import Image
 
     try:
@@ -187,25 +189,3 @@ def _problem(path: Path) -> str:
             return depth_problem(image)
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
-
-
-def _image_parts(
-    name: str,
-    classes: tuple[str, ...],
-    read: dict[str, tuple[Rows, list[str]]],
-    settings: DataSettings,
-    notes: tuple[str, ...],
-) -> Dataset:
-    train, keys = read["train"]
-    if len(read) == 1:
-        parts = split_rows(keys, train, settings)
-    else:
-        lacking = tuple(part for part in ("test", "validation") if part not in read)
-        cut = split_indices(keys, train.labels, settings, lacking)
-        given = {part: rows for part, (rows, _) in read.items()}
-        given.update({part: train.subset(indices) for part, indices in zip(lacking, cut[1:], strict=True)})
-        shared = len(set(keys) & set(read["test"][1])) if "test" in read else 0
-        if shared:
-            notes = (*notes, f"{shared:,} test images are also among the training rows")
-        parts = (train.subset(cut[0]), given["validation"], given["test"])
-    return assemble(name, ImageClassification(classes), parts, settings, notes)

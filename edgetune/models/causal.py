@@ -62,7 +62,6 @@ def smollm2(argument: str, settings: ModelSettings, dataset: Dataset) -> LoadedM
 
 
 def _keep_first_blocks(model: Any, layers: int) -> None:
-    """Keep the first blocks, in place."""
     if layers > len(model.model.layers):
         action = f"use at most {len(model.model.layers)}"
         raise EdgetuneError("model.layers exceeds the number of blocks", got=layers, action=action)

@@ -63,7 +63,7 @@ class LoadedModel:
     licence: str = ""  # of the pretrained weights, as their package says; empty: it does not
     classes: Mapping[str, str] | None = None  # of a kept head, in its order: its own name, and the data's
 
-    def labelled(self, dataset: Dataset) -> Dataset:
+    def relabel(self, dataset: Dataset) -> Dataset:
         """The data with the classes of the model's outputs, under their names and in their order."""
         return dataset if self.classes is None else dataset.with_classes(self.classes)
 

@@ -18,7 +18,7 @@ def describe_io(loaded: LoadedModel, dataset: Dataset, recipe: str = "") -> Carr
 
     A tokenizer or an encoder that cannot be described is named in `notes`, and left out.
     """
-    dataset = loaded.labelled(dataset)
+    dataset = loaded.relabel(dataset)
     preprocessing, note = _preprocessing(loaded, dataset)
     return Carried(
         model=loaded.name,

@@ -53,7 +53,6 @@ def _wordpiece(tokenizer: dict[str, Any]) -> WordPiece | None:
 
 
 def _special_tokens(post: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The special tokens before and after a single text."""
     if post.get("type") == "BertProcessing":
         return (post["cls"][1],), (post["sep"][1],)
     if post.get("type") != "TemplateProcessing":

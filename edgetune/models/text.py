@@ -85,7 +85,6 @@ def word_starts(words: Sequence[int | None]) -> list[int]:
 
 
 def _pad_rows(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
-    """The rows as int64 `(rows, width)`, filled up with `value`."""
     padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for n, row in enumerate(rows):
         padded[n, : len(row)] = torch.tensor(row)
@@ -114,15 +113,8 @@ class MeanPoolClassifier(nn.Module):
         return logits
 
 
-class TokenClassifier(nn.Module):
-    """A BERT that classifies each of its token vectors. Layers are named as in transformers' own."""
-
-    def __init__(self, bert: nn.Module, tags: int) -> None:
-        super().__init__()
-        self.config = bert.config
-        self.bert = bert
-        self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(self.config.hidden_size, tags)  # type: ignore[union-attr, arg-type]
+class TokenClassifier(MeanPoolClassifier):
+    """A BERT that classifies each of its token vectors."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits `(batch, tokens, tags)` of `(batch, tokens)` ids and mask."""
@@ -212,7 +204,6 @@ def _check_causal(source: str, model: nn.Module) -> None:
 
 
 def _prepare_for_words(source: str, tokenizer: Any) -> Any:
-    """The tokenizer, set up for texts that are split into words."""
     if not getattr(tokenizer, "is_fast", False):
         raise EdgetuneError(
             f"the tokenizer of hf:{source} does not map tokens to words, so words cannot be tagged",
@@ -288,7 +279,6 @@ def _match_head(
 
 
 def _unnamed_note(own: tuple[str, ...], matched: dict[str, str]) -> tuple[str, ...]:
-    """A note for the report if classes were not matched by name."""
     taken = f"the checkpoint does not name its classes; they are assumed to be {', '.join(matched)}"
     return () if own == tuple(matched) else (taken,)
 

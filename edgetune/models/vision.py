@@ -86,10 +86,7 @@ def effnet_lite0(argument: str, settings: ModelSettings, dataset: Dataset) -> Lo
 
 
 def _replace_static_convolutions(model: nn.Module) -> None:
-    """Replace convolutions with symmetric padding by an ordinary `nn.Conv2d`, in place: adapters only know those.
-
-    The package's class also needs the image size whenever another one like it is made.
-    """
+    """Replace convolutions with symmetric padding by an ordinary `nn.Conv2d`: adapters only know those."""
     for name, layer in list(model.named_modules()):
         if type(layer).__name__ != "Conv2dStaticSamePadding":
             continue

@@ -53,7 +53,7 @@ class Prune(Technique):
     skip: tuple[str, ...] = ()
     """Patterns of layers that are not pruned."""
 
-    def fitted(self, later: Sequence[Technique]) -> Technique:
+    def adapt_to(self, later: Sequence[Technique]) -> Technique:
         """With widths that later techniques can use, such as whole groups for 4-bit weights."""
         if "round_to" in self.model_fields_set:
             return self
@@ -67,7 +67,7 @@ class Prune(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
         requested."""
-        sample = self.required(sample)
+        sample = self.require_sample(sample)
         cuts, fill = self._decide(model, sample)
         cut(model, cuts, sample.inputs, fill)
         return model
@@ -78,7 +78,7 @@ class Prune(Technique):
 
     def plan(self, model: nn.Module, sample: Sample | None = None) -> tuple[Cut, ...]:
         """What `apply` would remove, as a printable value. The model does not change."""
-        return self._decide(model, self.required(sample))[0]
+        return self._decide(model, self.require_sample(sample))[0]
 
     def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:
         self._check(model)

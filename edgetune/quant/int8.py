@@ -57,7 +57,7 @@ class Int8(Technique):
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Return the quantized graph of `model`; `model` itself is left in eval mode."""
-        sample = self.required(sample)
+        sample = self.require_sample(sample)
         with silence_libraries():
             require("executorch", "int8")
             require("torchao", "int8")

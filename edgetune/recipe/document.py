@@ -36,14 +36,10 @@ _C: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # many times as fast, 
 
 
 class _FastReader(_C):  # type: ignore[misc]
-    """The same types, read by libyaml."""
-
     yaml_implicit_resolvers = _Reader.yaml_implicit_resolvers
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper, without aliases for repeated values."""
-
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -164,8 +160,6 @@ def _check_limits(text: str, name: str, reader: type[Any]) -> None:
 
 
 class _NodeReader:
-    """Converts nodes to values, and collects lines and errors."""
-
     def __init__(self, name: str) -> None:
         self.name, self.nodes = name, 0
         self.places: dict[KeyPath, str] = {}

@@ -131,7 +131,6 @@ def _needs_new_head(config: Any, dataset: Dataset) -> bool:
 
 
 def _size(task: TaskName, config: Any) -> tuple[str, str]:
-    """The setting for the size of an input, and its unit."""
     if task == "image":
         return "image_px: 112", "pixels, width and height"
     length = {"text": 64, "language": 128}[task]

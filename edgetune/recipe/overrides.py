@@ -76,7 +76,6 @@ def apply_overrides(
 
 
 def _paths(values: dict[str, Any], key: str, top: Sequence[str]) -> list[KeyPath]:
-    """Every path that a dotted key refers to."""
     first, *rest = (_parse_segment(part) for part in key.split("."))
     below: KeyPath = ()
     for name, position in rest:

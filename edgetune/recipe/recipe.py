@@ -65,7 +65,7 @@ class Recipe(Settings):
     variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012  pydantic copies it
     """Named sets of overrides; `variant=NAME` on the command line selects one."""
 
-    def resolved(self) -> dict[str, Any]:
+    def resolve(self) -> dict[str, Any]:
         """Plain values with every default written out; reading them returns an equal recipe."""
         plain = self.model_dump(mode="json")
         plain["steps"] = [{s["name"]: s["settings"]} for s in plain["steps"]]
@@ -73,12 +73,12 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.resolve(), sort_keys=False, allow_unicode=True)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the settings that affect the result (not the description, nor variants that are not selected)."""
-        plain = {k: v for k, v in self.resolved().items() if k not in ("description", "variants")}
+        plain = {k: v for k, v in self.resolve().items() if k not in ("description", "variants")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -133,7 +133,7 @@ def parse(text: str, name: str, overrides: Mapping[str, Any] | None = None) -> R
 
 
 def from_plain(plain: Mapping[str, Any], name: str = "recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from plain values, such as those of `Recipe.resolved`."""
+    """A recipe from plain values, such as those of `Recipe.resolve`."""
     return from_document(Document(name, dict(plain)), overrides)
 
 
@@ -202,11 +202,14 @@ def _suggest_place(problem: Problem, values: Mapping[str, Any]) -> str:
 
 
 class _Checker:
-    """Builds a recipe from plain values, and collects errors."""
-
     def __init__(self, document: Document) -> None:
         self.document = document
         self.errors: list[EdgetuneError] = []
+
+    def add(self, where: str | KeyPath, problem: str, **details: Any) -> None:
+        """Note an error; `details` are those of an `EdgetuneError`."""
+        location = where if isinstance(where, str) else self.where(where)
+        self.errors.append(EdgetuneError(problem, where=location, **details))
 
     def recipe(self) -> Recipe | None:
         values = self.document.value
@@ -244,27 +247,21 @@ class _Checker:
     def steps(self, plain: Any) -> list[tuple[int, str, Step | None]]:
         """Index, name and step of every step with a valid name; the step is `None` if its settings are wrong."""
         if not isinstance(plain, list) or not plain:
-            message = "must be a list of steps" if plain else "a recipe needs at least one step"
+            problem = "must be a list of steps" if plain else "a recipe needs at least one step"
             action = "begin each step with a dash, as in `- train`"
-            where = self.where(("steps",))
-            self.errors.append(
-                EdgetuneError(message, where=where, got=plain or None, allowed=step_names(), action=action, near="")
-            )
+            self.add(("steps",), problem, got=plain or None, allowed=step_names(), action=action, near="")
             return []
         steps = []
         for index, step in enumerate(plain):
             if not isinstance(step, dict) or len(step) != 1 or not isinstance(next(iter(step)), str):
                 got = list(step) if isinstance(step, dict) else step
-                action = (
-                    _suggest_indent(got) or "write `- name`, or `- name: {setting: value}`; a dash before every step"
-                )
-                message = "a step is one name with its settings"
-                self.errors.append(EdgetuneError(message, where=self.where_step(index), got=got, action=action))
+                form = "write `- name`, or `- name: {setting: value}`; a dash before every step"
+                action = _suggest_indent(got) or form
+                self.add(self.where_step(index), "a step is one name with its settings", got=got, action=action)
                 continue
             name, settings = next(iter(step.items()))
             if name not in step_names():
-                where = self.where_step(index)
-                self.errors.append(EdgetuneError("unknown step", where=where, got=name, allowed=step_names()))
+                self.add(self.where_step(index), "unknown step", got=name, allowed=step_names())
                 continue
             steps.append((index, name, self.step(index, name, settings)))
         return steps
@@ -296,19 +293,16 @@ class _Checker:
         distill = getattr(step.settings, "distill", None) if step is not None else None
         name = getattr(distill, "teacher", None)
         if isinstance(name, str) and name not in earlier:
-            message = "the teacher is the model just before an earlier step"
-            self.errors.append(
-                EdgetuneError(message, where=f"{where}.distill.teacher", got=name, allowed=list(dict.fromkeys(earlier)))
-            )
+            problem = "the teacher is the model just before an earlier step"
+            self.add(f"{where}.distill.teacher", problem, got=name, allowed=list(dict.fromkeys(earlier)))
 
     def sources(self, values: dict[str, Any]) -> None:
         """Model and data are names in the registry, with an argument after the first colon."""
         for key, table in (("model", registry.MODELS), ("data", registry.DATASETS)):
             source = values[key].get("source") if isinstance(values.get(key), dict) else None
             if isinstance(source, str) and source.partition(":")[0] not in table:
-                self.errors.append(
-                    registry.unknown_source_error(table, key, source).within(self.where((key, "source")))
-                )
+                error = registry.unknown_source_error(table, key, source)
+                self.errors.append(error.within(self.where((key, "source"))))
 
     def devices(self, values: dict[str, Any]) -> None:
         """Every device is a known id, `host`, or the path of a descriptor."""
@@ -322,42 +316,36 @@ class _Checker:
         allowed = dict.fromkeys([*device_ids(), HOST])
         for path, name in named_devices:
             if isinstance(name, str) and name not in allowed and not name.endswith(SUFFIX):
-                self.errors.append(EdgetuneError("unknown device", where=self.where(path), got=name, allowed=allowed))
+                self.add(path, "unknown device", got=name, allowed=allowed)
 
     def reachable(self, recipe: Recipe | None, steps: list[tuple[int, str, Step | None]]) -> None:
         """The target exists, and something in the recipe provides each budgeted value."""
         if recipe is None:
             return
         if recipe.export is not None and recipe.export.target not in TARGET_NAMES:
-            where = self.where(("export", "target"))
-            target = recipe.export.target
-            self.errors.append(EdgetuneError("unknown target", where=where, got=target, allowed=TARGET_NAMES))
+            self.add(("export", "target"), "unknown target", got=recipe.export.target, allowed=TARGET_NAMES)
         self.generation(recipe)
         profiled = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
         for index, budget in enumerate(recipe.budget):
+            prediction = (budget.device in profiled, f"add export, and {budget.device} under profile.devices")
             needs = {
-                "latency_ms": (budget.device in profiled, f"add export, and {budget.device} under profile.devices"),
-                "peak_memory_mib": (
-                    budget.device in profiled,
-                    f"add export, and {budget.device} under profile.devices",
-                ),
+                "latency_ms": prediction,
+                "peak_memory_mib": prediction,
                 "size_mib": (recipe.export is not None, "add export"),
                 "train_memory_mib": (any(name == "train" for _, name, _ in steps), "add a train step"),
             }
             for limit, (provided, action) in needs.items():
                 if getattr(budget, limit) is not None and not provided:
-                    where = self.where(("budget", index, limit))
-                    message = "nothing in the recipe provides this value"
-                    self.errors.append(EdgetuneError(message, where=where, action=action))
+                    self.add(("budget", index, limit), "nothing in the recipe provides this value", action=action)
 
     def generation(self, recipe: Recipe) -> None:
         """Whether the model can generate text, as far as its name shows; the rest is checked when it is loaded."""
         if recipe.export is None or not recipe.export.language:
             return
         if recipe.model.source.partition(":")[0] in NOT_LANGUAGE:
-            message = f"{recipe.model.source} is not a causal language model, so its program cannot generate text"
+            problem = f"{recipe.model.source} is not a causal language model, so its program cannot generate text"
             action = "leave export.language out, or choose the model smollm2 or hf:PATH"
-            self.errors.append(EdgetuneError(message, where=self.where(("export", "language")), action=action))
+            self.add(("export", "language"), problem, action=action)
 
     def variants(self, plain: Any) -> None:
         """Every key of every variant must refer to something, even if the variant is not selected."""
@@ -368,7 +356,7 @@ class _Checker:
                 continue
             where = self.where(("variants", name))
             if VARIANT in overrides:
-                self.errors.append(EdgetuneError("a variant cannot choose a variant", where=where))
+                self.add(where, "a variant cannot choose a variant")
             _, errors = apply_overrides(self.document, overrides, list(Recipe.model_fields))
             self.errors += [error.within(where) for error in errors if VARIANT not in overrides]
 

@@ -49,7 +49,7 @@ class ExportSettings(Settings):
     """Percentage of these rows, or tokens, on which both must agree; otherwise the export fails."""
 
     @model_validator(mode="after")
-    def _cache_is_of_use(self) -> ExportSettings:
+    def _check_cache(self) -> ExportSettings:
         if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
             message = "max_tokens is the cache size of a text-generation program, but language is false"
             raise EdgetuneError(message, got=self.max_tokens, action="add language: true, or leave max_tokens out")
@@ -86,7 +86,7 @@ class Budget(Settings):
     """Maximum memory while the program runs, in MiB; `null`: no limit."""
 
     @model_validator(mode="after")
-    def _limits_something(self) -> Budget:
+    def _check_limits(self) -> Budget:
         if not any((self.latency_ms, self.size_mib, self.train_memory_mib, self.peak_memory_mib)):
             limits = ["latency_ms", "size_mib", "train_memory_mib", "peak_memory_mib"]
             raise EdgetuneError("limits nothing", allowed=limits, action="give at least one of them")

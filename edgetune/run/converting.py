@@ -211,7 +211,7 @@ def _read_inputs(inputs: str) -> list[Inputs]:
     rows = list(value) if isinstance(value, list) else [value]
     for row in rows:
         flat = row.values() if isinstance(row, dict) else row if isinstance(row, tuple) else (row,)
-        if not rows or not all(isinstance(each, Tensor) for each in flat):
+        if not all(isinstance(each, Tensor) for each in flat):
             raise EdgetuneError(
                 f"{inputs} does not return inputs for a model",
                 got=type(row).__name__,

@@ -18,16 +18,8 @@ from edgetune.runtime import host
 from edgetune.runtime.clock.machine import cpuinfo, text_of, usable_cores
 
 STACK = (
-    "edgetune",
-    "torch",
-    "executorch",
-    "torchao",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "torch-pruning",
-    "plotly",
-)
+    "edgetune", "torch", "executorch", "torchao", "transformers", "peft", "bitsandbytes", "torch-pruning", "plotly",
+)  # fmt: skip
 FLAGS = {  # as the kernel prints them; those that change how fast a matrix product is
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
@@ -122,10 +114,7 @@ def _extras() -> dict[str, tuple[str, ...]]:
 
 
 def _targets() -> dict[str, str]:
-    """Every target: "lowers and runs here", "lowers here; ...", or what is missing.
-
-    In a child process: importing all partitioners is slow, prints, and could crash.
-    """
+    """The state of every target, from a child process: importing all partitioners is slow, prints, and could crash."""
     script = (
         "import json; from edgetune.export.targets import TARGETS, lowerable_targets; found = lowerable_targets();"
         "print(); print(json.dumps({n: found.get(n, 'not here: ' + t.install) for n, t in TARGETS.items()}))"

@@ -156,7 +156,7 @@ def prompts_from_texts(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:
 
     prompts = []
     for index in range(rows):
-        inputs, labels = learned_tokens(split.encoded([index]))
+        inputs, labels = learned_tokens(split.encode_rows([index]))
         ids = inputs["input_ids"][0][inputs["attention_mask"][0] != 0].tolist()
         learned = labels[0].ne(IGNORED_LABEL).nonzero()
         given = int(learned[0]) if len(learned) else 0

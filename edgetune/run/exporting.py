@@ -180,7 +180,7 @@ def _from_registry(source: str, data: str | None, language: bool) -> Exportable:
     settings = ModelSettings(source=source)
     torch.manual_seed(0)
     loaded = registry.loader(registry.MODELS, "model", source)(settings, dataset)
-    dataset = loaded.labelled(dataset)
+    dataset = loaded.relabel(dataset)
     split, metadata = Split(dataset.task, dataset.test, loaded.encode), describe_io(loaded, dataset)
     by = f"{data} gave the classes and the rows to compare on, " if data else ""
     untrained = f"exported as loaded: {by}nothing was trained"

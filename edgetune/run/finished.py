@@ -83,7 +83,7 @@ class FinishedRun:
         """The test rows, read again from the recipe's data, encoded for the model."""
         data = self.recipe.data
         dataset: Dataset = registry.loader(registry.DATASETS, "data", data.source)(data)
-        dataset = self.loaded.labelled(dataset)
+        dataset = self.loaded.relabel(dataset)
         dataset = drop_truncated_answers(dataset, self.loaded.encode, self.loaded.name, data.max_bad_rows_pct)
         return Split(dataset.task, dataset.test, self.loaded.encode)
 
@@ -102,7 +102,11 @@ def save_finished(
         graph=isinstance(model, Static8),
         packed=any(type(tensor) is not Tensor for tensor in model.state_dict().values()),
         shared=_tied_tensors(model),
-        history=tuple((s.name, s.settings.model_dump(mode="json")) for s in recipe.steps if _is_technique(s.settings)),
+        history=tuple(
+            (step.name, step.settings.model_dump(mode="json"))
+            for step in recipe.steps
+            if isinstance(step.settings, Technique)
+        ),
         task=dataset.task.name,
         values=asdict(dataset.task),
         config=_config(model),
@@ -215,16 +219,11 @@ def _tied_tensors(model: nn.Module) -> dict[str, str]:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """The plain values of a transformers config."""
     config = getattr(model, "config", None)
     if not callable(getattr(config, "to_json_string", None)):
         return {}
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
     return {name: v for name, v in plain.items() if hasattr(config, name) and getattr(config, name) == v}
-
-
-def _is_technique(settings: object) -> bool:
-    return isinstance(settings, Technique)
 
 
 def _torchao() -> Any:

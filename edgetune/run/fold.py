@@ -89,7 +89,7 @@ class Fold:
         loaded: LoadedModel = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
         progress("load", 2, 2, loaded.name)
         self.data_as_read = self.dataset
-        self.dataset = loaded.labelled(self.dataset)  # a trained head that was kept has its own order of classes
+        self.dataset = loaded.relabel(self.dataset)  # a trained head that was kept has its own order of classes
         self.dataset = drop_truncated_answers(self.dataset, loaded.encode, loaded.name, recipe.data.max_bad_rows_pct)
         self.model: nn.Module = loaded.model
         self.task = self.dataset.task
@@ -108,7 +108,7 @@ class Fold:
             seed=recipe.seed,
             model=loaded.name,
             data=self.dataset.name,
-            settings=recipe.resolved(),
+            settings=recipe.resolve(),
             environment=installed_versions(),
             baselines=earlier.baselines if earlier else self.task.baselines(self.dataset.parts, loaded.encode),
             notes=(*self.dataset.notes, *loaded.notes),
@@ -251,8 +251,8 @@ class Fold:
             result = train(
                 self.model,
                 settings,
-                self.seen_in_training(),
-                self.loss_with(settings.class_weights),
+                self.augmented_split(),
+                self.make_loss(settings.class_weights),
                 seed=self.recipe.seed + index,
                 folder=folder,
                 resume=self.resume,
@@ -274,7 +274,7 @@ class Fold:
         self.ledger = self.ledger.with_(trainings=(*self.ledger.trainings, training))
         self.save()
 
-    def seen_in_training(self) -> Split:
+    def augmented_split(self) -> Split:
         """The training rows, with random changes if the data settings ask for them."""
         kinds = self.recipe.data.augment
         if not kinds:
@@ -283,7 +283,7 @@ class Fold:
 
         return Split(self.task, self.dataset.train, Augmented(self.train_split.encode, kinds))
 
-    def loss_with(self, class_weights: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def make_loss(self, class_weights: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The task's loss; "balanced" weights every class equally, regardless of its number of rows."""
         if class_weights == "none":
             return self.loss
@@ -361,7 +361,7 @@ class Fold:
             self.progress("measure", 0, 1, f"after {step}")
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
-            last = self.ledger.rows[-1].quality if exact else self.quality()
+            last = self.ledger.rows[-1].quality if exact else self.quality_of(self.model)
             note = "not measured again: the step does not change the output" if exact else ""
             row = Row(
                 index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
@@ -370,10 +370,6 @@ class Fold:
             self.progress("measure", 1, 1, quality_in_words(last) if last else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))
         self.save()
-
-    def quality(self) -> Quality:
-        """The current model's quality on the test set."""
-        return self.quality_of(self.model)
 
     def quality_of(self, model: nn.Module) -> Quality:
         """Any model's quality on the test set."""

@@ -12,10 +12,10 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.other_names import nearest_file
 from edgetune.data.dataset import data_error
 from edgetune.data.settings import WholeData
+from edgetune.data.vision import IMAGE_SUFFIXES
 
 TABLES = {".csv": "csv", ".jsonl": "jsonl"}  # ending -> loader of the registry
 FILES = (".txt", *TABLES)
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 STDIN = "-"
 
 
@@ -113,7 +113,9 @@ def _images(path: Path) -> Iterable[InputRow]:
                 message, got=str(path), action="give images or folders; or paths on stdin, one per line, with -"
             )
         return [InputRow(str(path))]
-    images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
+    images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not images:
-        raise data_error("the folder contains no images", got=str(path), allowed=IMAGES, action="give another folder")
+        raise data_error(
+            "the folder contains no images", got=str(path), allowed=IMAGE_SUFFIXES, action="give another folder"
+        )
     return [InputRow(str(image)) for image in images]

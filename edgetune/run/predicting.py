@@ -201,7 +201,6 @@ def data_settings(program: Path, source: str | None = None, overrides: Mapping[s
 
 
 def _concatenate(parts: Sequence[Rows]) -> Rows:
-    """All rows of a data set, one part after the other."""
     parts = [rows for rows in parts if len(rows)]
     labels = [label for rows in parts for label in rows.labels or ()]
     if len(parts) > 1 and hasattr(parts[0].inputs, "dtype"):
@@ -212,17 +211,13 @@ def _concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def _renumber(label: Any, places: Sequence[int]) -> Any:
-    """A class or tags by the program's numbers; a number unchanged."""
     if isinstance(label, tuple):
         return tuple(places[tag] for tag in label)
     return places[int(label)] if places else label
 
 
 def _match_classes(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """The index of each class of the data among the program's: by name, up to case and surrounding spaces.
-
-    Outputs called `LABEL_0`, `LABEL_1` are the classes `0`, `1`.
-    """
+    """The program's index of each class, by name up to case and spaces; `LABEL_0` is the class `0`."""
     folded = [label.strip().casefold() for label in labels]
     if all(label == f"label_{place}" for place, label in enumerate(folded)):
         folded = [name.strip().casefold() for name in classes if name in labels] or [str(p) for p in range(len(labels))]

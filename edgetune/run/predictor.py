@@ -111,7 +111,6 @@ class Predictor:
 
 
 def _image_inputs(preparation: Any, row: Any) -> dict[str, Tensor]:
-    """The tensors of an image in a file or in an array of bytes."""
     image = registry.require("PIL.Image", "an image")
     try:
         if not isinstance(row, (str, Path)):

@@ -46,5 +46,5 @@ def prepare(recipe: Recipe) -> Prepared:
     settings = recipe.steps[place].settings
     assert isinstance(settings, Train)
     pad_to = fold.train_split.pad_to(recipe.model.max_length)
-    loss, rows = fold.loss_with(settings.class_weights), fold.seen_in_training()
+    loss, rows = fold.make_loss(settings.class_weights), fold.augmented_split()
     return Prepared(fold.model, settings, recipe.seed + place, rows, loss, fold.quality_of, pad_to)

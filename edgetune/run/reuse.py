@@ -27,7 +27,7 @@ _CHANGES_NO_RESULT = {"train": CHANGES_NO_RESULT}
 
 def step_digests(recipe: Recipe) -> tuple[str, ...]:
     """The digest of the model and the data as loaded, then of each step."""
-    plain = recipe.resolved()
+    plain = recipe.resolve()
     own = [contents_digest(recipe.model.source), contents_digest(recipe.data.source)]
     chain = [_sha256([plain["seed"], plain["model"], plain["data"], *own])]
     for step in plain["steps"]:

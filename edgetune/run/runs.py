@@ -111,7 +111,7 @@ def roll_back(recipe: Recipe, folder: Path, steps: int) -> None:
         kept = {row.index for row in rows}
         trainings = tuple(t for t in earlier.trainings if t.row in kept)
         nothing = {"program": None, "measured": (), "predicted": (), "verdicts": (), "finished": False}
-        ledger = earlier.with_(rows=rows, trainings=trainings, settings=recipe.resolved(), **nothing)
+        ledger = earlier.with_(rows=rows, trainings=trainings, settings=recipe.resolve(), **nothing)
         write_atomically(folder / "ledger.json", ledger.dumps())
     shutil.rmtree(folder / "finished", ignore_errors=True)
     for checkpoints in (folder / "checkpoints").glob("[0-9]*-train"):

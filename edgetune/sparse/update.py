@@ -94,7 +94,7 @@ class SparseUpdate(Technique):
             return resolve(model, self.scheme, self.head, self.norms, sample)
         from edgetune.sparse.auto.choose import choose
 
-        sample = self.required(sample)
+        sample = self.require_sample(sample)
         return choose(
             model, sample, self.budget_mib, self.step_ms, under=self.under(model), head=self.head, norms=self.norms
         ).scheme
@@ -152,7 +152,7 @@ class SparseUpdate(Technique):
             from edgetune.sparse.auto.contribution import weight_scores
 
             names = [name for name, part in slices.items() if part.by == by]
-            labelled, loss = self.required(sample).labels()
+            labelled, loss = self.require_sample(sample).labels()
             scores |= weight_scores(model, names, itertools.islice(labelled(), _SCORED_BATCHES), loss, by)
         return scores
 

@@ -56,7 +56,6 @@ def count_answers(classes: Sequence[str], rows: Rows, logits: Tensor, *, images:
 
 
 def _preview_row(row: Any, *, images: bool) -> dict[str, str]:
-    """A row for the report: the beginning of a text, or a small image and its file name."""
     if images:
         return {"text": Path(row).name if isinstance(row, (str, Path)) else "", "image": _thumbnail(row)}
     text = " ".join(row.split())

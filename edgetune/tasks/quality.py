@@ -53,7 +53,7 @@ def batches_of(model: nn.Module, split: Split, batch_size: int) -> Iterator[Batc
     device = device_of(model)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        encoded = split.encoded(indices)
+        encoded = split.encode_rows(indices)
         inputs, labels = split.task.collate(encoded, split.rows.labels_at(indices))
         # entered anew for each batch: a caller that stops in between leaves nothing changed
         with preserve_state(model), torch.no_grad():

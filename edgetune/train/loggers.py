@@ -100,21 +100,21 @@ class TrainingLog:
         if self.file is not None:
             self.file.close()
         for name in tuple(self.loggers):
-            with self._unless_it_fails(name):
+            with self._drop_if_failing(name):
                 self.loggers[name].close()
 
     def add(self, update: int, updates: int, loss: float, learning_rate: float) -> None:
         """Log one update."""
-        file = self._opened(update)
+        file = self._open(update)
         seconds = round(time.perf_counter() - self.began, 3)
         figures = {"loss": loss, "learning_rate": learning_rate, "seconds": seconds}
         file.write(json.dumps({"update": update, "updates": updates, **figures}) + "\n")
         file.flush()
         for name in tuple(self.loggers):
-            with self._unless_it_fails(name):
+            with self._drop_if_failing(name):
                 self.loggers[name].add(update, figures)
 
-    def _opened(self, update: int) -> TextIO:
+    def _open(self, update: int) -> TextIO:
         """The file, which keeps the lines of an earlier part before this update."""
         if self.file is None:
             path = self.folder / FILE
@@ -123,7 +123,7 @@ class TrainingLog:
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in earlier))
             self.file = path.open("a", encoding="utf-8")
             for name in self.names:
-                with self._unless_it_fails(name):
+                with self._drop_if_failing(name):
                     self.loggers[name] = self._start(name, update)
         return self.file
 
@@ -138,7 +138,7 @@ class TrainingLog:
         )
 
     @contextlib.contextmanager
-    def _unless_it_fails(self, name: str) -> Any:
+    def _drop_if_failing(self, name: str) -> Any:
         """Drop a logger that fails, with a warning: it must not stop a training."""
         try:
             yield

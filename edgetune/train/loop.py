@@ -130,7 +130,15 @@ def train(
                 raise KeyboardInterrupt
     restore_tensors(model, run.best_tensors)
     model.eval()
-    return _result(run, optimizer, cache.report if cache else None)
+    return TrainResult(
+        losses=tuple(run.losses),
+        gradients_mib=run.gradient_bytes / MIB,
+        optimizer_state_mib=optimizers.state_bytes(optimizer) / MIB,
+        resumed_from=run.resumed_from,
+        best=run.best,
+        seconds=run.seconds,
+        prefix=cache.report if cache else None,
+    )
 
 
 def _prefix(
@@ -285,18 +293,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def _result(run: Progress, optimizer: torch.optim.Optimizer, prefix: PrefixReport | None) -> TrainResult:
-    return TrainResult(
-        losses=tuple(run.losses),
-        gradients_mib=run.gradient_bytes / MIB,
-        optimizer_state_mib=optimizers.state_bytes(optimizer) / MIB,
-        resumed_from=run.resumed_from,
-        best=run.best,
-        seconds=run.seconds,
-        prefix=prefix,
-    )
 
 
 def _validate(model: nn.Module, validation: Callable[[nn.Module], Quality], run: Progress) -> None:

@@ -127,7 +127,7 @@ class PrefixCache:
         """Inside, a call of the model on the inputs of these rows, in this order, skips the frozen stages."""
         if self.closed:
             raise EdgetuneError("this cached prefix was closed", action="open it again")
-        with self.stages.played_by(_Replayer(self, [int(row) for row in indices])):
+        with self.stages.play(_Replayer(self, [int(row) for row in indices])):
             yield
 
     @property
@@ -154,10 +154,10 @@ class PrefixCache:
         inputs = self.kept.inputs(rows)
         with preserve_state(self.model), torch.no_grad():
             full = logits_of(call(self.model, inputs))
-            error = self._compared(inputs, rows, full)
+            error = self._compare(inputs, rows, full)
             if reused and not error <= _MOST_ERROR[self.dtype]:  # kept by a model that only looked the same
                 self.kept.store.clear()
-                error = self._compared(inputs, rows, full)
+                error = self._compare(inputs, rows, full)
         self.kept.reset()
         self.check_error = error
         if error <= _MOST_ERROR[self.dtype]:
@@ -174,16 +174,16 @@ class PrefixCache:
             problem += "batch or its padding"
         raise EdgetuneError(f"cache_prefix: {problem}", action="leave cache_prefix out for this model")
 
-    def _compared(self, inputs: Inputs, rows: list[int], full: Tensor) -> float:
+    def _compare(self, inputs: Inputs, rows: list[int], full: Tensor) -> float:
         """The error of the cached path on these rows; NaN if skipped outputs are read."""
         self.kept.reset()
         try:
-            cached = self._cached(inputs, rows)
+            cached = self._run_cached(inputs, rows)
         except RuntimeError as error:
             if self.whole or "single memory location" not in str(error):
                 raise
             self.whole = True  # something writes into the output of a skipped stage
-            cached = self._cached(inputs, rows)
+            cached = self._run_cached(inputs, rows)
         width = self.kept.width_of(inputs)
         if not (width and full.dim() > 2 and full.shape[1] == width):
             return relative_error(full, cached)
@@ -191,7 +191,7 @@ class PrefixCache:
         own = torch.arange(width)[None] < torch.tensor([self.kept.length(row) for row in rows])[:, None]
         return relative_error(full[own.to(full.device)], cached[own.to(full.device)])
 
-    def _cached(self, inputs: Inputs, rows: list[int]) -> Tensor:
+    def _run_cached(self, inputs: Inputs, rows: list[int]) -> Tensor:
         with self.rows(rows):
             return logits_of(call(self.model, inputs))
 
@@ -257,6 +257,5 @@ def _refuse_noise(kept: CachedRows) -> None:
 
 
 def _probe(kept: CachedRows) -> list[int]:
-    """A few rows of different lengths."""
     last, most = len(kept.order) - 1, min(_CHECK_ROWS, len(kept.order))
     return list(dict.fromkeys(kept.order[last * n // max(most - 1, 1)] for n in range(most)))

@@ -110,7 +110,7 @@ class CachedRows:
         """The inputs that the model was called with, and the prefix's outputs."""
         filler = Filler(self.prefix)
         try:
-            with self.stages.played_by(filler), torch.no_grad(), set_modes(self.modes):
+            with self.stages.play(filler), torch.no_grad(), set_modes(self.modes):
                 call(self.model, inputs)
         except PrefixEnd:
             return name_arguments(filler.args, filler.kwargs), filler.tensors
@@ -132,7 +132,7 @@ class CachedRows:
                     action="leave cache_prefix out for rows of different shapes",
                 )
         stored = [_convert_to_stored(tensor, kind) for tensor, kind in zip(tensors, self.types, strict=True)]
-        with self.store.writing():
+        with self.store.lock_for_writing():
             for n, row in enumerate(chunk):
                 there = self.store.read(row)
                 if there is None or there[0] != digests[n]:

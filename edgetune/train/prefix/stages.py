@@ -63,7 +63,7 @@ class Stages:
         self.replaced = []
 
     @contextmanager
-    def played_by(self, player: Player | None) -> Iterator[None]:
+    def play(self, player: Player | None) -> Iterator[None]:
         """Inside, `player` handles the calls."""
         before, self.player = self.player, player
         try:
@@ -214,7 +214,7 @@ def _watch(stages: Stages, split: TrainingRows, rows: Sequence[int]) -> _Watcher
     modules = dict(stages.model.named_modules())
     watcher = _Watcher(lambda name: any(p.requires_grad for p in modules[name].parameters()))
     inputs, _ = split.batch(rows)
-    with stages.played_by(watcher), torch.enable_grad():
+    with stages.play(watcher), torch.enable_grad():
         try:
             call(stages.model, to_device(inputs, device_of(stages.model)))
         except PrefixEnd:

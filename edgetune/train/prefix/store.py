@@ -115,7 +115,7 @@ class RowStore:
             raise _disk_error(self.folder, error) from error
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def lock_for_writing(self) -> Iterator[None]:
         """Lock the cache for writing."""
         filelock = require("filelock", "a cached prefix")
         with filelock.FileLock(self.folder / "write.lock"):
@@ -123,7 +123,7 @@ class RowStore:
 
     def clear(self) -> None:
         """Discard every row."""
-        with self.writing():
+        with self.lock_for_writing():
             _write_at(self.rows_file, 0, _EMPTY * len(self.verified))
         self.verified[:] = False
 
