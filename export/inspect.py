@@ -15,9 +15,9 @@ from edgetune.core.ledger import Parity
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.export import external_weights
-from edgetune.program.beside import program_at
 from edgetune.program.inspection import Beside, Constant, Count, Delegate, FileShare, Inspection, Method, Slot
 from edgetune.program.manifest import DataFile, TrainingParity, data_path, manifest_path, stored_manifest
+from edgetune.program.program_files import program_at
 
 _IDENTIFIER = slice(4, 8)  # of a flatbuffer; executorch's are ET12 and the like
 _HEADER = slice(8, 40)

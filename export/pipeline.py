@@ -25,9 +25,8 @@ from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, check_finaliz
 from edgetune.export.program_inputs import ProgramInputs, check_batch_first, names_of, prepare_inputs, specs_of
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
-from edgetune.program.beside import check_program_path, sha256_of
 from edgetune.program.card import write_card
-from edgetune.program.carried import Carried, ScaledValue, write_beside
+from edgetune.program.carried import Carried, ScaledValue, write_tokenizer
 from edgetune.program.manifest import (
     Call,
     LanguageSpec,
@@ -39,6 +38,7 @@ from edgetune.program.manifest import (
     data_file,
     data_path,
 )
+from edgetune.program.program_files import check_program_path, sha256_of
 from edgetune.runtime import forks, verify
 from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.verify import Bounds, Row
@@ -79,7 +79,7 @@ def export_program(
             least = outputs[1] if axes else outputs[0]
             specs = specs_of(outputs[0], names, least)
             call = call_of("forward", lowered, inputs.specs, specs, parity, io_in_plan=layout.io_in_plan)
-            beside = None if carried is None else write_beside(carried, path)
+            beside = None if carried is None else write_tokenizer(carried, path)
             return manifest_of("model", lowered, (call,), chosen, device, path, carried=beside)
 
         manifest = write_pair(path, lowered.data, prove, lowered.weights)

@@ -158,7 +158,7 @@ def test_calibrate_writes_a_descriptor_that_predicts_beside_the_measurement(
 
 
 def test_a_calibration_is_kept_whole(host_file: Path, tmp_path: Path) -> None:
-    beside = calibration.path_beside(host_file)
+    beside = calibration.calibration_path(host_file)
     assert beside.name == "host.calibration.json"
     found = calibration.read(beside)
     assert found is not None
@@ -179,7 +179,7 @@ def test_a_calibration_of_another_device_is_refused(host_file: Path, tmp_path: P
     content = yaml.safe_load(host_file.read_text(encoding="utf-8"))
     content["id"] = "other"
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    shutil.copy(calibration.path_beside(host_file), tmp_path / "other.calibration.json")
+    shutil.copy(calibration.calibration_path(host_file), tmp_path / "other.calibration.json")
     with pytest.raises(EdgetuneError, match=r"another device's: got 'host'; allowed: other[\s\S]*calibrate` again"):
         device.load(tmp_path / "other.yaml")
 
@@ -198,7 +198,7 @@ def test_a_calibration_of_another_device_is_refused(host_file: Path, tmp_path: P
 def test_a_calibration_with_a_fault_is_refused_by_field(
     host_file: Path, tmp_path: Path, field: str, value: object
 ) -> None:
-    content = json.loads(calibration.path_beside(host_file).read_text(encoding="utf-8"))
+    content = json.loads(calibration.calibration_path(host_file).read_text(encoding="utf-8"))
     (tmp_path / "host.calibration.json").write_text(json.dumps({**content, field: value}), encoding="utf-8")
     shutil.copy(host_file, tmp_path / "host.yaml")
     with pytest.raises(EdgetuneError, match=rf"cannot be read: {field}[\s\S]*calibrate` again"):
@@ -206,7 +206,7 @@ def test_a_calibration_with_a_fault_is_refused_by_field(
 
 
 def test_rates_that_are_negative_or_all_zero_are_refused(host_file: Path, tmp_path: Path) -> None:
-    content = json.loads(calibration.path_beside(host_file).read_text(encoding="utf-8"))
+    content = json.loads(calibration.calibration_path(host_file).read_text(encoding="utf-8"))
     name = next(iter(content["curves"]))
     for rates in ({"1": 0.0}, {"1": -1.0}, {}):
         content["curves"][name]["rates"] = rates

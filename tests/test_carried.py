@@ -29,7 +29,7 @@ from edgetune.models.preprocessing import text_preprocessing
 from edgetune.models.text import minilm
 from edgetune.models.vision import ImageEncoder, effnet_lite0
 from edgetune.program.card import format_card
-from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, write_beside
+from edgetune.program.carried import Carried, ImagePreprocessing, TextPreprocessing, write_tokenizer
 from edgetune.tasks.image_classification import ImageClassification
 from edgetune.tasks.text_classification import TextClassification
 from support.manifests import stored
@@ -178,7 +178,7 @@ def test_what_the_loaders_carry() -> None:
     assert (told.max_length, told.pad_id, told.ending, told.cut) == (48, 0, "", "right")
     assert set(text.notes) <= set(known.notes)
     with pytest.raises(EdgetuneError, match="tokenizer is missing"):
-        write_beside(Carried(preprocessing=told.model_copy(update={"tokenizer_json": ""})), ROOT / "model.pte")
+        write_tokenizer(Carried(preprocessing=told.model_copy(update={"tokenizer_json": ""})), ROOT / "model.pte")
     rows = Rows(np.zeros((4, 28, 30), np.uint8), [0, 1, 0, 1])
     pictures = Dataset("tiny", ImageClassification(("a", "b")), rows, rows, rows)
     vision = describe_io(effnet_lite0("", ModelSettings(source="effnet-lite0", image_px=64), pictures), pictures)

@@ -109,7 +109,7 @@ def fitted(path: Path, name: str) -> Path:
         ),
         curves={"linear": calibration.Curve(kind="linear", delegated=True, rates={"macs": 1.0}, programs=9)},
     )  # fmt: skip
-    calibration.write(calibration.path_beside(path), section)
+    calibration.write(calibration.calibration_path(path), section)
     return path
 
 

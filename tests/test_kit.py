@@ -20,7 +20,7 @@ from edgetune.export.kit.platforms import platform_of
 from edgetune.models.metadata import describe_io
 from edgetune.models.preprocessing import text_preprocessing
 from edgetune.profile import device
-from edgetune.program.carried import Carried, write_beside
+from edgetune.program.carried import Carried, write_tokenizer
 from support.programs import TOKENS, Small, run_sample
 
 with silence_libraries():
@@ -157,7 +157,7 @@ def carry_other(made: Small, folder: Path, known: Carried | None, parity: bool =
     artifact = made[2]
     path = folder / "model.pte"
     shutil.copyfile(artifact.path, path)
-    beside = write_beside(known, path) if known is not None else None
+    beside = write_tokenizer(known, path) if known is not None else None
     calls = artifact.manifest.calls
     calls = calls if parity else tuple(call.model_copy(update={"parity": None}) for call in calls)
     manifest = artifact.manifest.model_copy(update={"carried": beside, "calls": calls, **changes})

@@ -135,7 +135,7 @@ def devices_calibrate(
     from edgetune.cli.progress import show_progress
     from edgetune.core.errors import EdgetuneError
     from edgetune.profile import calibrate
-    from edgetune.profile.calibration import path_beside
+    from edgetune.profile.calibration import calibration_path
     from edgetune.recipe.names import HOST, SUFFIX, user_folder
 
     elsewhere = device_id != HOST
@@ -157,7 +157,7 @@ def devices_calibrate(
             described = calibrate.calibrate(out, threads=threads, quick=quick, progress=report)
             assert described.calibration is not None
             calibration = described.calibration
-    path = path_beside(out or user_folder() / (device_id + SUFFIX))
+    path = calibration_path(out or user_folder() / (device_id + SUFFIX))
     text = (
         f"{path}: {calibration.threads} threads, {calibration.programs} programs; on {calibration.networks} networks "
         f"that were not used in the fit, the error is {calibration.error_pct:g} % (median) and "

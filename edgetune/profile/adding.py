@@ -87,10 +87,10 @@ def _target_path(name: str, replace: bool) -> Path:
 
 def _write(target: Path, text: str, calibration: calibrations.Calibration | None) -> None:
     """Write the descriptor and its calibration, if it has one."""
-    beside = calibrations.path_beside(target)
+    calibration_file = calibrations.calibration_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)  # first, so that no descriptor is used with another's calibration
+        calibration_file.unlink(missing_ok=True)  # first, so that no descriptor is used with another's calibration
     except OSError as error:
         message = f"cannot write to the folder of your devices: {error.strerror or error}"
         raise EdgetuneError(
@@ -98,4 +98,4 @@ def _write(target: Path, text: str, calibration: calibrations.Calibration | None
         ) from error
     write_atomically(target, text)
     if calibration is not None:
-        calibrations.write(beside, calibration)
+        calibrations.write(calibration_file, calibration)

@@ -13,7 +13,7 @@ from pathlib import Path
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.numbers import MIB
 from edgetune.profile import fit, trials
-from edgetune.profile.calibration import Calibration, path_beside, write
+from edgetune.profile.calibration import Calibration, calibration_path, write
 from edgetune.profile.device import Device, load, parse
 from edgetune.profile.fit import Fit, Timed
 from edgetune.profile.rates import DEFAULT_CACHE_BYTES
@@ -71,7 +71,7 @@ def calibrate(
     notes += [f"not timed: {reason}" for reason in (*failed, *more)]
     calibration = fit_calibration(clocked, operators, networks, device, cores, notes)
     write_yaml(path, described)
-    write(path_beside(path), calibration)
+    write(calibration_path(path), calibration)
     trials.forget(folder)
     return device.model_copy(update={"calibration": calibration})
 
@@ -207,7 +207,7 @@ def calibrate_on(
     networks = {trial.name for trial in wanted if trial.network}
     notes = [f"Timed over {on.partition('://')[0]}.", *(f"not timed: {reason}" for reason in failed)]
     calibration = fit_calibration(clocked, operators, networks, device, threads, notes)
-    write(path_beside(user_folder() / (device.id + SUFFIX)), calibration)
+    write(calibration_path(user_folder() / (device.id + SUFFIX)), calibration)
     trials.forget(folder)
     return calibration
 
@@ -239,7 +239,7 @@ def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, o
     note = f"From {table.name}: {len(timings)} measurements."
     calibration = fit_calibration(timings, operators, networks, device, threads, [note])
     described = Path(device_id) if device_id.endswith(SUFFIX) else user_folder() / (device.id + SUFFIX)
-    write(out or path_beside(described), calibration)
+    write(out or calibration_path(described), calibration)
     return calibration
 
 

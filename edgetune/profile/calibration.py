@@ -92,7 +92,7 @@ class Calibration(StrictRecord):
         return KernelTile(tiling.rows, tiling.columns) if tiling is not None else KernelTile(1, 1)
 
 
-def path_beside(descriptor: Path) -> Path:
+def calibration_path(descriptor: Path) -> Path:
     """`host.calibration.json` for `host.yaml`."""
     return descriptor.with_suffix("").with_name(descriptor.stem + ENDING)
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.validated import list_faults
 from edgetune.profile import facts as fact_types
-from edgetune.profile.calibration import Calibration, path_beside
+from edgetune.profile.calibration import Calibration, calibration_path
 from edgetune.profile.calibration import read as read_calibration
 from edgetune.profile.facts import Fact, Flags, StorageKind, StrictRecord
 from edgetune.profile.sources import resolve_sources
@@ -216,16 +216,16 @@ def load(id_or_path: str | Path) -> Device:
     content, where = read(id_or_path)
     device = parse(content, where)
     if str(id_or_path).endswith(SUFFIX):
-        beside = path_beside(Path(id_or_path))
+        calibration_file = calibration_path(Path(id_or_path))
     else:
         if device.id != str(id_or_path):
             raise EdgetuneError(f"id: must equal the file name, {str(id_or_path)!r}", where=where, got=device.id)
-        beside = path_beside(user_folder() / (device.id + SUFFIX))
-    calibration = read_calibration(beside)
+        calibration_file = calibration_path(user_folder() / (device.id + SUFFIX))
+    calibration = read_calibration(calibration_file)
     if calibration is not None and calibration.device != device.id:
         raise EdgetuneError(
             "device: the calibration is another device's",
-            where=str(beside),
+            where=str(calibration_file),
             got=calibration.device,
             allowed=[device.id],
             action="move it, or run `edgetune devices calibrate` again",

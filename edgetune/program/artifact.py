@@ -14,7 +14,6 @@ from edgetune.core.files import replace_files
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Program
 from edgetune.core.one_line import figure
-from edgetune.program.beside import check_bytes, program_at
 from edgetune.program.manifest import (
     LanguageSpec,
     Manifest,
@@ -26,6 +25,7 @@ from edgetune.program.manifest import (
     read_manifest,
     wrong_kind_error,
 )
+from edgetune.program.program_files import check_bytes, program_at
 from edgetune.runtime.run import run_in_child
 
 
@@ -129,8 +129,8 @@ def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest], weigh
     `weights` become a third file, which `check` locates by `data_path`. The manifest is renamed last, so that the files
     it names are complete if it exists. On failure the temporary files are deleted, and the old program stays.
     """
-    beside = manifest_path(path)
-    files = (data_path(path), path, beside) if weights else (path, beside)
+    manifest_file = manifest_path(path)
+    files = (data_path(path), path, manifest_file) if weights else (path, manifest_file)
     with replace_files(*files) as (*apart, partial, text):
         partial.write_bytes(data)
         for file in apart:
@@ -141,17 +141,17 @@ def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest], weigh
             error.where = str(path)  # the temporary name is of no use to anyone
             raise
         text.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        stale = _data_named_in(beside)
-        beside.unlink(missing_ok=True)  # it describes the program that is about to be replaced
+        stale = _data_named_in(manifest_file)
+        manifest_file.unlink(missing_ok=True)  # it describes the program that is about to be replaced
         if stale is not None:
             stale.unlink(missing_ok=True)
     return manifest
 
 
-def _data_named_in(beside: Path) -> Path | None:
+def _data_named_in(manifest_file: Path) -> Path | None:
     """The data file of the program that is being replaced."""
     try:
-        name = json.loads(beside.read_text(encoding="utf-8"))["data"]["file"]
+        name = json.loads(manifest_file.read_text(encoding="utf-8"))["data"]["file"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return beside.with_name(name) if name == data_path(beside).name else None
+    return manifest_file.with_name(name) if name == data_path(manifest_file).name else None

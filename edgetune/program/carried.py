@@ -12,7 +12,7 @@ from pydantic import Field
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_atomically
-from edgetune.program.beside import Record, sha256_of
+from edgetune.program.program_files import Record, sha256_of
 
 
 class ImagePreprocessing(Record):
@@ -125,8 +125,8 @@ def tokenizer_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.tokenizer.json")
 
 
-def write_beside(carried: Carried, path: Path) -> Carried:
-    """Write the tokenizer next to the program at `path`; returns the metadata for its manifest."""
+def write_tokenizer(carried: Carried, path: Path) -> Carried:
+    """Write the tokenizer next to the program at `path`. Returns the metadata for its manifest."""
     preprocessing = carried.preprocessing
     if not isinstance(preprocessing, TextPreprocessing):
         return carried

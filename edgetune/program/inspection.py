@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from edgetune.core.numbers import format_size
-from edgetune.program.beside import Record
+from edgetune.program.program_files import Record
 
 
 class Slot(Record):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity, UndelegatedOperator
-from edgetune.program.beside import Record, check_bytes, program_at, sha256_of, unusable_error
 from edgetune.program.carried import Carried, TextPreprocessing
 from edgetune.program.operators import Operator
+from edgetune.program.program_files import Record, check_bytes, program_at, sha256_of, unusable_error
 
 ProgramKind = Literal["model", "language", "training", "methods"]
 
@@ -211,26 +211,26 @@ def data_file(path: Path, weights: bytes) -> DataFile | None:
 
 def read_manifest(path: Path, *kinds: ProgramKind) -> Manifest:
     """The manifest of the `.pte` at `path`, checked against that file, and against `kinds` if any are given."""
-    beside = manifest_path(program_at(path))
-    if not beside.is_file():
+    manifest_file = manifest_path(program_at(path))
+    if not manifest_file.is_file():
         message = f"the file that belongs to {path.name} is missing"
         action = "copy it there, or export the model again"
-        raise EdgetuneError(message, where=str(beside), action=action, exit_code=Exit.EXPORT)
-    manifest = stored_manifest(beside)
+        raise EdgetuneError(message, where=str(manifest_file), action=action, exit_code=Exit.EXPORT)
+    manifest = stored_manifest(manifest_file)
     if kinds and manifest.kind not in kinds:
         raise wrong_kind_error(path, manifest.kind, *kinds)
     check_bytes(path, manifest.sha256)
     return manifest
 
 
-def stored_manifest(beside: Path) -> Manifest:
+def stored_manifest(manifest_file: Path) -> Manifest:
     """The content of a `model.json`, without a look at the program."""
     try:
-        stored = json.loads(beside.read_text(encoding="utf-8"))
+        stored = json.loads(manifest_file.read_text(encoding="utf-8"))
         if isinstance(stored, dict) and stored.get("format") != 2:
             raise EdgetuneError(
                 "the manifest is of another format, and this version of edgetune reads only format 2",
-                where=str(beside),
+                where=str(manifest_file),
                 got=stored.get("format", "none"),
                 action="export the model again with this version",
                 exit_code=Exit.EXPORT,
@@ -238,7 +238,7 @@ def stored_manifest(beside: Path) -> Manifest:
         return Manifest.model_validate(stored, strict=False)
     except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise unusable_error(f"the manifest cannot be read: {reason}", beside) from error
+        raise unusable_error(f"the manifest cannot be read: {reason}", manifest_file) from error
 
 
 _KINDS: dict[ProgramKind, tuple[str, str, str]] = {  # name, use, and how to make one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from edgetune.program.beside import Record
+from edgetune.program.program_files import Record
 
 Kind = Literal[
     "conv", "pointwise-conv", "depthwise-conv", "linear", "matmul", "embedding",

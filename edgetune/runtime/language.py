@@ -1,4 +1,4 @@
-"""Run a text-generation program in a process of its own, and receive its tokens as they come.
+"""Run a text-generation program in a child process, and receive its tokens as they come.
 
 `python -m edgetune.runtime.language FOLDER` is the child's side. It follows the protocol of `edgetune.runtime.run`,
 and writes each generated token to stdout, one a line.

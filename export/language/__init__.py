@@ -23,10 +23,10 @@ from edgetune.export.lower import Lowered
 from edgetune.export.pipeline import call_of, choose_target, manifest_of
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
-from edgetune.program.beside import sha256_of
 from edgetune.program.card import write_card
 from edgetune.program.carried import Carried, tokenizer_file
 from edgetune.program.manifest import Call, LanguageSpec, Manifest, TensorSpec, TokenizerSpec
+from edgetune.program.program_files import sha256_of
 from edgetune.program.tokenizer import backend, encode, tokenizer_spec, without_truncation
 
 PREFILL = 128  # tokens of one call: more need more memory for little speed

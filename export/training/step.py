@@ -29,8 +29,8 @@ from edgetune.export.training.capture import JointGraph, Loss
 from edgetune.export.training.draft import Draft
 from edgetune.export.training.lower import FORWARD, TRAIN, compile_training
 from edgetune.program.artifact import Artifact, write_pair
-from edgetune.program.beside import check_program_path
 from edgetune.program.manifest import Call, Manifest, SliceSpec, TrainingParity, TrainingSpec
+from edgetune.program.program_files import check_program_path
 from edgetune.runtime.training import steps_in_child
 from edgetune.sparse.sliced import Sliced
 

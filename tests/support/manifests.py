@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetune.program.artifact import Artifact, write_pair
-from edgetune.program.beside import sha256_of
 from edgetune.program.carried import Carried
 from edgetune.program.manifest import (
     Call,
@@ -17,6 +16,7 @@ from edgetune.program.manifest import (
     TrainingParity,
     TrainingSpec,
 )
+from edgetune.program.program_files import sha256_of
 
 CALLS: dict[ProgramKind, tuple[str, ...]] = {
     "model": ("forward",),

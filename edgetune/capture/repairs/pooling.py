@@ -34,7 +34,7 @@ def average(
 
 
 def adaptive_average(x: Tensor, output_size: Sequence[int]) -> Repaired:
-    """One window per output where the sizes divide; a mean where there is one output."""
+    """One window per output if the sizes divide; a mean if there is one output."""
     if not takes(x) or x.dim() != 4:
         return NotImplemented
     rows, columns = output_size

@@ -1,4 +1,4 @@
-"""Whole numbers beside floating-point tensors, as floats: executorch makes an int64 tensor and a conversion of each."""
+"""Integers next to floating-point tensors, as floats: executorch makes each an int64 tensor and a conversion."""
 
 from __future__ import annotations
 

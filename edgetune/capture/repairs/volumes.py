@@ -169,7 +169,7 @@ def _windows(size: int, kernel: int, step: int, edge: int, ceil_mode: bool) -> i
 
 
 def _taps(x: Tensor, kernel: int, step: int, count: int, apart: int = 1) -> list[Tensor]:
-    """For each place of a window in depth what stands there in every window."""
+    """For each depth of a window, the values there in every window."""
     return [x[:, :, k * apart : k * apart + (count - 1) * step + 1 : step] for k in range(kernel)]
 
 

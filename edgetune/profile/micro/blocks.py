@@ -35,7 +35,7 @@ class _Inverted(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016)."""
+    """Two convolutions and a shortcut (He et al. 2016)."""
 
     def __init__(self, wide: int) -> None:
         super().__init__()

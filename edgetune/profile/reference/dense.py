@@ -11,7 +11,7 @@ def _stem(net: Builder) -> None:
 
 
 def _shortcut(net: Builder, came_in: int, came_size: int, out: int, stride: int) -> None:
-    """The projection beside a block, and the addition."""
+    """The projection of the shortcut, and the addition."""
     if came_in != out or stride > 1:
         net.channels, net.size = came_in, came_size
         net.conv(out, 1, stride)

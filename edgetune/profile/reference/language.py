@@ -77,7 +77,7 @@ class QuantizationScheme:
     file_table_bits: float  # of the embedding table, if it is a separate copy
     copies: int = 2  # of a tied table: one for the embedding, one for the head
     cache_bytes: int = 4  # of one element
-    adapter_rank: int = 0  # LoRA beside every linear layer, in 32 bits
+    adapter_rank: int = 0  # LoRA on every linear layer, in 32 bits
 
 
 def _grouped_scheme(name: str, group: int, head_bits: float | None = None, adapter_rank: int = 0) -> QuantizationScheme:
@@ -126,7 +126,7 @@ class _Step:
 
     def __init__(self, architecture: Architecture, scheme: QuantizationScheme, tokens: int, cached: int) -> None:
         self.model, self.scheme, self.tokens, self.cached = architecture, scheme, tokens, cached
-        self.bytes = 2 if scheme.dtype == "bf16" else 4  # activations stay in 32 bits beside 8-bit products
+        self.bytes = 2 if scheme.dtype == "bf16" else 4  # activations stay in 32 bits
         self.operators: list[Operator] = []
 
     def add(
@@ -163,7 +163,7 @@ class _Step:
             self.linear_of_adapter(columns, rows, rank, tokens)
 
     def linear_of_adapter(self, columns: int, rows: int, rank: int, tokens: int) -> None:
-        """LoRA beside the layer: two thin products and an addition."""
+        """LoRA on the layer: two thin products and an addition."""
         size = (columns + rows) * rank
         read = tokens * (columns + rank) * self.bytes
         self.add("xnnpack.fully-connected", "linear", (tokens, rows), read, tokens * size, 4 * size)
