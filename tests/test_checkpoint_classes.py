@@ -92,7 +92,7 @@ def test_an_exported_checkpoint_carries_its_own_classes(moods: tuple[Path, Path]
 def test_a_run_begins_with_what_the_checkpoint_knows(moods: tuple[Path, Path], tmp_path: Path) -> None:
     text = f"name: moods\nmodel: {{source: 'hf:{moods[0]}'}}\ndata: {{source: 'csv:{moods[1]}'}}\nsteps: [eval]\n"
     (tmp_path / "moods.yaml").write_text(text, encoding="utf-8")
-    fold = Fold(load(tmp_path / "moods.yaml"), tmp_path, resume=False, progress=lambda *_: None, record=False)
+    fold = Fold(load(tmp_path / "moods.yaml"), tmp_path, resume=False, progress=lambda *_: None)
     fold.steps()
     loaded = fold.ledger.rows[0]
     assert loaded.quality is not None

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from edgetune.capture.graph import capture, prepare
 from edgetune.capture.positional import Positional
-from edgetune.capture.repairs.attention import attention
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity
 from edgetune.core.quiet import silence_libraries
@@ -385,18 +384,3 @@ def test_targets_say_what_they_are_and_what_is_missing() -> None:
     with pytest.raises(EdgetuneError, match="pixel-8 does not run this target: got 'coreml'"):
         for_device("pixel-8", "coreml")
     assert lowerable_targets()["xnnpack"] == "lowers and runs here"
-
-
-@pytest.mark.parametrize("form", ["none", "bool", "float", "causal", "grouped"])
-def test_attention_written_out_equals_the_fused_one(form: str) -> None:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 4, 6, 8) for _ in range(3))
-    hidden = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
-    hidden[1, :, :, 4:] = True
-    masks = {"bool": ~hidden, "float": torch.zeros(2, 1, 6, 6).masked_fill(hidden, float("-inf"))}
-    grouped = form == "grouped"
-    if grouped:
-        key, value = key[:, :2], value[:, :2]
-    settings = {"attn_mask": masks.get(form), "is_causal": form == "causal", "enable_gqa": grouped}
-    expected = F.scaled_dot_product_attention(query, key, value, **settings)  # type: ignore[arg-type]
-    assert torch.allclose(attention(query, key, value, **settings), expected, atol=1e-6)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The house: rooms stand on floors, and import from their own floor or below; no circle among the files.
+"""The house: rooms stand on floors, and import from their own floor or below; no circle among the files; none too long.
 
 Every import counts, also those inside of functions and those for types alone.
 """
@@ -6,6 +6,7 @@ Every import counts, also those inside of functions and those for types alone.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,10 @@ def graph() -> Mapping[str, frozenset[str]]:
     return {name: frozenset(imports(name)) for name in files()}
 
 
+def text_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
 def room(name: str) -> str:
     return name.partition(".")[0]
 
@@ -86,3 +91,21 @@ def circles() -> list[set[str]]:
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     assert circles() == []
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share lies in tests/support; there, too, code that runs in a process of its own is text."""
+    folder = ROOT / "tests"
+    modules = {path.stem for path in folder.glob("test_*.py")}
+    found = {
+        (path.name, word)
+        for path in folder.rglob("*.py")
+        for word in re.findall(r"^\s*(?:from|import) (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert {pair for pair in found if pair[1] in modules} == set()
+
+
+def test_no_file_has_more_than_400_lines() -> None:
+    folders = ("edgetune", "export", "tests", "benchmarks")
+    lengths = {path: text_lines(path) for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > 400} == {}

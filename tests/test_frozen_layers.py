@@ -48,7 +48,9 @@ def picture_for(layer: nn.Module) -> Tensor:
 @pytest.mark.parametrize("x_trains", [True, False])
 @pytest.mark.parametrize("bias_trains", [True, False])
 def test_frozen_layers_agree_with_autograd_and_keep_no_input(layer: Any, x_trains: bool, bias_trains: bool) -> None:
+    torch.manual_seed(0)
     plain = copy.deepcopy(layer).eval()
+    plain.reset_parameters()
     if getattr(plain, "running_mean", None) is not None:
         nn.init.uniform_(plain.running_mean)
         nn.init.uniform_(plain.running_var, 0.5, 2.0)

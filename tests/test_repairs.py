@@ -314,3 +314,18 @@ def test_parts_of_a_weight_have_their_own_values_and_one_read_twice_is_there_twi
     assert len(found) == len(wanted) == 4
     for got, expected in zip(found, wanted, strict=True):
         assert torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["none", "bool", "float", "causal", "grouped"])
+def test_attention_written_out_equals_the_fused_one(form: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 6, 8) for _ in range(3))
+    hidden = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
+    hidden[1, :, :, 4:] = True
+    masks = {"bool": ~hidden, "float": torch.zeros(2, 1, 6, 6).masked_fill(hidden, float("-inf"))}
+    grouped = form == "grouped"
+    if grouped:
+        key, value = key[:, :2], value[:, :2]
+    settings = {"attn_mask": masks.get(form), "is_causal": form == "causal", "enable_gqa": grouped}
+    expected = F.scaled_dot_product_attention(query, key, value, **settings)  # type: ignore[arg-type]
+    assert torch.allclose(attention(query, key, value, **settings), expected, atol=1e-6)  # type: ignore[arg-type]

@@ -29,7 +29,6 @@ from edgetune.export.targets import find
 from edgetune.models.chat import drop_truncated_answers
 from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
-from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe.names import HOST, device_ids
 from edgetune.recipe.outline import describe_settings
@@ -47,10 +46,9 @@ from edgetune.run.exportable import (
 )
 from edgetune.run.finished import save_finished
 from edgetune.run.measures import measure, saved_mib
-from edgetune.run.rehearsal import name_step_in_errors, rehearse
+from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
 from edgetune.run.samples import Samples
 from edgetune.tasks.quality import answers_on, quality
-from edgetune.train import loggers
 from edgetune.train.loggers import TrainingLog
 from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
@@ -78,7 +76,7 @@ class Fold:
         self.digests = reuse.step_digests(recipe)
         self.digest = self.digests[0]  # of what was done to the model so far
         if record:
-            _check_reachable(recipe)
+            check_reachable(recipe)
         started = time.perf_counter()
         progress("load", 0, 2, recipe.data.source)
         self.dataset: Dataset = registry.loader(registry.DATASETS, "data", recipe.data.source)(recipe.data)
@@ -114,10 +112,7 @@ class Fold:
             notes=(*self.dataset.notes, *loaded.notes),
         )
         if record:
-            for note in (
-                *self.ledger.notes,
-                *_few_rows_note(self.dataset),
-            ):  # before any training, not only in the report
+            for note in (*self.ledger.notes, *_few_rows_note(self.dataset)):  # not only in the report
                 progress(NOTE, 0, 0, note)
             self.check(loaded, batch_sizes)
 
@@ -385,18 +380,6 @@ class Fold:
             write(self.ledger, self.folder)
         else:
             write_atomically(self.folder / "ledger.json", self.ledger.dumps())
-
-
-def _check_reachable(recipe: Recipe) -> None:
-    """Check what is only needed at the end before any work: the report's library, the target, the devices."""
-    registry.require("plotly", "the report")
-    for step in recipe.steps:
-        loggers.check(step.settings.log if isinstance(step.settings, Train) else ())
-    if recipe.export:
-        registry.require("executorch", "export")
-        find(recipe.export.target).partitioners()
-    for name in recipe.profile.devices if recipe.profile else ():
-        load_device(name)
 
 
 def _distils(step: Step) -> bool:

@@ -14,16 +14,32 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from edgetune.core import registry
 from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call
 from edgetune.core.modes import preserve_state
 from edgetune.core.order import plan_steps
 from edgetune.core.technique import Sample, Technique
+from edgetune.export.targets import find
+from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe.recipe import Recipe
+from edgetune.train import loggers
 from edgetune.train.loop import seed_everything, trainable_parameters
 from edgetune.train.settings import Train
+
+
+def check_reachable(recipe: Recipe) -> None:
+    """Check what is only needed at the end before any work: the report's library, the target, the devices."""
+    registry.require("plotly", "the report")
+    for step in recipe.steps:
+        loggers.check(step.settings.log if isinstance(step.settings, Train) else ())
+    if recipe.export:
+        registry.require("executorch", "export")
+        find(recipe.export.target).partitioners()
+    for name in recipe.profile.devices if recipe.profile else ():
+        load_device(name)
 
 
 def rehearse(
