@@ -92,7 +92,9 @@ def test_batch_statistics_in_the_prefix_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_skip_connection_across_the_boundary_is_refused_even_if_it_adds_nothing(tmp_path: Path) -> None:
-    error = refused(sparse(seeded(Skip)), Arrays(32), tmp_path, r"something reads what the stages before blocks\.1")
+    error = refused(
+        sparse(seeded(Skip)), Arrays(32), tmp_path, r"something reads the outputs of the stages before blocks\.1"
+    )
     assert "leave cache_prefix out" in error.action
 
 

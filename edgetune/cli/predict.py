@@ -37,7 +37,7 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Answer for texts or images with an exported program: their classes, a number, or the entities in a text."""
+    """Predict classes, numbers or entities with an exported program."""
     from edgetune.cli.progress import show_progress
     from edgetune.run.given_rows import read_rows
     from edgetune.run.predicting import predict_rows
