@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -121,48 +121,41 @@ def _reason(error: Exception) -> str:
 def _outputs_of(model: nn.Module, layers: Mapping[str, set[int]]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect what the layers return in the block, without these positions of their channels."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
-    handles = []
-    for name, gone in layers.items():
-        layer = model.get_submodule(name)
-        keep = torch.tensor([i for i in range(width_of(layer, "out")) if i not in gone], device=weight_of(layer).device)
+    with ExitStack() as hooks:
+        for name, gone in layers.items():
+            layer = model.get_submodule(name)
+            stays = [position for position in range(width_of(layer, "out")) if position not in gone]
+            keep = torch.tensor(stays, device=weight_of(layer).device)
 
-        def keep_output(
-            layer: nn.Module, _: Any, output: Tensor, keep: Tensor = keep, outputs: list[Tensor] = outputs[name]
-        ) -> None:
-            # a copy: what follows may change the output in place
-            outputs.append(output.index_select(channel_dimension(layer), keep))
+            def keep_output(
+                layer: nn.Module, _: Any, output: Tensor, keep: Tensor = keep, outputs: list[Tensor] = outputs[name]
+            ) -> None:
+                # a copy: what follows may change the output in place
+                outputs.append(output.index_select(channel_dimension(layer), keep))
 
-        handles.append(layer.register_forward_hook(keep_output))
-    try:
+            hooks.enter_context(layer.register_forward_hook(keep_output))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def _hold_dropped_inputs(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, Tensor]) -> Iterator[None]:
     """Hold the inputs that belong to dropped units at their fill, or zero."""
-    handles = []
-    for (name, axis), drop in _dropped_positions(cuts).items():
-        if axis == "out":
-            continue
-        layer = model.get_submodule(name)
-        mask = torch.ones(width_of(layer, axis), dtype=torch.bool, device=weight_of(layer).device)
-        mask[sorted(drop)] = False
-        value = fill.get(name, torch.zeros(())).to(weight_of(layer))
-        if isinstance(layer, CONVOLUTIONS):
-            mask = mask.view(-1, *(1 for _ in layer.kernel_size))
+    with ExitStack() as hooks:
+        for (name, axis), drop in _dropped_positions(cuts).items():
+            if axis == "out":
+                continue
+            layer = model.get_submodule(name)
+            mask = torch.ones(width_of(layer, axis), dtype=torch.bool, device=weight_of(layer).device)
+            mask[sorted(drop)] = False
+            value = fill.get(name, torch.zeros(())).to(weight_of(layer))
+            if isinstance(layer, CONVOLUTIONS):
+                mask = mask.view(-1, *(1 for _ in layer.kernel_size))
 
-        def hold(_: nn.Module, args: tuple[Tensor, ...], m: Tensor = mask, v: Tensor = value) -> tuple[Tensor, ...]:
-            return (torch.where(m, args[0], v.to(args[0].dtype)), *args[1:])
+            def hold(_: nn.Module, args: tuple[Tensor, ...], m: Tensor = mask, v: Tensor = value) -> Any:
+                return (torch.where(m, args[0], v.to(args[0].dtype)), *args[1:])
 
-        handles.append(layer.register_forward_pre_hook(hold))
-    try:
+            hooks.enter_context(layer.register_forward_pre_hook(hold))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _difference(name: str, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -87,25 +88,20 @@ def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable
     """Moments of the inputs of every reading layer of the groups on the batches, without padded tokens."""
     moments: dict[Key, Moments] = {}
     mask: list[Tensor | None] = [None]
-    handles = []
-    for key, member in [((group.name, m.layer), m) for group in groups for m in group.along("in")]:
-        index = torch.tensor(member.of_unit)
+    with ExitStack() as hooks, preserve_state(model), torch.no_grad():
+        for key, member in [((group.name, m.layer), m) for group in groups for m in group.along("in")]:
+            index = torch.tensor(member.of_unit)
 
-        def look(layer: nn.Module, args: tuple[Tensor, ...], key: Key = key, index: Tensor = index) -> None:
-            rows = _rows(layer, args[0], mask[0])[:, index.to(args[0].device)]
-            new = Moments(len(rows), rows.double().sum(0), torch.einsum("nud,nue->ude", rows, rows).double())
-            moments[key] = moments[key].add(new) if key in moments else new
+            def look(layer: nn.Module, args: tuple[Tensor, ...], key: Key = key, index: Tensor = index) -> None:
+                rows = _rows(layer, args[0], mask[0])[:, index.to(args[0].device)]
+                new = Moments(len(rows), rows.double().sum(0), torch.einsum("nud,nue->ude", rows, rows).double())
+                moments[key] = moments[key].add(new) if key in moments else new
 
-        handles.append(model.get_submodule(member.layer).register_forward_pre_hook(look))
-    try:
-        with preserve_state(model), torch.no_grad():
-            for inputs in batches:
-                padding = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-                mask[0] = padding.bool() if padding is not None and padding.dim() == 2 else None
-                call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(model.get_submodule(member.layer).register_forward_pre_hook(look))
+        for inputs in batches:
+            padding = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+            mask[0] = padding.bool() if padding is not None and padding.dim() == 2 else None
+            call(model, inputs)
     if not moments:
         raise EdgetuneError(
             "there are no calibration batches for measuring activations", action="pass a Sample with batches"

@@ -45,16 +45,9 @@ def _between(model: nn.Module, inputs: Inputs, writer: str, reader: str) -> tupl
     """One layer's output and the other's input in a forward pass, in one graph; `None` unless each is called once."""
     written: list[Tensor] = []
     read: list[Tensor] = []
-
-    handles = [
-        model.get_submodule(writer).register_forward_hook(lambda _, __, output: written.append(output)),
-        model.get_submodule(reader).register_forward_pre_hook(lambda _, args: read.append(args[0])),
-    ]
-    try:
-        with torch.enable_grad():
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    output_hook = model.get_submodule(writer).register_forward_hook(lambda _, __, output: written.append(output))
+    input_hook = model.get_submodule(reader).register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with output_hook, input_hook, torch.enable_grad():
+        call(model, inputs)
     once = len(written) == len(read) == 1 and read[0].requires_grad and written[0].requires_grad
     return (written[0], read[0]) if once else (None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,8 +132,9 @@ def trace(model: nn.Module, inputs: Inputs) -> Traced:
         reached.update(_leaves(tensors))
         return tensors
 
-    handles = [module.register_forward_hook(lambda m, *_: called.add(m)) for module in model.modules()]
-    with torch.enable_grad(), warnings.catch_warnings():
+    with ExitStack() as hooks, torch.enable_grad(), warnings.catch_warnings():
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_hook(lambda m, *_: called.add(m)))
         # It warns of parameters outside known layers; here a group that holds one raises instead.
         warnings.simplefilter("ignore")
         try:
@@ -150,9 +152,6 @@ def trace(model: nn.Module, inputs: Inputs) -> Traced:
                 f"the model's layers could not be traced: {type(error).__name__}: {error}",
                 action="check that model(example inputs) runs and returns tensors that need a gradient",
             ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
     return Traced(graph, frozenset(reached), frozenset(called))
 
 

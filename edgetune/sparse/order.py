@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,14 +34,11 @@ def running_order(model: nn.Module, names: Iterable[str], sample: Sample | None)
     def note(name: str) -> Any:
         return lambda *_: called.append(name)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-    try:
-        with preserve_state(model), preserve_buffers(model), torch.no_grad():
-            call(model, sample.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    first = {name: place for place, name in reversed(list(enumerate(called)))}
+    with ExitStack() as hooks, preserve_state(model), preserve_buffers(model), torch.no_grad():
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(note(name)))
+        call(model, sample.inputs)
+    first = {name: index for index, name in reversed(list(enumerate(called)))}
     return sorted(names, key=lambda name: first.get(name, -1))
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -46,6 +46,17 @@ class Slice(Settings):
 Part = Literal["full", "bias", "frozen"] | Slice
 WrittenPart = Literal["full", "bias", "frozen"] | Ratio | Slice  # a bare number is a slice of that ratio
 Under = Callable[[Mapping[str, Part]], AbstractContextManager[None]]  # inside, these parts of a model train alone
+
+
+def part_to_json(part: WrittenPart) -> object:
+    """The part as a JSON value."""
+    return part.model_dump() if isinstance(part, Slice) else part
+
+
+def part_from_json(value: Any) -> Part:
+    """The part that `part_to_json` wrote."""
+    return Slice.model_validate(value) if isinstance(value, dict) else value
+
 
 NAMED = ("last-<k>", "bias", "bert-pockengine", "auto")  # the last with a budget only, see auto/choose.py
 

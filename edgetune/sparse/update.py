@@ -27,7 +27,7 @@ from edgetune.lean.frozen import SAVING_INPUT, FrozenLayer, FrozenStage, remove_
 from edgetune.lean.operators import Activations, put_on_operators, take_off_operators
 from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 from edgetune.lean.stages import stages_of
-from edgetune.sparse.scheme import Part, Scheme, Slice, Under, WrittenPart, resolve, trains
+from edgetune.sparse.scheme import Part, Scheme, Slice, Under, WrittenPart, part_to_json, resolve, trains
 from edgetune.sparse.sliced import Sliced, refuse_unfollowed, strongest_channels
 
 _SCHEME = "edgetune_scheme"  # the attribute of a model that says what trains, while sparse-update is open
@@ -173,6 +173,6 @@ class SparseUpdate(Technique):
         scheme: Scheme = getattr(model, _SCHEME)
         if self.scheme != "auto":
             return
-        written = {n: p.model_dump() if isinstance(p, Slice) else p for n, p in scheme.to_mapping().items()}
+        written = {name: part_to_json(part) for name, part in scheme.to_mapping().items()}
         comment = "".join(f"# {line}\n" for line in str(scheme).splitlines())
         write_atomically(folder / "scheme.yaml", comment + yaml.safe_dump({"scheme": written}, sort_keys=False))

@@ -22,7 +22,7 @@ from edgetune.lean.stages import blocks_of
 from edgetune.sparse.auto.account import Account, CostModel, OptimizerSpec
 from edgetune.sparse.auto.contribution import Contributions, analyze_contributions
 from edgetune.sparse.auto.search import Limits, find_scheme
-from edgetune.sparse.scheme import Part, Scheme, Slice, Under, is_norm, resolve
+from edgetune.sparse.scheme import Part, Scheme, Under, is_norm, part_from_json, part_to_json, resolve
 
 _MOST_ROWS = 128  # that the contribution analysis looks at
 
@@ -144,7 +144,6 @@ def _find_or_load(
     path = cache_folder() / "schemes" / f"{digest}.json"
     if not path.is_file():
         parts = find_scheme(costs, values, limits, fixed=fixed, optimizer=optimizer).parts
-        written = {n: part.model_dump() if isinstance(part, Slice) else part for n, part in parts.items()}
-        write_atomically(path, json.dumps(written))
-    read = json.loads(path.read_text(encoding="utf-8"))
-    return {n: Slice.model_validate(part) if isinstance(part, dict) else part for n, part in read.items()}
+        write_atomically(path, json.dumps({name: part_to_json(part) for name, part in parts.items()}))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {name: part_from_json(part) for name, part in stored.items()}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Settings
 from edgetune.data.dataset import cache_folder
 from edgetune.sparse.auto.trace import Loss
-from edgetune.sparse.scheme import Part, Slice, trains
+from edgetune.sparse.scheme import Part, Slice, part_from_json, part_to_json, trains
 from edgetune.sparse.sliced import SLICEABLE, channels_of, strongest_channels
 
 _VERSION = 2  # of what is computed; another number leaves old caches alone
@@ -58,22 +58,14 @@ class Contributions:
 
     def dumps(self) -> str:
         """As JSON."""
-        values = {n: [[_written(part), value] for part, value in own.items()] for n, own in self.values.items()}
+        values = {n: [[part_to_json(part), value] for part, value in own.items()] for n, own in self.values.items()}
         return json.dumps(values)
 
     @classmethod
     def loads(cls, text: str) -> Contributions:
         """What `dumps` wrote, marked as cached."""
-        values = {n: {_read(part): value for part, value in own} for n, own in json.loads(text).items()}
+        values = {n: {part_from_json(part): value for part, value in own} for n, own in json.loads(text).items()}
         return cls(values, cached=True)
-
-
-def _written(part: Part) -> object:
-    return part.model_dump() if isinstance(part, Slice) else part
-
-
-def _read(part: Any) -> Part:
-    return Slice.model_validate(part) if isinstance(part, dict) else part
 
 
 def analyze_contributions(
@@ -185,17 +177,12 @@ def _hand_over_gradients(layers: Mapping[str, nn.Module], use: Callable[[str, st
 
         return take
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(hook(name, key))  # type: ignore[no-untyped-call]
-        for name, layer in layers.items()
-        for key, parameter in layer._parameters.items()
-        if parameter is not None
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            for key, parameter in layer._parameters.items():
+                if parameter is not None:
+                    hooks.enter_context(parameter.register_post_accumulate_grad_hook(hook(name, key)))  # type: ignore[no-untyped-call]
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def weight_scores(

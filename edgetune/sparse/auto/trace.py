@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -58,15 +58,11 @@ class Clock:
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[Clock]:
         """Register the hooks for the duration of the block."""
-        handles = []
-        for module in _unwrapped(model):
-            handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(self.leave))
-        try:
+        with ExitStack() as hooks:
+            for module in _unwrapped(model):
+                hooks.enter_context(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(self.leave))
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tick."""
@@ -165,17 +161,12 @@ def trace_saves(model: nn.Module, batch: tuple[Inputs, Tensor], loss: Loss, deta
     """
     inputs, labels = batch
     clock = _Saves(model)
-    hooks = saved_tensors_hooks(clock.pack, _unpack)
-    leaves = [
-        m for m in clock.owners if detach_inputs and not any(n in clock.owners for n in m.modules() if n is not m)
-    ]
-    handles = [leaf.register_forward_pre_hook(_detach, with_kwargs=True) for leaf in leaves]
-    try:
-        with preserve_state(model, training=True), torch.enable_grad(), clock.on(model), hooks:
-            loss(logits_of(call(model, inputs)), labels)
-    finally:
-        for handle in handles:
-            handle.remove()
+    saving = saved_tensors_hooks(clock.pack, _unpack)
+    with ExitStack() as hooks, preserve_state(model, training=True), torch.enable_grad(), clock.on(model), saving:
+        for layer in clock.owners if detach_inputs else ():
+            if not any(inner in clock.owners for inner in layer.modules() if inner is not layer):
+                hooks.enter_context(layer.register_forward_pre_hook(_detach, with_kwargs=True))
+        loss(logits_of(call(model, inputs)), labels)
     return Trace(clock.saves(), clock.entered, clock.left, clock.outputs, clock.now)
 
 
