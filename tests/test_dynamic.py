@@ -66,7 +66,7 @@ def test_the_program_itself_refuses_more_than_it_was_planned_for(text: tuple[nn.
 
 def test_sizes_outside_the_bounds_are_refused_before_the_program_runs(text: tuple[nn.Module, Artifact]) -> None:
     for inputs in (tokens(1, 17), tokens(2, 8)):
-        with pytest.raises(EdgetuneError, match=r"does not take.*input_ids: int64 \(1, 1 to 16\)") as caught:
+        with pytest.raises(EdgetuneError, match=r"does not accept.*input_ids: int64 \(1, 1 to 16\)") as caught:
             text[1].run(inputs)
         assert caught.value.exit_code == Exit.EXPORT
     untied = {"input_ids": tokens(1, 8)["input_ids"], "attention_mask": tokens(1, 7)["attention_mask"]}
@@ -212,7 +212,7 @@ def test_inputs_by_name_may_come_in_any_order() -> None:
     specs = (TensorSpec(name="a", shape=(1, 2), dtype="float32"), TensorSpec(name="b", shape=(1, 3), dtype="float32"))
     a, b = validate_inputs(specs, {"b": torch.zeros(1, 3), "a": torch.ones(1, 2)})
     assert (a.shape, b.shape) == ((1, 2), (1, 3))
-    with pytest.raises(EdgetuneError, match="shapes or types that the program does not take"):
+    with pytest.raises(EdgetuneError, match="shapes or types that the program does not accept"):
         validate_inputs(specs, (torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.long)))
 
 

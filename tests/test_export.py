@@ -372,7 +372,7 @@ def test_layers_that_are_still_wrapped_are_refused(tmp_path: Path) -> None:
 
 
 def test_rows_of_other_lengths_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EdgetuneError, match="shapes or types that the program does not take"):
+    with pytest.raises(EdgetuneError, match="shapes or types that the program does not accept"):
         export(nn.Linear(4, 2), torch.randn(1, 4), tmp_path / "m.pte", check_inputs=[torch.randn(1, 5)])
 
 

@@ -16,6 +16,7 @@ from edgetune.core.files import write_atomically
 from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_state
+from edgetune.export import targets
 from edgetune.export.language import parity
 from edgetune.export.language.cached import CachedDecoder, check_model
 from edgetune.export.language.lower import lower
@@ -108,7 +109,6 @@ def check_exportable(model: nn.Module, tokenizer: Any, *, max_tokens: int, targe
 def _choose_target(
     model: nn.Module, path: Path, max_tokens: int, prefill_tokens: int, device: str | None, target: str | None
 ) -> Target:
-    chosen = choose_target(path, device, target)
     check_model(model, max_tokens)
     if prefill_tokens not in PREFILLS:
         raise EdgetuneError(
@@ -117,7 +117,8 @@ def _choose_target(
             allowed=map(str, PREFILLS),
             exit_code=Exit.USAGE,
         )
-    if chosen.name not in ("xnnpack", "portable"):
+    chosen = targets.for_device(device, target)
+    if chosen.name not in ("xnnpack", "portable"):  # before it asks for the tools of another target
         raise EdgetuneError(
             "a key-value cache needs a CPU target",
             got=chosen.name,
@@ -125,7 +126,7 @@ def _choose_target(
             action="pass target='xnnpack'",
             exit_code=Exit.EXPORT,
         )
-    return chosen
+    return choose_target(path, device, target)
 
 
 def _convert_to_float32(model: nn.Module) -> tuple[nn.Module, str]:
