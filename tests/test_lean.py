@@ -215,6 +215,13 @@ def test_a_checkpointed_layer_runs_the_same_twice() -> None:
     assert_same(gradients(model, tokens()), gradients(plain, tokens()))
 
 
+def test_a_compiled_block_has_the_same_gradients() -> None:
+    plain, model = (trained_adapter("llama", [*more, ADAPTERS["llama"]]) for more in ([], [Lean()]))
+    model.model.layers[0].mlp.compile(backend="eager")
+    for _ in range(2):
+        assert_same(gradients(model, tokens()), gradients(plain, tokens()))
+
+
 def test_a_layer_whose_adapter_is_off_or_hooked_is_left_to_peft() -> None:
     model = trained_adapter("llama", [Lean(), ADAPTERS["llama"]])
     layers = list(find_fitting_layers(model))
