@@ -55,7 +55,7 @@ def batches_of(model: nn.Module, split: Split, batch_size: int) -> Iterator[Batc
         indices = order[start : start + batch_size]
         encoded = split.encode_rows(indices)
         inputs, labels = split.task.collate(encoded, split.rows.labels_at(indices))
-        # entered anew for each batch: a caller that stops in between leaves nothing changed
+        # entered for each batch, so that a caller that stops early leaves nothing changed
         with preserve_state(model), torch.no_grad():
             logits = logits_of(call(model, to_device(inputs, device)))
         if not torch.isfinite(logits).all():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
 
-STEPS = 10  # after which each must have had a gradient; an expert without tokens in the first batches is none's fault
+STEPS = 10  # by then each must have had a gradient; an expert may get no tokens in the first batches
 
 
 class GradientWatch:

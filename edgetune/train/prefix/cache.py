@@ -187,7 +187,7 @@ class PrefixCache:
         width = self.kept.width_of(inputs)
         if not (width and full.dim() > 2 and full.shape[1] == width):
             return relative_error(full, cached)
-        # one for each token: those of the padding count for nobody
+        # logits per token: those of the padding do not count
         own = torch.arange(width)[None] < torch.tensor([self.kept.length(row) for row in rows])[:, None]
         return relative_error(full[own.to(full.device)], cached[own.to(full.device)])
 
