@@ -16,6 +16,7 @@ from edgetune.core.inputs import call, logits_of
 from edgetune.core.technique import Technique
 from edgetune.quant.size import parameter_count, stored_bytes
 from edgetune.recipe.recipe import Recipe, load, packaged_recipes
+from edgetune.run.exporting import export_from
 from edgetune.run.finished import open_run
 from edgetune.run.fold import Fold
 from support.checkpoints import save_bert, save_images, save_llama
@@ -130,6 +131,13 @@ def test_it_opens_without_its_data_and_exports_with_it(place: Path) -> None:
         exportable.model, exportable.example, place / "model.pte", check_inputs=exportable.check_inputs
     )
     assert artifact.manifest.main.parity.same_prediction_pct == 100
+
+
+def test_a_language_model_is_exported_again_with_another_cache(place: Path) -> None:
+    _, folder = finished(place, "a language model with a tied head")
+    again = export_from(str(folder), place / "again.pte", language=True, max_tokens=16)
+    assert again.language.max_tokens == 16
+    assert "perplexity" in (place / "again.md").read_text(encoding="utf-8"), "its card tells of the run"
 
 
 def test_what_is_no_finished_run_says_what_to_do(place: Path) -> None:

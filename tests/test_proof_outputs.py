@@ -44,22 +44,27 @@ class Detection:
     boxes: Tensor
 
 
-@pytest.mark.parametrize(
-    ("form", "names"),
-    [
-        ("tuple", ["output_0", "output_1"]), ("dict", ["boxes", "logits"]), ("fields", ["logits", "boxes"]),
-        ("nested", ["output_0", "output_1.0", "output_1.1.best"]),
-    ],
-)  # fmt: skip
-def test_every_output_is_there_by_its_name(tmp_path: Path, form: str, names: list[str]) -> None:
-    model, x = seeded(Detector, form), draw(2, 8)
-    artifact = export(model, x, tmp_path / "m.pte")
-    assert list(held(model, x, artifact)) == names
-    assert artifact.manifest.main.parity is not None
-    assert [output.name for output in artifact.manifest.main.parity.outputs] == names
-    (method,) = export_methods({"forward": (model, x)}, tmp_path / "methods.pte").manifest.calls
-    assert [output.name for output in method.outputs] == names
-    assert logits_of(model(x)).shape == (2, 5)
+FORMS = {
+    "tuple": ["output_0", "output_1"],
+    "dict": ["boxes", "logits"],
+    "fields": ["logits", "boxes"],
+    "nested": ["output_0", "output_1.0", "output_1.1.best"],
+}
+
+
+def test_every_output_is_there_by_its_name(tmp_path: Path) -> None:
+    models, x = {form: seeded(Detector, form) for form in FORMS}, draw(2, 8)
+    artifact = export(models["nested"], x, tmp_path / "m.pte")
+    assert list(held(models["nested"], x, artifact)) == FORMS["nested"]
+    methods = export_methods({form: (model, x) for form, model in models.items()}, tmp_path / "methods.pte")
+    calls = {**{call.name: call for call in methods.manifest.calls}, "nested, alone": artifact.manifest.main}
+    for name, call in calls.items():
+        form = name.partition(",")[0]
+        names = FORMS[form]
+        assert [output.name for output in call.outputs] == names
+        assert call.parity is not None
+        assert [output.name for output in call.parity.outputs] == names
+        assert logits_of(models[form](x)).shape == (2, 5)
 
 
 def test_states_go_in_and_come_out(tmp_path: Path) -> None:

@@ -107,12 +107,12 @@ def test_a_crash_is_seen() -> None:
     assert died == f"the process ended with code -{int(signal.SIGKILL)}"
 
 
-def test_random_modules_keep_what_techniques_trained(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("count", [6, pytest.param(24, marks=pytest.mark.slow)])
+def test_random_modules_keep_what_techniques_trained(count: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A part of `python tests/support/random_techniques.py --modules 400`: each module with one technique in turn."""
-    modules = drawn_plans(12, SEED)
-    pairs = list(zip(modules, itertools.cycle(TECHNIQUES), strict=False))
+    pairs = list(zip(drawn_plans(count, SEED), itertools.cycle(TECHNIQUES), strict=False))
     outcomes = [(kind_of(result), technique, result, plan) for plan, technique, result in tried(pairs, 1)]
     with capsys.disabled():
-        print(f"\n12 random modules, seed {SEED}: {dict(Counter(kind for kind, *_ in outcomes))}")
+        print(f"\n{count} random modules, seed {SEED}: {dict(Counter(kind for kind, *_ in outcomes))}")
     assert not [entry for entry in outcomes if entry[0] not in ("right", "refused")]
-    assert sum(entry[0] == "right" for entry in outcomes) >= 4
+    assert sum(entry[0] == "right" for entry in outcomes) >= count // 3

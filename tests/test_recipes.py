@@ -18,27 +18,27 @@ from edgetune.core.ledger import Ledger
 from edgetune.core.quiet import silence_libraries
 from edgetune.recipe import recipe
 from edgetune.run import pipeline
-from edgetune.run.exporting import export_from
 from edgetune.run.finished import open_run
 from edgetune.run.pipeline import Run
 from edgetune.run.predicting import evaluate
 from edgetune.runtime.generating import generate
 from edgetune.runtime.run import run_in_child
 from edgetune.train import checkpoint
+from support.checkpoints import save_bert
 
 FIGURES = ("parameters", "trainable_parameters", "size_mib", "macs", "saved_for_backward_mib")
 SMALL = """
 name: small
-model: {source: minilm, max_length: 16}
-data: {source: tweets, train_rows: 32, validation_rows: 16, test_rows: 16}
+model: {source: 'hf:FOLDER/encoder', max_length: 16}
+data: 'csv:FOLDER/rows.csv'
 steps:
   - sparse-update: {scheme: last-2}
-  - lora: {targets: ["*.layer.3.*.query"]}
+  - lora: {targets: ["*.layer.0.*.query"]}
   - train: {updates: 6, batch_size: 4, checkpoint_every: 2}
   - prune: {ratio: 0.3, round_to: 32, importance: activation}
   - train: {updates: 6, batch_size: 4, checkpoint_every: 2, distill: {teacher: prune}}
   - int4
-budget: {device: pixel-8, train_memory_mib: 50}
+budget: {device: pixel-8, train_memory_mib: 1}
 """
 
 
@@ -47,9 +47,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run("text-minilm", tmp_path_factory.mktemp("text") / "run")
 
 
-def run(name: str, folder: Path) -> Run:
+def run(name: str, folder: Path, **changes: int) -> Run:
     with silence_libraries():
-        return pipeline.run(name, {"variant": "smoke"}, out=folder)
+        return pipeline.run(name, {"variant": "smoke", **changes}, out=folder)
 
 
 def steps_of(found: Run) -> list[str]:
@@ -116,14 +116,18 @@ def test_a_finished_run_is_opened_and_not_resumed(text: Run) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     folder = tmp_path_factory.mktemp("small")
-    (folder / "small.yaml").write_text(SMALL, encoding="utf-8")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
+    save_bert(folder / "encoder", "Model", **sizes)
+    rows = [f"{'good' if n % 2 else 'bad'} text {'very ' * (n % 7)}a,{n % 2}" for n in range(60)]
+    (folder / "rows.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    (folder / "small.yaml").write_text(SMALL.replace("FOLDER", str(folder)), encoding="utf-8")
     return folder / "small.yaml", pipeline.run(folder / "small.yaml", out=folder / "whole")
 
 
 def test_a_budget_that_does_not_hold(small: tuple[Path, Run]) -> None:
     (missed,) = small[1].missed
     assert missed.quantity == "train_memory_mib"
-    assert missed.value > missed.least > 50
+    assert missed.value > missed.least > 1
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +182,9 @@ def test_vision(tmp_path: Path) -> None:
 
 
 def test_language_model(tmp_path: Path) -> None:
-    found = run("lm-smollm2", tmp_path / "lm")
+    found = run("lm-smollm2", tmp_path / "lm", **{"model.layers": 1})
     rows = {row.step: row for row in found.ledger.rows}
-    linears = 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # of its two blocks; the table stays as it is
+    linears = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536  # of its block; the table stays as it is
     assert rows["load"].size_mib - rows["nf4"].size_mib > 0.85 * 4 * linears / 2**20
     assert rows["nf4"].macs == rows["load"].macs
     assert rows["train"].trainable_parameters < 0.01 * rows["load"].parameters
@@ -198,10 +202,6 @@ def test_language_model(tmp_path: Path) -> None:
     said = generate(found.program, "Hello", max_tokens=4)
     assert said.stopped in ("length", "end")
     assert said.prompt_tokens > 5, "a chat template is around it"
-    with silence_libraries():
-        again = export_from(str(found.folder), tmp_path / "again.pte", max_tokens=48)
-    assert again.language.max_tokens == 48
-    assert "perplexity" in (tmp_path / "again.md").read_text(encoding="utf-8"), "its card tells of the run"
 
 
 def test_a_cache_that_the_model_has_no_room_for_is_found_before_any_training(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """One training of test_distributed.py, on one process or on each of several.
 
-    torchrun --nproc-per-node 2 tests/support/distributed_worker.py FOLDER TRAINER TECHNIQUES
+    torchrun --nproc-per-node 2 tests/support/distributed_worker.py FOLDER TRAINER TECHNIQUES...
 
 Three updates on the same eight rows, however many processes share them; after the second everything is saved, and the
-third is done by a fresh model that resumed. Then the model is finalized and exported. The first process leaves
-`result.safetensors` in the folder: the gradients of the first update, and the trained tensors after the last one.
+third is done by a fresh model that resumed. Then the model is finalized and, where there were several, exported. The
+first process leaves `result.safetensors` in a folder for each of TECHNIQUES: the gradients of the first update, and the
+trained tensors after the last one.
 """
 
 from __future__ import annotations
@@ -245,17 +246,23 @@ def with_fsdp2(folder: Path, rank: int) -> None:
 TRAINERS = {"ddp": with_ddp, "accelerate": with_accelerate, "trainer": with_trainer, "lightning": with_lightning}
 
 
-def main(folder: Path, trainer: str, techniques: str) -> None:
-    import edgetune as et
-
+def main(folder: Path, trainer: str, *techniques: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    if trainer == "fsdp2":
-        with_fsdp2(folder, rank)
-        return dist.destroy_process_group()
+    for kind in techniques:
+        (folder / kind).mkdir(exist_ok=True)
+        with_fsdp2(folder / kind, rank) if trainer == "fsdp2" else run(folder / kind, trainer, kind, rank, world)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(folder: Path, trainer: str, techniques: str, rank: int, world: int) -> None:
+    """One training, and its result."""
+    import edgetune as et
+
     model, gradients = TRAINERS[trainer](techniques, folder, rank, world)
     final = trained(model)
     if rank == 0:
@@ -265,13 +272,12 @@ def main(folder: Path, trainer: str, techniques: str) -> None:
         model = et.finalize(model.eval())
         with torch.no_grad():
             plain_logits = model(**batch).logits
-        artifact = et.export(model, batch, folder / "m.pte")
         tensors = {f"gradient.{n}": t for n, t in gradients.items()} | {f"final.{n}": t for n, t in final.items()}
-        tensors |= {"logits.open": open_logits, "logits.plain": plain_logits, "logits.program": artifact.run(batch)[0]}
+        tensors |= {"logits.open": open_logits, "logits.plain": plain_logits}
+        if world > 1:
+            tensors["logits.program"] = et.export(model, batch, folder / "m.pte").run(batch)[0]
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "result.safetensors")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])
