@@ -105,6 +105,11 @@ class Decay(et.Technique):
         return self.strength * torch.stack([p.square().sum() for p in model.parameters() if p.requires_grad]).sum()
 
 
+def test_what_leaves_no_trait_is_finalized_before_a_step_that_takes_plain_layers() -> None:
+    assert walked(Decay(), TRAIN, et.Int4()) == [0, 1, ("decay",), 2]
+    assert walked(Decay(), LORA, TRAIN) == [0, 1, 2]
+
+
 def test_training_adds_the_penalties_of_what_is_open() -> None:
     rows = vectors()
     assert isinstance(rows, Tensor)

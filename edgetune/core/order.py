@@ -52,7 +52,8 @@ def plan_steps(
             active = []
             continue
         blocking = next((other for other in lasting if other.leaves & ~OPEN & ~step.takes), None)
-        excess = [other for other in active if other.leaves & OPEN & ~step.takes]
+        takes_open = step.takes & OPEN
+        excess = [other for other in active if not takes_open or other.leaves & OPEN & ~takes_open]
         stacked = [other for other in excess if step.needs_finalize() and not _is_replaced_by(step, other)]
         if blocking or stacked:
             errors.append(_wrong_order_error(step, index, blocking, stacked, place))
