@@ -37,7 +37,7 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Predict classes, numbers or entities with an exported program."""
+    """Predict classes, numbers or entities for rows."""
     from edgetune.cli.progress import show_progress
     from edgetune.run.given_rows import read_rows
     from edgetune.run.predicting import predict_rows
