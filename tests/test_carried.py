@@ -136,7 +136,7 @@ def test_images_of_more_than_8_bits_are_refused_not_made_white(
         with pytest.raises(EdgetuneError, match="bits per channel, but only 8 are supported"):
             read()
     manifest = picture_program[2].manifest.model_dump(mode="json")
-    with pytest.raises(ValueError, match="more than 8 bits a channel"):
+    with pytest.raises(ValueError, match="more than 8 bits per channel"):
         Preparation(manifest, tmp_path).inputs(str(path))
 
 
