@@ -63,7 +63,7 @@ def test_chat_jsonl(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     lines = [json.dumps({"messages": messages}) for messages in chats]
     Path("chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    ledger = run("chat-jsonl", "model.layers=1")
+    ledger = run("chat-jsonl")
     assert steps_of(ledger) == ["load", "lora", "train", "finalize", "int4"]
     assert ledger.rows[2].quality is not None
     assert ledger.rows[2].quality.metric == "perplexity"
