@@ -109,7 +109,10 @@ def test_an_opened_run_is_the_model_that_it_ended_with(name: str, place: Path, m
 @pytest.mark.slow
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_golden_recipes_open_as_they_ended(name: str, tmp_path: Path) -> None:
-    fold, folder = run_of(load(name, {"variant": "smoke"}), tmp_path / "run")
+    recipe = load(name, {"variant": "smoke"})
+    if ":" in recipe.data.source:
+        pytest.skip("it needs rows of the user's own")
+    fold, folder = run_of(recipe, tmp_path / "run")
     began = time.perf_counter()
     opened = open_run(folder)
     print(f"{name}: opened in {time.perf_counter() - began:.1f} s")
