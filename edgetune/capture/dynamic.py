@@ -81,7 +81,7 @@ def _places(name: str, names: Sequence[str], example: Sequence[Tensor]) -> list[
 def parse_bounds(asked: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Parse bounds from the command line.
 
-    >>> parsed(["tokens=1:64", "pixels.2,pixels.3=64:256"])
+    >>> parse_bounds(["tokens=1:64", "pixels.2,pixels.3=64:256"])
     {'tokens': (1, 64), 'pixels.2,pixels.3': (64, 256)}
     """
     bounds = {}

@@ -32,7 +32,7 @@ def watch_script(folder: str, command: str) -> str:
 def parse_devices(printed: str) -> dict[str, str]:
     """Serials and their states, from `adb parse_devices`.
 
-    >>> devices("List of devices attached\\nR5CT\\tdevice\\nX1\\tunauthorized\\n\\n")
+    >>> parse_devices("List of devices attached\\nR5CT\\tdevice\\nX1\\tunauthorized\\n\\n")
     {'R5CT': 'device', 'X1': 'unauthorized'}
     """
     lines = (line.partition("\t") for line in printed.splitlines() if "\t" in line)
@@ -52,7 +52,7 @@ class Log:
 def parse_log(printed: str) -> Log | None:
     """The times in a runner's log; None if there are none.
 
-    >>> log_of("I 00:00:00.5 executorch:executor_runner.cpp:1] Model loaded in 4.5 ms.\\n"
+    >>> parse_log("I 00:00:00.5 executorch:executor_runner.cpp:1] Model loaded in 4.5 ms.\\n"
     ...        "... Iteration 1 of 1: 2.25 ms\\n... Model executed successfully 1 time(s) in 2.25 ms.")
     Log(load_ms=4.5, runs=1, total_ms=2.25, runs_ms=[2.25])
     """

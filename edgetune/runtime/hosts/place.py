@@ -89,9 +89,9 @@ class Place:
 def parse_place(on: str) -> Place:
     """Parse `--on`. Raises `EdgetuneError` for anything but `FORMS`.
 
-    >>> parsed("ssh://pi@raspberrypi.local:2222")
+    >>> parse_place("ssh://pi@raspberrypi.local:2222")
     Place(kind='ssh', user='pi', host='raspberrypi.local', port=2222, serial='')
-    >>> parsed("adb:192.168.0.7:5555").serial
+    >>> parse_place("adb:192.168.0.7:5555").serial
     '192.168.0.7:5555'
     """
     if on == "host":
