@@ -128,12 +128,19 @@ def test_it_opens_without_its_data_and_exports_with_it(place: Path) -> None:
         opened.exportable()
     (place / "gone").rename(place / "images")
     assert outputs(opened.model, fold).equal(expected)
-    exportable = opened.exportable()
-    assert len(exportable.check_inputs or ()) == len(fold.test_split)
-    artifact = et.export(
-        exportable.model, exportable.example, place / "model.pte", check_inputs=exportable.check_inputs
-    )
-    assert artifact.manifest.main.parity.same_prediction_pct == 100
+    assert len(opened.exportable().check_inputs or ()) == len(fold.test_split)
+
+
+def test_a_run_exported_again_makes_a_program_that_predicts(place: Path) -> None:
+    fold, folder = finished(place, "adapted")
+    again = export_from(str(folder), place / "again.pte")
+    assert again.manifest.main.parity.rows == len(fold.test_split)
+    (answer,) = et.predict(again.path, ["a good text"])
+    assert answer.label in fold.task.labels  # type: ignore[union-attr]
+    text = (place / "rows.csv").read_text(encoding="utf-8")
+    (place / "rows.csv").write_text(text.replace(",1", ",one"), encoding="utf-8")
+    with pytest.raises(et.EdgetuneError, match="other classes than the run learned"):
+        open_run(folder).exportable()
 
 
 def test_a_language_model_is_exported_again_with_another_cache(place: Path) -> None:

@@ -11,7 +11,8 @@ from edgetune.profile.facts import FactSource
 def resolve_sources(content: dict[object, object]) -> tuple[dict[object, object], list[str]]:
     """Replace each `from` by the source that it names. Returns the content without `sources`, and all faults by path.
 
-    >>> resolve_sources({"sources": {"spec": {"source": "a page", "trust": "low"}}, "ghz": {"value": 2.0, "from": "spec"}})
+    >>> sources = {"spec": {"source": "a page", "trust": "low"}}
+    >>> resolve_sources({"sources": sources, "ghz": {"value": 2.0, "from": "spec"}})
     ({'ghz': {'value': 2.0, 'source': 'a page', 'trust': 'low'}}, [])
     """
     faults: list[str] = []

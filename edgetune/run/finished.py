@@ -33,12 +33,13 @@ from edgetune.data.dataset import Dataset, Split
 from edgetune.data.rows import Rows
 from edgetune.models.chat import drop_truncated_answers
 from edgetune.models.loaded import LoadedModel
-from edgetune.program.carried import Carried
+from edgetune.models.metadata import describe_io
 from edgetune.quant.int8 import Static8
 from edgetune.recipe.recipe import Recipe, load, settings_class
 from edgetune.recipe.sections import ExportSettings
 from edgetune.run import runs
 from edgetune.run.exportable import Exportable, exportable_from_split
+from edgetune.tasks.task import Task
 from edgetune.train.loop import seed_everything
 
 FOLDER, WEIGHTS, GRAPH, STRUCTURE = "finished", "model.safetensors", "model.pt2", "structure.json"
@@ -55,7 +56,11 @@ class Structure(Settings):
     task: str  # its name
     values: dict[str, Any]  # of the task: its labels in the order of the data, and what it learned from training rows
     config: dict[str, Any] = {}  # noqa: RUF012  pydantic copies it; of a model of transformers: its config as it ended
-    carried: Carried
+
+    def make_task(self) -> Task:
+        """The task of the run, in the order of the data."""
+        task: Task = registry.load(registry.TASKS[self.task])(**{**self.values, "labels": tuple(self.values["labels"])})
+        return task
 
 
 @dataclass(frozen=True)
@@ -79,24 +84,32 @@ class FinishedRun:
         return tuple(settings_class(name)(**settings) for name, settings in self.structure.history)  # type: ignore[misc]
 
     @cached_property
-    def test_split(self) -> Split:
-        """The test rows, read again from the recipe's data, encoded for the model."""
-        data = self.recipe.data
+    def dataset(self) -> Dataset:
+        """The recipe's data, read again, with the task as the run fitted it."""
+        data, task = self.recipe.data, self.structure.make_task()
         dataset: Dataset = registry.loader(registry.DATASETS, "data", data.source)(data)
-        dataset = self.loaded.relabel(dataset)
-        dataset = drop_truncated_answers(dataset, self.loaded.encode, self.loaded.name, data.max_bad_rows_pct)
-        return Split(dataset.task, dataset.test, self.loaded.encode)
+        if dataset.task.labels != task.labels:
+            raise EdgetuneError(
+                "the data has other classes than the run learned",
+                where=dataset.name,
+                got=dataset.task.labels,
+                allowed=task.labels,
+                action="restore the data that the run was made with",
+                exit_code=Exit.DATA,
+            )
+        dataset = self.loaded.relabel(replace(dataset, task=task))
+        return drop_truncated_answers(dataset, self.loaded.encode, self.loaded.name, data.max_bad_rows_pct)
 
     def exportable(self, language: bool = False) -> Exportable:
         """The model and the rows to compare its program on. `language`: as a text-generation program in any case."""
-        settings = self.recipe.export or ExportSettings(check_rows=min(64, len(self.test_split)))
-        length, carried = self.recipe.model.max_length, self.structure.carried
-        return exportable_from_split(self.model, self.test_split, length, settings, carried, language)
+        dataset = self.dataset
+        split = Split(dataset.task, dataset.test, self.loaded.encode)
+        settings = self.recipe.export or ExportSettings(check_rows=min(64, len(split)))
+        metadata = describe_io(self.loaded, dataset, self.recipe.name)
+        return exportable_from_split(self.model, split, self.recipe.model.max_length, settings, metadata, language)
 
 
-def save_finished(
-    folder: Path, model: nn.Module, recipe: Recipe, dataset: Dataset, carried: Carried, example: Inputs
-) -> None:
+def save_finished(folder: Path, model: nn.Module, recipe: Recipe, dataset: Dataset, example: Inputs) -> None:
     """Store the model of a run next to its ledger. `dataset`: as its loader returned it."""
     structure = Structure(
         graph=isinstance(model, Static8),
@@ -110,7 +123,6 @@ def save_finished(
         task=dataset.task.name,
         values=asdict(dataset.task),
         config=_config(model),
-        carried=carried,
     )
     target = folder / FOLDER
     shutil.rmtree(target, ignore_errors=True)
@@ -145,8 +157,7 @@ def open_run(folder: str | Path) -> FinishedRun:
         raise EdgetuneError("the folder does not contain a finished run", got=str(folder), action=action)
     recipe, structure = load(folder / "recipe.yaml"), _read_structure(folder)
     rows = Rows([])
-    values = {**structure.values, "labels": tuple(structure.values["labels"])}
-    dataset = Dataset(ledger.data, registry.load(registry.TASKS[structure.task])(**values), rows, rows, rows)
+    dataset = Dataset(ledger.data, structure.make_task(), rows, rows, rows)
     seed_everything(recipe.seed)
     loaded: LoadedModel = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, dataset)
     run = FinishedRun(folder, recipe, ledger, structure, loaded)

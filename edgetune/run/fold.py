@@ -148,7 +148,7 @@ class Fold:
         self.steps(until)
         if until is not None:
             return self.ledger
-        save_finished(self.folder, self.model, self.recipe, self.data_as_read, self.carried, self.samples.example())
+        save_finished(self.folder, self.model, self.recipe, self.data_as_read, self.samples.example())
         answers = answers_on(self.model, self.test_split, EVALUATION_BATCH)
         self.ledger = self.ledger.with_(answers=answers)
         if self.recipe.export:
