@@ -19,7 +19,7 @@ from edgetune.recipe.recipe import Recipe, load, packaged_recipes
 from edgetune.run.exporting import export_from
 from edgetune.run.finished import open_run
 from edgetune.run.fold import Fold
-from support.checkpoints import save_bert, save_images, save_llama
+from support.checkpoints import save_bert, save_images, save_llama, save_rows
 
 TEXT = "model: {source: 'hf:encoder', max_length: 8}\ndata: csv:rows.csv"
 LANGUAGE = "model: {source: 'hf:writer', max_length: 8}\ndata: {source: 'csv:rows.csv', label: null}"
@@ -53,8 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
     save_bert(tmp_path / "encoder", "Model", **sizes)
-    rows = [f"{'good' if n % 2 else 'bad'} text {'very ' * (n % 7)}a,{n % 2}" for n in range(60)]
-    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    save_rows(tmp_path / "rows.csv")
     return tmp_path
 
 

@@ -18,7 +18,7 @@ from edgetune.run.fold import Fold
 from edgetune.run.prepared import prepare
 from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
-from support.checkpoints import save_bert
+from support.checkpoints import save_bert, save_rows
 
 RECIPES = {
     "sparse, adapted, pruned, distilled, quantized": """
@@ -50,8 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
     save_bert(tmp_path / "encoder", "Model", **sizes)
-    rows = [f"{'good' if n % 2 else 'bad'} text {'very ' * (n % 7)}a,{n % 2}" for n in range(60)]
-    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    save_rows(tmp_path / "rows.csv")
     return tmp_path
 
 

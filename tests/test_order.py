@@ -23,7 +23,7 @@ from edgetune.recipe.sections import Finalize
 from edgetune.run.fold import Eval, Fold
 from edgetune.tasks.image_classification import ImageClassification
 from edgetune.train.loop import train
-from support.checkpoints import save_bert
+from support.checkpoints import save_bert, save_rows
 from support.laws import mlp, vectors
 
 LORA, SCHEME, TRAIN = et.LoRA(rank=2, targets=("*.up",)), et.SparseUpdate(scheme="last-1"), et.Train(updates=2)
@@ -142,8 +142,7 @@ def test_a_new_technique_runs_in_a_recipe_without_an_edit_elsewhere(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(registry.TECHNIQUES, "gain", "support.gain:Gain")
     save_bert(tmp_path / "encoder", "Model", hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    rows = [f"{'good' if n % 2 else 'bad'} text {'very ' * (n % 7)}a,{n % 2}" for n in range(60)]
-    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    save_rows(tmp_path / "rows.csv")
     text = """
 model: {source: "hf:encoder", max_length: 8}
 data: csv:rows.csv

@@ -62,8 +62,7 @@ def apply(model: nn.Module, techniques: Technique | Sequence[Technique], sample:
         except EdgetuneError as error:
             error.within(technique.name)
             raise
-        setattr(model, _OPEN, list(before))  # on the module that `apply` returned, which may be another
-        add_active_technique(model, technique)
+        setattr(model, _OPEN, [*before, technique])  # on the module that `apply` returned, which may be another
     return rewrap_model(outer, model)
 
 

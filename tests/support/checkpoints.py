@@ -52,6 +52,12 @@ def save_llama(folder: Path, **changes: Any) -> Any:
     return model.eval()
 
 
+def save_rows(path: Path) -> None:
+    """Sixty texts of two classes, of seven lengths."""
+    rows = [f"{'good' if n % 2 else 'bad'} text {'very ' * (n % 7)}a,{n % 2}" for n in range(60)]
+    path.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+
+
 def save_images(folder: Path, count: int = 20) -> None:
     """Noise of two classes, "dark" and "light", in one folder each."""
     from PIL import Image
