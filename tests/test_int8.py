@@ -59,6 +59,34 @@ def test_int8_runs_any_number_of_rows_by_position_or_name(static: tuple[nn.Modul
         assert 0 < (got - expected).abs().max() < 0.1
 
 
+class Read(nn.Module):
+    """A masked mean over words and their positions: padding does not change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(50, 16), nn.Embedding(32, 16), nn.Linear(16, 4)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = F.relu(self.words(input_ids) + self.places(torch.arange(input_ids.shape[1])))
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return self.head((hidden * mask).sum(1) / mask.sum(1))
+
+
+def test_int8_reads_any_number_of_tokens_also_when_stored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Read().eval()
+    wide = {"input_ids": torch.randint(50, (6, 12)), "attention_mask": torch.zeros(6, 12, dtype=torch.long)}
+    wide["attention_mask"][:, :5] = 1
+    quantized = Int8().apply(copy.deepcopy(model), Sample.of(wide))
+    assert isinstance(quantized, Static8)
+    quantized.write(tmp_path / "graph.pt2", (*wide.values(),))
+    for graph in (quantized, Static8.read(tmp_path / "graph.pt2")):
+        for tokens in (5, 12, 20):
+            fitted = {name: F.pad(tensor, (0, tokens - 12)) for name, tensor in wide.items()}
+            expected = model(**fitted)
+            assert (graph(**fitted) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_int8_survives_train_and_eval(static: tuple[nn.Module, Static8]) -> None:
     _, quantized = static
     x = torch.randn(2, 3, 8, 8)

@@ -130,6 +130,15 @@ def _dim(axis: Axis) -> Any:
     return torch.export.Dim(re.sub(r"\W+", "_", axis.name), min=axis.low, max=axis.high)
 
 
+def free_sizes(inputs: Sequence[Tensor], rows: Any) -> tuple[dict[int, Any], ...]:
+    """`dynamic_shapes` of a graph for any number of rows, and of tokens where its model takes more than one number."""
+    tokens = {tensor.shape[1] for tensor in inputs if tensor.dim() == 2 and not tensor.is_floating_point()}
+    return tuple(
+        {0: rows, 1: torch.export.Dim.AUTO} if tensor.dim() == 2 and tokens == {tensor.shape[1]} else {0: rows}
+        for tensor in inputs
+    )
+
+
 def infer_views(program: ExportedProgram) -> None:
     """Write -1 for the dynamic size of every view that has only one: XNNPACK takes no other view with dynamic sizes.
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
+from edgetune.capture.dynamic import free_sizes
 from edgetune.capture.positional import as_plain
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, device_of, rows_of
@@ -130,7 +131,7 @@ class Static8(nn.Module):
 
     def write(self, path: Path, inputs: tuple[Tensor, ...]) -> None:
         """Store the graph as a program of `torch.export`; `inputs`: an example, whose rows may be of any number."""
-        sizes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+        sizes = free_sizes(inputs, torch.export.Dim.AUTO)
         settings = {name: getattr(self, name) for name in _STORED}
         with silence_libraries():
             program = torch.export.export(self.graph, inputs, dynamic_shapes=sizes)

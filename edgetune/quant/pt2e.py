@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from edgetune.capture import failures
 from edgetune.capture.computed import fold_weights
+from edgetune.capture.dynamic import free_sizes
 from edgetune.capture.fast_path import slow_path
 from edgetune.capture.positional import Positional
 from edgetune.capture.reparameterize import reparameterize
@@ -79,7 +80,7 @@ def _prepare(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[s
 
     program = Positional(model, inputs).eval()
     example = tuple(_two_rows(tensor) if any_rows else tensor[:1].cpu() for tensor in tensors_of(inputs))
-    free = (tuple({0: torch.export.Dim("batch", min=1, max=65536)} for _ in example),) if any_rows else None
+    free = (free_sizes(example, torch.export.Dim("batch", min=1, max=65536)),) if any_rows else None
     try:
         with slow_path(program):
             captured = torch.export.export(program, example, dynamic_shapes=free, strict=False)
