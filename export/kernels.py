@@ -15,6 +15,7 @@ from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.quiet import silence_libraries
 from edgetune.export.targets.target import Target
 from edgetune.runtime import remedies
+from edgetune.runtime.clock.runs import load_runtime
 
 _CACHE_KERNELS = "llama::"  # attention and cache, in a library that only text-generation programs load
 
@@ -23,9 +24,7 @@ _CACHE_KERNELS = "llama::"  # attention and cache, in a library that only text-g
 def registered_kernels() -> frozenset[str]:
     """Names such as `aten::add.out` of the kernels in this machine's runtime."""
     with silence_libraries():
-        import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and others
-        from executorch.extension.pybindings import _portable_lib
-    return frozenset(_portable_lib._get_operator_names())
+        return frozenset(load_runtime(None)._get_operator_names())
 
 
 def check(lowered: Mapping[str, ExportedProgram], captured: Mapping[str, ExportedProgram], target: Target) -> None:

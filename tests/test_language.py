@@ -27,6 +27,7 @@ from edgetune.program.tokenizer import ChatTokenizer, without_truncation
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.run import exporting
+from edgetune.runtime.clock.runs import load_runtime
 from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.session import measure_on
 from edgetune.runtime.language import greedy_in_child
@@ -168,9 +169,7 @@ def test_what_is_beside_the_program_must_be_its_own(int4: tuple[Any, Artifact], 
 
 
 def test_executorchs_own_runner_finds_what_it_asks_for(int4: tuple[Any, Artifact]) -> None:
-    from executorch.extension.pybindings import _portable_lib
-
-    program = _portable_lib._load_program(str(int4[1].path))
+    program = load_runtime(None)._load_program(str(int4[1].path))
     said = {name: program.load_method(name).call(()) for name in ("get_max_seq_len", "get_max_context_len")}
     assert said == {"get_max_seq_len": [32], "get_max_context_len": [CACHE]}
 

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 def profile(
     program: Annotated[Path, typer.Argument(help="An exported .pte; needs its model.json.")],
-    device: Annotated[str, typer.Option(help="A device id, or a path ending in .yaml.", autocompletion=device_names)],
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="A device id, or a path ending in .yaml. Default: this host, where the program is then also timed.",
+            autocompletion=device_names,
+        ),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also time the program, on this host or where --on says.")
     ] = False,
@@ -37,12 +43,14 @@ def profile(
     runner: Annotated[
         Path | None, typer.Option(help="Over adb: ExecuTorch's executor_runner, built for Android.")
     ] = None,
-    by_layer: Annotated[bool, typer.Option("--layers", help="Also predict what limits each layer.")] = False,
+    by_layer: Annotated[
+        bool, typer.Option("--layers", help="Also each layer: its time, and what it is bound by.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Predict or measure latency and memory on a device.
 
-    The prediction is for the CPU of the device. Nothing is timed without --measure or --on.
+    The prediction is for the CPU of the device. With --device nothing is timed without --measure or --on.
     """
     from edgetune.profile.calls import predict_calls
     from edgetune.profile.device import load
@@ -53,22 +61,23 @@ def profile(
     from edgetune.recipe.names import HOST
     from edgetune.runtime.hosts.place import parse_place
 
-    place = parse_place(on or HOST) if measure or on else None
-    artifact, described = Artifact.load(program, "model", "language"), load(device)
+    place = parse_place(on or HOST) if measure or on or device is None else None
+    artifact, described = Artifact.load(program, "model", "language"), load(device or HOST)
     if place is not None and threads is None and (described.id == HOST or place.kind != "host"):
         threads = described.thread_count
     predicted = predict_calls(artifact, described)
     measured: tuple[Measured | None, ...] = (None,) * len(predicted)
+    times_ms: tuple[dict[str, float], ...] = ()
     if place is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            measured = _measure(artifact, on or HOST, threads, seconds, python, runner)
+            measured, times_ms = _measure(artifact, on or HOST, threads, seconds, python, runner, by_layer)
     pairs = tuple(zip(predicted, measured, strict=True))
     calls: list[dict[str, Any]] = [
         {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None} for p, m in pairs
     ]
-    by_call = predict_layers(artifact, described) if by_layer else ()
+    by_call = predict_layers(artifact, described, measured=times_ms) if by_layer else ()
     for call, of in zip(calls, by_call):  # noqa: B905  none without --layers
-        call["layers"] = of.model_dump(mode="json", include={"layers", "other", "calls_ms", "bounds_pct"})
+        call["layers"] = of.model_dump(mode="json", include={"layers", "other", "calls_ms", "bounds_pct", "measured_ms"})
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
         print_result(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
         return 0
@@ -86,15 +95,18 @@ def _measure(
     seconds: float,
     python: str,
     runner: Path | None,
-) -> tuple[Measured, ...]:
-    """Time the program. Raises if that is on this host, which cannot run the target."""
+    by_layer: bool,
+) -> tuple[tuple[Measured, ...], tuple[dict[str, float], ...]]:
+    """Time the program, and its layers if asked to. Raises if that is on this host, which cannot run the target."""
     from edgetune.core.errors import EdgetuneError, Exit
     from edgetune.export.targets import find
-    from edgetune.runtime.hosts.session import measure_on, open_runner
+    from edgetune.runtime.hosts.session import measure_layers, measure_on, open_runner
 
     target = artifact.manifest.target
     if on == "host" and not find(target).runs_here:
-        action = "omit --measure, or pass --on ssh://user@host"
+        action = "pass --device for a prediction alone, or --on ssh://user@host"
         raise EdgetuneError(f"this machine cannot run {target} programs", action=action, exit_code=Exit.EXPORT)
     with open_runner(on, python=python, runner=runner) as machine:
-        return measure_on(machine, artifact, threads=threads, seconds=seconds)
+        measured = measure_on(machine, artifact, threads=threads, seconds=seconds)
+        times_ms = measure_layers(machine, artifact, threads=threads, seconds=seconds) if by_layer else ()
+        return measured, times_ms

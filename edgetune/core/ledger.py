@@ -226,7 +226,7 @@ class Predicted(CallCost):
 
 
 class Layer(Entry):
-    """One module of a program on one device, predicted, its operators summed."""
+    """One module of a program on one device, predicted and perhaps measured, its operators summed."""
 
     module: str
     operators: int
@@ -237,6 +237,7 @@ class Layer(Entry):
     macs: int
     moved_bytes: int  # as stored: 8-bit operands are a quarter of the bytes
     dtype: str  # of most of its time
+    measured_ms: float | None = None  # None: not measured on this device
 
     @property
     def intensity(self) -> float:
@@ -264,6 +265,7 @@ class Layers(CallCost):
     layers: tuple[Layer, ...]
     other: Layer | None  # all other operators together
     calls_ms: float  # of calling the program and its delegates
+    measured_ms: float | None = None  # the sum of what was measured of the layers
     bounds_pct: dict[Literal["compute", "memory", "overhead"], float]  # share of the time, the calls among the overhead
     roof: Roof
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from edgetune.runtime import forks
 from edgetune.runtime.child_failures import child_error
+from edgetune.runtime.clock.events import Instruction
 from edgetune.runtime.clock.runs import load_runtime, read_inputs, serve
 
 _MODULE = "edgetune.runtime.run"
@@ -52,6 +53,7 @@ class Timing(BaseModel):
     states: tuple[State, ...] = ()  # before the timed runs and after each batch of them
     energy_mj: float | None = None  # of one run; None: not measured
     energy_note: str = ""  # the meter, or why there is none
+    instructions: tuple[Instruction, ...] = ()  # of one run, if they were recorded
 
     @property
     def latency_ms(self) -> float:

@@ -34,11 +34,9 @@ class TrainingProgram:
     """A training `.pte` loaded by the runtime: steps, inference, and the state that both share."""
 
     def __init__(self, path: str | Path) -> None:
-        with silence_libraries():
-            import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
-            from executorch.extension.pybindings import _portable_lib
         self.artifact = Artifact.load(path, "training")
-        program = _portable_lib._load_program(str(path))
+        with silence_libraries():
+            program = load_runtime(None)._load_program(str(path))
         self._train, self._forward = program.load_method("train"), program.load_method("forward")
 
     def step(self, inputs: Inputs, labels: Tensor, learning_rate: float) -> tuple[float, Tensor]:

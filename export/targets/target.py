@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import silence_libraries
 from edgetune.export.targets.forms import FORMS, Form, form_of
+from edgetune.runtime.clock.runs import load_runtime
 
 WHEEL = "wheel"  # a backend that every executorch wheel runs
 EXTRA = 'pip install "edgetune[export]"'
@@ -117,6 +118,4 @@ class Target:
 def _backends() -> tuple[str, ...]:
     """The backends that this machine's executorch runtime was built with."""
     with silence_libraries():
-        from executorch.extension.pybindings import _portable_lib
-    names: tuple[str, ...] = tuple(_portable_lib._get_registered_backend_names())
-    return names
+        return tuple(load_runtime(None)._get_registered_backend_names())

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import machine, power
+from . import events, machine, power
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,9 +64,12 @@ def answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         load_language_operators()
     empty_mib = machine.resident_mib("VmRSS")
     started = time.perf_counter()
-    run = _load_method(runtime, folder, request)
+    program, run = _load_method(runtime, folder, request)  # the program must outlive its method
     load_ms = (time.perf_counter() - started) * 1e3
-    timed = [_time_call(run, inputs, request) for inputs in calls]
+    if request.get("record"):
+        timed = events.record(program, run, calls, float(request["seconds"]))
+    else:
+        timed = [_time_call(run, inputs, request) for inputs in calls]
     whole = {
         "threads": int(runtime._threadpool_get_thread_count()),
         "cores": cores,
@@ -104,13 +107,13 @@ def load_runtime(threads: int | None) -> Any:
     """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
     import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
     import torch  # noqa: F401  first, for its libraries
-    from executorch.extension.pybindings import _portable_lib
+    from executorch.extension.pybindings import _C
 
     if importlib.util.find_spec("openvino") is not None:  # registers the backend
         from executorch.extension.pybindings import portable_lib  # noqa: F401
     if threads is not None:
-        _portable_lib._unsafe_reset_threadpool(threads)
-    return _portable_lib
+        _C._unsafe_reset_threadpool(threads)
+    return _C
 
 
 def load_language_operators() -> None:
@@ -133,20 +136,15 @@ def read_inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
     return batches
 
 
-def _load_method(runtime: Any, folder: Path, request: dict[str, Any]) -> Callable[[tuple[Tensor, ...]], Any]:
-    """Load the method `forward`. Its outputs are not cloned, which would time torch and start its threads."""
+def _load_method(
+    runtime: Any, folder: Path, request: dict[str, Any]
+) -> tuple[Any, Callable[[tuple[Tensor, ...]], Any]]:
+    """The program and its method `forward`. Outputs are not cloned, which would time torch and start its threads."""
     path, data = str(folder / request["path"]), request.get("data")
-    if data is not None:  # only a module takes it, and loads a method at its first execution
-        module = runtime._load_for_executorch(path, str(folder / data))
-        return lambda inputs: module.run_method("forward", inputs, clone_outputs=False)
-    program = runtime._load_program(path)
+    data = None if data is None else str(folder / data)
+    program = runtime._load_program(path, enable_etdump=bool(request.get("record")), data_path=data)
     method = program.load_method("forward")
-
-    def call(inputs: tuple[Tensor, ...]) -> Any:
-        assert program is not None  # it must outlive its method
-        return method.call(inputs, clone_outputs=False)
-
-    return call
+    return program, lambda inputs: method.call(inputs, clone_outputs=False)
 
 
 def time_runs(once: Callable[[], float], request: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Host:
             "seconds": request.seconds,
             "warm_up_seconds": min(request.seconds, _WARM_UP_SECONDS),
             "language": request.language,
+            "record": request.record,
             "energy_seconds": _ENERGY_SECONDS if request.energy else 0.0,
         }
         timings = time_calls(request.path, settings, request.calls, data=request.data)

@@ -36,6 +36,7 @@ class TimingRequest:
     data: Path | None = None  # the `.ptd` with its weights, if there is one
     language: bool = False  # it needs the kernels of language models
     energy: bool = True  # also look for a meter
+    record: bool = False  # record the time of each operator, which slows the program down a little
 
     def check_threads(self, cores: int, where: str) -> None:
         """Raise for more threads than the machine has cores."""

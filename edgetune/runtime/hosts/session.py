@@ -17,6 +17,7 @@ from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.place import Place, Runner, TimingRequest, parse_place
 from edgetune.runtime.hosts.ssh import Ssh
 from edgetune.runtime.measure import inputs_of, summarize_timing
+from edgetune.runtime.operator_times import operator_times_us
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -104,14 +105,46 @@ def measure_on(
     `threads`: by default all cores that a program may use there.
     """
     threads = threads if threads is not None else machine.cores
-    manifest, language = artifact.manifest, artifact.manifest.language
-    rows = [inputs_of(artifact)] if language is None else _prompt_and_token(language)
-    timings = machine.time(
-        TimingRequest(artifact.path, rows, threads, seconds, artifact.data_path, language=language is not None)
-    )
-    note = machine.caveat(manifest.versions)
-    pairs = zip(manifest.calls, reversed(timings), strict=True)  # the prompt is timed first: it fills the cache
+    timings = _time_calls(machine, artifact, threads, seconds)
+    note = machine.caveat(artifact.manifest.versions)
+    pairs = zip(artifact.manifest.calls, timings, strict=True)
     return tuple(summarize_timing(timing, threads, call.label, machine.name, note) for call, timing in pairs)
+
+
+def measure_layers(
+    machine: Runner,
+    artifact: Artifact,
+    *,
+    threads: int | None = None,
+    seconds: float = 2.0,
+) -> tuple[dict[str, float], ...]:
+    """Milliseconds by module ("" for what belongs to none) of each kind of call, in the order of the manifest.
+
+    The runtime records them operator by operator, which slows a program of many small operators down a little.
+    Raises `EdgetuneError` over adb, and if the machine's runtime records nothing.
+    """
+    timings = _time_calls(machine, artifact, threads or machine.cores, seconds, record=True)
+    by_call: list[dict[str, float]] = []
+    for call, timing in zip(artifact.manifest.calls, timings, strict=True):
+        by_module: dict[str, float] = {}
+        times_us = operator_times_us(timing.instructions, call.executed)
+        for operator, us in zip(call.executed, times_us, strict=True):
+            by_module[operator.module] = by_module.get(operator.module, 0.0) + us / 1e3
+        by_call.append(by_module)
+    return tuple(by_call)
+
+
+def _time_calls(
+    machine: Runner, artifact: Artifact, threads: int, seconds: float, *, record: bool = False
+) -> tuple[Timing, ...]:
+    """Each kind of call with made-up inputs, in the order of the manifest."""
+    language = artifact.manifest.language
+    rows = [inputs_of(artifact)] if language is None else _prompt_and_token(language)
+    request = TimingRequest(
+        artifact.path, rows, threads, seconds, artifact.data_path,
+        language=language is not None, energy=not record, record=record,
+    )  # fmt: skip
+    return tuple(reversed(machine.time(request)))  # the prompt is timed first: it fills the cache
 
 
 def _prompt_and_token(language: LanguageSpec) -> list[tuple[Tensor, ...]]:

@@ -108,6 +108,7 @@ class Ssh:
             "batch_warm_ups": WARM_UPS,
             "batch_runs": RUNS,
             "language": request.language,
+            "record": request.record,
             "energy_seconds": _ENERGY_SECONDS if request.energy else 0.0,
         }
         answer = self._ask(settings, request.calls, request.path, request.data)

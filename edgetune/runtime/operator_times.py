@@ -1,0 +1,125 @@
+"""The measured time of each operator of a program: what the runtime recorded, matched with the operators of the file.
+
+XNNPACK has its own names for kernels, may run one operator by two of them (a sum, then its clamp), and does not run what
+it has fused. Kernels and operators are matched in order, by what they compute.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.program.operator_kinds import is_free
+from edgetune.program.operators import Operator
+from edgetune.runtime.clock.events import DELEGATE, Instruction
+
+_XNNPACK = "xnnpack."
+_ROUNDED_US = 1.0  # XNNPACK rounds each of its times down, by less than this
+_PRODUCT = "product"
+_KINDS = {  # names of XNNPACK's operators in a file and of its kernels, as far as letters alone do not show the same
+    **dict.fromkeys(
+        ("fullyconnected", "dynamicfullyconnected", "conv2d", "depthwiseconv2d", "convtranspose2d", "convolution",
+         "deconvolution"),
+        _PRODUCT,
+    ),
+    **dict.fromkeys(("globalavgpooling2d", "globalaveragepooling", "sum"), "mean"),
+    **dict.fromkeys(("avgpooling2d", "averagepooling"), "average"),
+    "divide": "div", "maxpooling2d": "maxpooling", "statictranspose": "transpose", "staticslice": "slice",
+    "staticconstantpad": "constantpad", "concatenate": "copy", "staticresizebilinear2d": "resizebilinear",
+}  # fmt: skip
+
+
+def operator_times_us(recorded: Sequence[Instruction], operators: Sequence[Operator]) -> tuple[float, ...]:
+    """The time of each operator that a call executes, in microseconds; 0 if the backend fused it into another.
+
+    `recorded`: the call's instructions. `operators`: of the same call, in order, as they stand in `model.json`. Raises
+    `EdgetuneError` (exit code 5) if the two are not of one program.
+    """
+    times = [0.0] * len(operators)
+    for kernels, places in _sections(recorded, operators):
+        names = [_kind(operators[place].operator) for place in places]
+        for (_, us), index in zip(kernels, _match([_kind(name) for name, _ in kernels], names), strict=True):
+            times[places[index]] += us
+    return tuple(times)
+
+
+def _sections(
+    recorded: Sequence[Instruction], operators: Sequence[Operator]
+) -> Iterator[tuple[list[tuple[str, float]], range]]:
+    """Kernels, and the operators that they run: cut at every operator outside of XNNPACK."""
+    outside = iter([place for place, one in enumerate(operators) if not one.operator.startswith(_XNNPACK)])
+    start: int = 0
+    inside: list[tuple[str, float]] = []
+    for name, us, kernels in recorded:
+        if kernels:
+            inside += _unrounded(us, kernels)
+        elif name == DELEGATE or not is_free(name):
+            place = next(outside, None)
+            if place is None or (inside and place == start):
+                raise _mismatch(name)
+            if inside:
+                yield inside, range(start, place)
+            yield [(operators[place].operator, us)], range(place, place + 1)
+            start, inside = place + 1, []
+    if next(outside, None) is not None or (inside and start == len(operators)):
+        raise _mismatch(operators[-1].operator)
+    if inside:
+        yield inside, range(start, len(operators))
+
+
+def _mismatch(name: str) -> EdgetuneError:
+    return EdgetuneError(
+        "the operators that ran are not those of the program's manifest",
+        got=name,
+        action="export the model again with this version of edgetune and executorch",
+        exit_code=Exit.EXPORT,
+    )
+
+
+def _unrounded(us: float, kernels: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The kernels of a delegate with what rounding took from them: what it took beyond their sum, in equal shares."""
+    lost = max(us - sum(of for _, of in kernels), 0.0) / len(kernels)
+    return [(name, of + min(lost, _ROUNDED_US)) for name, of in kernels]
+
+
+def _kind(name: str) -> str:
+    """What an operator or a kernel computes: `product` for `xnnpack.conv2d` and for `Convolution (NHWC, F32) GEMM #1`."""
+    letters = re.sub(r"[^a-z0-9]", "", name.removeprefix(_XNNPACK).partition(" (")[0].partition("-q")[0].lower())
+    return _KINDS.get(letters, letters)
+
+
+def _match(kernels: Sequence[str], operators: Sequence[str]) -> list[int]:
+    """For each kernel the index of its operator: the alignment in order with the fewest differences.
+
+    A kernel without an operator belongs to the one before it.
+    """
+    if list(kernels) == list(operators):
+        return list(range(len(operators)))
+    rows, columns = len(kernels), len(operators)
+    cost = [[0.0] * (columns + 1) for _ in range(rows + 1)]  # of matching what follows each kernel and operator
+    for row in range(rows, -1, -1):
+        for column in range(columns, -1, -1):
+            if row < rows or column < columns:
+                cost[row][column] = min(_steps(cost, kernels, operators, row, column))[0]
+    indices: list[int] = []
+    row = column = 0
+    while row < rows:
+        _, kind = min(_steps(cost, kernels, operators, row, column))
+        if kind != "fused":
+            indices.append(max(column - (kind == "further"), 0))
+            row += 1
+        column += kind != "further"
+    return indices
+
+
+def _steps(
+    cost: Sequence[Sequence[float]], kernels: Sequence[str], operators: Sequence[str], row: int, column: int
+) -> Iterator[tuple[float, str]]:
+    """What it costs to match from here on, by what is done first."""
+    if row < len(kernels) and column < len(operators):
+        yield cost[row + 1][column + 1] + 1.5 * (kernels[row] != operators[column]), "both"
+    if row < len(kernels):
+        yield cost[row + 1][column] + 1.0, "further"
+    if column < len(operators):
+        yield cost[row][column + 1] + 1.0, "fused"
