@@ -166,11 +166,14 @@ def test_profile_measures_nothing_that_this_machine_cannot_run(
     foreign = tmp_path / "net.pte"
     shutil.copyfile(artifact.path, foreign)
     manifest = json.loads(artifact.path.with_suffix(".json").read_text())
-    foreign.with_suffix(".json").write_text(json.dumps({**manifest, "target": "mps"}))
+    foreign.with_suffix(".json").write_text(json.dumps({**manifest, "target": "coreml"}))
     assert main(["profile", str(foreign), "--device", "iphone-15"]) == 0
     capsys.readouterr()
     assert main(["profile", str(foreign), "--device", "iphone-15", "--measure"]) == 5
-    assert "this machine cannot run mps programs\n  next: omit --measure" in capsys.readouterr().err
+    assert (
+        "this machine cannot run coreml programs\n  next: pass --device for a prediction alone"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_command_prints_a_table_json_and_a_page(

@@ -132,19 +132,19 @@ def test_a_form_that_the_backend_does_not_take_is_refused() -> None:
     with pytest.raises(EdgetuneError, match=r"ethos-u does not take a model in fp32[\s\S]*as its `target`") as caught:
         find("ethos-u").check(float32)
     assert caught.value.exit_code == Exit.EXPORT
-    with pytest.raises(EdgetuneError, match="mps does not take a model in static int8"):
-        find("mps").check(whole)
+    with pytest.raises(EdgetuneError, match="openvino does not take a model in static int8"):
+        find("openvino").check(whole)
     find("tosa").check(float32)
     find("vulkan").check(whole)
 
 
 def test_a_refusal_comes_from_the_lowering_too() -> None:
     model = Int4().apply(Transformer().eval())
-    with pytest.raises(EdgetuneError, match="mps does not take"):
-        lower(Positional(model, IDS).eval(), (IDS,), find("mps"))
+    with pytest.raises(EdgetuneError, match="coreml does not take"):
+        lower(Positional(model, IDS).eval(), (IDS,), find("coreml"))
 
 
-@pytest.mark.parametrize("name", ["xnnpack", "vulkan", "coreml", "mps", "openvino"])
+@pytest.mark.parametrize("name", ["xnnpack", "vulkan", "coreml", "openvino"])
 @pytest.mark.parametrize("model", ["cnn", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_a_float_model_is_delegated(name: str, model: str) -> None:
     found = lowered(model, needs(name))

@@ -13,7 +13,8 @@ from edgetune.cli.complete import device_names
 from edgetune.cli.devices import Json, print_result
 
 if TYPE_CHECKING:
-    from edgetune.core.ledger import Measured
+    from edgetune.core.ledger import Layers, Measured, Predicted
+    from edgetune.profile.tables import Pair
     from edgetune.program.artifact import Artifact
 
 
@@ -54,38 +55,48 @@ def profile(
     """
     from edgetune.profile.calls import predict_calls
     from edgetune.profile.device import load
-    from edgetune.profile.layers import predict_layers
+    from edgetune.profile.layers import measured_text, predict_layers
     from edgetune.profile.layers import text as layers_text
     from edgetune.profile.tables import text
     from edgetune.program.artifact import Artifact
-    from edgetune.recipe.names import HOST
+    from edgetune.recipe.names import HOST, device_ids
     from edgetune.runtime.hosts.place import parse_place
 
     place = parse_place(on or HOST) if measure or on or device is None else None
-    artifact, described = Artifact.load(program, "model", "language"), load(device or HOST)
-    if place is not None and threads is None and (described.id == HOST or place.kind != "host"):
-        threads = described.thread_count
-    predicted = predict_calls(artifact, described)
+    artifact = Artifact.load(program, "model", "language")
+    described = load(device or HOST) if device is not None or HOST in device_ids() else None
+    if described is not None and place is not None and threads is None:
+        threads = described.thread_count if described.id == HOST or place.kind != "host" else None
+    predicted: tuple[Predicted | None, ...] = (None,) * len(artifact.manifest.calls)
     measured: tuple[Measured | None, ...] = (None,) * len(predicted)
-    times_ms: tuple[dict[str, float], ...] = ()
+    layers: tuple[Layers, ...] = ()
+    if described is not None:
+        predicted = predict_calls(artifact, described)
+        layers = predict_layers(artifact, described) if by_layer else ()
     if place is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            measured, times_ms = _measure(artifact, on or HOST, threads, seconds, python, runner, by_layer)
+            measured = _measure(artifact, on or HOST, threads, seconds, python, runner, by_layer)
     pairs = tuple(zip(predicted, measured, strict=True))
-    calls: list[dict[str, Any]] = [
-        {"predicted": p.model_dump(mode="json"), "measured": m.model_dump(mode="json") if m else None} for p, m in pairs
-    ]
-    by_call = predict_layers(artifact, described, measured=times_ms) if by_layer else ()
-    for call, of in zip(calls, by_call):  # noqa: B905  none without --layers
-        call["layers"] = of.model_dump(mode="json", include={"layers", "other", "calls_ms", "bounds_pct", "measured_ms"})
     if as_json:  # of a language program: one token, and under "prompt" a piece of a prompt
-        print_result(calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]})
+        print_result(_as_json(pairs, layers))
         return 0
     summary = artifact.program()
     print_result(text(f"{artifact.path.name}: {summary.target}, {summary.size_mib:,.1f} MiB", pairs))
-    for of in by_call:
-        print_result("\n" + layers_text(of))
+    for of, timed in zip(layers, measured):  # noqa: B905  none without --layers
+        print_result("\n" + layers_text(of, timed))
+    for timed in measured:
+        if timed is not None and timed.layers_ms and not layers:
+            print_result("\n" + measured_text(timed))
     return 0
+
+
+def _as_json(pairs: tuple[Pair, ...], layers: tuple[Layers, ...]) -> dict[str, Any]:
+    calls: list[dict[str, Any]] = [
+        {"predicted": p and p.model_dump(mode="json"), "measured": m and m.model_dump(mode="json")} for p, m in pairs
+    ]
+    for call, of in zip(calls, layers):  # noqa: B905  none without --layers
+        call["layers"] = of.model_dump(mode="json", include={"layers", "other", "calls_ms", "bounds_pct"})
+    return calls[0] if len(calls) == 1 else {**calls[0], "prompt": calls[1]}
 
 
 def _measure(
@@ -96,17 +107,15 @@ def _measure(
     python: str,
     runner: Path | None,
     by_layer: bool,
-) -> tuple[tuple[Measured, ...], tuple[dict[str, float], ...]]:
-    """Time the program, and its layers if asked to. Raises if that is on this host, which cannot run the target."""
+) -> tuple[Measured, ...]:
+    """Time the program. Raises if that is on this host, which cannot run the target."""
     from edgetune.core.errors import EdgetuneError, Exit
     from edgetune.export.targets import find
-    from edgetune.runtime.hosts.session import measure_layers, measure_on, open_runner
+    from edgetune.runtime.hosts.session import measure_on, open_runner
 
     target = artifact.manifest.target
     if on == "host" and not find(target).runs_here:
         action = "pass --device for a prediction alone, or --on ssh://user@host"
         raise EdgetuneError(f"this machine cannot run {target} programs", action=action, exit_code=Exit.EXPORT)
     with open_runner(on, python=python, runner=runner) as machine:
-        measured = measure_on(machine, artifact, threads=threads, seconds=seconds)
-        times_ms = measure_layers(machine, artifact, threads=threads, seconds=seconds) if by_layer else ()
-        return measured, times_ms
+        return measure_on(machine, artifact, threads=threads, seconds=seconds, by_layer=by_layer)

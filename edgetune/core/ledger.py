@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.one_line import OneLine
@@ -195,6 +195,7 @@ class Measured(CallCost):
     energy_note: str = ""  # the meter, or why there is none
     temperature_c: tuple[float, float] | None = None  # of the hottest sensor, before and after the runs
     clock_mhz: tuple[float, float] | None = None  # of the fastest core, before, and the lowest after any batch
+    layers_ms: dict[str, float] = Field(default_factory=dict)  # by module, "" for none; empty: not measured by layer
 
 
 class Predicted(CallCost):
@@ -226,7 +227,7 @@ class Predicted(CallCost):
 
 
 class Layer(Entry):
-    """One module of a program on one device, predicted and perhaps measured, its operators summed."""
+    """One module of a program on one device, predicted, its operators summed."""
 
     module: str
     operators: int
@@ -237,7 +238,6 @@ class Layer(Entry):
     macs: int
     moved_bytes: int  # as stored: 8-bit operands are a quarter of the bytes
     dtype: str  # of most of its time
-    measured_ms: float | None = None  # None: not measured on this device
 
     @property
     def intensity(self) -> float:
@@ -265,7 +265,6 @@ class Layers(CallCost):
     layers: tuple[Layer, ...]
     other: Layer | None  # all other operators together
     calls_ms: float  # of calling the program and its delegates
-    measured_ms: float | None = None  # the sum of what was measured of the layers
     bounds_pct: dict[Literal["compute", "memory", "overhead"], float]  # share of the time, the calls among the overhead
     roof: Roof
 

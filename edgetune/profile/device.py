@@ -22,7 +22,7 @@ from edgetune.recipe.document import read_yaml_text
 from edgetune.recipe.names import HOST, SUFFIX, device_ids, packaged_ids, user_descriptors, user_folder
 
 Family = Literal["phone", "board", "jetson", "computer", "microcontroller"]
-TargetName = Literal["xnnpack", "vulkan", "coreml", "mps", "qnn", "cuda", "openvino", "ethos-u", "tosa"]
+TargetName = Literal["xnnpack", "vulkan", "coreml", "qnn", "cuda", "openvino", "ethos-u", "tosa"]
 
 ID = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 

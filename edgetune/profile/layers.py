@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgetune.core.ledger import Layer, Layers, Predicted, Roof
+from edgetune.core.ledger import Layer, Layers, Measured, Predicted, Roof
 from edgetune.core.numbers import align_columns, format_number, format_percent
 from edgetune.profile.calls import operators_of, predict_calls
 from edgetune.profile.cost import operator_costs, predict
@@ -21,43 +21,26 @@ MOST = 30
 OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
 
 
-def predict_layers(
-    artifact: Artifact, device: str | Device, *, measured: Sequence[Mapping[str, float]] = (), most: int = MOST
-) -> tuple[Layers, ...]:
-    """The layers of each kind of call, in the order of `predict_calls`; their times add up to its latency.
-
-    `measured`: of each kind of call the milliseconds by module that were measured on the device (`measure_layers`);
-    they decide which layers are the slowest.
-    """
+def predict_layers(artifact: Artifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:
+    """The layers of each kind of call, in the order of `predict_calls`; their times add up to its latency."""
     described = device if isinstance(device, Device) else load(device)
     by_call = []
-    calls = artifact.manifest.calls
-    times = measured or (None,) * len(calls)
-    for prediction, call, times_ms in zip(predict_calls(artifact, described), calls, times, strict=True):
+    for prediction, call in zip(predict_calls(artifact, described), artifact.manifest.calls, strict=True):
         operators = operators_of(call, described.calibration is not None)
         bare_ms = predict(operators, described, plan_bytes=call.plan_bytes, delegate_calls=call.delegates).latency_ms
         slower = prediction.latency_ms / bare_ms  # factor from published measurements
-        costs = operator_costs(operators, described)
-        by_call.append(_layers_of_call(prediction, costs, slower, described, most, times_ms))
+        by_call.append(_layers_of_call(prediction, operator_costs(operators, described), slower, described, most))
     return tuple(by_call)
 
 
-def _layers_of_call(
-    call: Predicted,
-    costs: Sequence[OperatorCost],
-    slower: float,
-    device: Device,
-    most: int,
-    times_ms: Mapping[str, float] | None,
-) -> Layers:
+def _layers_of_call(call: Predicted, costs: Sequence[OperatorCost], slower: float, device: Device, most: int) -> Layers:
     modules: dict[str, list[OperatorCost]] = {}
     for cost in costs:
         modules.setdefault(cost.operator.module or NO_MODULE, []).append(cost)
-    summed = [_sum_layer(name, of, slower, call.latency_ms, times_ms) for name, of in modules.items()]
-    summed.sort(key=lambda layer: -(layer.measured_ms if layer.measured_ms is not None else layer.ms))
+    summed = [_sum_layer(name, of, slower, call.latency_ms) for name, of in modules.items()]
+    summed.sort(key=lambda layer: -layer.ms)
     names = {layer.module for layer in summed[most:]}
     rest = [cost for name, of in modules.items() if name in names for cost in of]
-    rest_ms = None if times_ms is None else {OTHER: sum(layer.measured_ms or 0.0 for layer in summed[most:])}
     rates = rates_of(device)
     calls_ms = max(call.latency_ms - slower * sum(cost.us for cost in costs) / 1e3, 0.0)
     bounds: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "overhead": 100 * calls_ms / call.latency_ms}
@@ -69,9 +52,8 @@ def _layers_of_call(
         call=call.call,
         latency_ms=call.latency_ms,
         layers=tuple(summed[:most]),
-        other=_sum_layer(OTHER, rest, slower, call.latency_ms, rest_ms) if rest else None,
+        other=_sum_layer(OTHER, rest, slower, call.latency_ms) if rest else None,
         calls_ms=calls_ms,
-        measured_ms=None if times_ms is None else sum(times_ms.values()),
         bounds_pct=bounds,
         roof=Roof(
             memory_gb_s=rates.memory_gb_s,
@@ -81,9 +63,7 @@ def _layers_of_call(
     )
 
 
-def _sum_layer(
-    name: str, costs: Sequence[OperatorCost], slower: float, total_ms: float, times_ms: Mapping[str, float] | None
-) -> Layer:
+def _sum_layer(name: str, costs: Sequence[OperatorCost], slower: float, total_ms: float) -> Layer:
     us = slower * sum(cost.us for cost in costs)
     bounds: dict[Bound, float] = {}
     dtypes: dict[DType, float] = {}
@@ -101,19 +81,24 @@ def _sum_layer(
         macs=sum(cost.operator.macs for cost in costs),
         moved_bytes=sum(cost.operator.weight_bytes + cost.operator.activation_bytes for cost in costs),
         dtype=max(dtypes, key=lambda dtype: dtypes[dtype]),
-        measured_ms=None if times_ms is None else times_ms.get("" if name == NO_MODULE else name, 0.0),
     )
 
 
-def text(layers: Layers) -> str:
-    """The layers as a table for a terminal."""
-    timed = layers.measured_ms is not None
-    head = ("module", "ms", *(["measured"] if timed else []), "share %", "bound", "used %", "MAC/byte", "GMAC/s", "type")
+def text(layers: Layers, measured: Measured | None = None) -> str:
+    """The layers as a table for a terminal, with what was `measured` of the same call; then the slowest is on top."""
+    times_ms = measured.layers_ms if measured is not None else {}
+    extra = ("measured",) if times_ms else ()
+    head = ("module", "ms", *extra, "share %", "bound", "used %", "MAC/byte", "GMAC/s", "type")
+    timed = [(layer, times_ms.get(_name(layer), 0.0)) for layer in layers.layers]
+    timed.sort(key=lambda pair: -pair[1])  # without measurements they stay as they are
+    if layers.other is not None:
+        shown = {_name(layer) for layer in layers.layers}
+        timed.append((layers.other, sum(ms for name, ms in times_ms.items() if name not in shown)))
     rows: list[tuple[str, ...]] = [
         (
             layer.module,
             format_number(layer.ms),
-            *([format_number(layer.measured_ms)] if timed else []),
+            *(format_number(measured_ms) for _ in extra),
             format_percent(layer.share_pct),
             layer.bound,
             format_percent(layer.utilization_pct),
@@ -121,13 +106,28 @@ def text(layers: Layers) -> str:
             format_number(layer.gmacs),
             layer.dtype,
         )
-        for layer in (*layers.layers, *([layers.other] if layers.other else []))
+        for layer, measured_ms in timed
     ]
     share = format_percent(100 * layers.calls_ms / layers.latency_ms)
-    rest = ("overhead", "-", "-", "-", "-")
-    rows.append((CALLS, format_number(layers.calls_ms), *(["-"] if timed else []), share, *rest))
+    rows.append((CALLS, format_number(layers.calls_ms), *("-" for _ in extra), share, "overhead", "-", "-", "-", "-"))
     first = f"predicted by layer: {layers.where}, {format_number(layers.latency_ms)} ms"
-    if timed:
-        first += f"; measured, all layers together: {format_number(layers.measured_ms)} ms"
-    left = {0, head.index("bound"), head.index("type")}
+    if measured is not None and times_ms:
+        first += f"; measured: {measured.device}, {format_number(sum(times_ms.values()))} ms"
+    left = {head.index(name) for name in ("module", "bound", "type")}
     return "\n".join([first, *align_columns((head, *rows), right=set(range(len(head))) - left)])
+
+
+def _name(layer: Layer) -> str:
+    return "" if layer.module == NO_MODULE else layer.module
+
+
+def measured_text(measured: Measured, most: int = MOST) -> str:
+    """The measured layers alone as a table for a terminal, the slowest first."""
+    slowest = sorted(measured.layers_ms.items(), key=lambda item: -item[1])
+    total_ms = sum(measured.layers_ms.values())
+    shown = [(name or NO_MODULE, ms) for name, ms in slowest[:most]]
+    if slowest[most:]:
+        shown.append((OTHER, sum(ms for _, ms in slowest[most:])))
+    rows = [(name, format_number(ms), format_percent(100 * ms / total_ms)) for name, ms in shown]
+    first = f"measured by layer: {measured.where}, {format_number(total_ms)} ms"
+    return "\n".join([first, *align_columns((("module", "ms", "share %"), *rows), right={1, 2})])

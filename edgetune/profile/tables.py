@@ -13,19 +13,24 @@ from edgetune.core.ledger import Measured, Predicted, on_cpu
 from edgetune.core.numbers import format_number
 
 WIDTH = 80
-Pair = tuple[Predicted, "Measured | None"]
+Pair = tuple["Predicted | None", "Measured | None"]
+_NAMES = (
+    "device", "runs on", "", "latency", "interval", "first run", "load", "cold start", "peak memory", "energy",
+    "calibrated", "runs", "noise", "drift", "temperature", "clock",
+)  # fmt: skip
 
 
 def text(title: str, pairs: Sequence[Pair], width: int = WIDTH) -> str:
-    """Each kind of call as one table, under the title and above the notes."""
+    """Each kind of call as one table, under the title and above the notes; each is predicted, measured or both."""
     file = io.StringIO()
     console = Console(file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     console.print(title)
-    for predicted, measured in pairs:
+    for pair in pairs:
         console.print()
-        if predicted.call:
-            console.print(f"{predicted.call}:")
-        console.print(_table(predicted, measured))
+        call = next((of.call for of in pair if of is not None), "")
+        if call:
+            console.print(f"{call}:")
+        console.print(_table(*pair))
     notes = list(dict.fromkeys(note for pair in pairs for note in _notes(*pair)))
     if notes:
         console.print()
@@ -34,42 +39,54 @@ def text(title: str, pairs: Sequence[Pair], width: int = WIDTH) -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def _table(predicted: Predicted, measured: Measured | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    table.add_column("predicted")
+def _table(predicted: Predicted | None, measured: Measured | None) -> Table:
+    columns: dict[str, dict[str, str]] = {}
+    if predicted is not None:
+        columns["predicted"] = _predicted_cells(predicted)
     if measured is not None:
-        table.add_column("measured")
-    for name, *cells in _rows(predicted, measured):
+        columns["measured"] = _measured_cells(measured)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in ("", *columns):
+        table.add_column(head)
+    for name in _NAMES:
+        cells = [column.get(name, "") for column in columns.values()]
         if any(cell not in ("", "-") for cell in cells):
-            table.add_row(name, *cells[: 1 if measured is None else 2])
+            table.add_row(name, *cells)
     return table
 
 
-def _rows(predicted: Predicted, measured: Measured | None) -> Iterator[tuple[str, str, str]]:
-    """A name, the predicted and the measured value, with their units."""
-    one = measured
-    yield "device", predicted.name or predicted.device, one.device if one else ""
-    yield "runs on", predicted.runs_on, on_cpu(one.threads) if one else ""
-    yield "", predicted.not_predicted, ""
-    yield "latency", f"{format_number(predicted.latency_ms)} ms", f"{format_number(one.latency_ms)} ms" if one else ""
+def _predicted_cells(predicted: Predicted) -> dict[str, str]:
+    """The values with their units, by name."""
     of = f", {predicted.interval_pct:g} % of programs" if predicted.interval_pct is not None else ""
-    low, high = predicted.latency_low_ms, predicted.latency_high_ms
-    measured_range = f"{_span(one.latency_p10_ms, one.latency_p90_ms)} ms, 80 % of runs" if one else ""
-    yield "interval", f"{_span(low, high)} ms{of}", measured_range
-    yield "first run", "", _unit(one.first_ms if one else None, "ms")
-    yield "load", "", _unit(one.load_ms if one else None, "ms")
-    yield "cold start", _unit(predicted.cold_start_ms, "ms"), ""
-    memory_mib = one.peak_memory_mib if one else None
-    yield "peak memory", _unit(predicted.peak_memory_mib, "MiB"), _unit(memory_mib, "MiB")
-    yield "energy", _unit(predicted.energy_mj, "mJ"), _unit(one.energy_mj if one else None, "mJ")
-    yield "calibrated", "yes" if predicted.calibrated else "no", ""
-    if one is not None:
-        yield "runs", "", f"{one.runs:,}"
-        yield "noise", "", _unit(one.noise_pct, "%")
-        yield "drift", "", _unit(one.drift_pct, "%")
-        yield "temperature", "", f"{_span(*one.temperature_c)} °C" if one.temperature_c else ""
-        yield "clock", "", f"{_span(*one.clock_mhz)} MHz" if one.clock_mhz else ""
+    return {
+        "device": predicted.name or predicted.device,
+        "runs on": predicted.runs_on,
+        "": predicted.not_predicted,
+        "latency": f"{format_number(predicted.latency_ms)} ms",
+        "interval": f"{_span(predicted.latency_low_ms, predicted.latency_high_ms)} ms{of}",
+        "cold start": _unit(predicted.cold_start_ms, "ms"),
+        "peak memory": _unit(predicted.peak_memory_mib, "MiB"),
+        "energy": _unit(predicted.energy_mj, "mJ"),
+        "calibrated": "yes" if predicted.calibrated else "no",
+    }
+
+
+def _measured_cells(measured: Measured) -> dict[str, str]:
+    return {
+        "device": measured.device,
+        "runs on": on_cpu(measured.threads),
+        "latency": f"{format_number(measured.latency_ms)} ms",
+        "interval": f"{_span(measured.latency_p10_ms, measured.latency_p90_ms)} ms, 80 % of runs",
+        "first run": _unit(measured.first_ms, "ms"),
+        "load": _unit(measured.load_ms, "ms"),
+        "peak memory": _unit(measured.peak_memory_mib, "MiB"),
+        "energy": _unit(measured.energy_mj, "mJ"),
+        "runs": f"{measured.runs:,}",
+        "noise": _unit(measured.noise_pct, "%"),
+        "drift": _unit(measured.drift_pct, "%"),
+        "temperature": f"{_span(*measured.temperature_c)} °C" if measured.temperature_c else "",
+        "clock": f"{_span(*measured.clock_mhz)} MHz" if measured.clock_mhz else "",
+    }
 
 
 def _span(low: float, high: float) -> str:
@@ -80,10 +97,12 @@ def _unit(value: float | None, unit: str) -> str:
     return "" if value is None else f"{format_number(value)} {unit}"
 
 
-def _notes(predicted: Predicted, measured: Measured | None) -> Iterator[str]:
-    if predicted.note:
+def _notes(predicted: Predicted | None, measured: Measured | None) -> Iterator[str]:
+    if predicted is None:
+        yield "Nothing is predicted: `edgetune devices calibrate` describes this host; --device names another one."
+    elif predicted.note:
         yield f"Predicted: {predicted.note}."
-    if predicted.energy_mj is not None:
+    if predicted is not None and predicted.energy_mj is not None:
         yield "Energy is predicted to an order of magnitude."
     if measured is None:
         yield "Nothing was measured; --measure times the program on this host."

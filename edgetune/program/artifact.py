@@ -26,6 +26,7 @@ from edgetune.program.manifest import (
     wrong_kind_error,
 )
 from edgetune.program.program_files import check_bytes, program_at
+from edgetune.runtime.clock.runs import versions
 from edgetune.runtime.run import run_in_child
 
 
@@ -73,6 +74,22 @@ class Artifact:
             raise wrong_kind_error(self.path, self.manifest.kind, "training")
         return self.manifest.training
 
+    def check_runtime(self, installed: str | None = None, where: str = "") -> None:
+        """Raise unless the program was made for this executorch: no other minor version promises to run it.
+
+        `installed`: the version, by default the one installed here. `where`: the machine, if that is another one.
+        """
+        made = self.manifest.versions.get("executorch", "")
+        installed = installed or versions().get("executorch", "")
+        if made and installed and made.split(".")[:2] != installed.split(".")[:2]:
+            raise EdgetuneError(
+                f"the program was made for executorch {made}",
+                where=where or str(self.path),
+                got=f"executorch {installed}",
+                action=f'pip install "executorch=={made}"{" there" if where else ""}, or export the model again',
+                exit_code=Exit.EXPORT,
+            )
+
     def run(self, inputs: Inputs, method: str = "") -> tuple[Tensor, ...]:
         """The outputs for these inputs, computed by the program in a child process.
 
@@ -81,6 +98,7 @@ class Artifact:
         """
         if self.manifest.kind not in ("model", "methods"):
             raise wrong_kind_error(self.path, self.manifest.kind, "model")
+        self.check_runtime()
         call = self.manifest.call(method)
         return run_in_child(self.path, [validate_inputs(call.inputs, inputs)], method=call.name, data=self.data_path)[0]
 

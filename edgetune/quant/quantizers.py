@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from edgetune.capture.operators import module_of
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.quiet import silence_libraries
-from edgetune.recipe.names import TARGET_NAMES
+from edgetune.recipe.names import TARGET_NAMES, unknown_target
 
 ETHOS_U_CHIP = "ethos-u85-256"
 TOSA_PROFILE = "TOSA-1.0+INT+FP"  # both profiles: float models lower as well as quantized ones
@@ -90,7 +90,7 @@ def qnn_lacks() -> str:
 def quantizer_for(target: str, *, per_channel: bool, skip: frozenset[str] = frozenset()) -> Any:
     """The quantizer of a target: its own, or XNNPACK's. `skip`: names of layers to keep in floating point."""
     if target not in TARGET_NAMES:
-        raise EdgetuneError("unknown target", got=target, allowed=TARGET_NAMES)
+        raise EdgetuneError("unknown target", **unknown_target(target))
     with silence_libraries():
         if target not in OWN:
             return _xnnpack(per_channel=per_channel, skip=skip)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-TARGET_NAMES = (
-    "xnnpack", "portable", "coreml", "mps", "vulkan", "openvino", "ethos-u", "tosa", "qnn", "cuda",
-)  # fmt: skip
+TARGET_NAMES = ("xnnpack", "portable", "coreml", "vulkan", "openvino", "ethos-u", "tosa", "qnn", "cuda")
+
+_GONE_TARGETS = {"mps": "ExecuTorch has had no MPS backend since 1.5; use coreml, which runs on the same GPU"}
 
 SUFFIX = ".yaml"
 HOST = "host"
 PUBLISHED = "published"  # beside the descriptors: measurements, no device
+
+
+def unknown_target(name: str) -> dict[str, Any]:
+    """The details of an error about a target that does not exist."""
+    gone = _GONE_TARGETS.get(name)
+    return {"got": name, **({"action": gone} if gone else {"allowed": TARGET_NAMES})}
 
 
 def user_folder() -> Path:

@@ -24,7 +24,7 @@ from edgetune.data.settings import DataSettings
 from edgetune.models.loaded import ModelSettings
 from edgetune.recipe.document import Document, read, read_yaml_text
 from edgetune.recipe.located import resolve_paths
-from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, device_ids
+from edgetune.recipe.names import HOST, SUFFIX, TARGET_NAMES, device_ids, unknown_target
 from edgetune.recipe.overrides import VARIANT, apply_overrides
 from edgetune.recipe.sections import Budget, ExportSettings, ProfileSettings, Step
 
@@ -323,7 +323,7 @@ class _Checker:
         if recipe is None:
             return
         if recipe.export is not None and recipe.export.target not in TARGET_NAMES:
-            self.add(("export", "target"), "unknown target", got=recipe.export.target, allowed=TARGET_NAMES)
+            self.add(("export", "target"), "unknown target", **unknown_target(recipe.export.target))
         self.generation(recipe)
         profiled = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
         for index, budget in enumerate(recipe.budget):

@@ -40,6 +40,7 @@ class Predictor:
         from edgetune.export.kit.linux.sample import Preparation
 
         self.artifact: Artifact = Artifact.load(path)
+        self.artifact.check_runtime()
         manifest = self.artifact.manifest
         self.task: Task = _check(self.artifact)
         self.preparation = Preparation(manifest.model_dump(mode="json"), self.artifact.path.parent)

@@ -49,7 +49,7 @@ def generate(
         seed: seed of the sampling.
         threads: threads of the runtime; the default is chosen by the runtime.
         raw: pass the prompt unchanged, without a chat template.
-        heard: called with each piece of text as it is generated.
+        on_text: called with each piece of text as it is generated.
 
     Raises `EdgetuneError`, with exit code 2 for invalid settings or a prompt that is longer than the cache, and 5
     if the program does not load or run.
@@ -68,6 +68,7 @@ def generate(
             action="use 0 for greedy decoding, or 1 for the distribution of the model",
         )
     artifact = Artifact.load(path, "language")
+    artifact.check_runtime()
     language, tokenizer = artifact.language, ChatTokenizer(artifact)
     tokens = tokenizer.tokens(prompt, raw=raw)
     if len(tokens) > language.max_tokens:

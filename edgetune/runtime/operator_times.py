@@ -1,7 +1,7 @@
-"""The measured time of each operator of a program: what the runtime recorded, matched with the operators of the file.
+"""The measured time of each operator: what the runtime recorded, matched with the operators of the program's file.
 
-XNNPACK has its own names for kernels, may run one operator by two of them (a sum, then its clamp), and does not run what
-it has fused. Kernels and operators are matched in order, by what they compute.
+XNNPACK has its own names for kernels, may run one operator by two of them (a sum, then its clamp), and does not run
+what it has fused. Kernels and operators are matched in order, by what they compute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgetune.runtime.clock.events import DELEGATE, Instruction
 
 _XNNPACK = "xnnpack."
 _ROUNDED_US = 1.0  # XNNPACK rounds each of its times down, by less than this
-_PRODUCT = "product"
+_PRODUCT, _CLAMP, _RESHAPE = "product", "clamp", "staticreshape"
 _KINDS = {  # names of XNNPACK's operators in a file and of its kernels, as far as letters alone do not show the same
     **dict.fromkeys(
         ("fullyconnected", "dynamicfullyconnected", "conv2d", "depthwiseconv2d", "convtranspose2d", "convolution",
@@ -44,6 +44,14 @@ def operator_times_us(recorded: Sequence[Instruction], operators: Sequence[Opera
     return tuple(times)
 
 
+def layer_times_ms(recorded: Sequence[Instruction], operators: Sequence[Operator]) -> dict[str, float]:
+    """Milliseconds by module, "" for what belongs to none. Raises as `operator_times_us` does."""
+    times_ms: dict[str, float] = {}
+    for operator, us in zip(operators, operator_times_us(recorded, operators), strict=True):
+        times_ms[operator.module] = times_ms.get(operator.module, 0.0) + us / 1e3
+    return times_ms
+
+
 def _sections(
     recorded: Sequence[Instruction], operators: Sequence[Operator]
 ) -> Iterator[tuple[list[tuple[str, float]], range]]:
@@ -54,7 +62,7 @@ def _sections(
     for name, us, kernels in recorded:
         if kernels:
             inside += _unrounded(us, kernels)
-        elif name == DELEGATE or not is_free(name):
+        elif name == DELEGATE or not is_free(f"aten.{name}"):
             place = next(outside, None)
             if place is None or (inside and place == start):
                 raise _mismatch(name)
@@ -84,7 +92,7 @@ def _unrounded(us: float, kernels: Sequence[tuple[str, float]]) -> list[tuple[st
 
 
 def _kind(name: str) -> str:
-    """What an operator or a kernel computes: `product` for `xnnpack.conv2d` and for `Convolution (NHWC, F32) GEMM #1`."""
+    """What an operator or a kernel computes: both `xnnpack.conv2d` and `Convolution (NHWC, F32) GEMM` are `product`."""
     letters = re.sub(r"[^a-z0-9]", "", name.removeprefix(_XNNPACK).partition(" (")[0].partition("-q")[0].lower())
     return _KINDS.get(letters, letters)
 
@@ -92,8 +100,12 @@ def _kind(name: str) -> str:
 def _match(kernels: Sequence[str], operators: Sequence[str]) -> list[int]:
     """For each kernel the index of its operator: the alignment in order with the fewest differences.
 
-    A kernel without an operator belongs to the one before it.
+    A kernel without an operator belongs to the one before it. Names of the same operator that are not known to be the
+    same are taken for it where there is one on each side.
     """
+    renamed = sorted(set(kernels) - set(operators) - {_CLAMP}), sorted(set(operators) - set(kernels) - {_RESHAPE})
+    if len(renamed[0]) == len(renamed[1]) == 1:
+        kernels = [renamed[1][0] if kernel == renamed[0][0] else kernel for kernel in kernels]
     if list(kernels) == list(operators):
         return list(range(len(operators)))
     rows, columns = len(kernels), len(operators)
@@ -117,8 +129,8 @@ def _steps(
     cost: Sequence[Sequence[float]], kernels: Sequence[str], operators: Sequence[str], row: int, column: int
 ) -> Iterator[tuple[float, str]]:
     """What it costs to match from here on, by what is done first."""
-    if row < len(kernels) and column < len(operators):
-        yield cost[row + 1][column + 1] + 1.5 * (kernels[row] != operators[column]), "both"
+    if row < len(kernels) and column < len(operators) and kernels[row] == operators[column]:
+        yield cost[row + 1][column + 1], "both"
     if row < len(kernels):
         yield cost[row + 1][column] + 1.0, "further"
     if column < len(operators):

@@ -35,6 +35,7 @@ class TrainingProgram:
 
     def __init__(self, path: str | Path) -> None:
         self.artifact = Artifact.load(path, "training")
+        self.artifact.check_runtime()
         with silence_libraries():
             program = load_runtime(None)._load_program(str(path))
         self._train, self._forward = program.load_method("train"), program.load_method("forward")

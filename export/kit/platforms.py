@@ -64,13 +64,13 @@ ANDROID = Platform(
 IOS = Platform(
     name="ios",
     title="iPhone, iPad and Mac",
-    targets=("xnnpack", "coreml", "mps", "portable"),
+    targets=("xnnpack", "coreml", "portable"),
     model=f"{_SWIFT}/Resources",
     common=("ios/README.md", "ios/Package.swift", "ios/Model.swift"),
     text=("ios/Text.swift",),
     image=("ios/Picture.swift",),
     generation=("ios/generation.md", "ios/Package.swift", "ios/Generator.swift"),
-    packages={"xnnpack": "backend_xnnpack", "coreml": "backend_coreml", "mps": "backend_mps", "": ""},
+    packages={"xnnpack": "backend_xnnpack", "coreml": "backend_coreml", "": ""},
 )
 
 _SAMPLES = ("linux/sample.py", "linux/requirements.txt", "linux/CMakeLists.txt", "linux/main.cpp")

@@ -6,7 +6,6 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export.targets.coreml import COREML
 from edgetune.export.targets.cuda import CUDA
 from edgetune.export.targets.ethos_u import ETHOS_U
-from edgetune.export.targets.mps import MPS
 from edgetune.export.targets.openvino import OPENVINO
 from edgetune.export.targets.portable import PORTABLE
 from edgetune.export.targets.qnn import QNN
@@ -14,16 +13,15 @@ from edgetune.export.targets.target import Target
 from edgetune.export.targets.tosa import TOSA
 from edgetune.export.targets.vulkan import VULKAN
 from edgetune.export.targets.xnnpack import XNNPACK
+from edgetune.recipe.names import unknown_target
 
-TARGETS = {
-    target.name: target for target in (XNNPACK, PORTABLE, COREML, MPS, VULKAN, OPENVINO, ETHOS_U, TOSA, QNN, CUDA)
-}
+TARGETS = {target.name: target for target in (XNNPACK, PORTABLE, COREML, VULKAN, OPENVINO, ETHOS_U, TOSA, QNN, CUDA)}
 
 
 def find(name: str) -> Target:
     """The target of that name."""
     if name not in TARGETS:
-        raise EdgetuneError("unknown target", got=name, allowed=TARGETS)
+        raise EdgetuneError("unknown target", **unknown_target(name))
     return TARGETS[name]
 
 

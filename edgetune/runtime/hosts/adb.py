@@ -100,6 +100,11 @@ class Adb:
         """Its inputs are ones, memory is that of the whole process, and other limits of the runner."""
         return "; ".join(filter(None, ("executor_runner: inputs are ones, memory is of the whole process", self.means)))
 
+    @property
+    def executorch(self) -> str:
+        """Unknown: the runner does not print it."""
+        return ""
+
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
         """Time one call in batches of 3 warm-ups and 20 runs; all inputs are ones."""
         from edgetune.runtime.run import State, Timing
@@ -108,6 +113,9 @@ class Adb:
             raise EdgetuneError(
                 "executor_runner cannot run text-generation programs", action="time it over ssh, or on the host"
             )
+        if request.record:
+            action = "pass --layers with --on ssh://user@host or host, or without --on for the prediction alone"
+            raise EdgetuneError("executor_runner does not record operators", where=self.name, action=action)
         request.check_threads(self.cores, self.name)
         path = request.path
         self._push(path, "model.pte")

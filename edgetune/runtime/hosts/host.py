@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import THIS_HOST
 from edgetune.runtime.clock.machine import usable_cores
+from edgetune.runtime.clock.runs import versions
 from edgetune.runtime.hosts.place import TimingRequest
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class Host:
     def cores(self) -> int:
         """Cores that a program may use."""
         return usable_cores()
+
+    @property
+    def executorch(self) -> str:
+        """Its version here."""
+        return versions().get("executorch", "")
 
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
         """Each call of the program timed; see `Runner`."""

@@ -60,6 +60,10 @@ class Runner(Protocol):
     def cores(self) -> int:
         """Cores that a program may use there."""
 
+    @property
+    def executorch(self) -> str:
+        """Its version there; empty: unknown."""
+
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
         """Time each call of the program in one new process. Raises `EdgetuneError` (exit code 5) if it fails."""
 

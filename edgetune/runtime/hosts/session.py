@@ -17,7 +17,7 @@ from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.place import Place, Runner, TimingRequest, parse_place
 from edgetune.runtime.hosts.ssh import Ssh
 from edgetune.runtime.measure import inputs_of, summarize_timing
-from edgetune.runtime.operator_times import operator_times_us
+from edgetune.runtime.operator_times import layer_times_ms
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -99,45 +99,33 @@ def measure_on(
     *,
     threads: int | None = None,
     seconds: float = 2.0,
+    by_layer: bool = False,
 ) -> tuple[Measured, ...]:
     """Time each kind of call there for about `seconds`, with made-up inputs, in the order of the manifest.
 
-    `threads`: by default all cores that a program may use there.
+    `threads`: by default all cores that a program may use there. `by_layer`: then also each operator, in another
+    process, since recording slows a program of many small operators down; adb cannot. Raises `EdgetuneError`.
     """
     threads = threads if threads is not None else machine.cores
-    timings = _time_calls(machine, artifact, threads, seconds)
     note = machine.caveat(artifact.manifest.versions)
-    pairs = zip(artifact.manifest.calls, timings, strict=True)
-    return tuple(summarize_timing(timing, threads, call.label, machine.name, note) for call, timing in pairs)
-
-
-def measure_layers(
-    machine: Runner,
-    artifact: Artifact,
-    *,
-    threads: int | None = None,
-    seconds: float = 2.0,
-) -> tuple[dict[str, float], ...]:
-    """Milliseconds by module ("" for what belongs to none) of each kind of call, in the order of the manifest.
-
-    The runtime records them operator by operator, which slows a program of many small operators down a little.
-    Raises `EdgetuneError` over adb, and if the machine's runtime records nothing.
-    """
-    timings = _time_calls(machine, artifact, threads or machine.cores, seconds, record=True)
-    by_call: list[dict[str, float]] = []
-    for call, timing in zip(artifact.manifest.calls, timings, strict=True):
-        by_module: dict[str, float] = {}
-        times_us = operator_times_us(timing.instructions, call.executed)
-        for operator, us in zip(call.executed, times_us, strict=True):
-            by_module[operator.module] = by_module.get(operator.module, 0.0) + us / 1e3
-        by_call.append(by_module)
-    return tuple(by_call)
+    timings = _time_calls(machine, artifact, threads, seconds)
+    calls = artifact.manifest.calls
+    pairs = zip(calls, timings, strict=True)
+    measured = tuple(summarize_timing(timing, threads, call.label, machine.name, note) for call, timing in pairs)
+    if not by_layer:
+        return measured
+    recorded = _time_calls(machine, artifact, threads, seconds, record=True)
+    by_call = [layer_times_ms(timing.instructions, call.executed) for call, timing in zip(calls, recorded, strict=True)]
+    pairs_by_call = zip(measured, by_call, strict=True)
+    return tuple(one.model_copy(update={"layers_ms": layers_ms}) for one, layers_ms in pairs_by_call)
 
 
 def _time_calls(
     machine: Runner, artifact: Artifact, threads: int, seconds: float, *, record: bool = False
 ) -> tuple[Timing, ...]:
     """Each kind of call with made-up inputs, in the order of the manifest."""
+    if machine.executorch:
+        artifact.check_runtime(machine.executorch, machine.name)
     language = artifact.manifest.language
     rows = [inputs_of(artifact)] if language is None else _prompt_and_token(language)
     request = TimingRequest(

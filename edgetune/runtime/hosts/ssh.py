@@ -97,6 +97,11 @@ class Ssh:
         """Cores that a program may use there."""
         return int(self.facts["cores"])
 
+    @property
+    def executorch(self) -> str:
+        """Its version there."""
+        return self.versions.get("executorch", "")
+
     def time(self, request: TimingRequest) -> tuple[Timing, ...]:
         """Time each call there by the thermal protocol: batches of 3 warm-ups and 20 runs."""
         from edgetune.runtime.run import Timing
@@ -116,7 +121,7 @@ class Ssh:
 
     def caveat(self, built_with: dict[str, str]) -> str:
         """A note if the executorch there is not the one that the program was made with."""
-        there, here = self.versions.get("executorch"), built_with.get("executorch")
+        there, here = self.executorch, built_with.get("executorch")
         return f"made with executorch {here}, run with {there}" if here and there != here else ""
 
     def _ask(

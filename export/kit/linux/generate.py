@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Generator:
         from tokenizers import Tokenizer
 
         manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        check_runtime(manifest)
         self.language: dict[str, Any] = manifest["language"]
         self.chat: dict[str, str] = json.loads((path.parent / "chat.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(path.parent / self.language["tokenizer"]["file"]))
@@ -66,6 +68,15 @@ class Generator:
         """Put the tokens into the cache at `position`; returns the most likely next token."""
         (logits,) = self.method.execute([torch.tensor([tokens]), torch.tensor([position])])
         return int(logits[0, -1].argmax())
+
+
+def check_runtime(manifest: dict[str, Any]) -> None:
+    """Exit unless the installed executorch is of the version that the program was made for."""
+    made, installed = manifest["versions"]["executorch"], version("executorch")
+    if made.split(".")[:2] != installed.split(".")[:2]:
+        raise SystemExit(
+            f"model.pte was made for executorch {made}; installed: {installed}\n  next: pip install -r requirements.txt"
+        )
 
 
 def _load_kernels() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ class Model:
         from executorch.runtime import Runtime
 
         manifest: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        check_runtime(manifest)
         self.preparation = Preparation(manifest, path.parent)
         self.program = Runtime.get().load_program(path)  # must outlive its methods
         self.method = self.program.load_method("forward")
@@ -114,6 +116,15 @@ class Model:
         outputs = self.method.execute([tensors[spec["name"]] for spec in self.preparation.call["inputs"]])
         logits: torch.Tensor = outputs[0][0]
         return logits.clone()
+
+
+def check_runtime(manifest: dict[str, Any]) -> None:
+    """Exit unless the installed executorch is of the version that the program was made for."""
+    made, installed = manifest["versions"]["executorch"], version("executorch")
+    if made.split(".")[:2] != installed.split(".")[:2]:
+        raise SystemExit(
+            f"model.pte was made for executorch {made}; installed: {installed}\n  next: pip install -r requirements.txt"
+        )
 
 
 def main(rows: list[str]) -> int:
