@@ -176,6 +176,9 @@ def on_cpu(threads: int | None) -> str:
     return "CPU" if threads is None else f"CPU, {threads} thread{'s' * (threads != 1)}"
 
 
+NO_MODULE = "(no module)"  # of operators that belong to none
+
+
 class Measured(CallCost):
     """Timed on a real machine."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgetune.core.ledger import Layer, Layers, Measured, Predicted, Roof
+from edgetune.core.ledger import NO_MODULE, Layer, Layers, Measured, Predicted, Roof
 from edgetune.core.numbers import align_columns, format_number, format_percent
 from edgetune.profile.calls import operators_of, predict_calls
 from edgetune.profile.cost import operator_costs, predict
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
 
 MOST = 30
-OTHER, CALLS, NO_MODULE = "other", "calls", "(no module)"
+OTHER, CALLS = "other", "calls"
 
 
 def predict_layers(artifact: Artifact, device: str | Device, *, most: int = MOST) -> tuple[Layers, ...]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgetune.core.ledger import Ledger, Measured, Predicted, on_cpu
-from edgetune.core.numbers import format_number
+from edgetune.core.ledger import NO_MODULE, Ledger, Measured, Predicted, on_cpu
+from edgetune.core.numbers import format_number, format_percent, pluralize
+from edgetune.recipe.names import HOST
 from edgetune.report.tables import Cell, Column, Table, cells, group_notes
 
 CPU_TARGETS = ("xnnpack", "portable")  # what the predictor's rates are of
+SLOWEST = 10  # layers in the table
 QUANTITIES = {
     "latency_ms": ("latency", "ms"),
     "size_mib": ("program size", "MiB"),
@@ -51,6 +53,38 @@ def measured_table(ledger: Ledger) -> Table | None:
     notes: tuple[str, ...] = ("Peak memory is that of the process, less that of an empty process.",)
     notes += tuple(f"{line.where}: {line.note}" for line in ledger.measured if line.note)
     return Table("measured", "Measured", columns, rows, notes)
+
+
+def slowest_table(ledger: Ledger) -> Table | None:
+    """The layers that took the longest here, and what bounds them by the prediction for this host or another device."""
+    measured = next((line for line in ledger.measured if line.layers_ms), None)
+    if measured is None:
+        return None
+    of_call = [layers for layers in ledger.layers if layers.call == measured.call]
+    predicted = next((layers for layers in of_call if layers.device == HOST), of_call[0] if of_call else None)
+    here = predicted is not None and predicted.device == HOST
+    by_module = {layer.module: layer for layer in predicted.layers} if predicted is not None else {}
+    columns = (
+        Column("module", text=True),
+        Column("measured", "ms"),
+        Column("share", "%"),
+        *((Column("predicted", "ms"),) if here else ()),
+        *((Column("bound by", text=True),) if predicted is not None else ()),
+    )
+    total_ms = sum(measured.layers_ms.values())
+    slowest = sorted(measured.layers_ms.items(), key=lambda item: -item[1])[:SLOWEST]
+    rows = []
+    for name, ms in slowest:
+        layer = by_module.get(name or NO_MODULE)
+        texts = [name or NO_MODULE, format_number(ms), format_percent(100 * ms / total_ms)]
+        texts += [format_number(layer.ms if layer else None)] if here else []
+        texts += [layer.bound if layer else "-"] if predicted is not None else []
+        rows.append(cells(*texts))
+    parts = f"{measured.where}, {on_cpu(measured.threads)}; {pluralize(len(measured.layers_ms), 'module')}, "
+    notes = [f"{parts}{format_number(total_ms)} ms together, recorded operator by operator."]
+    if predicted is not None:
+        notes.append(f"What bounds a layer is predicted for {predicted.where}.")
+    return Table("slowest", "Slowest layers", columns, tuple(rows), tuple(notes))
 
 
 def predicted_table(ledger: Ledger, *, brief: bool = False) -> Table | None:

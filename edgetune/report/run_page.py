@@ -19,7 +19,14 @@ from edgetune.core.numbers import (
     pluralize,
 )
 from edgetune.report.answer_tables import answer_tables
-from edgetune.report.device_tables import QUANTITIES, measured_table, predicted_table, ran_on, verdict_table
+from edgetune.report.device_tables import (
+    QUANTITIES,
+    measured_table,
+    predicted_table,
+    ran_on,
+    slowest_table,
+    verdict_table,
+)
 from edgetune.report.drawing import Figure
 from edgetune.report.figures import figures
 from edgetune.report.glossary import TERMS
@@ -80,7 +87,13 @@ def sections(ledger: Ledger, drawn: tuple[Figure, ...]) -> tuple[Section, ...]:
         section("Steps", (steps, quality_table(ledger)), "saved"),
         section("Predictions on the test set", answer_tables(ledger.answers) if ledger.answers else ()),
         section("Training", (training_table(ledger),), "loss-"),
-        section("Devices", (predicted_table(ledger), measured_table(ledger)), "latency", "memory", "roofline-"),
+        section(
+            "Devices",
+            (predicted_table(ledger), measured_table(ledger), slowest_table(ledger)),
+            "latency",
+            "memory",
+            "roofline-",
+        ),
         section("Program", (program_table(ledger), undelegated_table(ledger)), "delegated", "undelegated"),
         section("Environment and recipe", (environment_table(ledger),), code=recipe),
     )

@@ -317,7 +317,7 @@ class Fold:
         measured: tuple[Measured, ...] = ()
         if asked.measure and runs_here:
             self.progress("profile", 0, len(devices) + 1, "this host")
-            measured = measure_on(Host(), artifact)
+            measured = measure_on(Host(), artifact, by_layer=True)
             devices += [HOST] if HOST in device_ids() and HOST not in devices else []  # predicted beside measured
         predicted: list[Predicted] = []
         by_layer: list[Layers] = []
