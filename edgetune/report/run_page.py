@@ -82,6 +82,7 @@ def sections(ledger: Ledger, drawn: tuple[Figure, ...]) -> tuple[Section, ...]:
     settings = ledger.model_dump(mode="json")["settings"]
     recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100) if settings else ""
     steps = step_table(ledger) if ledger.rows else None
+    devices = (predicted_table(ledger), measured_table(ledger), slowest_table(ledger))
     return (
         section("Budget", (verdict_table(ledger),)),
         section("Steps", (steps, quality_table(ledger)), "saved"),
