@@ -127,18 +127,13 @@ def _prove(
     if not target.runs_here:
         return None, eager_rows(program, inputs.rows[:2])
     mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
-    return verify.prove(
-        partial,
-        program,
-        inputs.rows,
-        bounds,
-        counted=inputs.counted,
-        mask=mask,
-        data=data,
-        tries=inputs.tries,
-        locate=locator(program, target, bounds.max_relative_difference),
-        same_within=same_within,
+    locate = locator(program, target, bounds.max_relative_difference)
+    compared = verify.compare(
+        partial, program, inputs.rows, mask=mask, data=data, tries=inputs.tries, locate=locate, same_within=same_within
     )
+    parity = compared.parity(len(inputs.rows), allowed_difference(program), inputs.counted)
+    verify.check(parity, bounds, lambda: locate(compared.worst))
+    return parity, compared.results
 
 
 def tolerance_of(carried: Carried | None) -> float | None:
