@@ -149,7 +149,7 @@ def fit_calibration(
         load_ms_per_mib=load_ms_per_mib,
         near_cache_bytes=caches.near_bytes,
         last_cache_bytes=caches.last_bytes,
-        tiles=fit.tile_records(result),
+        tiles=result.tiles,
         traffic=fit.traffic_record(result),
         curves=fit.curve_records(result, timed),
         notes=tuple(notes),
