@@ -64,7 +64,7 @@ def is_wrapped(layer: nn.Module) -> bool:
     return carrier_of(layer) is not None
 
 
-def dense_tensors(layer: nn.Module) -> dict[str, Tensor]:
+def plain_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """Weight and, if there is one, bias that the layer computes with, whatever it is wrapped in.
 
     In the layout of its base. Raises `EdgetuneError` for a layer without a weight, and for an adapter that no plain
@@ -77,16 +77,6 @@ def dense_tensors(layer: nn.Module) -> dict[str, Tensor]:
     if not isinstance(weight, Tensor):
         raise EdgetuneError("this layer has no weight", got=type(layer).__name__, action="target linears, convolutions")
     return {"weight": weight, "bias": bias} if isinstance(bias, Tensor) else {"weight": weight}
-
-
-def dense(layer: nn.Module) -> Tensor:
-    """The plain weight that the layer computes with, `(out, in, ...)` as in its base."""
-    return dense_tensors(layer)["weight"]
-
-
-def dense_bias(layer: nn.Module) -> Tensor | None:
-    """The plain bias `(out,)` that belongs to `dense`; `None` if there is none."""
-    return dense_tensors(layer).get("bias")
 
 
 def plain_layer(layer: nn.Module) -> nn.Module:

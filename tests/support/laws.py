@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
+from edgetune.core.carriers import plain_tensors
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
@@ -116,6 +117,11 @@ def llama(tied: bool = False) -> nn.Module:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """The plain weight that a layer computes with, whatever it is wrapped in."""
+    return plain_tensors(layer)["weight"]
 
 
 def vectors() -> Inputs:
