@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgetune.core.carriers import Carrier
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import is_transposed
 from edgetune.core.packed_layers import is_nf4
 from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
 from edgetune.core.quiet import silence_libraries
@@ -61,11 +62,6 @@ class Peft(Carrier):
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """The result of peft's merge, compared with what the layer computes."""
         return peft_tensors(layer)
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether it is the linear layer of transformers whose weight is `(in, out)`."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
 def base_of(layer: Any) -> nn.Module:
