@@ -46,24 +46,6 @@ def _is_auxiliary(layer: nn.Module) -> bool:
     return module is not None and isinstance(layer, module.AuxiliaryTrainingWrapper)
 
 
-class Peft(Carrier):
-    """The carrier of peft's layers."""
-
-    base_name = "base_layer"
-
-    def owns(self, layer: nn.Module) -> bool:
-        """Whether peft put the layer there."""
-        return is_peft(layer)
-
-    def base(self, layer: Any) -> nn.Module:
-        """The layer that peft wraps, without all tuner layers around it."""
-        return base_of(layer)
-
-    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The result of peft's merge, compared with what the layer computes."""
-        return peft_tensors(layer)
-
-
 def base_of(layer: Any) -> nn.Module:
     """The layer that peft wraps, without all tuner layers around it."""
     if _is_auxiliary(layer):
@@ -190,3 +172,6 @@ def _convert_to_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]
         reference = own.get(name)
         stored[name] = tensor.to(reference.dtype if reference is not None else weight_type or tensor.dtype)
     return stored
+
+
+PEFT = Carrier(owns=is_peft, tensors=peft_tensors, base=base_of, base_name="base_layer")

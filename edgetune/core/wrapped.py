@@ -33,26 +33,13 @@ class Wrapped(nn.Module):
         return plain_tensors(self.base)
 
 
-class Own(Carrier):
-    """The carrier of our own wrapped layers."""
-
-    base_name = "base"
-
-    def owns(self, layer: nn.Module) -> bool:
-        """Whether it is ours."""
-        return isinstance(layer, Wrapped)
-
-    def base(self, layer: Any) -> nn.Module:
-        """The layer inside."""
-        return layer.base  # type: ignore[no-any-return]
-
-    def tensors(self, layer: Any) -> dict[str, Tensor]:
-        """Those that the subclass computes."""
-        return layer.plain_tensors()  # type: ignore[no-any-return]
-
-    def counts(self, layer: Any) -> dict[Tensor, int]:
-        """A parameter that repeats values of the base does not count."""
-        return {getattr(layer, name): 0 for name in layer.repeats}
+OWN = Carrier(
+    owns=lambda layer: isinstance(layer, Wrapped),
+    tensors=lambda layer: layer.plain_tensors(),
+    base=lambda layer: layer.base,
+    base_name="base",
+    counts=lambda layer: {getattr(layer, name): 0 for name in layer.repeats},
+)
 
 
 def keep_base_keys(layer: nn.Module) -> None:
@@ -63,7 +50,7 @@ def keep_base_keys(layer: nn.Module) -> None:
 
 def _base_name(layer: nn.Module) -> str:
     carrier = carrier_of(layer)
-    return carrier.base_name if carrier is not None else Own.base_name
+    return carrier.base_name if carrier is not None else OWN.base_name
 
 
 def _own_names(layer: nn.Module) -> set[str]:
