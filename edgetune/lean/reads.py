@@ -155,10 +155,10 @@ class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         operator = func._schema.name.partition("::")[2]
         if not (operator.startswith(_LOOKS_ONLY) or operator.endswith("_like")):
-            self._note(func, operator, args, kwargs)
+            self._note(operator, args, kwargs)
         return func(*args, **kwargs)
 
-    def _note(self, func: Any, operator: str, args: Any, kwargs: Any) -> None:
+    def _note(self, operator: str, args: Any, kwargs: Any) -> None:
         tensors = list(tensors_in((args, kwargs)))
         if operator in ("copy_", "index_copy_", "fill_", "zero_"):  # written, not read
             tensors = list(tensors_in((args[1:], kwargs)))
