@@ -18,7 +18,7 @@ from edgetune.cli.progress import show_progress
 from edgetune.run import pipeline
 
 CHECKS = {  # what: (module, function), as the caller looks it up
-    "program against model": ("edgetune.runtime.verify", "prove"),
+    "program against model": ("edgetune.export.pipeline", "_prove"),
     "merged layers against unmerged": ("edgetune.core.merging", "merge_layer"),
     "weights read elsewhere": ("edgetune.lean.reads", "weights_read_elsewhere"),
     "layers that compute more than their class says": ("edgetune.core.plain", "how_computed"),

@@ -263,7 +263,7 @@ def calibrated(keep: bool, threads: int | None) -> Device:
     return load(path)
 
 
-def _told(what: str, done: int, of: int) -> None:
+def _told(what: str, done: int, of: int, _: str) -> None:
     if done % 50 == 0 or done == of:
         print(f"{what} {done}/{of}", file=sys.stderr, flush=True)
 

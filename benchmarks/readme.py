@@ -178,7 +178,7 @@ def picture(page: Path, to: Path, width: int, height: int) -> None:
 def terminal_picture(ledger: Ledger, to: Path) -> None:
     """The ledger as a terminal of 80 columns shows it."""
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, legacy_windows=False)
-    console.print(report.terminal(ledger))
+    console.print(report.Terminal(ledger))
     console.save_svg(str(to), title="edgetune report runs/text-minilm-001", unique_id="ledger")
 
 

@@ -28,7 +28,7 @@ def build_part(folder: Path, part: int, of: int, quick: bool) -> None:
     for trial in (trial for trial in trials(quick)[part::of] if not is_built(folder, trial.name)):
         result = {"name": trial.name}
         try:
-            _build(trial.item, folder)
+            _build(trial, folder)
         except EdgetuneError as error:
             result["error"] = error.what
         print(json.dumps(result), flush=True)

@@ -162,7 +162,7 @@ def _prove(
     if not target.runs_here:
         return None, eager_rows(module, rows[:2])
     locate = locator(module, target, allowed)
-    compared = verify.run_both(partial, module, rows, method=module.name, data=data, locate=locate)
+    compared = verify.compare(partial, module, rows, method=module.name, data=data, locate=locate)
     parity = compared.parity(len(rows), allowed_difference(module) if allowed is None else allowed, "input")
     verify.check_values(
         parity.outputs, parity.max_relative_allowed, lambda: locate(compared.worst), program=module.name

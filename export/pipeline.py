@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_buffers
 from edgetune.core.quiet import silence_libraries
-from edgetune.core.registry import require
+from edgetune.core.registry import installed_version, require
 from edgetune.export import targets
 from edgetune.export.locate import locate_difference
 from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, check_finalized, lower
@@ -127,18 +126,13 @@ def _prove(
     if not target.runs_here:
         return None, eager_rows(program, inputs.rows[:2])
     mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
-    return verify.prove(
-        partial,
-        program,
-        inputs.rows,
-        bounds,
-        counted=inputs.counted,
-        mask=mask,
-        data=data,
-        tries=inputs.tries,
-        locate=locator(program, target, bounds.max_relative_difference),
-        same_within=same_within,
+    locate = locator(program, target, bounds.max_relative_difference)
+    compared = verify.compare(
+        partial, program, inputs.rows, mask=mask, data=data, tries=inputs.tries, locate=locate, same_within=same_within
     )
+    parity = compared.parity(len(inputs.rows), allowed_difference(program), inputs.counted)
+    verify.check(parity, bounds, lambda: locate(compared.worst))
+    return parity, compared.results
 
 
 def tolerance_of(carried: Carried | None) -> float | None:
@@ -212,7 +206,7 @@ def manifest_of(
         device=device,
         size_bytes=len(lowered.data),
         sha256=sha256_of(lowered.data),
-        versions={package: version_of(package) for package in packages},
+        versions={package: installed_version(package) or "not installed" for package in packages},
         data=data_file(path, lowered.weights),
         note="; ".join(filter(None, (not_run, note))),
         carried=carried,
@@ -220,11 +214,3 @@ def manifest_of(
         training=training,
         calls=calls,
     )
-
-
-def version_of(package: str) -> str:
-    """The installed version of a package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

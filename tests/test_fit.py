@@ -41,7 +41,7 @@ def test_the_tiles_of_each_type_are_found(noise: float) -> None:
 def test_a_type_with_few_products_keeps_the_smallest_tile() -> None:
     few = [item for item in programs() if item.operators[0].kind == "linear"][:10]
     assert fit.fit(few, CACHES).tiles == {}
-    assert SETTING.tile("8da4w") == KernelTile(1, 1)
+    assert SETTING.tile("8da4w") == KernelTile(rows=1, columns=1)
 
 
 def test_no_rate_is_negative_whatever_the_noise() -> None:
@@ -139,7 +139,7 @@ def test_what_a_calibration_keeps() -> None:
     assert not curves["aten.cumsum.out fp32"].delegated
     traffic = fit.traffic_record(exact)
     assert traffic.weights_from_memory == pytest.approx(true_rate((WEIGHTS, "memory")), rel=0.01)
-    assert {dtype: (tile.rows, tile.columns) for dtype, tile in fit.tile_records(exact).items()} == {
+    assert {dtype: (tile.rows, tile.columns) for dtype, tile in exact.tiles.items()} == {
         "fp32": (6, 16), "int8": (4, 8),
     }  # fmt: skip
 

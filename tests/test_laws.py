@@ -15,7 +15,7 @@ from torch.nn import functional
 from edgetune.adapt.files import save_adapter
 from edgetune.adapt.loading import load_adapter
 from edgetune.core.apply import apply, finalize
-from edgetune.core.carriers import dense, dense_bias, is_wrapped, plain_layer
+from edgetune.core.carriers import is_wrapped, plain_layer, plain_tensors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, tensors_of
 from edgetune.core.peft_layers import is_peft
@@ -72,14 +72,14 @@ def test_a_wrapped_layer_computes_with_its_dense_weight_and_bias(case: Case) -> 
     inner = {name for name in wrapped if any(name.startswith(outer + ".") for outer in wrapped)}
     for name in wrapped.keys() - inner:
         layer = wrapped[name]
-        plain, weight, bias = plain_layer(layer), dense(layer), dense_bias(layer)
+        plain, tensors = plain_layer(layer), plain_tensors(layer)
         inputs = probe_inputs(plain)
         assert inputs is not None
         with torch.no_grad():
             if isinstance(plain, nn.Conv2d):
-                expected = plain._conv_forward(*inputs, weight, bias)
+                expected = plain._conv_forward(*inputs, tensors["weight"], tensors.get("bias"))
             else:
-                expected = functional.linear(*inputs, weight, bias)
+                expected = functional.linear(*inputs, **tensors)
         assert relative_difference(expected, outputs_of(layer, inputs)) <= max(1e-5, case.tolerance), name
 
 

@@ -15,12 +15,11 @@ from edgetune.adapt.files import save_adapter
 from edgetune.adapt.loading import load_adapter
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply, finalize
-from edgetune.core.carriers import dense
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call
 from edgetune.core.peft_layers import is_peft
 from edgetune.quant.nf4 import NF4
-from support.laws import bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
+from support.laws import bert, cnn, dense, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ import edgetune as et
 from edgetune.core import other_names
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Predicted
+from edgetune.core.numbers import format_number
 from edgetune.core.places import Errors
 from edgetune.core.registry import STEPS, TECHNIQUES
 from edgetune.core.validated import setting_names
@@ -139,7 +140,8 @@ def test_values_print_as_one_short_line(tmp_path: Path) -> None:
             assert len(text) < 160 + len(str(tmp_path)), text
             assert "\n" not in text
     assert repr(artifact).startswith(f"Artifact('{tmp_path}/m.pte', xnnpack, 0.")
-    assert repr(profile) == f"Profile(pixel-8: predicted {profile.predicted.latency_ms:.3g} ms, not measured)"
+    latency = format_number(profile.predicted.latency_ms)
+    assert repr(profile) == f"Profile(pixel-8: predicted {latency} ms, not measured)"
 
 
 def test_a_profile_names_its_call_and_what_was_measured() -> None:
@@ -147,7 +149,7 @@ def test_a_profile_names_its_call_and_what_was_measured() -> None:
         device="pixel-8", call="a token", latency_ms=2, latency_low_ms=1, latency_high_ms=3, peak_memory_mib=1,
         calibrated=False,
     )  # fmt: skip
-    assert repr(Profile(predicted)) == "Profile(pixel-8, a token: predicted 2 ms, not measured)"
+    assert repr(Profile(predicted)) == "Profile(pixel-8, a token: predicted 2.00 ms, not measured)"
 
 
 def test_errors_keep_each_problem_apart() -> None:

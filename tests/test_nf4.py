@@ -12,13 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply, finalize
-from edgetune.core.carriers import dense
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.packed_layers import is_nf4
-from edgetune.quant.nf4 import NF4, import_bitsandbytes, pack_linear, packed_bytes
+from edgetune.quant.nf4 import NF4, import_bitsandbytes, pack_linear
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.update import SparseUpdate
-from support.laws import bert, llama, logits, mlp, tokens, vectors
+from support.laws import bert, dense, llama, logits, mlp, packed_bytes, tokens, vectors
 
 torch.set_num_threads(1)
 

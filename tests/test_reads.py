@@ -15,7 +15,7 @@ from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.technique import Sample, Technique
-from edgetune.lean.frozen import has_hook
+from edgetune.lean.frozen import hook_of
 from edgetune.lean.reads import FirstForward, refuse_read_elsewhere, weights_read_elsewhere
 from edgetune.lean.reads_in_source import read_in_source
 from edgetune.quant.int4 import Int4
@@ -164,7 +164,7 @@ def test_readers_and_idle_layers_are_named() -> None:
 def test_inputs_that_do_not_fit_leave_the_first_forward_to_be_watched() -> None:
     model = Looped()
     refuse_read_elsewhere(model, ["head"], Sample.of(torch.zeros(2, 5)))
-    assert has_hook(model, FirstForward)
+    assert hook_of(model, FirstForward)
 
 
 ON_QKV: dict[str, Technique] = {
@@ -207,10 +207,10 @@ def test_a_first_forward_without_such_reads_is_the_last_that_is_watched() -> Non
     assert {key for key in model.state_dict() if "lora_" not in key} == set(keys)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.zeros(2, 5))
-    assert has_hook(model, FirstForward)  # a forward that failed has shown nothing
+    assert hook_of(model, FirstForward)  # a forward that failed has shown nothing
     model.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(model(numbers()), plain(numbers()))
-    assert not has_hook(model, FirstForward)
+    assert not hook_of(model, FirstForward)
 
 
 def test_what_is_finalized_before_any_forward_is_not_watched() -> None:
@@ -227,7 +227,7 @@ def test_a_compiler_and_an_exporter_are_not_disturbed() -> None:
     torch.testing.assert_close(torch.compile(again, backend="eager")(vectors()), expected)
     program = torch.export.export(again, (vectors(),), strict=False)
     torch.testing.assert_close(program.module()(vectors()), expected)
-    assert has_hook(again, FirstForward)
+    assert hook_of(again, FirstForward)
 
 
 def test_a_table_that_another_reads_stays_in_floating_point() -> None:

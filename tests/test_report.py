@@ -24,7 +24,7 @@ from edgetune.core.ledger import (
     Row,
     Training,
 )
-from edgetune.report import page, report, terminal, text, write
+from edgetune.report import Terminal, page, report, text, write
 from edgetune.report.sentences import details
 from edgetune.report.tables import step_table
 from support.reports import accuracy, example, left_out, read
@@ -60,7 +60,7 @@ def test_predicted_and_measured_stand_in_different_tables() -> None:
 
 def test_terminal_is_what_text_prints() -> None:
     file = io.StringIO()
-    Console(file=file, width=120, height=100, color_system=None, legacy_windows=False).print(terminal(example()))
+    Console(file=file, width=120, height=100, color_system=None, legacy_windows=False).print(Terminal(example()))
     assert [line.rstrip() for line in file.getvalue().splitlines()] == text(example(), 120).splitlines()
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.apply import apply, finalize
-from edgetune.core.carriers import dense
 from edgetune.core.errors import EdgetuneError
 from edgetune.lean.saved import saved_bytes
 from edgetune.quant.nf4 import NF4
@@ -16,7 +15,7 @@ from edgetune.quant.size import parameter_count
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.sliced import Sliced, strongest_channels
 from edgetune.sparse.update import SparseUpdate
-from support.laws import bert, cnn, fit, llama, logits, mlp, pictures, tokens, vectors
+from support.laws import bert, cnn, dense, fit, llama, logits, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 
@@ -133,15 +132,15 @@ def test_what_is_strongest() -> None:
 
 def test_a_sliced_layer_computes_with_its_dense_weight_and_merges_in_the_trained_slice() -> None:
     model = apply(mlp(), SparseUpdate(scheme={"blocks.1.up": 0.25, "classifier": "frozen"}))
-    before = model.blocks[1].up.dense().detach().clone()
+    before = dense(model.blocks[1].up).detach().clone()
     fit(model, vectors())
     layer = model.blocks[1].up
-    changed = (layer.dense() != before).any(0).nonzero().flatten()
+    changed = (dense(layer) != before).any(0).nonzero().flatten()
     assert changed.tolist() == layer.indices.tolist()
-    assert torch.equal(layer.weight, layer.dense())
+    assert torch.equal(layer.weight, dense(layer))
     x = torch.randn(3, 32)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, dense(layer), layer.bias))
-    trained, plain = layer.dense().detach(), finalize(model)
+    trained, plain = dense(layer).detach(), finalize(model)
     assert type(plain.blocks[1].up) is nn.Linear
     assert torch.equal(plain.blocks[1].up.weight, trained)
 

@@ -25,6 +25,8 @@ from torch import nn
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.export import Artifact, export
+from edgetune.profile import calibrate
+from edgetune.profile.micro.program import Micro
 from edgetune.runtime.hosts import connection, session, ssh
 from edgetune.runtime.hosts.connection import Connection
 from edgetune.runtime.hosts.place import Place, TimingRequest, parse_place
@@ -158,14 +160,11 @@ def test_a_program_is_timed_there_and_nothing_is_left(reached: Server, artifact:
 
 
 def test_this_host_is_timed_by_the_same_stopwatch(artifact: Artifact) -> None:
-    asked = (session.Timeable(name, artifact.path, (torch.zeros(1, 16),)) for name in ("first", "second"))
-    found = dict(session.time_programs("host", asked, threads=1, seconds=0.01))
-    assert list(found) == ["first", "second"]
-    for timing in found.values():
-        assert not isinstance(timing, EdgetuneError)
-        assert len(timing.latencies_ms) >= 10
-        assert (timing.threads, len(timing.cores)) == (1, 1)
-        assert timing.peak_memory_mib > timing.empty_memory_mib
+    with session.open_runner("host") as machine:
+        (timing,) = machine.time(TimingRequest(artifact.path, [(torch.zeros(1, 16),)], 1, 0.01, energy=False))
+    assert len(timing.latencies_ms) >= 10
+    assert (timing.threads, len(timing.cores)) == (1, 1)
+    assert timing.peak_memory_mib > timing.empty_memory_mib
     (measured,) = session.measure_on(session.Host(), artifact, threads=1, seconds=0.01)
     assert measured.device == "this host"
     assert len(measured.cores) == 1
@@ -176,24 +175,18 @@ def test_this_host_is_timed_by_the_same_stopwatch(artifact: Artifact) -> None:
 @needs_sshd
 def test_many_programs_over_one_connection(reached: Server, artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "broken.pte").write_bytes(b"nothing")
-    inputs = (torch.zeros(1, 16),)
-    wanted = [
-        session.Timeable("broken", tmp_path / "broken.pte", inputs),
-        session.Timeable("good", artifact.path, inputs),
-    ]
-    told: list[tuple[str, int, int]] = []
-    found = dict(
-        session.time_programs(
-            reached.url, wanted, threads=1, seconds=0.01, python=sys.executable, count=2,
-            progress=lambda *step: told.append(step),
+    (tmp_path / "good.pte").write_bytes(artifact.path.read_bytes())
+    wanted = [Micro(name, nn.Identity, lambda: (torch.zeros(1, 16),)) for name in ("broken", "good")]
+    steps: list[tuple[str, int, int, str]] = []
+    with session.open_runner(reached.url, python=sys.executable) as machine:
+        clocked, (broken,) = calibrate.clock_on(
+            machine, tmp_path, wanted, threads=1, seconds=0.01, progress=lambda *step: steps.append(step)
         )
-    )  # fmt: skip
-    assert isinstance(found["broken"], EdgetuneError)
-    assert "does not run there" in found["broken"].what
-    assert found["broken"].exit_code == Exit.EXPORT
-    assert not isinstance(found["good"], EdgetuneError)
-    assert found["good"].latency_ms > 0
-    assert told == [("broken", 0, 2), ("good", 1, 2)]
+    assert broken.startswith("broken: ")
+    assert "does not run there" in broken
+    assert [one.name for one in clocked] == ["good"]
+    assert clocked[0].us > 0
+    assert steps == [("time", 1, 2, ""), ("time", 2, 2, "")]
     assert left_over(reached) == []
 
 

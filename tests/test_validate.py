@@ -214,7 +214,7 @@ def test_one_device_with_many_rows_counts_once() -> None:
     keys = ("kind", "class", "type")
     rows = [prior.Seen("many", keys, 1.0)] * 50 + [prior.Seen("few", keys, 0.0)]
     assert sum(prior.fit_offsets(rows).values()) == pytest.approx(0.5)
-    assert sum(prior.fit_offsets(rows, without=frozenset({"many"})).values()) == pytest.approx(0.0)
+    assert sum(prior.fit_offsets(rows[50:]).values()) == pytest.approx(0.0)
 
 
 def test_the_band_holds_what_it_claims_where_errors_are_alike() -> None:
@@ -226,7 +226,7 @@ def test_the_band_holds_what_it_claims_where_errors_are_alike() -> None:
     ]
     held = 0
     for name in {row.device for row in rows[:60]}:
-        found = prior.fit_prior(rows, without=frozenset({name}))
+        found = prior.fit_prior([row for row in rows if row.device != name])
         log, width = found.offset_and_width(rows[0].keys)
         held += sum(abs(row.log - log) <= width for row in rows if row.device == name)
     assert 100 * held / 60 == pytest.approx(100 * prior.COVERAGE, abs=10)

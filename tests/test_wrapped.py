@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
-from edgetune.core.carriers import dense, is_wrapped, plain_layer
+from edgetune.core.carriers import is_wrapped, plain_layer, plain_tensors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.merging import merge, merge_layer
 from edgetune.core.wrapped import Wrapped
-from support.laws import llama, logits, mlp, vectors
+from support.laws import dense, llama, logits, mlp, vectors
 
 
 class Scaled(Wrapped):
@@ -24,11 +24,12 @@ class Scaled(Wrapped):
         super().__init__(base)
         self.scale = nn.Parameter(torch.rand(dense(base).shape[0]) + 0.5)
 
-    def dense(self) -> Tensor:
-        return self.scale[:, None] * dense(self.base)
+    def plain_tensors(self) -> dict[str, Tensor]:
+        tensors = plain_tensors(self.base)
+        return {**tensors, "weight": self.scale[:, None] * tensors["weight"]}
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dense(), plain_layer(self.base).bias)
+        return functional.linear(x, **self.plain_tensors())
 
 
 class Shifted(Wrapped):
@@ -36,8 +37,9 @@ class Shifted(Wrapped):
         super().__init__(base)
         self.low = nn.Linear(dense(base).shape[1], 1, bias=False)
 
-    def dense(self) -> Tensor:
-        return dense(self.base) + self.low.weight
+    def plain_tensors(self) -> dict[str, Tensor]:
+        tensors = plain_tensors(self.base)
+        return {**tensors, "weight": tensors["weight"] + self.low.weight}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.low(x)

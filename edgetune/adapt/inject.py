@@ -12,9 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import refuse_shared, replace
+from edgetune.core.layers import is_transposed, refuse_shared, replace
 from edgetune.core.packed_layers import is_nf4
-from edgetune.core.peft_layers import base_of, is_peft, is_transposed, is_tuner, peft_tensors
+from edgetune.core.peft_layers import base_of, is_peft, is_tuner, peft_tensors
 from edgetune.core.plain import refuse_computed
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
 from edgetune.core.quiet import silence_libraries

@@ -14,9 +14,9 @@ from torch import nn
 from edgetune.adapt.inject import adapter_dtype, can_adapt, exact_targets, inject, refuse_adapters
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import refuse_shared, select
+from edgetune.core.layers import is_transposed, refuse_shared, select
 from edgetune.core.merging import merge
-from edgetune.core.peft_layers import is_peft, is_transposed
+from edgetune.core.peft_layers import is_peft
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait

@@ -145,16 +145,12 @@ def devices_calibrate(
     if elsewhere and out is not None:
         raise EdgetuneError("--out only applies to this host", got=str(out), action="omit --out")
     with show_progress() as progress, contextlib.redirect_stdout(sys.stderr):
-
-        def report(name: str, done: int, of: int) -> None:
-            progress(name, done, of, "")
-
         if table is not None:
             calibration = calibrate.calibrate_from(table, device_id, threads=threads)
         elif on is not None:
-            calibration = calibrate.calibrate_on(on, device_id, threads=threads, quick=quick, progress=report)
+            calibration = calibrate.calibrate_on(on, device_id, threads=threads, quick=quick, progress=progress)
         else:
-            described = calibrate.calibrate(out, threads=threads, quick=quick, progress=report)
+            described = calibrate.calibrate(out, threads=threads, quick=quick, progress=progress)
             assert described.calibration is not None
             calibration = described.calibration
     path = calibration_path(out or user_folder() / (device_id + SUFFIX))

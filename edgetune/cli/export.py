@@ -15,7 +15,6 @@ from edgetune.core.files import write_atomically
 
 if TYPE_CHECKING:
     from edgetune.core.ledger import Program
-    from edgetune.program.artifact import Artifact
 
 ModelName = Annotated[
     str,
@@ -25,9 +24,9 @@ ModelName = Annotated[
     ),
 ]
 DeviceName = Annotated[
-    str | None, typer.Option(help="Lower for the preferred target of this device.", autocompletion=device_names)
+    str | None, typer.Option(help="Choose the preferred target of this device.", autocompletion=device_names)
 ]
-TargetName = Annotated[str | None, typer.Option(help="Lower for this target instead.", autocompletion=target_names)]
+TargetName = Annotated[str | None, typer.Option(help="Choose this target instead.", autocompletion=target_names)]
 DataName = Annotated[
     str | None, typer.Option(help="Data with the classes and check rows of a model: tweets, csv:PATH.")
 ]
@@ -129,17 +128,11 @@ def kit(
     """
     from edgetune.core.errors import EdgetuneError
     from edgetune.export.kit import check, copy_to_kit, create_kit, find, target_for
-    from edgetune.run.exportable import set_cache_size, to_program, write_card_with_run
+    from edgetune.run.exportable import set_cache_size, to_program
     from edgetune.run.exporting import load_exportable
 
     chosen, folder = find(platform), out or Path(f"kit-{platform}")
     goal = target_for(chosen, device, target)
-
-    def make(path: Path) -> Artifact:
-        made = to_program(source, path, device=device, target=goal)
-        if source.ledger is not None:
-            write_card_with_run(made, source.ledger)
-        return made
 
     with contextlib.redirect_stdout(sys.stderr):
         if model.endswith(".pte"):
@@ -151,7 +144,7 @@ def kit(
             source = set_cache_size(load_exportable(model, data, language, inputs, weights), max_tokens)
             if source.generation is None:
                 check(chosen, source.carried)
-            create_kit(chosen, folder, make)
+            create_kit(chosen, folder, lambda path: to_program(source, path, device=device, target=goal))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     as_data = {"folder": str(folder), "files": files}
     print_result(as_data if as_json else f"{folder}: start with README.md\n" + "\n".join(f"  {file}" for file in files))
@@ -160,12 +153,8 @@ def kit(
 
 def lint(
     model: ModelName,
-    device: Annotated[
-        str | None, typer.Option(help="Check for the preferred target of this device.", autocompletion=device_names)
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Check for this target instead.", autocompletion=target_names)
-    ] = None,
+    device: DeviceName = None,
+    target: TargetName = None,
     data: DataName = None,
     inputs: InputsName = None,
     weights: Weights = None,

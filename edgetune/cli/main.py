@@ -207,7 +207,7 @@ def _show(ledger: Any) -> None:
 
     from edgetune import report as reports
 
-    Console().print(reports.terminal(ledger))
+    Console().print(reports.Terminal(ledger))
 
 
 @app.command()

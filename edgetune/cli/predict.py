@@ -156,7 +156,7 @@ def _print(evaluation: Evaluation) -> None:
 
     from edgetune.core.numbers import format_quality_with_interval, pluralize
     from edgetune.report.answer_tables import answer_tables
-    from edgetune.report.console import clean, draw_table
+    from edgetune.report.console import clean, draw_section
     from edgetune.report.sentences import as_sentence
 
     console = Console()
@@ -165,10 +165,7 @@ def _print(evaluation: Evaluation) -> None:
     console.print(Text(clean(f"{evaluation.program} on {evaluation.data}, {of}")))
     console.print(Text(clean(format_quality_with_interval(evaluation.quality)), style="bold"))
     for table in answer_tables(evaluation.answers) if evaluation.answers else ():
-        console.print()
-        console.print(Text(table.title, style="bold"))
-        console.print(draw_table(table, console.width))
-        for note in table.notes:
-            console.print(Text(clean(note), style="dim"))
+        for part in draw_section(table, console.width):
+            console.print(part)
     for note in evaluation.notes:
         console.print(Text(clean(as_sentence(note)), style="dim"))

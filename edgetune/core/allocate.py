@@ -7,12 +7,10 @@ sums of costs and value so far, only those that no other sum dominates are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
-
-from edgetune.core.errors import EdgetuneError, Exit
 
 Name = TypeVar("Name")
 MOST_POINTS = 8192
@@ -28,34 +26,18 @@ class Option(Generic[Name]):
     costs: Mapping[str, float]
 
 
-def allocate(
-    options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float], *, most_points: int = MOST_POINTS
-) -> dict[str, Option[Any]]:
-    """Choose the option of each item so that the sum of values is largest; among equal sums, the cheapest.
-
-    Costs of one kind add up to at most its limit. Exact as long as no more than `most_points` sums matter after an
-    item; beyond that, only the best sum in each cell of a grid over the costs is kept.
-
-    >>> bits = {"first": [Option(4, 0.2, {"kib": 4}), Option(8, 1.0, {"kib": 8})],
-    ...         "last": [Option(4, 0.7, {"kib": 4}), Option(8, 0.9, {"kib": 8})]}
-    >>> {layer: option.name for layer, option in allocate(bits, {"kib": 12}).items()}
-    {'first': 8, 'last': 4}
-
-    Raises:
-        EdgetuneError: (exit code 4) no choice is within the limits; it says the least that can be had.
-    """
-    if empty := [name for name, own in options.items() if not own]:
-        raise EdgetuneError(f"item {empty[0]!r} has no option", action="give it one, or leave it out")
-    best = _solve(options, limits, most_points)
-    if best is None:
-        raise _infeasible_error(options, limits)
-    return dict(zip(options, best, strict=True))
-
-
 class Front(Generic[Name]):
     """The Pareto front of sums of costs and value over the items so far, with the options behind each.
 
-    `limits` names the kinds of cost that count; an option may have others. `most_points=None` keeps every point.
+    `limits` names the kinds of cost that count; an option may have others. `most_points=None` keeps every point; else
+    the best of the front is exact as long as no more than `most_points` sums matter after an item, and beyond that only
+    the best sum in each cell of a grid over the costs is kept.
+
+    >>> front = Front({"kib": 12})
+    >>> front = front.plus([Option(4, 0.2, {"kib": 4}), Option(8, 1.0, {"kib": 8})])
+    >>> front = front.plus([Option(4, 0.7, {"kib": 4}), Option(8, 0.9, {"kib": 8})])
+    >>> [option.name for option in front.best().name]
+    [8, 4]
     """
 
     def __init__(self, limits: Mapping[str, float], most_points: int | None = MOST_POINTS) -> None:
@@ -109,35 +91,6 @@ class Front(Generic[Name]):
             chosen.append(front._options[option])
             front = front._before
         return Option(tuple(reversed(chosen)), value, dict(zip(self.limits, costs, strict=True)))
-
-
-def _solve(
-    options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float], most_points: int
-) -> tuple[Option[Any], ...] | None:
-    least = {kind: [min(option.costs[kind] for option in own) for own in options.values()] for kind in limits}
-    front: Front[Any] = Front(limits, most_points)
-    for number, own in enumerate(options.values()):
-        room = {kind: limit - sum(least[kind][number + 1 :]) for kind, limit in limits.items()}  # for the items so far
-        front = front.plus(own, room)
-    best = front.best(limits)
-    return None if best is None else best.name
-
-
-def _infeasible_error(options: Mapping[str, Sequence[Option[Any]]], limits: Mapping[str, float]) -> EdgetuneError:
-    """The error, with the lowest cost of each kind that the other limits allow."""
-    least = {}
-    for kind in limits:
-        cheap = {name: [replace(option, value=-option.costs[kind]) for option in own] for name, own in options.items()}
-        others = {other: limit for other, limit in limits.items() if other != kind}
-        chosen = _solve(cheap, others, MOST_POINTS) or _solve(cheap, {}, MOST_POINTS) or ()
-        least[kind] = sum(option.costs[kind] for option in chosen)
-    raised = {kind: cost for kind, cost in least.items() if cost > limits[kind]} or least
-    return EdgetuneError(
-        f"no choice fits {' and '.join(f'{limit:g} {kind}' for kind, limit in limits.items())}; "
-        f"the lowest possible is {' or '.join(f'{cost:g} {kind}' for kind, cost in least.items())}",
-        action="raise the limit to " + " or ".join(f"{cost:g} {kind}" for kind, cost in raised.items()),
-        exit_code=Exit.BUDGET,
-    )
 
 
 def _within(sums: np.ndarray, limits: Mapping[str, float]) -> np.ndarray:

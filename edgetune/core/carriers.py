@@ -5,7 +5,10 @@ Ours (`Wrapped`), peft's tuner layers of any family, and the 4-bit linears of bi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,45 +16,31 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.registry import load
 
 CARRIERS = (  # the outer ones of a nest first
-    "edgetune.core.wrapped:Own",
-    "edgetune.core.peft_layers:Peft",
-    "edgetune.core.packed_layers:Packed",
+    "edgetune.core.wrapped:OWN",
+    "edgetune.core.peft_layers:PEFT",
+    "edgetune.core.packed_layers:PACKED",
 )
 
 
+@dataclass(frozen=True)
 class Carrier:
-    """One kind of layer that carries something extra. `base_name`: the attribute of its base, if it has one."""
+    """One kind of layer that carries something extra, as functions of a layer.
 
-    base_name = ""
+    `tensors` raises `EdgetuneError` if no plain layer computes the same.
+    """
 
-    def owns(self, layer: nn.Module) -> bool:
-        """Whether the layer is of this kind."""
-        raise NotImplementedError
-
-    def base(self, layer: nn.Module) -> nn.Module:
-        """The layer inside; the layer itself if it replaces the plain one."""
-        return layer
-
-    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
-        """Weight and bias of the plain layer that computes the same, in the layout of the base.
-
-        Raises `EdgetuneError` if there is no such plain layer.
-        """
-        raise NotImplementedError
-
-    def hidden_tensors(self, layer: nn.Module) -> list[Tensor]:
-        """Tensors that it stores in addition to parameters and buffers."""
-        return []
-
-    def counts(self, layer: nn.Module) -> dict[Tensor, int]:
-        """Parameters that represent more or fewer values than they have."""
-        return {}
+    owns: Callable[[nn.Module], bool]  # whether the layer is of this kind
+    tensors: Callable[[Any], dict[str, Tensor]]  # of the plain layer that computes the same, in the layout of the base
+    base: Callable[[Any], nn.Module] = lambda layer: layer  # the layer inside; itself if it replaces the plain one
+    base_name: str = ""  # the attribute of its base, if it has one
+    hidden_tensors: Callable[[Any], list[Tensor]] = lambda layer: []  # that it stores beside parameters and buffers
+    counts: Callable[[Any], dict[Tensor, int]] = lambda layer: {}  # values in parameters that stand for more or fewer
 
 
 @cache
 def carriers() -> tuple[Carrier, ...]:
     """One object for each line of the table."""
-    return tuple(load(line)() for line in CARRIERS)
+    return tuple(load(line) for line in CARRIERS)
 
 
 def carrier_of(layer: nn.Module) -> Carrier | None:
@@ -64,7 +53,7 @@ def is_wrapped(layer: nn.Module) -> bool:
     return carrier_of(layer) is not None
 
 
-def dense_tensors(layer: nn.Module) -> dict[str, Tensor]:
+def plain_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """Weight and, if there is one, bias that the layer computes with, whatever it is wrapped in.
 
     In the layout of its base. Raises `EdgetuneError` for a layer without a weight, and for an adapter that no plain
@@ -77,16 +66,6 @@ def dense_tensors(layer: nn.Module) -> dict[str, Tensor]:
     if not isinstance(weight, Tensor):
         raise EdgetuneError("this layer has no weight", got=type(layer).__name__, action="target linears, convolutions")
     return {"weight": weight, "bias": bias} if isinstance(bias, Tensor) else {"weight": weight}
-
-
-def dense(layer: nn.Module) -> Tensor:
-    """The plain weight that the layer computes with, `(out, in, ...)` as in its base."""
-    return dense_tensors(layer)["weight"]
-
-
-def dense_bias(layer: nn.Module) -> Tensor | None:
-    """The plain bias `(out,)` that belongs to `dense`; `None` if there is none."""
-    return dense_tensors(layer).get("bias")
 
 
 def plain_layer(layer: nn.Module) -> nn.Module:

@@ -52,6 +52,21 @@ def parameter_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
 
 
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers whose weight is `(in, out)`, as in GPT-2."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def parameter_owners(layers: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """By the `id` of each parameter, the names of the layers that it is one of."""
+    owners: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
 def no_match_error(problem: str, pattern: str, names: Iterable[str]) -> EdgetuneError:
     """The error for a pattern that matches no name, with the patterns that would."""
     names = list(names)
@@ -73,13 +88,10 @@ def _endings(names: Iterable[str]) -> list[str]:
 
 def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Raise for a layer whose weight is tied to another layer: a merge would change both."""
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(name)
+    owners = parameter_owners(dict(model.named_modules()))
     for name, layer in chosen.items():
         for parameter in layer.parameters(recurse=False):
-            others = owners.get(id(parameter), set()) - {name}
+            others = {*owners.get(id(parameter), ())} - {name}
             if others:
                 raise EdgetuneError(
                     f"{name} shares its weight with {', '.join(sorted(others))}; a change to one would change both",

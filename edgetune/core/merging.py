@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.carriers import dense_tensors, is_wrapped, plain_layer
+from edgetune.core.carriers import is_wrapped, plain_layer, plain_tensors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.peft_layers import is_peft, is_peft_model
@@ -48,11 +48,10 @@ def merge_layer(layer: nn.Module) -> nn.Module:
     """The plain layer with the dense weight and bias written into it; `requires_grad` stays that of the base.
 
     A 4-bit base becomes a new `nn.Linear` of its original type. Raises `EdgetuneError`, with the layer unchanged, if
-    the
-    plain layer does not compute the same.
+    the plain layer does not compute the same.
     """
     plain = plain_layer(layer)
-    tensors = {name: tensor.detach() for name, tensor in dense_tensors(layer).items()}
+    tensors = {name: tensor.detach() for name, tensor in plain_tensors(layer).items()}
     inputs = probe_inputs(plain)
     expected = None if inputs is None else outputs_of(layer, inputs)
     if is_wrapped(plain):  # a storage format in place of a plain layer

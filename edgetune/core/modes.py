@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -18,19 +18,15 @@ def preserve_state(model: nn.Module, training: bool = False) -> Iterator[None]:
     Buffers are only saved in training mode. For a model that writes to them in evaluation mode, add `preserve_buffers`.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
     device = device_of(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    keep_buffers = preserve_buffers(model) if training else nullcontext()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), keep_buffers:
         model.train(training)
         try:
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            with torch.no_grad():
-                current = dict(model.named_buffers())
-                for name, value in buffers.items():
-                    current[name].copy_(value)
 
 
 @contextmanager

@@ -10,15 +10,6 @@ from pydantic import BaseModel
 MOST_LETTERS = 100
 
 
-def figure(value: float) -> str:
-    """Three significant digits, and all digits of a large integer part.
-
-    >>> figure(0.01234), figure(6.4), figure(12345.6)
-    ('0.0123', '6.4', '12,346')
-    """
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 class OneLine(BaseModel):
     """A base whose `repr` and `str` are one short line: numbers and names in full, collections by their length."""
 

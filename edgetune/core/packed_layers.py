@@ -30,27 +30,23 @@ def nf4_weight(layer: Any) -> Tensor:
     return unpacked.to(getattr(layer, "plain_dtype", torch.float32))
 
 
-class Packed(Carrier):
-    """The carrier of 4-bit linears."""
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    bias = {} if layer.bias is None else {"bias": layer.bias}
+    return {"weight": nf4_weight(layer), **bias}
 
-    def owns(self, layer: nn.Module) -> bool:
-        """Whether it is a 4-bit linear."""
-        return is_nf4(layer)
 
-    def tensors(self, layer: Any) -> dict[str, Tensor]:
-        """The unpacked weight, and the bias."""
-        bias = {} if layer.bias is None else {"bias": layer.bias}
-        return {"weight": nf4_weight(layer), **bias}
+def _scales_and_tables(layer: Any) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    state = getattr(layer.weight, "quant_state", None)
+    while state is not None:
+        tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
+        state = state.state2
+    return tensors
 
-    def hidden_tensors(self, layer: Any) -> list[Tensor]:
-        """Scales and tables."""
-        tensors: list[Tensor] = []
-        state = getattr(layer.weight, "quant_state", None)
-        while state is not None:
-            tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
-            state = state.state2
-        return tensors
 
-    def counts(self, layer: Any) -> dict[Tensor, int]:
-        """Each byte of the weight holds two values."""
-        return {layer.weight: layer.weight.quant_state.shape.numel()}
+PACKED = Carrier(
+    owns=is_nf4,
+    tensors=_tensors,
+    hidden_tensors=_scales_and_tables,
+    counts=lambda layer: {layer.weight: layer.weight.quant_state.shape.numel()},  # each byte holds two values
+)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgetune.core.carriers import Carrier
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import is_transposed
 from edgetune.core.packed_layers import is_nf4
 from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
 from edgetune.core.quiet import silence_libraries
@@ -43,29 +44,6 @@ def _is_auxiliary(layer: nn.Module) -> bool:
     """Whether peft keeps the layer with a trained copy (`modules_to_save`) or trained rows (trainable tokens)."""
     module = sys.modules.get("peft.utils.other")
     return module is not None and isinstance(layer, module.AuxiliaryTrainingWrapper)
-
-
-class Peft(Carrier):
-    """The carrier of peft's layers."""
-
-    base_name = "base_layer"
-
-    def owns(self, layer: nn.Module) -> bool:
-        """Whether peft put the layer there."""
-        return is_peft(layer)
-
-    def base(self, layer: Any) -> nn.Module:
-        """The layer that peft wraps, without all tuner layers around it."""
-        return base_of(layer)
-
-    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The result of peft's merge, compared with what the layer computes."""
-        return peft_tensors(layer)
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether it is the linear layer of transformers whose weight is `(in, out)`."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
 def base_of(layer: Any) -> nn.Module:
@@ -194,3 +172,6 @@ def _convert_to_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]
         reference = own.get(name)
         stored[name] = tensor.to(reference.dtype if reference is not None else weight_type or tensor.dtype)
     return stored
+
+
+PEFT = Carrier(owns=is_peft, tensors=peft_tensors, base=base_of, base_name="base_layer")

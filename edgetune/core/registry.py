@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from importlib import metadata
 from typing import Any
 
 from edgetune.core.errors import EdgetuneError
@@ -130,3 +131,11 @@ def require(module: str, purpose: str) -> Any:
         raise EdgetuneError(
             f"{purpose} needs {package}, which could not be imported ({error})", action=action
         ) from error
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; `None` if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

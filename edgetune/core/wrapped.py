@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from edgetune.core.carriers import Carrier, carrier_of, dense, dense_bias
+from edgetune.core.carriers import Carrier, carrier_of, plain_tensors
 from edgetune.core.errors import EdgetuneError
 
 
 class Wrapped(nn.Module):
-    """Base class: a plain layer plus extra tensors. Subclasses define `forward` and, if the weight changes, `dense`.
+    """Base class: a plain layer plus extra tensors.
 
-    Extra tensors must not have names of the base's (`weight`, `bias`): their keys would collide.
+    Subclasses define `forward` and, if the weight or the bias changes, `plain_tensors`. Extra tensors must not have
+    names of the base's (`weight`, `bias`): their keys would collide.
     """
 
     repeats: ClassVar[tuple[str, ...]] = ()  # names of parameters whose values are also in the base's weight
@@ -27,36 +28,18 @@ class Wrapped(nn.Module):
         self.base = base
         keep_base_keys(self)
 
-    def dense(self) -> Tensor:
-        """The equivalent plain weight, shape `(out, in, ...)` as the base's own."""
-        return dense(self.base)
-
-    def dense_bias(self) -> Tensor | None:
-        """The equivalent plain bias `(out,)`; `None`: there is none."""
-        return dense_bias(self.base)
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """Weight and, if there is one, bias of the plain layer that computes the same, in the layout of the base."""
+        return plain_tensors(self.base)
 
 
-class Own(Carrier):
-    """The carrier of our own wrapped layers."""
-
-    base_name = "base"
-
-    def owns(self, layer: nn.Module) -> bool:
-        """Whether it is ours."""
-        return isinstance(layer, Wrapped)
-
-    def base(self, layer: Any) -> nn.Module:
-        """The layer inside."""
-        return layer.base  # type: ignore[no-any-return]
-
-    def tensors(self, layer: Any) -> dict[str, Tensor]:
-        """The subclass's dense weight and bias."""
-        bias = layer.dense_bias()
-        return {"weight": layer.dense()} if bias is None else {"weight": layer.dense(), "bias": bias}
-
-    def counts(self, layer: Any) -> dict[Tensor, int]:
-        """A parameter that repeats values of the base does not count."""
-        return {getattr(layer, name): 0 for name in layer.repeats}
+OWN = Carrier(
+    owns=lambda layer: isinstance(layer, Wrapped),
+    tensors=lambda layer: layer.plain_tensors(),
+    base=lambda layer: layer.base,
+    base_name="base",
+    counts=lambda layer: {getattr(layer, name): 0 for name in layer.repeats},
+)
 
 
 def keep_base_keys(layer: nn.Module) -> None:
@@ -67,7 +50,7 @@ def keep_base_keys(layer: nn.Module) -> None:
 
 def _base_name(layer: nn.Module) -> str:
     carrier = carrier_of(layer)
-    return carrier.base_name if carrier is not None else Own.base_name
+    return carrier.base_name if carrier is not None else OWN.base_name
 
 
 def _own_names(layer: nn.Module) -> set[str]:

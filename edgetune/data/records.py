@@ -120,8 +120,7 @@ def _conversation(values: Sequence[Any], settings: DataSettings) -> Any:
         messages = [{"role": role, "content": each} for role, each in zip(("user", ANSWERING), values, strict=True)]
     conversation = read_messages(messages, settings.loss_on == "answers")
     for _, content in conversation.messages:
-        if any("\ud800" <= character <= "\udfff" for character in content):
-            raise ValueError(NOT_UTF8)
+        _check_readable(content)
     return conversation
 
 

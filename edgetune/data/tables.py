@@ -43,7 +43,7 @@ def _read_csv(path: Path, settings: DataSettings, bad: BadRows) -> tuple[list[Re
     columns = [header.index(name) for name in settings.columns]
     records: list[Record] = []
     total = 0
-    for row, cells in _csv_rows(text, delimiter, path, bad):
+    for row, cells in _csv_rows(text, delimiter, path):
         total += 1
         if isinstance(cells, str):
             bad.add(f"row {row}", cells)
@@ -230,7 +230,7 @@ def _check_columns(name: str, columns: Sequence[str], settings: DataSettings) ->
         )
 
 
-def _csv_rows(text: str, delimiter: str, path: Path, bad: BadRows) -> Iterator[tuple[int, list[str] | str]]:
+def _csv_rows(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[str] | str]]:
     """Each row after the header with its first line, counted from 1; a string is the reason why it cannot be read."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     next(reader)

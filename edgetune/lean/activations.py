@@ -30,6 +30,7 @@ from edgetune.lean.packing import (
     unpack_bits,
     wide_enough,
 )
+from edgetune.lean.producers import Rebuilder, Saved
 
 aten = torch.ops.aten
 
@@ -103,18 +104,19 @@ class _ByteDerivative(torch.autograd.Function):
 
 
 class _FromInput(torch.autograd.Function):
-    """Saves the input and nothing else; for activations written out in several operators. `y` holds their value."""
+    """Saves the input alone, or what that follows from; `y` holds the value."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str, y: list[Tensor]) -> Tensor:  # type: ignore[override]
-        ctx.kind = kind
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, kind: str, y: list[Tensor], saved: Saved) -> Tensor:  # type: ignore[override]
+        ctx.kind, ctx.rebuild = kind, Rebuilder([saved])
+        ctx.save_for_backward(*saved.tensors)
         return y[0]  # in a list, so that it is no input and can become the output itself
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return ACTIVATIONS[ctx.kind].backward(gradient, ctx.saved_tensors[0]), None, None
+        (x,) = ctx.rebuild(ctx.saved_tensors)
+        return ACTIVATIONS[ctx.kind].backward(gradient, x), None, None, None
 
 
 def activate_saving_derivative(x: Tensor, kind: str, inplace: bool = False, value: Tensor | None = None) -> Tensor:
@@ -122,9 +124,9 @@ def activate_saving_derivative(x: Tensor, kind: str, inplace: bool = False, valu
     return _ByteDerivative.apply(x, kind, inplace, [] if value is None else [value])  # type: ignore[no-any-return,no-untyped-call]
 
 
-def activate_saving_input(x: Tensor, kind: str, value: Tensor) -> Tensor:
-    """The activation with this value, saving its input."""
-    return _FromInput.apply(x, kind, [value])  # type: ignore[no-any-return,no-untyped-call]
+def activate_saving_input(x: Tensor, kind: str, value: Tensor, saved: Saved) -> Tensor:
+    """The activation with this value, for an `x` that can be computed from what is saved."""
+    return _FromInput.apply(x, kind, [value], saved)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Clamped(torch.autograd.Function):

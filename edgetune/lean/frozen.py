@@ -10,7 +10,7 @@ layer that becomes trainable later is handled correctly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -58,6 +58,7 @@ def never_compile(function: Any) -> None:
 
 
 never_compile(Hook.after)
+Kind = TypeVar("Kind", bound=Hook)
 
 
 class FrozenStage(Hook):
@@ -153,13 +154,14 @@ SAVING_INPUT = (*CONVOLUTIONS, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
 def freeze_batch_norms(model: nn.Module) -> None:
     """Keep every batch norm with a frozen weight on its running statistics in train and eval mode."""
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not has_hook(module, FrozenLayer):
+        if isinstance(module, _BatchNorm) and hook_of(module, FrozenLayer) is None:
             FrozenLayer().put_on(module)
 
 
-def has_hook(module: nn.Module, kind: type[Hook]) -> bool:
-    """Whether the module has a hook of this kind."""
-    return any(isinstance(getattr(hook, "__self__", None), kind) for hook in module._forward_pre_hooks.values())
+def hook_of(module: nn.Module, kind: type[Kind]) -> Kind | None:
+    """The module's hook of this kind, if it has one."""
+    hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, kind)), None)
 
 
 def remove_hooks(model: nn.Module, kinds: type[Hook] | tuple[type[Hook], ...] = Hook) -> None:

@@ -61,7 +61,7 @@ def bind(layer: nn.Module, last: LastActivation) -> Any:
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         base = self.base_layer
         plain = not args and not kwargs and type(x) in _PLAIN and x.dtype == base.weight.dtype and x.dim() > 1
-        if not plain or not _records(last, x):
+        if not plain or not _records(x):
             return type(self).forward(self, x, *args, **kwargs)
         (adapter,) = self.active_adapters
         down, up, dropout = (each[adapter] for each in _parts(self))
@@ -71,7 +71,7 @@ def bind(layer: nn.Module, last: LastActivation) -> Any:
     return types.MethodType(forward, layer)
 
 
-def _records(last: LastActivation, x: Tensor) -> bool:
+def _records(x: Tensor) -> bool:
     """Whether the operators are active, and this call is one of theirs."""
     return (
         not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_checkpoint() and not autocast_dtype(x)

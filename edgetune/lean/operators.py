@@ -27,7 +27,7 @@ from edgetune.lean.frozen import (
     OperatorMode,
     active_mode,
     do_nothing,
-    has_hook,
+    hook_of,
     in_checkpoint,
     never_compile,
     remove_hooks,
@@ -36,7 +36,7 @@ from edgetune.lean.frozen_ops import REPLACED
 from edgetune.lean.loss import cross_entropy
 from edgetune.lean.norms import attach_rms_backward, layer_norm, rms_norm, supports_rms_norm
 from edgetune.lean.onednn import is_channels_last, view
-from edgetune.lean.producers import LastActivation
+from edgetune.lean.producers import LastActivation, Saved
 
 Activations = Literal["exact", "8bit"]
 
@@ -189,7 +189,7 @@ class LeanOperators(_EagerHook):
         """Register on the root, and on each module inside that is written out in several operators."""
         super().put_on(module)
         for inner in module.modules():
-            if not has_hook(inner, LeanModule) and LeanModule.fits(inner):
+            if hook_of(inner, LeanModule) is None and LeanModule.fits(inner):
                 LeanModule().put_on(inner)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
@@ -224,7 +224,7 @@ never_compile(LeanOperators.after)
 
 def put_on_operators(model: nn.Module, activations: Activations) -> None:
     """Let a model save less for backward; the last requested precision applies."""
-    hook = _operators_of(model)
+    hook = hook_of(model, LeanOperators)
     if hook is None:
         LeanOperators(activations).put_on(model)
         head.put_on(model)
@@ -234,18 +234,13 @@ def put_on_operators(model: nn.Module, activations: Activations) -> None:
 
 def take_off_operators(model: nn.Module) -> None:
     """Undo the last `put_on_operators`; the hooks are removed with the first."""
-    hook = _operators_of(model)
+    hook = hook_of(model, LeanOperators)
     if hook is None:
         return
     hook.asked.pop()
     if not hook.asked:
         remove_hooks(model, (LeanOperators, LeanModule))
         head.take_off(model)
-
-
-def _operators_of(model: nn.Module) -> LeanOperators | None:
-    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return next((hook for hook in hooks if isinstance(hook, LeanOperators)), None)
 
 
 class LeanModule(_EagerHook):
@@ -314,7 +309,7 @@ class LeanModule(_EagerHook):
         y = (
             activate_saving_derivative(x, kind, value=output)
             if last.eight_bit
-            else activate_saving_input(x, kind, output)
+            else activate_saving_input(x, kind, output, Saved((x,)))
         )
         return last.record(y, kind, x)
 

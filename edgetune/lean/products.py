@@ -18,7 +18,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from edgetune.lean import onednn
-from edgetune.lean.activations import ACTIVATIONS, activate_saving_derivative, apply_dropout, times_derivative
+from edgetune.lean.activations import (
+    ACTIVATIONS,
+    activate_saving_derivative,
+    activate_saving_input,
+    apply_dropout,
+    times_derivative,
+)
 from edgetune.lean.attention import attention_gradients
 from edgetune.lean.frozen_ops import linear as frozen_linear
 from edgetune.lean.packing import autocast_dtype, from_rows, new_seed, no_autocast, to_rows
@@ -33,22 +39,6 @@ from edgetune.lean.producers import (
     Saved,
     tensors_to_save,
 )
-
-
-class _Rebuilt(torch.autograd.Function):
-    """An activation that saves, in the place of its input, what that follows from. `y` holds the value."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str, y: list[Tensor], saved: Saved) -> Tensor:  # type: ignore[override]
-        ctx.kind, ctx.rebuild = kind, Rebuilder([saved])
-        ctx.save_for_backward(*saved.tensors)
-        return y[0]  # in a list, so that it is no input and can become the output itself
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (x,) = ctx.rebuild(ctx.saved_tensors)
-        return ACTIVATIONS[ctx.kind].backward(gradient, x), None, None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -227,7 +217,7 @@ def activation(kind: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]
         elif len(saved.tensors) > 1:
             with torch.no_grad():
                 value = plain(input, False)
-            y = _Rebuilt.apply(input, kind, [value], saved)  # type: ignore[no-untyped-call]
+            y = activate_saving_input(input, kind, value, saved)
         else:
             y = plain(input, inplace)
         return last.record(y, kind, input, saved=[saved])

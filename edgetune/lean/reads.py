@@ -24,7 +24,7 @@ from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device
 from edgetune.core.modes import preserve_state
 from edgetune.core.technique import Sample
-from edgetune.lean.frozen import Hook, never_compile, remove_hooks
+from edgetune.lean.frozen import Hook, hook_of, never_compile, remove_hooks
 from edgetune.lean.reads_in_source import outer_names, read_in_source
 
 # operators that need no values; reads of an alias are seen where they happen
@@ -155,10 +155,10 @@ class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         operator = func._schema.name.partition("::")[2]
         if not (operator.startswith(_LOOKS_ONLY) or operator.endswith("_like")):
-            self._note(func, operator, args, kwargs)
+            self._note(operator, args, kwargs)
         return func(*args, **kwargs)
 
-    def _note(self, func: Any, operator: str, args: Any, kwargs: Any) -> None:
+    def _note(self, operator: str, args: Any, kwargs: Any) -> None:
         tensors = list(tensors_in((args, kwargs)))
         if operator in ("copy_", "index_copy_", "fill_", "zero_"):  # written, not read
             tensors = list(tensors_in((args[1:], kwargs)))
@@ -223,7 +223,7 @@ never_compile(FirstForward.after)
 
 def watch_first_forward(model: nn.Module, names: Iterable[str]) -> None:
     """Watch the model's next forward, for techniques that had no inputs to try beforehand."""
-    earlier = _first_forward(model)
+    earlier = hook_of(model, FirstForward)
     if earlier is None:
         FirstForward(names).put_on(model)
     else:
@@ -238,15 +238,10 @@ def _is_wrapped(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _first_forward(model: nn.Module) -> FirstForward | None:
-    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return next((hook for hook in hooks if isinstance(hook, FirstForward)), None)
-
-
 @contextmanager
 def _suspend_first_forward(model: nn.Module) -> Iterator[None]:
     """Keep the hook idle for a forward that is watched already."""
-    hook = _first_forward(model)
+    hook = hook_of(model, FirstForward)
     if hook is not None:
         hook.suspended = True
     try:

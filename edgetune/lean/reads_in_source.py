@@ -35,7 +35,7 @@ def read_in_source(model: nn.Module, names: Iterable[str]) -> dict[str, list[str
     around = {outer: model.get_submodule(outer) for name in layers.values() for outer in outer_names(name)}
     readers: dict[str, list[str]] = {}
     for outer, module in around.items():
-        for layer in _layers_read_by(module, outer):
+        for layer in _layers_read_by(module):
             if id(layer) in layers and id(layer) != id(module):
                 readers.setdefault(layers[id(layer)], []).append(outer)
     return readers
@@ -47,7 +47,7 @@ def outer_names(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
-def _layers_read_by(module: nn.Module, name: str) -> Iterator[nn.Module]:
+def _layers_read_by(module: nn.Module) -> Iterator[nn.Module]:
     """Layers whose weight the forward of this module certainly reads."""
     if isinstance(module, nn.MultiheadAttention):
         yield module.out_proj

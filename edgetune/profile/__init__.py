@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.core.ledger import Measured, Predicted
-from edgetune.core.one_line import figure
+from edgetune.core.numbers import format_number
 from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device, load
 from edgetune.recipe.names import HOST
@@ -33,9 +33,10 @@ class Profile:
 
     def __repr__(self) -> str:
         call = f", {self.predicted.call}" if self.predicted.call else ""
-        measured = f"measured {figure(self.measured.latency_ms)} ms on {self.measured.device}" if self.measured else ""
-        predicted = f"{self.predicted.device}{call}: predicted {figure(self.predicted.latency_ms)} ms"
-        return f"Profile({predicted}, {measured or 'not measured'})"
+        text = f"{self.predicted.device}{call}: predicted {format_number(self.predicted.latency_ms)} ms"
+        one = self.measured
+        measured = f"measured {format_number(one.latency_ms)} ms on {one.device}" if one else "not measured"
+        return f"Profile({text}, {measured})"
 
 
 def profile(artifact: Artifact | str | Path, device: str | Device = "pixel-8", *, measure: bool = False) -> Profile:

@@ -12,18 +12,21 @@ from pathlib import Path
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.numbers import MIB
+from edgetune.core.progress import Progress
 from edgetune.profile import fit, trials
 from edgetune.profile.calibration import Calibration, calibration_path, write
 from edgetune.profile.device import Device, load, parse
 from edgetune.profile.fit import Fit, Timed
+from edgetune.profile.micro.program import Micro
 from edgetune.profile.rates import DEFAULT_CACHE_BYTES
 from edgetune.profile.terms import CALL, DELEGATE, CacheSizes, footprint_bytes
-from edgetune.profile.trials import Clocked, Progress
+from edgetune.profile.trials import Clocked
 from edgetune.program.operators import Operator
 from edgetune.recipe.document import write_yaml
 from edgetune.recipe.names import HOST, SUFFIX, user_folder
 from edgetune.runtime import host
 from edgetune.runtime.clock.machine import usable_cores
+from edgetune.runtime.hosts.place import Runner, TimingRequest
 
 ENGINE = "ExecuTorch XNNPACK"
 STEADY = 0.10  # between two timings of a program; above, one thread is used by default
@@ -33,7 +36,7 @@ _NEAR_BYTES = float(MIB)  # of a core's second level, if unknown
 
 
 def calibrate(
-    out: Path | None = None, *, threads: int | None = None, quick: bool = False, progress: Progress | None = None
+    out: Path | None = None, *, threads: int | None = None, quick: bool = False, progress: Progress = lambda *_: None
 ) -> Device:
     """Time micro-programs on this host, fit the cost model, and write descriptor and calibration; returns the device.
 
@@ -47,7 +50,7 @@ def calibrate(
         raise EdgetuneError(f"threads must be from 1 to the {most} cores of this process", got=threads)
     folder = trials.folder_for(quick)
     failed = trials.build(folder, quick, progress)
-    names = [trial.name for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
+    names = [trial.name for trial in trials.trials(quick) if trials.is_built(folder, trial.name)]
     seconds, rounds = (_QUICK_SECONDS, 1) if quick else (_SECONDS, _ROUNDS)
     notes = ["A quick calibration, for tests: predictions from it are poor."] if quick else []
     cores = threads if threads is not None else 1 if host.is_virtual() else most
@@ -146,7 +149,7 @@ def fit_calibration(
         load_ms_per_mib=load_ms_per_mib,
         near_cache_bytes=caches.near_bytes,
         last_cache_bytes=caches.last_bytes,
-        tiles=fit.tile_records(result),
+        tiles=result.tiles,
         traffic=fit.traffic_record(result),
         curves=fit.curve_records(result, timed),
         notes=tuple(notes),
@@ -180,36 +183,48 @@ def calibrate_on(
     threads: int | None = None,
     quick: bool = False,
     python: str = "python3",
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Calibration:
     """The same for a described device that `on` reaches (`ssh://user@host`): programs are built here and timed there.
 
     Each runs in a new process, which takes some seconds. The calibration is stored in the user's folder, where
     `load(device_id)` finds it. Raises `EdgetuneError` as `edgetune.runtime.hosts` does.
     """
-    from edgetune.runtime.hosts.session import Timeable, time_programs
+    from edgetune.runtime.hosts.session import open_runner
 
     device, folder = load(device_id), trials.folder_for(quick)
     threads = threads if threads is not None else device.thread_count
     failed = trials.build(folder, quick, progress)
-    wanted = [trial for trial in trials.trials(quick) if (folder / f"{trial.name}.json").is_file()]
-    programs = (Timeable(trial.name, folder / f"{trial.name}.pte", trial.item.inputs()) for trial in wanted)
-    clocked: list[Clocked] = []
-    seconds = _QUICK_SECONDS if quick else _SECONDS
-    for done, (name, timing) in enumerate(time_programs(on, programs, threads=threads, seconds=seconds, python=python)):
-        if isinstance(timing, EdgetuneError):
-            failed.append(f"{name}: {timing.what}")
-        else:
-            clocked.append(Clocked(name, 1e3 * timing.latency_ms, timing.load_ms))
-        if progress is not None:
-            progress("time", done + 1, len(wanted))
+    wanted = [trial for trial in trials.trials(quick) if trials.is_built(folder, trial.name)]
+    with open_runner(on, python=python) as machine:
+        seconds = _QUICK_SECONDS if quick else _SECONDS
+        clocked, more = clock_on(machine, folder, wanted, threads=threads, seconds=seconds, progress=progress)
     operators = {trial.name: trials.operators_of(folder, trial.name) for trial in wanted}
     networks = {trial.name for trial in wanted if trial.network}
-    notes = [f"Timed over {on.partition('://')[0]}.", *(f"not timed: {reason}" for reason in failed)]
+    notes = [f"Timed over {on.partition('://')[0]}.", *(f"not timed: {reason}" for reason in (*failed, *more))]
     calibration = fit_calibration(clocked, operators, networks, device, threads, notes)
     write(calibration_path(user_folder() / (device.id + SUFFIX)), calibration)
     trials.forget(folder)
     return calibration
+
+
+def clock_on(
+    machine: Runner, folder: Path, programs: Sequence[Micro], *, threads: int, seconds: float, progress: Progress
+) -> tuple[list[Clocked], list[str]]:
+    """As `trials.clock`, once, on another machine. Errors of the machine (no connection, no runtime) are raised."""
+    clocked: list[Clocked] = []
+    failed: list[str] = []
+    for done, program in enumerate(programs, 1):
+        path = folder / f"{program.name}.pte"
+        try:
+            (timing,) = machine.time(TimingRequest(path, [program.inputs()], threads, seconds, energy=False))
+            clocked.append(Clocked(program.name, 1e3 * timing.latency_ms, timing.load_ms))
+        except EdgetuneError as error:
+            if error.exit_code != Exit.EXPORT:
+                raise
+            failed.append(f"{program.name}: {error.what}")
+        progress("time", done, len(programs), "")
+    return clocked, failed
 
 
 def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, out: Path | None = None) -> Calibration:

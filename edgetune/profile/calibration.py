@@ -15,18 +15,11 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_atomically
 from edgetune.core.validated import list_faults
 from edgetune.profile.facts import StrictRecord
-from edgetune.profile.terms import CacheSizes, KernelTile
+from edgetune.profile.terms import SINGLE, CacheSizes, KernelTile
 from edgetune.program.operators import DType, Kind
 
 ENDING = ".calibration.json"
 Rate = Annotated[float, Field(ge=0, le=1e9)]  # microseconds per unit of a term
-
-
-class Tiling(StrictRecord):
-    """Rows and columns that the products of one type are computed in."""
-
-    rows: int = Field(ge=1, le=64)
-    columns: int = Field(ge=1, le=256)
 
 
 class Curve(StrictRecord):
@@ -69,7 +62,7 @@ class Calibration(StrictRecord):
     load_ms_per_mib: Rate
     near_cache_bytes: float = Field(gt=0)
     last_cache_bytes: float = Field(gt=0)
-    tiles: dict[DType, Tiling]
+    tiles: dict[DType, KernelTile]
     traffic: Traffic
     curves: dict[str, Curve] = Field(min_length=1)
     notes: tuple[str, ...] = ()
@@ -88,8 +81,7 @@ class Calibration(StrictRecord):
 
     def tile(self, dtype: DType) -> KernelTile:
         """The tile of this type's products."""
-        tiling = self.tiles.get(dtype)
-        return KernelTile(tiling.rows, tiling.columns) if tiling is not None else KernelTile(1, 1)
+        return self.tiles.get(dtype, SINGLE)
 
 
 def calibration_path(descriptor: Path) -> Path:

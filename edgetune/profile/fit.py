@@ -17,10 +17,11 @@ import numpy as np
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.registry import require
-from edgetune.profile.calibration import Curve, Tiling, Traffic
+from edgetune.profile.calibration import Curve, Traffic
 from edgetune.profile.terms import (
     CALL,
     DELEGATE,
+    SINGLE,
     TRAFFIC,
     WEIGHTS,
     CacheSizes,
@@ -71,7 +72,7 @@ class Setting:
 
     def tile(self, dtype: DType) -> KernelTile:
         """The tile of this type's products."""
-        return self.tiles.get(dtype, KernelTile(1, 1))
+        return self.tiles.get(dtype, SINGLE)
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,10 @@ def _tiles(timed: Sequence[Timed], caches: CacheSizes) -> dict[DType, KernelTile
         own = [item for item in timed if any(is_product(o) and o.dtype == dtype for o in item.operators)]
         if len(own) < 2 * _FOLDS:
             continue
-        columns = min(_TILE_COLUMNS, key=lambda wide: _misfit(own, caches, dtype, KernelTile(1, wide)))
-        rows = min(_TILE_ROWS, key=lambda high: _misfit(own, caches, dtype, KernelTile(high, columns)))
-        tiles[dtype] = KernelTile(rows, columns)
+        wide = [KernelTile(rows=1, columns=columns) for columns in _TILE_COLUMNS]
+        columns = min(wide, key=lambda tile: _misfit(own, caches, dtype, tile)).columns
+        high = [KernelTile(rows=rows, columns=columns) for rows in _TILE_ROWS]
+        tiles[dtype] = min(high, key=lambda tile: _misfit(own, caches, dtype, tile))
     return tiles
 
 
@@ -257,11 +259,6 @@ def traffic_record(result: Fit) -> Traffic:
         weights_from_memory=result.rates.get((WEIGHTS, "memory"), 0.0),
         activations_from_last_level=result.rates.get((TRAFFIC, "last level"), 0.0),
     )
-
-
-def tile_records(result: Fit) -> dict[DType, Tiling]:
-    """The tiles as records of a calibration."""
-    return {dtype: Tiling(rows=tile.rows, columns=tile.columns) for dtype, tile in result.tiles.items()}
 
 
 def interval_log(errors: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -104,32 +104,31 @@ def keys_of(group: str, device: Device, setting: str, engine: str = "XNNPACK") -
     return first, second, f"{second}, {precision}"
 
 
-def fit_offsets(rows: Iterable[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
-    """The terms, from the rows of all devices but those `without`."""
-    taught = [row for row in rows if row.device not in without]
-    left = [row.log for row in taught]
+def fit_offsets(rows: Sequence[Seen]) -> dict[str, float]:
+    """The terms."""
+    left = [row.log for row in rows]
     offsets: dict[str, float] = {}
     for level, doubt in enumerate(_DOUBTS):
         by_key: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for row, log in zip(taught, left, strict=True):
+        for row, log in zip(rows, left, strict=True):
             by_key[row.keys[level]][row.device].append(log)
         for key, devices in by_key.items():
             # The first term is not shrunk: the predictor's constants then cancel, even if they were once set by rows of
             # the device that is left out.
             offsets[key] = sum(median(logs) for logs in devices.values()) / (len(devices) + doubt)
-        left = [log - offsets[row.keys[level]] for row, log in zip(taught, left, strict=True)]
+        left = [log - offsets[row.keys[level]] for row, log in zip(rows, left, strict=True)]
     return offsets
 
 
-def fit_widths(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> dict[str, float]:
+def fit_widths(rows: Sequence[Seen]) -> dict[str, float]:
     """Half the interval by first and second key: the quantile of the errors on each device when it, too, is left out.
 
     The width of a class is shrunk towards that of its kind of program, for which more devices have data.
     """
     missed: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     classes: dict[str, str] = {}
-    for device in sorted({row.device for row in rows} - without):
-        offsets = fit_offsets(rows, without=without | {device})
+    for device in sorted({row.device for row in rows}):
+        offsets = fit_offsets([row for row in rows if row.device != device])
         for row in rows:
             if row.device == device:
                 error = abs(row.log - sum(offsets.get(key, 0.0) for key in row.keys))
@@ -176,9 +175,9 @@ def _between(devices: dict[str, list[float]]) -> float:
     return outside / (outside + inside) if outside + inside > 0 else 0.5
 
 
-def fit_prior(rows: Sequence[Seen], *, without: frozenset[str] = frozenset()) -> Prior:
-    """Terms and widths from all rows but those of the devices `without`."""
-    return Prior(offsets=fit_offsets(rows, without=without), widths=fit_widths(rows, without=without))
+def fit_prior(rows: Sequence[Seen]) -> Prior:
+    """Terms and widths from all rows."""
+    return Prior(offsets=fit_offsets(rows), widths=fit_widths(rows))
 
 
 @cache

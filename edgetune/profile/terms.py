@@ -13,6 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import Field
+
+from edgetune.profile.facts import StrictRecord
 from edgetune.program.operators import Operator
 
 PRODUCTS = frozenset({"conv", "pointwise-conv", "linear", "matmul"})
@@ -26,12 +29,14 @@ _WIDTHS: dict[str, int] = {"int8": 1, "fp16": 2, "bf16": 2}
 _K, _M = 1e3, 1e6
 
 
-@dataclass(frozen=True)
-class KernelTile:
+class KernelTile(StrictRecord):
     """Rows and columns of a product that one call of the innermost kernel computes."""
 
-    rows: int
-    columns: int
+    rows: int = Field(ge=1, le=64)
+    columns: int = Field(ge=1, le=256)
+
+
+SINGLE = KernelTile(rows=1, columns=1)  # of a type whose products were not timed
 
 
 @dataclass(frozen=True)

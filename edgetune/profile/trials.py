@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
+from edgetune.core.progress import Progress
 from edgetune.data.dataset import cache_folder
 from edgetune.profile import micro
 from edgetune.profile.micro.blocks import blocks
@@ -29,33 +30,15 @@ from edgetune.profile.micro.program import Micro
 from edgetune.program.operators import Operator
 from edgetune.runtime.clock.machine import usable_cores
 
-Progress = Callable[[str, int, int], None]  # current step, how many are done, and the total
-
 _BUILDERS = 2  # processes: a compiler takes a gigabyte
 TIMINGS = f"timings-{platform.node() or 'here'}.jsonl"  # several machines may share the folder
 
 
-@dataclass(frozen=True)
-class CalibrationProgram:
-    """A program of a calibration. `network`: blocks of a model, not a chain of one operator."""
-
-    item: Micro
-    network: bool
-
-    @property
-    def name(self) -> str:
-        """The stem of its files."""
-        return self.item.name
-
-
-def trials(quick: bool) -> tuple[CalibrationProgram, ...]:
+def trials(quick: bool) -> tuple[Micro, ...]:
     """All programs of a calibration, chains first; a few of each if it is quick."""
     chains = (*micro.tiny(), *(micro.quick() if quick else micro.programs()))
-    networks = tuple(blocks())[:2] if quick else tuple(blocks())
-    return (
-        *(CalibrationProgram(item, False) for item in chains),
-        *(CalibrationProgram(item, True) for item in networks),
-    )
+    networks = tuple(blocks())
+    return (*chains, *(networks[:2] if quick else networks))
 
 
 def folder_for(quick: bool) -> Path:
@@ -74,7 +57,7 @@ def forget(folder: Path) -> None:
 # Building
 
 
-def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[str]:
+def build(folder: Path, quick: bool, progress: Progress = lambda *_: None) -> list[str]:
     """Build what is missing. Returns the programs that cannot be built, with the reason."""
     wanted = trials(quick)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +76,7 @@ def build(folder: Path, quick: bool, progress: Progress | None = None) -> list[s
                 waiting -= 1
                 continue
             done += 1
-            if progress is not None:
-                progress("build", done, len(wanted))
+            progress("build", done, len(wanted), "")
             if "error" in answer:
                 failed.append(f"{answer['name']}: {answer['error']}")
         problems = [problem for job in jobs if (problem := job.result())]
@@ -148,7 +130,13 @@ class Clocked:
 
 
 def clock(
-    folder: Path, names: Sequence[str], *, threads: int, seconds: float, rounds: int, progress: Progress | None = None
+    folder: Path,
+    names: Sequence[str],
+    *,
+    threads: int,
+    seconds: float,
+    rounds: int,
+    progress: Progress = lambda *_: None,
 ) -> tuple[list[Clocked], list[str]]:
     """Time all programs once per round. Returns the timings, and the programs that do not run with the reason.
 
@@ -167,8 +155,7 @@ def clock(
             else:
                 kept.append(Clocked(answer["name"], answer["us"], answer["load_ms"]))
             done += 1
-            if progress is not None:
-                progress("time", done, total)
+            progress("time", done, total, "")
     return kept, [f"{name}: {why}" for name, why in failed.items()]
 
 

@@ -13,7 +13,7 @@ from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import replace_files
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Program
-from edgetune.core.one_line import figure
+from edgetune.core.numbers import MIB, format_number
 from edgetune.program.manifest import (
     LanguageSpec,
     Manifest,
@@ -39,7 +39,7 @@ class Artifact:
 
     def __repr__(self) -> str:
         manifest = self.manifest
-        facts = [manifest.target, f"{figure(manifest.total_bytes / 2**20)} MiB"]
+        facts = [manifest.target, f"{format_number(manifest.total_bytes / MIB)} MiB"]
         facts[:0] = [manifest.kind] if manifest.kind != "model" else []
         return f"Artifact({', '.join([repr(str(self.path)), *facts])})"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from edgetune.core.numbers import format_size
+from edgetune.core.numbers import align_columns, format_size
 from edgetune.program.program_files import Record
 
 
@@ -60,6 +60,11 @@ class Constant(Record):
     shape: tuple[int, ...] = ()
     kind: str = "constant"  # or "delegate's weight", "initial state", "external": in a .ptd
 
+    @property
+    def name_and_layout(self) -> tuple[str, str]:
+        """For people: of a delegate's weight, the start of its checksum and what it is."""
+        return (self.name, f"{self.dtype} {list(self.shape)}") if self.dtype else (self.name[:16], self.kind)
+
 
 class FileShare(Record):
     """A share of the file."""
@@ -80,6 +85,19 @@ class Beside(Record):
     delegated_macs_pct: float | None = None
     parity: str = ""  # in words
     note: str = ""
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What it says besides the versions, as names and values for people."""
+        share = "" if self.delegated_macs_pct is None else f"{self.delegated_macs_pct:.1f} % of multiply-accumulates"
+        rows = [
+            ("checksum", "ok" if self.checksum_ok else "WRONG: this manifest describes another program"),
+            ("target", self.target),
+            ("device", self.device),
+            ("delegated", share),
+            ("parity", self.parity),
+            ("note", self.note),
+        ]
+        return [(name, value) for name, value in rows if value]
 
 
 class Inspection(Record):
@@ -126,7 +144,7 @@ def _method(method: Method) -> list[str]:
         lines.append(f"  delegated to {backend}: {count} {'part' if count == 1 else 'parts'}, {total}, {calls} calls")
     kernels = sum(operator.count for operator in method.operators)
     lines.append(f"  kernels outside delegates: {kernels} calls of {len(method.operators)} operators")
-    lines += _columns((str(operator.count), operator.name) for operator in method.operators[:_MOST])
+    lines += _columns([(str(operator.count), operator.name) for operator in method.operators[:_MOST]])
     return lines + _rest(len(method.operators))
 
 
@@ -135,14 +153,8 @@ def _constants(constants: Sequence[Constant]) -> list[str]:
         return ["", "constants: none outside the delegates"]
     inside = sum(constant.size_bytes for constant in constants if constant.kind != "external")
     lines = ["", f"constants: {len(constants)}, {format_size(inside)}"]
-    lines += _columns(
-        (
-            format_size(c.size_bytes),
-            f"{c.dtype} {list(c.shape)}" if c.dtype else c.kind,
-            c.name if c.dtype else c.name[:16],
-        )
-        for c in constants[:_MOST]
-    )
+    table = [(format_size(c.size_bytes), *reversed(c.name_and_layout)) for c in constants[:_MOST]]
+    lines += _columns(table)
     return lines + _rest(len(constants))
 
 
@@ -151,32 +163,17 @@ def _beside(beside: Beside | None) -> list[str]:
         return ["", "no model.json: versions, parity and checksum are unknown"]
     if beside.problem:
         return ["", f"{beside.path} cannot be read: {beside.problem}"]
-    checked = "ok" if beside.checksum_ok else "WRONG: this manifest describes another program"
-    share = "" if beside.delegated_macs_pct is None else f"{beside.delegated_macs_pct:.1f} % of multiply-accumulates"
-    rows = [
-        ("checksum", checked),
-        ("target", beside.target + (f" for {beside.device}" if beside.device else "")),
-        ("delegated", share),
-        ("parity", beside.parity),
-        ("note", beside.note),
-        ("versions", ", ".join(f"{name} {version}" for name, version in beside.versions.items())),
-    ]
-    return ["", *_rows(f"from {beside.path}", [(name, value) for name, value in rows if value])]
+    versions = ", ".join(f"{name} {version}" for name, version in beside.versions.items())
+    rows = [*beside.facts(), *([("versions", versions)] if versions else [])]
+    return ["", *_rows(f"from {beside.path}", rows)]
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
-    width = max((len(name) for name, _ in rows), default=0)
-    return [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+    return [title, *(f"  {line}" for line in align_columns(rows))]
 
 
-def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    table = list(rows)
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    return [
-        "    "
-        + "  ".join([row[0].rjust(widths[0]), *(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in table
-    ]
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    return [f"    {line}" for line in align_columns(rows, right={0})]
 
 
 def _rest(total: int) -> list[str]:

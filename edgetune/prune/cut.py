@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs, call, tensors_in
+from edgetune.core.layers import is_transposed
 from edgetune.core.modes import preserve_state
 from edgetune.prune.attention import HEAD_COUNTS, attention_names, display_name, find_head_size, find_projections
 from edgetune.prune.groups import Cut
@@ -20,7 +21,6 @@ from edgetune.prune.layers import (
     Axis,
     axis_of,
     channel_dimension,
-    is_conv1d,
     is_linear,
     weight_of,
     width_of,
@@ -239,7 +239,7 @@ def _width_attributes(layer: nn.Module, axis: Axis) -> tuple[str, ...]:
     if isinstance(layer, CONVOLUTIONS):
         both = axis == "out" and layer.groups > 1
         return ("out_channels", "groups", "in_channels") if both else (f"{axis}_channels",)
-    if is_conv1d(layer):
+    if is_transposed(layer):
         return ("nf",) if axis == "out" else ("nx",)
     return (f"{axis}_features",)
 

@@ -7,6 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from edgetune.core.layers import is_transposed
+
 Axis = Literal["out", "in"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -14,14 +16,9 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is GPT-2's linear, transformers' `Conv1D`, whose weight is `(in, out)`; recognized by name."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
-
-
 def is_linear(layer: nn.Module) -> bool:
     """Whether it is `nn.Linear` or the linear of GPT-2."""
-    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -36,7 +33,7 @@ def is_candidate(layer: nn.Module) -> bool:
 
 def axis_of(layer: nn.Module, axis: Axis) -> int:
     """The dimension of the layer's own weight for `axis`."""
-    swapped = is_conv1d(layer) or (isinstance(layer, TRANSPOSED) and not is_depthwise(layer))
+    swapped = is_transposed(layer) or (isinstance(layer, TRANSPOSED) and not is_depthwise(layer))
     return int((axis == "in") != swapped)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, rows_of, tensors_in, tensors_of
+from edgetune.core.layers import is_transposed
 from edgetune.core.registry import require
-from edgetune.prune.layers import is_conv1d, width_of
+from edgetune.prune.layers import width_of
 
 
 def first_rows(inputs: Inputs) -> Inputs:
@@ -145,7 +146,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Traced:
                 output_transform=outputs,
                 # Its default for this argument is shared between calls and models.
                 unwrapped_parameters=[],
-                customized_pruners={type(m): _conv1d_pruner(pruning) for m in model.modules() if is_conv1d(m)},
+                customized_pruners={type(m): _conv1d_pruner(pruning) for m in model.modules() if is_transposed(m)},
             )
         except (AttributeError, KeyError, IndexError, TypeError, RuntimeError, AssertionError) as error:
             raise EdgetuneError(

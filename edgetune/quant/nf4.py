@@ -6,7 +6,6 @@ Dettmers et al., 2023, arXiv:2305.14314: blocks of weights on the 16 quantiles o
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -116,18 +115,6 @@ def _is_other_product(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, nn.Embedding)) or weight is None or is_wrapped(module):
         return False
     return weight.dim() == 2 and not type(module).__module__.startswith("torch.")
-
-
-def packed_bytes(weights: int, block_size: int, double_quant: bool) -> int:
-    """Bytes that a layer's weights take: codes, scales and tables. Exact.
-
-    >>> packed_bytes(64 * 64, block_size=64, double_quant=False)
-    2368
-    """
-    codes, scales, table = math.ceil(weights / 2), math.ceil(weights / block_size), 16 * 4
-    if not double_quant:
-        return codes + 4 * scales + table
-    return codes + scales + table + 4 * math.ceil(scales / 256) + 256 * 4 + 4
 
 
 def import_bitsandbytes() -> Any:

@@ -7,10 +7,10 @@ from pathlib import Path
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_atomically
 from edgetune.core.ledger import Ledger
-from edgetune.report.console import terminal, text
+from edgetune.report.console import Terminal, text
 from edgetune.report.run_page import page
 
-__all__ = ["page", "report", "terminal", "text", "write"]
+__all__ = ["Terminal", "page", "report", "text", "write"]
 
 LEDGER, PAGE = "ledger.json", "report.html"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -41,13 +41,18 @@ class Terminal:
         for sentence in (*budget(ledger), *notes(ledger)):
             yield Text(clean(sentence))
         for table in summary_tables(ledger):
-            yield Text("")
-            yield Text(table.title, style="bold")
-            yield draw_table(table, width)
-            if table.key == "steps" and any(column.room > width for column in table.columns if column.text):
-                yield from settings_lines(ledger)
-            for note in table.notes:
-                yield Text(clean(note), style="dim")
+            hidden = table.key == "steps" and any(column.room > width for column in table.columns if column.text)
+            yield from draw_section(table, width, below=settings_lines(ledger) if hidden else ())
+
+
+def draw_section(table: Table, width: int, below: Iterable[RenderableType] = ()) -> Iterator[RenderableType]:
+    """A table under its title, with what belongs below it and its notes."""
+    yield Text("")
+    yield Text(table.title, style="bold")
+    yield draw_table(table, width)
+    yield from below
+    for note in table.notes:
+        yield Text(clean(note), style="dim")
 
 
 def draw_table(table: Table, width: int) -> RichTable:
@@ -117,11 +122,6 @@ def settings_lines(ledger: Ledger) -> Iterator[RenderableType]:
 def clean(text: str) -> str:
     """Replace control characters, so that a name from a file cannot control the terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
-
-
-def terminal(ledger: Ledger) -> Terminal:
-    """The ledger as a rich renderable."""
-    return Terminal(ledger)
 
 
 def text(ledger: Ledger, width: int = 120) -> str:

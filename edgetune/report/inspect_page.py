@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.core.numbers import format_size, pluralize
-from edgetune.program.inspection import Beside, Inspection, Method
+from edgetune.program.inspection import Inspection, Method
 from edgetune.report.pages import Tile, render
 
 _COLORS = ("#3b82d9", "#d9770f", "#159a86", "#8f6bd1", "#c2410c", "#8a8f98", "#b8a13a")
@@ -18,10 +18,6 @@ _MOST_BARS = 40  # of one figure; the rest is one bar more
 def page(inspection: Inspection) -> str:
     """The page as text. Everything that comes from the file is escaped."""
     beside = inspection.beside
-    constants = [
-        (c.name, f"{c.dtype} {list(c.shape)}", c.size_bytes) if c.dtype else (c.name[:16], c.kind, c.size_bytes)
-        for c in inspection.constants
-    ]
     return render(
         "inspect.html",
         title=Path(inspection.path).name,
@@ -30,8 +26,8 @@ def page(inspection: Inspection) -> str:
         inspection=inspection,
         colors=_COLORS,
         methods=[_method(method) for method in inspection.methods],
-        constants=constants,
-        beside=_beside(beside) if beside is not None else (),
+        constants=[(*constant.name_and_layout, constant.size_bytes) for constant in inspection.constants],
+        beside=[*beside.facts(), *beside.versions.items()] if beside is not None else [],
         most=_MOST_BARS,
         size=format_size,
         footer=f"SHA-256 {inspection.sha256}, schema version {inspection.schema_version}",
@@ -68,17 +64,3 @@ def _method(method: Method) -> dict[str, Any]:
         "delegates": sorted(bars, key=lambda bar: -bar[2]),
         "calls": [(operator.name, "", operator.count) for operator in method.operators],
     }
-
-
-def _beside(beside: Beside) -> list[tuple[str, str]]:
-    share = "" if beside.delegated_macs_pct is None else f"{beside.delegated_macs_pct:.1f} % of multiply-accumulates"
-    rows = [
-        ("checksum", "ok" if beside.checksum_ok else "wrong: it describes another program"),
-        ("target", beside.target),
-        ("device", beside.device),
-        ("delegated", share),
-        ("parity", beside.parity),
-        ("note", beside.note),
-        *beside.versions.items(),
-    ]
-    return [(name, value) for name, value in rows if value]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from edgetune.core.registry import installed_version
 from edgetune.recipe.names import HOST, device_ids
 from edgetune.runtime import host
 from edgetune.runtime.clock.machine import cpuinfo, text_of, usable_cores
@@ -49,7 +50,7 @@ def detect_environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        versions={name: _version(name) for name in STACK},
+        versions={name: installed_version(name) for name in STACK},
         cpu=host.cpu_name(),
         cpu_flags=_flags(),
         cores=usable_cores(),
@@ -63,15 +64,8 @@ def detect_environment() -> Environment:
 
 def installed_versions() -> dict[str, str]:
     """For a run's record: installed versions of the stack, Python, system and processor."""
-    installed = {name: version for name in STACK if (version := _version(name))}
+    installed = {name: version for name in STACK if (version := installed_version(name))}
     return {**installed, "python": platform.python_version(), "platform": platform.platform(), "cpu": host.cpu_name()}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _flags() -> tuple[str, ...]:
@@ -108,7 +102,7 @@ def _extras() -> dict[str, tuple[str, ...]]:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         if extra and name and name[0] != "edgetune":
             missing = missing_by_extra.setdefault(extra[1], [])
-            if _version(name[0]) is None:
+            if installed_version(name[0]) is None:
                 missing.append(name[0])
     return {extra: tuple(missing) for extra, missing in missing_by_extra.items()}
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
+from edgetune.program.card import write_card
 from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ def set_cache_size(source: Exportable, max_tokens: int | None) -> Exportable:
 
 
 def to_program(source: Exportable, path: Path, *, device: str | None = None, target: str | None = None) -> Artifact:
-    """Lower and verify the model, and write the program with its files."""
+    """Lower and verify the model, and write the program with its files; its card has the results of the run."""
     from edgetune.export import export
     from edgetune.export.language import CHECK_PROMPT, export_language
 
     if source.generation is None:
-        return export(
+        artifact = export(
             source.model,
             source.example,
             path,
@@ -83,29 +84,26 @@ def to_program(source: Exportable, path: Path, *, device: str | None = None, tar
             dynamic=source.dynamic,
             external_data=source.external_data,
         )
-    return export_language(
-        source.model,
-        source.generation.tokenizer,
-        path,
-        max_tokens=source.generation.max_tokens,
-        device=device,
-        target=target,
-        check_prompts=source.generation.prompts or (CHECK_PROMPT,),
-        min_same_prediction_pct=source.min_same_prediction_pct,
-        carried=source.carried,
-    )
+    else:
+        artifact = export_language(
+            source.model,
+            source.generation.tokenizer,
+            path,
+            max_tokens=source.generation.max_tokens,
+            device=device,
+            target=target,
+            check_prompts=source.generation.prompts or (CHECK_PROMPT,),
+            min_same_prediction_pct=source.min_same_prediction_pct,
+            carried=source.carried,
+        )
+    if source.ledger is not None:
+        write_card(artifact.path, artifact.manifest, source.ledger)
+    return artifact
 
 
 def _frees_rows(sizes: Dynamic) -> bool:
     """Whether the first axis of an input may have several sizes."""
     return any(one.strip() == "batch" or one.strip().endswith(".0") for name in sizes for one in name.split(","))
-
-
-def write_card_with_run(artifact: Artifact, ledger: Ledger) -> None:
-    """Rewrite the program's model card, with the results of the run."""
-    from edgetune.program.card import write_card
-
-    write_card(artifact.path, artifact.manifest, ledger)
 
 
 def tokenizer_of(task: Task, encode: Any) -> Any:

@@ -21,7 +21,6 @@ from edgetune.run.exportable import (
     set_cache_size,
     to_program,
     tokenizer_of,
-    write_card_with_run,
 )
 
 if TYPE_CHECKING:
@@ -94,10 +93,7 @@ def export_from(
         message = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(message, action="leave out --dynamic and --ptd, or --language")
     model = replace(model, dynamic=dynamic, external_data=external_data)
-    artifact = to_program(model, path, device=device, target=target)
-    if model.ledger is not None:
-        write_card_with_run(artifact, model.ledger)
-    return artifact
+    return to_program(model, path, device=device, target=target)
 
 
 def load_exportable(

@@ -29,21 +29,16 @@ from edgetune.export.targets import find
 from edgetune.models.chat import drop_truncated_answers
 from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
+from edgetune.program.card import write_card
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe.names import HOST, device_ids
 from edgetune.recipe.outline import describe_settings
 from edgetune.recipe.recipe import Recipe
-from edgetune.recipe.sections import ExportSettings, ProfileSettings, Step
+from edgetune.recipe.sections import ProfileSettings, Step
 from edgetune.run import reuse, runs
 from edgetune.run.budget import check_budgets
 from edgetune.run.environment import installed_versions
-from edgetune.run.exportable import (
-    Exportable,
-    check_can_generate,
-    exportable_from_split,
-    to_program,
-    write_card_with_run,
-)
+from edgetune.run.exportable import check_can_generate, exportable_from_split, to_program
 from edgetune.run.finished import save_finished
 from edgetune.run.measures import measure, saved_mib
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
@@ -296,15 +291,17 @@ class Fold:
 
     def export(self) -> None:
         """Export the program, time it here and predict it for the devices."""
-        assert self.recipe.export is not None
-        self.progress("export", 0, 1, self.recipe.export.target)
-        artifact = to_program(self.exportable(), self.folder / "model.pte", target=self.recipe.export.target)
+        asked = self.recipe.export
+        assert asked is not None
+        self.progress("export", 0, 1, asked.target)
+        source = exportable_from_split(self.model, self.test_split, self.recipe.model.max_length, asked, self.carried)
+        artifact = to_program(source, self.folder / "model.pte", target=asked.target)
         self.progress("export", 1, 1, "")
         self.ledger = self.ledger.with_(program=artifact.program().model_copy(update={"path": artifact.path.name}))
         self.save()
         if self.recipe.profile is not None:
-            self.profile(artifact, self.recipe.profile, find(self.recipe.export.target).runs_here)
-        write_card_with_run(artifact, self.ledger)
+            self.profile(artifact, self.recipe.profile, find(asked.target).runs_here)
+        write_card(artifact.path, artifact.manifest, self.ledger)
 
     def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
         """Time every kind of call of the program on this host, and predict it for each device."""
@@ -327,13 +324,6 @@ class Fold:
             by_layer += predict_layers(artifact, device)
         self.progress("profile", 1, 1, "")
         self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted), layers=tuple(by_layer))
-
-    def exportable(self, language: bool = False) -> Exportable:
-        """The current model with everything that its export needs."""
-        asked = self.recipe.export or ExportSettings(check_rows=min(EVALUATION_BATCH, len(self.test_split)))
-        return exportable_from_split(
-            self.model, self.test_split, self.recipe.model.max_length, asked, self.carried, language
-        )
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The task's loss."""

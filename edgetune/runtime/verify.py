@@ -15,9 +15,6 @@ from edgetune.core.ledger import OutputParity, Parity
 from edgetune.core.modes import preserve_buffers
 from edgetune.core.outputs import named_outputs
 from edgetune.core.quiet import silence_libraries
-from edgetune.program.artifact import validate_inputs
-from edgetune.program.manifest import manifest_path, read_manifest
-from edgetune.runtime.allowed import allowed_difference
 from edgetune.runtime.predictions import predictions_of
 from edgetune.runtime.run import run_in_child
 
@@ -109,47 +106,6 @@ class OutputComparison:
 
 
 def compare(
-    path: Path, model: nn.Module, rows: Sequence[Row], mask: int | None = None, data: Path | None = None
-) -> tuple[Parity, list[Row]]:
-    """Run the program and the model, in eager mode, on each row. Also returns the program's outputs.
-
-    All values of all outputs are compared. A prediction is the class with the largest value in the output `logits`, or
-    in the first output, along `class_dim`; for a single logit, its sign. Of outputs with a value per token, those that
-    the input with index `mask` (an attention mask) hides are ignored. Copies of the first row in another memory order
-    are tried as well. `data` is the program's data file. Rows smaller than the batch of a finished program are put
-    together. Raises `EdgetuneError` (exit code 5) if the program does not run, if its outputs differ from the
-    model's in number, shape or type, or if a value is not finite.
-    """
-    rows = _batch_rows(path, rows)
-    compared = run_both(path, model, rows, mask=mask, data=data)
-    return compared.parity(len(rows), allowed_difference(model)), compared.results
-
-
-def prove(
-    path: Path,
-    model: nn.Module,
-    rows: Sequence[Row],
-    bounds: Bounds,
-    *,
-    counted: str,
-    mask: int | None,
-    data: Path | None,
-    tries: Sequence[tuple[str, Row]],
-    locate: Locate,
-    same_within: float | None = None,
-) -> tuple[Parity, list[Row]]:
-    """`compare`, then `check`; an error names the cause of the difference if `locate` finds it.
-
-    `tries`: further inputs, by a description; their values count, but not their predictions. `same_within`: see
-    `predictions_of`.
-    """
-    compared = run_both(path, model, rows, mask=mask, data=data, tries=tries, locate=locate, same_within=same_within)
-    parity = compared.parity(len(rows), allowed_difference(model), counted)
-    check(parity, bounds, lambda: locate(compared.worst))
-    return parity, compared.results
-
-
-def run_both(
     path: Path,
     model: nn.Module,
     rows: Sequence[Row],
@@ -161,7 +117,16 @@ def run_both(
     locate: Locate | None = None,
     same_within: float | None = None,
 ) -> OutputComparison:
-    """Compare one method of the program with the model, as in `compare`."""
+    """Run one method of the program, and the model in eager mode, on each row.
+
+    All values of all outputs are compared. A prediction is the class with the largest value in the output `logits`, or
+    in the first output, along `class_dim`; for a single logit, its sign; `same_within`: see `predictions_of`. Of
+    outputs with a value per token, those that the input with index `mask` (an attention mask) hides are ignored.
+    `tries`: further inputs, by a description; their values count, but not their predictions. Copies of the first row in
+    another memory order are tried as well. `data` is the program's data file. Raises `EdgetuneError` (exit code 5) if
+    the program does not run, if its outputs differ from the model's in number, shape or type, or if a value is not
+    finite; it names the cause if `locate` finds it.
+    """
     tries = [*tries, *_reorder_memory(rows[0])]
     results = run_in_child(path, [*rows, *(row for _, row in tries)], method=method, data=data)
     compared = OutputComparison(results[: len(rows)])
@@ -238,20 +203,6 @@ def _eager_or_nothing(model: nn.Module, row: Row) -> dict[str, Tensor]:
         return eager_outputs(model, row)
     except Exception:  # a model's own code: anything
         return {}
-
-
-def _batch_rows(path: Path, rows: Sequence[Row]) -> Sequence[Row]:
-    """Rows put together to the batch of the finished program at `path`, if they are smaller."""
-    if not manifest_path(path).is_file():
-        return rows
-    specs = read_manifest(path).main.inputs
-    sizes = {spec.shape[0] for spec in specs if spec.shape}
-    smaller = all(tensor.dim() and tensor.shape[0] == 1 for row in rows for tensor in row)
-    if smaller and len(sizes) == 1 and not any(spec.free for spec in specs):
-        (batch,) = sizes
-        parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-        rows = [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in parts]
-    return [validate_inputs(specs, row, "the rows to compare on") for row in rows]
 
 
 def _reorder_memory(row: Row) -> list[tuple[str, Row]]:

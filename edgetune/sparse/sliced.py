@@ -60,9 +60,10 @@ class Sliced(Wrapped):
         """The base's bias, which trains or not by itself."""
         return self.base.bias  # type: ignore[return-value]
 
-    def dense(self) -> Tensor:
-        """The whole weight, shape `(out, in, ...)`, with the slice in its place."""
-        return super().dense().index_copy(self.dim, self.indices, self.slice)
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """The base's, with the slice in its place in the weight."""
+        tensors = super().plain_tensors()
+        return {**tensors, "weight": tensors["weight"].index_copy(self.dim, self.indices, self.slice)}
 
     def forward(self, *args: Any) -> Tensor:
         """What the base computes with the slice in its weight."""

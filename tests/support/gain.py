@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core import trainable
-from edgetune.core.carriers import dense, dense_bias
+from edgetune.core.carriers import plain_tensors
 from edgetune.core.layers import replace, select
 from edgetune.core.merging import merge
 from edgetune.core.technique import Sample, Technique
@@ -24,12 +24,10 @@ class Gained(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) * self.gain
 
-    def dense(self) -> Tensor:
-        return dense(self.base) * self.gain[:, None]
-
-    def dense_bias(self) -> Tensor | None:
-        bias = dense_bias(self.base)
-        return None if bias is None else bias * self.gain
+    def plain_tensors(self) -> dict[str, Tensor]:
+        tensors = plain_tensors(self.base)
+        bias = {"bias": tensors["bias"] * self.gain} if "bias" in tensors else {}
+        return {"weight": tensors["weight"] * self.gain[:, None], **bias}
 
 
 class Gain(Technique):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
+from edgetune.core.carriers import plain_tensors
 from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
@@ -20,7 +22,7 @@ from edgetune.lean.technique import Lean
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
-from edgetune.quant.nf4 import NF4, packed_bytes
+from edgetune.quant.nf4 import NF4
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from support.gain import Gain
@@ -118,6 +120,11 @@ def llama(tied: bool = False) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
+def dense(layer: nn.Module) -> Tensor:
+    """The plain weight that a layer computes with, whatever it is wrapped in."""
+    return plain_tensors(layer)["weight"]
+
+
 def vectors() -> Inputs:
     return torch.randn(6, 32, generator=torch.Generator().manual_seed(5))
 
@@ -185,6 +192,14 @@ class Case:
 
     def applied(self) -> nn.Module:
         return apply(self.model(), self.techniques, Sample.of(self.inputs()))
+
+
+def packed_bytes(weights: int, block_size: int, double_quant: bool) -> int:
+    """Bytes that the weights of an NF4 layer take: codes, scales and tables."""
+    codes, scales, table = math.ceil(weights / 2), math.ceil(weights / block_size), 16 * 4
+    if not double_quant:
+        return codes + 4 * scales + table
+    return codes + scales + table + 4 * math.ceil(scales / 256) + 256 * 4 + 4
 
 
 def nf4_size(double_quant: bool, skipped: str) -> Callable[[nn.Module], int]:

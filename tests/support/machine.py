@@ -78,7 +78,7 @@ _WEIGHTED: tuple[Kind, ...] = ("linear", "conv", "pointwise-conv", "depthwise-co
 
 # The truth: microseconds for a unit of each term, by the term's name; of each kernel its own share of them.
 
-TILES: dict[DType, KernelTile] = {"fp32": KernelTile(6, 16), "int8": KernelTile(4, 8)}
+TILES: dict[DType, KernelTile] = {"fp32": KernelTile(rows=6, columns=16), "int8": KernelTile(rows=4, columns=8)}
 CACHES = calibrate.caches_of(device.load(BASE))
 SETTING = Setting(CACHES, TILES)
 _UNITS = {

@@ -98,7 +98,7 @@ class _Network(nn.Module):
         return out
 
 
-def _image_network(block: str, wide: int, size: int, times: int) -> nn.Module:
+def _image_network(block: str, wide: int, times: int) -> nn.Module:
     kinds: dict[str, Callable[[], nn.Module]] = {
         "inverted-3": lambda: _Inverted(wide, 3, excited=False),
         "inverted-5": lambda: _Inverted(wide, 5, excited=True),
@@ -121,11 +121,13 @@ def blocks() -> Iterator[Micro]:
     ):  # fmt: skip
         for quantize in ("", INT8):
             name = quantized_name(f"{block}-{wide}x{size}", quantize)
-            yield Micro(name, partial(_image_network, block, wide, size, times), floats((1, 3, size, size)), quantize)
+            network = partial(_image_network, block, wide, times)
+            yield Micro(name, network, floats((1, 3, size, size)), quantize, network=True)
     for rows, wide, heads, gated, times in (
         (16, 64, 4, False, 4), (32, 128, 4, True, 3), (64, 256, 8, False, 2), (24, 384, 6, True, 3),
         (8, 96, 3, False, 6), (48, 192, 4, True, 2), (128, 64, 2, False, 3), (12, 160, 4, False, 5),
     ):  # fmt: skip
         for quantize in ("", INT4):
             name = quantized_name(f"transformer-{rows}x{wide}{'-gated' if gated else ''}", quantize)
-            yield Micro(name, partial(_token_network, wide, heads, gated, times), floats((1, rows, wide)), quantize)
+            network = partial(_token_network, wide, heads, gated, times)
+            yield Micro(name, network, floats((1, rows, wide)), quantize, network=True)

@@ -16,13 +16,18 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Micro:
-    """A program to time. `quantize`: recipe name of the technique applied before lowering, or nothing."""
+    """A program to time.
+
+    `quantize`: recipe name of the technique applied before lowering, or nothing. `network`: blocks of a model, not a
+    chain of one operator.
+    """
 
     name: str
     module: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     quantize: str = ""
     target: str = "xnnpack"
+    network: bool = False
 
 
 class Calls(nn.Module):

@@ -14,17 +14,24 @@ def _divisible(value: float) -> int:
     return near + 8 if near < 0.9 * value else near
 
 
-def _inverted_residuals(net: Builder, stages: tuple[Stage, ...]) -> None:
-    """Inverted residual blocks with ReLU6: expand, depthwise, project."""
+def _inverted_residuals(net: Builder, stages: tuple[Stage, ...], *, efficient: bool = False) -> None:
+    """Inverted residual blocks: expand, depthwise, project; with ReLU6, which is folded.
+
+    `efficient`: those of EfficientNet, with SiLU, and squeezed to a quarter of the block's input.
+    """
     for expand, out, repeats, first_stride, kernel in stages:
         for number in range(repeats):
-            stride = first_stride if number == 0 else 1
-            shortcut = stride == 1 and net.channels == out
+            stride, came_in = (first_stride if number == 0 else 1), net.channels
             if expand > 1:
-                net.conv(net.channels * expand, 1)
+                net.conv(came_in * expand, 1)
+                if efficient:
+                    net.silu()
             net.depthwise(kernel, stride)
+            if efficient:
+                net.silu()
+                net.squeeze(came_in // 4, silu=True)
             net.conv(out, 1)
-            if shortcut:
+            if stride == 1 and came_in == out:
                 net.residual()
 
 
@@ -112,30 +119,15 @@ def mobilenet_v3_small(net: Builder) -> None:
     _v3(net, _V3_SMALL, 576, 1024)
 
 
-def _squeeze_excite_blocks(net: Builder, stages: tuple[Stage, ...]) -> None:
-    """Inverted residual blocks of EfficientNet: SiLU, and squeeze to a quarter of the block's input."""
-    for expand, out, repeats, first_stride, kernel in stages:
-        for number in range(repeats):
-            stride, came_in = (first_stride if number == 0 else 1), net.channels
-            if expand > 1:
-                net.conv(net.channels * expand, 1)
-                net.silu()
-            net.depthwise(kernel, stride)
-            net.silu()
-            net.squeeze(came_in // 4, silu=True)
-            net.conv(out, 1)
-            if stride == 1 and came_in == out:
-                net.residual()
-
-
 def efficientnet_b0(net: Builder) -> None:
     """EfficientNet-B0 (Tan and Le 2019, table 1)."""
     net.conv(32, 3, 2)
     net.silu()
-    _squeeze_excite_blocks(
+    _inverted_residuals(
         net,
         ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
          (6, 320, 1, 1, 3)),
+        efficient=True,
     )  # fmt: skip
     net.conv(1280, 1)
     net.silu()
@@ -158,7 +150,7 @@ def efficientnet_v2_s(net: Builder) -> None:
                 net.silu()
             if stride == 1 and came_in == out:
                 net.residual()
-    _squeeze_excite_blocks(net, ((4, 128, 6, 2, 3), (6, 160, 9, 1, 3), (6, 256, 15, 2, 3)))
+    _inverted_residuals(net, ((4, 128, 6, 2, 3), (6, 160, 9, 1, 3), (6, 256, 15, 2, 3)), efficient=True)
     net.conv(1280, 1)
     net.silu()
     net.head()

@@ -1,17 +1,15 @@
-"""Time many programs on one machine, or measure a program with its manifest there."""
+"""Reach a machine, and measure a program with its manifest there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Measured
 from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.place import Place, Runner, TimingRequest, parse_place
@@ -22,19 +20,6 @@ from edgetune.runtime.operator_times import layer_times_ms
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
     from edgetune.program.manifest import LanguageSpec
-    from edgetune.runtime.run import Timing
-
-Progress = Callable[[str, int, int], None]  # current step, how many are done, and the total; 0: unknown
-
-
-@dataclass(frozen=True)
-class Timeable:
-    """A program to time, and the inputs of its call."""
-
-    name: str
-    path: Path
-    inputs: tuple[Tensor, ...]
-    data: Path | None = None  # the `.ptd` with its weights, if there is one
 
 
 def open_runner(
@@ -54,43 +39,6 @@ def open_runner(
 
         return Adb(place, runner)
     return Host()
-
-
-def time_programs(
-    on: str | Runner,
-    programs: Iterable[Timeable],
-    *,
-    threads: int | None = None,
-    seconds: float = 0.5,
-    python: str = "python3",
-    count: int = 0,
-    progress: Progress | None = None,
-) -> Iterator[tuple[str, Timing | EdgetuneError]]:
-    """Time many programs on one machine, one after the other in new processes, over one connection.
-
-    `programs` may be a generator that lowers each program just before it is timed. `threads`: by default all cores
-    there. `count`: their number, for `progress`. A program that does not run yields its error; errors of the machine
-    (no connection, no runtime) are raised.
-    """
-    if isinstance(on, str):
-        with open_runner(on, python=python) as machine:
-            yield from time_programs(
-                machine, programs, threads=threads, seconds=seconds, count=count, progress=progress
-            )
-        return
-    for done, program in enumerate(programs):
-        if progress is not None:
-            progress(program.name, done, count)
-        timing: Timing | EdgetuneError
-        try:
-            wanted = threads if threads is not None else on.cores
-            request = TimingRequest(program.path, [program.inputs], wanted, seconds, program.data, energy=False)
-            (timing,) = on.time(request)
-        except EdgetuneError as error:
-            if error.exit_code != Exit.EXPORT:
-                raise
-            timing = error
-        yield program.name, timing
 
 
 def measure_on(

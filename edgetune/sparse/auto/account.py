@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
-from edgetune.core.layers import parameter_layers
+from edgetune.core.layers import parameter_layers, parameter_owners
 from edgetune.core.numbers import MIB
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.auto.timing import QUARTER, TIMED_PARTS, Times, time_steps
@@ -355,9 +355,4 @@ def _has_bias(layer: nn.Module) -> bool:
 
 def _shared(layers: Mapping[str, nn.Module]) -> set[str]:
     """Layers with a parameter that another layer has too."""
-    names_of: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        for parameter in layer._parameters.values():
-            if parameter is not None:
-                names_of.setdefault(id(parameter), []).append(name)
-    return {name for names in names_of.values() if len(names) > 1 for name in names}
+    return {name for names in parameter_owners(layers).values() if len(names) > 1 for name in names}

@@ -117,10 +117,7 @@ def _take_rows(batches: Iterator[tuple[Inputs, Tensor]], rows: int) -> Iterator[
 
 def _decide_head(model: nn.Module, costs: CostModel, head: Part, norms: bool) -> dict[str, Part]:
     """The parts of the layers after the last block, or of the last layer if there are no blocks."""
-    names, blocks = (
-        [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))],
-        blocks_of(model),
-    )
+    names, blocks = list(parameter_layers(model)), blocks_of(model)
     inside = [n for n, name in enumerate(names) if blocks and (name == blocks[-1] or name.startswith(blocks[-1] + "."))]
     by_name = {layer.name: layer for layer in costs.layers}
     fixed: dict[str, Part] = {}

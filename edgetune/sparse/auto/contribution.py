@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
 from edgetune.core.inputs import Inputs, call, device_of, logits_of, rows_of, tensors_of, to_device
+from edgetune.core.layers import parameter_layers, parameter_owners
 from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Settings
 from edgetune.data.dataset import cache_folder
@@ -102,16 +103,13 @@ def analyze_contributions(
 
 def candidates(model: nn.Module, head: Sequence[str] = ()) -> dict[str, nn.Module]:
     """Layers that could train alone: with floating-point parameters that no other layer shares, called themselves."""
-    owners: dict[int, int] = {}
-    layers = {n: m for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
-    for layer in layers.values():
-        for parameter in layer._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    layers = parameter_layers(model)
+    owners = parameter_owners(layers)
     return {
         name: layer
         for name, layer in layers.items()
         if name not in head
-        and all(p.is_floating_point() and owners[id(p)] == 1 for p in layer._parameters.values() if p is not None)
+        and all(p.is_floating_point() and len(owners[id(p)]) == 1 for p in layer._parameters.values() if p is not None)
     }
 
 

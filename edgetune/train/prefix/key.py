@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from edgetune.core.inputs import device_of, tensors_of
 from edgetune.train.plan import TrainingRows
-from edgetune.train.prefix.rows import Form, bytes_of, digest_of, map_leaves
+from edgetune.train.prefix.rows import Form, bytes_of, digest_of
 from edgetune.train.prefix.stages import Prefix
 
 _FORMAT = 1
@@ -29,7 +30,7 @@ def describe_cache(
         "format": _FORMAT,
         "dtype": dtype,
         "stages": prefix.stages,
-        "calls": [repr(map_leaves(_describe_form, made.template)) for made in prefix.calls],
+        "calls": [repr(tree_map(_describe_form, made.template)) for made in prefix.calls],
         "weights": _digest_weights(model, prefix),
         "layers": _hash("\n".join(str(model.get_submodule(name)) for name in prefix.stages)),
         "config": _hash(str(getattr(model, "config", ""))),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from edgetune.core.errors import EdgetuneError
 
@@ -94,33 +95,10 @@ def widths_of(one: Sequence[Tensor], longer: Sequence[Tensor]) -> Widths:
     return Widths(*next(iter(widths))) if widths else Widths(0, 0)
 
 
-def leaves(value: object) -> Iterator[Any]:
-    """Every value in nested tuples, lists and dicts, in order."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    else:
-        yield value
-
-
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same nest with `function` applied to every value; keeps the class of named tuples and dicts."""
-    if isinstance(value, dict):
-        items = {key: map_leaves(function, item) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(**items)
-    if isinstance(value, (tuple, list)):
-        values = [map_leaves(function, item) for item in value]
-        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
-    return function(value)
-
-
 def template_of(subject: str, one: Any, two: Any, longer: Any, widths: Widths) -> Any:
     """The outputs of a stage, with a `Form` in place of each tensor."""
-    others = list(zip(leaves(two), leaves(longer), strict=True))
-    if len(others) != sum(1 for _ in leaves(one)):
+    others = list(zip(tree_leaves(two), tree_leaves(longer), strict=True))
+    if len(others) != len(tree_leaves(one)):
         raise EdgetuneError(f"cache_prefix: {subject} changes its structure with the batch")
     rest = iter(others)
 
@@ -136,18 +114,18 @@ def template_of(subject: str, one: Any, two: Any, longer: Any, widths: Widths) -
             action="leave cache_prefix out for this model",
         )
 
-    return map_leaves(form, one)
+    return tree_map(form, one)
 
 
 def forms_in(template: Any) -> list[Form]:
     """The forms of a template, in order."""
-    return [value for value in leaves(template) if isinstance(value, Form)]
+    return [value for value in tree_leaves(template) if isinstance(value, Form)]
 
 
 def fill_template(template: Any, tensors: Sequence[Tensor]) -> Any:
     """The template with tensors in place of its forms."""
     rest = iter(tensors)
-    return map_leaves(lambda value: next(rest) if isinstance(value, Form) else value, template)
+    return tree_map(lambda value: next(rest) if isinstance(value, Form) else value, template)
 
 
 def blank_template(template: Any, rows: int, tokens: int, device: torch.device, whole: bool) -> Any:
@@ -165,7 +143,7 @@ def blank_template(template: Any, rows: int, tokens: int, device: torch.device, 
             return torch.full(shape, blank, dtype=value.dtype, device=device)
         return torch.full((), blank, dtype=value.dtype, device=device).expand(shape)
 
-    return map_leaves(stand_in, template)
+    return tree_map(stand_in, template)
 
 
 def stored_type(dtype: torch.dtype, setting: str) -> torch.dtype:
