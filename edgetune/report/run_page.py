@@ -88,13 +88,7 @@ def sections(ledger: Ledger, drawn: tuple[Figure, ...]) -> tuple[Section, ...]:
         section("Steps", (steps, quality_table(ledger)), "saved"),
         section("Predictions on the test set", answer_tables(ledger.answers) if ledger.answers else ()),
         section("Training", (training_table(ledger),), "loss-"),
-        section(
-            "Devices",
-            (predicted_table(ledger), measured_table(ledger), slowest_table(ledger)),
-            "latency",
-            "memory",
-            "roofline-",
-        ),
+        section("Devices", devices, "latency", "memory", "roofline-"),
         section("Program", (program_table(ledger), undelegated_table(ledger)), "delegated", "undelegated"),
         section("Environment and recipe", (environment_table(ledger),), code=recipe),
     )

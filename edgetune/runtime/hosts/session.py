@@ -20,6 +20,7 @@ from edgetune.runtime.operator_times import layer_times_ms
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
     from edgetune.program.manifest import LanguageSpec
+    from edgetune.runtime.run import Timing
 
 
 def open_runner(
