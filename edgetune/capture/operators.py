@@ -120,6 +120,9 @@ def constants_of(program: ExportedProgram) -> dict[str, str]:
 
 
 def _operator(node: fx.Node, constants: Container[str], *, delegated: bool) -> Operator:
+    changed = node.kwargs.get("_all_bases")
+    if changed is not None:
+        return _update(node, changed, delegated=delegated)
     sources = [_operand(argument) for argument in node.all_input_nodes]
     weights = [s for s in sources if s.node.name in constants]
     activations = [s for s in sources if s.node.name not in constants]
@@ -142,6 +145,24 @@ def _operator(node: fx.Node, constants: Container[str], *, delegated: bool) -> O
         macs=_macs(node, kind, elements),
         weight_bytes=weight_bytes,
         activation_bytes=read + elements * _written_bits(node) // 8,
+        delegated=delegated,
+    )
+
+
+def _update(node: fx.Node, changed: Any, *, delegated: bool) -> Operator:
+    """An operator that writes into buffers, as `auto_functionalized_v2` wraps it: it reads and writes the new part."""
+    new = next((source for source in node.all_input_nodes if source not in changed), node)
+    value = _value(new)
+    part_bytes = _elements(_shape(new)) * value.element_size() if value is not None else 0
+    return Operator(
+        operator=str(node.args[0]),
+        module=module_of(node),
+        kind="data-movement",
+        dtype=_DTYPES.get(value.dtype, "fp32") if value is not None else "fp32",
+        output_shape=_shape(new),
+        macs=0,
+        weight_bytes=0,
+        activation_bytes=2 * part_bytes,
         delegated=delegated,
     )
 

@@ -25,6 +25,7 @@ _BITS = {
     "fp32": 32, "fp16": 16, "bf16": 16, "qint8": 8, "quint8": 8, "qdint8": 8, "qpint8": 8, "qcint8": 8, "qint32": 32,
     "qcint32": 32, "int32": 32, "qcint4": 4, "qbint4": 4, "pfp32": 32,
 }  # fmt: skip
+_CACHE_UPDATE = "update_cache"  # executorch's kernel that writes keys or values into a cache
 _ABSENT = 2**32 - 1  # an optional tensor that is not there
 _KINDS: dict[str, Kind] = {
     "fully-connected": "linear",
@@ -151,6 +152,18 @@ def _portable(plan: Any, call: Any, module: str) -> Operator:
     if "convolution" in name and any(type(value).__name__ == "Bool" and value.bool_val for value in values):
         rows = math.prod(read[0].sizes or ())  # transposed: each value read is multiplied, not each one written
     macs = _attention_macs(tensors) if "sdpa" in name else _product_macs(name, read, rows)
+    if _CACHE_UPDATE in name:  # the new rows, read and written
+        return Operator(
+            operator=name,
+            module=module,
+            kind="data-movement",
+            dtype=_PORTABLE_DTYPES.get(str(read[0].scalar_type.name), "fp32"),
+            output_shape=tuple(read[0].sizes or ()),
+            macs=0,
+            weight_bytes=0,
+            activation_bytes=2 * _bytes(read[0]),
+            delegated=False,
+        )
     return Operator(
         operator=name,
         module=module,

@@ -88,15 +88,15 @@ def _resolve_size(value: Any) -> Any:
 def _count_attention(operators_lowered: tuple[Operator, ...], positions: float, share: float) -> tuple[Operator, ...]:
     """Count attention as it runs: each token attends to `positions` on average, over this share of the cache.
 
-    In the graph it reads the whole cache. A cache does not count as weights, and an update moves only new values.
+    In the graph it reads the whole cache, as weights or, after an update, as activations.
     """
     operators_counted = []
     for operator in operators_lowered:
         if "custom_sdpa" in operator.operator:
-            macs = round(2 * math.prod(operator.output_shape) * positions)
-            moved = operator.activation_bytes + round(operator.weight_bytes * share)
-            operator = operator.model_copy(update={"macs": macs, "weight_bytes": 0, "activation_bytes": moved})
-        elif "update_cache" in operator.operator:
-            operator = operator.model_copy(update={"weight_bytes": 0})
+            values = math.prod(operator.output_shape)
+            rows_bytes = 2 * values * (4 if operator.dtype == "fp32" else 2)  # queries and output
+            cache_bytes = operator.activation_bytes + operator.weight_bytes - rows_bytes
+            moved = {"weight_bytes": 0, "activation_bytes": rows_bytes + round(cache_bytes * share)}
+            operator = operator.model_copy(update={"macs": round(2 * values * positions), **moved})
         operators_counted.append(operator)
     return tuple(operators_counted)
