@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
+import torch
+import transformers
 
 from edgetune.profile.reference import NETWORKS
-from edgetune.profile.reference.language import ARCHITECTURES, QUANTIZATION_SCHEMES, decode, file_mib, prefill
+from edgetune.profile.reference.language import (
+    ARCHITECTURES,
+    QUANTIZATION_SCHEMES,
+    Architecture,
+    decode,
+    file_mib,
+    prefill,
+)
+from edgetune.program.operators import Operator
+from edgetune.quant.int4 import Int4
+from support.decoders import export_decoder
 
 # million multiply-accumulates and parameters as published: the papers' tables, else torchvision's documentation
 PUBLISHED = {
@@ -134,3 +149,36 @@ def test_files_have_the_published_size() -> None:
         ("llama-3.2-3b", "8da4w-g32-head8", 2435), ("llama-3.2-3b", "8da4w-g32-head8-lora16", 2529),
     ):  # fmt: skip
         assert file_mib(ARCHITECTURES[name], QUANTIZATION_SCHEMES[scheme]) == pytest.approx(published, rel=0.005)
+
+
+FAMILIES = {"Llama": {}, "Qwen2": {"attention_bias": True}, "Qwen3": {"head_norms": True}}
+COMPARED = (("linear", "macs"), ("linear", "weight_bytes"), ("matmul", "macs"), ("matmul", "activation_bytes"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_model_multiplies_and_reads_what_its_reference_does(family: str, tmp_path: Path) -> None:
+    """Also where the width of a head is the number of prompt tokens in a call, which one token must not take for it."""
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Int4(group_size=32).apply(getattr(transformers, f"{family}ForCausalLM")(config).eval())
+    artifact = export_decoder(model, tmp_path)
+    architecture = Architecture("small", 2, 128, 256, 4, 2, 32, 512, **FAMILIES[family])
+    scheme = QUANTIZATION_SCHEMES["8da4w-g32"]
+    token, prompt = artifact.manifest.calls
+    calls = ((token, decode(architecture, scheme, 32), 1), (prompt, prefill(architecture, scheme, 32), 32))
+    for call, reference, rows in calls:
+        for operators in (call.operators, call.executed):
+            for kind, key in COMPARED:
+                expected = _sum(reference, kind, key)
+                assert _sum(operators, kind, key) == pytest.approx(expected, rel=0.02), (call.label, kind, key)
+            moved = sum(o.weight_bytes + o.activation_bytes for o in operators if "update_cache" in o.operator)
+            assert moved == 2 * 2 * 2 * rows * 2 * 32 * 4, "keys and values of two layers, read and written"
+
+
+def _sum(operators: Sequence[Operator], kind: str, key: str) -> int:
+    """Attention is a product, whatever its kernel is called."""
+    return sum(getattr(o, key) for o in operators if ("matmul" if "sdpa" in o.operator else o.kind) == kind)

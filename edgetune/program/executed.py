@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,13 +68,15 @@ def executed_operators(
     data: bytes,
     method: str = "forward",
     modules: Sequence[str | dict[int, str]] = (),
-    instead: Mapping[int, int] | None = None,
+    dynamic: tuple[int, int] | None = None,
 ) -> tuple[Operator, ...]:
     """Every operator that the runtime executes in one call of `method`, in order; sizes at their upper bounds.
 
     `data`: the bytes of the `.pte`. `modules`: for each instruction its module, for a delegate a table by the debug
-    handles of its nodes; ignored if their number differs. `instead`: replacements for sizes of activations, such as 1
-    for the most tokens of a call. Raises `EdgetuneError` for an unknown method and for data that is not a program.
+    handles of its nodes; ignored if their number differs. `dynamic`: the bound of the dynamic axis, and its size in
+    this call. In each activation it is the first axis as long as the bound, since other axes, such as the width of a
+    head, may have the same size; tensors that the plan has as static keep theirs. Raises `EdgetuneError` for an unknown
+    method and for data that is not a program.
     """
     from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
     from executorch.exir._serialize._program import _ExtendedHeader
@@ -88,10 +90,10 @@ def executed_operators(
     if method not in plans:
         raise EdgetuneError("the program has no such method", got=method, allowed=plans)
     plan = plans[method]
-    sizes = dict(instead or {})
     for value in plan.values:
-        if type(value.val).__name__ == "Tensor" and not _is_constant(value.val):
-            value.val.sizes = [sizes.get(size, size) for size in value.val.sizes or ()]
+        tensor = value.val
+        if type(tensor).__name__ == "Tensor" and not _is_constant(tensor) and tensor.shape_dynamism:
+            tensor.sizes = list(_sized(tensor.sizes or (), dynamic))
     calls = list(_instructions(plan))
     named = modules if len(modules) == len(calls) else [""] * len(calls)
     operators: list[Operator] = []
@@ -103,7 +105,7 @@ def executed_operators(
         payload = _payload(program, data, base, delegate)
         handles = module if isinstance(module, dict) else {}
         if delegate.id == "XnnpackBackend":
-            operators += _xnnpack(payload, handles, sizes)
+            operators += _xnnpack(payload, handles, dynamic)
         else:
             operators.append(_opaque(plan, instruction, delegate, len(payload)))
     return tuple(operators)
@@ -251,7 +253,15 @@ def _graph(payload: bytes) -> Any:
     return json.loads(re.sub(r"(?<=: )([+-]?)inf\b", r"\1Infinity", text))  # an open bound of a clamp
 
 
-def _xnnpack(payload: bytes, modules: dict[int, str], sizes: Mapping[int, int]) -> Iterator[Operator]:
+def _sized(dims: Sequence[int], dynamic: tuple[int, int] | None) -> tuple[int, ...]:
+    """The dims with the dynamic axis at its size in this call."""
+    sized = list(dims)
+    if dynamic is not None and dynamic[0] in sized:
+        sized[sized.index(dynamic[0])] = dynamic[1]
+    return tuple(sized)
+
+
+def _xnnpack(payload: bytes, modules: dict[int, str], dynamic: tuple[int, int] | None) -> Iterator[Operator]:
     graph = _graph(payload)
     tensors = {}
     for value in graph["xvalues"]:
@@ -261,7 +271,7 @@ def _xnnpack(payload: bytes, modules: dict[int, str], sizes: Mapping[int, int]) 
             fields = fields["tensor_value"]
         constant = fields["constant_buffer_idx"] > 0
         dtype = fields["datatype"].removeprefix("xnn_datatype_")
-        dims = tuple(size if constant else sizes.get(size, size) for size in fields["dims"])
+        dims = tuple(fields["dims"]) if constant else _sized(fields["dims"], dynamic)
         tensors[fields["id_out"]] = _Tensor(dtype, dims, constant, scales if constant else 0)
     for node in graph["xnodes"]:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", node["xnode_union_type"].removeprefix("XNN")).lower()
