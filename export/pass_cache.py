@@ -2,9 +2,9 @@
 
 Every pass of executorch retraces the whole graph, and most of XNNPACK's do so once for each delegate. A retrace by a
 pass that overrides no hook of the interpreter only recomputes the nodes' metadata, and deep-copies the history of
-every node. Two of executorch's three decompositions find nothing to decompose, and only retrace the graph. Each
-decomposition also lists all operators of torch that it could preserve and makes thirty kernels for each of them, the
-same as the decomposition before. Inside these context managers all of this is skipped or reused.
+every node. After each pass the graph is written and compiled as Python code, which is hardly ever run. Two of three
+decompositions find nothing to decompose, and each lists all operators of torch that it could preserve and makes thirty
+kernels for each of them, the same as the one before. Inside these context managers all of this is skipped or reused.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def fast_lowering() -> Iterator[None]:
 
     stock_call, stock_source = pass_base._ExportPassBase.call, traceback.NodeSource
     stock_decompose: Any = ExportedProgram.run_decompositions
+    stock_compile: Any = fx.GraphModule.recompile
     pass_base._ExportPassBase.call = _retrace_if_needed(stock_call, pass_base.ExportPass)
     traceback.NodeSource = _short_history(stock_source)  # type: ignore[misc, assignment]
     ExportedProgram.run_decompositions = _decompose_if_needed(stock_decompose)  # type: ignore[method-assign]
+    fx.GraphModule.recompile = _compile_if_called(stock_compile)  # type: ignore[method-assign]
     try:
         with fast_decompositions():
             yield
@@ -51,6 +53,7 @@ def fast_lowering() -> Iterator[None]:
         pass_base._ExportPassBase.call = stock_call
         traceback.NodeSource = stock_source  # type: ignore[misc]
         ExportedProgram.run_decompositions = stock_decompose  # type: ignore[method-assign]
+        fx.GraphModule.recompile = stock_compile  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -134,6 +137,34 @@ def _override_kernels(stock: Any, composites: dict[Any, Any]) -> Iterator[None]:
                 op.py_kernels.update(kernels.before)
                 op._dispatch_cache.clear()
                 _deregister_op_impl(op)
+
+
+class _Code:
+    """The source of a graph module that was not compiled yet."""
+
+    def __init__(self, compile_module: Any) -> None:
+        self.compile_module = compile_module
+
+    def __get__(self, module: Any, kind: type) -> Any:
+        self.compile_module(module)
+        return vars(module)["_code"]
+
+
+def _compile_if_called(stock: Any) -> Any:
+    """A `recompile` that writes and compiles the Python code of a graph only when that is called or read."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stock(self)
+        return self(*args, **kwargs)
+
+    def recompile(self: fx.GraphModule) -> None:
+        information = getattr(self.graph._codegen, "pytree_info", None)
+        if information is not None:
+            self._in_spec, self._out_spec = information.in_spec, information.out_spec
+        vars(self).pop("_code", None)
+        type(self)._code, type(self).forward = _Code(stock), forward  # type: ignore[assignment, method-assign]
+
+    return recompile
 
 
 def _decompose_if_needed(stock: Any) -> Any:
