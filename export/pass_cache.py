@@ -2,52 +2,66 @@
 
 Every pass of executorch retraces the whole graph, and most of XNNPACK's do so once for each delegate. A retrace by a
 pass that overrides no hook of the interpreter only recomputes the nodes' metadata, and deep-copies the history of
-every node. Each decomposition also lists all operators of torch that it could preserve and makes thirty kernels for
-each of them, the same as the decomposition before. Inside these context managers all of this is skipped or reused.
+every node. After each pass the graph is written and compiled as Python code, which is hardly ever run. Two of three
+decompositions find nothing to decompose, and each lists all operators of torch that it could preserve and makes thirty
+kernels for each of them, the same as the one before. Inside these context managers all of this is skipped or reused.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 _HOOKS = (
     "call_operator", "call_sym", "call_cond", "call_map", "call_while", "call_scan", "call_getitem", "call_delegate",
     "call_submodule", "call_shape", "output", "placeholder", "on_attr", "get_attr", "inputs",
 )  # fmt: skip
+# Passes that replace only these operators
+_REPLACED: dict[str, Callable[[Any], bool]] = {
+    "DimOrderOpsRevertPass": lambda operator: "dim_order" in str(operator),
+    "NormalizeTransposePass": lambda operator: operator is torch.ops.aten.t.default,
+    "ReplaceBrokenOpsWithFunctionalOpsPass": lambda operator: bool(getattr(operator, "is_view", False)),
+}
 
 
 @contextmanager
 def fast_lowering() -> Iterator[None]:
-    """Inside, skip needless retraces, copied histories and garbage collection."""
+    """Inside, skip needless retraces and decompositions, and copied histories."""
     from executorch.exir import pass_base
     from torch.fx import traceback
 
     stock_call, stock_source = pass_base._ExportPassBase.call, traceback.NodeSource
-    was_enabled = gc.isenabled()
+    stock_decompose: Any = ExportedProgram.run_decompositions
+    stock_compile: Any = fx.GraphModule.recompile
     pass_base._ExportPassBase.call = _retrace_if_needed(stock_call, pass_base.ExportPass)
     traceback.NodeSource = _short_history(stock_source)  # type: ignore[misc, assignment]
-    gc.disable()
+    ExportedProgram.run_decompositions = _decompose_if_needed(stock_decompose)  # type: ignore[method-assign]
+    fx.GraphModule.recompile = _compile_if_called(stock_compile)  # type: ignore[method-assign]
     try:
         with fast_decompositions():
             yield
     finally:
         pass_base._ExportPassBase.call = stock_call
         traceback.NodeSource = stock_source  # type: ignore[misc]
-        if was_enabled:
-            gc.enable()
+        ExportedProgram.run_decompositions = stock_decompose  # type: ignore[method-assign]
+        fx.GraphModule.recompile = stock_compile  # type: ignore[method-assign]
 
 
 @contextmanager
 def fast_decompositions() -> Iterator[None]:
-    """Inside, decompositions share the list of the operators that they could preserve, and their kernels."""
+    """Inside, decompositions share the list of the operators that they could preserve, and their kernels.
+
+    Garbage collection waits until the end: a graph is thousands of objects that refer to each other.
+    """
     from torch.export import decomp_utils
     from torch.export import exported_program as module_of_programs
 
@@ -62,9 +76,13 @@ def fast_decompositions() -> Iterator[None]:
         module._collect_all_valid_cia_ops = lambda: _list_operators(stock_list)
     override = partial(_override_kernels, stock_override)
     exported_program._override_composite_implicit_decomp = override
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
+        if was_enabled:
+            gc.enable()
         for module in holders:
             module._collect_all_valid_cia_ops = stock_list
         exported_program._override_composite_implicit_decomp = stock_override
@@ -121,11 +139,66 @@ def _override_kernels(stock: Any, composites: dict[Any, Any]) -> Iterator[None]:
                 _deregister_op_impl(op)
 
 
+class _Code:
+    """The source of a graph module that was not compiled yet."""
+
+    def __init__(self, compile_module: Any) -> None:
+        self.compile_module = compile_module
+
+    def __get__(self, module: Any, kind: type) -> Any:
+        self.compile_module(module)
+        return vars(module)["_code"]
+
+
+def _compile_if_called(stock: Any) -> Any:
+    """A `recompile` that writes and compiles the Python code of a graph only when that is called or read."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stock(self)
+        return self(*args, **kwargs)
+
+    def recompile(self: fx.GraphModule) -> None:
+        information = getattr(self.graph._codegen, "pytree_info", None)
+        if information is not None:
+            self._in_spec, self._out_spec = information.in_spec, information.out_spec
+        vars(self).pop("_code", None)
+        type(self)._code, type(self).forward = _Code(stock), forward  # type: ignore[assignment, method-assign]
+
+    return recompile
+
+
+def _decompose_if_needed(stock: Any) -> Any:
+    """As stock, for captured programs, which are functional, without the decompositions that would change nothing."""
+    results: WeakSet[ExportedProgram] = WeakSet()
+
+    def run_decompositions(
+        self: ExportedProgram, decomp_table: Mapping[Any, Any] | None = None, **options: Any
+    ) -> ExportedProgram:
+        if decomp_table is not None and not decomp_table:
+            return self  # executorch then decomposes with a table, which retraces the graph as well
+        if decomp_table is not None and self in results and _operators(self).isdisjoint(decomp_table):
+            return self  # the caller changes what it gets in place, so never the captured program
+        result: ExportedProgram = stock(self, decomp_table, **options)
+        results.add(result)
+        return result
+
+    return run_decompositions
+
+
+def _operators(program: ExportedProgram) -> set[Any]:
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    return {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+
+
 def _retrace_if_needed(stock: Any, base: type) -> Any:
     from torch.fx.passes.infra.pass_base import PassResult
 
     def call(self: Any, graph_module: fx.GraphModule) -> PassResult:
-        hooked = any(getattr(type(self), name, None) is not getattr(base, name, None) for name in _HOOKS)
+        replaced = _REPLACED.get(type(self).__name__)
+        if replaced is None:
+            hooked = any(getattr(type(self), name, None) is not getattr(base, name, None) for name in _HOOKS)
+        else:
+            hooked = any(replaced(node.target) for node in graph_module.graph.nodes if node.op == "call_function")
         if hooked or not _is_complete(graph_module):
             result: PassResult = stock(self, graph_module)
             return result

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
+
+gc.set_threshold(100_000, 10, 10)  # the libraries' million objects stay: to look through them took a tenth of the time
+import torch  # noqa: E402
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
@@ -26,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from edgetune.export.targets import find
 from support import distributed_worker
+from support.forked import ask_fork
 
 WORKER = Path(distributed_worker.__file__)
 FAST = ("lora", "in-backward")
@@ -53,14 +57,28 @@ def check(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return launch(tmp_path_factory.mktemp("ddp") / "2", 2, "ddp", *FAST)
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
+    """From this process, and from two forks of it; the slow tests start theirs with torchrun."""
+    alone, together = (tmp_path_factory.mktemp("ddp") for _ in range(2))
+    distributed_worker.main(alone, "ddp", *FAST)
+    find("xnnpack").partitioners()  # imported once
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+
+    def train(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        distributed_worker.main(together, "ddp", *FAST)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda rank: ask_fork(lambda: train(rank)), (0, 1))) == [None, None]
+    one, two = ({kind: load_file(f / kind / "result.safetensors") for kind in FAST} for f in (alone, together))
+    return one, two
 
 
 @pytest.mark.parametrize("techniques", FAST)
-def test_two_processes_train_as_one_does(techniques: str, together: Results, tmp_path: Path) -> None:
-    distributed_worker.main(tmp_path, "ddp", techniques)  # one process: this one
-    check(load_file(tmp_path / techniques / "result.safetensors"), together[techniques])
+def test_two_processes_train_as_one_does(techniques: str, results: tuple[Results, Results]) -> None:
+    one, two = results
+    check(one[techniques], two[techniques])
 
 
 @pytest.mark.slow

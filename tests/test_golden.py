@@ -9,9 +9,14 @@ import pytest
 
 from edgetune.cli.main import main
 from edgetune.core.ledger import Ledger
+from support import decoders
 from support.checkpoints import save_bert, save_images
 
-SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 3}
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +32,18 @@ def save_encoder() -> str:
     return "model.source=hf:encoder"
 
 
+def save_decoder() -> str:
+    """A Llama of one layer, which reads bytes, in place of the recipe's SmolLM2, which lm-smollm2's tests run."""
+    tokenizer = decoders.tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained("decoder")
+    decoders.llama().save_pretrained("decoder")
+    return "model.source=hf:decoder"
+
+
 def run(name: str, *changes: str) -> Ledger:
-    assert main(["run", name, "variant=smoke", "--out", "runs/one", *changes]) == 0
+    measured = () if name == "train-on-device" else ("profile.measure=false",)  # text-minilm's tests do
+    assert main(["run", name, "variant=smoke", "--out", "runs/one", *measured, *changes]) == 0
     return Ledger.read(Path("runs/one/ledger.json"))
 
 
@@ -63,7 +78,7 @@ def test_chat_jsonl(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     lines = [json.dumps({"messages": messages}) for messages in chats]
     Path("chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    ledger = run("chat-jsonl")
+    ledger = run("chat-jsonl", save_decoder(), "model.layers=null")
     assert steps_of(ledger) == ["load", "lora", "train", "finalize", "int4"]
     assert ledger.rows[2].quality is not None
     assert ledger.rows[2].quality.metric == "perplexity"

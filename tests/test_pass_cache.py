@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from edgetune.core.quiet import silence_libraries
-from edgetune.export.pass_cache import fast_decompositions
+from edgetune.export.pass_cache import fast_decompositions, fast_lowering
 from edgetune.quant import pt2e
 
 
@@ -56,6 +56,38 @@ def test_the_graphs_are_those_that_torch_makes_alone() -> None:
     assert first == stock
     assert again == stock
     assert python_kernels() == before
+
+
+def test_a_decomposition_that_would_change_nothing_is_left_out() -> None:
+    with silence_libraries():
+        program = torch.export.export(Mixed().eval(), (torch.randn(1, 3, 6, 6),), strict=False)
+        table = torch.export.default_decompositions()
+        silu = table.pop(torch.ops.aten.silu.default)
+        program = program.run_decompositions(table)
+        with fast_lowering():
+            assert program.run_decompositions({}) is program
+            first = program.run_decompositions(table)
+            assert first is not program, "the caller may change it"
+            assert first.run_decompositions(table) is first
+            whole = first.run_decompositions({**table, torch.ops.aten.silu.default: silu})
+    assert "silu" in first.graph_module.code
+    assert "silu" not in whole.graph_module.code
+
+
+def test_a_graph_is_compiled_when_it_is_called_or_its_code_is_read() -> None:
+    x = torch.randn(2, 3)
+    module = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Sigmoid()))
+    expected, code = module(x), module.code
+    sigmoid = next(node for node in module.graph.nodes if node.name == "_2")
+    with silence_libraries(), fast_lowering():
+        module.recompile()
+        assert "_code" not in vars(module)
+        assert torch.equal(module(x), expected)
+        sigmoid.replace_all_uses_with(sigmoid.args[0])
+        module.graph.erase_node(sigmoid)
+        module.recompile()
+    assert module.code != code
+    assert torch.equal(module(x).sigmoid(), expected)
 
 
 def test_an_operator_registered_meanwhile_is_seen() -> None:

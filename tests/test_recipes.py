@@ -66,7 +66,7 @@ def test_text(text: Run) -> None:
     assert rows["prune"].macs < 0.75 * rows["load"].macs
     assert rows["prune"].parameters < rows["load"].parameters
     assert rows["int4"].size_mib < 0.25 * rows["load"].size_mib
-    assert all(row.quality is not None and row.quality.rows == 128 for row in text.ledger.rows)
+    assert all(row.quality is not None and row.quality.rows == 64 for row in text.ledger.rows)
     assert [b.name for b in text.ledger.baselines] == ["always negative", "TF-IDF + logistic regression"]
     program = text.ledger.program
     assert program is not None
@@ -84,10 +84,10 @@ def test_the_answers_of_the_final_model_and_of_its_program(text: Run) -> None:
     assert answers is not None
     assert answers.quality == text.ledger.rows[-1].quality
     assert [one.name for one in answers.classes] == ["negative", "neutral", "positive"]
-    assert sum(one.rows for one in answers.confusions) == 128 - sum(one.right for one in answers.classes)
+    assert sum(one.rows for one in answers.confusions) == 64 - sum(one.right for one in answers.classes)
     assert len(answers.mistakes) == min(10, sum(one.rows for one in answers.confusions))
     program = evaluate(text.folder)
-    assert program.quality.rows == 128
+    assert program.quality.rows == 64
     assert program.quality.value == pytest.approx(answers.quality.value, abs=2.0)
 
 
