@@ -35,7 +35,7 @@ test-latest:    ## run the test suite with the newest versions that pyproject.to
 	$(MAKE) test VENV=$(VENV)/latest LOCK=
 
 lock: $(VENV)/.uv  ## update constraints.txt to the newest versions that pyproject.toml allows
-	@printf '%s\n' '# The versions that edgetune was tested with, for Python 3.11 and 3.12. Made by: make lock' >$(LOCK).new
+	@printf '%s\n' '# The versions that edgetune was tested with, for Python 3.11 to 3.14. Made by: make lock' >$(LOCK).new
 	$(VENV)/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra docs \
 		--extra timm --no-annotate --no-header pyproject.toml >>$(LOCK).new
 	@mv $(LOCK).new $(LOCK)
@@ -91,7 +91,7 @@ clean:          ## remove .venv, runs and caches
 	rm -rf $(VENV) runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.torch: $(LOCK)
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v <= (3, 12), f"Python 3.11 or 3.12 is needed (by transformers), this is {v}; try: make PYTHON=python3.12"'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v <= (3, 14), f"Python 3.11 to 3.14 is needed (by transformers and executorch), this is {v}; try: make PYTHON=python3.12"'
 	@$(PYTHON) -m venv $(VENV) || { echo 'next: sudo apt-get install python3-venv'; rm -rf $(VENV); exit 1; }
 	$(PIP) --upgrade $(if $(LOCK),--constraint $(LOCK)) pip
 	$(PIP) $(PINNED) "torch>=2.13,<2.14"

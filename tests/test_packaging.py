@@ -120,7 +120,7 @@ def test_every_technique_has_its_names() -> None:
     assert all(hasattr(et, name) for name in et.__all__)
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 def test_the_lock_pins_every_requirement_of_the_tests_within_its_range(python: str) -> None:
     """`make lock` was run since a range was changed. A package may have a pin for each Python version."""
     pins = read_pins("constraints.txt")

@@ -88,7 +88,7 @@ def example() -> Ledger:
                       {"train": {"epochs": 1, "distill": True}}, {"int4": {"group": 32}}],
             "export": {"target": "xnnpack"}, "budget": {"device": "pixel-8", "latency_ms": 15.0, "size_mib": 16.0},
         },
-        environment={"edgetune": "0.1.0", "torch": "2.13.0", "executorch": "1.4.1", "platform": "EXAMPLE, made up"},
+        environment={"edgetune": "0.1.0", "torch": "2.13.0", "executorch": "1.5.1", "platform": "EXAMPLE, made up"},
         baselines=(
             Baseline(name="majority class", value=46.2), Baseline(name="TF-IDF + logistic regression", value=79.4),
         ),

@@ -36,8 +36,8 @@ def fold(program: ExportedProgram) -> None:
 def own_memory(program: ExportedProgram) -> None:
     """Copy each constant that is a part of a larger one.
 
-    XNNPACK's compiler (executorch 1.4.1) writes a constant from the start of its storage: for a slice, such as the key
-    and value projections in torch's attention, it silently writes the wrong values.
+    XNNPACK's compiler (executorch 1.4 and 1.5) writes a constant from the start of its storage: for a slice, such as
+    the key and value projections in torch's attention, it silently writes the wrong values.
     """
     for holder in (program.state_dict, program.constants):
         for name, value in holder.items():

@@ -1,7 +1,7 @@
 """A weight that a layer packs and another operator reads.
 
 XNNPACK packs a layer's weight and bias when it loads a program, and frees the original. Another operator of the same
-delegate that reads the same constant then reads freed memory and crashes (executorch 1.4.1). It gets a copy.
+delegate that reads the same constant then reads freed memory and crashes (executorch 1.4 and 1.5). It gets a copy.
 """
 
 from __future__ import annotations

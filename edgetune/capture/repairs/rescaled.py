@@ -1,9 +1,9 @@
 """A quantized tensor that is cut, reordered or padded.
 
-With executorch 1.4, XNNPACK moves integers if a move is between two roundings. With two scales such a program does not
-load; with one, slices, views and permutations of images are laid out wrongly: wrong values, or memory that is freed
-twice. A padding counts as quantized although its reader is not, and does not load either. A product by one keeps the
-move in floating point, with a conversion before and after it.
+With executorch 1.4 and 1.5, XNNPACK moves integers if a move is between two roundings. With two scales such a program
+does not load; with one, slices, views and permutations of images are laid out wrongly: wrong values, or memory that is
+freed twice. A padding counts as quantized although its reader is not, and does not load either. A product by one keeps
+the move in floating point, with a conversion before and after it.
 
 A dequantized tensor with two readers gets the type and memory order that the last one needs, for both: wrong values, or
 sizes that do not fit. One that is rounded again by the same scale, as after a dropout, must not be. So each reader gets

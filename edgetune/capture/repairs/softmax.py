@@ -1,7 +1,7 @@
 """Softmax: over a dim that is not the last, and of images.
 
 XNNPACK takes a softmax over the last of four dims. The output of a convolution has its channels last in memory, and
-executorch 1.4 then silently takes the softmax over the channels. A view avoids that.
+executorch 1.4 and 1.5 then silently takes the softmax over the channels. A view avoids that.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class Ssh:
                 f"its {self.python} (Python {result['facts']['python']}) has no runtime: {result['error']}",
                 where=str(self.place),
                 action=f"there: python3 -m venv edgetune && edgetune/bin/pip install {wants}, with Python 3.10 to "
-                "3.12 (of torch, the CPU build of pytorch.org is enough); then add --python edgetune/bin/python",
+                "3.14 (of torch, the CPU build of pytorch.org is enough); then add --python edgetune/bin/python",
             )
         there, here = result["versions"].get("executorch"), needed.get("executorch")
         other = f"; executorch there is {there}, here {here}" if there != here else ""
@@ -197,7 +197,7 @@ class Ssh:
 def _reason(code: int, output: str, python: str) -> tuple[str, str, Exit]:
     """The meaning of a shell's exit code, the next action, and our exit code."""
     if code == 127:
-        action = "install Python 3.10 to 3.12 there, or name yours: --python PATH"
+        action = "install Python 3.10 to 3.14 there, or name yours: --python PATH"
         return f"there is no {python!r}", action, Exit.USAGE
     if code == 126:
         return f"{python!r} cannot be run", "name another Python there: --python PATH", Exit.USAGE
