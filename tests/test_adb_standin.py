@@ -177,6 +177,8 @@ def test_a_runner_that_prints_a_mean_only(phone: Phone, binary: Path, program: P
     with session.open_runner("adb", runner=binary) as machine:
         (timing,) = machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01))
         assert "each time is a mean of 23 runs" in machine.caveat({})
+        with pytest.raises(EdgetuneError, match="does not record operators"):
+            machine.time(TimingRequest(program, INPUTS, threads=1, seconds=0.01, record=True))
     assert timing.latencies_ms == (2.0,) * 5
     assert (timing.load_ms, timing.first_ms) == (6.5, 2.0)
 

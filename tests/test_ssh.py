@@ -146,7 +146,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_a_program_is_timed_there_and_nothing_is_left(reached: Server, artifact: Artifact) -> None:
     with session.open_runner(reached.url, python=sys.executable) as machine:
         assert len(left_over(reached)) == 1
-        (measured,) = session.measure_on(machine, artifact, threads=1, seconds=0.01)
+        (measured,) = session.measure_on(machine, artifact, threads=1, seconds=0.01, by_layer=True)
+        assert set(measured.layers_ms) == {operator.module for operator in artifact.manifest.main.executed}
         assert measured.device.startswith(f"{getpass.getuser()}@127.0.0.1:{reached.place.port}")
         assert len(list((reached.temporary / left_over(reached)[0]).iterdir())) == 1  # the stopwatch alone
     assert left_over(reached) == []
