@@ -67,7 +67,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("nope", "edgetune: No such command 'nope'.\n  next: edgetune --help\n"),
         ("run", "edgetune: Missing argument 'RECIPE'.\n  next: edgetune run --help\n"),
         ("recipes nope", "edgetune: No such command 'nope'.\n  next: edgetune recipes --help\n"),
-        ("profile x.pte", "edgetune: Missing option '--device'.\n  next: edgetune profile --help\n"),
     ],
 )
 def test_usage_errors(arguments: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,8 +145,10 @@ def _portable(plan: Any, call: Any, module: str) -> Operator:
     read = [t for t in tensors if not any(t is w for w in written)]
     weights = [t for t in read if _is_constant(t)]
     activations = [t for t in read if not any(t is weight for weight in weights)]
-    shape = tuple(written[0].sizes or ()) if written else ()
     name = ".".join(filter(None, (operator.name.replace("::", "."), operator.overload)))
+    if _CACHE_UPDATE in name:  # of the new rows into themselves: the rest of the cache stays
+        activations, weights, written = read[:1], [], read[:1]
+    shape = tuple(written[0].sizes or ()) if written else ()
     rows = math.prod(shape)
     embedding = "embedding" in name
     weight_bytes = _bytes(written[0]) if embedding and written else sum(map(_bytes, weights))
@@ -154,18 +156,6 @@ def _portable(plan: Any, call: Any, module: str) -> Operator:
     if "convolution" in name and any(type(value).__name__ == "Bool" and value.bool_val for value in values):
         rows = math.prod(read[0].sizes or ())  # transposed: each value read is multiplied, not each one written
     macs = _attention_macs(tensors) if "sdpa" in name else _product_macs(name, read, rows)
-    if _CACHE_UPDATE in name:  # the new rows, read and written
-        return Operator(
-            operator=name,
-            module=module,
-            kind="data-movement",
-            dtype=_PORTABLE_DTYPES.get(str(read[0].scalar_type.name), "fp32"),
-            output_shape=tuple(read[0].sizes or ()),
-            macs=0,
-            weight_bytes=0,
-            activation_bytes=2 * _bytes(read[0]),
-            delegated=False,
-        )
     return Operator(
         operator=name,
         module=module,

@@ -33,7 +33,7 @@ _KINDS: dict[str, Kind] = {
     ),
     **dict.fromkeys(
         ("permute", "transpose", "t", "cat", "stack", "slice", "select", "expand", "clone", "contiguous", "copy",
-         "_to_copy", "to", "index", "index_select", "gather", "repeat", "repeat_interleave", "pad",
+         "update_cache", "_to_copy", "to", "index", "index_select", "gather", "repeat", "repeat_interleave", "pad",
          "constant_pad_nd", "split", "split_with_sizes", "chunk", "unbind", "roll", "flip", "permute_copy",
          "expand_copy", "slice_copy", "select_copy", "slice_scatter", "index_put", "scatter", "pixel_shuffle",
          "upsample_bilinear2d", "upsample_nearest2d", "narrow", "unfold", "full", "full_like", "zeros", "ones",

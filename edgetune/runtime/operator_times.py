@@ -56,24 +56,55 @@ def _sections(
     recorded: Sequence[Instruction], operators: Sequence[Operator]
 ) -> Iterator[tuple[list[tuple[str, float]], range]]:
     """Kernels, and the operators that they run: cut at every operator outside of XNNPACK."""
-    outside = iter([place for place, one in enumerate(operators) if not one.operator.startswith(_XNNPACK)])
+    outside = [place for place, one in enumerate(operators) if not one.operator.startswith(_XNNPACK)]
+    alone = [name for name, _, kernels in recorded if not kernels]
+    places = iter(_place_portable(alone, [operators[place].operator for place in outside]))
     start: int = 0
     inside: list[tuple[str, float]] = []
     for name, us, kernels in recorded:
         if kernels:
             inside += _unrounded(us, kernels)
-        elif name == DELEGATE or not is_free(f"aten.{name}"):
-            place = next(outside, None)
-            if place is None or (inside and place == start):
-                raise _mismatch(name)
-            if inside:
-                yield inside, range(start, place)
-            yield [(operators[place].operator, us)], range(place, place + 1)
-            start, inside = place + 1, []
-    if next(outside, None) is not None or (inside and start == len(operators)):
-        raise _mismatch(operators[-1].operator)
+            continue
+        index = next(places)
+        if index is None:
+            continue
+        place = outside[index]
+        if inside and place == start:
+            raise _mismatch(name)
+        if inside:
+            yield inside, range(start, place)
+        yield [(operators[place].operator, us)], range(place, place + 1)
+        start, inside = place + 1, []
+    if inside and start == len(operators):
+        raise _mismatch(inside[0][0])
     if inside:
         yield inside, range(start, len(operators))
+
+
+def _place_portable(recorded: Sequence[str], operators: Sequence[str]) -> list[int | None]:
+    """For each instruction outside of XNNPACK the index of its operator, in order; `None` for one that is free.
+
+    Kernels from other libraries, and the runtime's own arithmetic with sizes, are recorded without a name.
+    """
+    rows, columns = len(recorded), len(operators)
+    names = ["" if name == DELEGATE else name for name in recorded]
+    free = [name != DELEGATE and (not name or is_free(f"aten.{name}")) for name in recorded]
+    fits = [[name == "" or operator.endswith(f".{name}") for operator in operators] for name in names]
+    possible = [[False] * (columns + 1) for _ in range(rows + 1)]  # to place what follows each of the two
+    possible[rows][columns] = True
+    for row in range(rows - 1, -1, -1):
+        for column in range(columns, -1, -1):
+            here = column < columns and fits[row][column] and possible[row + 1][column + 1]
+            possible[row][column] = here or (free[row] and possible[row + 1][column])
+    if not possible[0][0]:
+        raise _mismatch(next((name for name in recorded if name), "none"))
+    places: list[int | None] = []
+    column = 0
+    for row in range(rows):
+        here = column < columns and fits[row][column] and possible[row + 1][column + 1]
+        places.append(column if here else None)
+        column += here
+    return places
 
 
 def _mismatch(name: str) -> EdgetuneError:

@@ -42,7 +42,12 @@ def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict
         with _assume_one_token(program):
             single = operators.describe(program, lowered.placed)
     positions = model.max_tokens
-    one = executed_operators(lowered.data, dynamic=(prefill_tokens, 1))
+    one = tuple(
+        operator.model_copy(update={"module": named.module})
+        for operator, named in zip(
+            executed_operators(lowered.data, dynamic=(prefill_tokens, 1)), lowered.executed, strict=True
+        )
+    )
     after, mean = prefill_tokens + 1, (prefill_tokens + 1) / 2  # positions that a token attends to
     share, most = min(after, positions) / positions, prefill_tokens / positions
     return {

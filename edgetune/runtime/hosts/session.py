@@ -19,7 +19,7 @@ from edgetune.runtime.operator_times import layer_times_ms
 
 if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
-    from edgetune.program.manifest import LanguageSpec
+    from edgetune.program.manifest import Call, LanguageSpec
     from edgetune.runtime.run import Timing
 
 
@@ -64,9 +64,16 @@ def measure_on(
     if not by_layer:
         return measured
     recorded = _time_calls(machine, artifact, threads, seconds, record=True)
-    by_call = [layer_times_ms(timing.instructions, call.executed) for call, timing in zip(calls, recorded, strict=True)]
-    pairs_by_call = zip(measured, by_call, strict=True)
-    return tuple(one.model_copy(update={"layers_ms": layers_ms}) for one, layers_ms in pairs_by_call)
+    return tuple(_with_layers(one, *pair) for one, *pair in zip(measured, calls, recorded, strict=True))
+
+
+def _with_layers(measured: Measured, call: Call, recorded: Timing) -> Measured:
+    """The measurement with its layers, or with a note why there are none."""
+    try:
+        return measured.model_copy(update={"layers_ms": layer_times_ms(recorded.instructions, call.executed)})
+    except EdgetuneError as error:
+        note = "; ".join(filter(None, (measured.note, f"not measured by layer: {error}")))
+        return measured.model_copy(update={"note": note})
 
 
 def _time_calls(
