@@ -37,15 +37,18 @@ _REPLACED: dict[str, Callable[[Any], bool]] = {
 def fast_lowering() -> Iterator[None]:
     """Inside, skip needless retraces and decompositions, and copied histories."""
     from executorch.exir import pass_base
+    from executorch.exir.passes import quant_fusion_pass
     from torch.fx import traceback
 
     stock_call, stock_source = pass_base._ExportPassBase.call, traceback.NodeSource
     stock_decompose: Any = ExportedProgram.run_decompositions
     stock_compile: Any = fx.GraphModule.recompile
+    stock_fusion = quant_fusion_pass.QuantFusionPass.call
     pass_base._ExportPassBase.call = _retrace_if_needed(stock_call, pass_base.ExportPass)
     traceback.NodeSource = _short_history(stock_source)  # type: ignore[misc, assignment]
     ExportedProgram.run_decompositions = _decompose_if_needed(stock_decompose)  # type: ignore[method-assign]
     fx.GraphModule.recompile = _compile_if_called(stock_compile)  # type: ignore[method-assign]
+    quant_fusion_pass.QuantFusionPass.call = _fuse_if_quantized(stock_fusion, quant_fusion_pass)
     try:
         with fast_decompositions():
             yield
@@ -54,6 +57,7 @@ def fast_lowering() -> Iterator[None]:
         traceback.NodeSource = stock_source  # type: ignore[misc]
         ExportedProgram.run_decompositions = stock_decompose  # type: ignore[method-assign]
         fx.GraphModule.recompile = stock_compile  # type: ignore[method-assign]
+        quant_fusion_pass.QuantFusionPass.call = stock_fusion
 
 
 @contextmanager
@@ -188,6 +192,21 @@ def _decompose_if_needed(stock: Any) -> Any:
 def _operators(program: ExportedProgram) -> set[Any]:
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
     return {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+
+
+def _fuse_if_quantized(stock: Any, module: Any) -> Any:
+    """As stock, without tracing 46 patterns of quantized operators for a graph that has none."""
+
+    def call(self: Any, graph_module: fx.GraphModule) -> Any:
+        patterns = module.get_quant_patterns_and_replacements
+        if not any("quantize" in str(node.target) for node in graph_module.graph.nodes):
+            module.get_quant_patterns_and_replacements = lambda values: []
+        try:
+            return stock(self, graph_module)
+        finally:
+            module.get_quant_patterns_and_replacements = patterns
+
+    return call
 
 
 def _retrace_if_needed(stock: Any, base: type) -> Any:

@@ -27,6 +27,7 @@ from edgetune.train import checkpoint
 from support.checkpoints import save_bert
 
 FIGURES = ("parameters", "trainable_parameters", "size_mib", "macs", "saved_for_backward_mib")
+SMOKE = {"variant": "smoke", "data.test_rows": 64, "train.updates": 2}  # of text-minilm
 SMALL = """
 name: small
 model: {source: 'hf:FOLDER/encoder', max_length: 16}
@@ -44,10 +45,10 @@ budget: {device: pixel-8, train_memory_mib: 1}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run("text-minilm", tmp_path_factory.mktemp("text") / "run")
+    return run("text-minilm", tmp_path_factory.mktemp("text") / "run", **SMOKE)
 
 
-def run(name: str, folder: Path, **changes: int) -> Run:
+def run(name: str, folder: Path, **changes: str | int) -> Run:
     with silence_libraries():
         return pipeline.run(name, {"variant": "smoke", **changes}, out=folder)
 
@@ -97,7 +98,7 @@ def test_the_folder_of_a_run(text: Run) -> None:
     assert not [name for name in names if name.startswith(".")]  # nothing half-written
     assert (text.folder / "adapter" / "adapter_model.safetensors").is_file()
     assert Ledger.read(text.folder / "ledger.json") == text.ledger
-    assert recipe.load(text.folder / "recipe.yaml").digest == recipe.load("text-minilm", {"variant": "smoke"}).digest
+    assert recipe.load(text.folder / "recipe.yaml").digest == recipe.load("text-minilm", SMOKE).digest
     assert json.loads((text.folder / "model.json").read_text())["sha256"] == text.ledger.program.sha256
 
 
@@ -110,7 +111,7 @@ def test_a_finished_run_is_opened_and_not_resumed(text: Run) -> None:
     logits = [logits_of(call(restored.model, row)) for row in rows]
     assert sum(bool(a.argmax() == b[0].argmax()) for a, b in zip(logits, told, strict=True)) >= 31
     with pytest.raises(EdgetuneError, match="the run is finished"):
-        pipeline.run("text-minilm", {"variant": "smoke"}, out=text.folder, resume=True)
+        pipeline.run("text-minilm", SMOKE, out=text.folder, resume=True)
 
 
 @pytest.fixture(scope="module")
