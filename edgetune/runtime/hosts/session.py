@@ -59,12 +59,15 @@ def measure_on(
     note = machine.caveat(artifact.manifest.versions)
     timings = _time_calls(machine, artifact, threads, seconds)
     calls = artifact.manifest.calls
-    pairs = zip(calls, timings, strict=True)
-    measured = tuple(summarize_timing(timing, threads, call.label, machine.name, note) for call, timing in pairs)
+    measured = tuple(
+        summarize_timing(timing, threads, call.label, machine.name, note)
+        for call, timing in zip(calls, timings, strict=True)
+    )
     if not by_layer:
         return measured
     recorded = _time_calls(machine, artifact, threads, seconds, record=True)
-    return tuple(_with_layers(one, *pair) for one, *pair in zip(measured, calls, recorded, strict=True))
+    pairs = zip(measured, calls, recorded, strict=True)
+    return tuple(_with_layers(one, call, timing) for one, call, timing in pairs)
 
 
 def _with_layers(measured: Measured, call: Call, recorded: Timing) -> Measured:
