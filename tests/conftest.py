@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("support")
 torch.set_num_threads(1)
 
-# a file stays with one worker: those that take minutes begin first, or one worker ends alone with them
-LONG = ("recipes", "language", "random_modules", "training_program", "export", "int8", "calibrate", "kit", "programs")
+# a file stays with one worker: those that take longest begin first, or one worker ends alone with them
+LONG = (
+    "recipes", "golden", "language", "training_program", "laws", "calibrate", "first_hour", "kernels", "ssh", "export",
+    "random_modules", "kit_samples", "executed",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

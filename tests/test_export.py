@@ -138,18 +138,19 @@ def test_the_fast_lowering_gives_the_bytes_of_the_stock_one(monkeypatch: pytest.
 
     inputs = (torch.randint(0, 20, (1, 6)),)
 
-    def data() -> bytes:
+    def data(quantized: bool) -> bytes:
         torch.manual_seed(0)
-        model = Positional(Int4().apply(Block()), inputs).eval()
+        model = Positional(Int4().apply(Block()) if quantized else Block(), inputs).eval()
         with silence_libraries(), torch.no_grad():
             program = capture(model, inputs)
             prepare(program)
             return compile_program(program, TARGETS["xnnpack"]).data
 
-    fast = data()
-    assert data() == fast, "with what the first one left behind"
+    fast, plain = data(True), data(False)
+    assert data(True) == fast, "with what the first ones left behind"
     monkeypatch.setattr(lowering, "fast_lowering", contextlib.nullcontext)
-    assert data() == fast
+    assert data(True) == fast
+    assert data(False) == plain
 
 
 def test_timing_comes_from_a_fresh_process(int4_bert: tuple[nn.Module, Artifact]) -> None:
