@@ -226,8 +226,8 @@ def test_the_band_holds_what_it_claims_where_errors_are_alike() -> None:
     ]
     held = 0
     for name in {row.device for row in rows[:60]}:
-        found = prior.fit_prior([row for row in rows if row.device != name])
-        log, width = found.offset_and_width(rows[0].keys)
+        fitted = prior.fit_prior([row for row in rows if row.device != name])
+        log, width = fitted.offset_and_width(rows[0].keys)
         held += sum(abs(row.log - log) <= width for row in rows if row.device == name)
     assert 100 * held / 60 == pytest.approx(100 * prior.COVERAGE, abs=10)
 
