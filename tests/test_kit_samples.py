@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from edgetune.cli import main
 from edgetune.core.quiet import silence_libraries
@@ -117,6 +120,61 @@ def test_the_cpp_sample_prepares_pictures_as_training_did(picture_program: Small
     apart = ((got - wanted.flatten(1)).abs() * torch.tensor(STD).repeat_interleave(32 * 32)).round()
     assert apart.max() <= 2
     assert (apart > 0).float().mean() < 0.02
+
+
+def lines_of_cpp(folder: Path, rows: list[str]) -> list[str]:
+    """What the sample prints, built as its README says, against the libraries of the executorch that is installed."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    (package,) = importlib.util.find_spec("executorch").submodule_search_locations
+    build = folder / "cpp" / "build"
+    for command in (
+        ["-S", str(build.parent), "-B", str(build), f"-DCMAKE_PREFIX_PATH={package}"],
+        ["--build", str(build)],
+    ):
+        done = subprocess.run([cmake, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    done = subprocess.run([build / "answer", folder, *rows], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def answers_of(line: str, row: str) -> dict[str, float]:
+    """Scores in per cent by label."""
+    assert line.startswith(f"{row}: ")
+    return {
+        label: float(score) for label, score in re.findall(r"(.+?) (\d+\.\d) %(?:, |$)", line.removeprefix(f"{row}: "))
+    }
+
+
+def check_cpp(folder: Path, rows: list[str], model: nn.Module, inputs: Any) -> None:
+    """The C++ sample's answers beside the model's."""
+    with torch.no_grad():
+        logits = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    scores = 100 * logits.softmax(1)
+    for line, row, expected in zip(lines_of_cpp(folder, rows), rows, scores, strict=True):
+        answers = answers_of(line, row)
+        best = expected.topk(min(3, len(CLASSES)))
+        assert list(answers) == [CLASSES[place] for place in best.indices]
+        assert list(answers.values()) == pytest.approx(best.values.tolist(), abs=0.6)  # printed in tenths
+
+
+def test_the_cpp_sample_answers_texts_as_the_model_does(text_program: Small, tmp_path: Path) -> None:
+    loaded, dataset, artifact = text_program
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
+    rows = [str(row) for row in dataset.test.inputs]
+    check_cpp(folder, rows, loaded.model, loaded.encode(rows, TOKENS))
+
+
+def test_the_cpp_sample_answers_pictures_as_the_model_does(picture_program: Small, tmp_path: Path) -> None:
+    loaded, dataset, artifact = picture_program
+    folder = copy_to_kit(artifact.path, find("linux"), tmp_path / "kit")
+    rows = []
+    for number, path in enumerate(dataset.test.inputs):
+        rows.append(str(folder / f"{number}.ppm"))
+        ImageOps.exif_transpose(Image.open(path)).convert("RGB").save(rows[-1])
+    check_cpp(folder, rows, loaded.model, loaded.encode([Path(row) for row in rows]))
 
 
 GENERATE = """

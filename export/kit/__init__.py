@@ -20,7 +20,8 @@ __all__ = ["PLATFORMS", "check", "copy_to_kit", "create_kit", "find", "target_fo
 
 check = classifier.check
 
-_CODE = (".kt", ".py", ".cpp", "linux/text.hpp", "linux/picture.hpp")  # copied unchanged; other templates have fields
+# Copied unchanged; other templates have fields.
+_CODE = (".kt", ".py", ".cpp", "linux/text.hpp", "linux/picture.hpp", "linux/CMakeLists.txt")
 
 
 def create_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact]) -> Path:

@@ -60,19 +60,21 @@ def _decode(path: Path) -> Any:
 
     Its developer tools, which do the same, take seconds to import and need further packages.
     """
-    tools, schemas = (_folder_of(name) for name in ("executorch.data.bin", "executorch.devtools.etdump"))
+    tools, schemas = (_folder_of(*parts) for parts in (("data", "bin"), ("devtools", "etdump")))
     options = ["--json", "--strict-json", "--defaults-json", "--size-prefixed", "-o", str(path.parent)]
     command = [str(tools / "flatc"), *options, str(schemas / "etdump_schema_flatcc.fbs"), "--", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def _folder_of(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+def _folder_of(*parts: str) -> Path:
+    """A folder of executorch's. To look for it as a package would import those above it, a compiler among them."""
+    spec = importlib.util.find_spec("executorch")
+    roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec is not None else []
+    folders = [folder for root in roots if (folder := root.joinpath(*parts)).is_dir()]
     if not folders:
-        raise ImportError(f"this executorch has no {package}")
-    return Path(folders[0])
+        raise ImportError(f"this executorch has no {'/'.join(parts)}")
+    return folders[0]
 
 
 def _instructions(events: Sequence[dict[str, Any]]) -> list[Instruction]:

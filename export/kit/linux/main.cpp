@@ -39,7 +39,7 @@ void show(const char* row, const float* logits, std::size_t classes) {
   for (std::size_t place = 0; place < std::min<std::size_t>(3, classes); ++place) {
     const std::size_t label = order[place];
     const std::string name = label < kit::kLabels.size() ? kit::kLabels[label] : std::to_string(label);
-    std::printf(" %s %.1f %%", name.c_str(), 100 * scores[label] / sum);
+    std::printf("%s %s %.1f %%", place > 0 ? "," : "", name.c_str(), 100 * scores[label] / sum);
   }
   std::printf("\n");
 }
@@ -68,12 +68,12 @@ int main(int argc, char** argv) {
     auto first = from_blob(pixels.data(), {1, channels, kit::kSizePx, kit::kSizePx});
     const std::vector<EValue> given{EValue(*first)};
 #endif
-    const auto found = module.forward(given);
-    if (!found.ok()) {
-      std::fprintf(stderr, "the program failed with error %d\n", static_cast<int>(found.error()));
+    const auto outputs = module.forward(given);
+    if (!outputs.ok()) {
+      std::fprintf(stderr, "the program failed with error %d\n", static_cast<int>(outputs.error()));
       return 1;
     }
-    const auto& logits = found->at(0).toTensor();
+    const auto& logits = outputs->at(0).toTensor();
     show(argv[row], logits.const_data_ptr<float>(), static_cast<std::size_t>(logits.numel()));
   }
   return 0;
