@@ -13,11 +13,14 @@ from torch import nn
 
 from edgetune.cli.main import main
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.technique import Sample
 from edgetune.export import export
 from edgetune.program.artifact import Artifact
 from edgetune.program.operators import Operator
+from edgetune.quant.int8 import Int8
 from edgetune.runtime.clock.events import DELEGATE, Instruction
 from edgetune.runtime.hosts.host import Host
+from edgetune.runtime.hosts.place import TimingRequest
 from edgetune.runtime.hosts.session import measure_on
 from edgetune.runtime.operator_times import operator_times_us
 
@@ -73,11 +76,56 @@ def test_operators_outside_of_the_backend_separate_its_calls() -> None:
         assert caught.value.exit_code == Exit.EXPORT
 
 
+def test_conversions_and_lookups_are_kernels_like_others() -> None:
+    names = [
+        "convert-fp32-qint8",
+        "conv2d",
+        "lookup",
+        "convert-qint8-fp32",
+        "sigmoid",
+        "multiply",
+        "convert-fp32-qint8",
+    ]
+    kernels = ["Convert (NC) #1", "Fully Connected (NC, QS8, QC8W) GEMM #1", "Invalid Unary Op #1", "Convert (NC) #2",
+               "Sigmoid (NC) #1", "Multiply (ND) #1", "Convert (NC) #3"]  # fmt: skip
+    times = [float(place + 1) for place in range(len(names))]
+    recorded = delegate(*zip(kernels, times, strict=True))
+    assert operator_times_us([recorded], [of(f"xnnpack.{name}") for name in names]) == tuple(times)
+
+
 def test_what_rounding_took_comes_back() -> None:
     rounded: Instruction = (DELEGATE, 9.0, [("Add (ND) #1", 5.0), ("GELU (NC) #1", 3.0)])
     assert operator_times_us([rounded], [of("xnnpack.add"), of("xnnpack.gelu")]) == (5.5, 3.5)
     outside: Instruction = (DELEGATE, 100.0, [("Add (ND) #1", 5.0)])  # of a kernel at most one microsecond
     assert operator_times_us([outside], [of("xnnpack.add")]) == (6.0,)
+
+
+class Gated(nn.Module):
+    """In 8 bits: one function whose operand nothing else reads, and one whose operand is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.gelu = nn.GELU()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.second(self.gelu(self.first(pixels))))
+
+
+def test_a_function_between_eight_bit_values_is_one_kernel_unless_more_is_read_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 64, 64)
+    model = Int8().apply(Gated().eval(), Sample.of(pixels))
+    artifact = export(model, (pixels,), tmp_path / "gated.pte", min_same_prediction_pct=0.0)
+    operators = artifact.manifest.main.executed
+    assert operators is not None
+    assert [one.module for one in operators if one.operator == "xnnpack.lookup"] == ["gelu"]
+    assert [one.dtype for one in operators if one.operator == "xnnpack.sigmoid"] == ["fp32"]
+    request = TimingRequest(artifact.path, [(pixels,)], threads=1, seconds=0.05, energy=False, record=True)
+    (timing,) = Host().time(request)
+    assert timing.instructions is not None
+    assert [len(kernels) for _, _, kernels in timing.instructions] == [len(operators)]
+    assert all(us > 0 for us in operator_times_us(timing.instructions, operators))
 
 
 class Parts(nn.Module):

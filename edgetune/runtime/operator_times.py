@@ -27,6 +27,7 @@ _KINDS = {  # names of XNNPACK's operators in a file and of its kernels, as far 
     **dict.fromkeys(("avgpooling2d", "averagepooling"), "average"),
     "divide": "div", "maxpooling2d": "maxpooling", "statictranspose": "transpose", "staticslice": "slice",
     "staticconstantpad": "constantpad", "concatenate": "copy", "staticresizebilinear2d": "resizebilinear",
+    "invalidunaryop": "lookup",  # it has no name of its own
 }  # fmt: skip
 
 
@@ -124,7 +125,8 @@ def _unrounded(us: float, kernels: Sequence[tuple[str, float]]) -> list[tuple[st
 
 def _kind(name: str) -> str:
     """What an operator or a kernel computes: both `xnnpack.conv2d` and `Convolution (NHWC, F32) GEMM` are `product`."""
-    letters = re.sub(r"[^a-z0-9]", "", name.removeprefix(_XNNPACK).partition(" (")[0].partition("-q")[0].lower())
+    plain = name.removeprefix(_XNNPACK).partition(" (")[0].partition(" #")[0].lower()
+    letters = re.sub(r"[^a-z0-9]", "", "convert" if plain.startswith("convert") else plain)  # it is named by its types
     return _KINDS.get(letters, letters)
 
 
