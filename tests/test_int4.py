@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.quiet import silence_libraries
+from edgetune.quant import int4
 from edgetune.quant.int4 import Int4
 from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
+
+with silence_libraries():  # torchao warns on import
+    from torchao.quantization import quantize_
 
 
 class Tied(nn.Module):
@@ -54,6 +60,29 @@ def test_int4_stays_within_half_a_step_of_each_weight() -> None:
     assert (error[~clipped] <= (0.501 + rounding) * step[~clipped]).all()
     assert (error[clipped] <= (1.001 + rounding) * step[clipped]).all()
     assert error.max() > 0
+
+
+@pytest.mark.parametrize("embeddings", ["int8", "int4"])
+def test_int4_quantizes_rows_in_blocks_as_torchao_does_at_once(
+    monkeypatch: pytest.MonkeyPatch, embeddings: Literal["int8", "int4"]
+) -> None:
+    model, whole = tied(), tied()
+    monkeypatch.setattr(int4, "_BLOCK_VALUES", 7 * 32)  # 50 rows: a last block of one row
+    random_state = torch.get_rng_state()
+    settings = Int4(int8_linears=("lm_head",), embeddings=embeddings)
+    settings.apply(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    four_bits, eight_bits = int4._linear_configs(32)
+    table = int4._table_config(8 if embeddings == "int8" else 4, 32)
+    for name, config in (("embed_tokens", table), ("lm_head", eight_bits), ("body", four_bits)):
+        expected = whole.get_submodule(name)
+        with silence_libraries():
+            quantize_(expected, config, filter_fn=lambda *_: True)
+        layer = model.get_submodule(name)
+        assert repr(layer.weight) == repr(expected.weight)
+        assert repr(layer) == repr(expected).replace("padding_idx=0, ", "")
+        for part in layer.weight.tensor_data_names:
+            assert torch.equal(getattr(layer.weight, part), getattr(expected.weight, part)), (name, part)
 
 
 def test_int4_unties_the_head_from_the_table() -> None:

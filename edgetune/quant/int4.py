@@ -21,6 +21,8 @@ from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.size import weight_bits
 from edgetune.quant.tables import looks_up
 
+_BLOCK_VALUES = 2**19  # of a weight that are quantized at once: 2 MiB in float32
+
 
 class Int4(Technique):
     """Quantize linear weights to 4 bits, symmetric, with one scale for each `group_size` inputs of an output.
@@ -227,9 +229,31 @@ def _table_config(bits: Literal[4, 8], group_size: int) -> Any:
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]
 
 
-def _quantize(layer: nn.Module, config: Any) -> None:
-    """Quantize this one layer's weight. Each layer reads the float weight it holds, so tied ones stay right."""
+def _quantize(layer: Any, config: Any) -> None:
+    """Quantize this one layer's weight. Each layer reads the float weight it holds, so tied ones stay right.
+
+    A few rows at a time: torchao writes half a dozen temporaries of the weight's size, which then stay in the cache.
+    """
     from torchao.quantization import quantize_
 
+    blocks = layer.weight.detach().split(max(1, _BLOCK_VALUES // layer.weight.shape[1]))
+    layer.weight = nn.Parameter(blocks[0], requires_grad=False)  # torchao then also shows the type in `repr(layer)`
+    parts = [layer]
+    for block in blocks[1:]:
+        part: Any = (nn.Linear if isinstance(layer, nn.Linear) else nn.Embedding)(1, 1, device="meta")
+        part.weight = nn.Parameter(block, requires_grad=False)
+        parts.append(part)
     with silence_libraries():
-        quantize_(layer, config, filter_fn=lambda module, _: module is layer)
+        for part in parts:
+            quantize_(part, config, filter_fn=lambda module, _, part=part: module is part)
+    if len(parts) > 1:
+        layer.weight = nn.Parameter(_join_rows([part.weight for part in parts]), requires_grad=False)
+
+
+def _join_rows(blocks: list[Any]) -> Tensor:
+    """One weight from blocks of its rows, all quantized by the same settings."""
+    first = blocks[0]
+    tensors = {name: torch.cat([getattr(block, name) for block in blocks]) for name in first.tensor_data_names}
+    settings = {name: getattr(first, name) for name in first.tensor_attribute_names}
+    joined: Tensor = type(first.data)(**tensors, **settings)
+    return joined
