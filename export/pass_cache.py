@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+
+from edgetune.export.shape_rules import infer_shapes
 
 _HOOKS = (
     "call_operator", "call_sym", "call_cond", "call_map", "call_while", "call_scan", "call_getitem", "call_delegate",
@@ -83,7 +85,8 @@ def fast_decompositions() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with infer_shapes():
+            yield
     finally:
         if was_enabled:
             gc.enable()
@@ -173,17 +176,18 @@ def _compile_if_called(stock: Any) -> Any:
 
 def _decompose_if_needed(stock: Any) -> Any:
     """As stock, for captured programs, which are functional, without the decompositions that would change nothing."""
-    results: WeakSet[ExportedProgram] = WeakSet()
+    survivors: WeakKeyDictionary[ExportedProgram, set[Any]] = WeakKeyDictionary()  # by result of a decomposition
 
     def run_decompositions(
         self: ExportedProgram, decomp_table: Mapping[Any, Any] | None = None, **options: Any
     ) -> ExportedProgram:
         if decomp_table is not None and not decomp_table:
             return self  # executorch then decomposes with a table, which retraces the graph as well
-        if decomp_table is not None and self in results and _operators(self).isdisjoint(decomp_table):
+        if decomp_table is not None and self in survivors and _operators(self) & set(decomp_table) <= survivors[self]:
             return self  # the caller changes what it gets in place, so never the captured program
+        operators = set() if decomp_table is None else set(decomp_table)  # torch takes operators out of the table
         result: ExportedProgram = stock(self, decomp_table, **options)
-        results.add(result)
+        survivors[result] = _operators(result) & operators  # such as `sym_size`, which decomposes into itself
         return result
 
     return run_decompositions

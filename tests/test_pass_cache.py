@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.core.quiet import silence_libraries
+from edgetune.export import lower
+from edgetune.export.language.cached import CachedDecoder
 from edgetune.export.pass_cache import fast_decompositions, fast_lowering
+from edgetune.export.shape_rules import infer_shapes
+from edgetune.export.targets import TARGETS
 from edgetune.quant import pt2e
+from edgetune.quant.int4 import Int4
+from support.decoders import llama
 
 
 class Mixed(nn.Module):
@@ -124,3 +134,65 @@ def test_the_quantizer_annotates_what_it_does_alone(monkeypatch: pytest.MonkeyPa
     assert fast.code == stock.code
     assert "dequantize_per_channel" in fast.code
     assert torch.equal(fast(pixels), stock(pixels))
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((2, 3, 8), [1, 1, 8]), ((6, 64), [1, 32]), ((6, 64), [1, 64]), ((5,), [5])]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_shapes_of_quantized_operators_are_those_that_torchao_computes(
+    shape: tuple[int, ...], block: list[int], dtype: torch.dtype, keepdim: bool
+) -> None:
+    torchao = torch.ops.torchao
+
+    def shapes() -> list[Any]:
+        with FakeTensorMode():
+            values, results = torch.empty(shape, dtype=dtype), []
+            for mapping in ("SYMMETRIC", "ASYMMETRIC"):
+                for zeros in (None, torch.int8):
+                    settings = (mapping, block, torch.int8, -128, 127, None, None, zeros, keepdim)
+                    scale, zero_point = torchao.choose_qparams_affine(values, *settings)
+                    integers = torchao.quantize_affine(values, block, scale, zero_point, torch.int8, -128, 127)
+                    back = torchao.dequantize_affine(integers, block, scale, zero_point, torch.int8, output_dtype=dtype)
+                    results += [scale, zero_point, integers, back]
+            results.append(torchao.quantize_affine(values, block, scale, zero_point, torch.uint4))
+        return [(type(result), result.shape, result.dtype, result.stride()) for result in results]
+
+    computed = shapes()
+    with infer_shapes(), Calls() as calls:
+        assert shapes() == computed
+        assert set(calls.names) <= {"aten.empty.memory_format", "aten.new_empty.default"}
+        values = torch.randn(4, 32)  # values are computed
+        inside = torchao.choose_qparams_affine(values, "SYMMETRIC", [1, 32], torch.int8)
+        traced = make_fx(lambda x: torchao.choose_qparams_affine(x, "SYMMETRIC", [1, 32], torch.int8))(values)
+    outside = torchao.choose_qparams_affine(values, "SYMMETRIC", [1, 32], torch.int8)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+    assert "amax" in traced.code, "what is recorded is computed"
+
+
+class Calls(TorchDispatchMode):
+    """The operators that were called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_the_fast_lowering_of_a_decoder_gives_the_bytes_of_the_stock_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowering = importlib.import_module("edgetune.export.language.lower")
+    model = Int4().apply(llama())
+
+    def data() -> bytes:
+        with silence_libraries():
+            return lowering.lower(CachedDecoder(model, 40).eval(), 32, TARGETS["xnnpack"], {})["token"].data
+
+    fast = data()
+    monkeypatch.setattr(lower, "fast_lowering", contextlib.nullcontext)
+    monkeypatch.setattr(lowering, "fast_decompositions", contextlib.nullcontext)
+    assert data() == fast

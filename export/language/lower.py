@@ -20,6 +20,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.export import quantized_weights
 from edgetune.export.language.cached import CachedDecoder
 from edgetune.export.lower import Lowered, compile_program
+from edgetune.export.pass_cache import fast_decompositions
 from edgetune.export.targets.target import Target
 from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
@@ -36,8 +37,9 @@ def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict
     with silence_libraries(), torch.no_grad(), model.attending():
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators
 
-        program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])
-        prepare(program)
+        with fast_decompositions():
+            program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])
+            prepare(program)
         lowered = compile_program(program, target, facts=facts)
         with _assume_one_token(program):
             single = operators.describe(program, lowered.placed)
