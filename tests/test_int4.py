@@ -11,7 +11,7 @@ from torch import nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import silence_libraries
-from edgetune.quant import int4
+from edgetune.quant import blocks, int4
 from edgetune.quant.int4 import Int4
 from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
 
@@ -67,7 +67,7 @@ def test_int4_quantizes_rows_in_blocks_as_torchao_does_at_once(
     monkeypatch: pytest.MonkeyPatch, embeddings: Literal["int8", "int4"]
 ) -> None:
     model, whole = tied(), tied()
-    monkeypatch.setattr(int4, "_BLOCK_VALUES", 7 * 32)  # 50 rows: a last block of one row
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 7 * 32)  # 50 rows: a last block of one row
     random_state = torch.get_rng_state()
     settings = Int4(int8_linears=("lm_head",), embeddings=embeddings)
     settings.apply(model)
@@ -83,6 +83,30 @@ def test_int4_quantizes_rows_in_blocks_as_torchao_does_at_once(
         assert repr(layer) == repr(expected).replace("padding_idx=0, ", "")
         for part in layer.weight.tensor_data_names:
             assert torch.equal(getattr(layer.weight, part), getattr(expected.weight, part)), (name, part)
+
+
+def test_large_quantized_layers_are_unpacked_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 7 * 32)
+    model = tied()
+    model.lm_head.bias = nn.Parameter(torch.randn(50))
+    Int4(int8_linears=("lm_head",)).apply(model)
+    unpacked: list[int] = []
+    dequantize = type(model.body.weight).dequantize
+
+    def count_rows(weight: torch.Tensor) -> torch.Tensor:
+        unpacked.append(weight.shape[0])
+        return dequantize(weight)
+
+    monkeypatch.setattr(type(model.body.weight), "dequantize", count_rows)
+    ids = torch.arange(6)
+    expected = model(ids)
+    assert sorted(unpacked) == [32, 50, 50], "the table, the body and the head"
+    unpacked.clear()
+    with blocks.unpack_by_rows(model):
+        assert torch.allclose(model(ids), expected, atol=1e-5)
+    assert sum(unpacked) == len(ids) + 32 + 50
+    assert max(unpacked) == 7
+    assert torch.equal(model(ids), expected)
 
 
 def test_int4_unties_the_head_from_the_table() -> None:

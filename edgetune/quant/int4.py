@@ -18,10 +18,9 @@ from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.reads import readers_of, refuse_readers
+from edgetune.quant.blocks import quantize_layer
 from edgetune.quant.size import weight_bits
 from edgetune.quant.tables import looks_up
-
-_BLOCK_VALUES = 2**19  # of a weight that are quantized at once: 2 MiB in float32
 
 
 class Int4(Technique):
@@ -88,10 +87,10 @@ class Int4(Technique):
         table_config = _table_config(4 if self.embeddings == "int4" else 8, self.group_size)
         for table in tables.values():
             table.padding_idx = None  # type: ignore[assignment]
-            _quantize(table, table_config)
+            quantize_layer(table, table_config)
         four_bits, eight_bits = _linear_configs(self.group_size)
         for name, layer in linears.items():
-            _quantize(layer, eight_bits if name in wide else four_bits)
+            quantize_layer(layer, eight_bits if name in wide else four_bits)
         return model.requires_grad_(False)
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -227,33 +226,3 @@ def _table_config(bits: Literal[4, 8], group_size: int) -> Any:
     if bits == 8:
         return IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]
-
-
-def _quantize(layer: Any, config: Any) -> None:
-    """Quantize this one layer's weight. Each layer reads the float weight it holds, so tied ones stay right.
-
-    A few rows at a time: torchao writes half a dozen temporaries of the weight's size, which then stay in the cache.
-    """
-    from torchao.quantization import quantize_
-
-    blocks = layer.weight.detach().split(max(1, _BLOCK_VALUES // layer.weight.shape[1]))
-    layer.weight = nn.Parameter(blocks[0], requires_grad=False)  # torchao then also shows the type in `repr(layer)`
-    parts = [layer]
-    for block in blocks[1:]:
-        part: Any = (nn.Linear if isinstance(layer, nn.Linear) else nn.Embedding)(1, 1, device="meta")
-        part.weight = nn.Parameter(block, requires_grad=False)
-        parts.append(part)
-    with silence_libraries():
-        for part in parts:
-            quantize_(part, config, filter_fn=lambda module, _, part=part: module is part)
-    if len(parts) > 1:
-        layer.weight = nn.Parameter(_join_rows([part.weight for part in parts]), requires_grad=False)
-
-
-def _join_rows(blocks: list[Any]) -> Tensor:
-    """One weight from blocks of its rows, all quantized by the same settings."""
-    first = blocks[0]
-    tensors = {name: torch.cat([getattr(block, name) for block in blocks]) for name in first.tensor_data_names}
-    settings = {name: getattr(first, name) for name in first.tensor_attribute_names}
-    joined: Tensor = type(first.data)(**tensors, **settings)
-    return joined

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.registry import require
 from edgetune.export.lower import check_finalized
+from edgetune.quant.blocks import unpack_by_rows
 
 _NAME = "edgetune-static-cache"
 
@@ -181,8 +182,9 @@ def _record_shapes(model: nn.Module, config: Any) -> list[tuple[Shape, Shape]]:
         # attention to a single token gives its value
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
 
-    with torch.no_grad(), _replace_attention(config, record):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    body: Any = model.base_model  # without the head, the largest layer
+    with torch.no_grad(), unpack_by_rows(body), _replace_attention(config, record):
+        body(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     layers = range(config.num_hidden_layers)
     missing = [str(layer) for layer in layers if layer not in shapes]
     if missing:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import OutputParity, Parity
+from edgetune.quant.blocks import unpack_by_rows
 from edgetune.runtime.allowed import FLOAT, allowed_difference
 from edgetune.runtime.language import greedy_in_child
 
@@ -64,7 +65,7 @@ def compare(
 def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """The model's logits `(len(answer), vocabulary)` for each token of the answer."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])
-    with torch.inference_mode():
+    with torch.inference_mode(), unpack_by_rows(model):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
     return logits
 
