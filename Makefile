@@ -57,6 +57,7 @@ bench-sparse: $(VENV)/.test  ## compare sparse backpropagation with full fine-tu
 
 bench-export: $(VENV)/.llama  ## export model families: parity, delegated share, size; compare text generation with llama.cpp (hours)
 	$(BENCH)/bench_export.py; first=$$?; $(BENCH)/bench_language.py && exit $$first
+	$(BENCH)/bench_big_language.py
 
 tables: $(VENV)/.test pages  ## make docs/nn.md (export all of torch.nn) and docs/peft.md (merge all of peft) (half an hour)
 	$(BENCH)/nn_table.py --write docs/nn.md

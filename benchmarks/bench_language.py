@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("bench_language_worker.py")
 ENGINES = ("program", "eager bf16", "eager fp32", "llama.cpp Q4_0")
 MAX_PTE_BYTES, MAX_EXPORT_S, MAX_EXPORT_MIB, MAX_SIZE_SHARE = 120e6, 60.0, 2048.0, 1 / 5
+MAX_LOAD_MS = 600.0
 MIB = 2**20
 
 Found = dict[str, Any]
@@ -115,6 +116,8 @@ def verdicts(found: Found) -> list[tuple[bool, str]]:
     for engine in ("eager bf16", "eager fp32"):
         other = statistics.median(speed(lm, engine, "decode"))
         lines.append((decode >= other, f"decodes {decode / other:.2f} times as fast as {engine}"))
+    load_ms = statistics.median(row["load_ms"] for row in lm["engines"]["program"])
+    lines.append((load_ms <= MAX_LOAD_MS, f"loads in {load_ms:,.0f} ms (goal: {MAX_LOAD_MS:.0f})"))
     for bits in ("fp32", "8da4w"):
         seconds, mib = bert[bits]["export_s"], bert[bits]["export_peak_mib"]
         text = f"MiniLM {bits}: exported in {seconds:.1f} s (goal: 60) and {mib:,.0f} MiB (goal: 2,048)"

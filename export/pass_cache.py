@@ -21,6 +21,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgetune.export.replayed_values import keep_values
 from edgetune.export.shape_rules import infer_shapes
 
 _HOOKS = (
@@ -52,7 +53,7 @@ def fast_lowering() -> Iterator[None]:
     fx.GraphModule.recompile = _compile_if_called(stock_compile)  # type: ignore[method-assign]
     quant_fusion_pass.QuantFusionPass.call = _fuse_if_quantized(stock_fusion, quant_fusion_pass)
     try:
-        with fast_decompositions():
+        with fast_decompositions(), keep_values():
             yield
     finally:
         pass_base._ExportPassBase.call = stock_call

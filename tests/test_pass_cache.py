@@ -19,6 +19,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.export import lower
 from edgetune.export.language.cached import CachedDecoder
 from edgetune.export.pass_cache import fast_decompositions, fast_lowering
+from edgetune.export.replayed_values import keep_values
 from edgetune.export.shape_rules import infer_shapes
 from edgetune.export.targets import TARGETS
 from edgetune.quant import pt2e
@@ -144,6 +145,8 @@ def test_the_quantizer_annotates_what_it_does_alone(monkeypatch: pytest.MonkeyPa
 def test_shapes_of_quantized_operators_are_those_that_torchao_computes(
     shape: tuple[int, ...], block: list[int], dtype: torch.dtype, keepdim: bool
 ) -> None:
+    with silence_libraries():
+        importlib.import_module("torchao.quantization")  # registers the operators
     torchao = torch.ops.torchao
 
     def shapes() -> list[Any]:
@@ -181,6 +184,39 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(operator))
         return operator(*args, **(kwargs or {}))
+
+
+def test_a_pass_runs_only_the_operators_that_it_changes() -> None:
+    with silence_libraries():
+        from executorch.exir.pass_base import ExportPass
+
+    class Rewritten(ExportPass):
+        def call_operator(self, op: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+            return super().call_operator(torch.ops.aten.tanh.default if "silu" in str(op) else op, args, kwargs, meta)
+
+    class Narrowed(ExportPass):
+        def call_operator(self, op: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+            if "silu" in str(op):
+                args = (super().call_operator(torch.ops.aten.to.dtype, (args[0], torch.float16), {}, meta),)
+            return super().call_operator(op, args, kwargs, meta)
+
+    class Steps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (F.silu(x.sin()).cos() + 1.5).relu()
+
+    with silence_libraries():
+        sizes = {"x": {0: torch.export.Dim("rows", min=2, max=9)}}
+        program = torch.export.export(Steps(), (torch.randn(4, 3),), dynamic_shapes=sizes, strict=False)
+        stock = {kind: kind()(program.graph_module).graph_module for kind in (Rewritten, Narrowed)}
+        with keep_values(), Calls() as calls:
+            same = Rewritten()(program.graph_module).graph_module
+            assert calls.names == ["aten.tanh.default"]
+            narrow = Narrowed()(program.graph_module).graph_module
+    for graph_module, expected in ((same, stock[Rewritten]), (narrow, stock[Narrowed])):
+        assert graph_module.code == expected.code
+        pairs = zip(graph_module.graph.nodes, expected.graph.nodes, strict=True)
+        assert all(str(a.meta.get("val")) == str(b.meta.get("val")) for a, b in pairs)
+    assert narrow.graph.output_node().args[0][0].meta["val"].dtype == torch.float16
 
 
 @pytest.mark.slow
