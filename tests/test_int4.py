@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from typing import Literal
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.freed import release_freed_memory
 from edgetune.core.quiet import silence_libraries
 from edgetune.quant import blocks, int4
 from edgetune.quant.int4 import Int4
 from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
+from edgetune.runtime.clock.machine import resident_mib
 
 with silence_libraries():  # torchao warns on import
     from torchao.quantization import quantize_
@@ -166,3 +169,14 @@ def test_int4_copies_and_counts_a_shared_layer_once() -> None:
     model = Int4().apply(nn.ModuleDict({"a": layer, "b": layer}))
     assert stored_bytes(model) == tensor_bytes(layer.weight)
     assert stored_bytes(copy.deepcopy(model)) == stored_bytes(model)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no call for it")
+def test_freed_memory_is_returned_to_the_system() -> None:
+    blocks_of_64_kib = [torch.ones(2**14) for _ in range(2**11)]  # 128 MiB on the heap
+    last = blocks_of_64_kib[1::64]  # some of them stay, between those that are freed
+    before = resident_mib("VmRSS")
+    del blocks_of_64_kib
+    release_freed_memory()
+    assert resident_mib("VmRSS") < before - 64
+    assert all(bool((block == 1).all()) for block in last)

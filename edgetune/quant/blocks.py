@@ -27,23 +27,35 @@ def quantize_layer(layer: Any, config: Any) -> None:
     """
     blocks = layer.weight.detach().split(_rows(layer.weight))
     layer.weight = nn.Parameter(blocks[0], requires_grad=False)  # torchao then also shows the type in `repr(layer)`
-    parts = [_quantize(layer, config)]
-    for block in blocks[1:]:
-        part: Any = (nn.Linear if isinstance(layer, nn.Linear) else nn.Embedding)(1, 1, device="meta")
-        part.weight = nn.Parameter(block, requires_grad=False)
-        parts.append(_quantize(part, config))
-        del part.weight  # torchao leaves a cycle of references in each module
-    if len(parts) > 1:
-        layer.weight = nn.Parameter(_join_rows(parts), requires_grad=False)
+    first = _quantize(layer, config)
+    if len(blocks) == 1:
+        return
+    rows = sum(len(block) for block in blocks)
+    tensors = {name: getattr(first, name) for name in first.tensor_data_names}
+    whole = {name: tensor.new_empty(rows, *tensor.shape[1:]) for name, tensor in tensors.items()}
+    start = 0
+    for block in blocks:
+        quantized = first if start == 0 else _quantize_block(layer, block, config)
+        for name, tensor in whole.items():
+            tensor[start : start + len(block)] = getattr(quantized, name)
+        start += len(block)
+    layer.weight = nn.Parameter(_like(first, whole.values()), requires_grad=False)
 
 
-def _quantize(layer: Any, config: Any) -> Tensor:
+def _quantize_block(layer: nn.Module, block: Tensor, config: Any) -> Any:
+    part: Any = (nn.Linear if isinstance(layer, nn.Linear) else nn.Embedding)(1, 1, device="meta")
+    part.weight = nn.Parameter(block, requires_grad=False)
+    weight = _quantize(part, config)
+    del part.weight  # torchao leaves a cycle of references in each module
+    return weight
+
+
+def _quantize(layer: Any, config: Any) -> Any:
     from torchao.quantization import quantize_
 
     with silence_libraries():
         quantize_(layer, config, filter_fn=lambda module, _: module is layer)
-    weight: Tensor = layer.weight
-    return weight
+    return layer.weight
 
 
 @contextmanager
@@ -84,11 +96,6 @@ def _rows(weight: Tensor) -> int:
 def _split_rows(weight: Any) -> list[Tensor]:
     tensors = [getattr(weight, name).split(_rows(weight)) for name in weight.tensor_data_names]
     return [_like(weight, block) for block in zip(*tensors, strict=True)]
-
-
-def _join_rows(blocks: list[Any]) -> Tensor:
-    joined: Tensor = _like(blocks[0], [torch.cat([getattr(b, n) for b in blocks]) for n in blocks[0].tensor_data_names])
-    return joined
 
 
 def _like(weight: Any, tensors: Any) -> Any:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
+from edgetune.core.freed import release_freed_memory
 from edgetune.core.layers import matches, select
 from edgetune.core.plain import computed_tensor, refuse_computed
 from edgetune.core.quiet import silence_libraries
@@ -91,6 +92,7 @@ class Int4(Technique):
         four_bits, eight_bits = _linear_configs(self.group_size)
         for name, layer in linears.items():
             quantize_layer(layer, eight_bits if name in wide else four_bits)
+        release_freed_memory()  # the weights in floating point
         return model.requires_grad_(False)
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

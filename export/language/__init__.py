@@ -13,6 +13,7 @@ from torch import nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
+from edgetune.core.freed import release_freed_memory
 from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_state
@@ -80,6 +81,7 @@ def export_language(
         prefill = min(prefill_tokens, max_tokens)
         facts = _facts(program, backend_tokenizer, spec, prefill)
         lowered = lower(program, prefill, chosen, facts)
+        release_freed_memory()  # the graphs, and the weights in the forms that lowering gave them
 
         def prove(partial: Path) -> Manifest:
             compared, first = None, None
