@@ -74,7 +74,7 @@ def unpack_by_rows(model: nn.Module) -> Iterator[None]:
 
 def _multiply_by_rows(layer: nn.Linear, values: Tensor) -> Tensor:
     weights = _split_rows(layer.weight)
-    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(_rows(layer.weight))
+    biases = [None] * len(weights) if layer.bias is None else torch.split(layer.bias, _rows(layer.weight))
     return torch.cat([F.linear(values, w, b) for w, b in zip(weights, biases, strict=True)], -1)
 
 
