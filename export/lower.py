@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from edgetune.capture import failures, operators
 from edgetune.capture.dynamic import Axis
 from edgetune.capture.graph import capture, prepare
+from edgetune.capture.narrow import narrow
 from edgetune.capture.operators import Placed
 from edgetune.capture.reparameterize import Report, reparameterize
 from edgetune.core.carriers import is_wrapped
@@ -78,19 +79,22 @@ def lower(
     target: Target,
     axes: Sequence[Axis] = (),
     layout: Layout = DEFAULT_LAYOUT,
+    dtype: torch.dtype = torch.float32,
 ) -> Lowered:
     """Lower `model`, in eval mode, for exactly the shapes of `inputs`, or for every size that `axes` allow.
 
-    With `axes`, `inputs` have the largest sizes, and operators are counted at those sizes.
+    With `axes`, `inputs` have the largest sizes, and operators are counted at those sizes. `dtype` is the type that the
+    program computes in; it takes and returns the types of `model`.
     Raises `EdgetuneError` (exit code 5) with the operators that cannot be lowered and their modules.
     """
-    return lower_methods({"forward": (model, inputs, axes)}, target, layout)["forward"]
+    return lower_methods({"forward": (model, inputs, axes)}, target, layout, dtype)["forward"]
 
 
 def lower_methods(
     methods: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Sequence[Axis]]],
     target: Target,
     layout: Layout = DEFAULT_LAYOUT,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Lowered]:
     """Lower several models into one program, each as a method; all methods share `data` and `weights`."""
     programs, folded = {}, {}
@@ -98,6 +102,7 @@ def lower_methods(
         for name, (model, inputs, axes) in methods.items():
             quantized_weights.check(model, target)
             plain, folded[name] = reparameterize(model, inputs)
+            plain = plain if dtype == torch.float32 else narrow(plain, dtype)
             try:
                 programs[name] = capture(plain, inputs, target.name, axes)
                 failures.check_drawn(programs[name])

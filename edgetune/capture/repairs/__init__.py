@@ -16,6 +16,7 @@ from edgetune.capture.repairs import (
     adaptive,
     attention,
     bags,
+    bfloat,
     complexes,
     constants,
     decomposed,
@@ -44,6 +45,7 @@ Decomposition = Callable[..., Any]
 # Operators that XNNPACK leaves to portable kernels or computes inaccurately.
 XNNPACK: dict[Any, Decomposition] = {
     **activations.REPAIRS,
+    **bfloat.REPAIRS,
     **expand.REPAIRS,
     **gelu.REPAIRS,
     **indexing.REPAIRS,
@@ -90,6 +92,7 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     if target == "xnnpack":
         scalars.as_floats(program)
         norms.unchain(program)
+        bfloat.widen(program)
     if target in ("xnnpack", "vulkan"):  # Vulkan's passes fail on a mask that is computed from constants
         constants.fold(program)
     if target == "xnnpack":
