@@ -52,9 +52,9 @@ def export(
     `min_same_prediction_pct` of the predictions agree. The error names the innermost module in which the difference
     begins. Then nothing new is left at `path`.
 
-    `dtype` is the type that the program computes in: "fp32", "bf16" or "fp16". It is called as before, with the types of
-    the model, and compared with the model as it is. In 16 bits a program is half as large. XNNPACK computes most
-    operators in fp16; in bf16 it has no convolutions, and attention stays in fp32.
+    `dtype` is the type that the program computes in: "fp32", "bf16" or "fp16". In 16 bits it is half as large, called
+    with the types of the model as before, and compared with the model as it is. XNNPACK computes almost everything
+    in fp16; in bf16 it has no convolutions, and attention stays in fp32.
 
     `carried` is the metadata that an app needs: it is written to `model.json`, its tokenizer to
     `model.tokenizer.json`, and a model card to `model.md`.

@@ -26,6 +26,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.export import external_weights, kernels, quantized_weights
 from edgetune.export.arena import ArenaPlan, plan_smallest_arena
 from edgetune.export.dedupe_constants import dedupe_constants
+from edgetune.export.fp16_weights import fp16_weights
 from edgetune.export.pass_cache import fast_decompositions, fast_lowering
 from edgetune.export.targets.target import LoweringPlan, Target
 from edgetune.program import operator_kinds
@@ -131,7 +132,7 @@ def compile_programs(
         target.check(program)
     planning = plan_smallest_arena(io_in_plan=layout.io_in_plan)
     try:
-        with fast_lowering(), dedupe_constants() as savings:
+        with fast_lowering(), fp16_weights(), dedupe_constants() as savings:
             edge = _lower_to_backend({name: target.plan(program, target) for name, program in programs.items()}, facts)
             if layout.external_data:
                 external_weights.externalize_weights(edge)

@@ -11,10 +11,11 @@ from torch import nn
 
 from edgetune.capture import dynamic
 from edgetune.capture.dynamic import Dynamic
+from edgetune.capture.narrow import TORCH_DTYPES
 from edgetune.capture.operators import delegated_pct
 from edgetune.capture.positional import Positional, as_program
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.floats import TORCH_DTYPES, FloatType
+from edgetune.core.floats import FloatType, check_types
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_buffers
@@ -61,9 +62,10 @@ def export_program(
     dtype: FloatType = "fp32",
 ) -> Artifact:
     """See `edgetune.export.export`."""
+    check_types(dtype)
     chosen = choose_target(path, device, target)
     check_finalized(model)
-    floats = dtype_of(dtype)
+    floats = TORCH_DTYPES[dtype]
     axes = dynamic.axes_of(sizes or {}, names_of(example_inputs), tensors_of(example_inputs))
     inputs = prepare_inputs(example_inputs, check_inputs, axes, one_row=one_row)
     if chosen.runs_here:
@@ -103,16 +105,19 @@ def choose_target(path: Path, device: str | None, target: str | None) -> Target:
     return chosen
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The type that a program computes in. Raises `EdgetuneError` for an unknown name."""
-    if name not in TORCH_DTYPES:
-        raise EdgetuneError("unknown dtype of a program", got=name, allowed=TORCH_DTYPES)
-    return TORCH_DTYPES[name]
-
-
 def check_narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Raise for a model that cannot be written in 16-bit floats: one with static 8-bit activations."""
-    if dtype != torch.float32 and allowed_difference(model) >= STATIC_INT8:
+    """Raise for a model that cannot be written in 16-bit floats: one in integers, or in 16 bits already."""
+    if dtype == torch.float32:
+        return
+    halves = {t.dtype for t in (*model.parameters(), *model.buffers())} & set(TORCH_DTYPES.values()) - {torch.float32}
+    if halves:
+        raise EdgetuneError(
+            "the model computes in 16 bits already",
+            got=", ".join(sorted(str(half).removeprefix("torch.") for half in halves)),
+            action="leave dtype out, or call model.float(): the program is then compared with that",
+            exit_code=Exit.EXPORT,
+        )
+    if allowed_difference(model) >= STATIC_INT8:
         raise EdgetuneError(
             "the model is quantized to static int8: its layers pass integers on, and hold no floats to write in 16 "
             "bits",

@@ -1,9 +1,8 @@
 """Convert a model to 16-bit floats such that it is called as before: it takes and returns the types of the fp32 model.
 
 Some layers stay in fp32, with a conversion before and after each: in bf16, convolutions, batch norms and linears with
-8-bit weights, which XNNPACK has in fp32 and fp16 only; quantized tables, whose kernels read scales in the type that they
-return; and quantized heads, whose logits would be rounded to 8 bits of mantissa, so that several tokens would share the
-largest one.
+8-bit weights, which XNNPACK has in fp32 and fp16 only; and quantized tables, whose kernels read scales in the type that
+they return. A quantized head returns fp32: logits with 8 bits of mantissa would make several tokens equally likely.
 """
 
 from __future__ import annotations
@@ -17,9 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
+from edgetune.core.floats import FloatType
 
+TORCH_DTYPES: dict[FloatType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WITHOUT_BF16 = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
-_ROTARY = "inv_freq"  # angles of a position grow with it: rounded to 8 bits, they are wrong from a few hundred tokens on
+_ROTARY = (
+    "inv_freq"  # angles of a position grow with it: rounded to 8 bits, they are wrong from a few hundred tokens on
+)
 
 
 def narrow(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -36,7 +39,7 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             keep_wide(module, None if id(module) in heads else dtype)
         elif _is_quantized(module):
             _retype(module, dtype)
-    _check_share(copied, wide, dtype)
+    _check_share(copied, wide)
     for module in copied.modules():
         _convert(module, wide, dtype)
     copied.register_forward_pre_hook(lambda _module, args: _cast(args, torch.float32, dtype))
@@ -90,7 +93,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (b for name, b in module._buffers.items() if b is not None and not name.endswith(_ROTARY))
 
 
-def _check_share(model: nn.Module, wide: set[int], dtype: torch.dtype) -> None:
+def _check_share(model: nn.Module, wide: set[int]) -> None:
     """Raise if more than half of the floating-point weights stay in fp32."""
     held = [(m, tensor) for m in model.modules() for tensor in _tensors(m) if type(tensor.data) is Tensor]
     floats = {id(t): (m, t) for m, t in held if t.dtype == torch.float32}
@@ -102,7 +105,6 @@ def _check_share(model: nn.Module, wide: set[int], dtype: torch.dtype) -> None:
         raise EdgetuneError(
             f"in bf16, {100 * share:.0f} % of the weights would stay in fp32: there is no kernel in bf16 for "
             f"{truncate_list(kinds, 4)}",
-            got=str(dtype).removeprefix("torch."),
             action="export it with dtype: fp16, or leave dtype out",
             exit_code=Exit.EXPORT,
         )

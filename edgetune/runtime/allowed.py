@@ -16,14 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from edgetune.core.floats import UNIT_ROUNDOFF
-
 FLOAT, DYNAMIC_INT8, STATIC_INT8 = 1e-3, 5e-2, 0.25
 ROUNDINGS = 16  # of 16-bit floats
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # largest relative error of one rounding
 
 
 def allowed_difference(model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
-    """How far a value of the program in `dtype` may differ from this model's, by its layers: see the top of this file."""
+    """How far a value of the program in `dtype` may differ from this model's: see the top of this file."""
     allowed = allowed_in(dtype)
     for module in model.modules():
         if isinstance(module, fx.GraphModule):

@@ -6,15 +6,15 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from edgetune.capture.narrow import narrow
+from edgetune.capture.narrow import TORCH_DTYPES, narrow
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
-from edgetune.core.floats import FloatType, KeyValueType
+from edgetune.core.floats import FloatType, KeyValueType, check_types
 from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_state
@@ -23,7 +23,7 @@ from edgetune.export.language import parity
 from edgetune.export.language.cached import CachedDecoder, check_model
 from edgetune.export.language.lower import lower
 from edgetune.export.lower import Lowered
-from edgetune.export.pipeline import advise_on, call_of, check_narrow, choose_target, dtype_of, manifest_of
+from edgetune.export.pipeline import advise_on, call_of, check_narrow, choose_target, manifest_of
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.card import write_card
@@ -65,15 +65,16 @@ def export_language(
     text), the first `check_tokens` greedy tokens of the program are compared with those of the model in eager mode.
     A bf16 or fp16 model is exported as a float32 copy and compared with that copy; the manifest has a note about it.
 
-    `dtype` is the type that the program computes in, next to quantized layers: "fp32", "bf16" or "fp16"; logits are fp32.
-    `cache_dtype` is that of the cache (None: `dtype`); "int8" is a quarter of fp32's, with a scale for each head of a
-    position. In every type the program is compared with the model in fp32.
+    `dtype` is the type that the program computes in, next to quantized layers: "fp32", "bf16" or "fp16"; its logits are
+    fp32. `cache_dtype` is that of the cache (None: `dtype`); "int8" takes a third of fp32's, with a scale for each head
+    of a position. In every type the program is compared with the model in fp32.
 
     Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) if the model
     cannot be lowered, if the program does not run, or if fewer than `min_same_prediction_pct` of the tokens agree.
     Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
     """
     path = Path(path)
+    check_types(dtype, cache_dtype)
     chosen = _choose_target(model, path, max_tokens, prefill_tokens, device, target)
     backend_tokenizer = without_truncation(tokenizer)
     text = backend_tokenizer.to_str()
@@ -83,8 +84,9 @@ def export_language(
         raise EdgetuneError("the comparison needs at least one prompt, and tokens in every prompt")
     # a text-generation program has no fixed window of tokens to preprocess
     metadata = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
-    floats, stored = _check_types(model, dtype, cache_dtype)
+    floats, stored = TORCH_DTYPES[dtype], cache_dtype or dtype
     model, converted = _convert_to_float32(model)
+    check_narrow(model, floats)
     with _as_program(model, max_tokens, floats, stored) as program:
         prefill = min(prefill_tokens, max_tokens)
         facts = _facts(program, backend_tokenizer, spec, prefill)
@@ -103,7 +105,8 @@ def export_language(
             section = _section(program, spec, facts, lowered["prompt"].shared_bytes, first)
             calls = _calls(lowered, section, compared)
             also = ", and compared with the model in float32" if compared is not None else ""
-            note = f"exported in float32 from {converted} weights{also}" if converted else ""
+            computed = str(floats).removeprefix("torch.")
+            note = f"exported in {computed} from {converted} weights{also}" if converted else ""
             sections: dict[str, Any] = {"dtype": dtype, "carried": metadata, "language": section, "note": note}
             return manifest_of("language", lowered["prompt"], calls, chosen, device, path, **sections)
 
@@ -175,18 +178,6 @@ def _as_program(
     with preserve_state(model):
         model.eval()
         yield CachedDecoder(model if dtype == torch.float32 else narrow(model, dtype), max_tokens, cache_dtype).eval()
-
-
-def _check_types(
-    model: nn.Module, dtype: str, cache_dtype: KeyValueType | None
-) -> tuple[torch.dtype, KeyValueType]:
-    """The types of the program and its cache. Raises `EdgetuneError` for unknown ones."""
-    floats = dtype_of(dtype)
-    check_narrow(model, floats)
-    stored = cache_dtype or dtype
-    if stored not in get_args(KeyValueType):
-        raise EdgetuneError("unknown cache_dtype of a program", got=stored, allowed=get_args(KeyValueType))
-    return floats, cast(KeyValueType, stored)
 
 
 def _facts(program: CachedDecoder, tokenizer: Any, spec: TokenizerSpec, prefill: int) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.capture.narrow import TORCH_DTYPES
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
-from edgetune.core.floats import TORCH_DTYPES, KeyValueType
+from edgetune.core.floats import KeyValueType
 from edgetune.core.registry import require
 from edgetune.export.lower import check_finalized
 
 _NAME = "edgetune-static-cache"
-_STORED = {**TORCH_DTYPES, "int8": torch.int8}
+_STORED: dict[KeyValueType, torch.dtype] = {**TORCH_DTYPES, "int8": torch.int8}
 _PARTS = ("zero", "scale")  # in the order of the operator's arguments
 
 
@@ -99,7 +100,9 @@ class CachedDecoder(nn.Module):
         rows, settings = query.transpose(1, 2), (self.start, mask, 0.0, mask is None, scaling)
         if self.cache_dtype == "int8":
             quantized, scale, zero = quantize_rows(rows)
-            scales = [getattr(self, f"{kind}_{module.layer_idx}_{part}") for kind in ("key", "value") for part in _PARTS]
+            scales = [
+                getattr(self, f"{kind}_{module.layer_idx}_{part}") for kind in ("key", "value") for part in _PARTS
+            ]
             out = torch.ops.llama.custom_quantized_sdpa(quantized, key, value, *settings, zero, scale, *scales, False)
         else:
             out = torch.ops.llama.custom_sdpa(rows.to(key.dtype), key, value, *settings)

@@ -24,7 +24,6 @@ from edgetune.export.targets.target import Target
 from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 
-
 _ROW_BYTES = {"fp32": 8, "bf16": 4, "fp16": 4, "int8": 5}  # of a query's value and an output's, which is never int8
 
 
