@@ -16,7 +16,6 @@ from edgetune.capture.repairs import (
     adaptive,
     attention,
     bags,
-    bfloat,
     complexes,
     constants,
     decomposed,
@@ -38,6 +37,7 @@ from edgetune.capture.repairs import (
     softmax,
     upsample,
     volumes,
+    widened,
 )
 
 Decomposition = Callable[..., Any]
@@ -45,7 +45,6 @@ Decomposition = Callable[..., Any]
 # Operators that XNNPACK leaves to portable kernels or computes inaccurately.
 XNNPACK: dict[Any, Decomposition] = {
     **activations.REPAIRS,
-    **bfloat.REPAIRS,
     **expand.REPAIRS,
     **gelu.REPAIRS,
     **indexing.REPAIRS,
@@ -56,6 +55,7 @@ XNNPACK: dict[Any, Decomposition] = {
     **power.REPAIRS,
     **softmax.REPAIRS,
     **upsample.REPAIRS,
+    **widened.REPAIRS,
 }
 
 
@@ -92,7 +92,8 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     if target == "xnnpack":
         scalars.as_floats(program)
         norms.unchain(program)
-        bfloat.widen(program)
+    if target in _ON_KERNELS:
+        widened.widen(program, target)
     if target in ("xnnpack", "vulkan"):  # Vulkan's passes fail on a mask that is computed from constants
         constants.fold(program)
     if target == "xnnpack":
