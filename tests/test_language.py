@@ -263,7 +263,7 @@ def test_what_has_no_tokenizer_cannot_talk() -> None:
         exporting.tokenizer_of(ImageClassification(), lambda inputs: inputs)
     assert "hf:PATH" in caught.value.action
     for settings in ({"max_tokens": 64}, {"cache_dtype": "int8"}):
-        with pytest.raises(EdgetuneError, match=f"{next(iter(settings))} is for the cache of a text-generation program"):
+        with pytest.raises(EdgetuneError, match=f"{next(iter(settings))} is for the cache of a text-generation"):
             exporting.export_from("minilm", Path("model.pte"), data="tweets", **settings)  # type: ignore[arg-type]
 
 
