@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +319,22 @@ def test_every_family_in_fp16(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     manifest = exported(family.made(), family.inputs(1), tmp_path, "fp16", min_same_prediction_pct=0).manifest
     assert manifest.main.delegated_macs_pct > 95
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from support.decoders import decoder, export_decoder
+model = decoder("Llama", num_key_value_heads=2, num_hidden_layers=1)
+export_decoder(model, Path(sys.argv[1]), cache_dtype="int8", min_same_prediction_pct=80, check_tokens=8)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_quantized_nothing_has_the_kernels_of_an_int8_cache(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr[-2000:]

@@ -36,7 +36,8 @@ def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict
     quantized_weights.check(model, target)
     inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with silence_libraries(), torch.no_grad(), model.attending():
-        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators
+        import executorch.extension.llm.custom_ops.custom_ops  # registers the cache's operators
+        import executorch.kernels.quantized  # noqa: F401  and the kernels that quantize an int8 cache
         from torch.ao.quantization.fx import _decomposed  # noqa: F401  and those that quantize an int8 cache
 
         program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])
