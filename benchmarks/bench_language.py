@@ -2,9 +2,10 @@
 
     python benchmarks/bench_language.py [--rounds 5] [--tokens 128] [--threads 2] [--layers N] [--out FILE.json]
 
-SmolLM2-135M in 4 bits: size of the `.pte`, greedy tokens beside those of the eager quantized model, tokens per second
-of prefill and decode beside torch in eager mode with a static cache, bf16 and fp32, and beside llama.cpp's Q4_0 where
-`llama_cpp` can be imported (`pip install llama-cpp-python`). MiniLM: time and memory of the export, size, latency.
+SmolLM2-135M in 4 bits, computed in fp32, bf16 and fp16, and with an int8 cache: size of the `.pte`, greedy tokens after
+four prompts beside those of the eager quantized model, tokens per second of prefill and decode beside torch in eager
+mode with a static cache, bf16 and fp32, and beside llama.cpp's Q4_0 where `llama_cpp` can be imported
+(`pip install llama-cpp-python`). MiniLM: time and memory of the export, size, latency.
 Every figure comes from a process of its own; what is compared is taken in turn, `--rounds` times, with as many threads.
 The median and the range are given. Exit code 1 where something held to is missed. `--layers` is for trying it out.
 """
@@ -25,8 +26,9 @@ from edgetune.run.environment import detect_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("bench_language_worker.py")
-ENGINES = ("program", "eager bf16", "eager fp32", "llama.cpp Q4_0")
-MAX_PTE_BYTES, MAX_EXPORT_S, MAX_EXPORT_MIB, MAX_SIZE_SHARE = 120e6, 60.0, 2048.0, 1 / 5
+PROGRAMS = ("program", "program, bf16", "program, fp16", "program, int8 cache")
+ENGINES = (*PROGRAMS, "eager bf16", "eager fp32", "llama.cpp Q4_0")
+MAX_PTE_BYTES, MAX_EXPORT_S, MAX_EXPORT_MIB, MAX_SIZE_SHARE, MAX_BF16_PEAK = 120e6, 60.0, 2048.0, 1 / 5, 0.75
 MAX_LOAD_MS = 600.0
 MIB = 2**20
 
@@ -51,8 +53,12 @@ def told(text: str) -> None:
 
 def language(folder: Path, given: argparse.Namespace) -> Found:
     """SmolLM2: the program, then everything that says its tokens, in turn."""
-    found: Found = asked("prepare", folder, folder=str(folder), layers=given.layers, tokens=given.tokens)
-    told(f"exported in {found['export_s']:.0f} s, {found['size_bytes'] / 1e6:.1f} MB")
+    programs: dict[str, Found] = {}
+    for name in PROGRAMS:
+        asking = {"folder": str(folder), "layers": given.layers, "tokens": given.tokens, "engine": name}
+        programs[name] = asked("prepare", folder, **asking)
+        told(f"{name}: exported in {programs[name]['export_s']:.0f} s, {programs[name]['size_bytes'] / 1e6:.1f} MB")
+    found = programs["program"]
     engines = [name for name in ENGINES if name != "llama.cpp Q4_0" or has_llama_cpp(given)]
     prompt = (found["prompt"] * 8)[:128]  # as much as one call takes
     rows: dict[str, list[Found]] = {name: [] for name in engines}
@@ -62,7 +68,8 @@ def language(folder: Path, given: argparse.Namespace) -> Found:
             row = asked("say", folder, folder=str(folder), prompt=prompt, **settings)
             told(f"round {number + 1}, {name}: decode {row['decode_tokens_per_s']:.1f} tokens/s")
             rows[name].append(row)
-    return {**found, "prompt_tokens": len(prompt), "engines": rows}
+    process = asked("process", folder, folder=str(folder))["peak_mib"]
+    return {**found, "prompt_tokens": len(prompt), "engines": rows, "programs": programs, "process_mib": process}
 
 
 def has_llama_cpp(given: argparse.Namespace) -> bool:
@@ -103,6 +110,11 @@ def speed(found: Found, engine: str, what: str) -> list[float]:
     return [row[f"{what}_tokens_per_s"] for row in found["engines"].get(engine, [])]
 
 
+def own_mib(lm: Found, engine: str) -> float:
+    """MiB that an engine adds to the process, at its peak."""
+    return statistics.median(row["peak_mib"] for row in lm["engines"][engine]) - float(lm["process_mib"])
+
+
 def verdicts(found: Found) -> list[tuple[bool, str]]:
     """What is held to, and what was reached."""
     lm, bert = found["language"], found["minilm"]
@@ -113,6 +125,13 @@ def verdicts(found: Found) -> list[tuple[bool, str]]:
         (same == tokens, f"{same} of {tokens} greedy tokens equal those of the eager quantized model, which agrees "
          f"with itself on {itself} when its embeddings change by 2e-7"),
     ]  # fmt: skip
+    if "programs" in lm:
+        half, peaks = lm["programs"]["program, bf16"]["same_tokens"], [own_mib(lm, name) for name in PROGRAMS[:2]]
+        lines += [
+            (half >= same, f"in bf16, {half} of {tokens} greedy tokens equal those of the eager model (fp32: {same})"),
+            (peaks[1] <= MAX_BF16_PEAK * peaks[0], f"in bf16, it adds {peaks[1]:,.0f} MiB to the process, fp32 adds "
+             f"{peaks[0]:,.0f} (goal: 25 % less)"),
+        ]  # fmt: skip
     for engine in ("eager bf16", "eager fp32"):
         other = statistics.median(speed(lm, engine, "decode"))
         lines.append((decode >= other, f"decodes {decode / other:.2f} times as fast as {engine}"))
@@ -138,6 +157,8 @@ def language_table(lm: Found) -> list[str]:
     ]
     for name in ENGINES:
         rows = lm["engines"].get(name)
+        if not rows and name in PROGRAMS:
+            continue
         if not rows:
             lines.append(f"| {name} | not measured: llama_cpp is not installed | | | | |")
             continue
@@ -148,6 +169,21 @@ def language_table(lm: Found) -> list[str]:
             f"| {statistics.median(r['peak_mib'] for r in rows):,.0f} |"
         )
     return lines
+
+
+def types_table(lm: Found) -> list[str]:
+    """The programs by the types that they compute in."""
+    lines = [
+        "| | `.pte`, MB | cache, MiB | plan, MiB | delegates | tokens equal to eager's | added to the process, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in lm.get("programs", {}).items():
+        lines.append(
+            f"| {name} | {row['size_bytes'] / 1e6:.1f} | {row['cache_bytes'] / MIB:.1f} "
+            f"| {row['plan_bytes'] / MIB:.1f} | {row['delegates']} | {row['same_tokens']} of {row['tokens']} "
+            f"| {own_mib(lm, name):,.0f} |"
+        )
+    return lines if len(lines) > 2 else []
 
 
 def minilm_table(bert: Found) -> list[str]:
@@ -189,6 +225,7 @@ def document(found: Found) -> str:
         "",
         *language_table(lm),
         "",
+        *(["By type; the eager model computes in fp32:", "", *types_table(lm), ""] if types_table(lm) else []),
         f"Export: {lm['export_s']:.0f} s, {lm['export_peak_mib']:,.0f} MiB at its peak with the model; "
         f"{lm['delegated_macs_pct']:.1f} % of the MACs are delegated; the rest is attention.",
         "",

@@ -28,6 +28,14 @@ from edgetune.tasks.text_classification import TextClassification
 CACHE = 512
 EIGHT_BITS = ("lm_head", "*.down_proj")  # as in the recipe lm-smollm2
 TOKENS = 64  # of MiniLM's input
+PROMPTS = (
+    "Why does the sea have waves? Answer in a few sentences.", "Write a short story about a lighthouse keeper.",
+    "Explain to a child how a bicycle stays upright.", "List five things to pack for a walk in the mountains.",
+)  # fmt: skip
+PROGRAMS: dict[str, dict[str, str]] = {
+    "program": {}, "program, bf16": {"dtype": "bf16"}, "program, fp16": {"dtype": "fp16"},
+    "program, int8 cache": {"cache_dtype": "int8"},
+}  # fmt: skip
 Says = Callable[[Sequence[int], int], int]  # tokens, and where the first of them stands -> the likeliest next one
 
 
@@ -44,9 +52,9 @@ def loaded(source: str, task: Task, layers: int | None) -> LoadedModel:
 # A language model
 
 
-def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
+def prepare(folder: Path, layers: int | None, tokens: int, engine: str) -> dict[str, Any]:
     """Quantize SmolLM2 and export it; greedy tokens beside eager's, and eager's beside its own, moved by rounding."""
-    from edgetune.export.language import CHECK_PROMPT, export_language
+    from edgetune.export.language import export_language
     from edgetune.export.language.parity import eager_logits
     from edgetune.program.tokenizer import ChatTokenizer
     from edgetune.quant.int4 import Int4
@@ -54,30 +62,34 @@ def prepare(folder: Path, layers: int | None, tokens: int) -> dict[str, Any]:
 
     found = loaded("smollm2", CausalLM(), layers)
     model: Any = Int4(group_size=32, int8_linears=EIGHT_BITS).apply(found.model)
-    path = folder / "model.pte"
+    path = program_path(folder, engine)
+    settings: Any = {**PROGRAMS[engine], "max_tokens": CACHE, "min_same_prediction_pct": 0}
     begun = time.perf_counter()
-    artifact = export_language(model, found.encode.tokenizer, path, max_tokens=CACHE, min_same_prediction_pct=0)  # type: ignore[attr-defined]
+    artifact = export_language(model, found.encode.tokenizer, path, **settings)  # type: ignore[attr-defined]
     seconds = time.perf_counter() - begun
     known = artifact.manifest
-    prompt = ChatTokenizer(artifact).tokens(CHECK_PROMPT)
-    ((said, _),) = greedy_in_child(path, [prompt], tokens, artifact.language.prefill_tokens)
-    expected = eager_logits(model, prompt, said).argmax(-1)
+    prompts = [ChatTokenizer(artifact).tokens(prompt) for prompt in PROMPTS]
+    answers = greedy_in_child(path, prompts, tokens, artifact.language.prefill_tokens)
+    choices = [eager_logits(model, p, said).argmax(-1) for p, (said, _) in zip(prompts, answers, strict=True)]
     torch.manual_seed(0)
     hook = model.model.embed_tokens.register_forward_hook(lambda _m, _i, o: o * (1 + 2e-7 * torch.randn_like(o)))
-    nudged = eager_logits(model, prompt, said).argmax(-1)
+    nudged = [eager_logits(model, p, said).argmax(-1) for p, (said, _) in zip(prompts, answers, strict=True)]
     hook.remove()
-    same = expected == torch.tensor(said)
+    expected = torch.cat(choices)
+    same = expected == torch.tensor([token for said, _ in answers for token in said])
     return {
         "export_s": seconds,
         "export_peak_mib": resident_mib("VmHWM"),
         "size_bytes": known.size_bytes,
         "plan_bytes": known.main.plan_bytes,
         "delegated_macs_pct": known.main.delegated_macs_pct,
-        "tokens": tokens,
+        "cache_bytes": artifact.language.cache_bytes,
+        "delegates": known.main.delegates,
+        "tokens": len(same),
         "same_tokens": int(same.sum()),
         "first_difference": int((~same).nonzero()[0]) if not bool(same.all()) else None,
-        "eager_same_as_moved": int((expected == nudged).sum()),
-        "prompt": prompt,
+        "eager_same_as_moved": int((expected == torch.cat(nudged)).sum()),
+        "prompt": prompts[0],
     }
 
 
@@ -100,19 +112,28 @@ def say(engine: str, folder: Path, layers: int | None, threads: int, prompt: lis
     return {**found, "peak_mib": resident_mib("VmHWM"), "said": said}
 
 
-def program(folder: Path, layers: int | None, threads: int) -> Says:
-    """The exported program, by ExecuTorch's runtime."""
-    from edgetune.program.artifact import Artifact
-    from edgetune.runtime.language import LanguageProgram
+def program_path(folder: Path, engine: str) -> Path:
+    """The program of that name."""
+    return folder / f"{engine.replace(', ', '-').replace(' ', '-')}.pte"
 
-    artifact = Artifact.load(folder / "model.pte")
-    torch.set_num_threads(1)  # as in `edgetune generate`: the runtime has threads of its own
-    running = LanguageProgram(str(artifact.path), artifact.language.prefill_tokens, threads)
 
-    def says(tokens: Sequence[int], position: int) -> int:
-        return int((running.prefill(tokens) if position == 0 else running.step(tokens, position)).argmax())
+def program(engine: str) -> Callable[[Path, int | None, int], Says]:
+    """An exported program, by ExecuTorch's runtime."""
 
-    return says
+    def built(folder: Path, layers: int | None, threads: int) -> Says:
+        from edgetune.program.artifact import Artifact
+        from edgetune.runtime.language import LanguageProgram
+
+        artifact = Artifact.load(program_path(folder, engine))
+        torch.set_num_threads(1)  # as in `edgetune generate`: the runtime has threads of its own
+        running = LanguageProgram(str(artifact.path), artifact.language.prefill_tokens, threads)
+
+        def says(tokens: Sequence[int], position: int) -> int:
+            return int((running.prefill(tokens) if position == 0 else running.step(tokens, position)).argmax())
+
+        return says
+
+    return built
 
 
 def eager(dtype: torch.dtype) -> Callable[[Path, int | None, int], Says]:
@@ -176,7 +197,7 @@ def _requantized(llama_cpp: Any, file: Path) -> None:
 
 
 ENGINES: dict[str, Callable[[Path, int | None, int], Says]] = {
-    "program": program,
+    **{engine: program(engine) for engine in PROGRAMS},
     "eager bf16": eager(torch.bfloat16),
     "eager fp32": eager(torch.float32),
     "llama.cpp Q4_0": llama_cpp,
@@ -238,6 +259,14 @@ def layers_of_minilm(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def process_mib(folder: Path) -> dict[str, float]:
+    """The peak of this process, which has imported what a program needs and runs none: `say` counts it as well."""
+    from edgetune.runtime.clock.runs import load_runtime
+
+    load_runtime(1)
+    return {"peak_mib": resident_mib("VmHWM")}
+
+
 def time_program(path: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Median latency of a plain program."""
     from edgetune.program.artifact import Artifact
@@ -255,6 +284,7 @@ def main() -> None:
     paths = {key: Path(settings[key]) for key in ("folder", "path") if key in settings}
     verbs: dict[str, Callable[..., Any]] = {
         "prepare": prepare, "say": say, "minilm": minilm, "layers": layers_of_minilm, "time": time_program,
+        "process": process_mib,
     }  # fmt: skip
     with silence_libraries():
         found = verbs[verb](**{**settings, **paths})

@@ -9,6 +9,7 @@ from torch import nn
 
 from edgetune.capture.dynamic import Dynamic
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.floats import FloatType
 from edgetune.core.inputs import Inputs
 from edgetune.program.artifact import Artifact
 from edgetune.program.carried import Carried
@@ -24,6 +25,7 @@ def export(
     *,
     device: str | None = None,
     target: str | None = None,
+    dtype: FloatType = "fp32",
     check_inputs: Sequence[Inputs] | None = None,
     one_row: bool = False,
     min_same_prediction_pct: float = 99.0,
@@ -45,10 +47,14 @@ def export(
     Raises `EdgetuneError` (exit code 5) if the model cannot be lowered or returns anything but tensors, if the
     program does not load or run, if a value is not finite, or if the program differs too much from the model. That
     is the case if a value of any output differs by more than `max_relative_difference` of the largest absolute value
-    of that output (None: 1e-3 in floating point, 1e-2 in fp16, 5e-2 in bf16 and with dynamic 8-bit activations, 0.25
-    with static 8-bit activations; integers must be equal) or by more than `max_abs_difference`, or if fewer than
+    of that output (None: 1e-3 in floating point, 7.8e-3 in fp16, 6.3e-2 in bf16, 5e-2 with dynamic 8-bit activations,
+    0.25 with static ones; integers must be equal) or by more than `max_abs_difference`, or if fewer than
     `min_same_prediction_pct` of the predictions agree. The error names the innermost module in which the difference
     begins. Then nothing new is left at `path`.
+
+    `dtype` is the type that the program computes in: "fp32", "bf16" or "fp16". In 16 bits it is half as large, called
+    with the types of the model as before, and compared with the model as it is. XNNPACK computes almost everything
+    in fp16; in bf16 it has no convolutions, and attention stays in fp32.
 
     `carried` is the metadata that an app needs: it is written to `model.json`, its tokenizer to
     `model.tokenizer.json`, and a model card to `model.md`.
@@ -79,6 +85,7 @@ def export(
         Path(path),
         device=device,
         target=target,
+        dtype=dtype,
         check_inputs=check_inputs,
         bounds=bounds,
         carried=carried,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +28,13 @@ from edgetune.runtime import remedies
 Severity = Literal["error", "warning", "note"]
 
 _ORDER = ("error", "warning", "note")
-_REFUSED = {torch.bfloat16: "bf16", torch.float64: "fp64", torch.complex64: "complex", torch.complex128: "complex"}
+_REFUSED = {
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.complex64: "complex",
+    torch.complex128: "complex",
+}  # unless a target takes them
+Refused = Mapping[torch.dtype, str]
 _MULTIPLY = ("addmm", "mm", "bmm", "linear", "matmul", "baddbmm", "convolution", "conv1d", "conv2d", "conv3d")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -62,26 +68,27 @@ def lint(model: nn.Module, example_inputs: Inputs, target: Target) -> tuple[Find
 
     Captures the model as `export` does, and asks the backend's partitioner which operators it takes.
     """
-    findings = [*_check_inputs(example_inputs), *_check_layers(model)]
+    refused = {dtype: name for dtype, name in _REFUSED.items() if name not in target.takes}
+    findings = [*_check_inputs(example_inputs, refused), *_check_layers(model, refused)]
     for layer in quantized_weights.unsupported_layers(model, target):
         findings.append(Finding("error", "", layer.module, layer.reason, layer.remedy))
     tensors = tuple(t.detach().cpu().contiguous() for t in tensors_of(example_inputs))
     with as_program(model, example_inputs) as program:
-        findings += _check_graph(program, tensors, target)
+        findings += _check_graph(program, tensors, target, refused)
     return tuple(sorted(findings, key=lambda finding: (_ORDER.index(finding.severity), -finding.macs_pct)))
 
 
-def _check_inputs(inputs: Inputs) -> Iterator[Finding]:
+def _check_inputs(inputs: Inputs, refused: Refused) -> Iterator[Finding]:
     for name, tensor in zip(names_of(inputs), tensors_of(inputs), strict=True):
         if not tensor.is_contiguous():
             reason = f"{name} is not contiguous (strides {tensor.stride()}): the runtime misreads such an input"
             yield Finding("error", "", "", reason, f"pass {name}.contiguous() here and in the app")
-        if tensor.dtype in _REFUSED:
-            reason = f"{name} is {_REFUSED[tensor.dtype]}, which the backend refuses"
+        if tensor.dtype in refused:
+            reason = f"{name} is {refused[tensor.dtype]}, which the backend refuses"
             yield Finding("warning", "", "", reason, f"pass {name} as float32")
 
 
-def _check_layers(model: nn.Module) -> Iterator[Finding]:
+def _check_layers(model: nn.Module, refused: Refused) -> Iterator[Finding]:
     for name, layer in model.named_modules():
         if is_wrapped(layer):
             reason = f"{type(layer).__name__} has an adapter or slices, which run on slow kernels"
@@ -89,12 +96,12 @@ def _check_layers(model: nn.Module) -> Iterator[Finding]:
         if layer.training and isinstance(layer, _DROPOUTS) and layer.p > 0:
             reason = f"dropout in training mode (p = {layer.p:g})"
             yield Finding("note", "", name, reason, "call model.eval(); export does this automatically")
-        for dtype in sorted({p.dtype for p in layer.parameters(recurse=False)} & set(_REFUSED), key=str):
-            reason = f"its weights are {_REFUSED[dtype]}, which the backend refuses: they run on slow kernels"
+        for dtype in sorted({p.dtype for p in layer.parameters(recurse=False)} & set(refused), key=str):
+            reason = f"its weights are {refused[dtype]}, which the backend refuses: they run on slow kernels"
             yield Finding("warning", "", name, reason, "convert it: model.float()")
 
 
-def _check_graph(model: Positional, inputs: tuple[Tensor, ...], target: Target) -> list[Finding]:
+def _check_graph(model: Positional, inputs: tuple[Tensor, ...], target: Target, refused: Refused) -> list[Finding]:
     with silence_libraries(), torch.no_grad():
         try:
             program = capture(model, inputs, target.name)
@@ -103,7 +110,7 @@ def _check_graph(model: Positional, inputs: tuple[Tensor, ...], target: Target) 
             if target.partitioners():
                 with _record_reasons() as reasons:
                     tagged = tag_delegated(program, target)
-                findings += _check_undelegated(program, tagged, reasons)
+                findings += _check_undelegated(program, tagged, reasons, refused)
         except EdgetuneError as error:
             return [Finding("error", "", error.where.removeprefix("module "), error.what, error.action)]
     return findings
@@ -129,7 +136,9 @@ def _check_random(program: ExportedProgram) -> Iterator[Finding]:
             yield Finding("error", str(node.target), operators.module_of(node), reason, "draw only `if self.training`")
 
 
-def _check_undelegated(program: ExportedProgram, tagged: ExportedProgram, reasons: dict[str, str]) -> Iterator[Finding]:
+def _check_undelegated(
+    program: ExportedProgram, tagged: ExportedProgram, reasons: dict[str, str], refused: Refused
+) -> Iterator[Finding]:
     """The operators of the edge program in no partition, grouped by module and reason."""
     modules, macs = operators.modules(program), operators.macs_of(program)
     total = max(sum(macs.values()), 1)
@@ -142,7 +151,7 @@ def _check_undelegated(program: ExportedProgram, tagged: ExportedProgram, reason
             continue
         number = operators.number_of(node)
         module = modules.get(number, "") if number is not None else ""
-        key = (operator_kinds.plain_name(name), module, reasons.get(node.name) or _infer_reason(node))
+        key = (operator_kinds.plain_name(name), module, reasons.get(node.name) or _infer_reason(node, refused))
         grouped.setdefault(key, []).append(number)
     for (operator, module, reason), numbers in grouped.items():
         multiplies = operator.split(".")[1] in _MULTIPLY  # data movement for it does not count
@@ -152,17 +161,17 @@ def _check_undelegated(program: ExportedProgram, tagged: ExportedProgram, reason
         yield Finding(severity, operator, module, reason, remedy, len(numbers), share)
 
 
-def _infer_reason(node: fx.Node) -> str:
+def _infer_reason(node: fx.Node, refused: Refused) -> str:
     """A reason if the partitioner gives none."""
     values = [source.meta.get("val") for source in node.all_input_nodes] + [node.meta.get("val")]
     types = {value.dtype for value in values if isinstance(value, Tensor)}
     integers = sorted(str(t).removeprefix("torch.") for t in types if not t.is_floating_point)
     if integers:
         return f"it reads or writes {', '.join(integers)}, and the backend computes in floating point"
-    refused = sorted(_REFUSED[t] for t in types if t in _REFUSED)
+    computed = sorted(refused[dtype] for dtype in types if dtype in refused)
     return (
-        f"it computes in {', '.join(refused)}"
-        if refused
+        f"it computes in {', '.join(computed)}"
+        if computed
         else "the backend does not have this operator, or not in this form"
     )
 

@@ -57,7 +57,9 @@ class _Isolated(nn.Module):
         return tuple(_tensors(self.model(*args, **kwargs)))
 
 
-def locate_difference(program: nn.Module, row: Row, target: Target, allowed: float) -> str:
+def locate_difference(
+    program: nn.Module, row: Row, target: Target, allowed: float, dtype: torch.dtype = torch.float32
+) -> str:
     """The module in which a program begins to differ from its model, in a sentence; empty if it cannot be located.
 
     Each module runs as a separate program, in the order of the calls, on its inputs in eager mode. The search
@@ -69,7 +71,7 @@ def locate_difference(program: nn.Module, row: Row, target: Target, allowed: flo
             root = _record_calls(program, row)
             call, difference, innermost = root, 0.0, False
             while not innermost and time.monotonic() < until:
-                inside = _first_different(call.inner, target, allowed, until)
+                inside = _first_different(call.inner, target, allowed, until, dtype)
                 innermost = inside is None and time.monotonic() < until
                 call, difference = inside or (call, difference)
     except Exception:  # the error that is being explained matters more
@@ -85,7 +87,7 @@ def locate_difference(program: nn.Module, row: Row, target: Target, allowed: flo
 
 
 def _first_different(
-    calls: Sequence[_Call], target: Target, allowed: float, until: float
+    calls: Sequence[_Call], target: Target, allowed: float, until: float, dtype: torch.dtype
 ) -> tuple[_Call, float] | None:
     """The first call whose program differs by more than allowed, and by how much of its largest value."""
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
@@ -100,7 +102,7 @@ def _first_different(
                     continue
                 path = Path(folder) / f"{len(lowered)}.pte"
                 try:
-                    path.write_bytes(lower(isolated, inputs, target).data)
+                    path.write_bytes(lower(isolated, inputs, target, dtype=dtype).data)
                 except EdgetuneError:  # cannot be compared as a whole; perhaps its parts can
                     waiting[:0] = call.inner
                     continue

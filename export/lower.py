@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from edgetune.capture import failures, operators
 from edgetune.capture.dynamic import Axis
 from edgetune.capture.graph import capture, prepare
+from edgetune.capture.narrow import narrow
 from edgetune.capture.operators import Placed
 from edgetune.capture.reparameterize import Report, reparameterize
 from edgetune.core.carriers import is_wrapped
@@ -25,6 +26,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.export import external_weights, kernels, quantized_weights
 from edgetune.export.arena import ArenaPlan, plan_smallest_arena
 from edgetune.export.dedupe_constants import dedupe_constants
+from edgetune.export.fp16_weights import fp16_weights
 from edgetune.export.pass_cache import fast_decompositions, fast_lowering
 from edgetune.export.targets.target import LoweringPlan, Target
 from edgetune.program import operator_kinds
@@ -78,19 +80,22 @@ def lower(
     target: Target,
     axes: Sequence[Axis] = (),
     layout: Layout = DEFAULT_LAYOUT,
+    dtype: torch.dtype = torch.float32,
 ) -> Lowered:
     """Lower `model`, in eval mode, for exactly the shapes of `inputs`, or for every size that `axes` allow.
 
-    With `axes`, `inputs` have the largest sizes, and operators are counted at those sizes.
+    With `axes`, `inputs` have the largest sizes, and operators are counted at those sizes. `dtype` is the type that the
+    program computes in; it takes and returns the types of `model`.
     Raises `EdgetuneError` (exit code 5) with the operators that cannot be lowered and their modules.
     """
-    return lower_methods({"forward": (model, inputs, axes)}, target, layout)["forward"]
+    return lower_methods({"forward": (model, inputs, axes)}, target, layout, dtype)["forward"]
 
 
 def lower_methods(
     methods: Mapping[str, tuple[nn.Module, tuple[Tensor, ...], Sequence[Axis]]],
     target: Target,
     layout: Layout = DEFAULT_LAYOUT,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Lowered]:
     """Lower several models into one program, each as a method; all methods share `data` and `weights`."""
     programs, folded = {}, {}
@@ -98,6 +103,7 @@ def lower_methods(
         for name, (model, inputs, axes) in methods.items():
             quantized_weights.check(model, target)
             plain, folded[name] = reparameterize(model, inputs)
+            plain = plain if dtype == torch.float32 else narrow(plain, dtype)
             try:
                 programs[name] = capture(plain, inputs, target.name, axes)
                 failures.check_drawn(programs[name])
@@ -126,7 +132,7 @@ def compile_programs(
         target.check(program)
     planning = plan_smallest_arena(io_in_plan=layout.io_in_plan)
     try:
-        with fast_lowering(), dedupe_constants() as savings:
+        with fast_lowering(), fp16_weights(), dedupe_constants() as savings:
             edge = _lower_to_backend({name: target.plan(program, target) for name, program in programs.items()}, facts)
             if layout.external_data:
                 external_weights.externalize_weights(edge)

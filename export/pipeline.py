@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 
 from edgetune.capture import dynamic
 from edgetune.capture.dynamic import Dynamic
+from edgetune.capture.narrow import TORCH_DTYPES
 from edgetune.capture.operators import delegated_pct
 from edgetune.capture.positional import Positional, as_program
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.floats import FloatType, check_types
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_buffers
@@ -39,7 +42,7 @@ from edgetune.program.manifest import (
 )
 from edgetune.program.program_files import check_program_path, sha256_of
 from edgetune.runtime import forks, verify
-from edgetune.runtime.allowed import allowed_difference
+from edgetune.runtime.allowed import STATIC_INT8, allowed_difference
 from edgetune.runtime.verify import Bounds, Row
 
 
@@ -56,30 +59,35 @@ def export_program(
     sizes: Dynamic | None = None,
     one_row: bool = False,
     layout: Layout = DEFAULT_LAYOUT,
+    dtype: FloatType = "fp32",
 ) -> Artifact:
     """See `edgetune.export.export`."""
+    check_types(dtype)
     chosen = choose_target(path, device, target)
     check_finalized(model)
+    floats = TORCH_DTYPES[dtype]
     axes = dynamic.axes_of(sizes or {}, names_of(example_inputs), tensors_of(example_inputs))
     inputs = prepare_inputs(example_inputs, check_inputs, axes, one_row=one_row)
     if chosen.runs_here:
         forks.prepare()  # it imports while this process lowers
     with as_program(model, example_inputs) as program:
+        check_narrow(program, floats)
         names = output_names(program, inputs.example)
         with preserve_buffers(program):
             if inputs.batch is not None:
                 check_batch_first(program, inputs.batch)
         with preserve_buffers(program):
-            lowered = lower(program, inputs.example, chosen, axes, layout)
+            lowered = lower(program, inputs.example, chosen, axes, layout, floats)
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
-            parity, outputs = _prove(partial, program, inputs, chosen, bounds, data, tolerance_of(carried))
+            with advise_on(dtype):
+                parity, outputs = _prove(partial, program, inputs, chosen, bounds, data, tolerance_of(carried), floats)
             least = outputs[1] if axes else outputs[0]
             specs = specs_of(outputs[0], names, least)
             call = call_of("forward", lowered, inputs.specs, specs, parity, io_in_plan=layout.io_in_plan)
             beside = None if carried is None else write_tokenizer(carried, path)
-            return manifest_of("model", lowered, (call,), chosen, device, path, carried=beside)
+            return manifest_of("model", lowered, (call,), chosen, device, path, dtype=dtype, carried=beside)
 
         manifest = write_pair(path, lowered.data, prove, lowered.weights)
     if carried is not None:
@@ -95,6 +103,42 @@ def choose_target(path: Path, device: str | None, target: str | None) -> Target:
     chosen = targets.for_device(device, target)
     chosen.partitioners()  # raises if something is missing
     return chosen
+
+
+def check_narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise for a model that cannot be written in 16-bit floats: one in integers, or in 16 bits already."""
+    if dtype == torch.float32:
+        return
+    halves = {t.dtype for t in (*model.parameters(), *model.buffers())} & set(TORCH_DTYPES.values()) - {torch.float32}
+    if halves:
+        raise EdgetuneError(
+            "the model computes in 16 bits already",
+            got=", ".join(sorted(str(half).removeprefix("torch.") for half in halves)),
+            action="leave dtype out, or call model.float(): the program is then compared with that",
+            exit_code=Exit.EXPORT,
+        )
+    if allowed_difference(model) >= STATIC_INT8:
+        raise EdgetuneError(
+            "the model is quantized to static int8: its layers pass integers on, and hold no floats to write in 16 "
+            "bits",
+            action="leave dtype out, or export the model before it is quantized",
+            exit_code=Exit.EXPORT,
+        )
+
+
+@contextmanager
+def advise_on(dtype: FloatType) -> Iterator[None]:
+    """Inside, an error says that the program computes in 16 bits, and which type to take instead."""
+    try:
+        yield
+    except EdgetuneError as error:
+        if dtype == "fp16":
+            error.what = f"in fp16, whose largest number is 65,504: {error.what}"
+            error.action = f"export it with dtype: bf16, which has the range of fp32; or {error.action}"
+        elif dtype == "bf16":
+            error.what = f"in bf16, with 8 bits of mantissa: {error.what}"
+            error.action = f"leave dtype out, or {error.action}"
+        raise
 
 
 def output_names(program: nn.Module, example: Row) -> tuple[str, ...]:
@@ -121,16 +165,17 @@ def _prove(
     bounds: Bounds,
     data: Path | None,
     same_within: float | None,
+    dtype: torch.dtype,
 ) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; without parity, of the first two rows, if the target cannot run here."""
     if not target.runs_here:
         return None, eager_rows(program, inputs.rows[:2])
     mask = program.names.index("attention_mask") if "attention_mask" in program.names else None
-    locate = locator(program, target, bounds.max_relative_difference)
+    locate = locator(program, target, bounds.max_relative_difference, dtype)
     compared = verify.compare(
         partial, program, inputs.rows, mask=mask, data=data, tries=inputs.tries, locate=locate, same_within=same_within
     )
-    parity = compared.parity(len(inputs.rows), allowed_difference(program), inputs.counted)
+    parity = compared.parity(len(inputs.rows), allowed_difference(program, dtype), inputs.counted)
     verify.check(parity, bounds, lambda: locate(compared.worst))
     return parity, compared.results
 
@@ -147,10 +192,12 @@ def eager_rows(program: nn.Module, rows: Sequence[Row]) -> list[Row]:
         return [tuple(verify.eager_outputs(program, row).values()) for row in rows]
 
 
-def locator(program: nn.Module, target: Target, allowed: float | None) -> verify.Locate:
+def locator(
+    program: nn.Module, target: Target, allowed: float | None, dtype: torch.dtype = torch.float32
+) -> verify.Locate:
     """A function that locates the module in which a row's difference begins (see `locate_difference`)."""
-    bound = allowed_difference(program) if allowed is None else allowed
-    return lambda row: locate_difference(program, row, target, bound)
+    bound = allowed_difference(program, dtype) if allowed is None else allowed
+    return lambda row: locate_difference(program, row, target, bound, dtype)
 
 
 def call_of(
@@ -192,6 +239,7 @@ def manifest_of(
     device: str | None,
     path: Path,
     *,
+    dtype: FloatType = "fp32",
     carried: Carried | None = None,
     language: LanguageSpec | None = None,
     training: TrainingSpec | None = None,
@@ -203,6 +251,7 @@ def manifest_of(
     return Manifest(
         kind=kind,
         target=target.name,
+        dtype=dtype,
         device=device,
         size_bytes=len(lowered.data),
         sha256=sha256_of(lowered.data),

@@ -262,8 +262,9 @@ def test_what_has_no_tokenizer_cannot_talk() -> None:
     with pytest.raises(EdgetuneError, match="needs a causal language model") as caught:
         exporting.tokenizer_of(ImageClassification(), lambda inputs: inputs)
     assert "hf:PATH" in caught.value.action
-    with pytest.raises(EdgetuneError, match="max_tokens is the cache size of a text-generation program"):
-        exporting.export_from("minilm", Path("model.pte"), data="tweets", max_tokens=64)
+    for settings in ({"max_tokens": 64}, {"cache_dtype": "int8"}):
+        with pytest.raises(EdgetuneError, match=f"{next(iter(settings))} is for the cache of a text-generation"):
+            exporting.export_from("minilm", Path("model.pte"), data="tweets", **settings)  # type: ignore[arg-type]
 
 
 def test_a_program_that_says_something_else_is_not_kept(tmp_path: Path) -> None:

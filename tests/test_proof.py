@@ -98,8 +98,8 @@ def test_the_bound_follows_from_the_layers() -> None:
     x = draw(4, 32)
     build = lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))  # noqa: E731
     assert allowed_difference(seeded(build)) == FLOAT
-    assert allowed_difference(seeded(build).half()) == 1e-2
-    assert allowed_difference(seeded(build).bfloat16()) == 5e-2
+    assert allowed_difference(seeded(build).half()) == 16 * 2**-11
+    assert allowed_difference(seeded(build).bfloat16()) == 16 * 2**-8
     assert allowed_difference(Int4().apply(seeded(build))) == DYNAMIC_INT8
     assert allowed_difference(Int8().apply(seeded(build), Sample.of(x))) == STATIC_INT8
     table = Int4().apply(nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 3)))[:1]  # type: ignore[index]

@@ -216,6 +216,8 @@ def _dtype(node: fx.Node, kind: Kind, weights: list[_Operand], activations: list
         return "int8"
     if any(a.quantized and not a.dynamic for a in activations) and (narrow or not weights):
         return "int8"
+    if "quantized_sdpa" in str(node.target):  # integers in, floats out
+        return "int8"
     value = _value(node)
     return _DTYPES.get(value.dtype, "fp32") if value is not None else "fp32"
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
+from edgetune.core.floats import FLOAT_TYPES, KEY_VALUE_TYPES
 from edgetune.recipe.names import SUFFIX, TARGET_NAMES, device_ids
 
 PLATFORMS = ("android", "ios", "jetson", "linux")  # of kits
@@ -35,6 +36,16 @@ def platform_names(incomplete: str) -> list[str]:
 def target_names(incomplete: str) -> list[str]:
     """The targets of programs."""
     return _beginning(incomplete, TARGET_NAMES)
+
+
+def float_types(incomplete: str) -> list[str]:
+    """The types that a program computes in."""
+    return _beginning(incomplete, FLOAT_TYPES)
+
+
+def key_value_types(incomplete: str) -> list[str]:
+    """The types of a cache."""
+    return _beginning(incomplete, KEY_VALUE_TYPES)
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:

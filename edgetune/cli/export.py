@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgetune.cli.complete import device_names, platform_names, target_names
+from edgetune.cli.complete import device_names, float_types, key_value_types, platform_names, target_names
 from edgetune.cli.devices import Json, print_result
 from edgetune.core.files import write_atomically
 
@@ -38,6 +38,13 @@ Weights = Annotated[
     Path | None, typer.Option(metavar="FILE", help="State dict for a py: model, in a .safetensors or .pt file.")
 ]
 Language = Annotated[bool, typer.Option("--language", help="Export a text-generation program, with its tokenizer.")]
+DtypeName = Annotated[
+    str | None, typer.Option("--dtype", help="Type to compute in: fp32, bf16 or fp16.", autocompletion=float_types)
+]
+CacheDtypeName = Annotated[
+    str | None,
+    typer.Option("--cache-dtype", help="With --language: fp32, bf16, fp16 or int8.", autocompletion=key_value_types),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option(min=2, help="With --language: size of the cache in tokens; default: 512, or that of the run."),
@@ -54,6 +61,8 @@ def export(
     weights: Weights = None,
     language: Language = False,
     max_tokens: MaxTokens = None,
+    dtype: DtypeName = None,
+    cache_dtype: CacheDtypeName = None,
     dynamic: Annotated[
         list[str] | None, typer.Option(help="Dynamic size: tokens=1:64, batch=1:8, INPUT.2=1:8.")
     ] = None,
@@ -82,6 +91,8 @@ def export(
             max_tokens=max_tokens,
             dynamic=parse_bounds(dynamic or []),
             external_data=ptd,
+            dtype=dtype,  # type: ignore[arg-type]  # checked by the export, which names the types
+            cache_dtype=cache_dtype,  # type: ignore[arg-type]
         )
     if as_json:
         print_result(artifact.manifest.model_dump(mode="json"))
@@ -128,7 +139,7 @@ def kit(
     """
     from edgetune.core.errors import EdgetuneError
     from edgetune.export.kit import check, copy_to_kit, create_kit, find, target_for
-    from edgetune.run.exportable import set_cache_size, to_program
+    from edgetune.run.exportable import set_cache, to_program
     from edgetune.run.exporting import load_exportable
 
     chosen, folder = find(platform), out or Path(f"kit-{platform}")
@@ -141,7 +152,7 @@ def kit(
                 raise EdgetuneError(fact, got=model, action=action)
             copy_to_kit(Path(model), chosen, folder)
         else:
-            source = set_cache_size(load_exportable(model, data, language, inputs, weights), max_tokens)
+            source = set_cache(load_exportable(model, data, language, inputs, weights), max_tokens)
             if source.generation is None:
                 check(chosen, source.carried)
             create_kit(chosen, folder, lambda path: to_program(source, path, device=device, target=goal))

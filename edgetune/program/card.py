@@ -141,8 +141,15 @@ def _program(manifest: Manifest) -> list[str]:
     for operator in call.undelegated:
         outside[operator.operator] += operator.count
     undelegated = truncate_list([f"{count} x {name}" for name, count in outside.most_common()], 6)
+    language = manifest.language
+    cache = f", with a cache in {language.cache_dtype}" if language is not None else ""
     return [
         f"target {manifest.target}" + (f", for {manifest.device}" if manifest.device else ""),
+        *(
+            [f"computed in {manifest.dtype}{cache}; inputs and outputs are as in fp32"]
+            if manifest.dtype != "fp32"
+            else []
+        ),
         f"{format_size(manifest.size_bytes)}, and {format_size(call.plan_bytes)} of planned activation memory",
         f"weights that one run reads: {quantization(call.operators)}",
         f"{call.delegated_macs_pct:.1f} % of the multiply-accumulates run in the backend, in {call.delegates} "

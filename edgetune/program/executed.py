@@ -117,7 +117,7 @@ def _portable(plan: Any, call: Any, module: str) -> Operator:
         operator=name,
         module=module,
         kind="embedding" if embedding else kind_of(name),  # embedding_byte among them
-        dtype=_PORTABLE_DTYPES.get(scalar, "fp32"),
+        dtype="int8" if "quantized_sdpa" in name else _PORTABLE_DTYPES.get(scalar, "fp32"),
         output_shape=shape,
         macs=macs,
         weight_bytes=weight_bytes,

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.floats import FloatType, KeyValueType
 from edgetune.core.ledger import Parity, UndelegatedOperator
 from edgetune.program.carried import Carried, TextPreprocessing
 from edgetune.program.operators import Operator
@@ -104,6 +105,7 @@ class LanguageSpec(Record):
     tokenizer: TokenizerSpec
     shared_bytes: int  # stored once for two operators: a tied head and embedding
     cache_bytes: int  # in the arena
+    cache_dtype: KeyValueType = "fp32"
     first_difference: int | None = None  # index of the first greedy token that the model would not choose
     margin_at_difference: float | None = None  # of the model's logits there: its choice over the program's
 
@@ -144,6 +146,7 @@ class Manifest(Record):
     format: Literal[2] = 2
     kind: ProgramKind = "model"
     target: str
+    dtype: FloatType = "fp32"  # that it computes in, apart from quantized layers; it takes and returns fp32
     device: str | None = None  # the device it was exported for, if one was given
     size_bytes: int  # of the .pte; what methods share is stored once
     sha256: str

@@ -325,6 +325,10 @@ class _Checker:
         if recipe.export is not None and recipe.export.target not in TARGET_NAMES:
             self.add(("export", "target"), "unknown target", **unknown_target(recipe.export.target))
         self.generation(recipe)
+        if recipe.export is not None and recipe.export.dtype != "fp32" and any(name == "int8" for _, name, _ in steps):
+            problem = "the layers of an int8 model pass integers on, and leave no floats to write in 16 bits"
+            action = "leave export.dtype out, or the step int8"
+            self.add(("export", "dtype"), problem, got=recipe.export.dtype, action=action)
         profiled = set(recipe.profile.devices) if recipe.profile and recipe.export else set()
         for index, budget in enumerate(recipe.budget):
             prediction = (budget.device in profiled, f"add export, and {budget.device} under profile.devices")

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, SerializeAsAny, model_validator
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.floats import FloatType, KeyValueType
 from edgetune.core.technique import Settings, StepSettings
 
 CHECK_ROWS = 500
@@ -36,11 +37,17 @@ class ExportSettings(Settings):
 
     target: str = "xnnpack"
     """The backend to lower the program for, such as `xnnpack`; `edgetune env` lists them."""
+    dtype: FloatType = "fp32"
+    """The type that the program computes in, next to quantized layers: `fp32`, `bf16` or `fp16`. In 16 bits, weights
+    and activations take half the space; the program is called as before. XNNPACK has no convolutions in bf16."""
     language: bool = False
     """Export a text-generation program, with its cache and tokenizer; otherwise the program takes a window of
     tokens."""
     max_tokens: int = Field(512, ge=2)
     """Cache size of a text-generation program, in tokens, for prompt and answer together."""
+    cache_dtype: KeyValueType | None = None
+    """The type of a text-generation program's cache: `fp32`, `bf16`, `fp16`, or `int8`, which has a scale for each
+    head of a position; `null`: that of `dtype`."""
     check_rows: int | None = Field(None, ge=1)
     """Number of held-out rows on which the program is compared with the eager model; a text-generation program
     continues the first half of each. `null`: 500, or 8 for a text-generation program, or all rows if there are
@@ -53,6 +60,9 @@ class ExportSettings(Settings):
         if not self.language and self.max_tokens != ExportSettings.model_fields["max_tokens"].default:
             message = "max_tokens is the cache size of a text-generation program, but language is false"
             raise EdgetuneError(message, got=self.max_tokens, action="add language: true, or leave max_tokens out")
+        if not self.language and self.cache_dtype is not None:
+            message = "cache_dtype is the type of a text-generation program's cache, but language is false"
+            raise EdgetuneError(message, got=self.cache_dtype, action="add language: true, or leave cache_dtype out")
         return self
 
     def rows_to_check(self, available: int) -> int:

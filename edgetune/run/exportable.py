@@ -16,6 +16,7 @@ from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
 
 if TYPE_CHECKING:
     from edgetune.capture.dynamic import Dynamic
+    from edgetune.core.floats import FloatType, KeyValueType
     from edgetune.core.ledger import Ledger
     from edgetune.data.dataset import Split
     from edgetune.export import Artifact
@@ -33,6 +34,7 @@ class GenerationSettings:
 
     tokenizer: Any
     max_tokens: int = CACHE_TOKENS  # cache positions
+    cache_dtype: KeyValueType | None = None  # None: the type of the program
     prompts: tuple[tuple[int, ...], ...] = ()  # that program and model continue; empty: the exporter's own
 
 
@@ -44,6 +46,7 @@ class Exportable:
     example: Inputs
     check_inputs: Sequence[Inputs] | None = None
     generation: GenerationSettings | None = None
+    dtype: FloatType = "fp32"
     min_same_prediction_pct: float = 99.0
     carried: Carried | None = None  # None: unknown
     ledger: Ledger | None = None  # of the run it comes from
@@ -52,17 +55,19 @@ class Exportable:
     one_row: bool = True  # the program takes one row, not the whole example
 
 
-def set_cache_size(source: Exportable, max_tokens: int | None) -> Exportable:
-    """Set the cache size; raises if the program does not generate text."""
-    if max_tokens is None:
+def set_cache(source: Exportable, max_tokens: int | None, dtype: KeyValueType | None = None) -> Exportable:
+    """Set the size and the type of the cache; `None` keeps it. Raises if the program does not generate text."""
+    settings = {"max_tokens": max_tokens, "cache_dtype": dtype}
+    chosen: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if not chosen:
         return source
     if source.generation is None:
         raise EdgetuneError(
-            "max_tokens is the cache size of a text-generation program",
-            got=max_tokens,
+            f"{next(iter(chosen))} is for the cache of a text-generation program",
+            got=next(iter(chosen.values())),
             action="add --language, or leave it out",
         )
-    return replace(source, generation=replace(source.generation, max_tokens=max_tokens))
+    return replace(source, generation=replace(source.generation, **chosen))
 
 
 def to_program(source: Exportable, path: Path, *, device: str | None = None, target: str | None = None) -> Artifact:
@@ -77,6 +82,7 @@ def to_program(source: Exportable, path: Path, *, device: str | None = None, tar
             path,
             device=device,
             target=target,
+            dtype=source.dtype,
             check_inputs=source.check_inputs,
             one_row=source.one_row and not _frees_rows(source.dynamic or {}),
             min_same_prediction_pct=source.min_same_prediction_pct,
@@ -92,6 +98,8 @@ def to_program(source: Exportable, path: Path, *, device: str | None = None, tar
             max_tokens=source.generation.max_tokens,
             device=device,
             target=target,
+            dtype=source.dtype,
+            cache_dtype=source.generation.cache_dtype,
             check_prompts=source.generation.prompts or (CHECK_PROMPT,),
             min_same_prediction_pct=source.min_same_prediction_pct,
             carried=source.carried,
@@ -134,14 +142,15 @@ def exportable_from_split(
 ) -> Exportable:
     """A model, with the held-out rows that a recipe's export compares it on; `language`: generate text in any case."""
     kept = Exportable(model, split.one_row(0, max_length), carried=carried)
-    kept = replace(kept, min_same_prediction_pct=asked.min_same_prediction_pct)
+    kept = replace(kept, min_same_prediction_pct=asked.min_same_prediction_pct, dtype=asked.dtype)
     if not (asked.language or language):
         rows = asked.rows_to_check(len(split))
         return replace(kept, check_inputs=[split.one_row(i, max_length) for i in range(rows)])
     rows = asked.rows_to_check(len(split))
     rows = rows if asked.language else min(rows, LANGUAGE_CHECK_ROWS)
     tokenizer = tokenizer_of(split.task, split.encode)
-    return replace(kept, generation=GenerationSettings(tokenizer, asked.max_tokens, prompts_from_texts(split, rows)))
+    settings = GenerationSettings(tokenizer, asked.max_tokens, asked.cache_dtype, prompts_from_texts(split, rows))
+    return replace(kept, generation=settings)
 
 
 def prompts_from_texts(split: Split, rows: int) -> tuple[tuple[int, ...], ...]:

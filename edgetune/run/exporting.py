@@ -10,6 +10,7 @@ from torch import nn
 
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.floats import check_types
 from edgetune.core.other_names import nearest_file, nearest_source
 from edgetune.core.quiet import silence_libraries
 from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
@@ -18,13 +19,14 @@ from edgetune.run.exportable import (
     Exportable,
     GenerationSettings,
     prompts_from_texts,
-    set_cache_size,
+    set_cache,
     to_program,
     tokenizer_of,
 )
 
 if TYPE_CHECKING:
     from edgetune.capture.dynamic import Dynamic
+    from edgetune.core.floats import FloatType, KeyValueType
     from edgetune.data.dataset import Dataset
     from edgetune.export import Artifact
 
@@ -70,6 +72,8 @@ def export_from(
     max_tokens: int | None = None,
     dynamic: Dynamic | None = None,
     external_data: bool = False,
+    dtype: FloatType | None = None,
+    cache_dtype: KeyValueType | None = None,
 ) -> Artifact:
     """Lower the model that `source` names to `path`.
 
@@ -87,12 +91,15 @@ def export_from(
         max_tokens: cache size of a text-generation program, in tokens; by default that of the run, or 512.
         dynamic: sizes that may differ between calls, as in `et.export`.
         external_data: store the weights in `model.ptd` next to the program.
+        dtype: the type that the program computes in; by default that of the run, or fp32.
+        cache_dtype: the type of a text-generation program's cache; by default that of the run, or `dtype`.
     """
-    model = set_cache_size(load_exportable(source, data, language, inputs, weights), max_tokens)
+    check_types(dtype, cache_dtype)
+    model = set_cache(load_exportable(source, data, language, inputs, weights), max_tokens, cache_dtype)
     if model.generation is not None and (dynamic or external_data):
         message = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(message, action="leave out --dynamic and --ptd, or --language")
-    model = replace(model, dynamic=dynamic, external_data=external_data)
+    model = replace(model, dynamic=dynamic, external_data=external_data, dtype=dtype or model.dtype)
     return to_program(model, path, device=device, target=target)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgetune.capture.narrow import TORCH_DTYPES, narrow
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
+from edgetune.core.floats import FloatType, KeyValueType, check_types
 from edgetune.core.freed import release_freed_memory
 from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
@@ -22,7 +24,7 @@ from edgetune.export.language import parity
 from edgetune.export.language.cached import CachedDecoder, check_model
 from edgetune.export.language.lower import lower
 from edgetune.export.lower import Lowered
-from edgetune.export.pipeline import call_of, choose_target, manifest_of
+from edgetune.export.pipeline import advise_on, call_of, check_narrow, choose_target, manifest_of
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.card import write_card
@@ -47,6 +49,8 @@ def export_language(
     max_tokens: int = 512,
     device: str | None = None,
     target: str | None = None,
+    dtype: FloatType = "fp32",
+    cache_dtype: KeyValueType | None = None,
     prefill_tokens: int = PREFILL,
     check_prompts: Sequence[str | Sequence[int]] = (CHECK_PROMPT,),
     check_tokens: int = CHECK_TOKENS,
@@ -62,11 +66,16 @@ def export_language(
     text), the first `check_tokens` greedy tokens of the program are compared with those of the model in eager mode.
     A bf16 or fp16 model is exported as a float32 copy and compared with that copy; the manifest has a note about it.
 
+    `dtype` is the type that the program computes in, next to quantized layers: "fp32", "bf16" or "fp16"; its logits are
+    fp32. `cache_dtype` is that of the cache (None: `dtype`); "int8" takes a third of fp32's, with a scale for each head
+    of a position. In every type the program is compared with the model in fp32.
+
     Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) if the model
     cannot be lowered, if the program does not run, or if fewer than `min_same_prediction_pct` of the tokens agree.
     Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
     """
     path = Path(path)
+    check_types(dtype, cache_dtype)
     chosen = _choose_target(model, path, max_tokens, prefill_tokens, device, target)
     backend_tokenizer = without_truncation(tokenizer)
     text = backend_tokenizer.to_str()
@@ -76,8 +85,10 @@ def export_language(
         raise EdgetuneError("the comparison needs at least one prompt, and tokens in every prompt")
     # a text-generation program has no fixed window of tokens to preprocess
     metadata = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
+    floats, stored = TORCH_DTYPES[dtype], cache_dtype or dtype
     model, converted = _convert_to_float32(model)
-    with _as_program(model, max_tokens) as program:
+    check_narrow(model, floats)
+    with _as_program(model, max_tokens, floats, stored) as program:
         prefill = min(prefill_tokens, max_tokens)
         facts = _facts(program, backend_tokenizer, spec, prefill)
         lowered = lower(program, prefill, chosen, facts)
@@ -86,14 +97,19 @@ def export_language(
         def prove(partial: Path) -> Manifest:
             compared, first = None, None
             if chosen.runs_here:
-                compared, first = parity.compare(partial, program.model, prompts, check_tokens, max_tokens, prefill)
-                parity.check(compared, first, min_same_prediction_pct)
+                allowed = parity.allowed_difference_of(model, floats, stored)
+                with advise_on(dtype):
+                    compared, first = parity.compare(
+                        partial, model, prompts, check_tokens, max_tokens, prefill, allowed
+                    )
+                    parity.check(compared, first, min_same_prediction_pct)
             write_atomically(tokenizer_file(path), text)
             section = _section(program, spec, facts, lowered["prompt"].shared_bytes, first)
             calls = _calls(lowered, section, compared)
             also = ", and compared with the model in float32" if compared is not None else ""
-            note = f"exported in float32 from {converted} weights{also}" if converted else ""
-            sections: dict[str, Any] = {"carried": metadata, "language": section, "note": note}
+            computed = str(floats).removeprefix("torch.")
+            note = f"exported in {computed} from {converted} weights{also}" if converted else ""
+            sections: dict[str, Any] = {"dtype": dtype, "carried": metadata, "language": section, "note": note}
             return manifest_of("language", lowered["prompt"], calls, chosen, device, path, **sections)
 
         artifact = Artifact(path=path, manifest=write_pair(path, lowered["prompt"].data, prove))
@@ -153,14 +169,17 @@ def _convert_to_float32(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 @contextlib.contextmanager
-def _as_program(model: nn.Module, max_tokens: int) -> Iterator[CachedDecoder]:
-    """Inside, the model in eval mode with a cache."""
+def _as_program(
+    model: nn.Module, max_tokens: int, dtype: torch.dtype, cache_dtype: KeyValueType
+) -> Iterator[CachedDecoder]:
+    """Inside, the model in eval mode with a cache, or a copy of it in 16 bits."""
     if device_of(model).type != "cpu":
         raise EdgetuneError(
             "a language model must be exported on the CPU", got=str(device_of(model)), action="model.cpu()"
         )
     with preserve_state(model):
-        yield CachedDecoder(model, max_tokens).eval()
+        model.eval()
+        yield CachedDecoder(model if dtype == torch.float32 else narrow(model, dtype), max_tokens, cache_dtype).eval()
 
 
 def _facts(program: CachedDecoder, tokenizer: Any, spec: TokenizerSpec, prefill: int) -> dict[str, Any]:
@@ -208,6 +227,7 @@ def _section(
         tokenizer=spec,
         shared_bytes=shared_bytes,
         cache_bytes=program.cache_bytes,
+        cache_dtype=program.cache_dtype,
         first_difference=None if first is None else first[0],
         margin_at_difference=None if first is None else first[1],
     )

@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.capture.narrow import TORCH_DTYPES
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
+from edgetune.core.floats import KeyValueType
 from edgetune.core.registry import require
 from edgetune.export.lower import check_finalized
 from edgetune.quant.blocks import unpack_by_rows
 
 _NAME = "edgetune-static-cache"
+_STORED: dict[KeyValueType, torch.dtype] = {**TORCH_DTYPES, "int8": torch.int8}
+_PARTS = ("zero", "scale")  # in the order of the operator's arguments
 
 
 def cache_argument(model: nn.Module) -> str:
@@ -31,13 +35,16 @@ def cache_argument(model: nn.Module) -> str:
 class CachedDecoder(nn.Module):
     """The model with a cache of `max_tokens` positions for one sequence, `(1, position, key-value head, width)`.
 
+    An int8 cache has a scale and a zero point for each head of each position, and attention multiplies integers.
+
     Layers may have different numbers of heads, as pruned ones do: they are recorded while the model reads one token.
     """
 
-    def __init__(self, model: nn.Module, max_tokens: int) -> None:
+    def __init__(self, model: nn.Module, max_tokens: int, cache_dtype: KeyValueType = "fp32") -> None:
         super().__init__()
         self.model = model
         self.max_tokens = max_tokens
+        self.cache_dtype = cache_dtype
         config: Any = model.config
         self.config = config.get_text_config()
         self.start: Any = 0
@@ -45,7 +52,11 @@ class CachedDecoder(nn.Module):
         check_layers(self.config)
         for layer, shapes in enumerate(_record_shapes(model, self.config)):
             for kind, (heads, width) in zip(("key", "value"), shapes, strict=True):
-                self.register_buffer(f"{kind}_{layer}", torch.zeros(1, max_tokens, heads, width))
+                size = (1, max_tokens, heads)
+                self.register_buffer(f"{kind}_{layer}", torch.zeros(*size, width, dtype=_STORED[cache_dtype]))
+                if cache_dtype == "int8":
+                    self.register_buffer(f"{kind}_{layer}_scale", torch.ones(*size, 1))
+                    self.register_buffer(f"{kind}_{layer}_zero", torch.zeros(*size, 1, dtype=torch.int8))
 
     @property
     def cache_bytes(self) -> int:
@@ -87,10 +98,27 @@ class CachedDecoder(nn.Module):
         mask = None
         if sliding_window is not None and sliding_window < self.max_tokens:
             mask = self._window(sliding_window, query.shape[2])
-        out: Tensor = torch.ops.llama.custom_sdpa(
-            query.transpose(1, 2), key, value, self.start, mask, 0.0, mask is None, scaling
-        )
-        return out, None
+        rows, settings = query.transpose(1, 2), (self.start, mask, 0.0, mask is None, scaling)
+        if self.cache_dtype == "int8":
+            quantized, scale, zero = quantize_rows(rows)
+            scales = [
+                getattr(self, f"{kind}_{module.layer_idx}_{part}") for kind in ("key", "value") for part in _PARTS
+            ]
+            out = torch.ops.llama.custom_quantized_sdpa(quantized, key, value, *settings, zero, scale, *scales, False)
+        else:
+            out = torch.ops.llama.custom_sdpa(rows.to(key.dtype), key, value, *settings)
+        return out.to(query.dtype), None
+
+    def store(self, name: str, states: Tensor) -> None:
+        """Write keys or values `(1, head, n, width)` into their cache, in its type."""
+        cache, rows = getattr(self, name), states.transpose(1, 2)
+        if self.cache_dtype != "int8":
+            torch.ops.llama.update_cache(rows.to(cache.dtype), cache, self.start)
+            return
+        quantized, scale, zero = quantize_rows(rows)
+        torch.ops.llama.update_cache(quantized, cache, self.start)
+        torch.ops.llama.update_cache(scale, getattr(self, f"{name}_scale"), self.start)
+        torch.ops.llama.update_cache(zero, getattr(self, f"{name}_zero"), self.start)
 
     def _window(self, width: int, count: int) -> Tensor:
         """`(n, max_tokens)`: 0 for the last `width` positions up to each token, elsewhere half the lowest number.
@@ -116,6 +144,7 @@ class CachedDecoder(nn.Module):
 
             def __init__(self, index: int) -> None:
                 super().__init__()
+                self.index = index
                 self.keys = getattr(owner, f"key_{index}")
                 self.values = getattr(owner, f"value_{index}")
                 self.is_initialized = True
@@ -123,8 +152,8 @@ class CachedDecoder(nn.Module):
             def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
             def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-                torch.ops.llama.update_cache(key_states.transpose(1, 2), self.keys, owner.start)
-                torch.ops.llama.update_cache(value_states.transpose(1, 2), self.values, owner.start)
+                owner.store(f"key_{self.index}", key_states)
+                owner.store(f"value_{self.index}", value_states)
                 return self.keys, self.values
 
             def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -164,6 +193,14 @@ def _replace_attention(config: Any, attend: Callable[..., tuple[Tensor, None]]) 
         config._attn_implementation = before
         del ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME]
         del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME]
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 values of `(1, n, head, width)`, with the scale in fp32 and the zero point in int8 of each head of a row."""
+    operators = torch.ops.quantized_decomposed
+    wide = rows.float()
+    scale, zero = operators.choose_qparams_per_token_asymmetric(wide, torch.int8)
+    return operators.quantize_per_token(wide, scale, zero, -128, 127, torch.int8), scale.float(), zero.to(torch.int8)
 
 
 Shape = tuple[int, int]  # key-value heads, and their width

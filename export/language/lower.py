@@ -25,6 +25,8 @@ from edgetune.export.targets.target import Target
 from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 
+_ROW_BYTES = {"fp32": 8, "bf16": 4, "fp16": 4, "int8": 5}  # of a query's value and an output's, which is never int8
+
 
 def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict[str, Any]) -> dict[str, Lowered]:
     """Lower `model` for calls with 1 to `prefill_tokens` tokens; returns the call with one, and with all of them.
@@ -35,7 +37,9 @@ def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict
     quantized_weights.check(model, target)
     inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with silence_libraries(), torch.no_grad(), model.attending():
-        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers the cache's operators
+        import executorch.extension.llm.custom_ops.custom_ops  # registers the cache's operators
+        import executorch.kernels.quantized  # noqa: F401  and the kernels that quantize an int8 cache
+        from torch.ao.quantization.fx import _decomposed  # noqa: F401  and those that quantize an int8 cache
 
         with fast_decompositions():
             program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])
@@ -99,9 +103,9 @@ def _count_attention(operators_lowered: tuple[Operator, ...], positions: float, 
     """
     operators_counted = []
     for operator in operators_lowered:
-        if "custom_sdpa" in operator.operator:
+        if "sdpa" in operator.operator:
             values = math.prod(operator.output_shape)
-            rows_bytes = 2 * values * (4 if operator.dtype == "fp32" else 2)  # queries and output
+            rows_bytes = values * _ROW_BYTES[operator.dtype]
             cache_bytes = operator.activation_bytes + operator.weight_bytes - rows_bytes
             moved = {"weight_bytes": 0, "activation_bytes": rows_bytes + round(cache_bytes * share)}
             operator = operator.model_copy(update={"macs": round(2 * values * positions), **moved})

@@ -14,12 +14,18 @@ from edgetune.quant.blocks import unpack_by_rows
 from edgetune.runtime.allowed import FLOAT, allowed_difference
 from edgetune.runtime.language import greedy_in_child
 
-_QUANTIZED = 0.25  # of the largest logit: through the cache, a rounding error affects each later token
+_ROUNDED = 0.25  # of the largest logit: through the cache, a rounding error affects each later token
 _BATCH = 16  # prompts in one child process, which holds the logits of all its answers
 
 
 def compare(
-    path: Path, model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, max_tokens: int, prefill_tokens: int
+    path: Path,
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    max_tokens: int,
+    prefill_tokens: int,
+    allowed: float,
 ) -> tuple[Parity, tuple[int, float] | None]:
     """Generate `tokens` greedy tokens for each prompt, and let the eager model choose a token at each position.
 
@@ -57,9 +63,15 @@ def compare(
         max_abs_difference=difference,
         counted="greedy token",
         outputs=(logits_parity,),
-        max_relative_allowed=_QUANTIZED if (allowed := allowed_difference(model)) > FLOAT else allowed,
+        max_relative_allowed=allowed,
     )
     return parity, first
+
+
+def allowed_difference_of(model: nn.Module, dtype: torch.dtype, cache_dtype: str) -> float:
+    """How far a logit may differ from the model's, as a share of the largest one."""
+    rounded = cache_dtype != "fp32" or allowed_difference(model, dtype) > FLOAT
+    return _ROUNDED if rounded else FLOAT
 
 
 def eager_logits(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

@@ -10,4 +10,5 @@ XNNPACK = Target(
     partitioner="executorch.backends.xnnpack.partition.xnnpack_partitioner:XnnpackPartitioner",
     takes=("fp32", "fp16", "bf16", "int8", "8da4w", "weights-only"),
     runtime=WHEEL,
+    build=lambda kind, _target: kind(enable_bf16=True),  # what has no kernel in bf16 is written in fp32 before
 )

@@ -37,6 +37,7 @@ from edgetune.capture.repairs import (
     softmax,
     upsample,
     volumes,
+    widened,
 )
 
 Decomposition = Callable[..., Any]
@@ -54,6 +55,7 @@ XNNPACK: dict[Any, Decomposition] = {
     **power.REPAIRS,
     **softmax.REPAIRS,
     **upsample.REPAIRS,
+    **widened.REPAIRS,
 }
 
 
@@ -90,6 +92,8 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     if target == "xnnpack":
         scalars.as_floats(program)
         norms.unchain(program)
+    if target in _ON_KERNELS:
+        widened.widen(program, target)
     if target in ("xnnpack", "vulkan"):  # Vulkan's passes fail on a mask that is computed from constants
         constants.fold(program)
     if target == "xnnpack":

@@ -151,7 +151,8 @@ class _Step:
     def linear(self, columns: int, rows: int, bits: float, tokens: int) -> None:
         read = tokens * columns * self.bytes
         self.add(
-            "xnnpack.fully-connected",
+            # the published programs in bf16 ran executorch's own kernel, which reads the weights as they are
+            "aten.linear" if self.scheme.dtype == "bf16" else "xnnpack.fully-connected",
             "linear",
             (tokens, rows),
             read,
