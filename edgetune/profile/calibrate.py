@@ -16,17 +16,20 @@ from edgetune.core.progress import Progress
 from edgetune.profile import fit, trials
 from edgetune.profile.calibration import Calibration, calibration_path, write
 from edgetune.profile.device import Device, load, parse
-from edgetune.profile.fit import Fit, Timed
+from edgetune.profile.equations import Timed
+from edgetune.profile.fit import Fit
 from edgetune.profile.micro.program import Micro
 from edgetune.profile.rates import DEFAULT_CACHE_BYTES
-from edgetune.profile.terms import CALL, DELEGATE, CacheSizes, footprint_bytes
+from edgetune.profile.terms import CALL, DELEGATE, TRAFFIC, CacheSizes, footprint_bytes
 from edgetune.profile.trials import Clocked
 from edgetune.program.operators import Operator
 from edgetune.recipe.document import write_yaml
 from edgetune.recipe.names import HOST, SUFFIX, user_folder
 from edgetune.runtime import host
+from edgetune.runtime.clock.events import Instruction
 from edgetune.runtime.clock.machine import usable_cores
 from edgetune.runtime.hosts.place import Runner, TimingRequest
+from edgetune.runtime.operator_times import operator_times_us
 
 ENGINE = "ExecuTorch XNNPACK"
 STEADY = 0.10  # between two timings of a program; above, one thread is used by default
@@ -42,7 +45,7 @@ def calibrate(
 
     `out`: a `.yaml` file, by default `host.yaml` in the user's folder, which `load("host")` reads; the calibration is
     stored next to it. `threads`: by default all cores of the process, or one on a virtual machine or if timings with
-    all of them do not repeat. `quick`: few programs, for tests; its predictions are poor. Takes up to ten minutes on 2
+    all of them do not repeat. `quick`: few programs, for tests; its predictions are poor. Takes up to six minutes on 2
     cores; an interrupted calibration continues where it stopped. Both files are written at the end.
     """
     path, most = _path(out), usable_cores()
@@ -69,7 +72,7 @@ def calibrate(
         clocked, more = trials.clock(folder, names, threads=1, seconds=seconds, rounds=rounds, progress=progress)
     described = {**host.describe(cores, host.copy_gb_s(cores)), "id": path.stem}
     device = parse(described, str(path))
-    networks = {trial.name for trial in trials.trials(quick) if trial.network}
+    networks = {trial.name: trial.family for trial in trials.trials(quick) if trial.family}
     operators = {name: trials.operators_of(folder, name) for name in names}
     notes += [f"not timed: {reason}" for reason in (*failed, *more)]
     calibration = fit_calibration(clocked, operators, networks, device, cores, notes)
@@ -109,17 +112,17 @@ def _relative_spreads(timings: Sequence[Clocked]) -> list[float]:
 def fit_calibration(
     timings: Sequence[Clocked],
     operators: Mapping[str, tuple[Operator, ...]],
-    networks: set[str],
+    networks: Mapping[str, str],
     device: Device,
     threads: int,
     notes: Sequence[str] = (),
 ) -> Calibration:
-    """A calibration of the device from timed programs, by the least of the timings of each."""
-    least: dict[str, Clocked] = {}
-    for one in timings:
-        if one.name not in least or one.us < least[one.name].us:
-            least[one.name] = one
-    timed = [Timed(name, operators[name], one.us, name in networks) for name, one in least.items()]
+    """A calibration of the device from timed programs, by the least of the timings of each.
+
+    `networks`: the names of those that are networks, with the family that is left out together, if any.
+    """
+    least, timed, unmatched = least_timings(timings, operators, networks)
+    notes = [*notes, *unmatched]
     if len(timed) < _LEAST_PROGRAMS:
         raise EdgetuneError(
             "too few programs were timed to calibrate: " + "; ".join(notes[:3]), got=len(timed), exit_code=Exit.EXPORT
@@ -127,7 +130,7 @@ def fit_calibration(
     caches = caches_of(device)
     result = fit.fit(fit.shuffle_programs(timed), caches)
     load_ms, load_ms_per_mib = fit.load_costs(
-        [(footprint_bytes(operators[one.name]) / MIB, one.load_ms) for one in least.values() if one.load_ms > 0]
+        [(footprint_bytes(operators[one.name]) / MIB, one.load_ms) for one in least if one.load_ms > 0]
     )
     errors = _reported_errors(result, timed)
     return Calibration(
@@ -142,7 +145,7 @@ def fit_calibration(
         error_p90_pct=round(100 * sorted(map(abs, errors))[math.ceil(0.9 * len(errors)) - 1], 1),
         noise_pct=round(noise_pct(timings), 1),
         interval_pct=fit.INTERVAL_PCT,
-        interval_log=fit.interval_log(errors),
+        interval_log=fit.interval_log([*errors, *result.family_errors.values()]),
         call_us=result.rates.get((CALL, "1"), 0.0),
         delegate_call_us=result.rates.get((DELEGATE, "1"), 0.0),
         load_ms=load_ms,
@@ -150,10 +153,39 @@ def fit_calibration(
         near_cache_bytes=caches.near_bytes,
         last_cache_bytes=caches.last_bytes,
         tiles=result.tiles,
-        traffic=fit.traffic_record(result),
+        traffic={term: rate for (curve, term), rate in result.rates.items() if curve == TRAFFIC},
         curves=fit.curve_records(result, timed),
         notes=tuple(notes),
     )
+
+
+def least_timings(
+    timings: Sequence[Clocked], operators: Mapping[str, tuple[Operator, ...]], networks: Mapping[str, str]
+) -> tuple[list[Clocked], list[Timed], list[str]]:
+    """The least timing of each program, with the times of its operators from the round in which they took least.
+
+    Also returns the programs whose record does not match their operators, which count as wholes, with the reason.
+    """
+    by_name: dict[str, list[Clocked]] = {}
+    for one in timings:
+        by_name.setdefault(one.name, []).append(one)
+    least, timed, unmatched = [], [], []
+    for name, own in by_name.items():
+        least.append(min(own, key=lambda one: one.us))
+        operator_us: tuple[float, ...] = ()
+        recorded = [one.instructions for one in own if one.instructions]
+        if recorded:
+            try:
+                operator_us = operator_times_us(min(recorded, key=_total_us), operators[name])
+            except EdgetuneError as error:
+                unmatched.append(f"not recorded by operator: {name}: {error.what}")
+        family = networks.get(name, "")
+        timed.append(Timed(name, operators[name], least[-1].us, name in networks, operator_us, family))
+    return least, timed, unmatched
+
+
+def _total_us(instructions: Sequence[Instruction]) -> float:
+    return sum(us for _, us, _ in instructions)
 
 
 def _reported_errors(result: Fit, timed: Sequence[Timed]) -> list[float]:
@@ -200,7 +232,7 @@ def calibrate_on(
         seconds = _QUICK_SECONDS if quick else _SECONDS
         clocked, more = clock_on(machine, folder, wanted, threads=threads, seconds=seconds, progress=progress)
     operators = {trial.name: trials.operators_of(folder, trial.name) for trial in wanted}
-    networks = {trial.name for trial in wanted if trial.network}
+    networks = {trial.name: trial.family for trial in wanted if trial.family}
     notes = [f"Timed over {on.partition('://')[0]}.", *(f"not timed: {reason}" for reason in (*failed, *more))]
     calibration = fit_calibration(clocked, operators, networks, device, threads, notes)
     write(calibration_path(user_folder() / (device.id + SUFFIX)), calibration)
@@ -217,8 +249,9 @@ def clock_on(
     for done, program in enumerate(programs, 1):
         path = folder / f"{program.name}.pte"
         try:
-            (timing,) = machine.time(TimingRequest(path, [program.inputs()], threads, seconds, energy=False))
-            clocked.append(Clocked(program.name, 1e3 * timing.latency_ms, timing.load_ms))
+            request = TimingRequest(path, [program.inputs()], threads, seconds, energy=False, record=machine.records)
+            (timing,) = machine.time(request)
+            clocked.append(Clocked(program.name, 1e3 * timing.latency_ms, timing.load_ms, timing.instructions))
         except EdgetuneError as error:
             if error.exit_code != Exit.EXPORT:
                 raise
@@ -239,7 +272,7 @@ def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, o
         raise EdgetuneError("threads must be at least 1", got=threads)
     timings: list[Clocked] = []
     operators: dict[str, tuple[Operator, ...]] = {}
-    networks: set[str] = set()
+    networks: dict[str, str] = {}
     for number, row in _rows(table):
         where = f"{table}, line {number}"
         name = row["program"] or ""
@@ -249,7 +282,7 @@ def calibrate_from(table: Path, device_id: str, *, threads: int | None = None, o
         timings.append(Clocked(name, _number(row, "latency_us", where), _number(row, "load_ms", where, 0.0)))
         operators[name] = operators.get(name) or _executed_operators(path, where)
         if (row.get("kind") or "").strip() == "network":
-            networks.add(name)
+            networks[name] = ""
     threads = threads if threads is not None else device.thread_count
     note = f"From {table.name}: {len(timings)} measurements."
     calibration = fit_calibration(timings, operators, networks, device, threads, [note])

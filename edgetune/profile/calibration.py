@@ -32,26 +32,18 @@ class Curve(StrictRecord):
     error_pct: float | None = Field(default=None, ge=0)  # median over left-out programs it leads, if any
 
 
-class Traffic(StrictRecord):
-    """Microseconds per thousand bytes that do not fit into a cache."""
-
-    weights_from_last_level: Rate
-    weights_from_memory: Rate
-    activations_from_last_level: Rate
-
-
 class Calibration(StrictRecord):
     """The result of `edgetune devices calibrate`."""
 
-    format: int = Field(default=2, ge=2, le=2)
+    format: int = Field(default=3, ge=3, le=3)
     device: str = Field(min_length=1)
     date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
     engine: str = Field(min_length=1)
     versions: dict[str, str]
     threads: int = Field(ge=1, le=1024)
-    programs: int = Field(ge=1, le=100_000)  # chains of one operator
-    networks: int = Field(ge=0, le=100_000)  # networks of blocks
-    error_pct: float = Field(ge=0, le=1e4)  # median over left-out networks, or chains if there are no networks
+    programs: int = Field(ge=1, le=100_000)  # of single operators
+    networks: int = Field(ge=0, le=100_000)
+    error_pct: float = Field(ge=0, le=1e4)  # median over left-out networks, or other programs if there are none
     error_p90_pct: float = Field(ge=0, le=1e4)
     noise_pct: float = Field(ge=0, le=1e4)  # median difference between two timings of one program
     interval_pct: float = Field(gt=0, lt=100)  # target coverage of the prediction interval
@@ -63,7 +55,7 @@ class Calibration(StrictRecord):
     near_cache_bytes: float = Field(gt=0)
     last_cache_bytes: float = Field(gt=0)
     tiles: dict[DType, KernelTile]
-    traffic: Traffic
+    traffic: dict[str, Rate]  # by term, for a thousand bytes from beyond a cache
     curves: dict[str, Curve] = Field(min_length=1)
     notes: tuple[str, ...] = ()
 

@@ -11,10 +11,17 @@ from dataclasses import replace
 
 from edgetune.profile.calibration import Calibration, Curve
 from edgetune.profile.device import Device
+from edgetune.profile.equations import overlapped
 from edgetune.profile.operator_cost import OperatorCost
 from edgetune.profile.rates import rates_of
 from edgetune.profile.roofline import compute_us, fixed_of, memory_us, operator_cost, weights_fit_in_cache
-from edgetune.profile.terms import TRAFFIC, WEIGHTS, curve_of, family_of, footprint_bytes, shared_terms, terms_of
+from edgetune.profile.terms import (
+    curve_of,
+    family_of,
+    moved_bytes,
+    terms_of,
+    traffic_terms,
+)
 from edgetune.program.operators import Operator
 
 # Uncertainty of a stand-in, as a natural logarithm: the same kernel in another type, another kernel, a prior.
@@ -25,7 +32,7 @@ _SHAPES = {"macs": "several rows and columns", "one row": "one row", "one column
 
 def operator_costs(operators: Sequence[Operator], device: Device, calibration: Calibration) -> list[OperatorCost]:
     """The cost of each operator."""
-    rates, fixed, footprint = rates_of(device), fixed_of(device), footprint_bytes(operators)
+    rates, fixed, moved = rates_of(device), fixed_of(device), moved_bytes(operators)
     cached = weights_fit_in_cache(operators, rates)
     costs: list[OperatorCost] = []
     for operator in operators:
@@ -33,7 +40,7 @@ def operator_costs(operators: Sequence[Operator], device: Device, calibration: C
         if curve is None:
             costs.append(replace(operator_cost(operator, rates, fixed, cached), log=log, guessed=guessed))
             continue
-        own_us = _own_us(operator, curve, calibration) + _traffic_us(operator, footprint, calibration)
+        own_us = _own_us(operator, curve, moved, calibration)
         full_us, traffic_us = compute_us(operator, rates), memory_us(operator, rates, cached)
         costs.append(
             OperatorCost(operator, max(own_us, _LEAST_US), log, full_us, traffic_us, curve.rates.get("1", 0.0), guessed)
@@ -41,25 +48,19 @@ def operator_costs(operators: Sequence[Operator], device: Device, calibration: C
     return costs
 
 
-def _own_us(operator: Operator, curve: Curve, calibration: Calibration) -> float:
-    sizes = terms_of(operator, calibration.tile(operator.dtype))
-    return sum(size * _rate(curve, term) for term, size in sizes.items())
+def _own_us(operator: Operator, curve: Curve, moved: float, calibration: Calibration) -> float:
+    own = terms_of(operator, calibration.tile(operator.dtype))
+    traffic = traffic_terms(operator, moved, calibration.caches)
+    return overlapped(
+        sum(size * _rate(curve, term) for term, size in own.items()),
+        sum(size * calibration.traffic.get(term, 0.0) for term, size in traffic.items()),
+    )
 
 
 def _rate(curve: Curve, term: str) -> float:
     """The term's rate. A product without one for its largest term uses that of another shape, or it would be free."""
     others = _SHAPES if term in _SHAPES else ()
     return next((curve.rates[name] for name in (term, *others) if name in curve.rates), 0.0)
-
-
-def _traffic_us(operator: Operator, footprint: float, calibration: Calibration) -> float:
-    traffic = calibration.traffic
-    rates = {
-        (WEIGHTS, "last level"): traffic.weights_from_last_level,
-        (WEIGHTS, "memory"): traffic.weights_from_memory,
-        (TRAFFIC, "last level"): traffic.activations_from_last_level,
-    }
-    return sum(size * rates[key] for key, size in shared_terms(operator, footprint, calibration.caches).items())
 
 
 def _curve(operator: Operator, calibration: Calibration) -> tuple[Curve | None, float, str]:

@@ -1,8 +1,7 @@
-"""Fit a calibration to timed programs: positive rates for every term, by non-negative least squares.
+"""Fit a calibration to timed programs: the tiles of products, positive rates for every term, and the error left.
 
-Each program is one equation: its measured microseconds are the sum of its operators' terms times their rates. The loss
-is of relative errors, with less weight for large ones. Rates that cannot be negative make every prediction positive and
-increasing in each size. (Lawson and Hanson 1974, chapter 23, by scipy.)
+The loss is of relative errors, with less weight for large ones. Rates that cannot be negative make every prediction
+positive and increasing in each size. (Lawson and Hanson 1974, chapter 23, by scipy.)
 """
 
 from __future__ import annotations
@@ -10,69 +9,36 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.registry import require
-from edgetune.profile.calibration import Curve, Traffic
-from edgetune.profile.terms import (
-    CALL,
-    DELEGATE,
-    SINGLE,
-    TRAFFIC,
-    WEIGHTS,
-    CacheSizes,
-    KernelTile,
-    Key,
-    curve_of,
-    family_of,
-    footprint_bytes,
-    is_product,
-    shared_terms,
-    terms_of,
+from edgetune.profile.calibration import Curve
+from edgetune.profile.equations import (
+    Rates,
+    Setting,
+    System,
+    Timed,
+    calls_of,
+    equations_of,
+    parts_of,
+    program_us,
 )
+from edgetune.profile.terms import CacheSizes, KernelTile, curve_of, family_of, is_product
 from edgetune.program.operators import DType, Operator
-
-Rates = dict[Key, float]
-Equation = Mapping[Key, float]
 
 INTERVAL_PCT = 90.0
 _FOLDS = 8
-_NETWORK_WEIGHT = 2.0  # of a network's equation, which shows the cost of operators in context
-_SOFT = 0.1  # relative errors above it get less weight
-_SWEEPS = 6
-_EVEN = 1e-3  # pull towards equal shares for kernels that always occur together
 _TILE_ROWS, _TILE_COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), (8, 16, 32)
 _TILED: tuple[DType, ...] = ("fp32", "int8", "8da4w")
+_MOST_PRODUCTS = 400  # that the tiles of a type are chosen by
 _FEW = 12  # programs that a kernel must occur in, if it leads none
 _NEXT_TO_NOTHING_US = 1e-3  # of a kernel that adds nothing to its programs
 _LEAST_LOG = math.log(1.03)  # least half width: two timings of one program differ by as much
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One program and its latency in microseconds. `network`: not a chain of one operator."""
-
-    name: str
-    operators: tuple[Operator, ...]
-    us: float
-    network: bool = False
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the terms depend on besides the operator."""
-
-    caches: CacheSizes
-    tiles: Mapping[DType, KernelTile] = field(default_factory=dict)
-    stand_ins: Mapping[str, str] = field(default_factory=dict)  # curve -> the one fitted in its place
-
-    def tile(self, dtype: DType) -> KernelTile:
-        """The tile of this type's products."""
-        return self.tiles.get(dtype, SINGLE)
 
 
 @dataclass(frozen=True)
@@ -82,33 +48,13 @@ class Fit:
     rates: Rates
     tiles: dict[DType, KernelTile]
     errors: dict[str, float]  # predicted over measured, less one
+    family_errors: dict[str, float] = field(default_factory=dict)  # of networks, with all that are like them left out
     stand_ins: dict[str, str] = field(default_factory=dict)
 
     def us(self, operators: Sequence[Operator], caches: CacheSizes) -> float:
         """Microseconds of a program."""
-        return predicted_us(equation(operators, Setting(caches, self.tiles, self.stand_ins)), self.rates)
-
-
-def equation(operators: Sequence[Operator], setting: Setting) -> Counter[Key]:
-    """The terms of a whole program, summed over its operators."""
-    total: Counter[Key] = Counter({(CALL, "1"): 1.0})  # type: ignore[dict-item]
-    footprint, delegated = footprint_bytes(operators), False
-    for operator in operators:
-        if operator.delegated and not delegated:
-            total[(DELEGATE, "1")] += 1
-        delegated = operator.delegated
-        own = curve_of(operator)
-        curve = setting.stand_ins.get(own, own)
-        for term, size in terms_of(operator, setting.tile(operator.dtype)).items():
-            total[(curve, term)] += size  # type: ignore[assignment]
-        for key, size in shared_terms(operator, footprint, setting.caches).items():
-            total[key] += size  # type: ignore[assignment]
-    return total
-
-
-def predicted_us(terms: Equation, rates: Mapping[Key, float]) -> float:
-    """The sum of the terms times their rates; a term without a rate counts nothing."""
-    return sum(size * rates.get(key, 0.0) for key, size in terms.items())
+        parts = parts_of(operators, Setting(caches, self.tiles, self.stand_ins))
+        return program_us(parts, calls_of(operators), self.rates)
 
 
 def fit(timed: Sequence[Timed], caches: CacheSizes) -> Fit:
@@ -123,11 +69,17 @@ def fit(timed: Sequence[Timed], caches: CacheSizes) -> Fit:
             raise EdgetuneError("a latency must be positive", where=item.name, got=item.us)
         if not item.operators:
             raise EdgetuneError("a timed program has no operators", where=item.name)
+        if item.operator_us and len(item.operator_us) != len(item.operators):
+            raise EdgetuneError("not every operator was recorded", where=item.name, got=len(item.operator_us))
     tiles = _tiles(timed, caches)
     setting = Setting(caches, tiles, stand_ins(timed))
-    equations = [equation(item.operators, setting) for item in timed]
-    rates = solve(timed, equations)
-    return Fit(rates, tiles, _left_out(timed, equations), dict(setting.stand_ins))
+    equations = [(number, one) for number, item in enumerate(timed) for one in equations_of(item, setting)]
+    system = System([one for _, one in equations])
+    program_of = np.array([number for number, _ in equations])
+    parts = [str(number % _FOLDS) for number in range(len(timed))]
+    errors = _left_out(timed, parts, system, program_of, setting)
+    of_families = _left_out(timed, [item.family for item in timed], system, program_of, setting)
+    return Fit(system.solve(), tiles, errors, of_families, dict(setting.stand_ins))
 
 
 def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
@@ -139,7 +91,7 @@ def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
     leading: set[str] = set()
     for item in timed:
         programs.update({curve_of(operator) for operator in item.operators})
-        if not item.network:
+        if item.operator_us or not item.network:
             leading |= _leading(item)
     substitutes: dict[str, str] = {}
     for curve, count in programs.items():
@@ -150,9 +102,9 @@ def stand_ins(timed: Sequence[Timed]) -> dict[str, str]:
 
 
 def _leading(item: Timed) -> set[str]:
-    """The curves of a chain: its leader, and those that occur at least half as often."""
+    """The curves of a chain: its leader, and those that occur at least half as often; all that were recorded."""
     counts = Counter(curve_of(operator) for operator in item.operators)
-    return {curve for curve, count in counts.items() if 2 * count >= max(counts.values())}
+    return {curve for curve, count in counts.items() if item.operator_us or 2 * count >= max(counts.values())}
 
 
 def _leader(item: Timed) -> str:
@@ -160,53 +112,31 @@ def _leader(item: Timed) -> str:
     return Counter(curve_of(operator) for operator in item.operators).most_common(1)[0][0]
 
 
-def solve(timed: Sequence[Timed], equations: Sequence[Equation]) -> Rates:
-    """Positive rates with the least relative error.
+def _left_out(
+    timed: Sequence[Timed], folds: Sequence[str], system: System, program_of: NDArray[np.int_], setting: Setting
+) -> dict[str, float]:
+    """The error of each program when all of its fold is left out; none if a term is in no other fold.
 
-    Terms that grow together in all programs are only determined by their sum; a slight pull on each term's part
-    (Hoerl and Kennard 1970) shares it evenly, where plain least squares would give all of it to one.
+    `program_of`: for each equation the index of its program.
     """
-    nnls = require("scipy.optimize", "a calibration").nnls
-    keys = sorted({key for terms in equations for key in terms})
-    place = {key: index for index, key in enumerate(keys)}
-    matrix = np.zeros((len(timed), len(keys)))
-    for row, (item, terms) in enumerate(zip(timed, equations, strict=True)):
-        for key, size in terms.items():
-            matrix[row, place[key]] = size / item.us
-    importance = np.array([_NETWORK_WEIGHT if item.network else 1.0 for item in timed]) ** 0.5
-    weights = importance
-    rates = np.zeros(len(keys))
-    for _ in range(_SWEEPS):
-        weighted = matrix * weights[:, None]
-        pull = np.diag(_EVEN * np.linalg.norm(weighted, axis=0))
-        goal = np.concatenate([weights, np.zeros(len(keys))])
-        rates, _ = nnls(np.vstack([weighted, pull]), goal, maxiter=50 * len(keys))
-        errors = np.abs(matrix @ rates - 1)
-        weights = importance / np.maximum(1, errors / _SOFT) ** 0.5
-    return dict(zip(keys, (float(rate) for rate in rates), strict=True))
-
-
-def _left_out(timed: Sequence[Timed], equations: Sequence[Equation]) -> dict[str, float]:
-    """The error of each program in eight-fold cross-validation; none if one of its kernels is in no other program."""
     errors: dict[str, float] = {}
-    for fold in range(min(_FOLDS, len(timed))):
-        kept = [index for index in range(len(timed)) if index % _FOLDS != fold]
-        if not kept:
+    for fold in sorted(set(folds) - {""}):
+        kept = np.array([name != fold for name in folds])[program_of]
+        if not kept.any():
             continue
-        rates = solve([timed[index] for index in kept], [equations[index] for index in kept])
-        fitted_curves = {curve for index in kept for curve, _ in equations[index]}
-        for index in range(fold, len(timed), _FOLDS):
-            if all(curve in fitted_curves for curve, _ in equations[index]):
-                error = predicted_us(equations[index], rates) / timed[index].us - 1
-                errors[timed[index].name] = error
+        rates = system.solve(kept)
+        for item in (item for item, name in zip(timed, folds, strict=True) if name == fold):
+            parts = parts_of(item.operators, setting)
+            if all(terms.keys() <= rates.keys() for part in parts for terms in part.both):
+                errors[item.name] = program_us(parts, calls_of(item.operators), rates) / item.us - 1
     return errors
 
 
 def _tiles(timed: Sequence[Timed], caches: CacheSizes) -> dict[DType, KernelTile]:
-    """The tile of each type that best fits the programs with products of that type."""
+    """The tile of each type that best fits its products, or the programs with them if they were not recorded."""
     tiles: dict[DType, KernelTile] = {}
     for dtype in _TILED:
-        own = [item for item in timed if any(is_product(o) and o.dtype == dtype for o in item.operators)]
+        own = _with_products(timed, dtype)
         if len(own) < 2 * _FOLDS:
             continue
         wide = [KernelTile(rows=1, columns=columns) for columns in _TILE_COLUMNS]
@@ -216,10 +146,29 @@ def _tiles(timed: Sequence[Timed], caches: CacheSizes) -> dict[DType, KernelTile
     return tiles
 
 
+def _with_products(timed: Sequence[Timed], dtype: DType) -> list[Timed]:
+    """Programs with products of this type; of recorded ones the products alone, the longest, each as a program."""
+
+    def is_own(operator: Operator) -> bool:
+        return is_product(operator) and operator.dtype == dtype
+
+    whole = [item for item in timed if not item.operator_us and any(map(is_own, item.operators))]
+    single = [
+        Timed(f"{item.name} {place}", (operator,), us)
+        for item in timed
+        for place, (operator, us) in enumerate(zip(item.operators, item.operator_us, strict=False))
+        if is_own(operator) and us > 0
+    ]
+    single.sort(key=lambda item: -item.us)
+    return whole + single[:_MOST_PRODUCTS]
+
+
 def _misfit(timed: Sequence[Timed], caches: CacheSizes, dtype: DType, tile: KernelTile) -> float:
-    equations = [equation(item.operators, Setting(caches, {dtype: tile})) for item in timed]
-    rates = solve(timed, equations)
-    errors = [predicted_us(terms, rates) / item.us - 1 for item, terms in zip(timed, equations, strict=True)]
+    setting = Setting(caches, {dtype: tile})
+    rates = System([one for item in timed for one in equations_of(item, setting)]).solve()
+    errors = [
+        program_us(parts_of(item.operators, setting), calls_of(item.operators), rates) / item.us - 1 for item in timed
+    ]
     return sum(min(abs(error), 0.5) ** 2 for error in errors)
 
 
@@ -233,7 +182,7 @@ def curve_records(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
     leads: dict[str, list[float]] = {}
     for item in timed:
         own = {curve_of(operator): operator for operator in item.operators}
-        sample.update(own)
+        sample = own | sample
         programs.update(own.keys())
         if item.name in result.errors and not item.network:
             leads.setdefault(_leader(item), []).append(abs(result.errors[item.name]))
@@ -250,15 +199,6 @@ def curve_records(result: Fit, timed: Sequence[Timed]) -> dict[str, Curve]:
             error_pct=None if error is None else round(error, 1),
         )  # fmt: skip
     return made
-
-
-def traffic_record(result: Fit) -> Traffic:
-    """The rates of traffic beyond the caches."""
-    return Traffic(
-        weights_from_last_level=result.rates.get((WEIGHTS, "last level"), 0.0),
-        weights_from_memory=result.rates.get((WEIGHTS, "memory"), 0.0),
-        activations_from_last_level=result.rates.get((TRAFFIC, "last level"), 0.0),
-    )
 
 
 def interval_log(errors: Sequence[float]) -> float:

@@ -19,7 +19,9 @@ from edgetune.profile.facts import StrictRecord
 from edgetune.program.operators import Operator
 
 PRODUCTS = frozenset({"conv", "pointwise-conv", "linear", "matmul"})
-WEIGHTS, TRAFFIC = "weights", "traffic"  # shared by all curves: traffic beyond a cache
+TRAFFIC = "traffic"  # beyond a cache, whose rates are the machine's and not a kernel's
+WEIGHTS_NEAR, WEIGHTS_FAR = "weights from the last level", "weights from memory"
+ACTIVATIONS_NEAR = "activations from the last level"
 CALL, DELEGATE = "call", "delegate call"
 VECTOR = 16  # channels that a depthwise kernel or a reduction processes at once
 DEPTH = 8  # products that an 8-bit kernel adds at once
@@ -27,6 +29,7 @@ LONG = 256  # row length from which ExecuTorch's layer norm takes half the time 
 SIDE_BYTES = 32  # of the square blocks of a transpose
 _WIDTHS: dict[str, int] = {"int8": 1, "fp16": 2, "bf16": 2}
 _K, _M = 1e3, 1e6
+_KEPT, _LOST = 1.0, 3.0  # bytes moved by a run, in sizes of a cache, that leave all of the weights in it, and none
 
 
 class KernelTile(StrictRecord):
@@ -54,7 +57,10 @@ def curve_of(operator: Operator) -> str:
     """The curve of an operator, shared by all that run the same kernel: name, variant and type."""
     name = operator.operator
     if name.endswith(".conv2d"):
-        name += " grouped" if operator.groups > 1 else " pointwise" if operator.window == 1 else " spatial"
+        if operator.window == 1 and operator.groups == 1:
+            name = "xnnpack.fully-connected"  # XNNPACK's own choice
+        else:
+            name += " grouped" if operator.groups > 1 else " spatial"
     elif operator.kind == "depthwise-conv":
         name += " wide" if wide_window(operator) else " 9" if operator.window <= 9 else " 25"
     elif operator.kind == "reduction" and operator.delegated:
@@ -147,17 +153,27 @@ def _product(operator: Operator, elements: int, columns: int, tile: KernelTile) 
     }
 
 
-def shared_terms(operator: Operator, footprint_bytes: float, caches: CacheSizes) -> dict[Key, float]:
-    """Thousands of bytes from beyond the caches: weights if those of the program do not fit, and large activations."""
-    terms: dict[Key, float] = {}
+def traffic_terms(operator: Operator, moved_bytes: float, caches: CacheSizes) -> dict[str, float]:
+    """Thousands of bytes from beyond the caches: weights that do not stay there from one run to the next, and large
+    activations.
+
+    `moved_bytes`: of the whole program (`moved_bytes`).
+    """
+    terms: dict[str, float] = {}
     if operator.weight_bytes:
-        for level, holds in (("last level", caches.near_bytes), ("memory", caches.last_bytes)):
-            if footprint_bytes > holds:
-                missed = min(footprint_bytes / holds - 1, 1)  # of twice its size nothing is left at the next run
-                terms[(WEIGHTS, level)] = missed * operator.weight_bytes / _K
-    if operator.activation_bytes > caches.near_bytes:
-        terms[(TRAFFIC, "last level")] = operator.activation_bytes / _K
+        for term, holds in ((WEIGHTS_NEAR, caches.near_bytes), (WEIGHTS_FAR, caches.last_bytes)):
+            missed = min(max((moved_bytes / holds - _KEPT) / (_LOST - _KEPT), 0.0), 1.0)
+            if missed > 0:
+                terms[term] = missed * operator.weight_bytes / _K
+    beyond = operator.activation_bytes - caches.near_bytes / 2
+    if beyond > 0:
+        terms[ACTIVATIONS_NEAR] = beyond / _K
     return terms
+
+
+def moved_bytes(operators: Sequence[Operator]) -> float:
+    """Bytes that one run of a program reads and writes: what lies between two uses of a weight."""
+    return float(sum(operator.weight_bytes + operator.activation_bytes for operator in operators))
 
 
 def footprint_bytes(operators: Sequence[Operator]) -> float:

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ from edgetune.core.files import write_atomically
 from edgetune.core.progress import Progress
 from edgetune.data.dataset import cache_folder
 from edgetune.profile import micro
-from edgetune.profile.micro.blocks import blocks
 from edgetune.profile.micro.program import Micro
 from edgetune.program.operators import Operator
+from edgetune.runtime.clock.events import Instruction
 from edgetune.runtime.clock.machine import usable_cores
 
 _BUILDERS = 2  # processes: a compiler takes a gigabyte
@@ -35,10 +35,8 @@ TIMINGS = f"timings-{platform.node() or 'here'}.jsonl"  # several machines may s
 
 
 def trials(quick: bool) -> tuple[Micro, ...]:
-    """All programs of a calibration, chains first; a few of each if it is quick."""
-    chains = (*micro.tiny(), *(micro.quick() if quick else micro.programs()))
-    networks = tuple(blocks())
-    return (*chains, *(networks[:2] if quick else networks))
+    """All programs of a calibration; a few of each kind if it is quick."""
+    return micro.quick() if quick else micro.programs()
 
 
 def folder_for(quick: bool) -> Path:
@@ -122,11 +120,21 @@ def operators_of(folder: Path, name: str) -> tuple[Operator, ...]:
 
 @dataclass(frozen=True)
 class Clocked:
-    """One timing of a program."""
+    """One timing of a program, and the instructions of a run if they were recorded."""
 
     name: str
     us: float
     load_ms: float
+    instructions: tuple[Instruction, ...] = ()
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> Clocked:
+        """From what the timing process printed."""
+        instructions = tuple(
+            (str(name), float(us), [(str(kernel), float(own_us)) for kernel, own_us in kernels])
+            for name, us, kernels in answer["instructions"]
+        )
+        return cls(answer["name"], float(answer["us"]), float(answer["load_ms"]), instructions)
 
 
 def clock(
@@ -153,7 +161,7 @@ def clock(
             if "error" in answer:
                 failed[answer["name"]] = answer["error"]
             else:
-                kept.append(Clocked(answer["name"], answer["us"], answer["load_ms"]))
+                kept.append(Clocked.of(answer))
             done += 1
             progress("time", done, total, "")
     return kept, [f"{name}: {why}" for name, why in failed.items()]
@@ -168,7 +176,7 @@ def _read_timings(folder: Path, threads: int) -> Iterator[Clocked]:
         try:
             timing = json.loads(line)
             if timing["threads"] == threads:
-                yield Clocked(timing["name"], float(timing["us"]), float(timing["load_ms"]))
+                yield Clocked.of(timing)
         except (ValueError, KeyError, TypeError):
             continue  # the line that was being written
 

@@ -8,10 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from edgetune.profile import calibrate, device, fit
+from edgetune.profile import calibrate, device
 from edgetune.profile.calibration import Calibration
-from edgetune.profile.fit import Setting, Timed
-from edgetune.profile.terms import CALL, DELEGATE, PRODUCTS, TRAFFIC, WEIGHTS, KernelTile, Key
+from edgetune.profile.equations import Setting, Timed, calls_of, parts_of, program_us
+from edgetune.profile.terms import (
+    ACTIVATIONS_NEAR,
+    CALL,
+    DELEGATE,
+    PRODUCTS,
+    TRAFFIC,
+    WEIGHTS_FAR,
+    WEIGHTS_NEAR,
+    KernelTile,
+    Key,
+)
 from edgetune.profile.trials import Clocked
 from edgetune.program.operators import DType, Kind, Operator
 
@@ -89,9 +99,9 @@ _UNITS = {
 _SHARED: dict[Key, float] = {
     (CALL, "1"): 8.0,
     (DELEGATE, "1"): 3.0,
-    (WEIGHTS, "last level"): 0.05,
-    (WEIGHTS, "memory"): 0.15,
-    (TRAFFIC, "last level"): 0.04,
+    (TRAFFIC, WEIGHTS_NEAR): 0.05,
+    (TRAFFIC, WEIGHTS_FAR): 0.15,
+    (TRAFFIC, ACTIVATIONS_NEAR): 0.04,
 }
 
 
@@ -104,7 +114,14 @@ def true_rate(key: Key) -> float:
 
 def true_us(operators: Sequence[Operator]) -> float:
     """Microseconds of a program."""
-    return sum(size * true_rate(key) for key, size in fit.equation(operators, SETTING).items())
+    return program_us(parts_of(operators, SETTING), calls_of(operators), _TrueRates())
+
+
+class _TrueRates(dict[Key, float]):
+    """The rate of every term."""
+
+    def get(self, key: Key, _: float = 0.0) -> float:  # type: ignore[override]
+        return true_rate(key)
 
 
 _SIZES = (
@@ -154,7 +171,7 @@ def calibration() -> Calibration:
     return calibrate.fit_calibration(
         [Clocked(item.name, item.us, load_ms=0.5) for item in timed],
         {item.name: item.operators for item in timed},
-        {item.name for item in timed if item.network},
+        {item.name: "" for item in timed if item.network},
         device.load(BASE),
         threads=4,
     )

@@ -1,7 +1,7 @@
-"""Micro-programs for a calibration: chains of one operator each, in the sizes and types of models for small devices.
+"""Programs for a calibration: single operators in many sizes, and networks of typical blocks.
 
-Chains, because one small operator takes less time than the call around it, and because in a model an operator finds the
-caches as the operators before it left them.
+The runtime records the time of each operator, so that one program shows many. In a network an operator finds the caches
+as the operators before it left them; chains of single operators show those kernels that the networks lack.
 """
 
 from __future__ import annotations
@@ -13,32 +13,21 @@ from torch import Tensor
 
 from edgetune.profile.micro.functions import functions, kernels
 from edgetune.profile.micro.layers import layers, linear
-from edgetune.profile.micro.program import Calls, Function, Micro, chain_of, floats
+from edgetune.profile.micro.networks import networks
+from edgetune.profile.micro.program import Micro, chain_of, pack
 
-CHAIN = 33  # operators in the long tiny programs, to measure the cost of one
-
-
-def _tiny(name: str, function: Function, times: int) -> Micro:
-    return Micro(name, lambda: Calls(function, times), floats((1, 16)))
+_PACKED = 30  # chains in one program
 
 
-def tiny() -> tuple[Micro, Micro, Micro, Micro]:
-    """One and many tiny operators: delegated to XNNPACK (abs), and portable ones (cumsum)."""
-
-    def portable(x: Tensor) -> Tensor:
-        return torch.cumsum(x, -1)
-
-    return (
-        _tiny("tiny-delegated-1", torch.abs, 1),
-        _tiny(f"tiny-delegated-{CHAIN}", torch.abs, CHAIN),
-        _tiny("tiny-portable-1", portable, 1),
-        _tiny(f"tiny-portable-{CHAIN}", portable, CHAIN),
-    )
+def quick() -> tuple[Micro, ...]:
+    """A few, enough to test a calibration."""
+    chains = (linear(64, 256, 256, 1), linear(64, 512, 512, 1), chain_of("add", torch.add, (1, 65536), (1, 65536)))
+    return (*chains, *tuple(networks())[-2:])
 
 
-def _alternating(x: Tensor) -> Tensor:
-    """Alternate between the backend and a portable kernel, so that each is a call."""
-    return torch.cumsum(x.abs(), -1)
+def programs() -> tuple[Micro, ...]:
+    """All programs: packed chains first."""
+    return (*pack((*layers(), *functions(), *kernels()), _PACKED), *_parts(), *networks())
 
 
 def _parts() -> Iterator[Micro]:
@@ -47,11 +36,6 @@ def _parts() -> Iterator[Micro]:
     yield chain_of("parts", _alternating, (1, 16, 64), times=8)
 
 
-def quick() -> tuple[Micro, ...]:
-    """A few, enough to test a calibration."""
-    return (linear(64, 256, 256, 1), linear(64, 512, 512, 1), chain_of("add", torch.add, (1, 65536), (1, 65536)))
-
-
-def programs() -> tuple[Micro, ...]:
-    """All programs except the tiny ones, in sizes of small language and vision models."""
-    return (*layers(), *functions(), *kernels(), *_parts())
+def _alternating(x: Tensor) -> Tensor:
+    """Alternate between the backend and a portable kernel, so that each is a call."""
+    return torch.cumsum(x.abs(), -1)

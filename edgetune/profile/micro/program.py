@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,10 +16,10 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Micro:
-    """A program to time.
+    """A program to time, or a chain of one operator that becomes a part of one.
 
-    `quantize`: recipe name of the technique applied before lowering, or nothing. `network`: blocks of a model, not a
-    chain of one operator.
+    `quantize`: recipe name of the technique applied before lowering, or nothing. `family`: of a network its kind of
+    blocks; empty for chains of one operator each.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Micro:
     inputs: Callable[[], tuple[Tensor, ...]]
     quantize: str = ""
     target: str = "xnnpack"
-    network: bool = False
+    family: str = ""
 
 
 class Calls(nn.Module):
@@ -55,6 +55,41 @@ class LayerChain(nn.Module):
         """Call them."""
         result: Tensor = self.layers(x)
         return result
+
+
+class Several(nn.Module):
+    """Modules that have nothing to do with each other, each called on its own inputs."""
+
+    def __init__(self, chains: Sequence[Micro]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([chain.module() for chain in chains])
+        self.counts = [len(chain.inputs()) for chain in chains]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Call them."""
+        outputs, start = [], 0
+        for part, count in zip(self.parts, self.counts, strict=True):
+            outputs.append(part(*inputs[start : start + count]))
+            start += count
+        return tuple(outputs)
+
+
+def pack(chains: Iterable[Micro], most: int) -> Iterator[Micro]:
+    """Programs of up to `most` chains each: lowering one of many takes far less time than many of one."""
+    alike: dict[tuple[str, str], list[Micro]] = {}
+    for chain in chains:
+        alike.setdefault((chain.target, chain.quantize), []).append(chain)
+    for (target, quantize), own in alike.items():
+        for number, start in enumerate(range(0, len(own), most)):
+            name = quantized_name(f"{target}-{number}", quantize)
+            yield _pack_one(name, own[start : start + most])
+
+
+def _pack_one(name: str, chains: Sequence[Micro]) -> Micro:
+    def inputs() -> tuple[Tensor, ...]:
+        return tuple(tensor for chain in chains for tensor in chain.inputs())
+
+    return Micro(name, partial(Several, chains), inputs, chains[0].quantize, chains[0].target)
 
 
 def floats(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:

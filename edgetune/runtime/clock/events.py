@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WARM_UPS, _LEAST_RUNS, _MOST_RUNS = 3, 10, 200
+_RECORDED_US = 1.0  # at most, to record one kernel; 0.3 us on a server
 
 Instruction = tuple[str, float, list[tuple[str, float]]]
 """The kernel of a portable operator, or "delegate"; its microseconds; name and microseconds of a delegate's kernels."""
@@ -24,34 +25,38 @@ DELEGATE = "delegate"
 
 
 def record(
-    program: Any, run: Callable[[tuple[Tensor, ...]], Any], calls: Sequence[tuple[Tensor, ...]], seconds: float
-) -> list[dict[str, Any]]:
-    """Run each call for about `seconds`: its latencies, and its instructions with their mean times.
+    program: Any,
+    run: Callable[[tuple[Tensor, ...]], Any],
+    calls: Sequence[tuple[Tensor, ...]],
+    seconds: float,
+    plain_us: Sequence[float],
+) -> list[list[Instruction]]:
+    """Run each call for about `seconds`, and return its instructions with their times.
 
-    `program` was loaded with `enable_etdump`, and `run` executes it. XNNPACK counts the times of its kernels in whole
-    microseconds, rounded down.
+    `program` was loaded with `enable_etdump`, and `run` executes it. `plain_us`: the latency of each call without the
+    recording, whose own time is taken off every kernel. XNNPACK counts in whole microseconds, rounded down.
     """
-    latencies = [_run(run, inputs, seconds) for inputs in calls]
+    runs = [_run(run, inputs, seconds) for inputs in calls]
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         path = Path(folder) / "operators.etdp"
         program.write_etdump_result_to_file(str(path))
         blocks = iter([block["events"] for block in _decode(path)["run_data"] if block["name"] == "Execute"])
     answers = []
-    for of_call in latencies:
-        runs = [_instructions(next(blocks)) for _ in of_call][_WARM_UPS:]
-        steady = {"first_ms": of_call[0], "latencies_ms": of_call[_WARM_UPS:], "warm_up_runs": _WARM_UPS}
-        answers.append({**steady, "instructions": _means(runs)})
+    for latencies_us, alone_us in zip(runs, plain_us, strict=True):
+        recorded = [_instructions(next(blocks)) for _ in latencies_us][_WARM_UPS:]
+        slower_us = statistics.median(latencies_us[_WARM_UPS:]) - alone_us
+        answers.append(_take_off(_means(recorded), slower_us))
     return answers
 
 
 def _run(run: Callable[[tuple[Tensor, ...]], Any], inputs: tuple[Tensor, ...], seconds: float) -> list[float]:
-    """The latency in milliseconds of every run, the warm-ups first."""
+    """The latency in microseconds of every run, the warm-ups first."""
     latencies: list[float] = []
     until = time.perf_counter() + seconds
     while len(latencies) < _WARM_UPS + _LEAST_RUNS or (len(latencies) < _MOST_RUNS and time.perf_counter() < until):
         begun = time.perf_counter()
         run(inputs)
-        latencies.append((time.perf_counter() - begun) * 1e3)
+        latencies.append((time.perf_counter() - begun) * 1e6)
     return latencies
 
 
@@ -95,15 +100,33 @@ def _instructions(events: Sequence[dict[str, Any]]) -> list[Instruction]:
 
 
 def _means(runs: Sequence[list[Instruction]]) -> list[Instruction]:
-    """The instructions, which are the same in all runs, each time the mean of the middle half of the runs."""
+    """The instructions, which are the same in all runs, with their mean times over the middle half of the runs.
+
+    What else the machine did makes some runs slow. The runs are chosen whole, so that the times still add up.
+    """
+    ordered = sorted(runs, key=lambda run: sum(us for _, us, _ in run))
+    cut = len(ordered) // 4
+    kept = ordered[cut : len(ordered) - cut]
     return [
-        (of[0][0], _mean([us for _, us, _ in of]),
-         [(same[0][0], _mean([us for _, us in same])) for same in zip(*(kernels for _, _, kernels in of), strict=True)])
-        for of in zip(*runs, strict=True)
+        (of[0][0], statistics.fmean(us for _, us, _ in of),
+         [(same[0][0], statistics.fmean(us for _, us in same))
+          for same in zip(*(kernels for _, _, kernels in of), strict=True)])
+        for of in zip(*kept, strict=True)
     ]  # fmt: skip
 
 
-def _mean(values: Sequence[float]) -> float:
-    """The mean of the middle half: what else the machine did makes some runs slow."""
-    ordered, cut = sorted(values), len(values) // 4
-    return statistics.fmean(ordered[cut : len(ordered) - cut])
+def _take_off(instructions: Sequence[Instruction], slower_us: float) -> list[Instruction]:
+    """The instructions without what recording them took, the same for each kernel and at most a microsecond.
+
+    A delegate loses it once for each of its kernels. XNNPACK takes a kernel's time within that of the record.
+    """
+    count = sum(max(len(kernels), 1) for _, _, kernels in instructions)
+    own_us = min(max(slower_us / max(count, 1), 0.0), _RECORDED_US)
+    return [
+        (
+            name,
+            max(us - own_us * max(len(kernels), 1), 0.0),
+            [(kernel, max(of - own_us, 0.0)) for kernel, of in kernels],
+        )
+        for name, us, kernels in instructions
+    ]

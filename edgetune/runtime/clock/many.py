@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import machine
+from . import events, machine
 from .runs import load_runtime
 
 _LEAST_RUNS = 5
@@ -51,11 +51,11 @@ def _print_json(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def _time_calls(runtime: Any, folder: Path, name: str, seconds: float) -> dict[str, float]:
-    """Load time, and the median and spread of the runs, after a warm-up of a third of the time."""
-    inputs = torch.load(folder / f"{name}.pt", weights_only=True)
+def _time_calls(runtime: Any, folder: Path, name: str, seconds: float) -> dict[str, Any]:
+    """Load time, the median and spread of the runs after a warm-up of a third of the time, and the instructions."""
+    path, inputs = str(folder / f"{name}.pte"), tuple(torch.load(folder / f"{name}.pt", weights_only=True))
     begun = time.perf_counter()
-    program = runtime._load_program(str(folder / f"{name}.pte"))
+    program = runtime._load_program(path)
     method = program.load_method("forward")
     load_ms = (time.perf_counter() - begun) * 1e3
     until = time.perf_counter() + seconds / 3
@@ -69,11 +69,19 @@ def _time_calls(runtime: Any, folder: Path, name: str, seconds: float) -> dict[s
         method.call(inputs, clone_outputs=False)
         runs.append((time.perf_counter() - started) * 1e6)
     runs.sort()
+    median_us = statistics.median(runs)
+    del method, program
+    program = runtime._load_program(path, enable_etdump=True)
+    method = program.load_method("forward")
+    (instructions,) = events.record(
+        program, lambda given: method.call(given, clone_outputs=False), [inputs], seconds, [median_us]
+    )
     return {
-        "us": statistics.median(runs),
+        "us": median_us,
         "p10_us": runs[len(runs) // 10],
         "p90_us": runs[9 * len(runs) // 10],
         "load_ms": load_ms,
+        "instructions": instructions,
     }
 
 

@@ -66,10 +66,7 @@ def answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     program, run = _load_method(runtime, folder, request)  # the program must outlive its method
     load_ms = (time.perf_counter() - started) * 1e3
-    if request.get("record"):
-        timed = events.record(program, run, calls, float(request["seconds"]))
-    else:
-        timed = [_time_call(run, inputs, request) for inputs in calls]
+    timed = [_time_call(run, inputs, request) for inputs in calls]
     whole = {
         "threads": int(runtime._threadpool_get_thread_count()),
         "cores": cores,
@@ -77,7 +74,20 @@ def answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_mib": machine.resident_mib("VmHWM"),
         "empty_memory_mib": empty_mib,
     }
+    if request.get("record"):
+        del run, program
+        latencies_us = [1e3 * statistics.median(call["latencies_ms"]) for call in timed]
+        recorded = _record(runtime, folder, request, calls, latencies_us)
+        timed = [{**call, "instructions": of} for call, of in zip(timed, recorded, strict=True)]
     return {"calls": [{**call, **whole} for call in timed], "versions": versions(), "facts": machine.facts()}
+
+
+def _record(
+    runtime: Any, folder: Path, request: dict[str, Any], calls: list[tuple[Tensor, ...]], latencies_us: list[float]
+) -> list[list[events.Instruction]]:
+    """The instructions of each call, by a program that is loaded again to record them."""
+    program, run = _load_method(runtime, folder, request, record=True)
+    return events.record(program, run, calls, float(request["seconds"]), latencies_us)
 
 
 def _check_installed() -> dict[str, Any]:
@@ -137,12 +147,12 @@ def read_inputs(folder: Path, rows: int) -> list[tuple[Tensor, ...]]:
 
 
 def _load_method(
-    runtime: Any, folder: Path, request: dict[str, Any]
+    runtime: Any, folder: Path, request: dict[str, Any], record: bool = False
 ) -> tuple[Any, Callable[[tuple[Tensor, ...]], Any]]:
     """The program and its method `forward`. Outputs are not cloned, which would time torch and start its threads."""
     path, data = str(folder / request["path"]), request.get("data")
     data = None if data is None else str(folder / data)
-    program = runtime._load_program(path, enable_etdump=bool(request.get("record")), data_path=data)
+    program = runtime._load_program(path, enable_etdump=record, data_path=data)
     method = program.load_method("forward")
     return program, lambda inputs: method.call(inputs, clone_outputs=False)
 

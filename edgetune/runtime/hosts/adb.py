@@ -44,6 +44,8 @@ _STATES = {
 class Adb:
     """Times programs on a phone; a context with a temporary folder there."""
 
+    records = False
+
     def __init__(self, place: Place, runner: Path | None, *, timeout_seconds: float = 900.0) -> None:
         if runner is None:
             raise EdgetuneError("adb needs ExecuTorch's executor_runner", action=_BUILD)

@@ -36,7 +36,7 @@ class TimingRequest:
     data: Path | None = None  # the `.ptd` with its weights, if there is one
     language: bool = False  # it needs the kernels of language models
     energy: bool = True  # also look for a meter
-    record: bool = False  # record the time of each operator, which slows the program down a little
+    record: bool = False  # also record the time of each operator, in runs of its own
 
     def check_threads(self, cores: int, where: str) -> None:
         """Raise for more threads than the machine has cores."""
@@ -51,6 +51,8 @@ class TimingRequest:
 
 class Runner(Protocol):
     """A machine on which programs can be timed, as a context."""
+
+    records: bool  # whether it can record the time of each operator
 
     @property
     def name(self) -> str:

@@ -52,12 +52,12 @@ def measure_on(
 ) -> tuple[Measured, ...]:
     """Time each kind of call there for about `seconds`, with made-up inputs, in the order of the manifest.
 
-    `threads`: by default all cores that a program may use there. `by_layer`: then also each operator, in another
-    process, since recording slows a program of many small operators down; adb cannot. Raises `EdgetuneError`.
+    `threads`: by default all cores that a program may use there. `by_layer`: then also each operator, in runs of its
+    own, since recording slows a program of many small operators down; adb cannot. Raises `EdgetuneError`.
     """
     threads = threads if threads is not None else machine.cores
     note = machine.caveat(artifact.manifest.versions)
-    timings = _time_calls(machine, artifact, threads, seconds)
+    timings = _time_calls(machine, artifact, threads, seconds, record=by_layer)
     calls = artifact.manifest.calls
     measured = tuple(
         summarize_timing(timing, threads, call.label, machine.name, note)
@@ -65,9 +65,7 @@ def measure_on(
     )
     if not by_layer:
         return measured
-    recorded = _time_calls(machine, artifact, threads, seconds, record=True)
-    pairs = zip(measured, calls, recorded, strict=True)
-    return tuple(_with_layers(one, call, timing) for one, call, timing in pairs)
+    return tuple(_with_layers(one, call, timing) for one, call, timing in zip(measured, calls, timings, strict=True))
 
 
 def _with_layers(measured: Measured, call: Call, recorded: Timing) -> Measured:
@@ -80,7 +78,7 @@ def _with_layers(measured: Measured, call: Call, recorded: Timing) -> Measured:
 
 
 def _time_calls(
-    machine: Runner, artifact: Artifact, threads: int, seconds: float, *, record: bool = False
+    machine: Runner, artifact: Artifact, threads: int, seconds: float, *, record: bool
 ) -> tuple[Timing, ...]:
     """Each kind of call with made-up inputs, in the order of the manifest."""
     if machine.executorch:
@@ -89,7 +87,7 @@ def _time_calls(
     rows = [inputs_of(artifact)] if language is None else _prompt_and_token(language)
     request = TimingRequest(
         artifact.path, rows, threads, seconds, artifact.data_path,
-        language=language is not None, energy=not record, record=record,
+        language=language is not None, record=record,
     )  # fmt: skip
     return tuple(reversed(machine.time(request)))  # the prompt is timed first: it fills the cache
 

@@ -63,6 +63,8 @@ class Ssh:
     limit for one program.
     """
 
+    records = True
+
     def __init__(self, place: Place, *, python: str = "python3", timeout_seconds: float = 900.0) -> None:
         self.place = place
         self.python = python.removeprefix("~/")  # a command begins at home
