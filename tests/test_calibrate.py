@@ -156,6 +156,8 @@ def test_calibrate_writes_a_descriptor_that_predicts_beside_the_measurement(
     assert "aten.embedding.out fp32 was never calibrated" in shown.predicted.note  # quick leaves it out, and says so
     assert shown.measured is not None
     assert shown.measured.threads == 1
+    assert set(shown.layers_ms) >= {"table", "head"}
+    assert 0 < sum(shown.layers_ms.values()) < shown.predicted.latency_ms
 
 
 def test_a_calibration_is_kept_whole(host_file: Path, tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def devices_calibrate(
 ) -> int:
     """Time a machine, and fit the predictor to it.
 
-    This times micro-programs for up to ten minutes. An interrupted calibration continues where it stopped.
+    This times programs operator by operator, in about six minutes on 2 cores. An interrupted calibration continues
+    where it stopped.
     """
     from edgetune.cli.progress import show_progress
     from edgetune.core.errors import EdgetuneError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from edgetune.core.ledger import Measured, Predicted
 from edgetune.core.numbers import format_number
 from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device, load
+from edgetune.profile.layers import predicted_layers_ms
 from edgetune.recipe.names import HOST
 from edgetune.runtime.hosts.host import Host
 from edgetune.runtime.hosts.session import measure_on
@@ -24,12 +26,14 @@ __all__ = ["Profile", "profile"]
 class Profile:
     """The cost of a program, predicted for a device and, if requested, measured on this host.
 
-    For a text-generation program it is the cost of one token, and `prompt` that of a piece of a prompt.
+    For a text-generation program it is the cost of one token, and `prompt` that of a piece of a prompt. `layers_ms`:
+    predicted milliseconds of each module by its dotted name, "" for what belongs to none.
     """
 
     predicted: Predicted
     measured: Measured | None = None
     prompt: Profile | None = None
+    layers_ms: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         call = f", {self.predicted.call}" if self.predicted.call else ""
@@ -56,5 +60,6 @@ def profile(artifact: Artifact | str | Path, device: str | Device = "pixel-8", *
     measured: tuple[Measured | None, ...] = (
         measure_on(Host(), artifact, threads=threads) if measure or described.id == HOST else (None,) * len(predicted)
     )
-    token, *prompt = (Profile(p, m) for p, m in zip(predicted, measured, strict=True))
+    layers_ms = predicted_layers_ms(artifact, described)
+    token, *prompt = (Profile(p, m, layers_ms=of) for p, m, of in zip(predicted, measured, layers_ms, strict=True))
     return replace(token, prompt=prompt[0]) if prompt else token

@@ -1,4 +1,4 @@
-"""Calibrate a machine: time micro-programs there, fit the cost model to them, and store the result as JSON."""
+"""Calibrate a machine: time programs there, fit the cost model to their operators, and store the result as JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NEAR_BYTES = float(MIB)  # of a core's second level, if unknown
 def calibrate(
     out: Path | None = None, *, threads: int | None = None, quick: bool = False, progress: Progress = lambda *_: None
 ) -> Device:
-    """Time micro-programs on this host, fit the cost model, and write descriptor and calibration; returns the device.
+    """Time programs on this host, fit the cost model, and write descriptor and calibration; returns the device.
 
     `out`: a `.yaml` file, by default `host.yaml` in the user's folder, which `load("host")` reads; the calibration is
     stored next to it. `threads`: by default all cores of the process, or one on a virtual machine or if timings with

@@ -33,6 +33,12 @@ def predict_layers(artifact: Artifact, device: str | Device, *, most: int = MOST
     return tuple(by_call)
 
 
+def predicted_layers_ms(artifact: Artifact, device: Device) -> list[dict[str, float]]:
+    """For each kind of call the predicted milliseconds of every module, "" for what belongs to none."""
+    every = max(len(operators_of(call, True)) for call in artifact.manifest.calls)
+    return [{_name(layer): layer.ms for layer in of.layers} for of in predict_layers(artifact, device, most=every)]
+
+
 def _layers_of_call(call: Predicted, costs: Sequence[OperatorCost], slower: float, device: Device, most: int) -> Layers:
     modules: dict[str, list[OperatorCost]] = {}
     for cost in costs:
