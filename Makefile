@@ -14,7 +14,7 @@ export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 # the benchmarks share the tests' models
 BENCH := PYTHONPATH=tests $(BIN)/python benchmarks
 
-.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile tables pages lint types docs site \
+.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real tables pages lint types docs site \
 	dist clean help
 
 help:           ## list the targets
@@ -69,6 +69,9 @@ pages: $(VENV)/.demo  ## make docs/recipes.md and recipes/recipe.schema.json fro
 bench-profile: $(VENV)/.test  ## compare predictions with measurements: unseen programs on this host, published rows (half an hour)
 	$(BENCH)/bench_profile.py
 
+bench-real: $(VENV)/.onnx  ## export models at the sizes people use, and time them beside onnxruntime (an hour)
+	$(BENCH)/bench_real.py
+
 lint: $(VENV)/.dev  ## run ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -111,6 +114,10 @@ $(VENV)/.test: $(VENV)/.demo tests/assets.txt $(VENV)/.pictures $(VENV)/.sshd
 # llama.cpp is built from its source, which takes a compiler and ten minutes; without, the bench says it was left out.
 $(VENV)/.llama: $(VENV)/.test
 	@$(PIP) "llama-cpp-python>=0.3,<0.4" && touch $@ || echo 'llama.cpp was not built; next: sudo apt-get install build-essential cmake'
+
+$(VENV)/.onnx: $(VENV)/.test
+	$(PIP) $(PINNED) "onnxruntime>=1.22,<2" "onnx>=1.18,<2" "onnxscript>=0.5,<1"
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) $(PINNED) --editable ".[dev]"

@@ -20,9 +20,8 @@ from edgetune.core.floats import FloatType
 
 TORCH_DTYPES: dict[FloatType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WITHOUT_BF16 = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
-_ROTARY = (
-    "inv_freq"  # angles of a position grow with it: rounded to 8 bits, they are wrong from a few hundred tokens on
-)
+# Angles of a position grow with it: rounded to 8 bits, they are wrong from a few hundred tokens on.
+_ROTARY = "inv_freq"
 
 
 def narrow(model: nn.Module, dtype: torch.dtype) -> nn.Module:
