@@ -1,7 +1,9 @@
 """Keep the values of the nodes that a pass of executorch leaves as they were.
 
 A pass of executorch replays the whole graph: it runs each operator on fake tensors, although most are called with what
-they were called with before. A value here is a fake tensor, or a size that is a symbol.
+they were called with before. A value here is a fake tensor, or a size that is a symbol. Each node keeps what it was
+called with when its value was computed: its arguments in the graph say nothing of that, since a pass may change them
+before it replays the graph.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter, tree_map_only
+
+_CALL = "edgetune_call"  # in a node's meta: the operator and the values that its own value was computed from
 
 
 @contextmanager
@@ -31,21 +35,22 @@ def keep_values() -> Iterator[None]:
 
     def record(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any) -> Any:
         node: fx.Node | None = getattr(self, "replayed_node", None)
-        if kind != "call_function" or node is None or "val" not in node.meta:
+        if kind != "call_function" or node is None:
             return stock_fx(self, kind, target, args, kwargs, meta)
-        before = node.meta["val"]
-        is_kept = _is_of_mode(before, self.fake_tensor_mode)
-        if is_kept and _operator(target) is _operator(node.target):
-            given = tree_map_only(pass_base.ProxyValue, lambda value: value.data, (args, kwargs))
-            if _is_unchanged(given, (node.args, node.kwargs)):
-                compute, self.interpreter = self.interpreter, _FixedValue(before)
-                try:
-                    return stock_fx(self, kind, target, args, kwargs, meta)
-                finally:
-                    self.interpreter = compute
-        result = stock_fx(self, kind, target, args, kwargs, meta)
-        if is_kept and _has_form_of(result.data, before):  # so that what reads it is unchanged as well
-            result.data = result.node.meta["val"] = before
+        call = _operator(target), tree_map_only(pass_base.ProxyValue, lambda value: value.data, (args, kwargs))
+        before, call_before = node.meta.get("val"), node.meta.get(_CALL)
+        is_kept = "val" in node.meta and _is_of_mode(before, self.fake_tensor_mode)
+        if is_kept and call_before is not None and _is_same(call, call_before):
+            compute, self.interpreter = self.interpreter, _FixedValue(before)
+            try:
+                result = stock_fx(self, kind, target, args, kwargs, meta)
+            finally:
+                self.interpreter = compute
+        else:
+            result = stock_fx(self, kind, target, args, kwargs, meta)
+            if is_kept and _has_form_of(result.data, before):  # so that what reads it is unchanged as well
+                result.data = result.node.meta["val"] = before
+        result.node.meta[_CALL] = call
         return result
 
     base._fx, interpreter.run_node = record, run_node
@@ -71,19 +76,19 @@ def _operator(target: Any) -> Any:
     return target if isinstance(target, torch._ops.OpOverload) else getattr(target, "_op", target)
 
 
-def _is_unchanged(given: Any, before: Any) -> bool:
-    """Whether arguments are those of a node: the same values, and equal constants."""
-    if isinstance(before, fx.Node):
-        return "val" in before.meta and given is before.meta["val"]
+def _is_same(given: Any, before: Any) -> bool:
+    """Whether two calls are of the same operator with the same values, and equal constants."""
     if isinstance(before, (list, tuple)):
-        return isinstance(given, (list, tuple)) and len(given) == len(before) and all(map(_is_unchanged, given, before))
+        return isinstance(given, (list, tuple)) and len(given) == len(before) and all(map(_is_same, given, before))
     if isinstance(before, dict):
         return (
             isinstance(given, dict)
             and given.keys() == before.keys()
-            and all(_is_unchanged(given[key], value) for key, value in before.items())
+            and all(_is_same(given[key], value) for key, value in before.items())
         )
-    return type(given) is type(before) and bool(given == before)
+    if isinstance(before, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return given is before
+    return given is before or (type(given) is type(before) and bool(given == before))
 
 
 def _is_of_mode(value: Any, mode: Any) -> bool:

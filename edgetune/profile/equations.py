@@ -74,7 +74,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Parts:
+class OperatorTerms:
     """The terms of one operator: what it computes, and what it waits for beyond the caches meanwhile."""
 
     own: Terms
@@ -99,23 +99,23 @@ def overlapped(own_us: float, traffic_us: float) -> float:
 class Equation:
     """Operators and calls that take `us` together. `scale_us`: what the error is relative to."""
 
-    parts: Sequence[Parts]
+    parts: Sequence[OperatorTerms]
     calls: Terms
     us: float
     scale_us: float
     importance: float
 
 
-def parts_of(operators: Sequence[Operator], setting: Setting) -> list[Parts]:
+def parts_of(operators: Sequence[Operator], setting: Setting) -> list[OperatorTerms]:
     """The terms of each operator of a program."""
     moved = moved_bytes(operators)
-    parts: list[Parts] = []
+    parts: list[OperatorTerms] = []
     for operator in operators:
         curve = curve_of(operator)
         curve = setting.stand_ins.get(curve, curve)
         own, traffic = terms_of(operator, setting.tile(operator.dtype)), traffic_terms(operator, moved, setting.caches)
         named = ((curve, own), (TRAFFIC, traffic))
-        parts.append(Parts(*({(name, term): size for term, size in terms.items()} for name, terms in named)))
+        parts.append(OperatorTerms(*({(name, term): size for term, size in terms.items()} for name, terms in named)))
     return parts
 
 
@@ -126,7 +126,7 @@ def calls_of(operators: Sequence[Operator]) -> dict[Key, float]:
     return {(CALL, "1"): 1.0, (DELEGATE, "1"): float(starts)}
 
 
-def program_us(parts: Sequence[Parts], calls: Terms, rates: Mapping[Key, float]) -> float:
+def program_us(parts: Sequence[OperatorTerms], calls: Terms, rates: Mapping[Key, float]) -> float:
     """Microseconds of a program."""
     return sum(size * rates.get(key, 0.0) for key, size in calls.items()) + sum(part.us(rates) for part in parts)
 
@@ -138,7 +138,7 @@ def equations_of(item: Timed, setting: Setting) -> Iterator[Equation]:
         yield Equation(parts, calls, item.us, item.us, _NETWORK_IMPORTANCE if item.network else 1.0)
         return
     yield Equation(parts, calls, item.us, item.us, _SUM_IMPORTANCE * len(parts) ** 0.5)
-    short: list[Parts] = []
+    short: list[OperatorTerms] = []
     short_us = 0.0
     for part, measured_us in zip(parts, item.operator_us, strict=True):
         us = max(measured_us, _LEAST_US)
@@ -156,7 +156,7 @@ class System:
     def __init__(self, equations: Sequence[Equation]) -> None:
         sparse = require("scipy.sparse", "a calibration")
         numbers: dict[int, int] = {}  # of each operator's parts, which several equations share
-        parts: list[Parts] = []
+        parts: list[OperatorTerms] = []
         rows: list[int] = []
         columns: list[int] = []
         for row, one in enumerate(equations):
