@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from edgetune.capture.narrow import TORCH_DTYPES
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
-from edgetune.core.floats import KeyValueType
+from edgetune.core.floats import KEY_VALUE_TYPES, KeyValueType
 from edgetune.core.registry import require
 from edgetune.export.lower import check_finalized
 from edgetune.quant.blocks import unpack_by_rows
 
 _NAME = "edgetune-static-cache"
-_STORED: dict[KeyValueType, torch.dtype] = {**TORCH_DTYPES, "int8": torch.int8}
+_STORED = {kind: torch.int8 if kind == "int8" else TORCH_DTYPES[kind] for kind in KEY_VALUE_TYPES}
 _PARTS = ("zero", "scale")  # in the order of the operator's arguments
 
 

@@ -49,7 +49,7 @@ class _Inverted(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.excite(self.act(self.spatial(self.act(self.expand(x))))))
+        y: Tensor = self.project(self.excite(self.act(self.spatial(self.act(self.expand(x))))))
         return y + x if y.shape == x.shape else y
 
 
@@ -87,7 +87,8 @@ class _ConvNeXt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
         y = self.norm(self.spatial(x).permute(0, 2, 3, 1))
-        return x + self.down(functional.gelu(self.up(y))).permute(0, 3, 1, 2)
+        out: Tensor = x + self.down(functional.gelu(self.up(y))).permute(0, 3, 1, 2)
+        return out
 
 
 class _Mixed(nn.Module):
@@ -169,7 +170,8 @@ class _Transformer(nn.Module):
             inner = functional.silu(gate) * value
         else:
             inner = functional.gelu(inner)
-        return x + self.down(inner)
+        out: Tensor = x + self.down(inner)
+        return out
 
 
 class _Tokens(nn.Module):
@@ -211,13 +213,9 @@ def networks() -> Iterator[Micro]:
             for quantize in ("", INT8):
                 name = quantized_name(f"{kind}-{width}x{px}", quantize)
                 yield Micro(
-                    name, _seeded(_Images, kind, px, width, number), floats((1, 3, px, px)), quantize, family=kind
+                    name, partial(_Images, kind, px, width, number), floats((1, 3, px, px)), quantize, family=kind
                 )
     for number, (rows, wide) in enumerate(_ROWS):
         for quantize in ("", INT4):
             name = quantized_name(f"tokens-{rows}x{wide}", quantize)
-            yield Micro(name, _seeded(_Tokens, rows, wide, number), floats((1, rows, wide)), quantize, family="tokens")
-
-
-def _seeded(build: Callable[..., nn.Module], *settings: object) -> Callable[[], nn.Module]:
-    return partial(build, *settings)
+            yield Micro(name, partial(_Tokens, rows, wide, number), floats((1, rows, wide)), quantize, family="tokens")
