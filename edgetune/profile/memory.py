@@ -21,7 +21,7 @@ from edgetune.profile.terms import DEPTH, VECTOR, columns_of, is_product, up, wi
 from edgetune.program.operators import DType, Operator
 
 # Fitted once to the peaks of 90 programs in fresh processes (families of models in fp32, int8 and int4).
-RUNTIME_MIB = 0.4
+RUNTIME_MIB = 1.1  # of ExecuTorch 1.5
 _KERNEL_MIB = 0.17  # code and tables of each kind of kernel outside the delegates
 _DELEGATED_KERNEL_MIB = 0.02  # of each kind and type within them
 _FOUR_BIT_MIB = 0.17  # more where 4-bit weights are packed
