@@ -58,9 +58,9 @@ def language(folder: Path, given: argparse.Namespace) -> Found:
         asking = {"folder": str(folder), "layers": given.layers, "tokens": given.tokens, "engine": name}
         programs[name] = asked("prepare", folder, **asking)
         told(f"{name}: exported in {programs[name]['export_s']:.0f} s, {programs[name]['size_bytes'] / 1e6:.1f} MB")
-    found = programs["program"]
+    plain = programs["program"]
     engines = [name for name in ENGINES if name != "llama.cpp Q4_0" or has_llama_cpp(given)]
-    prompt = (found["prompt"] * 8)[:128]  # as much as one call takes
+    prompt = (plain["prompt"] * 8)[:128]  # as much as one call takes
     rows: dict[str, list[Found]] = {name: [] for name in engines}
     for number in range(given.rounds):
         for name in engines:
@@ -69,7 +69,7 @@ def language(folder: Path, given: argparse.Namespace) -> Found:
             told(f"round {number + 1}, {name}: decode {row['decode_tokens_per_s']:.1f} tokens/s")
             rows[name].append(row)
     process = asked("process", folder, folder=str(folder))["peak_mib"]
-    return {**found, "prompt_tokens": len(prompt), "engines": rows, "programs": programs, "process_mib": process}
+    return {**plain, "prompt_tokens": len(prompt), "engines": rows, "programs": programs, "process_mib": process}
 
 
 def has_llama_cpp(given: argparse.Namespace) -> bool:

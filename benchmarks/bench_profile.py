@@ -29,13 +29,12 @@ import torch
 from real_sizes import DRAWN, REAL
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.ledger import NO_MODULE
 from edgetune.export import export
 from edgetune.profile import trials
 from edgetune.profile.calibrate import calibrate, noise_pct
 from edgetune.profile.calls import predict_calls
 from edgetune.profile.device import Device, load
-from edgetune.profile.layers import predict_layers
+from edgetune.profile.layers import predicted_layers_ms
 from edgetune.profile.trials import Clocked
 from edgetune.profile.validate import format_lines, validate
 from edgetune.program.artifact import Artifact
@@ -141,8 +140,7 @@ def measured(groups: dict[str, str], host: Device, rounds: int) -> tuple[list[Ro
 def layer_figures(artifact: Artifact, host: Device, timing: Clocked) -> Row:
     """The sum of the layers' measured times, and the ten dearest layers: measured and predicted milliseconds."""
     times_ms = layer_times_ms(timing.instructions, artifact.manifest.main.executed)
-    (layers,) = predict_layers(artifact, host, most=10**6)
-    predicted_ms = {"" if layer.module == NO_MODULE else layer.module: layer.ms for layer in layers.layers}
+    (predicted_ms,) = predicted_layers_ms(artifact, host)
     dearest = sorted(((ms, name) for name, ms in times_ms.items() if name), reverse=True)[:DEAREST]
     return {
         "layers_ms": sum(times_ms.values()),

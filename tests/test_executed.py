@@ -20,7 +20,7 @@ from edgetune.core.technique import Sample
 from edgetune.export import Artifact, export
 from edgetune.export.lower import Lowered, lower, lower_methods
 from edgetune.export.targets import find
-from edgetune.profile import cost, device
+from edgetune.profile import cost, device, terms
 from edgetune.program.executed import executed_operators
 from edgetune.program.operators import Operator
 from edgetune.quant.int4 import Int4
@@ -222,7 +222,7 @@ class Cut(nn.Module):
 def test_every_delegate_is_read() -> None:
     found = lowered(Cut(), torch.randn(2, 8))
     assert found.delegates == 3
-    assert cost.delegate_calls_of(found.executed) == 3
+    assert terms.delegate_calls_of(found.executed) == 3
     assert Counter(names(found.executed)) == {"fully-connected": 3, "aten.cumsum.out": 3}
     assert [operator.module for operator in found.executed if operator.delegated] == [f"layers.{n}" for n in range(3)]
 

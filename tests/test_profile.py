@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.profile import cost, device, roofline
+from edgetune.profile import cost, device, roofline, terms
 from edgetune.profile.rates import CACHE_RATIO, DEFAULT_BANDWIDTH_GB_S, rates_of
 from edgetune.profile.reference import NETWORKS
 from edgetune.program.operators import DType, Kind, Operator
@@ -86,8 +86,8 @@ def test_an_operator_left_to_portable_kernels_costs_more() -> None:
 
 def test_delegate_calls_are_counted_as_runs() -> None:
     yes, no = operator(), operator(delegated=False)
-    assert cost.delegate_calls_of([yes, yes, no, yes, no, no]) == 2
-    assert cost.delegate_calls_of([no]) == 0
+    assert terms.delegate_calls_of([yes, yes, no, yes, no, no]) == 2
+    assert terms.delegate_calls_of([no]) == 0
     described = device.load("pixel-8")
     apart = cost.predict([yes, no, yes], described).latency_ms
     together = cost.predict([yes, yes, no], described).latency_ms

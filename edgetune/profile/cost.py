@@ -17,18 +17,12 @@ from edgetune.profile.device import Device
 from edgetune.profile.memory import peak_memory_mib
 from edgetune.profile.operator_cost import OperatorCost
 from edgetune.profile.rates import Rates, rates_of
-from edgetune.profile.terms import footprint_bytes
+from edgetune.profile.terms import delegate_calls_of, footprint_bytes
 from edgetune.program.operators import Kind, Operator
 
 _LAYERS: frozenset[Kind] = frozenset({"conv", "pointwise-conv", "depthwise-conv", "linear"})
 _CLAMPS = (".relu", "hardtanh", ".clamp")
 _MOST = 10**18  # beyond it, sizes are mistakes and sums might overflow
-
-
-def delegate_calls_of(operators: Sequence[Operator]) -> int:
-    """Runs of delegated operators in program order: each is at least one call of the backend."""
-    before = [False, *(operator.delegated for operator in operators)]
-    return sum(1 for last, operator in zip(before, operators, strict=False) if operator.delegated and not last)
 
 
 def drop_folded_operators(operators: Sequence[Operator]) -> tuple[Operator, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from edgetune.profile.terms import (
     KernelTile,
     Key,
     curve_of,
+    delegate_calls_of,
     moved_bytes,
     terms_of,
     traffic_terms,
@@ -120,10 +120,8 @@ def parts_of(operators: Sequence[Operator], setting: Setting) -> list[OperatorTe
 
 
 def calls_of(operators: Sequence[Operator]) -> dict[Key, float]:
-    """The call of a program, and those of the backend: runs of operators that it executes."""
-    delegated = [False, *(operator.delegated for operator in operators)]
-    starts = sum(here and not before for before, here in pairwise(delegated))
-    return {(CALL, "1"): 1.0, (DELEGATE, "1"): float(starts)}
+    """The call of a program, and those of the backend."""
+    return {(CALL, "1"): 1.0, (DELEGATE, "1"): float(delegate_calls_of(operators))}
 
 
 def program_us(parts: Sequence[OperatorTerms], calls: Terms, rates: Mapping[Key, float]) -> float:

@@ -176,6 +176,12 @@ def moved_bytes(operators: Sequence[Operator]) -> float:
     return float(sum(operator.weight_bytes + operator.activation_bytes for operator in operators))
 
 
+def delegate_calls_of(operators: Sequence[Operator]) -> int:
+    """Runs of delegated operators in program order: each is at least one call of the backend."""
+    before = [False, *(operator.delegated for operator in operators)]
+    return sum(1 for last, operator in zip(before, operators, strict=False) if operator.delegated and not last)
+
+
 def footprint_bytes(operators: Sequence[Operator]) -> float:
     """Bytes of constants that one run of a program reads."""
     return float(sum(operator.weight_bytes for operator in operators))

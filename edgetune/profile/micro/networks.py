@@ -17,7 +17,6 @@ from torch.nn import functional
 from edgetune.profile.micro.program import INT4, INT8, Micro, floats, quantized_name
 
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU)
-_MOST_MACS = 40e6  # of one layer
 
 
 def _conv(wide: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
