@@ -69,7 +69,7 @@ pages: $(VENV)/.demo  ## make docs/recipes.md and recipes/recipe.schema.json fro
 bench-profile: $(VENV)/.test  ## compare predictions with measurements: unseen programs on this host, published rows (half an hour)
 	$(BENCH)/bench_profile.py
 
-bench-real: $(VENV)/.onnx  ## export models at the sizes people use, and time them beside onnxruntime (an hour)
+bench-real: $(VENV)/.onnx  ## export models at the sizes people use, and time them beside onnxruntime and OpenVINO (an hour)
 	$(BENCH)/bench_real.py
 
 lint: $(VENV)/.dev  ## run ruff
@@ -116,7 +116,7 @@ $(VENV)/.llama: $(VENV)/.test
 	@$(PIP) "llama-cpp-python>=0.3,<0.4" && touch $@ || echo 'llama.cpp was not built; next: sudo apt-get install build-essential cmake'
 
 $(VENV)/.onnx: $(VENV)/.test
-	$(PIP) $(PINNED) "onnxruntime>=1.22,<2" "onnx>=1.18,<2" "onnxscript>=0.5,<1"
+	$(PIP) $(PINNED) "onnxruntime>=1.22,<2" "onnx>=1.18,<2" "onnxscript>=0.5,<1" "openvino>=2025.3"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

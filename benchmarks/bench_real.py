@@ -1,13 +1,14 @@
-"""Models at the sizes people use: what their export takes, and their latency beside onnxruntime's.
+"""Models at the sizes people use: what their export takes, and their latency beside onnxruntime's and OpenVINO's.
 
     python benchmarks/bench_real.py [--models "resnet50 at 224,MiniLM at 128"] [--rounds 5] [--threads N]
 
 Each model of `real_sizes.py`, with random weights, is exported in fp32 and in 8 or 4 bits, each in its own process:
 seconds, memory at its peak, size, difference from eager mode, share of delegated operators. The same model goes through
-torch's ONNX exporter, for 8 bits through onnxruntime's static quantization (QDQ, per channel). Both run on as many
-threads, in turn, `--rounds` times, and the least median of each counts. `speed` is onnxruntime's time over ours. Writes
-docs/bench-real.md and .json. Exit code 1 where the geometric mean of the networks for pictures misses its goal.
-Without onnxruntime (`pip install onnxruntime onnx onnxscript`) that column is empty.
+torch's ONNX exporter, for 8 bits through onnxruntime's static quantization (QDQ, per channel); that file is what
+onnxruntime and OpenVINO run. All use as many threads, in turn, `--rounds` times, and the least median of each counts.
+`speed` is their time over ours. Writes docs/bench-real.md and .json. Exit code 1 where the geometric mean of the
+networks for pictures misses its goal beside onnxruntime. An engine that is not installed has an empty column
+(`pip install onnxruntime onnx onnxscript openvino`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from real_sizes import REAL
+from real_sizes import DRAWN, REAL
 
 from edgetune.run.environment import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-real"
 GOALS = {"fp32": 1.0, "int8": 1.2}  # of speed, geometric mean over the networks for pictures
+OTHERS = {"onnx": "onnxruntime", "openvino": "openvino"}  # engine -> its package
 SECONDS, LIMIT_S, MIB = 1.0, 900, 2**20
 Row = dict[str, Any]
 
@@ -126,6 +128,17 @@ def time_onnx(path: Path, threads: int, inputs: Path) -> float:
     return _median_ms(lambda: session.run(None, given))
 
 
+def time_openvino(path: Path, threads: int, inputs: Path) -> float:
+    """Median milliseconds."""
+    import openvino
+    import torch
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.compile_model(path, "CPU", settings).create_infer_request()
+    given = [tensor.numpy() for tensor in torch.load(inputs, weights_only=True)]
+    return _median_ms(lambda: request.infer(given, share_inputs=True, share_outputs=True))
+
+
 def _median_ms(once: Any) -> float:
     times: list[float] = []
     until = time.perf_counter() + SECONDS / 3
@@ -152,7 +165,8 @@ def worker_main(request: Row) -> Any:
         return export_onnx(request["model"], request["bits"], path)
     if request["step"] == "time pte":
         return time_pte(path, request["threads"])
-    return time_onnx(path, request["threads"], path.with_suffix(".pt"))
+    timed = time_openvino if request["step"] == "time openvino" else time_onnx
+    return timed(path, request["threads"], path.with_suffix(".pt"))
 
 
 # The benchmark
@@ -180,23 +194,28 @@ def measure(name: str, bits: str, rounds: int, threads: int) -> Row:
     if figures is None:
         return row
     row |= figures
-    engines = ["pte"]
-    has_onnx = bits != "int4" and importlib.util.find_spec("onnxruntime") is not None
-    if has_onnx and asked(step="onnx", file=f"{stem}.onnx", **common) is not None:
-        engines.append("onnx")
-    times: dict[str, list[float]] = {engine: [] for engine in engines}
+    files = {"pte": f"{stem}.pte"}
+    others = [engine for engine, package in OTHERS.items() if importlib.util.find_spec(package) is not None]
+    if bits != "int4" and others and asked(step="onnx", file=f"{stem}.onnx", **common) is not None:
+        files |= dict.fromkeys(others, f"{stem}.onnx")
+    times: dict[str, list[float]] = {engine: [] for engine in files}
     for _ in range(rounds):
-        for engine in engines:
-            time_ms = asked(step=f"time {engine}", file=f"{stem}.{engine}", threads=threads, **common)
+        for engine, file in files.items():
+            time_ms = asked(step=f"time {engine}", file=file, threads=threads, **common)
             times[engine] += [time_ms] if time_ms is not None else []
     row |= {f"{engine}_ms": min(own) for engine, own in times.items() if own}
     return row
 
 
-def speeds(rows: list[Row], bits: str) -> list[float]:
-    """onnxruntime's time over ours, for the networks for pictures."""
+def speeds(rows: list[Row], bits: str, engine: str) -> list[float]:
+    """Another engine's time over ours, for the networks for pictures."""
     own = [row for row in rows if row["bits"] == bits and REAL[row["model"]].source == "timm"]
-    return [row["onnx_ms"] / row["pte_ms"] for row in own if "onnx_ms" in row and "pte_ms" in row]
+    return [row[f"{engine}_ms"] / row["pte_ms"] for row in own if f"{engine}_ms" in row and "pte_ms" in row]
+
+
+def geometric_mean(values: list[float]) -> float:
+    """0 of nothing."""
+    return math.exp(statistics.fmean(map(math.log, values))) if values else 0.0
 
 
 def verdicts(rows: list[Row]) -> list[tuple[bool, str]]:
@@ -204,10 +223,10 @@ def verdicts(rows: list[Row]) -> list[tuple[bool, str]]:
     exported = [row for row in rows if "export_s" in row]
     checks = [(len(exported) == len(rows), f"{len(exported)} of {len(rows)} programs exported, equal to eager mode")]
     for bits, goal in GOALS.items():
-        own = speeds(rows, bits)
-        mean = math.exp(statistics.fmean(map(math.log, own))) if own else 0.0
-        text = f"speed beside onnxruntime, {bits}, geometric mean of {len(own)} networks: {mean:.2f} ({goal:g})"
-        checks.append((mean >= goal, text))
+        own, beside = speeds(rows, bits, "onnx"), geometric_mean(speeds(rows, bits, "openvino"))
+        mean = geometric_mean(own)
+        text = f"speed beside onnxruntime, {bits}, geometric mean of {len(own)} networks: {mean:.2f} (goal: {goal:g})"
+        checks.append((mean >= goal, f"{text}; beside OpenVINO {beside:.2f}"))
     return checks
 
 
@@ -219,20 +238,20 @@ def document(rows: list[Row], checks: list[tuple[bool, str]], threads: int) -> s
         "",
         f"Made by `python benchmarks/bench_real.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
         f"{machine['executorch']}, threads: {threads}, random weights, batch 1. Difference: the largest from eager "
-        "mode, as a share of the largest output. Speed: onnxruntime's time over ours.",
+        "mode, as a share of the largest output. Speed: the other engine's time over ours.",
         "",
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in checks),
         "",
         "| model | type | quantize, s | export, s | peak, MiB | `.pte`, MiB | difference | delegated | ms | "
-        "onnxruntime, ms | speed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "onnxruntime, ms | speed | OpenVINO, ms | speed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "export_s" not in row:
-            lines.append(f"| {row['model']} | {row['bits']} | not exported | | | | | | | | |")
+            lines.append(f"| {row['model']} | {row['bits']} | not exported | | | | | | | | | | |")
             continue
-        other = row.get("onnx_ms")
-        beside = f"{other:.2f} | {other / row['pte_ms']:.2f}" if other else "| "
+        others = [row.get(f"{engine}_ms") for engine in OTHERS]
+        beside = " | ".join(f"{other:.2f} | {other / row['pte_ms']:.2f}" if other else " | " for other in others)
         cells = (
             f"{row['quantize_s']:.1f} | {row['export_s']:.1f} | {row['peak_mib']:.0f} | {row['size_mib']:.1f}",
             f"{row['difference']:.1e} | {row['delegated_pct']:.0f} % | {row['pte_ms']:.2f}",
@@ -244,7 +263,7 @@ def document(rows: list[Row], checks: list[tuple[bool, str]], threads: int) -> s
 def main() -> None:
     """Export, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", default=",".join(REAL))
+    parser.add_argument("--models", default=",".join(n for n in REAL if n.partition(" ")[0] not in DRAWN))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "bench-real.json")

@@ -12,13 +12,15 @@ import subprocess
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgetune.core.inputs import Inputs
-from support.families import Family, pictures
+from support.families import Family, WhisperDecoder, pictures, spectra
+from support.nets import First
 from support.timm_apart import import_timm
 
-PX, TOKENS, WORDS = 224, 128, 30_522
+PX, TOKENS, WORDS, MODERN_WORDS = 224, 128, 30_522, 50_368
+BINS, FRAMES, SAID, WHISPER_WORDS = 80, 3000, 64, 51_865  # half a minute of speech, and a sentence
 NETWORKS = (
     "mobilenetv3_large_100", "mobilenetv4_conv_medium", "efficientnet_b0", "resnet50", "convnext_tiny",
     "vit_small_patch16_224", "fastvit_t8", "repvit_m1_0", "resnet18", "vit_tiny_patch16_224", "convnext_atto",
@@ -47,9 +49,40 @@ def _bert(width: int, layers: int, heads: int) -> nn.Module:
     return BertForSequenceClassification(config).eval()
 
 
-def _sentences(rows: int) -> Inputs:
+def _modern() -> nn.Module:
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+
+    torch.manual_seed(0)
+    return ModernBertForSequenceClassification(ModernBertConfig()).eval()  # its defaults are the base model's
+
+
+def _whisper() -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    return WhisperForConditionalGeneration(WhisperConfig()).eval()  # its defaults are the tiny model's
+
+
+def _hearing() -> nn.Module:
+    return First(_whisper().model.encoder, "last_hidden_state").eval()
+
+
+def _telling() -> nn.Module:
+    return WhisperDecoder(_whisper()).eval()
+
+
+def _sentences(rows: int, name: str = "input_ids", words: int = WORDS, tokens: int = TOKENS) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(rows)
-    return {"input_ids": torch.randint(3, WORDS, (rows, TOKENS), generator=draw)}
+    return {name: torch.randint(3, words, (rows, tokens), generator=draw)}
+
+
+def _speech(rows: int) -> Inputs:
+    return {"input_features": spectra(rows, BINS, FRAMES)}
+
+
+def _heard(rows: int) -> Inputs:
+    tokens = _sentences(rows, "decoder_input_ids", WHISPER_WORDS, SAID)
+    return {**tokens, "encoder_hidden_states": torch.randn(rows, FRAMES // 2, 384)}
 
 
 def _vision(name: str) -> Family:
@@ -64,6 +97,11 @@ REAL = {
         *map(_vision, NETWORKS),
         Family("MiniLM at 128", functools.partial(_bert, 384, 12, 12), _sentences, "int4", "transformers"),
         Family("BERT-base at 128", functools.partial(_bert, 768, 12, 12), _sentences, "int4", "transformers"),
+        Family(
+            "ModernBERT-base at 128", _modern, functools.partial(_sentences, words=MODERN_WORDS), "int4", "transformers"
+        ),
+        Family("Whisper-tiny encoder", _hearing, _speech, "int4", "transformers"),
+        Family("Whisper-tiny decoder", _telling, _heard, "int4", "transformers"),
         *map(_vision, DRAWN),
     )
 }
