@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.inputs import Inputs
-from support.families import Family, WhisperDecoder, pictures, spectra
+from support.families import Family, WhisperDecoder, lively, pictures, spectra
 from support.nets import First
 from support.timm_apart import import_timm
 
@@ -34,8 +34,7 @@ _MOST_PARAMETERS, _DRAWN, _SEED = 40e6, 10, 17
 
 def _network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = import_timm().create_model(name)
-    return model.eval()
+    return lively(import_timm().create_model(name), pictures(8, PX), branches=0.2)
 
 
 def _bert(width: int, layers: int, heads: int) -> nn.Module:
