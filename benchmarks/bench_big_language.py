@@ -128,6 +128,9 @@ def document(figures: dict[str, Row], threads: int) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in figures.items():
+        if "failed" in row:
+            lines.append(f"| {name} | not exported: {row['failed']} |" + " |" * 10)
+            continue
         size, equal = SIZES[name], "all" if row["first_difference"] is None else row["first_difference"]
         goal = f"{size.max_seconds:.0f} s, {size.max_mib:,.0f} MiB: {'reached' if met(name, row) else 'MISSED'}"
         lines.append(
@@ -139,9 +142,17 @@ def document(figures: dict[str, Row], threads: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def error_of(printed: str) -> str:
+    """The message of the error that ended a process."""
+    last = [line for line in printed.splitlines() if "Error: " in line or "Killed" in line]
+    return last[-1].partition("Error: ")[2] if last else "the process ended without a message"
+
+
 def met(name: str, row: Row) -> bool:
     """Whether a model stays within what it is held to."""
     size = SIZES[name]
+    if "failed" in row:
+        return False
     return bool(row["int4_s"] + row["export_s"] <= size.max_seconds and row["peak_mib"] <= size.max_mib)
 
 
@@ -162,8 +173,11 @@ def main() -> None:
         for name in SIZES:
             layers = ["--layers", str(given.layers)] if given.layers else []
             command = [sys.executable, __file__, "--only", name, "--out", str(partial), *layers]
-            subprocess.run([*command, "--threads", str(given.threads)], check=True)
-            figures[name] = json.loads(partial.read_text(encoding="utf-8"))
+            done = subprocess.run([*command, "--threads", str(given.threads)], stderr=subprocess.PIPE, text=True)
+            if done.returncode == 0:
+                figures[name] = json.loads(partial.read_text(encoding="utf-8"))
+            else:
+                figures[name] = {"failed": error_of(done.stderr)}
             print(name, json.dumps(figures[name]), file=sys.stderr, flush=True)
     page = document(figures, given.threads)
     print(page)

@@ -185,26 +185,30 @@ def asked(**request: Any) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(name: str, bits: str, rounds: int, threads: int) -> Row:
-    """One model in one type."""
+def exported(name: str, bits: str) -> Row:
+    """One model in one type: what its export took, and the file of each engine that runs it."""
     stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{name}-{bits}")
     common = {"model": name, "bits": bits}
-    row: Row = {**common, "threads": threads}
     figures = asked(step="export", file=f"{stem}.pte", **common)
     if figures is None:
-        return row
-    row |= figures
+        return common
     files = {"pte": f"{stem}.pte"}
     others = [engine for engine, package in OTHERS.items() if importlib.util.find_spec(package) is not None]
     if bits != "int4" and others and asked(step="onnx", file=f"{stem}.onnx", **common) is not None:
         files |= dict.fromkeys(others, f"{stem}.onnx")
-    times: dict[str, list[float]] = {engine: [] for engine in files}
-    for _ in range(rounds):
-        for engine, file in files.items():
-            time_ms = asked(step=f"time {engine}", file=file, threads=threads, **common)
-            times[engine] += [time_ms] if time_ms is not None else []
-    row |= {f"{engine}_ms": min(own) for engine, own in times.items() if own}
-    return row
+    return {**common, **figures, "files": files}
+
+
+def time_all(rows: list[Row], rounds: int, threads: int) -> None:
+    """Add the least median of each engine, one round after the other: a shared machine is slow for minutes."""
+    for number in range(rounds):
+        for row in rows:
+            for engine, file in row.get("files", {}).items():
+                settings = {"model": row["model"], "bits": row["bits"], "threads": threads, "file": file}
+                time_ms = asked(step=f"time {engine}", **settings)
+                if time_ms is not None:
+                    row[f"{engine}_ms"] = min(time_ms, row.get(f"{engine}_ms", math.inf))
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
 
 
 def speeds(rows: list[Row], bits: str, engine: str) -> list[float]:
@@ -280,8 +284,9 @@ def main() -> None:
     rows: list[Row] = []
     for name in models:
         for bits in ("fp32", REAL[name].bits):
-            rows.append(measure(name, bits, given.rounds, given.threads))
+            rows.append(exported(name, bits))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    time_all(rows, given.rounds, given.threads)
     checks = verdicts(rows)
     given.out.write_text(json.dumps({"rows": rows, "verdicts": checks}, indent=1) + "\n", encoding="utf-8")
     given.out.with_suffix(".md").write_text(document(rows, checks, given.threads), encoding="utf-8")

@@ -29,7 +29,7 @@ from edgetune.runtime import host
 from edgetune.runtime.clock.events import Instruction
 from edgetune.runtime.clock.machine import usable_cores
 from edgetune.runtime.hosts.place import Runner, TimingRequest
-from edgetune.runtime.operator_times import operator_times_us
+from edgetune.runtime.operator_times import Stretch, stretches, times_of
 
 ENGINE = "ExecuTorch XNNPACK"
 STEADY = 0.10  # between two timings of a program; above, one thread is used by default
@@ -173,14 +173,18 @@ def least_timings(
     for name, own in by_name.items():
         least.append(min(own, key=lambda one: one.us))
         operator_us: tuple[float, ...] = ()
+        parts: list[Stretch] = []
         recorded = [one.instructions for one in own if one.instructions]
         if recorded:
             try:
-                operator_us = operator_times_us(min(recorded, key=_total_us), operators[name])
+                parts = stretches(min(recorded, key=_total_us), operators[name])
+                operator_us = times_of(parts, operators[name])
             except EdgetuneError as error:
                 unmatched.append(f"not recorded by operator: {name}: {error.what}")
         family = networks.get(name, "")
-        timed.append(Timed(name, operators[name], least[-1].us, name in networks, operator_us, family))
+        timed.append(
+            Timed(name, operators[name], least[-1].us, name in networks, operator_us, tuple(parts), family)
+        )
     return least, timed, unmatched
 
 

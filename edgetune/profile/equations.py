@@ -1,7 +1,8 @@
 """What timed programs say of the rates of the kernels' terms, as equations, and the positive rates that fit them best.
 
-A program whose operators were recorded gives an equation for each of them, one for its short operators together and
-one for the whole: a short operator's own time is mostly rounding, the sum of many is not. Any other gives one equation.
+A program whose operators were recorded gives an equation for each of them, one for each stretch of the backend's calls
+and one for the whole: the backend counts its kernels in whole microseconds, a call as a whole is timed exactly. Any
+other program gives one equation.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from edgetune.profile.terms import (
     traffic_terms,
 )
 from edgetune.program.operators import DType, Operator
+from edgetune.runtime.operator_times import Stretch
 
 Rates = dict[Key, float]
 Terms = Mapping[Key, float]
@@ -36,8 +38,8 @@ Floats = NDArray[np.float64]
 
 _NETWORK_IMPORTANCE = 2.0  # of a network that is known as a whole alone, which shows operators in context
 _SUM_IMPORTANCE = 3.0  # of a recorded sum, beside the square root of the number of its operators
-_SHORT_US = 8.0  # below, an operator is also counted in the sum of the short ones
-_UNCERTAIN_US = 7.0  # errors of an operator's own time are relative to the hypotenuse of it and this
+_UNCERTAIN_US = 7.0  # errors of a kernel's own time are relative to the hypotenuse of it and this
+_EXACT_US = 0.5  # the same for a stretch of kernels, or a kernel outside of the backend
 _LEAST_US = 0.05  # of a recorded operator
 _SOFT = 0.1  # relative errors above it get less weight
 _SWEEPS = 8
@@ -47,7 +49,7 @@ _EVEN = 1e-3  # pull towards equal shares for kernels that always occur together
 
 @dataclass(frozen=True)
 class Timed:
-    """One program and its latency in microseconds, and that of each of its operators if they were recorded.
+    """One program and its latency in microseconds, and that of each of its operators and stretches if recorded.
 
     `network`: not a chain of one operator. `family`: of networks that are alike, and are left out together.
     """
@@ -57,6 +59,7 @@ class Timed:
     us: float
     network: bool = False
     operator_us: tuple[float, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
     family: str = ""
 
 
@@ -136,16 +139,13 @@ def equations_of(item: Timed, setting: Setting) -> Iterator[Equation]:
         yield Equation(parts, calls, item.us, item.us, _NETWORK_IMPORTANCE if item.network else 1.0)
         return
     yield Equation(parts, calls, item.us, item.us, _SUM_IMPORTANCE * len(parts) ** 0.5)
-    short: list[OperatorTerms] = []
-    short_us = 0.0
     for part, measured_us in zip(parts, item.operator_us, strict=True):
         us = max(measured_us, _LEAST_US)
         yield Equation([part], {}, us, math.hypot(us, _UNCERTAIN_US), 1.0)
-        if us < _SHORT_US:
-            short.append(part)
-            short_us += us
-    if short:
-        yield Equation(short, {}, short_us, short_us, _SUM_IMPORTANCE * len(short) ** 0.5)
+    for one in item.stretches:
+        us, own = max(one.us, _LEAST_US), parts[one.places.start : one.places.stop]
+        importance = _SUM_IMPORTANCE * len(own) ** 0.5
+        yield Equation(own, {(DELEGATE, "1"): float(one.calls)}, us, math.hypot(us, _EXACT_US), importance)
 
 
 class System:

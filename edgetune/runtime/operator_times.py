@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.program.operator_kinds import is_free
@@ -31,17 +32,41 @@ _KINDS = {  # names of XNNPACK's operators in a file and of its kernels, as far 
 }  # fmt: skip
 
 
-def operator_times_us(recorded: Sequence[Instruction], operators: Sequence[Operator]) -> tuple[float, ...]:
-    """The time of each operator that a call executes, in microseconds; 0 if the backend fused it into another.
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbours that were recorded together: what the backend runs between two operators outside, or one of those."""
+
+    places: range  # of its operators
+    kernels: tuple[tuple[str, float], ...]  # names and microseconds
+    us: float  # from the first to the last of them, which the kernels' rounded times only add up to about
+    calls: int  # of the backend
+
+
+def stretches(recorded: Sequence[Instruction], operators: Sequence[Operator]) -> list[Stretch]:
+    """The operators that a call executes, in order, cut at every one outside of the backend.
 
     `recorded`: the call's instructions. `operators`: of the same call, in order, as they stand in `model.json`. Raises
     `EdgetuneError` (exit code 5) if the two are not of one program.
     """
+    return list(_stretches(recorded, operators))
+
+
+def operator_times_us(recorded: Sequence[Instruction], operators: Sequence[Operator]) -> tuple[float, ...]:
+    """The time of each operator that a call executes, in microseconds; 0 if the backend fused it into another.
+
+    Takes and raises what `stretches` does.
+    """
+    return times_of(stretches(recorded, operators), operators)
+
+
+def times_of(parts: Sequence[Stretch], operators: Sequence[Operator]) -> tuple[float, ...]:
+    """The same of a call that is cut already."""
     times = [0.0] * len(operators)
-    for kernels, places in _sections(recorded, operators):
-        names = [_kind(operators[place].operator) for place in places]
-        for (_, us), index in zip(kernels, _match([_kind(name) for name, _ in kernels], names), strict=True):
-            times[places[index]] += us
+    for part in parts:
+        names = [_kind(operators[place].operator) for place in part.places]
+        matched = _match([_kind(name) for name, _ in part.kernels], names)
+        for (_, us), index in zip(part.kernels, matched, strict=True):
+            times[part.places[index]] += us
     return tuple(times)
 
 
@@ -53,33 +78,35 @@ def layer_times_ms(recorded: Sequence[Instruction], operators: Sequence[Operator
     return times_ms
 
 
-def _sections(
-    recorded: Sequence[Instruction], operators: Sequence[Operator]
-) -> Iterator[tuple[list[tuple[str, float]], range]]:
-    """Kernels, and the operators that they run: cut at every operator outside of XNNPACK."""
+def _stretches(recorded: Sequence[Instruction], operators: Sequence[Operator]) -> Iterator[Stretch]:
     outside = [place for place, one in enumerate(operators) if not one.operator.startswith(_XNNPACK)]
     alone = [name for name, _, kernels in recorded if not kernels]
     places = iter(_place_portable(alone, [operators[place].operator for place in outside]))
-    start: int = 0
-    inside: list[tuple[str, float]] = []
-    for name, us, kernels in recorded:
+    start = 0
+    calls: list[Instruction] = []  # of the backend, since the last operator outside
+    for instruction in recorded:
+        name, us, kernels = instruction
         if kernels:
-            inside += _unrounded(us, kernels)
+            calls.append(instruction)
             continue
         index = next(places)
         if index is None:
             continue
         place = outside[index]
-        if inside and place == start:
-            raise _mismatch(name)
-        if inside:
-            yield inside, range(start, place)
-        yield [(operators[place].operator, us)], range(place, place + 1)
-        start, inside = place + 1, []
-    if inside and start == len(operators):
-        raise _mismatch(inside[0][0])
-    if inside:
-        yield inside, range(start, len(operators))
+        yield from _inside(calls, range(start, place))
+        yield Stretch(range(place, place + 1), ((operators[place].operator, us),), us, 0)
+        start, calls = place + 1, []
+    yield from _inside(calls, range(start, len(operators)))
+
+
+def _inside(calls: Sequence[Instruction], places: range) -> Iterator[Stretch]:
+    """The backend's calls between two operators outside, if there are any."""
+    if not calls:
+        return
+    kernels = tuple(kernel for _, us, own in calls for kernel in _unrounded(us, own))
+    if not places:
+        raise _mismatch(kernels[0][0])
+    yield Stretch(places, kernels, sum(us for _, us, _ in calls), len(calls))
 
 
 def _place_portable(recorded: Sequence[str], operators: Sequence[str]) -> list[int | None]:
