@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.run.environment import detect_environment
+from edgetune.runtime.clock.runs import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("bench_language_worker.py")
@@ -40,7 +42,9 @@ def asked(verb: str, work: Path, /, **settings: Any) -> Any:
     request, out = work / "request.json", work / "answer.json"
     request.write_text(json.dumps({"verb": verb, "settings": settings}), encoding="utf-8")
     out.unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, str(WORKER), str(request), str(out)], capture_output=True, text=True)
+    command = [sys.executable, str(WORKER), str(request), str(out)]
+    environment = os.environ | (ENVIRONMENT if settings.get("engine") in PROGRAMS else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{verb} {settings}: {done.stderr[-2000:]}")
     return json.loads(out.read_text(encoding="utf-8"))
@@ -69,7 +73,14 @@ def language(folder: Path, given: argparse.Namespace) -> Found:
             told(f"round {number + 1}, {name}: decode {row['decode_tokens_per_s']:.1f} tokens/s")
             rows[name].append(row)
     process = asked("process", folder, folder=str(folder))["peak_mib"]
-    return {**plain, "prompt_tokens": len(prompt), "engines": rows, "programs": programs, "process_mib": process}
+    return {
+        **plain,
+        "prompt_tokens": len(prompt),
+        "generated": given.tokens,
+        "engines": rows,
+        "programs": programs,
+        "process_mib": process,
+    }
 
 
 def has_llama_cpp(given: argparse.Namespace) -> bool:
@@ -219,7 +230,7 @@ def document(found: Found) -> str:
         f"{how['rounds']} interleaved rounds, and range.{part}",
         "",
         f"SmolLM2-135M-Instruct, 4-bit weights in groups of 32, 8 bits for head, embedding and down projections: "
-        f"{lm['prompt_tokens']} prompt tokens, {lm['tokens']} generated tokens, a cache of 512. Eager: transformers "
+        f"{lm['prompt_tokens']} prompt tokens, {lm['generated']} generated tokens, a cache of 512. Eager: transformers "
         "with a static cache and the unquantized weights. llama.cpp: Q4_0, converted by its own tool from the same "
         "weights. Each engine generates everything once as a warm-up.",
         "",

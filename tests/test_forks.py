@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edgetune.runtime import forks
+from edgetune.runtime.clock.runs import ENVIRONMENT
 from edgetune.runtime.forks import ForkServer
 from edgetune.runtime.run import run_in_child
 
@@ -92,3 +93,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("forks") / "model.pte"
     export(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()), (torch.randn(1, 8),), path)
     return path
+
+
+def test_the_environment_keeps_a_library_from_starting_threads_in_the_runtimes_threads(server: ForkServer) -> None:
+    """It is read when the server imports torch, before any request."""
+    environment = Path(f"/proc/{server._process.pid}/environ").read_bytes().split(b"\0")
+    assert set(ENVIRONMENT) <= {entry.partition(b"=")[0].decode() for entry in environment}
+    server.close()

@@ -182,9 +182,7 @@ def least_timings(
             except EdgetuneError as error:
                 unmatched.append(f"not recorded by operator: {name}: {error.what}")
         family = networks.get(name, "")
-        timed.append(
-            Timed(name, operators[name], least[-1].us, name in networks, operator_us, tuple(parts), family)
-        )
+        timed.append(Timed(name, operators[name], least[-1].us, name in networks, operator_us, tuple(parts), family))
     return least, timed, unmatched
 
 

@@ -20,6 +20,8 @@ import threading
 import traceback
 from pathlib import Path
 
+from edgetune.runtime.clock.runs import ENVIRONMENT
+
 _MODULE = "edgetune.runtime.forks"
 _MODULES = ("edgetune.runtime.run", "edgetune.runtime.training", "edgetune.runtime.language")
 
@@ -36,6 +38,7 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={**ENVIRONMENT, **os.environ},
             cwd="/",  # nothing in the caller's folder can shadow a package
             start_new_session=True,  # so that it and its fork can be ended together
             encoding="utf-8",

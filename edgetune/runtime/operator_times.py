@@ -85,7 +85,7 @@ def _stretches(recorded: Sequence[Instruction], operators: Sequence[Operator]) -
     start = 0
     calls: list[Instruction] = []  # of the backend, since the last operator outside
     for instruction in recorded:
-        name, us, kernels = instruction
+        _, us, kernels = instruction
         if kernels:
             calls.append(instruction)
             continue

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 from edgetune.runtime import forks
 from edgetune.runtime.child_failures import child_error
 from edgetune.runtime.clock.events import Instruction
-from edgetune.runtime.clock.runs import load_runtime, read_inputs, serve
+from edgetune.runtime.clock.runs import ENVIRONMENT, load_runtime, read_inputs, serve
 
 _MODULE = "edgetune.runtime.run"
 _CLOCK = "edgetune.runtime.clock"
@@ -162,6 +163,7 @@ def _run_process(module: str, folder: Path, on_line: Callable[[str], None]) -> s
         subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
             cwd=folder,
+            env={**ENVIRONMENT, **os.environ},
             stdout=subprocess.PIPE,
             stderr=errors,
             encoding="utf-8",

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MISSING = "missing"  # the kind of error if a package is not installed
+ENVIRONMENT = {"MKL_NUM_THREADS": "1"}
+"""What the environment of a process should hold before it imports torch, as the runtime has threads of its own.
+
+Attention calls MKL in each of them, and MKL would start as many again: a prompt then takes twice as long on two cores.
+"""
 
 
 def serve(folder: Path, answer: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> int:
@@ -115,15 +120,28 @@ def _time_call(
 
 def load_runtime(threads: int | None) -> Any:
     """executorch's loader, with the quantized kernels registered and the thread pool at its size."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and its kin
     import torch  # noqa: F401  first, for its libraries
     from executorch.extension.pybindings import _C
 
-    if importlib.util.find_spec("openvino") is not None:  # registers the backend
-        from executorch.extension.pybindings import portable_lib  # noqa: F401
+    _name_openvino()
     if threads is not None:
         _C._unsafe_reset_threadpool(threads)
     return _C
+
+
+def _name_openvino() -> None:
+    """Say where OpenVINO's library is, if installed, to the backend that loads it when a program needs it.
+
+    executorch's `portable_lib` does the same, and imports a compiler: 3 s.
+    """
+    package = importlib.util.find_spec("openvino")
+    folders = list(package.submodule_search_locations or []) if package is not None else []
+    libraries = [file for folder in folders for file in sorted(Path(folder, "libs").glob("libopenvino_c.so*"))]
+    if libraries:
+        os.environ.setdefault("OPENVINO_LIB_PATH", str(libraries[0]))
 
 
 def load_language_operators() -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("MKL_NUM_THREADS", "1")  # the runtime has threads of its own, and each of them calls MKL
 
 import torch
 
