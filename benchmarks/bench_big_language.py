@@ -92,6 +92,7 @@ def measure(name: str, layers: int | None, folder: Path, threads: int) -> Row:
     config_class = getattr(transformers, f"{CONFIGS.get(size.kind, size.kind)}Config")
     config = config_class(**settings, tie_word_embeddings=True, bos_token_id=0)
     model = getattr(transformers, f"{size.kind}ForCausalLM")(config).eval()
+    damp(model)
     begun, begun_cpu = time.perf_counter(), time.process_time()
     model = Int4().apply(model)
     quantized = time.perf_counter()
@@ -110,6 +111,19 @@ def measure(name: str, layers: int | None, folder: Path, threads: int) -> Row:
     tokens = artifact.language.prefill_tokens
     speeds = {"prefill_tokens_per_s": 1e3 * tokens / prompt.latency_ms, "decode_tokens_per_s": 1e3 / token.latency_ms}
     return figures | {"load_ms": token.load_ms, **speeds}
+
+
+def damp(model: Any) -> None:
+    """Make what a block adds small where a norm scales it, as training does: Gemma's.
+
+    Random weights otherwise enlarge any change: of 2e-7 in the embeddings to 5 % of the logits in 4 bits.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "post_feedforward_layernorm" in name or ("post_attention" in name and "Gemma" in type(model).__name__):
+                parameter.fill_(-0.8)  # of Gemma's norms, which scale by one more than that
 
 
 def document(figures: dict[str, Row], threads: int) -> str:

@@ -30,7 +30,7 @@ from edgetune.export.fp16_weights import fp16_weights
 from edgetune.export.pass_cache import fast_decompositions, fast_lowering
 from edgetune.export.targets.target import LoweringPlan, Target
 from edgetune.program import operator_kinds
-from edgetune.program.executed import executed_operators
+from edgetune.program.executed import Execution, execution_of
 from edgetune.program.operators import Operator
 
 
@@ -59,7 +59,12 @@ class Lowered:
     plan: ArenaPlan | None = None
     weights: bytes = b""  # the bytes of the `.ptd`; empty if the weights are in `data`
     shared_bytes: int = 0  # constants that two operators read and that are stored once
-    executed: tuple[Operator, ...] = ()  # as the runtime executes them, after the backend's compiler
+    execution: Execution = field(default_factory=Execution)
+
+    @property
+    def executed(self) -> tuple[Operator, ...]:
+        """The operators as the runtime executes them, after the backend's compiler."""
+        return self.execution.operators
 
 
 def check_finalized(model: nn.Module) -> None:
@@ -153,7 +158,7 @@ def compile_programs(
             plan=plan,
             weights=weights,
             shared_bytes=savings.bytes,
-            executed=executed_operators(data, name, modules),
+            execution=execution_of(data, name, modules),
         )
     return methods
 

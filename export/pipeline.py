@@ -226,6 +226,7 @@ def call_of(
         undelegated=lowered.undelegated,
         operators=lowered.operators,
         executed=lowered.executed,
+        workspace_bytes=lowered.execution.workspace_bytes,
         folded=str(lowered.folded),
         parity=parity,
     )

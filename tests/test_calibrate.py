@@ -191,7 +191,8 @@ def test_a_calibration_of_another_device_is_refused(host_file: Path, tmp_path: P
     ("field", "value"),
     [
         ("threads", 0),
-        ("interval_log", float("inf")),
+        ("intervals", [{"from_us": 5.0, "log": 0.1}]),
+        ("intervals", [{"from_us": 0.0, "log": float("inf")}]),
         ("curves", {}),
         ("format", 1),
         ("error_pct", None),

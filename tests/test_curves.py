@@ -31,7 +31,7 @@ def test_a_calibrated_device_predicts_its_own_machine() -> None:
         assert predicted.latency_ms == pytest.approx(true_us(mix) / 1e3, rel=0.10)
         assert predicted.calibrated
         assert "never calibrated" not in predicted.note
-        assert width(predicted) == pytest.approx(math.exp(calibration().interval_log))
+        assert width(predicted) == pytest.approx(math.exp(calibration().interval_log(predicted.latency_ms * 1e3)))
         assert predicted.interval_pct == 90.0
 
 

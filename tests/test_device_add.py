@@ -101,8 +101,8 @@ def fitted(path: Path, name: str) -> Path:
     """A calibration beside the descriptor."""
     section = calibration.Calibration(
         device=name, date="2026-01-01", engine="ExecuTorch XNNPACK", versions={}, threads=4, programs=9, networks=0,
-        error_pct=1.0, error_p90_pct=2.0, noise_pct=1.0, interval_pct=80.0, interval_log=0.1,
-        call_us=1.0, delegate_call_us=1.0,
+        error_pct=1.0, error_p90_pct=2.0, noise_pct=1.0, interval_pct=80.0,
+        intervals=(calibration.Interval(from_us=0.0, log=0.1),), call_us=1.0, delegate_call_us=1.0,
         load_ms=1.0, load_ms_per_mib=1.0, near_cache_bytes=1e6, last_cache_bytes=1e6, tiles={}, traffic={},
         curves={"linear": calibration.Curve(kind="linear", delegated=True, rates={"macs": 1.0}, programs=9)},
     )  # fmt: skip

@@ -106,6 +106,15 @@ def test_few_or_no_errors_give_a_wide_band() -> None:
     assert math.isfinite(fit.interval_log([-1.0, -5.0]))  # predicted nothing at all, or less
 
 
+def test_the_longest_third_has_an_interval_of_its_own() -> None:
+    short, long = [(float(us), 0.3) for us in range(1, 41)], [(float(us), 0.05) for us in range(100, 120)]
+    first, second = fit.intervals([*long, *short])
+    assert (first.from_us, second.from_us) == (0.0, 100.0)
+    assert (first.log, second.log) == pytest.approx((math.log(1.3), math.log(1.05)))
+    (only,) = fit.intervals(short[:10])
+    assert (only.from_us, only.log) == (0.0, pytest.approx(math.log(1.3)))
+
+
 def test_errors_are_those_of_programs_left_out() -> None:
     timed = programs(noise=0.03)
     counted = [item for item in timed if item.name in found().errors]  # without those that alone show a term

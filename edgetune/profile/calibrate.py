@@ -132,7 +132,9 @@ def fit_calibration(
     load_ms, load_ms_per_mib = fit.load_costs(
         [(footprint_bytes(operators[one.name]) / MIB, one.load_ms) for one in least if one.load_ms > 0]
     )
-    errors = _reported_errors(result, timed)
+    left_out = _reported_errors(result, timed)
+    errors = [error for _, error in left_out]
+    families = [(item.us, result.family_errors[item.name]) for item in timed if item.name in result.family_errors]
     return Calibration(
         device=device.id,
         date=datetime.date.today().isoformat(),
@@ -145,7 +147,7 @@ def fit_calibration(
         error_p90_pct=round(100 * sorted(map(abs, errors))[math.ceil(0.9 * len(errors)) - 1], 1),
         noise_pct=round(noise_pct(timings), 1),
         interval_pct=fit.INTERVAL_PCT,
-        interval_log=fit.interval_log([*errors, *result.family_errors.values()]),
+        intervals=fit.intervals([*left_out, *families]),
         call_us=result.rates.get((CALL, "1"), 0.0),
         delegate_call_us=result.rates.get((DELEGATE, "1"), 0.0),
         load_ms=load_ms,
@@ -190,17 +192,17 @@ def _total_us(instructions: Sequence[Instruction]) -> float:
     return sum(us for _, us, _ in instructions)
 
 
-def _reported_errors(result: Fit, timed: Sequence[Timed]) -> list[float]:
-    """The errors to report: of left-out networks, or of chains if there are no networks."""
-    networks = [result.errors[item.name] for item in timed if item.network and item.name in result.errors]
-    errors = networks or list(result.errors.values())
-    if not errors:
+def _reported_errors(result: Fit, timed: Sequence[Timed]) -> list[tuple[float, float]]:
+    """Microseconds and error of what is reported: left-out networks, or chains if there are no networks."""
+    left_out = [item for item in timed if item.name in result.errors]
+    reported = [item for item in left_out if item.network] or left_out
+    if not reported:
         raise EdgetuneError(
             "no kernel was timed in two programs, so the error cannot be estimated",
             action="time more programs",
             exit_code=Exit.EXPORT,
         )
-    return errors
+    return [(item.us, result.errors[item.name]) for item in reported]
 
 
 def caches_of(device: Device) -> CacheSizes:

@@ -32,10 +32,17 @@ class Curve(StrictRecord):
     error_pct: float | None = Field(default=None, ge=0)  # median over left-out programs it leads, if any
 
 
+class Interval(StrictRecord):
+    """How well programs from some latency on are predicted."""
+
+    from_us: float = Field(ge=0, le=1e12)
+    log: float = Field(gt=0, le=10)  # half the width of the prediction interval, as a natural logarithm
+
+
 class Calibration(StrictRecord):
     """The result of `edgetune devices calibrate`."""
 
-    format: int = Field(default=3, ge=3, le=3)
+    format: int = Field(default=4, ge=4, le=4)
     device: str = Field(min_length=1)
     date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
     engine: str = Field(min_length=1)
@@ -47,7 +54,7 @@ class Calibration(StrictRecord):
     error_p90_pct: float = Field(ge=0, le=1e4)
     noise_pct: float = Field(ge=0, le=1e4)  # median difference between two timings of one program
     interval_pct: float = Field(gt=0, lt=100)  # target coverage of the prediction interval
-    interval_log: float = Field(gt=0, le=10)  # half its width, as a natural logarithm
+    intervals: tuple[Interval, ...] = Field(min_length=1)  # by rising latency, the first from 0
     call_us: Rate  # one execution of a program
     delegate_call_us: Rate
     load_ms: Rate  # of a program, and for each MiB of its weights
@@ -64,7 +71,14 @@ class Calibration(StrictRecord):
         for name, curve in self.curves.items():
             if not any(curve.rates.values()):
                 raise ValueError(f"curves.{name}: one of its rates must be positive")
+        starts = [one.from_us for one in self.intervals]
+        if starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"intervals: they must begin at 0 and rise, not {starts}")
         return self
+
+    def interval_log(self, us: float) -> float:
+        """Half the width of the interval of a program that takes so long."""
+        return [one.log for one in self.intervals if one.from_us <= us][-1]
 
     @property
     def caches(self) -> CacheSizes:

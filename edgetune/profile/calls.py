@@ -36,7 +36,9 @@ def predict_calls(artifact: Artifact, device: str | Device) -> tuple[Predicted, 
             program_bytes=manifest.total_bytes,
             delegate_calls=call.delegates,
         )
-        memory_mib = peak_memory_mib(operators_of(call, True), call.plan_bytes, manifest.total_bytes)
+        memory_mib = peak_memory_mib(
+            operators_of(call, True), call.plan_bytes, manifest.total_bytes, call.workspace_bytes
+        )
         if not calibrated and manifest.target == "xnnpack":
             prediction = _apply_prior(prediction, operators, described)
         predictions.append(prediction.model_copy(update={"call": call.label, "peak_memory_mib": memory_mib}))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.registry import require
-from edgetune.profile.calibration import Curve
+from edgetune.profile.calibration import Curve, Interval
 from edgetune.profile.equations import (
     Rates,
     Setting,
@@ -209,6 +209,19 @@ def interval_log(errors: Sequence[float]) -> float:
     logs = sorted(abs(math.log1p(max(error, -0.99))) for error in errors)
     rank = math.ceil((len(logs) + 1) * INTERVAL_PCT / 100)
     return max(logs[min(rank, len(logs)) - 1], _LEAST_LOG) if logs else math.log(2)
+
+
+def intervals(errors: Sequence[tuple[float, float]]) -> tuple[Interval, ...]:
+    """The interval of the longest third of the programs, and that of the others, from pairs (microseconds, error).
+
+    Short programs are known less well: what their operators cost besides their sizes counts more.
+    """
+    ordered = sorted(errors)
+    cut = 2 * len(ordered) // 3
+    if cut < _FEW:
+        return (Interval(from_us=0.0, log=interval_log([error for _, error in errors])),)
+    short, long = ([error for _, error in part] for part in (ordered[:cut], ordered[cut:]))
+    return Interval(from_us=0.0, log=interval_log(short)), Interval(from_us=ordered[cut][0], log=interval_log(long))
 
 
 def load_costs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

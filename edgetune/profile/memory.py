@@ -1,6 +1,8 @@
 """Peak memory of a program above an empty process: what is planned, what is packed, and what the runtime adds.
 
-    peak = arena + packed weights + weights not yet freed after packing + workspace + tables + runtime
+    peak = packed weights + tables + runtime + the larger of
+           weights not yet freed after packing             while it is loaded
+           arena + workspace + tables of pointers          while it runs
 
 XNNPACK packs the weights of one delegate after the other. Weights of linear layers are freed one by one after packing,
 so that the largest exists twice for a moment; those of convolutions are freed when the delegate is complete (measured:
@@ -27,23 +29,29 @@ _DELEGATED_KERNEL_MIB = 0.02  # of each kind and type within them
 _FOUR_BIT_MIB = 0.17  # more where 4-bit weights are packed
 _OPERATOR_MIB = 0.0014  # what the runtime keeps for each operator
 _WORKSPACE = 0.67  # of the inputs and outputs of the largest delegated operator
-_INDIRECTION = 0.2  # of a table of pointers, one for each place and value under the window
 _POINTER_BYTES, _ROWS = 8, 7
 _WEIGHT_BYTES: dict[DType, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "8da4w": 0.5}
 
 
-def peak_memory_mib(operators: Sequence[Operator], plan_bytes: int = 0, program_bytes: int | None = None) -> float:
+def peak_memory_mib(
+    operators: Sequence[Operator],
+    plan_bytes: int = 0,
+    program_bytes: int | None = None,
+    workspace_bytes: int | None = None,
+) -> float:
     """MiB that loading and running the program adds to an empty process.
 
     `program_bytes`: size of the `.pte`. Its part that is no operator's weights (instructions, embedding tables) counts
     in full, as the runtime locks it in memory; if a process may not lock so much (`ulimit -l`), only the rows that are
-    looked up are paged in.
+    looked up are paged in. `workspace_bytes`: as planned for the program (`edgetune.program.workspace`); else a part
+    of the tensors of the largest operator.
     """
     delegated = [operator for operator in operators if operator.delegated]
     apart = [operator for operator in operators if not operator.delegated]
-    workspace = max((operator.activation_bytes for operator in delegated), default=0)
-    total = plan_bytes + _beside_packed_bytes(operators) + _WORKSPACE * workspace
-    total += sum(packed_bytes(operator) + _INDIRECTION * _pointers_bytes(operator) for operator in delegated)
+    if workspace_bytes is None:
+        workspace_bytes = int(_WORKSPACE * max((operator.activation_bytes for operator in delegated), default=0))
+    running = plan_bytes + workspace_bytes + sum(map(_pointers_bytes, delegated))
+    total = sum(map(packed_bytes, delegated)) + max(_beside_packed_bytes(operators), running)
     total += sum(operator.weight_bytes for operator in apart)
     if program_bytes is not None:
         total += max(program_bytes - sum(operator.weight_bytes for operator in operators), 0)
@@ -86,6 +94,7 @@ def _is_widened(operator: Operator) -> bool:
 
 
 def _pointers_bytes(operator: Operator) -> float:
+    """A pointer for each place and value under the window."""
     if operator.window == 1 or "conv" not in operator.kind:
         return 0.0
     columns = columns_of(operator) * (1 if operator.kind == "depthwise-conv" else operator.groups)

@@ -62,7 +62,7 @@ def curve_of(operator: Operator) -> str:
         else:
             name += " grouped" if operator.groups > 1 else " spatial"
     elif operator.kind == "depthwise-conv":
-        name += " wide" if wide_window(operator) else " 9" if operator.window <= 9 else " 25"
+        name += f" {_depthwise_kernel(operator)}"
     elif operator.kind == "reduction" and operator.delegated:
         name += " of rows" if operator.columns == 1 else " of images"
     elif name.startswith("aten.native_layer_norm"):
@@ -83,6 +83,15 @@ def is_product(operator: Operator) -> bool:
 def wide_window(operator: Operator) -> bool:
     """Whether a depthwise window exceeds XNNPACK's kernels (25), so that it runs as a product per channel."""
     return operator.kind == "depthwise-conv" and operator.window > 25
+
+
+def _depthwise_kernel(operator: Operator) -> str:
+    """The kernel of a depthwise convolution, by the most values under its window: XNNPACK pads to that."""
+    if wide_window(operator):
+        return "wide"
+    if operator.window <= 4 and operator.dtype != "int8":
+        return "4"
+    return "9" if operator.window <= 9 else "25"
 
 
 def columns_of(operator: Operator) -> int:

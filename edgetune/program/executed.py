@@ -9,25 +9,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.program.operator_kinds import is_free, kind_of
 from edgetune.program.operators import DType, Operator
-from edgetune.program.xnnpack import resize, xnnpack_operators
+from edgetune.program.workspace import workspace_bytes
+from edgetune.program.xnnpack import read_delegate, resize
 
 _CACHE_UPDATE = "update_cache"  # executorch's kernel that writes keys or values into a cache
 _PORTABLE_BYTES = {"BYTE": 1, "CHAR": 1, "BOOL": 1, "SHORT": 2, "HALF": 2, "BFLOAT16": 2, "LONG": 8, "DOUBLE": 8}
 _PORTABLE_DTYPES: dict[str, DType] = {"HALF": "fp16", "BFLOAT16": "bf16", "CHAR": "int8", "BYTE": "int8"}
 
 
-def executed_operators(
+@dataclass(frozen=True)
+class Execution:
+    """What the runtime does in one call: every operator, in order, and the memory that XNNPACK needs between them."""
+
+    operators: tuple[Operator, ...] = ()
+    workspace_bytes: int = 0
+
+
+def executed_operators(data: bytes, method: str = "forward") -> tuple[Operator, ...]:
+    """Every operator that the runtime executes in one call of `method`. Takes and raises what `execution_of` does."""
+    return execution_of(data, method).operators
+
+
+def execution_of(
     data: bytes,
     method: str = "forward",
     modules: Sequence[str | dict[int, str]] = (),
     dynamic: tuple[int, int] | None = None,
-) -> tuple[Operator, ...]:
-    """Every operator that the runtime executes in one call of `method`, in order; sizes at their upper bounds.
+) -> Execution:
+    """What one call of `method` executes; sizes at their upper bounds.
 
     `data`: the bytes of the `.pte`. `modules`: for each instruction its module, for a delegate a table by the debug
     handles of its nodes; ignored if their number differs. `dynamic`: the bound of the dynamic axis, and its size in
@@ -54,6 +69,7 @@ def executed_operators(
     calls = list(_instructions(plan))
     named = modules if len(modules) == len(calls) else [""] * len(calls)
     operators: list[Operator] = []
+    workspace = 0
     for instruction, module in zip(calls, named, strict=True):
         if hasattr(instruction, "op_index"):
             operators.append(_portable(plan, instruction, module if isinstance(module, str) else ""))
@@ -62,10 +78,12 @@ def executed_operators(
         payload = _payload(program, data, base, delegate)
         handles = module if isinstance(module, dict) else {}
         if delegate.id == "XnnpackBackend":
-            operators += xnnpack_operators(payload, handles, dynamic)
+            own = read_delegate(payload, handles, dynamic)
+            operators += own.operators
+            workspace = max(workspace, workspace_bytes(own))
         else:
             operators.append(_opaque(plan, instruction, delegate, len(payload)))
-    return tuple(operators)
+    return Execution(tuple(operators), workspace)
 
 
 def _instructions(plan: Any) -> Iterator[Any]:

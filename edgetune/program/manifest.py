@@ -75,6 +75,7 @@ class Call(Record):
     undelegated: tuple[UndelegatedOperator, ...]
     operators: tuple[Operator, ...]
     executed: tuple[Operator, ...] = ()  # as the runtime executes them, which a prediction sums up
+    workspace_bytes: int | None = None  # of the backend, between its operators; None: of an older program
     folded: str = ""  # branches and norms that were folded into layers, and the change of the output
     parity: Parity | None = None  # None: it cannot run here (see the manifest's `note`), or see `training.parity`
 

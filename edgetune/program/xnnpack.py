@@ -23,9 +23,9 @@ _BITS = {
     "qcint32": 32, "int32": 32, "qcint4": 4, "qbint4": 4, "pfp32": 32,
 }  # fmt: skip
 _ABSENT = 2**32 - 1  # an optional tensor that is not there
-_RETURNED = 2  # the flag of a tensor that a delegate returns
+_GIVEN, _RETURNED = 1, 2  # flags of tensors that a delegate gets and returns
 _LOOKED_UP = frozenset({"qint8", "quint8"})
-_FUNCTIONS = frozenset(
+FUNCTIONS = frozenset(
     {"abs", "ceiling", "clamp", "cos", "elu", "exp", "floor", "gelu", "hardswish", "leaky-re-lu", "log", "negate",
      "reciprocal-square-root", "sigmoid", "sin", "square", "square-root", "tanh"}
 )  # fmt: skip
@@ -50,24 +50,31 @@ _KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Value:
+    """A tensor of a delegate."""
+
     dtype: str
     dims: tuple[int, ...]
     constant: bool
     scale_bytes: int
-    returned: bool  # an output of the delegate
+    external: bool  # an input or an output of the delegate
+    returned: bool  # an output
 
     @property
     def elements(self) -> int:
+        """The number of its values."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
+        """Its size, scales included."""
         return self.elements * _BITS.get(self.dtype, 32) // 8 + self.scale_bytes
 
 
 @dataclass(frozen=True)
-class _Node:
+class Node:
+    """What XNNPACK runs as one operator."""
+
     name: str
     settings: dict[str, Any]
     module: str
@@ -80,6 +87,7 @@ class _Node:
 
     @property
     def output(self) -> int:
+        """Id of the tensor that it writes."""
         return int(self.settings["output_id"] if "output_id" in self.settings else self.settings["output_value_id"])
 
 
@@ -112,31 +120,45 @@ def resize(dims: Sequence[int], dynamic: tuple[int, int] | None) -> tuple[int, .
     return tuple(sized)
 
 
-def xnnpack_operators(
-    payload: bytes, modules: dict[int, str], dynamic: tuple[int, int] | None = None
-) -> Iterator[Operator]:
-    """The operators of one delegate, in order.
+@dataclass(frozen=True)
+class Delegate:
+    """What XNNPACK runs in one call, in order."""
+
+    nodes: tuple[Node, ...]
+    values: dict[int, Value]
+
+    @property
+    def operators(self) -> Iterator[Operator]:
+        """Its nodes as operators."""
+        return (_operator(node, self.values) for node in self.nodes)
+
+
+def read_delegate(payload: bytes, modules: dict[int, str], dynamic: tuple[int, int] | None = None) -> Delegate:
+    """A delegate from its part of the file.
 
     `modules`: by the debug handles of its nodes. `dynamic`: see `edgetune.program.executed.executed_operators`.
     """
     graph = _graph(payload)
-    tensors = {}
+    values = {}
     for value in graph["xvalues"]:
         fields, scales = value["xvalue_union"], 0
         if "tensor_value" in fields:
             scales = _scale_bytes(fields)
             fields = fields["tensor_value"]
         constant = fields["constant_buffer_idx"] > 0
-        dtype = fields["datatype"].removeprefix("xnn_datatype_")
-        dims = tuple(fields["dims"]) if constant else resize(fields["dims"], dynamic)
-        returned = bool(fields["flags"] & _RETURNED)
-        tensors[fields["id_out"]] = _Tensor(dtype, dims, constant, scales if constant else 0, returned)
+        values[fields["id_out"]] = Value(
+            dtype=fields["datatype"].removeprefix("xnn_datatype_"),
+            dims=tuple(fields["dims"]) if constant else resize(fields["dims"], dynamic),
+            constant=constant,
+            scale_bytes=scales if constant else 0,
+            external=bool(fields["flags"] & (_GIVEN | _RETURNED)),
+            returned=bool(fields["flags"] & _RETURNED),
+        )
     nodes = [
-        _Node(_name(node["xnode_union_type"]), node["xnode_union"], modules.get(node["debug_handle"], ""))
+        Node(_name(node["xnode_union_type"]), node["xnode_union"], modules.get(node["debug_handle"], ""))
         for node in graph["xnodes"]
     ]
-    for node in _fuse_lookups(nodes, tensors):
-        yield _operator(node, tensors)
+    return Delegate(tuple(_fuse_lookups(nodes, values)), values)
 
 
 def _name(union_type: str) -> str:
@@ -145,31 +167,31 @@ def _name(union_type: str) -> str:
     return re.sub(r"(?<=concatenate)\d", "", name)
 
 
-def _fuse_lookups(nodes: Sequence[_Node], tensors: Mapping[int, _Tensor]) -> Iterator[_Node]:
+def _fuse_lookups(nodes: Sequence[Node], tensors: Mapping[int, Value]) -> Iterator[Node]:
     """The nodes, with a lookup for each function of one value between a conversion from 8 bits and one to 8 bits.
 
     XNNPACK fuses the three where nothing else reads what lies between.
     """
-    readers: dict[int, list[_Node]] = {}
+    readers: dict[int, list[Node]] = {}
     for node in nodes:
         for index in node.inputs:
             readers.setdefault(index, []).append(node)
 
-    def next_node(node: _Node) -> _Node | None:
+    def next_node(node: Node) -> Node | None:
         following = readers.get(node.output, [])
         return following[0] if len(following) == 1 and not tensors[node.output].returned else None
 
-    replaced: dict[int, _Node | None] = {}
+    replaced: dict[int, Node | None] = {}
     for node in nodes:
         if node.name != "convert" or tensors[node.inputs[0]].dtype not in _LOOKED_UP:
             continue
         function = next_node(node)
-        last = next_node(function) if function is not None and function.name in _FUNCTIONS else None
+        last = next_node(function) if function is not None and function.name in FUNCTIONS else None
         if function is None or last is None or last.name != "convert":
             continue
         if tensors[last.output].dtype in _LOOKED_UP:
             settings = {"input_id": node.inputs[0], "output_id": last.output}
-            replaced |= {id(node): None, id(function): _Node(LOOKUP, settings, function.module), id(last): None}
+            replaced |= {id(node): None, id(function): Node(LOOKUP, settings, function.module), id(last): None}
     for node in nodes:
         kept = replaced.get(id(node), node)
         if kept is not None:
@@ -183,7 +205,7 @@ def _scale_bytes(tensor: dict[str, Any]) -> int:
     return 4 * int(quantized.get("num_scales", 0)) if quantized.get("num_scales", 0) > 0 else 0
 
 
-def _operator(node: _Node, tensors: Mapping[int, _Tensor]) -> Operator:
+def _operator(node: Node, tensors: Mapping[int, Value]) -> Operator:
     name, settings = node.name, node.settings
     used = [tensors[index] for index in node.inputs if index in tensors]
     out = tensors[node.output]
@@ -205,7 +227,7 @@ def _operator(node: _Node, tensors: Mapping[int, _Tensor]) -> Operator:
     )
 
 
-def _conversion_name(name: str, read: Sequence[_Tensor], out: _Tensor) -> str:
+def _conversion_name(name: str, read: Sequence[Value], out: Value) -> str:
     """A conversion is named by its types: to int8 with a scale per row it first looks for the largest value."""
     return f"convert-{read[0].dtype}-{out.dtype}" if name == "convert" and read else name
 
@@ -216,7 +238,7 @@ def _kind(name: str, window: int) -> Kind:
     return _KINDS.get(name, "elementwise")
 
 
-def _dtype(weights: Sequence[_Tensor], activations: Sequence[_Tensor], out: _Tensor) -> DType:
+def _dtype(weights: Sequence[Value], activations: Sequence[Value], out: Value) -> DType:
     if any(t.dtype in ("qcint4", "qbint4") for t in weights):
         return "8da4w"
     if any(t.dtype in ("qint8", "quint8", "qdint8", "qcint8") for t in (*weights, *activations[:1], out)):
@@ -225,7 +247,7 @@ def _dtype(weights: Sequence[_Tensor], activations: Sequence[_Tensor], out: _Ten
     return narrow or "fp32"
 
 
-def _macs(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Tensor, window: int) -> int:
+def _macs(name: str, settings: dict[str, Any], used: Sequence[Value], out: Value, window: int) -> int:
     if name == "fully-connected":
         return out.elements * used[1].dims[-1]
     if name == "conv2d":
@@ -246,7 +268,7 @@ def _kernel_window(settings: dict[str, Any]) -> int:
     return int(high * settings.get("kernel_width", settings.get("pooling_width", 1)))
 
 
-def _window(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Tensor) -> int:
+def _window(name: str, settings: dict[str, Any], used: Sequence[Value], out: Value) -> int:
     """See `Operator.window`."""
     if name == "global-avg-pooling2d":
         return used[0].elements // max(out.elements, 1)
@@ -255,7 +277,7 @@ def _window(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _
     return _kernel_window(settings)
 
 
-def _columns(name: str, settings: dict[str, Any], used: Sequence[_Tensor], out: _Tensor) -> int:
+def _columns(name: str, settings: dict[str, Any], used: Sequence[Value], out: Value) -> int:
     """See `Operator.columns`."""
     if name == "conv2d":
         return int(settings["group_output_channels"])
@@ -298,7 +320,7 @@ def _slice_run(whole: Sequence[int], part: Sequence[int]) -> int:
     return run
 
 
-def _groups(name: str, settings: dict[str, Any], out: _Tensor) -> int:
+def _groups(name: str, settings: dict[str, Any], out: Value) -> int:
     if name == "conv2d":
         return int(settings["groups"])
     return math.prod(out.dims[:-2]) if name == "batch-matrix-multiply" else 1

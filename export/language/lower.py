@@ -22,7 +22,7 @@ from edgetune.export.language.cached import CachedDecoder
 from edgetune.export.lower import Lowered, compile_program
 from edgetune.export.pass_cache import fast_decompositions
 from edgetune.export.targets.target import Target
-from edgetune.program.executed import executed_operators
+from edgetune.program.executed import execution_of
 from edgetune.program.operators import Operator
 
 _ROW_BYTES = {"fp32": 8, "bf16": 4, "fp16": 4, "int8": 5}  # of a query's value and an output's, which is never int8
@@ -48,22 +48,23 @@ def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict
         with _assume_one_token(program):
             single = operators.describe(program, lowered.placed)
     positions = model.max_tokens
+    whole, part = lowered.execution, execution_of(lowered.data, dynamic=(prefill_tokens, 1))
     one = tuple(
         operator.model_copy(update={"module": named.module})
-        for operator, named in zip(
-            executed_operators(lowered.data, dynamic=(prefill_tokens, 1)), lowered.executed, strict=True
-        )
+        for operator, named in zip(part.operators, whole.operators, strict=True)
     )
     after, mean = prefill_tokens + 1, (prefill_tokens + 1) / 2  # positions that a token attends to
     share, most = min(after, positions) / positions, prefill_tokens / positions
     return {
         "token": replace(
-            lowered, operators=_count_attention(single, after, share), executed=_count_attention(one, after, share)
+            lowered,
+            operators=_count_attention(single, after, share),
+            execution=replace(part, operators=_count_attention(one, after, share)),
         ),
         "prompt": replace(
             lowered,
             operators=_count_attention(lowered.operators, mean, most),
-            executed=_count_attention(lowered.executed, mean, most),
+            execution=replace(whole, operators=_count_attention(whole.operators, mean, most)),
         ),
     }
 

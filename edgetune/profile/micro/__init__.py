@@ -27,13 +27,18 @@ def quick() -> tuple[Micro, ...]:
 
 def programs() -> tuple[Micro, ...]:
     """All programs: packed chains first."""
-    return (*pack((*layers(), *functions(), *kernels()), _PACKED), *_parts(), *networks())
+    return (*pack((*layers(), *functions(), *kernels()), _PACKED), *_parts(), *_far(), *networks())
 
 
 def _parts() -> Iterator[Micro]:
     """Many calls of the backend in one program."""
     yield chain_of("parts", _alternating, (1, 16), times=8)
     yield chain_of("parts", _alternating, (1, 16, 64), times=8)
+
+
+def _far() -> Iterator[Micro]:
+    """Weights that no cache holds, for one row and for a few."""
+    yield from (linear(rows, 1024, 2048, 4) for rows in (1, 4))
 
 
 def _alternating(x: Tensor) -> Tensor:

@@ -44,6 +44,15 @@ def _transposed_conv(wide: int, out: int, size: int, quantize: str = "") -> Micr
     return _images(f"upward-{wide}x{out}", wide, size, lambda: [nn.ConvTranspose2d(wide, out, 2, 2)], quantize)
 
 
+def _scaled(wide: int, size: int) -> Micro:
+    """A norm of the channels that follows no convolution, as one value for each channel."""
+
+    def layers() -> list[nn.Module]:
+        return [nn.Conv2d(wide, wide, 1, groups=wide) for _ in range(2)]
+
+    return _images(f"scaled-{wide}", wide, size, layers, "")
+
+
 class _Between(nn.Module):
     """Convolutions with a function after each, in the memory order that convolutions leave."""
 
@@ -94,6 +103,7 @@ def layers() -> Iterator[Micro]:
     """Layers with weights that the networks lack, or have only in sizes that no near cache holds."""
     for quantize in ("", INT4, INT8):
         yield from (linear(*shape, quantize=quantize) for shape in _LINEAR)
+    yield from (_scaled(*shape) for shape in ((64, 56), (256, 28), (384, 14), (96, 8)))
     for quantize in ("", INT8):
         yield from (_grouped_conv(*shape, quantize=quantize) for shape in _GROUPED)
         yield from (_stem(*shape, quantize=quantize) for shape in _STEMS)
