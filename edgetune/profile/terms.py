@@ -151,15 +151,15 @@ def _product(operator: Operator, elements: int, columns: int, tile: KernelTile) 
     rows = max(elements // (columns * groups), 1)
     padded_rows = 1 if rows == 1 else up(rows, tile.rows)  # one row has its own kernel
     whole = groups * padded_rows * up(columns, tile.columns) * full
-    # One row reads each weight for one product, one column uses one in a vector of products: other rates.
+    # One row reads each weight for one product, one column uses one in a vector of products: other rates, which what
+    # is read once for each product grows with.
     name = "one row" if rows == 1 else "one column" if columns == 1 else "macs"
-    return {
-        "1": 1,
-        name: whole / _M,
-        "written": groups * rows * columns / _K,
-        "read": groups * rows * depth / _K,
-        "packed": groups * columns * depth / _K,
-    }
+    terms = {"1": 1.0, name: whole / _M, "written": groups * rows * columns / _K}
+    if name != "one column":
+        terms["read"] = groups * rows * depth / _K
+    if name != "one row":
+        terms["packed"] = groups * columns * depth / _K
+    return terms
 
 
 def traffic_terms(operator: Operator, moved_bytes: float, caches: CacheSizes) -> dict[str, float]:

@@ -33,7 +33,6 @@ from edgetune.capture.repairs import (
     power,
     products,
     rescaled,
-    scalars,
     softmax,
     upsample,
     volumes,
@@ -90,7 +89,6 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     """Repair the captured program in place."""
     identities.drop(program)
     if target == "xnnpack":
-        scalars.as_floats(program)
         norms.unchain(program)
     if target in _ON_KERNELS:
         widened.widen(program, target)

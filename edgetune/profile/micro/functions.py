@@ -201,6 +201,14 @@ def _reverse_rows(x: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0] - 1, -1, -1)]
 
 
+def _split_and_join(x: Tensor) -> Tensor:
+    return torch.cat(torch.split(x, [x.shape[1] // 4, x.shape[1] - x.shape[1] // 4], 1)[::-1], 1)
+
+
+def _spread(x: Tensor) -> Tensor:
+    return x[:, :, :1].expand(x.shape).contiguous()
+
+
 def _within_bounds(x: Tensor) -> Tensor:
     return ((x > 0.2) & (x < 0.9)).to(torch.float32)
 
@@ -217,9 +225,11 @@ def kernels() -> Iterator[Micro]:
                  "where": _mask, "picked": _reverse_columns, "both": _within_bounds,
                  "top": lambda x: torch.topk(x, 2, -1)[0],
                  "heads": lambda x: x.transpose(1, 2).contiguous(), "softmax": _softmax,
-                 "joined": _join_masks, "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
+                 "joined": _join_masks, "split": _split_and_join, "spread": _spread,
+                 "filled": lambda x: torch.full_like(x, 1.5) + x,
+                 "largest": lambda x: x.amax(-1, keepdim=True) + x}  # fmt: skip
     for name, function in functions.items():
-        times = 1 if name in ("top", "both", "joined", "heads") else 4
+        times = 1 if name in ("top", "both", "joined", "heads", "spread") else 4
         yield from (chain_of(name, function, size, times=times, target="portable") for size in sizes)
     yield from (chain_of("selected", _select_repeatedly, size, size, target="portable") for size in sizes)
     yield from (chain_of("least", torch.minimum, size, size, times=4, target="portable") for size in sizes)
