@@ -172,16 +172,19 @@ def worker_main(request: Row) -> Any:
 # The benchmark
 
 
+class WorkerError(Exception):
+    """Why a process gave no answer: the last line that it printed."""
+
+
 def asked(**request: Any) -> Any:
-    """What a process of its own answers; `None` if it fails, with its last line printed."""
+    """What a process of its own answers."""
     threads = str(request.get("threads", os.cpu_count() or 1))
     command = [sys.executable, __file__, "--request", json.dumps(request)]
     environment = os.environ | {"OMP_NUM_THREADS": threads}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        print(f"{request['model']} {request['bits']}, {request['step']}: {last}", file=sys.stderr)
-        return None
+        errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+        raise WorkerError(errors[-1].partition("Error: ")[2] if errors else f"it ended with code {done.returncode}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -189,14 +192,19 @@ def exported(name: str, bits: str) -> Row:
     """One model in one type: what its export took, and the file of each engine that runs it."""
     stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{name}-{bits}")
     common = {"model": name, "bits": bits}
-    figures = asked(step="export", file=f"{stem}.pte", **common)
-    if figures is None:
-        return common
-    files = {"pte": f"{stem}.pte"}
+    try:
+        row: Row = {**common, **asked(step="export", file=f"{stem}.pte", **common), "files": {"pte": f"{stem}.pte"}}
+    except WorkerError as error:
+        return {**common, "failed": str(error)}
     others = [engine for engine, package in OTHERS.items() if importlib.util.find_spec(package) is not None]
-    if bits != "int4" and others and asked(step="onnx", file=f"{stem}.onnx", **common) is not None:
-        files |= dict.fromkeys(others, f"{stem}.onnx")
-    return {**common, **figures, "files": files}
+    if bits == "int4" or not others:
+        return row
+    try:
+        asked(step="onnx", file=f"{stem}.onnx", **common)
+        row["files"] |= dict.fromkeys(others, f"{stem}.onnx")
+    except WorkerError as error:
+        print(f"{name} {bits}, no ONNX: {error}", file=sys.stderr)
+    return row
 
 
 def time_all(rows: list[Row], rounds: int, threads: int) -> None:
@@ -205,9 +213,11 @@ def time_all(rows: list[Row], rounds: int, threads: int) -> None:
         for row in rows:
             for engine, file in row.get("files", {}).items():
                 settings = {"model": row["model"], "bits": row["bits"], "threads": threads, "file": file}
-                time_ms = asked(step=f"time {engine}", **settings)
-                if time_ms is not None:
+                try:
+                    time_ms = asked(step=f"time {engine}", **settings)
                     row[f"{engine}_ms"] = min(time_ms, row.get(f"{engine}_ms", math.inf))
+                except WorkerError as error:
+                    print(f"{row['model']} {row['bits']}, {engine}: {error}", file=sys.stderr)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
 
 
@@ -252,7 +262,7 @@ def document(rows: list[Row], checks: list[tuple[bool, str]], threads: int) -> s
     ]
     for row in rows:
         if "export_s" not in row:
-            lines.append(f"| {row['model']} | {row['bits']} | not exported | | | | | | | | | | |")
+            lines.append(f"| {row['model']} | {row['bits']} | not exported: {row['failed']} |" + " |" * 10)
             continue
         others = [row.get(f"{engine}_ms") for engine in OTHERS]
         beside = " | ".join(f"{other:.2f} | {other / row['pte_ms']:.2f}" if other else " | " for other in others)

@@ -37,7 +37,7 @@ def test_without_noise_the_sums_are_exact() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
 def test_the_tiles_of_each_type_are_found(noise: float) -> None:
-    assert fit.fit(fit.shuffle_programs(programs(noise=noise, seed=7)), CACHES).tiles == TILES
+    assert fit.fit(fit.shuffle_programs(programs(noise=noise, seed=8)), CACHES).tiles == TILES
 
 
 def test_a_type_with_few_products_keeps_the_smallest_tile() -> None:

@@ -13,6 +13,7 @@ from edgetune.capture.computed import fold_weights
 from edgetune.capture.dynamic import free_sizes
 from edgetune.capture.fast_path import slow_path
 from edgetune.capture.positional import Positional
+from edgetune.capture.repairs import depthwise
 from edgetune.capture.reparameterize import reparameterize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
@@ -88,6 +89,8 @@ def _prepare(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[s
         raise failures.capture_error(program, example, error) from error
     graph_module: Any = captured.module(check_guards=False)
     _keep_dims(graph_module)
+    if any_rows:
+        depthwise.split_graph(graph_module.graph, {n.name for n in graph_module.graph.nodes if n.op == "get_attr"})
     fold_weights(graph_module, skip)
     with fast_annotation():
         return prepare_pt2e(graph_module, quantizer)

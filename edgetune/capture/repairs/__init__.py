@@ -19,6 +19,7 @@ from edgetune.capture.repairs import (
     complexes,
     constants,
     decomposed,
+    depthwise,
     expand,
     folding,
     gelu,
@@ -90,6 +91,7 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     identities.drop(program)
     if target == "xnnpack":
         norms.unchain(program)
+        depthwise.split(program)
     if target in _ON_KERNELS:
         widened.widen(program, target)
     if target in ("xnnpack", "vulkan"):  # Vulkan's passes fail on a mask that is computed from constants
