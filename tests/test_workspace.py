@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetune.program.workspace import workspace_bytes
-from edgetune.program.xnnpack import Delegate, Node, Value
+from edgetune.program.xnnpack import Node, Value, XnnpackDelegate
 
 KIB = 1024
 BLOCK = KIB + 64  # with its padding, aligned
 
 
-def delegate(*nodes: tuple[str, tuple[int, ...], int], sizes: dict[int, int] | None = None) -> Delegate:
+def delegate(*nodes: tuple[str, tuple[int, ...], int], sizes: dict[int, int] | None = None) -> XnnpackDelegate:
     """From (name, ids that are read, id that is written). Id 0 is the input, the last one written the output."""
     last = nodes[-1][2]
     values = {
@@ -23,7 +23,7 @@ def delegate(*nodes: tuple[str, tuple[int, ...], int], sizes: dict[int, int] | N
         Node(name, {**{f"input{place}_id": i for place, i in enumerate(read)}, "output_id": out}, "")
         for name, read, out in nodes
     ]
-    return Delegate(tuple(made), values)
+    return XnnpackDelegate(tuple(made), values)
 
 
 def test_a_function_writes_over_its_input_if_nothing_else_reads_it() -> None:

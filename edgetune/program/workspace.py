@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgetune.program.xnnpack import FUNCTIONS, Delegate
+from edgetune.program.xnnpack import FUNCTIONS, XnnpackDelegate
 
 _PADDING_BYTES, _ALIGNMENT_BYTES = 16, 64
 _IN_PLACE = FUNCTIONS | {
@@ -31,7 +31,7 @@ class _Block:
         return self.start + self.size
 
 
-def workspace_bytes(delegate: Delegate) -> int:
+def workspace_bytes(delegate: XnnpackDelegate) -> int:
     """The size of the workspace of one delegate. Those of a program share the largest."""
     placed: list[_Block] = []
     for block in sorted(_blocks(delegate), key=lambda block: -block.size):
@@ -41,7 +41,7 @@ def workspace_bytes(delegate: Delegate) -> int:
     return max((block.end for block in placed), default=0)
 
 
-def _blocks(delegate: Delegate) -> list[_Block]:
+def _blocks(delegate: XnnpackDelegate) -> list[_Block]:
     blocks: dict[int, _Block] = {}
     readers: dict[int, int] = {}
     for node in delegate.nodes:

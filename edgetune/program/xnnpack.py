@@ -121,7 +121,7 @@ def resize(dims: Sequence[int], dynamic: tuple[int, int] | None) -> tuple[int, .
 
 
 @dataclass(frozen=True)
-class Delegate:
+class XnnpackDelegate:
     """What XNNPACK runs in one call, in order."""
 
     nodes: tuple[Node, ...]
@@ -133,7 +133,7 @@ class Delegate:
         return (_operator(node, self.values) for node in self.nodes)
 
 
-def read_delegate(payload: bytes, modules: dict[int, str], dynamic: tuple[int, int] | None = None) -> Delegate:
+def read_delegate(payload: bytes, modules: dict[int, str], dynamic: tuple[int, int] | None = None) -> XnnpackDelegate:
     """A delegate from its part of the file.
 
     `modules`: by the debug handles of its nodes. `dynamic`: see `edgetune.program.executed.executed_operators`.
@@ -158,7 +158,7 @@ def read_delegate(payload: bytes, modules: dict[int, str], dynamic: tuple[int, i
         Node(_name(node["xnode_union_type"]), node["xnode_union"], modules.get(node["debug_handle"], ""))
         for node in graph["xnodes"]
     ]
-    return Delegate(tuple(_fuse_lookups(nodes, values)), values)
+    return XnnpackDelegate(tuple(_fuse_lookups(nodes, values)), values)
 
 
 def _name(union_type: str) -> str:

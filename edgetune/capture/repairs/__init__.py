@@ -34,6 +34,7 @@ from edgetune.capture.repairs import (
     power,
     products,
     rescaled,
+    scalars,
     softmax,
     upsample,
     volumes,
@@ -90,6 +91,7 @@ def repair_graph(program: ExportedProgram, target: str | None) -> None:
     """Repair the captured program in place."""
     identities.drop(program)
     if target == "xnnpack":
+        scalars.as_floats(program)
         norms.unchain(program)
         depthwise.split(program)
     if target in _ON_KERNELS:
