@@ -79,6 +79,7 @@ EXAMPLES = {
     "prune": "- prune: {ratio: 0.3, importance: activation}\n",
     "int4": "- int4: {group_size: 32, embeddings: int8, skip: [classifier]}\n",
     "int8": "- int8: {calibration_batches: 16}\n",
+    "int8_dynamic": "- int8_dynamic: {skip: [classifier]}\n",
     "nf4": "- nf4: {block_size: 64}\n",
     "train": "- train: {epochs: 2, batch_size: 16, learning_rate: 5e-4, keep_best: true}\n",
     "eval": "- eval\n",

@@ -17,6 +17,7 @@ __all__ = [
     "EdgetuneError",
     "Int4",
     "Int8",
+    "Int8Dynamic",
     "Lean",
     "LoRA",
     "Prune",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from edgetune.prune.structured import Prune
     from edgetune.quant.int4 import Int4
     from edgetune.quant.int8 import Int8
+    from edgetune.quant.int8_dynamic import Int8Dynamic
     from edgetune.quant.nf4 import NF4
     from edgetune.run.finished import open_run
     from edgetune.run.pipeline import run
@@ -78,6 +80,7 @@ else:
         "EdgetuneError": "core.technique",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
+        "Int8Dynamic": "quant.int8_dynamic",
         "Lean": "lean.technique",
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",

@@ -41,7 +41,8 @@ def _build(item: Micro, folder: Path) -> None:
     """
     model, inputs = item.module().eval(), item.inputs()
     if item.quantize:
-        model = technique_class(item.quantize)().apply(model, Sample.of(inputs))
+        technique = technique_class(item.quantize)()
+        model = technique.apply(model, Sample.of(inputs) if technique.needs == "batches" else None)
     lowered = lower(Positional(model, inputs).eval(), inputs, find(item.target), layout=Layout(io_in_plan=False))
     (folder / f"{item.name}.pte").write_bytes(lowered.data)
     torch.save([tensor.contiguous() for tensor in inputs], folder / f"{item.name}.pt")

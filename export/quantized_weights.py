@@ -18,9 +18,12 @@ from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.export.targets.target import Target
 
 _MODULES = ("torchao.",)
-_LINEAR = "quantize the float model by et.Int4(), or torchao's Int8DynamicActivationIntxWeightConfig with symmetric "
-_FOUR = _LINEAR + "4-bit weights and weight_scale_dtype=torch.bfloat16"
-_EIGHT = _LINEAR + "8-bit weights, PerAxis(0) and weight_scale_dtype=torch.float32"
+_LINEAR = "or torchao's Int8DynamicActivationIntxWeightConfig with symmetric "
+_FOUR = f"quantize the float model by et.Int4(), {_LINEAR}4-bit weights and weight_scale_dtype=torch.bfloat16"
+_EIGHT = (
+    f"quantize the float model by et.Int8Dynamic(), {_LINEAR}8-bit weights, PerAxis(0) and "
+    "weight_scale_dtype=torch.float32"
+)
 _TABLE = "quantize the float table by et.Int4(), or torchao's IntxWeightOnlyConfig without scale_dtype"
 _FLOAT = "export the float model, or quantize that by et.Int4() or et.Int8(): no runtime kernel reads this format"
 
@@ -94,7 +97,7 @@ def _explain_xnnpack_linear(weight: Any) -> tuple[str, str]:
     group = weight.block_size[-1]
     if group != weight.shape[-1] and not four:
         return f"{_dtype(weight.target_dtype)} in groups, which XNNPACK takes in 4 bits only", remedy
-    if group != weight.shape[-1] and group % 32:
+    if four and group % 32:
         return f"groups of {group}, and XNNPACK takes multiples of 32", remedy
     if four and not torch.equal(weight.scale.float(), weight.scale.to(torch.bfloat16).float()):
         return f"scales in {_dtype(weight.scale.dtype)}, which XNNPACK rounds to bf16", remedy

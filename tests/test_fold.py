@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from edgetune.recipe import recipe
 from edgetune.recipe.recipe import Recipe
 from edgetune.run.fold import Fold
 from edgetune.run.prepared import prepare
+from edgetune.run.rehearsal import rehearse
 from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
 from support.checkpoints import save_bert, save_rows
@@ -110,3 +113,36 @@ def test_what_is_prepared_for_a_training_elsewhere_is_what_the_fold_trains(name:
     fold = begun(chosen, folder)
     fold.steps(until=place)
     same(prepare(chosen).model, fold.model)
+
+
+def test_int4_calibrates_on_training_rows_in_the_run_and_not_in_its_rehearsal(folder: Path) -> None:
+    chosen = read("\n  - train: {updates: 1}\n  - int4: {calibration_batches: 9}")
+    fold, technique = begun(chosen, folder), chosen.steps[1].settings
+    assert isinstance(technique, et.Int4)
+    batches = list(fold.sample(technique).batches())
+    expected = [fold.train_split.batch([row], pad_to=8)[0] for row in range(len(fold.train_split))]
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(
+            torch.cat([batch[name] for batch in batches]),  # type: ignore[call-overload, index]
+            torch.cat([row[name] for row in expected]),  # type: ignore[call-overload, index]
+        )
+
+    def read_batches() -> NoReturn:
+        raise AssertionError("a rehearsal reads no batches")
+
+    rehearse(chosen, fold.model, replace(fold.sample(), batches=read_batches), fold.samples.example(), lambda *_: None)
+    by_gptq = begun(chosen, folder)
+    by_gptq.steps()
+    rounded = et.apply(begun(chosen, folder).model, et.Int4(algorithm="absmax"))
+    codes = [model.bert.encoder.layer[1].output.dense.weight.qdata for model in (by_gptq.model, rounded)]  # type: ignore[index, union-attr]
+    assert float((codes[0] != codes[1]).float().mean()) > 0.05
+
+
+def test_a_technique_gets_as_many_batches_as_it_asks_for(folder: Path) -> None:
+    header, *rows = (folder / "rows.csv").read_text(encoding="utf-8").splitlines()
+    texts = [f"{n} {row}" for n in range(6) for row in rows]
+    (folder / "rows.csv").write_text("\n".join([header, *texts]), encoding="utf-8")
+    fold = begun(read("\n  - int8"), folder)
+    assert len(fold.train_split) > 12 * 16
+    assert len(list(fold.sample(et.Int8(calibration_batches=3)).batches())) == 8, "it reads the first 3 of them"
+    assert len(list(fold.sample(et.Int8(calibration_batches=12)).batches())) == 12

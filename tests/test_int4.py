@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import copy
 import platform
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
+from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.freed import release_freed_memory
 from edgetune.core.quiet import silence_libraries
-from edgetune.quant import blocks, int4
+from edgetune.core.technique import Sample, Technique
+from edgetune.export import export
+from edgetune.quant import blocks
 from edgetune.quant.int4 import Int4
+from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.size import parameter_count, stored_bytes, tensor_bytes
 from edgetune.runtime.clock.machine import resident_mib
 
 with silence_libraries():  # torchao warns on import
-    from torchao.quantization import quantize_
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 
 
 class Tied(nn.Module):
@@ -75,15 +83,15 @@ def test_int4_quantizes_rows_in_blocks_as_torchao_does_at_once(
     settings = Int4(int8_linears=("lm_head",), embeddings=embeddings)
     settings.apply(model)
     assert torch.equal(torch.get_rng_state(), random_state)
-    four_bits, eight_bits = int4._linear_configs(32)
-    table = int4._table_config(8 if embeddings == "int8" else 4, 32)
+    four_bits = Int8DynamicActivationIntxWeightConfig(INT4, PerGroup(32), weight_scale_dtype=torch.bfloat16)
+    eight_bits = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0), weight_scale_dtype=torch.float32)
+    table = {"int8": IntxWeightOnlyConfig(torch.int8), "int4": IntxWeightOnlyConfig(INT4, PerGroup(32))}[embeddings]
     for name, config in (("embed_tokens", table), ("lm_head", eight_bits), ("body", four_bits)):
         expected = whole.get_submodule(name)
         with silence_libraries():
             quantize_(expected, config, filter_fn=lambda *_: True)
         layer = model.get_submodule(name)
         assert repr(layer.weight) == repr(expected.weight)
-        assert repr(layer) == repr(expected).replace("padding_idx=0, ", "")
         for part in layer.weight.tensor_data_names:
             assert torch.equal(getattr(layer.weight, part), getattr(expected.weight, part)), (name, part)
 
@@ -110,6 +118,24 @@ def test_large_quantized_layers_are_unpacked_by_rows(monkeypatch: pytest.MonkeyP
     assert sum(unpacked) == len(ids) + 32 + 50
     assert max(unpacked) == 7
     assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("technique", "width"),
+    [
+        (Int4(), 96), (Int4(group_size=64), 192), (Int4(group_size="channel"), 96), (Int4(group_size="channel"), 32),
+        (Int4(algorithm="mse"), 96), (Int4(int8_linears=("0",)), 96),
+        (Int8Dynamic(), 96), (Int8Dynamic(), 33),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_program_computes_what_the_quantized_model_does(technique: Technique, width: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5)).eval(), torch.randn(40, width)
+    apply(model, technique, Sample.of(x))
+    artifact = export(model, x[:1], tmp_path / "model.pte", check_inputs=[x], one_row=True)
+    assert artifact.manifest.main.parity is not None
+    assert artifact.manifest.main.parity.max_abs_difference < 1e-5
 
 
 def test_int4_unties_the_head_from_the_table() -> None:
@@ -139,6 +165,14 @@ def test_int4_names_the_layer_that_the_group_does_not_divide() -> None:
     with pytest.raises(EdgetuneError, match=r"bad: .*group_size 32: got 40[\s\S]*round_to=32.*skip: \['bad'\]"):
         Int4().apply(model)
     assert type(model["good"].weight) is nn.Parameter, "nothing may be quantized before all widths are checked"
+
+
+def test_a_channel_has_a_width_that_kernels_take() -> None:
+    with pytest.raises(EdgetuneError, match=r"bad: .*the width that 4-bit kernels take, 32: got 40[\s\S]*round_to=32"):
+        Int4(group_size="channel").apply(nn.ModuleDict({"good": nn.Linear(64, 8), "bad": nn.Linear(40, 8)}))
+    with pytest.raises(EdgetuneError, match=r"group_size: must be a multiple of 32 or .*got 40; allowed: channel"):
+        Int4(group_size=40)
+    assert Int4(group_size="channel").width_multiple == 32
 
 
 def test_int4_refuses_a_skip_that_names_nothing() -> None:

@@ -115,6 +115,14 @@ def test_every_form_is_right_by_values_or_refused(name: str, target: str) -> Non
     assert row.state == ("refused" if refused else "right"), row
 
 
+@pytest.mark.parametrize(("grain", "width"), [(PerAxis(0), 48), (PerGroup(16), 48), (PerAxis(0), 33)])
+def test_four_bits_of_other_widths_are_refused(grain: Any, width: int) -> None:
+    model = nn.Sequential(nn.Linear(width, 64))
+    ao.quantize_(model, dynamic(INT4, torch.bfloat16, grain))
+    (refused,) = quantized_weights.unsupported_layers(model, find("xnnpack"))
+    assert "multiples of 32" in refused.reason
+
+
 TABLES: dict[str, tuple[Callable[[], AOBaseConfig], str]] = {
     "8 bits": (lambda: ao.IntxWeightOnlyConfig(INT8, PerAxis(0)), ""),
     "4 bits": (lambda: ao.IntxWeightOnlyConfig(INT4, PerGroup(32)), ""),

@@ -106,6 +106,9 @@ STEPS = {
     "merge": "finalize",
     "quantize": "int8",
     "quantization": "int8",
+    "8da4w": "int4",
+    "8da8w": "int8_dynamic",
+    "gptq": "int4",
     "sparsify": "sparse-update",
 }
 

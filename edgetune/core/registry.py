@@ -20,6 +20,7 @@ TECHNIQUES = {
     "prune": "edgetune.prune.structured:Prune",
     "int4": "edgetune.quant.int4:Int4",
     "int8": "edgetune.quant.int8:Int8",
+    "int8_dynamic": "edgetune.quant.int8_dynamic:Int8Dynamic",
     "nf4": "edgetune.quant.nf4:NF4",
 }
 

@@ -142,6 +142,10 @@ class Technique(StepSettings):
         change."""
         return self
 
+    def for_rehearsal(self) -> Technique:
+        """These settings with less work for the same structure, to try a recipe's steps before the training."""
+        return self
+
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """Give a plain model the structure that this technique leaves, without its work, and return it.
 

@@ -114,12 +114,12 @@ class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name in chosen:
             weight = plain_layer(layers[name])._parameters.get("weight")
             if weight is not None:
-                self.chosen.setdefault(_storage(weight), []).append(name)
+                self.chosen.setdefault(storage_id(weight), []).append(name)
         for name, module in layers.items():
             for parameter in module._parameters.values():
-                if parameter is not None and _storage(parameter) in self.chosen:
+                if parameter is not None and storage_id(parameter) in self.chosen:
                     around = (layers[outer] for outer in outer_names(name) if is_wrapped(layers[outer]))
-                    self.owners.setdefault(_storage(parameter), set()).update(map(id, (module, *around)))
+                    self.owners.setdefault(storage_id(parameter), set()).update(map(id, (module, *around)))
         self.running: list[nn.Module] = []
         self.thread = threading.get_ident()
         self.ran: set[int] = set()
@@ -163,7 +163,7 @@ class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operator in ("copy_", "index_copy_", "fill_", "zero_"):  # written, not read
             tensors = list(tensors_in((args[1:], kwargs)))
         for tensor in tensors:
-            storage = _storage(tensor)
+            storage = storage_id(tensor)
             owners = self.owners.get(storage)
             if owners is None or any(id(module) in owners for module in self.running):
                 continue
@@ -179,7 +179,7 @@ class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Reads(dict(self.readers), idle, complete)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_id(tensor: Tensor) -> int:
     """An identifier of a tensor's memory, which its views and its `.data` share."""
     try:
         return int(tensor.untyped_storage()._cdata)

@@ -1,12 +1,12 @@
 """Quantize and unpack a weight a few rows at a time.
 
-torchao writes half a dozen temporaries as large as the weight: gigabytes for a head over a large vocabulary. Those of a
-block of rows stay in the processor's cache, which is also about twice as fast. The values are the same.
+Rounding writes half a dozen temporaries as large as the weight: gigabytes for a head over a large vocabulary. Those of
+a block of rows stay in the processor's cache, which is also about twice as fast. The values are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,46 +16,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.core.quiet import silence_libraries
+from edgetune.quant.rounding import Codes, Grid, absmax_codes
 
 BLOCK_VALUES = 2**21  # 8 MiB in float32
 
 
-def quantize_layer(layer: Any, config: Any) -> None:
-    """Quantize the weight `(out, in)` of this one layer by torchao.
+@torch.no_grad()
+def quantize_weight(
+    weight: Tensor, grid: Grid, rule: Callable[[Tensor, Grid], Codes] = absmax_codes, *, rounds_activations: bool
+) -> nn.Parameter:
+    """A weight `(out, in)` in integers, as the tensor of torchao that the export lowers.
 
-    Layers that share a weight each read it in floating point, and end with a weight of their own.
+    `rule` rounds a block of rows. `rounds_activations`: a linear rounds what it multiplies to 8 bits for each token.
     """
-    blocks = layer.weight.detach().split(_rows(layer.weight))
-    layer.weight = nn.Parameter(blocks[0], requires_grad=False)  # torchao then also shows the type in `repr(layer)`
-    first = _quantize(layer, config)
-    if len(blocks) == 1:
-        return
-    rows = sum(len(block) for block in blocks)
-    tensors = {name: getattr(first, name) for name in first.tensor_data_names}
-    whole = {name: tensor.new_empty(rows, *tensor.shape[1:]) for name, tensor in tensors.items()}
-    start = 0
-    for block in blocks:
-        quantized = first if start == 0 else _quantize_block(layer, block, config)
-        for name, tensor in whole.items():
-            tensor[start : start + len(block)] = getattr(quantized, name)
-        start += len(block)
-    layer.weight = nn.Parameter(_like(first, whole.values()), requires_grad=False)
-
-
-def _quantize_block(layer: nn.Module, block: Tensor, config: Any) -> Any:
-    part: Any = (nn.Linear if isinstance(layer, nn.Linear) else nn.Embedding)(1, 1, device="meta")
-    part.weight = nn.Parameter(block, requires_grad=False)
-    weight = _quantize(part, config)
-    del part.weight  # torchao leaves a cycle of references in each module
-    return weight
-
-
-def _quantize(layer: Any, config: Any) -> Any:
-    from torchao.quantization import quantize_
-
     with silence_libraries():
-        quantize_(layer, config, filter_fn=lambda module, _: module is layer)
-    return layer.weight
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    rounded = [rule(block, grid) for block in weight.detach().split(_rows(weight))]
+    codes, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounded, strict=True))
+    tensor = IntxUnpackedToInt8Tensor(
+        codes,
+        scales,
+        torch.zeros_like(scales, dtype=torch.int8),
+        getattr(torch, f"int{grid.bits}"),
+        (1, grid.inputs_per_scale(weight.shape[1])),
+        weight.dtype,
+        "int8_asym_per_token" if rounds_activations else None,
+    )
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 @contextmanager

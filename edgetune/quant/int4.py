@@ -1,31 +1,41 @@
-"""4-bit weights in groups with 8-bit dynamic activations (8da4w), and embeddings of 8 or 4 bits."""
+"""4-bit weights in groups or per channel with 8-bit dynamic activations (8da4w), and embeddings of 8 or 4 bits."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from functools import partial
+from itertools import islice
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, truncate_list
-from edgetune.core.freed import release_freed_memory
-from edgetune.core.layers import matches, select
-from edgetune.core.plain import computed_tensor, refuse_computed
+from edgetune.core.errors import truncate_list
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
-from edgetune.core.technique import Sample, Technique
+from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.lean.reads import readers_of, refuse_readers
-from edgetune.quant.blocks import quantize_layer
-from edgetune.quant.size import weight_bits
-from edgetune.quant.tables import looks_up
+from edgetune.quant.blocks import quantize_weight
+from edgetune.quant.gptq import factor_hessian, gptq_codes
+from edgetune.quant.hessians import calibrate
+from edgetune.quant.layers import LayerChoice, TableBits, choose_layers, drop_padding_indices, table_grid
+from edgetune.quant.rounding import Grid, absmax_codes, mse_codes
+
+_LEAST_GROUP = 32  # XNNPACK takes its multiples, also as the width of a channel
+GroupSize = Annotated[int, Field(ge=_LEAST_GROUP, multiple_of=_LEAST_GROUP)] | Literal["channel"]
+_ROUNDING = {"absmax": absmax_codes, "mse": mse_codes}
 
 
 class Int4(Technique):
     """Quantize linear weights to 4 bits, symmetric, with one scale for each `group_size` inputs of an output.
+
+    `algorithm` says how they are rounded: to nearest with scales from the largest value (`absmax`) or of the least
+    squared error (`mse`), or by GPTQ, where later columns make up for the rounding of earlier ones on calibration
+    batches (`gptq`); `auto` is `gptq` where there is a sample, else `absmax`. GPTQ calibrates each block of the model
+    on what the quantized blocks before it compute. A linear that no batch reaches is rounded to nearest, and a warning
+    names it; if calibration fails, the model is as before.
 
     Activations are quantized dynamically to 8 bits per token, both in eager mode and in the exported program, so
     that both compute the same. Embedding tables get 8 bits with one scale per row or, with `embeddings="int4"`, 4
@@ -33,198 +43,94 @@ class Int4(Technique):
     gradients. A table that is read in another way than by looking up rows, such as Whisper's positions, stays in
     floating point; a warning names it unless `skip` does.
 
-    `int8_linears` get 8 bits with one scale per output, for example for a head over a large vocabulary. A head that
-    shares its weight with the embedding is untied: the head and the table are each quantized from the shared float
-    weight, and `config.tie_word_embeddings` becomes False. Raises `EdgetuneError` for a width that `group_size` does
-    not divide. It uses torchao's `Int8DynamicActivationIntxWeightConfig`, which ExecuTorch stores in 4 bits.
+    `int8_linears` get 8 bits with one scale per output, rounded to nearest, for example for a head over a large
+    vocabulary. A head that shares its weight with the embedding is untied: the head and the table are each quantized
+    from the shared float weight, and `config.tie_word_embeddings` becomes False. Raises `EdgetuneError` for a width
+    that `group_size`, or 32 for `channel`, does not divide.
     """
 
     name: ClassVar[str] = "int4"
     leaves: ClassVar[Trait] = Trait.INTEGER
 
-    group_size: int = Field(default=32, ge=32, multiple_of=32)  # XNNPACK's kernels take multiples of 32
-    """Number of weights that share a scale: a multiple of 32 that divides every input width."""
+    group_size: GroupSize = 32
+    """Number of weights that share a scale: a multiple of 32 that divides every input width, or `channel` for one
+    scale per output, which XNNPACK runs faster; widths are then multiples of 32."""
+    algorithm: Literal["auto", "absmax", "mse", "gptq"] = "auto"
+    """How weights are rounded; `auto`: `gptq` with calibration data, which every recipe has, else `absmax`."""
+    calibration_batches: int = Field(default=8, ge=1)
+    """Number of batches of training rows that `gptq` calibrates on."""
     targets: tuple[str, ...] = ("*",)
     """Patterns of the linear layers to quantize."""
     skip: tuple[str, ...] = ()
     """Patterns of linear layers and embedding tables to keep in floating point."""
     int8_linears: tuple[str, ...] = ()
     """Patterns of linear layers to quantize to 8 bits instead of 4."""
-    embeddings: Literal["int8", "int4", "none"] = "int8"
+    embeddings: TableBits = "int8"
     """Precision of embedding tables; `none`: floating point."""
     activation_bits: Literal[8] = 8
     """Bits of the activations, which are quantized dynamically."""
 
     @property
     def width_multiple(self) -> int:
-        """One group."""
-        return self.group_size
+        """One group; of a whole channel, XNNPACK's least."""
+        return _LEAST_GROUP if self.group_size == "channel" else self.group_size
+
+    @property
+    def needs(self) -> Needs:
+        """Batches for `gptq`."""
+        return "batches" if self.algorithm == "gptq" else "nothing"
+
+    def for_rehearsal(self) -> Technique:
+        """The same layers, rounded to nearest."""
+        return self.model_copy(update={"algorithm": "absmax"})
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Quantize in place. The modules keep their classes and run in eager mode, but the weights can no longer be
         trained."""
         with silence_libraries():
-            require("torchao", "int4")
-        skip_linears, skip_tables = self._split_skips(model)
-        linears = select(model, self.targets, skip_linears, nn.Linear, _is_choosable)
-        wide = select(model, self.int8_linears, skip_linears, nn.Linear, _is_choosable) if self.int8_linears else {}
-        linears |= wide
-        tables, left = self._choose_tables(model, skip_tables)
-        readers, _ = readers_of(model, [*linears, *tables], sample)
-        left += [name for name in readers if tables.pop(name, None)]
-        refuse_readers(model, _without_encoder_layers(model, {n: r for n, r in readers.items() if n in linears}))
-        for name, layer in linears.items():
-            refuse_computed(name, layer)
-            if name not in wide:
-                self._check_width(name, layer.in_features, "the input width of a layer")  # type: ignore[arg-type]
-        for name, table in tables.items():
-            _check_table(name, table)
-            if self.embeddings == "int4":
-                self._check_width(name, table.embedding_dim, "the width of an embedding")
-        for message in (_describe_kept_tables(left), _describe_bare_weights(model)):
-            if message:
-                warnings.warn(message, stacklevel=3)  # the caller of `et.apply`
-        _untie(model, linears, tables)
-        table_config = _table_config(4 if self.embeddings == "int4" else 8, self.group_size)
-        for table in tables.values():
-            table.padding_idx = None  # type: ignore[assignment]
-            quantize_layer(table, table_config)
-        four_bits, eight_bits = _linear_configs(self.group_size)
-        for name, layer in linears.items():
-            quantize_layer(layer, eight_bits if name in wide else four_bits)
-        release_freed_memory()  # the weights in floating point
-        return model.requires_grad_(False)
+            require("torchao", self.name)
+        calibrated = self.algorithm == "gptq" or (self.algorithm == "auto" and sample is not None)
+        sample = self.require_sample(sample) if calibrated else sample
+        layers = choose_layers(
+            self.name, model, sample, targets=self.targets, wide=self.int8_linears or None,
+            skip=self.skip, embeddings=self.embeddings,
+        )  # fmt: skip
+        group_size = None if self.group_size == "channel" else self.group_size
+        reason = "group_size" if group_size else "the width that 4-bit kernels take,"
+        layers.check_widths(self.width_multiple, reason, tables=self.embeddings == "int4")
+        grid = Grid(4, group_size, scale_dtype=torch.bfloat16)  # as XNNPACK stores the scales of 4 bits
+        with layers.replace_weights(may_fail=calibrated):
+            layers.quantize_tables(table_grid(self.embeddings, group_size))
+            layers.quantize_wide()
+            if calibrated:
+                assert sample is not None
+                self._quantize_calibrated(layers, grid, sample)
+            else:
+                rule = _ROUNDING["absmax" if self.algorithm == "auto" else self.algorithm]
+                for layer in layers.narrow.values():
+                    layer.weight = quantize_weight(layer.weight, grid, rule, rounds_activations=True)
+        return model
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """Quantized tables without their `padding_idx`."""
-        for name, table in model.named_modules():
-            if isinstance(table, nn.Embedding) and weight_bits(state[f"{name}.weight"]) is not None:
-                table.padding_idx = None  # type: ignore[assignment]
-        return model
+        return drop_padding_indices(model, state)
 
-    def _split_skips(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """The skip patterns for linears and for embeddings; `select` raises for one that matches neither."""
-        tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        for_tables = [p for p in self.skip if any(matches(n, [p]) for n in tables)]
-        for_linears = [p for p in self.skip if p not in for_tables or any(matches(n, [p]) for n in linears)]
-        return for_linears, for_tables
+    def _quantize_calibrated(self, layers: LayerChoice, grid: Grid, sample: Sample) -> None:
+        """GPTQ of the linears in 4 bits; those that no batch reaches are rounded to nearest."""
 
-    def _choose_tables(self, model: nn.Module, skip: list[str]) -> tuple[dict[str, nn.Embedding], list[str]]:
-        """The tables to quantize, and the names of those that cannot be."""
-        if self.embeddings == "none":
-            return {}, []
-        tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_float(m)}
-        wanted = {n: m for n, m in tables.items() if not matches(n, skip)}
-        # one with max_norm is refused below; calling it, as looks_up may, would rewrite a row
-        fit = {n: m for n, m in wanted.items() if m.max_norm is not None or looks_up(m)}
-        return fit, [n for n in wanted if n not in fit]
+        def quantize(name: str, hessian: Tensor) -> None:
+            layer, factor = layers.linears[name], factor_hessian(hessian, name)
+            rule = partial(gptq_codes, factor=factor)
+            layer.weight = quantize_weight(layer.weight, grid, rule, rounds_activations=True)
 
-    def _check_width(self, name: str, width: int, width_name: str) -> None:
-        if width % self.group_size:
-            raise EdgetuneError(
-                f"int4: {width_name} is not a multiple of group_size {self.group_size}",
-                where=name,
-                got=width,
-                action=f"prune with round_to={self.group_size}, or leave the layer out with skip: [{name!r}]",
+        batches = list(islice(sample.batches(), self.calibration_batches))
+        idle = calibrate(layers.model, layers.narrow, batches, quantize)
+        for name in idle:
+            layer = layers.linears[name]
+            layer.weight = quantize_weight(layer.weight, grid, rounds_activations=True)
+        if idle:
+            warnings.warn(
+                f"{self.name}: {truncate_list(idle)}: no calibration batch reaches these layers, so they are rounded "
+                "to nearest",
+                stacklevel=4,  # the caller of `et.apply`
             )
-
-
-def _is_float(layer: nn.Module) -> bool:
-    weight = layer.weight
-    return type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _is_choosable(layer: nn.Module) -> bool:
-    """One in floating point, or one that computes its weight, which is refused by name."""
-    return _is_float(layer) or bool(computed_tensor(layer))
-
-
-def _without_encoder_layers(model: nn.Module, readers: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Drop torch's encoder layer, which leaves its fast path if a weight is quantized, and then calls its linears."""
-    others = {
-        name: [r for r in outer if not isinstance(model.get_submodule(r), nn.TransformerEncoderLayer)]
-        for name, outer in readers.items()
-    }
-    return {name: outer for name, outer in others.items() if outer}
-
-
-def _check_table(name: str, table: nn.Embedding) -> None:
-    if table.max_norm is not None:
-        raise EdgetuneError(
-            "int4: an embedding with max_norm rewrites its rows as it runs and cannot be quantized",
-            where=name,
-            got=table.max_norm,
-            action=f"set max_norm=None, or skip: [{name!r}]",
-        )
-
-
-def _describe_kept_tables(names: list[str]) -> str:
-    return (
-        f"int4: {truncate_list(names)}: an embedding whose weight is read in another way than by looking rows up; "
-        f"it stays in floating point. To silence this: skip: {names}"
-        if names
-        else ""
-    )
-
-
-def _describe_bare_weights(model: nn.Module) -> str:
-    """A message about matrices outside linear layers, such as fused experts or torch's attention; empty if none."""
-    layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    names = [
-        f"{name}.{own}".lstrip(".")
-        for name, module in model.named_modules()
-        for own, parameter in module.named_parameters(recurse=False)
-        if not isinstance(module, layers) and parameter.dim() > 1 and len(parameter) > 1
-        if parameter.numel() > total / 100  # smaller ones are not worth a warning
-    ]
-    return (
-        f"int4: {truncate_list(names)}: these weights do not belong to linear layers and stay in floating point"
-        if names
-        else ""
-    )
-
-
-def _untie(model: nn.Module, linears: dict[str, nn.Module], tables: dict[str, nn.Embedding]) -> None:
-    """Record in the config that shared weights are no longer shared, so that nothing ties them again."""
-    chosen = [*linears.values(), *tables.values()]
-    holders: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), set()).add(id(module))
-    if not any(len(holders[id(layer.weight)]) > 1 for layer in chosen):
-        return
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-
-def _linear_configs(group_size: int) -> tuple[Any, Any]:
-    """The torchao configs of linears in 4 and in 8 bits."""
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, MappingType
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
-    def linears(weight_dtype: torch.dtype, granularity: Any, scale_dtype: torch.dtype) -> Any:
-        return Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=weight_dtype,
-            weight_granularity=granularity,
-            weight_mapping_type=MappingType.SYMMETRIC,
-            weight_scale_dtype=scale_dtype,  # as XNNPACK stores them: eager mode computes with the same scales
-        )
-
-    return (
-        linears(torch.int4, PerGroup(group_size), torch.bfloat16),  # type: ignore[attr-defined]
-        linears(torch.int8, PerAxis(0), torch.float32),
-    )
-
-
-def _table_config(bits: Literal[4, 8], group_size: int) -> Any:
-    """The torchao config of tables; `group_size` is for 4 bits only. The scales keep the type of the weight."""
-    from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
-    if bits == 8:
-        return IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]

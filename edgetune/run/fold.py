@@ -42,7 +42,7 @@ from edgetune.run.exportable import check_can_generate, exportable_from_split, t
 from edgetune.run.finished import save_finished
 from edgetune.run.measures import measure, saved_mib
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
-from edgetune.run.samples import Samples
+from edgetune.run.samples import CALIBRATION_BATCHES, Samples
 from edgetune.tasks.quality import answers_on, quality
 from edgetune.train.loggers import TrainingLog
 from edgetune.train.loop import seed_everything, train
@@ -201,7 +201,7 @@ class Fold:
         started = time.perf_counter()
         if isinstance(step.settings, Technique):
             self.progress(step.name, 0, 1, describe_settings(step.settings))
-            self.model = apply(self.model, step.settings, self.sample())
+            self.model = apply(self.model, step.settings, self.sample(step.settings))
             self.progress(step.name, 1, 1, "")
             seconds = time.perf_counter() - started
             self.add_row(step.name, describe_settings(step.settings), seconds, exact=step.settings.exact)
@@ -329,9 +329,10 @@ class Fold:
         """The task's loss."""
         return self.task.loss(logits, labels)
 
-    def sample(self) -> Sample:
-        """The data that techniques may use."""
-        return self.samples.sample(self.loss)
+    def sample(self, technique: Technique | None = None) -> Sample:
+        """The data that a technique may use: as many batches as it calibrates on, at least the usual number."""
+        wanted = getattr(technique, "calibration_batches", CALIBRATION_BATCHES)
+        return self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
 
     def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> None:
         """Measure the model and add a row; reuse the row of an earlier run of the same steps.

@@ -67,7 +67,7 @@ def rehearse(
                 if move.finalizes:
                     model = finalize(model)
                 elif isinstance(step.settings, Technique):
-                    model = apply(model, step.settings, sample)
+                    model = apply(model, step.settings.for_rehearsal(), sample)
                 elif isinstance(step.settings, Train):
                     written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))
         except EdgetuneError as error:

@@ -43,12 +43,14 @@ class Samples:
         rows = len(self.train)
         return min((rows // math.ceil(rows / size) for size in batch_sizes), default=None)
 
-    def sample(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Sample:
+    def sample(
+        self, loss: Callable[[Tensor, Tensor], Tensor], calibration_batches: int = CALIBRATION_BATCHES
+    ) -> Sample:
         """The data that techniques may use: training rows only."""
         pad_to = self.train.pad_to(self.max_length)
 
         def batches() -> Iterator[Inputs]:
-            rows = min(CALIBRATION_ROWS * CALIBRATION_BATCHES, len(self.train))
+            rows = min(CALIBRATION_ROWS * calibration_batches, len(self.train))
             for start in range(0, rows, CALIBRATION_ROWS):
                 chosen = range(start, min(start + CALIBRATION_ROWS, rows))
                 yield self.train.batch(chosen, pad_to=pad_to)[0]

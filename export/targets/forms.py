@@ -26,7 +26,9 @@ FORMS: dict[Form, FormHelp] = {
     "fp16": FormHelp("fp16", "convert the model: model.half()"),
     "bf16": FormHelp("bf16", "convert the model: model.bfloat16()"),
     "int8": FormHelp("static int8", "quantize it first, by int8 with this target as its `target`"),
-    "8da4w": FormHelp("4 or 8-bit weights with dynamic 8-bit activations", "quantize it first: et.Int4()"),
+    "8da4w": FormHelp(
+        "4 or 8-bit weights with dynamic 8-bit activations", "quantize it first: et.Int4() or et.Int8Dynamic()"
+    ),
     "weights-only": FormHelp("quantized weights with float activations", ""),
 }
 

@@ -22,6 +22,7 @@ from edgetune.lean.technique import Lean
 from edgetune.prune.structured import Prune
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
+from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
@@ -248,6 +249,21 @@ def int4_int8_size(plain: nn.Module) -> int:
     return total
 
 
+def channel_size(bits: int, scale_bytes: int) -> Callable[[nn.Module], int]:
+    """Linears with a scale for each output; embeddings at a byte and a scale of four bytes for each row."""
+
+    def size(plain: nn.Module) -> int:
+        total = bytes_of(plain)
+        for module in plain.modules():
+            if isinstance(module, nn.Linear):
+                total -= (32 - bits) * module.weight.numel() // 8 - scale_bytes * module.out_features
+            if isinstance(module, nn.Embedding):
+                total -= 3 * module.weight.numel() - 4 * module.num_embeddings
+        return total
+
+    return size
+
+
 def int8_size(plain: nn.Module) -> int:
     """Weights at a byte; for each output a bias, a scale (4 bytes each) and a zero point (8). Norms are folded."""
     layers = [m for m in plain.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -326,6 +342,16 @@ CASES = [
         trains=False, exports=True, size=int4_int8_size,
     ),
     Case("int4-bert", (Int4(),), bert, tokens, error=0.4, size=int4_size, trains=False),
+    Case("int4-absmax-mlp", (Int4(algorithm="absmax"),), mlp, vectors, error=0.2, size=int4_size, trains=False),
+    Case(
+        "int4-channel-mlp", (Int4(algorithm="gptq", group_size="channel"),), mlp, vectors, error=0.2,
+        size=channel_size(4, 2), trains=False, exports=True,
+    ),
+    Case(
+        "int8-dynamic-mlp", (Int8Dynamic(),), mlp, vectors, error=0.02, size=channel_size(8, 4), trains=False,
+        exports=True, unmatched=Int8Dynamic(targets=NOTHING),
+    ),
+    Case("int8-dynamic-bert", (Int8Dynamic(),), bert, tokens, error=0.03, size=channel_size(8, 4), trains=False),
     Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
     ),

@@ -2,9 +2,9 @@
 
     python tests/support/random_techniques.py --modules 400
 
-Each module is taken through LoRA, SparseUpdate, a slice, Prune, Int8 and Int4: apply, a few training steps, finalize,
-lower, run. A refusal that says which layer to skip is followed. Prints how many were right, refused, wrong, crashed,
-and each wrong one; exit code 1 where there are any.
+Each module is taken through LoRA, SparseUpdate, a slice, Prune, Int8, Int4 (by absmax and GPTQ) and Int8Dynamic:
+apply, a few training steps, finalize, lower, run. A refusal that says which layer to skip is followed. Prints how many
+were right, refused, wrong, crashed, and each wrong one; exit code 1 where there are any.
 """
 
 from __future__ import annotations
@@ -72,8 +72,17 @@ def int4(model: nn.Module, skip: tuple[str, ...]) -> Technique:
     return et.Int4(skip=skip)
 
 
+def gptq(model: nn.Module, skip: tuple[str, ...]) -> Technique:
+    return et.Int4(algorithm="gptq", group_size="channel", skip=skip)
+
+
+def int8_dynamic(model: nn.Module, skip: tuple[str, ...]) -> Technique:
+    return et.Int8Dynamic(skip=skip)
+
+
 TECHNIQUES: dict[str, Callable[[nn.Module, tuple[str, ...]], Technique]] = {
     "lora": lora, "sparse-update": sparse, "slice": sliced, "prune": prune, "int8": int8, "int4": int4,
+    "gptq": gptq, "int8_dynamic": int8_dynamic,
 }  # fmt: skip
 
 
@@ -86,7 +95,7 @@ def outcome(plan: Plan, technique: str) -> str:
         model = copy.deepcopy(plain)
         chosen = TECHNIQUES[technique](model, skip)
         try:
-            model = et.apply(model, chosen, et.Sample.of(inputs) if technique in ("prune", "int8") else None)
+            model = et.apply(model, chosen, et.Sample.of(inputs) if technique in ("prune", "int8", "gptq") else None)
             trained = train(model, inputs)
             break
         except EdgetuneError as error:
@@ -108,7 +117,7 @@ def outcome(plan: Plan, technique: str) -> str:
         return f"wrong: finalize changed the outputs by {difference:.1e}"
     if technique == "prune":
         pass  # compared with the model with those units at zero by prune itself
-    elif technique in ("int8", "int4"):
+    elif technique in ("int8", "int4", "gptq", "int8_dynamic"):
         if apart(before, after) > 1.0:
             return f"wrong: quantization changed the outputs by {apart(before, after):.1e}"
     elif apart(before, after) < 1e-6:

@@ -1,0 +1,55 @@
+"""8-bit weights with one scale per output and 8-bit dynamic activations (8da8w), and embeddings of 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from edgetune.core.quiet import silence_libraries
+from edgetune.core.registry import require
+from edgetune.core.technique import Sample, Technique
+from edgetune.core.traits import Trait
+from edgetune.quant.layers import TableBits, choose_layers, drop_padding_indices, table_grid
+
+_TABLE_GROUP = 32
+
+
+class Int8Dynamic(Technique):
+    """Quantize linear weights to 8 bits, symmetric, with one scale per output, and activations as the model runs.
+
+    No calibration is needed: activations get a scale for each token, both in eager mode and in the exported program.
+    It loses less quality than `int4` and takes twice the size. Embedding tables get 8 bits with one scale per row or,
+    with `embeddings="int4"`, 4 bits with one scale for each 32 values of a row. A table that is read in another way
+    stays in floating point; a warning names it unless `skip` does. A head that shares its weight with the table is
+    untied.
+    """
+
+    name: ClassVar[str] = "int8_dynamic"
+    leaves: ClassVar[Trait] = Trait.INTEGER
+
+    targets: tuple[str, ...] = ("*",)
+    """Patterns of the linear layers to quantize."""
+    skip: tuple[str, ...] = ()
+    """Patterns of linear layers and embedding tables to keep in floating point."""
+    embeddings: TableBits = "int8"
+    """Precision of embedding tables; `none`: floating point."""
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """Quantize in place. The modules keep their classes and run in eager mode, but the weights can no longer be
+        trained."""
+        with silence_libraries():
+            require("torchao", self.name)
+        layers = choose_layers(
+            self.name, model, sample, targets=None, wide=self.targets, skip=self.skip, embeddings=self.embeddings
+        )
+        layers.check_widths(_TABLE_GROUP, "a group of", tables=self.embeddings == "int4")
+        with layers.replace_weights():
+            layers.quantize_tables(table_grid(self.embeddings, _TABLE_GROUP))
+            layers.quantize_wide()
+        return model
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """Quantized tables without their `padding_idx`."""
+        return drop_padding_indices(model, state)
