@@ -32,7 +32,7 @@ def quantize_weight(
     with silence_libraries():
         from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    rounded = [rule(block, grid) for block in weight.detach().split(_rows(weight))]
+    rounded = [rule(block, grid) for block in torch.split(weight.detach(), _rows(weight))]
     codes, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounded, strict=True))
     tensor = IntxUnpackedToInt8Tensor(
         codes,

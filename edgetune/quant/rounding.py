@@ -32,12 +32,12 @@ class Grid:
     @property
     def lowest(self) -> int:
         """The least code, -8 for 4 bits."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
         """The greatest code, 7 for 4 bits."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def inputs_per_scale(self, width: int) -> int:
         """How many inputs share a scale in a weight with `width` inputs."""
@@ -45,7 +45,9 @@ class Grid:
 
     def split(self, weight: Tensor) -> Tensor:
         """A weight `(out, in)` as `(out, groups, inputs)`."""
-        return weight.unflatten(1, (-1, self.inputs_per_scale(weight.shape[1])))
+        rows, width = weight.shape
+        inputs = self.inputs_per_scale(width)
+        return weight.reshape(rows, width // inputs, inputs)
 
     def round(self, values: Tensor) -> Tensor:
         """The nearest codes of values in steps of a scale, in place."""
