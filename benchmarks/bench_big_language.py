@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from real_sizes import error_of
+
 from edgetune.run.environment import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {"Gemma3": "Gemma3Text"}
 MIB = 2**20
 
 Row = dict[str, Any]
@@ -84,7 +85,7 @@ def measure(name: str, layers: int | None, folder: Path, threads: int) -> Row:
     from edgetune.runtime.clock.machine import resident_mib
     from edgetune.runtime.hosts.host import Host
     from edgetune.runtime.hosts.session import measure_on
-    from support.decoders import tokenizer
+    from support.decoders import CONFIGS, tokenizer
 
     torch.manual_seed(0)
     size = SIZES[name]
@@ -120,10 +121,12 @@ def damp(model: Any) -> None:
     """
     import torch
 
+    if "Gemma" not in type(model).__name__:
+        return
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "post_feedforward_layernorm" in name or ("post_attention" in name and "Gemma" in type(model).__name__):
-                parameter.fill_(-0.8)  # of Gemma's norms, which scale by one more than that
+            if "post_attention" in name or "post_feedforward" in name:
+                parameter.fill_(-0.8)  # its norms scale by one more than that
 
 
 def document(figures: dict[str, Row], threads: int) -> str:
@@ -156,12 +159,6 @@ def document(figures: dict[str, Row], threads: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def error_of(printed: str) -> str:
-    """The message of the error that ended a process."""
-    last = [line for line in printed.splitlines() if "Error: " in line or "Killed" in line]
-    return last[-1].partition("Error: ")[2] if last else "the process ended without a message"
-
-
 def met(name: str, row: Row) -> bool:
     """Whether a model stays within what it is held to."""
     size = SIZES[name]
@@ -191,7 +188,7 @@ def main() -> None:
             if done.returncode == 0:
                 figures[name] = json.loads(partial.read_text(encoding="utf-8"))
             else:
-                figures[name] = {"failed": error_of(done.stderr)}
+                figures[name] = {"failed": error_of(done)}
             print(name, json.dumps(figures[name]), file=sys.stderr, flush=True)
     page = document(figures, given.threads)
     print(page)

@@ -26,7 +26,7 @@ import bench_export
 import bench_export_worker as worker
 import bench_profile_training
 import torch
-from real_sizes import DRAWN, REAL
+from real_sizes import DRAWN, REAL, name_of
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
@@ -64,11 +64,6 @@ GROUPS = {"small": "small programs", "real": "real sizes", "drawn": "drawn netwo
 def group_of(model: str) -> str:
     """Which of `GROUPS` a model belongs to."""
     return "small" if model in FAMILIES else "drawn" if model.partition(" ")[0] in DRAWN else "real"
-
-
-def name_of(family: str, bits: str) -> str:
-    """Of the program's files."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{family}-{bits}")
 
 
 def lowered(family: str, column: str) -> None:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from real_sizes import DRAWN, REAL
+from real_sizes import DRAWN, REAL, error_of, name_of
 
 from edgetune.run.environment import installed_versions
 
@@ -173,7 +173,7 @@ def worker_main(request: Row) -> Any:
 
 
 class WorkerError(Exception):
-    """Why a process gave no answer: the last line that it printed."""
+    """Why a process gave no answer."""
 
 
 def asked(**request: Any) -> Any:
@@ -183,14 +183,13 @@ def asked(**request: Any) -> Any:
     environment = os.environ | {"OMP_NUM_THREADS": threads}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False)
     if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if "Error: " in line]
-        raise WorkerError(errors[-1].partition("Error: ")[2] if errors else f"it ended with code {done.returncode}")
+        raise WorkerError(error_of(done))
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def exported(name: str, bits: str) -> Row:
     """One model in one type: what its export took, and the file of each engine that runs it."""
-    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"{name}-{bits}")
+    stem = name_of(name, bits)
     common = {"model": name, "bits": bits}
     try:
         row: Row = {**common, **asked(step="export", file=f"{stem}.pte", **common), "files": {"pte": f"{stem}.pte"}}
@@ -227,18 +226,13 @@ def speeds(rows: list[Row], bits: str, engine: str) -> list[float]:
     return [row[f"{engine}_ms"] / row["pte_ms"] for row in own if f"{engine}_ms" in row and "pte_ms" in row]
 
 
-def geometric_mean(values: list[float]) -> float:
-    """0 of nothing."""
-    return math.exp(statistics.fmean(map(math.log, values))) if values else 0.0
-
-
 def verdicts(rows: list[Row]) -> list[tuple[bool, str]]:
     """What the whole is held to."""
-    exported = [row for row in rows if "export_s" in row]
-    checks = [(len(exported) == len(rows), f"{len(exported)} of {len(rows)} programs exported, equal to eager mode")]
+    count = sum("export_s" in row for row in rows)
+    checks = [(count == len(rows), f"{count} of {len(rows)} programs exported, equal to eager mode")]
     for bits, goal in GOALS.items():
-        own, beside = speeds(rows, bits, "onnx"), geometric_mean(speeds(rows, bits, "openvino"))
-        mean = geometric_mean(own)
+        own, others = speeds(rows, bits, "onnx"), speeds(rows, bits, "openvino")
+        mean, beside = (statistics.geometric_mean(values) if values else 0.0 for values in (own, others))
         text = f"speed beside onnxruntime, {bits}, geometric mean of {len(own)} networks: {mean:.2f} (goal: {goal:g})"
         checks.append((mean >= goal, f"{text}; beside OpenVINO {beside:.2f}"))
     return checks

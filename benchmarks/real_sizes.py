@@ -106,6 +106,17 @@ REAL = {
 }
 
 
+def name_of(model: str, bits: str) -> str:
+    """Of a program's files."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{model}-{bits}")
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of the error that ended a process."""
+    errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+    return errors[-1].partition("Error: ")[2] if errors else f"it ended with code {done.returncode}"
+
+
 def draw() -> list[str]:
     """Ten networks of timm for pictures of 224 px, of as many architectures, that no file of the repository names."""
     timm = import_timm()

@@ -78,3 +78,9 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def token_mask(inputs: Inputs) -> Tensor | None:
+    """Which tokens are not padding `(rows, tokens)`; `None`: all of them, or it is not stated."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    return mask.bool() if mask is not None and mask.dim() == 2 else None

@@ -56,13 +56,11 @@ def predict(
     plan_bytes: int = 0,
     program_bytes: int | None = None,
     delegate_calls: int | None = None,
-    workspace_bytes: int | None = None,
 ) -> Predicted:
     """Latency with its interval, energy, cold start, and peak memory above an empty process, of one execution.
 
     `plan_bytes`: the planned arena; `program_bytes`: size of the `.pte`, by default the sum of the weights;
-    `delegate_calls`: by default counted from the order of the operators; `workspace_bytes`: of the backend, by default
-    from the largest operator. Raises `EdgetuneError` for an empty program
+    `delegate_calls`: by default counted from the order of the operators. Raises `EdgetuneError` for an empty program
     and for negative sizes.
     """
     _check(operators, plan_bytes, program_bytes, delegate_calls)
@@ -73,7 +71,7 @@ def predict(
         log = device.calibration.interval_log(total_us) + sum(cost.us * cost.log for cost in costs) / total_us
     else:
         log = (calls_us * roofline.PRIOR_LOG + sum(cost.us * cost.log for cost in costs)) / total_us
-    memory_mib = peak_memory_mib(drop_folded_operators(operators), plan_bytes, program_bytes, workspace_bytes)
+    memory_mib = peak_memory_mib(drop_folded_operators(operators), plan_bytes, program_bytes)
     return Predicted(
         device=device.id,
         name=device.name,

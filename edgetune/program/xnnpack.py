@@ -136,7 +136,7 @@ class XnnpackDelegate:
 def read_delegate(payload: bytes, modules: dict[int, str], dynamic: tuple[int, int] | None = None) -> XnnpackDelegate:
     """A delegate from its part of the file.
 
-    `modules`: by the debug handles of its nodes. `dynamic`: see `edgetune.program.executed.executed_operators`.
+    `modules`: by the debug handles of its nodes. `dynamic`: see `edgetune.program.executed.execution_of`.
     """
     graph = _graph(payload)
     values = {}

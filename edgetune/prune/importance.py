@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import Inputs, call
+from edgetune.core.inputs import Inputs, call, token_mask
 from edgetune.core.modes import preserve_state
 from edgetune.prune.groups import Group, Member
 from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_of, width_of
@@ -99,8 +99,7 @@ def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable
 
             hooks.enter_context(model.get_submodule(member.layer).register_forward_pre_hook(look))
         for inputs in batches:
-            padding = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-            mask[0] = padding.bool() if padding is not None and padding.dim() == 2 else None
+            mask[0] = token_mask(inputs)
             call(model, inputs)
     if not moments:
         raise EdgetuneError(

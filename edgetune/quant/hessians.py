@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from edgetune.capture.fast_path import slow_path
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device
+from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device, token_mask
 from edgetune.core.modes import preserve_buffers, preserve_state
 from edgetune.lean.reads import storage_id
 
@@ -52,7 +52,7 @@ def calibrate(
                 names = [name for name in remaining if last or plan.stages.get(name) == stage]
                 sums: dict[str, Tensor] = {}
                 for number, batch in enumerate(batches if remaining else ()):
-                    with _sum_inputs({name: remaining[name] for name in names}, sums, _padding(batch)):
+                    with _sum_inputs({name: remaining[name] for name in names}, sums, token_mask(batch)):
                         replay.run(model, batch, number, stage)
                 for name in list(sums):
                     quantize(name, sums.pop(name))
@@ -202,12 +202,6 @@ def _run(model: nn.Module, inputs: Inputs) -> None:
             f"the model does not run on its calibration batches ({type(error).__name__}: {error})",
             action="pass a sample that the model takes, or set algorithm: absmax",
         ) from error
-
-
-def _padding(batch: Inputs) -> Tensor | None:
-    """Which tokens of a batch are not padding `(rows, tokens)`; `None`: all of them, or it is not stated."""
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 
 @contextmanager

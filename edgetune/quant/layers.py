@@ -35,7 +35,6 @@ class LayerChoice:
     linears: dict[str, nn.Linear]
     wide: frozenset[str]  # those of the linears that get 8 bits
     tables: dict[str, nn.Embedding]
-    in_float: tuple[str, ...]  # tables that stay in floating point, since their weight is read in another way
 
     @property
     def narrow(self) -> dict[str, nn.Linear]:
@@ -125,7 +124,7 @@ def choose_layers(
     for message in (_describe_kept_tables(in_float), _describe_bare_weights(model)):
         if message:
             warnings.warn(f"{technique}: {message}", stacklevel=4)  # the caller of `et.apply`
-    return LayerChoice(technique, model, linears, frozenset(in_8_bits), tables, tuple(in_float))
+    return LayerChoice(technique, model, linears, frozenset(in_8_bits), tables)
 
 
 def table_grid(embeddings: TableBits, group_size: int | None) -> Grid:

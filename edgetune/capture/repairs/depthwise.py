@@ -85,8 +85,8 @@ def rows_around_the_centre(count: int, most: int) -> list[range]:
     while left:
         first = min(left)
         last = count - 1 - first
-        gaps = [gap for gap in range(1, last - first + 1) if (last - first) % gap == 0] or [1]
-        possible = [range(first, last + 1, gap) for gap in gaps]
+        gaps = (gap for gap in range(1, max(last - first, 1) + 1) if (last - first) % gap == 0)
+        possible = (range(first, last + 1, gap) for gap in gaps)
         fit = [rows for rows in possible if len(rows) <= most and left.issuperset(rows)]
         if not fit:
             return []
