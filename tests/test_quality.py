@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from edgetune.data.dataset import Split
 from edgetune.data.rows import Rows
 from edgetune.data.tables import from_csv
 from edgetune.tasks.causal_lm import CausalLM
-from edgetune.tasks.quality import logits_for, quality
+from edgetune.tasks.quality import distributions_on, logits_for, quality, shift_between
+from edgetune.tasks.regression import Regression
 from edgetune.tasks.text_classification import TextClassification
 from support.datasets import data_settings, save_table
 
@@ -116,3 +118,28 @@ def test_baselines_of_texts_and_of_language_models(tmp_path: Path) -> None:
     assert chat.task.baselines(chat.parts) == ()
     (unigram,) = chat.task.baselines(chat.parts, encode_words)
     assert 1 < unigram.value < 12
+
+
+def test_shift_between_two_models() -> None:
+    """Two of four predictions change; of the divergence every row has its own by hand."""
+    before = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]])
+    after = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.8, 0.2], [0.5, 0.5]])
+    shift = shift_between(before.log(), after.log())
+    by_hand = (0.2 * math.log(0.6 / 0.4) + 0.6 * math.log(0.8 / 0.2)) / 4
+    assert shift.kl_divergence == pytest.approx(by_hand)
+    assert (shift.changed_pct, shift.predictions) == (50.0, 4)
+
+
+def test_distributions_of_tokens_leave_out_padding_and_of_a_regression_there_are_none() -> None:
+    class Tokens(nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return nn.functional.one_hot(input_ids, 5).float()
+
+    split = Split(CausalLM(), Rows(["aaa b", "a b c d"]), encode_words)
+    distributions = distributions_on(Tokens(), split)
+    assert distributions is not None
+    assert distributions.shape == (4, 5)  # one token less than each text has
+    assert distributions.argmax(-1).tolist() == [3, 1, 1, 1]
+    assert distributions.exp().sum(-1) == pytest.approx(torch.ones(4))
+    values = Split(Regression(), Rows(["a", "a b"], [0.5, 1.5]), encode_words)
+    assert distributions_on(Words(), values) is None

@@ -17,6 +17,7 @@ from edgetune.core.inputs import call, logits_of, tensors_of
 from edgetune.core.ledger import Ledger
 from edgetune.core.quiet import silence_libraries
 from edgetune.recipe import recipe
+from edgetune.report.tables import step_table
 from edgetune.run import pipeline
 from edgetune.run.finished import open_run
 from edgetune.run.pipeline import Run
@@ -68,6 +69,10 @@ def test_text(text: Run) -> None:
     assert rows["prune"].parameters < rows["load"].parameters
     assert rows["int4"].size_mib < 0.25 * rows["load"].size_mib
     assert all(row.quality is not None and row.quality.rows == 64 for row in text.ledger.rows)
+    shift = rows["int4"].shift
+    assert shift is not None
+    assert (shift.predictions, 0 < shift.kl_divergence < 0.05, shift.changed_pct < 10) == (64, True, True)
+    assert "of 64 predictions changed; KL divergence to the model before: " in " ".join(step_table(text.ledger).notes)
     assert [b.name for b in text.ledger.baselines] == ["always negative", "TF-IDF + logistic regression"]
     program = text.ledger.program
     assert program is not None

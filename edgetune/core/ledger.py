@@ -65,6 +65,14 @@ class Quality(Entry):
         return 100 * max(0.0, middle - spread), 100 * min(1.0, middle + spread)
 
 
+class Shift(Entry):
+    """How far the predictions of a rounded model are from those that it gave before, on the test set."""
+
+    kl_divergence: float  # of the distributions over classes or tokens, mean, in nats
+    changed_pct: float  # of the predictions: another class or token is the most likely
+    predictions: int  # that were compared: rows, or tokens
+
+
 class Row(Entry):
     """The model after one step. `None`: not measured, with the reason in `note`."""
 
@@ -81,6 +89,7 @@ class Row(Entry):
     note: str = ""
     measured_at: str = ""  # UTC, ISO 8601
     digest: str = ""  # of the settings of this step and all before it
+    shift: Shift | None = None  # of a step that rounds the weights
 
 
 class LossPoint(Entry):

@@ -10,6 +10,8 @@ TERMS: Mapping[str, str] = {
     "perplexity": "How surprised a language model is by the test set. Lower is better; 1 means not at all.",
     "RMSE": "The root of the mean squared difference from the true values, in their unit. Lower is better.",
     "entity F1": "The harmonic mean of precision and recall of whole entities: words and kind must both be right.",
+    "KL divergence": "How far two probability distributions are apart, here those of the model before and after its "
+    "weights were rounded, as a mean over the predictions. 0: none.",
     "95 % interval": "The 95 % confidence interval of the accuracy (Wilson), given the number of test rows.",
     "points": "Percentage points: from 80 % to 82 % is 2 points.",
     "precision": "The share of the rows predicted as a class that belong to it.",

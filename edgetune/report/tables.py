@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.core.ledger import METRICS, Ledger, Parity, Program, Quality, Row
+from edgetune.core.ledger import METRICS, Ledger, Parity, Program, Quality, Row, Shift
 from edgetune.core.numbers import (
     DASH,
     capitalize_first,
@@ -111,10 +111,19 @@ def step_table(ledger: Ledger) -> Table:
     )
     rows = tuple(step_row(ledger.rows, index) for index in range(len(ledger.rows)))
     notes = group_notes((str(row.index), row.note) for row in ledger.rows)
+    notes = [*(f"{row.index}: {describe_shift(row.shift)}" for row in ledger.rows if row.shift), *notes]
     notes.insert(0, measured_on(metric) if metric else "No quality was measured.")
     if any(not row.note and None in (row.quality, row.macs, row.saved_for_backward_mib) for row in ledger.rows):
         notes.append(f"{DASH}: not measured.")
     return Table("steps", "Step by step", columns, rows, tuple(notes))
+
+
+def describe_shift(shift: Shift) -> str:
+    """`0.8 % of 1,500 predictions changed; KL divergence to the model before: 0.0032.`"""
+    return (
+        f"{format_percent(shift.changed_pct)} % of {pluralize(shift.predictions, 'prediction')} changed; "
+        f"KL divergence to the model before: {shift.kl_divergence:.2g}."
+    )
 
 
 def group_notes(notes: Iterable[tuple[str, str]]) -> list[str]:

@@ -18,12 +18,13 @@ from edgetune.core.apply import active_techniques, apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_atomically
 from edgetune.core.inputs import tensors_of
-from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Training
+from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Shift, Training
 from edgetune.core.numbers import MIB
 from edgetune.core.numbers import format_quality as quality_in_words
 from edgetune.core.order import plan_steps
 from edgetune.core.progress import NOTE, Progress
 from edgetune.core.technique import Sample, StepSettings, Technique
+from edgetune.core.traits import Trait
 from edgetune.data.dataset import Dataset, Split
 from edgetune.export.targets import find
 from edgetune.models.chat import drop_truncated_answers
@@ -43,7 +44,7 @@ from edgetune.run.finished import save_finished
 from edgetune.run.measures import measure, saved_mib
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
 from edgetune.run.samples import CALIBRATION_BATCHES, Samples
-from edgetune.tasks.quality import answers_on, quality
+from edgetune.tasks.quality import answers_on, distributions_on, quality, shift_between
 from edgetune.train.loggers import TrainingLog
 from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
@@ -200,15 +201,25 @@ class Fold:
         self.digest = self.digests[index + 1]
         started = time.perf_counter()
         if isinstance(step.settings, Technique):
-            self.progress(step.name, 0, 1, describe_settings(step.settings))
-            self.model = apply(self.model, step.settings, self.sample(step.settings))
-            self.progress(step.name, 1, 1, "")
-            seconds = time.perf_counter() - started
-            self.add_row(step.name, describe_settings(step.settings), seconds, exact=step.settings.exact)
+            self.technique(step.settings)
         elif isinstance(step.settings, Train):
             self.train(index, step.settings)
         elif not step.settings.closes:
             self.add_row(step.name, "", 0.0)
+
+    def technique(self, settings: Technique) -> None:
+        """Apply a technique. Where it rounds weights, its row says how far that moved the predictions."""
+        detail = describe_settings(settings)
+        measures_shift = self.record and settings.leaves is Trait.INTEGER and self.digest not in self.measured_before
+        before = distributions_on(self.model, self.test_split, EVALUATION_BATCH) if measures_shift else None
+        started = time.perf_counter()
+        self.progress(settings.name, 0, 1, detail)
+        self.model = apply(self.model, settings, self.sample(settings))
+        self.progress(settings.name, 1, 1, "")
+        seconds = time.perf_counter() - started
+        after = None if before is None else distributions_on(self.model, self.test_split, EVALUATION_BATCH)
+        shift = None if before is None or after is None else shift_between(before, after)
+        self.add_row(settings.name, detail, seconds, exact=settings.exact, shift=shift)
 
     def close(self) -> None:
         """Finalize what is open, with a row in the ledger; save separate results, such as an adapter."""
@@ -334,7 +345,9 @@ class Fold:
         wanted = getattr(technique, "calibration_batches", CALIBRATION_BATCHES)
         return self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
 
-    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False) -> None:
+    def add_row(
+        self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None
+    ) -> None:
         """Measure the model and add a row; reuse the row of an earlier run of the same steps.
 
         After an `exact` step, which cannot change the outputs, quality is the last row's, and the row says so.
@@ -351,7 +364,8 @@ class Fold:
             note = "not measured again: the step does not change the output" if exact else ""
             row = Row(
                 index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
-                measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), **measures._asdict(),
+                measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), shift=shift,
+                **measures._asdict(),
             )  # fmt: skip
             self.progress("measure", 1, 1, quality_in_words(last) if last else "")
         self.ledger = self.ledger.with_(rows=(*self.ledger.rows, row.model_copy(update={"index": index})))

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import call, device_of, logits_of, to_device
-from edgetune.core.ledger import Answers, Quality
+from edgetune.core.ledger import Answers, Quality, Shift
 from edgetune.core.modes import preserve_state
 from edgetune.data.dataset import Split
+from edgetune.data.rows import IGNORED_LABEL
 from edgetune.tasks.task import Batch
+
+_MOST_COMPARED = 2**26  # logits, 256 MiB: of a language model the distributions of some thousand tokens
 
 
 def quality(model: nn.Module, split: Split, batch_size: int = 64) -> Quality:
@@ -42,6 +45,33 @@ def answers_on(model: nn.Module, split: Split, batch_size: int = 64) -> Answers 
     if not split.task.has_classes or split.rows.labels is None:
         return None
     return split.task.answers(split.rows, logits_for(model, split, batch_size))
+
+
+def distributions_on(model: nn.Module, split: Split, batch_size: int = 64) -> Tensor | None:
+    """Logarithms of the distributions `(predictions, classes)` that `model` gives on a split, fp32 on the CPU.
+
+    Of a large vocabulary only as many tokens as fit in 256 MiB, the same for every model. `None` for a task whose
+    labels are not chosen from classes.
+    """
+    parts: list[Tensor] = []
+    room = _MOST_COMPARED
+    for batch in batches_of(model, split, batch_size):
+        classes = batch.logits.shape[-1]
+        if batch.labels.is_floating_point() or classes < 2:
+            return None
+        kept = batch.logits[batch.labels != IGNORED_LABEL][: room // classes]
+        parts.append(kept.float().log_softmax(-1).cpu())
+        room -= kept.numel()
+        if room < classes:
+            break
+    return torch.cat(parts)
+
+
+def shift_between(before: Tensor, after: Tensor) -> Shift:
+    """How far the distributions of a rounded model are from those before, both as `distributions_on` gives them."""
+    divergence = (before.exp() * (before - after)).sum(-1).mean()
+    changed = (before.argmax(-1) != after.argmax(-1)).float().mean()
+    return Shift(kl_divergence=float(divergence), changed_pct=100 * float(changed), predictions=len(before))
 
 
 def batches_of(model: nn.Module, split: Split, batch_size: int) -> Iterator[Batch]:
