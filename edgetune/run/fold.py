@@ -199,7 +199,6 @@ class Fold:
         if step.settings.closes:
             self.close()
         self.digest = self.digests[index + 1]
-        started = time.perf_counter()
         if isinstance(step.settings, Technique):
             self.technique(step.settings)
         elif isinstance(step.settings, Train):
@@ -345,9 +344,7 @@ class Fold:
         wanted = getattr(technique, "calibration_batches", CALIBRATION_BATCHES)
         return self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
 
-    def add_row(
-        self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None
-    ) -> None:
+    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None) -> None:
         """Measure the model and add a row; reuse the row of an earlier run of the same steps.
 
         After an `exact` step, which cannot change the outputs, quality is the last row's, and the row says so.
