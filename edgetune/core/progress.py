@@ -7,3 +7,7 @@ from collections.abc import Callable
 Progress = Callable[[str, int, int, str], None]  # what is being done, how far, of how much, a detail to show
 
 NOTE = "note"  # a detail under this name is a sentence to read, not a part of the work
+
+
+def ignore(stage: str, done: int, of: int, detail: str) -> None:
+    """Show no progress."""

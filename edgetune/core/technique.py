@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
+from edgetune.core.progress import Progress, ignore
 from edgetune.core.traits import Trait
 
 if TYPE_CHECKING:
@@ -30,12 +31,17 @@ class Sample:
     `inputs` is a tensor, a tuple of positional tensors or a dict of keyword tensors, batch first.
     `labelled` returns training batches `(inputs, labels)`, the one that needs the most memory first. `loss` maps
     `(logits, labels)` to a scalar. Both are for techniques that need gradients.
+
+    Long work reports to `progress`, as `(stage, done, of, detail)`. In `folder` it stores what is done, and goes on
+    from there if it was interrupted; it removes that at the end.
     """
 
     inputs: Inputs
     batches: Callable[[], Iterator[Inputs]]
     labelled: Callable[[], Iterator[tuple[Inputs, Tensor]]] | None = None
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    progress: Progress = ignore
+    folder: Path | None = None
 
     @classmethod
     def of(cls, inputs: Inputs) -> Sample:

@@ -29,18 +29,23 @@ def quantize_weight(
 
     `rule` rounds a block of rows. `rounds_activations`: a linear rounds what it multiplies to 8 bits for each token.
     """
+    rounded = [rule(block, grid) for block in torch.split(weight.detach(), _rows(weight))]
+    codes, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounded, strict=True))
+    return pack_codes(Codes(codes, scales), grid, weight.dtype, rounds_activations=rounds_activations)
+
+
+def pack_codes(rounded: Codes, grid: Grid, dtype: torch.dtype, *, rounds_activations: bool) -> nn.Parameter:
+    """A rounded weight as the tensor of torchao, which computes in `dtype`."""
     with silence_libraries():
         from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    rounded = [rule(block, grid) for block in torch.split(weight.detach(), _rows(weight))]
-    codes, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounded, strict=True))
     tensor = IntxUnpackedToInt8Tensor(
-        codes,
-        scales,
-        torch.zeros_like(scales, dtype=torch.int8),
+        rounded.codes,
+        rounded.scales,
+        torch.zeros_like(rounded.scales, dtype=torch.int8),
         getattr(torch, f"int{grid.bits}"),
-        (1, grid.inputs_per_scale(weight.shape[1])),
-        weight.dtype,
+        (1, grid.inputs_per_scale(rounded.codes.shape[1])),
+        dtype,
         "int8_asym_per_token" if rounds_activations else None,
     )
     return nn.Parameter(tensor, requires_grad=False)

@@ -30,12 +30,13 @@ def calibrate(
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Inputs],
     quantize: Callable[[str, Tensor], None],
+    finish: Callable[[list[str]], None] = lambda _: None,
 ) -> list[str]:
     """Call `quantize(name, hessian)` once for each of the linears, with the sum of x x' `(in, in)` of its inputs.
 
     Padded tokens do not count. `quantize` may replace the weight of its layer: later layers then see what that
-    computes. Returns the names of the layers that no batch reaches. Raises `EdgetuneError` where the model cannot run
-    on the batches, or these have no rows.
+    computes. `finish` gets the names of all layers of a block once they are quantized. Returns the names of the layers
+    that no batch reaches. Raises `EdgetuneError` where the model cannot run on the batches, or these have no rows.
     """
     batches = [to_device(batch, device_of(model)) for batch in batches if any(t.numel() for t in tensors_in(batch))]
     if not batches:
@@ -50,13 +51,17 @@ def calibrate(
             for stage in range(len(plan.blocks) + 1):
                 last = stage == len(plan.blocks)
                 names = [name for name in remaining if last or plan.stages.get(name) == stage]
+                if not names:
+                    continue
                 sums: dict[str, Tensor] = {}
-                for number, batch in enumerate(batches if remaining else ()):
+                for number, batch in enumerate(batches):
                     with _sum_inputs({name: remaining[name] for name in names}, sums, token_mask(batch)):
                         replay.run(model, batch, number, stage)
-                for name in list(sums):
+                reached = list(sums)
+                for name in reached:
                     quantize(name, sums.pop(name))
                     del remaining[name]
+                finish(reached)
     return list(remaining)
 
 

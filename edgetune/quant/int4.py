@@ -22,6 +22,7 @@ from edgetune.quant.gptq import factor_hessian, gptq_codes
 from edgetune.quant.hessians import calibrate
 from edgetune.quant.layers import LayerChoice, TableBits, choose_layers, drop_padding_indices, table_grid
 from edgetune.quant.rounding import Grid, absmax_codes, mse_codes
+from edgetune.quant.unfinished import Unfinished
 
 _LEAST_GROUP = 32  # XNNPACK takes its multiples, also as the width of a channel
 GroupSize = Annotated[int, Field(ge=_LEAST_GROUP, multiple_of=_LEAST_GROUP)] | Literal["channel"]
@@ -123,8 +124,19 @@ class Int4(Technique):
             rule = partial(gptq_codes, factor=factor)
             layer.weight = quantize_weight(layer.weight, grid, rule, rounds_activations=True)
 
+        def finish(names: list[str]) -> None:
+            nonlocal done
+            done += len(names)
+            unfinished.store({name: layers.linears[name] for name in names}, done)
+            sample.progress("quantize", done, len(layers.narrow), names[-1] if names else "")
+
         batches = list(islice(sample.batches(), self.calibration_batches))
-        idle = calibrate(layers.model, layers.narrow, batches, quantize)
+        unfinished = Unfinished(sample.folder, self.model_dump_json(), layers.model, batches)
+        restored = unfinished.restore(layers.narrow, dict.fromkeys(layers.narrow, grid))
+        remaining = {name: layer for name, layer in layers.narrow.items() if name not in restored}
+        done = len(restored)
+        idle = calibrate(layers.model, remaining, batches, quantize, finish)
+        unfinished.remove()
         for name in idle:
             layer = layers.linears[name]
             layer.weight = quantize_weight(layer.weight, grid, rounds_activations=True)

@@ -6,6 +6,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -342,7 +343,9 @@ class Fold:
     def sample(self, technique: Technique | None = None) -> Sample:
         """The data that a technique may use: as many batches as it calibrates on, at least the usual number."""
         wanted = getattr(technique, "calibration_batches", CALIBRATION_BATCHES)
-        return self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
+        sample = self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
+        folder = self.folder / "checkpoints" if self.record and technique is not None else None
+        return replace(sample, progress=self.progress, folder=folder)
 
     def add_row(self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None) -> None:
         """Measure the model and add a row; reuse the row of an earlier run of the same steps.
