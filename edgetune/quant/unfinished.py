@@ -63,10 +63,10 @@ def _fingerprint(settings: str, model: nn.Module, batches: Iterable[Inputs]) -> 
     for key in state:
         digest.update(key.encode())
     tensors = [*state.values(), *(tensor for batch in batches for tensor in tensors_in(batch))]
-    for tensor in (part for tensor in tensors for part in _parts(tensor)):
-        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        if tensor.numel():  # by bytes, since numpy has no bfloat16
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for part in (part for tensor in tensors for part in _parts(tensor)):
+        digest.update(str((part.dtype, tuple(part.shape))).encode())
+        if part.numel():  # by bytes, since numpy has no bfloat16
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
