@@ -36,6 +36,7 @@ def round_layers(layers: LayerChoice, algorithm: Algorithm, sample: Sample | Non
             layers.quantize(name, _TO_NEAREST[algorithm])
         return
     assert sample is not None
+    progress = sample.progress
     batches = list(islice(sample.batches(), calibration_batches))
     unfinished = Unfinished(sample.folder, f"{layers.technique}: {layers.grids}", layers.model, batches)
     done = unfinished.restore(layers.narrow, layers.grids)
@@ -44,7 +45,7 @@ def round_layers(layers: LayerChoice, algorithm: Algorithm, sample: Sample | Non
     def finish(names: list[str]) -> None:
         done.update(names)
         unfinished.store({name: layers.linears[name] for name in names}, len(done))
-        sample.progress("quantize", len(done), len(layers.narrow), names[-1] if names else "")
+        progress("quantize", len(done), len(layers.narrow), names[-1] if names else "")
 
     idle = calibrate(layers.model, remaining, batches, partial(_quantize_by_gptq, layers), finish)
     unfinished.remove()

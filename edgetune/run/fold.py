@@ -42,6 +42,7 @@ from edgetune.run.budget import check_budgets
 from edgetune.run.environment import installed_versions
 from edgetune.run.exportable import check_can_generate, exportable_from_split, to_program
 from edgetune.run.finished import save_finished
+from edgetune.run.layer_times import layers_ms_of
 from edgetune.run.measures import measure, saved_mib
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
 from edgetune.run.samples import CALIBRATION_BATCHES, Samples
@@ -219,7 +220,10 @@ class Fold:
         seconds = time.perf_counter() - started
         after = None if before is None else distributions_on(self.model, self.test_split, EVALUATION_BATCH)
         shift = None if before is None or after is None else shift_between(before, after)
-        self.add_row(settings.name, detail, seconds, exact=settings.exact, shift=shift)
+        if self.record and not settings.needs_finalize():
+            settings.save(self.model, self.folder)
+        note = settings.note(self.model)
+        self.add_row(settings.name, detail, seconds, exact=settings.exact, shift=shift, note=note)
 
     def close(self) -> None:
         """Finalize what is open, with a row in the ledger; save separate results, such as an adapter."""
@@ -342,12 +346,15 @@ class Fold:
 
     def sample(self, technique: Technique | None = None) -> Sample:
         """The data that a technique may use: as many batches as it calibrates on, at least the usual number."""
-        wanted = getattr(technique, "calibration_batches", CALIBRATION_BATCHES)
-        sample = self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
+        wanted = (technique.batches_wanted if technique else None) or 0
         folder = self.folder / "checkpoints" if self.record and technique is not None else None
-        return replace(sample, progress=self.progress, folder=folder)
+        times = layers_ms_of(self.test_split, self.recipe.model.max_length, self.recipe.export, self.carried)
+        sample = self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
+        return replace(sample, progress=self.progress, folder=folder, layers_ms=times)
 
-    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None) -> None:
+    def add_row(
+        self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None, note: str = ""
+    ) -> None:
         """Measure the model and add a row; reuse the row of an earlier run of the same steps.
 
         After an `exact` step, which cannot change the outputs, quality is the last row's, and the row says so.
@@ -361,7 +368,7 @@ class Fold:
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
             last = self.ledger.rows[-1].quality if exact else self.quality_of(self.model)
-            note = "not measured again: the step does not change the output" if exact else ""
+            note = "not measured again: the step does not change the output" if exact else note
             row = Row(
                 index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
                 measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), shift=shift,

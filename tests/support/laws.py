@@ -20,10 +20,13 @@ from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.technique import Lean
 from edgetune.prune.structured import Prune
+from edgetune.quant.bits import Bits
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
+from edgetune.quant.outliers import Outliers
+from edgetune.quant.quik import Quik
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from support.gain import Gain
@@ -346,6 +349,22 @@ CASES = [
     Case(
         "int4-channel-mlp", (Int4(algorithm="gptq", group_size="channel"),), mlp, vectors, error=0.2,
         size=channel_size(4, 2), trains=False, exports=True,
+    ),
+    Case(
+        "int4-padded-mlp", (Int4(pad=True, group_size=64),), mlp, vectors, error=0.2, trains=False, same_keys=False,
+        same_shapes=False, exports=True,
+    ),
+    Case(
+        "bits-mlp", (Bits(average_bits=6),), mlp, vectors, error=0.1, trains=False, exports=True,
+        unmatched=Bits(average_bits=6, targets=NOTHING),
+    ),
+    Case(
+        "quik-mlp", (Quik(),), mlp, vectors, error=0.3, trains=False, same_keys=False, exports=True,
+        unmatched=Quik(targets=NOTHING),
+    ),
+    Case(
+        "outliers-mlp", (Outliers(share=0.1),), mlp, vectors, trains=False, same_keys=False, exports=True,
+        unmatched=Outliers(targets=NOTHING),
     ),
     Case(
         "int8-dynamic-mlp", (Int8Dynamic(),), mlp, vectors, error=0.02, size=channel_size(8, 4), trains=False,
