@@ -45,7 +45,7 @@ from edgetune.run.finished import save_finished
 from edgetune.run.layer_times import layers_ms_of
 from edgetune.run.measures import measure, saved_mib
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
-from edgetune.run.samples import CALIBRATION_BATCHES, Samples
+from edgetune.run.samples import CALIBRATION_BATCHES, Samples, few_rows_note
 from edgetune.tasks.quality import answers_on, distributions_on, quality, shift_between
 from edgetune.train.loggers import TrainingLog
 from edgetune.train.loop import seed_everything, train
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from edgetune.program.artifact import Artifact
 
 EVALUATION_BATCH = 64
-_FEW_ROWS = 20
 
 
 class Eval(StepSettings):
@@ -110,7 +109,7 @@ class Fold:
             notes=(*self.dataset.notes, *loaded.notes),
         )
         if record:
-            for note in (*self.ledger.notes, *_few_rows_note(self.dataset)):  # not only in the report
+            for note in (*self.ledger.notes, *few_rows_note(self.dataset)):  # not only in the report
                 progress(NOTE, 0, 0, note)
             self.check(loaded, batch_sizes)
 
@@ -396,8 +395,3 @@ class Fold:
 
 def _distils(step: Step) -> bool:
     return isinstance(step.settings, Train) and step.settings.distill is not None
-
-
-def _few_rows_note(dataset: Dataset) -> tuple[str, ...]:
-    rows = len(dataset.test)
-    return (f"only {rows} row{'s' * (rows != 1)} to test on: give more, or data.test_file",) if rows < _FEW_ROWS else ()
