@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -256,17 +257,20 @@ def test_a_run_says_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_rows(Path("rows.csv"))
     Path("r.yaml").write_text(
         "model: {source: 'hf:encoder', max_length: 8}\ndata: csv:rows.csv\n"
-        "steps: [train: {updates: 2, batch_size: 8}, bits: {average_bits: 5, calibration_batches: 2}]",
+        "steps: [train: {updates: 2, batch_size: 8}, bits: {average_bits: 5, latency_ms: 100, device: pixel-8}]",
         encoding="utf-8",
     )
     et.run("r.yaml", out="run")
     row = Ledger.read(Path("run/ledger.json")).rows[-1]
     assert row.step == "bits"
     assert "bits on average: " in row.note
+    assert " ms predicted; KL divergence on the calibration batches, for want of others" in row.note
     assert "uniform (" in row.note
     import yaml
 
-    written = yaml.safe_load(Path("run/allocation.yaml").read_text(encoding="utf-8"))
+    text = Path("run/allocation.yaml").read_text(encoding="utf-8")
+    assert re.search(r"int\S+ +encoder.layer.1.output.dense: [\d,]+ bytes, [\d.e-]+ ms, loss", text)
+    written = yaml.safe_load(text)
     assert set(written["allocation"].values()) <= {"int4", "int4-channel", "int8", "float"}
     widths = {"int4": 4, "int4-channel": 4, "int8": 8, "float": None}
     common = widths[written["allocation"].pop("*")]

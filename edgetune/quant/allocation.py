@@ -91,7 +91,9 @@ class Allocation:
     def __str__(self) -> str:
         lines = [f"allocation: {self.summary()}; {self.size_bytes / MIB:.2f} MiB in all"]
         size = max((len(choice.width) for choice in self.choices), default=0)
-        lines += [f"  {c.width:<{size}} {c.layer}: {c.size_bytes:,} bytes, loss {c.loss:.2g}" for c in self.choices]
+        for c in self.choices:
+            ms = f", {c.ms:.3g} ms" if c.ms else ""
+            lines.append(f"  {c.width:<{size}} {c.layer}: {c.size_bytes:,} bytes{ms}, loss {c.loss:.2g}")
         return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -74,6 +75,11 @@ class LayerChoice:
     def with_grids(self, grids: Mapping[str, Grid]) -> LayerChoice:
         """These layers alone, with these grids; the others stay in floating point."""
         return replace(self, layers={name: self.layers[name] for name in grids}, grids=dict(grids))
+
+    def copy(self) -> LayerChoice:
+        """The same layers of a copy of the model."""
+        model = deepcopy(self.model)
+        return replace(self, model=model, layers={name: model.get_submodule(name) for name in self.layers})
 
     def with_outliers(self, grid: Grid) -> LayerChoice:
         """These layers, and in this grid the part for outlying inputs of each that is split."""

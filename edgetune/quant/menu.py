@@ -143,10 +143,12 @@ def uniform_times(
     for width in WIDTHS:
         of = {name: possible_widths(layers, name) for name in layers.layers}
         wider = {n: [w for w in own if WIDTHS.index(w) >= WIDTHS.index(width)] or own[-1:] for n, own in of.items()}
-        rounded = layers.with_grids({n: grid for n, own in wider.items() if (grid := grid_of(layers, n, own[0]))})
-        with rounded.restore_weights():
+        rounded = layers.copy().with_grids(
+            {n: grid for n, own in wider.items() if (grid := grid_of(layers, n, own[0]))}
+        )
+        with rounded.replace_weights():
             round_layers(rounded, "absmax", None, 0)
-            times[width] = dict(layers_ms(layers.model, device))
+        times[width] = dict(layers_ms(rounded.model.eval(), device))
     return times
 
 
@@ -174,7 +176,7 @@ def compare(
     compared = []
     for name, choices in others.items():
         grids = {c.layer: grid for c in choices if (grid := grid_of(layers, c.layer, c.width))}
-        rounded = layers.with_grids(grids)
+        rounded = layers.copy().with_grids(grids)
         with rounded.restore_weights():
             round_layers(rounded, "mse", None, 0)
             compared.append(MeasuredAllocation(name, average_bits(choices), mean_kl(layers.model, reference)))

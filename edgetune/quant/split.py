@@ -48,7 +48,7 @@ def join_linear(layer: nn.Linear) -> None:
     """The reverse, for a layer whose weight is still that of the plain linear."""
     if isinstance(layer, SplitLinear):
         del layer.columns, layer.kept, layer.outlier
-        layer.__class__ = nn.Linear
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def drop_outlier_columns(layer: nn.Linear) -> None:
