@@ -24,7 +24,9 @@ __all__ = [
     "Outliers",
     "Prune",
     "Quik",
+    "Rotate",
     "Sample",
+    "Smooth",
     "SparseUpdate",
     "Technique",
     "Train",
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     from edgetune.quant.nf4 import NF4
     from edgetune.quant.outliers import Outliers
     from edgetune.quant.quik import Quik
+    from edgetune.quant.rotate import Rotate
+    from edgetune.quant.smooth import Smooth
     from edgetune.run.finished import open_run
     from edgetune.run.pipeline import run
     from edgetune.run.predicting import evaluate, predict
@@ -94,7 +98,9 @@ else:
         "Outliers": "quant.outliers",
         "Prune": "prune.structured",
         "Quik": "quant.quik",
+        "Rotate": "quant.rotate",
         "Sample": "core.technique",
+        "Smooth": "quant.smooth",
         "SparseUpdate": "sparse.update",
         "TECHNIQUES": "core.registry",
         "Technique": "core.technique",

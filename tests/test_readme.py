@@ -53,7 +53,7 @@ def test_every_example_of_the_page_is_a_recipe(name: str) -> None:
     added = read(recipe_page.EXAMPLES[name], name).value
     if isinstance(added, list):
         opened = [{"lora": {"targets": ["*"]}}] if name == "finalize" else []
-        trained = [] if name in ("int4", "int8", "int8_dynamic") else ["train"]
+        trained = [] if name in ("int4", "int8", "int8_dynamic", "smooth", "rotate") else ["train"]
         added = {"steps": [*opened, *added, *trained], "budget": []}
     assert recipe.from_plain({**whole, **added}).steps
 

@@ -109,6 +109,9 @@ STEPS = {
     "8da4w": "int4",
     "8da8w": "int8_dynamic",
     "gptq": "int4",
+    "smoothquant": "smooth",
+    "quarot": "rotate",
+    "spinquant": "rotate",
     "sparsify": "sparse-update",
 }
 

@@ -25,6 +25,8 @@ TECHNIQUES = {
     "outliers": "edgetune.quant.outliers:Outliers",
     "quik": "edgetune.quant.quik:Quik",
     "nf4": "edgetune.quant.nf4:NF4",
+    "rotate": "edgetune.quant.rotate:Rotate",
+    "smooth": "edgetune.quant.smooth:Smooth",
 }
 
 # Steps of a recipe that are no techniques.

@@ -32,10 +32,11 @@ class Int4(Technique):
     """Quantize linear weights to 4 bits, symmetric, with one scale for each `group_size` inputs of an output.
 
     `algorithm` says how they are rounded: to nearest with scales from the largest value (`absmax`) or of the least
-    squared error (`mse`), or by GPTQ, where later columns make up for the rounding of earlier ones on calibration
-    batches (`gptq`); `auto` is `gptq` where there is a sample, else `absmax`. GPTQ calibrates each block of the model
-    on what the quantized blocks before it compute. A linear that no batch reaches is rounded to nearest, and a warning
-    names it; if calibration fails, the model is as before.
+    squared error (`mse`); by AWQ, which first scales inputs where the layer before can undo it and then weights errors
+    by the sizes of the inputs (`awq`); or by GPTQ, where later columns make up for the rounding of earlier ones on
+    calibration batches (`gptq`). `auto` is `gptq` where there is a sample, else `absmax`. GPTQ calibrates each block of
+    the model on what the quantized blocks before it compute. A linear that no batch reaches is rounded to nearest, and
+    a warning names it; if calibration fails, the model is as before.
 
     Activations are quantized dynamically to 8 bits per token, both in eager mode and in the exported program, so
     that both compute the same. Embedding tables get 8 bits with one scale per row or, with `embeddings="int4"`, 4
@@ -63,10 +64,10 @@ class Int4(Technique):
     scale per output, which XNNPACK runs faster; widths are then multiples of 32."""
     preset: Preset | None = None
     """Defaults for the other settings: `smallest`, `fastest` or `closest`."""
-    algorithm: Algorithm | Literal["auto"] = "auto"
+    algorithm: Algorithm | Literal["awq", "auto"] = "auto"
     """How weights are rounded; `auto`: `gptq` with calibration data, which every recipe has, else `absmax`."""
     calibration_batches: int = Field(default=8, ge=1)
-    """Number of batches of training rows that `gptq` calibrates on."""
+    """Number of batches of training rows that `awq` and `gptq` calibrate on."""
     targets: tuple[str, ...] = ("*",)
     """Patterns of the linear layers to quantize."""
     skip: tuple[str, ...] = ()
@@ -94,8 +95,8 @@ class Int4(Technique):
 
     @property
     def needs(self) -> Needs:
-        """Batches for `gptq`."""
-        return "batches" if self.algorithm == "gptq" else "nothing"
+        """Batches for `awq` and `gptq`."""
+        return "batches" if self.algorithm in ("awq", "gptq") else "nothing"
 
     def for_rehearsal(self) -> Technique:
         """The same layers, rounded to nearest."""
@@ -107,10 +108,11 @@ class Int4(Technique):
         with silence_libraries():
             require("torchao", self.name)
         if self.algorithm == "auto":
-            algorithm: Algorithm = "absmax" if sample is None else "gptq"
+            algorithm: Algorithm | Literal["awq"] = "absmax" if sample is None else "gptq"
         else:
             algorithm = self.algorithm
-        if algorithm == "gptq":
+        calibrates = algorithm in ("awq", "gptq")
+        if calibrates:
             sample = self.require_sample(sample)
         group_size = None if self.group_size == "channel" else self.group_size
         grids = [(self.targets, four_bits(group_size))]
@@ -120,7 +122,7 @@ class Int4(Technique):
             self.name, model, sample, linears=grids, skip=self.skip,
             tables=table_grid(self.embeddings, group_size),
         ).fit_widths(self.pad)  # fmt: skip
-        with layers.replace_weights(may_fail=algorithm == "gptq"):
+        with layers.replace_weights(may_fail=calibrates):
             round_layers(layers, algorithm, sample, self.calibration_batches)
         return model
 

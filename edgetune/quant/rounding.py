@@ -60,21 +60,26 @@ def absmax_codes(weight: Tensor, grid: Grid) -> Codes:
     return Codes(_round_weight(weight, scales, grid), scales)
 
 
-def mse_codes(weight: Tensor, grid: Grid) -> Codes:
+def mse_codes(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Codes:
     """Round to nearest, with the scales of `mse_scales`."""
-    scales = mse_scales(weight, grid)
+    scales = mse_scales(weight, grid, importance)
     return Codes(_round_weight(weight.float(), scales, grid), scales.to(grid.scale_dtype or weight.dtype))
 
 
-def mse_scales(weight: Tensor, grid: Grid) -> Tensor:
-    """For each group the scale of 36 with the least squared error, `(out, groups)` in fp32, each a `scale_dtype`."""
+def mse_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """For each group the scale of 36 with the least squared error, `(out, groups)` in fp32, each a `scale_dtype`.
+
+    `importance`: of the error at each input, `(in,)`, such as the mean square of the input.
+    """
     groups, dtype = grid.split(weight.float()), grid.scale_dtype or weight.dtype
     absmax = _absmax_scales(weight.float(), grid)
+    weights = None if importance is None else grid.split(importance.float().unsqueeze(0))
     best, least = absmax, torch.full_like(absmax, torch.inf)
     for factor in _FACTORS:
         scales = (absmax * factor).clamp_(min=torch.finfo(dtype).smallest_normal).to(dtype).float()
         steps = scales.unsqueeze(-1)
-        error = grid.round(groups / steps).mul_(steps).sub_(groups).square_().sum(-1)
+        squares = grid.round(groups / steps).mul_(steps).sub_(groups).square_()
+        error = (squares if weights is None else squares.mul_(weights)).sum(-1)
         best = torch.where(error < least, scales, best)
         least = torch.minimum(error, least)
     return best

@@ -27,6 +27,8 @@ from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.outliers import Outliers
 from edgetune.quant.quik import Quik
+from edgetune.quant.rotate import Rotate
+from edgetune.quant.smooth import Smooth
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from support.gain import Gain
@@ -180,6 +182,7 @@ class Case:
     error: float = 0.0  # lossy: most relative error of the outputs that apply may bring
     size: Callable[[nn.Module], int] | None = None  # lossy: exact bytes after apply, from the plain model
     keeps_less: bool = False  # bytes kept for backward fall
+    same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
     same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
     same_shapes: bool = True  # whether it can load the plain model's state
@@ -346,6 +349,8 @@ CASES = [
     ),
     Case("int4-bert", (Int4(),), bert, tokens, error=0.4, size=int4_size, trains=False),
     Case("int4-absmax-mlp", (Int4(algorithm="absmax"),), mlp, vectors, error=0.2, size=int4_size, trains=False),
+    Case("int4-awq-mlp", (Int4(algorithm="awq"),), mlp, vectors, error=0.2, size=int4_size, trains=False),
+    Case("int4-awq-llama", (Int4(algorithm="awq", int8_linears=("lm_head",)),), llama, tokens, error=0.5, trains=False),
     Case(
         "int4-channel-mlp", (Int4(algorithm="gptq", group_size="channel"),), mlp, vectors, error=0.2,
         size=channel_size(4, 2), trains=False, exports=True,
@@ -373,6 +378,17 @@ CASES = [
     Case("int8-dynamic-bert", (Int8Dynamic(),), bert, tokens, error=0.03, size=channel_size(8, 4), trains=False),
     Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
+    ),
+    Case("smooth-mlp", (Smooth(),), mlp, vectors, exports=True, same_weights=False),
+    Case("smooth-auto-bert", (Smooth(alpha="auto"),), bert, tokens, same_weights=False),
+    Case(
+        "smooth-lora-llama", (Smooth(), LoRA(rank=2, targets=("*.q_proj", "*.v_proj"))), llama, tokens,
+        same_weights=False,
+    ),
+    Case("rotate-llama", (Rotate(),), llama, tokens, exports=True, same_weights=False),
+    Case(
+        "rotate-smooth-llama", (Rotate(), Smooth(alpha="auto", bits=8, group_size="channel")), llama, tokens,
+        same_weights=False,
     ),
     Case("gain-mlp", (Gain(targets=("*.up",)),), mlp, vectors, unmatched=Gain(targets=("nothing",))),
     Case(
