@@ -43,7 +43,7 @@ from edgetune.run.environment import installed_versions
 from edgetune.run.exportable import check_can_generate, exportable_from_split, to_program
 from edgetune.run.finished import save_finished
 from edgetune.run.layer_times import layers_ms_of
-from edgetune.run.measures import measure, saved_mib
+from edgetune.run.measures import join_notes, measure, saved_mib
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
 from edgetune.run.samples import CALIBRATION_BATCHES, Samples, few_rows_note
 from edgetune.tasks.quality import answers_on, distributions_on, quality, shift_between
@@ -215,13 +215,12 @@ class Fold:
         started = time.perf_counter()
         self.progress(settings.name, 0, 1, detail)
         self.model = apply(self.model, settings, self.sample(settings))
-        self.progress(settings.name, 1, 1, "")
-        seconds = time.perf_counter() - started
+        seconds, note = time.perf_counter() - started, settings.note(self.model)
+        self.progress(settings.name, 1, 1, note)
         after = None if before is None else distributions_on(self.model, self.test_split, EVALUATION_BATCH)
         shift = None if before is None or after is None else shift_between(before, after)
         if self.record and not settings.needs_finalize():
             settings.save(self.model, self.folder)
-        note = settings.note(self.model)
         self.add_row(settings.name, detail, seconds, exact=settings.exact, shift=shift, note=note)
 
     def close(self) -> None:
@@ -354,7 +353,7 @@ class Fold:
     def add_row(
         self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None, note: str = ""
     ) -> None:
-        """Measure the model and add a row; reuse the row of an earlier run of the same steps.
+        """Measure the model and add a row, with the step's own note; reuse that of an earlier run of the same steps.
 
         After an `exact` step, which cannot change the outputs, quality is the last row's, and the row says so.
         """
@@ -367,7 +366,7 @@ class Fold:
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
             last = self.ledger.rows[-1].quality if exact else self.quality_of(self.model)
-            note = "not measured again: the step does not change the output" if exact else note
+            note = join_notes([note, "not measured again: the step does not change the output" if exact else ""])
             row = Row(
                 index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
                 measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), shift=shift,
