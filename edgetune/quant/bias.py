@@ -99,6 +99,5 @@ class _Correcting(Integers):
         bias = self.biases.get(n.name)
         if bias is None:
             return value
-        bias += self.share * (self.means[n.name] - _channel_means(n, value))
-        self.env[n.args[2]] = bias  # type: ignore[index]
+        bias.add_(self.means[n.name] - _channel_means(n, value), alpha=self.share)
         return super().run_node(n)

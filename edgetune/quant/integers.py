@@ -46,9 +46,10 @@ class Integers(fx.Interpreter):
     def layer(self, n: fx.Node) -> Tensor | None:
         """A sum of products and a rounded bias, scaled once."""
         source, weight, output = n.args[0], n.args[1], _consumer(n, CLAMPS)
-        rounded = is_operator(source, "dequantize") and is_operator(weight, "dequantize")
-        if not (rounded and is_operator(output, "quantize")):
+        if not (is_operator(source, "dequantize") and is_operator(weight, "dequantize")):
             return None  # one that was left in floating point
+        if not is_operator(output, "quantize"):
+            return None
         args, _ = self.fetch_args_kwargs_from_env(n)
         integers, weight_scale = (self._constant(argument) for argument in weight.args[:2])
         scale: Any = source.args[1]

@@ -105,7 +105,7 @@ def set_rule(prepared: fx.GraphModule, rule: Observer) -> None:
     """Let every observer that keeps a histogram use another rule."""
     for module in prepared.modules():
         if hasattr(module, "rule"):
-            module.rule = rule
+            module.rule = rule  # type: ignore[assignment]
 
 
 class Unobserved(fx.Interpreter):
