@@ -133,9 +133,7 @@ def test_what_stays_in_floating_point_is_named() -> None:
     torch.manual_seed(0)
     ids = torch.randint(20, (8, 5))
     quantized = Int8(skip=("up",)).apply(Attending().eval(), Sample.of(ids))
-    assert Int8().note(quantized) == (
-        "in floating point: table (embedding), up (linear), 1 x layer_norm, 1 x softmax"
-    )
+    assert Int8().note(quantized) == ("in floating point: table (embedding), up (linear), 1 x layer_norm, 1 x softmax")
 
 
 def test_nothing_stays_in_floating_point_of_convolutions(model: nn.Module) -> None:
