@@ -220,7 +220,7 @@ def test_adapters_merge_onto_the_original_weights_if_asked(dtype: torch.dtype) -
         if name in adapted:
             expected = layer.weight.detach() + adapted[name] - rounded[name]
             torch.testing.assert_close(dense(merged.get_submodule(name)), expected, atol=tolerance, rtol=tolerance)
-    note = steps[0].describe_result(merged)
+    note = steps[0].note(merged)
     assert "merged onto the dequantized weights" in note
     assert "onto the original ones, as here" in note
     assert not torch.equal(finalize(untouched)(inputs), plain(inputs))  # a copy has the original weights as well
@@ -228,7 +228,7 @@ def test_adapters_merge_onto_the_original_weights_if_asked(dtype: torch.dtype) -
 
 def test_the_merge_onto_rounded_weights_is_reported_as_exact() -> None:
     model = finalize(trained(apply(mlp(), [NF4(block_size=32), LoRA(rank=2, targets=("blocks.*.up",))])))
-    note = NF4(block_size=32).describe_result(model)
+    note = NF4(block_size=32).note(model)
     assert float(note.partition("within ")[2].split()[0]) < 1e-5
     assert "original" not in note
 

@@ -193,8 +193,9 @@ def choose_layers(
 ) -> LayerChoice:
     """The linears that patterns match, each in the grid of the last that does, and all tables, without those of `skip`.
 
-    Fused experts that are among them become linears first, in place, with the same outputs. Warns of what stays in floating point. Raises `EdgetuneError` for a pattern without a match, a linear whose weight
-    is read elsewhere or computed, a table with `max_norm`, and weights that are not finite.
+    Fused experts that are among them become linears first, in place, with the same outputs. Warns of what stays in
+    floating point. Raises `EdgetuneError` for a pattern without a match, a linear whose weight is read elsewhere or
+    computed, a table with `max_norm`, and weights that are not finite.
     """
     _refuse_quantized(model)
     skip = split_wanted_experts(model, tuple(pattern for patterns, _ in linears for pattern in patterns), skip)

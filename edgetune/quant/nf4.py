@@ -122,7 +122,7 @@ class NF4(Technique):
         trainable.recall(model, self.name)
         return model
 
-    def describe_result(self, model: nn.Module) -> str:
+    def note(self, model: nn.Module) -> str:
         """After `finalize`: how far the merged layers are from the trained ones."""
         parities = [p for m in model.modules() if isinstance(p := getattr(m, "merge_parity", None), MergeParity)]
         if not parities:
