@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +53,7 @@ def choose_fastest(source: Exportable, *, device: str | None = None, target: str
             failures.append(f"{name} is not possible: {error.what}")
     fastest = min(costs, key=lambda name: costs[name].latency_ms)
     note = "; ".join([_describe_choice(fastest, costs), *failures])
-    carried = source.carried and source.carried.model_copy(update={"notes": (*source.carried.notes, note)})
-    return replace(candidates[fastest], carried=carried)
+    return _with_notes(candidates[fastest], [note])
 
 
 def _forms(model: nn.Module, target: str) -> dict[str, Technique | None]:
@@ -68,7 +68,16 @@ def _forms(model: nn.Module, target: str) -> dict[str, Technique | None]:
 def _quantize(source: Exportable, technique: Technique) -> Exportable:
     batches = source.check_inputs or [source.example]
     sample = Sample(source.example, lambda: iter(batches))
-    return replace(source, model=apply(copy.deepcopy(source.model), technique, sample))
+    with warnings.catch_warnings(record=True) as caught:  # only those of the chosen form matter
+        warnings.simplefilter("always")
+        model = apply(copy.deepcopy(source.model), technique, sample)
+    return _with_notes(replace(source, model=model), [str(warning.message) for warning in caught])
+
+
+def _with_notes(source: Exportable, notes: Sequence[str]) -> Exportable:
+    if source.carried is None:
+        return source
+    return replace(source, carried=source.carried.model_copy(update={"notes": (*source.carried.notes, *notes)}))
 
 
 def _cost(source: Exportable, device: str | None, target: str) -> Predicted | Measured:
