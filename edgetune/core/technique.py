@@ -176,7 +176,7 @@ class Technique(StepSettings):
         return getattr(self, "calibration_batches", None)
 
     def note(self, model: nn.Module) -> str:
-        """What `apply` chose, in a sentence for the ledger; by default nothing."""
+        """What `apply` chose and left, or what `finalize` changed, in a sentence for the ledger; by default nothing."""
         return ""
 
     def save(self, model: nn.Module, folder: Path) -> None:

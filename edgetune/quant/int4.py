@@ -14,6 +14,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
+from edgetune.quant.experts import describe_split
 from edgetune.quant.layers import EIGHT_BITS, LEAST_GROUP, TableBits, choose_layers, four_bits, table_grid
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
@@ -43,6 +44,10 @@ class Int4(Technique):
     bits with one scale for each `group_size` values of a row. Their `padding_idx` is dropped, which only affects
     gradients. A table that is read in another way than by looking up rows, such as Whisper's positions, stays in
     floating point; a warning names it unless `skip` does.
+
+    Fused experts of a mixture (transformers' `experts.gate_up_proj` of three dims) become one linear for each expert,
+    `experts.0.gate_up_proj`, so that they are quantized and a backend takes them; each then computes every token. With
+    `skip: ["*.experts.*"]` they stay as they are, in floating point.
 
     `int8_linears` get 8 bits with one scale per output, rounded to nearest, for example for a head over a large
     vocabulary. A head that shares its weight with the embedding is untied: the head and the table are each quantized
@@ -126,8 +131,12 @@ class Int4(Technique):
             round_layers(layers, algorithm, sample, self.calibration_batches)
         return model
 
+    def note(self, model: nn.Module) -> str:
+        """What splitting experts costs."""
+        return describe_split(model)
+
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """Quantized tables without their `padding_idx`, and padded linears."""
+        """Split experts, quantized tables without their `padding_idx`, and padded linears."""
         return rebuild_layers(model, state)
 
     def _heads(self, model: nn.Module) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
+from edgetune.quant.experts import describe_split
 from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, table_grid
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import round_layers
@@ -23,10 +24,10 @@ class Int8Dynamic(Technique):
 
     No calibration is needed: activations get a scale for each token, both in eager mode and in the exported program.
     It loses less quality than `int4` and takes twice the size. Embedding tables get 8 bits with one scale per row or,
-    with `embeddings="int4"`, 4 bits with one scale for each 32 values of a row (8 bits, with a
-    warning, where 32 does not divide the width). A table that is read in another way
-    stays in floating point; a warning names it unless `skip` does. A head that shares its weight with the table is
-    untied.
+    with `embeddings="int4"`, 4 bits with one scale for each 32 values of a row (8 bits, with a warning, where 32 does
+    not divide the width). A table that is read in another way stays in floating point; a warning names it unless `skip`
+    does. A head that shares its weight with the table is untied. Fused experts of a mixture become one linear for each
+    expert, which computes every token.
     """
 
     name: ClassVar[str] = "int8_dynamic"
@@ -52,6 +53,10 @@ class Int8Dynamic(Technique):
             round_layers(layers, "absmax", None, 0)
         return model
 
+    def note(self, model: nn.Module) -> str:
+        """What splitting experts costs."""
+        return describe_split(model)
+
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """Quantized tables without their `padding_idx`."""
+        """Split experts, and quantized tables without their `padding_idx`."""
         return rebuild_layers(model, state)

@@ -20,6 +20,7 @@ from edgetune.core.plain import computed_tensor, refuse_computed
 from edgetune.core.technique import Sample
 from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.blocks import quantize_weight
+from edgetune.quant.experts import split_wanted_experts
 from edgetune.quant.padded import PaddedLinear, can_pad, pad_inputs, unpad_inputs
 from edgetune.quant.rounding import Codes, Grid, absmax_codes
 from edgetune.quant.size import weight_bits
@@ -192,10 +193,12 @@ def choose_layers(
 ) -> LayerChoice:
     """The linears that patterns match, each in the grid of the last that does, and all tables, without those of `skip`.
 
-    Warns of what stays in floating point. Raises `EdgetuneError` for a pattern without a match, a linear whose weight
-    is read elsewhere or computed, a table with `max_norm`, and weights that are not finite.
+    Fused experts that are among them become linears first, in place, with the same outputs. Warns of what stays in
+    floating point. Raises `EdgetuneError` for a pattern without a match, a linear whose weight is read elsewhere or
+    computed, a table with `max_norm`, and weights that are not finite.
     """
     _refuse_quantized(model)
+    skip = split_wanted_experts(model, tuple(pattern for patterns, _ in linears for pattern in patterns), skip)
     skip_linears, skip_tables = _split_skips(model, skip)
     grids: dict[str, Grid] = {}
     for patterns, grid in linears:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetune.quant.experts import split_as_stored
 from edgetune.quant.size import weight_bits
 
 
@@ -53,7 +54,11 @@ def unpad_inputs(layer: nn.Linear) -> None:
 
 
 def rebuild_layers(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Give a plain model the structure of a quantized one: tables without `padding_idx`, linears that are padded."""
+    """Give a plain model the structure of a quantized one.
+
+    That is tables without `padding_idx`, linears that are padded, and experts that are split.
+    """
+    split_as_stored(model, state)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Embedding) and weight_bits(state[f"{name}.weight"]) is not None:
             layer.padding_idx = None  # type: ignore[assignment]

@@ -18,6 +18,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
+from edgetune.quant.experts import split_as_stored
 from edgetune.quant.layers import EIGHT_BITS, LEAST_GROUP, TableBits, choose_layers, four_bits, table_grid
 from edgetune.quant.outliers import split_outliers
 from edgetune.quant.padded import rebuild_layers
@@ -91,7 +92,7 @@ class Quik(Technique):
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """Split linears, and quantized tables without their `padding_idx`."""
-        return rebuild_layers(rebuild_split(model, state), state)
+        return rebuild_layers(rebuild_split(split_as_stored(model, state), state), state)
 
     def _whole(self, model: nn.Module) -> set[str]:
         """The linears that get 8 bits and are not split."""
