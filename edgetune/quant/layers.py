@@ -80,7 +80,8 @@ class LayerChoice:
     def copy(self) -> LayerChoice:
         """The same layers of a copy of the model."""
         model = deepcopy(self.model)
-        return replace(self, model=model, layers={name: model.get_submodule(name) for name in self.layers})
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.layers}
+        return replace(self, model=model, layers=layers)
 
     def with_outliers(self, grid: Grid) -> LayerChoice:
         """These layers, and in this grid the part for outlying inputs of each that is split."""

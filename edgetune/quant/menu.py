@@ -176,7 +176,7 @@ def compare(
     compared = []
     for name, choices in others.items():
         grids = {c.layer: grid for c in choices if (grid := grid_of(layers, c.layer, c.width))}
-        rounded = layers.copy().with_grids(grids)
+        rounded = layers.with_grids(grids)
         with rounded.restore_weights():
             round_layers(rounded, "mse", None, 0)
             compared.append(MeasuredAllocation(name, average_bits(choices), mean_kl(layers.model, reference)))
