@@ -269,7 +269,7 @@ def test_a_run_says_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     import yaml
 
     text = Path("run/allocation.yaml").read_text(encoding="utf-8")
-    assert re.search(r"int\S+ +bert.encoder.layer.1.output.dense: [\d,]+ bytes, [\d.e-]+ ms, loss", text)
+    assert re.search(r"int\S+ +bert.encoder.layer.0.output.dense: [\d,]+ bytes, [\d.e-]+ ms, loss", text)
     written = yaml.safe_load(text)
     assert set(written["allocation"].values()) <= {"int4", "int4-channel", "int8", "float"}
     widths = {"int4": 4, "int4-channel": 4, "int8": 8, "float": None}
