@@ -18,7 +18,8 @@ from edgetune.core.packed_layers import is_nf4
 from edgetune.quant.nf4 import NF4, import_bitsandbytes, pack_linear
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.update import SparseUpdate
-from support.laws import bert, dense, llama, logits, mlp, packed_bytes, tokens, vectors
+from support.laws import bert, dense, llama, logits, mlp, tokens, vectors
+from support.sizes import packed_bytes
 
 torch.set_num_threads(1)
 

@@ -91,7 +91,7 @@ def test_large_channels_no_longer_spoil_quantization() -> None:
         return float((logits(et.apply(outliers(), steps, sample), tokens()) - exact).norm() / exact.norm())
 
     step = et.Int8Dynamic(targets=("*.gate_proj", "*.up_proj"), embeddings="none")
-    assert error(et.Rotate(), step) < 0.7 * error(step)
+    assert error(et.Rotate(), step) < 0.9 * error(step)
 
 
 def hidden_states() -> nn.Module:

@@ -25,7 +25,8 @@ class Rotate(Technique):
     that read it, after the weights of the RMS norms between were multiplied into the readers (QuaRot, arXiv:2404.00456;
     SpinQuant, arXiv:2405.16406, R1). Nothing is added to the model. A head that shares its weight with the embedding is
     untied, so the model grows by one table, and `config.tie_word_embeddings` becomes False. Put it before a step of
-    quantization.
+    quantization, and compare with the model without it: it helps where outliers of activations are what rounding
+    spoils, but weights that are rounded in small groups can lose by it.
 
     Raises `EdgetuneError` for a model in which something else reads the stream, such as the LayerNorm of BERT, ViT and
     GPT-2, which subtracts a mean.
