@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edgetune.capture.fast_path import slow_path
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device, token_mask
-from edgetune.core.layers import refuse_shared, select
+from edgetune.core.layers import parameter_owners, select
 from edgetune.core.modes import preserve_buffers, preserve_state
 from edgetune.core.plain import refuse_computed
 from edgetune.core.technique import Needs, Sample, Technique
@@ -37,9 +37,9 @@ class Outliers(Technique):
     In each linear a share of the inputs, those with the largest absolute values on calibration batches, goes through a
     small linear of its own (`NAME.outlier`), and the layer itself sees zeros there. That is exact. A later `int4` then
     rounds weights and activations without these inputs; the patterns of its layers stay as they are, and
-    `int8_linears: ["*.outlier"]` stores the small ones in 8 bits. A layer that no batch reaches stays whole, and a
-    warning names it. Raises `EdgetuneError` for a layer whose weight is shared or read elsewhere, and for one with
-    two inputs or fewer.
+    `int8_linears: ["*.outlier"]` stores the small ones in 8 bits. A layer that no batch reaches, or whose weight is
+    another's too, stays whole, and a warning names it. Raises `EdgetuneError` for a layer whose weight is read
+    elsewhere, and for one with two inputs or fewer.
     """
 
     name: ClassVar[str] = "outliers"
@@ -86,19 +86,22 @@ def split_outliers(
 ) -> list[str]:
     """Split the linears that patterns match by their ranges on these batches. Returns their names."""
     chosen = select(model, targets, skip, nn.Linear, lambda layer: not isinstance(layer, OutlierLinear))
+    owners = parameter_owners(dict(model.named_modules()))
+    shared = [name for name, layer in chosen.items() if len(owners.get(id(layer.weight), ())) > 1]
+    chosen = {name: layer for name, layer in chosen.items() if name not in shared}
     for name, layer in chosen.items():
         _refuse_unfit(name, layer)
         refuse_computed(name, layer)
-    refuse_shared(model, chosen)
     refuse_read_elsewhere(model, chosen, sample)
     ranges = input_ranges(model, chosen, batches)
     idle = sorted(chosen.keys() - ranges.keys())
-    if idle:
-        warnings.warn(
-            f"outliers: {truncate_list(idle)}: no calibration batch reaches these layers, so they stay whole. To "
-            f"silence this: skip: {idle}",
-            stacklevel=4,  # the caller of `et.apply`
-        )
+    for names, reason in ((idle, "no calibration batch reaches"), (shared, "other layers share the weights of")):
+        if names:
+            warnings.warn(
+                f"outliers: {truncate_list(names)}: {reason} these layers, so they stay whole. To silence this: "
+                f"skip: {names}",
+                stacklevel=4,  # the caller of `et.apply`
+            )
     for name, largest in ranges.items():
         layer = chosen[name]
         assert isinstance(layer, nn.Linear)

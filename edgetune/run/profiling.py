@@ -13,7 +13,7 @@ from edgetune.recipe.sections import ProfileSettings
 from edgetune.run.exportable import Exportable, to_program
 
 if TYPE_CHECKING:
-    from edgetune.export.targets import Target
+    from edgetune.export.targets.target import Target
     from edgetune.program.artifact import Artifact
 
 
