@@ -21,7 +21,7 @@ from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.quant.allocation import BYTES, MS, Allocation, LayerBits, Menu, Width, allocate
-from edgetune.quant.layers import EIGHT_BITS, LEAST_GROUP, LayerChoice, choose_layers
+from edgetune.quant.layers import EIGHT_BITS, LayerChoice, choose_layers
 from edgetune.quant.menu import (
     build_menu,
     choice_of,
@@ -35,7 +35,7 @@ from edgetune.quant.menu import (
 )
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
-from edgetune.quant.rounding import Grid
+from edgetune.quant.rounding import LEAST_GROUP, Grid
 
 _ALLOCATION = "edgetune_allocation"  # the attribute of a model that says which bits its layers got
 _HELD_OUT = 4  # batches after the calibration's, on which allocations are compared
