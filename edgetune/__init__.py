@@ -13,17 +13,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NF4",
+    "QAT",
     "TECHNIQUES",
+    "Bits",
     "EdgetuneError",
     "Int4",
     "Int8",
     "Int8Dynamic",
     "Lean",
     "LoRA",
+    "Outliers",
     "Prune",
+    "Quik",
+    "Rotate",
     "Sample",
+    "Smooth",
     "SparseUpdate",
     "Technique",
+    "Ternary",
     "Train",
     "apply",
     "evaluate",
@@ -60,10 +67,17 @@ if TYPE_CHECKING:
     from edgetune.lean.technique import Lean
     from edgetune.profile import profile
     from edgetune.prune.structured import Prune
+    from edgetune.quant.bits import Bits
     from edgetune.quant.int4 import Int4
     from edgetune.quant.int8 import Int8
     from edgetune.quant.int8_dynamic import Int8Dynamic
     from edgetune.quant.nf4 import NF4
+    from edgetune.quant.outliers import Outliers
+    from edgetune.quant.qat import QAT
+    from edgetune.quant.quik import Quik
+    from edgetune.quant.rotate import Rotate
+    from edgetune.quant.smooth import Smooth
+    from edgetune.quant.ternary import Ternary
     from edgetune.run.finished import open_run
     from edgetune.run.pipeline import run
     from edgetune.run.predicting import evaluate, predict
@@ -77,6 +91,7 @@ else:
     from types import ModuleType
 
     _HOMES = {
+        "Bits": "quant.bits",
         "EdgetuneError": "core.technique",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
@@ -84,11 +99,17 @@ else:
         "Lean": "lean.technique",
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",
+        "Outliers": "quant.outliers",
+        "QAT": "quant.qat",
         "Prune": "prune.structured",
+        "Quik": "quant.quik",
+        "Rotate": "quant.rotate",
         "Sample": "core.technique",
+        "Smooth": "quant.smooth",
         "SparseUpdate": "sparse.update",
         "TECHNIQUES": "core.registry",
         "Technique": "core.technique",
+        "Ternary": "quant.ternary",
         "Train": "train.settings",
         "apply": "core.apply",
         "evaluate": "run.predicting",

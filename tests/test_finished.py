@@ -30,6 +30,9 @@ RUNS = {
         TEXT,
         "[prune: {ratio: 0.5, round_to: 32}, sparse-update: {scheme: last-1}, train: {updates: 2}, int4]",
     ),
+    "pruned to odd widths, padded": (
+        TEXT, "[prune: {ratio: 0.3, round_to: 4}, train: {updates: 1}, int4: {pad: true, group_size: channel}]",
+    ),
     "from a 4-bit base": (TEXT, "[nf4: {block_size: 64}, lora: {rank: 2, targets: ['*.query']}, train: {updates: 2}]"),
     "a language model with a tied head": (LANGUAGE, "[train: {updates: 2, batch_size: 4}]"),
     "a language model in 4 bits": (

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.apply import apply
-from edgetune.core.errors import EdgetuneError
 from edgetune.export import export
 from edgetune.quant.int4 import Int4
 from edgetune.quant.size import stored_bytes
@@ -162,13 +161,11 @@ def test_a_table_in_4_bits_stays_within_half_a_step() -> None:
     assert error.max() > 0
 
 
-def test_a_table_whose_rows_the_group_does_not_divide_is_named() -> None:
+def test_a_table_whose_rows_the_group_does_not_divide_gets_8_bits_and_is_named() -> None:
     model = nn.ModuleDict({"narrow": nn.Embedding(10, 40), "linear": nn.Linear(32, 2)})
-    with pytest.raises(EdgetuneError, match=r"narrow: .*width of an embedding.*got 40[\s\S]*skip: \['narrow'\]"):
+    with pytest.warns(UserWarning, match=r"int4: narrow: .*8 bits instead of 4.*round_to=32; or skip: \['narrow'\]"):
         Int4(embeddings="int4").apply(model)
-    assert type(model["narrow"].weight) is nn.Parameter
-    Int4(embeddings="int4", skip=("narrow",)).apply(model)
-    assert type(model["narrow"].weight) is nn.Parameter
+    assert model["narrow"].weight.target_dtype == torch.int8
     assert model["linear"].weight.target_dtype == torch.int4
 
 

@@ -12,12 +12,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply, finalize
+from edgetune.core.carriers import plain_layer
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.packed_layers import is_nf4
 from edgetune.quant.nf4 import NF4, import_bitsandbytes, pack_linear
 from edgetune.quant.size import stored_bytes
 from edgetune.sparse.update import SparseUpdate
-from support.laws import bert, dense, llama, logits, mlp, packed_bytes, tokens, vectors
+from support.laws import bert, dense, llama, logits, mlp, tokens, vectors
+from support.sizes import packed_bytes
 
 torch.set_num_threads(1)
 
@@ -176,6 +178,60 @@ def test_the_logger_is_left_as_it_was() -> None:
     level = logger.level
     import_bitsandbytes()
     assert logger.level == level
+
+
+def test_fp4_rounds_to_the_values_of_a_4_bit_float() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 8)
+    layer = pack_linear(import_bitsandbytes(), plain, 64, False, "fp4").eval()
+    magnitudes = (dense(layer) / plain.weight.detach().abs().amax(1, keepdim=True)).abs()
+    values = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
+    assert (magnitudes[..., None] - values).abs().amin(-1).max() < 2e-3
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, dense(layer), plain.bias))
+    layer.load_state_dict(plain.state_dict())
+    assert layer.weight.quant_state.quant_type == "fp4"
+
+
+def trained(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(vectors()) - 1).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_merge_onto_the_original_weights_if_asked(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain, inputs = mlp().to(dtype), vectors().to(dtype)
+    steps = [NF4(block_size=32, merge_base="fp"), LoRA(rank=2, targets=("blocks.*.up",))]
+    open_model = apply(copy.deepcopy(plain), steps)
+    for name, parameter in open_model.named_parameters():
+        if parameter.requires_grad and "lora" in name.lower():
+            nn.init.normal_(parameter, std=0.3)
+    adapted = {n: dense(m) for n, m in open_model.named_modules() if is_nf4(m) or n.endswith(".up")}
+    rounded = {n: dense(plain_layer(m)) for n, m in open_model.named_modules() if n in adapted}
+    untouched = copy.deepcopy(open_model)
+    merged = finalize(open_model)
+    assert not four_bit(merged)
+    tolerance = 1e-6 if dtype is torch.float32 else 2e-2
+    for name, layer in plain.named_modules():
+        if name in adapted:
+            expected = layer.weight.detach() + adapted[name] - rounded[name]
+            torch.testing.assert_close(dense(merged.get_submodule(name)), expected, atol=tolerance, rtol=tolerance)
+    note = steps[0].note(merged)
+    assert "merged onto the dequantized weights" in note
+    assert "onto the original ones, as here" in note
+    assert not torch.equal(finalize(untouched)(inputs), plain(inputs))  # a copy has the original weights as well
+
+
+def test_the_merge_onto_rounded_weights_is_reported_as_exact() -> None:
+    model = finalize(trained(apply(mlp(), [NF4(block_size=32), LoRA(rank=2, targets=("blocks.*.up",))])))
+    note = NF4(block_size=32).note(model)
+    assert float(note.partition("within ")[2].split()[0]) < 1e-5
+    assert "original" not in note
 
 
 def test_it_trains_and_ends_plain() -> None:

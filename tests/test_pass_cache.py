@@ -127,7 +127,7 @@ def test_the_quantizer_annotates_what_it_does_alone(monkeypatch: pytest.MonkeyPa
     model, pixels = Normalized().eval(), torch.randn(4, 3, 6, 6)
 
     def quantize() -> fx.GraphModule:
-        return pt2e.quantize_static(copy.deepcopy(model), pixels, [pixels], per_channel=True)
+        return pt2e.quantize_static(copy.deepcopy(model), pixels, [pixels], per_channel=True)[0]
 
     fast = quantize()
     monkeypatch.setattr(pt2e, "fast_annotation", contextlib.nullcontext)

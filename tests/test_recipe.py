@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from edgetune.core.errors import EdgetuneError, truncate_list
+from edgetune.core.registry import STEPS, TECHNIQUES
 from edgetune.profile import device
 from edgetune.recipe import recipe
 from edgetune.recipe.document import MOST_BYTES
@@ -257,6 +258,7 @@ steps:
 budget: {device: pixel-99}
 """
     fields = truncate_list(type(parsed().data).model_fields)
+    steps = truncate_list([*TECHNIQUES, *STEPS])
     assert (
         complaint(text)
         == f"""\
@@ -265,8 +267,8 @@ mine.yaml, line 1, model.source: is missing
 mine.yaml, line 1, model.max_length: must be a whole number: got '32'
 mine.yaml, line 2, data.train_row: unknown field: got 'train_row'; allowed: {fields}; did you mean 'train_rows'?
 mine.yaml, line 3, sed: unknown field: got 'sed'; allowed: {TOP}; did you mean 'seed'?
-mine.yaml, step 1 (line 5): unknown step: got 'lroa'; allowed: lora, sparse-update, lean, prune, int4, int8, \
-int8_dynamic, nf4, train, eval, finalize; did you mean 'lora'?
+mine.yaml, step 1 (line 5): unknown step: got 'lroa'; allowed: {steps}; \
+did you mean 'lora'?
 mine.yaml, step 2 (line 6), lora.rank: must be a whole number: got 2.5
 mine.yaml, step 3 (line 7): a step is one name with its settings: got ['lora', 'train']
   next: write `- name`, or `- name: {{setting: value}}`; a dash before every step

@@ -119,6 +119,22 @@ def test_what_falls_short_is_said_at_the_top_of_terminal_and_page(ledger: Ledger
     assert kinds.index("remark") < kinds.index("block names")
 
 
+def test_a_program_that_quantizing_made_slower_is_named_with_both_times() -> None:
+    float_ms = {"pixel-8": 12.0, "galaxy-s24": 9.5}
+    before = tuple(
+        line.model_copy(update={"latency_ms": float_ms[line.device]})
+        for line in example().predicted
+        if line.device in float_ms
+    )
+    ledger = example().with_(unquantized=before)
+    expected = (
+        "The quantized program is predicted to be slower than the model in floating point: 13.1 ms against 12.0 ms on "
+        "pixel-8. Leave the quantization out, take int8_dynamic, or let edgetune export --fastest-form choose."
+    )
+    assert expected in remarks(ledger)
+    assert not any("floating point" in remark for remark in remarks(example().with_(unquantized=before[1:])))
+
+
 def test_a_good_run_has_no_remarks() -> None:
     better = run(
         row(0, "load", 40.0),

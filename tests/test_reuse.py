@@ -154,13 +154,13 @@ def test_a_late_step_that_cannot_work_stops_the_run_before_any_training(
     recipe_path: Path, finished: pipeline.Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with pytest.raises(EdgetuneError, match=r"step 5, int4, .*not a multiple of group_size 32.*before any") as caught:
-        pipeline.run(recipe_path, {"steps.3.ratio": 0.3, "steps.3.round_to": 4}, out=out)
+    with pytest.raises(EdgetuneError, match=r"step 5, int4: .*matches no layer \(found before any") as caught:
+        pipeline.run(recipe_path, {"steps.5.skip": ["nothing"]}, out=out)
     assert caught.value.exit_code == Exit.USAGE
     assert not (out / "checkpoints").exists()
     out = copy_of(finished, tmp_path / "b")
     with pytest.raises(EdgetuneError, match="before any"):
-        begun(out, recipe_path, "steps.3.ratio=0.3", "steps.3.round_to=4", resume=True)
+        begun(out, recipe_path, "steps.5.skip=[nothing]", resume=True)
     assert Ledger.read(out / "ledger.json") == finished.ledger, "a wrong change costs nothing"
 
 

@@ -67,6 +67,14 @@ def export(
         list[str] | None, typer.Option(help="Dynamic size: tokens=1:64, batch=1:8, INPUT.2=1:8.")
     ] = None,
     ptd: Annotated[bool, typer.Option("--ptd", help="Store the weights in a separate .ptd file.")] = False,
+    fastest_form: Annotated[
+        bool,
+        typer.Option(
+            "--fastest-form",
+            help="Quantize first, if that is faster: the fastest of float, int8_dynamic, int4 and int8, by prediction "
+            "for --device, else timed here. Quality is not compared.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Export a model to an ExecuTorch program, and verify it.
@@ -93,6 +101,7 @@ def export(
             external_data=ptd,
             dtype=dtype,  # type: ignore[arg-type]  # checked by the export, which names the types
             cache_dtype=cache_dtype,  # type: ignore[arg-type]
+            fastest_form=fastest_form,
         )
     if as_json:
         print_result(artifact.manifest.model_dump(mode="json"))

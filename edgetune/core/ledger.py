@@ -370,6 +370,7 @@ class Ledger(Entry):
     program: Program | None = None
     measured: tuple[Measured, ...] = ()
     predicted: tuple[Predicted, ...] = ()
+    unquantized: tuple[Predicted, ...] = ()  # the same model before it was quantized
     layers: tuple[Layers, ...] = ()  # of each prediction
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()  # for the reader, about the data and the model

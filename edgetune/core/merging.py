@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from edgetune.core.carriers import is_wrapped, plain_layer, plain_tensors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
+from edgetune.core.packed_layers import MergeParity, original_weight
 from edgetune.core.peft_layers import is_peft, is_peft_model
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
 
@@ -47,7 +49,8 @@ def merge(model: nn.Module, which: Callable[[nn.Module], bool] = is_wrapped) -> 
 def merge_layer(layer: nn.Module) -> nn.Module:
     """The plain layer with the dense weight and bias written into it; `requires_grad` stays that of the base.
 
-    A 4-bit base becomes a new `nn.Linear` of its original type. Raises `EdgetuneError`, with the layer unchanged, if
+    A 4-bit base becomes a new `nn.Linear` of its original type, and if its original weight was kept, that weight plus
+    what the adapter adds. Raises `EdgetuneError`, with the layer unchanged, if
     the plain layer does not compute the same.
     """
     plain = plain_layer(layer)
@@ -68,7 +71,20 @@ def merge_layer(layer: nn.Module) -> nn.Module:
             f"a merge would change what the {type(layer).__name__} computes, by {difference:.2g} of its largest value",
             action="leave the layer out with skip, or remove what else computes its weight",
         )
+    if is_wrapped(plain):
+        _move_onto_original(merged, plain, difference, expected, inputs)
     return merged
+
+
+def _move_onto_original(merged: nn.Module, packed: nn.Module, difference: float, expected: Any, inputs: Any) -> None:
+    """Add what packing rounded off, if the original weight was kept; note how far the layer is from the trained one."""
+    original, moved = original_weight(packed), math.nan
+    if original is not None:
+        weight = merged.get_parameter("weight")
+        weight.add_(original.to(weight.device) - plain_tensors(packed)["weight"])
+        if expected is not None:
+            moved = relative_difference(expected, outputs_of(merged, inputs))
+    merged.merge_parity = MergeParity(difference, moved)  # type: ignore[assignment]
 
 
 def _new_linear(packed: Any, tensors: dict[str, Tensor]) -> nn.Module:

@@ -109,6 +109,10 @@ STEPS = {
     "8da4w": "int4",
     "8da8w": "int8_dynamic",
     "gptq": "int4",
+    "smoothquant": "smooth",
+    "quarot": "rotate",
+    "spinquant": "rotate",
+    "fake-quantize": "qat",
     "sparsify": "sparse-update",
 }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,40 @@ def nf4_weight(layer: Any) -> Tensor:
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
     unpacked: Tensor = functional.dequantize_4bit(data, state)
     return unpacked.to(getattr(layer, "plain_dtype", torch.float32))
+
+
+class OriginalWeight:
+    """The weight that a layer had before it was packed, in a file of the temporary folder, read as it is needed.
+
+    The file has no name any more, so it ends with this object. Copies of the layer share it.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            path = file.name
+        try:
+            size = {"size": weight.numel(), "dtype": weight.dtype}
+            self.tensor = torch.from_file(path, shared=True, **size).view(weight.shape)  # type: ignore[arg-type]
+            self.tensor.copy_(weight)
+        finally:
+            with contextlib.suppress(PermissionError):  # Windows: a mapped file cannot go before its mapping
+                Path(path).unlink()
+
+    def __deepcopy__(self, _: object) -> OriginalWeight:
+        return self
+
+
+class MergeParity(NamedTuple):
+    """How far a merged layer is from the trained one, over its largest output; `nan`: not measured."""
+
+    onto_rounded: float  # merged onto the dequantized base
+    onto_original: float  # merged onto the weights before packing
+
+
+def original_weight(layer: nn.Module) -> Tensor | None:
+    """The weight before packing, if it was kept."""
+    original = getattr(layer, "original_weight", None)
+    return original.tensor if isinstance(original, OriginalWeight) else None
 
 
 def _tensors(layer: Any) -> dict[str, Tensor]:

@@ -18,10 +18,17 @@ TECHNIQUES = {
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
     "lean": "edgetune.lean.technique:Lean",
     "prune": "edgetune.prune.structured:Prune",
+    "bits": "edgetune.quant.bits:Bits",
     "int4": "edgetune.quant.int4:Int4",
     "int8": "edgetune.quant.int8:Int8",
     "int8_dynamic": "edgetune.quant.int8_dynamic:Int8Dynamic",
+    "outliers": "edgetune.quant.outliers:Outliers",
+    "quik": "edgetune.quant.quik:Quik",
+    "qat": "edgetune.quant.qat:QAT",
+    "ternary": "edgetune.quant.ternary:Ternary",
     "nf4": "edgetune.quant.nf4:NF4",
+    "rotate": "edgetune.quant.rotate:Rotate",
+    "smooth": "edgetune.quant.smooth:Smooth",
 }
 
 # Steps of a recipe that are no techniques.

@@ -30,7 +30,8 @@ class Sample:
 
     `inputs` is a tensor, a tuple of positional tensors or a dict of keyword tensors, batch first.
     `labelled` returns training batches `(inputs, labels)`, the one that needs the most memory first. `loss` maps
-    `(logits, labels)` to a scalar. Both are for techniques that need gradients.
+    `(logits, labels)` to a scalar. Both are for techniques that need gradients. `layers_ms` maps a model and a device
+    to the predicted milliseconds of each module of its program, and of all else under "".
 
     Long work reports to `progress`, as `(stage, done, of, detail)`. In `folder` it stores what is done, and goes on
     from there if it was interrupted; it removes that at the end.
@@ -42,6 +43,7 @@ class Sample:
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
     progress: Progress = ignore
     folder: Path | None = None
+    layers_ms: Callable[[nn.Module, str], Mapping[str, float]] | None = None
 
     @classmethod
     def of(cls, inputs: Inputs) -> Sample:
@@ -56,6 +58,15 @@ class Sample:
                 action="pass et.Sample(inputs, batches, labelled=..., loss=...)",
             )
         return self.labelled, self.loss
+
+    def require_layers_ms(self) -> Callable[[nn.Module, str], Mapping[str, float]]:
+        """Return `layers_ms`. Raises `EdgetuneError` if it is missing."""
+        if self.layers_ms is None:
+            raise EdgetuneError(
+                "the times of layers on a device are needed",
+                action="pass et.Sample(inputs, batches, layers_ms=...), or run a recipe, which predicts them",
+            )
+        return self.layers_ms
 
 
 class _Explaining(ModelMetaclass):
@@ -143,6 +154,12 @@ class Technique(StepSettings):
         """The number that must divide the input width of every layer that this technique changes."""
         return 1
 
+    @property
+    def rounding(self) -> Mapping[str, object]:
+        """How this technique rounds weights, as settings of one that trains for it beforehand; by default it does
+        not."""
+        return {}
+
     def adapt_to(self, later: Sequence[Technique]) -> Technique:
         """This technique with defaults adapted to the techniques that follow; settings that were given do not
         change."""
@@ -159,8 +176,17 @@ class Technique(StepSettings):
         """
         return model
 
+    @property
+    def batches_wanted(self) -> int | None:
+        """How many calibration batches `apply` may look at; `None`: as many as there usually are."""
+        return getattr(self, "calibration_batches", None)
+
+    def note(self, model: nn.Module) -> str:
+        """What `apply` chose and left, or what `finalize` changed, in a sentence for the ledger; by default nothing."""
+        return ""
+
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Before finalizing, save separate results such as an adapter in `folder`. By default this does nothing."""
+        """Save separate results in `folder`, such as an adapter before finalizing. By default this does nothing."""
 
     def require_sample(self, sample: Sample | None) -> Sample:
         """The sample, checked for what this technique needs. Raises `EdgetuneError` if that is missing."""

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
-from edgetune.core.inputs import Inputs
+from edgetune.core.inputs import Inputs, first_rows
 from edgetune.core.layers import matches
 from edgetune.prune.attention import (
     Attention,
@@ -28,7 +28,7 @@ from edgetune.prune.attention import (
 )
 from edgetune.prune.layers import Axis, cannot_cut, is_candidate, is_depthwise, is_linear, width_of
 from edgetune.prune.probe import units_agree
-from edgetune.prune.trace import first_rows, trace
+from edgetune.prune.trace import trace
 
 Kind = Literal["ffn", "heads", "channels"]
 

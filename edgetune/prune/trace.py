@@ -12,17 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import Inputs, call, rows_of, tensors_in, tensors_of
+from edgetune.core.inputs import Inputs, call, tensors_in
 from edgetune.core.layers import is_transposed
 from edgetune.core.registry import require
 from edgetune.prune.layers import width_of
-
-
-def first_rows(inputs: Inputs) -> Inputs:
-    """Two rows, where every tensor has one for each example: a graph needs no more."""
-    tensors = tensors_of(inputs)
-    rows = {t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in tensors}
-    return rows_of(inputs, 0, 2) if len(rows) == 1 and rows.pop() > 2 else inputs
 
 
 @dataclass(frozen=True)

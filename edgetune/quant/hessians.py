@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,7 @@ def calibrate(
     computes. `finish` gets the names of all layers of a block once they are quantized. Returns the names of the layers
     that no batch reaches. Raises `EdgetuneError` where the model cannot run on the batches, or these have no rows.
     """
-    batches = [to_device(batch, device_of(model)) for batch in batches if any(t.numel() for t in tensors_in(batch))]
-    if not batches:
-        raise EdgetuneError(
-            "there are no calibration batches, or they have no rows",
-            action="pass et.Sample(inputs, batches) with rows, or set algorithm: absmax",
-        )
+    batches = _check_batches(model, batches, "set algorithm: absmax")
     remaining = dict(linears)
     with preserve_state(model), preserve_buffers(model), slow_path(model), torch.no_grad():
         plan = _plan_stages(model, remaining, batches[0])
@@ -63,6 +58,62 @@ def calibrate(
                     del remaining[name]
                 finish(reached)
     return list(remaining)
+
+
+_TOKENS = 256
+
+
+class InputSizes(NamedTuple):
+    """How large each input of a linear is over all tokens."""
+
+    largest: Tensor  # `(in,)`, the largest absolute value
+    mean_square: Tensor  # `(in,)`
+    tokens: Tensor  # `(tokens, in)`, some of the inputs, evenly spaced
+
+
+def measure_inputs(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Inputs]
+) -> dict[str, InputSizes]:
+    """The sizes of the inputs of the linears that a batch reaches. Padded tokens do not count."""
+    batches = _check_batches(model, batches, "leave this step out")
+    kept = -(-_TOKENS // len(batches))  # of a batch
+    tokens: dict[str, list[Tensor]] = {}
+    largest: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(mask: Tensor | None, name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        x = _tokens(args[0] if args else kwargs["input"], mask)
+        if len(x):
+            most = x.abs().amax(0)
+            largest[name] = torch.maximum(largest[name], most) if name in largest else most
+            squares[name] = squares.get(name, 0) + x.square().sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
+            tokens.setdefault(name, []).append(x[:: -(-len(x) // kept)].clone())
+
+    with preserve_state(model), preserve_buffers(model), slow_path(model), torch.no_grad():
+        for batch in batches:
+            with ExitStack() as hooks:
+                for name, layer in linears.items():
+                    hook = partial(add, token_mask(batch), name)
+                    hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                _run(model, batch)
+    return {
+        name: InputSizes(largest[name], squares[name] / counts[name], torch.cat(tokens[name]))
+        for name in linears
+        if name in largest
+    }
+
+
+def _check_batches(model: nn.Module, batches: Sequence[Inputs], remedy: str) -> list[Inputs]:
+    """The batches that have rows, on the model's device."""
+    batches = [to_device(batch, device_of(model)) for batch in batches if any(t.numel() for t in tensors_in(batch))]
+    if not batches:
+        raise EdgetuneError(
+            "there are no calibration batches, or they have no rows",
+            action=f"pass et.Sample(inputs, batches) with rows, or {remedy}",
+        )
+    return batches
 
 
 @dataclass(frozen=True)

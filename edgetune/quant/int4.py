@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from functools import partial
-from itertools import islice
-from typing import Annotated, ClassVar, Literal
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from edgetune.core.errors import truncate_list
+from edgetune.core.layers import matches
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.quant.blocks import quantize_weight
-from edgetune.quant.gptq import factor_hessian, gptq_codes
-from edgetune.quant.hessians import calibrate
-from edgetune.quant.layers import LayerChoice, TableBits, choose_layers, drop_padding_indices, table_grid
-from edgetune.quant.rounding import Grid, absmax_codes, mse_codes
-from edgetune.quant.unfinished import Unfinished
+from edgetune.quant.experts import describe_split
+from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, four_bits, table_grid
+from edgetune.quant.padded import rebuild_layers
+from edgetune.quant.round_layers import Algorithm, round_layers
+from edgetune.quant.rounding import LEAST_GROUP, GroupSize
 
-_LEAST_GROUP = 32  # XNNPACK takes its multiples, also as the width of a channel
-GroupSize = Annotated[int, Field(ge=_LEAST_GROUP, multiple_of=_LEAST_GROUP)] | Literal["channel"]
-_ROUNDING = {"absmax": absmax_codes, "mse": mse_codes}
+Preset = Literal["smallest", "fastest", "closest"]
+_PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "smallest": {"group_size": "channel", "embeddings": "int4"},
+    "fastest": {"group_size": "channel"},
+    "closest": {"group_size": 32, "algorithm": "gptq", "calibration_batches": 16},
+}
+_HEADS = ("lm_head", "classifier", "classifier.*", "score", "head", "head.*", "fc", "qa_outputs")
 
 
 class Int4(Technique):
     """Quantize linear weights to 4 bits, symmetric, with one scale for each `group_size` inputs of an output.
 
     `algorithm` says how they are rounded: to nearest with scales from the largest value (`absmax`) or of the least
-    squared error (`mse`), or by GPTQ, where later columns make up for the rounding of earlier ones on calibration
-    batches (`gptq`); `auto` is `gptq` where there is a sample, else `absmax`. GPTQ calibrates each block of the model
-    on what the quantized blocks before it compute. A linear that no batch reaches is rounded to nearest, and a warning
-    names it; if calibration fails, the model is as before.
+    squared error (`mse`); by AWQ, which first scales inputs where the layer before can undo it and then weights errors
+    by the sizes of the inputs (`awq`); or by GPTQ, where later columns make up for the rounding of earlier ones on
+    calibration batches (`gptq`). `auto` is `gptq` where there is a sample, else `absmax`. GPTQ calibrates each block of
+    the model on what the quantized blocks before it compute. A linear that no batch reaches is rounded to nearest, and
+    a warning names it; if calibration fails, the model is as before.
 
     Activations are quantized dynamically to 8 bits per token, both in eager mode and in the exported program, so
     that both compute the same. Embedding tables get 8 bits with one scale per row or, with `embeddings="int4"`, 4
@@ -44,10 +45,20 @@ class Int4(Technique):
     gradients. A table that is read in another way than by looking up rows, such as Whisper's positions, stays in
     floating point; a warning names it unless `skip` does.
 
+    Fused experts of a mixture (transformers' `experts.gate_up_proj` of three dims) become one linear for each expert,
+    `experts.0.gate_up_proj`, so that they are quantized and a backend takes them; each then computes every token. With
+    `skip: ["*.experts.*"]` they stay as they are, in floating point.
+
     `int8_linears` get 8 bits with one scale per output, rounded to nearest, for example for a head over a large
     vocabulary. A head that shares its weight with the embedding is untied: the head and the table are each quantized
-    from the shared float weight, and `config.tie_word_embeddings` becomes False. Raises `EdgetuneError` for a width
-    that `group_size`, or 32 for `channel`, does not divide.
+    from the shared float weight, and `config.tie_word_embeddings` becomes False.
+
+    A layer whose width `group_size`, or 32 for `channel`, does not divide gets 8 bits instead of 4, and a warning
+    names it. With `pad`, such a linear gets zero inputs in addition, and 4 bits: the outputs are the same, and it
+    stores a few zeros.
+
+    `preset` gives defaults to the settings that are not written: `smallest` (a scale per channel, embeddings in 4
+    bits), `fastest` (a scale per channel) or `closest` (groups of 32, `gptq` on 16 batches, the head in 8 bits).
     """
 
     name: ClassVar[str] = "int4"
@@ -56,93 +67,88 @@ class Int4(Technique):
     group_size: GroupSize = 32
     """Number of weights that share a scale: a multiple of 32 that divides every input width, or `channel` for one
     scale per output, which XNNPACK runs faster; widths are then multiples of 32."""
-    algorithm: Literal["auto", "absmax", "mse", "gptq"] = "auto"
+    preset: Preset | None = None
+    """Defaults for the other settings: `smallest`, `fastest` or `closest`."""
+    algorithm: Algorithm | Literal["awq", "auto"] = "auto"
     """How weights are rounded; `auto`: `gptq` with calibration data, which every recipe has, else `absmax`."""
     calibration_batches: int = Field(default=8, ge=1)
-    """Number of batches of training rows that `gptq` calibrates on."""
+    """Number of batches of training rows that `awq` and `gptq` calibrate on."""
     targets: tuple[str, ...] = ("*",)
     """Patterns of the linear layers to quantize."""
     skip: tuple[str, ...] = ()
     """Patterns of linear layers and embedding tables to keep in floating point."""
     int8_linears: tuple[str, ...] = ()
     """Patterns of linear layers to quantize to 8 bits instead of 4."""
+    pad: bool = False
+    """Pad the inputs of a linear whose width does not fit, instead of giving it 8 bits."""
     embeddings: TableBits = "int8"
     """Precision of embedding tables; `none`: floating point."""
     activation_bits: Literal[8] = 8
     """Bits of the activations, which are quantized dynamically."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, settings: Any) -> Any:
+        preset = settings.get("preset") if isinstance(settings, dict) else None
+        defaults = _PRESETS.get(preset, {}) if isinstance(preset, str) else {}  # type: ignore[call-overload]
+        return {**defaults, **settings} if defaults else settings
+
     @property
     def width_multiple(self) -> int:
         """One group; of a whole channel, XNNPACK's least."""
-        return _LEAST_GROUP if self.group_size == "channel" else self.group_size
+        return LEAST_GROUP if self.group_size == "channel" else self.group_size
 
     @property
     def needs(self) -> Needs:
-        """Batches for `gptq`."""
-        return "batches" if self.algorithm == "gptq" else "nothing"
+        """Batches for `awq` and `gptq`."""
+        return "batches" if self.algorithm in ("awq", "gptq") else "nothing"
+
+    @property
+    def rounding(self) -> Mapping[str, object]:
+        """All settings of the weights."""
+        names = type(self).model_fields.keys() - {"activation_bits", "preset"}
+        return {name: getattr(self, name) for name in names}
 
     def for_rehearsal(self) -> Technique:
         """The same layers, rounded to nearest."""
         return self.model_copy(update={"algorithm": "absmax"})
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
-        """Quantize in place. The modules keep their classes and run in eager mode, but the weights can no longer be
-        trained."""
+        """Quantize in place. The modules keep their classes, but for `pad`, and run in eager mode, but the weights can
+        no longer be trained."""
         with silence_libraries():
             require("torchao", self.name)
-        calibrated = self.algorithm == "gptq" or (self.algorithm == "auto" and sample is not None)
-        sample = self.require_sample(sample) if calibrated else sample
-        layers = choose_layers(
-            self.name, model, sample, targets=self.targets, wide=self.int8_linears or None,
-            skip=self.skip, embeddings=self.embeddings,
-        )  # fmt: skip
+        if self.algorithm == "auto":
+            algorithm: Algorithm | Literal["awq"] = "absmax" if sample is None else "gptq"
+        else:
+            algorithm = self.algorithm
+        calibrates = algorithm in ("awq", "gptq")
+        if calibrates:
+            sample = self.require_sample(sample)
         group_size = None if self.group_size == "channel" else self.group_size
-        reason = "group_size" if group_size else "the width that 4-bit kernels take,"
-        layers.check_widths(self.width_multiple, reason, tables=self.embeddings == "int4")
-        grid = Grid(4, group_size, scale_dtype=torch.bfloat16)  # as XNNPACK stores the scales of 4 bits
-        with layers.replace_weights(may_fail=calibrated):
-            layers.quantize_tables(table_grid(self.embeddings, group_size))
-            layers.quantize_wide()
-            if calibrated:
-                assert sample is not None
-                self._quantize_calibrated(layers, grid, sample)
-            else:
-                rule = _ROUNDING["absmax" if self.algorithm == "auto" else self.algorithm]
-                for layer in layers.narrow.values():
-                    layer.weight = quantize_weight(layer.weight, grid, rule, rounds_activations=True)
+        grids = [(self.targets, four_bits(group_size))]
+        if wide := self.int8_linears or self._heads(model):
+            grids.append((wide, EIGHT_BITS))
+        layers = choose_layers(
+            self.name, model, sample, linears=grids, skip=self.skip,
+            tables=table_grid(self.embeddings, group_size),
+        ).fit_widths(self.pad)  # fmt: skip
+        with layers.replace_weights(may_fail=calibrates):
+            round_layers(layers, algorithm, sample, self.calibration_batches)
         return model
 
+    def note(self, model: nn.Module) -> str:
+        """What splitting experts costs."""
+        return describe_split(model)
+
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """Quantized tables without their `padding_idx`."""
-        return drop_padding_indices(model, state)
+        """Split experts, quantized tables without their `padding_idx`, and padded linears."""
+        return rebuild_layers(model, state)
 
-    def _quantize_calibrated(self, layers: LayerChoice, grid: Grid, sample: Sample) -> None:
-        """GPTQ of the linears in 4 bits; those that no batch reaches are rounded to nearest."""
-
-        def quantize(name: str, hessian: Tensor) -> None:
-            layer, factor = layers.linears[name], factor_hessian(hessian, name)
-            rule = partial(gptq_codes, factor=factor)
-            layer.weight = quantize_weight(layer.weight, grid, rule, rounds_activations=True)
-
-        def finish(names: list[str]) -> None:
-            nonlocal done
-            done += len(names)
-            unfinished.store({name: layers.linears[name] for name in names}, done)
-            sample.progress("quantize", done, len(layers.narrow), names[-1] if names else "")
-
-        batches = list(islice(sample.batches(), self.calibration_batches))
-        unfinished = Unfinished(sample.folder, self.model_dump_json(), layers.model, batches)
-        restored = unfinished.restore(layers.narrow, dict.fromkeys(layers.narrow, grid))
-        remaining = {name: layer for name, layer in layers.narrow.items() if name not in restored}
-        done = len(restored)
-        idle = calibrate(layers.model, remaining, batches, quantize, finish)
-        unfinished.remove()
-        for name in idle:
-            layer = layers.linears[name]
-            layer.weight = quantize_weight(layer.weight, grid, rounds_activations=True)
-        if idle:
-            warnings.warn(
-                f"{self.name}: {truncate_list(idle)}: no calibration batch reaches these layers, so they are rounded "
-                "to nearest",
-                stacklevel=4,  # the caller of `et.apply`
-            )
+    def _heads(self, model: nn.Module) -> tuple[str, ...]:
+        """The linears that the preset keeps in 8 bits."""
+        if self.preset != "closest" or "int8_linears" in self.model_fields_set:
+            return ()
+        names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+        heads = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _HEADS)]
+        return tuple(name for name in heads if matches(name, self.targets) and not matches(name, self.skip))

@@ -11,7 +11,10 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.quant.layers import TableBits, choose_layers, drop_padding_indices, table_grid
+from edgetune.quant.experts import describe_split
+from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, table_grid
+from edgetune.quant.padded import rebuild_layers
+from edgetune.quant.round_layers import round_layers
 
 _TABLE_GROUP = 32
 
@@ -21,9 +24,10 @@ class Int8Dynamic(Technique):
 
     No calibration is needed: activations get a scale for each token, both in eager mode and in the exported program.
     It loses less quality than `int4` and takes twice the size. Embedding tables get 8 bits with one scale per row or,
-    with `embeddings="int4"`, 4 bits with one scale for each 32 values of a row. A table that is read in another way
-    stays in floating point; a warning names it unless `skip` does. A head that shares its weight with the table is
-    untied.
+    with `embeddings="int4"`, 4 bits with one scale for each 32 values of a row (8 bits, with a warning, where 32 does
+    not divide the width). A table that is read in another way stays in floating point; a warning names it unless `skip`
+    does. A head that shares its weight with the table is untied. Fused experts of a mixture become one linear for each
+    expert, which computes every token.
     """
 
     name: ClassVar[str] = "int8_dynamic"
@@ -36,20 +40,29 @@ class Int8Dynamic(Technique):
     embeddings: TableBits = "int8"
     """Precision of embedding tables; `none`: floating point."""
 
+    @property
+    def rounding(self) -> Mapping[str, object]:
+        """All of its linears in 8 bits."""
+        settings = {"targets": (), "int8_linears": self.targets, "skip": self.skip, "embeddings": self.embeddings}
+        return {**settings, "group_size": _TABLE_GROUP}
+
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Quantize in place. The modules keep their classes and run in eager mode, but the weights can no longer be
         trained."""
         with silence_libraries():
             require("torchao", self.name)
         layers = choose_layers(
-            self.name, model, sample, targets=None, wide=self.targets, skip=self.skip, embeddings=self.embeddings
-        )
-        layers.check_widths(_TABLE_GROUP, "a group of", tables=self.embeddings == "int4")
+            self.name, model, sample, linears=[(self.targets, EIGHT_BITS)], skip=self.skip,
+            tables=table_grid(self.embeddings, _TABLE_GROUP),
+        ).fit_widths(pad=False)  # fmt: skip
         with layers.replace_weights():
-            layers.quantize_tables(table_grid(self.embeddings, _TABLE_GROUP))
-            layers.quantize_wide()
+            round_layers(layers, "absmax", None, 0)
         return model
 
+    def note(self, model: nn.Module) -> str:
+        """What splitting experts costs."""
+        return describe_split(model)
+
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """Quantized tables without their `padding_idx`."""
-        return drop_padding_indices(model, state)
+        """Split experts, and quantized tables without their `padding_idx`."""
+        return rebuild_layers(model, state)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 _ATEN = torch.ops.aten
-_LAYERS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv_transpose2d.input, _ATEN.linear.default)
+LAYERS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv_transpose2d.input, _ATEN.linear.default)
 _RELUS = frozenset({_ATEN.relu.default, _ATEN.relu_.default})
-_CLAMPS = _RELUS | {_ATEN.hardtanh.default, _ATEN.hardtanh_.default}
+CLAMPS = _RELUS | {_ATEN.hardtanh.default, _ATEN.hardtanh_.default}
 _BITS = 20  # of the larger factor of an addition
 
 
@@ -45,9 +45,11 @@ class Integers(fx.Interpreter):
 
     def layer(self, n: fx.Node) -> Tensor | None:
         """A sum of products and a rounded bias, scaled once."""
-        source, weight, output = n.args[0], n.args[1], _consumer(n, _CLAMPS)
-        if not (_is(source, "dequantize") and _is(weight, "dequantize") and _is(output, "quantize")):
+        source, weight, output = n.args[0], n.args[1], _consumer(n, CLAMPS)
+        if not (is_operator(source, "dequantize") and is_operator(weight, "dequantize")):
             return None  # one that was left in floating point
+        if not is_operator(output, "quantize"):
+            return None
         args, _ = self.fetch_args_kwargs_from_env(n)
         integers, weight_scale = (self._constant(argument) for argument in weight.args[:2])
         scale: Any = source.args[1]
@@ -87,7 +89,7 @@ class Integers(fx.Interpreter):
         In floating point, chance decides where they go, and of a mean over four numbers every fourth is a half.
         """
         source, output = n.args[0], _consumer(n, frozenset())
-        if not (_is(source, "dequantize") and _is(output, "quantize")):
+        if not (is_operator(source, "dequantize") and is_operator(output, "quantize")):
             return self._in_program_form(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if not _is_pooling(n.target, args):
@@ -119,8 +121,8 @@ class Integers(fx.Interpreter):
     def _elementwise(self, n: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
         """The node that rounds the result, if both sides are quantized as well."""
         output = _consumer(n, clamps)
-        sides = len(n.args) == 2 and all(_is(source, "dequantize") for source in n.args)
-        return output if sides and _is(output, "quantize") else None
+        sides = len(n.args) == 2 and all(is_operator(source, "dequantize") for source in n.args)
+        return output if sides and is_operator(output, "quantize") else None
 
     def _integers(self, source: Any) -> Tensor:
         """The integers that were dequantized, minus the zero point."""
@@ -133,7 +135,7 @@ class Integers(fx.Interpreter):
 
 
 _RULES: dict[Any, Callable[[Integers, fx.Node], Tensor | None]] = {
-    **dict.fromkeys(_LAYERS, Integers.layer),
+    **dict.fromkeys(LAYERS, Integers.layer),
     **dict.fromkeys((_ATEN.add.Tensor, _ATEN.add_.Tensor), Integers.addition),
     **dict.fromkeys((_ATEN.mul.Tensor, _ATEN.mul_.Tensor), Integers.product),
     **dict.fromkeys((_ATEN.adaptive_avg_pool2d.default, _ATEN.mean.dim), Integers.mean),
@@ -185,5 +187,6 @@ def _consumer(node: fx.Node, clamps: frozenset[Any]) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _is(node: object, operator: str) -> TypeGuard[fx.Node]:
+def is_operator(node: object, operator: str) -> TypeGuard[fx.Node]:
+    """Whether a node is one of the quantizing operators whose names begin so: `quantize`, `dequantize`."""
     return isinstance(node, fx.Node) and str(node.target).startswith(f"quantized_decomposed.{operator}")

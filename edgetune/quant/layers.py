@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,41 +20,107 @@ from edgetune.core.plain import computed_tensor, refuse_computed
 from edgetune.core.technique import Sample
 from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.blocks import quantize_weight
-from edgetune.quant.rounding import Grid
+from edgetune.quant.experts import split_wanted_experts
+from edgetune.quant.padded import PaddedLinear, can_pad, pad_inputs, unpad_inputs
+from edgetune.quant.rounding import LEAST_GROUP, Grid, Rule, absmax_codes
 from edgetune.quant.size import weight_bits
+from edgetune.quant.split import OutlierLinear, SplitLinear, drop_outlier_columns
 from edgetune.quant.tables import looks_up
 
 EIGHT_BITS = Grid(8, scale_dtype=torch.float32)  # of a linear: XNNPACK stores the scales of 8 bits in fp32
 TableBits = Literal["int8", "int4", "none"]
+Layer = nn.Linear | nn.Embedding
+
+
+def four_bits(group_size: int | None) -> Grid:
+    """The grid of a linear in 4 bits: XNNPACK stores its scales in bf16."""
+    return Grid(4, group_size, scale_dtype=torch.bfloat16)
+
+
+def table_grid(embeddings: TableBits, group_size: int | None) -> Grid | None:
+    """The grid of tables: in 4 bits with groups, in 8 with a scale for each row. The scales have the weight's type."""
+    return {"int4": Grid(4, group_size), "int8": Grid(8), "none": None}[embeddings]
+
+
+def width_multiple(grid: Grid) -> int:
+    """What must divide the input width of a layer in this grid."""
+    return 1 if grid.bits == 8 else grid.group_size or LEAST_GROUP
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The layers of one model that a technique gives integer weights. All of them were checked."""
+    """The layers of one model that a technique gives integer weights, and their grids. All of them were checked."""
 
     technique: str  # its name, for messages
     model: nn.Module
-    linears: dict[str, nn.Linear]
-    wide: frozenset[str]  # those of the linears that get 8 bits
-    tables: dict[str, nn.Embedding]
+    layers: dict[str, Layer]
+    grids: dict[str, Grid]  # of each layer
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """Those of the layers that are linears."""
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)}
+
+    @property
+    def tables(self) -> dict[str, nn.Embedding]:
+        """Those that are embedding tables."""
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Embedding)}
 
     @property
     def narrow(self) -> dict[str, nn.Linear]:
         """The linears that get 4 bits."""
-        return {name: layer for name, layer in self.linears.items() if name not in self.wide}
+        return {name: layer for name, layer in self.linears.items() if self.grids[name].bits == 4}
 
-    def check_widths(self, divisor: int, reason: str, *, tables: bool) -> None:
-        """Raise for a linear in 4 bits or, with `tables`, a table whose width `divisor` does not divide."""
-        widths = [(n, m.in_features, "the input width of a layer") for n, m in self.narrow.items()]
-        widths += [(n, m.embedding_dim, "the width of an embedding") for n, m in self.tables.items() if tables]
-        for name, width, kind in widths:
-            if width % divisor:
-                raise EdgetuneError(
-                    f"{kind} is not a multiple of {reason} {divisor}",
-                    where=name,
-                    got=width,
-                    action=f"prune with round_to={divisor}, or leave the layer out with skip: [{name!r}]",
-                )
+    def with_grids(self, grids: Mapping[str, Grid]) -> LayerChoice:
+        """These layers alone, with these grids; the others stay in floating point."""
+        return replace(self, layers={name: self.layers[name] for name in grids}, grids=dict(grids))
+
+    def copy(self) -> LayerChoice:
+        """The same layers of a copy of the model."""
+        model = deepcopy(self.model)
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.layers}
+        return replace(self, model=model, layers=layers)
+
+    def with_outliers(self, grid: Grid) -> LayerChoice:
+        """These layers, and in this grid the part for outlying inputs of each that is split."""
+        parts = {
+            f"{name}.outlier": layer.outlier for name, layer in self.layers.items() if isinstance(layer, SplitLinear)
+        }
+        return replace(self, layers=self.layers | parts, grids=self.grids | dict.fromkeys(parts, grid))
+
+    def fits(self, name: str, grid: Grid, pad: bool) -> bool:
+        """Whether the width of a layer fits a grid, or can be padded to fit."""
+        layer = self.layers[name]
+        width = layer.in_features if isinstance(layer, nn.Linear) else layer.embedding_dim
+        if grid.bits == 8:
+            return width > 1 or isinstance(layer, nn.Embedding)  # torchao rounds no tokens of a single value
+        return width % width_multiple(grid) == 0 or (pad and can_pad(layer))
+
+    def is_shared(self, name: str) -> bool:
+        """Whether another module of the model has the weight of this layer."""
+        return _are_shared(self.model, [self.layers[name]])
+
+    def fit_widths(self, pad: bool, stacklevel: int = 4) -> LayerChoice:
+        """8 bits with one scale for each output, or row, for the layers that do not fit; a warning names them."""
+        unfit = [name for name, grid in self.grids.items() if not self.fits(name, grid, pad)]
+        single = [name for name in unfit if not self.fits(name, EIGHT_BITS, pad)]
+        wide = [name for name in unfit if name not in single]
+        multiple = math.lcm(*(width_multiple(self.grids[name]) for name in wide))
+        padding = ", or set pad: true" if any(can_pad(self.layers[name]) for name in wide) else ""
+        for names, reason in (
+            (single, "a linear with a single input stays in floating point. To silence this: "),
+            (
+                wide,
+                f"the width of these layers is not a multiple of {multiple}, so they get 8 bits instead of 4. "
+                f"To change this: prune with round_to={multiple}{padding}; or ",
+            ),
+        ):
+            if names:
+                message = f"{self.technique}: {truncate_list(names)}: {reason}skip: {names}"
+                warnings.warn(message, stacklevel=stacklevel)  # the caller of `et.apply`
+        tables = self.tables
+        grids = self.grids | {name: Grid(8) if name in tables else EIGHT_BITS for name in wide}
+        return self.with_grids({name: grid for name, grid in grids.items() if name not in single})
 
     @contextmanager
     def replace_weights(self, may_fail: bool = False) -> Iterator[None]:
@@ -60,14 +128,12 @@ class LayerChoice:
 
         Afterwards the model no longer trains, and its config says that weights which were shared are not.
         """
-        layers: list[nn.Linear | nn.Embedding] = [*self.linears.values(), *self.tables.values()]
-        shared = _are_shared(self.model, layers)
-        before = [(layer, layer.weight) for layer in layers] if may_fail else []  # else each is freed at once
+        shared = _are_shared(self.model, list(self.layers.values()))
+        before = self._weights() if may_fail else []  # else each is freed at once
         try:
             yield
         except BaseException:
-            for layer, weight in before:
-                layer.weight = weight
+            _restore(before)
             raise
         config = getattr(self.model, "config", None)
         if shared and getattr(config, "tie_word_embeddings", False):
@@ -78,16 +144,40 @@ class LayerChoice:
         before.clear()
         release_freed_memory()  # the weights in floating point
 
-    def quantize_tables(self, grid: Grid) -> None:
-        """Round every table to nearest. The scales have the type of the weight."""
-        for table in self.tables.values():
-            table.weight = quantize_weight(table.weight, grid, rounds_activations=False)
+    @contextmanager
+    def restore_weights(self) -> Iterator[None]:
+        """The body may give the layers integer weights; afterwards they have their own."""
+        before = self._weights()
+        try:
+            yield
+        finally:
+            _restore(before)
 
-    def quantize_wide(self) -> None:
-        """Round the linears in 8 bits to nearest, with one scale for each output."""
-        for name in self.wide:
-            layer = self.linears[name]
-            layer.weight = quantize_weight(layer.weight, EIGHT_BITS, rounds_activations=True)
+    def prepare(self) -> None:
+        """Pad the inputs of linears whose width does not fit, and write zeros for those that a weight does not see.
+
+        Before anything rounds or watches them.
+        """
+        for name, layer in self.linears.items():
+            drop_outlier_columns(layer)
+            if layer.in_features % width_multiple(self.grids[name]):
+                pad_inputs(layer, width_multiple(self.grids[name]))
+
+    def quantize(self, name: str, rule: Rule = absmax_codes) -> None:
+        """Round the weight of one layer to its grid."""
+        layer = self.layers[name]
+        is_linear = isinstance(layer, nn.Linear)
+        layer.weight = quantize_weight(layer.weight, self.grids[name], rule, rounds_activations=is_linear)
+
+    def _weights(self) -> list[tuple[Layer, Tensor]]:
+        return [(layer, layer.weight) for layer in self.layers.values()]
+
+
+def _restore(before: list[tuple[Layer, Tensor]]) -> None:
+    for layer, weight in before:
+        layer.weight = weight  # type: ignore[assignment]
+        if isinstance(layer, PaddedLinear):
+            unpad_inputs(layer)
 
 
 def choose_layers(
@@ -95,49 +185,41 @@ def choose_layers(
     model: nn.Module,
     sample: Sample | None,
     *,
-    targets: tuple[str, ...] | None,
-    wide: tuple[str, ...] | None,
+    linears: Sequence[tuple[tuple[str, ...], Grid]],
     skip: tuple[str, ...],
-    embeddings: TableBits,
+    tables: Grid | None,
+    stacklevel: int = 4,
 ) -> LayerChoice:
-    """The linears of `targets` and, in 8 bits, of `wide`, and all tables, without those of `skip`.
+    """The linears that patterns match, each in the grid of the last that does, and all tables, without those of `skip`.
 
-    Warns of what stays in floating point. Raises `EdgetuneError` for a pattern without a match, a linear whose weight
-    is read elsewhere or computed, a table with `max_norm`, and weights that are not finite.
+    Fused experts that are among them become linears first, in place, with the same outputs. Warns of what stays in
+    floating point. Raises `EdgetuneError` for a pattern without a match, a linear whose weight is read elsewhere or
+    computed, a table with `max_norm`, and weights that are not finite.
     """
+    _refuse_quantized(model)
+    skip = split_wanted_experts(model, tuple(pattern for patterns, _ in linears for pattern in patterns), skip)
     skip_linears, skip_tables = _split_skips(model, skip)
-    in_4_bits, in_8_bits = (
-        {} if patterns is None else select(model, patterns, skip_linears, nn.Linear, _is_choosable)
-        for patterns in (targets, wide)
-    )
-    linears: dict[str, Any] = in_4_bits | in_8_bits
-    tables, in_float = _choose_tables(model, skip_tables, embeddings)
-    readers, _ = readers_of(model, [*linears, *tables], sample)
-    in_float += [name for name in readers if tables.pop(name, None)]
-    refuse_readers(model, _without_encoder_layers(model, {n: r for n, r in readers.items() if n in linears}))
-    for name, layer in (*linears.items(), *tables.items()):
-        if name in linears:
-            refuse_computed(name, layer)
-        else:
-            _refuse_max_norm(name, layer)
-        _refuse_infinite(name, layer)
+    grids: dict[str, Grid] = {}
+    for patterns, grid in linears:
+        matched = select(model, patterns, skip_linears, nn.Linear, _is_choosable)
+        fit = [name for name, layer in matched.items() if grid.bits == 8 or not isinstance(layer, OutlierLinear)]
+        grids |= dict.fromkeys(fit, grid)
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in grids}
+    chosen_tables, in_float = _choose_tables(model, skip_tables) if tables else ({}, [])
+    readers, _ = readers_of(model, [*layers, *chosen_tables], sample)
+    in_float += [name for name in readers if chosen_tables.pop(name, None)]
+    refuse_readers(model, _without_encoder_layers(model, {n: r for n, r in readers.items() if n in layers}))
+    for name, layer in layers.items():
+        refuse_computed(name, layer)
+    for name, table in chosen_tables.items():
+        refuse_max_norm(name, table)
+    layers |= chosen_tables
+    for name, layer in layers.items():
+        refuse_infinite(name, layer.weight)
     for message in (_describe_kept_tables(in_float), _describe_bare_weights(model)):
         if message:
-            warnings.warn(f"{technique}: {message}", stacklevel=4)  # the caller of `et.apply`
-    return LayerChoice(technique, model, linears, frozenset(in_8_bits), tables)
-
-
-def table_grid(embeddings: TableBits, group_size: int | None) -> Grid:
-    """The grid of tables: in 4 bits with groups, in 8 with a scale for each row. The scales have the weight's type."""
-    return Grid(4, group_size) if embeddings == "int4" else Grid(8)
-
-
-def drop_padding_indices(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Give a plain model the structure of a quantized one: quantized tables have no `padding_idx`."""
-    for name, table in model.named_modules():
-        if isinstance(table, nn.Embedding) and weight_bits(state[f"{name}.weight"]) is not None:
-            table.padding_idx = None  # type: ignore[assignment]
-    return model
+            warnings.warn(f"{technique}: {message}", stacklevel=stacklevel)  # the caller of `et.apply`
+    return LayerChoice(technique, model, layers, grids | (dict.fromkeys(chosen_tables, tables) if tables else {}))
 
 
 def _split_skips(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -149,16 +231,24 @@ def _split_skips(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[str], li
     return for_linears, for_tables
 
 
-def _choose_tables(
-    model: nn.Module, skip: list[str], embeddings: TableBits
-) -> tuple[dict[str, nn.Embedding], list[str]]:
+def _choose_tables(model: nn.Module, skip: list[str]) -> tuple[dict[str, nn.Embedding], list[str]]:
     """The tables to quantize, and the names of those that cannot be."""
-    if embeddings == "none":
-        return {}, []
     tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_float(m)}
     wanted = {n: m for n, m in tables.items() if not matches(n, skip)}
     fit = {n: m for n, m in wanted.items() if m.max_norm is not None or looks_up(m)}
     return fit, [n for n in wanted if n not in fit]
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    """Raise for a model whose linears are all in integers already."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    quantized = [name for name, layer in linears.items() if weight_bits(layer.weight) is not None]
+    if quantized and len(quantized) == len(linears):
+        raise EdgetuneError(
+            "the model is quantized already",
+            got=f"{truncate_list(quantized)} in integers",
+            action="quantize the model in floating point",
+        )
 
 
 def _is_float(layer: nn.Module) -> bool:
@@ -180,7 +270,8 @@ def _without_encoder_layers(model: nn.Module, readers: dict[str, list[str]]) -> 
     return {name: outer for name, outer in others.items() if outer}
 
 
-def _refuse_max_norm(name: str, table: nn.Embedding) -> None:
+def refuse_max_norm(name: str, table: nn.Embedding) -> None:
+    """Raise for a table that changes as it is read."""
     if table.max_norm is not None:
         raise EdgetuneError(
             "an embedding with max_norm rewrites its rows as it runs and cannot be quantized",
@@ -190,8 +281,9 @@ def _refuse_max_norm(name: str, table: nn.Embedding) -> None:
         )
 
 
-def _refuse_infinite(name: str, layer: nn.Linear | nn.Embedding) -> None:
-    weight = layer.weight.detach()
+def refuse_infinite(name: str, weight: Tensor) -> None:
+    """Raise for a weight that no scale fits."""
+    weight = weight.detach()
     if weight.is_meta or weight.numel() == 0:
         return
     least, largest = weight.aminmax()
@@ -231,7 +323,7 @@ def _describe_bare_weights(model: nn.Module) -> str:
     )
 
 
-def _are_shared(model: nn.Module, layers: list[nn.Linear | nn.Embedding]) -> bool:
+def _are_shared(model: nn.Module, layers: list[Layer]) -> bool:
     """Whether the weight of one of these layers is a parameter of several modules."""
     holders: dict[int, set[int]] = {}
     for module in model.modules():

@@ -1,6 +1,7 @@
 """NF4: frozen linears stored in 4 bits by bitsandbytes, as a base to train adapters on (QLoRA).
 
-Dettmers et al., 2023, arXiv:2305.14314: blocks of weights on the 16 quantiles of a normal distribution, one scale each.
+Dettmers et al., 2023, arXiv:2305.14314: blocks of weights on the 16 quantiles of a normal distribution, one scale each;
+or on the 16 values of a 4-bit float.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.layers import matches, refuse_shared, replace, select
 from edgetune.core.merging import merge
-from edgetune.core.packed_layers import is_nf4
+from edgetune.core.packed_layers import MergeParity, OriginalWeight, is_nf4, original_weight
 from edgetune.core.plain import refuse_computed
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
@@ -33,6 +34,11 @@ class NF4(Technique):
 
     A layer with n weights takes n/2 + 4n/block_size bytes, or slightly more than n/2 + n/block_size with
     `double_quant`.
+
+    Adapters are trained on the rounded weights, so that merged onto these (`merge_base="dequantized"`) the model
+    computes what was trained. `merge_base="fp"` adds them to the original weights instead, which are nearer the
+    pretrained model and not what was trained: the report of `finalize` says how far either is from it. The original
+    weights wait in files of the temporary folder (`TMPDIR`), in their own type.
     """
 
     name: ClassVar[str] = "nf4"
@@ -47,6 +53,10 @@ class NF4(Technique):
     """Number of weights that share a scale; it must divide every input width."""
     double_quant: bool = True
     """Store the scales in 8 bits too, in blocks of 256."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values: quantiles of a normal distribution, or those of a 4-bit float."""
+    merge_base: Literal["dequantized", "fp"] = "dequantized"
+    """What adapters are merged onto: the rounded weights that they were trained on, or the original ones."""
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Replace the linear layers in place."""
@@ -72,8 +82,12 @@ class NF4(Technique):
                 )  # fmt: skip
             self._check_width(name, layer.in_features)
         trainable.remember(model, self.name)
-        for name, layer in chosen.items():
-            replace(model, name, pack_linear(bnb, layer, self.block_size, self.double_quant))
+        linear: Any
+        for name, linear in chosen.items():
+            packed: Any = pack_linear(bnb, linear, self.block_size, self.double_quant, self.quant_type)
+            if self.merge_base == "fp":
+                packed.original_weight = OriginalWeight(linear.weight.detach())
+            replace(model, name, packed)
         if not watched:
             watch_first_forward(model, chosen)
         return model
@@ -108,6 +122,15 @@ class NF4(Technique):
         trainable.recall(model, self.name)
         return model
 
+    def note(self, model: nn.Module) -> str:
+        """After `finalize`: how far the merged layers are from the trained ones."""
+        parities = [p for m in model.modules() if isinstance(p := getattr(m, "merge_parity", None), MergeParity)]
+        if not parities:
+            return ""
+        rounded, original = (max(values) for values in zip(*parities, strict=True))
+        text = f"merged onto the dequantized weights, a layer's outputs are within {rounded:.1e} of the trained ones"
+        return f"{text}; onto the original ones, as here, {original:.1e}" if self.merge_base == "fp" else text
+
 
 def _is_other_product(module: nn.Module) -> bool:
     """Whether it is a layer such as transformers' Conv1D: a class outside torch with one matrix as its weight."""
@@ -128,16 +151,18 @@ def import_bitsandbytes() -> Any:
         logger.setLevel(level)
 
 
-def pack_linear(bnb: Any, layer: Any, block_size: int, double_quant: bool) -> nn.Module:
+def pack_linear(bnb: Any, layer: Any, block_size: int, double_quant: bool, quant_type: str = "nf4") -> nn.Module:
     """The linear with its weight `(out, in)` in 4 bits; the bias is the same parameter as before.
 
     It computes in the type that the weight had, and notes it as `plain_dtype`: bitsandbytes would convert a bias
     to the type it computes in, and an unpacked layer must fit the layers around it.
     """
     dtype: torch.dtype = layer.weight.dtype
-    new: Any = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
+    new: Any = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta", quant_type=quant_type
+    )
     new.plain_dtype = dtype
-    new.weight = _pack_weight(bnb, layer.weight.detach(), block_size, double_quant)
+    new.weight = _pack_weight(bnb, layer.weight.detach(), block_size, double_quant, quant_type)
     new.bias = layer.bias
     # In eval mode on a CPU with AVX512-BF16 the forward would rearrange the weight for good: scales rounded to bf16,
     # no gradient any more, and a failure where the rows are no multiple of 32.
@@ -158,8 +183,8 @@ def _refuse_without_scales(layer: Any, _: object) -> None:
         )
 
 
-def _pack_weight(bnb: Any, weight: torch.Tensor, block_size: int, double_quant: bool) -> Any:
-    settings = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": "nf4"}
+def _pack_weight(bnb: Any, weight: torch.Tensor, block_size: int, double_quant: bool, quant_type: str) -> Any:
+    settings = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": quant_type}
     # Without its `module`, since a deep copy would keep holding the layer that it was copied from.
     return bnb.nn.Params4bit(weight.to(torch.float32).clone(), requires_grad=False, **settings).to(weight.device)
 
@@ -175,5 +200,8 @@ def _load_packed(layer: Any, state: dict[str, Any], prefix: str, *_: object) -> 
         stored = {key.removeprefix(prefix + "weight."): value for key, value in extra.items()}
         layer.weight.quant_state = bnb.functional.QuantState.from_dict(stored, device=layer.weight.device)
     elif weight.is_floating_point():
-        fresh = _pack_weight(bnb, weight.to(layer.weight.device), current.blocksize, current.nested)
+        settings = (current.blocksize, current.nested, current.quant_type)
+        fresh = _pack_weight(bnb, weight.to(layer.weight.device), *settings)
+        if original_weight(layer) is not None:
+            layer.original_weight = OriginalWeight(weight.to(layer.plain_dtype))
         state[prefix + "weight"], layer.weight.quant_state = fresh.data, fresh.quant_state

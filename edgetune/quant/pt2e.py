@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,8 @@ from edgetune.capture.reparameterize import reparameterize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import Inputs, rows_of, tensors_of
 from edgetune.core.quiet import silence_libraries
+from edgetune.quant.bias import correct_biases
+from edgetune.quant.observers import OBSERVERS, Observer, output_error, set_rule
 from edgetune.quant.quantizers import OWN, fast_annotation, quantizer_for
 
 
@@ -27,33 +30,63 @@ def quantize_static(
     batches: Iterable[Inputs],
     *,
     per_channel: bool,
+    observer: Observer | Literal["auto"] = "minmax",
+    bias_correction: bool = False,
     skip: frozenset[str] = frozenset(),
     target: str = "xnnpack",
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, dict[Observer, float]]:
     """A graph of `model`, in eval mode, that rounds weights and activations to int8 with scales from `batches`.
 
     Takes the tensors of `inputs` by position, any number of rows. Weights have one scale per output channel, or
     one in all without `per_channel`. The layers called `skip` stay in floating point, which only XNNPACK's quantizer
     can do. A target's own quantizer takes and returns a graph for one row: it does not support dynamic sizes.
+    `auto` calibrates on all but the last quarter of the batches and takes the observer of the least error on those;
+    the errors of all come with the graph, the least first.
     Raises `EdgetuneError` (exit code 5) if the model cannot be captured with a free batch size.
     """
-    quantizer = quantizer_for(target, per_channel=per_channel, skip=skip)
+    auto = observer == "auto"
+    quantizer = quantizer_for(
+        target, per_channel=per_channel, observer="mse" if observer == "auto" else observer, skip=skip
+    )
     any_rows = target not in OWN
+    several = auto or bias_correction
+    errors: dict[Observer, float] = {}
     with silence_libraries(), torch.no_grad():
         prepared = _prepare(_fuse_branches(model, inputs, skip), inputs, quantizer, skip, any_rows=any_rows)
+        calibration = [tensors_of(batch) for batch in batches] if several else map(tensors_of, batches)
+        held_apart = calibration[-max(1, len(calibration) // 4) :] if isinstance(calibration, list) else []
+        fitted = calibration[: -len(held_apart)] if auto and len(calibration) > 1 else calibration  # type: ignore
         seen = 0
-        for batch in batches:
-            tensors = tensors_of(batch)
+        for tensors in fitted:
             single = (rows_of(tensors, row, row + 1) for row in range(len(tensors[0])))
             for part in [tensors] if any_rows else single:
                 prepared(*part)
             seen += 1
         if seen == 0:
             raise EdgetuneError("int8 got no calibration batch", action="give the sample batches", exit_code=Exit.DATA)
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
-        converted: fx.GraphModule = convert_pt2e(prepared)
+        if auto:
+            errors = _compare_observers(prepared, held_apart)
+            set_rule(prepared, next(iter(errors)))
+        converted = _convert(copy.deepcopy(prepared) if several else prepared)
+        if bias_correction:
+            correct_biases(prepared, converted, calibration)
     _drop_unused(converted)
+    return converted, errors
+
+
+def _compare_observers(prepared: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> dict[Observer, float]:
+    """The relative squared error of the outputs by each observer, on these batches; the least first."""
+    errors: dict[Observer, float] = {}
+    for observer in OBSERVERS:
+        set_rule(prepared, observer)
+        errors[observer] = output_error(prepared, _convert(copy.deepcopy(prepared)), batches)
+    return dict(sorted(errors.items(), key=lambda pair: pair[1]))
+
+
+def _convert(prepared: fx.GraphModule) -> fx.GraphModule:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    converted: fx.GraphModule = convert_pt2e(prepared)
     return converted
 
 

@@ -66,7 +66,7 @@ def _fingerprint(settings: str, model: nn.Module, batches: Iterable[Inputs]) -> 
     for part in (part for tensor in tensors for part in _parts(tensor)):
         digest.update(str((part.dtype, tuple(part.shape))).encode())
         if part.numel():  # by bytes, since numpy has no bfloat16
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

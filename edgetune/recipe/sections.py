@@ -79,6 +79,9 @@ class ProfileSettings(Settings):
     """Devices to predict for: ids from `edgetune devices list`, `host`, or paths of descriptors."""
     measure: bool = True
     """Also time the program on this machine."""
+    compare_float: bool = True
+    """Also lower the model as it was before it was quantized and predict it, so that the report says where the
+    quantized program is slower. Not of text-generation programs."""
 
 
 class Budget(Settings):

@@ -78,7 +78,7 @@ def remarks(ledger: Ledger) -> tuple[str, ...]:
     sentences = [] if ledger.finished else ["This run is not finished. The figures cover the steps so far."]
     broken = [line for line in ledger.verdicts if not line.holds]
     sentences += [_missed(line) for line in broken]
-    sentences += [*_against_baselines(ledger), *_losses(ledger), *_small_test_set(ledger)]
+    sentences += [*_slower_than_float(ledger), *_against_baselines(ledger), *_losses(ledger), *_small_test_set(ledger)]
     return tuple(sentences)
 
 
@@ -88,6 +88,23 @@ def _missed(line: Verdict) -> str:
         f"The budget for {line.device} is not met: {name} is {format_number(line.value)} {of}, the limit is "
         f"{format_number(line.limit)} {of}. The lowest value that this recipe can reach is "
         f"{format_number(line.least)} {of}."
+    )
+
+
+def _slower_than_float(ledger: Ledger) -> Iterator[str]:
+    """Devices on which the quantized program takes longer than the model did in floating point."""
+    before = {line.where: line.latency_ms for line in ledger.unquantized}
+    slower = [line for line in ledger.predicted if line.latency_ms > before.get(line.where, line.latency_ms)]
+    if not slower:
+        return
+    times = "; ".join(
+        f"{format_number(line.latency_ms)} ms against {format_number(before[line.where])} ms on {line.where}"
+        for line in slower
+    )
+    dynamic = "" if any(row.step == "int8_dynamic" for row in ledger.rows) else "take int8_dynamic, "
+    yield (
+        f"The quantized program is predicted to be slower than the model in floating point: {times}. Leave the "
+        f"quantization out, {dynamic}or let edgetune export --fastest-form choose."
     )
 
 

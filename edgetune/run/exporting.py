@@ -74,6 +74,7 @@ def export_from(
     external_data: bool = False,
     dtype: FloatType | None = None,
     cache_dtype: KeyValueType | None = None,
+    fastest_form: bool = False,
 ) -> Artifact:
     """Lower the model that `source` names to `path`.
 
@@ -93,6 +94,7 @@ def export_from(
         external_data: store the weights in `model.ptd` next to the program.
         dtype: the type that the program computes in; by default that of the run, or fp32.
         cache_dtype: the type of a text-generation program's cache; by default that of the run, or `dtype`.
+        fastest_form: quantize the model first, if that is faster; see `choose_fastest`.
     """
     check_types(dtype, cache_dtype)
     model = set_cache(load_exportable(source, data, language, inputs, weights), max_tokens, cache_dtype)
@@ -100,6 +102,13 @@ def export_from(
         message = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(message, action="leave out --dynamic and --ptd, or --language")
     model = replace(model, dynamic=dynamic, external_data=external_data, dtype=dtype or model.dtype)
+    if fastest_form:
+        if source.endswith(".pt2"):
+            message = "a program of torch.export has no layers to quantize"
+            raise EdgetuneError(message, got=source, action="export the model itself, or omit --fastest-form")
+        from edgetune.run.forms import choose_fastest
+
+        model = choose_fastest(model, device=device, target=target)
     return to_program(model, path, device=device, target=target)
 
 

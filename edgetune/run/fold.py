@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from edgetune.core.apply import active_techniques, apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import write_atomically
 from edgetune.core.inputs import tensors_of
-from edgetune.core.ledger import Layers, Ledger, Measured, Predicted, Quality, Row, Shift, Training
+from edgetune.core.ledger import Ledger, Quality, Row, Shift, Training
 from edgetune.core.numbers import MIB
 from edgetune.core.numbers import format_quality as quality_in_words
 from edgetune.core.order import plan_steps
@@ -33,28 +33,25 @@ from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
 from edgetune.program.card import write_card
 from edgetune.quant.size import stored_bytes
-from edgetune.recipe.names import HOST, device_ids
 from edgetune.recipe.outline import describe_settings
 from edgetune.recipe.recipe import Recipe
-from edgetune.recipe.sections import ProfileSettings, Step
+from edgetune.recipe.sections import Step
 from edgetune.run import reuse, runs
 from edgetune.run.budget import check_budgets
 from edgetune.run.environment import installed_versions
 from edgetune.run.exportable import check_can_generate, exportable_from_split, to_program
 from edgetune.run.finished import save_finished
-from edgetune.run.measures import measure, saved_mib
+from edgetune.run.layer_times import layers_ms_of
+from edgetune.run.measures import join_notes, measure, saved_mib
+from edgetune.run.profiling import profile_program
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
-from edgetune.run.samples import CALIBRATION_BATCHES, Samples
+from edgetune.run.samples import CALIBRATION_BATCHES, Samples, few_rows_note
 from edgetune.tasks.quality import answers_on, distributions_on, quality, shift_between
 from edgetune.train.loggers import TrainingLog
 from edgetune.train.loop import seed_everything, train
 from edgetune.train.settings import Train
 
-if TYPE_CHECKING:
-    from edgetune.program.artifact import Artifact
-
 EVALUATION_BATCH = 64
-_FEW_ROWS = 20
 
 
 class Eval(StepSettings):
@@ -98,6 +95,7 @@ class Fold:
         self.samples = Samples(self.train_split, self.test_split, recipe.model.max_length, batch_size)
         self.teachers: dict[str, nn.Module] = {}
         self.least_training_mib: list[float] = []
+        self.float_model: nn.Module | None = None  # before it was quantized
         self.ledger = Ledger(
             recipe=recipe.name,
             seed=recipe.seed,
@@ -109,7 +107,7 @@ class Fold:
             notes=(*self.dataset.notes, *loaded.notes),
         )
         if record:
-            for note in (*self.ledger.notes, *_few_rows_note(self.dataset)):  # not only in the report
+            for note in (*self.ledger.notes, *few_rows_note(self.dataset)):  # not only in the report
                 progress(NOTE, 0, 0, note)
             self.check(loaded, batch_sizes)
 
@@ -146,8 +144,7 @@ class Fold:
         if until is not None:
             return self.ledger
         save_finished(self.folder, self.model, self.recipe, self.data_as_read, self.samples.example())
-        answers = answers_on(self.model, self.test_split, EVALUATION_BATCH)
-        self.ledger = self.ledger.with_(answers=answers)
+        self.ledger = self.ledger.with_(answers=answers_on(self.model, self.test_split, EVALUATION_BATCH))
         if self.recipe.export:
             self.export()
         self.ledger = self.ledger.with_(
@@ -212,14 +209,18 @@ class Fold:
         detail = describe_settings(settings)
         measures_shift = self.record and settings.leaves is Trait.INTEGER and self.digest not in self.measured_before
         before = distributions_on(self.model, self.test_split, EVALUATION_BATCH) if measures_shift else None
+        if settings.leaves is Trait.INTEGER and self.float_model is None and self.compares_float():
+            self.float_model = copy.deepcopy(self.model).eval()
         started = time.perf_counter()
         self.progress(settings.name, 0, 1, detail)
         self.model = apply(self.model, settings, self.sample(settings))
-        self.progress(settings.name, 1, 1, "")
-        seconds = time.perf_counter() - started
+        seconds, note = time.perf_counter() - started, settings.note(self.model)
+        self.progress(settings.name, 1, 1, note)
         after = None if before is None else distributions_on(self.model, self.test_split, EVALUATION_BATCH)
         shift = None if before is None or after is None else shift_between(before, after)
-        self.add_row(settings.name, detail, seconds, exact=settings.exact, shift=shift)
+        if self.record and not settings.needs_finalize():
+            settings.save(self.model, self.folder)
+        self.add_row(settings.name, detail, seconds, exact=settings.exact, shift=shift, note=note)
 
     def close(self) -> None:
         """Finalize what is open, with a row in the ledger; save separate results, such as an adapter."""
@@ -234,7 +235,8 @@ class Fold:
         names = ", ".join(t.name for t in reversed(techniques))
         self.model = finalize(self.model)
         self.digest = reuse.finalized_digest(self.digest)
-        self.add_row("finalize", names, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.add_row("finalize", names, seconds, note=join_notes(t.note(self.model) for t in techniques))
 
     def train(self, index: int, settings: Train) -> None:
         """Run a `train` step, and record its memory."""
@@ -311,30 +313,15 @@ class Fold:
         self.ledger = self.ledger.with_(program=artifact.program().model_copy(update={"path": artifact.path.name}))
         self.save()
         if self.recipe.profile is not None:
-            self.profile(artifact, self.recipe.profile, find(asked.target).runs_here)
+            before = replace(source, model=self.float_model, check_inputs=None) if self.float_model else None
+            changes = profile_program(artifact, self.recipe.profile, before, find(asked.target), self.progress)
+            self.ledger = self.ledger.with_(**changes)
         write_card(artifact.path, artifact.manifest, self.ledger)
 
-    def profile(self, artifact: Artifact, asked: ProfileSettings, runs_here: bool) -> None:
-        """Time every kind of call of the program on this host, and predict it for each device."""
-        from edgetune.profile.calls import predict_calls
-        from edgetune.profile.layers import predict_layers
-        from edgetune.runtime.hosts.host import Host
-        from edgetune.runtime.hosts.session import measure_on
-
-        devices = [*asked.devices]
-        measured: tuple[Measured, ...] = ()
-        if asked.measure and runs_here:
-            self.progress("profile", 0, len(devices) + 1, "this host")
-            measured = measure_on(Host(), artifact, by_layer=True)
-            devices += [HOST] if HOST in device_ids() and HOST not in devices else []  # predicted beside measured
-        predicted: list[Predicted] = []
-        by_layer: list[Layers] = []
-        for number, device in enumerate(devices):
-            self.progress("profile", number + 1, len(devices) + 1, device)
-            predicted += predict_calls(artifact, device)
-            by_layer += predict_layers(artifact, device)
-        self.progress("profile", 1, 1, "")
-        self.ledger = self.ledger.with_(measured=measured, predicted=tuple(predicted), layers=tuple(by_layer))
+    def compares_float(self) -> bool:
+        """Whether the report compares the quantized program with the model before."""
+        asked, profile = self.recipe.export, self.recipe.profile
+        return bool(self.record and asked and not asked.language and profile and profile.compare_float)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The task's loss."""
@@ -342,13 +329,16 @@ class Fold:
 
     def sample(self, technique: Technique | None = None) -> Sample:
         """The data that a technique may use: as many batches as it calibrates on, at least the usual number."""
-        wanted = getattr(technique, "calibration_batches", CALIBRATION_BATCHES)
-        sample = self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
+        wanted = (technique.batches_wanted if technique else None) or 0
         folder = self.folder / "checkpoints" if self.record and technique is not None else None
-        return replace(sample, progress=self.progress, folder=folder)
+        times = layers_ms_of(self.test_split, self.recipe.model.max_length, self.recipe.export, self.carried)
+        sample = self.samples.sample(self.loss, max(wanted, CALIBRATION_BATCHES))
+        return replace(sample, progress=self.progress, folder=folder, layers_ms=times)
 
-    def add_row(self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None) -> None:
-        """Measure the model and add a row; reuse the row of an earlier run of the same steps.
+    def add_row(
+        self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None, note: str = ""
+    ) -> None:
+        """Measure the model and add a row, with the step's own note; reuse that of an earlier run of the same steps.
 
         After an `exact` step, which cannot change the outputs, quality is the last row's, and the row says so.
         """
@@ -361,7 +351,7 @@ class Fold:
             batch = self.samples.largest_batch(self.samples.batch_size)
             measures = measure(self.model, self.samples.example(), batch, self.loss)
             last = self.ledger.rows[-1].quality if exact else self.quality_of(self.model)
-            note = "not measured again: the step does not change the output" if exact else ""
+            note = join_notes([note, "not measured again: the step does not change the output" if exact else ""])
             row = Row(
                 index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
                 measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), shift=shift,
@@ -389,8 +379,3 @@ class Fold:
 
 def _distils(step: Step) -> bool:
     return isinstance(step.settings, Train) and step.settings.distill is not None
-
-
-def _few_rows_note(dataset: Dataset) -> tuple[str, ...]:
-    rows = len(dataset.test)
-    return (f"only {rows} row{'s' * (rows != 1)} to test on: give more, or data.test_file",) if rows < _FEW_ROWS else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,11 @@ class Measures(NamedTuple):
     size_mib: float
     macs: int
     saved_for_backward_mib: float
+
+
+def join_notes(notes: Iterable[str]) -> str:
+    """One note of several, without the empty ones."""
+    return "; ".join(filter(None, notes))
 
 
 def measure(model: nn.Module, inputs: Inputs, batch: tuple[Inputs, Tensor], loss: Loss) -> Measures:

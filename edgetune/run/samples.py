@@ -10,10 +10,11 @@ from torch import Tensor
 
 from edgetune.core.inputs import Inputs
 from edgetune.core.technique import Sample
-from edgetune.data.dataset import Split
+from edgetune.data.dataset import Dataset, Split
 
 CALIBRATION_ROWS = 16  # of the training set, in each of the batches a technique may look at
 CALIBRATION_BATCHES = 8
+_FEW_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,9 @@ class Samples:
                 yield self.train.batch(range(start, min(start + self.batch_size, rows)))
 
         return Sample(self.train.one_row(0, self.max_length), batches, labelled, loss)
+
+
+def few_rows_note(dataset: Dataset) -> tuple[str, ...]:
+    """A note where a quality would be measured on few rows."""
+    rows = len(dataset.test)
+    return (f"only {rows} row{'s' * (rows != 1)} to test on: give more, or data.test_file",) if rows < _FEW_ROWS else ()

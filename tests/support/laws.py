@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -20,13 +19,21 @@ from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.technique import Lean
 from edgetune.prune.structured import Prune
+from edgetune.quant.bits import Bits
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
+from edgetune.quant.outliers import Outliers
+from edgetune.quant.qat import QAT
+from edgetune.quant.quik import Quik
+from edgetune.quant.rotate import Rotate
+from edgetune.quant.smooth import Smooth
+from edgetune.quant.ternary import Ternary
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from support.gain import Gain
+from support.sizes import bytes_of, channel_size, int4_int8_size, int4_size, int8_size, nf4_size, pruned_bert_size
 
 
 class Block(nn.Module):
@@ -177,6 +184,7 @@ class Case:
     error: float = 0.0  # lossy: most relative error of the outputs that apply may bring
     size: Callable[[nn.Module], int] | None = None  # lossy: exact bytes after apply, from the plain model
     keeps_less: bool = False  # bytes kept for backward fall
+    same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
     same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
     same_shapes: bool = True  # whether it can load the plain model's state
@@ -195,85 +203,11 @@ class Case:
         return apply(self.model(), self.techniques, Sample.of(self.inputs()))
 
 
-def packed_bytes(weights: int, block_size: int, double_quant: bool) -> int:
-    """Bytes that the weights of an NF4 layer take: codes, scales and tables."""
-    codes, scales, table = math.ceil(weights / 2), math.ceil(weights / block_size), 16 * 4
-    if not double_quant:
-        return codes + 4 * scales + table
-    return codes + scales + table + 4 * math.ceil(scales / 256) + 256 * 4 + 4
-
-
-def nf4_size(double_quant: bool, skipped: str) -> Callable[[nn.Module], int]:
-    """All linears but one packed, the rest as it was."""
-
-    def size(plain: nn.Module) -> int:
-        total = 4 * sum(t.numel() for t in plain.parameters()) + sum(t.nbytes for t in plain.buffers())
-        for name, module in plain.named_modules():
-            if isinstance(module, nn.Linear) and name != skipped:
-                weights = module.weight.numel()
-                total += packed_bytes(weights, 32, double_quant) - 4 * weights
-        return total
-
-    return size
-
-
-def bytes_of(model: nn.Module) -> int:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
-def pruned_bert_size(plain: nn.Module) -> int:
-    """16 of 64 units of each FFN and 1 of 4 heads go, of width 8: rows with their biases, and columns."""
-    ffn, heads = 16 * (32 + 1 + 32), 8 * (3 * (32 + 1) + 32)
-    return bytes_of(plain) - 2 * 4 * (ffn + heads)
-
-
-def int4_size(plain: nn.Module) -> int:
-    """Linears at half a byte and a scale of two bytes for each 32; embeddings at a byte and a scale for each row."""
-    total = bytes_of(plain)
-    for module in plain.modules():
-        if isinstance(module, nn.Linear):
-            total -= 4 * module.weight.numel() - module.weight.numel() // 2 - 2 * module.weight.numel() // 32
-        if isinstance(module, nn.Embedding):
-            total -= 3 * module.weight.numel() - 4 * module.num_embeddings
-    return total
-
-
-def int4_int8_size(plain: nn.Module) -> int:
-    """Three linears at half a byte, four at a byte and a scale of four bytes for each output; the stem stays."""
-    total = bytes_of(plain)
-    for name, module in plain.named_modules():
-        if name.endswith("down"):
-            total -= 4 * module.weight.numel() - module.weight.numel() // 2 - 2 * module.weight.numel() // 32
-        elif name.endswith("up") or name == "classifier":
-            total -= 3 * module.weight.numel() - 4 * module.weight.shape[0]
-    return total
-
-
-def channel_size(bits: int, scale_bytes: int) -> Callable[[nn.Module], int]:
-    """Linears with a scale for each output; embeddings at a byte and a scale of four bytes for each row."""
-
-    def size(plain: nn.Module) -> int:
-        total = bytes_of(plain)
-        for module in plain.modules():
-            if isinstance(module, nn.Linear):
-                total -= (32 - bits) * module.weight.numel() // 8 - scale_bytes * module.out_features
-            if isinstance(module, nn.Embedding):
-                total -= 3 * module.weight.numel() - 4 * module.num_embeddings
-        return total
-
-    return size
-
-
-def int8_size(plain: nn.Module) -> int:
-    """Weights at a byte; for each output a bias, a scale (4 bytes each) and a zero point (8). Norms are folded."""
-    layers = [m for m in plain.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return sum(m.weight.numel() + (4 + 4 + 8) * m.weight.shape[0] for m in layers)
-
-
 ATTENTION = ("*.query", "*.value")
 LINEARS = ("*.query", "*.key", "*.value", "*.dense")
 BLOCKS = ("blocks.*.up", "blocks.*.down")
 NOTHING = ("*.nothing",)
+ROUNDED = 1e-2  # of outputs without the rounding of activations, which finalize leaves to the kernel
 
 CASES = [
     Case(
@@ -343,17 +277,60 @@ CASES = [
     ),
     Case("int4-bert", (Int4(),), bert, tokens, error=0.4, size=int4_size, trains=False),
     Case("int4-absmax-mlp", (Int4(algorithm="absmax"),), mlp, vectors, error=0.2, size=int4_size, trains=False),
+    Case("int4-awq-mlp", (Int4(algorithm="awq"),), mlp, vectors, error=0.2, size=int4_size, trains=False),
+    Case("int4-awq-llama", (Int4(algorithm="awq", int8_linears=("lm_head",)),), llama, tokens, error=0.5, trains=False),
     Case(
         "int4-channel-mlp", (Int4(algorithm="gptq", group_size="channel"),), mlp, vectors, error=0.2,
         size=channel_size(4, 2), trains=False, exports=True,
+    ),
+    Case(
+        "int4-padded-mlp", (Int4(pad=True, group_size=64),), mlp, vectors, error=0.2, trains=False, same_keys=False,
+        same_shapes=False, exports=True,
+    ),
+    Case(
+        "bits-mlp", (Bits(average_bits=6),), mlp, vectors, error=0.1, trains=False, exports=True,
+        unmatched=Bits(average_bits=6, targets=NOTHING),
+    ),
+    Case(
+        "quik-mlp", (Quik(),), mlp, vectors, error=0.3, trains=False, same_keys=False, exports=True,
+        unmatched=Quik(targets=NOTHING),
+    ),
+    Case(
+        "outliers-mlp", (Outliers(share=0.1),), mlp, vectors, trains=False, same_keys=False, exports=True,
+        unmatched=Outliers(targets=NOTHING),
     ),
     Case(
         "int8-dynamic-mlp", (Int8Dynamic(),), mlp, vectors, error=0.02, size=channel_size(8, 4), trains=False,
         exports=True, unmatched=Int8Dynamic(targets=NOTHING),
     ),
     Case("int8-dynamic-bert", (Int8Dynamic(),), bert, tokens, error=0.03, size=channel_size(8, 4), trains=False),
+    Case("qat-mlp", (QAT(),), mlp, vectors, ROUNDED, error=0.2, exports=True, unmatched=QAT(targets=NOTHING)),
+    Case("qat-distilled-bert", (QAT(group_size="channel", distill=0.5),), bert, tokens, ROUNDED, error=0.4),
+    Case(
+        "lean-sparse-lora-qat-mlp",
+        (
+            Lean(), SparseUpdate(scheme="last-1"),
+            LoRA(rank=2, targets=("blocks.0.*",)), QAT(distill=1.0, algorithm="mse"),
+        ),
+        mlp, vectors, ROUNDED, error=0.2,
+    ),
+    Case(
+        "ternary-mlp", (Ternary(skip=("classifier",), blend_batches=2),), mlp, vectors, ROUNDED, error=1.0,
+        exports=True, unmatched=Ternary(targets=NOTHING),
+    ),
     Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
+    ),
+    Case("smooth-mlp", (Smooth(),), mlp, vectors, exports=True, same_weights=False),
+    Case("smooth-auto-bert", (Smooth(alpha="auto"),), bert, tokens, same_weights=False),
+    Case(
+        "smooth-lora-llama", (Smooth(), LoRA(rank=2, targets=("*.q_proj", "*.v_proj"))), llama, tokens,
+        same_weights=False,
+    ),
+    Case("rotate-llama", (Rotate(),), llama, tokens, exports=True, same_weights=False),
+    Case(
+        "rotate-smooth-llama", (Rotate(), Smooth(alpha="auto", bits=8, group_size="channel")), llama, tokens,
+        same_weights=False,
     ),
     Case("gain-mlp", (Gain(targets=("*.up",)),), mlp, vectors, unmatched=Gain(targets=("nothing",))),
     Case(

@@ -89,9 +89,9 @@ def small_net() -> nn.Module:
 
 MISTAKES: dict[str, Mistake] = {
     # the list of the first newcomer
-    "prune leaves widths that int4 cannot divide": run(
-        "r, step 3, int4, bert.encoder.layer.0.output.dense", "found before any training", "got 88",
-        "next: prune with round_to=32", steps="[train, prune: {ratio: 0.3, what: [ffn], round_to: 4}, int4]",
+    "int4 skips a layer that is not there": run(
+        "r, step 2, int4: skip: the pattern matches no layer (found before any training): got 'clasifier'",
+        "did you mean 'classifier'?", steps="[train, int4: {skip: [clasifier]}]",
     ),
     "a head for other classes than the data's": Mistake(
         "export hf:lab --data csv:reviews.csv -o lab.pte",

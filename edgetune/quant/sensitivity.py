@@ -1,0 +1,132 @@
+"""What rounding a layer costs: its squared error weighed by Fisher information, or the error of its outputs.
+
+For a small change D of the weights the KL divergence from the model's own predictions is sum F D^2 / 2 with F the
+diagonal of the Fisher information: the expected squared gradient of the log likelihood of labels drawn from the
+model's own distribution (LeCun et al., 1990; Martens, 2020, arXiv:1412.1193, section 5). Gradients of other labels
+than these have no mean of zero; with these, the squared gradient of a batch's sum is an estimate of the sum over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgetune.capture.fast_path import slow_path
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.inputs import Inputs, call, device_of, logits_of, tensors_in, to_device, token_mask
+from edgetune.core.modes import preserve_state, preserve_trainability
+from edgetune.quant.layers import Layer
+
+_DRAWS = 4  # of labels for each batch
+_MOST_LOGITS = 2**25  # that a comparison holds at once, beyond its first batch
+
+
+def fisher_information(
+    model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Inputs], seed: int
+) -> dict[str, Tensor]:
+    """The diagonal for the weight of each layer, of one prediction: a row, or each token of a model that has one for
+    each. Zero for a layer that no prediction depends on."""
+    sums = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
+    predictions = 0
+    with _separate_weights(model, layers) as weights:
+        for batch in _on_device(model, batches):
+            logits = _predicted(call(model, batch), batch)
+            for draw in range(_DRAWS):
+                loss = _draw_loss(logits, generator)
+                gradients = torch.autograd.grad(loss, weights, retain_graph=draw + 1 < _DRAWS, allow_unused=True)
+                for total, gradient in zip(sums.values(), gradients, strict=True):
+                    if gradient is not None:
+                        total += gradient.float().square_()
+            predictions += _DRAWS * len(logits)
+    for name, total in sums.items():
+        total /= max(predictions, 1)
+        if not bool(torch.isfinite(total.sum())):
+            raise EdgetuneError(
+                "the gradients of a layer are not finite on the calibration batches",
+                where=name,
+                action="look for NaN or infinity in the sample and the weights",
+            )
+    return sums
+
+
+@torch.no_grad()
+def reference_logits(model: nn.Module, batches: Sequence[Inputs]) -> list[tuple[Inputs, Tensor]]:
+    """Batches with the model's predictions on them, `(predictions, classes)`; as many batches as fit into memory."""
+    pairs: list[tuple[Inputs, Tensor]] = []
+    held = 0
+    with preserve_state(model), slow_path(model):
+        for batch in _on_device(model, batches):
+            if held > _MOST_LOGITS:
+                break
+            pairs.append((batch, _predicted(call(model, batch), batch)))
+            held += pairs[-1][1].numel()
+    return pairs
+
+
+@torch.no_grad()
+def mean_kl(model: nn.Module, reference: Sequence[tuple[Inputs, Tensor]]) -> float:
+    """The mean divergence of the model's predictions from these, in nats; of single values, half the squared error."""
+    total, predictions = 0.0, 0
+    with preserve_state(model), slow_path(model):
+        for batch, expected in reference:
+            logits = _predicted(call(model, batch), batch)
+            predictions += len(logits)
+            if logits.shape[-1] == 1:
+                total += float((logits - expected).square().sum()) / 2
+            else:
+                pair = logits.log_softmax(-1), expected.log_softmax(-1)
+                total += float(F.kl_div(*pair, log_target=True, reduction="sum"))
+    return total / max(predictions, 1)
+
+
+def _on_device(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
+    full = [batch for batch in batches if any(tensor.numel() for tensor in tensors_in(batch))]
+    if not full:
+        raise EdgetuneError(
+            "there are no calibration batches, or they have no rows",
+            action="pass et.Sample(inputs, batches) with rows, or write allocation: {...}",
+        )
+    return [to_device(batch, device_of(model)) for batch in full]
+
+
+@contextmanager
+def _separate_weights(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[list[Tensor]]:
+    """Inside, the weights of these layers alone have gradients, and a shared one has a gradient in each layer."""
+    before = [(layer, layer.weight) for layer in layers.values()]
+    with preserve_state(model), slow_path(model), preserve_trainability(model), torch.enable_grad():
+        model.requires_grad_(False)
+        try:
+            for layer, weight in before:
+                layer.weight = nn.Parameter(weight.detach())
+            yield [layer.weight for layer, _ in before]
+        finally:
+            for layer, weight in before:
+                layer.weight = weight
+
+
+def _predicted(output: object, batch: Inputs) -> Tensor:
+    """The logits as `(predictions, classes)` in fp32, without those of padded tokens."""
+    logits, mask = logits_of(output), token_mask(batch)
+    if mask is not None and logits.dim() == 3 and logits.shape[:2] == mask.shape:
+        logits = logits[mask]
+    return logits.reshape(-1, logits.shape[-1]).float()
+
+
+def _draw_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The negative log likelihood of labels drawn from these predictions; single values are means of unit normals."""
+    if logits.shape[-1] == 1:
+        noise = torch.randn(logits.shape, generator=generator, device=logits.device)
+        return (logits * noise).sum()
+    probabilities = logits.detach().softmax(-1)
+    if not bool(torch.isfinite(probabilities).all()):
+        raise EdgetuneError(
+            "the outputs of the model are not finite on the calibration batches",
+            action="look for NaN or infinity in the sample and the weights",
+        )
+    labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return F.cross_entropy(logits, labels, reduction="sum")
