@@ -37,7 +37,7 @@ def _network(name: str) -> nn.Module:
     return lively(import_timm().create_model(name), pictures(8, PX), branches=0.2)
 
 
-def _bert(width: int, layers: int, heads: int) -> nn.Module:
+def bert(width: int, layers: int, heads: int) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def _telling() -> nn.Module:
     return WhisperDecoder(_whisper()).eval()
 
 
-def _sentences(rows: int, name: str = "input_ids", words: int = WORDS, tokens: int = TOKENS) -> dict[str, Tensor]:
+def sentences(rows: int, name: str = "input_ids", words: int = WORDS, tokens: int = TOKENS) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(rows)
     return {name: torch.randint(3, words, (rows, tokens), generator=draw)}
 
@@ -80,7 +80,7 @@ def _speech(rows: int) -> Inputs:
 
 
 def _heard(rows: int) -> Inputs:
-    tokens = _sentences(rows, "decoder_input_ids", WHISPER_WORDS, SAID)
+    tokens = sentences(rows, "decoder_input_ids", WHISPER_WORDS, SAID)
     return {**tokens, "encoder_hidden_states": torch.randn(rows, FRAMES // 2, 384)}
 
 
@@ -94,10 +94,10 @@ REAL = {
     family.name: family
     for family in (
         *map(_vision, NETWORKS),
-        Family("MiniLM at 128", functools.partial(_bert, 384, 12, 12), _sentences, "int4", "transformers"),
-        Family("BERT-base at 128", functools.partial(_bert, 768, 12, 12), _sentences, "int4", "transformers"),
+        Family("MiniLM at 128", functools.partial(bert, 384, 12, 12), sentences, "int4", "transformers"),
+        Family("BERT-base at 128", functools.partial(bert, 768, 12, 12), sentences, "int4", "transformers"),
         Family(
-            "ModernBERT-base at 128", _modern, functools.partial(_sentences, words=MODERN_WORDS), "int4", "transformers"
+            "ModernBERT-base at 128", _modern, functools.partial(sentences, words=MODERN_WORDS), "int4", "transformers"
         ),
         Family("Whisper-tiny encoder", _hearing, _speech, "int4", "transformers"),
         Family("Whisper-tiny decoder", _telling, _heard, "int4", "transformers"),

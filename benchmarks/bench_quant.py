@@ -1,0 +1,327 @@
+"""Every way to quantize a model, beside the float model it was made of: quality, size, time, latency beside others'.
+
+    python benchmarks/bench_quant.py [--models "MiniLM,small GPT"] [--methods "int4 gptq g32,..."] [--seeds 3] [--keep]
+
+Each model of `quant_models.py` is trained once for each seed. Every method then gets a copy of it, and the quality on
+held-out rows, which chose nothing, stands beside that of the trained float model: the metric, the KL divergence and the
+share of changed predictions. Each result is exported: size, and largest difference from eager mode. The methods of one
+model and seed run in one process, with one thread.
+Writes docs/bench-quant.md and .json after each; `--keep`: rows that the .json has already are not made again.
+Exit code 1 where something held to is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from quant_models import TASKS, Task
+
+from edgetune.run.environment import installed_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "runs" / "bench-quant"
+OUT = ROOT / "docs" / "bench-quant.json"
+MIB = 2**20
+Row = dict[str, Any]
+Steps = list[dict[str, Any]]
+
+FLOAT = "fp32"
+
+
+def methods_of(task: Task) -> dict[str, Steps]:
+    """The steps of every method that suits a model, by its name in the table."""
+    wide = {"int8_linears": list(task.wide)} if task.wide else {}
+
+    def int4(**settings: Any) -> dict[str, Any]:
+        return {"int4": {**wide, **settings}}
+
+    methods: dict[str, Steps] = {FLOAT: []}
+    if task.kind == "image":
+        observers = ("minmax", "percentile", "mse", "entropy")
+        methods |= {f"int8 {observer}": [{"int8": {"observer": observer}}] for observer in observers}
+        methods |= {
+            "int8 auto": [{"int8": {"observer": "auto"}}],
+            "int8 auto, biases": [{"int8": {"observer": "auto", "bias_correction": True}}],
+        }
+        return methods
+    methods["int8_dynamic"] = [{"int8_dynamic": {}}]
+    for group, name in ((32, "g32"), ("channel", "channel")):
+        for algorithm in ("absmax", "mse", "awq", "gptq"):
+            methods[f"int4 {algorithm} {name}"] = [int4(group_size=group, algorithm=algorithm)]
+        gptq = int4(group_size=group, algorithm="gptq")
+        methods[f"smooth, int4 gptq {name}"] = [{"smooth": {}}, gptq]
+        if task.kind == "language":
+            methods[f"rotate, int4 gptq {name}"] = [{"rotate": {}}, gptq]
+        training = {"train": task.qat}
+        methods[f"qat, int4 {name}"] = [{"qat": {"distill": 1.0}}, training, int4(group_size=group)]
+    methods["quik"] = [{"quik": {}}]
+    for average in (4.5, 5.0):  # 4.5: as large as int4 in groups of 32
+        methods[f"bits {average}"] = [{"bits": {"average_bits": average}}]
+    return methods
+
+
+# In a process of its own
+
+
+class Bench:
+    """A trained model and its data."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        import torch
+
+        from edgetune.tasks.quality import distributions_on
+
+        torch.set_num_threads(1)
+        self.name, self.seed, self.task = name, seed, TASKS[name]
+        self.fold = self.prepare([*self.task.train])
+        trained = WORK / f"{_file_name(name)}-{seed}.pt"
+        if trained.exists():
+            self.model = torch.load(trained, weights_only=False)
+        else:
+            self.fold.steps()
+            self.model = self.fold.model
+            torch.save(self.model, trained)
+        self.model.eval().requires_grad_(False)
+        self.before = distributions_on(self.model, self.fold.test_split)
+
+    def prepare(self, steps: Steps) -> Any:
+        """A recipe of these steps, with model and data loaded."""
+        from edgetune.run.fold import Fold
+
+        WORK.mkdir(parents=True, exist_ok=True)
+        return Fold(self.recipe(steps), WORK / "work", resume=False, progress=lambda *_: None, record=False)
+
+    def recipe(self, steps: Steps) -> Any:
+        """A recipe of these steps."""
+        from edgetune.recipe import recipe
+
+        parts = {"model": self.task.model, "data": self.task.data, "export": self.task.export, "seed": self.seed}
+        return recipe.from_plain({"name": "bench-quant", **parts, "steps": steps or ["eval"]})
+
+    def row(self, method: str, steps: Steps) -> Row:
+        """What a method makes of the model."""
+        from edgetune.quant.size import stored_bytes
+        from edgetune.run import reuse
+        from edgetune.tasks.quality import distributions_on, quality, shift_between
+
+        fold = copy.copy(self.fold)
+        fold.recipe = self.recipe(steps)
+        fold.digests = reuse.step_digests(fold.recipe)
+        fold.model, fold.teachers = copy.deepcopy(self.model).requires_grad_(True), {}
+        begun = time.process_time()
+        fold.steps()
+        seconds = time.process_time() - begun
+        after = distributions_on(fold.model, fold.test_split)
+        assert self.before is not None
+        assert after is not None
+        shift = shift_between(self.before, after)
+        fold.model.requires_grad_(False)
+        fold.export()
+        program = fold.ledger.program
+        file = WORK / f"{_file_name(self.name)}-{self.seed}-{_file_name(method)}.pte"
+        (fold.folder / "model.pte").replace(file)
+        return {
+            "quality": quality(fold.model, fold.test_split).value,
+            "kl": shift.kl_divergence,
+            "flips_pct": shift.changed_pct,
+            "cpu_s": seconds,
+            "stored_mib": stored_bytes(fold.model) / MIB,
+            "pte_mib": program.size_mib,
+            "difference": program.parity.max_relative_difference,
+            "same_pct": program.parity.same_prediction_pct,
+        }
+
+
+def _file_name(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).lower().split())
+
+
+def worker_main(name: str, seed: int, methods: Sequence[str]) -> None:
+    """Print a row for each method of one model, as it is made."""
+    from edgetune.core.errors import EdgetuneError
+
+    bench = Bench(name, seed)
+    for method in methods:
+        try:
+            result = bench.row(method, methods_of(bench.task)[method])
+        except EdgetuneError as error:
+            result = {"failed": str(error)}
+        print("\n" + json.dumps({"model": name, "seed": seed, "method": method, **result}), flush=True)
+
+
+# The benchmark
+
+
+def rows_from_worker(name: str, seed: int, methods: Sequence[str]) -> Iterator[Row]:
+    """The rows of one model and seed, as its process prints them."""
+    command = [sys.executable, __file__, "--worker", json.dumps([name, seed, list(methods)])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith('{"model"'):
+                yield json.loads(line)
+    if child.returncode:
+        print(f"{name}, seed {seed}: the process ended with {child.returncode}", file=sys.stderr)
+
+
+class Table:
+    """The rows, with what is asked of them."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = [row for row in rows if "failed" not in row]
+
+    def values(self, model: str, method: str, figure: str) -> list[float]:
+        """A figure with each seed."""
+        return [row[figure] for row in self.rows if (row["model"], row["method"]) == (model, method)]
+
+    def mean(self, model: str, method: str, figure: str) -> float | None:
+        """Its mean; `None` where it was not measured."""
+        values = self.values(model, method, figure)
+        return statistics.mean(values) if values else None
+
+    def ratio(self, model: str, method: str, other: str, figure: str) -> float | None:
+        """One method's mean over another's."""
+        one, two = self.mean(model, method, figure), self.mean(model, other, figure)
+        return None if one is None or two is None else one / two
+
+
+Verdict = tuple[bool, str]
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """What the whole is held to."""
+    table, checks = Table(rows), list[Verdict]()
+    of_text = [name for name, task in TASKS.items() if task.kind != "image"]
+
+    def at_most(value: float | None, limit: float, text: str) -> None:
+        if value is not None:
+            checks.append((value <= limit, f"{text}: {value:.3g} (at most {limit:g})"))
+
+    for name in of_text:
+        gptq = table.ratio(name, "int4 gptq g32", "int4 absmax g32", "kl")
+        at_most(gptq, 0.6, f"{name}: KL of gptq over absmax, groups of 32")
+        channel = table.ratio(name, "int4 gptq channel", "int4 absmax g32", "kl")
+        at_most(channel, 1.0, f"{name}: KL of gptq per channel over absmax in groups of 32")
+        at_most(table.ratio(name, "bits 4.5", "int4 gptq g32", "kl"), 0.8, f"{name}: KL of bits 4.5 over uniform gptq")
+        recovered = table.ratio(name, "qat, int4 channel", "int4 absmax channel", "kl")
+        at_most(recovered, 0.5, f"{name}: KL after qat over absmax, per channel")
+    for name, method, limit in (("small GPT", None, 1.02), ("small GPT", "qat", 1.01), ("SmolLM2", None, 1.05)):
+        best = _best_perplexity(table, name, method)
+        if best is not None:
+            method_name, value = best
+            at_most(value, limit, f"{name}: perplexity of {method_name} over the float model's")
+    for name, method in (("MiniLM", "int4 gptq g32"), ("EfficientNet-Lite0", "int8 auto")):
+        whole, rounded = table.mean(name, FLOAT, "quality"), table.mean(name, method, "quality")
+        if whole is not None and rounded is not None:
+            at_most(whole - rounded, 0.3, f"{name}: points lost by {method}")
+    at_most(table.ratio("MiniLM", "int4 gptq g32", FLOAT, "pte_mib"), 1 / 6.5, "MiniLM: size of int4 over fp32's")
+    for row in table.rows:
+        if row["model"] in of_text:
+            off = abs(row["pte_mib"] / row["stored_mib"] - 1)
+            if off > 0.02:
+                checks.append((False, f"{row['model']} {row['method']}: size is {100 * off:.1f} % off the arithmetic"))
+    return checks
+
+
+def _best_perplexity(table: Table, name: str, method: str | None) -> tuple[str, float] | None:
+    """The method that begins so, or any without training, with the least perplexity, over that of the float model."""
+    names = [m for m in methods_of(TASKS[name]) if m.startswith(method or "int4") or (not method and "int4" in m)]
+    names = [m for m in names if method or not m.startswith("qat")]
+    ratios = [(m, table.ratio(name, m, FLOAT, "quality")) for m in names]
+    measured = [(m, ratio) for m, ratio in ratios if ratio is not None]
+    return min(measured, key=lambda pair: pair[1]) if measured else None
+
+
+def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
+    """The page."""
+    machine, table = installed_versions(), Table(rows)
+    lines = [
+        "# `make bench-quant`: what quantization costs",
+        "",
+        f"Made by `python benchmarks/bench_quant.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
+        f"{machine['executorch']}. Mean and range over the seeds, on held-out test rows that chose nothing. KL and "
+        "changed: from the trained float model. Seconds of processor time, one thread, training included.",
+        "",
+        *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in checks),
+    ]
+    for name, task in TASKS.items():
+        if not table.values(name, FLOAT, "quality"):
+            continue
+        metric = "perplexity" if task.kind == "language" else "accuracy, %"
+        seeds = len(table.values(name, FLOAT, "quality"))
+        lines += [
+            "", f"## {name}", "", f"{seeds} seed{'s' * (seeds != 1)}.", "",
+            f"| method | {metric} | range | KL x 1000 | range | changed, % | `.pte`, MiB | difference | s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        lines += [_line(table, name, method) for method in methods_of(task) if table.values(name, method, "quality")]
+        failed = {row["method"]: row["failed"] for row in rows if row["model"] == name and "failed" in row}
+        lines += [f"| {method} | not made: {reason} |" + " |" * 7 for method, reason in failed.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(table: Table, name: str, method: str) -> str:
+    def mean(figure: str) -> float:
+        return statistics.mean(table.values(name, method, figure))
+
+    def spread(figure: str, factor: float = 1.0, digits: int = 2) -> str:
+        values = [factor * value for value in table.values(name, method, figure)]
+        return f"{statistics.mean(values):.{digits}f} | {min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    return (
+        f"| {method} | {spread('quality')} | {spread('kl', 1000)} | {mean('flips_pct'):.2f} | {mean('pte_mib'):.2f} | "
+        f"{max(table.values(name, method, 'difference')):.1e} | {mean('cpu_s'):.0f} |"
+    )
+
+
+def main() -> None:
+    """Train, quantize, measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", default=",".join(TASKS))
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        worker_main(*json.loads(given.worker))
+        return
+    unknown = sorted(set(given.models.split(",")) - set(TASKS))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
+    rows: list[Row] = json.loads(given.out.read_text())["rows"] if given.keep and given.out.exists() else []
+    rows = [row for row in rows if "failed" not in row]
+    for seed in range(given.seeds):
+        for name in given.models.split(","):
+            wanted = [m for m in methods_of(TASKS[name]) if not given.methods or m in given.methods.split(",")]
+            made = {row["method"] for row in rows if (row["model"], row["seed"]) == (name, seed)}
+            missing = [method for method in wanted if method not in made]
+            for row in rows_from_worker(name, seed, missing) if missing else ():
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                write(rows, given.out)
+    checks = write(rows, given.out)
+    print("\n".join(f"{'reached' if met else 'MISSED'}: {text}" for met, text in checks))
+    sys.exit(0 if all(met for met, _ in checks) else 1)
+
+
+def write(rows: Sequence[Row], out: Path) -> list[Verdict]:
+    """Write the figures and the page."""
+    checks = verdicts(rows)
+    out.write_text(json.dumps({"rows": rows, "verdicts": checks}, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(document(rows, checks), encoding="utf-8")
+    return checks
+
+
+if __name__ == "__main__":
+    main()
