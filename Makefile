@@ -14,7 +14,7 @@ export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 # the benchmarks share the tests' models
 BENCH := PYTHONPATH=tests $(BIN)/python benchmarks
 
-.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real tables pages lint types docs site \
+.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real bench-quant tables pages lint types docs site \
 	dist clean help
 
 help:           ## list the targets
@@ -71,6 +71,9 @@ bench-profile: $(VENV)/.test  ## compare predictions with measurements: unseen p
 
 bench-real: $(VENV)/.onnx  ## export models at the sizes people use, and time them beside onnxruntime and OpenVINO (an hour)
 	$(BENCH)/bench_real.py
+
+bench-quant: $(VENV)/.test $(VENV)/.onnx  ## quantize trained models each way: quality, size, speed beside onnxruntime and OpenVINO (hours)
+	$(BENCH)/bench_quant.py; first=$$?; $(BENCH)/bench_quant_speed.py && exit $$first
 
 lint: $(VENV)/.dev  ## run ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
