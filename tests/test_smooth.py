@@ -112,6 +112,18 @@ class Fused(nn.Module):
         return x + self.proj(y.transpose(1, 2).reshape(rows, length, width))
 
 
+def test_channels_are_followed_through_values_that_are_laid_out_anew() -> None:
+    class Joined(Fused):
+        """Heads are joined by `contiguous` and `view`, as in Swin, DeBERTa and MobileViT."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.view(2, 5, 4, 8).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+            y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+            return self.proj(y.permute(0, 2, 1, 3).contiguous().view(2, 5, 32))
+
+    assert groups_of(Joined().eval(), torch.randn(2, 5, 32)) == {"norm": ["qkv"], "qkv": ["proj"]}
+
+
 def test_of_a_fused_projection_only_the_values_are_free() -> None:
     model = Fused().eval()
     values = find_groups(model, record(model, torch.randn(2, 5, 32)))[1]
