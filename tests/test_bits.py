@@ -242,11 +242,28 @@ def test_mistakes_are_named(settings: dict[str, Any], data: Sample | None, messa
     assert bits_of(model) == dict.fromkeys(bits_of(model))
 
 
-def test_inputs_that_are_not_finite_are_an_error() -> None:
+@pytest.mark.parametrize(("score", "values"), [("fisher", "outputs of the model"), ("output", "inputs of these layers")])
+def test_inputs_that_are_not_finite_are_an_error(score: str, values: str) -> None:
     x = torch.randn(20, 32)
     x[3] = torch.nan
-    with pytest.raises(EdgetuneError, match="the outputs of the model are not finite on the calibration batches"):
-        apply(mlp(), Bits(average_bits=6), Sample.of(x))
+    with pytest.raises(EdgetuneError, match=f"the {values} are not finite on the calibration batches"):
+        apply(mlp(), Bits(average_bits=6, score=score), Sample.of(x))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("score", ["fisher", "output"])
+def test_batches_that_the_model_does_not_take_are_an_error(score: str) -> None:
+    with pytest.raises(EdgetuneError, match="does not run on its calibration batches"):
+        apply(mlp(), Bits(average_bits=6, score=score), Sample.of(torch.randn(20, 31)))  # type: ignore[arg-type]
+
+
+def test_a_model_without_gradients_is_refused_and_has_output_errors() -> None:
+    class Detached(Words):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids).detach()
+
+    with pytest.raises(EdgetuneError, match=r"no gradients[\s\S]*score: output"):
+        apply(Detached().eval(), Bits(average_bits=6), sample())
+    assert 4 in bits_of(apply(Detached().eval(), Bits(average_bits=6, score="output"), sample())).values()
 
 
 def test_a_run_says_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,15 +129,32 @@ def test_a_layer_that_shares_its_weight_stays_whole_and_is_named() -> None:
     assert [type(layer) for layer in (model.first, model.last)] == [nn.Linear, SplitLinear]
 
 
+def test_a_layer_of_few_inputs_stays_whole_and_is_named() -> None:
+    model = nn.Sequential(nn.Linear(64, 2), nn.Linear(2, 40)).eval()
+    plain = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"outliers: 1: these layers have 2 inputs or fewer, so they stay whole"):
+        apply(model, Outliers(), Sample.of(rows()))
+    assert [type(layer) for layer in model] == [SplitLinear, nn.Linear]
+    assert bits_of(apply(plain, Quik(), Sample.of(rows()))) == {"0": 8, "1": 8}  # the first narrows
+
+
+def infinite() -> Net:
+    model = net()
+    model.last.weight.data[0, 0] = torch.inf
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "steps", "data", "message"),
     [
         (net, [Outliers(), Outliers()], rows(), "is split already"),
         (net, [Int4(), Outliers()], rows(), "cannot follow int4, which leaves integer weights"),
-        (lambda: nn.Sequential(nn.Linear(1, 3)), [Outliers()], rows()[:, :1], "0 has too few inputs"),
+        (infinite, [Outliers()], rows(), "last: a weight is NaN or infinite"),
+        (net, [Outliers()], rows()[:, :5], "the model does not run on its calibration batches"),
+        (net, [Quik()], rows()[:, :5], "the model does not run on its calibration batches"),
         (net, [Outliers(targets=("nothing",))], rows(), "targets: the pattern matches no layer"),
         (net, [Outliers()], rows()[:0], "no calibration batches, or they have no rows"),
-        (net, [Outliers()], rows() * torch.nan, "first: the inputs of a layer are not finite"),
+        (net, [Outliers()], rows() * torch.nan, "not finite on the calibration batches: first"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(build: Any, steps: list[Technique], data: Tensor, message: str) -> None:

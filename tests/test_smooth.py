@@ -16,8 +16,8 @@ from edgetune.capture.recorded import record
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.technique import adapt_defaults
+from edgetune.quant.calibration import measure_inputs
 from edgetune.quant.channels import find_groups
-from edgetune.quant.hessians import measure_inputs
 from edgetune.quant.rounding import Grid, mse_codes
 from edgetune.quant.scales import output_error
 from support.causal import family

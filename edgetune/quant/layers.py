@@ -217,7 +217,7 @@ def choose_layers(
         _refuse_max_norm(name, table)
     layers |= chosen_tables
     for name, layer in layers.items():
-        _refuse_infinite(name, layer)
+        refuse_infinite(name, layer.weight)
     for message in (_describe_kept_tables(in_float), _describe_bare_weights(model)):
         if message:
             warnings.warn(f"{technique}: {message}", stacklevel=stacklevel)  # the caller of `et.apply`
@@ -282,8 +282,9 @@ def _refuse_max_norm(name: str, table: nn.Embedding) -> None:
         )
 
 
-def _refuse_infinite(name: str, layer: nn.Linear | nn.Embedding) -> None:
-    weight = layer.weight.detach()
+def refuse_infinite(name: str, weight: Tensor) -> None:
+    """Raise for a weight that no scale fits."""
+    weight = weight.detach()
     if weight.is_meta or weight.numel() == 0:
         return
     least, largest = weight.aminmax()
