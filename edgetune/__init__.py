@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NF4",
+    "QAT",
     "TECHNIQUES",
     "Bits",
     "EdgetuneError",
@@ -29,6 +30,7 @@ __all__ = [
     "Smooth",
     "SparseUpdate",
     "Technique",
+    "Ternary",
     "Train",
     "apply",
     "evaluate",
@@ -71,9 +73,11 @@ if TYPE_CHECKING:
     from edgetune.quant.int8_dynamic import Int8Dynamic
     from edgetune.quant.nf4 import NF4
     from edgetune.quant.outliers import Outliers
+    from edgetune.quant.qat import QAT
     from edgetune.quant.quik import Quik
     from edgetune.quant.rotate import Rotate
     from edgetune.quant.smooth import Smooth
+    from edgetune.quant.ternary import Ternary
     from edgetune.run.finished import open_run
     from edgetune.run.pipeline import run
     from edgetune.run.predicting import evaluate, predict
@@ -96,6 +100,7 @@ else:
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",
         "Outliers": "quant.outliers",
+        "QAT": "quant.qat",
         "Prune": "prune.structured",
         "Quik": "quant.quik",
         "Rotate": "quant.rotate",
@@ -104,6 +109,7 @@ else:
         "SparseUpdate": "sparse.update",
         "TECHNIQUES": "core.registry",
         "Technique": "core.technique",
+        "Ternary": "quant.ternary",
         "Train": "train.settings",
         "apply": "core.apply",
         "evaluate": "run.predicting",

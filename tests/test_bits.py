@@ -87,6 +87,24 @@ def test_what_an_allocation_claims_is_stored(limit: dict[str, Any]) -> None:
         assert bits_of(model) == {name: stored[width] for name, width in allocation.widths().items()}
 
 
+def test_a_head_tied_to_its_table_is_stored_once_in_8_bits() -> None:
+    data = Sample(tokens(), lambda: iter([tokens()]))
+    pair = ("lm_head", "model.embed_tokens")
+    for limit in ({"average_bits": 7.5}, {"allocation": {"*": "int4", "lm_head": "int8", "*.embed_tokens": "int8"}}):
+        model = llama(tied=True)
+        technique = Bits(algorithm="mse", **limit)
+        allocation = technique.resolve(model, data)
+        assert {allocation.widths()[name] for name in pair} == {"int8"}
+        apply(model, technique, data)
+        assert stored_bytes(model) == allocation.size_bytes
+    assert bits_of(apply(llama(tied=True), Bits(average_bits=4.6, algorithm="mse"), data))["lm_head"] == 4
+    apart = {"allocation": {"*": "int4", "lm_head": "int8"}}
+    model = llama(tied=True)
+    allocation = Bits(algorithm="mse", **apart).resolve(model, data)
+    apply(model, Bits(algorithm="mse", **apart), data)
+    assert stored_bytes(model) == allocation.size_bytes
+
+
 def test_an_allocation_is_read_back() -> None:
     model, data = words(), sample()
     allocation = Bits(average_bits=6).resolve(model, data)

@@ -39,6 +39,17 @@ RECIPES = {
   - train: {updates: 2, batch_size: 8}
   - int8
 """,
+    "rounded while it trains": """
+  - lora: {rank: 2, targets: ["*.query", "*.value"]}
+  - qat: {distill: 0.5}
+  - train: {updates: 3, batch_size: 8}
+  - int4: {group_size: channel, calibration_batches: 2}
+""",
+    "rounded from its own weights": """
+  - qat: {algorithm: absmax}
+  - train: {updates: 2, batch_size: 8}
+  - int4
+""",
     "on a 4-bit base": """
   - nf4: {block_size: 64}
   - lora: {rank: 2, targets: ["*.query", "*.value"]}

@@ -13,7 +13,15 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.quiet import silence_libraries
 from edgetune.quant.blocks import quantize_weight
 from edgetune.quant.gptq import factor_hessian, gptq_codes
-from edgetune.quant.rounding import Codes, Grid, absmax_codes, mse_codes
+from edgetune.quant.rounding import (
+    Codes,
+    Grid,
+    absmax_codes,
+    codes_on_grid,
+    dequantize,
+    mse_codes,
+    round_to_grid,
+)
 
 with silence_libraries():  # torchao warns on import
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
@@ -168,3 +176,38 @@ def test_rows_are_rounded_alike_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     parts: Any = quantize_weight(weight, grid, rule, rounds_activations=True)
     assert torch.equal(whole.scale, parts.scale)
     assert (whole.qdata == parts.qdata).float().mean() > 0.995
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize(("bits", "scale_dtype"), [(4, torch.bfloat16), (8, torch.float32), (8, None), (4, None)])
+def test_a_weight_on_the_grid_keeps_its_values_whatever_the_rule(
+    dtype: torch.dtype, group_size: int | None, bits: int, scale_dtype: torch.dtype | None
+) -> None:
+    x, weight, grid = correlated(300, 128), draw(24, 128).to(dtype), Grid(bits, group_size, scale_dtype)
+    weight[3], weight[5], weight[6, 1:] = 0.0, weight[5] * 1e-3, 0.0
+    for rule in (absmax_codes, mse_codes, partial(gptq_codes, factor=factor_hessian(x.t() @ x, "layer"))):
+        first = grid if bits == 4 else Grid(bits, group_size)  # a weight of 16 bits does not tell a finer scale
+        once = dequantize(round_to_grid(weight, first, rule), first, dtype)
+        once[:, 64:] *= once[:, 64:].abs() < once.abs().amax()  # the largest code of some groups is a lesser one
+        again = round_to_grid(once, grid, rule)
+        assert torch.equal(dequantize(again, grid, dtype), once)
+        assert again.scales.dtype == (scale_dtype or dtype)
+        assert (again.scales >= torch.finfo(again.scales.dtype).smallest_normal).all()
+        changed = once.clone()
+        changed[7, changed[7].abs().argmin()] += 1e-3
+        assert codes_on_grid(changed, grid) is None
+        assert all(map(torch.equal, round_to_grid(changed, grid, rule), rule(changed, grid)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_ordinary_weight_is_on_no_grid(dtype: torch.dtype, bits: int) -> None:
+    weight = draw(24, 128).to(dtype)
+    assert codes_on_grid(weight, Grid(bits, 32, torch.bfloat16)) is None
+    weight[0] = 0.0
+    assert codes_on_grid(weight, Grid(bits, 32, torch.bfloat16)) is None
+    assert codes_on_grid(torch.full((2, 32), torch.nan), Grid(bits, 32)) is None
+    constant = codes_on_grid(torch.full((2, 32), 0.37, dtype=torch.bfloat16), Grid(bits, 32))
+    assert constant is not None
+    assert torch.equal(dequantize(constant, Grid(bits, 32), torch.bfloat16), torch.full((2, 32), 0.37).bfloat16())

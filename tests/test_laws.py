@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,12 @@ def test_a_wrapped_layer_computes_with_its_dense_weight_and_bias(case: Case) -> 
         with torch.no_grad():
             if isinstance(plain, nn.Conv2d):
                 expected = plain._conv_forward(*inputs, tensors["weight"], tensors.get("bias"))
+            elif isinstance(plain, nn.Embedding):
+                expected = functional.embedding(*inputs, **tensors)
             else:
                 expected = functional.linear(*inputs, **tensors)
-        assert relative_difference(expected, outputs_of(layer, inputs)) <= max(1e-5, case.tolerance), name
+        allowed = 2e-2 if Trait.ROUNDED in case.leaves else max(1e-5, case.tolerance)  # of rounded activations
+        assert relative_difference(expected, outputs_of(layer, inputs)) <= allowed, name
 
 
 @named([case for case in CASES if case.same_keys])
@@ -177,8 +181,10 @@ def test_an_adapter_comes_back_from_its_folder(case: Case, tmp_path: Path) -> No
     fit(model, case.inputs())
     save_adapter(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    bases = [t for t in case.techniques if Trait.ADAPTED not in t.leaves]
+    bases = list(takewhile(lambda t: Trait.ADAPTED not in t.leaves, case.techniques))
+    after = case.techniques[len(bases) + 1 :]
     other = load_adapter(apply(case.model(), bases, Sample.of(case.inputs())), tmp_path)
+    other = apply(other, after, Sample.of(case.inputs()))
     saved, loaded = model.state_dict(), other.state_dict()
     assert saved.keys() == loaded.keys()
     for key in saved:

@@ -15,6 +15,7 @@ from edgetune.core.files import replace_files
 from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
 from edgetune.core.peft_layers import is_peft, is_peft_model, is_tuner
 from edgetune.core.registry import require
+from edgetune.core.wrapped import without_parameterless
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before every key of a file
@@ -28,16 +29,17 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     peft, folder = require("peft", "lora"), Path(folder)
     refuse_sharded(model)
     model, config = _adapted_model(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    whole = _trained_whole(model)
-    for name in whole:
-        state |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
-    config = copy.deepcopy(config)
-    config.inference_mode, config.modules_to_save = True, [plain_name(name) for name in whole] or None
-    every = [plain_name(name) for name, _ in model.named_modules() if name]
-    config.target_modules = exact_targets(every, [plain_name(n) for n, m in model.named_modules() if is_tuner(m)])
+    with without_parameterless(model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        whole = _trained_whole(model)
+        for name in whole:
+            state |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
+        config = copy.deepcopy(config)
+        config.inference_mode, config.modules_to_save = True, [plain_name(name) for name in whole] or None
+        every = [plain_name(name) for name, _ in model.named_modules() if name]
+        config.target_modules = exact_targets(every, [plain_name(n) for n, m in model.named_modules() if is_tuner(m)])
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     tensors = {PREFIX + plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
     with replace_files(folder / WEIGHTS) as (temporary,):

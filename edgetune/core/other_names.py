@@ -112,6 +112,7 @@ STEPS = {
     "smoothquant": "smooth",
     "quarot": "rotate",
     "spinquant": "rotate",
+    "fake-quantize": "qat",
     "sparsify": "sparse-update",
 }
 

@@ -24,6 +24,8 @@ TECHNIQUES = {
     "int8_dynamic": "edgetune.quant.int8_dynamic:Int8Dynamic",
     "outliers": "edgetune.quant.outliers:Outliers",
     "quik": "edgetune.quant.quik:Quik",
+    "qat": "edgetune.quant.qat:QAT",
+    "ternary": "edgetune.quant.ternary:Ternary",
     "nf4": "edgetune.quant.nf4:NF4",
     "rotate": "edgetune.quant.rotate:Rotate",
     "smooth": "edgetune.quant.smooth:Smooth",

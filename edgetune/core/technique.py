@@ -154,6 +154,12 @@ class Technique(StepSettings):
         """The number that must divide the input width of every layer that this technique changes."""
         return 1
 
+    @property
+    def rounding(self) -> Mapping[str, object]:
+        """How this technique rounds weights, as settings of one that trains for it beforehand; by default it does
+        not."""
+        return {}
+
     def adapt_to(self, later: Sequence[Technique]) -> Technique:
         """This technique with defaults adapted to the techniques that follow; settings that were given do not
         change."""

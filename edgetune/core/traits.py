@@ -13,6 +13,7 @@ class Trait(Flag):
     FROZEN = auto()  # only some of the layers train
     PACKED = auto()  # weights in a storage format that trains nothing itself, as a base for adapters
     LEAN = auto()  # operators that save less for backward
+    ROUNDED = auto()  # computes with rounded weights while it trains those in floating point
     INTEGER = auto()  # integer weights, for good: nothing trains any more
 
     @property
@@ -28,5 +29,6 @@ _WORDS = {
     Trait.FROZEN: "frozen layers",
     Trait.PACKED: "packed weights",
     Trait.LEAN: "lean operators",
+    Trait.ROUNDED: "rounded weights",
     Trait.INTEGER: "integer weights",
 }

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from edgetune.core.carriers import Carrier, carrier_of, plain_tensors
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import replace
 
 
 class Wrapped(nn.Module):
@@ -31,6 +34,19 @@ class Wrapped(nn.Module):
     def plain_tensors(self) -> dict[str, Tensor]:
         """Weight and, if there is one, bias of the plain layer that computes the same, in the layout of the base."""
         return plain_tensors(self.base)
+
+
+@contextmanager
+def without_parameterless(model: nn.Module) -> Iterator[None]:
+    """Inside, layers that wrap without parameters of their own are not there, and the names of the rest are plain."""
+    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, Wrapped) and not [*m.parameters(False)]]
+    for name, layer in wrapped:
+        replace(model, name, layer.base)
+    try:
+        yield
+    finally:
+        for name, layer in wrapped:
+            replace(model, name, layer)
 
 
 OWN = Carrier(

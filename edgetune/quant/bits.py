@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from edgetune.core.errors import truncate_list
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.files import write_atomically
 from edgetune.core.layers import matches, no_match_error
 from edgetune.core.numbers import MIB
@@ -20,12 +20,22 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.quant.allocation import BYTES, MS, Allocation, Menu, Width, allocate
-from edgetune.quant.layers import EIGHT_BITS, LEAST_GROUP, LayerChoice, choose_layers
-from edgetune.quant.menu import build_menu, choice_of, compare, grid_of, other_bytes, other_ms, uniform_times
+from edgetune.quant.allocation import BYTES, MS, Allocation, LayerBits, Menu, Width, allocate
+from edgetune.quant.layers import EIGHT_BITS, LayerChoice, choose_layers
+from edgetune.quant.menu import (
+    build_menu,
+    choice_of,
+    compare,
+    grid_of,
+    other_bytes,
+    other_ms,
+    tie_heads,
+    tied_heads,
+    uniform_times,
+)
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
-from edgetune.quant.rounding import Grid
+from edgetune.quant.rounding import LEAST_GROUP, Grid
 
 _ALLOCATION = "edgetune_allocation"  # the attribute of a model that says which bits its layers got
 _HELD_OUT = 4  # batches after the calibration's, on which allocations are compared
@@ -167,8 +177,23 @@ class Bits(Technique):
             )
         rest = Allocation((), other_bytes(layers), other_ms=other_ms(layers, times))
         beside = {BYTES: rest.size_bytes, MS: rest.latency_ms}
-        allocation = replace(rest, choices=allocate(menu, self._limits(menu, rest.size_bytes), beside))
+        menu, choices = self._choose(layers, menu, beside)
+        allocation = replace(rest, choices=choices)
         return layers, compare(layers, menu, allocation, calibration, batches[len(calibration) :])
+
+    def _choose(
+        self, layers: LayerChoice, menu: Menu, beside: Mapping[str, float]
+    ) -> tuple[Menu, tuple[LayerBits, ...]]:
+        """The best choices, with tied heads stored once or apart, and the menu that they are from."""
+        answers: list[tuple[Menu, tuple[LayerBits, ...]]] = []
+        tied = tie_heads(layers, menu)
+        for each in [menu] if tied == menu else [tied, menu]:
+            try:
+                answers.append((each, allocate(each, self._limits(each, int(beside[BYTES])), beside)))
+            except EdgetuneError:
+                if each is menu and not answers:
+                    raise
+        return min(answers, key=lambda answer: sum(choice.loss for choice in answer[1]))
 
     def _written(self, layers: LayerChoice, patterns: Mapping[str, Width]) -> Allocation:
         widths: dict[str, Width] = dict.fromkeys(layers.layers, "float")
@@ -181,7 +206,9 @@ class Bits(Technique):
         unfit = {name for name, grid in grids.items() if not layers.fits(name, grid, pad=False)}
         layers.with_grids(grids).fit_widths(pad=False, stacklevel=6)
         widths |= dict.fromkeys(unfit, "int8")
-        return Allocation(tuple(choice_of(layers, n, w, 0.0) for n, w in widths.items()), other_bytes(layers))
+        heads = {head for head, table in tied_heads(layers).items() if widths[head] == widths[table] == "int8"}
+        choices = (choice_of(layers, n, w, 0.0, is_repeated=n in heads) for n, w in widths.items())
+        return Allocation(tuple(choices), other_bytes(layers))
 
     def _limits(self, menu: Menu, other_bytes: int) -> dict[str, float]:
         """Of the whole model."""

@@ -6,7 +6,7 @@ a block of rows stay in the processor's cache, which is also about twice as fast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,22 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetune.core.quiet import silence_libraries
-from edgetune.quant.rounding import Codes, Grid, absmax_codes
+from edgetune.quant.rounding import Codes, Grid, Rule, absmax_codes, round_to_grid
 
 BLOCK_VALUES = 2**21  # 8 MiB in float32
 
 
 @torch.no_grad()
-def quantize_weight(
-    weight: Tensor, grid: Grid, rule: Callable[[Tensor, Grid], Codes] = absmax_codes, *, rounds_activations: bool
-) -> nn.Parameter:
+def quantize_weight(weight: Tensor, grid: Grid, rule: Rule = absmax_codes, *, rounds_activations: bool) -> nn.Parameter:
     """A weight `(out, in)` in integers, as the tensor of torchao that the export lowers.
 
-    `rule` rounds a block of rows. `rounds_activations`: a linear rounds what it multiplies to 8 bits for each token.
+    `rule` rounds a block of rows, unless it lies on the grid. `rounds_activations`: a linear rounds what it multiplies
+    to 8 bits for each token.
     """
-    rounded = [rule(block, grid) for block in torch.split(weight.detach(), _rows(weight))]
-    codes, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounded, strict=True))
-    return pack_codes(Codes(codes, scales), grid, weight.dtype, rounds_activations=rounds_activations)
+    rounded = round_by_rows(weight.detach(), grid, rule)
+    return pack_codes(rounded, grid, weight.dtype, rounds_activations=rounds_activations)
 
 
 def pack_codes(rounded: Codes, grid: Grid, dtype: torch.dtype, *, rounds_activations: bool) -> nn.Parameter:
@@ -49,6 +47,13 @@ def pack_codes(rounded: Codes, grid: Grid, dtype: torch.dtype, *, rounds_activat
         "int8_asym_per_token" if rounds_activations else None,
     )
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def round_by_rows(weight: Tensor, grid: Grid, rule: Rule) -> Codes:
+    """Codes and scales of a weight `(out, in)`; `rule` rounds a block of rows, unless it lies on the grid."""
+    rounded = [round_to_grid(block, grid, rule) for block in torch.split(weight, _rows(weight))]
+    codes, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounded, strict=True))
+    return Codes(codes, scales)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.quant.experts import describe_split
-from edgetune.quant.layers import EIGHT_BITS, LEAST_GROUP, TableBits, choose_layers, four_bits, table_grid
+from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, four_bits, table_grid
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
+from edgetune.quant.rounding import LEAST_GROUP, GroupSize
 
-GroupSize = Annotated[int, Field(ge=LEAST_GROUP, multiple_of=LEAST_GROUP)] | Literal["channel"]
 Preset = Literal["smallest", "fastest", "closest"]
 _PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "smallest": {"group_size": "channel", "embeddings": "int4"},
@@ -102,6 +102,12 @@ class Int4(Technique):
     def needs(self) -> Needs:
         """Batches for `awq` and `gptq`."""
         return "batches" if self.algorithm in ("awq", "gptq") else "nothing"
+
+    @property
+    def rounding(self) -> Mapping[str, object]:
+        """All settings of the weights."""
+        names = type(self).model_fields.keys() - {"activation_bits", "preset"}
+        return {name: getattr(self, name) for name in names}
 
     def for_rehearsal(self) -> Technique:
         """The same layers, rounded to nearest."""

@@ -40,6 +40,12 @@ class Int8Dynamic(Technique):
     embeddings: TableBits = "int8"
     """Precision of embedding tables; `none`: floating point."""
 
+    @property
+    def rounding(self) -> Mapping[str, object]:
+        """All of its linears in 8 bits."""
+        settings = {"targets": (), "int8_linears": self.targets, "skip": self.skip, "embeddings": self.embeddings}
+        return {**settings, "group_size": _TABLE_GROUP}
+
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Quantize in place. The modules keep their classes and run in eager mode, but the weights can no longer be
         trained."""

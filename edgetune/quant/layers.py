@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -22,16 +22,14 @@ from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.blocks import quantize_weight
 from edgetune.quant.experts import split_wanted_experts
 from edgetune.quant.padded import PaddedLinear, can_pad, pad_inputs, unpad_inputs
-from edgetune.quant.rounding import Codes, Grid, absmax_codes
+from edgetune.quant.rounding import LEAST_GROUP, Grid, Rule, absmax_codes
 from edgetune.quant.size import weight_bits
 from edgetune.quant.split import OutlierLinear, SplitLinear, drop_outlier_columns
 from edgetune.quant.tables import looks_up
 
 EIGHT_BITS = Grid(8, scale_dtype=torch.float32)  # of a linear: XNNPACK stores the scales of 8 bits in fp32
-LEAST_GROUP = 32  # XNNPACK takes its multiples in 4 bits, also as the width of a channel
 TableBits = Literal["int8", "int4", "none"]
 Layer = nn.Linear | nn.Embedding
-Rule = Callable[[Tensor, Grid], Codes]
 
 
 def four_bits(group_size: int | None) -> Grid:
@@ -214,7 +212,7 @@ def choose_layers(
     for name, layer in layers.items():
         refuse_computed(name, layer)
     for name, table in chosen_tables.items():
-        _refuse_max_norm(name, table)
+        refuse_max_norm(name, table)
     layers |= chosen_tables
     for name, layer in layers.items():
         refuse_infinite(name, layer.weight)
@@ -272,7 +270,8 @@ def _without_encoder_layers(model: nn.Module, readers: dict[str, list[str]]) -> 
     return {name: outer for name, outer in others.items() if outer}
 
 
-def _refuse_max_norm(name: str, table: nn.Embedding) -> None:
+def refuse_max_norm(name: str, table: nn.Embedding) -> None:
+    """Raise for a table that changes as it is read."""
     if table.max_norm is not None:
         raise EdgetuneError(
             "an embedding with max_norm rewrites its rows as it runs and cannot be quantized",

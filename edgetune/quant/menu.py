@@ -118,15 +118,36 @@ def rounding_error(layers: LayerChoice, name: str, width: Width) -> Tensor:
     return rounded.dequantize().float() - weight.float()  # type: ignore[operator]
 
 
-def choice_of(layers: LayerChoice, name: str, width: Width, loss: float, ms: float = 0.0) -> LayerBits:
-    """A width of a layer with the bytes that its weight then takes."""
+def tie_heads(layers: LayerChoice, menu: Menu) -> Menu:
+    """The menu with 8 bits for each table and the head that is tied to it: one copy of the values serves both."""
+    tied = dict(menu)
+    for head, table in tied_heads(layers).items():
+        wide = {name: [c for c in menu[name] if c.width == "int8"] for name in (head, table)}
+        if all(wide.values()):
+            (own,) = wide[head]
+            tied |= wide | {head: [choice_of(layers, head, "int8", own.loss, own.ms, is_repeated=True)]}
+    return tied
+
+
+def tied_heads(layers: LayerChoice) -> dict[str, str]:
+    """The linears that have the weight of an embedding table, and this table."""
+    tables = {id(table.weight): name for name, table in layers.tables.items()}
+    return {name: tables[id(m.weight)] for name, m in layers.linears.items() if id(m.weight) in tables}
+
+
+def choice_of(
+    layers: LayerChoice, name: str, width: Width, loss: float, ms: float = 0.0, is_repeated: bool = False
+) -> LayerBits:
+    """A width of a layer with the bytes that its weight then takes; the scales alone if a table has its values."""
     weight, grid = layers.layers[name].weight, grid_of(layers, name, width)
     rows, columns = weight.shape
     size = weight.nbytes
     if grid is not None:
         scale_bytes = (grid.scale_dtype or weight.dtype).itemsize
-        size = -(-rows * columns * grid.bits // 8) + rows * (columns // grid.inputs_per_scale(columns)) * scale_bytes
-    return LayerBits(name, name in layers.tables, width, weight.numel(), size, loss, ms)
+        values = 0 if is_repeated else -(-rows * columns * grid.bits // 8)
+        size = values + rows * (columns // grid.inputs_per_scale(columns)) * scale_bytes
+    weights = 0 if is_repeated else weight.numel()
+    return LayerBits(name, name in layers.tables, width, weights, size, loss, ms)
 
 
 def other_bytes(layers: LayerChoice) -> int:

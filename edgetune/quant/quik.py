@@ -19,10 +19,11 @@ from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.quant.experts import split_as_stored
-from edgetune.quant.layers import EIGHT_BITS, LEAST_GROUP, TableBits, choose_layers, four_bits, table_grid
+from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, four_bits, table_grid
 from edgetune.quant.outliers import can_split, split_outliers
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
+from edgetune.quant.rounding import LEAST_GROUP
 from edgetune.quant.split import join_linear, rebuild_split
 
 

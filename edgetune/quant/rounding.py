@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+LEAST_GROUP = 32  # XNNPACK takes its multiples, also as the width of a channel
+GroupSize = Annotated[int, Field(ge=LEAST_GROUP, multiple_of=LEAST_GROUP)] | Literal["channel"]
 _FACTORS = tuple(n / 64 for n in range(38, 74))  # of the absmax scale: 0.59 to 1.14
+_PROBED_VALUES = 32  # of the first group, which tell an ordinary weight from one on a grid
 
 
 class Codes(NamedTuple):
@@ -54,10 +59,81 @@ class Grid:
         return values.round_().clamp_(self.lowest, self.highest)
 
 
+Rule = Callable[[Tensor, Grid], Codes]  # how a weight `(out, in)` is rounded
+
+
+def round_to_grid(weight: Tensor, grid: Grid, rule: Rule) -> Codes:
+    """Round a weight by `rule`; one that lies on the grid keeps its values, whatever the rule.
+
+    So a weight that was trained to be rounded, or was rounded before, is stored as it computed.
+    """
+    return codes_on_grid(weight, grid) or rule(weight, grid)
+
+
+def dequantize(rounded: Codes, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """The values of a rounded weight in this type, as torchao computes them, to the bit."""
+    return (grid.split(rounded.codes).to(dtype) * rounded.scales.unsqueeze(-1)).to(dtype).flatten(1)
+
+
+def codes_on_grid(weight: Tensor, grid: Grid) -> Codes | None:
+    """Codes and scales that give exactly this weight; `None` if there are none, as for an ordinary weight.
+
+    The largest value of a group is a whole number of steps, so its scale is one of few, and each is tried.
+    """
+    groups, dtype = grid.split(weight).flatten(0, 1), grid.scale_dtype or weight.dtype
+    if weight.is_meta or not weight.numel():
+        return None
+    largest = groups.abs().amax(-1)
+    if not bool(torch.isfinite(largest).all()):
+        return None
+    scales = torch.full_like(largest, torch.finfo(dtype).smallest_normal, dtype=dtype)  # of a group of zeros
+    left = largest.nonzero().flatten()
+    steps = range(-grid.lowest, 0, -1)
+    if len(left):
+        tried = torch.cat([scale for n in steps for scale in _scales_of(largest[left[:1]], n, dtype)])
+        if not bool(_is_exact(groups[left[0], :_PROBED_VALUES], tried, grid).any()):
+            return None
+    for n in steps:
+        for index in range(len(_scales_of(largest[:0], n, dtype))):
+            scale = _scales_of(largest[left], n, dtype)[index]
+            exact = _is_exact(groups[left], scale, grid)
+            scales[left[exact]] = scale[exact]
+            left = left[~exact]
+            if not len(left):
+                codes = grid.round(groups.float() / scales.float().unsqueeze(-1)).to(torch.int8)
+                return Codes(codes.view(weight.shape), scales.view(len(weight), -1))
+    return None
+
+
+def _scales_of(largest: Tensor, steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """The scales by which the largest values of groups may be that many steps: no finer than the weight's own type."""
+    coarse = max(dtype, largest.dtype, key=lambda kind: torch.finfo(kind).eps)
+    scales = (largest.float() / steps).to(coarse)
+    if coarse != largest.dtype:
+        return [scales.to(dtype)]
+    zero, infinity = torch.zeros_like(scales), torch.full_like(scales, torch.inf)
+    near = (scales, torch.nextafter(scales, zero), torch.nextafter(scales, infinity))  # the product was rounded
+    return [scale.to(dtype) for scale in near]
+
+
+def _is_exact(groups: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """For each scale, whether whole numbers of it are exactly the values of its group; one group may have several."""
+    steps = scales.unsqueeze(-1)
+    codes = grid.round(groups.float() / steps.float())
+    same = ((codes.to(groups.dtype) * steps).to(groups.dtype) == groups).all(-1)
+    return same & (scales >= torch.finfo(scales.dtype).smallest_normal)
+
+
 def absmax_codes(weight: Tensor, grid: Grid) -> Codes:
     """Round to nearest, with the largest value of a group at 7.5 steps (4 bits) or 127.5; torchao's, to the bit."""
     scales = _absmax_scales(weight, grid).to(grid.scale_dtype or weight.dtype)
     return Codes(_round_weight(weight, scales, grid), scales)
+
+
+def scaled_codes(weight: Tensor, grid: Grid, scales: Tensor) -> Codes:
+    """Round to nearest with given scales `(out, groups)`."""
+    codes = grid.round(grid.split(weight.float()) / scales.float().unsqueeze(-1))
+    return Codes(codes.to(torch.int8).flatten(1), scales)
 
 
 def mse_codes(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Codes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers as a file would store them; a shared tensor counts once.
 
     torchao keeps 4-bit values one in a byte while the model is in eager mode. They count as 4 bits here, plus
-    their scales, plus their zero points where these are not all zero (a symmetric weight has none to store).
+    their scales, plus their zero points where these are not all zero (a symmetric weight has none to store). Equal
+    8-bit values count once: a program stores a table and the head that was tied to it once.
     """
-    return sum(tensor_bytes(tensor) for tensor in _tensors(model))
+    tensors = list(_tensors(model))
+    return sum(map(tensor_bytes, tensors)) - _repeated_bytes(tensors)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -39,6 +42,16 @@ def tensor_bytes(tensor: Tensor) -> int:
     scale, zero_point = tensor.scale, tensor.zero_point  # type: ignore[attr-defined]
     zeros = tensor_bytes(zero_point) if bool(torch.any(zero_point != 0)) else 0
     return -(-tensor.numel() * bits // 8) + tensor_bytes(scale) + zeros
+
+
+def _repeated_bytes(tensors: Sequence[Tensor]) -> int:
+    """The 8-bit values that equal those of an earlier weight."""
+    wide: list[Any] = [tensor for tensor in tensors if weight_bits(tensor) == 8]
+    return sum(
+        weight.numel()
+        for number, weight in enumerate(wide)
+        if any(other.shape == weight.shape and torch.equal(other.qdata, weight.qdata) for other in wide[:number])
+    )
 
 
 def weight_bits(tensor: Tensor) -> int | None:

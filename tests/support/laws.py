@@ -25,9 +25,11 @@ from edgetune.quant.int8 import Int8
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.outliers import Outliers
+from edgetune.quant.qat import QAT
 from edgetune.quant.quik import Quik
 from edgetune.quant.rotate import Rotate
 from edgetune.quant.smooth import Smooth
+from edgetune.quant.ternary import Ternary
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from support.gain import Gain
@@ -205,6 +207,7 @@ ATTENTION = ("*.query", "*.value")
 LINEARS = ("*.query", "*.key", "*.value", "*.dense")
 BLOCKS = ("blocks.*.up", "blocks.*.down")
 NOTHING = ("*.nothing",)
+ROUNDED = 1e-2  # of outputs without the rounding of activations, which finalize leaves to the kernel
 
 CASES = [
     Case(
@@ -301,6 +304,20 @@ CASES = [
         exports=True, unmatched=Int8Dynamic(targets=NOTHING),
     ),
     Case("int8-dynamic-bert", (Int8Dynamic(),), bert, tokens, error=0.03, size=channel_size(8, 4), trains=False),
+    Case("qat-mlp", (QAT(),), mlp, vectors, ROUNDED, error=0.2, exports=True, unmatched=QAT(targets=NOTHING)),
+    Case("qat-distilled-bert", (QAT(group_size="channel", distill=0.5),), bert, tokens, ROUNDED, error=0.4),
+    Case(
+        "lean-sparse-lora-qat-mlp",
+        (
+            Lean(), SparseUpdate(scheme="last-1"),
+            LoRA(rank=2, targets=("blocks.0.*",)), QAT(distill=1.0, algorithm="mse"),
+        ),
+        mlp, vectors, ROUNDED, error=0.2,
+    ),
+    Case(
+        "ternary-mlp", (Ternary(skip=("classifier",), blend_batches=2),), mlp, vectors, ROUNDED, error=1.0,
+        exports=True, unmatched=Ternary(targets=NOTHING),
+    ),
     Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
     ),

@@ -1,0 +1,80 @@
+"""Distillation from the model as it was in floating point: a frozen copy runs on the same inputs.
+
+The divergence of the student's logits from the copy's is a penalty of the technique that rounds, so any training loop
+that adds `et.penalty(model)` distils. Parameters that are frozen are shared, not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgetune.core.inputs import device_of, logits_of, token_mask
+from edgetune.lean.frozen import remove_hooks
+from edgetune.lean.reads import FirstForward
+
+
+class Teacher:
+    """A forward hook on a model that runs a frozen copy of it while the model trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(model, memo=dict(frozen)).eval()
+        remove_hooks(self.model, FirstForward)
+        for parameter in self.model.parameters():
+            if id(parameter) not in frozen:
+                parameter.requires_grad_(False)
+        self.outputs: tuple[Tensor, Tensor, Tensor | None] | None = None  # of the last batch, with its token mask
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Run the copy on the inputs of a training forward."""
+        self.outputs = None
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        with torch.no_grad():
+            target = logits_of(self.model.to(device_of(module))(*args, **kwargs))
+        self.outputs = logits_of(output), target, token_mask(kwargs)
+
+    def divergence(self) -> Tensor | None:
+        """Of the last training forward, once; `None` if there was none."""
+        outputs, self.outputs = self.outputs, None
+        return None if outputs is None else divergence(*outputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the outputs, whose graphs cannot be copied."""
+        return {**self.__dict__, "outputs": None}
+
+
+def add_teacher(model: nn.Module) -> None:
+    """Distil the model from what it computes now."""
+    model.register_forward_hook(Teacher(model), with_kwargs=True)
+
+
+def teacher_of(model: nn.Module) -> Teacher | None:
+    """The model's teacher, if it has one."""
+    return next((hook for hook in model._forward_hooks.values() if isinstance(hook, Teacher)), None)
+
+
+def remove_teacher(model: nn.Module) -> None:
+    """Drop the copy."""
+    for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, Teacher)]:
+        del model._forward_hooks[key]
+        model._forward_hooks_with_kwargs.pop(key, None)
+
+
+def divergence(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Kullback-Leibler divergence of `logits` from the teacher's, the mean over rows, or over tokens that `mask` has.
+
+    Of single numbers, as in regression, half the mean squared difference. Logits `(rows, classes)` or `(rows, tokens,
+    classes)`.
+    """
+    if logits.dim() < 2 or logits.shape[-1] == 1:
+        return functional.mse_loss(logits.float(), target.float()) / 2
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        logits, target = logits[mask], target[mask]
+    ours, theirs = (each.float().log_softmax(-1).flatten(0, -2) for each in (logits, target))
+    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
