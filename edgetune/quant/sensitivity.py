@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, device_of, logits_of, token_mask
 from edgetune.core.modes import preserve_trainability
-from edgetune.quant.calibration import evaluation, run_on, usable_batches
+from edgetune.quant.calibration import evaluation, run_on, usable_batches, watch_inputs
 from edgetune.quant.layers import Layer
 
 _DRAWS = 4  # of labels for each batch
@@ -58,6 +58,16 @@ def fisher_information(
                 action="look for NaN or infinity in the sample and the weights",
             )
     return sums
+
+
+@torch.no_grad()
+def reached_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Inputs]) -> set[str]:
+    """The names of the layers that are called on a batch."""
+    reached: set[str] = set()
+    with evaluation(model), watch_inputs(layers, lambda name, _: reached.add(name)):
+        for batch in usable_batches(model, batches):
+            run_on(model, batch)
+    return reached
 
 
 @torch.no_grad()
