@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.technique import Sample, Technique
@@ -19,6 +20,7 @@ from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.outliers import Outliers
 from edgetune.quant.quik import Quik
 from edgetune.quant.size import parameter_count, weight_bits
+from edgetune.quant.smooth import Smooth
 from edgetune.quant.split import OutlierLinear, SplitLinear
 from support.laws import llama, logits, tokens
 
@@ -147,7 +149,10 @@ def infinite() -> Net:
 @pytest.mark.parametrize(
     ("build", "steps", "data", "message"),
     [
-        (net, [Outliers(), Outliers()], rows(), "is split already"),
+        (net, [Outliers(), Outliers()], rows(), "occurs twice"),
+        (net, [Outliers(), Quik()], rows(), "leaves split linears\n  next: keep one of outliers and quik"),
+        (net, [Outliers(), Smooth()], rows(), "leaves split linears\n  next: put smooth before outliers"),
+        (net, [Outliers(), LoRA(targets=("first",))], rows(), "next: put lora before outliers"),
         (net, [Int4(), Outliers()], rows(), "cannot follow int4, which leaves integer weights"),
         (infinite, [Outliers()], rows(), "last: a weight is NaN or infinite"),
         (net, [Outliers()], rows()[:, :5], "the model does not run on its calibration batches"),

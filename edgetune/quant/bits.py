@@ -61,6 +61,7 @@ class Bits(Technique):
     """
 
     name: ClassVar[str] = "bits"
+    takes: ClassVar[Trait] = Trait.SPLIT
     leaves: ClassVar[Trait] = Trait.INTEGER
 
     average_bits: float | None = Field(default=None, gt=4, le=32)

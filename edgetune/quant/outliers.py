@@ -19,6 +19,7 @@ from edgetune.core.inputs import Inputs
 from edgetune.core.layers import parameter_owners, select
 from edgetune.core.plain import refuse_computed
 from edgetune.core.technique import Needs, Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.lean.reads import refuse_read_elsewhere
 from edgetune.quant.calibration import measure_inputs
 from edgetune.quant.layers import refuse_infinite
@@ -40,6 +41,7 @@ class Outliers(Technique):
     """
 
     name: ClassVar[str] = "outliers"
+    leaves: ClassVar[Trait] = Trait.SPLIT
     exact: ClassVar[bool] = True
 
     share: float = Field(default=0.01, gt=0, le=0.5)
