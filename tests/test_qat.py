@@ -170,7 +170,21 @@ def test_the_teacher_is_the_float_model_and_shares_what_is_frozen(tied: bool) ->
     model.eval()
     call(model, inputs)
     assert et.penalty(model) is None
-    assert not [m for m in et.finalize(model).modules() if m._forward_hooks]
+    assert not [m for m in et.finalize(model).modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_dropout_is_off_while_a_student_is_distilled_and_batch_norms_learn() -> None:
+    model, x = wide_net(), torch.randint(0, 20, (8, 6))
+    et.apply(model, et.QAT(embeddings="none", distill=0.5)).train()
+    before = model.norm.running_mean.clone()  # type: ignore[union-attr, operator]
+    assert torch.equal(model(x), model(x))
+    assert not torch.equal(model.norm.running_mean, before)  # type: ignore[union-attr, arg-type]
+    assert all(module.training for module in model.modules())
+    with pytest.raises(TypeError):
+        model(x, x)
+    assert all(module.training for module in model.modules())
+    plain = et.apply(wide_net(), et.QAT(embeddings="none")).train()
+    assert not torch.equal(plain(x), plain(x))
 
 
 def test_single_numbers_are_distilled_by_their_squared_difference() -> None:

@@ -33,8 +33,8 @@ class QAT(Technique):
     ones stay so. `finalize` leaves plain layers whose weights lie on the grid, and the later step stores exactly these,
     whatever its `algorithm`.
 
-    `distill` adds the divergence from the model as it was before, of which a frozen copy runs beside the training.
-    Give the model no dropout then: its noise outweighs what rounding changes.
+    `distill` adds the divergence from the model as it was before, of which a frozen copy runs beside the training, and
+    switches off dropout, whose noise outweighs what rounding changes.
     """
 
     name: ClassVar[str] = "qat"
