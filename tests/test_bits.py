@@ -229,13 +229,34 @@ class Idle(nn.Module):
         return y
 
 
-@pytest.mark.filterwarnings("ignore:bits. idle. no calibration batch reaches")
 def test_a_layer_that_nothing_depends_on_is_named() -> None:
     x = torch.randn(20, 64)
-    with pytest.warns(UserWarning, match="bits: idle: no output depends on these layers") as caught:
+    with pytest.warns(UserWarning, match="bits: idle: no calibration batch reaches these layers") as caught:
         model = apply(Idle().eval(), Bits(average_bits=7), Sample.of(x))
     assert caught[0].filename == __file__
     assert bits_of(model) == {"used": 8, "idle": 4}
+
+
+class TwoOutputs(Idle):
+    """Logits and boxes, as of a detector."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.used(x), self.idle(x)
+
+
+def test_a_layer_of_another_output_than_the_logits_keeps_8_bits() -> None:
+    with pytest.warns(UserWarning, match="bits: idle: the logits do not depend on these layers.*get 8 bits"):
+        model = apply(TwoOutputs().eval(), Bits(average_bits=7), Sample.of(torch.randn(20, 64)))
+    assert bits_of(model) == {"used": 4, "idle": 8}
+
+
+def test_a_limit_that_cannot_be_met_is_answered_in_its_unit() -> None:
+    narrow = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 20)).eval()  # 8 bits at least
+    with pytest.raises(EdgetuneError, match=r"average_bits: no allocation[\s\S]*got 6\.0; allowed: from 9\.") as error:
+        apply(narrow, Bits(average_bits=6), Sample.of(torch.randn(20, 20)))
+    assert error.value.exit_code == Exit.BUDGET
+    least = float(str(error.value).split("from ")[1].splitlines()[0])
+    apply(narrow, Bits(average_bits=least), Sample.of(torch.randn(20, 20)))
 
 
 @pytest.mark.parametrize(
@@ -260,11 +281,28 @@ def test_mistakes_are_named(settings: dict[str, Any], data: Sample | None, messa
     assert bits_of(model) == dict.fromkeys(bits_of(model))
 
 
-def test_inputs_that_are_not_finite_are_an_error() -> None:
+@pytest.mark.parametrize(("score", "values"), [("fisher", "outputs of the model"), ("output", "inputs of these")])
+def test_inputs_that_are_not_finite_are_an_error(score: str, values: str) -> None:
     x = torch.randn(20, 32)
     x[3] = torch.nan
-    with pytest.raises(EdgetuneError, match="the outputs of the model are not finite on the calibration batches"):
-        apply(mlp(), Bits(average_bits=6), Sample.of(x))
+    with pytest.raises(EdgetuneError, match=f"the {values} .*not finite on the calibration batches"):
+        apply(mlp(), Bits(average_bits=6, score=score), Sample.of(x))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("score", ["fisher", "output"])
+def test_batches_that_the_model_does_not_take_are_an_error(score: str) -> None:
+    with pytest.raises(EdgetuneError, match="does not run on its calibration batches"):
+        apply(mlp(), Bits(average_bits=6, score=score), Sample.of(torch.randn(20, 31)))  # type: ignore[arg-type]
+
+
+def test_a_model_without_gradients_is_refused_and_has_output_errors() -> None:
+    class Detached(Words):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids).detach()
+
+    with pytest.raises(EdgetuneError, match=r"no gradients[\s\S]*score: output"):
+        apply(Detached().eval(), Bits(average_bits=6), sample())
+    assert 4 in bits_of(apply(Detached().eval(), Bits(average_bits=6, score="output"), sample())).values()
 
 
 def test_a_run_says_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,6 @@ def test_damping_grows_until_a_factor_exists() -> None:
     assert torch.isfinite(factor_hessian(almost, "layer").inverse).all()
     with pytest.raises(EdgetuneError, match=r"blocks\.3\.up: GPTQ cannot factor the Hessian of a layer[\s\S]*absmax"):
         factor_hessian(hessian - 30 * mean * torch.eye(64), "blocks.3.up")
-    with pytest.raises(EdgetuneError, match=r"blocks\.3\.up: the inputs of a layer are not finite"):
-        factor_hessian(hessian.index_fill(0, torch.tensor([2]), torch.nan), "blocks.3.up")
 
 
 def test_rows_are_rounded_alike_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,8 +287,11 @@ def is_unchanged(model: nn.Module, plain: nn.Module) -> bool:
 SAMPLES: dict[str, tuple[Sample, str]] = {
     "no batch": (Sample(correlated(2), lambda: iter(())), "there are no calibration batches"),
     "no row": (Sample(correlated(2), lambda: iter([correlated(0)])), "there are no calibration batches"),
-    "NaN": (Sample.of(correlated(8).index_fill(0, torch.tensor([3]), torch.nan)), "stem: the inputs of a layer are"),
-    "infinite": (Sample.of(correlated(8) * torch.inf), "stem: the inputs of a layer are not finite"),
+    "NaN": (
+        Sample.of(correlated(8).index_fill(0, torch.tensor([3]), torch.nan)),
+        "not finite on the calibration batches: stem",
+    ),
+    "infinite": (Sample.of(correlated(8) * torch.inf), "not finite on .*: stem"),
     "another width": (Sample.of(torch.randn(4, 7)), r"does not run on its calibration batches \(RuntimeError: mat1"),
 }
 
@@ -297,7 +300,7 @@ SAMPLES: dict[str, tuple[Sample, str]] = {
 def test_a_sample_that_cannot_calibrate_is_refused_and_nothing_changes(name: str) -> None:
     sample, message = SAMPLES[name]
     model = mlp()
-    with pytest.raises(EdgetuneError, match=rf"int4.*{message}[\s\S]*absmax"):
+    with pytest.raises(EdgetuneError, match=rf"int4.*{message}"):
         et.apply(model, et.Int4(), sample)
     assert is_unchanged(model, mlp())
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())
@@ -309,7 +312,7 @@ def test_activations_that_overflow_late_leave_the_first_blocks_as_they_were() ->
         model.blocks[2].norm.bias.fill_(3e38)  # type: ignore[index, union-attr, operator]
     plain = mlp()
     plain.load_state_dict(model.state_dict())
-    with pytest.raises(EdgetuneError, match=r"blocks\.2\.up: the inputs of a layer are not finite"):
+    with pytest.raises(EdgetuneError, match=r"not finite on the calibration batches: blocks\.2\.up"):
         et.apply(model, et.Int4(), Sample.of(correlated(20)))
     assert is_unchanged(model, plain)
 

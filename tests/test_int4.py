@@ -189,6 +189,12 @@ def test_int4_refuses_a_projection_that_is_read_directly() -> None:
     assert 0 < (got - expected).norm() < 0.3 * expected.norm()
 
 
+def test_a_model_of_convolutions_is_sent_to_int8() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8))
+    with pytest.raises(EdgetuneError, match=r"Sequential has no linear layers, and int4[\s\S]*next: use int8, which"):
+        Int4().apply(model)
+
+
 def test_int4_copies_and_counts_a_shared_layer_once() -> None:
     layer = nn.Linear(32, 8, bias=False)
     model = Int4().apply(nn.ModuleDict({"a": layer, "b": layer}))

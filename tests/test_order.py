@@ -56,6 +56,10 @@ def test_it_says_what_stays_open_and_why_it_finalizes() -> None:
     ("steps", "text"),
     [
         ([et.Int4(), LORA], "lora: cannot follow int4, which leaves integer weights\n  next: put lora before int4"),
+        (
+            [et.Int8Dynamic(), et.Int4()],
+            "integer weights\n  next: keep one of int8_dynamic and int4",
+        ),
         ([et.Int8(), TRAIN], "train: cannot follow int8, which leaves integer weights"),
         ([et.Int4(), et.Int4()], "int4: occurs twice"),
         ([LORA, TRAIN, LORA], "lora: cannot follow lora, which leaves adapters\n  next: finalize between the two"),

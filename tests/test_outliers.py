@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.technique import Sample, Technique
@@ -19,6 +20,7 @@ from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.outliers import Outliers
 from edgetune.quant.quik import Quik
 from edgetune.quant.size import parameter_count, weight_bits
+from edgetune.quant.smooth import Smooth
 from edgetune.quant.split import OutlierLinear, SplitLinear
 from support.laws import llama, logits, tokens
 
@@ -129,15 +131,35 @@ def test_a_layer_that_shares_its_weight_stays_whole_and_is_named() -> None:
     assert [type(layer) for layer in (model.first, model.last)] == [nn.Linear, SplitLinear]
 
 
+def test_a_layer_of_few_inputs_stays_whole_and_is_named() -> None:
+    model = nn.Sequential(nn.Linear(64, 2), nn.Linear(2, 40)).eval()
+    plain = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"outliers: 1: these layers have 2 inputs or fewer, so they stay whole"):
+        apply(model, Outliers(), Sample.of(rows()))
+    assert [type(layer) for layer in model] == [SplitLinear, nn.Linear]
+    assert bits_of(apply(plain, Quik(), Sample.of(rows()))) == {"0": 8, "1": 8}  # the first narrows
+
+
+def infinite() -> Net:
+    model = net()
+    model.last.weight.data[0, 0] = torch.inf
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "steps", "data", "message"),
     [
-        (net, [Outliers(), Outliers()], rows(), "is split already"),
+        (net, [Outliers(), Outliers()], rows(), "occurs twice"),
+        (net, [Outliers(), Quik()], rows(), "leaves split linears\n  next: keep one of outliers and quik"),
+        (net, [Outliers(), Smooth()], rows(), "leaves split linears\n  next: put smooth before outliers"),
+        (net, [Outliers(), LoRA(targets=("first",))], rows(), "next: put lora before outliers"),
         (net, [Int4(), Outliers()], rows(), "cannot follow int4, which leaves integer weights"),
-        (lambda: nn.Sequential(nn.Linear(1, 3)), [Outliers()], rows()[:, :1], "0 has too few inputs"),
+        (infinite, [Outliers()], rows(), "last: a weight is NaN or infinite"),
+        (net, [Outliers()], rows()[:, :5], "the model does not run on its calibration batches"),
+        (net, [Quik()], rows()[:, :5], "the model does not run on its calibration batches"),
         (net, [Outliers(targets=("nothing",))], rows(), "targets: the pattern matches no layer"),
         (net, [Outliers()], rows()[:0], "no calibration batches, or they have no rows"),
-        (net, [Outliers()], rows() * torch.nan, "first: the inputs of a layer are not finite"),
+        (net, [Outliers()], rows() * torch.nan, "not finite on the calibration batches: first"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(build: Any, steps: list[Technique], data: Tensor, message: str) -> None:

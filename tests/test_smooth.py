@@ -16,8 +16,8 @@ from edgetune.capture.recorded import record
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.technique import adapt_defaults
+from edgetune.quant.calibration import measure_inputs
 from edgetune.quant.channels import find_groups
-from edgetune.quant.hessians import measure_inputs
 from edgetune.quant.rounding import Grid, mse_codes
 from edgetune.quant.scales import output_error
 from support.causal import family
@@ -110,6 +110,18 @@ class Fused(nn.Module):
         q, k, v = self.qkv(self.norm(x)).reshape(rows, length, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
         y = functional.scaled_dot_product_attention(q, k, v)
         return x + self.proj(y.transpose(1, 2).reshape(rows, length, width))
+
+
+def test_channels_are_followed_through_values_that_are_laid_out_anew() -> None:
+    class Joined(Fused):
+        """Heads are joined by `contiguous` and `view`, as in Swin, DeBERTa and MobileViT."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.view(2, 5, 4, 8).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+            y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+            return self.proj(y.permute(0, 2, 1, 3).contiguous().view(2, 5, 32))
+
+    assert groups_of(Joined().eval(), torch.randn(2, 5, 32)) == {"norm": ["qkv"], "qkv": ["proj"]}
 
 
 def test_of_a_fused_projection_only_the_values_are_free() -> None:

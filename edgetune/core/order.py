@@ -87,6 +87,9 @@ def _wrong_order_error(
     if blocking is not None and blocking.name == step.name:
         return EdgetuneError("occurs twice", where=where, action="keep one of the two")
     leaves = (other.leaves & ~step.takes).in_words
+    if blocking is not None and step.leaves & ~OPEN & ~blocking.takes:  # the other way round neither
+        action = f"keep one of {other.name} and {step.name}"
+        return EdgetuneError(f"cannot follow {other.name}, which leaves {leaves}", where=where, action=action)
     ways = [] if other.name == step.name else [f"put {step.name} before {other.name}"]
     action = ", or ".join(ways if blocking else [*ways, "finalize between the two"])
     return EdgetuneError(f"cannot follow {other.name}, which leaves {leaves}", where=where, action=action)

@@ -14,6 +14,7 @@ class Trait(Flag):
     PACKED = auto()  # weights in a storage format that trains nothing itself, as a base for adapters
     LEAN = auto()  # operators that save less for backward
     ROUNDED = auto()  # computes with rounded weights while it trains those in floating point
+    SPLIT = auto()  # linears in two parts, for quantization: an adapter or a cut would see one of them
     INTEGER = auto()  # integer weights, for good: nothing trains any more
 
     @property
@@ -22,7 +23,9 @@ class Trait(Flag):
         return ", ".join(words for trait, words in _WORDS.items() if trait in self)
 
 
-OPEN = ~Trait.INTEGER  # what `finalize` turns into plain layers again; it can train, or carries what can
+OPEN = ~(
+    Trait.INTEGER | Trait.SPLIT
+)  # what `finalize` turns into plain layers again; it can train, or carries what can
 
 _WORDS = {
     Trait.ADAPTED: "adapters",
@@ -30,5 +33,6 @@ _WORDS = {
     Trait.PACKED: "packed weights",
     Trait.LEAN: "lean operators",
     Trait.ROUNDED: "rounded weights",
+    Trait.SPLIT: "split linears",
     Trait.INTEGER: "integer weights",
 }

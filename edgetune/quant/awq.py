@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from edgetune.capture.recorded import record
-from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.inputs import Inputs
+from edgetune.quant.calibration import measure_inputs
 from edgetune.quant.channels import check_outputs, find_groups
-from edgetune.quant.hessians import measure_inputs
 from edgetune.quant.rounding import Grid
 from edgetune.quant.scales import fold_scales, search_scales
 
@@ -32,12 +30,6 @@ def scale_inputs(
     """
     groups = [group for group in find_groups(model, record(model, inputs)) if group.readers.keys() <= linears.keys()]
     sizes = measure_inputs(model, linears, batches)
-    names = [name for name, size in sizes.items() if not bool(torch.isfinite(size.mean_square).all())]
-    if names:
-        raise EdgetuneError(
-            f"the inputs of these layers are not finite on the calibration batches: {truncate_list(names)}",
-            action="look for NaN or infinity in the sample and the weights, or set algorithm: absmax",
-        )
     groups = [group for group in groups if group.readers.keys() <= sizes.keys()]
     scales = [search_scales(model, group, sizes, grids) for group in groups]
     importance = {name: size.mean_square for name, size in sizes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,15 +13,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, truncate_list
+from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.files import write_atomically
+from edgetune.core.inputs import Inputs
 from edgetune.core.layers import matches, no_match_error
 from edgetune.core.numbers import MIB
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.quant.allocation import BYTES, MS, Allocation, LayerBits, Menu, Width, allocate
+from edgetune.quant.allocation import BYTES, MS, Allocation, LayerBits, Menu, Width, allocate, average_bits
 from edgetune.quant.layers import EIGHT_BITS, LayerChoice, choose_layers
 from edgetune.quant.menu import (
     build_menu,
@@ -36,6 +38,7 @@ from edgetune.quant.menu import (
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
 from edgetune.quant.rounding import LEAST_GROUP, Grid
+from edgetune.quant.sensitivity import reached_layers
 
 _ALLOCATION = "edgetune_allocation"  # the attribute of a model that says which bits its layers got
 _HELD_OUT = 4  # batches after the calibration's, on which allocations are compared
@@ -58,6 +61,7 @@ class Bits(Technique):
     """
 
     name: ClassVar[str] = "bits"
+    takes: ClassVar[Trait] = Trait.SPLIT
     leaves: ClassVar[Trait] = Trait.INTEGER
 
     average_bits: float | None = Field(default=None, gt=4, le=32)
@@ -168,18 +172,33 @@ class Bits(Technique):
         table_width = None if self.embeddings == "auto" else _TABLE_WIDTHS[self.embeddings]
         times = {} if self.device is None else uniform_times(layers, self.device, sample.require_layers_ms())
         menu = build_menu(layers, self.score, calibration, self.seed, table_width, times)
-        idle = [name for name, choices in menu.items() if not any(choice.loss for choice in choices)]
-        if idle:
-            warnings.warn(
-                f"{self.name}: {truncate_list(idle)}: no output depends on these layers on the calibration batches, "
-                "or rounding does not change them, so they get the fewest bits",
-                stacklevel=4,  # the caller of `et.apply`
-            )
         rest = Allocation((), other_bytes(layers), other_ms=other_ms(layers, times))
         beside = {BYTES: rest.size_bytes, MS: rest.latency_ms}
-        menu, choices = self._choose(layers, menu, beside)
+        menu, choices = self._choose_for_all_outputs(layers, menu, beside, calibration)
         allocation = replace(rest, choices=choices)
         return layers, compare(layers, menu, allocation, calibration, batches[len(calibration) :])
+
+    def _choose_for_all_outputs(
+        self, layers: LayerChoice, menu: Menu, beside: Mapping[str, float], batches: list[Inputs]
+    ) -> tuple[Menu, tuple[LayerBits, ...]]:
+        """As `_choose`, with 8 bits where the limit allows for layers that run and on which no logits depend."""
+        idle = {n: layers.layers[n] for n, choices in menu.items() if not any(choice.loss for choice in choices)}
+        reached = reached_layers(layers.model, idle, batches) if idle else set()
+        wide = {name: [choice for choice in menu[name] if choice.width == "int8"] or menu[name] for name in reached}
+        try:
+            best, bits = self._choose(layers, {**menu, **wide}, beside), "8 bits"
+        except EdgetuneError:
+            best, bits = self._choose(layers, menu, beside), "the fewest bits"
+        for names, reason in (
+            ([name for name in idle if name not in reached], "no calibration batch reaches these layers, so they get "
+             "the fewest bits"),
+            ([name for name in idle if name in reached], "the logits do not depend on these layers on the calibration "
+             f"batches, or rounding does not change them, so they get {bits}"),
+        ):  # fmt: skip
+            if names:
+                message = f"{self.name}: {truncate_list(names)}: {reason}"
+                warnings.warn(message, stacklevel=5)  # the caller of `et.apply`
+        return best
 
     def _choose(
         self, layers: LayerChoice, menu: Menu, beside: Mapping[str, float]
@@ -190,9 +209,9 @@ class Bits(Technique):
         for each in [menu] if tied == menu else [tied, menu]:
             try:
                 answers.append((each, allocate(each, self._limits(each, int(beside[BYTES])), beside)))
-            except EdgetuneError:
+            except EdgetuneError as error:
                 if each is menu and not answers:
-                    raise
+                    raise (self._average_error(menu) or error) from None
         return min(answers, key=lambda answer: sum(choice.loss for choice in answer[1]))
 
     def _written(self, layers: LayerChoice, patterns: Mapping[str, Width]) -> Allocation:
@@ -209,6 +228,21 @@ class Bits(Technique):
         heads = {head for head, table in tied_heads(layers).items() if widths[head] == widths[table] == "int8"}
         choices = (choice_of(layers, n, w, 0.0, is_repeated=n in heads) for n, w in widths.items())
         return Allocation(tuple(choices), other_bytes(layers))
+
+    def _average_error(self, menu: Menu) -> EdgetuneError | None:
+        """That no allocation has so few bits, in the unit of the setting; `None` if it is not the only limit."""
+        if self.average_bits is None or self.latency_ms is not None:
+            return None
+        free = [choices for choices in menu.values() if self.embeddings == "auto" or not choices[0].is_table]
+        least = average_bits([min(choices, key=lambda choice: choice.size_bytes) for choices in free])
+        return EdgetuneError(
+            "no allocation of bits stays within the limit",
+            where="average_bits",
+            got=self.average_bits,
+            allowed=[f"from {math.ceil(least * 100) / 100}"],
+            action="raise the limit, or skip layers whose width is not a multiple of 32, which get 8 bits at least",
+            exit_code=Exit.BUDGET,
+        )
 
     def _limits(self, menu: Menu, other_bytes: int) -> dict[str, float]:
         """Of the whole model."""

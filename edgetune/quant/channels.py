@@ -182,6 +182,8 @@ class _Follower:
             return None
         position = numbered[0]
         first: Any = values[node.args[position]]  # type: ignore[index]
+        if isinstance(first, Tensor):
+            first = first.contiguous()  # a view of the values may be none of numbers that lie differently
         if kind == "getitem" or kind in MOVES:
             arguments = [first if n == position else arg for n, arg in enumerate(node.args)]
             if any(isinstance(arg, fx.Node) for arg in arguments):

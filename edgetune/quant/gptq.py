@@ -31,12 +31,6 @@ def factor_hessian(hessian: Tensor, layer: str) -> Factor:
     An input that is always zero is rounded to nearest, since it corrects no other and no other corrects it.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(hessian).all()):
-        raise EdgetuneError(
-            "the inputs of a layer are not finite on the calibration batches",
-            where=layer,
-            action="look for NaN or infinity in the sample and the weights, or set algorithm: absmax",
-        )
     order = diagonal.argsort(descending=True, stable=True)
     mean = diagonal.sum() / diagonal.count_nonzero().clamp(min=1)
     ordered = hessian[order][:, order] / mean.clamp(min=torch.finfo(hessian.dtype).smallest_normal)

@@ -11,18 +11,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from edgetune.capture.fast_path import slow_path
-from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device, token_mask
-from edgetune.core.modes import preserve_buffers, preserve_state
+from edgetune.core.inputs import Inputs, tensors_in, token_mask
 from edgetune.lean.reads import storage_id
+from edgetune.quant.calibration import (
+    evaluation,
+    refuse_infinite_inputs,
+    run_on,
+    select_tokens,
+    usable_batches,
+    watch_inputs,
+)
 
 
 def calibrate(
@@ -36,11 +41,12 @@ def calibrate(
 
     Padded tokens do not count. `quantize` may replace the weight of its layer: later layers then see what that
     computes. `finish` gets the names of all layers of a block once they are quantized. Returns the names of the layers
-    that no batch reaches. Raises `EdgetuneError` where the model cannot run on the batches, or these have no rows.
+    that no batch reaches. Raises `EdgetuneError` where the model cannot run on the batches, these have no rows, or
+    inputs are not finite.
     """
-    batches = _check_batches(model, batches, "set algorithm: absmax")
+    batches = usable_batches(model, batches)
     remaining = dict(linears)
-    with preserve_state(model), preserve_buffers(model), slow_path(model), torch.no_grad():
+    with evaluation(model), torch.no_grad():
         plan = _plan_stages(model, remaining, batches[0])
         with _Replay(plan) as replay:
             for stage in range(len(plan.blocks) + 1):
@@ -52,68 +58,13 @@ def calibrate(
                 for number, batch in enumerate(batches):
                     with _sum_inputs({name: remaining[name] for name in names}, sums, token_mask(batch)):
                         replay.run(model, batch, number, stage)
+                refuse_infinite_inputs(name for name, total in sums.items() if not bool(torch.isfinite(total).all()))
                 reached = list(sums)
                 for name in reached:
                     quantize(name, sums.pop(name))
                     del remaining[name]
                 finish(reached)
     return list(remaining)
-
-
-_TOKENS = 256
-
-
-class InputSizes(NamedTuple):
-    """How large each input of a linear is over all tokens."""
-
-    largest: Tensor  # `(in,)`, the largest absolute value
-    mean_square: Tensor  # `(in,)`
-    tokens: Tensor  # `(tokens, in)`, some of the inputs, evenly spaced
-
-
-def measure_inputs(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Inputs]
-) -> dict[str, InputSizes]:
-    """The sizes of the inputs of the linears that a batch reaches. Padded tokens do not count."""
-    batches = _check_batches(model, batches, "leave this step out")
-    kept = -(-_TOKENS // len(batches))  # of a batch
-    tokens: dict[str, list[Tensor]] = {}
-    largest: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def add(mask: Tensor | None, name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        x = _tokens(args[0] if args else kwargs["input"], mask)
-        if len(x):
-            most = x.abs().amax(0)
-            largest[name] = torch.maximum(largest[name], most) if name in largest else most
-            squares[name] = squares.get(name, 0) + x.square().sum(0)
-            counts[name] = counts.get(name, 0) + len(x)
-            tokens.setdefault(name, []).append(x[:: -(-len(x) // kept)].clone())
-
-    with preserve_state(model), preserve_buffers(model), slow_path(model), torch.no_grad():
-        for batch in batches:
-            with ExitStack() as hooks:
-                for name, layer in linears.items():
-                    hook = partial(add, token_mask(batch), name)
-                    hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
-                _run(model, batch)
-    return {
-        name: InputSizes(largest[name], squares[name] / counts[name], torch.cat(tokens[name]))
-        for name in linears
-        if name in largest
-    }
-
-
-def _check_batches(model: nn.Module, batches: Sequence[Inputs], remedy: str) -> list[Inputs]:
-    """The batches that have rows, on the model's device."""
-    batches = [to_device(batch, device_of(model)) for batch in batches if any(t.numel() for t in tensors_in(batch))]
-    if not batches:
-        raise EdgetuneError(
-            "there are no calibration batches, or they have no rows",
-            action=f"pass et.Sample(inputs, batches) with rows, or {remedy}",
-        )
-    return batches
 
 
 @dataclass(frozen=True)
@@ -147,7 +98,7 @@ def _plan_stages(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Inpu
         for name, layer in linears.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(note, name)))
         with watch:
-            _run(model, batch)
+            run_on(model, batch)
     blocks = watch.ended
     if shared or watch.begun != blocks or len(set(blocks)) < len(blocks):
         return _Plan()
@@ -226,7 +177,7 @@ class _Replay:
         """Run until the block of this number has ended; beyond the last block, to the end of the model."""
         self.stage, self.batch = stage, batch
         with suppress(_Stop):
-            _run(model, inputs)
+            run_on(model, inputs)
         if stage > 1 and self.plan.passed_on[stage - 2]:
             self.stored.pop((stage - 2, batch), None)
 
@@ -250,25 +201,14 @@ def _copy(output: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
 
-def _run(model: nn.Module, inputs: Inputs) -> None:
-    try:
-        call(model, inputs)
-    except Exception as error:  # whatever a forward raises
-        raise EdgetuneError(
-            f"the model does not run on its calibration batches ({type(error).__name__}: {error})",
-            action="pass a sample that the model takes, or set algorithm: absmax",
-        ) from error
-
-
 @contextmanager
 def _sum_inputs(linears: Mapping[str, nn.Linear], sums: dict[str, Tensor], mask: Tensor | None) -> Iterator[None]:
     """Add to `sums` the x x' of the inputs of these layers in the body."""
     latest: list[tuple[Tensor, int, Tensor]] = []  # an input and its product: several layers often read the same
 
-    def add(name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = args[0] if args else kwargs["input"]
+    def add(name: str, x: Tensor) -> None:
         if not latest or latest[0][0] is not x or latest[0][1] != x._version:
-            tokens = _tokens(x, mask)
+            tokens = select_tokens(x, mask)
             latest[:] = [(x, x._version, tokens.t() @ tokens)]
         product = latest[0][2]
         if name in sums:
@@ -276,16 +216,5 @@ def _sum_inputs(linears: Mapping[str, nn.Linear], sums: dict[str, Tensor], mask:
         elif x.numel():
             sums[name] = product.clone()
 
-    with ExitStack() as hooks:
-        for name, layer in linears.items():
-            hooks.enter_context(layer.register_forward_pre_hook(partial(add, name), with_kwargs=True))
+    with watch_inputs(linears, add):
         yield
-
-
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The inputs of a layer as `(tokens, in)` in fp32, without padding."""
-    if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-        x = x[mask]
-    elif mask is not None and x.dim() == 2 and len(x) == mask.numel():
-        x = x[mask.flatten()]
-    return x.reshape(-1, x.shape[-1]).float()

@@ -62,6 +62,7 @@ class Int4(Technique):
     """
 
     name: ClassVar[str] = "int4"
+    takes: ClassVar[Trait] = Trait.SPLIT
     leaves: ClassVar[Trait] = Trait.INTEGER
 
     group_size: GroupSize = 32

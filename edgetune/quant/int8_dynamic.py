@@ -31,6 +31,7 @@ class Int8Dynamic(Technique):
     """
 
     name: ClassVar[str] = "int8_dynamic"
+    takes: ClassVar[Trait] = Trait.SPLIT
     leaves: ClassVar[Trait] = Trait.INTEGER
 
     targets: tuple[str, ...] = ("*",)

@@ -20,7 +20,7 @@ from edgetune.core.plain import computed_tensor, refuse_computed
 from edgetune.core.technique import Sample
 from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.blocks import quantize_weight
-from edgetune.quant.experts import split_wanted_experts
+from edgetune.quant.experts import is_fused, split_wanted_experts
 from edgetune.quant.padded import PaddedLinear, can_pad, pad_inputs, unpad_inputs
 from edgetune.quant.rounding import LEAST_GROUP, Grid, Rule, absmax_codes
 from edgetune.quant.size import weight_bits
@@ -197,6 +197,7 @@ def choose_layers(
     computed, a table with `max_norm`, and weights that are not finite.
     """
     _refuse_quantized(model)
+    _refuse_without_linears(technique, model)
     skip = split_wanted_experts(model, tuple(pattern for patterns, _ in linears for pattern in patterns), skip)
     skip_linears, skip_tables = _split_skips(model, skip)
     grids: dict[str, Grid] = {}
@@ -248,6 +249,17 @@ def _refuse_quantized(model: nn.Module) -> None:
             "the model is quantized already",
             got=f"{truncate_list(quantized)} in integers",
             action="quantize the model in floating point",
+        )
+
+
+def _refuse_without_linears(technique: str, model: nn.Module) -> None:
+    """Raise for a model that has none, such as one of convolutions alone."""
+    modules = list(model.modules())
+    if not any(isinstance(module, nn.Linear) or is_fused(module) for module in modules):
+        raise EdgetuneError(
+            f"{type(model).__name__} has no linear layers, and {technique} quantizes only these and embedding tables",
+            got=sorted({type(module).__name__ for module in modules if module._parameters}),
+            action="use int8, which quantizes convolutions and other layers too",
         )
 
 

@@ -7,24 +7,22 @@ inputs by the largest absolute activation; the first at each call, the second be
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune.capture.fast_path import slow_path
 from edgetune.core.errors import EdgetuneError, truncate_list
-from edgetune.core.inputs import Inputs, call, device_of, tensors_in, to_device, token_mask
+from edgetune.core.inputs import Inputs
 from edgetune.core.layers import parameter_owners, select
-from edgetune.core.modes import preserve_buffers, preserve_state
 from edgetune.core.plain import refuse_computed
 from edgetune.core.technique import Needs, Sample, Technique
+from edgetune.core.traits import Trait
 from edgetune.lean.reads import refuse_read_elsewhere
+from edgetune.quant.calibration import measure_inputs
+from edgetune.quant.layers import refuse_infinite
 from edgetune.quant.size import weight_bits
 from edgetune.quant.split import OutlierLinear, SplitLinear, rebuild_split, split_linear
 
@@ -37,12 +35,13 @@ class Outliers(Technique):
     In each linear a share of the inputs, those with the largest absolute values on calibration batches, goes through a
     small linear of its own (`NAME.outlier`), and the layer itself sees zeros there. That is exact. A later `int4` then
     rounds weights and activations without these inputs; the patterns of its layers stay as they are, and
-    `int8_linears: ["*.outlier"]` stores the small ones in 8 bits. A layer that no batch reaches, or whose weight is
-    another's too, stays whole, and a warning names it. Raises `EdgetuneError` for a layer whose weight is read
-    elsewhere, and for one with two inputs or fewer.
+    `int8_linears: ["*.outlier"]` stores the small ones in 8 bits. A layer that no batch reaches, whose weight is
+    another's too, or that has two inputs or fewer stays whole, and a warning names it. Raises `EdgetuneError` for a
+    layer whose weight is read elsewhere or not finite.
     """
 
     name: ClassVar[str] = "outliers"
+    leaves: ClassVar[Trait] = Trait.SPLIT
     exact: ClassVar[bool] = True
 
     share: float = Field(default=0.01, gt=0, le=0.5)
@@ -66,9 +65,29 @@ class Outliers(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Split the layers in place."""
         sample = self.require_sample(sample)
-        split_outliers(
-            model, self.targets, self.skip, self.share, list(islice(sample.batches(), self.calibration_batches)), sample
-        )
+        chosen: dict[str, Any] = dict(select(model, self.targets, self.skip, nn.Linear, _is_whole_part))
+        for name, layer in chosen.items():
+            if weight_bits(layer.weight) is not None:
+                raise EdgetuneError(f"{name} is quantized already", action="put outliers before quantization")
+            refuse_computed(name, layer)
+            refuse_infinite(name, layer.weight)
+        owners = parameter_owners(dict(model.named_modules()))
+        shared = [name for name, layer in chosen.items() if len(owners.get(id(layer.weight), ())) > 1]
+        narrow = [name for name, layer in chosen.items() if not can_split(layer) and name not in shared]
+        splittable = {name: layer for name, layer in chosen.items() if name not in (*shared, *narrow)}
+        refuse_read_elsewhere(model, splittable, sample)
+        batches = list(islice(sample.batches(), self.calibration_batches))
+        split = split_outliers(model, splittable, self.share, batches) if splittable else []
+        for names, reason in (
+            ([name for name in splittable if name not in split], "no calibration batch reaches these layers"),
+            (shared, "other layers share the weights of these layers"),
+            (narrow, f"these layers have {_LEAST} inputs or fewer"),
+        ):
+            if names:
+                warnings.warn(
+                    f"outliers: {truncate_list(names)}: {reason}, so they stay whole. To silence this: skip: {names}",
+                    stacklevel=3,  # the caller of `et.apply`
+                )
         return model
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -77,85 +96,23 @@ class Outliers(Technique):
 
 
 def split_outliers(
-    model: nn.Module,
-    targets: tuple[str, ...],
-    skip: tuple[str, ...],
-    share: float,
-    batches: Iterable[Inputs],
-    sample: Sample,
+    model: nn.Module, layers: Mapping[str, nn.Linear], share: float, batches: Sequence[Inputs]
 ) -> list[str]:
-    """Split the linears that patterns match by their ranges on these batches. Returns their names."""
-    chosen = select(model, targets, skip, nn.Linear, lambda layer: not isinstance(layer, OutlierLinear))
-    owners = parameter_owners(dict(model.named_modules()))
-    shared = [name for name, layer in chosen.items() if len(owners.get(id(layer.weight), ())) > 1]
-    chosen = {name: layer for name, layer in chosen.items() if name not in shared}
-    for name, layer in chosen.items():
-        _refuse_unfit(name, layer)
-        refuse_computed(name, layer)
-    refuse_read_elsewhere(model, chosen, sample)
-    ranges = input_ranges(model, chosen, batches)
-    idle = sorted(chosen.keys() - ranges.keys())
-    for names, reason in ((idle, "no calibration batch reaches"), (shared, "other layers share the weights of")):
-        if names:
-            warnings.warn(
-                f"outliers: {truncate_list(names)}: {reason} these layers, so they stay whole. To silence this: "
-                f"skip: {names}",
-                stacklevel=4,  # the caller of `et.apply`
-            )
-    for name, largest in ranges.items():
-        layer = chosen[name]
-        assert isinstance(layer, nn.Linear)
-        count = max(_LEAST, round(share * layer.in_features))
-        split_linear(layer, largest.topk(count).indices.sort().values)
-    return list(ranges)
+    """Split those of the linears that a batch reaches by the ranges of their inputs. Returns their names."""
+    for name, layer in layers.items():
+        if isinstance(layer, SplitLinear):
+            raise EdgetuneError(f"{name} is split already", got=type(layer).__name__, action="split layers only once")
+    sizes = measure_inputs(model, layers, batches)
+    for name, size in sizes.items():
+        count = max(_LEAST, round(share * layers[name].in_features))
+        split_linear(layers[name], size.largest.topk(count).indices.sort().values)
+    return list(sizes)
 
 
-def input_ranges(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Inputs]) -> dict[str, Tensor]:
-    """For each layer that a batch reaches the largest absolute value of each input, without padded tokens."""
-    full = [batch for batch in batches if any(tensor.numel() for tensor in tensors_in(batch))]
-    if not full:
-        raise EdgetuneError(
-            "there are no calibration batches, or they have no rows", action="pass et.Sample(inputs, batches) with rows"
-        )
-    ranges: dict[str, Tensor] = {}
-
-    def measure(
-        mask: Tensor | None, name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> None:
-        x = args[0] if args else kwargs["input"]
-        if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-            x = x[mask]
-        if not x.numel():
-            return
-        largest = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
-        ranges[name] = largest if name not in ranges else torch.maximum(ranges[name], largest)
-
-    with preserve_state(model), preserve_buffers(model), slow_path(model), torch.no_grad():
-        for batch in full:
-            moved = to_device(batch, device_of(model))
-            with ExitStack() as hooks:
-                for name, layer in layers.items():
-                    hook = partial(measure, token_mask(moved), name)
-                    hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
-                call(model, moved)
-    for name, largest in ranges.items():
-        if not bool(torch.isfinite(largest).all()):
-            raise EdgetuneError(
-                "the inputs of a layer are not finite on the calibration batches",
-                where=name,
-                action="look for NaN or infinity in the sample and the weights",
-            )
-    return ranges
+def can_split(layer: nn.Linear) -> bool:
+    """Whether it has more inputs than the least that go apart."""
+    return layer.in_features > _LEAST
 
 
-def _refuse_unfit(name: str, layer: nn.Module) -> None:
-    assert isinstance(layer, nn.Linear)
-    if isinstance(layer, SplitLinear) or weight_bits(layer.weight) is not None:
-        reason = "is split already" if isinstance(layer, SplitLinear) else "is quantized already"
-        raise EdgetuneError(f"{name} {reason}", got=type(layer).__name__, action="put outliers first, and only once")
-    if layer.in_features <= _LEAST:
-        raise EdgetuneError(
-            f"{name} has too few inputs to split",
-            got=layer.in_features,
-            action=f'add "{name}" to skip',
-        )
+def _is_whole_part(layer: nn.Module) -> bool:
+    return not isinstance(layer, OutlierLinear)

@@ -20,7 +20,7 @@ from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.quant.experts import split_as_stored
 from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, four_bits, table_grid
-from edgetune.quant.outliers import split_outliers
+from edgetune.quant.outliers import can_split, split_outliers
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
 from edgetune.quant.rounding import LEAST_GROUP
@@ -78,8 +78,8 @@ class Quik(Technique):
             tables=table_grid(self.embeddings, LEAST_GROUP),
         )  # fmt: skip
         whole = layers.linears.keys() & self._whole(model)
-        names = tuple(name for name in layers.linears if name not in whole)
-        split = split_outliers(model, names, (), self.share, batches, sample) if names else []
+        splittable = {name: layer for name, layer in layers.linears.items() if name not in whole}
+        split = split_outliers(model, splittable, self.share, batches) if splittable else []
         layers = layers.with_grids(layers.grids | dict.fromkeys(whole, EIGHT_BITS)).with_outliers(EIGHT_BITS)
         layers = layers.fit_widths(pad=False)
         try:
@@ -101,6 +101,7 @@ class Quik(Technique):
         owners = parameter_owners(named)
         linears = {name: layer for name, layer in named.items() if isinstance(layer, nn.Linear)}
         narrowing = {name for name, layer in linears.items() if layer.in_features > 2 * layer.out_features}
+        narrow = {name for name, layer in linears.items() if not can_split(layer)}
         shared = {name for name, layer in linears.items() if len(owners.get(id(layer.weight), ())) > 1}
         written = select(model, self.int8_linears, (), nn.Linear) if self.int8_linears else {}
-        return narrowing | shared | written.keys()
+        return narrowing | narrow | shared | written.keys()

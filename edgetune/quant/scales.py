@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from edgetune.quant.calibration import InputSizes
 from edgetune.quant.channels import ChannelGroup, weight_of
-from edgetune.quant.hessians import InputSizes
 from edgetune.quant.rounding import Grid, absmax_codes
 
 _LEAST, _MOST = 1e-4, 1e4  # of a scale

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgetune.capture.fast_path import slow_path
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import Inputs, call, device_of, logits_of, tensors_in, to_device, token_mask
-from edgetune.core.modes import preserve_state, preserve_trainability
+from edgetune.core.inputs import Inputs, device_of, logits_of, token_mask
+from edgetune.core.modes import preserve_trainability
+from edgetune.quant.calibration import evaluation, run_on, usable_batches, watch_inputs
 from edgetune.quant.layers import Layer
 
 _DRAWS = 4  # of labels for each batch
@@ -34,10 +34,16 @@ def fisher_information(
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     predictions = 0
     with _separate_weights(model, layers) as weights:
-        for batch in _on_device(model, batches):
-            logits = _predicted(call(model, batch), batch)
+        for batch in usable_batches(model, batches):
+            logits = _predicted(run_on(model, batch), batch)
             for draw in range(_DRAWS):
                 loss = _draw_loss(logits, generator)
+                if not loss.requires_grad:
+                    raise EdgetuneError(
+                        "the outputs of the model have no gradients, which Fisher information is made of",
+                        got=type(model).__name__,
+                        action="leave torch.no_grad and detach out of its forward, or set score: output",
+                    )
                 gradients = torch.autograd.grad(loss, weights, retain_graph=draw + 1 < _DRAWS, allow_unused=True)
                 for total, gradient in zip(sums.values(), gradients, strict=True):
                     if gradient is not None:
@@ -55,15 +61,25 @@ def fisher_information(
 
 
 @torch.no_grad()
+def reached_layers(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Inputs]) -> set[str]:
+    """The names of the layers that are called on a batch."""
+    reached: set[str] = set()
+    with evaluation(model), watch_inputs(layers, lambda name, _: reached.add(name)):
+        for batch in usable_batches(model, batches):
+            run_on(model, batch)
+    return reached
+
+
+@torch.no_grad()
 def reference_logits(model: nn.Module, batches: Sequence[Inputs]) -> list[tuple[Inputs, Tensor]]:
     """Batches with the model's predictions on them, `(predictions, classes)`; as many batches as fit into memory."""
     pairs: list[tuple[Inputs, Tensor]] = []
     held = 0
-    with preserve_state(model), slow_path(model):
-        for batch in _on_device(model, batches):
+    with evaluation(model):
+        for batch in usable_batches(model, batches):
             if held > _MOST_LOGITS:
                 break
-            pairs.append((batch, _predicted(call(model, batch), batch)))
+            pairs.append((batch, _predicted(run_on(model, batch), batch)))
             held += pairs[-1][1].numel()
     return pairs
 
@@ -72,9 +88,9 @@ def reference_logits(model: nn.Module, batches: Sequence[Inputs]) -> list[tuple[
 def mean_kl(model: nn.Module, reference: Sequence[tuple[Inputs, Tensor]]) -> float:
     """The mean divergence of the model's predictions from these, in nats; of single values, half the squared error."""
     total, predictions = 0.0, 0
-    with preserve_state(model), slow_path(model):
+    with evaluation(model):
         for batch, expected in reference:
-            logits = _predicted(call(model, batch), batch)
+            logits = _predicted(run_on(model, batch), batch)
             predictions += len(logits)
             if logits.shape[-1] == 1:
                 total += float((logits - expected).square().sum()) / 2
@@ -84,21 +100,11 @@ def mean_kl(model: nn.Module, reference: Sequence[tuple[Inputs, Tensor]]) -> flo
     return total / max(predictions, 1)
 
 
-def _on_device(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
-    full = [batch for batch in batches if any(tensor.numel() for tensor in tensors_in(batch))]
-    if not full:
-        raise EdgetuneError(
-            "there are no calibration batches, or they have no rows",
-            action="pass et.Sample(inputs, batches) with rows, or write allocation: {...}",
-        )
-    return [to_device(batch, device_of(model)) for batch in full]
-
-
 @contextmanager
 def _separate_weights(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[list[Tensor]]:
     """Inside, the weights of these layers alone have gradients, and a shared one has a gradient in each layer."""
     before = [(layer, layer.weight) for layer in layers.values()]
-    with preserve_state(model), slow_path(model), preserve_trainability(model), torch.enable_grad():
+    with evaluation(model), preserve_trainability(model), torch.enable_grad():
         model.requires_grad_(False)
         try:
             for layer, weight in before:
