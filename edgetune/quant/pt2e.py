@@ -14,6 +14,7 @@ from edgetune.capture.computed import fold_weights
 from edgetune.capture.dynamic import free_sizes
 from edgetune.capture.fast_path import slow_path
 from edgetune.capture.positional import Positional
+from edgetune.capture.recorded import operator_name
 from edgetune.capture.repairs import depthwise
 from edgetune.capture.reparameterize import reparameterize
 from edgetune.core.errors import EdgetuneError, Exit
@@ -123,6 +124,7 @@ def _prepare(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[s
     graph_module: Any = captured.module(check_guards=False)
     _keep_dims(graph_module)
     if any_rows:
+        _unify_clamps(graph_module)
         depthwise.split_graph(graph_module.graph, {n.name for n in graph_module.graph.nodes if n.op == "get_attr"})
     fold_weights(graph_module, skip)
     with fast_annotation():
@@ -149,6 +151,45 @@ def _keep_dims(graph_module: fx.GraphModule) -> None:
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
     graph_module.recompile()
+
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _unify_clamps(graph_module: fx.GraphModule) -> None:
+    """Write `F.relu6`, `clamp` and `clip` as `hardtanh`, or as `relu`.
+
+    Of clamps XNNPACK's quantizer knows only these two: it gives them one scale before and after, or fuses them into
+    the layer. Others get two scales, and XNNPACK's clamp takes the integers of the first scale for those of the second.
+    """
+    aten = torch.ops.aten
+    for node in graph_module.graph.nodes:
+        bounds = _bounds_of(node)
+        if bounds is None:
+            continue
+        in_place = str(node.target).removesuffix(".default").endswith("_")
+        if bounds == (0.0, _LARGEST):
+            node.target = aten.relu_.default if in_place else aten.relu.default
+            node.args = node.args[:1]
+        else:
+            node.target = aten.hardtanh_.default if in_place else aten.hardtanh.default
+            node.args = (node.args[0], *bounds)
+        node.kwargs = {}
+    graph_module.recompile()
+
+
+def _bounds_of(node: fx.Node) -> tuple[float, float] | None:
+    """Between which numbers a node clamps values in floating point; `None` for other nodes."""
+    names = {"relu6": (), "clamp": ("min", "max"), "clip": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
+    kind = operator_name(node)
+    if kind not in names or not node.meta["val"].is_floating_point():
+        return None
+    given: dict[str, Any] = {"min": 0.0, "max": 6.0} if kind == "relu6" else {**node.kwargs}
+    given |= dict(zip(names[kind], node.args[1:], strict=False))
+    low, high = given.get("min"), given.get("max")
+    if not all(isinstance(bound, int | float | None) for bound in (low, high)):
+        return None
+    return -_LARGEST if low is None else float(low), _LARGEST if high is None else float(high)
 
 
 def _two_rows(tensor: Tensor) -> Tensor:
