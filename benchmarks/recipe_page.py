@@ -83,6 +83,7 @@ EXAMPLES = {
     "int8_dynamic": "- int8_dynamic: {skip: [classifier]}\n",
     "outliers": "- outliers: {share: 0.01}\n- int4\n",
     "quik": "- quik: {share: 0.02, skip: [classifier]}\n",
+    "equalize": "- equalize\n- int8: {bias_correction: true}\n",
     "smooth": "- smooth: {alpha: auto}\n- int4: {group_size: 32}\n",
     "rotate": "- rotate\n- int4: {group_size: 32}\n",
     "nf4": "- nf4: {block_size: 64}\n",

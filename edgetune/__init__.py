@@ -16,6 +16,7 @@ __all__ = [
     "TECHNIQUES",
     "Bits",
     "EdgetuneError",
+    "Equalize",
     "Int4",
     "Int8",
     "Int8Dynamic",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from edgetune.profile import profile
     from edgetune.prune.structured import Prune
     from edgetune.quant.bits import Bits
+    from edgetune.quant.equalize import Equalize
     from edgetune.quant.int4 import Int4
     from edgetune.quant.int8 import Int8
     from edgetune.quant.int8_dynamic import Int8Dynamic
@@ -89,6 +91,7 @@ else:
     _HOMES = {
         "Bits": "quant.bits",
         "EdgetuneError": "core.technique",
+        "Equalize": "quant.equalize",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
         "Int8Dynamic": "quant.int8_dynamic",

@@ -110,6 +110,8 @@ STEPS = {
     "8da8w": "int8_dynamic",
     "gptq": "int4",
     "smoothquant": "smooth",
+    "cle": "equalize",
+    "cross-layer-equalization": "equalize",
     "quarot": "rotate",
     "spinquant": "rotate",
     "sparsify": "sparse-update",

@@ -14,7 +14,7 @@ from edgetune.capture.computed import fold_weights
 from edgetune.capture.dynamic import free_sizes
 from edgetune.capture.fast_path import slow_path
 from edgetune.capture.positional import Positional
-from edgetune.capture.recorded import operator_name
+from edgetune.capture.recorded import clamp_bounds
 from edgetune.capture.repairs import depthwise
 from edgetune.capture.reparameterize import reparameterize
 from edgetune.core.errors import EdgetuneError, Exit
@@ -153,9 +153,6 @@ def _keep_dims(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-_LARGEST = torch.finfo(torch.float32).max
-
-
 def _unify_clamps(graph_module: fx.GraphModule) -> None:
     """Write `F.relu6`, `clamp` and `clip` as `hardtanh`, or as `relu`.
 
@@ -164,11 +161,11 @@ def _unify_clamps(graph_module: fx.GraphModule) -> None:
     """
     aten = torch.ops.aten
     for node in graph_module.graph.nodes:
-        bounds = _bounds_of(node)
+        bounds = clamp_bounds(node)
         if bounds is None:
             continue
         in_place = str(node.target).removesuffix(".default").endswith("_")
-        if bounds == (0.0, _LARGEST):
+        if bounds == (0.0, torch.finfo(torch.float32).max):
             node.target = aten.relu_.default if in_place else aten.relu.default
             node.args = node.args[:1]
         else:
@@ -176,20 +173,6 @@ def _unify_clamps(graph_module: fx.GraphModule) -> None:
             node.args = (node.args[0], *bounds)
         node.kwargs = {}
     graph_module.recompile()
-
-
-def _bounds_of(node: fx.Node) -> tuple[float, float] | None:
-    """Between which numbers a node clamps values in floating point; `None` for other nodes."""
-    names = {"relu6": (), "clamp": ("min", "max"), "clip": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
-    kind = operator_name(node)
-    if kind not in names or not node.meta["val"].is_floating_point():
-        return None
-    given: dict[str, Any] = {"min": 0.0, "max": 6.0} if kind == "relu6" else {**node.kwargs}
-    given |= dict(zip(names[kind], node.args[1:], strict=False))
-    low, high = given.get("min"), given.get("max")
-    if not all(isinstance(bound, int | float | None) for bound in (low, high)):
-        return None
-    return -_LARGEST if low is None else float(low), _LARGEST if high is None else float(high)
 
 
 def _two_rows(tensor: Tensor) -> Tensor:
