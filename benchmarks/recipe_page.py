@@ -85,6 +85,7 @@ EXAMPLES = {
     "quik": "- quik: {share: 0.02, skip: [classifier]}\n",
     "equalize": "- equalize\n- int8: {bias_correction: true}\n",
     "smooth": "- smooth: {alpha: auto}\n- int4: {group_size: 32}\n",
+    "palettize": "- palettize: {bits: 4, skip: [classifier]}\n",
     "rotate": "- rotate\n- int4: {group_size: 32}\n",
     "nf4": "- nf4: {block_size: 64}\n",
     "train": "- train: {epochs: 2, batch_size: 16, learning_rate: 5e-4, keep_best: true}\n",

@@ -23,6 +23,7 @@ __all__ = [
     "Lean",
     "LoRA",
     "Outliers",
+    "Palettize",
     "Prune",
     "Quik",
     "Rotate",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from edgetune.quant.int8_dynamic import Int8Dynamic
     from edgetune.quant.nf4 import NF4
     from edgetune.quant.outliers import Outliers
+    from edgetune.quant.palettize import Palettize
     from edgetune.quant.quik import Quik
     from edgetune.quant.rotate import Rotate
     from edgetune.quant.smooth import Smooth
@@ -99,6 +101,7 @@ else:
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",
         "Outliers": "quant.outliers",
+        "Palettize": "quant.palettize",
         "Prune": "prune.structured",
         "Quik": "quant.quik",
         "Rotate": "quant.rotate",

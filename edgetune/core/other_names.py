@@ -113,6 +113,9 @@ STEPS = {
     "cle": "equalize",
     "cross-layer-equalization": "equalize",
     "quarot": "rotate",
+    "kmeans": "palettize",
+    "codebook": "palettize",
+    "lut": "palettize",
     "spinquant": "rotate",
     "sparsify": "sparse-update",
 }

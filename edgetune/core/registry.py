@@ -26,6 +26,7 @@ TECHNIQUES = {
     "outliers": "edgetune.quant.outliers:Outliers",
     "quik": "edgetune.quant.quik:Quik",
     "nf4": "edgetune.quant.nf4:NF4",
+    "palettize": "edgetune.quant.palettize:Palettize",
     "rotate": "edgetune.quant.rotate:Rotate",
     "smooth": "edgetune.quant.smooth:Smooth",
 }

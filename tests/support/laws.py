@@ -26,6 +26,7 @@ from edgetune.quant.int8 import Int8
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.outliers import Outliers
+from edgetune.quant.palettize import Palettize
 from edgetune.quant.quik import Quik
 from edgetune.quant.rotate import Rotate
 from edgetune.quant.smooth import Smooth
@@ -304,6 +305,9 @@ CASES = [
     Case("int8-dynamic-bert", (Int8Dynamic(),), bert, tokens, error=0.03, size=channel_size(8, 4), trains=False),
     Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
+    ),
+    Case(
+        "palettize-mlp", (Palettize(),), mlp, vectors, error=0.2, trains=False, unmatched=Palettize(targets=NOTHING),
     ),
     Case("equalize-cnn", (Equalize(),), cnn, pictures, exports=True, same_weights=False),
     Case("smooth-mlp", (Smooth(),), mlp, vectors, exports=True, same_weights=False),
