@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -97,8 +98,10 @@ class Bench:
         """A recipe of these steps, with model and data loaded."""
         from edgetune.run.fold import Fold
 
-        WORK.mkdir(parents=True, exist_ok=True)
-        return Fold(self.recipe(steps), WORK / "work", resume=False, progress=lambda *_: None, record=False)
+        self.folder = WORK / f"{_file_name(self.name)}-{self.seed}"
+        shutil.rmtree(self.folder, ignore_errors=True)  # with the checkpoints of an earlier run
+        self.folder.mkdir(parents=True)
+        return Fold(self.recipe(steps), self.folder, resume=False, progress=lambda *_: None, record=False)
 
     def recipe(self, steps: Steps) -> Any:
         """A recipe of these steps."""
@@ -117,6 +120,7 @@ class Bench:
         fold.recipe = self.recipe(steps)
         fold.digests = reuse.step_digests(fold.recipe)
         fold.model, fold.teachers = copy.deepcopy(self.model).requires_grad_(True), {}
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         begun = time.process_time()
         fold.steps()
         seconds = time.process_time() - begun

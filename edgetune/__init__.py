@@ -17,12 +17,14 @@ __all__ = [
     "TECHNIQUES",
     "Bits",
     "EdgetuneError",
+    "Equalize",
     "Int4",
     "Int8",
     "Int8Dynamic",
     "Lean",
     "LoRA",
     "Outliers",
+    "Palettize",
     "Prune",
     "Quik",
     "Rotate",
@@ -68,11 +70,13 @@ if TYPE_CHECKING:
     from edgetune.profile import profile
     from edgetune.prune.structured import Prune
     from edgetune.quant.bits import Bits
+    from edgetune.quant.equalize import Equalize
     from edgetune.quant.int4 import Int4
     from edgetune.quant.int8 import Int8
     from edgetune.quant.int8_dynamic import Int8Dynamic
     from edgetune.quant.nf4 import NF4
     from edgetune.quant.outliers import Outliers
+    from edgetune.quant.palettize import Palettize
     from edgetune.quant.qat import QAT
     from edgetune.quant.quik import Quik
     from edgetune.quant.rotate import Rotate
@@ -93,6 +97,7 @@ else:
     _HOMES = {
         "Bits": "quant.bits",
         "EdgetuneError": "core.technique",
+        "Equalize": "quant.equalize",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
         "Int8Dynamic": "quant.int8_dynamic",
@@ -100,6 +105,7 @@ else:
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",
         "Outliers": "quant.outliers",
+        "Palettize": "quant.palettize",
         "QAT": "quant.qat",
         "Prune": "prune.structured",
         "Quik": "quant.quik",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from edgetune.export.targets.target import LoweringPlan, Target
 from edgetune.program import operator_kinds
 from edgetune.program.executed import Execution, execution_of
 from edgetune.program.operators import Operator
+from edgetune.quant.palettize import palettized_layers
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def lower_methods(
 ) -> dict[str, Lowered]:
     """Lower several models into one program, each as a method; all methods share `data` and `weights`."""
     programs, folded = {}, {}
+    for model, *_ in methods.values():
+        _warn_of_palettes(model, target)
     with silence_libraries(), torch.no_grad(), fast_decompositions():
         for name, (model, inputs, axes) in methods.items():
             quantized_weights.check(model, target)
@@ -117,6 +121,16 @@ def lower_methods(
             prepare(programs[name])
         lowered = compile_programs(programs, target, layout)
     return {name: replace(method, folded=folded[name]) for name, method in lowered.items()}
+
+
+def _warn_of_palettes(model: nn.Module, target: Target) -> None:
+    names = [] if target.name == "coreml" else list(map(operators.shorten, palettized_layers(model)))
+    if names:
+        warnings.warn(
+            f"target {target.name} stores the weights of few values in full, as {truncate_list(names)}: only coreml "
+            "stores them as codes",
+            stacklevel=2,
+        )
 
 
 def compile_program(

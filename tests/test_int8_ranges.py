@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.technique import Sample
@@ -25,12 +27,12 @@ class Residual(nn.Module):
         self.point, self.wide = nn.Conv2d(8, 8, 1, bias=False), nn.ConvTranspose2d(8, 4, 2, 2)
         self.head = nn.Linear(4, 5)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         x = torch.relu(self.stem(pixels))
         return self.head(self.wide(x + self.point(self.depth(x))).mean((2, 3)))
 
 
-def outlying(batches: int = 8) -> list[torch.Tensor]:
+def outlying(batches: int = 8) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     sizes = ((16, 3, 10, 10), (16, 3, 1, 1))
     drawn = [sum(torch.randn(size, generator=generator) for size in sizes) for _ in range(batches)]
@@ -124,7 +126,7 @@ class Attending(nn.Module):
         self.table, self.norm = nn.Embedding(20, 8), nn.LayerNorm(8)
         self.up, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         x = self.norm(self.table(ids))
         return self.head(torch.softmax(self.up(x.flip(1)), -1)).mean(1)
 
@@ -177,3 +179,51 @@ def test_mse_rounds_with_less_error_than_the_whole_range() -> None:
         return float((rounded - values).square().mean())
 
     assert squared_error("mse") < 0.95 * squared_error("minmax")
+
+
+class Several(nn.ModuleList):
+    """The outputs of several models."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(model(x) for model in self)
+
+
+class Activated(nn.Module):
+    """One activation after a convolution, a depthwise one, a sum, a pooling and a linear."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.depth = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point, self.pool, self.last = nn.Conv2d(8, 8, 1), nn.MaxPool2d(2), nn.Conv2d(8, 8, 1)
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.activation = activation
+        for parameter in self.parameters():
+            parameter.data *= 3  # beyond what clamps pass
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.activation(self.stem(pixels))
+        x = self.activation(self.point(self.activation(self.depth(x))) + x)
+        x = self.last(self.activation(self.pool(x)))
+        return self.head(self.activation(self.hidden(x.mean((2, 3)))))
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "modules": (nn.ReLU(), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(), nn.SiLU(), nn.Hardswish()),
+    "functions": (F.relu, F.relu6, lambda x: F.relu6(x, inplace=True), F.hardtanh, F.silu, F.hardswish),
+    "clamps": (
+        lambda x: x.clamp(0, 2.5), lambda x: x.clamp(min=0), lambda x: x.clip(max=1.0), lambda x: x.clamp_(-1.0, 0.5),
+        lambda x: x.clamp_min(0.25), lambda x: torch.clamp(x, max=3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_int8_computes_activations_as_its_program_does(tmp_path: Path, kind: str) -> None:
+    """XNNPACK's clamp has one scale: with two, as `F.relu6` had, the program was wrong by whole steps."""
+    torch.manual_seed(0)
+    several = Several([Activated(activation) for activation in ACTIVATIONS[kind]])
+    pixels = torch.randn(24, 3, 8, 8)
+    quantized = Int8().apply(several, Sample(pixels[:1], lambda: iter([pixels])))
+    call = export(quantized, pixels[:1], tmp_path / "x.pte", check_inputs=[pixels], one_row=True).manifest.main
+    assert call.parity is not None
+    assert call.parity.max_abs_difference == 0.0

@@ -92,3 +92,24 @@ def shape_of(node: fx.Node) -> torch.Size:
     """The shape of the tensor that a node computes; of other values that of a number."""
     shape: torch.Size = getattr(node.meta.get("val"), "shape", torch.Size())
     return shape
+
+
+_BOUNDS = {
+    "hardtanh": ("min_val", "max_val"), "clamp": ("min", "max"), "clip": ("min", "max"), "clamp_min": ("min",),
+    "clamp_max": ("max",), "relu6": (),
+}  # fmt: skip
+
+
+def clamp_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """Between which numbers a node clamps values in floating point; `None` for other nodes."""
+    kind = operator_name(node)
+    if kind not in _BOUNDS or not node.meta["val"].is_floating_point():
+        return None
+    low_name, high_name = _BOUNDS["hardtanh" if kind == "hardtanh" else "clamp"]
+    given: dict[str, Any] = {"hardtanh": {low_name: -1, high_name: 1}, "relu6": {"min": 0, "max": 6}}.get(kind, {})
+    given = {**given, **node.kwargs, **dict(zip(_BOUNDS[kind], node.args[1:], strict=False))}
+    low, high = given.get(low_name), given.get(high_name)
+    if not all(isinstance(bound, int | float | None) for bound in (low, high)):
+        return None
+    largest = torch.finfo(torch.float32).max
+    return -largest if low is None else float(low), largest if high is None else float(high)

@@ -19,6 +19,7 @@ TECHNIQUES = {
     "lean": "edgetune.lean.technique:Lean",
     "prune": "edgetune.prune.structured:Prune",
     "bits": "edgetune.quant.bits:Bits",
+    "equalize": "edgetune.quant.equalize:Equalize",
     "int4": "edgetune.quant.int4:Int4",
     "int8": "edgetune.quant.int8:Int8",
     "int8_dynamic": "edgetune.quant.int8_dynamic:Int8Dynamic",
@@ -27,6 +28,7 @@ TECHNIQUES = {
     "qat": "edgetune.quant.qat:QAT",
     "ternary": "edgetune.quant.ternary:Ternary",
     "nf4": "edgetune.quant.nf4:NF4",
+    "palettize": "edgetune.quant.palettize:Palettize",
     "rotate": "edgetune.quant.rotate:Rotate",
     "smooth": "edgetune.quant.smooth:Smooth",
 }

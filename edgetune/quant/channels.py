@@ -1,11 +1,12 @@
-"""Follow the output channels of layers to the linears that read them, through all that is computed in between.
+"""Follow the output channels of layers to the layers that read them, through all that is computed in between.
 
 Channels are numbered, and the recorded operators that only move values are run on the numbers: that gives the number
-behind each input of a linear, through heads that share keys and values, fused projections and reshapes alike.
+behind each input of a layer, through heads that share keys and values, fused projections and reshapes alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from edgetune.capture.recorded import Recording, operator_name, shape_of
+from edgetune.capture.recorded import Recording, clamp_bounds, operator_name, shape_of
 from edgetune.core.carriers import is_wrapped
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, device_of, first_rows, tensors_in, to_device
@@ -29,6 +30,12 @@ MOVES = frozenset({
 })  # fmt: skip  # run on the numbers as they are
 KEEPS = frozenset({"to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
 _HOMOGENEOUS = frozenset({"relu", "leaky_relu"})  # f(s x) = s f(x) for s > 0
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_POOLS = frozenset({
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_max_pool2d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "pad", "constant_pad_nd",
+    "upsample_nearest2d", "upsample_bilinear2d",
+})  # fmt: skip  # each channel by itself, and f(s x) = s f(x) for s > 0
 _LARGEST_CHANGE = 1e-4  # of the outputs in fp32, over their largest value
 
 
@@ -46,16 +53,17 @@ class ChannelProducer:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """A producer, and the linears that read its channels: `readers[linear][i]` is the channel behind input i.
+    """A producer, and the layers that read its channels: `readers[layer][i]` is the channel behind input i.
 
-    `free`: which channels these linears alone read, `(channels,)`. `heads`: the channels that attention averages over
-    tokens together.
+    `free`: which channels these layers alone read, `(channels,)`. `heads`: the channels that attention averages over
+    tokens together. `ceiling`: where the producer's outputs are cut off, 6 before ReLU6.
     """
 
     producer: ChannelProducer
     readers: dict[str, Tensor]
     free: Tensor
     heads: tuple[tuple[int, ...], ...] = ()
+    ceiling: float = math.inf
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -63,18 +71,22 @@ class ChannelGroup:
         return (self.producer.layer, *self.readers)
 
 
-def find_groups(model: nn.Module, recording: Recording, *, mixes: bool = False) -> list[ChannelGroup]:
-    """The groups of a recording, in its order. An input of a linear belongs to one group at most.
+def find_groups(
+    model: nn.Module, recording: Recording, *, mixes: bool = False, convolutions: bool = False
+) -> list[ChannelGroup]:
+    """The groups of a recording, in its order. An input of a layer belongs to one group at most.
 
-    `mixes`: only what keeps linear combinations of the channels of a head, not just their scales.
+    Norms and linears that linears read. `mixes`: only what keeps linear combinations of the channels of a head, not
+    just their scales. `convolutions`: instead convolutions and linears, with their batch norms, that others read.
     """
     groups: list[ChannelGroup] = []
     claimed: set[str] = set()
     for node in recording.graph.nodes:
-        producer = _producer_of(model, recording, node)
+        find_producer = _image_producer_of if convolutions else _producer_of
+        producer = find_producer(model, recording, node)
         if producer is None or (mixes and operator_name(node) != "linear"):
             continue
-        followed = _Follower(model, recording, mixes).follow(node)
+        followed = _Follower(model, recording, mixes, convolutions).follow(node)
         readers = {name: channels for name, channels in followed.reads.items() if name not in claimed}
         for name in followed.reads.keys() - readers.keys():
             followed.lost[followed.reads[name]] = True
@@ -85,7 +97,7 @@ def find_groups(model: nn.Module, recording: Recording, *, mixes: bool = False) 
         readers = {name: channels for name, channels in readers.items() if bool(free[channels].any())}
         if readers:
             claimed.update(readers)
-            groups.append(ChannelGroup(producer, readers, free, tuple(sorted(followed.heads))))
+            groups.append(ChannelGroup(producer, readers, free, tuple(sorted(followed.heads)), followed.ceiling))
     return groups
 
 
@@ -103,6 +115,28 @@ def _producer_of(model: nn.Module, recording: Recording, node: fx.Node) -> Chann
             if layer is not None and isinstance(value, fx.Node) and shape_of(weight) == shape_of(value)[-1:]:
                 return ChannelProducer(layer, bias=False, offset=offset)
     return None
+
+
+def _image_producer_of(model: nn.Module, recording: Recording, node: fx.Node) -> ChannelProducer | None:
+    """The producer that a node computes: a convolution, a linear, or the batch norm after one."""
+    kind, args = operator_name(node), node.args
+    if kind in CONVOLUTIONS or kind == "linear":
+        return _plain_producer(recording, args[1], args[2] if len(args) > 2 else None)
+    if normalized_layer(model, recording, node) is not None:
+        return _plain_producer(recording, args[1], args[2])
+    return None
+
+
+def normalized_layer(model: nn.Module, recording: Recording, node: fx.Node) -> str | None:
+    """The layer whose outputs a batch norm with fixed statistics scales, if it alone reads them; else `None`."""
+    source = node.args[0] if operator_name(node) == "batch_norm" else None
+    if not isinstance(source, fx.Node) or len(source.users) != 1 or node.args[5] is not False:
+        return None
+    norm, kind = recording.layer(node.args[1]), operator_name(source)
+    if norm is None or not isinstance(model.get_submodule(norm), nn.modules.batchnorm._BatchNorm):
+        return None
+    channels_second = kind in CONVOLUTIONS or (kind == "linear" and len(shape_of(source)) == 2)
+    return recording.layer(source.args[1]) if channels_second else None
 
 
 def split_offset(factor: Any) -> tuple[Any, float]:
@@ -141,15 +175,18 @@ class _Follower:
     model: nn.Module
     recording: Recording
     mixes: bool
+    convolutions: bool = False
     reads: dict[str, Tensor] = field(default_factory=dict)
     heads: set[tuple[int, ...]] = field(default_factory=set)
     lost: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # read by something else as well
+    ceiling: float = math.inf
 
     def follow(self, start: fx.Node) -> _Follower:
-        """Run the numbers of the channels of `start`, its last dimension, through what reads it."""
+        """Run the numbers of the channels of `start`, the last dimension or an image's second, through readers."""
         shape = shape_of(start)
-        self.lost = torch.zeros(shape[-1], dtype=torch.bool)
-        values: dict[fx.Node, Any] = {start: torch.arange(shape[-1]).expand(shape).contiguous()}
+        numbers = _spread(torch.arange(shape[1]), shape) if _is_image(start) else torch.arange(shape[-1]).expand(shape)
+        self.lost = torch.zeros(int(numbers.amax()) + 1, dtype=torch.bool)
+        values: dict[fx.Node, Any] = {start: numbers.contiguous()}
         waiting = sorted(start.users)
         while waiting:
             node = waiting.pop(0)
@@ -160,7 +197,7 @@ class _Follower:
             if numbers is None:
                 self._lose(inputs)
                 continue
-            if not isinstance(numbers, list) or numbers:  # not of a linear, whose outputs are other channels
+            if not isinstance(numbers, list) or numbers:  # not of a layer, whose outputs are other channels
                 values[node] = numbers
                 waiting = sorted({*waiting, *node.users})
         return self
@@ -170,7 +207,7 @@ class _Follower:
             self.lost[numbers.flatten()] = True
 
     def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """The numbers of what a node computes; an empty list where they end in a linear; `None`: in something else."""
+        """The numbers of what a node computes; an empty list where they end in a layer; `None`: in something else."""
         kind = operator_name(node)
         numbered = [position for position, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg in values]
         if kind == "cat":
@@ -201,6 +238,13 @@ class _Follower:
             return None
         if kind in _HOMOGENEOUS:
             return first
+        if self.convolutions and position == 0 and first.dim() > 1:
+            if kind in CONVOLUTIONS:
+                return self._read(node, first.movedim(1, -1))
+            if kind in _POOLS:
+                return _pool(node, first)
+            if (bounds := clamp_bounds(node)) is not None:
+                return self._clamp(node, first, *bounds)
         if kind == "mul" or (kind == "div" and position == 0 and not node.kwargs):
             return first.expand(shape_of(node)).contiguous()
         return None
@@ -222,13 +266,45 @@ class _Follower:
         others = [part for part in parts if part not in values and shape_of(part).numel()]
         return values[own[0]] if len(own) == 1 and not others else None
 
+    def _clamp(self, node: fx.Node, numbers: Tensor, low: float, high: float) -> Tensor | None:
+        """ReLU6 and its like, of the producer's own outputs: below the ceiling it is ReLU."""
+        source: Any = node.args[0]
+        if low != 0 or not (_is_image(source) or operator_name(source) == "linear"):
+            return None
+        self.ceiling = min(self.ceiling, high)
+        return numbers
+
     def _read(self, node: fx.Node, numbers: Tensor) -> list[Tensor] | None:
         layer = self.recording.layer(node.args[1])
         rows = numbers.reshape(-1, numbers.shape[-1])
-        if layer is None or not _is_linear(self.model)(layer) or not _is_constant(rows, 0):
+        accepted = self.convolutions or (layer is not None and _is_linear(self.model)(layer))
+        if layer is None or not accepted or not _is_constant(rows, 0):
             return None
         self.reads[layer] = rows[0]
         return []
+
+
+def _is_image(node: fx.Node) -> bool:
+    """Whether its channels are the second dimension."""
+    return operator_name(node) in CONVOLUTIONS or operator_name(node) == "batch_norm"
+
+
+def _spread(channels: Tensor, shape: torch.Size) -> Tensor:
+    """Numbers of channels, the second dimension, in a shape."""
+    return channels.view(-1, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def _pool(node: fx.Node, numbers: Tensor) -> Tensor | None:
+    """What mixes the places of an image but not its channels."""
+    kind, shape = operator_name(node), shape_of(node)
+    if kind == "mean" and any(dim % numbers.dim() < 2 for dim in node.args[1]):  # type: ignore[union-attr, operator]
+        return None
+    if kind in ("pad", "constant_pad_nd") and isinstance(node.args[-1], int | float) and node.args[-1]:
+        return None
+    places = numbers.movedim(1, -1).flatten(0, -2)
+    if len(shape) < 2 or shape[1] != numbers.shape[1] or not _is_constant(places, 0):
+        return None
+    return _spread(places[0], shape).contiguous()
 
 
 def _is_constant(numbers: Tensor, dim: int) -> bool:

@@ -14,6 +14,7 @@ from edgetune.capture.computed import fold_weights
 from edgetune.capture.dynamic import free_sizes
 from edgetune.capture.fast_path import slow_path
 from edgetune.capture.positional import Positional
+from edgetune.capture.recorded import clamp_bounds
 from edgetune.capture.repairs import depthwise
 from edgetune.capture.reparameterize import reparameterize
 from edgetune.core.errors import EdgetuneError, Exit
@@ -123,6 +124,7 @@ def _prepare(model: nn.Module, inputs: Inputs, quantizer: Any, skip: frozenset[s
     graph_module: Any = captured.module(check_guards=False)
     _keep_dims(graph_module)
     if any_rows:
+        _unify_clamps(graph_module)
         depthwise.split_graph(graph_module.graph, {n.name for n in graph_module.graph.nodes if n.op == "get_attr"})
     fold_weights(graph_module, skip)
     with fast_annotation():
@@ -148,6 +150,28 @@ def _keep_dims(graph_module: fx.GraphModule) -> None:
         mean.meta, flat.meta = {**node.meta, "val": value.mean((2, 3), keepdim=True)}, dict(node.meta)
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _unify_clamps(graph_module: fx.GraphModule) -> None:
+    """Write `F.relu6`, `clamp` and `clip` as `hardtanh`, or as `relu`.
+
+    Of clamps XNNPACK's quantizer knows only these two: it gives them one scale before and after, or fuses them into
+    the layer. Others get two scales, and XNNPACK's clamp takes the integers of the first scale for those of the second.
+    """
+    aten = torch.ops.aten
+    for node in graph_module.graph.nodes:
+        bounds = clamp_bounds(node)
+        if bounds is None:
+            continue
+        in_place = str(node.target).removesuffix(".default").endswith("_")
+        if bounds == (0.0, torch.finfo(torch.float32).max):
+            node.target = aten.relu_.default if in_place else aten.relu.default
+            node.args = node.args[:1]
+        else:
+            node.target = aten.hardtanh_.default if in_place else aten.hardtanh.default
+            node.args = (node.args[0], *bounds)
+        node.kwargs = {}
     graph_module.recompile()
 
 

@@ -54,18 +54,25 @@ def _round_tokens(inputs: Tensor) -> Tensor:
 
 
 def fold_scales(model: nn.Module, group: ChannelGroup, scales: Tensor) -> None:
-    """Divide a producer's channels by these scales, and multiply what the linears read."""
+    """Divide a producer's channels by these scales, and multiply what the readers read."""
     producer, weight = group.producer, weight_of(model, group.producer.layer)
     own = scales.to(weight.device).double()
     with torch.no_grad():
-        rows = own.unsqueeze(1) if weight.dim() == 2 else own
+        rows = own.view(-1, *[1] * (weight.dim() - 1))
         weight.copy_((weight.double() + producer.offset) / rows - producer.offset)
         if producer.bias:
             bias = model.get_parameter(f"{producer.layer}.bias")
             bias.copy_(bias.double() / own)
         for name, channels in group.readers.items():
             read = weight_of(model, name)
-            read.copy_(read.double() * scales[channels].to(read.device).double())
+            read.copy_(read.double() * spread_inputs(scales[channels].to(read.device).double(), read))
+
+
+def spread_inputs(values: Tensor, weight: Tensor) -> Tensor:
+    """Values `(in,)` of the inputs of a linear or a convolution, in a shape that multiplies its weight."""
+    groups = len(values) // weight.shape[1]
+    spread = values.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+    return spread.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
 def smooth_scales(model: nn.Module, group: ChannelGroup, sizes: Mapping[str, InputSizes], alpha: float) -> Tensor:

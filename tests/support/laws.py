@@ -20,11 +20,13 @@ from edgetune.core.traits import Trait
 from edgetune.lean.technique import Lean
 from edgetune.prune.structured import Prune
 from edgetune.quant.bits import Bits
+from edgetune.quant.equalize import Equalize
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
 from edgetune.quant.outliers import Outliers
+from edgetune.quant.palettize import Palettize
 from edgetune.quant.qat import QAT
 from edgetune.quant.quik import Quik
 from edgetune.quant.rotate import Rotate
@@ -321,6 +323,10 @@ CASES = [
     Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
     ),
+    Case(
+        "palettize-mlp", (Palettize(),), mlp, vectors, error=0.2, trains=False, unmatched=Palettize(targets=NOTHING),
+    ),
+    Case("equalize-cnn", (Equalize(),), cnn, pictures, exports=True, same_weights=False),
     Case("smooth-mlp", (Smooth(),), mlp, vectors, exports=True, same_weights=False),
     Case("smooth-auto-bert", (Smooth(alpha="auto"),), bert, tokens, same_weights=False),
     Case(
