@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgetune.core.apply import apply
 from edgetune.export import export
 from edgetune.quant.int4 import Int4
-from edgetune.quant.size import stored_bytes
+from edgetune.quant.size import parameter_count, stored_bytes
 from edgetune.quant.tables import looks_up
 
 WORDS, WIDE = 300, 64
@@ -177,3 +177,28 @@ def test_a_tied_head_and_table_may_have_other_bits() -> None:
     assert (model["table"].weight.target_dtype, model["head"].weight.target_dtype) == (torch.int4, torch.int8)
     assert torch.allclose(model["table"].weight.dequantize(), shared, atol=float(shared.abs().max()) / 7)
     assert torch.allclose(model["head"].weight.dequantize(), shared, atol=float(shared.abs().max()) / 100)
+
+
+@pytest.mark.parametrize("embeddings", ["int8", "int4"])
+def test_tables_that_share_a_weight_share_its_integers(embeddings: Any) -> None:
+    class Translator(nn.Module):
+        """As T5 and BART, with a table that only the others read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.source, self.target = (nn.Embedding(WORDS, WIDE) for _ in range(3))
+            self.source.weight = self.target.weight = self.shared.weight
+            self.head = nn.Linear(WIDE, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.head(self.source(ids) + self.target(ids))
+            return y
+
+    model = Translator().eval()
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids)
+    values = parameter_count(model)
+    apply(model, Int4(embeddings=embeddings))
+    assert model.source.weight is model.target.weight is model.shared.weight
+    assert parameter_count(model) == values
+    assert (model(ids) - expected).norm() < 0.2 * expected.norm()

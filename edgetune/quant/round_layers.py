@@ -16,7 +16,7 @@ from edgetune.quant.awq import scale_inputs
 from edgetune.quant.gptq import factor_hessian, gptq_codes
 from edgetune.quant.hessians import calibrate
 from edgetune.quant.layers import LayerChoice
-from edgetune.quant.rounding import absmax_codes, mse_codes
+from edgetune.quant.rounding import Grid, absmax_codes, mse_codes
 from edgetune.quant.split import seen_by_weight
 from edgetune.quant.unfinished import Unfinished
 
@@ -37,9 +37,7 @@ def round_layers(
         batches = list(islice(sample.batches(), calibration_batches))
         importance = scale_inputs(layers.model, layers.narrow, layers.grids, sample.inputs, batches)
     layers.prepare()
-    for name in layers.layers:
-        if name not in layers.narrow:
-            layers.quantize(name)
+    _round_others(layers)
     if algorithm == "awq":
         for name, mean_squares in importance.items():
             seen = seen_by_weight(layers.linears[name], mean_squares.diag()).diagonal()
@@ -65,6 +63,23 @@ def round_layers(
     idle = calibrate(layers.model, remaining, batches, partial(_quantize_by_gptq, layers), finish)
     unfinished.remove()
     _round_idle(layers, idle)
+
+
+def _round_others(layers: LayerChoice) -> None:
+    """Round tables, and linears in 8 bits, to nearest. Tables that share a weight, as those of T5 do, then share its
+    integers."""
+    narrow = layers.narrow
+    keys = {name: (id(table.weight), layers.grids[name]) for name, table in layers.tables.items()}
+    rounded: dict[tuple[int, Grid], Tensor] = {}
+    for name, layer in layers.layers.items():
+        if name in narrow:
+            continue
+        if name in keys and keys[name] in rounded:
+            layer.weight = rounded[keys[name]]  # type: ignore[assignment]
+        else:
+            layers.quantize(name)
+            if name in keys:
+                rounded[keys[name]] = layer.weight
 
 
 def _round_idle(layers: LayerChoice, idle: Sequence[str]) -> None:
