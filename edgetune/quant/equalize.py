@@ -169,7 +169,8 @@ def measure_peaks(model: nn.Module, layers: Sequence[str], batches: Iterable[Inp
             f"no calibration batch reaches these layers: {truncate_list(missing)}",
             action="give more calibration batches",
         )
-    return peaks.largest
+    largest: dict[str, Tensor] = peaks.largest
+    return largest
 
 
 class _Peaks(TorchFunctionMode):
