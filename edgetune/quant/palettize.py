@@ -76,7 +76,7 @@ def cluster(weight: Tensor, values: int) -> Tensor:
     """The weight with each element at the nearest of so many values, in fp16; these are the means of their elements."""
     from sklearn.cluster import KMeans
 
-    points, index, counts = weight.detach().cpu().half().unique(return_inverse=True, return_counts=True)
+    points, index, counts = torch.unique(weight.detach().cpu().half(), return_inverse=True, return_counts=True)
     if len(points) <= values:
         return points[index].to(weight)
     start = torch.linspace(float(points[0]), float(points[-1]), values).unsqueeze(1)
@@ -84,7 +84,8 @@ def cluster(weight: Tensor, values: int) -> Tensor:
     means.fit(points.double().unsqueeze(1).numpy(), sample_weight=counts.numpy())
     centres = torch.from_numpy(means.cluster_centers_).squeeze(1)
     codes = torch.from_numpy(means.labels_).long()
-    return centres[codes].half()[index].to(weight)
+    rounded: Tensor = centres[codes].half()[index].to(weight)
+    return rounded
 
 
 def palettized_layers(model: nn.Module) -> list[str]:
@@ -97,4 +98,4 @@ def has_palette(weight: Tensor) -> bool:
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.numel() < SMALLEST:
         return False
     flat = weight.detach().flatten()
-    return len(flat[:_PROBED].unique()) <= _MOST_VALUES and 1 < len(flat.unique()) <= _MOST_VALUES
+    return len(torch.unique(flat[:_PROBED])) <= _MOST_VALUES and 1 < len(torch.unique(flat)) <= _MOST_VALUES
