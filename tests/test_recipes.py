@@ -190,15 +190,15 @@ def test_vision(tmp_path: Path) -> None:
 def test_language_model(tmp_path: Path) -> None:
     found = run("lm-smollm2", tmp_path / "lm", **{"model.layers": 1})
     rows = {row.step: row for row in found.ledger.rows}
-    linears = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536  # of its block; the table stays as it is
-    assert rows["load"].size_mib - rows["nf4"].size_mib > 0.85 * 4 * linears / 2**20
-    assert rows["nf4"].macs == rows["load"].macs
     assert rows["train"].trainable_parameters < 0.01 * rows["load"].parameters
     program = found.ledger.program
     assert program is not None
     assert program.size_mib < 0.3 * rows["load"].size_mib  # head and table are 8 bits, which both read
-    assert rows["train"].quality is not None
-    assert rows["train"].quality.metric == "perplexity"
+    trained, final = rows["train"].quality, rows["int4"].quality
+    assert trained is not None
+    assert final is not None
+    assert trained.metric == "perplexity"
+    assert final.value == pytest.approx(trained.value, rel=1e-3)  # it trained with what int4 stores
     assert program.parity is not None
     assert (program.parity.rows, program.parity.counted) == (2 * 32, "greedy token")
     calls = ["a token after 64", "64 tokens of a prompt"]

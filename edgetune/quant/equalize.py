@@ -40,8 +40,8 @@ class Equalize(Technique):
     of the model stay.
 
     Cross-layer equalization (Nagel et al., 2019, arXiv:1906.04721, section 4.1), for `int8` with one scale for each
-    weight (`per_channel: false`). With a scale for each channel, the default, uneven weights cost nothing, and it gains
-    nothing. A convolution, a linear or the batch norm after it divides a channel by a
+    weight (`per_channel: false`). With a scale for each channel, the default, uneven weights cost little, and it gains
+    nothing or loses. A convolution, a linear or the batch norm after it divides a channel by a
     scale, and what reads the channel multiplies it back: convolutions, depthwise and grouped ones too, and linears,
     past ReLU, leaky ReLU, pooling and the gates of squeeze-and-excitation. Channels that anything else reads, such as a
     residual or a hard swish, stay.

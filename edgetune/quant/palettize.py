@@ -76,16 +76,16 @@ def cluster(weight: Tensor, values: int) -> Tensor:
     """The weight with each element at the nearest of so many values, in fp16; these are the means of their elements."""
     from sklearn.cluster import KMeans
 
-    rounded = weight.detach().cpu().half()
-    points, index, counts = torch.unique(rounded, return_inverse=True, return_counts=True)
+    points, index, counts = torch.unique(weight.detach().cpu().half(), return_inverse=True, return_counts=True)
     if len(points) <= values:
         return points[index].to(weight)
     start = torch.linspace(float(points[0]), float(points[-1]), values).unsqueeze(1)
     means = KMeans(values, init=start.double().numpy(), n_init=1, random_state=0)
     means.fit(points.double().unsqueeze(1).numpy(), sample_weight=counts.numpy())
-    centres: Tensor = torch.from_numpy(means.cluster_centers_).squeeze(1)
+    centres = torch.from_numpy(means.cluster_centers_).squeeze(1)
     codes = torch.from_numpy(means.labels_).long()
-    return centres[codes].half()[index].to(weight)
+    rounded: Tensor = centres[codes].half()[index].to(weight)
+    return rounded
 
 
 def palettized_layers(model: nn.Module) -> list[str]:
