@@ -16,7 +16,7 @@ from torch.nn import functional
 import edgetune as et
 from edgetune.core.inputs import call, logits_of
 from edgetune.core.technique import Technique, adapt_defaults
-from edgetune.quant.fake import FakeQuantized, round_activations
+from edgetune.quant.fake import FakeQuantized, FakeQuantizedLinear, Rounding, round_activations
 from edgetune.quant.teacher import divergence, teacher_of
 from edgetune.train.loop import train
 from support.laws import ATTENTION, BLOCKS, bert, fit, llama, logits, loss_of, mlp, tokens, vectors
@@ -185,6 +185,31 @@ def test_dropout_is_off_while_a_student_is_distilled_and_batch_norms_learn() -> 
     assert all(module.training for module in model.modules())
     plain = et.apply(wide_net(), et.QAT(embeddings="none")).train()
     assert not torch.equal(plain(x), plain(x))
+
+
+def test_frozen_weights_are_rounded_once_and_again_if_they_change() -> None:
+    class Counting(Rounding):
+        calls = 0
+
+        def __call__(self, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+            Counting.calls += 1
+            return super().__call__(weight, scales)
+
+    model, x = mlp(), torch.randn(4, 32)
+    et.apply(model, [et.LoRA(targets=["*.up"]), et.QAT(int8_linears=["*.down"])], et.Sample.of(x))
+    fakes: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizedLinear)}
+    for layer in fakes.values():
+        layer.rounding = Counting(**vars(layer.rounding))
+    expected = model(x)
+    Counting.calls = 0
+    assert torch.equal(model(x), expected)
+    assert Counting.calls == 3  # those with an adapter
+    frozen = fakes["blocks.0.down"]
+    with torch.no_grad():
+        frozen.base.weight.mul_(1.01)
+        frozen.base.weight[0, 0] += 1e-3
+    assert torch.equal(frozen.weight, Rounding(**vars(frozen.rounding))(frozen.base.weight))
+    assert not torch.equal(frozen.weight, frozen.base.weight)
 
 
 def test_single_numbers_are_distilled_by_their_squared_difference() -> None:

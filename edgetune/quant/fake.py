@@ -101,13 +101,21 @@ class FakeQuantized(Wrapped):
     def __init__(self, base: nn.Module, rounding: Rounding, scales: Tensor | None = None) -> None:
         super().__init__(base)
         self.rounding = rounding
+        self.settled: tuple[int, int] | None = None  # the address and version of a frozen weight on its grid
         self.register_buffer("scales", scales)
 
     @property
     def weight(self) -> Tensor:
-        """The rounded weight; its gradient goes to what it is made of."""
+        """The rounded weight; its gradient goes to what it is made of. A frozen one on its grid is rounded once."""
         dense = dense_weight(self.base)
-        return pass_through(dense, self.rounding(dense, self.scales))
+        version = (dense.data_ptr(), dense._version)
+        if self.settled == version and not dense.requires_grad:
+            return dense
+        rounded = self.rounding(dense, self.scales)
+        if not dense.requires_grad and torch.equal(rounded, dense):
+            self.settled = version
+            return dense
+        return pass_through(dense, rounded)
 
     @property
     def bias(self) -> Tensor | None:
@@ -195,12 +203,22 @@ def wrap_layers(
 ) -> None:
     """Put a layer that rounds in the place of each of these, under all its names; some keep their scales."""
     layers = dict(model.named_modules(remove_duplicate=False))
+    owners = parameter_owners(dict(model.named_modules()))
     for name, rounding in roundings.items():
         layer = layers[name]
+        if name not in scales and rounding.keeps:
+            _round_frozen(layer, rounding, owners)
         kind = FakeQuantizedEmbedding if isinstance(plain_layer(layer), nn.Embedding) else linear
         new = kind(layer, rounding, scales.get(name)).train(layer.training)
         for other in [n for n, module in layers.items() if module is layer]:
             replace(model, other, new)
+
+
+def _round_frozen(layer: Any, rounding: Rounding, owners: Mapping[int, list[str]]) -> None:
+    """Put the weight of a plain frozen linear on its grid; a copy of the model that shares the old one keeps that."""
+    weight = layer._parameters.get("weight")
+    if type(layer) is nn.Linear and not weight.requires_grad and len(owners[id(weight)]) == 1:
+        layer.weight = nn.Parameter(rounding(weight), requires_grad=False)
 
 
 def merge_rounded(model: nn.Module) -> nn.Module:
