@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.layers import refuse_shared, select
-from edgetune.core.plain import refuse_computed
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
@@ -59,7 +58,10 @@ class Palettize(Technique):
         refuse_shared(model, large)
         refuse_infinite(model, large)
         for name, layer in large.items():
-            refuse_computed(name, layer)
+            if "weight" not in layer._parameters:
+                raise EdgetuneError(
+                    f"{name} computes its weight", action="remove the parametrization, or add it to skip"
+                )
         for layer in large.values():
             weight: Tensor = layer.weight  # type: ignore[assignment]
             with torch.no_grad():
@@ -78,7 +80,8 @@ def cluster(weight: Tensor, values: int) -> Tensor:
 
     points, index, counts = torch.unique(weight.detach().cpu().half(), return_inverse=True, return_counts=True)
     if len(points) <= values:
-        return points[index].to(weight)
+        same: Tensor = points[index].to(weight)
+        return same
     start = torch.linspace(float(points[0]), float(points[-1]), values).unsqueeze(1)
     means = KMeans(values, init=start.double().numpy(), n_init=1, random_state=0)
     means.fit(points.double().unsqueeze(1).numpy(), sample_weight=counts.numpy())
