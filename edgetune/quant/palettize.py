@@ -16,6 +16,7 @@ from edgetune.quant.channels import refuse_infinite, refuse_unplain
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SMALLEST = 2048  # weights of a layer below which Core ML keeps them as they are
+_PALETTE = "edgetune_palette_bits"  # the attribute of a layer whose weights were put on few values
 _MOST_VALUES = 256
 _PROBED = 4096  # weights that tell an ordinary weight from one on few values
 
@@ -67,6 +68,7 @@ class Palettize(Technique):
             with torch.no_grad():
                 weight.copy_(cluster(weight, 2**self.bits))
             weight.requires_grad_(False)
+            setattr(layer, _PALETTE, self.bits)
         return model
 
     def note(self, model: nn.Module) -> str:
@@ -92,8 +94,8 @@ def cluster(weight: Tensor, values: int) -> Tensor:
 
 
 def palettized_layers(model: nn.Module) -> list[str]:
-    """The linears and convolutions whose weights have few values."""
-    return [name for name, layer in model.named_modules() if isinstance(layer, LAYERS) and has_palette(layer.weight)]
+    """The layers that `palettize` put on few values; others may have few as well, such as ternary ones."""
+    return [name for name, layer in model.named_modules() if hasattr(layer, _PALETTE)]
 
 
 def has_palette(weight: Tensor) -> bool:
