@@ -84,6 +84,17 @@ def test_other_targets_store_them_in_full_with_a_warning(tmp_path: Path) -> None
     assert program.path.stat().st_size > 4 * model.head.weight.numel()
 
 
+def test_a_layer_that_pads_by_itself_is_palettized_and_one_that_computes_its_weight_refused() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+    model = et.apply(nn.Sequential(Padded(16, 32, 3)), [Palettize(bits=2)])
+    assert len(model[0].weight.unique()) == 4
+    with pytest.raises(EdgetuneError, match="0 computes its weight"):
+        et.apply(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))), [Palettize()])
+
+
 def test_a_model_of_small_layers_and_one_of_quantized_ones_are_refused() -> None:
     with pytest.raises(EdgetuneError, match="finds no layer of 2,048 weights or more"):
         et.apply(nn.Sequential(nn.Linear(8, 8)), [Palettize()])

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.layers import refuse_shared, select
-from edgetune.core.plain import refuse_computed
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
@@ -17,6 +16,7 @@ from edgetune.quant.channels import refuse_infinite, refuse_unplain
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SMALLEST = 2048  # weights of a layer below which Core ML keeps them as they are
+_PALETTE = "edgetune_palette_bits"  # the attribute of a layer whose weights were put on few values
 _MOST_VALUES = 256
 _PROBED = 4096  # weights that tell an ordinary weight from one on few values
 
@@ -59,12 +59,16 @@ class Palettize(Technique):
         refuse_shared(model, large)
         refuse_infinite(model, large)
         for name, layer in large.items():
-            refuse_computed(name, layer)
+            if "weight" not in layer._parameters:
+                raise EdgetuneError(
+                    f"{name} computes its weight", action="remove the parametrization, or add it to skip"
+                )
         for layer in large.values():
             weight: Tensor = layer.weight  # type: ignore[assignment]
             with torch.no_grad():
                 weight.copy_(cluster(weight, 2**self.bits))
             weight.requires_grad_(False)
+            setattr(layer, _PALETTE, self.bits)
         return model
 
     def note(self, model: nn.Module) -> str:
@@ -78,7 +82,8 @@ def cluster(weight: Tensor, values: int) -> Tensor:
 
     points, index, counts = torch.unique(weight.detach().cpu().half(), return_inverse=True, return_counts=True)
     if len(points) <= values:
-        return points[index].to(weight)
+        same: Tensor = points[index].to(weight)
+        return same
     start = torch.linspace(float(points[0]), float(points[-1]), values).unsqueeze(1)
     means = KMeans(values, init=start.double().numpy(), n_init=1, random_state=0)
     means.fit(points.double().unsqueeze(1).numpy(), sample_weight=counts.numpy())
@@ -89,8 +94,8 @@ def cluster(weight: Tensor, values: int) -> Tensor:
 
 
 def palettized_layers(model: nn.Module) -> list[str]:
-    """The linears and convolutions whose weights have few values."""
-    return [name for name, layer in model.named_modules() if isinstance(layer, LAYERS) and has_palette(layer.weight)]
+    """The layers that `palettize` put on few values; others may have few as well, such as ternary ones."""
+    return [name for name, layer in model.named_modules() if hasattr(layer, _PALETTE)]
 
 
 def has_palette(weight: Tensor) -> bool:
