@@ -196,7 +196,7 @@ def test_frozen_weights_are_rounded_once_and_again_if_they_change() -> None:
             return super().__call__(weight, scales)
 
     model, x = mlp(), torch.randn(4, 32)
-    et.apply(model, [et.LoRA(targets=["*.up"]), et.QAT(int8_linears=["*.down"])], et.Sample.of(x))
+    et.apply(model, [et.LoRA(targets=["*.up"]), et.QAT()], et.Sample.of(x))
     fakes: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizedLinear)}
     for layer in fakes.values():
         layer.rounding = Counting(**vars(layer.rounding))
@@ -208,7 +208,7 @@ def test_frozen_weights_are_rounded_once_and_again_if_they_change() -> None:
     with torch.no_grad():
         frozen.base.weight.mul_(1.01)
         frozen.base.weight[0, 0] += 1e-3
-    assert torch.equal(frozen.weight, Rounding(**vars(frozen.rounding))(frozen.base.weight))
+    assert torch.equal(frozen.weight, Rounding(**vars(frozen.rounding))(frozen.base.weight, frozen.scales))
     assert not torch.equal(frozen.weight, frozen.base.weight)
 
 

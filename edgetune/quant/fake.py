@@ -203,22 +203,12 @@ def wrap_layers(
 ) -> None:
     """Put a layer that rounds in the place of each of these, under all its names; some keep their scales."""
     layers = dict(model.named_modules(remove_duplicate=False))
-    owners = parameter_owners(dict(model.named_modules()))
     for name, rounding in roundings.items():
         layer = layers[name]
-        if name not in scales and rounding.keeps:
-            _round_frozen(layer, rounding, owners)
         kind = FakeQuantizedEmbedding if isinstance(plain_layer(layer), nn.Embedding) else linear
         new = kind(layer, rounding, scales.get(name)).train(layer.training)
         for other in [n for n, module in layers.items() if module is layer]:
             replace(model, other, new)
-
-
-def _round_frozen(layer: Any, rounding: Rounding, owners: Mapping[int, list[str]]) -> None:
-    """Put the weight of a plain frozen linear on its grid; a copy of the model that shares the old one keeps that."""
-    weight = layer._parameters.get("weight")
-    if type(layer) is nn.Linear and not weight.requires_grad and len(owners[id(weight)]) == 1:
-        layer.weight = nn.Parameter(rounding(weight), requires_grad=False)
 
 
 def merge_rounded(model: nn.Module) -> nn.Module:
