@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_real import exit_with, write_results
 from quant_models import TASKS, Task
 
 from edgetune.run.environment import installed_versions
@@ -314,16 +315,13 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 write(rows, given.out)
-    checks = write(rows, given.out)
-    print("\n".join(f"{'reached' if met else 'MISSED'}: {text}" for met, text in checks))
-    sys.exit(0 if all(met for met, _ in checks) else 1)
+    exit_with(write(rows, given.out))
 
 
 def write(rows: Sequence[Row], out: Path) -> list[Verdict]:
     """Write the figures and the page."""
     checks = verdicts(rows)
-    out.write_text(json.dumps({"rows": rows, "verdicts": checks}, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(document(rows, checks), encoding="utf-8")
+    write_results(out, rows, checks, document(rows, checks))
     return checks
 
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_real import time_onnx, time_openvino, time_pte
+from bench_real import exit_with, time_onnx, time_openvino, time_pte, write_results
 from real_sizes import error_of
 
 from edgetune.run.environment import installed_versions
@@ -173,10 +173,8 @@ def main() -> None:
             row["ms"].append(asked("time", given.threads, name))
         print(f"round {number + 1} of {given.rounds}", file=sys.stderr, flush=True)
     checks = verdicts({name: statistics.median(row["ms"]) for name, row in rows.items()})
-    given.out.write_text(json.dumps({"rows": rows, "verdicts": checks}, indent=1) + "\n", encoding="utf-8")
-    given.out.with_suffix(".md").write_text(document(rows, checks, given.threads), encoding="utf-8")
-    print("\n".join(f"{'reached' if met else 'MISSED'}: {text}" for met, text in checks))
-    sys.exit(0 if all(met for met, _ in checks) else 1)
+    write_results(given.out, rows, checks, document(rows, checks, given.threads))
+    exit_with(checks)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from real_sizes import DRAWN, REAL, error_of, name_of
 
@@ -35,6 +36,7 @@ GOALS = {"fp32": 1.0, "int8": 1.2}  # of speed, geometric mean over the networks
 OTHERS = {"onnx": "onnxruntime", "openvino": "openvino"}  # engine -> its package
 SECONDS, LIMIT_S, MIB = 1.0, 900, 2**20
 Row = dict[str, Any]
+Verdicts = Sequence[tuple[bool, str]]
 
 
 # In a process of their own
@@ -268,6 +270,18 @@ def document(rows: list[Row], checks: list[tuple[bool, str]], threads: int) -> s
     return "\n".join(lines) + "\n"
 
 
+def write_results(out: Path, rows: Any, checks: Verdicts, page: str) -> None:
+    """Write the figures and the page beside them."""
+    out.write_text(json.dumps({"rows": rows, "verdicts": checks}, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+def exit_with(checks: Verdicts) -> NoReturn:
+    """Print what was reached, and end with code 1 where something was missed."""
+    print("\n".join(f"{'reached' if met else 'MISSED'}: {text}" for met, text in checks))
+    sys.exit(0 if all(met for met, _ in checks) else 1)
+
+
 def main() -> None:
     """Export, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -292,10 +306,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     time_all(rows, given.rounds, given.threads)
     checks = verdicts(rows)
-    given.out.write_text(json.dumps({"rows": rows, "verdicts": checks}, indent=1) + "\n", encoding="utf-8")
-    given.out.with_suffix(".md").write_text(document(rows, checks, given.threads), encoding="utf-8")
-    print("\n".join(f"{'reached' if met else 'MISSED'}: {text}" for met, text in checks))
-    sys.exit(0 if all(met for met, _ in checks) else 1)
+    write_results(given.out, rows, checks, document(rows, checks, given.threads))
+    exit_with(checks)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from support.laws import cnn, logits, pictures
 
 
 def groups_of(model: nn.Module, inputs: Tensor) -> dict[str, ChannelGroup]:
-    found = find_groups(model, record(model, inputs), convolutions=True)
-    return {group.producer.layer: group for group in found}
+    groups = find_groups(model, record(model, inputs), convolutions=True)
+    return {group.producer.layer: group for group in groups}
 
 
 class Chain(nn.Module):

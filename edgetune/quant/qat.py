@@ -20,7 +20,7 @@ from edgetune.quant.fake import Rounding, merge_rounded, wrap_layers
 from edgetune.quant.layers import TableBits, four_bits, table_grid
 from edgetune.quant.roundable import choose_roundable, width_of
 from edgetune.quant.rounding import LEAST_GROUP, Grid, GroupSize, absmax_codes, mse_codes
-from edgetune.quant.teacher import add_teacher, remove_teacher, teacher_of
+from edgetune.quant.teacher import add_teacher, latest_divergence, remove_teacher
 
 
 class QAT(Technique):
@@ -128,8 +128,7 @@ class QAT(Technique):
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """The weighted divergence of the last training forward."""
-        teacher = teacher_of(model)
-        divergence = teacher.divergence() if teacher else None
+        divergence = latest_divergence(model)
         return None if divergence is None else self.distill * divergence
 
     def finalize(self, model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgetune.quant.calibration import InputSizes
 from edgetune.quant.channels import ChannelGroup, weight_of
-from edgetune.quant.rounding import Grid, absmax_codes
+from edgetune.quant.rounding import Grid, absmax_codes, dequantize
 
 _LEAST, _MOST = 1e-4, 1e4  # of a scale
 _ALPHAS = tuple(n / 20 for n in range(20))  # that the search tries; 0 leaves the weights as they are
@@ -41,8 +41,7 @@ def output_error(weight: Tensor, scales: Tensor, grid: Grid, inputs: Tensor) -> 
     if weight.shape[1] % grid.inputs_per_scale(weight.shape[1]):
         grid = replace(grid, group_size=None)  # as a layer whose width does not fit gets no groups
     weight = weight[:: -(-len(weight) // _SEARCHED_ROWS)]
-    codes = absmax_codes(weight * scales, grid)
-    rounded = (grid.split(codes.codes.float()) * codes.scales.float().unsqueeze(-1)).flatten(1)
+    rounded = dequantize(absmax_codes(weight * scales, grid), grid, torch.float32)
     return float((_round_tokens(inputs / scales) @ rounded.t() - inputs @ weight.t()).square().sum())
 
 

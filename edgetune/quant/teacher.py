@@ -74,6 +74,12 @@ def teacher_of(model: nn.Module) -> Teacher | None:
     return next((hook for hook in model._forward_hooks.values() if isinstance(hook, Teacher)), None)
 
 
+def latest_divergence(model: nn.Module) -> Tensor | None:
+    """Of the last training forward, once; `None` without a teacher or such a forward."""
+    teacher = teacher_of(model)
+    return None if teacher is None else teacher.divergence()
+
+
 def remove_teacher(model: nn.Module) -> None:
     """Drop the copy."""
     for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, Teacher)]:

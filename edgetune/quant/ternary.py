@@ -16,7 +16,7 @@ from edgetune.core.traits import Trait
 from edgetune.quant.fake import FakeQuantizedLinear, Rounding, dense_weight, merge_rounded, pass_through, wrap_layers
 from edgetune.quant.roundable import choose_roundable
 from edgetune.quant.rounding import Codes, Grid
-from edgetune.quant.teacher import add_teacher, remove_teacher, teacher_of
+from edgetune.quant.teacher import add_teacher, latest_divergence, remove_teacher
 
 
 class Ternary(Technique):
@@ -57,8 +57,7 @@ class Ternary(Technique):
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """The weighted divergence of the last training forward."""
-        teacher = teacher_of(model)
-        divergence = teacher.divergence() if teacher else None
+        divergence = latest_divergence(model)
         return None if divergence is None else self.distill * divergence
 
     def finalize(self, model: nn.Module) -> nn.Module:

@@ -207,9 +207,10 @@ class Fold:
     def technique(self, settings: Technique) -> None:
         """Apply a technique. Where it rounds weights, its row says how far that moved the predictions."""
         detail = describe_settings(settings)
-        measures_shift = self.record and settings.leaves is Trait.INTEGER and self.digest not in self.measured_before
+        rounds = settings.leaves is Trait.INTEGER
+        measures_shift = self.record and rounds and self.digest not in self.measured_before
         before = distributions_on(self.model, self.test_split, EVALUATION_BATCH) if measures_shift else None
-        if settings.leaves is Trait.INTEGER and self.float_model is None and self.compares_float():
+        if rounds and self.float_model is None and self.compares_float():
             self.float_model = copy.deepcopy(self.model).eval()
         started = time.perf_counter()
         self.progress(settings.name, 0, 1, detail)
