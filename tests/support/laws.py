@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,13 @@ def llama(tied: bool = False) -> nn.Module:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def tied_llama() -> nn.Module:
+    """With norms as after some training."""
+    model: Any = llama(tied=True)
+    nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
+    return model  # type: ignore[no-any-return]
 
 
 def dense(layer: nn.Module) -> Tensor:
@@ -334,6 +342,9 @@ CASES = [
         same_weights=False,
     ),
     Case("rotate-llama", (Rotate(),), llama, tokens, exports=True, same_weights=False),
+    Case(
+        "rotate-tied-llama", (Rotate(),), tied_llama, tokens, exports=True, same_weights=False, same_keys=False,
+    ),
     Case(
         "rotate-smooth-llama", (Rotate(), Smooth(alpha="auto", bits=8, group_size="channel")), llama, tokens,
         same_weights=False,
