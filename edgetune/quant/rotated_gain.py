@@ -42,11 +42,10 @@ def rebuild_gains(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _add_linear(norm: nn.Module, weight: Any) -> nn.Linear:
-    width = len(weight)
-    norm.gain = nn.Linear(width, width, bias=False, device=weight.device, dtype=weight.dtype)
-    norm.gain.requires_grad_(weight.requires_grad).train(norm.training)
+    linear = nn.Linear(len(weight), len(weight), bias=False, device=weight.device, dtype=weight.dtype)
+    norm.gain = linear.requires_grad_(weight.requires_grad).train(norm.training)
     norm.register_forward_hook(_apply_gain)  # a hook: the classes of norms differ, and stay known to others
-    return norm.gain
+    return linear
 
 
 def _apply_gain(norm: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
