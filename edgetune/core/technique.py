@@ -14,6 +14,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.progress import Progress, ignore
 from edgetune.core.traits import Trait
+from edgetune.core.widths import BitWidths
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -184,6 +185,10 @@ class Technique(StepSettings):
     def note(self, model: nn.Module) -> str:
         """What `apply` chose and left, or what `finalize` changed, in a sentence for the ledger; by default nothing."""
         return ""
+
+    def bit_widths(self, model: nn.Module) -> BitWidths | None:
+        """The precisions that `apply` gave the layers, for the report; by default none."""
+        return None
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save separate results in `folder`, such as an adapter before finalizing. By default this does nothing."""
