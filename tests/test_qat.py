@@ -328,3 +328,13 @@ def test_ternary_weights_are_blended_in_over_the_first_training_batches() -> Non
     other: Any = et.apply(mlp(), et.Ternary(blend_batches=3)).train()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.stem.computed_weight(), ternary)
+
+
+def test_the_head_that_a_preset_finds_must_be_written() -> None:
+    with pytest.raises(et.EdgetuneError, match=r"gives 8 bits to the head that it finds[\s\S]*int8_linears: \["):
+        et.apply(mlp(), [et.QAT(), et.Int4(preset="closest")], et.Sample.of(vectors()))
+    for later in (et.Int4(preset="closest", int8_linears=("classifier",)), et.Int4(preset="closest")):
+        written = {} if later.rounding["int8_linears"] else {"int8_linears": ("classifier",)}
+        technique = et.QAT(**written).adapt_to([later])  # type: ignore[arg-type]
+        assert isinstance(technique, et.QAT)
+        assert (technique.int8_linears, technique.algorithm) == (("classifier",), "gptq")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -50,6 +51,10 @@ class Sample:
     def of(cls, inputs: Inputs) -> Sample:
         """A sample whose only calibration batch is the example itself."""
         return cls(inputs=inputs, batches=lambda: iter([inputs]))
+
+    def first_batches(self, count: int) -> list[Inputs]:
+        """At most this many calibration batches, the first ones."""
+        return list(islice(self.batches(), count))
 
     def labels(self) -> tuple[Callable[[], Iterator[tuple[Inputs, Tensor]]], Callable[[Tensor, Tensor], Tensor]]:
         """Return `labelled` and `loss`. Raises `EdgetuneError` if they are missing."""

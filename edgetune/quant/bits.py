@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -179,7 +178,7 @@ class Bits(Technique):
         if self.allocation is not None:
             return layers, self._written(layers, self.allocation)
         assert sample is not None
-        batches = list(islice(sample.batches(), self.batches_wanted))
+        batches = sample.first_batches(self.batches_wanted)
         calibration = batches[: self.calibration_batches]
         table_width = None if self.embeddings == "auto" else _TABLE_WIDTHS[self.embeddings]
         times = {} if self.device is None else uniform_times(layers, self.device, sample.require_layers_ms())
