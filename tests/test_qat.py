@@ -289,11 +289,18 @@ def fill(model: Any, value: float) -> nn.Module:
     return model
 
 
+def forget(model: Any) -> nn.Module:
+    """The model as one that was read from a file: what was done to it is not listed."""
+    del model.edgetune_techniques
+    return model  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("technique", "prepare", "message"),
     [
-        (et.QAT(), lambda m: et.finalize(et.apply(m, et.Int4())), r"qat, stem: the weights are integers already"),
+        (et.QAT(), lambda m: forget(et.apply(m, et.Int4())), r"qat, stem: the weights are integers already"),
         (et.QAT(), lambda m: et.apply(m, et.Int4()), r"qat: cannot follow int4, which leaves integer weights"),
+        (et.QAT(), lambda m: et.finalize(et.apply(m, et.Int4())), r"qat: cannot follow int4, which leaves integer"),
         (et.QAT(skip=("*",)), lambda m: m, r"qat: there is no linear layer to round"),
         (et.QAT(int8_linears=("head",)), lambda m: m, r"int8_linears: the pattern matches no layer: got 'head'"),
         (et.QAT(group_size=64, pad=True), lambda m: m, r"qat: layers whose inputs are padded later cannot"),
@@ -355,3 +362,13 @@ def test_ternary_weights_are_blended_in_over_the_first_training_batches() -> Non
     other: Any = et.apply(mlp(), et.Ternary(blend_batches=3)).train()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.stem.weight_rule()(dense), ternary)
+
+
+def test_the_head_that_a_preset_finds_must_be_written() -> None:
+    with pytest.raises(et.EdgetuneError, match=r"gives 8 bits to the head that it finds[\s\S]*int8_linears: \["):
+        et.apply(mlp(), [et.QAT(), et.Int4(preset="closest")], et.Sample.of(vectors()))
+    for later in (et.Int4(preset="closest", int8_linears=("classifier",)), et.Int4(preset="closest")):
+        written = {} if later.rounding["int8_linears"] else {"int8_linears": ("classifier",)}
+        technique = et.QAT(**written).adapt_to([later])  # type: ignore[arg-type]
+        assert isinstance(technique, et.QAT)
+        assert (technique.int8_linears, technique.algorithm) == (("classifier",), "gptq")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -86,6 +85,12 @@ class QAT(Technique):
                 action="leave algorithm out there: it keeps these weights",
             )
         update = {name: value for name, value in settings.items() if name not in self.model_fields_set}
+        if update.get("int8_linears", ()) is None:
+            raise EdgetuneError(
+                "the preset of the step that quantizes gives 8 bits to the head that it finds, and qat would train it "
+                "in 4",
+                action='write which: int8_linears: ["lm_head"] there, or int8_linears: [] for none',
+            )
         return self.model_copy(update=update)
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
@@ -124,7 +129,7 @@ class QAT(Technique):
         return model
 
     def _batches(self, sample: Sample | None) -> list[Inputs]:
-        return list(islice(self.require_sample(sample).batches(), self.calibration_batches))
+        return self.require_sample(sample).first_batches(self.calibration_batches)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """The weighted divergence of the last training forward."""
