@@ -78,7 +78,7 @@ def tied() -> Any:
 
 
 def test_a_tied_head_stays_tied_and_a_linear_takes_the_weight_of_its_norm() -> None:
-    plain, model = tied(), et.apply(tied(), et.Rotate(), et.Sample.of(tokens()))
+    plain, model = tied(), et.apply(tied(), et.Rotate(tied="keep"), et.Sample.of(tokens()))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is True
     assert model.state_dict().keys() - plain.state_dict().keys() == {"model.norm.gain.weight"}
@@ -89,13 +89,13 @@ def test_a_tied_head_stays_tied_and_a_linear_takes_the_weight_of_its_norm() -> N
 
 
 def test_equal_gains_need_no_linear() -> None:
-    model: Any = et.apply(llama(tied=True), et.Rotate(), et.Sample.of(tokens()))
+    model: Any = et.apply(llama(tied=True), et.Rotate(tied="keep"), et.Sample.of(tokens()))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.state_dict().keys() == llama(tied=True).state_dict().keys()
 
 
-def test_a_tied_head_can_be_untied() -> None:
-    model: Any = et.apply(tied(), et.Rotate(tied="untie"), et.Sample.of(tokens()))
+def test_a_tied_head_is_untied_by_default() -> None:
+    model: Any = et.apply(tied(), et.Rotate(), et.Sample.of(tokens()))
     torch.testing.assert_close(logits(model, tokens()), logits(tied(), tokens()), atol=2e-5, rtol=1e-4)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is False
@@ -103,7 +103,7 @@ def test_a_tied_head_can_be_untied() -> None:
 
 
 def test_the_linear_of_the_norm_is_rounded_as_any_other() -> None:
-    rotated: Any = et.apply(tied(), et.Rotate(), et.Sample.of(tokens()))
+    rotated: Any = et.apply(tied(), et.Rotate(tied="keep"), et.Sample.of(tokens()))
     exact = logits(rotated, tokens())
     step = et.Int8Dynamic(targets=("*.gain", "lm_head"))
     rounded = et.apply(rotated, step, et.Sample.of(tokens()))
@@ -176,7 +176,7 @@ def test_outputs_that_change_bring_the_weights_and_the_tie_back() -> None:
     model.__class__ = Unrecorded
     before: dict[str, Tensor] = copy.deepcopy(model.state_dict())
     with pytest.raises(EdgetuneError, match="outputs of Unrecorded on the sample change by"):
-        et.apply(model, et.Rotate(), et.Sample.of(tokens()))
+        et.apply(model, et.Rotate(tied="keep"), et.Sample.of(tokens()))
     assert model.state_dict().keys() == before.keys()
     assert not model.model.norm._forward_hooks
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

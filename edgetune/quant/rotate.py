@@ -30,8 +30,8 @@ class Rotate(Technique):
     by it.
 
     Nothing is added to the model, unless its head shares its weight with the embedding: then that weight cannot take
-    over the weight of the last norm. `tied` says whether the norm gets a small linear for it, `NAME.gain`, or the head
-    a weight of its own, which stores a second table.
+    over the weight of the last norm. `tied` says whether the head gets a weight of its own, which stores a second
+    table, or the norm a small linear for it, `NAME.gain`.
 
     Raises `EdgetuneError` for a model in which something else reads the stream, such as the LayerNorm of BERT, ViT and
     GPT-2, which subtracts a mean.
@@ -43,10 +43,10 @@ class Rotate(Technique):
 
     heads: bool = True
     """Rotate the values of each attention head too, where only the output projection reads them (SpinQuant's R2)."""
-    tied: Literal["keep", "untie"] = "keep"
-    """What becomes of a head that shares its weight with the embedding. `keep`: it still does, and a linear of hidden x
-    hidden weights follows the last norm, which `from_pretrained` of transformers does not restore. `untie`: it gets its
-    own weight, so the model grows by a table, and `config.tie_word_embeddings` becomes False."""
+    tied: Literal["keep", "untie"] = "untie"
+    """What becomes of a head that shares its weight with the embedding. `untie`: it gets its own weight, so the model
+    grows by a table, and `config.tie_word_embeddings` becomes False. `keep`: it still shares it, and a linear of
+    hidden x hidden weights follows the last norm, which `from_pretrained` of transformers does not restore."""
     seed: int = 0
     """The seed of the random signs."""
 
