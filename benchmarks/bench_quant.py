@@ -4,8 +4,8 @@
 
 Each model of `quant_models.py` is trained once for each seed. Every method then gets a copy of it, and the quality on
 held-out rows, which chose nothing, stands beside that of the trained float model: the metric, the KL divergence and the
-share of changed predictions. Each result is exported: size, and largest difference from eager mode. The methods of one
-model and seed run in one process, with one thread.
+share of changed predictions. Each result of the first seed is exported: size, and largest difference from eager mode.
+The methods of one model and seed run in one process, with one thread.
 Writes docs/bench-quant.md and .json after each; `--keep`: rows that the .json has already are not made again.
 Exit code 1 where something held to is missed.
 """
@@ -140,15 +140,17 @@ class Bench:
         fold.steps()
         seconds = time.process_time() - begun
         fold.model.requires_grad_(False)
+        row = {**self.quality_of(fold.model), "cpu_s": seconds, "stored_mib": stored_bytes(fold.model) / MIB}
+        allocation = getattr(fold.model, "edgetune_allocation", None)
+        if allocation is not None:
+            row["compared"] = {c.name: c.kl for c in allocation.compared}
+        return row if self.seed else {**row, **self.exported(fold)}
+
+    def exported(self, fold: Any) -> Row:
+        """What its program is. The seeds' programs are alike, so one is enough."""
         fold.export()
         program = fold.ledger.program
-        allocation = getattr(fold.model, "edgetune_allocation", None)
-        compared = {} if allocation is None else {"compared": {c.name: c.kl for c in allocation.compared}}
         return {
-            **self.quality_of(fold.model),
-            **compared,
-            "cpu_s": seconds,
-            "stored_mib": stored_bytes(fold.model) / MIB,
             "file_mib": program.size_mib,
             "difference": program.parity.max_relative_difference,
             "same_pct": program.parity.same_prediction_pct,
@@ -165,13 +167,15 @@ class Bench:
 
     def quality_of(self, model: Any) -> Row:
         """The metric on test rows, and the shift from the trained float model."""
-        from edgetune.tasks.quality import distributions_on, quality, shift_between
+        from edgetune.tasks.quality import batches_of, distributions_in, shift_between
 
-        after = distributions_on(model, self.fold.test_split)
+        split = self.fold.test_split
+        batches = list(batches_of(model, split, 64))
+        after = distributions_in(batches)
         assert self.before is not None
         assert after is not None
         shift = shift_between(self.before, after)
-        value = quality(model, self.fold.test_split).value
+        value = split.task.quality(batches, split.rows).value
         return {"quality": value, "kl": shift.kl_divergence, "flips_pct": shift.changed_pct}
 
 
@@ -266,7 +270,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     if ours and theirs and whole:
         at_most(ours[1] * whole / theirs, 1.0, f"SmolLM2: perplexity of {ours[0]} over llama.cpp's Q4_K_M")
     for row in table.rows:
-        if row["model"] in of_text and "stored_mib" in row:
+        if row["model"] in of_text and {"stored_mib", "file_mib"} <= row.keys():
             off = abs(row["file_mib"] / row["stored_mib"] - 1)
             if off > 0.02:
                 checks.append((False, f"{row['model']} {row['method']}: size is {100 * off:.1f} % off the arithmetic"))

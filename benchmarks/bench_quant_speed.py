@@ -26,6 +26,8 @@ from bench_real import exit_with, time_onnx, time_openvino, time_pte, write_resu
 from real_sizes import error_of
 
 from edgetune.run.environment import installed_versions
+from edgetune.runtime.clock.machine import cpuinfo
+from edgetune.runtime.host import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-quant-speed"
@@ -171,12 +173,13 @@ def document(rows: dict[str, Any], checks: list[tuple[bool, str]], threads: int)
     """The page."""
     machine = installed_versions()
     packages = ", ".join(f"{name} {machine[name]}" for name in ("torch", "executorch"))
+    flags = ", ".join(flags_of(cpuinfo()) or ["instruction sets unknown"])
     lines = [
         "# `make bench-quant`: MiniLM at 1 x 64 tokens",
         "",
-        f"Made by `python benchmarks/bench_quant_speed.py` on {machine['cpu']}, {packages}, threads: {threads}, random "
-        "weights. Milliseconds: the median and the range of the rounds. Difference: the largest from eager mode, as a "
-        "share of the largest output. GPTQ: seconds of one run, 8 batches of "
+        f"Made by `python benchmarks/bench_quant_speed.py` on {machine['cpu']} ({flags}), {packages}, threads: "
+        f"{threads}, random weights. Milliseconds: the median and the range of the rounds. Difference: the largest from "
+        "eager mode, as a share of the largest output. GPTQ: seconds of one run, 8 batches of "
         f"{CALIBRATION_ROWS} x {TOKENS} tokens.",
         "",
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in checks),
