@@ -178,8 +178,8 @@ def document(rows: dict[str, Any], checks: list[tuple[bool, str]], threads: int)
         "# `make bench-quant`: MiniLM at 1 x 64 tokens",
         "",
         f"Made by `python benchmarks/bench_quant_speed.py` on {machine['cpu']} ({flags}), {packages}, threads: "
-        f"{threads}, random weights. Milliseconds: the median and the range of the rounds. Difference: the largest from "
-        "eager mode, as a share of the largest output. GPTQ: seconds of one run, 8 batches of "
+        f"{threads}, random weights. Milliseconds: the median and the range of the rounds. Difference: the largest "
+        "from eager mode, as a share of the largest output. GPTQ: seconds of one run, 8 batches of "
         f"{CALIBRATION_ROWS} x {TOKENS} tokens.",
         "",
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in checks),
