@@ -1,11 +1,11 @@
 """Every way to quantize a model, beside the float model it was made of: quality, size, time, latency beside others'.
 
-    python benchmarks/bench_quant.py [--models "MiniLM,small GPT"] [--methods "int4 gptq g32,..."] [--seeds 3] [--keep]
+    python benchmarks/bench_quant.py [--models "MiniLM,small GPT"] [--methods "int4 gptq g32;..."] [--seeds 3] [--keep]
 
 Each model of `quant_models.py` is trained once for each seed. Every method then gets a copy of it, and the quality on
 held-out rows, which chose nothing, stands beside that of the trained float model: the metric, the KL divergence and the
-share of changed predictions. Each result is exported: size, and largest difference from eager mode. The methods of one
-model and seed run in one process, with one thread.
+share of changed predictions. Each result of the first seed is exported: size, and largest difference from eager mode.
+The methods of one model and seed run in one process, with one thread.
 Writes docs/bench-quant.md and .json after each; `--keep`: rows that the .json has already are not made again.
 Exit code 1 where something held to is missed.
 """
@@ -26,6 +26,7 @@ from typing import Any
 
 from bench_real import exit_with, write_results
 from quant_models import TASKS, Task
+from quant_others import others_of
 
 from edgetune.run.environment import installed_versions
 
@@ -56,6 +57,8 @@ def methods_of(task: Task) -> dict[str, Steps]:
         }
         return methods
     methods["int8_dynamic"] = [{"int8_dynamic": {}}]
+    methods["int4 smallest"] = [int4(preset="smallest")]
+    methods["int4 gptq g32, 4-bit tables"] = [int4(algorithm="gptq", embeddings="int4")]
     for group, name in ((32, "g32"), ("channel", "channel")):
         for algorithm in ("absmax", "mse", "awq", "gptq"):
             methods[f"int4 {algorithm} {name}"] = [int4(group_size=group, algorithm=algorithm)]
@@ -69,6 +72,11 @@ def methods_of(task: Task) -> dict[str, Steps]:
     for average in (4.5, 5.0):  # 4.5: as large as int4 in groups of 32
         methods[f"bits {average}"] = [{"bits": {"average_bits": average}}]
     return methods
+
+
+def names_of(name: str) -> list[str]:
+    """Every row of a model's table."""
+    return [*methods_of(TASKS[name]), *others_of(TASKS[name].kind, name)]
 
 
 # In a process of its own
@@ -111,11 +119,17 @@ class Bench:
         parts = {"model": self.task.model, "data": self.task.data, "export": self.task.export, "seed": self.seed}
         return recipe.from_plain({"name": "bench-quant", **parts, "steps": steps or ["eval"]})
 
-    def row(self, method: str, steps: Steps) -> Row:
+    def row(self, method: str) -> Row:
         """What a method makes of the model."""
+        others = others_of(self.task.kind, self.name)
+        return self.row_of_others(method, others[method]) if method in others else self.own_row(method)
+
+    def own_row(self, method: str) -> Row:
+        """What edgetune's steps make of it."""
         from edgetune.quant.size import stored_bytes
         from edgetune.run import reuse
-        from edgetune.tasks.quality import distributions_on, quality, shift_between
+
+        steps = methods_of(self.task)[method]
 
         fold = copy.copy(self.fold)
         fold.recipe = self.recipe(steps)
@@ -125,25 +139,44 @@ class Bench:
         begun = time.process_time()
         fold.steps()
         seconds = time.process_time() - begun
-        after = distributions_on(fold.model, fold.test_split)
-        assert self.before is not None
-        assert after is not None
-        shift = shift_between(self.before, after)
         fold.model.requires_grad_(False)
+        row = {**self.quality_of(fold.model), "cpu_s": seconds, "stored_mib": stored_bytes(fold.model) / MIB}
+        allocation = getattr(fold.model, "edgetune_allocation", None)
+        if allocation is not None:
+            row["compared"] = {c.name: c.kl for c in allocation.compared}
+        return row if self.seed else {**row, **self.exported(fold)}
+
+    def exported(self, fold: Any) -> Row:
+        """What its program is. The seeds' programs are alike, so one is enough."""
         fold.export()
         program = fold.ledger.program
-        file = WORK / f"{_file_name(self.name)}-{self.seed}-{_file_name(method)}.pte"
-        (fold.folder / "model.pte").replace(file)
         return {
-            "quality": quality(fold.model, fold.test_split).value,
-            "kl": shift.kl_divergence,
-            "flips_pct": shift.changed_pct,
-            "cpu_s": seconds,
-            "stored_mib": stored_bytes(fold.model) / MIB,
-            "pte_mib": program.size_mib,
+            "file_mib": program.size_mib,
             "difference": program.parity.max_relative_difference,
             "same_pct": program.parity.same_prediction_pct,
         }
+
+    def row_of_others(self, method: str, quantize: Any) -> Row:
+        """What another library makes of it."""
+        begun = time.process_time()
+        model, file = quantize(copy.deepcopy(self.model), self.fold.train_split, self.folder / _file_name(method))
+        seconds = time.process_time() - begun
+        row = {**self.quality_of(model), "cpu_s": seconds, "file_mib": file.stat().st_size / MIB}
+        file.unlink()
+        return row
+
+    def quality_of(self, model: Any) -> Row:
+        """The metric on test rows, and the shift from the trained float model."""
+        from edgetune.tasks.quality import batches_of, distributions_in, shift_between
+
+        split = self.fold.test_split
+        batches = list(batches_of(model, split, 64))
+        after = distributions_in(batches)
+        assert self.before is not None
+        assert after is not None
+        shift = shift_between(self.before, after)
+        value = split.task.quality(batches, split.rows).value
+        return {"quality": value, "kl": shift.kl_divergence, "flips_pct": shift.changed_pct}
 
 
 def _file_name(name: str) -> str:
@@ -157,8 +190,8 @@ def worker_main(name: str, seed: int, methods: Sequence[str]) -> None:
     bench = Bench(name, seed)
     for method in methods:
         try:
-            result = bench.row(method, methods_of(bench.task)[method])
-        except EdgetuneError as error:
+            result = bench.row(method)
+        except (EdgetuneError, ImportError) as error:
             result = {"failed": str(error)}
         print("\n" + json.dumps({"model": name, "seed": seed, "method": method, **result}), flush=True)
 
@@ -186,7 +219,8 @@ class Table:
 
     def values(self, model: str, method: str, figure: str) -> list[float]:
         """A figure with each seed."""
-        return [row[figure] for row in self.rows if (row["model"], row["method"]) == (model, method)]
+        rows = [row for row in self.rows if (row["model"], row["method"]) == (model, method)]
+        return [row[figure] for row in rows if figure in row]
 
     def mean(self, model: str, method: str, figure: str) -> float | None:
         """Its mean; `None` where it was not measured."""
@@ -224,16 +258,36 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         if best is not None:
             method_name, value = best
             at_most(value, limit, f"{name}: perplexity of {method_name} over the float model's")
-    for name, method in (("MiniLM", "int4 gptq g32"), ("EfficientNet-Lite0", "int8 auto")):
+    small = "int4 gptq g32, 4-bit tables"
+    for name, method in (("MiniLM", small), ("EfficientNet-Lite0", "int8 auto, biases")):
         whole, rounded = table.mean(name, FLOAT, "quality"), table.mean(name, method, "quality")
         if whole is not None and rounded is not None:
             at_most(whole - rounded, 0.3, f"{name}: points lost by {method}")
-    at_most(table.ratio("MiniLM", "int4 gptq g32", FLOAT, "pte_mib"), 1 / 6.5, "MiniLM: size of int4 over fp32's")
+    at_most(table.ratio("MiniLM", small, FLOAT, "file_mib"), 1 / 6.5, f"MiniLM: size of {small} over fp32's")
+    checks += [verdict for name in of_text for verdict in _beside_random(table, name)]
+    ours, theirs = _best_perplexity(table, "SmolLM2", None), table.mean("SmolLM2", "llama.cpp Q4_K_M", "quality")
+    whole = table.mean("SmolLM2", FLOAT, "quality")
+    if ours and theirs and whole:
+        at_most(ours[1] * whole / theirs, 1.0, f"SmolLM2: perplexity of {ours[0]} over llama.cpp's Q4_K_M")
     for row in table.rows:
-        if row["model"] in of_text:
-            off = abs(row["pte_mib"] / row["stored_mib"] - 1)
+        if row["model"] in of_text and {"stored_mib", "file_mib"} <= row.keys():
+            off = abs(row["file_mib"] / row["stored_mib"] - 1)
             if off > 0.02:
                 checks.append((False, f"{row['model']} {row['method']}: size is {100 * off:.1f} % off the arithmetic"))
+    return checks
+
+
+def _beside_random(table: Table, name: str) -> list[Verdict]:
+    """Whether allocations of `bits` are ahead of random ones of their size with every seed, rounded alike."""
+    checks = []
+    for method in methods_of(TASKS[name]):
+        seeds: list[Any] = table.values(name, method, "compared")
+        if seeds:
+            own, chance, uniform = ([seed[of] for seed in seeds] for of in ("this", "random", "uniform"))
+            text = "KL x 1000 of {}, held-out batches: {:.2f}, random {:.2f} to {:.2f}, uniform {:.2f}".format(
+                method, *(1000 * x for x in (statistics.mean(own), min(chance), max(chance), statistics.mean(uniform)))
+            )
+            checks.append((max(own) < min(chance), f"{name}: {text}"))
     return checks
 
 
@@ -265,10 +319,10 @@ def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
         seeds = len(table.values(name, FLOAT, "quality"))
         lines += [
             "", f"## {name}", "", f"{seeds} seed{'s' * (seeds != 1)}.", "",
-            f"| method | {metric} | range | KL x 1000 | range | changed, % | `.pte`, MiB | difference | s |",
+            f"| method | {metric} | range | KL x 1000 | range | changed, % | file, MiB | difference | s |",
             "|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
-        lines += [_line(table, name, method) for method in methods_of(task) if table.values(name, method, "quality")]
+        lines += [_line(table, name, method) for method in names_of(name) if table.values(name, method, "quality")]
         failed = {row["method"]: row["failed"] for row in rows if row["model"] == name and "failed" in row}
         lines += [f"| {method} | not made: {reason} |" + " |" * 7 for method, reason in failed.items()]
     return "\n".join(lines) + "\n"
@@ -282,9 +336,11 @@ def _line(table: Table, name: str, method: str) -> str:
         values = [factor * value for value in table.values(name, method, figure)]
         return f"{statistics.mean(values):.{digits}f} | {min(values):.{digits}f} to {max(values):.{digits}f}"
 
+    differences = table.values(name, method, "difference")
+    difference = f"{max(differences):.1e}" if differences else ""
     return (
-        f"| {method} | {spread('quality')} | {spread('kl', 1000)} | {mean('flips_pct'):.2f} | {mean('pte_mib'):.2f} | "
-        f"{max(table.values(name, method, 'difference')):.1e} | {mean('cpu_s'):.0f} |"
+        f"| {method} | {spread('quality')} | {spread('kl', 1000)} | {mean('flips_pct'):.2f} | {mean('file_mib'):.2f} | "
+        f"{difference} | {mean('cpu_s'):.0f} |"
     )
 
 
@@ -308,7 +364,7 @@ def main() -> None:
     rows = [row for row in rows if "failed" not in row]
     for seed in range(given.seeds):
         for name in given.models.split(","):
-            wanted = [m for m in methods_of(TASKS[name]) if not given.methods or m in given.methods.split(",")]
+            wanted = [m for m in names_of(name) if not given.methods or m in given.methods.split(";")]
             made = {row["method"] for row in rows if (row["model"], row["seed"]) == (name, seed)}
             missing = [method for method in wanted if method not in made]
             for row in rows_from_worker(name, seed, missing) if missing else ():

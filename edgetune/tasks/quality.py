@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +49,19 @@ def answers_on(model: nn.Module, split: Split, batch_size: int = 64) -> Answers 
 
 
 def distributions_on(model: nn.Module, split: Split, batch_size: int = 64) -> Tensor | None:
-    """Logarithms of the distributions `(predictions, classes)` that `model` gives on a split, fp32 on the CPU.
+    """Logarithms of the distributions `(predictions, classes)` that `model` gives on a split, as `distributions_in`."""
+    return distributions_in(batches_of(model, split, batch_size))
+
+
+def distributions_in(batches: Iterable[Batch]) -> Tensor | None:
+    """Logarithms of the distributions `(predictions, classes)` in batches of logits, fp32 on the CPU.
 
     Of a large vocabulary only as many tokens as fit in 256 MiB, the same for every model. `None` for a task whose
     labels are not chosen from classes.
     """
     parts: list[Tensor] = []
     room = _MOST_COMPARED
-    for batch in batches_of(model, split, batch_size):
+    for batch in batches:
         classes = batch.logits.shape[-1]
         if batch.labels.is_floating_point() or classes < 2:
             return None
