@@ -20,7 +20,11 @@ from edgetune.core.packed_layers import is_nf4
 from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
 from edgetune.core.quiet import silence_libraries
 
-_FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+# what peft raises where it cannot do something
+FAILURES = (
+    NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
+    ArithmeticError,
+)  # fmt: skip
 
 
 def is_peft(layer: nn.Module) -> bool:
@@ -107,7 +111,7 @@ def _try_outputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
     """The layer's output; `None` if it needs more than the inputs of its base."""
     try:
         return outputs_of(layer, inputs)
-    except _FAILURES:
+    except FAILURES:
         return None
 
 
@@ -130,7 +134,7 @@ def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
                 elif tuner.merged:
                     tuner.unmerge()
         return base_of(trial)  # asked for after the merge: LayerNorm tuning puts another layer there
-    except _FAILURES:
+    except FAILURES:
         return None
 
 
