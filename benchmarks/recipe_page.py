@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from edgetune.core.registry import PEFT_FAMILIES
 from edgetune.recipe import recipe
 from edgetune.recipe.schema import SCHEMA_FILE, build_schema, first_line
 
@@ -96,6 +97,8 @@ EXAMPLES = {
     "distill": "- prune: {ratio: 0.3}\n- train: {epochs: 1, distill: {teacher: prune, weight: 0.5}}\n",
     "slice": '- sparse-update: {scheme: {"*.intermediate.dense": {ratio: 0.25, by: fisher}}}\n',
 }
+EXAMPLES |= {name: f'- {name}: {{targets: ["*.query", "*.value"]}}\n' for name in PEFT_FAMILIES}
+EXAMPLES["ln_tuning"] = '- ln_tuning: {targets: ["*.LayerNorm"], also_train: [classifier]}\n'
 SECTIONS = {"model": "ModelSettings", "data": "DataSettings", "export": "ExportSettings", "profile": "ProfileSettings",
             "budget": "Budget"}  # fmt: skip
 PARTS = {"Slice": "slice", "Distill": "distill"}  # settings inside the settings of a step

@@ -9,13 +9,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from edgetune.adapt.inject import OWNER, TUNER, exact_targets, inject, refuse_adapters
+from edgetune.adapt.inject import OWNER, exact_targets, inject, refuse_adapters
 from edgetune.adapt.layer_kinds import Kind, kind_of
+from edgetune.adapt.rewritten import INITIAL
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, select
 from edgetune.core.merging import merge
-from edgetune.core.peft_layers import is_peft
+from edgetune.core.peft_layers import TUNER, is_peft
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.frozen import FrozenLayer, remove_hooks
@@ -44,6 +45,11 @@ class Adapter(Technique):
     by default all."""
 
     @property
+    def rewrites(self) -> bool:
+        """Whether these settings take the adapter's start out of the base weight."""
+        return False
+
+    @property
     def starts_exact(self) -> bool:
         """Whether the fresh adapter leaves the outputs, with these settings."""
         return self.exact
@@ -63,7 +69,7 @@ class Adapter(Technique):
             if inside:
                 raise EdgetuneError(f"{name} is in both targets and also_train", got=inside[0], action="skip it in one")
         config = self.config(model, chosen, exact_targets([n for n, _ in model.named_modules() if n], list(chosen)))
-        inject(model, config, chosen, sample, exact=self.starts_exact, merges=self.merges)
+        inject(model, config, chosen, sample, exact=self.starts_exact, merges=self.merges, rewrites=self.rewrites)
         for layer in whole.values():
             for parameter in layer.parameters():
                 parameter.requires_grad_(True)
@@ -96,7 +102,7 @@ class Adapter(Technique):
                 action="save it with et.save_adapter, and train a family that merges to finalize or export",
             )
         model = merge(model, is_peft)
-        for attribute in ("peft_config", TUNER):
+        for attribute in ("peft_config", TUNER, INITIAL):
             model.__dict__.pop(attribute, None)
         keep = trainable.is_chosen(model)  # the technique that chose keeps its batch norms frozen
         remove_hooks(model, FirstForward if keep else (FirstForward, FrozenLayer))

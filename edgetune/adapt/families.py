@@ -42,6 +42,7 @@ class Family:
     random: bool = False  # draws noise in training, without any dropout
     to_lora: bool = False  # peft can convert it to a LoRA
     bounded: bool = True  # a rank above the width of a layer makes no sense
+    starts: tuple[str, ...] = ("init_weights",)  # settings that, unless they are peft's default, start it otherwise
     divides: Mapping[str, str] = field(default_factory=dict)  # a setting that must divide "in", "out", "rank"
     names: Mapping[str, str] = field(default_factory=dict)  # edgetune's names for peft's settings, beside rank
     left_out: tuple[str, ...] = ()  # settings of peft's that would do nothing here, or break it
@@ -68,7 +69,7 @@ FAMILIES = {
         "Add block-circular convolutions (C3A; Chen et al., 2024, arXiv:2407.19342).", LINEAR, exact=False,
         four_bit=True, to_lora=True, divides={"block_size": "in out"},
     ),
-    "deft": Family("Take a low-rank part out of each weight and inject another (DEFT).", LINEARS),
+    "deft": Family("Take a low-rank part out of each weight and inject another (DEFT).", LINEARS, starts=("para",)),
     "delora": Family(
         "Low-rank adapters whose strength is decoupled from their angle (DeLoRA; Bini et al., 2025, arXiv:2503.18225).",
         LINEAR, to_lora=True,
@@ -181,8 +182,9 @@ class FamilyAdapter(Adapter):
     @property
     def starts_exact(self) -> bool:
         """Whether the fresh adapter leaves the outputs: with peft's default start."""
-        starts = (name for name in self.peft_fields if name.startswith(("init_weights", "ab_svd")))
-        return self.exact and all(getattr(self, name) == type(self).model_fields[name].default for name in starts)
+        fields = type(self).model_fields
+        starts = [name for name in self.family.starts if name in fields]
+        return self.exact and all(getattr(self, name) == fields[name].default for name in starts)
 
     @model_validator(mode="after")
     def _accepted_by_peft(self) -> FamilyAdapter:

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgetune.adapt.inject import ADAPTER, TUNER, exact_targets, select_targets
+from edgetune.adapt.inject import ADAPTER, exact_targets, select_targets
+from edgetune.adapt.rewritten import to_plain_lora
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import replace_files
 from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
-from edgetune.core.peft_layers import is_peft, is_peft_model, is_tuner
+from edgetune.core.peft_layers import TUNER, is_peft, is_peft_model, is_tuner
 from edgetune.core.registry import require
 from edgetune.core.wrapped import without_parameterless
 
@@ -35,6 +36,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         for name in whole:
             state |= {f"{PREFIX}{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
         config = copy.deepcopy(config)
+        state = to_plain_lora(model, state, config, PREFIX)
         config.inference_mode, config.modules_to_save = True, [plain_name(name) for name in whole] or None
         every = [plain_name(name) for name, _ in model.named_modules() if name]
         adapted = [plain_name(n) for n, m in model.named_modules() if is_tuner(m)]
@@ -82,7 +84,9 @@ def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
             True for _ in model.parameters(recurse=False)
         )
         if is_peft_model(model):
-            model = model.get_base_model()  # type: ignore[operator]
+            tuner, model = model.base_model, model.get_base_model()  # type: ignore[operator]
+            if tuner.uses_shared_state:  # type: ignore[union-attr]
+                model.__dict__[TUNER] = tuner
         elif is_wrapper:
             (model,) = children.values()
         else:

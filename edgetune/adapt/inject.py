@@ -8,14 +8,14 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, replace
 from edgetune.core.packed_layers import is_nf4
-from edgetune.core.peft_layers import FAILURES, base_of, is_peft, is_tuner, peft_tensors
+from edgetune.core.peft_layers import FAILURES, TUNER, base_of, is_peft, is_tuner, peft_tensors
 from edgetune.core.plain import refuse_computed
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
 from edgetune.core.quiet import silence_libraries
@@ -27,7 +27,6 @@ from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 
 ADAPTER = "default"  # peft's own name for an only adapter
 OWNER = "adapter"  # in core.trainable: a model has one adapter at a time
-TUNER = "edgetune_tuner"  # the attribute of a model with peft's tuner, where that holds tensors which layers share
 
 
 def exact_targets(every: list[str], names: list[str]) -> list[str] | str:
@@ -53,24 +52,33 @@ def inject(
     *,
     exact: bool = True,
     merges: bool = True,
+    rewrites: bool = False,
 ) -> None:
     """Let peft wrap the chosen layers in place, and restore what trained if an open technique had chosen it.
 
     On 16-bit layers the adapter is in float32. Raises `EdgetuneError`, with the model as it was, if an adapted layer
-    differs from the plain one (`exact`), or could not be merged after training (`merges`).
+    differs from the plain one (`exact`), or could not be merged after training (`merges`). `rewrites`: the base weight
+    changes.
     """
     for name, layer in chosen.items():
         refuse_computed(name, layer)
     refuse_shared(model, chosen)
     refuse_read_elsewhere(model, chosen, sample)
+    expected = _outputs_of_each_kind(chosen)
     trainable.remember(model, OWNER)
     in_float32 = _has_16_bits(chosen)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    weights = {name: layer.get_parameter("weight").detach().clone() for name, layer in chosen.items() if rewrites}
     try:
         _wrap(model, config, chosen, in_float32)
-        _check_layers(model, chosen, exact, merges)
+        for name, outputs in expected.items():
+            _check_outputs(name, model.get_submodule(name), chosen[name], outputs, exact)
+            if merges:
+                _check_merge(name, model.get_submodule(name))
     except EdgetuneError:
         _restore_layers(model, chosen)
+        for name, weight in weights.items():
+            chosen[name].get_parameter("weight").data.copy_(weight)
         remove_hooks(model, FirstForward)
         trainable.recall(model, OWNER)
         raise
@@ -103,19 +111,6 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float3
         tuner._cast_adapter_dtype(ADAPTER)
 
 
-def _check_layers(model: nn.Module, chosen: dict[str, nn.Module], exact: bool, merges: bool) -> None:
-    """Check one adapted layer of each kind."""
-    checked: set[str] = set()
-    for name, plain in chosen.items():
-        layer = model.get_submodule(name)
-        kind = f"{type(layer)} {type(plain)} {plain!r} {next(plain.parameters()).dtype}"
-        if kind not in checked:
-            checked.add(kind)
-            _check_outputs(name, layer, plain, exact)
-            if merges:
-                _check_merge(name, layer)
-
-
 def _fix_convolution(layer: Any) -> None:
     """peft makes the first convolution of a side path without its base's dilation and padding mode."""
     base = base_of(layer)
@@ -125,13 +120,28 @@ def _fix_convolution(layer: Any) -> None:
             path._reversed_padding_repeated_twice = list(base._reversed_padding_repeated_twice)
 
 
-def _check_outputs(name: str, layer: nn.Module, plain: nn.Module, exact: bool) -> None:
+@torch.no_grad()
+def _outputs_of_each_kind(chosen: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The outputs of one layer of each kind, on the inputs that the adapted one is then tried on."""
+    first: dict[str, str] = {}
+    for name, layer in chosen.items():
+        first.setdefault(f"{type(layer)} {layer!r} {next(layer.parameters()).dtype}", name)
+    outputs = {}
+    for name in first.values():
+        inputs = probe_inputs(chosen[name])
+        if inputs is None:
+            raise EdgetuneError(
+                f"{name}: no input is known to try the adapter on", got=type(chosen[name]).__name__,
+                action=f'add "{name}" to skip',
+            )  # fmt: skip
+        outputs[name] = outputs_of(chosen[name], inputs)
+    return outputs
+
+
+def _check_outputs(name: str, layer: nn.Module, plain: nn.Module, expected: Tensor, exact: bool) -> None:
     """Raise unless the layer runs and, if `exact`, leaves the outputs."""
     inputs = probe_inputs(plain)
-    if inputs is None:
-        raise EdgetuneError(f"{name}: no input is known to try the adapter on", got=type(plain).__name__)
-    with torch.no_grad():
-        expected = outputs_of(plain, inputs)
+    assert inputs is not None
     try:
         actual = outputs_of(layer, inputs)
     except FAILURES as error:

@@ -38,7 +38,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     _refuse_unsupported(config)
     state = require("safetensors.torch", "lora").load_file(folder / WEIGHTS)
     names = _names(model, config, state)
-    whole = {key: value for key, value in state.items() if key.removeprefix(PREFIX) in model.state_dict()}
+    own = set(model.state_dict())
+    whole = {key: value for key, value in state.items() if key.removeprefix(PREFIX) in own}
     config.inference_mode, config.modules_to_save = False, None
     technique = _technique(config, names)
     starts = [getattr(config, name, True) for name in ("init_weights", "init_lora_weights", "init_ia3_weights")]

@@ -5,15 +5,20 @@ Hu et al., 2021, arXiv:2106.09685: `W x + (alpha / rank) B A x`, with B = 0 at t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from edgetune.adapt.adapter import Adapter
-from edgetune.adapt.layer_kinds import Kind
+from edgetune.adapt.layer_kinds import Kind, kind_of
+from edgetune.adapt.rewritten import remember_factors
+from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import is_transposed
+from edgetune.core.packed_layers import is_nf4
+from edgetune.core.peft_layers import is_tuner
 from edgetune.core.registry import require
+from edgetune.core.technique import Sample
 
 
 class LoRA(Adapter):
@@ -39,8 +44,46 @@ class LoRA(Adapter):
     dora: bool = False
     """Also train the magnitude of each output row (DoRA)."""
 
+    init: Literal["default", "pissa", "olora", "orthogonal"] = "default"
+    """How the adapter starts: `pissa` and `olora` take the principal part out of the weight and train it (Meng et al.,
+    2024, arXiv:2404.02948; Büyükakyüz, 2024, arXiv:2406.01775), `orthogonal` starts both factors orthogonal."""
+    frozen_a: bool = False
+    """Train only the second factor (LoRA-FA); the layer's input is then not saved for backward, only its projection."""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the start is taken out of the base weight."""
+        return self.init in ("pissa", "olora")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> LoRA:
+        if self.rewrites and (self.rslora or self.dora):
+            raise ValueError(f"init: {self.init} works with neither rslora nor dora: it cannot be saved as a LoRA")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError("rank: must be even for init: orthogonal")
+        return self
+
+    def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
+        """Add the adapters, in place."""
+        model = super().apply(model, sample)
+        layers = [(name, module) for name, module in model.named_modules() if is_tuner(module)]
+        if self.rewrites:
+            remember_factors(model, [name for name, _ in layers])
+        for _, layer in layers if self.frozen_a else ():
+            for factors in (layer.lora_A, layer.lora_embedding_A):
+                factors.requires_grad_(False)  # type: ignore[union-attr, operator]
+        return model
+
     def config(self, model: nn.Module, chosen: dict[str, nn.Module], targets: list[str] | str) -> Any:
         """peft's config for these layers."""
+        for name, layer in chosen.items():
+            plain = kind_of(layer) == "linear" and not is_nf4(layer)
+            if self.init != "default" and not plain:
+                kind = "a 4-bit weight" if is_nf4(layer) else f"a {type(layer).__name__}"
+                raise EdgetuneError(
+                    f"{name}: init {self.init} cannot start on {kind}", got=self.init, allowed=["default"],
+                    action=f'add "{name}" to skip, or use init: default',
+                )  # fmt: skip
         return require("peft", self.name).LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -48,5 +91,6 @@ class LoRA(Adapter):
             target_modules=targets,
             use_rslora=self.rslora,
             use_dora=self.dora,
+            init_lora_weights=True if self.init == "default" else self.init,
             fan_in_fan_out=all(is_transposed(layer) for layer in chosen.values()),
         )

@@ -20,6 +20,7 @@ from edgetune.core.packed_layers import is_nf4
 from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
 from edgetune.core.quiet import silence_libraries
 
+TUNER = "edgetune_tuner"  # the attribute of a model with peft's tuner, where that holds tensors which layers share
 # what peft raises where it cannot do something
 FAILURES = (
     NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
