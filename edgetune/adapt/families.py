@@ -68,6 +68,7 @@ FAMILIES = {
     "c3a": Family(
         "Add block-circular convolutions (C3A; Chen et al., 2024, arXiv:2407.19342).", LINEAR, exact=False,
         four_bit=True, to_lora=True, divides={"block_size": "in out"},
+        described={"init_weights": "How the kernels start; `true`: at zero."},
     ),
     "deft": Family("Take a low-rank part out of each weight and inject another (DEFT).", LINEARS, starts=("para",)),
     "delora": Family(
@@ -113,7 +114,7 @@ FAMILIES = {
     "lokr": Family("Low-rank Kronecker products (LoKr; Yeh et al., 2023, arXiv:2309.14859).", LYCORIS, to_lora=True),
     "miss": Family(
         "Shard-shared low-rank updates (MiSS; Kang and Yin, 2024, arXiv:2409.15371).", LINEAR, four_bit=True,
-        to_lora=True,
+        to_lora=True, described={"init_weights": "The variant: MiSS itself, Bat, or one with small shards."},
     ),
     "oft": Family(
         "Rotate weights by block-diagonal orthogonal matrices (OFT; Qiu et al., 2023, arXiv:2306.07280).",
