@@ -275,7 +275,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     for make_page, path in ((table, arguments.write), (families_page, arguments.families)):
-        text = make_page()
-        print(text)
         if path:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(make_page(), encoding="utf-8")

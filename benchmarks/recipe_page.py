@@ -128,9 +128,7 @@ def page() -> str:
             continue
         own = {key: field for key, field in settings["properties"].items() if key not in shared}
         text += section(f"### {name}", name, description, {**settings, "properties": own})
-        text += (
-            "\nIt also has the settings of every adapter: `targets`, `skip`, `also_train` and `depth`, see `lora`.\n"
-        )
+        text += "\nIt also has what every adapter has: `targets`, `skip`, `also_train` and `depth`, see `lora`.\n"
     for kind, name in PARTS.items():
         text += section(f"### {name}", name, kinds[kind]["description"], kinds[kind])
     return text

@@ -24,7 +24,7 @@ from edgetune.lean.saved import saved_bytes
 from edgetune.lean.technique import Lean
 from edgetune.quant.nf4 import NF4
 from support.family_cases import small
-from support.laws import ATTENTION, BLOCKS, bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
+from support.laws import BLOCKS, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # FRoD's
@@ -60,7 +60,6 @@ def test_settings_are_those_of_pefts_config(name: str) -> None:
     ("name", "settings", "problem"),
     [
         ("loha", {"rank": 0}, "rank: must be at least 1"),
-        ("loha", {"rank": "8"}, "rank: must be a whole number"),
         ("road", {"group_size": 3}, "peft refuses these settings: The group_size must be divisible by 2"),
         ("road", {"variant": "road_3"}, "must be one of the allowed values"),
         ("boft", {"boft_block_num": 2}, "peft refuses these settings"),
@@ -90,14 +89,13 @@ def refused(model: nn.Module, technique: Adapter, problem: str) -> None:
     [
         ("c3a", {"block_size": 24}, "blocks.0.up: block_size must divide the input width 32: got 24"),
         ("vblora", {"vector_length": 64}, "vector_length must divide the input width 32"),
-        ("gralora", {"rank": 4, "gralora_k": 3}, "gralora_k must divide the input width"),
-        ("gralora", {"rank": 3, "gralora_k": 2}, "gralora_k must divide the rank 3"),
+        ("gralora", {"rank": 3, "gralora_k": 3}, "gralora_k must divide the input width"),
         ("road", {"group_size": 48}, "group_size must divide the output width 64"),
         ("boft", {"boft_block_size": 12}, "boft_block_size must divide the input width 32"),
         ("oft", {"oft_block_size": 20}, "oft_block_size must divide the input width 32"),
         ("hra", {"rank": 3}, "must divide the rank 3"),
         ("loha", {"rank": 33}, "blocks.0.up is 32 wide and gives 64: the rank is above that: got 33"),
-        ("boft", {"boft_block_size": 4, "boft_n_butterfly_factor": 5}, "peft refused"),
+        ("miss", {"rank": 5, "init_weights": "bat"}, "peft refused: The weight matrix must be fully divisible"),
         ("loha", {"targets": ("*.upp",)}, r"matches no layer: got '\*.upp'.*did you mean '\*.up'"),
         ("ln_tuning", {"targets": ("*.up",)}, "matches no layer"),
         ("loha", {"depth": "last-4"}, "the model has 3 blocks"),
@@ -227,12 +225,11 @@ def test_a_frozen_first_factor_saves_no_input_and_comes_back(tmp_path: Path) -> 
 
 
 def test_a_frozen_first_factor_with_lean_operators() -> None:
-    model = apply(bert(), [Lean(), LoRA(rank=2, targets=ATTENTION, frozen_a=True)])
-    other = apply(bert(), LoRA(rank=2, targets=ATTENTION, frozen_a=True))
-    other.load_state_dict(model.state_dict())
-    fit(model, tokens())
-    fit(other, tokens())
-    torch.testing.assert_close(logits(model, tokens()), logits(other, tokens()), atol=1e-6, rtol=0)
+    model = apply(mlp(), [Lean(), LoRA(rank=2, targets=BLOCKS, frozen_a=True)])
+    other = apply(mlp(), LoRA(rank=2, targets=BLOCKS, frozen_a=True))
+    fit(model, vectors())
+    fit(other, vectors())
+    torch.testing.assert_close(logits(model, vectors()), logits(other, vectors()), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["loha", "vera", "ia3"])

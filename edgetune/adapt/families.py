@@ -83,12 +83,9 @@ FAMILIES = {
         "Train sparse coefficients in one basis that layers share (FRoD).", LINEARS,
         left_out=("progressbar", "runtime_offload_base_weight"), fixed={"progressbar": False},
     ),
-    "peft-glora": Family(
-        "Scale and shift weight and bias by trained terms (GLoRA; Chavan et al., 2023, arXiv:2306.07967).", LINEAR
-    ),
     "gralora": Family(
         "LoRA on a grid of sub-blocks of each weight (GraLoRA; Jung et al., 2025, arXiv:2505.20355).", LINEARS,
-        four_bit=True, to_lora=True, divides={"gralora_k": "in out rank"},
+        four_bit=True, to_lora=True, divides={"gralora_k": "in out"},
     ),
     "hira": Family(
         "Multiply weights by a low-rank matrix, element by element (HiRA).",
@@ -128,6 +125,9 @@ FAMILIES = {
         "Low-rank updates computed from the weight by a small network (PEANuT; 2024, arXiv:2410.01870).", LINEAR,
         names={"depth": "network_depth"},
     ),
+    "peft-glora": Family(
+        "Scale and shift weight and bias by trained terms (GLoRA; Chavan et al., 2023, arXiv:2306.07967).", LINEAR
+    ),
     "psoft": Family("Orthogonal fine-tuning within the principal subspace of each weight (PSOFT).", LINEAR,
                     to_lora=True),
     "pvera": Family(
@@ -163,7 +163,7 @@ FAMILIES = {
         "Trained scales between two random matrices that layers share (VeRA; Kopiczko et al., 2023, arXiv:2310.11454).",
         LINEARS, four_bit=True, to_lora=True, bounded=False,
     ),
-    "waveft": Family("Train some wavelet coefficients of each weight's update (WaveFT).", LINEAR, four_bit=True,
+    "waveft": Family("Train some wavelet coefficients of each weight's update (WaveFT).", LINEARS, four_bit=True,
                      to_lora=True),
 }  # fmt: skip
 

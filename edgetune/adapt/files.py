@@ -14,7 +14,7 @@ from edgetune.adapt.rewritten import to_plain_lora
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import replace_files
 from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
-from edgetune.core.peft_layers import TUNER, is_peft, is_peft_model, is_tuner
+from edgetune.core.peft_layers import TUNER, is_peft, is_peft_model, is_tuner, shares_tensors
 from edgetune.core.registry import require
 from edgetune.core.wrapped import without_parameterless
 
@@ -85,7 +85,7 @@ def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
         )
         if is_peft_model(model):
             tuner, model = model.base_model, model.get_base_model()  # type: ignore[operator]
-            if tuner.uses_shared_state:  # type: ignore[union-attr]
+            if shares_tensors(tuner):
                 model.__dict__[TUNER] = tuner
         elif is_wrapper:
             (model,) = children.values()

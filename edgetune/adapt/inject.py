@@ -15,14 +15,14 @@ from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, replace
 from edgetune.core.packed_layers import is_nf4
-from edgetune.core.peft_layers import FAILURES, TUNER, base_of, is_peft, is_tuner, peft_tensors
+from edgetune.core.peft_layers import FAILURES, TUNER, base_of, is_peft, is_tuner, peft_tensors, shares_tensors
 from edgetune.core.plain import refuse_computed
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample
 from edgetune.core.wrapped import keep_base_keys
-from edgetune.lean.frozen import freeze_batch_norms, remove_hooks
+from edgetune.lean.frozen import FrozenLayer, freeze_batch_norms, remove_hooks
 from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 
 ADAPTER = "default"  # peft's own name for an only adapter
@@ -76,11 +76,9 @@ def inject(
             if merges:
                 _check_merge(name, model.get_submodule(name))
     except EdgetuneError:
-        _restore_layers(model, chosen)
+        remove(model, chosen)
         for name, weight in weights.items():
             chosen[name].get_parameter("weight").data.copy_(weight)
-        remove_hooks(model, FirstForward)
-        trainable.recall(model, OWNER)
         raise
     keep = trainable.is_chosen(model)
     for parameter, training in before:
@@ -99,7 +97,7 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float3
     except FAILURES as error:
         names = list(chosen)
         raise EdgetuneError(f"peft refused: {error}", got=names, action="change targets or settings") from error
-    if tuner_class.uses_shared_state:
+    if shares_tensors(tuner):
         model.__dict__[TUNER] = tuner  # not as a module: the model is one of its own
     adapted = {name for name, module in model.named_modules() if is_tuner(module)}
     if adapted != set(chosen):
@@ -176,12 +174,14 @@ def _check_merge(name: str, layer: nn.Module) -> None:
         raise
 
 
-def _restore_layers(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    """Put the plain layers back in the place of peft's."""
+def remove(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Put the plain layers back in the place of peft's, and restore what trained."""
     for name, layer in chosen.items():
         replace(model, name, layer)
     for attribute in ("peft_config", TUNER):
         model.__dict__.pop(attribute, None)
+    remove_hooks(model, FirstForward if trainable.is_chosen(model) else (FirstForward, FrozenLayer))
+    trainable.recall(model, OWNER)
 
 
 def _has_16_bits(layers: dict[str, nn.Module]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from edgetune.adapt.adapter import Adapter
 from edgetune.adapt.families import from_config, peft_types
 from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS, AsPeftModel, adapter_state
-from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters
+from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, remove
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import add_active_technique
 from edgetune.core.errors import EdgetuneError
@@ -38,14 +38,22 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     _refuse_unsupported(config)
     state = require("safetensors.torch", "lora").load_file(folder / WEIGHTS)
     names = _names(model, config, state)
-    own = set(model.state_dict())
+    own = model.state_dict()
     whole = {key: value for key, value in state.items() if key.removeprefix(PREFIX) in own}
+    for key, value in whole.items():
+        if own[key.removeprefix(PREFIX)].shape != value.shape:
+            raise EdgetuneError("the adapter does not fit this model", got=f"{key} of shape {tuple(value.shape)}")
     config.inference_mode, config.modules_to_save = False, None
     technique = _technique(config, names)
     starts = [getattr(config, name, True) for name in ("init_weights", "init_lora_weights", "init_ia3_weights")]
     exact = technique.starts_exact and False not in starts
-    inject(model, config, {name: model.get_submodule(name) for name in names}, exact=exact, merges=technique.merges)
-    _load(peft, model, {key: value for key, value in state.items() if key not in whole})
+    chosen = {name: model.get_submodule(name) for name in names}
+    inject(model, config, chosen, exact=exact, merges=technique.merges)
+    try:
+        _load(peft, model, {key: value for key, value in state.items() if key not in whole})
+    except EdgetuneError:
+        remove(model, chosen)
+        raise
     _load_whole(model, {key.removeprefix(PREFIX): value for key, value in whole.items()})
     add_active_technique(model, technique)  # so that et.finalize merges it
     return rewrap_model(outer, model)
@@ -102,8 +110,6 @@ def _load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load the layers that were saved whole, and let them train."""
     targets = model.state_dict()
     for key, value in state.items():
-        if targets[key].shape != value.shape:
-            raise EdgetuneError("the adapter does not fit this model", got=f"{key} of shape {tuple(value.shape)}")
         targets[key].copy_(value)
     for name, parameter in model.named_parameters():
         if name.replace(".base_layer.", ".") in state:

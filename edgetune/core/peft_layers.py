@@ -45,6 +45,11 @@ def is_peft_model(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.PeftModel)
 
 
+def shares_tensors(tuner: Any) -> bool:
+    """Whether peft's tuner holds tensors that its layers share; a file contains them under the tuner's own name."""
+    return any(child is not tuner.model for child in tuner.children())
+
+
 def _is_auxiliary(layer: nn.Module) -> bool:
     """Whether peft keeps the layer with a trained copy (`modules_to_save`) or trained rows (trainable tokens)."""
     module = sys.modules.get("peft.utils.other")
