@@ -64,6 +64,7 @@ FAMILIES = {
     "boft": Family(
         "Rotate weights by butterfly-factorized orthogonal matrices (BOFT; Liu et al., 2023, arXiv:2311.06243).",
         PLAIN_2D, four_bit=True, divides={"boft_block_size": "in", "boft_block_num": "in"},
+        left_out=("boft_n_butterfly_factor",),  # without its CUDA extension peft sets it to 1
     ),
     "c3a": Family(
         "Add block-circular convolutions (C3A; Chen et al., 2024, arXiv:2407.19342).", LINEAR, exact=False,

@@ -36,12 +36,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "vera": {"rank": 8},
     "waveft": {"n_frequency": 32},
 }
+BLOCK = ("blocks.1.up", "blocks.1.down")
 EXPORTED = ("ia3", "ln_tuning", "vera")  # all are plain once they are merged: these stand for the rest
 
 
 def small(name: str, targets: tuple[str, ...] = (), **more: Any) -> FamilyAdapter:
-    """The technique with settings for tiny layers, on the linears of `mlp` unless `targets` says else."""
-    targets = targets or (("blocks.*.norm",) if name == "ln_tuning" else BLOCKS)
+    """The technique with settings for tiny layers, on one block of `mlp` unless `targets` says else."""
+    targets = targets or {"ln_tuning": ("blocks.1.norm",), "lily": BLOCKS}.get(name, BLOCK)
     return technique_class(name)(targets=targets, **{**SMALL.get(name, {}), **more})  # type: ignore[return-value]
 
 
