@@ -66,6 +66,7 @@ TECHNIQUES = {
     "nf4": "edgetune.quant.nf4:NF4",
     "palettize": "edgetune.quant.palettize:Palettize",
     "rotate": "edgetune.quant.rotate:Rotate",
+    "share": "edgetune.quant.share:Share",
     "smooth": "edgetune.quant.smooth:Smooth",
     **{name: f"edgetune.adapt.families:{title}" for name, title in PEFT_FAMILIES.items()},
 }
