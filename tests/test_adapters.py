@@ -23,7 +23,7 @@ from edgetune.core.registry import PEFT_FAMILIES, technique_class
 from edgetune.lean.saved import saved_bytes
 from edgetune.lean.technique import Lean
 from edgetune.quant.nf4 import NF4
-from support.family_cases import small
+from support.family_cases import EXPORTED, small
 from support.laws import BLOCKS, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
@@ -280,3 +280,14 @@ def test_the_kinds_of_layers_are_those_that_merge_exactly() -> None:
         row = measured[re.sub("^PEFT-", "", name.upper())]
         exact = {COLUMNS[head[i]] for i, cell in enumerate(row) if cell == "exact" and head[i] in COLUMNS}
         assert exact == set(family.adapts if family.merges else ()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.merges and n not in EXPORTED])
+def test_every_merged_family_exports(name: str, tmp_path: Path) -> None:
+    """Those of `EXPORTED` are in the laws."""
+    model = apply(mlp(), small(name))
+    fit(model, vectors())
+    artifact = et.export(finalize(model), vectors(), tmp_path / "model.pte", target="xnnpack", one_row=True)
+    assert artifact.manifest.main.parity.same_prediction_pct == 100
+    assert artifact.manifest.main.parity.max_abs_difference < 1e-3
