@@ -194,11 +194,14 @@ def test_an_adapter_comes_back_from_its_folder(case: Case, tmp_path: Path) -> No
     after = case.techniques[len(bases) + 1 :]
     other = load_adapter(apply(case.model(), bases, Sample.of(case.inputs())), tmp_path)
     other = apply(other, after, Sample.of(case.inputs()))
+    if any(getattr(t, "rewrites", False) for t in case.techniques):  # its file is a plain LoRA of twice the rank
+        torch.testing.assert_close(logits(other, case.inputs()), logits(model, case.inputs()), atol=2e-6, rtol=1e-5)
+        return
     saved, loaded = model.state_dict(), other.state_dict()
     assert saved.keys() == loaded.keys()
     for key in saved:
         assert torch.equal(saved[key], loaded[key]), key
-    if bases:
+    if bases or any(getattr(t, "frozen_a", False) for t in case.techniques):  # which peft's files do not record
         return
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in other.named_parameters() if p.requires_grad} == trained

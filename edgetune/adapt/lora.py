@@ -48,7 +48,8 @@ class LoRA(Adapter):
     """How the adapter starts: `pissa` and `olora` take the principal part out of the weight and train it (Meng et al.,
     2024, arXiv:2404.02948; Büyükakyüz, 2024, arXiv:2406.01775), `orthogonal` starts both factors orthogonal."""
     frozen_a: bool = False
-    """Train only the second factor (LoRA-FA); the layer's input is then not saved for backward, only its projection."""
+    """Train only the second factor (LoRA-FA); the layer's input is then not saved for backward, only its projection.
+    peft's files do not record it: an adapter from a file trains both."""
 
     @property
     def rewrites(self) -> bool:
