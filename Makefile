@@ -59,9 +59,9 @@ bench-export: $(VENV)/.llama  ## export model families: parity, delegated share,
 	$(BENCH)/bench_export.py; first=$$?; $(BENCH)/bench_language.py && exit $$first
 	$(BENCH)/bench_big_language.py
 
-tables: $(VENV)/.test pages  ## make docs/nn.md (export all of torch.nn) and docs/peft.md (merge all of peft) (half an hour)
+tables: $(VENV)/.test pages  ## make docs/nn.md (export all of torch.nn) and docs/peft.md and families.md (merge all of peft) (half an hour)
 	$(BENCH)/nn_table.py --write docs/nn.md
-	$(BENCH)/peft_table.py --write docs/peft.md
+	$(BENCH)/peft_table.py --write docs/peft.md --families docs/families.md
 
 pages: $(VENV)/.demo  ## make docs/recipes.md and recipes/recipe.schema.json from the settings and their descriptions (seconds)
 	$(BENCH)/recipe_page.py --write

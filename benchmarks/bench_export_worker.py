@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetune.adapt.inject import can_adapt
+from edgetune.adapt.layer_kinds import kind_of
 from edgetune.adapt.lora import LoRA
 from edgetune.capture.repairs.experts import static_experts
 from edgetune.core.apply import apply, finalize
@@ -121,7 +121,7 @@ def adaptable(model: nn.Module) -> tuple[str, ...]:
     for name, layer in model.named_modules():
         pointwise = isinstance(layer, (nn.Conv1d, nn.Conv2d)) and set(layer.kernel_size) == {1} and layer.groups == 1
         plain = type(layer) is nn.Linear or pointwise
-        if plain and can_adapt(layer) and all(owners[id(p)] == 1 for p in layer.parameters()):
+        if plain and kind_of(layer) in LoRA.adapts and all(owners[id(p)] == 1 for p in layer.parameters()):
             found.append(name)
     return tuple(found)
 

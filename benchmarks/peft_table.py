@@ -1,12 +1,14 @@
 """Every weight family of peft on every kind of layer: does `et.finalize` give the plain model that computes the same?
+And the families that are techniques, with the facts about them and the size of their file.
 
-python benchmarks/peft_table.py --write docs/peft.md
+python benchmarks/peft_table.py --write docs/peft.md --families docs/families.md
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import edgetune as et
+from edgetune.adapt.families import FAMILIES as FACTS
+from edgetune.adapt.families import LEFT_OUT, Family
+from edgetune.adapt.files import WEIGHTS
 from edgetune.core.peft_layers import is_peft
 from edgetune.core.probe import relative_difference
+from edgetune.core.registry import PEFT_FAMILIES
+from support.family_cases import small
+from support.laws import ATTENTION, bert
 
 BOUND = 1e-5
 
@@ -199,12 +207,73 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+FAMILIES_INTRODUCTION = """# Adapter families
+
+Made by `make tables`. Beside `lora`, these families of peft are techniques: a step of a recipe, and a class of
+`edgetune` with the same settings. Their names are peft's, except `targets`, `skip`, `also_train`, `depth` and `rank`,
+which all adapters share. [Recipes](recipes.md) lists the settings of each.
+
+```python
+model = et.apply(model, [et.LoHa(rank=8, targets=["*.query", "*.value"], depth="last-4")])
+```
+
+*starts exact*: the fresh adapter leaves the model's outputs. *4-bit*: works on the base of `nf4`. *needs*: what must
+divide what. *to LoRA*: peft's `convert_to_lora` approximates it by a LoRA. *file*: KiB of `adapter_model.safetensors`
+for a BERT of two layers, 32 wide, adapted in query and value, with the settings of the tests.
+
+Each merges into plain layers without loss, except Lily, whose routing depends on the input. Other kinds of layers, and
+4-bit bases where there is no *yes*, are refused before any work.
+
+| step | class | what it trains | layers | starts exact | 4-bit | needs | to LoRA | file |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def families_page(sizes: bool = True) -> str:
+    """The families that are techniques, one a row; without the sizes of their files unless `sizes`."""
+    lines = [FAMILIES_INTRODUCTION]
+    for name, family in FACTS.items():
+        cells = (
+            f"`{name}`", f"`{PEFT_FAMILIES[name]}`", family.summary.rstrip("."), ", ".join(family.adapts),
+            _yes(family.exact), _yes(family.four_bit), _needs(family), _yes(family.to_lora),
+            f"{file_kib(name):.1f}" if sizes else "",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    reasons = [
+        f"- `{name}`: {reason}. `et.finalize` merges it where plain layers can compute the same."
+        for name, reason in LEFT_OUT.items()
+    ]
+    lines += ["", "Not among them:", "", *reasons]
+    return "\n".join(lines) + "\n"
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else ""
+
+
+def _needs(family: Family) -> str:
+    words = {"in": "the input width", "out": "the output width", "rank": "the rank"}
+    needs = [
+        f"{name} divides {' and '.join(words[s] for s in sides.split())}" for name, sides in family.divides.items()
+    ]
+    return "; ".join([*needs, *(["draws noise in training"] if family.random else [])])
+
+
+def file_kib(name: str) -> float:
+    """The size of the file of a fresh adapter on a tiny BERT."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        targets = ("*.LayerNorm",) if name == "ln_tuning" else ATTENTION
+        more = {"feedforward": ()} if name == "ia3" else {}
+        et.save_adapter(et.apply(bert(), small(name, targets, **more)), folder)
+        return (Path(folder) / WEIGHTS).stat().st_size / 1024
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--families", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    text = table()
-    print(text)
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
+    for make_page, path in ((table, arguments.write), (families_page, arguments.families)):
+        if path:
+            path.write_text(make_page(), encoding="utf-8")

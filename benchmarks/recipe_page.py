@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from edgetune.adapt.adapter import Adapter
+from edgetune.core.registry import PEFT_FAMILIES
 from edgetune.recipe import recipe
 from edgetune.recipe.schema import SCHEMA_FILE, build_schema, first_line
 
@@ -97,6 +99,8 @@ EXAMPLES = {
     "distill": "- prune: {ratio: 0.3}\n- train: {epochs: 1, distill: {teacher: prune, weight: 0.5}}\n",
     "slice": '- sparse-update: {scheme: {"*.intermediate.dense": {ratio: 0.25, by: fisher}}}\n',
 }
+EXAMPLES |= {name: f'- {name}: {{targets: ["*.query", "*.value"]}}\n' for name in PEFT_FAMILIES}
+EXAMPLES["ln_tuning"] = '- ln_tuning: {targets: ["*.LayerNorm"], also_train: [classifier]}\n'
 SECTIONS = {"model": "ModelSettings", "data": "DataSettings", "export": "ExportSettings", "profile": "ProfileSettings",
             "budget": "Budget"}  # fmt: skip
 PARTS = {"Slice": "slice", "Distill": "distill"}  # settings inside the settings of a step
@@ -118,8 +122,14 @@ def page() -> str:
         text += section(f"## {name}", name, kinds[kind]["description"], kinds[kind])
     text += f"\n## Steps\n\n{whole['properties']['steps']['description']} What a step adds, such as the adapters of\n"
     text += "`lora`, is finalized before the next step that needs plain layers, and at the end.\n"
+    shared = tuple(Adapter.model_fields)
     for name, (description, settings) in steps.items():
-        text += section(f"### {name}", name, description, settings)
+        if name not in PEFT_FAMILIES:
+            text += section(f"### {name}", name, description, settings)
+            continue
+        own = {key: field for key, field in settings["properties"].items() if key not in shared}
+        text += section(f"### {name}", name, description, {**settings, "properties": own})
+        text += "\nIt also has what every adapter has: `targets`, `skip`, `also_train` and `depth`, see `lora`.\n"
     for kind, name in PARTS.items():
         text += section(f"### {name}", name, kinds[kind]["description"], kinds[kind])
     return text
@@ -132,7 +142,7 @@ def packaged() -> str:
 
 
 def section(heading: str, name: str, description: str, settings: dict[str, Any]) -> str:
-    fields = table(settings) if settings.get("properties") else "It has no settings.\n"
+    fields = table(settings) if settings.get("properties") else "It has no settings of its own.\n"
     return f"\n{heading}\n\n{first_line(description)}\n\n```yaml\n{EXAMPLES[name]}```\n\n{fields}"
 
 

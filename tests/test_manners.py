@@ -30,14 +30,14 @@ ALL: dict[str, Any] = {"targets": ["*.query"]}
     ("make", "lines"),
     [
         (lambda: et.LoRA(rank=-1, **ALL), ["LoRA, rank: must be at least 1: got -1"]),
-        (lambda: et.LoRA(rank=-1), ["LoRA: 2 errors:", "LoRA, rank: must be", "LoRA, targets: is missing"]),
+        (lambda: et.LoRA(rank=-1), ["LoRA: 2 errors:", "LoRA, targets: is missing", "LoRA, rank: must be"]),
         (lambda: et.NF4(targets="q"), ["NF4, targets: must be a list, as in ['q']: got 'q'"]),
         (lambda: et.Train(epochs=1, updates=2), ["Train: give either epochs or updates"]),
         (lambda: et.Train(distill={"temp": 3, "teacher": "x"}), ["Train, distill.temp: unknown field: got 'temp'"]),
         (lambda: Slice(ratio=2), ["Slice, ratio: must be less than 1: got 2"]),
         (lambda: et.SparseUpdate(scheme={"*": {"ratio": 3}}), ["SparseUpdate, scheme.*.ratio: must be less than 1"]),
         (lambda: et.SparseUpdate(scheme=3), ["SparseUpdate, scheme: must be text or a mapping: got 3"]),
-        (lambda: et.LoRA(8), ["LoRA: settings must be given by name: got 8", "  next: write LoRA(rank=...)"]),
+        (lambda: et.LoRA(8), ["LoRA: settings must be given by name: got 8", "  next: write LoRA(targets=...)"]),
     ],
 )
 def test_wrong_settings_are_one_line_each(make: Callable[[], object], lines: list[str]) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import peft_table
 import pytest
 import readme
 import recipe_page
 
 import edgetune as et
 from edgetune.core.ledger import Ledger
+from edgetune.core.registry import PEFT_FAMILIES
 from edgetune.core.traits import Trait
 from edgetune.recipe import recipe
 from edgetune.recipe.document import read
@@ -80,7 +82,8 @@ def test_the_site_has_every_page_and_every_public_name() -> None:
     named = re.findall(r"([\w-]+\.md)$", (readme.ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     assert sorted(named) == sorted(pages)
     listed = re.findall(r"^::: edgetune\.(.*)\.(\w+)$", (readme.ROOT / "docs" / "api.md").read_text("utf-8"), re.M)
-    assert {name for _, name in listed} == set(et.__all__) - {"TECHNIQUES"}
+    families = set(PEFT_FAMILIES.values())  # made from peft's configs; docs/families.md lists them
+    assert {name for _, name in listed} == set(et.__all__) - {"TECHNIQUES"} - families
     for home, name in listed:
         assert getattr(importlib.import_module(f"edgetune.{home}"), name) is getattr(et, name)
 
@@ -90,3 +93,16 @@ def test_what_a_page_links_to_is_there(page: str) -> None:
     """`make site` checks the links of the pages under docs/."""
     for link in re.findall(r"\]\(([^)#]+)", (readme.ROOT / page).read_text(encoding="utf-8")):
         assert "://" in link or (readme.ROOT / link).exists(), link
+
+
+def test_the_page_on_adapter_families_has_the_facts_of_the_code() -> None:
+    """Without the sizes of files, which a slow test makes again."""
+    page = (readme.ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    made = peft_table.families_page(sizes=False)
+    assert re.sub(r" [\d.]+ \|$", "  |", page, flags=re.M) == made, "run: make tables"
+
+
+@pytest.mark.slow
+def test_the_page_on_adapter_families_is_what_the_code_makes() -> None:
+    page = (readme.ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert page == peft_table.families_page(), "run: make tables"

@@ -7,13 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from edgetune.adapt.inject import ADAPTER, exact_targets
+from edgetune.adapt.inject import ADAPTER, exact_targets, select_targets
+from edgetune.adapt.rewritten import to_plain_lora
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import replace_files
 from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
-from edgetune.core.peft_layers import is_peft, is_peft_model, is_tuner
+from edgetune.core.peft_layers import TUNER, is_peft, is_peft_model, is_tuner, shares_tensors
 from edgetune.core.registry import require
 from edgetune.core.wrapped import without_parameterless
 
@@ -26,26 +27,51 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
 
     Layers that were trained fully are saved as peft's `modules_to_save`.
     """
-    peft, folder = require("peft", "lora"), Path(folder)
+    folder = Path(folder)
     refuse_sharded(model)
     model, config = _adapted_model(model)
     with without_parameterless(model):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        state = adapter_state(model)
         whole = _trained_whole(model)
         for name in whole:
-            state |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
+            state |= {f"{PREFIX}{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
         config = copy.deepcopy(config)
+        state = to_plain_lora(model, state, config, PREFIX)
         config.inference_mode, config.modules_to_save = True, [plain_name(name) for name in whole] or None
         every = [plain_name(name) for name, _ in model.named_modules() if name]
-        config.target_modules = exact_targets(every, [plain_name(n) for n, m in model.named_modules() if is_tuner(m)])
+        adapted = [plain_name(n) for n, m in model.named_modules() if is_tuner(m)]
+        if select_targets(config.target_modules, every) != adapted:
+            config.target_modules = exact_targets(every, adapted)
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors = {PREFIX + plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
+    tensors = {plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
     with replace_files(folder / WEIGHTS) as (temporary,):
         require("safetensors.torch", "lora").save_file(tensors, temporary, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
     return folder
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the adapter on `model`, by their keys in a file of peft's."""
+    peft = require("peft", "lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model_state_dict(AsPeftModel(model), adapter_name=ADAPTER, save_embedding_layers=False)  # type: ignore[no-any-return]
+
+
+class AsPeftModel(nn.Module):
+    """A model under the names that its tensors have in peft's own model, with what the layers share."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model = model.__dict__.get(TUNER) or nn.Module()
+        self.base_model.model = model
+        self.peft_config = model.peft_config
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
 
 
 def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -58,7 +84,9 @@ def _adapted_model(model: nn.Module) -> tuple[nn.Module, Any]:
             True for _ in model.parameters(recurse=False)
         )
         if is_peft_model(model):
-            model = model.get_base_model()  # type: ignore[operator]
+            tuner, model = model.base_model, model.get_base_model()  # type: ignore[operator]
+            if shares_tensors(tuner):
+                model.__dict__[TUNER] = tuner
         elif is_wrapper:
             (model,) = children.values()
         else:

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import is_transposed, refuse_shared, replace
+from edgetune.core.layers import refuse_shared, replace
 from edgetune.core.packed_layers import is_nf4
-from edgetune.core.peft_layers import base_of, is_peft, is_tuner, peft_tensors
+from edgetune.core.peft_layers import FAILURES, TUNER, base_of, is_peft, is_tuner, peft_tensors, shares_tensors
 from edgetune.core.plain import refuse_computed
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample
 from edgetune.core.wrapped import keep_base_keys
-from edgetune.lean.frozen import freeze_batch_norms, remove_hooks
+from edgetune.lean.frozen import FrozenLayer, freeze_batch_norms, remove_hooks
 from edgetune.lean.reads import FirstForward, refuse_read_elsewhere
 
 ADAPTER = "default"  # peft's own name for an only adapter
-OWNER = "lora"
-
-
-def can_adapt(layer: nn.Module) -> bool:
-    """Whether peft has a LoRA for this layer: linears, convolutions, embeddings, and transformers' Conv1D."""
-    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)) or is_transposed(layer)
+OWNER = "adapter"  # in core.trainable: a model has one adapter at a time
 
 
 def exact_targets(every: list[str], names: list[str]) -> list[str] | str:
@@ -38,35 +34,51 @@ def exact_targets(every: list[str], names: list[str]) -> list[str] | str:
 
     A regular expression where peft's match by suffix would take in others.
     """
-    loose = {name for name in every if any(name == n or name.endswith("." + n) for n in names)}
-    return names if loose == set(names) else "|".join(re.escape(name) for name in names)
+    return names if set(select_targets(names, every)) == set(names) else "|".join(re.escape(name) for name in names)
+
+
+def select_targets(targets: Collection[str] | str, every: list[str]) -> list[str]:
+    """Of `every` name in a model those that `targets`, peft's `target_modules`, select."""
+    if isinstance(targets, str):
+        return [name for name in every if re.fullmatch(targets, name)]
+    return [name for name in every if any(name == target or name.endswith("." + target) for target in targets)]
 
 
 def inject(
     model: nn.Module,
     config: Any,
     chosen: dict[str, nn.Module],
-    dtype: torch.dtype | None = None,
     sample: Sample | None = None,
+    *,
+    exact: bool = True,
+    merges: bool = True,
+    rewrites: bool = False,
 ) -> None:
     """Let peft wrap the chosen layers in place, and restore what trained if an open technique had chosen it.
 
-    `dtype` is that of the adapter; `None`: the layer's own. Raises `EdgetuneError`, with the model as it was, if an
-    adapted layer differs from the plain one, or could not be merged after training.
+    On 16-bit layers the adapter is in float32. Raises `EdgetuneError`, with the model as it was, if an adapted layer
+    differs from the plain one (`exact`), or could not be merged after training (`merges`). `rewrites`: the base weight
+    changes.
     """
     for name, layer in chosen.items():
         refuse_computed(name, layer)
-        _refuse_groups(name, layer)
     refuse_shared(model, chosen)
     refuse_read_elsewhere(model, chosen, sample)
+    expected = _outputs_of_each_kind(chosen)
     trainable.remember(model, OWNER)
+    in_float32 = _has_16_bits(chosen)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    weights = {name: layer.get_parameter("weight").detach().clone() for name, layer in chosen.items() if rewrites}
     try:
-        _wrap(model, config, chosen, dtype)
+        _wrap(model, config, chosen, in_float32)
+        for name, outputs in expected.items():
+            _check_outputs(name, model.get_submodule(name), chosen[name], outputs, exact)
+            if merges:
+                _check_merge(name, model.get_submodule(name))
     except EdgetuneError:
-        _restore_layers(model, chosen)
-        remove_hooks(model, FirstForward)
-        trainable.recall(model, OWNER)
+        remove(model, chosen)
+        for name, weight in weights.items():
+            chosen[name].get_parameter("weight").data.copy_(weight)
         raise
     keep = trainable.is_chosen(model)
     for parameter, training in before:
@@ -76,65 +88,77 @@ def inject(
     freeze_batch_norms(model)
 
 
-def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], dtype: torch.dtype | None) -> None:
-    peft = require("peft", "lora")
+def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float32: bool) -> None:
+    peft = require("peft", "an adapter")
+    tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     try:
         with silence_libraries():  # what peft warns of is checked here
-            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    except (ValueError, TypeError) as error:
-        got = f"rank {config.r} on {config.target_modules}"
-        raise EdgetuneError(f"peft refused: {error}", got=got, action="change targets or rank") from error
+            tuner = tuner_class(model, config, adapter_name=ADAPTER)
+    except FAILURES as error:
+        names = list(chosen)
+        raise EdgetuneError(f"peft refused: {error}", got=names, action="change targets or settings") from error
+    if shares_tensors(tuner):
+        model.__dict__[TUNER] = tuner  # not as a module: the model is one of its own
     adapted = {name for name, module in model.named_modules() if is_tuner(module)}
     if adapted != set(chosen):
         odd = sorted(adapted ^ set(chosen))
         raise EdgetuneError("peft did not adapt the chosen layers", got=odd, action="report this model")
-    checked: set[str] = set()
-    for name, plain in chosen.items():
-        layer = model.get_submodule(name)
-        _fix_convolution(layer)
-        if dtype is not None:
-            for key, parameter in layer.named_parameters():
-                if "base_layer" not in key:
-                    parameter.data = parameter.data.to(dtype)
-        kind = f"{type(layer)} {type(plain)} {plain!r} {next(plain.parameters()).dtype}"
-        if kind not in checked:  # a merge of a layer like it was tried
-            checked.add(kind)
-            _check_layer(name, layer, plain)
-
-
-def _refuse_groups(name: str, layer: nn.Module) -> None:
-    if isinstance(layer, _ConvNd) and layer.groups > 1:
-        raise EdgetuneError(
-            f"{name} is a convolution in {layer.groups} groups: a low-rank path would connect the groups, "
-            "and a grouped convolution could not represent the merged weight",
-            got=name,
-            action=f'add "{name}" to skip, or train it with et.SparseUpdate',
-        )
+    for name in chosen:
+        _fix_convolution(model.get_submodule(name))
+    if in_float32:
+        tuner._cast_adapter_dtype(ADAPTER)
 
 
 def _fix_convolution(layer: Any) -> None:
     """peft makes the first convolution of a side path without its base's dilation and padding mode."""
     base = base_of(layer)
-    if isinstance(base, _ConvNd):
+    if isinstance(base, _ConvNd) and hasattr(layer, "lora_A"):
         for path in layer.lora_A.values():
             path.dilation, path.padding_mode = base.dilation, base.padding_mode
             path._reversed_padding_repeated_twice = list(base._reversed_padding_repeated_twice)
 
 
-def _check_layer(name: str, layer: nn.Module, plain: nn.Module) -> None:
-    """Raise unless the fresh adapter leaves the outputs, and a trained one would merge."""
+@torch.no_grad()
+def _outputs_of_each_kind(chosen: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The outputs of one layer of each kind, on the inputs that the adapted one is then tried on."""
+    first: dict[str, str] = {}
+    for name, layer in chosen.items():
+        first.setdefault(f"{type(layer)} {layer!r} {next(layer.parameters()).dtype}", name)
+    outputs = {}
+    for name in first.values():
+        inputs = probe_inputs(chosen[name])
+        if inputs is None:
+            raise EdgetuneError(
+                f"{name}: no input is known to try the adapter on", got=type(chosen[name]).__name__,
+                action=f'add "{name}" to skip',
+            )  # fmt: skip
+        outputs[name] = outputs_of(chosen[name], inputs)
+    return outputs
+
+
+def _check_outputs(name: str, layer: nn.Module, plain: nn.Module, expected: Tensor, exact: bool) -> None:
+    """Raise unless the layer runs and, if `exact`, leaves the outputs."""
     inputs = probe_inputs(plain)
-    if inputs is None:
-        raise EdgetuneError(f"{name}: no input is known to try the adapter on", got=type(plain).__name__)
-    with torch.no_grad():
-        expected = outputs_of(plain, inputs)
-    difference = relative_difference(expected, outputs_of(layer, inputs))
-    if difference > rounding_tolerance(expected.dtype):
+    assert inputs is not None
+    try:
+        actual = outputs_of(layer, inputs)
+    except FAILURES as error:
+        dtype = next(p.dtype for p in plain.parameters())
+        raise EdgetuneError(
+            f"{name}: peft's {type(layer).__name__} does not run on {dtype}: {error}", got=type(plain).__name__,
+            action=f'add "{name}" to skip',
+        ) from error  # fmt: skip
+    difference = relative_difference(expected, actual)
+    if exact and difference > rounding_tolerance(expected.dtype):
         raise EdgetuneError(
             f"{name}: peft's layer differs from the plain layer, by {difference:.2g} of the largest output value",
             got=type(plain).__name__,
             action=f'add "{name}" to skip',
         )
+
+
+def _check_merge(name: str, layer: nn.Module) -> None:
+    """Raise unless a trained adapter would merge."""
     trial = copy.deepcopy(layer)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -150,17 +174,19 @@ def _check_layer(name: str, layer: nn.Module, plain: nn.Module) -> None:
         raise
 
 
-def _restore_layers(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    """Put the plain layers back in the place of peft's."""
+def remove(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Put the plain layers back in the place of peft's, and restore what trained."""
     for name, layer in chosen.items():
         replace(model, name, layer)
-    model.__dict__.pop("peft_config", None)
+    for attribute in ("peft_config", TUNER):
+        model.__dict__.pop(attribute, None)
+    remove_hooks(model, FirstForward if trainable.is_chosen(model) else (FirstForward, FrozenLayer))
+    trainable.recall(model, OWNER)
 
 
-def adapter_dtype(layers: dict[str, nn.Module]) -> torch.dtype | None:
-    """float32 if a layer has 16 bits; `None`: adapters take the type of their layers."""
+def _has_16_bits(layers: dict[str, nn.Module]) -> bool:
     dtypes = {p.dtype for layer in layers.values() if not is_nf4(layer) for p in layer.parameters()}
-    return torch.float32 if dtypes & {torch.float16, torch.bfloat16} else None
+    return bool(dtypes & {torch.float16, torch.bfloat16})
 
 
 def refuse_adapters(model: nn.Module) -> None:

@@ -7,18 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS
-from edgetune.adapt.inject import ADAPTER, adapter_dtype, inject, refuse_adapters
+from edgetune.adapt.adapter import Adapter
+from edgetune.adapt.families import from_config, peft_types
+from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS, AsPeftModel, adapter_state
+from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, remove
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import add_active_technique
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.holders import refuse_distributed, rewrap_model, unwrap_model
+from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 
 # What peft's config may ask for and this loader cannot give: raise rather than leave it out.
 _UNSUPPORTED = (
     "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config",
-    "modules_to_tie", "alora_invocation_tokens", "arrow_config",
+    "modules_to_tie", "alora_invocation_tokens", "arrow_config", "sample_at_inference",
 )  # fmt: skip
 
 
@@ -32,40 +35,89 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         if not (folder / file).is_file():
             raise EdgetuneError(f"{folder} holds no {file}", action="save with save_adapter or peft's save_pretrained")
     config = peft.PeftConfig.from_pretrained(str(folder))
-    asked = [name for name in _UNSUPPORTED if getattr(config, name, None)]
-    if config.peft_type != "LORA" or asked:
-        raise EdgetuneError("this adapter is more than LoRA", got=asked or str(config.peft_type), allowed=["LORA"])
+    _refuse_unsupported(config)
     state = require("safetensors.torch", "lora").load_file(folder / WEIGHTS)
-    state = {key.removeprefix(PREFIX): value for key, value in state.items()}
-    names = {key.split(".lora_")[0] for key in state if ".lora_" in key}
-    unknown = sorted(names - {name for name, _ in model.named_modules()})
-    if unknown or not names:
-        raise EdgetuneError("the adapter is for another model: no such layers", got=unknown or sorted(state))
+    names = _names(model, config, state)
+    own = model.state_dict()
+    whole = {key: value for key, value in state.items() if key.removeprefix(PREFIX) in own}
+    for key, value in whole.items():
+        if own[key.removeprefix(PREFIX)].shape != value.shape:
+            raise EdgetuneError("the adapter does not fit this model", got=f"{key} of shape {tuple(value.shape)}")
     config.inference_mode, config.modules_to_save = False, None
+    technique = _technique(config, names)
+    starts = [getattr(config, name, True) for name in ("init_weights", "init_lora_weights", "init_ia3_weights")]
+    exact = technique.starts_exact and False not in starts
     chosen = {name: model.get_submodule(name) for name in names}
-    inject(model, config, chosen, adapter_dtype(chosen))
-    _load(peft, model, state)
-    loaded = LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(sorted(names)))
-    add_active_technique(model, loaded)  # so that et.finalize merges it
+    inject(model, config, chosen, exact=exact, merges=technique.merges)
+    try:
+        _load(peft, model, {key: value for key, value in state.items() if key not in whole})
+    except EdgetuneError:
+        remove(model, chosen)
+        raise
+    _load_whole(model, {key.removeprefix(PREFIX): value for key, value in whole.items()})
+    add_active_technique(model, technique)  # so that et.finalize merges it
     return rewrap_model(outer, model)
 
 
+def _refuse_unsupported(config: Any) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in peft_types():
+        action = "load it with peft itself; et.finalize merges it if plain layers can compute the same"
+        raise EdgetuneError(
+            "this adapter is of no family that is a technique", got=kind, allowed=peft_types(), action=action
+        )
+    asked = [name for name in _UNSUPPORTED if getattr(config, name, None)]
+    if getattr(config, "bias", "none") != "none":
+        asked.append(f"bias={config.bias}")
+    if asked:
+        title = "LoRA" if kind == "LORA" else kind
+        raise EdgetuneError(f"this adapter is more than {title}", got=asked, action="load it with peft itself")
+
+
+def _names(model: nn.Module, config: Any, state: dict[str, Tensor]) -> list[str]:
+    """The layers that the file is for: those of its keys, or what its config targets where layers have none."""
+    every = [name for name, _ in model.named_modules() if name]
+    if config.peft_type == "LORA":
+        keys = {key.removeprefix(PREFIX).split(".lora_")[0] for key in state if ".lora_" in key}
+        unknown, names = sorted(keys - set(every)), [name for name in every if name in keys]
+    else:
+        tuner = require("peft", "lora").mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        unknown, names = [], [name for name in every if tuner._check_target_module_exists(config, name)]
+    if unknown or not names:
+        raise EdgetuneError("the adapter is for another model: no such layers", got=unknown or sorted(state))
+    return names
+
+
 def _load(peft: Any, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load the adapter's tensors through peft and those of layers saved whole directly; the latter train."""
-    whole = {key: value for key, value in state.items() if ".lora_" not in key}
-    targets = model.state_dict()
-    for key, value in whole.items():
-        if key not in targets or targets[key].shape != value.shape:
-            raise EdgetuneError("the adapter has a tensor that does not belong to any layer of this model", got=key)
-        targets[key].copy_(value)
-    for name, parameter in model.named_parameters():
-        if name.replace(".base_layer.", ".") in whole:
-            parameter.requires_grad_(True)
-    rest = {key: value for key, value in state.items() if key not in whole}
+    """Load the adapter's tensors through peft. Raises if one is missing or left over."""
+    expected = set(adapter_state(model))
+    left = sorted(set(state) - expected)
+    if left:
+        raise EdgetuneError("the adapter has a tensor that does not belong to any layer of this model", got=left)
+    missing = sorted(expected - set(state))
+    if missing:
+        raise EdgetuneError("the adapter does not fit this model: tensors are missing", got=missing)
     try:
-        result = peft.set_peft_model_state_dict(model, rest, adapter_name=ADAPTER)
+        with silence_libraries():
+            result = peft.set_peft_model_state_dict(AsPeftModel(model), state, adapter_name=ADAPTER)
     except RuntimeError as error:
         raise EdgetuneError(f"the adapter does not fit this model: {error}") from error
-    missing = [key for key in result.missing_keys if ".lora_" in key]
-    if missing or result.unexpected_keys:
-        raise EdgetuneError("the adapter does not fit this model", got=[*missing, *result.unexpected_keys])
+    if result.unexpected_keys:
+        raise EdgetuneError("the adapter does not fit this model", got=result.unexpected_keys)
+
+
+def _load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load the layers that were saved whole, and let them train."""
+    targets = model.state_dict()
+    for key, value in state.items():
+        targets[key].copy_(value)
+    for name, parameter in model.named_parameters():
+        if name.replace(".base_layer.", ".") in state:
+            parameter.requires_grad_(True)
+
+
+def _technique(config: Any, names: list[str]) -> Adapter:
+    """The technique that finalizes the adapter."""
+    if config.peft_type == "LORA":
+        return LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(names))
+    return from_config(config, names)

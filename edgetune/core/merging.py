@@ -13,7 +13,7 @@ from edgetune.core.carriers import is_wrapped, plain_layer, plain_tensors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import replace
 from edgetune.core.packed_layers import MergeParity, original_weight
-from edgetune.core.peft_layers import is_peft, is_peft_model
+from edgetune.core.peft_layers import TUNER, is_peft, is_peft_model
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference, rounding_tolerance
 
 
@@ -158,5 +158,6 @@ def merge_foreign_layers(model: nn.Module) -> nn.Module:
         else:
             replace(model, name, base)
     for module in model.modules():
-        module.__dict__.pop("peft_config", None)
+        for attribute in ("peft_config", TUNER):
+            module.__dict__.pop(attribute, None)
     return model

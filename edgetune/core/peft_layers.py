@@ -20,7 +20,12 @@ from edgetune.core.packed_layers import is_nf4
 from edgetune.core.probe import EXACT, outputs_of, probe_inputs, relative_difference
 from edgetune.core.quiet import silence_libraries
 
-_FAILURES = (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+TUNER = "edgetune_tuner"  # the attribute of a model with peft's tuner, where that holds tensors which layers share
+# what peft raises where it cannot do something
+FAILURES = (
+    NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
+    ArithmeticError,
+)  # fmt: skip
 
 
 def is_peft(layer: nn.Module) -> bool:
@@ -38,6 +43,11 @@ def is_peft_model(model: nn.Module) -> bool:
     """Whether it is peft's own model, which wraps another."""
     module = sys.modules.get("peft.peft_model")
     return module is not None and isinstance(model, module.PeftModel)
+
+
+def shares_tensors(tuner: Any) -> bool:
+    """Whether peft's tuner holds tensors that its layers share; a file contains them under the tuner's own name."""
+    return any(child is not tuner.model for child in tuner.children())
 
 
 def _is_auxiliary(layer: nn.Module) -> bool:
@@ -107,7 +117,7 @@ def _try_outputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
     """The layer's output; `None` if it needs more than the inputs of its base."""
     try:
         return outputs_of(layer, inputs)
-    except _FAILURES:
+    except FAILURES:
         return None
 
 
@@ -130,7 +140,7 @@ def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
                 elif tuner.merged:
                     tuner.unmerge()
         return base_of(trial)  # asked for after the merge: LayerNorm tuning puts another layer there
-    except _FAILURES:
+    except FAILURES:
         return None
 
 

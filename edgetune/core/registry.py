@@ -13,6 +13,42 @@ from edgetune.core.other_names import nearest_source
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Technique
 
+# peft's own families of adapters: the class is made from peft's config at its first use
+PEFT_FAMILIES = {
+    "adamss": "AdaMSS",
+    "beft": "BEFT",
+    "boft": "BOFT",
+    "c3a": "C3A",
+    "deft": "DEFT",
+    "delora": "DeLoRA",
+    "fourierft": "FourierFT",
+    "frod": "FRoD",
+    "gralora": "GraLoRA",
+    "hira": "HiRA",
+    "hra": "HRA",
+    "ia3": "IA3",
+    "lily": "Lily",
+    "ln_tuning": "LNTuning",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "miss": "MiSS",
+    "oft": "OFT",
+    "osf": "OSF",
+    "peanut": "PEANuT",
+    "peft-glora": "PeftGLoRA",
+    "psoft": "PSOFT",
+    "pvera": "PVeRA",
+    "randlora": "RandLoRA",
+    "road": "RoAd",
+    "shira": "SHiRA",
+    "supertuning": "SuperTuning",
+    "tinylora": "TinyLoRA",
+    "unilora": "UniLoRA",
+    "vblora": "VBLoRA",
+    "vera": "VeRA",
+    "waveft": "WaveFT",
+}
+
 TECHNIQUES = {
     "lora": "edgetune.adapt.lora:LoRA",
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
@@ -32,6 +68,7 @@ TECHNIQUES = {
     "rotate": "edgetune.quant.rotate:Rotate",
     "share": "edgetune.quant.share:Share",
     "smooth": "edgetune.quant.smooth:Smooth",
+    **{name: f"edgetune.adapt.families:{title}" for name, title in PEFT_FAMILIES.items()},
 }
 
 # Steps of a recipe that are no techniques.

@@ -22,8 +22,9 @@ def saved_bytes(model: nn.Module, inputs: Inputs, loss_fn: Callable[[Any], Tenso
     storages: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 
     def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage
         return tensor.detach()  # an operator that saves its own output would keep itself alive
 
     hooks = saved_tensors_hooks(record, lambda tensor: tensor)

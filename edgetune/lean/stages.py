@@ -42,6 +42,12 @@ def _flat_children(name: str, module: nn.Module) -> dict[str, nn.Module]:
     return children
 
 
+def names_before(model: nn.Module, block: str) -> set[str]:
+    """Names of the modules that stand before a block in the model's order, those around it left out."""
+    names = [name for name, _ in model.named_modules()]
+    return set(names[: names.index(block)]) - set(outer_names(block))
+
+
 def stages_of(model: nn.Module) -> list[nn.Module]:
     """The modules that run one after the other: the blocks, and the outermost modules around them.
 

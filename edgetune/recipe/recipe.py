@@ -193,7 +193,8 @@ def _suggest_place(problem: Problem, values: Mapping[str, Any]) -> str:
     """How to write `data: {csv: rows.csv}`, or where `epochs: 3` belongs; empty for any other mistake."""
     section, *rest = problem.path
     if problem.what == "unknown field" and not rest:
-        holder = next((name for name in step_names() if section in setting_names(settings_class(name))), "")
+        steps = [name for name in step_names() if name not in registry.PEFT_FAMILIES]  # whose classes need peft
+        holder = next((name for name in steps if section in setting_names(settings_class(name))), "")
         return f"it belongs in a step: - {holder}: {{{section}: ...}}" if holder else ""
     table = {"model": registry.MODELS, "data": registry.DATASETS}.get(str(section), {})
     if problem.what != "unknown field" or len(rest) != 1 or rest[0] not in table:

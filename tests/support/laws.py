@@ -206,6 +206,7 @@ class Case:
     keeps_less: bool = False  # bytes kept for backward fall
     same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
+    pickles: bool = True  # whether an open model can be pickled
     keeps_weights: bool = True  # whether the open model's state has the plain model's keys
     same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
     same_shapes: bool = True  # whether it can load the plain model's state
@@ -263,6 +264,15 @@ CASES = [
     ),
     Case("lora-rslora-cnn", (LoRA(rank=2, targets=("*.pointwise",), rslora=True),), cnn, pictures),
     Case("lora-dora-bert", (LoRA(rank=2, targets=ATTENTION, dora=True, dropout=0.1),), bert, tokens),
+    Case(
+        "lora-pissa-bert", (LoRA(rank=2, targets=ATTENTION, init="pissa", depth=0.5),), bert, tokens,
+        same_weights=False,
+    ),
+    Case("lora-olora-mlp", (LoRA(rank=2, targets=BLOCKS, init="olora"),), mlp, vectors, same_weights=False),
+    Case(
+        "lora-frozen-a-mlp", (LoRA(rank=2, targets=BLOCKS, init="orthogonal", frozen_a=True, depth="last-2"),), mlp,
+        vectors, keeps_less=True,
+    ),
     Case("lora-llama", (LoRA(rank=2, targets=("*.q_proj", "*.v_proj")),), llama, tokens),
     Case(
         "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
