@@ -16,6 +16,7 @@ __all__ = [
     "QAT",
     "TECHNIQUES",
     "Bits",
+    "Bottleneck",
     "EdgetuneError",
     "Equalize",
     "Int4",
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgetune.adapt.bottleneck import Bottleneck
     from edgetune.adapt.files import save_adapter
     from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
@@ -96,6 +98,7 @@ else:
 
     _HOMES = {
         "Bits": "quant.bits",
+        "Bottleneck": "adapt.bottleneck",
         "EdgetuneError": "core.technique",
         "Equalize": "quant.equalize",
         "Int4": "quant.int4",

@@ -33,6 +33,11 @@ RUNS = {
     "pruned to odd widths, padded": (
         TEXT, "[prune: {ratio: 0.3, round_to: 4}, train: {updates: 1}, int4: {pad: true, group_size: channel}]",
     ),
+    "pruned, with bottlenecks, 4 bits": (
+        TEXT,
+        "[prune: {ratio: 0.5, round_to: 32}, bottleneck: {targets: ['*.output.dense'], width: 8, activation: gelu}, "
+        "train: {updates: 2}, int4: {pad: true}]",
+    ),
     "from a 4-bit base": (TEXT, "[nf4: {block_size: 64}, lora: {rank: 2, targets: ['*.query']}, train: {updates: 2}]"),
     "a language model with a tied head": (LANGUAGE, "[train: {updates: 2, batch_size: 4}]"),
     "a language model in 4 bits": (

@@ -15,6 +15,7 @@ from edgetune.core.technique import Technique
 
 TECHNIQUES = {
     "lora": "edgetune.adapt.lora:LoRA",
+    "bottleneck": "edgetune.adapt.bottleneck:Bottleneck",
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
     "lean": "edgetune.lean.technique:Lean",
     "prune": "edgetune.prune.structured:Prune",

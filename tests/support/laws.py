@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.carriers import plain_tensors
@@ -188,6 +189,7 @@ class Case:
     keeps_less: bool = False  # bytes kept for backward fall
     same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
+    merges: bool = True  # whether finalize leaves the plain model's modules, without hooks
     same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
     same_shapes: bool = True  # whether it can load the plain model's state
     unmatched: Technique | None = None  # the same technique with a target that matches nothing
@@ -248,6 +250,22 @@ CASES = [
     Case(
         "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
         bert, tokens, keeps_less=True,
+    ),
+    Case(
+        "bottleneck-mlp", (Bottleneck(targets=("*.down",), width=4),), mlp, vectors, merges=False, same_keys=False,
+        exports=True, unmatched=Bottleneck(targets=NOTHING),
+    ),
+    Case(
+        "sparse-bottleneck-parallel-mlp",
+        (
+            SparseUpdate(scheme={"*": "frozen", "classifier": "full"}),
+            Bottleneck(targets=("blocks.0", "blocks.1"), form="parallel", width=4, activation="gelu", scale=0.5),
+        ),
+        mlp, vectors, merges=False, same_keys=False,
+    ),
+    Case(
+        "bottleneck-bert", (Bottleneck(targets=("*.output.dense",), width=4, activation="silu"),), bert, tokens,
+        merges=False, same_keys=False,
     ),
     Case("lean-mlp", (Lean(),), mlp, vectors, keeps_less=True),
     Case("lean-cnn", (Lean(),), cnn, pictures, keeps_less=True, exports=True),
