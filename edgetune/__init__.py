@@ -19,6 +19,8 @@ __all__ = [
     "Bottleneck",
     "EdgetuneError",
     "Equalize",
+    "GLoRA",
+    "GLoRASearch",
     "Int4",
     "Int8",
     "Int8Dynamic",
@@ -57,6 +59,8 @@ __all__ = [
 if TYPE_CHECKING:
     from edgetune.adapt.bottleneck import Bottleneck
     from edgetune.adapt.files import save_adapter
+    from edgetune.adapt.glora import GLoRA
+    from edgetune.adapt.glora_search import GLoRASearch
     from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
     from edgetune.core.apply import apply, finalize, penalty
@@ -101,6 +105,8 @@ else:
         "Bottleneck": "adapt.bottleneck",
         "EdgetuneError": "core.technique",
         "Equalize": "quant.equalize",
+        "GLoRA": "adapt.glora",
+        "GLoRASearch": "adapt.glora_search",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
         "Int8Dynamic": "quant.int8_dynamic",

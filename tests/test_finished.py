@@ -38,6 +38,11 @@ RUNS = {
         "[prune: {ratio: 0.5, round_to: 32}, bottleneck: {targets: ['*.output.dense'], width: 8, activation: gelu}, "
         "train: {updates: 2}, int4: {pad: true}]",
     ),
+    "searched": (
+        TEXT,
+        "[glora: {rank: 2, targets: ['*.query']}, train: {updates: 2}, "
+        "glora-search: {max_parameters: 300, population: 4, generations: 1}, train: {updates: 2}]",
+    ),
     "from a 4-bit base": (TEXT, "[nf4: {block_size: 64}, lora: {rank: 2, targets: ['*.query']}, train: {updates: 2}]"),
     "a language model with a tied head": (LANGUAGE, "[train: {updates: 2, batch_size: 4}]"),
     "a language model in 4 bits": (

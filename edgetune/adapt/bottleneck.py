@@ -1,8 +1,8 @@
 """Bottleneck adapters: a small network after a layer (Houlsby), or beside it (AdaptFormer).
 
 Houlsby et al., 2019, arXiv:1902.00751, section 2.1: `y + up(act(down(y)))` on the output of a sublayer, before its
-residual. Chen et al., 2022, arXiv:2205.13535, equation 3: `y + scale * up(relu(down(x)))` beside the MLP of a block.
-The activation between the two products keeps them from merging into the layer: they stay, as plain layers.
+residual. Chen et al., 2022, arXiv:2205.13535, equations 3 and 4: `y + scale * up(relu(down(x)))` beside the MLP of a
+block. The activation between the two products keeps them from merging into the layer: they stay, as plain layers.
 """
 
 from __future__ import annotations

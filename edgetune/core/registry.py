@@ -15,6 +15,8 @@ from edgetune.core.technique import Technique
 
 TECHNIQUES = {
     "lora": "edgetune.adapt.lora:LoRA",
+    "glora": "edgetune.adapt.glora:GLoRA",
+    "glora-search": "edgetune.adapt.glora_search:GLoRASearch",
     "bottleneck": "edgetune.adapt.bottleneck:Bottleneck",
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
     "lean": "edgetune.lean.technique:Lean",

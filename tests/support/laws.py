@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.bottleneck import Bottleneck
+from edgetune.adapt.glora import GLoRA
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.carriers import plain_tensors
@@ -266,6 +267,22 @@ CASES = [
     Case(
         "bottleneck-bert", (Bottleneck(targets=("*.output.dense",), width=4, activation="silu"),), bert, tokens,
         merges=False, same_keys=False,
+    ),
+    Case("glora-mlp", (GLoRA(rank=4, targets=BLOCKS),), mlp, vectors, exports=True, unmatched=GLoRA(targets=NOTHING)),
+    Case(
+        "glora-paths-bert",
+        (
+            GLoRA(
+                targets=ATTENTION,
+                paths={"*": {"A": "vector", "C": "vector", "rank": 2}, "*.1.*.value": {"B": "none", "E": "scalar"}},
+            ),
+        ),
+        bert, tokens,
+    ),
+    Case(
+        "lean-sparse-glora-llama",  # whose projections have no bias until they are merged
+        (Lean(), SparseUpdate(scheme={"*": "frozen", "lm_head": "full"}), GLoRA(rank=2, targets=("*.q_proj",))),
+        llama, tokens, same_keys=False,
     ),
     Case("lean-mlp", (Lean(),), mlp, vectors, keeps_less=True),
     Case("lean-cnn", (Lean(),), cnn, pictures, keeps_less=True, exports=True),
