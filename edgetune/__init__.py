@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NF4",
     "QAT",
+    "SHERL",
     "TECHNIQUES",
     "Bits",
     "Bottleneck",
@@ -28,6 +29,7 @@ __all__ = [
     "LoRA",
     "Outliers",
     "Palettize",
+    "Prompt",
     "Prune",
     "Quik",
     "Rotate",
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from edgetune.adapt.glora_search import GLoRASearch
     from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
+    from edgetune.adapt.prompt import Prompt
+    from edgetune.adapt.sherl import SHERL
     from edgetune.core.apply import apply, finalize, penalty
     from edgetune.core.errors import EdgetuneError
     from edgetune.core.registry import TECHNIQUES
@@ -116,9 +120,11 @@ else:
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
         "QAT": "quant.qat",
+        "Prompt": "adapt.prompt",
         "Prune": "prune.structured",
         "Quik": "quant.quik",
         "Rotate": "quant.rotate",
+        "SHERL": "adapt.sherl",
         "Sample": "core.technique",
         "Smooth": "quant.smooth",
         "SparseUpdate": "sparse.update",

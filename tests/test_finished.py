@@ -43,6 +43,11 @@ RUNS = {
         "[glora: {rank: 2, targets: ['*.query']}, train: {updates: 2}, "
         "glora-search: {max_parameters: 300, population: 4, generations: 1}, train: {updates: 2}]",
     ),
+    "pruned, beside frozen blocks, 8 bits": (
+        TEXT,
+        "[prune: {ratio: 0.5, round_to: 32}, sparse-update: {scheme: {'*': frozen, classifier: full}}, "
+        "sherl: {width: 4}, train: {updates: 2}, int8_dynamic]",
+    ),
     "from a 4-bit base": (TEXT, "[nf4: {block_size: 64}, lora: {rank: 2, targets: ['*.query']}, train: {updates: 2}]"),
     "a language model with a tied head": (LANGUAGE, "[train: {updates: 2, batch_size: 4}]"),
     "a language model in 4 bits": (

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from edgetune.adapt.frozen_base import freeze_base, restore_base
 from edgetune.adapt.widths import first_input, widths_of
@@ -128,10 +127,6 @@ def _has_parameters(module: nn.Module) -> bool:
 
 def _refuse(model: nn.Module, name: str, module: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     action = f'add "{name}" to skip'
-    odd = next((inner for inner in module.modules() if isinstance(inner, (_ConvNd, nn.Embedding))), None)
-    if odd is not None:
-        message = f"{name}: an adapter is for modules over (..., width)"
-        raise EdgetuneError(message, got=type(odd).__name__, action=action)
     around = [model.get_submodule(outer) for outer in outer_names(name)]
     if any(isinstance(other, AdaptedModule) for other in (*module.modules(), *around)):
         raise EdgetuneError(f"{name} has a bottleneck already", got=type(module).__name__, action=action)

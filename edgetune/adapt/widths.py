@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from edgetune.core.carriers import plain_layer
 from edgetune.core.errors import EdgetuneError
@@ -21,8 +22,14 @@ def widths_of(
 ) -> dict[str, tuple[int, int]]:
     """The last dimension of what each module takes first and of what it returns.
 
-    Raises `EdgetuneError` for modules that are no linears: without a sample, and where one of the two is no tensor.
+    Raises `EdgetuneError` for modules that are no linears: without a sample, and where one of the two is no tensor; and
+    for convolutions and tables, whose width is another dimension.
     """
+    for name, module in modules.items():
+        odd = next((inner for inner in module.modules() if isinstance(inner, (_ConvNd, nn.Embedding))), None)
+        if odd is not None:
+            message = f"{name}: an adapter is for modules over (..., width)"
+            raise EdgetuneError(message, got=type(odd).__name__, action=f'add "{name}" to skip')
     linears: dict[str, Any] = {name: plain_layer(module) for name, module in modules.items()}
     widths = {
         name: (layer.in_features, layer.out_features)

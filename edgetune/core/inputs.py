@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Union
 
@@ -34,6 +35,16 @@ def logits_of(output: Any) -> Tensor:
             action='return a tensor, a tuple that begins with one, a mapping with "logits", or an object with .logits',
         )
     return logits
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward names this argument."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The argument of a model of transformers for its cache: `cache` since 5.24, `past_key_values` before."""
+    return "cache" if takes_argument(model, "cache") else "past_key_values"
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:

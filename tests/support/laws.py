@@ -14,6 +14,8 @@ from torch.nn import functional
 from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.glora import GLoRA
 from edgetune.adapt.lora import LoRA
+from edgetune.adapt.prompt import Prompt
+from edgetune.adapt.sherl import SHERL
 from edgetune.core.apply import apply
 from edgetune.core.carriers import plain_tensors
 from edgetune.core.inputs import Inputs, call, logits_of
@@ -283,6 +285,25 @@ CASES = [
         "lean-sparse-glora-llama",  # whose projections have no bias until they are merged
         (Lean(), SparseUpdate(scheme={"*": "frozen", "lm_head": "full"}), GLoRA(rank=2, targets=("*.q_proj",))),
         llama, tokens, same_keys=False,
+    ),
+    Case("sherl-mlp", (SHERL(width=4),), mlp, vectors, merges=False, same_keys=False, keeps_less=True, exports=True),
+    Case(
+        "sparse-sherl-bert", (SparseUpdate(scheme={"*": "frozen", "classifier": "full"}), SHERL(width=4)), bert, tokens,
+        merges=False, same_keys=False, keeps_less=True,
+    ),
+    Case("sherl-llama", (SHERL(width=4),), llama, tokens, merges=False, same_keys=False, keeps_less=True),
+    Case("prompt-llama", (Prompt(tokens=3),), llama, tokens, error=2.0, merges=False, same_keys=False, exports=True),
+    Case(
+        "sparse-p-tuning-bert",
+        (
+            SparseUpdate(scheme={"*": "frozen", "classifier": "full"}),
+            Prompt(kind="p-tuning", tokens=2, encoder_width=8),
+        ),
+        bert, tokens, error=2.0, merges=False, same_keys=False,
+    ),
+    Case(
+        "prefix-llama", (Prompt(kind="prefix", tokens=3),), llama, tokens, error=2.0, merges=False, same_keys=False,
+        exports=True,
     ),
     Case("lean-mlp", (Lean(),), mlp, vectors, keeps_less=True),
     Case("lean-cnn", (Lean(),), cnn, pictures, keeps_less=True, exports=True),
