@@ -53,6 +53,9 @@ RUNS = {
     "a language model in 4 bits": (
         LANGUAGE, "[prune: {ratio: 0.5, what: [ffn], round_to: 32}, train: {updates: 1}, int4: {embeddings: int4}]",
     ),
+    "a language model behind a prompt": (
+        LANGUAGE, "[prompt: {kind: prefix, tokens: 2}, train: {updates: 2, batch_size: 4}, int8_dynamic]",
+    ),
     "a graph": (IMAGES, "[train: {updates: 2, batch_size: 4}, int8]"),
     "a graph of two inputs": (TEXT, "[train: {updates: 1}, int8]"),
 }  # fmt: skip

@@ -11,6 +11,9 @@ from torch import nn
 import edgetune as et
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import cache_argument, call
+from edgetune.recipe.recipe import load
+from edgetune.run.fold import Fold
+from support.checkpoints import save_llama, save_rows
 from support.laws import bert, fit, llama, logits, loss_of, mlp, tokens
 
 torch.set_num_threads(1)
@@ -109,3 +112,16 @@ def test_what_does_not_fit_is_refused() -> None:
 
     with pytest.raises(EdgetuneError, match="this call continues a text"):
         model(**tokens(), **{cache_argument(model): DynamicCache()})  # type: ignore[arg-type]
+
+
+def test_a_text_generation_program_is_refused_before_anything_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_llama(tmp_path / "writer")
+    save_rows(tmp_path / "rows.csv")
+    text = "model: {source: 'hf:writer', max_length: 8}\ndata: {source: 'csv:rows.csv', label: null}\n"
+    steps = "steps: [{prompt: {tokens: 2}}, train]\nexport: {language: true, max_tokens: 16}"
+    (tmp_path / "r.yaml").write_text(text + steps, encoding="utf-8")
+    with pytest.raises(EdgetuneError, match=r"text-generation program continues one: got \['prompt'\]"):
+        Fold(load(tmp_path / "r.yaml"), tmp_path / "run", resume=False, progress=lambda *_: None)

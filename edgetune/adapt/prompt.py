@@ -37,6 +37,7 @@ class Prompt(Technique):
     name: ClassVar[str] = "prompt"
     takes: ClassVar[Trait] = Trait.FROZEN | Trait.PACKED | Trait.LEAN
     leaves: ClassVar[Trait] = Trait.ADAPTED
+    continues: ClassVar[bool] = False
 
     kind: Literal["prompt", "p-tuning", "prefix"] = "prompt"
     """What is trained."""
