@@ -27,9 +27,13 @@ from edgetune.core.traits import Trait
 from edgetune.lean.saved import saved_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.train.resume import changing_tensors, restore_tensors
-from support.laws import CASES, Case, fit, logits, loss_of
+from support.adapter_cases import ADAPTER_CASES
+from support.laws import CASES as OTHER_CASES
+from support.laws import Case, fit, logits, loss_of
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+CASES = [*OTHER_CASES, *ADAPTER_CASES]
 
 
 def named(cases: list[Case]) -> pytest.MarkDecorator:

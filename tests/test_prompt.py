@@ -81,6 +81,21 @@ def test_padding_and_positions_and_labels_are_those_of_the_text(kind: str) -> No
         assert torch.isfinite(output.loss)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_vectors_through_frozen_blocks(kind: str) -> None:
+    head = et.SparseUpdate(scheme={"*": "frozen", "lm_head": "full"})
+    model, alone = et.apply(llama(), [head, KINDS[kind]]).train(), et.apply(llama(), KINDS[kind]).train()
+    alone.load_state_dict(model.state_dict())
+    for each in (model, alone):
+        loss_of(call(each, tokens())).backward()
+    for name, parameter in alone.get_submodule("prompt").named_parameters():
+        gradient = model.get_submodule("prompt").get_parameter(name).grad
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+    assert model.get_parameter("lm_head.weight").grad is not None
+
+
 def test_an_encoder_gets_a_prompt_with_its_token_types() -> None:
     model = et.apply(bert(), KINDS["prompt"])
     inputs = {**tokens(), "token_type_ids": torch.zeros(4, 10, dtype=torch.long)}  # type: ignore[dict-item]

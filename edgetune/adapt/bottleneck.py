@@ -109,7 +109,7 @@ class Bottleneck(Technique):
         """The adapters, with the widths that they have in `state`."""
         for name, module in list(model.named_modules()):
             down, up = (state.get(f"{name}.adapter.{part}.weight") for part in ("down", "up"))
-            if down is not None and up is not None and matches(name, self.targets):
+            if down is not None and up is not None and matches(name, self.targets) and not matches(name, self.skip):
                 adapter = self._adapter(down.shape[1], up.shape[0])
                 replace(model, name, AdaptedModule(module, adapter, self.form == "parallel"))
         return model

@@ -16,6 +16,8 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import cache_argument, device_of, logits_of
 from edgetune.core.registry import require
 
+_CACHES = {"cache", "past_key_values"}  # as models call what they continue from
+
 
 class VirtualTokens(nn.Module):
     """`count` tokens before every row. `heads`: of the keys and values that a prefix is; 0: vectors of embeddings.
@@ -54,7 +56,7 @@ class VirtualTokens(nn.Module):
         """The inputs by name, with the tokens before them: embeddings or a cache, mask, positions, types and labels."""
         names = list(inspect.signature(model.forward).parameters)[: len(args)]
         given = {n: v for n, v in {**dict(zip(names, args, strict=True)), **kwargs}.items() if v is not None}
-        caches = given.keys() & {"cache", "past_key_values"}
+        caches = _CACHES & given.keys()
         if caches:
             raise EdgetuneError(
                 "a prompt stands before the first token, and this call continues a text",
@@ -100,14 +102,14 @@ class VirtualTokens(nn.Module):
         return cache
 
     def cut_outputs(self, model: nn.Module, args: object, output: Any) -> Any:
-        """The logits of the text alone, where each token has some."""
+        """The logits of the text alone, where each token has some, without the cache that was not asked for."""
         logits = logits_of(output)
-        if self.heads or logits.dim() != 3:
-            return output
-        logits = logits[:, self.count :]
+        logits = logits if self.heads or logits.dim() != 3 else logits[:, self.count :]
         if isinstance(output, Tensor):
             return logits
         if isinstance(output, tuple):
-            return (logits, *output[1:])
-        output["logits"] = logits
-        return output
+            rest = output[1:]
+            return (logits, *(value for value in rest if not self.heads or not hasattr(value, "layers")))
+        return type(output)(
+            **{**output, "logits": logits, **dict.fromkeys(_CACHES & output.keys() if self.heads else ())}
+        )

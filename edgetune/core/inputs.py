@@ -55,7 +55,7 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Every tensor in nested tuples, lists and dicts, and in a cache of transformers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -63,6 +63,8 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+    elif isinstance(layers := getattr(value, "layers", None), list):
+        yield from tensors_in([(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers])
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
