@@ -34,6 +34,7 @@ __all__ = [
     "Quik",
     "Rotate",
     "Sample",
+    "Share",
     "Smooth",
     "SparseUpdate",
     "Technique",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from edgetune.quant.qat import QAT
     from edgetune.quant.quik import Quik
     from edgetune.quant.rotate import Rotate
+    from edgetune.quant.share import Share
     from edgetune.quant.smooth import Smooth
     from edgetune.quant.ternary import Ternary
     from edgetune.run.finished import open_run
@@ -126,6 +128,7 @@ else:
         "Rotate": "quant.rotate",
         "SHERL": "adapt.sherl",
         "Sample": "core.technique",
+        "Share": "quant.share",
         "Smooth": "quant.smooth",
         "SparseUpdate": "sparse.update",
         "TECHNIQUES": "core.registry",

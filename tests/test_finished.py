@@ -56,6 +56,7 @@ RUNS = {
     "a language model behind a prompt": (
         LANGUAGE, "[prompt: {kind: prefix, tokens: 2}, train: {updates: 2, batch_size: 4}, int8_dynamic]",
     ),
+    "a language model that was rotated": (LANGUAGE, "[train: {updates: 1}, rotate, int4: {int8_linears: [lm_head]}]"),
     "a graph": (IMAGES, "[train: {updates: 2, batch_size: 4}, int8]"),
     "a graph of two inputs": (TEXT, "[train: {updates: 1}, int8]"),
 }  # fmt: skip
