@@ -186,3 +186,13 @@ def test_bert_in_16_bits_keeps_its_type() -> None:
     assert model.get_parameter("bert.encoder.layer.0.attention.self.query.E").dtype == torch.float32
     assert logits(model, tokens()).dtype == torch.bfloat16
     assert {parameter.dtype for parameter in et.finalize(model).parameters()} == {torch.bfloat16}
+
+
+def test_rounding_aware_training_sees_the_moved_bias() -> None:
+    model = et.apply(mlp(), [et.GLoRA(targets=["stem"], paths={"*": {}}), et.QAT(targets=["stem"], embeddings="none")])
+    with torch.no_grad():
+        model.get_parameter("stem.base.E").fill_(3.0)
+    layer, x = model.get_submodule("stem"), torch.randn(4, 32)
+    expected = mlp().get_submodule("stem")(x) + 3
+    assert ((layer(x) - expected).norm() / expected.norm()).item() < 0.1
+    assert ((et.finalize(model).get_submodule("stem")(x) - expected).norm() / expected.norm()).item() < 0.1

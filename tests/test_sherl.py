@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
         with pytest.raises(EdgetuneError, match=message):
             et.apply(model, techniques, et.Sample.of(inputs))
         assert not any("sherl" in name for name, _ in model.named_parameters())
-    with pytest.raises(EdgetuneError, match="example inputs are needed"):
+    with pytest.raises(EdgetuneError, match="sherl needs example inputs"):
         et.apply(bert(4), et.SHERL())
     with pytest.raises(EdgetuneError, match="an adapter is for modules over"):
         et.apply(cnn(), et.SHERL(), et.Sample.of(torch.randn(1, 3, 16, 16)))

@@ -19,7 +19,7 @@ from edgetune.adapt.widths import first_input, widths_of
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import device_of
 from edgetune.core.layers import select
-from edgetune.core.technique import Sample, Technique
+from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.stages import blocks_of
 
@@ -103,6 +103,11 @@ class SHERL(Technique):
     """Number of last blocks that backward goes through."""
     blocks: tuple[str, ...] = ()
     """Patterns of the blocks, in order; by default the repeated blocks of the model."""
+
+    @property
+    def needs(self) -> Needs:
+        """Example inputs, for the widths of the states."""
+        return "inputs"
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Put the network in, in place."""

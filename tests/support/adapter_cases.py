@@ -7,8 +7,9 @@ from edgetune.adapt.glora import GLoRA
 from edgetune.adapt.prompt import Prompt
 from edgetune.adapt.sherl import SHERL
 from edgetune.lean.technique import Lean
+from edgetune.quant.qat import QAT
 from edgetune.sparse.update import SparseUpdate
-from support.laws import ATTENTION, BLOCKS, NOTHING, Case, bert, llama, mlp, tokens, vectors
+from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, llama, mlp, tokens, vectors
 
 ADAPTER_CASES = [
     Case(
@@ -43,6 +44,7 @@ ADAPTER_CASES = [
         (Lean(), SparseUpdate(scheme={"*": "frozen", "lm_head": "full"}), GLoRA(rank=2, targets=("*.q_proj",))),
         llama, tokens, same_keys=False,
     ),
+    Case("glora-qat-mlp", (GLoRA(rank=2, targets=BLOCKS, paths={"*": {}}), QAT()), mlp, vectors, ROUNDED, error=0.2),
     Case("sherl-mlp", (SHERL(width=4),), mlp, vectors, merges=False, same_keys=False, keeps_less=True, exports=True),
     Case(
         "sparse-sherl-bert", (SparseUpdate(scheme={"*": "frozen", "classifier": "full"}), SHERL(width=4)), bert, tokens,
