@@ -33,6 +33,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "s
 class AdaptedModule(nn.Module):
     """A module `base`, and an `adapter` whose output is added to its own: of what it returns, or of what it takes."""
 
+    adapter: Any  # down, activation, up
+
     def __init__(self, base: nn.Module, adapter: nn.Module, parallel: bool, scale: float = 1.0) -> None:
         super().__init__()
         self.base, self.adapter, self.parallel, self.scale = base, adapter, parallel, scale
@@ -42,7 +44,7 @@ class AdaptedModule(nn.Module):
         """The base's output `(..., out)` plus the adapter's."""
         output: Tensor = self.base(*args, **kwargs)
         x = first_input(args, kwargs) if self.parallel else output
-        added = self.adapter(x.to(self.adapter.down.weight.dtype)).to(output.dtype)
+        added: Tensor = self.adapter(x.to(self.adapter.down.weight.dtype)).to(output.dtype)
         return output + (added if self.scale == 1 else self.scale * added)
 
     def extra_repr(self) -> str:

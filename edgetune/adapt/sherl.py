@@ -55,7 +55,7 @@ class EarlyRoute(nn.Module):
         weights = self.agreement(early * guide.unsqueeze(-2)).relu() / redundancy
         weights = weights / weights.sum(-2, keepdim=True).clamp(min=1e-8)
         consolidated = (weights * early).sum(-2) + guide
-        added = self.norm(self.up(consolidated.relu()))
+        added: Tensor = self.norm(self.up(consolidated.relu()))
         return (1 + torch.tanh(self.gate / _TEMPERATURE)) * last + added.to(last.dtype)
 
     def put_on(self, early: list[nn.Module], late: nn.Module) -> None:

@@ -106,13 +106,15 @@ class GLoRALinear(Wrapped):
 
     def support(self, name: str, path: SupportPath) -> Tensor | None:
         """One support in the form that the path gives it: `(out, in)` or what broadcasts to it; `(in, 1)`; `(out,)`."""
-        form, down = getattr(path, name), getattr(self, name if name in "DE" else f"{name}_down", None)
+        form = getattr(path, name)
+        down: Tensor | None = getattr(self, name if name in "DE" else f"{name}_down", None)
         if form == "none" or down is None:
             return None
         if name in "DE":
             return down if form == "vector" else down[:1]
         if form == "low-rank":
-            return down[:, : path.rank] @ getattr(self, f"{name}_up")[: path.rank]
+            up: Tensor = getattr(self, f"{name}_up")
+            return down[:, : path.rank] @ up[: path.rank]
         return down[:, :1] if form == "vector" else down[:1, :1]
 
     def tensors(self, path: SupportPath) -> dict[str, Tensor]:

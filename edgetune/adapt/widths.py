@@ -49,11 +49,11 @@ def widths_of(
         for name, module in others.items():
             hooks.enter_context(module.register_forward_hook(_recorder(name, widths), with_kwargs=True))
         call(model, sample.inputs)
-    odd = [name for name in others if name not in widths]
-    if odd:
+    unread = [name for name in others if name not in widths]
+    if unread:
         raise EdgetuneError(
             "these modules never run, or do not take and return a tensor (..., width)",
-            got=odd,
+            got=unread,
             action="target the linear inside, such as *.output.dense, or add them to skip",
         )
     return widths
