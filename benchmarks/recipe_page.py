@@ -76,6 +76,11 @@ EXAMPLES = {
     "  - {device: pixel-8, latency_ms: 20, size_mib: 25}\n"
     "  - {device: raspberry-pi-5, peak_memory_mib: 200}\n",
     "lora": '- lora: {rank: 8, targets: ["*.query", "*.value"], also_train: [classifier]}\n',
+    "glora": '- glora: {rank: 4, targets: ["*.query", "*.value"], paths: {"*": {A: none, B: low-rank, C: vector}}}\n',
+    "glora-search": "- glora-search: {max_parameters: 50000, generations: 10}\n",
+    "prompt": "- prompt: {kind: prefix, tokens: 8}\n",
+    "sherl": "- sherl: {width: 16, late: 1}\n",
+    "bottleneck": '- bottleneck: {targets: ["*.output.dense"], width: 16, activation: gelu}\n',
     "sparse-update": '- sparse-update: {scheme: {"encoder.layer.5": full, "*.query": bias, "*.output.dense": 0.25}}\n',
     "lean": "- lean: {activations: exact}\n",
     "prune": "- prune: {ratio: 0.3, importance: activation}\n",

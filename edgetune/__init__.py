@@ -23,14 +23,18 @@ __all__ = [
     "OSF",
     "PSOFT",
     "QAT",
+    "SHERL",
     "TECHNIQUES",
     "AdaMSS",
     "Bits",
+    "Bottleneck",
     "DeLoRA",
     "EdgetuneError",
     "Equalize",
     "FRoD",
     "FourierFT",
+    "GLoRA",
+    "GLoRASearch",
     "GraLoRA",
     "HiRA",
     "Int4",
@@ -48,6 +52,7 @@ __all__ = [
     "PVeRA",
     "Palettize",
     "PeftGLoRA",
+    "Prompt",
     "Prune",
     "Quik",
     "RandLoRA",
@@ -87,6 +92,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgetune.adapt.bottleneck import Bottleneck
     from edgetune.adapt.families import (
         BEFT,
         BOFT,
@@ -122,8 +128,12 @@ if TYPE_CHECKING:
         WaveFT,
     )
     from edgetune.adapt.files import save_adapter
+    from edgetune.adapt.glora import GLoRA
+    from edgetune.adapt.glora_search import GLoRASearch
     from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
+    from edgetune.adapt.prompt import Prompt
+    from edgetune.adapt.sherl import SHERL
     from edgetune.core.apply import apply, finalize, penalty
     from edgetune.core.errors import EdgetuneError
     from edgetune.core.registry import TECHNIQUES
@@ -164,8 +174,11 @@ else:
 
     _HOMES = {
         "Bits": "quant.bits",
+        "Bottleneck": "adapt.bottleneck",
         "EdgetuneError": "core.technique",
         "Equalize": "quant.equalize",
+        "GLoRA": "adapt.glora",
+        "GLoRASearch": "adapt.glora_search",
         "Int4": "quant.int4",
         "Int8": "quant.int8",
         "Int8Dynamic": "quant.int8_dynamic",
@@ -175,9 +188,11 @@ else:
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
         "QAT": "quant.qat",
+        "Prompt": "adapt.prompt",
         "Prune": "prune.structured",
         "Quik": "quant.quik",
         "Rotate": "quant.rotate",
+        "SHERL": "adapt.sherl",
         "Sample": "core.technique",
         "Share": "quant.share",
         "Smooth": "quant.smooth",

@@ -33,10 +33,28 @@ RUNS = {
     "pruned to odd widths, padded": (
         TEXT, "[prune: {ratio: 0.3, round_to: 4}, train: {updates: 1}, int4: {pad: true, group_size: channel}]",
     ),
+    "pruned, with bottlenecks, 4 bits": (
+        TEXT,
+        "[prune: {ratio: 0.5, round_to: 32}, bottleneck: {targets: ['*.output.dense'], width: 8, activation: gelu}, "
+        "train: {updates: 2}, int4: {pad: true}]",
+    ),
+    "searched": (
+        TEXT,
+        "[glora: {rank: 2, targets: ['*.query']}, train: {updates: 2}, "
+        "glora-search: {max_parameters: 300, population: 4, generations: 1}, train: {updates: 2}]",
+    ),
+    "pruned, beside frozen blocks, 8 bits": (
+        TEXT,
+        "[prune: {ratio: 0.5, round_to: 32}, sparse-update: {scheme: {'*': frozen, classifier: full}}, "
+        "sherl: {width: 4}, train: {updates: 2}, int8_dynamic]",
+    ),
     "from a 4-bit base": (TEXT, "[nf4: {block_size: 64}, lora: {rank: 2, targets: ['*.query']}, train: {updates: 2}]"),
     "a language model with a tied head": (LANGUAGE, "[train: {updates: 2, batch_size: 4}]"),
     "a language model in 4 bits": (
         LANGUAGE, "[prune: {ratio: 0.5, what: [ffn], round_to: 32}, train: {updates: 1}, int4: {embeddings: int4}]",
+    ),
+    "a language model behind a prompt": (
+        LANGUAGE, "[prompt: {kind: prefix, tokens: 2}, train: {updates: 2, batch_size: 4}, int8_dynamic]",
     ),
     "a language model that was rotated": (LANGUAGE, "[train: {updates: 1}, rotate, int4: {int8_linears: [lm_head]}]"),
     "a graph": (IMAGES, "[train: {updates: 2, batch_size: 4}, int8]"),

@@ -14,11 +14,11 @@ from torch import nn
 
 from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.inputs import cache_argument
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.data.settings import DataSettings
 from edgetune.export.language import CHECK_PROMPT, export_language
-from edgetune.export.language.cached import cache_argument
 from edgetune.export.language.parity import eager_logits
 from edgetune.models.loaded import ModelSettings
 from edgetune.profile.calls import predict_calls

@@ -19,6 +19,7 @@ from edgetune.core.apply import apply, finalize
 from edgetune.core.carriers import is_wrapped, plain_layer, plain_tensors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, tensors_of
+from edgetune.core.layers import unwrapped_name
 from edgetune.core.peft_layers import is_peft
 from edgetune.core.probe import outputs_of, probe_inputs, relative_difference
 from edgetune.core.technique import Sample, Technique
@@ -26,14 +27,15 @@ from edgetune.core.traits import Trait
 from edgetune.lean.saved import saved_bytes
 from edgetune.quant.size import stored_bytes
 from edgetune.train.resume import changing_tensors, restore_tensors
+from support.adapter_cases import ADAPTER_CASES
 from support.family_cases import FAMILY_CASES
-from support.laws import CASES as OWN_CASES
+from support.laws import CASES as OTHER_CASES
 from support.laws import Case, fit, logits, loss_of
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # FRoD's
-CASES = [*OWN_CASES, *FAMILY_CASES]
+CASES = [*OTHER_CASES, *ADAPTER_CASES, *FAMILY_CASES]
 
 
 def named(cases: list[Case]) -> pytest.MarkDecorator:
@@ -74,7 +76,7 @@ def test_a_wrapped_layer_computes_with_its_dense_weight_and_bias(case: Case) -> 
     model = case.applied()
     fit(model, case.inputs())
     wrapped = {name: module for name, module in model.named_modules() if is_wrapped(module)}
-    assert wrapped or not case.leaves & (Trait.ADAPTED | Trait.PACKED)
+    assert wrapped or not case.merges or not case.leaves & (Trait.ADAPTED | Trait.PACKED)
     inner = {name for name in wrapped if any(name.startswith(outer + ".") for outer in wrapped)}
     for name in wrapped.keys() - inner:
         layer = wrapped[name]
@@ -137,9 +139,10 @@ def test_finalize_puts_back_what_trains(case: Case) -> None:
     model.get_parameter(frozen).requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     model = finalize(apply(model, case.techniques, Sample.of(case.inputs())))
-    after = {name: p.requires_grad for name, p in model.named_parameters() if case.same_keys or name in before}
-    assert after == before
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    after = {unwrapped_name(name): p.requires_grad for name, p in model.named_parameters()}
+    assert {name: after[name] for name in before} == before
+    assert not case.same_keys or after.keys() == before.keys()
+    assert not case.merges or not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not [name for name in vars(model) if name.startswith("edgetune")]
 
 
@@ -217,7 +220,7 @@ def test_an_open_model_copies_and_pickles(case: Case) -> None:
         assert saved_bytes(other, case.inputs(), loss_of) == kept
         plain = finalize(other)
         assert not any(is_wrapped(m) or (m._forward_hooks and case.same_keys) for m in plain.modules())
-    if any(t.needs_finalize() for t in case.techniques):  # what opens stays open
+    if case.merges and any(t.needs_finalize() for t in case.techniques):  # what opens stays open
         assert any(is_wrapped(m) or m._forward_hooks for m in model.modules())
 
 

@@ -12,9 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edgetune.adapt.prompt import Prompt
+from edgetune.adapt.sherl import SHERL
+from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.technique import Sample
+from edgetune.sparse.update import SparseUpdate
 from edgetune.train.prefix.cache import PrefixCache
-from support.laws import bert, cnn, mlp
+from support.laws import bert, cnn, llama, mlp, tokens
 from support.prefixes import (
     Arrays,
     Centred,
@@ -171,3 +176,11 @@ def test_values_too_large_for_fp16_are_refused(tmp_path: Path) -> None:
 def _no_stray_files(tmp_path: Path) -> Iterator[None]:
     yield
     assert not list(tmp_path.rglob("use-*.lock"))  # every cache was closed
+
+
+def test_adapters_that_reach_across_the_prefix(tmp_path: Path) -> None:
+    head, sample = SparseUpdate(scheme={"*": "frozen", "classifier": "full"}), Sample.of(tokens())
+    beside = apply(bert(4), [head, SHERL(width=4)], sample)
+    refused(beside, texts(), tmp_path, match="reads the outputs of the stages before bert.encoder.layer.2")
+    before = apply(llama(), Prompt(kind="prefix", tokens=2))
+    refused(before, texts(causal=True), tmp_path, match="the inputs differ in more than one size")

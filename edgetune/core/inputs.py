@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Union
 
@@ -36,6 +37,16 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward names this argument."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The argument of a model of transformers for its cache: `cache` since 5.24, `past_key_values` before."""
+    return "cache" if takes_argument(model, "cache") else "past_key_values"
+
+
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
     """The tensors of the inputs, in order."""
     if isinstance(inputs, Tensor):
@@ -44,7 +55,7 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Every tensor in nested tuples, lists and dicts, and in a cache of transformers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -52,6 +63,8 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+    elif isinstance(layers := getattr(value, "layers", None), list):
+        yield from tensors_in([(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers])
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:

@@ -100,6 +100,15 @@ def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
                 )
 
 
+def unwrapped_name(name: str) -> str:
+    """The name that a tensor or module had before a module around it took it as its `base`.
+
+    >>> unwrapped_name("encoder.0.query.base.weight")
+    'encoder.0.query.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "base")
+
+
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in place of the layer `name`."""
     parent, _, child = name.rpartition(".")

@@ -51,6 +51,11 @@ PEFT_FAMILIES = {
 
 TECHNIQUES = {
     "lora": "edgetune.adapt.lora:LoRA",
+    "glora": "edgetune.adapt.glora:GLoRA",
+    "glora-search": "edgetune.adapt.glora_search:GLoRASearch",
+    "prompt": "edgetune.adapt.prompt:Prompt",
+    "sherl": "edgetune.adapt.sherl:SHERL",
+    "bottleneck": "edgetune.adapt.bottleneck:Bottleneck",
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
     "lean": "edgetune.lean.technique:Lean",
     "prune": "edgetune.prune.structured:Prune",

@@ -127,11 +127,13 @@ class StepSettings(Settings):
 class Technique(StepSettings):
     """Settings of a technique. Subclasses define `name`, `takes`, `leaves` and `apply`; most need nothing else.
 
-    No technique names another one. `exact`: `apply` does not change the outputs of the model.
+    No technique names another one. `exact`: `apply` does not change the outputs of the model. `continues`: a model
+    that it leaves can continue a text token by token, as a text-generation program does.
     """
 
     takes: ClassVar[Trait] = Trait.PLAIN
     exact: ClassVar[bool] = False
+    continues: ClassVar[bool] = True
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Change `model` in place, and return it or the module that replaces it."""

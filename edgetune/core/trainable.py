@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import unwrapped_name
 
 _ATTRIBUTE = "edgetune_trainable"  # on the model itself, so that it is copied and pickled with it
 
@@ -33,8 +34,9 @@ def recall(model: nn.Module, owner: str) -> None:
     notes = dict(_notes(model))
     note = notes.pop(owner, _Note({}, False))
     for name, parameter in model.named_parameters():
-        if name in note.requires_grad and parameter.is_floating_point():
-            parameter.requires_grad_(note.requires_grad[name])
+        before = note.requires_grad.get(name, note.requires_grad.get(unwrapped_name(name)))
+        if before is not None and parameter.is_floating_point():
+            parameter.requires_grad_(before)
     if notes:
         setattr(model, _ATTRIBUTE, notes)
     elif hasattr(model, _ATTRIBUTE):

@@ -148,7 +148,9 @@ class FakeQuantized(Wrapped):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias."""
+        """The base's bias; an adapter of ours may move it."""
+        if isinstance(self.base, Wrapped):
+            return plain_tensors(self.base).get("bias")
         return getattr(plain_layer(self.base), "bias", None)
 
     def plain_tensors(self) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from edgetune.core import registry
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
 from edgetune.core.inputs import Inputs, tensors_of
+from edgetune.core.layers import unwrapped_name
 from edgetune.core.ledger import Ledger
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Settings, Technique
@@ -188,8 +189,9 @@ def _rebuild(run: FinishedRun) -> nn.Module:
                 state, _ = _torchao().unflatten_tensor_state_dict(state, file.metadata())
     state |= {name: state[first] for name, first in run.structure.shared.items()}
     model = run.model
+    names = {unwrapped_name(name): tensor for name, tensor in state.items()} | state  # also as earlier techniques knew
     for technique in run.history:
-        model = technique.rebuild(model, state)
+        model = technique.rebuild(model, names)
     config = getattr(model, "config", None)
     for name, value in run.structure.config.items():
         if getattr(config, name, None) != value:

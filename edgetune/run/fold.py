@@ -137,6 +137,10 @@ class Fold:
                 action=f"use at most {len(self.test_split)}",
             )
         if asked and asked.language:
+            whole = [step.name for step in self.recipe.steps if not getattr(step.settings, "continues", True)]
+            if whole:
+                message = "the model takes a whole text after these steps, and a text-generation program continues one"
+                raise EdgetuneError(message, got=whole, action="leave out export.language, or these steps")
             check_can_generate(self.model, self.task, loaded.encode, asked)
 
     def run(self, until: int | None = None) -> Ledger:

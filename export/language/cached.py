@@ -7,7 +7,6 @@ logits of every token of a prompt.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from edgetune.capture.narrow import TORCH_DTYPES
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.floats import KEY_VALUE_TYPES, KeyValueType
+from edgetune.core.inputs import cache_argument
 from edgetune.core.registry import require
 from edgetune.export.lower import check_finalized
 from edgetune.quant.blocks import unpack_by_rows
@@ -25,11 +25,6 @@ from edgetune.quant.blocks import unpack_by_rows
 _NAME = "edgetune-static-cache"
 _STORED = {kind: torch.int8 if kind == "int8" else TORCH_DTYPES[kind] for kind in KEY_VALUE_TYPES}
 _PARTS = ("zero", "scale")  # in the order of the operator's arguments
-
-
-def cache_argument(model: nn.Module) -> str:
-    """The model's argument for its cache: `cache` since transformers 5.24, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class CachedDecoder(nn.Module):

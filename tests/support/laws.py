@@ -207,6 +207,7 @@ class Case:
     same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
     pickles: bool = True  # whether an open model can be pickled
+    merges: bool = True  # whether finalize leaves the plain model's modules, without hooks
     keeps_weights: bool = True  # whether the open model's state has the plain model's keys
     same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
     same_shapes: bool = True  # whether it can load the plain model's state

@@ -1,0 +1,67 @@
+"""Cases for the laws from the adapters that are not peft's layers."""
+
+from __future__ import annotations
+
+from edgetune.adapt.bottleneck import Bottleneck
+from edgetune.adapt.glora import GLoRA
+from edgetune.adapt.prompt import Prompt
+from edgetune.adapt.sherl import SHERL
+from edgetune.lean.technique import Lean
+from edgetune.quant.qat import QAT
+from edgetune.sparse.update import SparseUpdate
+from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, llama, mlp, tokens, vectors
+
+ADAPTER_CASES = [
+    Case(
+        "bottleneck-mlp", (Bottleneck(targets=("*.down",), width=4),), mlp, vectors, merges=False, same_keys=False,
+        exports=True, unmatched=Bottleneck(targets=NOTHING),
+    ),
+    Case(
+        "sparse-bottleneck-parallel-mlp",
+        (
+            SparseUpdate(scheme={"*": "frozen", "classifier": "full"}),
+            Bottleneck(targets=("blocks.0", "blocks.1"), form="parallel", width=4, activation="gelu", scale=0.5),
+        ),
+        mlp, vectors, merges=False, same_keys=False,
+    ),
+    Case(
+        "bottleneck-bert", (Bottleneck(targets=("*.output.dense",), width=4, activation="silu"),), bert, tokens,
+        merges=False, same_keys=False,
+    ),
+    Case("glora-mlp", (GLoRA(rank=4, targets=BLOCKS),), mlp, vectors, exports=True, unmatched=GLoRA(targets=NOTHING)),
+    Case(
+        "glora-paths-bert",
+        (
+            GLoRA(
+                targets=ATTENTION,
+                paths={"*": {"A": "vector", "C": "vector", "rank": 2}, "*.1.*.value": {"B": "none", "E": "scalar"}},
+            ),
+        ),
+        bert, tokens,
+    ),
+    Case(
+        "lean-sparse-glora-llama",  # whose projections have no bias until they are merged
+        (Lean(), SparseUpdate(scheme={"*": "frozen", "lm_head": "full"}), GLoRA(rank=2, targets=("*.q_proj",))),
+        llama, tokens, same_keys=False,
+    ),
+    Case("glora-qat-mlp", (GLoRA(rank=2, targets=BLOCKS, paths={"*": {}}), QAT()), mlp, vectors, ROUNDED, error=0.2),
+    Case("sherl-mlp", (SHERL(width=4),), mlp, vectors, merges=False, same_keys=False, keeps_less=True, exports=True),
+    Case(
+        "sparse-sherl-bert", (SparseUpdate(scheme={"*": "frozen", "classifier": "full"}), SHERL(width=4)), bert, tokens,
+        merges=False, same_keys=False, keeps_less=True,
+    ),
+    Case("sherl-llama", (SHERL(width=4),), llama, tokens, merges=False, same_keys=False, keeps_less=True),
+    Case("prompt-llama", (Prompt(tokens=3),), llama, tokens, error=3.0, merges=False, same_keys=False, exports=True),
+    Case(
+        "sparse-p-tuning-bert",
+        (
+            SparseUpdate(scheme={"*": "frozen", "classifier": "full"}),
+            Prompt(kind="p-tuning", tokens=2, encoder_width=8),
+        ),
+        bert, tokens, error=3.0, merges=False, same_keys=False,
+    ),
+    Case(
+        "prefix-llama", (Prompt(kind="prefix", tokens=3),), llama, tokens, error=3.0, merges=False, same_keys=False,
+        exports=True,
+    ),
+]  # fmt: skip
