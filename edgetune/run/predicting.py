@@ -14,6 +14,7 @@ from edgetune.core.progress import Progress
 from edgetune.data.dataset import Dataset, data_error
 from edgetune.data.rows import Rows
 from edgetune.data.settings import COLUMNS, DataSettings, WholeData, unread_by
+from edgetune.program.adapters import Adapter
 from edgetune.program.carried import ScaledValue
 from edgetune.run.predictor import Predictor
 from edgetune.tasks.entities import entities
@@ -74,17 +75,18 @@ class Evaluation:
     notes: tuple[str, ...] = ()
 
 
-def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Answer, ...]:
+def predict(path: str | Path, rows: str | Path | Sequence[Any], *, adapter: Adapter = None) -> tuple[Answer, ...]:
     """The predictions of the program at `path` for each row: a text, or an image as a path or a `uint8` array.
 
     Args:
         path: a `.pte` with its `model.json`, or the folder of a run.
         rows: one row or several; `edgetune.run.given_rows` reads them from files and folders.
+        adapter: one of the program's adapters, by name; by default the base predicts alone.
 
     Raises `EdgetuneError`, with exit code 5 if the program lacks metadata or does not run, and 3 for a row that
     cannot be read.
     """
-    return predict_rows(Predictor(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
+    return predict_rows(Predictor(path, adapter), [rows] if isinstance(rows, (str, Path)) else list(rows))
 
 
 def predict_rows(predictor: Predictor, rows: Sequence[Any], progress: Progress = lambda *_: None) -> tuple[Answer, ...]:
