@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,9 @@ from edgetune.export.program_inputs import ProgramInputs
 from edgetune.export.side_paths import AdaptedProgram, SidePaths, multiply_given, multiply_stored
 from edgetune.export.targets.target import Target
 from edgetune.program.adapters import SIGNATURE, adapter_path
-from edgetune.program.manifest import AdaptedLayer, AdapterFile, AdapterForm, AdaptersSpec
+from edgetune.program.manifest import AdaptedLayer, AdapterFile, AdapterForm, AdaptersSpec, TensorSpec
 from edgetune.program.program_files import sha256_of
 from edgetune.program.tensor_data import Weight, merge_tensor_data, read_tensor_data, write_tensor_data
-from edgetune.runtime.verify import Row
 
 FORMS: tuple[AdapterForm, ...] = ("inputs", "files")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -75,13 +75,24 @@ class AdapterSet:
         draw = torch.Generator().manual_seed(int(self.signature[:15], 16))
         return tuple(0.01 * torch.randn(tensor.shape, generator=draw) for tensor in self.tensors(None))
 
-    def stored(self, adapter: LowRank | None) -> tuple[Tensor, ...]:
-        """The weights of the program that hold the adapter."""
-        return self.tensors(adapter) if self.form == "files" else ()
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of the program that hold an adapter."""
+        return self.spec.inputs if self.form == "inputs" else ()
 
-    def extend(self, inputs: ProgramInputs, adapter: LowRank | None) -> ProgramInputs:
-        """The inputs of the program, with those that hold the adapter."""
-        return inputs.with_last(self.spec.inputs, self.tensors(adapter)) if self.form == "inputs" else inputs
+    def given(self, adapter: LowRank | None) -> tuple[Tensor, ...]:
+        """The values of those inputs."""
+        return self.tensors(adapter) if self.form == "inputs" else ()
+
+    def extend(self, inputs: ProgramInputs) -> ProgramInputs:
+        """The inputs of the program: those of the base, and zeros for an adapter, if adapters are inputs."""
+        return inputs.with_last(self.inputs, self.given(None))
+
+    def rows_for(self, program: nn.Module, inputs: ProgramInputs, adapter: LowRank | None) -> ProgramInputs:
+        """The inputs for a run with the adapter, which `program` stores if adapters are no inputs."""
+        if isinstance(program, AdaptedProgram) and self.form == "files":
+            program.store(self.tensors(adapter))
+        return inputs.with_last(self.inputs, self.given(adapter))
 
 
 @dataclass(frozen=True)
@@ -141,35 +152,27 @@ def split_files(adapters: AdapterSet, weights: bytes) -> AdapterFiles:
     return AdapterFiles(write_tensor_data(base), files, adapters.form)
 
 
-Proof = tuple["Parity | None", "list[Row]"]
+Proof = TypeVar("Proof")
 
 
 def prove_each(
-    adapters: AdapterSet,
-    files: AdapterFiles,
-    program: nn.Module,
-    inputs: ProgramInputs,
-    data: Path | None,
-    prove: Callable[[ProgramInputs, Path | None], Proof],
-) -> tuple[Proof, dict[str, Parity | None]]:
+    adapters: AdapterSet, files: AdapterFiles, data: Path | None, prove: Callable[[LowRank | None, Path | None], Proof]
+) -> tuple[Proof, dict[str, Proof]]:
     """Prove the program with every adapter, and the base alone where it can run.
 
-    `prove` gets the inputs of the program and its data file. Returns the proof of the base, or else of the first
-    adapter, and the parity of each adapter.
+    `prove` gets an adapter and the data file of the program. Returns the proof of the base, or else of the first
+    adapter, and that of each adapter.
     """
-    assert isinstance(program, AdaptedProgram)
-    proofs = [prove(adapters.extend(inputs, None), data)] if adapters.form == "inputs" else []
-    parities = {}
+    base = prove(None, data) if adapters.form == "inputs" else None
+    proofs = {}
     for adapter in adapters.adapters:
-        program.store(adapters.stored(adapter))
         with _merged(data, files.adapters[adapter.name], adapters.form) as merged:
             try:
-                proofs.append(prove(adapters.extend(inputs, adapter), merged))
+                proofs[adapter.name] = prove(adapter, merged)
             except EdgetuneError as error:
                 error.what = f"with adapter {adapter.name}: {error.what}"
                 raise
-        parities[adapter.name] = proofs[-1][0]
-    return proofs[0], parities
+    return proofs[adapters.adapters[0].name] if base is None else base, proofs
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edgetune.adapt.low_rank import LowRank
 from edgetune.capture import dynamic
 from edgetune.capture.dynamic import Dynamic
 from edgetune.capture.narrow import TORCH_DTYPES
@@ -25,7 +26,6 @@ from edgetune.core.registry import installed_version, require
 from edgetune.export import targets
 from edgetune.export.adapters import (
     AdapterFiles,
-    Proof,
     as_program_with,
     describe_adapters,
     prove_each,
@@ -88,7 +88,7 @@ def export_program(
     if chosen.runs_here:
         forks.prepare()  # it imports while this process lowers
     with as_program_with(sides, model, example_inputs) as program:
-        given = inputs if sides is None else sides.extend(inputs, None)
+        given = inputs if sides is None else sides.extend(inputs)
         check_narrow(program, floats)
         names = output_names(program, given.example)
         if isinstance(program, AdaptedProgram):
@@ -104,16 +104,17 @@ def export_program(
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
 
-            def prove_on(rows: ProgramInputs, data: Path | None) -> Proof:
+            def prove_with(adapter: LowRank | None, data: Path | None) -> tuple[Parity | None, list[Row]]:
+                rows = inputs if sides is None else sides.rows_for(program, inputs, adapter)
                 with advise_on(dtype):
                     return _prove(partial, program, rows, chosen, bounds, data, tolerance_of(carried), floats)
 
             spec = None
             if sides is None:
-                parity, outputs = prove_on(inputs, data)
+                parity, outputs = prove_with(None, data)
             else:
-                (parity, outputs), parities = prove_each(sides, files, program, inputs, data, prove_on)
-                spec = describe_adapters(sides, files, parities, path)
+                (parity, outputs), proofs = prove_each(sides, files, data, prove_with)
+                spec = describe_adapters(sides, files, {name: proof for name, (proof, _) in proofs.items()}, path)
             least = outputs[1] if axes else outputs[0]
             specs = specs_of(outputs[0], names, least)
             call = call_of("forward", lowered, given.specs, specs, parity, io_in_plan=layout.io_in_plan)
