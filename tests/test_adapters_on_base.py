@@ -22,7 +22,9 @@ from support.adapters import adapted, change, peft_logits, save_lora
 
 TARGETS = {"bert": ["query", "value", "intermediate.dense"], "llama": ["q_proj", "v_proj", "up_proj"]}
 MODELS: dict[str, Callable[[], nn.Module]] = {"bert": laws.bert, "llama": laws.llama}
-CASES = [(kind, bits, form) for kind in MODELS for bits in ("fp32", "8da4w") for form in ("inputs", "files")]
+CASES = [  # every pair of a model, a type and a form
+    ("bert", "fp32", "inputs"), ("bert", "8da4w", "files"), ("llama", "fp32", "files"), ("llama", "8da4w", "inputs"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,20 +106,20 @@ def test_every_adapter_computes_what_eager_does(case: Callable[..., Case], kind:
 
 
 @pytest.mark.parametrize(("kind", "bits", "form"), CASES)
-def test_adapters_add_their_own_bytes(
-    case: Callable[..., Case], kind: str, bits: str, form: str, tmp_path: Path
-) -> None:
+def test_adapters_add_their_own_bytes(case: Callable[..., Case], kind: str, bits: str, form: str) -> None:
     one = case(kind, bits, form)
-    spec = one.artifact.manifest.adapters
+    manifest, spec = one.artifact.manifest, one.artifact.manifest.adapters
     assert spec is not None
     assert (spec.form, spec.rank, [file.name for file in spec.files]) == (form, 4, ["en", "legal", "part"])
     assert [file.rank for file in spec.files] == [4, 2, 4]
-    own = sum((folder / "adapter_model.safetensors").stat().st_size for folder in one.folders.values())
-    base = export(one.base, one.inputs, tmp_path / "base.pte").manifest.total_bytes
-    files = [one.artifact.path, *(one.artifact.path.with_name(name) for name in one.artifact.manifest.files)]
-    assert one.artifact.manifest.total_bytes == sum(file.stat().st_size for file in files)
-    assert one.artifact.manifest.total_bytes <= base + own + 2**16
+    files = [one.artifact.path, *(one.artifact.path.with_name(name) for name in manifest.files)]
+    assert manifest.total_bytes == sum(file.stat().st_size for file in files)
     assert Artifact.load(one.artifact.path) == one.artifact
+    own = sum((folder / "adapter_model.safetensors").stat().st_size for folder in one.folders.values())
+    assert sum(file.size_bytes for file in spec.files) <= own + 2**12
+    if bits == "8da4w":  # of the other type the base alone is not lowered, to save time
+        base = export(one.base, one.inputs, one.artifact.path.with_name("base.pte")).manifest.total_bytes
+        assert manifest.total_bytes <= base + own + 2**16
 
 
 def test_a_loaded_program_changes_its_adapter(case: Callable[..., Case]) -> None:
@@ -136,7 +138,7 @@ def test_a_loaded_program_changes_its_adapter(case: Callable[..., Case]) -> None
 
 
 def test_the_files_of_adapters_are_named_as_the_inputs(case: Callable[..., Case]) -> None:
-    one = case("bert", "8da4w", "inputs")
+    one = case("bert", "fp32", "inputs")
     spec = one.artifact.manifest.adapters
     assert spec is not None
     inputs = one.artifact.manifest.main.inputs
@@ -148,9 +150,11 @@ def test_the_files_of_adapters_are_named_as_the_inputs(case: Callable[..., Case]
     assert not stored[name].any()
 
 
-@pytest.mark.parametrize("form", ["inputs", "files"])
-def test_an_inspection_states_adapters_sizes_and_memory(case: Callable[..., Case], form: str) -> None:
-    one = case("llama", "8da4w", form)
+@pytest.mark.parametrize(("kind", "bits", "form"), CASES[:2])
+def test_an_inspection_states_adapters_sizes_and_memory(
+    case: Callable[..., Case], kind: str, bits: str, form: str
+) -> None:
+    one = case(kind, bits, form)
     text = str(inspect(one.artifact.path))
     way = "given as inputs of the program" if form == "inputs" else "loaded from files beside the base's"
     assert f"3, {way}; rank up to 4 on 6 layers" in text
@@ -162,7 +166,7 @@ def test_an_inspection_states_adapters_sizes_and_memory(case: Callable[..., Case
 
 @pytest.mark.parametrize("form", ["inputs", "files"])
 def test_an_adapter_of_another_program_is_refused(case: Callable[..., Case], form: str) -> None:
-    one, other = case("llama", "8da4w", form), case("bert", "8da4w", form)
+    one, other = (case(*each) for each in CASES if each[2] == form)
     suffix = {"inputs": "safetensors", "files": "ptd"}[form]
     same = one.artifact.path.with_name(f"model.en.{suffix}")
     assert torch.equal(one.artifact.run(one.inputs, adapter=same)[0], one.artifact.run(one.inputs, adapter="en")[0]), (
@@ -170,7 +174,7 @@ def test_an_adapter_of_another_program_is_refused(case: Callable[..., Case], for
     )
     with pytest.raises(EdgetuneError, match=r"model\.en\..*: the adapter is for another base"):
         one.artifact.run(one.inputs, adapter=other.artifact.path.with_name(same.name))
-    with pytest.raises(EdgetuneError, match="no such adapter: got 'leagl'; allowed: en, legal, part.*'legal'"):
+    with pytest.raises(EdgetuneError, match=r"no such adapter: got 'leagl'; allowed: en, legal, part.*'legal'"):
         one.artifact.run(one.inputs, adapter="leagl")
     if form == "files":
         with pytest.raises(EdgetuneError, match=r"needs one of its adapters: allowed: en, legal, part"):

@@ -33,8 +33,8 @@ def compare(
 
     The eager model runs without a cache. A prompt that leaves no room for `tokens` is truncated. Also returns the
     position of the first token, from 0, that the eager model would not have chosen, and how far its logit is below
-    the largest one; of the first prompt with such a token. None: all tokens are equal. `given` and `data`: an adapter as
-    inputs of the program, and its data file.
+    the largest one; of the first prompt with such a token. None: all tokens are equal. `given` and `data`: an adapter
+    as inputs of the program, and its data file.
     """
     cut = [list(ids)[: max(1, max_tokens - tokens)] for ids in prompts]
     wanted = min(tokens, max_tokens)

@@ -1,4 +1,4 @@
-"""Adapters of plain peft for small models, and what a base computes with one, by hooks that know nothing of edgetune."""
+"""Adapters of plain peft for small models, and what a base computes with one, by hooks of their own."""
 
 from __future__ import annotations
 
