@@ -26,7 +26,7 @@ from edgetune.export.program_inputs import ProgramInputs
 from edgetune.export.side_paths import AdaptedProgram, SidePaths, multiply_given, multiply_stored
 from edgetune.export.targets.target import Target
 from edgetune.program.adapters import SIGNATURE, adapter_path
-from edgetune.program.manifest import AdaptedLayer, AdapterFile, AdapterForm, AdaptersSpec, TensorSpec
+from edgetune.program.manifest import AdaptedLayer, AdapterFile, AdapterForm, AdaptersSpec, TensorSpec, adapter_inputs
 from edgetune.program.program_files import sha256_of
 from edgetune.program.tensor_data import Weight, merge_tensor_data, read_tensor_data, write_tensor_data
 
@@ -44,12 +44,6 @@ class AdapterSet:
     form: AdapterForm
     layers: tuple[AdaptedLayer, ...]
     signature: str
-
-    @property
-    def spec(self) -> AdaptersSpec:
-        """The section of the manifest, with placeholders for the files."""
-        none = AdapterFile(name="", file="", size_bytes=0, sha256="", rank=0)
-        return AdaptersSpec(form=self.form, signature=self.signature, layers=self.layers, files=(none,))
 
     def paths(self) -> SidePaths:
         """The side paths beside the layers of the base."""
@@ -78,7 +72,7 @@ class AdapterSet:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs of the program that hold an adapter."""
-        return self.spec.inputs if self.form == "inputs" else ()
+        return adapter_inputs(self.layers) if self.form == "inputs" else ()
 
     def given(self, adapter: LowRank | None) -> tuple[Tensor, ...]:
         """The values of those inputs."""
@@ -240,7 +234,7 @@ def _sign(model: nn.Module, layers: Sequence[AdaptedLayer], form: AdapterForm, d
 
 def _safetensors(adapters: AdapterSet, adapter: LowRank) -> bytes:
     save = require("safetensors.torch", "lora").save
-    names = [spec.name for spec in adapters.spec.inputs]
+    names = [spec.name for spec in adapters.inputs]
     tensors = dict(zip(names, adapters.tensors(adapter), strict=True))
     data: bytes = save(tensors, metadata={SIGNATURE: adapters.signature, "name": adapter.name})
     return data

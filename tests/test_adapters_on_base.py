@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,6 +180,23 @@ def test_an_adapter_of_another_program_is_refused(case: Callable[..., Case], for
     if form == "files":
         with pytest.raises(EdgetuneError, match=r"needs one of its adapters: allowed: en, legal, part"):
             one.artifact.run(one.inputs)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"form": "inputs", "dynamic": {"batch": (1, 4)}}, {"form": "files", "dtype": "fp16"}]
+)
+def test_sizes_that_differ_and_16_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+    model, rows = laws.mlp(), laws.vectors()
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    folders = {f"{n}": save_lora(model, tmp_path / f"{n}", layers[: 2 - n], seed=n, rank=2 + n) for n in range(2)}
+    assert isinstance(rows, Tensor)
+    artifact = export(model, rows[:2], tmp_path / "model.pte", adapters=folders, **settings)
+    for count in (1, 3) if "dynamic" in settings else (2,):
+        for name, folder in folders.items():
+            with adapted(model, folder), torch.no_grad():
+                expected = model(rows[:count])
+            (output,) = artifact.run(rows[:count], adapter=name)
+            assert torch.allclose(output, expected, atol=1e-5 if "dynamic" in settings else 2e-2)
 
 
 def test_a_program_without_adapters_takes_none(case: Callable[..., Case], tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="test: the test set, as a recipe splits the data; all: every row.")
     ] = "test",
+    adapter: AdapterName = None,
     as_json: Json = False,
 ) -> int:
     """Score an exported program on labelled data.
@@ -125,7 +126,7 @@ def evaluate(
     with show_progress() as progress, contextlib.redirect_stdout(sys.stderr):
         evaluation = evaluate_(
             program, data, part="test" if split == "test" else "all", overrides=parse_overrides(overrides or []),
-            progress=progress,
+            adapter=adapter, progress=progress,
         )  # fmt: skip
     if as_json:
         print_result(_figures(evaluation))

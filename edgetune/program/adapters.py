@@ -31,7 +31,7 @@ def adapter_path(path: Path, name: str, form: AdapterForm) -> Path:
 def adapter_tensors(path: Path, manifest: Manifest, adapter: Adapter) -> tuple[Tensor, ...]:
     """The inputs of the program at `path` that hold an adapter, in order; none if it takes none."""
     spec = _spec_for(path, manifest, adapter)
-    if spec is None or spec.form != "inputs":
+    if spec is None or not spec.inputs:
         return ()
     if adapter is None:
         return tuple(torch.zeros(one.shape) for one in spec.inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -153,6 +154,15 @@ class AdaptedLayer(Record):
     rank: int  # the largest of the adapters; lower ones are filled with zeros
 
 
+def adapter_inputs(layers: Sequence[AdaptedLayer]) -> tuple[TensorSpec, ...]:
+    """The inputs of a program that hold an adapter for these layers."""
+    return tuple(
+        TensorSpec(name=f"{layer.name}.lora_{letter}", shape=shape, dtype="float32")
+        for layer in layers
+        for letter, shape in (("A", (1, layer.inputs, layer.rank)), ("B", (1, layer.rank, layer.outputs)))
+    )
+
+
 class AdapterFile(DataFile):
     """One adapter of the program, as compared with the base in eager mode with that adapter."""
 
@@ -181,12 +191,8 @@ class AdaptersSpec(Record):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs of the program that hold an adapter, in its form `inputs`."""
-        return tuple(
-            TensorSpec(name=f"{layer.name}.lora_{letter}", shape=shape, dtype="float32")
-            for layer in self.layers
-            for letter, shape in (("A", (1, layer.inputs, layer.rank)), ("B", (1, layer.rank, layer.outputs)))
-        )
+        """The inputs of the program that hold an adapter; none in the form `files`."""
+        return adapter_inputs(self.layers) if self.form == "inputs" else ()
 
 
 class Manifest(Record):
@@ -240,8 +246,7 @@ class Manifest(Record):
 
     def own_inputs(self, call: Call) -> tuple[TensorSpec, ...]:
         """The inputs of a call without those that hold an adapter."""
-        given = self.adapters is not None and self.adapters.form == "inputs"
-        return call.inputs[: -2 * len(self.adapters.layers)] if given else call.inputs  # type: ignore[union-attr]
+        return call.inputs[: len(call.inputs) - len(self.adapters.inputs if self.adapters is not None else ())]
 
     def call(self, name: str = "") -> Call:
         """The call of that name; a program with one call needs no name."""

@@ -63,11 +63,12 @@ def write_tensor_data(weights: Mapping[str, Weight]) -> bytes:
             segments[weight.data] = len(segments), len(body)
             body += weight.data
     flat = _flatbuffer(weights, segments)
-    begin = _BEFORE_HEADER + _HEADER_BYTES + len(flat) - _BEFORE_HEADER
+    begin = _HEADER_BYTES + len(flat)
     base = begin + -begin % _ALIGNMENT
     header = _HEADER.pack(_MAGIC, _HEADER.size, _HEADER_BYTES, len(flat), base, len(body)).ljust(_HEADER_BYTES, b"\0")
     root = struct.pack("<I", struct.unpack_from("<I", flat)[0] + _HEADER_BYTES)
-    return b"".join((root, flat[4:_BEFORE_HEADER], header, flat[_BEFORE_HEADER:].ljust(base - 56, b"\0"), body))
+    front = root + flat[len(root) : _BEFORE_HEADER] + header + flat[_BEFORE_HEADER:]
+    return front.ljust(base, b"\0") + bytes(body)
 
 
 def merge_tensor_data(*sources: bytes | Path) -> bytes:

@@ -126,6 +126,7 @@ def evaluate(
     *,
     part: Part = "test",
     overrides: Mapping[str, Any] | None = None,
+    adapter: Adapter = None,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
     """The quality of the program at `path` on labelled data, such as accuracy, with figures per class.
@@ -135,12 +136,13 @@ def evaluate(
         data: a source as in a recipe (`csv:rows.csv`), or settings; by default the data of the run's recipe.
         part: `test` uses the rows that a recipe holds out from training, `all` uses every row.
         overrides: other settings of the data, as in a recipe: `{"data.label": "stars"}`.
+        adapter: one of the program's adapters, by name; by default the base predicts alone.
         progress: called with (what, done, of, detail).
 
     Raises `EdgetuneError`, with exit code 3 for data of another kind or with classes that the program does not
     have.
     """
-    predictor = Predictor(path)
+    predictor = Predictor(path, adapter)
     settings = data if isinstance(data, DataSettings) else data_settings(predictor.artifact.path, data, overrides)
     if part == "all":
         limits = dict.fromkeys(("train_rows", "validation_rows", "test_rows"))
