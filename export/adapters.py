@@ -33,6 +33,7 @@ from edgetune.program.tensor_data import Weight, merge_tensor_data, read_tensor_
 FORMS: tuple[AdapterForm, ...] = ("inputs", "files")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEEPS_APART = ("xnnpack", "portable")  # targets whose weights can be in a file of their own
+Proof = TypeVar("Proof", bound="tuple[Parity | None, object]")
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -130,8 +131,10 @@ def read_adapters(
     return AdapterSet(adapters, chosen, tuple(layers), _sign(model, layers, chosen, dtype))
 
 
-def split_files(adapters: AdapterSet, weights: bytes) -> AdapterFiles:
+def split_files(adapters: AdapterSet | None, weights: bytes) -> AdapterFiles:
     """Each adapter's file; in the form `files`, cut out of the weights of the lowered program."""
+    if adapters is None:
+        return AdapterFiles(weights)
     if adapters.form == "inputs":
         return AdapterFiles(weights, {one.name: _safetensors(adapters, one) for one in adapters.adapters})
     every = read_tensor_data(weights)
@@ -146,27 +149,38 @@ def split_files(adapters: AdapterSet, weights: bytes) -> AdapterFiles:
     return AdapterFiles(write_tensor_data(base), files, adapters.form)
 
 
-Proof = TypeVar("Proof")
-
-
 def prove_each(
-    adapters: AdapterSet, files: AdapterFiles, data: Path | None, prove: Callable[[LowRank | None, Path | None], Proof]
-) -> tuple[Proof, dict[str, Proof]]:
+    adapters: AdapterSet | None,
+    files: AdapterFiles,
+    data: Path | None,
+    path: Path,
+    prove: Callable[[LowRank | None, Path | None], Proof],
+) -> tuple[Proof, AdaptersSpec | None]:
     """Prove the program with every adapter, and the base alone where it can run.
 
     `prove` gets an adapter and the data file of the program. Returns the proof of the base, or else of the first
-    adapter, and that of each adapter.
+    adapter, and the section of the manifest of the program at `path`.
     """
-    base = prove(None, data) if adapters.form == "inputs" else None
-    proofs = {}
+    if adapters is None:
+        return prove(None, data), None
+    proofs = [prove(None, data)] if adapters.form == "inputs" else []
+    described = []
     for adapter in adapters.adapters:
-        with _merged(data, files.adapters[adapter.name], adapters.form) as merged:
+        content = files.adapters[adapter.name]
+        with _merged(data, content, adapters.form) as merged:
             try:
-                proofs[adapter.name] = prove(adapter, merged)
+                proofs.append(prove(adapter, merged))
             except EdgetuneError as error:
                 error.what = f"with adapter {adapter.name}: {error.what}"
                 raise
-    return proofs[adapters.adapters[0].name] if base is None else base, proofs
+        file = adapter_path(path, adapter.name, adapters.form).name
+        sizes = {"size_bytes": len(content), "sha256": sha256_of(content)}
+        parity = proofs[-1][0]
+        described.append(AdapterFile(name=adapter.name, file=file, rank=adapter.rank, parity=parity, **sizes))
+    section = AdaptersSpec(
+        form=adapters.form, signature=adapters.signature, layers=adapters.layers, files=tuple(described)
+    )
+    return proofs[0], section
 
 
 @contextmanager
@@ -179,24 +193,6 @@ def _merged(data: Path | None, adapter: bytes, form: AdapterForm) -> Iterator[Pa
         merged = Path(folder, data.name)
         merged.write_bytes(merge_tensor_data(data.read_bytes(), adapter))
         yield merged
-
-
-def describe_adapters(
-    adapters: AdapterSet, files: AdapterFiles, parities: Mapping[str, Parity | None], path: Path
-) -> AdaptersSpec:
-    """The section of the manifest."""
-    described = tuple(
-        AdapterFile(
-            name=adapter.name,
-            file=adapter_path(path, adapter.name, adapters.form).name,
-            size_bytes=len(files.adapters[adapter.name]),
-            sha256=sha256_of(files.adapters[adapter.name]),
-            rank=adapter.rank,
-            parity=parities[adapter.name],
-        )
-        for adapter in adapters.adapters
-    )
-    return AdaptersSpec(form=adapters.form, signature=adapters.signature, layers=adapters.layers, files=described)
 
 
 def _check_request(folders: Mapping[str, str | Path], form: str, target: Target) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +25,7 @@ from edgetune.core.modes import preserve_buffers
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import installed_version, require
 from edgetune.export import targets
-from edgetune.export.adapters import (
-    AdapterFiles,
-    as_program_with,
-    describe_adapters,
-    prove_each,
-    read_adapters,
-    split_files,
-)
+from edgetune.export.adapters import as_program_with, prove_each, read_adapters, split_files
 from edgetune.export.locate import locate_difference
 from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, check_finalized, lower
 from edgetune.export.program_inputs import ProgramInputs, check_batch_first, names_of, prepare_inputs, specs_of
@@ -98,7 +92,7 @@ def export_program(
                 check_batch_first(program, given.batch)
         with preserve_buffers(program):
             lowered = lower(program, given.example, chosen, axes, layout, floats)
-        files = AdapterFiles(lowered.weights) if sides is None else split_files(sides, lowered.weights)
+        files = split_files(sides, lowered.weights)
         lowered = replace(lowered, weights=files.weights)
 
         def prove(partial: Path) -> Manifest:
@@ -109,19 +103,13 @@ def export_program(
                 with advise_on(dtype):
                     return _prove(partial, program, rows, chosen, bounds, data, tolerance_of(carried), floats)
 
-            spec = None
-            if sides is None:
-                parity, outputs = prove_with(None, data)
-            else:
-                (parity, outputs), proofs = prove_each(sides, files, data, prove_with)
-                spec = describe_adapters(sides, files, {name: proof for name, (proof, _) in proofs.items()}, path)
+            (parity, outputs), section = prove_each(sides, files, data, path, prove_with)
             least = outputs[1] if axes else outputs[0]
             specs = specs_of(outputs[0], names, least)
             call = call_of("forward", lowered, given.specs, specs, parity, io_in_plan=layout.io_in_plan)
             beside = None if carried is None else write_tokenizer(carried, path)
-            return manifest_of(
-                "model", lowered, (call,), chosen, device, path, dtype=dtype, carried=beside, adapters=spec
-            )
+            sections: dict[str, Any] = {"dtype": dtype, "carried": beside, "adapters": section}
+            return manifest_of("model", lowered, (call,), chosen, device, path, **sections)
 
         manifest = write_pair(path, lowered.data, prove, lowered.weights, files.beside(path))
     if carried is not None:

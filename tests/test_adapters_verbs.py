@@ -49,7 +49,7 @@ def test_a_base_is_exported_with_adapters_and_predicts_with_each(
         assert scores[name] == pytest.approx([one.score for one in predict(merged, TEXTS)], abs=1e-4)  # type: ignore[union-attr]
     alone = [one.score for one in predict(path, TEXTS)]  # type: ignore[union-attr]
     assert len({*map(tuple, scores.values()), tuple(alone)}) == 3
-    with pytest.raises(EdgetuneError, match="the sample code of a kit runs no adapter: got .*legal"):
+    with pytest.raises(EdgetuneError, match=r"the sample code of a kit runs no adapter: got .*legal"):
         copy_to_kit(path, find_platform("linux"), tmp_path / "kit")
 
 

@@ -23,14 +23,7 @@ from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_state
 from edgetune.export import targets
-from edgetune.export.adapters import (
-    AdapterFiles,
-    AdapterSet,
-    describe_adapters,
-    prove_each,
-    read_adapters,
-    split_files,
-)
+from edgetune.export.adapters import AdapterSet, prove_each, read_adapters, split_files
 from edgetune.export.language import parity
 from edgetune.export.language.adapted import AdaptedDecoder
 from edgetune.export.language.cached import CachedDecoder, check_model
@@ -111,10 +104,9 @@ def export_language(
         given = () if sides is None else sides.given(None)
         layout = Layout(external_data=sides is not None and sides.form == "files")
         lowered = lower(program, prefill, chosen, facts, given, layout)
-        files = AdapterFiles(lowered["prompt"].weights)
-        if sides is not None and paths is not None:
+        if paths is not None:
             paths.check_used()
-            files = split_files(sides, files.weights)
+        files = split_files(sides, lowered["prompt"].weights)
         whole = replace(lowered["prompt"], weights=files.weights)
         release_freed_memory()  # the graphs, and the weights in the forms that lowering gave them
 
@@ -136,12 +128,7 @@ def export_language(
                     parity.check(compared, first, min_same_prediction_pct)
                 return compared, first
 
-            adapted = None
-            if sides is None:
-                compared, first = prove_with(None, data)
-            else:
-                (compared, first), proofs = prove_each(sides, files, data, prove_with)
-                adapted = describe_adapters(sides, files, {name: proof for name, (proof, _) in proofs.items()}, path)
+            (compared, first), adapted = prove_each(sides, files, data, path, prove_with)
             write_atomically(tokenizer_file(path), text)
             section = _section(program, spec, facts, whole.shared_bytes, first)
             calls = _calls(lowered, section, compared, sides.inputs if sides is not None else ())
