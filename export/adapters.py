@@ -173,10 +173,16 @@ def prove_each(
             except EdgetuneError as error:
                 error.what = f"with adapter {adapter.name}: {error.what}"
                 raise
-        file = adapter_path(path, adapter.name, adapters.form).name
-        sizes = {"size_bytes": len(content), "sha256": sha256_of(content)}
-        parity = proofs[-1][0]
-        described.append(AdapterFile(name=adapter.name, file=file, rank=adapter.rank, parity=parity, **sizes))
+        described.append(
+            AdapterFile(
+                name=adapter.name,
+                file=adapter_path(path, adapter.name, adapters.form).name,
+                size_bytes=len(content),
+                sha256=sha256_of(content),
+                rank=adapter.rank,
+                parity=proofs[-1][0],
+            )
+        )
     section = AdaptersSpec(
         form=adapters.form, signature=adapters.signature, layers=adapters.layers, files=tuple(described)
     )

@@ -16,7 +16,6 @@ from edgetune.export.kit import find as find_platform
 from edgetune.export.language.parity import eager_logits
 from edgetune.program.manifest import AdapterForm
 from edgetune.program.tokenizer import ChatTokenizer
-from edgetune.quant.int4 import Int4
 from edgetune.run.predicting import predict
 from edgetune.runtime.generating import generate
 from support.adapters import adapted, save_lora
@@ -53,16 +52,15 @@ def test_a_base_is_exported_with_adapters_and_predicts_with_each(
         copy_to_kit(path, find_platform("linux"), tmp_path / "kit")
 
 
-@pytest.mark.parametrize(("form", "bits"), [("inputs", "fp32"), ("files", "8da4w")])
+@pytest.mark.parametrize("form", ["inputs", "files"])
 def test_a_language_program_answers_with_each_adapter(
-    form: AdapterForm, bits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: AdapterForm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model: Any = decoder("Llama", num_hidden_layers=1, num_key_value_heads=2, tie_word_embeddings=True)
     folders = {
         name: save_lora(model, tmp_path / name, TARGETS[: 3 - place], seed=place, rank=4 - place)
         for place, name in enumerate(("en", "legal"))
     }
-    model = Int4().apply(model) if bits == "8da4w" else model
     artifact = export_decoder(model, tmp_path, adapters=folders, form=form, check_tokens=8)
     spec = artifact.manifest.adapters
     assert spec is not None

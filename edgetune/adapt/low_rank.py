@@ -135,7 +135,7 @@ def _read_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> di
     if not names:
         raise EdgetuneError("the adapter has no tensors", action="save it after training")
     modules = dict(model.named_modules())
-    factors = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name in names:
         pair = tuple(state.get(name + ending) for ending in endings)
         factors[name] = _check_pair(name, modules.get(name), pair, modules)
