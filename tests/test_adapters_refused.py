@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.export import export
+from edgetune.export import export, pipeline
 from edgetune.export.side_paths import SidePaths, multiply_given
 from edgetune.run.exporting import export_from, parse_adapters
 from support import laws
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     def lower(*_: Any, **__: Any) -> None:
         raise AssertionError("lowered before the adapters were checked")
 
-    monkeypatch.setattr("edgetune.export.pipeline.lower", lower)
+    monkeypatch.setattr(pipeline, "lower", lower)
 
     def check(message: str, adapters: Any, model: nn.Module | None = None, **settings: Any) -> None:
         place = tmp_path / "programs" / "model.pte"
