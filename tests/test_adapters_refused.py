@@ -79,7 +79,7 @@ def test_a_pickle(refused: Callable[..., None], sound: Path, tmp_path: Path) -> 
     pickled = change(sound, tmp_path / "pickled")
     (pickled / WEIGHTS).unlink()
     (pickled / "adapter_model.bin").write_bytes(b"never read")
-    refused(r"its weights are pickled, in adapter_model\.bin.*save it anew", {"en": pickled})
+    refused(r"(?s)its weights are pickled, in adapter_model\.bin.*save it anew", {"en": pickled})
     refused("the folder holds no adapter_config.json", {"en": tmp_path})
 
 
