@@ -89,6 +89,7 @@ EXAMPLES = {
     "rotate": "- rotate\n- int4: {group_size: 32}\n",
     "qat": "- qat: {distill: 0.5}\n- train: {epochs: 1}\n- int4: {group_size: channel}\n",
     "ternary": "- ternary: {skip: [classifier], blend_batches: 100, distill: 1.0}\n- train: {epochs: 1}\n- int4\n",
+    "share": "- share: {ratio: 0.5, skip: [classifier]}\n- train: {epochs: 3, learning_rate: 1e-3}\n",
     "nf4": "- nf4: {block_size: 64}\n",
     "train": "- train: {epochs: 2, batch_size: 16, learning_rate: 5e-4, keep_best: true}\n",
     "eval": "- eval\n",

@@ -29,6 +29,7 @@ __all__ = [
     "Quik",
     "Rotate",
     "Sample",
+    "Share",
     "Smooth",
     "SparseUpdate",
     "Technique",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from edgetune.quant.qat import QAT
     from edgetune.quant.quik import Quik
     from edgetune.quant.rotate import Rotate
+    from edgetune.quant.share import Share
     from edgetune.quant.smooth import Smooth
     from edgetune.quant.ternary import Ternary
     from edgetune.run.finished import open_run
@@ -111,6 +113,7 @@ else:
         "Quik": "quant.quik",
         "Rotate": "quant.rotate",
         "Sample": "core.technique",
+        "Share": "quant.share",
         "Smooth": "quant.smooth",
         "SparseUpdate": "sparse.update",
         "TECHNIQUES": "core.registry",

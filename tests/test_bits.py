@@ -192,12 +192,45 @@ def test_a_layer_that_counts_gets_8_bits_and_the_model_loses_less() -> None:
     data = Sample(x[:1], lambda: iter(x.split(30)))
     allocation = Bits(average_bits=6.1).resolve(sensitive(), data)
     assert allocation.widths()["b"] in ("int8", "float")
-    ours, uniform, random = allocation.compared
-    assert (ours.name, uniform.name, random.name) == ("this", "uniform", "random")
+    ours, uniform, random, wide, narrow = allocation.compared
+    names = ("this", "uniform", "random", "all in 8 bits", "all in 4 bits")
+    assert (ours.name, uniform.name, random.name, wide.name, narrow.name) == names
     assert ours.kl < 0.2 * min(uniform.kl, random.kl)
+    assert ours.size_bytes == allocation.size_bytes
+    assert narrow.size_bytes < ours.size_bytes < wide.size_bytes
+    assert max(wide.kl, ours.kl) < 0.2 * narrow.kl
     assert "KL divergence on held-out batches, weights rounded to nearest: this (" in allocation.summary()
     relative = Bits(average_bits=6.1, score="output").resolve(sensitive(), data)
     assert relative.widths()["b"] != "float", "outputs alone do not say which layer counts"
+
+
+def test_all_in_8_and_4_bits_are_what_rounding_every_layer_so_gives() -> None:
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
+    data = Sample(x[:1], lambda: iter(x.split(30)))
+    *_, wide, narrow = Bits(average_bits=6.1).resolve(sensitive(), data).compared
+    held_out = torch.cat(x.split(30)[8:])
+    with torch.no_grad():
+        expected = sensitive()(held_out).log_softmax(-1)
+    for measured, width in ((wide, "int8"), (narrow, "int4")):
+        model = apply(sensitive(), Bits(allocation={"*": width}, algorithm="mse"), data)
+        with torch.no_grad():
+            logits = model(held_out).log_softmax(-1)
+        assert measured.kl == pytest.approx(float(F.kl_div(logits, expected, log_target=True, reduction="batchmean")))
+        assert measured.size_bytes == stored_bytes(model)
+
+
+def test_a_tied_head_is_stored_once_in_8_bits_and_apart_in_4() -> None:
+    data = Sample(tokens(), lambda: iter([tokens()]))
+    technique = Bits(average_bits=6, algorithm="mse")
+    model = llama(tied=True)
+    for measured, width in zip(technique.resolve(model, data).compared[-2:], ("int8", "int4"), strict=True):
+        uniform = apply(llama(tied=True), Bits(allocation={"*": width}, algorithm="mse"), data)  # type: ignore[dict-item]
+        assert measured.size_bytes == pytest.approx(stored_bytes(uniform), rel=0.02)
+    apply(model, technique, data)
+    widths = technique.bit_widths(model)
+    assert sum(layer.share_pct for layer in widths.layers) < 100
+    bits = {layer.layer: layer.bits for layer in widths.layers}
+    assert bits["model.layers.0.mlp.down_proj"] in (4.5, 4.25, 5.0, 8.5, 9.0)
 
 
 def test_its_program_computes_what_the_model_does(tmp_path: Path) -> None:
@@ -322,6 +355,12 @@ def test_a_run_says_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "bits on average: " in row.note
     assert " ms predicted; KL divergence on the calibration batches, for want of others" in row.note
     assert "uniform (" in row.note
+    assert row.widths is not None
+    assert [one.name for one in row.widths.measured][-2:] == ["all in 8 bits", "all in 4 bits"]
+    assert not row.widths.held_out
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert 'id="plot-widths-2"' in page
+    assert "KL divergence on the calibration batches, nats" in page
     import yaml
 
     text = Path("run/allocation.yaml").read_text(encoding="utf-8")

@@ -38,6 +38,7 @@ RUNS = {
     "a language model in 4 bits": (
         LANGUAGE, "[prune: {ratio: 0.5, what: [ffn], round_to: 32}, train: {updates: 1}, int4: {embeddings: int4}]",
     ),
+    "a language model that was rotated": (LANGUAGE, "[train: {updates: 1}, rotate, int4: {int8_linears: [lm_head]}]"),
     "a graph": (IMAGES, "[train: {updates: 2, batch_size: 4}, int8]"),
     "a graph of two inputs": (TEXT, "[train: {updates: 1}, int8]"),
 }  # fmt: skip

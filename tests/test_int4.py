@@ -211,3 +211,12 @@ def test_freed_memory_is_returned_to_the_system() -> None:
     release_freed_memory()
     assert resident_mib("VmRSS") < before - 64
     assert all(bool((block == 1).all()) for block in last)
+
+
+@pytest.mark.parametrize("technique", [Int4(), Int8Dynamic()], ids=["int4", "int8_dynamic"])
+def test_the_note_names_the_convolutions_that_stay(technique: Technique) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 8)).eval()
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    model = apply(model, technique, Sample.of(x))
+    assert technique.note(model) == "2 convolutions stay in floating point, 84.2 % of the parameters: 0, 2"
+    assert technique.note(apply(Tied(), technique, Sample.of(torch.arange(6).view(2, 3)))) == ""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import edgetune as et
 from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
@@ -166,6 +167,14 @@ def test_what_makes_no_sense_is_refused_by_name(build: Any, steps: list[Techniqu
     model = build().eval()
     with pytest.raises(EdgetuneError, match=message):
         apply(model, steps, Sample.of(data))
+
+
+@pytest.mark.parametrize("later", [LoRA(targets=("first",)), et.QAT(), et.SparseUpdate(scheme={"first": 0.5})], ids=str)
+def test_split_linears_are_not_forgotten_by_finalize(later: Technique) -> None:
+    model = et.finalize(apply(net(), Outliers(), Sample.of(rows())))
+    with pytest.raises(EdgetuneError, match=f"{later.name}: cannot follow outliers, which leaves split linears"):
+        apply(model, later, Sample.of(rows()))
+    assert bits_of(apply(et.finalize(model), Int4(), Sample.of(rows())))["first"] == 4
 
 
 def test_the_same_settings_split_the_same_inputs() -> None:

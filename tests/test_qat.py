@@ -16,6 +16,7 @@ from torch.nn import functional
 import edgetune as et
 from edgetune.core.inputs import call, logits_of
 from edgetune.core.technique import Technique, adapt_defaults
+from edgetune.lean.saved import saved_bytes
 from edgetune.quant.fake import FakeQuantized, FakeQuantizedLinear, Rounding, round_activations
 from edgetune.quant.teacher import divergence, teacher_of
 from edgetune.train.loop import train
@@ -212,6 +213,32 @@ def test_frozen_weights_are_rounded_once_and_again_if_they_change() -> None:
     assert not torch.equal(frozen.weight, frozen.base.weight)
 
 
+def test_rounded_weights_are_not_saved_for_backward() -> None:
+    def saved(*steps: et.Technique) -> int:
+        return saved_bytes(et.apply(mlp(), steps), vectors(), loss_of)
+
+    rows, widths = 6, (32, 32, 64, 32, 32)  # the inputs of `up` in 3 blocks, once more in 8 bits
+    lora = et.LoRA(rank=2, targets=["*.up"])
+    assert saved(lora, et.QAT()) <= saved(lora) + 4 * rows * sum(widths)
+
+
+def test_a_new_adapter_starts_from_weights_that_gptq_rounded() -> None:
+    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
+    exact, adapters = logits(mlp(), x), et.LoRA(rank=2, targets=["blocks.*.up", "blocks.*.down"])
+
+    def error(sample: et.Sample | None, *before: et.Technique) -> float:
+        return float((logits(et.apply(mlp(), [*before, et.QAT(group_size="channel")], sample), x) - exact).norm())
+
+    sample = et.Sample.of(x)
+    assert error(sample, adapters) == pytest.approx(error(sample), rel=1e-3)
+    assert error(sample, adapters) < 0.95 * error(None, adapters)
+    model: Any = et.apply(mlp(), [adapters, et.QAT(group_size="channel")], sample)
+    fit(model, vectors())
+    trained = logits(model, vectors())
+    stored = logits(et.apply(model, et.Int4(group_size="channel"), sample), vectors())
+    torch.testing.assert_close(stored, trained, atol=2e-5, rtol=1e-4)
+
+
 def test_single_numbers_are_distilled_by_their_squared_difference() -> None:
     numbers, target = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])
     assert float(divergence(numbers, target)) == 1.0
@@ -262,11 +289,18 @@ def fill(model: Any, value: float) -> nn.Module:
     return model
 
 
+def forget(model: Any) -> nn.Module:
+    """The model as one that was read from a file: what was done to it is not listed."""
+    del model.edgetune_techniques
+    return model  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("technique", "prepare", "message"),
     [
-        (et.QAT(), lambda m: et.finalize(et.apply(m, et.Int4())), r"qat, stem: the weights are integers already"),
+        (et.QAT(), lambda m: forget(et.apply(m, et.Int4())), r"qat, stem: the weights are integers already"),
         (et.QAT(), lambda m: et.apply(m, et.Int4()), r"qat: cannot follow int4, which leaves integer weights"),
+        (et.QAT(), lambda m: et.finalize(et.apply(m, et.Int4())), r"qat: cannot follow int4, which leaves integer"),
         (et.QAT(skip=("*",)), lambda m: m, r"qat: there is no linear layer to round"),
         (et.QAT(int8_linears=("head",)), lambda m: m, r"int8_linears: the pattern matches no layer: got 'head'"),
         (et.QAT(group_size=64, pad=True), lambda m: m, r"qat: layers whose inputs are padded later cannot"),
@@ -320,11 +354,21 @@ def test_ternary_weights_are_blended_in_over_the_first_training_batches() -> Non
     layer, dense = model.stem, model.stem.base.weight.detach().clone()
     ternary = layer.weight.detach()
     model.eval()
-    assert torch.equal(layer.computed_weight(), ternary)
+    assert torch.equal(layer.weight_rule()(dense), ternary)
     model.train()
     for share in (0.25, 0.5, 0.75):
-        torch.testing.assert_close(layer.computed_weight(), dense + share * (ternary - dense))
-    assert torch.equal(layer.computed_weight(), ternary)
+        torch.testing.assert_close(layer.weight_rule()(dense), dense + share * (ternary - dense))
+    assert torch.equal(layer.weight_rule()(dense), ternary)
     other: Any = et.apply(mlp(), et.Ternary(blend_batches=3)).train()
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other.stem.computed_weight(), ternary)
+    assert torch.equal(other.stem.weight_rule()(dense), ternary)
+
+
+def test_the_head_that_a_preset_finds_must_be_written() -> None:
+    with pytest.raises(et.EdgetuneError, match=r"gives 8 bits to the head that it finds[\s\S]*int8_linears: \["):
+        et.apply(mlp(), [et.QAT(), et.Int4(preset="closest")], et.Sample.of(vectors()))
+    for later in (et.Int4(preset="closest", int8_linears=("classifier",)), et.Int4(preset="closest")):
+        written = {} if later.rounding["int8_linears"] else {"int8_linears": ("classifier",)}
+        technique = et.QAT(**written).adapt_to([later])  # type: ignore[arg-type]
+        assert isinstance(technique, et.QAT)
+        assert (technique.int8_linears, technique.algorithm) == (("classifier",), "gptq")

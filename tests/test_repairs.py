@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import edgetune as et
 from edgetune.capture import repairs
 from edgetune.capture.graph import capture, prepare
 from edgetune.capture.positional import Positional
@@ -151,6 +152,32 @@ def test_every_form_is_taken_whole_and_equals_eager(tmp_path: Path) -> None:
         assert found.shape == wanted.shape
         apart = ((found - wanted).abs() / (1 + wanted.abs())).reshape(-1)
         assert apart.max() < 2e-5, FORM_OF[int(apart.argmax())]
+
+
+class Sloped(nn.Module):
+    """Linears, one PReLU after both."""
+
+    def __init__(self, slopes: int) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(16, 8), nn.Linear(8, 8), nn.PReLU(slopes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.down(self.act(self.up(x))))
+        return y
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize(("shape", "slopes"), [((4, 16), 1), ((4, 16), 8), ((4, 5, 16), 5)])
+def test_a_prelu_of_vectors_can_be_lowered(shape: tuple[int, ...], slopes: int, rounded: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Sloped(slopes).eval()
+    nn.init.uniform_(model.act.weight, -0.5, 0.9)  # type: ignore[union-attr, arg-type]
+    x = randn(*shape)
+    if rounded:
+        model = et.apply(model, et.Int8(), et.Sample.of(x))
+    artifact = et.export(model, x, tmp_path / "model.pte", target="xnnpack")
+    assert artifact.manifest.main.parity.max_abs_difference < 1e-5
+    assert not artifact.program().undelegated
 
 
 def test_a_maximum_of_four_dims_can_be_lowered() -> None:

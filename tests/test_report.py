@@ -24,9 +24,12 @@ from edgetune.core.ledger import (
     Row,
     Training,
 )
+from edgetune.core.widths import BitWidths, LayerWidth, MeasuredWidths
 from edgetune.report import Terminal, page, report, text, write
+from edgetune.report.drawing import BLUE
 from edgetune.report.sentences import details
 from edgetune.report.tables import step_table
+from edgetune.report.width_figures import width_figure, width_table, width_tables
 from support.reports import accuracy, example, left_out, read
 
 GOLDEN = Path(__file__).with_name("golden") / "report.txt"
@@ -146,6 +149,65 @@ def test_page_loads_nothing_and_names_its_tables(tmp_path: Path) -> None:
     wanted = ("0123456789abcdef" * 4, "2.13.0", "learning_rate: 0.0002", "99.8 % of 500 held-out rows", "uncalibrated")
     for word in wanted:
         assert word in reading.said
+
+
+def mixed() -> Ledger:
+    """The example, its last step with a precision for each layer."""
+    measured = [
+        ("this", 6.0, 17.0, 0.02), ("uniform", 5.0, 16.0, 0.09), ("random", 5.9, 16.8, 0.05),
+        ("all in 8 bits", 8.5, 23.0, 0.001), ("all in 4 bits", 5.0, 16.0, 0.09),
+    ]  # fmt: skip
+    widths = BitWidths(
+        layers=(
+            LayerWidth(layer="encoder.query", width="int4", bits=4.5, share_pct=20.25, loss=0.0125),
+            LayerWidth(layer="encoder.table", width="int8", bits=8.25, share_pct=61.5, loss=0.00375),
+            LayerWidth(layer="head", width="int8", bits=None, share_pct=0.5, loss=0.001),
+        ),
+        loss="what rounding costs",
+        measured=tuple(
+            MeasuredWidths(name=name, average_bits=bits, size_mib=size, kl_divergence=kl)
+            for name, bits, size, kl in measured
+        ),
+    )
+    rows = example().rows
+    return example().with_(rows=(*rows[:-1], rows[-1].model_copy(update={"widths": widths})))
+
+
+def test_precisions_of_layers_are_drawn_beside_other_choices_and_listed(tmp_path: Path) -> None:
+    page(mixed(), tmp_path / "report.html")
+    reading, figures = read(tmp_path / "report.html")
+    page(example(), tmp_path / "plain.html")
+    assert set(figures) == {*read(tmp_path / "plain.html")[1], "widths-7"}
+    spec = figures["widths-7"]["spec"]
+    assert spec["layout"]["yaxis"]["title"]["text"] == "KL divergence on held-out batches, nats"
+    assert spec["layout"]["yaxis"]["type"] == "log"
+    (points,) = spec["data"]
+    assert (points["x"], points["y"]) == ([17.0, 16.0, 16.8, 23.0], [0.02, 0.09, 0.05, 0.001])
+    assert points["text"] == ["this choice", "best uniform<br>all in 4 bits", "random", "all in 8 bits"]
+    assert [color for color in points["marker"]["color"] if color != points["marker"]["color"][1]] == [BLUE]
+    table = width_tables(mixed())[0]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["encoder.query", "int4", "4.50", "0.0125", "20.2"],
+        ["encoder.table", "int8", "8.25", "0.00375", "61.5"],
+        ["head", "int8", "-", "0.00100", "0.5"],
+        ["all else", "-", "-", "-", "17.8"],
+    ]
+    for words in ("Precision of the layers after 7 int4", "Predicted loss: what rounding costs", "only the scales"):
+        assert words in reading.said
+
+
+def test_precisions_that_were_written_are_listed_alone() -> None:
+    (row,) = (row for row in mixed().rows if row.widths)
+    assert row.widths is not None
+    written = row.widths.model_copy(
+        update={"loss": "", "measured": (), "layers": (LayerWidth(layer="a", width="float", bits=32, share_pct=100),)}
+    )
+    assert width_figure(written, "7 bits") is None
+    assert [cell.text for cell in width_table(written, "7 bits").rows[0]] == ["a", "float", "32.0", "-", "100.0"]
+    same = [one.model_copy(update={"kl_divergence": 0.0}) for one in row.widths.measured]
+    figure = width_figure(row.widths.model_copy(update={"measured": tuple(same)}), "7 bits")
+    assert figure is not None
+    assert "type" not in figure.spec["layout"]["yaxis"]
 
 
 EVIL = "<script>alert(1)</script></script><!--&amp;\"'"

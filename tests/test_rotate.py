@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import edgetune as et
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.probe import relative_difference
 from edgetune.quant.hadamard import hadamard_matrix, random_rotation
+from edgetune.quant.size import weight_bits
 from support.causal import family
 from support.laws import bert, llama, logits, mlp, tokens, vectors
 
@@ -43,6 +45,7 @@ def test_a_random_rotation_is_orthogonal_and_follows_its_seed(size: int) -> None
         ("Mistral", {}),
         ("Phi3", {}),
         ("Gemma", {}),
+        ("Gemma", {"tie_word_embeddings": False}),
     ],
 )
 def test_a_rotated_language_model_computes_the_same(name: str, settings: dict[str, object]) -> None:
@@ -70,10 +73,42 @@ def test_heads_can_be_left_as_they_are() -> None:
     assert torch.equal(rotated.model.norm.weight, torch.ones(32))
 
 
-def test_a_tied_head_is_untied() -> None:
-    model: Any = et.apply(llama(tied=True), et.Rotate(), et.Sample.of(tokens()))
+def tied() -> Any:
+    return family("Llama", tie_word_embeddings=True)
+
+
+def test_a_tied_head_stays_tied_and_a_linear_takes_the_weight_of_its_norm() -> None:
+    plain, model = tied(), et.apply(tied(), et.Rotate(tied="keep"), et.Sample.of(tokens()))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+    assert model.state_dict().keys() - plain.state_dict().keys() == {"model.norm.gain.weight"}
+    gains, rotation = plain.model.norm.weight.double(), random_rotation(32, 0)
+    both = torch.eye(32) + model.model.norm.gain.weight.double()
+    expected = rotation.t() @ gains.diag() @ rotation
+    torch.testing.assert_close(model.model.norm.weight.double() * both, expected, check_dtype=False)
+
+
+def test_equal_gains_need_no_linear() -> None:
+    model: Any = et.apply(llama(tied=True), et.Rotate(tied="keep"), et.Sample.of(tokens()))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.state_dict().keys() == llama(tied=True).state_dict().keys()
+
+
+def test_a_tied_head_is_untied_by_default() -> None:
+    model: Any = et.apply(tied(), et.Rotate(), et.Sample.of(tokens()))
+    torch.testing.assert_close(logits(model, tokens()), logits(tied(), tokens()), atol=2e-5, rtol=1e-4)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is False
+    assert model.state_dict().keys() == tied().state_dict().keys()
+
+
+def test_the_linear_of_the_norm_is_rounded_as_any_other() -> None:
+    rotated: Any = et.apply(tied(), et.Rotate(tied="keep"), et.Sample.of(tokens()))
+    exact = logits(rotated, tokens())
+    step = et.Int8Dynamic(targets=("*.gain", "lm_head"))
+    rounded = et.apply(rotated, step, et.Sample.of(tokens()))
+    assert weight_bits(rounded.get_parameter("model.norm.gain.weight")) == 8
+    assert 0 < relative_difference(exact, logits(rounded, tokens())) < 0.03
 
 
 def test_large_channels_no_longer_spoil_quantization() -> None:
@@ -137,11 +172,13 @@ def test_outputs_that_change_bring_the_weights_and_the_tie_back() -> None:
                 output.logits = output.logits + self.model.embed_tokens.weight.sum()
             return output
 
-    model: Any = llama(tied=True)
+    model = tied()
     model.__class__ = Unrecorded
     before: dict[str, Tensor] = copy.deepcopy(model.state_dict())
     with pytest.raises(EdgetuneError, match="outputs of Unrecorded on the sample change by"):
-        et.apply(model, et.Rotate(), et.Sample.of(tokens()))
+        et.apply(model, et.Rotate(tied="keep"), et.Sample.of(tokens()))
+    assert model.state_dict().keys() == before.keys()
+    assert not model.model.norm._forward_hooks
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings

@@ -14,12 +14,13 @@ from edgetune.core.merging import merge_foreign_layers
 from edgetune.core.order import plan_steps
 from edgetune.core.registry import TECHNIQUES
 from edgetune.core.technique import Sample, Technique, adapt_defaults
+from edgetune.core.traits import OPEN
 
 _OPEN = "edgetune_techniques"  # the attribute of a model that lists what is open on it, in order
 
 
 def active_techniques(model: nn.Module) -> tuple[Technique, ...]:
-    """The techniques applied to `model` and not finalized yet, in order."""
+    """The techniques applied to `model` and not finalized yet, in order, and those whose traits stay for good."""
     return tuple(getattr(model, _OPEN, ()))
 
 
@@ -126,6 +127,7 @@ def finalize(model: nn.Module) -> nn.Module:
 def _finalize_own(model: nn.Module) -> nn.Module:
     """Finalize the techniques of this module, not of those inside it."""
     techniques = list(active_techniques(model))
+    lasting = [technique for technique in techniques if technique.leaves & ~OPEN]
     while techniques:
         technique = techniques.pop()
         try:
@@ -134,6 +136,8 @@ def _finalize_own(model: nn.Module) -> nn.Module:
             error.within(f"{technique.name}, finalize")
             raise
         setattr(model, _OPEN, list(techniques))
-    if hasattr(model, _OPEN):
+    if lasting:  # so that what such a model does not take is still refused
+        setattr(model, _OPEN, lasting)
+    elif hasattr(model, _OPEN):
         delattr(model, _OPEN)
     return model

@@ -8,16 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.one_line import OneLine
-
-
-class Entry(OneLine):
-    """Base of everything in the ledger: immutable, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from edgetune.core.one_line import Entry
+from edgetune.core.widths import BitWidths
 
 
 class Metric(NamedTuple):
@@ -90,6 +85,7 @@ class Row(Entry):
     measured_at: str = ""  # UTC, ISO 8601
     digest: str = ""  # of the settings of this step and all before it
     shift: Shift | None = None  # of a step that rounds the weights
+    widths: BitWidths | None = None  # of a step that gives layers different precisions
 
 
 class LossPoint(Entry):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 MOST_LETTERS = 100
 
@@ -23,6 +23,12 @@ class OneLine(BaseModel):
         return f"{type(self).__name__}({text})"
 
     __str__ = __repr__
+
+
+class Entry(OneLine):
+    """Base of everything in the ledger: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _parts(value: BaseModel) -> Iterator[str]:

@@ -30,6 +30,7 @@ TECHNIQUES = {
     "nf4": "edgetune.quant.nf4:NF4",
     "palettize": "edgetune.quant.palettize:Palettize",
     "rotate": "edgetune.quant.rotate:Rotate",
+    "share": "edgetune.quant.share:Share",
     "smooth": "edgetune.quant.smooth:Smooth",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.core.progress import Progress, ignore
 from edgetune.core.traits import Trait
+from edgetune.core.widths import BitWidths
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -49,6 +51,10 @@ class Sample:
     def of(cls, inputs: Inputs) -> Sample:
         """A sample whose only calibration batch is the example itself."""
         return cls(inputs=inputs, batches=lambda: iter([inputs]))
+
+    def first_batches(self, count: int) -> list[Inputs]:
+        """At most this many calibration batches, the first ones."""
+        return list(islice(self.batches(), count))
 
     def labels(self) -> tuple[Callable[[], Iterator[tuple[Inputs, Tensor]]], Callable[[Tensor, Tensor], Tensor]]:
         """Return `labelled` and `loss`. Raises `EdgetuneError` if they are missing."""
@@ -184,6 +190,10 @@ class Technique(StepSettings):
     def note(self, model: nn.Module) -> str:
         """What `apply` chose and left, or what `finalize` changed, in a sentence for the ledger; by default nothing."""
         return ""
+
+    def bit_widths(self, model: nn.Module) -> BitWidths | None:
+        """The precisions that `apply` gave the layers, for the report; by default none."""
+        return None
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save separate results in `folder`, such as an adapter before finalizing. By default this does nothing."""

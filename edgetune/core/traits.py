@@ -14,6 +14,7 @@ class Trait(Flag):
     PACKED = auto()  # weights in a storage format that trains nothing itself, as a base for adapters
     LEAN = auto()  # operators that save less for backward
     ROUNDED = auto()  # computes with rounded weights while it trains those in floating point
+    SHARED = auto()  # layers read their weights from one pool of parameters
     SPLIT = auto()  # linears in two parts, for quantization: an adapter or a cut would see one of them
     INTEGER = auto()  # integer weights, for good: nothing trains any more
 
@@ -33,6 +34,7 @@ _WORDS = {
     Trait.PACKED: "packed weights",
     Trait.LEAN: "lean operators",
     Trait.ROUNDED: "rounded weights",
+    Trait.SHARED: "shared weights",
     Trait.SPLIT: "split linears",
     Trait.INTEGER: "integer weights",
 }

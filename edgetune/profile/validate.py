@@ -48,7 +48,7 @@ class Compared(StrictRecord):
     source: str
 
 
-class Share(StrictRecord):
+class SubjectAccuracy(StrictRecord):
     """Accuracy of the predictions for the counted rows of a subject, in percent."""
 
     subject: str
@@ -75,7 +75,7 @@ class Validation(StrictRecord):
 
     rows: tuple[Compared, ...]
     missing: tuple[Missing, ...]
-    shares: tuple[Share, ...]
+    shares: tuple[SubjectAccuracy, ...]
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _check_prediction(item: _Item, log: float, width: float) -> CheckedPredictio
     )
 
 
-def _shares(rows: Sequence[Compared]) -> tuple[Share, ...]:
+def _shares(rows: Sequence[Compared]) -> tuple[SubjectAccuracy, ...]:
     shares = []
     for subject in SUBJECTS:
         own = [row for row in rows if row.counted and subject in row.subjects]
@@ -251,11 +251,11 @@ def _shares(rows: Sequence[Compared]) -> tuple[Share, ...]:
     return tuple(shares)
 
 
-def _share(subject: str, basis: Basis, same_rows: bool, predictions: Sequence[CheckedPrediction]) -> Share:
+def _share(subject: str, basis: Basis, same_rows: bool, predictions: Sequence[CheckedPrediction]) -> SubjectAccuracy:
     def percent(limit: float) -> float:
         return 100 * sum(abs(one.error_pct) <= limit for one in predictions) / len(predictions)
 
-    return Share(
+    return SubjectAccuracy(
         subject=subject,
         basis=basis,
         same_rows=same_rows,
@@ -305,7 +305,7 @@ def _cell(prediction: CheckedPrediction) -> str:
     return f"{prediction.predicted:.3g} ({prediction.error_pct:+.0f} %; {span}, {place})"
 
 
-def _sentence(share: Share) -> str:
+def _sentence(share: SubjectAccuracy) -> str:
     which = " (the same rows)" if share.same_rows else ""
     return (
         f"{share.subject}, {share.basis}{which}: of {share.rows} rows {share.within_10_pct:.0f} % within 10 %, "

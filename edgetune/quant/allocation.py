@@ -11,6 +11,7 @@ from typing import Literal
 from edgetune.core.allocate import Front, Option
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.numbers import MIB
+from edgetune.core.widths import BitWidths, LayerWidth, MeasuredWidths
 
 Width = Literal["int4-channel", "int4", "int8", "float"]
 WIDTHS: tuple[Width, ...] = ("int4-channel", "int4", "int8", "float")
@@ -37,6 +38,7 @@ class MeasuredAllocation:
     name: str
     average_bits: float
     kl: float  # mean KL divergence from the floating-point model, in nats
+    size_bytes: int  # of the whole model as stored
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,26 @@ class Allocation:
             text += f"; KL divergence on {batches}, weights rounded to nearest: {kls}"
         return text
 
+    def to_bit_widths(self, loss: str) -> BitWidths:
+        """As an entry of the ledger. `loss`: what the losses are, in words; "": the widths were written."""
+        layers = (
+            LayerWidth(
+                layer=c.layer,
+                width=c.width,
+                bits=8 * c.size_bytes / c.weights if c.weights else None,
+                share_pct=100 * c.size_bytes / self.size_bytes,
+                loss=c.loss if loss else None,
+            )
+            for c in self.choices
+        )
+        measured = (
+            MeasuredWidths(
+                name=one.name, average_bits=one.average_bits, size_mib=one.size_bytes / MIB, kl_divergence=one.kl
+            )
+            for one in self.compared
+        )
+        return BitWidths(layers=tuple(layers), loss=loss, measured=tuple(measured), held_out=self.held_out)
+
     def __str__(self) -> str:
         lines = [f"allocation: {self.summary()}; {self.size_bytes / MIB:.2f} MiB in all"]
         size = max((len(choice.width) for choice in self.choices), default=0)
@@ -136,15 +158,16 @@ def allocate(menu: Menu, limits: Mapping[str, float], beside: Mapping[str, float
 def allocate_uniformly(menu: Menu, limits: Mapping[str, float]) -> tuple[LayerBits, ...]:
     """Of one width for all linears and one for all tables, the pair of the least loss within the limits.
 
-    A layer that a width does not fit gets the next wider one. Where no pair is within, the smallest.
+    Where no pair is within, the smallest.
     """
-    pairs = [
-        tuple(_at_least(choices, tables if choices[0].is_table else linears) for choices in menu.values())
-        for linears in WIDTHS
-        for tables in WIDTHS
-    ]
+    pairs = [choose_widths(menu, linears, tables) for linears in WIDTHS for tables in WIDTHS]
     inside = [pair for pair in pairs if _within(pair, limits)]
     return min(inside, key=lambda pair: sum(choice.loss for choice in pair)) if inside else pairs[0]
+
+
+def choose_widths(menu: Menu, linears: Width, tables: Width) -> tuple[LayerBits, ...]:
+    """One width for all linears and one for all tables; a layer that it does not fit gets the next wider one."""
+    return tuple(_at_least(choices, tables if choices[0].is_table else linears) for choices in menu.values())
 
 
 def allocate_at_random(menu: Menu, limits: Mapping[str, float], seed: int) -> tuple[LayerBits, ...]:

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +21,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
+from edgetune.core.widths import BitWidths
 from edgetune.quant.allocation import BYTES, MS, Allocation, LayerBits, Menu, Width, allocate, average_bits
 from edgetune.quant.layers import EIGHT_BITS, LayerChoice, choose_layers
 from edgetune.quant.menu import (
@@ -33,6 +33,7 @@ from edgetune.quant.menu import (
     other_ms,
     tie_heads,
     tied_heads,
+    uniform_choices,
     uniform_times,
 )
 from edgetune.quant.padded import rebuild_layers
@@ -42,6 +43,10 @@ from edgetune.quant.sensitivity import reached_layers
 
 _ALLOCATION = "edgetune_allocation"  # the attribute of a model that says which bits its layers got
 _HELD_OUT = 4  # batches after the calibration's, on which allocations are compared
+_LOSSES = {
+    "fisher": "half the squared rounding error weighed by Fisher information, which predicts the KL divergence in nats",
+    "output": "the squared error of the layer's outputs, relative to them",
+}
 _TABLE_WIDTHS: Mapping[str, Width] = {"int8": "int8", "int4": "int4", "none": "float"}
 
 
@@ -55,7 +60,8 @@ class Bits(Technique):
     outputs (`score: output`). Then weights are rounded as in `int4`.
 
     What is reported beside it: the KL divergence from the floating-point model on held-out batches, weights rounded
-    to nearest, of this allocation, of the best uniform one within the same size, and of a random one of that size.
+    to nearest, of this allocation, of the best uniform one within the same size, of a random one of that size, and
+    of all layers in 8 bits and in 4.
     `allocation` instead says what each layer gets, by patterns of which the last that matches counts; layers without
     one stay in floating point. A run writes what was chosen to `allocation.yaml` in this form.
     """
@@ -142,6 +148,11 @@ class Bits(Technique):
         allocation: Allocation = getattr(model, _ALLOCATION)
         return allocation.summary()
 
+    def bit_widths(self, model: nn.Module) -> BitWidths:
+        """The widths of all layers, and what they are compared with."""
+        allocation: Allocation = getattr(model, _ALLOCATION)
+        return allocation.to_bit_widths("" if self.allocation else _LOSSES[self.score])
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save the allocation as `folder/allocation.yaml`, in the format of a recipe."""
         import yaml
@@ -167,16 +178,17 @@ class Bits(Technique):
         if self.allocation is not None:
             return layers, self._written(layers, self.allocation)
         assert sample is not None
-        batches = list(islice(sample.batches(), self.batches_wanted))
+        batches = sample.first_batches(self.batches_wanted)
         calibration = batches[: self.calibration_batches]
         table_width = None if self.embeddings == "auto" else _TABLE_WIDTHS[self.embeddings]
         times = {} if self.device is None else uniform_times(layers, self.device, sample.require_layers_ms())
         menu = build_menu(layers, self.score, calibration, self.seed, table_width, times)
+        uniform = uniform_choices(layers, menu)
         rest = Allocation((), other_bytes(layers), other_ms=other_ms(layers, times))
         beside = {BYTES: rest.size_bytes, MS: rest.latency_ms}
         menu, choices = self._choose_for_all_outputs(layers, menu, beside, calibration)
         allocation = replace(rest, choices=choices)
-        return layers, compare(layers, menu, allocation, calibration, batches[len(calibration) :])
+        return layers, compare(layers, menu, allocation, uniform, calibration, batches[len(calibration) :])
 
     def _choose_for_all_outputs(
         self, layers: LayerChoice, menu: Menu, beside: Mapping[str, float], batches: list[Inputs]

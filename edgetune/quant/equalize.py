@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +81,7 @@ class Equalize(Technique):
         layers = [name for group in groups for name in group.layers]
         refuse_infinite(model, layers)
         cut_off = {group.producer.layer for group in groups if group.ceiling < math.inf}
-        batches = [*islice(sample.batches(), self.calibration_batches), sample.inputs] if cut_off else []
+        batches = [*sample.first_batches(self.calibration_batches), sample.inputs] if cut_off else []
         peaks = measure_peaks(model, sorted(cut_off), batches)
         norms = _normalized_layers(model, recording)
         scales = equalizing_scales(groups, norms, _folded_weights(model, groups, norms), peaks)

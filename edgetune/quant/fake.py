@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call  # type: ignore[attr-defined]
 from torch.nn import functional
 
@@ -29,6 +30,8 @@ from edgetune.lean.frozen import remove_hooks
 from edgetune.lean.reads import FirstForward
 from edgetune.quant.blocks import round_by_rows
 from edgetune.quant.rounding import Grid, Rule, dequantize, scaled_codes
+
+WeightRule = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,27 @@ def pass_through(values: Tensor, others: Tensor) -> Tensor:
     return _StraightThrough.apply(values, others)  # type: ignore[no-untyped-call, no-any-return]
 
 
+class _RoundedProduct(torch.autograd.Function):
+    """A linear with the rounded weight of a layer, which is rounded again for backward instead of saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dense: Tensor, bias: Tensor | None, layer: FakeQuantized, rule: WeightRule
+    ) -> Tensor:
+        ctx.layer, ctx.rule = layer, rule
+        ctx.save_for_backward(x if dense.requires_grad else None)
+        return functional.linear(x, rule(dense), bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (needs_x, needs_weight, needs_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        of_x = gradient @ ctx.rule(dense_weight(ctx.layer.base)).to(gradient.dtype) if needs_x else None
+        of_weight = rows.t() @ x.flatten(0, -2).to(gradient.dtype) if needs_weight else None
+        return of_x, of_weight, rows.sum(0) if needs_bias else None, None, None
+
+
 @cache
 def _primitives() -> Any:
     with silence_libraries():
@@ -106,16 +130,21 @@ class FakeQuantized(Wrapped):
 
     @property
     def weight(self) -> Tensor:
-        """The rounded weight; its gradient goes to what it is made of. A frozen one on its grid is rounded once."""
+        """The rounded weight; its gradient goes to what it is made of."""
         dense = dense_weight(self.base)
+        return pass_through(dense, self.round(dense))
+
+    def round(self, dense: Tensor) -> Tensor:
+        """The values that stand for the dense weight. A frozen one on its grid is rounded once."""
+        frozen = isinstance(dense, nn.Parameter) and not dense.requires_grad  # not one that an adapter computes anew
         version = (dense.data_ptr(), dense._version)
-        if self.settled == version and not dense.requires_grad:
+        if frozen and self.settled == version:
             return dense
         rounded = self.rounding(dense, self.scales)
-        if not dense.requires_grad and torch.equal(rounded, dense):
+        if frozen and torch.equal(rounded, dense):
             self.settled = version
             return dense
-        return pass_through(dense, rounded)
+        return rounded
 
     @property
     def bias(self) -> Tensor | None:
@@ -139,11 +168,11 @@ class FakeQuantizedLinear(FakeQuantized):
     def forward(self, x: Tensor) -> Tensor:
         """The product of the rounded weight and the rounded activations."""
         x = round_activations(x) if self.rounds_activations else x
-        return functional.linear(x, self.computed_weight(), self.bias)
+        return _RoundedProduct.apply(x, dense_weight(self.base), self.bias, self, self.weight_rule())  # type: ignore[no-untyped-call, no-any-return]
 
-    def computed_weight(self) -> Tensor:
-        """The weight of this forward: the rounded one."""
-        return self.weight
+    def weight_rule(self) -> WeightRule:
+        """What gives the dense weight its values in this forward: rounding."""
+        return self.round
 
 
 class FakeQuantizedEmbedding(FakeQuantized):

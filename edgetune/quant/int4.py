@@ -14,8 +14,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.quant.experts import describe_split
-from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, four_bits, table_grid
+from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, describe_float_parts, four_bits, table_grid
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import Algorithm, round_layers
 from edgetune.quant.rounding import LEAST_GROUP, GroupSize
@@ -106,9 +105,10 @@ class Int4(Technique):
 
     @property
     def rounding(self) -> Mapping[str, object]:
-        """All settings of the weights."""
+        """All settings of the weights; `int8_linears` are `None` where the preset chooses them by the model."""
         names = type(self).model_fields.keys() - {"activation_bits", "preset"}
-        return {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names}
+        return settings | ({"int8_linears": None} if self._chooses_heads else {})
 
     def for_rehearsal(self) -> Technique:
         """The same layers, rounded to nearest."""
@@ -139,16 +139,20 @@ class Int4(Technique):
         return model
 
     def note(self, model: nn.Module) -> str:
-        """What splitting experts costs."""
-        return describe_split(model)
+        """What splitting experts costs, and the convolutions that stay in floating point."""
+        return describe_float_parts(model)
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """Split experts, quantized tables without their `padding_idx`, and padded linears."""
         return rebuild_layers(model, state)
 
+    @property
+    def _chooses_heads(self) -> bool:
+        return self.preset == "closest" and "int8_linears" not in self.model_fields_set
+
     def _heads(self, model: nn.Module) -> tuple[str, ...]:
         """The linears that the preset keeps in 8 bits."""
-        if self.preset != "closest" or "int8_linears" in self.model_fields_set:
+        if not self._chooses_heads:
             return ()
         names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
         heads = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _HEADS)]

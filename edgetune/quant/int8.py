@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -99,7 +98,7 @@ class Int8(Technique):
         from edgetune.quant.pt2e import quantize_static
 
         source_parameters = sum(parameter.numel() for parameter in model.parameters())
-        batches = islice(sample.batches(), self.calibration_batches)
+        batches = sample.first_batches(self.calibration_batches)
         with as_plain(model.eval()) as here:
             graph, errors = quantize_static(
                 here, sample.inputs, batches, per_channel=self.per_channel, observer=self.observer,

@@ -11,8 +11,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.quant.experts import describe_split
-from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, table_grid
+from edgetune.quant.layers import EIGHT_BITS, TableBits, choose_layers, describe_float_parts, table_grid
 from edgetune.quant.padded import rebuild_layers
 from edgetune.quant.round_layers import round_layers
 
@@ -61,8 +60,8 @@ class Int8Dynamic(Technique):
         return model
 
     def note(self, model: nn.Module) -> str:
-        """What splitting experts costs."""
-        return describe_split(model)
+        """What splitting experts costs, and the convolutions that stay in floating point."""
+        return describe_float_parts(model)
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """Split experts, and quantized tables without their `padding_idx`."""

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.freed import release_freed_memory
 from edgetune.core.layers import matches, select
+from edgetune.core.numbers import format_percent
 from edgetune.core.plain import computed_tensor, refuse_computed
 from edgetune.core.technique import Sample
 from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.blocks import quantize_weight
-from edgetune.quant.experts import is_fused, split_wanted_experts
+from edgetune.quant.experts import describe_split, is_fused, split_wanted_experts
 from edgetune.quant.padded import PaddedLinear, can_pad, pad_inputs, unpad_inputs
 from edgetune.quant.rounding import LEAST_GROUP, Grid, Rule, absmax_codes
-from edgetune.quant.size import weight_bits
+from edgetune.quant.size import parameter_count, weight_bits
 from edgetune.quant.split import OutlierLinear, SplitLinear, drop_outlier_columns
 from edgetune.quant.tables import looks_up
 
@@ -333,6 +334,20 @@ def _describe_bare_weights(model: nn.Module) -> str:
         if names
         else ""
     )
+
+
+def describe_float_parts(model: nn.Module) -> str:
+    """For people: what splitting experts costs, and the convolutions that stay in floating point; empty if neither."""
+    kinds = nn.modules.conv._ConvNd
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    notes = [describe_split(model)]
+    if convolutions:
+        weights = sum(parameter.numel() for module in convolutions.values() for parameter in module.parameters())
+        share = format_percent(100 * weights / parameter_count(model))
+        noun = "convolution stays" if len(convolutions) == 1 else "convolutions stay"
+        names = truncate_list(convolutions, 6)
+        notes.append(f"{len(convolutions)} {noun} in floating point, {share} % of the parameters: {names}")
+    return "; ".join(filter(None, notes))
 
 
 def _are_shared(model: nn.Module, layers: list[Layer]) -> bool:

@@ -21,6 +21,7 @@ from edgetune.quant.allocation import (
     allocate_at_random,
     allocate_uniformly,
     average_bits,
+    choose_widths,
 )
 from edgetune.quant.blocks import quantize_weight
 from edgetune.quant.hessians import calibrate
@@ -183,22 +184,38 @@ def _layer_ms(times: Mapping[str, float], name: str) -> float:
     return sum(ms for module, ms in times.items() if module == name or module.startswith(name + "."))
 
 
+def uniform_choices(layers: LayerChoice, menu: Menu) -> dict[str, tuple[LayerBits, ...]]:
+    """All layers in 8 bits, and all in 4, as far as their menu has that; else in the next wider width."""
+    return {
+        "all in 8 bits": choose_widths(tie_heads(layers, menu), "int8", "int8"),
+        "all in 4 bits": choose_widths(menu, "int4", "int4"),
+    }
+
+
 def compare(
-    layers: LayerChoice, menu: Menu, allocation: Allocation, calibration: list[Inputs], held_out: list[Inputs]
+    layers: LayerChoice,
+    menu: Menu,
+    allocation: Allocation,
+    others: Mapping[str, tuple[LayerBits, ...]],
+    calibration: list[Inputs],
+    held_out: list[Inputs],
 ) -> Allocation:
-    """Measure the allocation, and a uniform and a random one of at most its size, all rounded to nearest."""
+    """Measure the allocation, a uniform and a random one of at most its size, and others, all rounded to nearest."""
     limits = {BYTES: sum(choice.size_bytes for choice in allocation.choices)}
-    others = {
+    each = {
         "this": allocation.choices,
         "uniform": allocate_uniformly(menu, limits),
         "random": allocate_at_random(menu, limits, _RANDOM_SEED),
+        **others,
     }
     reference = reference_logits(layers.model, held_out or calibration)
     compared = []
-    for name, choices in others.items():
+    for name, choices in each.items():
         grids = {c.layer: grid for c in choices if (grid := grid_of(layers, c.layer, c.width))}
         rounded = layers.with_grids(grids)
         with rounded.restore_weights():
             round_layers(rounded, "mse", None, 0)
-            compared.append(MeasuredAllocation(name, average_bits(choices), mean_kl(layers.model, reference)))
+            kl = mean_kl(layers.model, reference)
+        size_bytes = replace(allocation, choices=choices).size_bytes
+        compared.append(MeasuredAllocation(name, average_bits(choices), kl, size_bytes))
     return replace(allocation, compared=tuple(compared), held_out=bool(held_out))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -76,7 +75,7 @@ class Outliers(Technique):
         narrow = [name for name, layer in chosen.items() if not can_split(layer) and name not in shared]
         splittable = {name: layer for name, layer in chosen.items() if name not in (*shared, *narrow)}
         refuse_read_elsewhere(model, splittable, sample)
-        batches = list(islice(sample.batches(), self.calibration_batches))
+        batches = sample.first_batches(self.calibration_batches)
         split = split_outliers(model, splittable, self.share, batches) if splittable else []
         for names, reason in (
             ([name for name in splittable if name not in split], "no calibration batch reaches these layers"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -28,10 +27,10 @@ class QAT(Technique):
 
     What is not set is taken from that later step: which layers, their bits, groups and tables. Put `qat` after
     `lora` and `sparse-update`: an adapter is then rounded together with its weight, and merging rounds nothing again.
-    Weights are rounded anew at each forward, and gradients pass straight through. With `gptq`, which `auto` is where
-    there is a sample, plain layers start from weights that GPTQ rounded, and train from there with its scales; frozen
-    ones stay so. `finalize` leaves plain layers whose weights lie on the grid, and the later step stores exactly these,
-    whatever its `algorithm`.
+    Weights are rounded anew at each forward, and for backward instead of being saved; gradients pass straight through.
+    With `gptq`, which `auto` is where there is a sample, layers start from weights that GPTQ rounded, those of a new
+    adapter too, and train from there with its scales; frozen ones stay so. `finalize` leaves plain layers whose weights
+    lie on the grid, and the later step stores exactly these, whatever its `algorithm`.
 
     `distill` adds the divergence from the model as it was before, of which a frozen copy runs beside the training, and
     switches off dropout, whose noise outweighs what rounding changes.
@@ -56,7 +55,7 @@ class QAT(Technique):
     """Precision of embedding tables; by default as in the later step."""
     algorithm: Literal["auto", "absmax", "mse", "gptq"] = "auto"
     """How 4 bits are rounded: to nearest, with scales chosen at each forward (`absmax`, `mse`), or from GPTQ's rounding
-    on, with its scales, for layers without an adapter (`gptq`); by default as in the later step."""
+    on, with its scales, unless an adapter was trained before (`gptq`); by default as in the later step."""
     calibration_batches: int = Field(default=8, ge=1)
     """Number of batches of training rows for `gptq`; by default as in the later step."""
     distill: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -86,6 +85,12 @@ class QAT(Technique):
                 action="leave algorithm out there: it keeps these weights",
             )
         update = {name: value for name, value in settings.items() if name not in self.model_fields_set}
+        if update.get("int8_linears", ()) is None:
+            raise EdgetuneError(
+                "the preset of the step that quantizes gives 8 bits to the head that it finds, and qat would train it "
+                "in 4",
+                action='write which: int8_linears: ["lm_head"] there, or int8_linears: [] for none',
+            )
         return self.model_copy(update=update)
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
@@ -124,7 +129,7 @@ class QAT(Technique):
         return model
 
     def _batches(self, sample: Sample | None) -> list[Inputs]:
-        return list(islice(self.require_sample(sample).batches(), self.calibration_batches))
+        return self.require_sample(sample).first_batches(self.calibration_batches)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """The weighted divergence of the last training forward."""

@@ -7,7 +7,6 @@ they have 8, and the outlying inputs are selected rather than permuted to the en
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 from typing import ClassVar
 
 from pydantic import Field
@@ -72,7 +71,7 @@ class Quik(Technique):
         with silence_libraries():
             require("torchao", self.name)
         sample = self.require_sample(sample)
-        batches = list(islice(sample.batches(), self.calibration_batches))
+        batches = sample.first_batches(self.calibration_batches)
         layers = choose_layers(
             self.name, model, sample, linears=[(self.targets, four_bits(None))], skip=self.skip,
             tables=table_grid(self.embeddings, LEAST_GROUP),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.quant.channels import ChannelGroup, check_outputs, find_groups, refuse_infinite, refuse_unplain, weight_of
 from edgetune.quant.hadamard import random_rotation
+from edgetune.quant.rotated_gain import add_gain, rebuild_gains, remove_gain
 from edgetune.quant.stream import Stream, find_stream
 
 _ROWS = 8192  # of a weight at a time, in fp64
@@ -23,10 +25,13 @@ class Rotate(Technique):
 
     A random Hadamard matrix is multiplied into the weights that write the residual stream and its transpose into those
     that read it, after the weights of the RMS norms between were multiplied into the readers (QuaRot, arXiv:2404.00456;
-    SpinQuant, arXiv:2405.16406, R1). Nothing is added to the model. A head that shares its weight with the embedding is
-    untied, so the model grows by one table, and `config.tie_word_embeddings` becomes False. Put it before a step of
-    quantization, and compare with the model without it: it helps where outliers of activations are what rounding
-    spoils, but weights that are rounded in small groups can lose by it.
+    SpinQuant, arXiv:2405.16406, R1). Put it before a step of quantization, and compare with the model without it: it
+    helps where outliers of activations are what rounding spoils, but weights that are rounded in small groups can lose
+    by it.
+
+    Nothing is added to the model, unless its head shares its weight with the embedding: then that weight cannot take
+    over the weight of the last norm. `tied` says whether the head gets a weight of its own, which stores a second
+    table, or the norm a small linear for it, `NAME.gain`.
 
     Raises `EdgetuneError` for a model in which something else reads the stream, such as the LayerNorm of BERT, ViT and
     GPT-2, which subtracts a mean.
@@ -38,6 +43,10 @@ class Rotate(Technique):
 
     heads: bool = True
     """Rotate the values of each attention head too, where only the output projection reads them (SpinQuant's R2)."""
+    tied: Literal["keep", "untie"] = "untie"
+    """What becomes of a head that shares its weight with the embedding. `untie`: it gets its own weight, so the model
+    grows by a table, and `config.tie_word_embeddings` becomes False. `keep`: it still shares it, and a linear of
+    hidden x hidden weights follows the last norm, which `from_pretrained` of transformers does not restore."""
     seed: int = 0
     """The seed of the random signs."""
 
@@ -55,42 +64,67 @@ class Rotate(Technique):
         groups = [g for g in find_groups(model, recording, mixes=True) if _is_rotatable(g)] if self.heads else []
         layers = [*stream.layers, *(name for group in groups for name in group.layers)]
         refuse_infinite(model, layers)
-        with check_outputs(model, sample.inputs, layers), torch.no_grad():
-            untied = _untie(model, stream)
-            _fold_norms(model, stream)
-            _rotate_stream(model, stream, random_rotation(stream.width, self.seed))
+        tied, rotation = _find_tied(model, stream), random_rotation(stream.width, self.seed)
+        kept = {stream.readers[name] for name in tied} if self.tied == "keep" else set()
+        with _restore_norms(model, stream), check_outputs(model, sample.inputs, layers), torch.no_grad():
+            if self.tied == "untie":
+                _untie(model, tied)
+            _fold_norms(model, stream, kept, rotation)
+            _rotate_stream(model, stream, rotation)
             for number, group in enumerate(groups):
                 _rotate_heads(model, group, self.seed + number + 1)
         config = getattr(model, "config", None)
-        if untied and getattr(config, "tie_word_embeddings", False):
+        if self.tied == "untie" and tied and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]  # so that nothing ties them again
         return model
 
+    def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+        """The linear after the last norm."""
+        return rebuild_gains(model, state)
 
-def _untie(model: nn.Module, stream: Stream) -> bool:
-    """Give each reader that shares its weight with an embedding one of its own. Returns whether any did."""
+
+def _find_tied(model: nn.Module, stream: Stream) -> list[str]:
+    """The readers that share their weight with an embedding."""
     tables = {id(weight_of(model, name)) for name in stream.embeddings}
-    tied = [name for name in stream.readers if id(weight_of(model, name)) in tables]
+    return [name for name in stream.readers if id(weight_of(model, name)) in tables]
+
+
+def _untie(model: nn.Module, tied: Sequence[str]) -> None:
+    """Give these layers a weight of their own."""
     for name in tied:
         weight = weight_of(model, name)
         own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         model.get_submodule(name).weight = own
-    return bool(tied)
 
 
-def _fold_norms(model: nn.Module, stream: Stream) -> None:
-    """Multiply the weight of each norm into the columns of its readers."""
+@contextmanager
+def _restore_norms(model: nn.Module, stream: Stream) -> Iterator[None]:
+    """Take the linears away from the norms if the body raises."""
+    try:
+        yield
+    except BaseException:
+        for norm in stream.norms:
+            remove_gain(model.get_submodule(norm))
+        raise
+
+
+def _fold_norms(model: nn.Module, stream: Stream, kept: Collection[str | None], rotation: Tensor) -> None:
+    """Multiply the weight of each norm into the columns of its readers; those of `kept` apply it themselves."""
     for name, norm in stream.readers.items():
-        if norm is not None:
+        if norm is not None and norm not in kept:
             gain = weight_of(model, norm).double() + stream.norms[norm]
             _multiply_columns(weight_of(model, name), gain.diag())
     for norm, offset in stream.norms.items():
-        weight_of(model, norm).fill_(1.0 - offset)
+        if norm in kept:
+            add_gain(model.get_submodule(norm), offset, rotation)
+        else:
+            weight_of(model, norm).fill_(1.0 - offset)
 
 
 def _rotate_stream(model: nn.Module, stream: Stream, rotation: Tensor) -> None:
-    for name in (*stream.embeddings, *stream.readers):
-        _multiply_columns(weight_of(model, name), rotation)
+    weights = [weight_of(model, name) for name in (*stream.embeddings, *stream.readers)]
+    for weight in {id(weight): weight for weight in weights}.values():  # one that is shared once
+        _multiply_columns(weight, rotation)
     for name in stream.writers:
         _multiply_rows(model.get_submodule(name), rotation, range(stream.width))
 

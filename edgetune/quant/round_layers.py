@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 from torch import Tensor
@@ -34,7 +33,7 @@ def round_layers(
     importance: dict[str, Tensor] = {}
     if algorithm == "awq":  # before any layer has integers
         assert sample is not None
-        batches = list(islice(sample.batches(), calibration_batches))
+        batches = sample.first_batches(calibration_batches)
         importance = scale_inputs(layers.model, layers.narrow, layers.grids, sample.inputs, batches)
     layers.prepare()
     _round_others(layers)
@@ -50,7 +49,7 @@ def round_layers(
         return
     assert sample is not None
     progress = sample.progress
-    batches = list(islice(sample.batches(), calibration_batches))
+    batches = sample.first_batches(calibration_batches)
     unfinished = Unfinished(sample.folder, f"{layers.technique}: {layers.grids}", layers.model, batches)
     done = unfinished.restore(layers.narrow, layers.grids)
     remaining = {name: layer for name, layer in layers.narrow.items() if name not in done}

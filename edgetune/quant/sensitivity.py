@@ -20,6 +20,7 @@ from edgetune.core.inputs import Inputs, device_of, logits_of, token_mask
 from edgetune.core.modes import preserve_trainability
 from edgetune.quant.calibration import evaluation, run_on, usable_batches, watch_inputs
 from edgetune.quant.layers import Layer
+from edgetune.quant.teacher import divergence
 
 _DRAWS = 4  # of labels for each batch
 _MOST_LOGITS = 2**25  # that a comparison holds at once, beyond its first batch
@@ -92,11 +93,8 @@ def mean_kl(model: nn.Module, reference: Sequence[tuple[Inputs, Tensor]]) -> flo
         for batch, expected in reference:
             logits = _predicted(run_on(model, batch), batch)
             predictions += len(logits)
-            if logits.shape[-1] == 1:
-                total += float((logits - expected).square().sum()) / 2
-            else:
-                pair = logits.log_softmax(-1), expected.log_softmax(-1)
-                total += float(F.kl_div(*pair, log_target=True, reduction="sum"))
+            if len(logits):
+                total += len(logits) * float(divergence(logits, expected))
     return total / max(predictions, 1)
 
 

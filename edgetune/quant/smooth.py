@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -75,7 +74,7 @@ class Smooth(Technique):
             raise _nothing_to_scale_error(model)
         layers = [name for group in groups for name in group.layers]
         refuse_infinite(model, layers)
-        batches = list(islice(sample.batches(), self.calibration_batches))
+        batches = sample.first_batches(self.calibration_batches)
         sizes = measure_inputs(model, linears, batches)
         _refuse_unmeasured(linears, sizes)
         if self.alpha == "auto":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgetune.core.divergence import mean_divergence
 from edgetune.core.inputs import device_of, logits_of, token_mask
 from edgetune.lean.frozen import remove_hooks
 from edgetune.lean.reads import FirstForward
@@ -107,5 +108,4 @@ def divergence(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Te
         return functional.mse_loss(logits.float(), target.float()) / 2
     if mask is not None and mask.shape == logits.shape[:-1]:
         logits, target = logits[mask], target[mask]
-    ours, theirs = (each.float().log_softmax(-1).flatten(0, -2) for each in (logits, target))
-    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return mean_divergence(logits.float(), target.float())

@@ -13,7 +13,7 @@ from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.quant.fake import FakeQuantizedLinear, Rounding, dense_weight, merge_rounded, pass_through, wrap_layers
+from edgetune.quant.fake import FakeQuantizedLinear, Rounding, WeightRule, merge_rounded, wrap_layers
 from edgetune.quant.roundable import choose_roundable
 from edgetune.quant.rounding import Codes, Grid
 from edgetune.quant.teacher import add_teacher, latest_divergence, remove_teacher
@@ -76,16 +76,15 @@ class TernaryLinear(FakeQuantizedLinear):
         self.blend_batches = blend_batches
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
-    def computed_weight(self) -> Tensor:
+    def weight_rule(self) -> WeightRule:
         """In training mode part of the way to the ternary weight, at first; the gradient is that of the whole way."""
         batches = int(self.batches)
         if not self.training or batches >= self.blend_batches:
-            return self.weight
+            return self.round
         if torch.is_grad_enabled():
             self.batches += 1
-        dense = dense_weight(self.base)
         share = (batches + 1) / (self.blend_batches + 1)
-        return pass_through(dense, torch.lerp(dense.detach(), self.rounding(dense), share))
+        return lambda dense: torch.lerp(dense, self.rounding(dense), share)
 
 
 def ternary_codes(weight: Tensor, grid: Grid) -> Codes:

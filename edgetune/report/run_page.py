@@ -44,6 +44,7 @@ from edgetune.report.tables import (
     training_table,
     undelegated_table,
 )
+from edgetune.report.width_figures import width_figures, width_tables
 
 FOOTER = (
     "Predicted values are computed from a device descriptor and drawn in hatched blue. Measured values were timed "
@@ -56,7 +57,7 @@ def page(ledger: Ledger, path: Path) -> None:
 
     Raises `EdgetuneError` if plotly is missing.
     """
-    drawn = (*figures(ledger), *rooflines(ledger.layers))
+    drawn = (*figures(ledger), *width_figures(ledger), *rooflines(ledger.layers))
     write_report(
         path,
         drawn,
@@ -86,6 +87,7 @@ def sections(ledger: Ledger, drawn: tuple[Figure, ...]) -> tuple[Section, ...]:
     return (
         section("Budget", (verdict_table(ledger),)),
         section("Steps", (steps, quality_table(ledger)), "saved"),
+        section("Precision of the layers", width_tables(ledger), "widths-"),
         section("Predictions on the test set", answer_tables(ledger.answers) if ledger.answers else ()),
         section("Training", (training_table(ledger),), "loss-"),
         section("Devices", devices, "latency", "memory", "roofline-"),

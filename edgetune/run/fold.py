@@ -26,6 +26,7 @@ from edgetune.core.order import plan_steps
 from edgetune.core.progress import NOTE, Progress
 from edgetune.core.technique import Sample, StepSettings, Technique
 from edgetune.core.traits import Trait
+from edgetune.core.widths import BitWidths
 from edgetune.data.dataset import Dataset, Split
 from edgetune.export.targets import find
 from edgetune.models.chat import drop_truncated_answers
@@ -221,7 +222,8 @@ class Fold:
         shift = None if before is None or after is None else shift_between(before, after)
         if self.record and not settings.needs_finalize():
             settings.save(self.model, self.folder)
-        self.add_row(settings.name, detail, seconds, exact=settings.exact, shift=shift, note=note)
+        widths = settings.bit_widths(self.model)
+        self.add_row(settings.name, detail, seconds, exact=settings.exact, note=note, shift=shift, widths=widths)
 
     def close(self) -> None:
         """Finalize what is open, with a row in the ledger; save separate results, such as an adapter."""
@@ -337,8 +339,9 @@ class Fold:
         return replace(sample, progress=self.progress, folder=folder, layers_ms=times)
 
     def add_row(
-        self, step: str, detail: str, seconds: float, exact: bool = False, shift: Shift | None = None, note: str = ""
-    ) -> None:
+        self, step: str, detail: str, seconds: float, exact: bool = False, note: str = "",
+        shift: Shift | None = None, widths: BitWidths | None = None,
+    ) -> None:  # fmt: skip
         """Measure the model and add a row, with the step's own note; reuse that of an earlier run of the same steps.
 
         After an `exact` step, which cannot change the outputs, quality is the last row's, and the row says so.
@@ -355,7 +358,7 @@ class Fold:
             note = join_notes([note, "not measured again: the step does not change the output" if exact else ""])
             row = Row(
                 index=index, step=step, detail=detail, quality=last, seconds=seconds, note=note, digest=self.digest,
-                measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), shift=shift,
+                measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"), shift=shift, widths=widths,
                 **measures._asdict(),
             )  # fmt: skip
             self.progress("measure", 1, 1, quality_in_words(last) if last else "")

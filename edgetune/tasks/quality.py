@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.divergence import mean_divergence
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.inputs import call, device_of, logits_of, to_device
 from edgetune.core.ledger import Answers, Quality, Shift
@@ -69,9 +70,9 @@ def distributions_on(model: nn.Module, split: Split, batch_size: int = 64) -> Te
 
 def shift_between(before: Tensor, after: Tensor) -> Shift:
     """How far the distributions of a rounded model are from those before, both as `distributions_on` gives them."""
-    divergence = (before.exp() * (before - after)).sum(-1).mean()
     changed = (before.argmax(-1) != after.argmax(-1)).float().mean()
-    return Shift(kl_divergence=float(divergence), changed_pct=100 * float(changed), predictions=len(before))
+    divergence = float(mean_divergence(after, before))
+    return Shift(kl_divergence=divergence, changed_pct=100 * float(changed), predictions=len(before))
 
 
 def batches_of(model: nn.Module, split: Split, batch_size: int) -> Iterator[Batch]:

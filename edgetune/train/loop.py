@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.core.apply import penalty
+from edgetune.core.divergence import mean_divergence
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.holders import is_distributed
 from edgetune.core.inputs import Inputs, call, device_of, logits_of, to_device
@@ -217,9 +218,7 @@ def soft_loss(logits: Tensor, target: Tensor, labels: Tensor, temperature: float
     if labels.dim() == 2:
         keep = labels.ne(_IGNORED_LABEL)
         logits, target = logits[keep], target[keep]
-    ours = functional.log_softmax(logits / temperature, dim=-1)
-    theirs = functional.log_softmax(target / temperature, dim=-1)
-    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+    return mean_divergence(logits / temperature, target / temperature) * temperature**2
 
 
 def _clip_gradients(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,22 @@ from edgetune.quant.palettize import Palettize
 from edgetune.quant.qat import QAT
 from edgetune.quant.quik import Quik
 from edgetune.quant.rotate import Rotate
+from edgetune.quant.share import Share
 from edgetune.quant.smooth import Smooth
 from edgetune.quant.ternary import Ternary
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
 from support.gain import Gain
-from support.sizes import bytes_of, channel_size, int4_int8_size, int4_size, int8_size, nf4_size, pruned_bert_size
+from support.sizes import (
+    bytes_of,
+    channel_size,
+    int4_int8_size,
+    int4_size,
+    int8_size,
+    nf4_size,
+    pruned_bert_size,
+    shared_size,
+)
 
 
 class Block(nn.Module):
@@ -130,6 +141,13 @@ def llama(tied: bool = False) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
+def tied_llama() -> nn.Module:
+    """With norms as after some training."""
+    model: Any = llama(tied=True)
+    nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
+    return model  # type: ignore[no-any-return]
+
+
 def dense(layer: nn.Module) -> Tensor:
     """The plain weight that a layer computes with, whatever it is wrapped in."""
     return plain_tensors(layer)["weight"]
@@ -188,6 +206,7 @@ class Case:
     keeps_less: bool = False  # bytes kept for backward fall
     same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
+    keeps_weights: bool = True  # whether the open model's state has the plain model's keys
     same_keys: bool = True  # whether the finalized model has the plain model's state-dict keys
     same_shapes: bool = True  # whether it can load the plain model's state
     unmatched: Technique | None = None  # the same technique with a target that matches nothing
@@ -321,6 +340,14 @@ CASES = [
         exports=True, unmatched=Ternary(targets=NOTHING),
     ),
     Case(
+        "share-mlp", (Share(targets=BLOCKS),), mlp, vectors, error=0.8, size=shared_size(BLOCKS, 0.5),
+        keeps_weights=False, same_shapes=False, exports=True, unmatched=Share(targets=NOTHING),
+    ),
+    Case(
+        "share-bert", (Share(ratio=0.3, block_size=32, targets=LINEARS),), bert, tokens, error=0.8,
+        keeps_weights=False, same_shapes=False,
+    ),
+    Case(
         "int8-cnn", (Int8(),), cnn, pictures, error=0.02, size=int8_size, trains=False, same_keys=False, exports=True,
     ),
     Case(
@@ -334,6 +361,10 @@ CASES = [
         same_weights=False,
     ),
     Case("rotate-llama", (Rotate(),), llama, tokens, exports=True, same_weights=False),
+    Case(
+        "rotate-tied-llama", (Rotate(tied="keep"),), tied_llama, tokens, exports=True, same_weights=False,
+        same_keys=False,
+    ),
     Case(
         "rotate-smooth-llama", (Rotate(), Smooth(alpha="auto", bits=8, group_size="channel")), llama, tokens,
         same_weights=False,

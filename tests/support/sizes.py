@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from edgetune.core.layers import matches
+
 
 def packed_bytes(weights: int, block_size: int, double_quant: bool) -> int:
     """Bytes that the weights of an NF4 layer take: codes, scales and tables."""
@@ -81,3 +83,14 @@ def int8_size(plain: nn.Module) -> int:
     """Weights at a byte; for each output a bias, a scale (4 bytes each) and a zero point (8). Norms are folded."""
     layers = [m for m in plain.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     return sum(m.weight.numel() + (4 + 4 + 8) * m.weight.shape[0] for m in layers)
+
+
+def shared_size(targets: tuple[str, ...], ratio: float, block_size: int = 64) -> Callable[[nn.Module], int]:
+    """A pool in the place of these linears' weights, and for each block of these a place and two factors."""
+
+    def size(plain: nn.Module) -> int:
+        linears = [m for n, m in plain.named_modules() if isinstance(m, nn.Linear) and matches(n, targets)]
+        blocks = sum(linear.weight.numel() for linear in linears) // block_size
+        return bytes_of(plain) + 4 * (math.ceil(ratio * blocks) - blocks) * block_size + 3 * 4 * blocks
+
+    return size

@@ -54,10 +54,10 @@ def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool 
 
 
 def prelu(x: Tensor, weight: Tensor) -> Any:
-    """With five dims, which XNNPACK's partitioner takes but its passes fail at: as a sum of both sides."""
-    if x.dim() <= 4:
+    """As a sum of both sides, but of images: XNNPACK's partitioner takes any dims, and its passes fail at others."""
+    if x.dim() == 4:
         return NotImplemented
-    slopes = weight.reshape(1, -1, *[1] * (x.dim() - 2))
+    slopes = weight.reshape(-1, *[1] * (x.dim() - 2))  # of the channels, the second dim
     return torch.relu(x) - torch.relu(-x) * slopes
 
 
