@@ -119,7 +119,7 @@ def test_adapters_add_their_own_bytes(case: Callable[..., Case], kind: str, bits
     own = sum((folder / "adapter_model.safetensors").stat().st_size for folder in one.folders.values())
     filled = sum(4 * layer.rank * (layer.inputs + layer.outputs) for layer in spec.layers)
     assert all(file.size_bytes <= filled + 2**12 for file in spec.files)
-    if bits == "8da4w":  # of the other type the base alone is not lowered, to save time
+    if (kind, bits) == ("bert", "8da4w"):  # lowering the base alone takes as long as all the other tests of a case
         base = export(one.base, one.inputs, one.artifact.path.with_name("base.pte")).manifest.total_bytes
         assert manifest.total_bytes <= base + own + 2**16
 
