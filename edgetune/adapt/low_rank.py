@@ -94,6 +94,7 @@ def _refuse_beyond(config: Mapping[str, Any]) -> None:
             "only LoRA runs beside a base as two plain products",
             got=family,
             allowed=["LORA"],
+            near="",  # LoHa is no slip of the finger
             action=f"convert it to LoRA first, or {MERGE}",
         )
     if config.get("use_dora"):
