@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -13,7 +13,7 @@ from edgetune.core.floats import FloatType
 from edgetune.core.inputs import Inputs
 from edgetune.program.artifact import Artifact
 from edgetune.program.carried import Carried
-from edgetune.program.manifest import Manifest
+from edgetune.program.manifest import AdapterForm, Manifest
 
 __all__ = ["Artifact", "Carried", "Manifest", "export"]
 
@@ -35,6 +35,8 @@ def export(
     dynamic: Dynamic | None = None,
     external_data: bool = False,
     io_in_plan: bool = True,
+    adapters: Mapping[str, str | Path] | None = None,
+    form: AdapterForm = "inputs",
 ) -> Artifact:
     """Lower `model` to `path` (a `.pte`), verify that it computes the same, and write `model.json` next to it.
 
@@ -65,6 +67,12 @@ def export(
     `external_data` stores the weights in `model.ptd` next to the program. `io_in_plan=False` excludes inputs and
     outputs from the memory plan: the program then reads and writes the caller's memory, and XNNPACK may read up to
     64 bytes past the end of an input.
+
+    `adapters` are LoRA adapters for `model`, the plain base, by name: folders in peft's format. The program computes
+    the base and a side path of two products beside each adapted layer, and every adapter is compared with the model
+    that has it. With `form="inputs"` the matrices are inputs of the program, and each adapter is a small file
+    `model.NAME.safetensors` of their values: a program changes its adapter from one call to the next, and zeros are the
+    base. With `form="files"` each adapter is a file `model.NAME.ptd`, which is loaded beside the base's `model.ptd`.
     """
     from edgetune.core.apply import check_model
     from edgetune.export.lower import Layout
@@ -92,4 +100,6 @@ def export(
         sizes=dynamic,
         one_row=one_row,
         layout=Layout(external_data=external_data, io_in_plan=io_in_plan),
+        adapters=adapters,
+        form=form,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.quiet import silence_libraries
+from edgetune.program.tensor_data import read_tensor_data
 
 _FILE = "weights"
 
@@ -49,9 +49,4 @@ def read_weights(built: Any, target: str) -> bytes:
 
 def read_sizes(file: Path) -> dict[str, int]:
     """Bytes of each tensor in a `.ptd`, by name."""
-    with silence_libraries():  # the reader's imports emit warnings
-        from executorch.exir._serialize._cord import Cord
-        from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
-
-        held = FlatTensorSerializer().deserialize(Cord(file.read_bytes()))
-    return {name: len(held.buffers[entry.buffer_index]) for name, entry in held.named_data.items()}
+    return {name: len(weight.data) for name, weight in read_tensor_data(file).items()}

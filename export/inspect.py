@@ -12,13 +12,15 @@ import torch
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.ledger import Parity
+from edgetune.core.numbers import format_size
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.export import external_weights
 from edgetune.program.inspection import Beside, Constant, Count, Delegate, FileShare, Inspection, Method, Slot
-from edgetune.program.manifest import DataFile, TrainingParity, data_path, manifest_path, stored_manifest
-from edgetune.program.program_files import program_at
+from edgetune.program.manifest import DataFile, Manifest, TrainingParity, data_path, manifest_path, stored_manifest
+from edgetune.program.program_files import program_at, sha256_of
 
+PACKED_AGAIN = "each method or module that is loaded packs the base again, unless the runtime's weight cache is on"
 _IDENTIFIER = slice(4, 8)  # of a flatbuffer; executorch's are ET12 and the like
 _HEADER = slice(8, 40)
 _DTYPES = {
@@ -246,6 +248,29 @@ def _read_manifest(path: Path, digest: str) -> Beside | None:
         if several
         else _format_parity(manifest.training.parity if manifest.training is not None else manifest.main.parity),
         note="; ".join(filter(None, (manifest.note, _describe_data(path, manifest.data)))),
+        adapters=_describe_adapters(path, manifest),
+    )
+
+
+def _describe_adapters(path: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """The adapters, their files, the size of everything, and what the runtime does with the base."""
+    spec = manifest.adapters
+    if spec is None:
+        return ()
+    kinds = {"inputs": "given as inputs of the program", "files": "loaded from files beside the base's"}
+    rows = [("adapters", f"{len(spec.files)}, {kinds[spec.form]}; rank up to {spec.rank} on {len(spec.layers)} layers")]
+    for one in spec.files:
+        difference = None if one.parity is None else one.parity.max_relative_difference
+        proof = "not run" if difference is None else f"within {difference:.1e} of the largest value"
+        state = _checksum(path.with_name(one.file), one.sha256)
+        rows.append(
+            (f"adapter {one.name}", f"{one.file}, {format_size(one.size_bytes)}, rank {one.rank}, {proof}, {state}")
+        )
+    change = "change those inputs" if spec.form == "inputs" else "load the program with another file"
+    return (
+        *rows,
+        ("all files", format_size(manifest.total_bytes)),
+        ("in memory", f"{PACKED_AGAIN}; for another adapter, {change}"),
     )
 
 
@@ -253,11 +278,15 @@ def _describe_data(path: Path, data: DataFile | None) -> str:
     """The file of external weights, and whether its checksum is the manifest's."""
     if data is None:
         return ""
-    file = path.with_name(data.file)
+    state = _checksum(path.with_name(data.file), data.sha256)
+    return f"the weights are in {data.file}, {'which is missing' if state == 'missing' else state}"
+
+
+def _checksum(file: Path, sha256: str) -> str:
+    """Whether a file's checksum is that of the manifest, in words."""
     if not file.is_file():
-        return f"the weights are in {file.name}, which is missing"
-    same = hashlib.sha256(file.read_bytes()).hexdigest() == data.sha256
-    return f"the weights are in {file.name}, checksum {'ok' if same else 'WRONG'}"
+        return "missing"
+    return f"checksum {'ok' if sha256_of(file.read_bytes()) == sha256 else 'WRONG'}"
 
 
 def _format_parity(parity: Parity | TrainingParity | None) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from edgetune.adapt.low_rank import LowRank
 from edgetune.capture import dynamic
 from edgetune.capture.dynamic import Dynamic
 from edgetune.capture.narrow import TORCH_DTYPES
 from edgetune.capture.operators import delegated_pct
-from edgetune.capture.positional import Positional, as_program
+from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.floats import FloatType, check_types
 from edgetune.core.inputs import Inputs, tensors_of
@@ -22,14 +25,17 @@ from edgetune.core.modes import preserve_buffers
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import installed_version, require
 from edgetune.export import targets
+from edgetune.export.adapters import as_program_with, prove_each, read_adapters, split_files
 from edgetune.export.locate import locate_difference
 from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, check_finalized, lower
 from edgetune.export.program_inputs import ProgramInputs, check_batch_first, names_of, prepare_inputs, specs_of
+from edgetune.export.side_paths import AdaptedProgram
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.card import write_card
 from edgetune.program.carried import Carried, ScaledValue, write_tokenizer
 from edgetune.program.manifest import (
+    AdaptersSpec,
     Call,
     LanguageSpec,
     Manifest,
@@ -60,36 +66,52 @@ def export_program(
     one_row: bool = False,
     layout: Layout = DEFAULT_LAYOUT,
     dtype: FloatType = "fp32",
+    adapters: Mapping[str, str | Path] | None = None,
+    form: str = "inputs",
 ) -> Artifact:
     """See `edgetune.export.export`."""
     check_types(dtype)
     chosen = choose_target(path, device, target)
     check_finalized(model)
+    sides = None if adapters is None else read_adapters(adapters, form, model, chosen, dtype)
+    if sides is not None and sides.form == "files":
+        layout = replace(layout, external_data=True)
     floats = TORCH_DTYPES[dtype]
     axes = dynamic.axes_of(sizes or {}, names_of(example_inputs), tensors_of(example_inputs))
     inputs = prepare_inputs(example_inputs, check_inputs, axes, one_row=one_row)
     if chosen.runs_here:
         forks.prepare()  # it imports while this process lowers
-    with as_program(model, example_inputs) as program:
+    with as_program_with(sides, model, example_inputs) as program:
+        given = inputs if sides is None else sides.extend(inputs)
         check_narrow(program, floats)
-        names = output_names(program, inputs.example)
+        names = output_names(program, given.example)
+        if isinstance(program, AdaptedProgram):
+            program.paths.check_used()
         with preserve_buffers(program):
-            if inputs.batch is not None:
-                check_batch_first(program, inputs.batch)
+            if given.batch is not None:
+                check_batch_first(program, given.batch)
         with preserve_buffers(program):
-            lowered = lower(program, inputs.example, chosen, axes, layout, floats)
+            lowered = lower(program, given.example, chosen, axes, layout, floats)
+        files = split_files(sides, lowered.weights)
+        lowered = replace(lowered, weights=files.weights)
 
         def prove(partial: Path) -> Manifest:
             data = data_path(partial) if lowered.weights else None
-            with advise_on(dtype):
-                parity, outputs = _prove(partial, program, inputs, chosen, bounds, data, tolerance_of(carried), floats)
+
+            def prove_with(adapter: LowRank | None, data: Path | None) -> tuple[Parity | None, list[Row]]:
+                rows = inputs if sides is None else sides.rows_for(program, inputs, adapter)
+                with advise_on(dtype):
+                    return _prove(partial, program, rows, chosen, bounds, data, tolerance_of(carried), floats)
+
+            (parity, outputs), section = prove_each(sides, files, data, path, prove_with)
             least = outputs[1] if axes else outputs[0]
             specs = specs_of(outputs[0], names, least)
-            call = call_of("forward", lowered, inputs.specs, specs, parity, io_in_plan=layout.io_in_plan)
+            call = call_of("forward", lowered, given.specs, specs, parity, io_in_plan=layout.io_in_plan)
             beside = None if carried is None else write_tokenizer(carried, path)
-            return manifest_of("model", lowered, (call,), chosen, device, path, dtype=dtype, carried=beside)
+            sections: dict[str, Any] = {"dtype": dtype, "carried": beside, "adapters": section}
+            return manifest_of("model", lowered, (call,), chosen, device, path, **sections)
 
-        manifest = write_pair(path, lowered.data, prove, lowered.weights)
+        manifest = write_pair(path, lowered.data, prove, lowered.weights, files.beside(path))
     if carried is not None:
         write_card(path, manifest)
     return Artifact(path=path, manifest=manifest)
@@ -244,6 +266,7 @@ def manifest_of(
     carried: Carried | None = None,
     language: LanguageSpec | None = None,
     training: TrainingSpec | None = None,
+    adapters: AdaptersSpec | None = None,
     note: str = "",
 ) -> Manifest:
     """The manifest of the lowered program that will be at `path`, with these calls and sections."""
@@ -262,5 +285,6 @@ def manifest_of(
         carried=carried,
         language=language,
         training=training,
+        adapters=adapters,
         calls=calls,
     )

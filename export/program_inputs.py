@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,17 @@ class ProgramInputs:
     tries: tuple[tuple[str, Row], ...]  # masks with a description: compared, but not counted as rows
     counted: str  # what to call `rows` in reports
     batch: Row | None = None  # several rows together, of which the program takes one
+
+    def with_last(self, specs: tuple[TensorSpec, ...], tensors: Row) -> ProgramInputs:
+        """The same with these tensors as the last inputs of every row."""
+        return replace(
+            self,
+            specs=(*self.specs, *specs),
+            example=(*self.example, *tensors),
+            rows=[(*row, *tensors) for row in self.rows],
+            tries=tuple((name, (*row, *tensors)) for name, row in self.tries),
+            batch=None if self.batch is None else (*self.batch, *tensors),
+        )
 
 
 def prepare_inputs(

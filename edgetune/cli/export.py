@@ -75,6 +75,17 @@ def export(
             "for --device, else timed here. Quality is not compared.",
         ),
     ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="A LoRA adapter in peft's format; may be repeated. One FOLDER without a name is merged.",
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="With named adapters: inputs (of the program, the default) or files (loaded beside it)."),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Export a model to an ExecuTorch program, and verify it.
@@ -84,7 +95,7 @@ def export(
     """
     from edgetune.capture.dynamic import parse_bounds
     from edgetune.core.errors import truncate_list
-    from edgetune.run.exporting import export_from
+    from edgetune.run.exporting import export_from, parse_adapters
 
     with contextlib.redirect_stdout(sys.stderr):
         artifact = export_from(
@@ -102,6 +113,8 @@ def export(
             dtype=dtype,  # type: ignore[arg-type]  # checked by the export, which names the types
             cache_dtype=cache_dtype,  # type: ignore[arg-type]
             fastest_form=fastest_form,
+            adapters=parse_adapters(adapter or []),
+            form=form,  # type: ignore[arg-type]  # checked by the export, which names the forms
         )
     if as_json:
         print_result(artifact.manifest.model_dump(mode="json"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgetune.cli.devices import Json, print_result
+from edgetune.cli.predict import AdapterName
 
 if TYPE_CHECKING:
     from edgetune.runtime.generating import Generation
@@ -25,6 +26,7 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the runtime; default: chosen by the runtime.")
     ] = None,
+    adapter: AdapterName = None,
     raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -49,6 +51,7 @@ def generate(
         seed=seed,
         threads=threads,
         raw=raw,
+        adapter=adapter,
         on_text=on_text,
     )
     print_result(asdict(answer) if as_json else "")  # ends the line

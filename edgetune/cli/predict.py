@@ -19,6 +19,10 @@ ProgramPath = Annotated[
     Path,
     typer.Argument(metavar="MODEL.PTE", help="An exported program (needs its model.json), or the folder of a run."),
 ]
+AdapterName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="One of the program's adapters, or another file for it; default: the base."),
+]
 MOST_CHARACTERS = 60  # of a row in front of its answer
 
 
@@ -35,6 +39,7 @@ def predict(
         list[str] | None,
         typer.Option(help="Column with the text in a .csv or .jsonl; may be repeated; default: as in the recipe."),
     ] = None,
+    adapter: AdapterName = None,
     as_json: Json = False,
 ) -> int:
     """Predict classes, numbers or entities for rows."""
@@ -44,7 +49,7 @@ def predict(
     from edgetune.run.predictor import ROWS_AT_ONCE, Predictor
 
     with contextlib.redirect_stdout(sys.stderr):
-        predictor = Predictor(program)
+        predictor = Predictor(program, adapter)
         given = read_rows(rows, predictor.task.texts, sys.stdin, column or _columns(predictor.artifact.path))
         with show_progress() if len(given) > ROWS_AT_ONCE else contextlib.nullcontext(lambda *_: None) as progress:
             answers = predict_rows(predictor, [one.row for one in given], progress)
@@ -103,6 +108,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="test: the test set, as a recipe splits the data; all: every row.")
     ] = "test",
+    adapter: AdapterName = None,
     as_json: Json = False,
 ) -> int:
     """Score an exported program on labelled data.
@@ -120,7 +126,7 @@ def evaluate(
     with show_progress() as progress, contextlib.redirect_stdout(sys.stderr):
         evaluation = evaluate_(
             program, data, part="test" if split == "test" else "all", overrides=parse_overrides(overrides or []),
-            progress=progress,
+            adapter=adapter, progress=progress,
         )  # fmt: skip
     if as_json:
         print_result(_figures(evaluation))

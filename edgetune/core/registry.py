@@ -122,6 +122,7 @@ EXTRAS = {
     "torch_pruning": "prune",
     "torchao": "export",
     "executorch": "export",
+    "flatbuffers": "export",
     "transformers": "text",
     "PIL": "vision",
     "timm": "timm",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edgetune.core.files import replace_files
 from edgetune.core.inputs import Inputs, tensors_of
 from edgetune.core.ledger import Program
 from edgetune.core.numbers import MIB, format_number
+from edgetune.program.adapters import SUFFIXES, Adapter, adapter_tensors, data_with_adapter
 from edgetune.program.manifest import (
     LanguageSpec,
     Manifest,
@@ -90,17 +92,29 @@ class Artifact:
                 exit_code=Exit.EXPORT,
             )
 
-    def run(self, inputs: Inputs, method: str = "") -> tuple[Tensor, ...]:
+    def run(self, inputs: Inputs, method: str = "", *, adapter: Adapter = None) -> tuple[Tensor, ...]:
         """The outputs for these inputs, computed by the program in a child process.
 
-        `method`: needed if the program has several. Raises `EdgetuneError` (exit code 5) if shapes or types differ from
-        those in the manifest, and for a program that keeps a cache or state between calls.
+        `method`: needed if the program has several. `adapter`: the name of one of its adapters, or the path of a file
+        for the same program; by default the base computes alone. Raises `EdgetuneError` (exit code 5) if shapes or
+        types differ from those in the manifest, for an adapter of another base, and for a program that keeps a cache or
+        state between calls.
         """
         if self.manifest.kind not in ("model", "methods"):
             raise wrong_kind_error(self.path, self.manifest.kind, "model")
         self.check_runtime()
         call = self.manifest.call(method)
-        return run_in_child(self.path, [validate_inputs(call.inputs, inputs)], method=call.name, data=self.data_path)[0]
+        row = self.with_adapter(validate_inputs(self.manifest.own_inputs(call), inputs), adapter)
+        with self.data_for(adapter) as data:
+            return run_in_child(self.path, [row], method=call.name, data=data)[0]
+
+    def with_adapter(self, row: tuple[Tensor, ...], adapter: Adapter) -> tuple[Tensor, ...]:
+        """All inputs of the program for a row of the base's; in the form `files` they are the same."""
+        return (*row, *adapter_tensors(self.path, self.manifest, adapter))
+
+    def data_for(self, adapter: Adapter) -> AbstractContextManager[Path | None]:
+        """The data file to load the program with, which holds the adapter in the form `files`."""
+        return data_with_adapter(self.path, self.manifest, adapter)
 
     def program(self) -> Program:
         """Summarize it for the ledger."""
@@ -141,35 +155,50 @@ def validate_inputs(specs: Sequence[TensorSpec], inputs: Inputs, subject: str = 
     )
 
 
-def write_pair(path: Path, data: bytes, check: Callable[[Path], Manifest], weights: bytes = b"") -> Manifest:
+def write_pair(
+    path: Path,
+    data: bytes,
+    check: Callable[[Path], Manifest],
+    weights: bytes = b"",
+    adapters: Mapping[Path, bytes] | None = None,
+) -> Manifest:
     """Write the program under a temporary name, `check` it, and only then rename it and its manifest.
 
-    `weights` become a third file, which `check` locates by `data_path`. The manifest is renamed last, so that the files
-    it names are complete if it exists. On failure the temporary files are deleted, and the old program stays.
+    `weights` become a third file, which `check` locates by `data_path`, and `adapters` further ones. The manifest is
+    renamed last, so that the files it names are complete if it exists. On failure the temporary files are deleted, and
+    the old program stays.
     """
     manifest_file = manifest_path(path)
-    files = (data_path(path), path, manifest_file) if weights else (path, manifest_file)
-    with replace_files(*files) as (*apart, partial, text):
+    beside = {**({data_path(path): weights} if weights else {}), **(adapters or {})}
+    with replace_files(*beside, path, manifest_file) as (*apart, partial, text):
         partial.write_bytes(data)
-        for file in apart:
-            file.write_bytes(weights)
+        for file, content in zip(apart, beside.values(), strict=True):
+            file.write_bytes(content)
         try:
             manifest = check(partial)
         except EdgetuneError as error:
             error.where = str(path)  # the temporary name is of no use to anyone
             raise
         text.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        stale = _data_named_in(manifest_file)
+        stale = _files_named_in(manifest_file)
         manifest_file.unlink(missing_ok=True)  # it describes the program that is about to be replaced
-        if stale is not None:
-            stale.unlink(missing_ok=True)
+        for file in stale:
+            file.unlink(missing_ok=True)
     return manifest
 
 
-def _data_named_in(manifest_file: Path) -> Path | None:
-    """The data file of the program that is being replaced."""
+def _files_named_in(manifest_file: Path) -> list[Path]:
+    """The data file and the adapters of the program that is being replaced."""
     try:
-        name = json.loads(manifest_file.read_text(encoding="utf-8"))["data"]["file"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest_file.with_name(name) if name == data_path(manifest_file).name else None
+        stored = json.loads(manifest_file.read_text(encoding="utf-8"))
+        entries = [stored.get("data"), *(stored.get("adapters") or {}).get("files", ())]
+        names = [str(entry["file"]) for entry in entries if entry is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    own = {data_path(manifest_file).name}
+    return [manifest_file.with_name(name) for name in names if name in own or _is_adapter(name, manifest_file.stem)]
+
+
+def _is_adapter(name: str, stem: str) -> bool:
+    """Whether a file's name is one that an export gives to an adapter of the program: a manifest may be anyone's."""
+    return name.startswith(f"{stem}.") and Path(name).name == name and Path(name).suffix in SUFFIXES.values()

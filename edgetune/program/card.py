@@ -21,7 +21,7 @@ from edgetune.program.carried import (
 
 if TYPE_CHECKING:
     from edgetune.core.ledger import Ledger, Parity
-    from edgetune.program.manifest import Call, Manifest
+    from edgetune.program.manifest import Manifest
     from edgetune.program.operators import Operator
 
 _TYPES = {
@@ -49,10 +49,11 @@ def format_card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> 
     parts = [
         f"# {name}",
         _summary(carried, ledger),
-        "## Inputs and outputs\n" + _shapes(manifest.main),
+        "## Inputs and outputs\n" + _shapes(manifest),
         _section("Preprocessing", preprocessing(carried)),
         _section("Outputs", postprocessing(carried)),
         _section("Program", _program(manifest)),
+        _section("Adapters", _adapters(manifest)),
         *(_run(ledger) if ledger is not None else ()),
         _section("Notes", dict.fromkeys((*carried.notes, *(ledger.notes if ledger is not None else ())))),
         _section("Versions", [f"{package} {version}" for package, version in manifest.versions.items()]),
@@ -122,8 +123,9 @@ def _summary(carried: Carried, ledger: Ledger | None) -> str:
     return "\n".join(lines)
 
 
-def _shapes(call: Call) -> str:
-    rows = [("input", spec) for spec in call.inputs] + [("output", spec) for spec in call.outputs]
+def _shapes(manifest: Manifest) -> str:
+    call = manifest.main
+    rows = [("input", spec) for spec in manifest.own_inputs(call)] + [("output", spec) for spec in call.outputs]
     return _table(
         ("", "name", "shape", "type"), [(way, s.name, " x ".join(map(str, s.shape)), s.dtype) for way, s in rows]
     )
@@ -158,6 +160,24 @@ def _program(manifest: Manifest) -> list[str]:
         *([f"branches and norms: {call.folded}"] if call.folded else []),
         f"SHA-256 `{manifest.sha256}`",
     ]
+
+
+def _adapters(manifest: Manifest) -> list[str]:
+    """Each adapter of the base, and how the program gets it."""
+    spec = manifest.adapters
+    if spec is None:
+        return []
+    inputs = "the last inputs of the program, named as the tensors of an adapter's file; zeros are the base alone"
+    way = (
+        inputs
+        if spec.form == "inputs"
+        else f"a file that is loaded together with `{manifest.data and manifest.data.file}`"
+    )
+    lines = [f"rank up to {spec.rank}, on {len(spec.layers)} layers; {way}"]
+    for one in spec.files:
+        proof = f": {_values(one.parity)}" if one.parity is not None else ""
+        lines.append(f"`{one.name}` in `{one.file}`, {format_size(one.size_bytes)}, rank {one.rank}{proof}")
+    return lines
 
 
 def _values(parity: Parity) -> str:

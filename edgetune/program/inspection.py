@@ -85,6 +85,7 @@ class Beside(Record):
     delegated_macs_pct: float | None = None
     parity: str = ""  # in words
     note: str = ""
+    adapters: tuple[tuple[str, str], ...] = ()  # names and values for people
 
     def facts(self) -> list[tuple[str, str]]:
         """What it says besides the versions, as names and values for people."""
@@ -96,6 +97,7 @@ class Beside(Record):
             ("delegated", share),
             ("parity", self.parity),
             ("note", self.note),
+            *self.adapters,
         ]
         return [(name, value) for name, value in rows if value]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -141,6 +142,59 @@ class TrainingSpec(Record):
     parity: TrainingParity
 
 
+AdapterForm = Literal["inputs", "files"]
+
+
+class AdaptedLayer(Record):
+    """A layer of the base that has a side path."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int  # the largest of the adapters; lower ones are filled with zeros
+
+
+def adapter_inputs(layers: Sequence[AdaptedLayer]) -> tuple[TensorSpec, ...]:
+    """The inputs of a program that hold an adapter for these layers."""
+    return tuple(
+        TensorSpec(name=f"{layer.name}.lora_{letter}", shape=shape, dtype="float32")
+        for layer in layers
+        for letter, shape in (("A", (1, layer.inputs, layer.rank)), ("B", (1, layer.rank, layer.outputs)))
+    )
+
+
+class AdapterFile(DataFile):
+    """One adapter of the program, as compared with the base in eager mode with that adapter."""
+
+    name: str
+    rank: int  # its own, the largest of its layers
+    parity: Parity | None = None  # None: the program cannot run here
+
+
+class AdaptersSpec(Record):
+    """The part of the manifest for programs that run one base with one of several low-rank adapters.
+
+    In the form `inputs`, the matrices of every layer are the last inputs of the program, named `LAYER.lora_A`
+    `(1, in, rank)` and `LAYER.lora_B` `(1, rank, out)`, and an adapter is a safetensors file of tensors with those
+    names; zeros are the base alone. In the form `files`, an adapter is a `.ptd` that is loaded beside the base's.
+    """
+
+    form: AdapterForm
+    signature: str  # SHA-256 of the base's names and shapes and of the side paths; in each adapter's file
+    layers: tuple[AdaptedLayer, ...]
+    files: tuple[AdapterFile, ...] = Field(min_length=1)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(layer.rank for layer in self.layers)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of the program that hold an adapter; none in the form `files`."""
+        return adapter_inputs(self.layers) if self.form == "inputs" else ()
+
+
 class Manifest(Record):
     """The content of `model.json`."""
 
@@ -157,6 +211,7 @@ class Manifest(Record):
     carried: Carried | None = None  # what an app needs besides the program
     language: LanguageSpec | None = None
     training: TrainingSpec | None = None
+    adapters: AdaptersSpec | None = None
     calls: tuple[Call, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -173,18 +228,25 @@ class Manifest(Record):
 
     @property
     def total_bytes(self) -> int:
-        """Size of the program and its data file."""
-        return self.size_bytes + (self.data.size_bytes if self.data else 0)
+        """Size of the program, its data file and all its adapters."""
+        adapters = self.adapters.files if self.adapters is not None else ()
+        return self.size_bytes + sum(file.size_bytes for file in (self.data, *adapters) if file is not None)
 
     @property
     def files(self) -> dict[str, str]:
         """The files that the program needs, with their SHA-256."""
         files = {self.data.file: self.data.sha256} if self.data is not None else {}
+        if self.adapters is not None:
+            files |= {file.file: file.sha256 for file in self.adapters.files}
         if self.language is not None:
             files[self.language.tokenizer.file] = self.language.tokenizer.sha256
         if self.carried is not None and isinstance(self.carried.preprocessing, TextPreprocessing):
             files[self.carried.preprocessing.tokenizer] = self.carried.preprocessing.sha256
         return files
+
+    def own_inputs(self, call: Call) -> tuple[TensorSpec, ...]:
+        """The inputs of a call without those that hold an adapter."""
+        return call.inputs[: len(call.inputs) - len(self.adapters.inputs if self.adapters is not None else ())]
 
     def call(self, name: str = "") -> Call:
         """The call of that name; a program with one call needs no name."""

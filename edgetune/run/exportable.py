@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgetune.data.dataset import Split
     from edgetune.export import Artifact
     from edgetune.program.carried import Carried
+    from edgetune.program.manifest import AdapterForm
     from edgetune.recipe.sections import ExportSettings
     from edgetune.tasks.task import Task
 
@@ -53,6 +54,8 @@ class Exportable:
     dynamic: Dynamic | None = None  # sizes that may differ between calls
     external_data: bool = False  # weights in a separate file
     one_row: bool = True  # the program takes one row, not the whole example
+    adapters: Mapping[str, Path] | None = None  # folders in peft's format, by name
+    form: AdapterForm = "inputs"  # of the adapters
 
 
 def set_cache(source: Exportable, max_tokens: int | None, dtype: KeyValueType | None = None) -> Exportable:
@@ -89,6 +92,8 @@ def to_program(source: Exportable, path: Path, *, device: str | None = None, tar
             carried=source.carried,
             dynamic=source.dynamic,
             external_data=source.external_data,
+            adapters=source.adapters,
+            form=source.form,
         )
     else:
         artifact = export_language(
@@ -103,6 +108,8 @@ def to_program(source: Exportable, path: Path, *, device: str | None = None, tar
             check_prompts=source.generation.prompts or (CHECK_PROMPT,),
             min_same_prediction_pct=source.min_same_prediction_pct,
             carried=source.carried,
+            adapters=source.adapters,
+            form=source.form,
         )
     if source.ledger is not None:
         write_card(artifact.path, artifact.manifest, source.ledger)

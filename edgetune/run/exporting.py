@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from edgetune.adapt.loading import load_adapter
 from edgetune.core import registry
+from edgetune.core.apply import finalize
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.floats import check_types
 from edgetune.core.other_names import nearest_file, nearest_source
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from edgetune.core.floats import FloatType, KeyValueType
     from edgetune.data.dataset import Dataset
     from edgetune.export import Artifact
+    from edgetune.program.manifest import AdapterForm
 
 OWN_DATA = {"minilm": "tweets", "smollm2": "conversations", "effnet-lite0": "fashion-mnist"}
 CONVERTED = ("hf", "timm", "py")  # exported without data
@@ -75,6 +79,8 @@ def export_from(
     dtype: FloatType | None = None,
     cache_dtype: KeyValueType | None = None,
     fastest_form: bool = False,
+    adapters: Mapping[str, Path] | Path | None = None,
+    form: AdapterForm | None = None,
 ) -> Artifact:
     """Lower the model that `source` names to `path`.
 
@@ -95,9 +101,22 @@ def export_from(
         dtype: the type that the program computes in; by default that of the run, or fp32.
         cache_dtype: the type of a text-generation program's cache; by default that of the run, or `dtype`.
         fastest_form: quantize the model first, if that is faster; see `choose_fastest`.
+        adapters: adapters by name, as in `et.export`; or the folder of one, which is merged into the model.
+        form: how the program gets one of several adapters, as in `et.export`; by default as inputs.
     """
     check_types(dtype, cache_dtype)
+    if form is not None and not isinstance(adapters, Mapping):
+        raise EdgetuneError(
+            "the form is for adapters with a name", got=form, action="write --adapter NAME=FOLDER, or leave out --form"
+        )
+    if fastest_form and isinstance(adapters, Mapping):
+        message = "the fastest form may be one without layers for the adapters"
+        raise EdgetuneError(message, action="leave out --fastest-form, or merge one adapter: --adapter FOLDER")
     model = set_cache(load_exportable(source, data, language, inputs, weights), max_tokens, cache_dtype)
+    if isinstance(adapters, Path):
+        model = replace(model, model=finalize(load_adapter(model.model, adapters)).eval())
+    elif adapters is not None:
+        model = replace(model, adapters=adapters, form=form or "inputs")
     if model.generation is not None and (dynamic or external_data):
         message = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(message, action="leave out --dynamic and --ptd, or --language")
@@ -110,6 +129,29 @@ def export_from(
 
         model = choose_fastest(model, device=device, target=target)
     return to_program(model, path, device=device, target=target)
+
+
+def parse_adapters(asked: Sequence[str]) -> dict[str, Path] | Path | None:
+    """Adapters of the command line: by name, or the folder of an only one without a name.
+
+    >>> parse_adapters(["en=runs/en", "legal=runs/legal"]) == {"en": Path("runs/en"), "legal": Path("runs/legal")}
+    True
+    >>> parse_adapters(["runs/en"]) == Path("runs/en")
+    True
+    """
+    pairs = [one.partition("=") for one in asked]
+    if not pairs:
+        return None
+    if len(pairs) == 1 and (not pairs[0][1] or Path(asked[0]).is_dir()):
+        return Path(asked[0])
+    names = [name for name, _, folder in pairs if folder]
+    if len(set(names)) < len(pairs):
+        raise EdgetuneError(
+            "several adapters need a name each",
+            got=list(asked),
+            action="write --adapter en=FOLDER --adapter legal=FOLDER",
+        )
+    return {name: Path(folder) for name, _, folder in pairs}
 
 
 def load_exportable(

@@ -14,6 +14,7 @@ from edgetune.core.progress import Progress
 from edgetune.data.dataset import Dataset, data_error
 from edgetune.data.rows import Rows
 from edgetune.data.settings import COLUMNS, DataSettings, WholeData, unread_by
+from edgetune.program.adapters import Adapter
 from edgetune.program.carried import ScaledValue
 from edgetune.run.predictor import Predictor
 from edgetune.tasks.entities import entities
@@ -74,17 +75,18 @@ class Evaluation:
     notes: tuple[str, ...] = ()
 
 
-def predict(path: str | Path, rows: str | Path | Sequence[Any]) -> tuple[Answer, ...]:
+def predict(path: str | Path, rows: str | Path | Sequence[Any], *, adapter: Adapter = None) -> tuple[Answer, ...]:
     """The predictions of the program at `path` for each row: a text, or an image as a path or a `uint8` array.
 
     Args:
         path: a `.pte` with its `model.json`, or the folder of a run.
         rows: one row or several; `edgetune.run.given_rows` reads them from files and folders.
+        adapter: one of the program's adapters, by name; by default the base predicts alone.
 
     Raises `EdgetuneError`, with exit code 5 if the program lacks metadata or does not run, and 3 for a row that
     cannot be read.
     """
-    return predict_rows(Predictor(path), [rows] if isinstance(rows, (str, Path)) else list(rows))
+    return predict_rows(Predictor(path, adapter), [rows] if isinstance(rows, (str, Path)) else list(rows))
 
 
 def predict_rows(predictor: Predictor, rows: Sequence[Any], progress: Progress = lambda *_: None) -> tuple[Answer, ...]:
@@ -124,6 +126,7 @@ def evaluate(
     *,
     part: Part = "test",
     overrides: Mapping[str, Any] | None = None,
+    adapter: Adapter = None,
     progress: Progress = lambda *_: None,
 ) -> Evaluation:
     """The quality of the program at `path` on labelled data, such as accuracy, with figures per class.
@@ -133,12 +136,13 @@ def evaluate(
         data: a source as in a recipe (`csv:rows.csv`), or settings; by default the data of the run's recipe.
         part: `test` uses the rows that a recipe holds out from training, `all` uses every row.
         overrides: other settings of the data, as in a recipe: `{"data.label": "stars"}`.
+        adapter: one of the program's adapters, by name; by default the base predicts alone.
         progress: called with (what, done, of, detail).
 
     Raises `EdgetuneError`, with exit code 3 for data of another kind or with classes that the program does not
     have.
     """
-    predictor = Predictor(path)
+    predictor = Predictor(path, adapter)
     settings = data if isinstance(data, DataSettings) else data_settings(predictor.artifact.path, data, overrides)
     if part == "all":
         limits = dict.fromkeys(("train_rows", "validation_rows", "test_rows"))

@@ -16,6 +16,7 @@ from edgetune.core.inputs import Inputs
 from edgetune.core.progress import Progress
 from edgetune.data.dataset import data_error
 from edgetune.models.text import word_starts
+from edgetune.program.adapters import Adapter
 from edgetune.program.artifact import Artifact
 from edgetune.program.carried import Carried, ImagePreprocessing, ScaledValue, TaggedWords
 from edgetune.tasks.image_classification import ImageClassification
@@ -35,14 +36,19 @@ OTHER_KINDS = {
 class Predictor:
     """A program that predicts single rows, with inputs made from its metadata."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Load the program, or that of a run's folder. Raises `EdgetuneError` if its metadata is incomplete."""
+    def __init__(self, path: str | Path, adapter: Adapter = None) -> None:
+        """Load the program, or that of a run's folder, with one of its adapters.
+
+        Raises `EdgetuneError` if its metadata is incomplete, or it has no such adapter.
+        """
         from edgetune.export.kit.linux.sample import Preparation
 
         self.artifact: Artifact = Artifact.load(path)
         self.artifact.check_runtime()
         manifest = self.artifact.manifest
         self.task: Task = _check(self.artifact)
+        self.adapter = adapter
+        self.given = self.artifact.with_adapter((), adapter)
         self.preparation = Preparation(manifest.model_dump(mode="json"), self.artifact.path.parent)
         assert manifest.carried is not None  # `_check` has seen it
         self.carried = manifest.carried
@@ -59,14 +65,15 @@ class Predictor:
 
         encoded: list[dict[str, Tensor]] = []
         parts: list[Tensor] = []
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            progress("rows", start, len(rows), "")
-            chunk = [self._inputs(row) for row in rows[start : start + ROWS_AT_ONCE]]
-            encoded += [{name: tensor for name, tensor in row.items() if name == "words"} for row in chunk]
-            specs = self.artifact.manifest.main.inputs
-            batches = [*self._batches([tuple(row[spec.name] for spec in specs) for row in chunk])]
-            outputs = run_in_child(self.artifact.path, batches, data=self.artifact.data_path)
-            parts.append(torch.cat([output[0] for output in outputs])[: len(chunk)])
+        specs = self.artifact.manifest.own_inputs(self.artifact.manifest.main)
+        with self.artifact.data_for(self.adapter) as data:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                progress("rows", start, len(rows), "")
+                chunk = [self._inputs(row) for row in rows[start : start + ROWS_AT_ONCE]]
+                encoded += [{name: tensor for name, tensor in row.items() if name == "words"} for row in chunk]
+                batches = self._batches([tuple(row[spec.name] for spec in specs) for row in chunk])
+                outputs = run_in_child(self.artifact.path, [(*row, *self.given) for row in batches], data=data)
+                parts.append(torch.cat([output[0] for output in outputs])[: len(chunk)])
         progress("rows", len(rows), len(rows), "")
         logits = torch.cat(parts).float()
         if not bool(torch.isfinite(logits).all()):
@@ -149,7 +156,7 @@ def _check(artifact: Artifact) -> Task:
             exit_code=Exit.EXPORT,
         )
     is_image = isinstance(carried.preprocessing, ImagePreprocessing)
-    names = [spec.name for spec in call.inputs]
+    names = [spec.name for spec in manifest.own_inputs(call)]
     shape = call.outputs[0].shape
     task, dimensions = _task_of(carried, shape)
     fits = len(names) == 1 if is_image else sorted(names) == ["attention_mask", "input_ids"]

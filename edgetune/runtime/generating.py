@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgetune.core.errors import EdgetuneError
+
+if TYPE_CHECKING:
+    from edgetune.program.adapters import Adapter
 
 MAX_TOKENS = 256
 
@@ -36,6 +39,7 @@ def generate(
     seed: int = 0,
     threads: int | None = None,
     raw: bool = False,
+    adapter: Adapter = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Generate text for `prompt` with the program at `path` (a `.pte` of `export_language`).
@@ -49,6 +53,7 @@ def generate(
         seed: seed of the sampling.
         threads: threads of the runtime; the default is chosen by the runtime.
         raw: pass the prompt unchanged, without a chat template.
+        adapter: one of the program's adapters, by name; by default the base answers alone.
         on_text: called with each piece of text as it is generated.
 
     Raises `EdgetuneError`, with exit code 2 for invalid settings or a prompt that is longer than the cache, and 5
@@ -86,18 +91,20 @@ def generate(
         if text:
             on_text(text)
 
-    request = GenerationRequest(
-        path=str(artifact.path.resolve()),
-        prompt=tuple(tokens),
-        cache_tokens=language.max_tokens,
-        prefill_tokens=language.prefill_tokens,
-        eos_ids=language.eos_ids,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        threads=threads,
-    )
-    reply = answer(request, emit)
+    with artifact.data_for(adapter) as data:
+        request = GenerationRequest(
+            path=str(artifact.path.resolve()),
+            prompt=tuple(tokens),
+            cache_tokens=language.max_tokens,
+            prefill_tokens=language.prefill_tokens,
+            eos_ids=language.eos_ids,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            threads=threads,
+            data=None if data is None else str(data.resolve()),
+        )
+        reply = answer(request, emit, artifact.with_adapter((), adapter))
     return Generation(
         text=tokenizer.text(reply.tokens),
         tokens=reply.tokens,

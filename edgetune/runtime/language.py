@@ -53,41 +53,70 @@ class GenerationRequest(BaseModel):
     temperature: float = 0.0  # 0: greedy
     seed: int = 0
     threads: int | None = None
+    data: str | None = None  # the `.ptd` with the weights
 
 
-def answer(generation: GenerationRequest, on_token: Callable[[int], None] = lambda token: None) -> Answer:
+def answer(
+    generation: GenerationRequest,
+    on_token: Callable[[int], None] = lambda token: None,
+    given: tuple[Tensor, ...] = (),
+) -> Answer:
     """Generate in a child process; `on_token` gets each token as it is generated.
 
+    `given` are the inputs of the program after tokens and position: an adapter.
     Raises `EdgetuneError` (exit code 5) if the program does not load or run, or the child dies.
     """
     request = {"verb": "generate", "generation": generation.model_dump(mode="json")}
     result, _ = ask_child(
-        _MODULE, Path(generation.path), request, [], fresh=True, on_line=lambda line: on_token(int(line))
+        _MODULE, Path(generation.path), request, [given], fresh=True, on_line=lambda line: on_token(int(line))
     )
     return Answer.model_validate(result)
 
 
 def greedy_in_child(
-    path: Path, prompts: Sequence[Sequence[int]], tokens: int, prefill_tokens: int
+    path: Path,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    prefill_tokens: int,
+    *,
+    given: tuple[Tensor, ...] = (),
+    data: Path | None = None,
 ) -> list[tuple[list[int], Tensor]]:
     """For each prompt the program's first `tokens` greedy tokens, past any end token, and the logits of each.
 
-    The logits are `(tokens, vocabulary)`. Raises as `answer` does.
+    The logits are `(tokens, vocabulary)`. `given` and `data`: an adapter as inputs, and the data file. Raises as
+    `answer` does.
     """
-    request = {"verb": "greedy", "tokens": tokens, "prefill_tokens": prefill_tokens}
-    result, outputs = ask_child(_MODULE, path, request, [(torch.tensor([list(prompt)]),) for prompt in prompts])
+    request = {
+        "verb": "greedy",
+        "tokens": tokens,
+        "prefill_tokens": prefill_tokens,
+        "data": None if data is None else str(data.resolve()),
+    }
+    rows = [(torch.tensor([list(prompt)]), *given) for prompt in prompts]
+    result, outputs = ask_child(_MODULE, path, request, rows)
     return [([int(token) for token in row], outputs[str(place)]) for place, row in enumerate(result["tokens"])]
 
 
 class LanguageProgram:
     """A text-generation `.pte` loaded by the runtime in this process."""
 
-    def __init__(self, path: str, prefill_tokens: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        prefill_tokens: int,
+        threads: int | None = None,
+        *,
+        data: str | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> None:
+        """`given` are the inputs of every call after tokens and position: an adapter."""
         runtime = load_runtime(threads)
         load_language_operators()
         self.threads = int(runtime._threadpool_get_thread_count())
         self.prefill_tokens = prefill_tokens
-        self._method = runtime._load_program(path).load_method("forward")
+        self.given = tuple(given)
+        self._method = runtime._load_program(path, data_path=data).load_method("forward")
 
     def prefill(self, prompt: Sequence[int]) -> Tensor:
         """Fill the cache with the prompt. Returns the logits `(vocabulary,)` after it."""
@@ -98,8 +127,8 @@ class LanguageProgram:
 
     def step(self, tokens: Sequence[int], position: int) -> Tensor:
         """The logits after `tokens`, which are cached from `position`. Overwritten by the next step."""
-        given = (torch.tensor([list(tokens)]), torch.tensor([position]))
-        (logits,) = self._method.call(given, clone_outputs=False)
+        inputs = (torch.tensor([list(tokens)]), torch.tensor([position]), *self.given)
+        (logits,) = self._method.call(inputs, clone_outputs=False)
         last: Tensor = logits[0, -1]
         return last
 
@@ -113,13 +142,16 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial(likely, 1, generator=generator))
 
 
-def _generate(request: dict[str, Any]) -> dict[str, Any]:
+def _generate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     generation = GenerationRequest.model_validate(request["generation"])
+    (given,) = read_inputs(folder, request["rows"])
     generator = torch.Generator().manual_seed(generation.seed)
     load_runtime(generation.threads)
     empty_mib = resident_mib("VmRSS")
     started = time.perf_counter()
-    program = LanguageProgram(generation.path, generation.prefill_tokens, generation.threads)
+    program = LanguageProgram(
+        generation.path, generation.prefill_tokens, generation.threads, data=generation.data, given=given
+    )
     loaded = time.perf_counter()
     logits = program.prefill(generation.prompt)
     token = _choose(logits, generation.temperature, generator)
@@ -158,10 +190,12 @@ def _generate(request: dict[str, Any]) -> dict[str, Any]:
 def _greedy(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
-    program = LanguageProgram(request["path"], request["prefill_tokens"])
+    rows = read_inputs(folder, request["rows"])
+    given = rows[0][1:]  # the same in each
+    program = LanguageProgram(request["path"], request["prefill_tokens"], data=request["data"], given=given)
     tokens: list[list[int]] = []
     saved: dict[str, Tensor] = {}
-    for (prompt,) in read_inputs(folder, request["rows"]):
+    for prompt, *_ in rows:
         logits = [program.prefill(prompt[0].tolist()).clone()]
         for position in range(prompt.shape[1], prompt.shape[1] + request["tokens"] - 1):
             logits.append(program.step([int(logits[-1].argmax())], position).clone())
@@ -173,7 +207,7 @@ def _greedy(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)  # the runtime has threads of its own
-    return _greedy(folder, request) if request["verb"] == "greedy" else _generate(request)
+    return _greedy(folder, request) if request["verb"] == "greedy" else _generate(folder, request)
 
 
 def main(folder: Path) -> int:

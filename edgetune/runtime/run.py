@@ -142,9 +142,10 @@ def ask_child(
 
 def write_request(folder: Path, request: dict[str, Any], batches: Sequence[tuple[Tensor, ...]]) -> None:
     """Write `request.json`, and the rows in `inputs.pt`, for the child."""
-    rows = [tuple(tensor.detach().cpu().contiguous().clone() for tensor in batch) for batch in batches]
-    torch.save(rows, folder / "inputs.pt")
-    (folder / "request.json").write_text(json.dumps({**request, "rows": len(rows)}), encoding="utf-8")
+    own = {id(tensor): tensor.detach().cpu().contiguous().clone() for batch in batches for tensor in batch}
+    # what several rows share, such as an adapter, is written once
+    torch.save([tuple(own[id(tensor)] for tensor in batch) for batch in batches], folder / "inputs.pt")
+    (folder / "request.json").write_text(json.dumps({**request, "rows": len(batches)}), encoding="utf-8")
 
 
 def _run_fork(module: str, folder: Path) -> subprocess.CompletedProcess[str] | None:

@@ -8,13 +8,13 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from edgetune.core.errors import EdgetuneError
+from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import build_folder, write_atomically
 from edgetune.export.kit import classifier, language
 from edgetune.export.kit.platforms import PLATFORMS, Platform, find, path_of, target_for
 from edgetune.program.artifact import Artifact
 from edgetune.program.card import card_path
-from edgetune.program.manifest import manifest_path
+from edgetune.program.manifest import Manifest, manifest_path
 
 __all__ = ["PLATFORMS", "check", "copy_to_kit", "create_kit", "find", "target_for"]
 
@@ -35,6 +35,7 @@ def create_kit(platform: Platform, folder: Path, make: Callable[[Path], Artifact
         assets = unfinished / platform.model
         assets.mkdir(parents=True, exist_ok=True)
         artifact = make(assets / "model.pte")
+        _refuse_adapters(artifact.manifest)
         if artifact.manifest.language is None:
             fields = classifier.fields(platform, artifact, unfinished)
             _fill(unfinished, classifier.files(platform, artifact), fields)
@@ -48,6 +49,7 @@ def copy_to_kit(program: Path, platform: Platform, folder: Path) -> Path:
     """Make a kit of an existing program, with the files next to it."""
     manifest = Artifact.load(program, "model", "language").manifest
     target_for(platform, None, manifest.target)  # raises if the platform cannot run it
+    _refuse_adapters(manifest)
     if manifest.language is None:
         check(platform, manifest.carried)
 
@@ -60,6 +62,16 @@ def copy_to_kit(program: Path, platform: Platform, folder: Path) -> Path:
         return Artifact.load(path)
 
     return create_kit(platform, folder, copy)
+
+
+def _refuse_adapters(manifest: Manifest) -> None:
+    if manifest.adapters is not None:
+        raise EdgetuneError(
+            "the sample code of a kit runs no adapter",
+            got=[file.name for file in manifest.adapters.files],
+            action="make a kit of the base with one adapter merged: edgetune export hf:BASE --adapter FOLDER",
+            exit_code=Exit.EXPORT,
+        )
 
 
 def _fill(folder: Path, files: Mapping[str, str], fields: Mapping[str, str]) -> None:

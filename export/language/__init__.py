@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgetune.adapt.low_rank import LowRank
 from edgetune.capture.narrow import TORCH_DTYPES, narrow
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.files import write_atomically
@@ -20,16 +23,19 @@ from edgetune.core.inputs import device_of
 from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_state
 from edgetune.export import targets
+from edgetune.export.adapters import AdapterSet, prove_each, read_adapters, split_files
 from edgetune.export.language import parity
+from edgetune.export.language.adapted import AdaptedDecoder
 from edgetune.export.language.cached import CachedDecoder, check_model
 from edgetune.export.language.lower import lower
-from edgetune.export.lower import Lowered
+from edgetune.export.lower import Layout, Lowered
 from edgetune.export.pipeline import advise_on, call_of, check_narrow, choose_target, manifest_of
+from edgetune.export.side_paths import SidePaths
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
 from edgetune.program.card import write_card
 from edgetune.program.carried import Carried, tokenizer_file
-from edgetune.program.manifest import Call, LanguageSpec, Manifest, TensorSpec, TokenizerSpec
+from edgetune.program.manifest import AdapterForm, Call, LanguageSpec, Manifest, TensorSpec, TokenizerSpec, data_path
 from edgetune.program.program_files import sha256_of
 from edgetune.program.tokenizer import backend, encode, tokenizer_spec, without_truncation
 
@@ -56,6 +62,8 @@ def export_language(
     check_tokens: int = CHECK_TOKENS,
     min_same_prediction_pct: float = 99.0,
     carried: Carried | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    form: AdapterForm = "inputs",
 ) -> Artifact:
     """Lower a transformers decoder to `path` (a `.pte`), verify that it generates the same text, and add its
     tokenizer.
@@ -73,6 +81,7 @@ def export_language(
     Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) if the model
     cannot be lowered, if the program does not run, or if fewer than `min_same_prediction_pct` of the tokens agree.
     Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
+    `adapters` and `form` are as in `et.export`; ExecuTorch's own language runner runs the form `files`.
     """
     path = Path(path)
     check_types(dtype, cache_dtype)
@@ -88,31 +97,49 @@ def export_language(
     floats, stored = TORCH_DTYPES[dtype], cache_dtype or dtype
     model, converted = _convert_to_float32(model)
     check_narrow(model, floats)
-    with _as_program(model, max_tokens, floats, stored) as program:
+    sides = None if adapters is None else read_adapters(adapters, form, model, chosen, dtype)
+    with _as_program(model, max_tokens, floats, stored, sides) as (program, paths):
         prefill = min(prefill_tokens, max_tokens)
         facts = _facts(program, backend_tokenizer, spec, prefill)
-        lowered = lower(program, prefill, chosen, facts)
+        given = () if sides is None else sides.given(None)
+        layout = Layout(external_data=sides is not None and sides.form == "files")
+        lowered = lower(program, prefill, chosen, facts, given, layout)
+        if paths is not None:
+            paths.check_used()
+        files = split_files(sides, lowered["prompt"].weights)
+        whole = replace(lowered["prompt"], weights=files.weights)
         release_freed_memory()  # the graphs, and the weights in the forms that lowering gave them
 
         def prove(partial: Path) -> Manifest:
-            compared, first = None, None
-            if chosen.runs_here:
+            data = data_path(partial) if whole.weights else None
+
+            def prove_with(
+                adapter: LowRank | None, data: Path | None
+            ) -> tuple[Parity | None, tuple[int, float] | None]:
+                if not chosen.runs_here:
+                    return None, None
                 allowed = parity.allowed_difference_of(model, floats, stored)
-                with advise_on(dtype):
+                given = () if sides is None else sides.given(adapter)
+                factors = nullcontext() if sides is None or paths is None else paths.holding(sides.tensors(adapter))
+                with advise_on(dtype), factors:
                     compared, first = parity.compare(
-                        partial, model, prompts, check_tokens, max_tokens, prefill, allowed
+                        partial, model, prompts, check_tokens, max_tokens, prefill, allowed, given, data
                     )
                     parity.check(compared, first, min_same_prediction_pct)
+                return compared, first
+
+            (compared, first), adapted = prove_each(sides, files, data, path, prove_with)
             write_atomically(tokenizer_file(path), text)
-            section = _section(program, spec, facts, lowered["prompt"].shared_bytes, first)
-            calls = _calls(lowered, section, compared)
+            section = _section(program, spec, facts, whole.shared_bytes, first)
+            calls = _calls(lowered, section, compared, sides.inputs if sides is not None else ())
             also = ", and compared with the model in float32" if compared is not None else ""
             computed = str(floats).removeprefix("torch.")
             note = f"exported in {computed} from {converted} weights{also}" if converted else ""
             sections: dict[str, Any] = {"dtype": dtype, "carried": metadata, "language": section, "note": note}
-            return manifest_of("language", lowered["prompt"], calls, chosen, device, path, **sections)
+            return manifest_of("language", whole, calls, chosen, device, path, **sections, adapters=adapted)
 
-        artifact = Artifact(path=path, manifest=write_pair(path, lowered["prompt"].data, prove))
+        manifest = write_pair(path, whole.data, prove, whole.weights, files.beside(path))
+        artifact = Artifact(path=path, manifest=manifest)
     if metadata is not None:
         write_card(path, artifact.manifest)
     return artifact
@@ -170,16 +197,24 @@ def _convert_to_float32(model: nn.Module) -> tuple[nn.Module, str]:
 
 @contextlib.contextmanager
 def _as_program(
-    model: nn.Module, max_tokens: int, dtype: torch.dtype, cache_dtype: KeyValueType
-) -> Iterator[CachedDecoder]:
-    """Inside, the model in eval mode with a cache, or a copy of it in 16 bits."""
+    model: nn.Module, max_tokens: int, dtype: torch.dtype, cache_dtype: KeyValueType, sides: AdapterSet | None
+) -> Iterator[tuple[CachedDecoder, SidePaths | None]]:
+    """Inside, the model in eval mode with a cache and its side paths, if any, or a copy of it in 16 bits."""
     if device_of(model).type != "cpu":
         raise EdgetuneError(
             "a language model must be exported on the CPU", got=str(device_of(model)), action="model.cpu()"
         )
     with preserve_state(model):
         model.eval()
-        yield CachedDecoder(model if dtype == torch.float32 else narrow(model, dtype), max_tokens, cache_dtype).eval()
+        if sides is None:
+            computed = model if dtype == torch.float32 else narrow(model, dtype)
+            yield CachedDecoder(computed, max_tokens, cache_dtype).eval(), None
+            return
+        paths = sides.paths()
+        with paths.attached(model):
+            computed = model if dtype == torch.float32 else narrow(model, dtype)
+            own = [tensor.to(dtype) for tensor in sides.placeholders()] if sides.form == "files" else []
+            yield AdaptedDecoder(computed, max_tokens, cache_dtype, paths, own).eval(), paths
 
 
 def _facts(program: CachedDecoder, tokenizer: Any, spec: TokenizerSpec, prefill: int) -> dict[str, Any]:
@@ -233,7 +268,9 @@ def _section(
     )
 
 
-def _calls(lowered: dict[str, Lowered], section: LanguageSpec, compared: Parity | None) -> tuple[Call, ...]:
+def _calls(
+    lowered: dict[str, Lowered], section: LanguageSpec, compared: Parity | None, given: tuple[TensorSpec, ...]
+) -> tuple[Call, ...]:
     prefill = section.prefill_tokens
     position = TensorSpec(name="position", shape=(1,), dtype="int64")
     logits = TensorSpec(name="logits", shape=(1, 1, section.vocabulary), dtype="float32")
@@ -242,7 +279,7 @@ def _calls(lowered: dict[str, Lowered], section: LanguageSpec, compared: Parity 
         call_of(
             name,
             lowered[name],
-            (TensorSpec(name="tokens", shape=(1, count), dtype="int64"), position),
+            (TensorSpec(name="tokens", shape=(1, count), dtype="int64"), position, *given),
             (logits,),
             compared,
             label=label,

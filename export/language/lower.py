@@ -19,7 +19,7 @@ from edgetune.capture.graph import capture, prepare
 from edgetune.core.quiet import silence_libraries
 from edgetune.export import quantized_weights
 from edgetune.export.language.cached import CachedDecoder
-from edgetune.export.lower import Lowered, compile_program
+from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, compile_program
 from edgetune.export.pass_cache import fast_decompositions
 from edgetune.export.targets.target import Target
 from edgetune.program.executed import execution_of
@@ -28,14 +28,22 @@ from edgetune.program.operators import Operator
 _ROW_BYTES = {"fp32": 8, "bf16": 4, "fp16": 4, "int8": 5}  # of a query's value and an output's, which is never int8
 
 
-def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict[str, Any]) -> dict[str, Lowered]:
+def lower(
+    model: CachedDecoder,
+    prefill_tokens: int,
+    target: Target,
+    facts: dict[str, Any],
+    given: tuple[Tensor, ...] = (),
+    layout: Layout = DEFAULT_LAYOUT,
+) -> dict[str, Lowered]:
     """Lower `model` for calls with 1 to `prefill_tokens` tokens; returns the call with one, and with all of them.
 
-    `facts` become methods that return constants, for ExecuTorch's language runner.
+    `facts` become methods that return constants, for ExecuTorch's language runner. `given` are inputs after tokens and
+    position.
     Raises `EdgetuneError` (exit code 5) with what cannot be captured or lowered.
     """
     quantized_weights.check(model, target)
-    inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long), *given)
     with silence_libraries(), torch.no_grad(), model.attending():
         import executorch.extension.llm.custom_ops.custom_ops  # registers the cache's operators
         import executorch.kernels.quantized  # noqa: F401  and the kernels that quantize an int8 cache
@@ -44,7 +52,7 @@ def lower(model: CachedDecoder, prefill_tokens: int, target: Target, facts: dict
         with fast_decompositions():
             program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])
             prepare(program)
-        lowered = compile_program(program, target, facts=facts)
+        lowered = compile_program(program, target, layout, facts)
         with _assume_one_token(program):
             single = operators.describe(program, lowered.placed)
     positions = model.max_tokens

@@ -26,12 +26,15 @@ def compare(
     max_tokens: int,
     prefill_tokens: int,
     allowed: float,
+    given: tuple[Tensor, ...] = (),
+    data: Path | None = None,
 ) -> tuple[Parity, tuple[int, float] | None]:
     """Generate `tokens` greedy tokens for each prompt, and let the eager model choose a token at each position.
 
     The eager model runs without a cache. A prompt that leaves no room for `tokens` is truncated. Also returns the
     position of the first token, from 0, that the eager model would not have chosen, and how far its logit is below
-    the largest one; of the first prompt with such a token. None: all tokens are equal.
+    the largest one; of the first prompt with such a token. None: all tokens are equal. `given` and `data`: an adapter
+    as inputs of the program, and its data file.
     """
     cut = [list(ids)[: max(1, max_tokens - tokens)] for ids in prompts]
     wanted = min(tokens, max_tokens)
@@ -40,7 +43,8 @@ def compare(
     largest = difference = 0.0
     for start in range(0, len(cut), _BATCH):
         batch = cut[start : start + _BATCH]
-        for prompt, (got, logits) in zip(batch, greedy_in_child(path, batch, wanted, prefill_tokens), strict=True):
+        answers = greedy_in_child(path, batch, wanted, prefill_tokens, given=given, data=data)
+        for prompt, (got, logits) in zip(batch, answers, strict=True):
             expected = eager_logits(model, prompt, got)
             if not bool(torch.isfinite(logits).all()):
                 message = "the program returns logits that are not finite"

@@ -84,19 +84,23 @@ def _time_calls(
     if machine.executorch:
         artifact.check_runtime(machine.executorch, machine.name)
     language = artifact.manifest.language
-    rows = [inputs_of(artifact)] if language is None else _prompt_and_token(language)
-    request = TimingRequest(
-        artifact.path, rows, threads, seconds, artifact.data_path,
-        language=language is not None, record=record,
-    )  # fmt: skip
-    return tuple(reversed(machine.time(request)))  # the prompt is timed first: it fills the cache
+    rows = [inputs_of(artifact)] if language is None else _prompt_and_token(artifact, language)
+    adapters = artifact.manifest.adapters
+    adapter = adapters.files[0].name if adapters is not None and adapters.form == "files" else None
+    with artifact.data_for(adapter) as data:
+        request = TimingRequest(
+            artifact.path, rows, threads, seconds, data,
+            language=language is not None, record=record,
+        )  # fmt: skip
+        return tuple(reversed(machine.time(request)))  # the prompt is timed first: it fills the cache
 
 
-def _prompt_and_token(language: LanguageSpec) -> list[tuple[Tensor, ...]]:
+def _prompt_and_token(artifact: Artifact, language: LanguageSpec) -> list[tuple[Tensor, ...]]:
     """A call with a piece of a prompt at an empty cache, and one with the token after it, if the cache has room."""
     count = language.prefill_tokens
     following = min(count, language.max_tokens - 1)
-    return [
+    rows = [
         (torch.ones(1, count, dtype=torch.long), torch.tensor([0])),
         (torch.ones(1, 1, dtype=torch.long), torch.tensor([following])),
     ]
+    return [artifact.with_adapter(row, None) for row in rows]

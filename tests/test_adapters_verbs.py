@@ -1,0 +1,82 @@
+"""Adapters on the command line, and in text-generation programs: export, predict, generate."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgetune.cli.main import main
+from edgetune.core.errors import EdgetuneError
+from edgetune.export.kit import copy_to_kit
+from edgetune.export.kit import find as find_platform
+from edgetune.export.language.parity import eager_logits
+from edgetune.program.manifest import AdapterForm
+from edgetune.program.tokenizer import ChatTokenizer
+from edgetune.run.predicting import predict
+from edgetune.runtime.generating import generate
+from support.adapters import adapted, save_lora
+from support.checkpoints import save_bert
+from support.decoders import decoder, export_decoder
+
+TEXTS = ["a good text", "very bad"]
+TARGETS = ["q_proj", "v_proj", "up_proj"]
+
+
+def test_a_base_is_exported_with_adapters_and_predicts_with_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_bert(tmp_path / "base")
+    folders = {
+        name: save_lora(model, tmp_path / name, ["query", "dense"], seed=place, lora_alpha=16)
+        for place, name in enumerate(("en", "legal"))
+    }
+    path, base = tmp_path / "model.pte", f"hf:{tmp_path / 'base'}"
+    asked = [part for name, folder in folders.items() for part in ("--adapter", f"{name}={folder}")]
+    assert main(["export", base, "-o", str(path), *asked]) == 0
+    scores = {}
+    for name, folder in folders.items():
+        merged = tmp_path / f"merged-{name}.pte"
+        assert main(["export", base, "-o", str(merged), "--adapter", str(folder)]) == 0
+        assert not list(tmp_path.glob(f"merged-{name}.*.safetensors"))
+        capsys.readouterr()
+        assert main(["predict", str(path), *TEXTS, "--adapter", name, "--json"]) == 0
+        scores[name] = [one["score"] for one in json.loads(capsys.readouterr().out)]
+        assert scores[name] == pytest.approx([one.score for one in predict(merged, TEXTS)], abs=1e-4)  # type: ignore[union-attr]
+    alone = [one.score for one in predict(path, TEXTS)]  # type: ignore[union-attr]
+    assert len({*map(tuple, scores.values()), tuple(alone)}) == 3
+    with pytest.raises(EdgetuneError, match=r"the sample code of a kit runs no adapter: got .*legal"):
+        copy_to_kit(path, find_platform("linux"), tmp_path / "kit")
+
+
+@pytest.mark.parametrize("form", ["inputs", "files"])
+def test_a_language_program_answers_with_each_adapter(
+    form: AdapterForm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = decoder("Llama", num_hidden_layers=1, num_key_value_heads=2, tie_word_embeddings=True)
+    folders = {
+        name: save_lora(model, tmp_path / name, TARGETS[: 3 - place], seed=place, rank=4 - place)
+        for place, name in enumerate(("en", "legal"))
+    }
+    artifact = export_decoder(model, tmp_path, adapters=folders, form=form, check_tokens=8)
+    spec = artifact.manifest.adapters
+    assert spec is not None
+    for file in spec.files:
+        assert file.parity is not None
+        assert file.parity.same_prediction_pct == 100
+    prompt = ChatTokenizer(artifact).tokens("hi", raw=True)
+    answers = {}
+    for name in [*folders, *([None] if form == "inputs" else [])]:
+        answers[name] = generate(artifact.path, "hi", max_tokens=6, adapter=name, raw=True).tokens
+        with adapted(model, folders[name]) if name is not None else nullcontext():
+            expected = eager_logits(model, prompt, answers[name])
+        assert expected.argmax(-1).tolist() == list(answers[name])
+    assert len(set(answers.values())) == len(answers)
+    capsys.readouterr()
+    assert (
+        main(["generate", str(artifact.path), "hi", "--max-tokens", "6", "--raw", "--adapter", "legal", "--json"]) == 0
+    )
+    assert tuple(json.loads(capsys.readouterr().out)["tokens"]) == answers["legal"]
