@@ -130,8 +130,8 @@ def _read_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> di
     strange = sorted(key for key in state if not key.endswith(endings))
     if strange:
         embeddings = [key for key in strange if ".lora_embedding_" in key]
-        what = "an adapter on an embedding is no product with its input" if embeddings else "a tensor is no LoRA's"
-        raise EdgetuneError(what, got=strange[0], action=MERGE)
+        problem = "an adapter on an embedding is no product with its input" if embeddings else "a tensor is no LoRA's"
+        raise EdgetuneError(problem, got=strange[0], action=MERGE)
     names = sorted({key[: -len(endings[0])] for key in state})
     if not names:
         raise EdgetuneError("the adapter has no tensors", action="save it after training")

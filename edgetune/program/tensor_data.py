@@ -23,7 +23,7 @@ _FIELDS = (4, 6, 8)  # where a table's fields stand in its vtable
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """Type, shape and order of dimensions of a tensor that a kernel reads; the weights of delegates have none."""
 
     scalar_type: int
@@ -36,7 +36,7 @@ class Weight:
     """One weight's bytes."""
 
     data: bytes
-    layout: Layout | None = None
+    layout: TensorLayout | None = None
 
 
 def read_tensor_data(source: bytes | Path) -> dict[str, Weight]:
@@ -85,7 +85,7 @@ def _weights(data: bytes, base: int) -> Iterator[tuple[str, Weight]]:
     for entry in _tables(root, 2):
         offset, size = segments[_number(entry, 1, "Uint32")]
         tensor = _inner(entry, 2)
-        layout = tensor and Layout(
+        layout = tensor and TensorLayout(
             _number(tensor, 0, "Int8"), tuple(_numbers(tensor, 1, "Int32")), tuple(_numbers(tensor, 2, "Uint8"))
         )
         key = entry.String(entry.Pos + _offset(entry, 0)).decode()
