@@ -354,7 +354,7 @@ CASES = [
     Case("rotate-llama", (Rotate(),), llama, tokens, exports=True, same_weights=False),
     Case(
         "rotate-tied-llama", (Rotate(tied="keep"),), tied_llama, tokens, exports=True, same_weights=False,
-        same_keys=False,
+        merges=False, same_keys=False,
     ),
     Case(
         "rotate-smooth-llama", (Rotate(), Smooth(alpha="auto", bits=8, group_size="channel")), llama, tokens,
