@@ -1,17 +1,38 @@
-"""Cases for the laws from the adapters that are not peft's layers."""
+"""Cases for the laws from LoRA and from the adapters of edgetune's own."""
 
 from __future__ import annotations
 
 from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.glora import GLoRA
+from edgetune.adapt.lora import LoRA
 from edgetune.adapt.prompt import Prompt
 from edgetune.adapt.sherl import SHERL
 from edgetune.lean.technique import Lean
 from edgetune.quant.qat import QAT
 from edgetune.sparse.update import SparseUpdate
-from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, llama, mlp, tokens, vectors
+from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, cnn, llama, mlp, pictures, tokens, vectors
 
 ADAPTER_CASES = [
+    Case(
+        "lora-mlp", (LoRA(rank=2, targets=BLOCKS, also_train=("classifier",)),), mlp, vectors,
+        unmatched=LoRA(targets=NOTHING),
+    ),
+    Case("lora-rslora-cnn", (LoRA(rank=2, targets=("*.pointwise",), rslora=True),), cnn, pictures),
+    Case("lora-dora-bert", (LoRA(rank=2, targets=ATTENTION, dora=True, dropout=0.1),), bert, tokens),
+    Case(
+        "lora-pissa-bert", (LoRA(rank=2, targets=ATTENTION, init="pissa", depth=0.5),), bert, tokens,
+        same_weights=False,
+    ),
+    Case("lora-olora-mlp", (LoRA(rank=2, targets=BLOCKS, init="olora"),), mlp, vectors, same_weights=False),
+    Case(
+        "lora-frozen-a-mlp", (LoRA(rank=2, targets=BLOCKS, init="orthogonal", frozen_a=True, depth="last-2"),), mlp,
+        vectors, keeps_less=True,
+    ),
+    Case("lora-llama", (LoRA(rank=2, targets=("*.q_proj", "*.v_proj")),), llama, tokens),
+    Case(
+        "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
+        bert, tokens, keeps_less=True,
+    ),
     Case(
         "bottleneck-mlp", (Bottleneck(targets=("*.down",), width=4),), mlp, vectors, merges=False, same_keys=False,
         exports=True, unmatched=Bottleneck(targets=NOTHING),

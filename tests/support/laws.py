@@ -259,26 +259,6 @@ CASES = [
     ),
     Case("sparse-sliced-bert", (SparseUpdate(scheme={"*.layer.1": 0.25}),), bert, tokens, keeps_less=True),
     Case("sparse-pockengine-bert", (SparseUpdate(scheme="bert-pockengine"),), bert, tokens, keeps_less=True),
-    Case(
-        "lora-mlp", (LoRA(rank=2, targets=BLOCKS, also_train=("classifier",)),), mlp, vectors,
-        unmatched=LoRA(targets=NOTHING),
-    ),
-    Case("lora-rslora-cnn", (LoRA(rank=2, targets=("*.pointwise",), rslora=True),), cnn, pictures),
-    Case("lora-dora-bert", (LoRA(rank=2, targets=ATTENTION, dora=True, dropout=0.1),), bert, tokens),
-    Case(
-        "lora-pissa-bert", (LoRA(rank=2, targets=ATTENTION, init="pissa", depth=0.5),), bert, tokens,
-        same_weights=False,
-    ),
-    Case("lora-olora-mlp", (LoRA(rank=2, targets=BLOCKS, init="olora"),), mlp, vectors, same_weights=False),
-    Case(
-        "lora-frozen-a-mlp", (LoRA(rank=2, targets=BLOCKS, init="orthogonal", frozen_a=True, depth="last-2"),), mlp,
-        vectors, keeps_less=True,
-    ),
-    Case("lora-llama", (LoRA(rank=2, targets=("*.q_proj", "*.v_proj")),), llama, tokens),
-    Case(
-        "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
-        bert, tokens, keeps_less=True,
-    ),
     Case("lean-mlp", (Lean(),), mlp, vectors, keeps_less=True),
     Case("lean-cnn", (Lean(),), cnn, pictures, keeps_less=True, exports=True),
     Case("lean-bert", (Lean(),), bert, tokens, keeps_less=True),
