@@ -35,8 +35,8 @@ def settings_of(
         name, hint = field.name, hints[field.name]
         if name in base | _DECIDED or name in left_out or _is_for_tests(field, hint):
             continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        bounds = {"ge": 1} if name == "r" else {}
+        default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        bounds: dict[str, Any] = {"ge": 1} if name == "r" else {}
         text = described.get(name) or first_sentence("".join(field.metadata.get("help", "")))
         made[names.get(name, name)] = (_choices(hint), Field(default, **bounds, description=text))
     return made
