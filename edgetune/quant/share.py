@@ -138,7 +138,7 @@ class Share(Technique):
         divisors = torch.zeros(cells, device=places.device).index_add_(0, places, each).square_() / sharing
 
         pool = torch.zeros(cells, self.block_size, device=places.device)
-        split = [tensor.split(counts) for tensor in (places, signs, each)]
+        split = [torch.split(tensor, counts) for tensor in (places, signs, each)]
         for weight, own, sign, scale in zip(weights, *split, strict=True):
             pool.index_add_(0, own, weight.float().view(-1, self.block_size) * (sign / scale)[:, None])
         parameter = nn.Parameter((pool / sharing[:, None]).to(weights[0].dtype))
