@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ pytestmark = [  # of plain peft: FRoD, BOFT, LN tuning
 ]
 
 families = pytest.mark.parametrize("name", PEFT_FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain peft's BOFT leaves CC and CXX at gcc."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, os.environ.get(name, "c++"))
 
 
 def plain_peft(technique: FamilyAdapter, model: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -291,3 +292,11 @@ def test_every_merged_family_exports(name: str, tmp_path: Path) -> None:
     artifact = et.export(finalize(model), vectors(), tmp_path / "model.pte", target="xnnpack", one_row=True)
     assert artifact.manifest.main.parity.same_prediction_pct == 100
     assert artifact.manifest.main.parity.max_abs_difference < 1e-3
+
+
+def test_an_adapter_leaves_the_compilers_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.delenv("CC")
+    apply(mlp(), small("boft"))
+    assert (os.environ.get("CC"), os.environ["CXX"]) == (None, "c++")

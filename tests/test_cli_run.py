@@ -54,7 +54,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(mine: Path, capsys: pytest.C
         answer.out
         == """\
 mine: minilm on tweets, seed 0
-  1  lora      rank 4, targets *.query
+  1  lora      targets *.query, rank 4
   2  train     epochs 1, learning_rate 0.002
      finalize  lora; prune needs plain layers
   3  prune     ratio 0.5

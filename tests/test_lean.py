@@ -253,6 +253,8 @@ PRIVATE = {  # what edgetune/lean uses of torch that torch does not promise to k
     "torch.nn.Linear(1, 1)._forward_hooks_always_called": "take our hooks off",
     "torch.zeros(1)._version": "notice a change in place",
     "torch.zeros(1)._base": "know a view",
+    "torch.zeros(1).to_sparse()._indices": "count the bytes of a sparse tensor, as it is stored",
+    "torch.zeros(1).to_sparse()._values": "count the bytes of a sparse tensor, as it is stored",
     "torch.zeros(1).untyped_storage()._cdata": "know the memory of a weight",
     "torch.ops.aten.add.Tensor._schema": "name the operator that reads a weight",
     "torch.ops.aten._softmax_backward_data": "backward of softmax",

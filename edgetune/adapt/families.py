@@ -238,9 +238,9 @@ class FamilyAdapter(Adapter):
             for side in sides.split():
                 width = {"in": width_in, "out": width_out, "rank": rank}[side]
                 if size and width and width % size and not patterns:
-                    what = {"in": "the input width", "out": "the output width", "rank": "the rank"}[side]
+                    divided = {"in": "the input width", "out": "the output width", "rank": "the rank"}[side]
                     raise EdgetuneError(
-                        f"{name}: {setting} must divide {what} {width}", got=size,
+                        f"{name}: {setting} must divide {divided} {width}", got=size,
                         action=f'change it, or add "{name}" to skip',
                     )  # fmt: skip
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,7 +94,7 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float3
     peft = require("peft", "an adapter")
     tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     try:
-        with silence_libraries():  # what peft warns of is checked here
+        with silence_libraries(), _restore_compilers():  # what peft warns of is checked here
             tuner = tuner_class(model, config, adapter_name=ADAPTER)
     except FAILURES as error:
         names = list(chosen)
@@ -107,6 +109,19 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float3
         _fix_convolution(model.get_submodule(name))
     if in_float32:
         tuner._cast_adapter_dtype(ADAPTER)
+
+
+@contextmanager
+def _restore_compilers() -> Iterator[None]:
+    """Restore CC and CXX, which peft's BOFT leaves at gcc where its CUDA extension cannot be built."""
+    before = {name: os.environ.pop(name) for name in ("CC", "CXX") if name in os.environ}
+    os.environ.update(before)
+    try:
+        yield
+    finally:
+        for name in ("CC", "CXX"):
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _fix_convolution(layer: Any) -> None:

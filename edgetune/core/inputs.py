@@ -54,16 +54,16 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts, and in a cache of transformers."""
+def tensors_in(value: object, caches: bool = False) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts; with `caches` those in a cache of transformers too."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from tensors_in(item)
+            yield from tensors_in(item, caches)
     elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(layers := getattr(value, "layers", None), list):
+        yield from tensors_in(list(value.values()), caches)
+    elif caches and isinstance(layers := getattr(value, "layers", None), list):
         yield from tensors_in([(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers])
 
 

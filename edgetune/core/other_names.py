@@ -132,8 +132,10 @@ def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
     for ours in (*SETTINGS.get(name.lower(), ()), STEPS.get(name.lower(), "")):
         if ours in plain.values():
             return ours
-    close = difflib.get_close_matches(_normalize(name), plain, n=1, cutoff=cutoff)
-    return plain[close[0]] if close else ""
+    wanted = _normalize(name)
+    close = difflib.get_close_matches(wanted, plain, n=3, cutoff=cutoff)
+    swapped = [each for each in close if sorted(each) == sorted(wanted)]  # two letters in the wrong order
+    return plain[(swapped or close)[0]] if close else ""
 
 
 def _normalize(name: str) -> str:

@@ -70,7 +70,7 @@ class FrozenStage(Hook):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
         """Switch dropout and recording off, unless something trains."""
-        if any(t.requires_grad for t in (*module.parameters(), *tensors_in((args, kwargs)))):
+        if any(t.requires_grad for t in (*module.parameters(), *tensors_in((args, kwargs), caches=True))):
             return do_nothing
         recording, training = torch.is_grad_enabled(), [m for m in module.modules() if m.training]
         for inner in training:

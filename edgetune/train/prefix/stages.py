@@ -165,7 +165,7 @@ class _Watcher:
         self.inputs = {name: value for name, value in name_arguments(args, kwargs).items() if isinstance(value, Tensor)}
 
     def stage(self, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.trains(name) or any(t.requires_grad for t in tensors_in((args, kwargs))):
+        if self.trains(name) or any(t.requires_grad for t in tensors_in((args, kwargs), caches=True)):
             self.first_trained = name
             raise PrefixEnd
         output = plain(*args, **kwargs)
