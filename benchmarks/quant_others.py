@@ -181,7 +181,7 @@ def write_gguf(model: nn.Module, path: Path) -> None:
         values = tensor.float()
         if layer in heads:  # llama.cpp rotates neighbouring channels, transformers those half a head apart
             values = values.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)) + ".weight", values.contiguous().numpy())
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), values.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
