@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import edgetune as et
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import Ledger
 from edgetune.core.numbers import MIB
 from edgetune.core.technique import Sample
 from edgetune.export import export
@@ -339,18 +338,11 @@ def test_a_model_without_gradients_is_refused_and_has_output_errors() -> None:
 
 
 def test_a_run_says_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from support.checkpoints import save_bert, save_rows
+    from support.checkpoints import run_steps
 
     monkeypatch.chdir(tmp_path)
-    save_bert(Path("encoder"), "Model", hidden_size=64, intermediate_size=128)
-    save_rows(Path("rows.csv"))
-    Path("r.yaml").write_text(
-        "model: {source: 'hf:encoder', max_length: 8}\ndata: csv:rows.csv\n"
-        "steps: [train: {updates: 2, batch_size: 8}, bits: {average_bits: 5, latency_ms: 100, device: pixel-8}]",
-        encoding="utf-8",
-    )
-    et.run("r.yaml", out="run")
-    row = Ledger.read(Path("run/ledger.json")).rows[-1]
+    bits = "bits: {average_bits: 5, latency_ms: 100, device: pixel-8}"
+    row = run_steps(f"train: {{updates: 2, batch_size: 8}}, {bits}").rows[-1]
     assert row.step == "bits"
     assert "bits on average: " in row.note
     assert " ms predicted; KL divergence on the calibration batches, for want of others" in row.note

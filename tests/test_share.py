@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import edgetune as et
 from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.ledger import Ledger
 from edgetune.lean.saved import saved_bytes
 from edgetune.quant.share import Share, fold
 from edgetune.quant.shared_linear import SharedLinear, shared_layers
@@ -179,18 +178,10 @@ def test_what_cannot_share_is_refused() -> None:
 
 
 def test_a_run_trains_the_pool_and_ends_with_plain_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from support.checkpoints import save_bert, save_rows
+    from support.checkpoints import run_steps
 
     monkeypatch.chdir(tmp_path)
-    save_bert(Path("encoder"), "Model", hidden_size=64, intermediate_size=128)
-    save_rows(Path("rows.csv"))
-    Path("r.yaml").write_text(
-        "model: {source: 'hf:encoder', max_length: 8}\ndata: csv:rows.csv\n"
-        "steps: [share: {ratio: 0.25, skip: [classifier]}, train: {updates: 2, batch_size: 8}, int8_dynamic]",
-        encoding="utf-8",
-    )
-    et.run("r.yaml", out="run")
-    ledger = Ledger.read(Path("run/ledger.json"))
+    ledger = run_steps("share: {ratio: 0.25, skip: [classifier]}, train: {updates: 2, batch_size: 8}, int8_dynamic")
     load, share, train, plain, _ = ledger.rows
     assert [row.step for row in ledger.rows] == ["load", "share", "train", "finalize", "int8_dynamic"]
     assert share.trainable_parameters == train.trainable_parameters < 0.7 * load.trainable_parameters

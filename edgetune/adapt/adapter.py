@@ -9,18 +9,16 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import nn
 
+from edgetune.adapt.frozen_base import restore_base
 from edgetune.adapt.inject import OWNER, exact_targets, inject, refuse_adapters
 from edgetune.adapt.layer_kinds import Kind, kind_of
 from edgetune.adapt.rewritten import INITIAL
-from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, select
 from edgetune.core.merging import merge
 from edgetune.core.peft_layers import TUNER, is_peft
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
-from edgetune.lean.frozen import FrozenLayer, remove_hooks
-from edgetune.lean.reads import FirstForward
 from edgetune.lean.stages import blocks_of, names_before
 
 Depth = Annotated[str, Field(pattern=r"^last-[1-9][0-9]*$")] | Annotated[float, Field(gt=0, lt=1)]
@@ -104,9 +102,7 @@ class Adapter(Technique):
         model = merge(model, is_peft)
         for attribute in ("peft_config", TUNER, INITIAL):
             model.__dict__.pop(attribute, None)
-        keep = trainable.is_chosen(model)  # the technique that chose keeps its batch norms frozen
-        remove_hooks(model, FirstForward if keep else (FirstForward, FrozenLayer))
-        trainable.recall(model, OWNER)
+        restore_base(model, OWNER)
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:

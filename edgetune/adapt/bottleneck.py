@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.adapt.frozen_base import freeze_base, restore_base
-from edgetune.adapt.widths import first_input, widths_of
+from edgetune.adapt.widths import first_input, read_widths
 from edgetune.core.carriers import plain_layer
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import device_of
@@ -85,7 +85,7 @@ class Bottleneck(Technique):
         for name, module in chosen.items():
             _refuse(model, name, module, chosen)
         refuse_read_elsewhere(model, chosen, sample)
-        widths = widths_of(model, chosen, sample)
+        widths = read_widths(model, chosen, sample)
         freeze_base(model, self.name)
         for name, module in chosen.items():
             inside, outside = widths[name]

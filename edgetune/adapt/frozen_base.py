@@ -18,7 +18,7 @@ def freeze_base(model: nn.Module, owner: str) -> None:
 
 
 def restore_base(model: nn.Module, owner: str) -> None:
-    """Make trainable again what was before `freeze_base`, and remove its hooks."""
+    """Make trainable again what was before, and remove the hooks."""
     keep = trainable.is_chosen(model)  # the technique that chose keeps its batch norms frozen
     remove_hooks(model, FirstForward if keep else (FirstForward, FrozenLayer))
     trainable.recall(model, owner)

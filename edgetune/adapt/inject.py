@@ -114,8 +114,7 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float3
 @contextmanager
 def _restore_compilers() -> Iterator[None]:
     """Restore CC and CXX, which peft's BOFT leaves at gcc where its CUDA extension cannot be built."""
-    before = {name: os.environ.pop(name) for name in ("CC", "CXX") if name in os.environ}
-    os.environ.update(before)
+    before = {name: os.environ[name] for name in ("CC", "CXX") if name in os.environ}
     try:
         yield
     finally:

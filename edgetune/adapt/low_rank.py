@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS
+from edgetune.adapt.layer_kinds import kind_of, widths_of
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import is_transposed, no_match_error
+from edgetune.core.layers import no_match_error
 from edgetune.core.registry import require
 
 MERGE = "merge it instead: et.finalize(et.load_adapter(model, folder)), and export the result"
@@ -61,9 +62,7 @@ def read_low_rank(name: str, folder: str | Path, model: nn.Module) -> LowRank:
 
 def linear_widths(layer: nn.Module) -> tuple[int, int] | None:
     """Inputs and outputs of a linear layer; `None` for a layer of another kind."""
-    if is_transposed(layer):
-        return int(layer.nx), int(layer.nf)  # type: ignore[arg-type]
-    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else None
+    return widths_of(layer) if kind_of(layer) in ("linear", "Conv1D") else None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

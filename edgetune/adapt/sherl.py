@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgetune.adapt.frozen_base import freeze_base, restore_base
-from edgetune.adapt.widths import first_input, widths_of
+from edgetune.adapt.widths import first_input, read_widths
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import device_of
 from edgetune.core.layers import select
@@ -112,7 +112,7 @@ class SHERL(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Put the network in, in place."""
         early, late = self._blocks(model)
-        widths = widths_of(model, {name: model.get_submodule(name) for name in early}, sample)
+        widths = read_widths(model, {name: model.get_submodule(name) for name in early}, sample)
         if len({width for pair in widths.values() for width in pair}) > 1:
             raise EdgetuneError("the blocks have states of different widths", got=widths, action="name equal blocks")
         first = early[0]

@@ -17,7 +17,7 @@ from edgetune.core.modes import preserve_buffers, preserve_state
 from edgetune.core.technique import Sample
 
 
-def widths_of(
+def read_widths(
     model: nn.Module, modules: Mapping[str, nn.Module], sample: Sample | None = None
 ) -> dict[str, tuple[int, int]]:
     """The last dimension of what each module takes first and of what it returns.

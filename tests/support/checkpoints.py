@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import edgetune as et
+from edgetune.core.ledger import Ledger
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "text", "very"]
 
 
@@ -68,3 +71,14 @@ def save_images(folder: Path, count: int = 20) -> None:
         for n in range(count):
             pixels = generator.integers(120 * number, 120 * number + 60, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{n}.png")
+
+
+def run_steps(steps: str) -> Ledger:
+    """The ledger of a run of these steps with a small encoder, in the working directory."""
+    save_bert(Path("encoder"), "Model", hidden_size=64, intermediate_size=128)
+    save_rows(Path("rows.csv"))
+    Path("r.yaml").write_text(
+        f"model: {{source: 'hf:encoder', max_length: 8}}\ndata: csv:rows.csv\nsteps: [{steps}]", encoding="utf-8"
+    )
+    et.run("r.yaml", out="run")
+    return Ledger.read(Path("run/ledger.json"))
