@@ -38,6 +38,8 @@ Row = dict[str, Any]
 Steps = list[dict[str, Any]]
 
 FLOAT = "fp32"
+UNIFORM = "int4 gptq g32, 4-bit tables"
+BITS, AS_UNIFORM = "bits, as large as uniform 4", -1.0  # in place of a size
 
 
 def methods_of(task: Task) -> dict[str, Steps]:
@@ -58,7 +60,7 @@ def methods_of(task: Task) -> dict[str, Steps]:
         return methods
     methods["int8_dynamic"] = [{"int8_dynamic": {}}]
     methods["int4 smallest"] = [int4(preset="smallest")]
-    methods["int4 gptq g32, 4-bit tables"] = [int4(algorithm="gptq", embeddings="int4")]
+    methods[UNIFORM] = [int4(algorithm="gptq", embeddings="int4")]
     for group, name in ((32, "g32"), ("channel", "channel")):
         for algorithm in ("absmax", "mse", "awq", "gptq"):
             methods[f"int4 {algorithm} {name}"] = [int4(group_size=group, algorithm=algorithm)]
@@ -69,8 +71,8 @@ def methods_of(task: Task) -> dict[str, Steps]:
         training = {"train": task.qat}
         methods[f"qat, int4 {name}"] = [{"qat": {"distill": 1.0}}, training, int4(group_size=group)]
     methods["quik"] = [{"quik": {}}]
-    for average in (4.5, 5.0):  # 4.5: as large as int4 in groups of 32
-        methods[f"bits {average}"] = [{"bits": {"average_bits": average}}]
+    methods[BITS] = [{"bits": {"size_mib": AS_UNIFORM}}]
+    methods["bits 5.0"] = [{"bits": {"average_bits": 5.0}}]
     return methods
 
 
@@ -129,8 +131,7 @@ class Bench:
         from edgetune.quant.size import stored_bytes
         from edgetune.run import reuse
 
-        steps = methods_of(self.task)[method]
-
+        steps = self.with_sizes(methods_of(self.task)[method])
         fold = copy.copy(self.fold)
         fold.recipe = self.recipe(steps)
         fold.digests = reuse.step_digests(fold.recipe)
@@ -145,6 +146,19 @@ class Bench:
         if allocation is not None:
             row["compared"] = {c.name: c.kl for c in allocation.compared}
         return row if self.seed else {**row, **self.exported(fold)}
+
+    def with_sizes(self, steps: Steps) -> Steps:
+        """The same steps, with the size of the model in uniform 4 bits where one asks for it."""
+        import edgetune as et
+        from edgetune.quant.size import stored_bytes
+
+        if not any(AS_UNIFORM in settings.values() for step in steps for settings in step.values()):
+            return steps
+        wide = tuple(self.task.wide)
+        uniform = et.apply(
+            copy.deepcopy(self.model), et.Int4(algorithm="absmax", embeddings="int4", int8_linears=wide)
+        )
+        return [{"bits": {"size_mib": stored_bytes(uniform) / MIB}}]
 
     def exported(self, fold: Any) -> Row:
         """What its program is. The seeds' programs are alike, so one is enough."""
@@ -250,7 +264,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         at_most(gptq, 0.6, f"{name}: KL of gptq over absmax, groups of 32")
         channel = table.ratio(name, "int4 gptq channel", "int4 absmax g32", "kl")
         at_most(channel, 1.0, f"{name}: KL of gptq per channel over absmax in groups of 32")
-        at_most(table.ratio(name, "bits 4.5", "int4 gptq g32", "kl"), 0.8, f"{name}: KL of bits 4.5 over uniform gptq")
+        at_most(table.ratio(name, BITS, UNIFORM, "kl"), 0.8, f"{name}: KL of bits over gptq in uniform 4 bits of its size")
         recovered = table.ratio(name, "qat, int4 channel", "int4 absmax channel", "kl")
         at_most(recovered, 0.5, f"{name}: KL after qat over absmax, per channel")
     for name, method, limit in (("small GPT", None, 1.02), ("small GPT", "qat", 1.01), ("SmolLM2", None, 1.05)):
@@ -258,12 +272,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         if best is not None:
             method_name, value = best
             at_most(value, limit, f"{name}: perplexity of {method_name} over the float model's")
-    small = "int4 gptq g32, 4-bit tables"
-    for name, method in (("MiniLM", small), ("EfficientNet-Lite0", "int8 auto, biases")):
+    for name, method in (("MiniLM", UNIFORM), ("EfficientNet-Lite0", "int8 auto, biases")):
         whole, rounded = table.mean(name, FLOAT, "quality"), table.mean(name, method, "quality")
         if whole is not None and rounded is not None:
             at_most(whole - rounded, 0.3, f"{name}: points lost by {method}")
-    at_most(table.ratio("MiniLM", small, FLOAT, "file_mib"), 1 / 6.5, f"MiniLM: size of {small} over fp32's")
+    at_most(table.ratio("MiniLM", UNIFORM, FLOAT, "file_mib"), 1 / 6.5, f"MiniLM: size of {UNIFORM} over fp32's")
     checks += [verdict for name in of_text for verdict in _beside_random(table, name)]
     ours, theirs = _best_perplexity(table, "SmolLM2", None), table.mean("SmolLM2", "llama.cpp Q4_K_M", "quality")
     whole = table.mean("SmolLM2", FLOAT, "quality")

@@ -47,6 +47,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "MiSS",
+    "Offsets",
     "Outliers",
     "PEANuT",
     "PVeRA",
@@ -152,6 +153,7 @@ if TYPE_CHECKING:
     from edgetune.quant.int8 import Int8
     from edgetune.quant.int8_dynamic import Int8Dynamic
     from edgetune.quant.nf4 import NF4
+    from edgetune.quant.offsets import Offsets
     from edgetune.quant.outliers import Outliers
     from edgetune.quant.palettize import Palettize
     from edgetune.quant.qat import QAT
@@ -185,6 +187,7 @@ else:
         "Lean": "lean.technique",
         "LoRA": "adapt.lora",
         "NF4": "quant.nf4",
+        "Offsets": "quant.offsets",
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
         "QAT": "quant.qat",

@@ -65,6 +65,7 @@ TECHNIQUES = {
     "int8": "edgetune.quant.int8:Int8",
     "int8_dynamic": "edgetune.quant.int8_dynamic:Int8Dynamic",
     "outliers": "edgetune.quant.outliers:Outliers",
+    "offsets": "edgetune.quant.offsets:Offsets",
     "quik": "edgetune.quant.quik:Quik",
     "qat": "edgetune.quant.qat:QAT",
     "ternary": "edgetune.quant.ternary:Ternary",
