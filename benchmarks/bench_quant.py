@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from bench_real import exit_with, write_results
-from quant_models import TASKS, Task
+from quant_methods import AS_UNIFORM, FLOAT, Steps, methods_of, names_of
+from quant_models import TASKS
 from quant_others import others_of
+from quant_verdicts import Table, Verdict, verdicts
 
 from edgetune.run.environment import installed_versions
 
@@ -35,50 +37,6 @@ WORK = ROOT / "runs" / "bench-quant"
 OUT = ROOT / "docs" / "bench-quant.json"
 MIB = 2**20
 Row = dict[str, Any]
-Steps = list[dict[str, Any]]
-
-FLOAT = "fp32"
-UNIFORM = "int4 gptq g32, 4-bit tables"
-BITS, AS_UNIFORM = "bits, as large as uniform 4", -1.0  # in place of a size
-
-
-def methods_of(task: Task) -> dict[str, Steps]:
-    """The steps of every method that suits a model, by its name in the table."""
-    wide = {"int8_linears": list(task.wide)} if task.wide else {}
-
-    def int4(**settings: Any) -> dict[str, Any]:
-        return {"int4": {**wide, **settings}}
-
-    methods: dict[str, Steps] = {FLOAT: []}
-    if task.kind == "image":
-        observers = ("minmax", "percentile", "mse", "entropy")
-        methods |= {f"int8 {observer}": [{"int8": {"observer": observer}}] for observer in observers}
-        methods |= {
-            "int8 auto": [{"int8": {"observer": "auto"}}],
-            "int8 auto, biases": [{"int8": {"observer": "auto", "bias_correction": True}}],
-        }
-        return methods
-    methods["int8_dynamic"] = [{"int8_dynamic": {}}]
-    methods["int4 smallest"] = [int4(preset="smallest")]
-    methods[UNIFORM] = [int4(algorithm="gptq", embeddings="int4")]
-    for group, name in ((32, "g32"), ("channel", "channel")):
-        for algorithm in ("absmax", "mse", "awq", "gptq"):
-            methods[f"int4 {algorithm} {name}"] = [int4(group_size=group, algorithm=algorithm)]
-        gptq = int4(group_size=group, algorithm="gptq")
-        methods[f"smooth, int4 gptq {name}"] = [{"smooth": {}}, gptq]
-        if task.kind == "language":
-            methods[f"rotate, int4 gptq {name}"] = [{"rotate": {}}, gptq]
-        training = {"train": task.qat}
-        methods[f"qat, int4 {name}"] = [{"qat": {"distill": 1.0}}, training, int4(group_size=group)]
-    methods["quik"] = [{"quik": {}}]
-    methods[BITS] = [{"bits": {"size_mib": AS_UNIFORM}}]
-    methods["bits 5.0"] = [{"bits": {"average_bits": 5.0}}]
-    return methods
-
-
-def names_of(name: str) -> list[str]:
-    """Every row of a model's table."""
-    return [*methods_of(TASKS[name]), *others_of(TASKS[name].kind, name)]
 
 
 # In a process of its own
@@ -155,9 +113,7 @@ class Bench:
         if not any(AS_UNIFORM in settings.values() for step in steps for settings in step.values()):
             return steps
         wide = tuple(self.task.wide)
-        uniform = et.apply(
-            copy.deepcopy(self.model), et.Int4(algorithm="absmax", embeddings="int4", int8_linears=wide)
-        )
+        uniform = et.apply(copy.deepcopy(self.model), et.Int4(algorithm="absmax", embeddings="int4", int8_linears=wide))
         return [{"bits": {"size_mib": stored_bytes(uniform) / MIB}}]
 
     def exported(self, fold: Any) -> Row:
@@ -223,94 +179,6 @@ def rows_from_worker(name: str, seed: int, methods: Sequence[str]) -> Iterator[R
                 yield json.loads(line)
     if child.returncode:
         print(f"{name}, seed {seed}: the process ended with {child.returncode}", file=sys.stderr)
-
-
-class Table:
-    """The rows, with what is asked of them."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = [row for row in rows if "failed" not in row]
-
-    def values(self, model: str, method: str, figure: str) -> list[float]:
-        """A figure with each seed."""
-        rows = [row for row in self.rows if (row["model"], row["method"]) == (model, method)]
-        return [row[figure] for row in rows if figure in row]
-
-    def mean(self, model: str, method: str, figure: str) -> float | None:
-        """Its mean; `None` where it was not measured."""
-        values = self.values(model, method, figure)
-        return statistics.mean(values) if values else None
-
-    def ratio(self, model: str, method: str, other: str, figure: str) -> float | None:
-        """One method's mean over another's."""
-        one, two = self.mean(model, method, figure), self.mean(model, other, figure)
-        return None if one is None or two is None else one / two
-
-
-Verdict = tuple[bool, str]
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """What the whole is held to."""
-    table, checks = Table(rows), list[Verdict]()
-    of_text = [name for name, task in TASKS.items() if task.kind != "image"]
-
-    def at_most(value: float | None, limit: float, text: str) -> None:
-        if value is not None:
-            checks.append((value <= limit, f"{text}: {value:.3g} (at most {limit:g})"))
-
-    for name in of_text:
-        gptq = table.ratio(name, "int4 gptq g32", "int4 absmax g32", "kl")
-        at_most(gptq, 0.6, f"{name}: KL of gptq over absmax, groups of 32")
-        channel = table.ratio(name, "int4 gptq channel", "int4 absmax g32", "kl")
-        at_most(channel, 1.0, f"{name}: KL of gptq per channel over absmax in groups of 32")
-        at_most(table.ratio(name, BITS, UNIFORM, "kl"), 0.8, f"{name}: KL of bits over gptq in uniform 4 bits of its size")
-        recovered = table.ratio(name, "qat, int4 channel", "int4 absmax channel", "kl")
-        at_most(recovered, 0.5, f"{name}: KL after qat over absmax, per channel")
-    for name, method, limit in (("small GPT", None, 1.02), ("small GPT", "qat", 1.01), ("SmolLM2", None, 1.05)):
-        best = _best_perplexity(table, name, method)
-        if best is not None:
-            method_name, value = best
-            at_most(value, limit, f"{name}: perplexity of {method_name} over the float model's")
-    for name, method in (("MiniLM", UNIFORM), ("EfficientNet-Lite0", "int8 auto, biases")):
-        whole, rounded = table.mean(name, FLOAT, "quality"), table.mean(name, method, "quality")
-        if whole is not None and rounded is not None:
-            at_most(whole - rounded, 0.3, f"{name}: points lost by {method}")
-    at_most(table.ratio("MiniLM", UNIFORM, FLOAT, "file_mib"), 1 / 6.5, f"MiniLM: size of {UNIFORM} over fp32's")
-    checks += [verdict for name in of_text for verdict in _beside_random(table, name)]
-    ours, theirs = _best_perplexity(table, "SmolLM2", None), table.mean("SmolLM2", "llama.cpp Q4_K_M", "quality")
-    whole = table.mean("SmolLM2", FLOAT, "quality")
-    if ours and theirs and whole:
-        at_most(ours[1] * whole / theirs, 1.0, f"SmolLM2: perplexity of {ours[0]} over llama.cpp's Q4_K_M")
-    for row in table.rows:
-        if row["model"] in of_text and {"stored_mib", "file_mib"} <= row.keys():
-            off = abs(row["file_mib"] / row["stored_mib"] - 1)
-            if off > 0.02:
-                checks.append((False, f"{row['model']} {row['method']}: size is {100 * off:.1f} % off the arithmetic"))
-    return checks
-
-
-def _beside_random(table: Table, name: str) -> list[Verdict]:
-    """Whether allocations of `bits` are ahead of random ones of their size with every seed, rounded alike."""
-    checks = []
-    for method in methods_of(TASKS[name]):
-        seeds: list[Any] = table.values(name, method, "compared")
-        if seeds:
-            own, chance, uniform = ([seed[of] for seed in seeds] for of in ("this", "random", "uniform"))
-            text = "KL x 1000 of {}, held-out batches: {:.2f}, random {:.2f} to {:.2f}, uniform {:.2f}".format(
-                method, *(1000 * x for x in (statistics.mean(own), min(chance), max(chance), statistics.mean(uniform)))
-            )
-            checks.append((max(own) < min(chance), f"{name}: {text}"))
-    return checks
-
-
-def _best_perplexity(table: Table, name: str, method: str | None) -> tuple[str, float] | None:
-    """The method that begins so, or any without training, with the least perplexity, over that of the float model."""
-    names = [m for m in methods_of(TASKS[name]) if m.startswith(method or "int4") or (not method and "int4" in m)]
-    names = [m for m in names if method or not m.startswith("qat")]
-    ratios = [(m, table.ratio(name, m, FLOAT, "quality")) for m in names]
-    measured = [(m, ratio) for m, ratio in ratios if ratio is not None]
-    return min(measured, key=lambda pair: pair[1]) if measured else None
 
 
 def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:

@@ -207,7 +207,7 @@ def choose_layers(
             grids |= dict.fromkeys(matched, grid)
         else:
             grids |= {name: grid for name, layer in matched.items() if not isinstance(layer, SmallPart)}
-            grids |= {name: EIGHT_BITS for name in matched if name.endswith(".offset") and name[:-7] in grids}
+            grids |= dict.fromkeys(_offsets_of(matched), EIGHT_BITS)
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in grids}
     chosen_tables, in_float = _choose_tables(model, skip_tables) if tables else ({}, [])
     readers, _ = readers_of(model, [*layers, *chosen_tables], sample)
@@ -225,6 +225,12 @@ def choose_layers(
         if message:
             warnings.warn(f"{technique}: {message}", stacklevel=stacklevel)  # the caller of `et.apply`
     return LayerChoice(technique, model, layers, grids | (dict.fromkeys(chosen_tables, tables) if tables else {}))
+
+
+def _offsets_of(layers: Mapping[str, nn.Linear]) -> list[str]:
+    """The offsets among them of split linears among them; those of a single group stay in floating point."""
+    parts = {name: name.removesuffix(".offset") for name, layer in layers.items() if layer.in_features > 1}
+    return [name for name, whole in parts.items() if whole != name and isinstance(layers.get(whole), SplitLinear)]
 
 
 def _split_skips(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[str], list[str]]:

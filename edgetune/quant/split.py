@@ -58,7 +58,7 @@ def split_outliers_off(layer: nn.Linear, columns: Tensor) -> None:
 
 
 def split_offsets_off(layer: nn.Linear, offsets: Tensor) -> None:
-    """Make the layer a `SplitLinear`, in place. `offsets` `(out, groups)`: subtracted from the weights of each group."""
+    """Make the layer a `SplitLinear`, in place. `offsets` `(out, groups)`: subtracted from the weights of a group."""
     weight, trains = layer.weight.detach(), layer.weight.requires_grad
     size = layer.in_features // offsets.shape[1]
     layer.weight = nn.Parameter(weight - offsets.repeat_interleave(size, -1), requires_grad=trains)

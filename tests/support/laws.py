@@ -26,6 +26,7 @@ from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
+from edgetune.quant.offsets import Offsets
 from edgetune.quant.outliers import Outliers
 from edgetune.quant.palettize import Palettize
 from edgetune.quant.qat import QAT
@@ -310,6 +311,14 @@ CASES = [
     Case(
         "outliers-mlp", (Outliers(share=0.1),), mlp, vectors, trains=False, same_keys=False, exports=True,
         unmatched=Outliers(targets=NOTHING),
+    ),
+    Case(
+        "offsets-mlp", (Offsets(group_size=4),), mlp, vectors, trains=False, same_keys=False, same_shapes=False,
+        exports=True, unmatched=Offsets(targets=NOTHING),
+    ),
+    Case(
+        "outliers-offsets-int4-mlp", (Outliers(share=0.1), Offsets(), Int4(algorithm="gptq")), mlp, vectors, error=0.2,
+        trains=False, same_keys=False, exports=True,
     ),
     Case(
         "int8-dynamic-mlp", (Int8Dynamic(),), mlp, vectors, error=0.02, size=channel_size(8, 4), trains=False,
