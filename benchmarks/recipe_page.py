@@ -89,6 +89,7 @@ EXAMPLES = {
     "bits": "- bits: {average_bits: 5, skip: [classifier]}\n",
     "int8_dynamic": "- int8_dynamic: {skip: [classifier]}\n",
     "outliers": "- outliers: {share: 0.01}\n- int4\n",
+    "offsets": "- offsets\n- int4\n",
     "quik": "- quik: {share: 0.02, skip: [classifier]}\n",
     "equalize": "- equalize\n- int8: {bias_correction: true}\n",
     "smooth": "- smooth: {alpha: auto}\n- int4: {group_size: 32}\n",

@@ -227,7 +227,7 @@ def choose_layers(
     return LayerChoice(technique, model, layers, grids | (dict.fromkeys(chosen_tables, tables) if tables else {}))
 
 
-def _offsets_of(layers: Mapping[str, nn.Linear]) -> list[str]:
+def _offsets_of(layers: Mapping[str, Any]) -> list[str]:
     """The offsets among them of split linears among them; those of a single group stay in floating point."""
     parts = {name: name.removesuffix(".offset") for name, layer in layers.items() if layer.in_features > 1}
     return [name for name, whole in parts.items() if whole != name and isinstance(layers.get(whole), SplitLinear)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -68,7 +68,7 @@ class Offsets(Technique):
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Split the layers in place."""
-        chosen = select(model, self.targets, self.skip, nn.Linear, lambda layer: not isinstance(layer, SmallPart))
+        chosen: dict[str, Any] = dict(select(model, self.targets, self.skip, nn.Linear, _is_whole))
         for name, layer in chosen.items():
             self._refuse(name, layer)
         owners = parameter_owners(dict(model.named_modules()))
@@ -102,16 +102,21 @@ class Offsets(Technique):
         refuse_infinite(name, layer.weight)
 
 
+def _is_whole(layer: nn.Module) -> bool:
+    return not isinstance(layer, SmallPart)
+
+
 def offsets_of(layer: nn.Linear, group_size: int) -> Tensor:
     """`(out, groups)`: where the code of zero lies if 16 codes reach from the least to the greatest weight of a group.
 
     The columns of inputs that go through `outlier` do not count.
     """
-    groups = layer.weight.detach().unflatten(1, (-1, group_size))
+    weight = layer.weight.detach()
+    groups = weight.view(len(weight), -1, group_size)
     least, greatest = groups.amin(-1), groups.amax(-1)
     if isinstance(layer, SplitLinear) and layer.kept is not None:
         unseen = (layer.kept == 0).view(-1, group_size)
         least = groups.masked_fill(unseen, torch.inf).amin(-1)
         greatest = groups.masked_fill(unseen, -torch.inf).amax(-1)
-    offsets = least + (greatest - least) * (_BELOW_ZERO / _STEPS)
+    offsets: Tensor = least + (greatest - least) * (_BELOW_ZERO / _STEPS)
     return offsets.nan_to_num(0.0, 0.0, 0.0)  # of a group that is not seen at all
