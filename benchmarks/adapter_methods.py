@@ -6,6 +6,7 @@ settings allow that. The classifier is new and trains whole with every method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ HERE = "py:benchmarks/adapter_methods.py"
 PRETRAINED_CLASSES, TUNED_CLASSES = range(5, 10), range(5)  # of Fashion-MNIST
 VIT = Path(__file__).resolve().parents[1] / "runs" / "bench-adapters" / "vit-tiny.pt"
 PRETRAINING = {"epochs": 3, "batch_size": 64, "learning_rate": 1e-3}
+
+
+def bert_base() -> tuple[nn.Module, dict[str, Any]]:
+    """BERT of 12 blocks, 768 wide, with random weights, and what of its task differs from MiniLM's."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(num_labels=3)), {"blocks": 12, "sherl_width": 30}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Task:
     lokr: dict[str, int] = field(default_factory=dict)  # the factor that divides all widths, and a rank above the rest
     vera_rank: int = 256
     sherl_width: int = 112
+    # a larger model, whose bytes alone are measured, with the settings that it needs instead
+    deeper: Callable[[], tuple[nn.Module, dict[str, Any]]] | None = None
 
     def describe(self) -> str:
         """The sizes, in a sentence."""
@@ -49,7 +59,7 @@ TASKS = {
         data={"source": "tweets", "validation_rows": 500, "test_rows": 2000},
         updates=80, batch_size=16, blocks=6,
         linears=("*.query", "*.key", "*.value", "*.dense"), after=("*.output.dense",), head="classifier",
-        lokr={"decompose_factor": 6, "rank": 128},
+        lokr={"decompose_factor": 6, "rank": 128}, deeper=bert_base,
     ),
     "ViT-tiny": Task(  # pretrained on half of the classes of Fashion-MNIST, and tuned to the other half
         model={"source": f"{HERE}:pretrained_vit", "image_px": 32},

@@ -15,7 +15,7 @@ from typing import Any
 
 import quant_models
 import torch
-from adapter_methods import FULL, PRETRAINED_CLASSES, PRETRAINING, TASKS, VIT, Method, methods_of
+from adapter_methods import FULL, LORA, PRETRAINED_CLASSES, PRETRAINING, SHERL, TASKS, VIT, Method, methods_of
 from method_rows import Row, file_name
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class Tuner:
         row: Row = {"rate": rate, "rates": {f"{r:.3g}": loss for r, loss in rates.items() if math.isfinite(loss)}}
         if not self.seed:
             row |= self.size(model) | self.cost(method)
+            if self.task.deeper is not None and method in (LORA, SHERL):
+                row["deeper_saved_mib"] = self.saved_on_deeper(method)
         model = finalize(model)
         row["quality"] = quality(model, self.test_split).value
         if not self.seed:
@@ -97,8 +99,11 @@ class Tuner:
 
     def adapted(self, method: str) -> nn.Module:
         """The model as a method trains it."""
-        model = self.load().model.requires_grad_(method == FULL)
-        model = apply(model, [technique(step) for step in self.methods[method].steps], self.samples.sample(self.loss))
+        return self.adapt(self.load().model.requires_grad_(method == FULL), self.methods[method])
+
+    def adapt(self, model: nn.Module, method: Method) -> nn.Module:
+        """A model with a method's techniques on it, and its head trainable."""
+        model = apply(model, [*map(technique, method.steps)], self.samples.sample(self.loss))
         model.get_submodule(self.task.head).requires_grad_(True)
         return model
 
@@ -170,14 +175,25 @@ class Tuner:
     def cost(self, method: str) -> Row:
         """Bytes saved for backward, and the time of a step beside full fine-tuning's, taken in turn."""
         model = self.adapted(method)
+        full, own = self.stepper(FULL, self.adapted(FULL)), self.stepper(method, model)
+        ratios = [own() / full() for _ in range(ROUNDS + 2)][2:]
+        return {"saved_mib": self.saved_mib(model), "step_ratio": statistics.median(ratios)}
+
+    def saved_mib(self, model: nn.Module) -> float:
+        """What the training forward of a batch saves for backward, the most of some draws."""
         inputs, labels = self.batch
         saved = []
         for draw in range(DRAWS):
             torch.manual_seed(draw)
             saved.append(saved_bytes(model, inputs, lambda output: self.loss(logits_of(output), labels)))
-        full, own = self.stepper(FULL, self.adapted(FULL)), self.stepper(method, model)
-        ratios = [own() / full() for _ in range(ROUNDS + 2)][2:]
-        return {"saved_mib": max(saved) / 2**20, "step_ratio": statistics.median(ratios)}
+        return max(saved) / 2**20
+
+    def saved_on_deeper(self, method: str) -> float:
+        """The same on a model of more blocks, with random weights."""
+        assert self.task.deeper is not None
+        model, changes = self.task.deeper()
+        same = methods_of(replace(self.task, **changes))[method]
+        return self.saved_mib(self.adapt(model.requires_grad_(False), same))
 
     def stepper(self, method: str, model: nn.Module) -> Any:
         """A function that takes a training step, and returns its seconds."""
