@@ -41,6 +41,7 @@ from edgetune.train.settings import Train
 
 ROUNDS = 7  # timed steps of each method, after two more
 DRAWS = 3  # in which what is saved for backward is measured: a supernet saves another amount with each path
+OTHER_ROWS = 1000  # added to the seed after a search, so that the training goes on with other rows
 FACTOR, MOST_RATES = 3.0, 5  # between the learning rates that are tried, and of them
 
 
@@ -111,19 +112,20 @@ class Tuner:
         """The trained model. Where there is a search, half of the updates come before it and half after."""
         model, search = self.adapted(method), self.methods[method].search
         first = updates // 2 if search else updates
-        self.train(model, method, rate, first)
+        self.train(model, self.settings(method, rate, first), self.seed)
         if search:
             model = apply(model, technique(search), self.samples.sample(self.loss))
-            self.train(model, method, rate, updates - first)
+            self.train(model, self.settings(method, rate, updates - first), self.seed + OTHER_ROWS)
         return model
 
-    def train(self, model: nn.Module, method: str, rate: float, updates: int) -> None:
-        """Some updates."""
-        train(model, self.settings(self.methods[method], rate, updates), self.train_split, self.loss, seed=self.seed)
+    def train(self, model: nn.Module, settings: Train, seed: int) -> None:
+        """Train on rows in the order of a seed."""
+        train(model, settings, self.train_split, self.loss, seed=seed)
 
-    def settings(self, method: Method, rate: float, updates: int) -> Train:
+    def settings(self, method: str, rate: float, updates: int) -> Train:
         """The settings of a training."""
-        return Train(updates=updates, batch_size=self.task.batch_size, learning_rate=rate, **method.train)
+        own = self.methods[method].train
+        return Train(updates=updates, batch_size=self.task.batch_size, learning_rate=rate, **own)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The task's loss."""
@@ -197,7 +199,7 @@ class Tuner:
 
     def stepper(self, method: str, model: nn.Module) -> Any:
         """A function that takes a training step, and returns its seconds."""
-        settings, inputs = self.settings(self.methods[method], 1e-5, 1), self.batch
+        settings, inputs = self.settings(method, 1e-5, 1), self.batch
         parameters = trainable_parameters(model)
         optimizer = optimizers.build(settings, parameters, optimizers.faster_parameters(settings, model))
         model.train()
