@@ -118,4 +118,4 @@ def pretrained_vit(classes: list[str]) -> nn.Module:
     model: Any = vit_tiny(classes)
     state = torch.load(VIT)
     model.load_state_dict({**state, **{key: value for key, value in model.state_dict().items() if "head." in key}})
-    return model  # type: ignore[no-any-return]
+    return model

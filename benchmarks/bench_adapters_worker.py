@@ -206,7 +206,7 @@ class Tuner:
 
         def step() -> float:
             begun = time.perf_counter()
-            self.loss(logits_of(call(model, inputs[0])), inputs[1]).backward()  # type: ignore[no-untyped-call]
+            self.loss(logits_of(call(model, inputs[0])), inputs[1]).backward()
             optimizers.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
             return time.perf_counter() - begun
