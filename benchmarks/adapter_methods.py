@@ -41,7 +41,7 @@ class Task:
     head: str
     blocks: int
     classes: range | None = None  # of the data, if not all
-    lokr: dict[str, int] = field(default_factory=dict)  # the factor that divides all widths, and a rank above the rest
+    lokr: dict[str, int] = field(default_factory=dict)  # a factor that divides all widths, the rest in full
     vera_rank: int = 256
     sherl_width: int = 112
     # a larger model, whose bytes alone are measured, with the settings that it needs instead
@@ -59,14 +59,14 @@ TASKS = {
         data={"source": "tweets", "validation_rows": 500, "test_rows": 2000},
         updates=80, batch_size=16, blocks=6,
         linears=("*.query", "*.key", "*.value", "*.dense"), after=("*.output.dense",), head="classifier",
-        lokr={"decompose_factor": 6, "rank": 128}, deeper=bert_base,
+        lokr={"decompose_factor": 6, "rank": 128, "alpha": 128}, deeper=bert_base,
     ),
     "ViT-tiny": Task(  # pretrained on half of the classes of Fashion-MNIST, and tuned to the other half
         model={"source": f"{HERE}:pretrained_vit", "image_px": 32},
         data={**IMAGES, "validation_rows": 2000, "test_rows": 4000}, classes=TUNED_CLASSES,
         updates=80, batch_size=32, blocks=12,
         linears=("*.qkv", "*.attn.proj", "*.fc?"), after=("blocks.*.attn", "blocks.*.mlp"), head="head",
-        lokr={"decompose_factor": 4, "rank": 96}, vera_rank=192, sherl_width=120,
+        lokr={"decompose_factor": 4, "rank": 96, "alpha": 96}, vera_rank=192, sherl_width=120,
     ),
 }  # fmt: skip
 
