@@ -12,31 +12,24 @@ Exit code 1 where something held to is missed.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from bench_real import exit_with, write_results
+from method_rows import ROOT, Row, Table, Verdict, file_name, run
 from quant_methods import AS_UNIFORM, FLOAT, Steps, methods_of, names_of
 from quant_models import TASKS
 from quant_others import others_of
-from quant_verdicts import Table, Verdict, verdicts
+from quant_verdicts import verdicts
 
 from edgetune.run.environment import installed_versions
 
-ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-quant"
 OUT = ROOT / "docs" / "bench-quant.json"
 MIB = 2**20
-Row = dict[str, Any]
 
 
 # In a process of its own
@@ -53,7 +46,7 @@ class Bench:
         torch.set_num_threads(1)
         self.name, self.seed, self.task = name, seed, TASKS[name]
         self.fold = self.prepare([*self.task.train])
-        trained = WORK / f"{_file_name(name)}-{seed}.pt"
+        trained = WORK / f"{file_name(name)}-{seed}.pt"
         if trained.exists():
             self.model = torch.load(trained, weights_only=False)
         else:
@@ -67,7 +60,7 @@ class Bench:
         """A recipe of these steps, with model and data loaded."""
         from edgetune.run.fold import Fold
 
-        self.folder = WORK / f"{_file_name(self.name)}-{self.seed}"
+        self.folder = WORK / f"{file_name(self.name)}-{self.seed}"
         shutil.rmtree(self.folder, ignore_errors=True)  # with the checkpoints of an earlier run
         self.folder.mkdir(parents=True)
         return Fold(self.recipe(steps), self.folder, resume=False, progress=lambda *_: None, record=False)
@@ -129,7 +122,7 @@ class Bench:
     def row_of_others(self, method: str, quantize: Any) -> Row:
         """What another library makes of it."""
         begun = time.process_time()
-        model, file = quantize(copy.deepcopy(self.model), self.fold.train_split, self.folder / _file_name(method))
+        model, file = quantize(copy.deepcopy(self.model), self.fold.train_split, self.folder / file_name(method))
         seconds = time.process_time() - begun
         row = {**self.quality_of(model), "cpu_s": seconds, "file_mib": file.stat().st_size / MIB}
         file.unlink()
@@ -147,38 +140,6 @@ class Bench:
         shift = shift_between(self.before, after)
         value = split.task.quality(batches, split.rows).value
         return {"quality": value, "kl": shift.kl_divergence, "flips_pct": shift.changed_pct}
-
-
-def _file_name(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).lower().split())
-
-
-def worker_main(name: str, seed: int, methods: Sequence[str]) -> None:
-    """Print a row for each method of one model, as it is made."""
-    from edgetune.core.errors import EdgetuneError
-
-    bench = Bench(name, seed)
-    for method in methods:
-        try:
-            result = bench.row(method)
-        except (EdgetuneError, ImportError) as error:
-            result = {"failed": str(error)}
-        print("\n" + json.dumps({"model": name, "seed": seed, "method": method, **result}), flush=True)
-
-
-# The benchmark
-
-
-def rows_from_worker(name: str, seed: int, methods: Sequence[str]) -> Iterator[Row]:
-    """The rows of one model and seed, as its process prints them."""
-    command = [sys.executable, __file__, "--worker", json.dumps([name, seed, list(methods)])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith('{"model"'):
-                yield json.loads(line)
-    if child.returncode:
-        print(f"{name}, seed {seed}: the process ended with {child.returncode}", file=sys.stderr)
 
 
 def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
@@ -213,53 +174,24 @@ def _line(table: Table, name: str, method: str) -> str:
     def mean(figure: str) -> float:
         return statistics.mean(table.values(name, method, figure))
 
-    def spread(figure: str, factor: float = 1.0, digits: int = 2) -> str:
-        values = [factor * value for value in table.values(name, method, figure)]
-        return f"{statistics.mean(values):.{digits}f} | {min(values):.{digits}f} to {max(values):.{digits}f}"
-
     differences = table.values(name, method, "difference")
     difference = f"{max(differences):.1e}" if differences else ""
     return (
-        f"| {method} | {spread('quality')} | {spread('kl', 1000)} | {mean('flips_pct'):.2f} | {mean('file_mib'):.2f} | "
-        f"{difference} | {mean('cpu_s'):.0f} |"
+        f"| {method} | {table.spread(name, method, 'quality')} | {table.spread(name, method, 'kl', 1000)} | "
+        f"{mean('flips_pct'):.2f} | {mean('file_mib'):.2f} | {difference} | {mean('cpu_s'):.0f} |"
     )
+
+
+def summarize(rows: Sequence[Row]) -> tuple[list[Verdict], str]:
+    """Verdicts and page."""
+    checks = verdicts(rows)
+    return checks, document(rows, checks)
 
 
 def main() -> None:
     """Train, quantize, measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", default=",".join(TASKS))
-    parser.add_argument("--methods", default="")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        worker_main(*json.loads(given.worker))
-        return
-    unknown = sorted(set(given.models.split(",")) - set(TASKS))
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
-    rows: list[Row] = json.loads(given.out.read_text())["rows"] if given.keep and given.out.exists() else []
-    rows = [row for row in rows if "failed" not in row]
-    for seed in range(given.seeds):
-        for name in given.models.split(","):
-            wanted = [m for m in names_of(name) if not given.methods or m in given.methods.split(";")]
-            made = {row["method"] for row in rows if (row["model"], row["seed"]) == (name, seed)}
-            missing = [method for method in wanted if method not in made]
-            for row in rows_from_worker(name, seed, missing) if missing else ():
-                rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                write(rows, given.out)
-    exit_with(write(rows, given.out))
-
-
-def write(rows: Sequence[Row], out: Path) -> list[Verdict]:
-    """Write the figures and the page."""
-    checks = verdicts(rows)
-    write_results(out, rows, checks, document(rows, checks))
-    return checks
+    methods = {name: names_of(name) for name in TASKS}
+    run(__file__, (__doc__ or "").splitlines()[0], methods, lambda name, seed: Bench(name, seed).row, OUT, summarize)
 
 
 if __name__ == "__main__":

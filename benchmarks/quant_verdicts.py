@@ -6,35 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from method_rows import Row, Table, Verdict
 from quant_methods import BITS, FLOAT, UNIFORM, methods_of
 from quant_models import TASKS
-
-Row = dict[str, Any]
-
-
-class Table:
-    """The rows, with what is asked of them."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = [row for row in rows if "failed" not in row]
-
-    def values(self, model: str, method: str, figure: str) -> list[float]:
-        """A figure with each seed."""
-        rows = [row for row in self.rows if (row["model"], row["method"]) == (model, method)]
-        return [row[figure] for row in rows if figure in row]
-
-    def mean(self, model: str, method: str, figure: str) -> float | None:
-        """Its mean; `None` where it was not measured."""
-        values = self.values(model, method, figure)
-        return statistics.mean(values) if values else None
-
-    def ratio(self, model: str, method: str, other: str, figure: str) -> float | None:
-        """One method's mean over another's."""
-        one, two = self.mean(model, method, figure), self.mean(model, other, figure)
-        return None if one is None or two is None else one / two
-
-
-Verdict = tuple[bool, str]
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
