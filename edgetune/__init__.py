@@ -46,6 +46,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAGuard",
     "MiSS",
     "Outliers",
     "PEANuT",
@@ -81,6 +82,7 @@ __all__ = [
     "finalize",
     "generate",
     "load_adapter",
+    "load_guard",
     "open_run",
     "penalty",
     "predict",
@@ -88,6 +90,7 @@ __all__ = [
     "pull",
     "run",
     "save_adapter",
+    "save_guard",
     "train_pte",
 ]
 
@@ -130,8 +133,10 @@ if TYPE_CHECKING:
     from edgetune.adapt.files import save_adapter
     from edgetune.adapt.glora import GLoRA
     from edgetune.adapt.glora_search import GLoRASearch
+    from edgetune.adapt.guard_files import load_guard, save_guard
     from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
+    from edgetune.adapt.lora_guard import LoRAGuard
     from edgetune.adapt.prompt import Prompt
     from edgetune.adapt.sherl import SHERL
     from edgetune.core.apply import apply, finalize, penalty
@@ -184,6 +189,7 @@ else:
         "Int8Dynamic": "quant.int8_dynamic",
         "Lean": "lean.technique",
         "LoRA": "adapt.lora",
+        "LoRAGuard": "adapt.lora_guard",
         "NF4": "quant.nf4",
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
@@ -210,6 +216,7 @@ else:
         "finalize": "core.apply",
         "generate": "runtime.generating",
         "load_adapter": "adapt.loading",
+        "load_guard": "adapt.guard_files",
         "open_run": "run.finished",
         "penalty": "core.apply",
         "predict": "run.predicting",
@@ -217,6 +224,7 @@ else:
         "pull": "export.training.pull",
         "run": "run.pipeline",
         "save_adapter": "adapt.files",
+        "save_guard": "adapt.guard_files",
         "train_pte": "runtime.training",
     }
     _FAMILIES = (
