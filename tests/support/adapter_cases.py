@@ -88,8 +88,8 @@ ADAPTER_CASES = [
         exports=True, unmatched=LoRAGuard(targets=NOTHING),
     ),
     Case(
-        "nf4-lean-guard-llama", (NF4(block_size=32), Lean(), LoRAGuard(rank=2, targets=("*.q_proj", "*.v_proj"))), llama,
-        tokens, error=0.3, merges=False, same_keys=False,
+        "nf4-lean-guard-llama", (NF4(block_size=32), Lean(), LoRAGuard(rank=2, targets=("*.q_proj",))), llama, tokens,
+        error=0.3, merges=False, same_keys=False,
     ),
     Case(
         "prefix-llama", (Prompt(kind="prefix", tokens=3),), llama, tokens, error=3.0, merges=False, same_keys=False,
