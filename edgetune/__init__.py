@@ -47,6 +47,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAGuard",
+    "Lock",
     "MiSS",
     "Outliers",
     "PEANuT",
@@ -74,6 +75,7 @@ __all__ = [
     "VeRA",
     "WaveFT",
     "apply",
+    "contrastive_loss",
     "evaluate",
     "export",
     "export_language",
@@ -83,6 +85,7 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_guard",
+    "locked_features",
     "open_run",
     "penalty",
     "predict",
@@ -135,6 +138,7 @@ if TYPE_CHECKING:
     from edgetune.adapt.glora_search import GLoRASearch
     from edgetune.adapt.guard_files import load_guard, save_guard
     from edgetune.adapt.loading import load_adapter
+    from edgetune.adapt.lock import Lock, locked_features
     from edgetune.adapt.lora import LoRA
     from edgetune.adapt.lora_guard import LoRAGuard
     from edgetune.adapt.prompt import Prompt
@@ -171,6 +175,7 @@ if TYPE_CHECKING:
     from edgetune.runtime.generating import generate
     from edgetune.runtime.training import train_pte
     from edgetune.sparse.update import SparseUpdate
+    from edgetune.tasks.pairs import contrastive_loss
     from edgetune.train.settings import Train
 else:
     import importlib
@@ -190,6 +195,7 @@ else:
         "Lean": "lean.technique",
         "LoRA": "adapt.lora",
         "LoRAGuard": "adapt.lora_guard",
+        "Lock": "adapt.lock",
         "NF4": "quant.nf4",
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
@@ -208,6 +214,7 @@ else:
         "Ternary": "quant.ternary",
         "Train": "train.settings",
         "apply": "core.apply",
+        "contrastive_loss": "tasks.pairs",
         "evaluate": "run.predicting",
         "export": "export",
         "export_language": "export.language",
@@ -217,6 +224,7 @@ else:
         "generate": "runtime.generating",
         "load_adapter": "adapt.loading",
         "load_guard": "adapt.guard_files",
+        "locked_features": "adapt.lock",
         "open_run": "run.finished",
         "penalty": "core.apply",
         "predict": "run.predicting",

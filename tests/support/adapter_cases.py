@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.glora import GLoRA
+from edgetune.adapt.lock import Lock
 from edgetune.adapt.lora import LoRA
 from edgetune.adapt.lora_guard import LoRAGuard
 from edgetune.adapt.prompt import Prompt
@@ -13,6 +14,7 @@ from edgetune.quant.nf4 import NF4
 from edgetune.quant.qat import QAT
 from edgetune.sparse.update import SparseUpdate
 from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, cnn, llama, mlp, pictures, tokens, vectors
+from support.towers import clip, pairs
 
 ADAPTER_CASES = [
     Case(
@@ -90,6 +92,12 @@ ADAPTER_CASES = [
     Case(
         "nf4-lean-guard-llama", (NF4(block_size=32), Lean(), LoRAGuard(rank=2, targets=("*.q_proj",))), llama, tokens,
         error=0.3, merges=False, same_keys=False,
+    ),
+    Case("lock-clip", (Lock(),), clip, pairs, keeps_less=True),
+    Case("lock-text-clip", (Lock(tower="text", projection="trained"),), clip, pairs, keeps_less=True),
+    Case(
+        "lock-lora-clip", (Lock(), LoRA(rank=2, targets=("text_model.*_proj",), also_train=("text_projection",))),
+        clip, pairs, keeps_less=True,
     ),
     Case(
         "prefix-llama", (Prompt(kind="prefix", tokens=3),), llama, tokens, error=3.0, merges=False, same_keys=False,
