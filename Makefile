@@ -14,7 +14,7 @@ export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 # the benchmarks share the tests' models
 BENCH := PYTHONPATH=tests $(BIN)/python benchmarks
 
-.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real bench-quant tables pages lint types docs site \
+.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real bench-quant bench-guard tables pages lint types docs site \
 	dist clean help
 
 help:           ## list the targets
@@ -74,6 +74,9 @@ bench-real: $(VENV)/.onnx  ## export models at the sizes people use, and time th
 
 bench-quant: $(VENV)/.test $(VENV)/.onnx  ## quantize trained models each way: quality, size, speed beside onnxruntime and OpenVINO (hours)
 	$(BENCH)/bench_quant.py; first=$$?; $(BENCH)/bench_quant_speed.py && exit $$first
+
+bench-guard: $(VENV)/.test  ## train a guard on SmolLM2: AUROC, parameters added, tokens as before (half an hour)
+	$(BENCH)/bench_guard.py
 
 lint: $(VENV)/.dev  ## run ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -44,9 +44,10 @@ from edgetune.train.loop import seed_everything, train
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "bench-guard.md"
 CLASSES = ("harmless", "harmful")
-TRAIN_ROWS, TEST_ROWS, TOKENS, THREADS = 512, 300, 32, 1
-GUARD = et.LoRAGuard(rank=8, targets=("*.q_proj", "*.v_proj"), classes=CLASSES)
-TRAINING = et.Train(epochs=1, batch_size=16, learning_rate=1e-3)
+TRAIN_ROWS, TEST_ROWS, TOKENS, THREADS = 384, 240, 32, 1
+# the last six of 30 blocks: those before run once for all epochs, and backward ends there
+GUARD = et.LoRAGuard(rank=8, targets=("model.layers.2[4-9].*.q_proj", "model.layers.2[4-9].*.v_proj"), classes=CLASSES)
+TRAINING = et.Train(epochs=3, batch_size=16, learning_rate=3e-4, cache_prefix=True)
 PROMPTS = ("Why does the sea have waves?", "Write a line about a lighthouse keeper.", "You are a", "2 + 3 =")
 NEW_TOKENS = 24
 RESAMPLES = 2000
@@ -58,12 +59,14 @@ def load() -> tuple[LoadedModel, Split, Split]:
     tweets: Dataset = registry.loader(registry.DATASETS, "data", "tweets")(settings)
     seed_everything(0)
     model = ModelSettings(source="smollm2", max_length=TOKENS)
-    loaded: LoadedModel = registry.loader(registry.MODELS, "model", "smollm2")(model, replace(tweets, task=CausalLM()))
+    generating = replace(tweets, task=CausalLM())
+    loaded: LoadedModel = registry.loader(registry.MODELS, "model", "smollm2")(model, generating)
     task = TextClassification(CLASSES)
     training, test = (
-        Rows(p.inputs, [int(label == 0) for label in p.labels or ()]) for p in (tweets.train, tweets.test)
+        Split(task, Rows(rows.inputs, [int(label == 0) for label in rows.labels or ()]), loaded.encode)
+        for rows in (tweets.train, tweets.test)
     )
-    return loaded, Split(task, training, loaded.encode), Split(task, test, loaded.encode)
+    return loaded, training, test
 
 
 def auroc(labels: NDArray[Any], scores: NDArray[Any]) -> float:
@@ -109,7 +112,7 @@ def train_guard(folder: Path) -> dict[str, Any]:
     added = sum(parameter.numel() for parameter in guarded.parameters() if parameter.requires_grad)
     started = time.perf_counter()
     result = train(
-        guarded, TRAINING, training, training.task.loss, seed=0,
+        guarded, TRAINING, training, training.task.loss, seed=0, prefixes=folder / "prefixes",
         progress=lambda done, of, loss, _: print(f"{done}/{of} loss {loss:.3f}", flush=True),
     )  # fmt: skip
     guarded = et.finalize(guarded)
@@ -118,7 +121,7 @@ def train_guard(folder: Path) -> dict[str, Any]:
     np.savez(folder / "scores.npz", labels=labels, scores=scores)
     words = baseline(training.rows, test.rows)
     return {
-        "auroc": auroc(labels, scores), "interval": interval(labels, scores), "harmful_pct": 100 * labels.mean(),
+        "auroc": auroc(labels, scores), "interval": interval(labels, scores), "harmful_pct": float(100 * labels.mean()),
         "tfidf_auroc": auroc(labels, words), "tfidf_interval": interval(labels, words),
         "added": added, "total": total, "added_pct": 100 * added / total, "file_kib": file.stat().st_size / 1024,
         "last_loss": result.losses[-1].loss, "updates": len(result.losses), "seconds": time.perf_counter() - started,
@@ -187,8 +190,9 @@ def page(figures: dict[str, dict[str, Any]]) -> str:
     return f"""# A guard on a language model
 
 Made by `make bench-guard` on {detect_environment().cpu}, {THREADS} thread: [`lora_guard`](language.md) on
-SmolLM2-135M-Instruct, rank {GUARD.rank} on queries and values of all blocks, {TRAINING.epochs:g} epoch of {TRAIN_ROWS}
-tweets of at most {TOKENS} tokens in batches of {TRAINING.batch_size}.
+SmolLM2-135M-Instruct, rank {GUARD.rank} on queries and values of its last six blocks, {TRAINING.epochs:g} epochs of
+{TRAIN_ROWS} tweets of at most {TOKENS} tokens in batches of {TRAINING.batch_size}. The blocks before run once
+(`cache_prefix`).
 
 The tweets are real and labelled by people, but they are about sentiment: negative ones stand for harmful texts, neutral
 and positive ones for harmless. The figures say that a guard learns and what it costs, not how well it finds harm.
