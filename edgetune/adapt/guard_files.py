@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from edgetune.adapt.guarded import GuardedModel
-from edgetune.adapt.lora_guard import LoRAGuard
 from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import replace_files
-from edgetune.core.registry import require
+from edgetune.core.registry import require, technique_class
 
 _FORMAT = "edgetune guard 1"
 _PARTS = ("paths", "head")  # of a `GuardedModel`
@@ -53,7 +52,7 @@ def load_guard(model: nn.Module, path: str | Path) -> nn.Module:
             where=str(path),
             action="load the model with the weights, the type and the layers that it had then",
         )
-    guarded = apply(model, LoRAGuard.model_validate_json(metadata["settings"]))
+    guarded = apply(model, technique_class("lora_guard").model_validate_json(metadata["settings"]))
     for part in _PARTS:
         state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
         guarded.get_submodule(part).load_state_dict(state)

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.adapt.frozen_base import freeze_base, restore_base
+from edgetune.adapt.guard_files import save_guard
 from edgetune.adapt.guarded import GuardedModel
 from edgetune.adapt.layer_kinds import kind_of, widths_of
 from edgetune.core.carriers import plain_layer
@@ -77,8 +78,6 @@ class LoRAGuard(Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save the guard as `folder/guard.safetensors`."""
-        from edgetune.adapt.guard_files import save_guard
-
         save_guard(model, folder / "guard.safetensors")
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
