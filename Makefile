@@ -15,7 +15,7 @@ export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 BENCH := PYTHONPATH=tests $(BIN)/python benchmarks
 
 .PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real bench-quant \
-	bench-adapters tables pages lint types docs site dist clean help
+	bench-adapters bench-guard tables pages lint types docs site dist clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ bench-quant: $(VENV)/.test $(VENV)/.onnx  ## quantize trained models each way: q
 
 bench-adapters: $(VENV)/.test  ## compare adapter families with LoRA and full fine-tuning: quality, memory, time, size (hours)
 	$(BENCH)/bench_adapters.py
+
+bench-guard: $(VENV)/.test  ## train a guard on SmolLM2: AUROC, parameters added, tokens as before (half an hour)
+	$(BENCH)/bench_guard.py
 
 lint: $(VENV)/.dev  ## run ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

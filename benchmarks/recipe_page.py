@@ -81,6 +81,8 @@ EXAMPLES = {
     "prompt": "- prompt: {kind: prefix, tokens: 8}\n",
     "sherl": "- sherl: {width: 16, late: 1}\n",
     "bottleneck": '- bottleneck: {targets: ["*.output.dense"], width: 16, activation: gelu}\n',
+    "lora_guard": '- lora_guard: {targets: ["*.q_proj", "*.v_proj"], classes: [harmful, harmless]}\n',
+    "lock": "- lock: {tower: vision}\n",
     "sparse-update": '- sparse-update: {scheme: {"encoder.layer.5": full, "*.query": bias, "*.output.dense": 0.25}}\n',
     "lean": "- lean: {activations: exact}\n",
     "prune": "- prune: {ratio: 0.3, importance: activation}\n",

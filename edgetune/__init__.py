@@ -46,6 +46,8 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAGuard",
+    "Lock",
     "MiSS",
     "Offsets",
     "Outliers",
@@ -74,6 +76,7 @@ __all__ = [
     "VeRA",
     "WaveFT",
     "apply",
+    "contrastive_loss",
     "evaluate",
     "export",
     "export_language",
@@ -82,6 +85,8 @@ __all__ = [
     "finalize",
     "generate",
     "load_adapter",
+    "load_guard",
+    "locked_features",
     "open_run",
     "penalty",
     "predict",
@@ -89,6 +94,7 @@ __all__ = [
     "pull",
     "run",
     "save_adapter",
+    "save_guard",
     "train_pte",
 ]
 
@@ -131,8 +137,11 @@ if TYPE_CHECKING:
     from edgetune.adapt.files import save_adapter
     from edgetune.adapt.glora import GLoRA
     from edgetune.adapt.glora_search import GLoRASearch
+    from edgetune.adapt.guard_files import load_guard, save_guard
     from edgetune.adapt.loading import load_adapter
+    from edgetune.adapt.lock import Lock, locked_features
     from edgetune.adapt.lora import LoRA
+    from edgetune.adapt.lora_guard import LoRAGuard
     from edgetune.adapt.prompt import Prompt
     from edgetune.adapt.sherl import SHERL
     from edgetune.core.apply import apply, finalize, penalty
@@ -168,6 +177,7 @@ if TYPE_CHECKING:
     from edgetune.runtime.generating import generate
     from edgetune.runtime.training import train_pte
     from edgetune.sparse.update import SparseUpdate
+    from edgetune.tasks.pairs import contrastive_loss
     from edgetune.train.settings import Train
 else:
     import importlib
@@ -186,6 +196,8 @@ else:
         "Int8Dynamic": "quant.int8_dynamic",
         "Lean": "lean.technique",
         "LoRA": "adapt.lora",
+        "LoRAGuard": "adapt.lora_guard",
+        "Lock": "adapt.lock",
         "NF4": "quant.nf4",
         "Offsets": "quant.offsets",
         "Outliers": "quant.outliers",
@@ -205,6 +217,7 @@ else:
         "Ternary": "quant.ternary",
         "Train": "train.settings",
         "apply": "core.apply",
+        "contrastive_loss": "tasks.pairs",
         "evaluate": "run.predicting",
         "export": "export",
         "export_language": "export.language",
@@ -213,6 +226,8 @@ else:
         "finalize": "core.apply",
         "generate": "runtime.generating",
         "load_adapter": "adapt.loading",
+        "load_guard": "adapt.guard_files",
+        "locked_features": "adapt.lock",
         "open_run": "run.finished",
         "penalty": "core.apply",
         "predict": "run.predicting",
@@ -220,6 +235,7 @@ else:
         "pull": "export.training.pull",
         "run": "run.pipeline",
         "save_adapter": "adapt.files",
+        "save_guard": "adapt.guard_files",
         "train_pte": "runtime.training",
     }
     _FAMILIES = (

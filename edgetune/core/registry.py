@@ -56,6 +56,8 @@ TECHNIQUES = {
     "prompt": "edgetune.adapt.prompt:Prompt",
     "sherl": "edgetune.adapt.sherl:SHERL",
     "bottleneck": "edgetune.adapt.bottleneck:Bottleneck",
+    "lora_guard": "edgetune.adapt.lora_guard:LoRAGuard",
+    "lock": "edgetune.adapt.lock:Lock",
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
     "lean": "edgetune.lean.technique:Lean",
     "prune": "edgetune.prune.structured:Prune",

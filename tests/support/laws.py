@@ -207,6 +207,7 @@ class Case:
     keeps_less: bool = False  # bytes kept for backward fall
     same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
+    before: str = ""  # name of the module that is to compute what the plain model does, if that is not the whole
     pickles: bool = True  # whether an open model can be pickled
     merges: bool = True  # whether finalize leaves the plain model's modules, without hooks
     keeps_weights: bool = True  # whether the open model's state has the plain model's keys
@@ -217,7 +218,7 @@ class Case:
 
     @property
     def exact(self) -> bool:
-        return all(technique.exact for technique in self.techniques)
+        return all(technique.exact or technique.guards for technique in self.techniques)
 
     @property
     def leaves(self) -> Trait:
@@ -225,6 +226,10 @@ class Case:
 
     def applied(self) -> nn.Module:
         return apply(self.model(), self.techniques, Sample.of(self.inputs()))
+
+    def as_before(self, model: nn.Module) -> nn.Module:
+        """What is to compute as the plain model does: all of an applied one, or the base under a guard."""
+        return model.get_submodule("base") if any(technique.guards for technique in self.techniques) else model
 
 
 ATTENTION = ("*.query", "*.value")
