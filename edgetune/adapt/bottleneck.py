@@ -20,7 +20,8 @@ from edgetune.adapt.widths import first_input, read_widths
 from edgetune.core.carriers import plain_layer
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import device_of
-from edgetune.core.layers import matches, replace, select
+from edgetune.core.experts import select_adapted
+from edgetune.core.layers import matches, replace
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.core.wrapped import keep_base_keys
@@ -81,7 +82,10 @@ class Bottleneck(Technique):
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Put the adapters in, in place."""
-        chosen = select(model, self.targets, self.skip, accept=_has_parameters)
+        chosen = select_adapted(
+            model, self.targets, self.skip, self.name, accept=_has_parameters,
+            instead='target "*.experts", the module of all of them',
+        )  # fmt: skip
         for name, module in chosen.items():
             _refuse(model, name, module, chosen)
         refuse_read_elsewhere(model, chosen, sample)

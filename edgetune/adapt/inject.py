@@ -94,14 +94,14 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float3
     peft = require("peft", "an adapter")
     tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     try:
-        with silence_libraries(), _restore_compilers():  # what peft warns of is checked here
+        with silence_libraries(), _restore_compilers(), _keep_targets():  # what peft warns of is checked here
             tuner = tuner_class(model, config, adapter_name=ADAPTER)
     except FAILURES as error:
         names = list(chosen)
         raise EdgetuneError(f"peft refused: {error}", got=names, action="change targets or settings") from error
     if shares_tensors(tuner):
         model.__dict__[TUNER] = tuner  # not as a module: the model is one of its own
-    adapted = {name for name, module in model.named_modules() if is_tuner(module)}
+    adapted = {name.removesuffix(".base_layer") for name, module in model.named_modules() if is_tuner(module)}
     if adapted != set(chosen):
         odd = sorted(adapted ^ set(chosen))
         raise EdgetuneError("peft did not adapt the chosen layers", got=odd, action="report this model")
@@ -121,6 +121,18 @@ def _restore_compilers() -> Iterator[None]:
         for name in ("CC", "CXX"):
             os.environ.pop(name, None)
         os.environ.update(before)
+
+
+@contextmanager
+def _keep_targets() -> Iterator[None]:
+    """Let peft take the names as they are: in mixtures it reads some as names from before their experts were fused."""
+    module = require("peft.utils.transformers_weight_conversion", "an adapter")
+    before = module.convert_peft_config_for_transformers
+    module.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        module.convert_peft_config_for_transformers = before
 
 
 def _fix_convolution(layer: Any) -> None:

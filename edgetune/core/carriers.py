@@ -32,7 +32,7 @@ class Carrier:
     owns: Callable[[nn.Module], bool]  # whether the layer is of this kind
     tensors: Callable[[Any], dict[str, Tensor]]  # of the plain layer that computes the same, in the layout of the base
     base: Callable[[Any], nn.Module] = lambda layer: layer  # the layer inside; itself if it replaces the plain one
-    base_name: str = ""  # the attribute of its base, if it has one
+    base_path: Callable[[Any], str] = lambda layer: ""  # the name in the layer of its base, if it has one
     hidden_tensors: Callable[[Any], list[Tensor]] = lambda layer: []  # that it stores beside parameters and buffers
     counts: Callable[[Any], dict[Tensor, int]] = lambda layer: {}  # values in parameters that stand for more or fewer
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.experts import is_fused, projections
 from edgetune.core.layers import matches, replace
 
 
@@ -84,17 +85,6 @@ def describe_split(model: nn.Module) -> str:
 def linear_names(name: str, fused: Any) -> list[str]:
     """The names that the linears of a fused module get."""
     return [f"{name}.{number}.{own}" for number in range(len(fused.down_proj)) for own in projections(fused)]
-
-
-def projections(fused: Any) -> tuple[str, str]:
-    """The names of the first and the second product of each expert."""
-    return ("gate_up_proj" if fused.has_gate else "up_proj", "down_proj")
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether it holds the experts of a mixture as transformers does, on one device."""
-    weight = module._parameters.get("down_proj")
-    return weight is not None and weight.dim() == 3 and hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
 def _linear(fused: Any, name: str, number: int) -> nn.Linear:

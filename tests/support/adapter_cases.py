@@ -11,6 +11,7 @@ from edgetune.lean.technique import Lean
 from edgetune.quant.qat import QAT
 from edgetune.sparse.update import SparseUpdate
 from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, cnn, llama, mlp, pictures, tokens, vectors
+from support.mixtures import ids, mixture
 
 ADAPTER_CASES = [
     Case(
@@ -29,6 +30,10 @@ ADAPTER_CASES = [
         vectors, keeps_less=True,
     ),
     Case("lora-llama", (LoRA(rank=2, targets=("*.q_proj", "*.v_proj")),), llama, tokens),
+    Case(
+        "lora-mixture", (LoRA(rank=2, targets=("*_proj",), depth="last-1"),), mixture, ids, exports=True,
+        unmatched=LoRA(targets=("*.experts.nothing",)),
+    ),
     Case(
         "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
         bert, tokens, keeps_less=True,
