@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.layers import matches, select
@@ -32,6 +33,12 @@ def width_of(fused: Any) -> int:
     return int(fused.down_proj.shape[-1 if fused.is_transposed else -2])
 
 
+def expert_shares(top_k_index: Tensor, top_k_weights: Tensor, number: int) -> Tensor:
+    """The share `(tokens, number)` of each expert in each token, zero for most, from those chosen `(tokens, top)`."""
+    chosen = top_k_index[..., None] == torch.arange(number, device=top_k_index.device)
+    return (chosen * top_k_weights[..., None]).sum(1)
+
+
 def fused_weights(model: nn.Module) -> dict[str, nn.Module]:
     """For the name of each fused weight, `mlp.experts.down_proj`, the module that holds it."""
     modules = [(name, module) for name, module in model.named_modules() if is_fused(module)]
@@ -50,7 +57,7 @@ def select_adapted(
     """`select` for a technique that adapts layers, so that no pattern silently misses the experts of a mixture.
 
     With `instead` as `None` fused weights are among what is selected, each under its name with the module that holds
-    it. Otherwise the technique does not reach them: raises if a pattern does, and recommends `instead`, or to skip them.
+    it. Otherwise the technique does not reach them: raises if a pattern does, and recommends `instead`, or skipping.
     """
     fused = fused_weights(model)
     chosen = select(model, targets, skip, kind, accept, others=fused)
@@ -59,7 +66,7 @@ def select_adapted(
     if missed and instead is not None:
         size = sum(model.get_parameter(name).numel() for name in missed)
         raise EdgetuneError(
-            f"{technique} does not reach the experts of a mixture, {len(missed)} fused weights with {size:,} parameters",
+            f"{technique} cannot adapt the experts of a mixture, {len(missed)} fused weights with {size:,} parameters",
             got=truncate_list(missed, 4),
             action=f'{instead}, or add "*.experts.*" to skip to leave the experts as they are',
         )

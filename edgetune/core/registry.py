@@ -55,6 +55,7 @@ TECHNIQUES = {
     "glora-search": "edgetune.adapt.glora_search:GLoRASearch",
     "prompt": "edgetune.adapt.prompt:Prompt",
     "sherl": "edgetune.adapt.sherl:SHERL",
+    "perft": "edgetune.adapt.perft:PERFT",
     "bottleneck": "edgetune.adapt.bottleneck:Bottleneck",
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
     "lean": "edgetune.lean.technique:Lean",

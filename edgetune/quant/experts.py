@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.core.experts import is_fused, projections
+from edgetune.core.experts import expert_shares, is_fused, projections
 from edgetune.core.layers import matches, replace
 
 
@@ -36,8 +36,7 @@ class SplitExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`(tokens, width)`; the other two are `(tokens, chosen)`."""
-        chosen = top_k_index[..., None] == torch.arange(self.number, device=top_k_index.device)
-        shares = (chosen * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+        shares = expert_shares(top_k_index, top_k_weights, self.number).to(hidden_states.dtype)
         up, down = self.names
         activate = self.gate._apply_gate if self.gate.has_gate else self.gate.act_fn
         total = torch.zeros_like(hidden_states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.glora import GLoRA
 from edgetune.adapt.lora import LoRA
+from edgetune.adapt.perft import PERFT
 from edgetune.adapt.prompt import Prompt
 from edgetune.adapt.sherl import SHERL
 from edgetune.lean.technique import Lean
@@ -53,6 +54,14 @@ ADAPTER_CASES = [
     Case(
         "bottleneck-bert", (Bottleneck(targets=("*.output.dense",), width=4, activation="silu"),), bert, tokens,
         merges=False, same_keys=False,
+    ),
+    Case(
+        "perft-routed", (PERFT(rank=2, adapters=3, scale=2.0),), mixture, ids, merges=False, same_keys=False,
+        exports=True, unmatched=PERFT(targets=NOTHING),
+    ),
+    Case(
+        "perft-embedded", (PERFT(form="embedded", rank=2, activation="silu"),), lambda: mixture("Olmoe"), ids,
+        merges=False, same_keys=False, exports=True,
     ),
     Case("glora-mlp", (GLoRA(rank=4, targets=BLOCKS),), mlp, vectors, exports=True, unmatched=GLoRA(targets=NOTHING)),
     Case(
