@@ -21,6 +21,7 @@ __all__ = [
     "NF4",
     "OFT",
     "OSF",
+    "PERFT",
     "PSOFT",
     "QAT",
     "SHERL",
@@ -52,6 +53,7 @@ __all__ = [
     "PVeRA",
     "Palettize",
     "PeftGLoRA",
+    "Poly",
     "Prompt",
     "Prune",
     "Quik",
@@ -88,6 +90,7 @@ __all__ = [
     "pull",
     "run",
     "save_adapter",
+    "split_tasks",
     "train_pte",
 ]
 
@@ -132,6 +135,8 @@ if TYPE_CHECKING:
     from edgetune.adapt.glora_search import GLoRASearch
     from edgetune.adapt.loading import load_adapter
     from edgetune.adapt.lora import LoRA
+    from edgetune.adapt.perft import PERFT
+    from edgetune.adapt.poly import Poly, split_tasks
     from edgetune.adapt.prompt import Prompt
     from edgetune.adapt.sherl import SHERL
     from edgetune.core.apply import apply, finalize, penalty
@@ -188,6 +193,8 @@ else:
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
         "QAT": "quant.qat",
+        "PERFT": "adapt.perft",
+        "Poly": "adapt.poly",
         "Prompt": "adapt.prompt",
         "Prune": "prune.structured",
         "Quik": "quant.quik",
@@ -217,6 +224,7 @@ else:
         "pull": "export.training.pull",
         "run": "run.pipeline",
         "save_adapter": "adapt.files",
+        "split_tasks": "adapt.poly",
         "train_pte": "runtime.training",
     }
     _FAMILIES = (

@@ -57,6 +57,9 @@ class Adapter(Technique):
         """peft's config for these layers, of which `targets` are the names. Raises for what cannot be adapted."""
         raise NotImplementedError
 
+    def prepare(self, model: nn.Module) -> None:
+        """Complete what peft put on the model, before it is checked. By default nothing."""
+
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Add the adapters, in place."""
         refuse_adapters(model)
@@ -70,7 +73,10 @@ class Adapter(Technique):
         layers, fused = split_fused(chosen)
         every, names = [n for n, _ in model.named_modules() if n], [n for n in chosen if n not in fused]
         config = self.config(model, chosen, exact_targets(every, names))
-        inject(model, config, layers, sample, exact=self.starts_exact, merges=self.merges, rewrites=self.rewrites)
+        inject(
+            model, config, layers, sample, exact=self.starts_exact, merges=self.merges, rewrites=self.rewrites,
+            prepare=self.prepare,
+        )  # fmt: skip
         for layer in whole.values():
             for parameter in layer.parameters():
                 parameter.requires_grad_(True)

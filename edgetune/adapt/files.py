@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         if select_targets(config.target_modules, every) != adapted:
             config.target_modules = exact_targets(every, adapted)
         _warn_of_renamed_targets(model, config)
+    return write_adapter(model, config, state, folder)
+
+
+def write_adapter(model: nn.Module, config: Any, state: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write peft's two files of an adapter for `model`. Returns the folder."""
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     tensors = {plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
     with replace_files(folder / WEIGHTS) as (temporary,):
@@ -57,15 +63,19 @@ def _warn_of_renamed_targets(model: nn.Module, config: Any) -> None:
     conversion = require("peft.utils.transformers_weight_conversion", "an adapter")
     try:
         conversion.convert_peft_config_for_transformers(renamed, model=model, conversions=None)
-        misread = set(config.target_modules) - set(renamed.target_modules)
+        misread = _target_names(config) - _target_names(renamed)
     except ValueError:  # only some of the names that were fused
-        misread = set(config.target_modules)
+        misread = _target_names(config)
     if misread:
         warnings.warn(
             f"in a {type(model).__name__}, peft itself takes {truncate_list(sorted(misread), 3)} for experts, and "
             "does not load this adapter correctly; et.load_adapter does",
             stacklevel=3,
         )
+
+
+def _target_names(config: Any) -> set[str]:
+    return {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

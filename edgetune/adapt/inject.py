@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from edgetune.adapt.task_ids import TaskIds
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, replace
@@ -55,12 +56,13 @@ def inject(
     exact: bool = True,
     merges: bool = True,
     rewrites: bool = False,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Let peft wrap the chosen layers in place, and restore what trained if an open technique had chosen it.
 
     On 16-bit layers the adapter is in float32. Raises `EdgetuneError`, with the model as it was, if an adapted layer
     differs from the plain one (`exact`), or could not be merged after training (`merges`). `rewrites`: the base weight
-    changes.
+    changes. `prepare` completes the layers before they are checked.
     """
     for name, layer in chosen.items():
         refuse_computed(name, layer)
@@ -73,6 +75,8 @@ def inject(
     weights = {name: layer.get_parameter("weight").detach().clone() for name, layer in chosen.items() if rewrites}
     try:
         _wrap(model, config, chosen, in_float32)
+        if prepare is not None:
+            prepare(model)
         for name, outputs in expected.items():
             _check_outputs(name, model.get_submodule(name), chosen[name], outputs, exact)
             if merges:
@@ -206,7 +210,7 @@ def remove(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         replace(model, name, layer)
     for attribute in ("peft_config", TUNER):
         model.__dict__.pop(attribute, None)
-    remove_hooks(model, FirstForward if trainable.is_chosen(model) else (FirstForward, FrozenLayer))
+    remove_hooks(model, (FirstForward, TaskIds) if trainable.is_chosen(model) else (FirstForward, TaskIds, FrozenLayer))
     trainable.recall(model, OWNER)
 
 

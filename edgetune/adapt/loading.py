@@ -13,6 +13,7 @@ from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS, AsPeftModel, adapter_s
 from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, remove, select_targets
 from edgetune.adapt.layer_kinds import kind_of
 from edgetune.adapt.lora import LoRA
+from edgetune.adapt.poly import Poly
 from edgetune.core.apply import add_active_technique
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.experts import fused_weights
@@ -52,7 +53,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     starts = [getattr(config, name, True) for name in ("init_weights", "init_lora_weights", "init_ia3_weights")]
     exact = technique.starts_exact and False not in starts
     chosen = {name: model.get_submodule(name) for name in names}
-    inject(model, config, chosen, exact=exact, merges=technique.merges)
+    inject(model, config, chosen, exact=exact, merges=technique.merges, prepare=technique.prepare)
     try:
         _load(peft, model, {key: value for key, value in state.items() if key not in whole})
     except EdgetuneError:
@@ -65,10 +66,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def _refuse_unsupported(config: Any) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in peft_types():
+    allowed = [*peft_types(), "POLY"]
+    if kind not in allowed:
         action = "load it with peft itself; et.finalize merges it if plain layers can compute the same"
         raise EdgetuneError(
-            "this adapter is of no family that is a technique", got=kind, allowed=peft_types(), action=action
+            "this adapter is of no family that is a technique", got=kind, allowed=allowed, action=action
         )
     asked = [name for name in _UNSUPPORTED if getattr(config, name, None)]
     if getattr(config, "bias", "none") != "none":
@@ -139,4 +141,7 @@ def _technique(config: Any, names: list[str]) -> Adapter:
     """The technique that finalizes the adapter."""
     if config.peft_type == "LORA":
         return LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(names))
+    if config.peft_type == "POLY":  # its file has no names of tasks
+        tasks = tuple(map(str, range(config.n_tasks)))
+        return Poly(tasks=tasks, rank=config.r, skills=config.n_skills, heads=config.n_splits, targets=tuple(names))
     return from_config(config, names)

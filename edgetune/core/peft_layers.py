@@ -158,12 +158,12 @@ def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
     """The linear layer with the map of the tuner layer, read from its outputs at zero and at each unit vector."""
     width = plain.weight.shape[0] if is_transposed(plain) else plain.in_features
     device = plain.weight.device
-    bias = outputs_of(trial, (torch.zeros(1, width, device=device),))[0]
+    bias = outputs_of(trial, (torch.zeros(1, 1, width, device=device),))[0, 0]
     base = base_of(trial)
     if base.bias is not None:  # read without it: a small weight beside a large bias would be rounded away
         base.bias.zero_()  # type: ignore[operator]
-    offset = outputs_of(trial, (torch.zeros(1, width, device=device),))
-    weight = (outputs_of(trial, (torch.eye(width, device=device),)) - offset).T
+    offset = outputs_of(trial, (torch.zeros(1, 1, width, device=device),))
+    weight = (outputs_of(trial, (torch.eye(width, device=device)[None],)) - offset)[0].T
     linear = nn.Linear(width, len(bias), bias=plain.bias is not None or bool(bias.any()), device=device)
     linear.weight.copy_(weight)
     if linear.bias is not None:

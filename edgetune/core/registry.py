@@ -53,6 +53,7 @@ TECHNIQUES = {
     "lora": "edgetune.adapt.lora:LoRA",
     "glora": "edgetune.adapt.glora:GLoRA",
     "glora-search": "edgetune.adapt.glora_search:GLoRASearch",
+    "poly": "edgetune.adapt.poly:Poly",
     "prompt": "edgetune.adapt.prompt:Prompt",
     "sherl": "edgetune.adapt.sherl:SHERL",
     "perft": "edgetune.adapt.perft:PERFT",

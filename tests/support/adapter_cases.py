@@ -6,6 +6,7 @@ from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.glora import GLoRA
 from edgetune.adapt.lora import LoRA
 from edgetune.adapt.perft import PERFT
+from edgetune.adapt.poly import Poly
 from edgetune.adapt.prompt import Prompt
 from edgetune.adapt.sherl import SHERL
 from edgetune.lean.technique import Lean
@@ -80,6 +81,18 @@ ADAPTER_CASES = [
         llama, tokens, same_keys=False,
     ),
     Case("glora-qat-mlp", (GLoRA(rank=2, targets=BLOCKS, paths={"*": {}}), QAT()), mlp, vectors, ROUNDED, error=0.2),
+    Case(
+        "poly-bert", (Poly(tasks=("a", "b"), task="b", skills=3, rank=2, targets=ATTENTION),), bert, tokens,
+        exports=True, unmatched=Poly(tasks=("a",), targets=NOTHING),
+    ),
+    Case(
+        "sparse-mhr-llama",
+        (
+            SparseUpdate(scheme={"*": "frozen", "lm_head": "full"}),
+            Poly(tasks=("a", "b", "c"), task="a", heads=4, rank=2, targets=("*.q_proj", "*.v_proj")),
+        ),
+        llama, tokens,
+    ),
     Case("sherl-mlp", (SHERL(width=4),), mlp, vectors, merges=False, same_keys=False, keeps_less=True, exports=True),
     Case(
         "sparse-sherl-bert", (SparseUpdate(scheme={"*": "frozen", "classifier": "full"}), SHERL(width=4)), bert, tokens,
