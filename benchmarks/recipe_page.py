@@ -79,6 +79,8 @@ EXAMPLES = {
     "glora": '- glora: {rank: 4, targets: ["*.query", "*.value"], paths: {"*": {A: none, B: low-rank, C: vector}}}\n',
     "glora-search": "- glora-search: {max_parameters: 50000, generations: 10}\n",
     "prompt": "- prompt: {kind: prefix, tokens: 8}\n",
+    "poly": '- poly: {tasks: [reviews, tickets], task: reviews, skills: 4, targets: ["*.query", "*.value"]}\n',
+    "perft": "- perft: {form: routed, rank: 8, adapters: 4, top: 2}\n",
     "sherl": "- sherl: {width: 16, late: 1}\n",
     "bottleneck": '- bottleneck: {targets: ["*.output.dense"], width: 16, activation: gelu}\n',
     "lora_guard": '- lora_guard: {targets: ["*.q_proj", "*.v_proj"], classes: [harmful, harmless]}\n',

@@ -21,6 +21,7 @@ __all__ = [
     "NF4",
     "OFT",
     "OSF",
+    "PERFT",
     "PSOFT",
     "QAT",
     "SHERL",
@@ -55,6 +56,7 @@ __all__ = [
     "PVeRA",
     "Palettize",
     "PeftGLoRA",
+    "Poly",
     "Prompt",
     "Prune",
     "Quik",
@@ -95,6 +97,7 @@ __all__ = [
     "run",
     "save_adapter",
     "save_guard",
+    "split_tasks",
     "train_pte",
 ]
 
@@ -142,6 +145,8 @@ if TYPE_CHECKING:
     from edgetune.adapt.lock import Lock, locked_features
     from edgetune.adapt.lora import LoRA
     from edgetune.adapt.lora_guard import LoRAGuard
+    from edgetune.adapt.perft import PERFT
+    from edgetune.adapt.poly import Poly, split_tasks
     from edgetune.adapt.prompt import Prompt
     from edgetune.adapt.sherl import SHERL
     from edgetune.core.apply import apply, finalize, penalty
@@ -203,6 +208,8 @@ else:
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
         "QAT": "quant.qat",
+        "PERFT": "adapt.perft",
+        "Poly": "adapt.poly",
         "Prompt": "adapt.prompt",
         "Prune": "prune.structured",
         "Quik": "quant.quik",
@@ -236,6 +243,7 @@ else:
         "run": "run.pipeline",
         "save_adapter": "adapt.files",
         "save_guard": "adapt.guard_files",
+        "split_tasks": "adapt.poly",
         "train_pte": "runtime.training",
     }
     _FAMILIES = (

@@ -128,7 +128,6 @@ def test_a_start_taken_out_of_the_weight_is_saved_as_a_plain_lora(init: str, tmp
     ("peft_name", "settings", "problem"),
     [
         ("ADALORA", {"total_step": 10}, "of no family that is a technique"),
-        ("POLY", {}, "of no family that is a technique"),
         ("C3A", {"block_size": 16, "bias": "all"}, "more than C3A: got .*bias=all"),
     ],
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from edgetune.core.apply import apply
@@ -18,24 +17,7 @@ from edgetune.quant.experts import SplitExperts, split_experts
 from edgetune.quant.int4 import Int4
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.size import stored_bytes, weight_bits
-
-SIZES = {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 4, "num_experts": 4,
-    "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "pad_token_id": 0, "use_cache": False,
-}  # fmt: skip
-IDS = torch.arange(12).view(2, 6) + 1
-
-
-def mixture(kind: str) -> nn.Module:
-    config = getattr(transformers, f"{kind}Config")
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config(**SIZES)).eval()
-    for name, parameter in model.named_parameters():  # GPT-OSS leaves some empty
-        if "norm" not in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model  # type: ignore[no-any-return]
+from support.mixtures import IDS, mixture
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss"])

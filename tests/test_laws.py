@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from edgetune.adapt.files import save_adapter
@@ -18,6 +19,7 @@ from edgetune.adapt.loading import load_adapter
 from edgetune.core.apply import apply, finalize
 from edgetune.core.carriers import is_wrapped, plain_layer, plain_tensors
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.experts import is_fused
 from edgetune.core.inputs import call, tensors_of
 from edgetune.core.layers import unwrapped_name
 from edgetune.core.peft_layers import is_peft
@@ -87,6 +89,8 @@ def test_a_wrapped_layer_computes_with_its_dense_weight_and_bias(case: Case) -> 
                 expected = plain._conv_forward(*inputs, tensors["weight"], tensors.get("bias"))
             elif isinstance(plain, nn.LayerNorm):
                 expected = functional.layer_norm(*inputs, plain.normalized_shape, **tensors)
+            elif is_fused(plain):
+                expected = functional_call(plain, tensors, inputs)
             elif isinstance(plain, nn.Embedding):
                 expected = functional.embedding(*inputs, **tensors)
             else:

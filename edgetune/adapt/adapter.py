@@ -11,9 +11,10 @@ from torch import nn
 
 from edgetune.adapt.frozen_base import restore_base
 from edgetune.adapt.inject import OWNER, exact_targets, inject, refuse_adapters
-from edgetune.adapt.layer_kinds import Kind, kind_of
+from edgetune.adapt.layer_kinds import Kind, kind_of, split_fused
 from edgetune.adapt.rewritten import INITIAL
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.experts import select_adapted
 from edgetune.core.layers import refuse_shared, select
 from edgetune.core.merging import merge
 from edgetune.core.peft_layers import TUNER, is_peft
@@ -56,6 +57,9 @@ class Adapter(Technique):
         """peft's config for these layers, of which `targets` are the names. Raises for what cannot be adapted."""
         raise NotImplementedError
 
+    def prepare(self, model: nn.Module) -> None:
+        """Complete what peft put on the model, before it is checked. By default nothing."""
+
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Add the adapters, in place."""
         refuse_adapters(model)
@@ -66,8 +70,13 @@ class Adapter(Technique):
             inside = [outer for outer in whole if name == outer or name.startswith(outer + ".")]
             if inside:
                 raise EdgetuneError(f"{name} is in both targets and also_train", got=inside[0], action="skip it in one")
-        config = self.config(model, chosen, exact_targets([n for n, _ in model.named_modules() if n], list(chosen)))
-        inject(model, config, chosen, sample, exact=self.starts_exact, merges=self.merges, rewrites=self.rewrites)
+        layers, fused = split_fused(chosen)
+        every, names = [n for n, _ in model.named_modules() if n], [n for n in chosen if n not in fused]
+        config = self.config(model, chosen, exact_targets(every, names))
+        inject(
+            model, config, layers, sample, exact=self.starts_exact, merges=self.merges, rewrites=self.rewrites,
+            prepare=self.prepare,
+        )  # fmt: skip
         for layer in whole.values():
             for parameter in layer.parameters():
                 parameter.requires_grad_(True)
@@ -76,12 +85,17 @@ class Adapter(Technique):
     def choose(self, model: nn.Module) -> dict[str, nn.Module]:
         """The layers that get an adapter, by name. Raises for those that this one cannot adapt."""
         norms = "norm" in self.adapts
-        chosen = select(
-            model, self.targets, self.skip, accept=lambda m: kind_of(m) is not None and (kind_of(m) == "norm") == norms
-        )
+        chosen = (
+            select(model, self.targets, self.skip, accept=lambda layer: kind_of(layer) == "norm")
+            if norms
+            else select_adapted(
+                model, self.targets, self.skip, self.name, accept=lambda m: kind_of(m) not in (None, "norm", "experts"),
+                instead=None if "experts" in self.adapts else "use lora",
+            )
+        )  # fmt: skip
         if self.depth is not None:
             before = names_before(model, _first_block(model, self.depth))
-            chosen = {name: layer for name, layer in chosen.items() if name not in before}
+            chosen = {name: layer for name, layer in chosen.items() if not before & {name, name.rpartition(".")[0]}}
             if not chosen:
                 raise EdgetuneError("depth: all layers of targets are before these blocks", got=self.depth)
         for name, layer in chosen.items():

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from edgetune.adapt.frozen_base import freeze_base, restore_base
 from edgetune.adapt.widths import first_input, read_widths
-from edgetune.core.carriers import plain_layer
+from edgetune.core.carriers import float_type_of
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.experts import select_adapted
 from edgetune.core.inputs import device_of
-from edgetune.core.layers import matches, replace, select
+from edgetune.core.layers import matches, replace
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.core.wrapped import keep_base_keys
@@ -81,7 +82,10 @@ class Bottleneck(Technique):
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Put the adapters in, in place."""
-        chosen = select(model, self.targets, self.skip, accept=_has_parameters)
+        chosen = select_adapted(
+            model, self.targets, self.skip, self.name, accept=_has_parameters,
+            instead='target "*.experts", the module of all of them',
+        )  # fmt: skip
         for name, module in chosen.items():
             _refuse(model, name, module, chosen)
         refuse_read_elsewhere(model, chosen, sample)
@@ -99,7 +103,7 @@ class Bottleneck(Technique):
         """Fold the scale into `up`, in the type of the model. Tensors have the names of their modules from now on."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, AdaptedModule) and matches(name, self.targets):
-                adapter = layer.adapter.to(_dtype(layer.base))
+                adapter = layer.adapter.to(float_type_of(layer.base))
                 with torch.no_grad():
                     for parameter in adapter.up.parameters():
                         parameter.mul_(layer.scale)
@@ -135,11 +139,3 @@ def _refuse(model: nn.Module, name: str, module: nn.Module, chosen: Mapping[str,
     outer = next((other for other in chosen if name.startswith(other + ".")), None)
     if outer is not None:
         raise EdgetuneError(f"{name} is inside {outer}, which is a target too", got=name, action=action)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The type of the module's values."""
-    layers = [plain_layer(inner) for inner in module.modules()]
-    stated = next((layer.plain_dtype for layer in layers if hasattr(layer, "plain_dtype")), None)
-    types = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
-    return stated or next(iter(types), torch.float32)  # type: ignore[return-value]

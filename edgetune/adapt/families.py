@@ -170,7 +170,6 @@ FAMILIES = {
 
 LEFT_OUT = {
     "adalora": "ranks are allocated by a call after each optimizer step, which a loop of one's own would not make",
-    "poly": "its forward needs the task of each row",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from edgetune.adapt.inject import ADAPTER, exact_targets, select_targets
 from edgetune.adapt.rewritten import to_plain_lora
-from edgetune.core.errors import EdgetuneError
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.files import replace_files
 from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
-from edgetune.core.peft_layers import TUNER, is_peft, is_peft_model, is_tuner, shares_tensors
+from edgetune.core.peft_layers import TUNER, is_for_parameter, is_peft, is_peft_model, is_tuner, shares_tensors
 from edgetune.core.registry import require
 from edgetune.core.wrapped import without_parameterless
 
@@ -39,15 +40,42 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         state = to_plain_lora(model, state, config, PREFIX)
         config.inference_mode, config.modules_to_save = True, [plain_name(name) for name in whole] or None
         every = [plain_name(name) for name, _ in model.named_modules() if name]
-        adapted = [plain_name(n) for n, m in model.named_modules() if is_tuner(m)]
+        adapted = [plain_name(n) for n, m in model.named_modules() if is_tuner(m) and not is_for_parameter(m)]
         if select_targets(config.target_modules, every) != adapted:
             config.target_modules = exact_targets(every, adapted)
+        _warn_of_renamed_targets(model, config)
+    return write_adapter(model, config, state, folder)
+
+
+def write_adapter(model: nn.Module, config: Any, state: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write peft's two files of an adapter for `model`. Returns the folder."""
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     tensors = {plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
     with replace_files(folder / WEIGHTS) as (temporary,):
         require("safetensors.torch", "lora").save_file(tensors, temporary, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
     return folder
+
+
+def _warn_of_renamed_targets(model: nn.Module, config: Any) -> None:
+    """Warn where peft, when it loads the config, takes a linear's name for that of an expert before they were fused."""
+    renamed = copy.deepcopy(config)
+    conversion = require("peft.utils.transformers_weight_conversion", "an adapter")
+    try:
+        conversion.convert_peft_config_for_transformers(renamed, model=model, conversions=None)
+        misread = _target_names(config) - _target_names(renamed)
+    except ValueError:  # only some of the names that were fused
+        misread = _target_names(config)
+    if misread:
+        warnings.warn(
+            f"in a {type(model).__name__}, peft itself takes {truncate_list(sorted(misread), 3)} for experts, and "
+            "does not load this adapter correctly; et.load_adapter does",
+            stacklevel=3,
+        )
+
+
+def _target_names(config: Any) -> set[str]:
+    return {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch import nn
 from edgetune.adapt.frozen_base import freeze_base, restore_base
 from edgetune.adapt.supports import GLoRALinear, SupportPath
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.layers import matches, no_match_error, refuse_shared, replace, select
+from edgetune.core.experts import select_adapted
+from edgetune.core.layers import matches, no_match_error, refuse_shared, replace
 from edgetune.core.merging import merge
 from edgetune.core.plain import refuse_computed
 from edgetune.core.technique import Sample, Technique
@@ -55,7 +56,7 @@ class GLoRA(Technique):
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Wrap the layers in place."""
-        chosen = select(model, self.targets, self.skip, nn.Linear)
+        chosen = select_adapted(model, self.targets, self.skip, self.name, nn.Linear)
         paths = {name: self._path(name) for name in chosen}
         for pattern in self.paths or ():
             if not any(matches(name, [pattern]) for name in chosen):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from edgetune.adapt.task_ids import TaskIds
 from edgetune.core import trainable
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import refuse_shared, replace
@@ -55,12 +56,13 @@ def inject(
     exact: bool = True,
     merges: bool = True,
     rewrites: bool = False,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Let peft wrap the chosen layers in place, and restore what trained if an open technique had chosen it.
 
     On 16-bit layers the adapter is in float32. Raises `EdgetuneError`, with the model as it was, if an adapted layer
     differs from the plain one (`exact`), or could not be merged after training (`merges`). `rewrites`: the base weight
-    changes.
+    changes. `prepare` completes the layers before they are checked.
     """
     for name, layer in chosen.items():
         refuse_computed(name, layer)
@@ -73,6 +75,8 @@ def inject(
     weights = {name: layer.get_parameter("weight").detach().clone() for name, layer in chosen.items() if rewrites}
     try:
         _wrap(model, config, chosen, in_float32)
+        if prepare is not None:
+            prepare(model)
         for name, outputs in expected.items():
             _check_outputs(name, model.get_submodule(name), chosen[name], outputs, exact)
             if merges:
@@ -94,14 +98,14 @@ def _wrap(model: nn.Module, config: Any, chosen: dict[str, nn.Module], in_float3
     peft = require("peft", "an adapter")
     tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     try:
-        with silence_libraries(), _restore_compilers():  # what peft warns of is checked here
+        with silence_libraries(), _restore_compilers(), _keep_targets():  # what peft warns of is checked here
             tuner = tuner_class(model, config, adapter_name=ADAPTER)
     except FAILURES as error:
         names = list(chosen)
         raise EdgetuneError(f"peft refused: {error}", got=names, action="change targets or settings") from error
     if shares_tensors(tuner):
         model.__dict__[TUNER] = tuner  # not as a module: the model is one of its own
-    adapted = {name for name, module in model.named_modules() if is_tuner(module)}
+    adapted = {name.removesuffix(".base_layer") for name, module in model.named_modules() if is_tuner(module)}
     if adapted != set(chosen):
         odd = sorted(adapted ^ set(chosen))
         raise EdgetuneError("peft did not adapt the chosen layers", got=odd, action="report this model")
@@ -121,6 +125,18 @@ def _restore_compilers() -> Iterator[None]:
         for name in ("CC", "CXX"):
             os.environ.pop(name, None)
         os.environ.update(before)
+
+
+@contextmanager
+def _keep_targets() -> Iterator[None]:
+    """Let peft take the names as they are: in mixtures it reads some as names from before their experts were fused."""
+    module = require("peft.utils.transformers_weight_conversion", "an adapter")
+    before = module.convert_peft_config_for_transformers
+    module.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        module.convert_peft_config_for_transformers = before
 
 
 def _fix_convolution(layer: Any) -> None:
@@ -194,7 +210,7 @@ def remove(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         replace(model, name, layer)
     for attribute in ("peft_config", TUNER):
         model.__dict__.pop(attribute, None)
-    remove_hooks(model, FirstForward if trainable.is_chosen(model) else (FirstForward, FrozenLayer))
+    remove_hooks(model, (FirstForward, TaskIds) if trainable.is_chosen(model) else (FirstForward, TaskIds, FrozenLayer))
     trainable.recall(model, OWNER)
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from edgetune.core.experts import is_fused
 from edgetune.core.layers import is_transposed
 
-Kind = Literal["linear", "Conv1D", "conv1d", "conv2d 1x1", "conv2d", "conv3d", "grouped conv", "embedding", "norm"]
+Kind = Literal[
+    "linear", "Conv1D", "conv1d", "conv2d 1x1", "conv2d", "conv3d", "grouped conv", "embedding", "norm", "experts"
+]
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of a layer; `None` for one that no family of peft adapts. `Conv1D` is GPT-2's linear."""
+    """The kind of a layer; `None` for one that no family of peft adapts. `Conv1D` is GPT-2's linear.
+
+    `experts`: a module that holds the experts of a mixture as fused weights, which are adapted one by one.
+    """
+    if is_fused(layer):
+        return "experts"
     if is_transposed(layer):
         return "Conv1D"
     if isinstance(layer, nn.Linear):
@@ -28,6 +37,12 @@ def kind_of(layer: nn.Module) -> Kind | None:
     kinds["norm"] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)
     named = "norm" in type(layer).__name__.lower() and [*layer._parameters] and not [*layer.children()]
     return next((kind for kind, classes in kinds.items() if isinstance(layer, classes)), "norm" if named else None)
+
+
+def split_fused(chosen: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], list[str]]:
+    """The modules that an adapter wraps, by name; and of `chosen` the names of fused weights of experts."""
+    fused = [name for name, module in chosen.items() if kind_of(module) == "experts"]
+    return {name.rpartition(".")[0] if name in fused else name: m for name, m in chosen.items()}, fused
 
 
 def widths_of(layer: Any) -> tuple[int, int]:

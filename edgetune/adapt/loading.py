@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from edgetune.adapt.adapter import Adapter
 from edgetune.adapt.families import from_config, peft_types
 from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS, AsPeftModel, adapter_state
-from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, remove
+from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, remove, select_targets
+from edgetune.adapt.layer_kinds import kind_of
 from edgetune.adapt.lora import LoRA
+from edgetune.adapt.poly import Poly
 from edgetune.core.apply import add_active_technique
 from edgetune.core.errors import EdgetuneError
+from edgetune.core.experts import fused_weights
 from edgetune.core.holders import refuse_distributed, rewrap_model, unwrap_model
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 
 # What peft's config may ask for and this loader cannot give: raise rather than leave it out.
 _UNSUPPORTED = (
-    "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config",
+    "lora_bias", "trainable_token_indices", "layer_replication", "megatron_config",
     "modules_to_tie", "alora_invocation_tokens", "arrow_config", "sample_at_inference",
 )  # fmt: skip
 
@@ -44,11 +47,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         if own[key.removeprefix(PREFIX)].shape != value.shape:
             raise EdgetuneError("the adapter does not fit this model", got=f"{key} of shape {tuple(value.shape)}")
     config.inference_mode, config.modules_to_save = False, None
-    technique = _technique(config, names)
+    fused = _fused_weights(model, config)
+    plain = [name for name in names if kind_of(model.get_submodule(name)) != "experts"]
+    technique = _technique(config, [*plain, *fused])
     starts = [getattr(config, name, True) for name in ("init_weights", "init_lora_weights", "init_ia3_weights")]
     exact = technique.starts_exact and False not in starts
     chosen = {name: model.get_submodule(name) for name in names}
-    inject(model, config, chosen, exact=exact, merges=technique.merges)
+    inject(model, config, chosen, exact=exact, merges=technique.merges, prepare=technique.prepare)
     try:
         _load(peft, model, {key: value for key, value in state.items() if key not in whole})
     except EdgetuneError:
@@ -61,10 +66,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def _refuse_unsupported(config: Any) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in peft_types():
+    allowed = [*peft_types(), "POLY"]
+    if kind not in allowed:
         action = "load it with peft itself; et.finalize merges it if plain layers can compute the same"
         raise EdgetuneError(
-            "this adapter is of no family that is a technique", got=kind, allowed=peft_types(), action=action
+            "this adapter is of no family that is a technique", got=kind, allowed=allowed, action=action
         )
     asked = [name for name in _UNSUPPORTED if getattr(config, name, None)]
     if getattr(config, "bias", "none") != "none":
@@ -79,6 +85,7 @@ def _names(model: nn.Module, config: Any, state: dict[str, Tensor]) -> list[str]
     every = [name for name, _ in model.named_modules() if name]
     if config.peft_type == "LORA":
         keys = {key.removeprefix(PREFIX).split(".lora_")[0] for key in state if ".lora_" in key}
+        keys = {key.removesuffix(".base_layer") for key in keys}  # of the first of two fused weights in a module
         unknown, names = sorted(keys - set(every)), [name for name in every if name in keys]
     else:
         tuner = require("peft", "lora").mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
@@ -86,6 +93,20 @@ def _names(model: nn.Module, config: Any, state: dict[str, Tensor]) -> list[str]
     if unknown or not names:
         raise EdgetuneError("the adapter is for another model: no such layers", got=unknown or sorted(state))
     return names
+
+
+def _fused_weights(model: nn.Module, config: Any) -> list[str]:
+    """The names of the fused weights of experts that the config targets. Raises for parameters of other modules."""
+    targets = list(getattr(config, "target_parameters", None) or ())
+    fused = select_targets(targets, list(fused_weights(model)))
+    every = select_targets(targets, [name for name, _ in model.named_parameters()])
+    others = [name for name in every if name not in fused]
+    if others or (targets and not fused):
+        raise EdgetuneError(
+            "this adapter is for parameters other than the fused experts of a mixture", got=others or targets,
+            action="load it with peft itself; et.finalize merges it",
+        )  # fmt: skip
+    return fused
 
 
 def _load(peft: Any, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -120,4 +141,7 @@ def _technique(config: Any, names: list[str]) -> Adapter:
     """The technique that finalizes the adapter."""
     if config.peft_type == "LORA":
         return LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(names))
+    if config.peft_type == "POLY":  # its file has no names of tasks
+        tasks = tuple(map(str, range(config.n_tasks)))
+        return Poly(tasks=tasks, rank=config.r, skills=config.n_skills, heads=config.n_splits, targets=tuple(names))
     return from_config(config, names)

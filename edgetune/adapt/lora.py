@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from edgetune.adapt.adapter import Adapter
-from edgetune.adapt.layer_kinds import Kind, kind_of
+from edgetune.adapt.layer_kinds import Kind, kind_of, split_fused
 from edgetune.adapt.rewritten import remember_factors
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import is_transposed
@@ -25,13 +25,17 @@ class LoRA(Adapter):
     """Train low-rank adapters on `targets`. The base stays frozen, or as an earlier sparse-update left it.
 
     The adapter is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with `rslora`. `dora` also trains the
-    magnitude of each output row (Liu et al., 2024, arXiv:2402.09353). On a 16-bit model the adapters train in
+    magnitude of each output row (Liu et al., 2024, arXiv:2402.09353). The fused experts of a mixture, such as
+    `*.experts.down_proj`, get an adapter for each expert. On a 16-bit model the adapters train in
     float32, because small updates are lost in 16 bits; the merged weight has the type of the model.
     """
 
     name: ClassVar[str] = "lora"
     exact: ClassVar[bool] = True
-    adapts: ClassVar[tuple[Kind, ...]] = ("linear", "Conv1D", "conv1d", "conv2d 1x1", "conv2d", "conv3d", "embedding")
+    adapts: ClassVar[tuple[Kind, ...]] = (
+        "linear", "Conv1D", "conv1d", "conv2d 1x1", "conv2d", "conv3d", "embedding",
+        "experts",
+    )  # fmt: skip
 
     rank: int = Field(8, ge=1)
     """Rank of each adapter."""
@@ -78,6 +82,12 @@ class LoRA(Adapter):
     def config(self, model: nn.Module, chosen: dict[str, nn.Module], targets: list[str] | str) -> Any:
         """peft's config for these layers."""
         for name, layer in chosen.items():
+            if kind_of(layer) == "experts" and (self.dropout or self.dora):
+                setting = "dora" if self.dora else "dropout"
+                raise EdgetuneError(
+                    f"{name}: {setting} does not work on the fused experts of a mixture", got=getattr(self, setting),
+                    action=f'set it to {"false" if self.dora else 0}, or add "*.experts.*" to skip',
+                )  # fmt: skip
             plain = kind_of(layer) == "linear" and not is_nf4(layer)
             if self.init != "default" and not plain:
                 kind = "a 4-bit weight" if is_nf4(layer) else f"a {type(layer).__name__}"
@@ -90,6 +100,7 @@ class LoRA(Adapter):
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets,
+            target_parameters=split_fused(chosen)[1] or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
@@ -32,7 +33,7 @@ class Carrier:
     owns: Callable[[nn.Module], bool]  # whether the layer is of this kind
     tensors: Callable[[Any], dict[str, Tensor]]  # of the plain layer that computes the same, in the layout of the base
     base: Callable[[Any], nn.Module] = lambda layer: layer  # the layer inside; itself if it replaces the plain one
-    base_name: str = ""  # the attribute of its base, if it has one
+    base_path: Callable[[Any], str] = lambda layer: ""  # the name in the layer of its base, if it has one
     hidden_tensors: Callable[[Any], list[Tensor]] = lambda layer: []  # that it stores beside parameters and buffers
     counts: Callable[[Any], dict[Tensor, int]] = lambda layer: {}  # values in parameters that stand for more or fewer
 
@@ -73,3 +74,11 @@ def plain_layer(layer: nn.Module) -> nn.Module:
     carrier = carrier_of(layer)
     inner = layer if carrier is None else carrier.base(layer)
     return layer if inner is layer else plain_layer(inner)
+
+
+def float_type_of(module: nn.Module) -> torch.dtype:
+    """The type of the values that the module computes with."""
+    layers = [plain_layer(inner) for inner in module.modules()]
+    stated = next((layer.plain_dtype for layer in layers if hasattr(layer, "plain_dtype")), None)
+    types = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
+    return stated or next(iter(types), torch.float32)  # type: ignore[return-value]

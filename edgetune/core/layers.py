@@ -26,8 +26,9 @@ def select(
     skip: Iterable[str] = (),
     kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module,
     accept: Callable[[nn.Module], bool] | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, nn.Module]:
-    """Layers of `kind` whose name matches `include` and not `skip`, in the model's order.
+    """Layers of `kind` whose name matches `include` and not `skip`, in the model's order; and such of `others`.
 
     Raises `EdgetuneError` for each pattern of either list that matches no layer of that kind.
     """
@@ -37,6 +38,7 @@ def select(
     if not include:
         raise EdgetuneError("targets: no pattern given", action="name at least one layer or pattern")
     layers = {n: m for n, m in model.named_modules() if n and isinstance(m, kind) and (accept is None or accept(m))}
+    layers |= others or {}
     for setting, patterns in (("targets", include), ("skip", skip)):
         for pattern in patterns:
             if not any(matches(name, [pattern]) for name in layers):

@@ -59,6 +59,11 @@ def shares_tensors(tuner: Any) -> bool:
     return any(child is not tuner.model for child in tuner.children())
 
 
+def is_for_parameter(layer: nn.Module) -> bool:
+    """Whether peft adapts a bare parameter of any module, such as fused experts, by adding to it."""
+    return is_tuner(layer) and type(layer).__name__ == "ParamWrapper"
+
+
 def _is_auxiliary(layer: nn.Module) -> bool:
     """Whether peft keeps the layer with a trained copy (`modules_to_save`) or trained rows (trainable tokens)."""
     module = sys.modules.get("peft.utils.other")
@@ -96,7 +101,7 @@ def peft_tensors(layer: nn.Module) -> dict[str, Tensor]:
     inputs = probe_inputs(base_of(trial))
     expected = None if inputs is None else _try_outputs(trial, inputs)
     merged = _merge_tuner(trial, plain)
-    if merged is not None and (_matches(merged, inputs, expected) if inputs else _is_for_parameters(layer)):
+    if merged is not None and (_matches(merged, inputs, expected) if inputs else is_for_parameter(layer)):
         return _convert_to_stored(merged, plain)
     if inputs is not None and expected is not None and _is_linear(plain):
         linear = _read_affine_map(_in_float32(layer), plain)
@@ -153,11 +158,6 @@ def _merge_tuner(trial: Any, plain: nn.Module) -> nn.Module | None:
         return None
 
 
-def _is_for_parameters(layer: nn.Module) -> bool:
-    """Whether peft adapts a bare parameter of any module, such as fused experts, by adding to it."""
-    return type(layer).__name__ == "ParamWrapper"
-
-
 def _is_linear(plain: nn.Module) -> bool:
     return isinstance(plain, nn.Linear) or is_nf4(plain) or is_transposed(plain)
 
@@ -167,12 +167,12 @@ def _read_affine_map(trial: nn.Module, plain: Any) -> nn.Module:
     """The linear layer with the map of the tuner layer, read from its outputs at zero and at each unit vector."""
     width = plain.weight.shape[0] if is_transposed(plain) else plain.in_features
     device = plain.weight.device
-    bias = outputs_of(trial, (torch.zeros(1, width, device=device),))[0]
+    bias = outputs_of(trial, (torch.zeros(1, 1, width, device=device),))[0, 0]
     base = base_of(trial)
     if base.bias is not None:  # read without it: a small weight beside a large bias would be rounded away
         base.bias.zero_()  # type: ignore[operator]
-    offset = outputs_of(trial, (torch.zeros(1, width, device=device),))
-    weight = (outputs_of(trial, (torch.eye(width, device=device),)) - offset).T
+    offset = outputs_of(trial, (torch.zeros(1, 1, width, device=device),))
+    weight = (outputs_of(trial, (torch.eye(width, device=device)[None],)) - offset)[0].T
     linear = nn.Linear(width, len(bias), bias=plain.bias is not None or bool(bias.any()), device=device)
     linear.weight.copy_(weight)
     if linear.bias is not None:
@@ -193,4 +193,12 @@ def _convert_to_stored(merged: nn.Module, plain: nn.Module) -> dict[str, Tensor]
     return stored
 
 
-PEFT = Carrier(owns=is_peft, tensors=peft_tensors, base=base_of, base_name="base_layer")
+def _base_path(layer: Any) -> str:
+    """`base_layer`, and for a module whose parameters peft wraps one by one, as often as it does."""
+    path = "base_layer"
+    while is_for_parameter(layer) and is_for_parameter(layer := layer.base_layer):
+        path += ".base_layer"
+    return path
+
+
+PEFT = Carrier(owns=is_peft, tensors=peft_tensors, base=base_of, base_path=_base_path)

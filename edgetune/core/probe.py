@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from edgetune.core.experts import is_fused, width_of
 from edgetune.core.inputs import device_of
 from edgetune.core.modes import preserve_state
 
@@ -42,6 +43,10 @@ def probe_inputs(layer: nn.Module) -> tuple[Tensor, ...] | None:
         return (_normal(layer, _ROWS, *layer.normalized_shape),)
     if hasattr(layer, "in_features"):
         return (_normal(layer, _ROWS, 2, layer.in_features),)  # type: ignore[arg-type]
+    if is_fused(layer):  # every token is sent to every expert
+        number = len(layer.down_proj)  # type: ignore[arg-type]
+        chosen = torch.arange(number, device=device_of(layer)).expand(_ROWS, number)
+        return _normal(layer, _ROWS, width_of(layer)), chosen, _normal(layer, _ROWS, number)
     if isinstance(weight, Tensor) and 1 <= weight.dim() <= 2:  # transformers' Conv1D (in, out), custom norms
         return (_normal(layer, _ROWS, 2, weight.shape[0]),)
     return None

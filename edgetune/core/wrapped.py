@@ -53,7 +53,7 @@ OWN = Carrier(
     owns=lambda layer: isinstance(layer, Wrapped),
     tensors=lambda layer: layer.plain_tensors(),
     base=lambda layer: layer.base,
-    base_name="base",
+    base_path=lambda layer: "base",
     counts=lambda layer: {getattr(layer, name): 0 for name in layer.repeats},
 )
 
@@ -64,9 +64,8 @@ def keep_base_keys(layer: nn.Module) -> None:
     layer.register_load_state_dict_pre_hook(_lengthen_keys)  # type: ignore[no-untyped-call]
 
 
-def _base_name(layer: nn.Module) -> str:
-    carrier = carrier_of(layer)
-    return carrier.base_name if carrier is not None else OWN.base_name
+def _base_path(layer: nn.Module) -> str:
+    return (carrier_of(layer) or OWN).base_path(layer)
 
 
 def _own_names(layer: nn.Module) -> set[str]:
@@ -75,7 +74,7 @@ def _own_names(layer: nn.Module) -> set[str]:
 
 
 def _shorten_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    inner = f"{prefix}{_base_name(module)}."
+    inner = f"{prefix}{_base_path(module)}."
     for key in [k for k in state if k.startswith(inner)]:
         short = prefix + key[len(inner) :]
         if short in state:
@@ -88,4 +87,4 @@ def _lengthen_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: ob
     for key in [k for k in state if k.startswith(prefix)]:
         rest = key[len(prefix) :]
         if rest.partition(".")[0] not in own:
-            state[f"{prefix}{_base_name(module)}.{rest}"] = state.pop(key)
+            state[f"{prefix}{_base_path(module)}.{rest}"] = state.pop(key)

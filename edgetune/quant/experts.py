@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.core.experts import expert_shares, is_fused, projections
 from edgetune.core.layers import matches, replace
 
 
@@ -35,8 +36,7 @@ class SplitExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`(tokens, width)`; the other two are `(tokens, chosen)`."""
-        chosen = top_k_index[..., None] == torch.arange(self.number, device=top_k_index.device)
-        shares = (chosen * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+        shares = expert_shares(top_k_index, top_k_weights, self.number).to(hidden_states.dtype)
         up, down = self.names
         activate = self.gate._apply_gate if self.gate.has_gate else self.gate.act_fn
         total = torch.zeros_like(hidden_states)
@@ -84,17 +84,6 @@ def describe_split(model: nn.Module) -> str:
 def linear_names(name: str, fused: Any) -> list[str]:
     """The names that the linears of a fused module get."""
     return [f"{name}.{number}.{own}" for number in range(len(fused.down_proj)) for own in projections(fused)]
-
-
-def projections(fused: Any) -> tuple[str, str]:
-    """The names of the first and the second product of each expert."""
-    return ("gate_up_proj" if fused.has_gate else "up_proj", "down_proj")
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether it holds the experts of a mixture as transformers does, on one device."""
-    weight = module._parameters.get("down_proj")
-    return weight is not None and weight.dim() == 3 and hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
 def _linear(fused: Any, name: str, number: int) -> nn.Linear:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
+from edgetune.core.experts import is_fused
 from edgetune.core.freed import release_freed_memory
 from edgetune.core.layers import matches, select
 from edgetune.core.numbers import format_percent
@@ -21,7 +22,7 @@ from edgetune.core.plain import computed_tensor, refuse_computed
 from edgetune.core.technique import Sample
 from edgetune.lean.reads import readers_of, refuse_readers
 from edgetune.quant.blocks import quantize_weight
-from edgetune.quant.experts import describe_split, is_fused, split_wanted_experts
+from edgetune.quant.experts import describe_split, split_wanted_experts
 from edgetune.quant.padded import PaddedLinear, can_pad, pad_inputs, unpad_inputs
 from edgetune.quant.rounding import LEAST_GROUP, Grid, Rule, absmax_codes
 from edgetune.quant.size import parameter_count, weight_bits

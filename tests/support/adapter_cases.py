@@ -7,6 +7,8 @@ from edgetune.adapt.glora import GLoRA
 from edgetune.adapt.lock import Lock
 from edgetune.adapt.lora import LoRA
 from edgetune.adapt.lora_guard import LoRAGuard
+from edgetune.adapt.perft import PERFT
+from edgetune.adapt.poly import Poly
 from edgetune.adapt.prompt import Prompt
 from edgetune.adapt.sherl import SHERL
 from edgetune.lean.technique import Lean
@@ -14,6 +16,7 @@ from edgetune.quant.nf4 import NF4
 from edgetune.quant.qat import QAT
 from edgetune.sparse.update import SparseUpdate
 from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, cnn, llama, mlp, pictures, tokens, vectors
+from support.mixtures import ids, mixture
 from support.towers import clip, pairs
 
 ADAPTER_CASES = [
@@ -34,6 +37,10 @@ ADAPTER_CASES = [
     ),
     Case("lora-llama", (LoRA(rank=2, targets=("*.q_proj", "*.v_proj")),), llama, tokens),
     Case(
+        "lora-mixture", (LoRA(rank=2, targets=("*_proj",), depth="last-1"),), mixture, ids, exports=True,
+        unmatched=LoRA(targets=("*.experts.nothing",)),
+    ),
+    Case(
         "sparse-lora-bert", (SparseUpdate(scheme="last-1"), LoRA(rank=2, targets=("bert.encoder.layer.0.*.query",))),
         bert, tokens, keeps_less=True,
     ),
@@ -53,6 +60,14 @@ ADAPTER_CASES = [
         "bottleneck-bert", (Bottleneck(targets=("*.output.dense",), width=4, activation="silu"),), bert, tokens,
         merges=False, same_keys=False,
     ),
+    Case(
+        "perft-routed", (PERFT(rank=2, adapters=3, scale=2.0),), mixture, ids, merges=False, same_keys=False,
+        exports=True, unmatched=PERFT(targets=NOTHING),
+    ),
+    Case(
+        "perft-embedded", (PERFT(form="embedded", rank=2, activation="silu"),), lambda: mixture("Olmoe"), ids,
+        merges=False, same_keys=False, exports=True,
+    ),
     Case("glora-mlp", (GLoRA(rank=4, targets=BLOCKS),), mlp, vectors, exports=True, unmatched=GLoRA(targets=NOTHING)),
     Case(
         "glora-paths-bert",
@@ -70,6 +85,18 @@ ADAPTER_CASES = [
         llama, tokens, same_keys=False,
     ),
     Case("glora-qat-mlp", (GLoRA(rank=2, targets=BLOCKS, paths={"*": {}}), QAT()), mlp, vectors, ROUNDED, error=0.2),
+    Case(
+        "poly-bert", (Poly(tasks=("a", "b"), task="b", skills=3, rank=2, targets=ATTENTION),), bert, tokens,
+        exports=True, unmatched=Poly(tasks=("a",), targets=NOTHING),
+    ),
+    Case(
+        "sparse-mhr-llama",
+        (
+            SparseUpdate(scheme={"*": "frozen", "lm_head": "full"}),
+            Poly(tasks=("a", "b", "c"), task="a", heads=4, rank=2, targets=("*.q_proj", "*.v_proj")),
+        ),
+        llama, tokens,
+    ),
     Case("sherl-mlp", (SHERL(width=4),), mlp, vectors, merges=False, same_keys=False, keeps_less=True, exports=True),
     Case(
         "sparse-sherl-bert", (SparseUpdate(scheme={"*": "frozen", "classifier": "full"}), SHERL(width=4)), bert, tokens,
