@@ -35,7 +35,7 @@ class GuardedModel(nn.Module):
     runs, and only then: `base` computes and generates bit by bit what it did before, whatever the guard has learned.
     """
 
-    def __init__(self, base: nn.Module, widths: Mapping[str, tuple[int, int]], settings: Any) -> None:
+    def __init__(self, base: Any, widths: Mapping[str, tuple[int, int]], settings: Any) -> None:
         """`widths`: of the layers with a path; `settings` have `rank`, `alpha` and `classes`, and are saved with it."""
         super().__init__()
         self.base: Any = base
@@ -44,7 +44,7 @@ class GuardedModel(nn.Module):
         rank, scale = settings.rank, settings.alpha / settings.rank
         paths = {name: GuardPath(inputs, outputs, rank, scale) for name, (inputs, outputs) in widths.items()}
         self.paths = nn.ModuleDict({name.replace(".", "__"): path for name, path in paths.items()})
-        self.head = nn.Linear(self.base.get_output_embeddings().weight.shape[-1], len(self.classes))
+        self.head = nn.Linear(base.get_output_embeddings().weight.shape[-1], len(self.classes))
         keep_base_keys(self)
         self.train(base.training)
 

@@ -92,11 +92,10 @@ def export_language(
     """
     path = Path(path)
     check_types(dtype, cache_dtype)
-    guarded = model if isinstance(model, GuardedModel) else None
-    if guarded is not None:
+    outer = model
+    if isinstance(outer, GuardedModel):
         check_guard(dtype, adapters)
-        guarded, converted = _convert_to_float32(guarded)
-        model = guarded.base
+        model = outer.base
     chosen = _choose_target(model, path, max_tokens, prefill_tokens, device, target)
     backend_tokenizer = without_truncation(tokenizer)
     text = backend_tokenizer.to_str()
@@ -107,8 +106,9 @@ def export_language(
     # a text-generation program has no fixed window of tokens to preprocess
     metadata = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
     floats, stored = TORCH_DTYPES[dtype], cache_dtype or dtype
-    if guarded is None:
-        model, converted = _convert_to_float32(model)
+    outer, converted = _convert_to_float32(outer)
+    guarded = outer if isinstance(outer, GuardedModel) else None
+    model = outer if guarded is None else guarded.base
     check_narrow(model, floats)
     sides = None if adapters is None else read_adapters(adapters, form, model, chosen, dtype)
     guard = None if guarded is None else guard_method(guarded, prompts, tokenizer, spec, carried)
