@@ -73,6 +73,7 @@ __all__ = [
     "VeRA",
     "WaveFT",
     "apply",
+    "combine_adapters",
     "evaluate",
     "export",
     "export_language",
@@ -93,6 +94,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from edgetune.adapt.bottleneck import Bottleneck
+    from edgetune.adapt.combine import combine_adapters
     from edgetune.adapt.families import (
         BEFT,
         BOFT,
@@ -202,6 +204,7 @@ else:
         "Ternary": "quant.ternary",
         "Train": "train.settings",
         "apply": "core.apply",
+        "combine_adapters": "adapt.combine",
         "evaluate": "run.predicting",
         "export": "export",
         "export_language": "export.language",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,17 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         adapted = [plain_name(n) for n, m in model.named_modules() if is_tuner(m)]
         if select_targets(config.target_modules, every) != adapted:
             config.target_modules = exact_targets(every, adapted)
-    config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors = {plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
-    with replace_files(folder / WEIGHTS) as (temporary,):
-        require("safetensors.torch", "lora").save_file(tensors, temporary, metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
+    write_adapter(folder, {plain_name(key): value for key, value in state.items()}, config, model)
     return folder
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Any, model: nn.Module) -> None:
+    """Write peft's two files for an adapter of `model`, whose name or path goes into the config."""
+    config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    with replace_files(folder / WEIGHTS) as (temporary,):
+        require("safetensors.torch", "lora").save_file(own, temporary, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from edgetune.adapt.files import write_adapter
 from edgetune.adapt.frozen_base import freeze_base, restore_base
 from edgetune.adapt.virtual_tokens import VirtualTokens
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import replace_files
 from edgetune.core.inputs import cache_argument, device_of, takes_argument
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
@@ -74,14 +74,9 @@ class Prompt(Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save the vectors in `folder/adapter`, in peft's format."""
-        tokens, folder = model.get_submodule("prompt"), folder / "adapter"
-        config = self._config(model)
+        config, tokens = self._config(model), model.get_submodule("prompt")
         config.inference_mode = True
-        config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        vectors = tokens.current().detach().cpu().contiguous().clone()  # type: ignore[operator]
-        with replace_files(folder / "adapter_model.safetensors") as (temporary,):
-            require("safetensors.torch", "lora").save_file({"prompt_embeddings": vectors}, temporary)
-            config.save_pretrained(str(folder))
+        write_adapter(folder / "adapter", {"prompt_embeddings": tokens.current()}, config, model)  # type: ignore[operator]
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """The vectors in `state`, as constants."""
