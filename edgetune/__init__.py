@@ -26,6 +26,7 @@ __all__ = [
     "SHERL",
     "TECHNIQUES",
     "AdaMSS",
+    "AdaptionPrompt",
     "Bits",
     "Bottleneck",
     "DeLoRA",
@@ -68,6 +69,7 @@ __all__ = [
     "Ternary",
     "TinyLoRA",
     "Train",
+    "TrainableTokens",
     "UniLoRA",
     "VBLoRA",
     "VeRA",
@@ -93,6 +95,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgetune.adapt.adaption_prompt import AdaptionPrompt
     from edgetune.adapt.bottleneck import Bottleneck
     from edgetune.adapt.combine import combine_adapters
     from edgetune.adapt.families import (
@@ -124,6 +127,7 @@ if TYPE_CHECKING:
         SHiRA,
         SuperTuning,
         TinyLoRA,
+        TrainableTokens,
         UniLoRA,
         VBLoRA,
         VeRA,
@@ -175,6 +179,7 @@ else:
     from types import ModuleType
 
     _HOMES = {
+        "AdaptionPrompt": "adapt.adaption_prompt",
         "Bits": "quant.bits",
         "Bottleneck": "adapt.bottleneck",
         "EdgetuneError": "core.technique",
@@ -225,8 +230,8 @@ else:
     _FAMILIES = (
         "BEFT", "BOFT", "C3A", "DEFT", "HRA", "IA3", "OFT", "OSF", "PSOFT", "AdaMSS", "DeLoRA", "FRoD",
         "FourierFT", "GraLoRA", "HiRA", "LNTuning", "Lily", "LoHa", "LoKr", "MiSS", "PEANuT", "PVeRA",
-        "PeftGLoRA", "RandLoRA", "RoAd", "SHiRA", "SuperTuning", "TinyLoRA", "UniLoRA", "VBLoRA", "VeRA",
-        "WaveFT",
+        "PeftGLoRA", "RandLoRA", "RoAd", "SHiRA", "SuperTuning", "TinyLoRA", "TrainableTokens", "UniLoRA", "VBLoRA",
+        "VeRA", "WaveFT",
     )  # fmt: skip
     _HOMES |= dict.fromkeys(_FAMILIES, "adapt.families")
 

@@ -12,6 +12,7 @@ import edgetune as et
 from edgetune.adapt.deltas import read_deltas
 from edgetune.core.errors import EdgetuneError
 from edgetune.export.inspect import inspect
+from edgetune.program.artifact import Artifact
 from edgetune.program.manifest import AdapterForm
 from support.adapters import save_lora
 from support.family_cases import BLOCK, small
@@ -25,6 +26,12 @@ def trained(technique: et.Technique, folder: Path) -> Path:
     model = et.apply(mlp(), technique)
     fit(model, vectors(), steps=10)
     return et.save_adapter(model, folder)
+
+
+def _described(artifact: Artifact) -> dict[str, str]:
+    beside = inspect(artifact.path).beside
+    assert beside is not None
+    return dict(beside.adapters)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +63,10 @@ def test_they_run_beside_the_base_within_the_stated_error(
         adapted = logits(et.load_adapter(mlp(), folders[name]), vectors())
         for row, expected in zip(vectors(), adapted, strict=True):  # type: ignore[arg-type]
             (actual,) = artifact.run(row[None], adapter=name)
-            torch.testing.assert_close(actual[0], expected, atol=0.01, rtol=0.01)
-        assert (adapted - logits(mlp(), vectors())).abs().max() > 0.05
+            torch.testing.assert_close(actual[0], expected, atol=1e-3, rtol=0)
+        assert (adapted - logits(mlp(), vectors())).abs().max() > 0.02
         assert set(added) == {f"{layer}.weight" for layer in BLOCK}
-    text = dict(inspect(artifact.path).adapters)
+    text = _described(artifact)
     assert f"rank {files['loha'].rank}" in text["adapter loha"]
 
 
@@ -80,7 +87,7 @@ def test_a_rank_that_is_not_enough_is_refused_unless_it_was_stated(tmp_path: Pat
     s = [torch.linalg.svdvals(delta.double()) ** 2 for delta in read_deltas(folder, mlp()).tensors.values()]
     left = (sum(float(v[6:].sum()) for v in s) / sum(float(v.sum()) for v in s)) ** 0.5
     assert one.error == pytest.approx(left, rel=1e-3)
-    assert f"rank 6, {100 * left:.2g} % off LOKR" in dict(inspect(artifact.path).adapters)["adapter lokr"]
+    assert f"rank 6, {100 * left:.2g} % off LOKR" in _described(artifact)["adapter lokr"]
 
 
 def test_what_no_lora_can_stand_for_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -6,30 +6,38 @@ import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from edgetune.adapt.inject import ADAPTER, exact_targets, select_targets
 from edgetune.adapt.rewritten import to_plain_lora
+from edgetune.core.apply import active_techniques
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.files import replace_files
-from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
+from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded, unwrap_model
 from edgetune.core.peft_layers import TUNER, is_peft, is_peft_model, is_tuner, shares_tensors
 from edgetune.core.registry import require
 from edgetune.core.wrapped import without_parameterless
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before every key of a file
+FROZEN_A = "edgetune.frozen_a"  # in the metadata of a file whose first factors did not train
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` for plain peft to load. Returns the folder.
 
-    Layers that were trained fully are saved as peft's `modules_to_save`.
+    Layers that were trained fully are saved as peft's `modules_to_save`; of prompts, the vectors alone are saved.
     """
     folder = Path(folder)
     refuse_sharded(model)
+    tokens: Any = next((t for t in active_techniques(unwrap_model(model)) if hasattr(t, "save_tokens")), None)
+    if tokens is not None:
+        tokens.save_tokens(unwrap_model(model), folder)
+        return folder
     model, config = _adapted_model(model)
     with without_parameterless(model):
         state = adapter_state(model)
@@ -43,16 +51,20 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         adapted = [plain_name(n) for n, m in model.named_modules() if is_tuner(m)]
         if select_targets(config.target_modules, every) != adapted:
             config.target_modules = exact_targets(every, adapted)
-    write_adapter(folder, {plain_name(key): value for key, value in state.items()}, config, model)
+    frozen = any(".lora_A." in name and not p.requires_grad for name, p in model.named_parameters())
+    tensors = {plain_name(key): value for key, value in state.items()}
+    write_adapter(folder, tensors, config, model, {FROZEN_A: "true"} if frozen else {})
     return folder
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Any, model: nn.Module) -> None:
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Any, model: nn.Module, noted: Mapping[str, str] = NOTHING
+) -> None:
     """Write peft's two files for an adapter of `model`, whose name or path goes into the config."""
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replace_files(folder / WEIGHTS) as (temporary,):
-        require("safetensors.torch", "lora").save_file(own, temporary, metadata={"format": "pt"})
+        require("safetensors.torch", "lora").save_file(own, temporary, metadata={"format": "pt", **noted})
         config.save_pretrained(str(folder))
 
 

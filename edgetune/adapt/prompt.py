@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -74,9 +75,32 @@ class Prompt(Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save the vectors in `folder/adapter`, in peft's format."""
+        self.save_tokens(model, folder / "adapter")
+
+    def save_tokens(self, model: nn.Module, folder: Path) -> None:
+        """Save the vectors in `folder`, in peft's format."""
         config, tokens = self._config(model), model.get_submodule("prompt")
         config.inference_mode = True
-        write_adapter(folder / "adapter", {"prompt_embeddings": tokens.current()}, config, model)  # type: ignore[operator]
+        write_adapter(folder, {"prompt_embeddings": tokens.current()}, config, model)  # type: ignore[operator]
+
+    @classmethod
+    def load_tokens(cls, model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> Prompt:
+        """Put vectors on the model, in place, that train without a network; from the config and tensors of a file."""
+        kind = "prefix" if config.peft_type == "PREFIX_TUNING" else "prompt"
+        technique = cls.model_validate({"kind": kind, "tokens": config.num_virtual_tokens})
+        technique._refuse(model)
+        own, vectors = technique._config(model), state.get("prompt_embeddings", torch.empty(0))
+        shape = technique.tokens, own.token_dim * (2 * own.num_layers if kind == "prefix" else 1)
+        if vectors.shape != shape or len(state) > 1:
+            others = sorted(state.keys() - {"prompt_embeddings"})
+            raise EdgetuneError(
+                "the vectors do not fit this model", got=others or tuple(vectors.shape), allowed=[str(shape)], near="",
+                action="give the model that they were trained for, and a file with nothing else",
+            )  # fmt: skip
+        freeze_base(model, cls.name)
+        encoder = nn.Embedding.from_pretrained(vectors.float().to(device_of(model)), freeze=False)
+        VirtualTokens(technique.tokens, technique._heads(own), encoder).put_on(model)
+        return technique
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """The vectors in `state`, as constants."""
