@@ -79,6 +79,7 @@ EXAMPLES = {
     "glora": '- glora: {rank: 4, targets: ["*.query", "*.value"], paths: {"*": {A: none, B: low-rank, C: vector}}}\n',
     "glora-search": "- glora-search: {max_parameters: 50000, generations: 10}\n",
     "prompt": "- prompt: {kind: prefix, tokens: 8}\n",
+    "adaption-prompt": "- adaption-prompt: {tokens: 8, depth: last-4}\n",
     "sherl": "- sherl: {width: 16, late: 1}\n",
     "bottleneck": '- bottleneck: {targets: ["*.output.dense"], width: 16, activation: gelu}\n',
     "sparse-update": '- sparse-update: {scheme: {"encoder.layer.5": full, "*.query": bias, "*.output.dense": 0.25}}\n',
@@ -105,6 +106,7 @@ EXAMPLES = {
     "slice": '- sparse-update: {scheme: {"*.intermediate.dense": {ratio: 0.25, by: fisher}}}\n',
 }
 EXAMPLES |= {name: f'- {name}: {{targets: ["*.query", "*.value"]}}\n' for name in PEFT_FAMILIES}
+EXAMPLES["trainable_tokens"] = '- trainable_tokens: {targets: ["*.word_embeddings"], token_indices: [30522, 30523]}\n'
 EXAMPLES["ln_tuning"] = '- ln_tuning: {targets: ["*.LayerNorm"], also_train: [classifier]}\n'
 SECTIONS = {"model": "ModelSettings", "data": "DataSettings", "export": "ExportSettings", "profile": "ProfileSettings",
             "budget": "Budget"}  # fmt: skip

@@ -103,7 +103,7 @@ def test_16_bits() -> None:
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for model in (bert(), mlp()):
-        with pytest.raises(EdgetuneError, match="attention as in these models of transformers.*llama, mistral"):
+        with pytest.raises(EdgetuneError, match=r"attention as in these models of transformers.*llama, mistral"):
             et.apply(model, et.AdaptionPrompt())
     with pytest.raises(EdgetuneError, match="the model has 2 blocks"):
         et.apply(llama(), et.AdaptionPrompt(depth="last-3"))
@@ -115,6 +115,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     state = load_file(file)
     save_file({key: value for key, value in state.items() if "layers.0" not in key}, file)
     plain = llama()
-    with pytest.raises(EdgetuneError, match="the tokens do not fit this model: got .*layers.0"):
+    with pytest.raises(EdgetuneError, match=r"the tokens do not fit this model: got .*layers\.0"):
         et.load_adapter(plain, tmp_path)
     assert all(parameter.requires_grad for parameter in plain.parameters())

@@ -20,6 +20,7 @@ from support.family_cases import small
 from support.laws import ATTENTION, BLOCKS, bert, cnn, llama, logits, mlp, tokens, vectors
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of plain peft
 
 
 def save(make: Any, technique: et.Technique, folder: Path, seed: int) -> Path:
@@ -126,6 +127,31 @@ def test_ties_is_the_formula_of_the_paper(pair: list[Path]) -> None:
         added = (model.state_dict()[key] - bert().state_dict()[key]).flatten().numpy()
         np.testing.assert_allclose(added, expected, atol=1e-6)
         assert np.count_nonzero(expected) >= int(0.3 * tensor.numel())
+
+
+@pytest.mark.parametrize(
+    ("method", "theirs", "settings"),
+    [
+        ("linear", "linear", {}),
+        ("cat", "cat", {}),
+        ("svd", "svd", {"rank": 5}),
+        ("ties", "ties_svd", {"rank": 9, "density": 0.4}),
+    ],
+)
+def test_on_plain_loras_it_is_what_peft_computes(
+    method: Any, theirs: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    import peft
+
+    folders = [save_lora(bert(), tmp_path / name, ["query"], seed=n) for n, name in enumerate("ab")]
+    model = peft.PeftModel.from_pretrained(bert(), str(folders[0]), adapter_name="a")
+    model.load_adapter(str(folders[1]), adapter_name="b")
+    more = {"svd_rank": settings.get("rank"), "density": settings.get("density")}
+    model.add_weighted_adapter(["a", "b"], [0.6, 0.6], "c", theirs, **more)
+    et.combine_adapters(bert(), folders, tmp_path / "out", method=method, weights=[0.6, 0.6], **settings)
+    for key, added in deltas(tmp_path / "out").items():
+        layer = model.get_submodule(f"base_model.model.{key.removesuffix('.weight')}")
+        torch.testing.assert_close(added, layer.get_delta_weight("c").detach(), atol=1e-5, rtol=1e-4)  # type: ignore[operator]
 
 
 def test_dare_drops_at_random_and_rescales(pair: list[Path]) -> None:
@@ -278,5 +304,7 @@ def test_adapters_that_do_not_fit(pair: list[Path], tmp_path: Path) -> None:
     many = [save(bert, et.LoRA(rank=20, targets=ATTENTION), tmp_path / f"many{n}", n) for n in range(2)]
     refused("the ranks add up to more than the layer's width 32", *many, method="cat")
     refused("nothing is left of the adapters", pair[0], pair[0], weights=[1, -1])
+    with pytest.raises(EdgetuneError, match="linear adds up the factors of LoRAs, and without out there is none"):
+        et.combine_adapters(bert(), pair, method="linear")
     refused("already has an adapter", pair[0], model=loaded(pair[0]))
     assert not (tmp_path / "out").exists()

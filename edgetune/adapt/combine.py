@@ -2,7 +2,8 @@
 
 A task vector is what an adapter adds to the weights (Ilharco et al., 2022, arXiv:2212.04089). The weighted ones are
 summed, or first thinned (DARE, Yu et al., 2023, arXiv:2311.03099), or thinned and reconciled in sign (TIES, Yadav et
-al., 2023, arXiv:2306.01708), by peft's functions; peft's own `add_weighted_adapter` does it for plain LoRAs alone.
+al., 2023, arXiv:2306.01708), by peft's functions. peft's own `add_weighted_adapter` is for LoRAs alone, and wrong for
+those with `use_rslora`: its result takes their scale once more.
 """
 
 from __future__ import annotations
@@ -135,6 +136,9 @@ def _check(
         raise EdgetuneError(
             "weights: must be finite, and not all 0", got=weights, action="give weights such as [1, 0.5]"
         )
+    if method == "linear" and out is None:
+        message = "linear adds up the factors of LoRAs, and without out there is none"
+        raise EdgetuneError(message, got=method, action="use method='svd', which without out is the exact sum")
     if (density is None) == (method in THINNED) or (density is not None and not 0 < density <= 1):
         needed = "is above 0 and at most 1, such as 0.2" if method in THINNED else f"is for {', '.join(THINNED)}"
         raise EdgetuneError(f"density: the share of values to keep {needed}", got=density, action="change density")
@@ -152,13 +156,13 @@ def _read(folder: Path, model: nn.Module) -> _Saved:
         if bad is not None:
             action = "take a checkpoint from before the training diverged"
             raise EdgetuneError(f"{bad} has values that are NaN or infinite", action=action)
-        own = model.state_dict()
+        own = {key: value.cpu() for key, value in model.state_dict().items()}
         pairs = {key: value for key, value in state.items() if key not in own}
         plain = all(key.endswith(ENDINGS) and value.dim() == 2 for key, value in pairs.items())
         base = config.get("base_model_name_or_path")
         if not plain or beyond_low_rank(config) is not None:
             deltas = read_deltas(folder, model)
-            return _Saved(folder, base, frozenset(deltas.layers), {}, deltas.tensors)
+            return _Saved(folder, base, frozenset(deltas.layers), {}, {k: v.cpu() for k, v in deltas.tensors.items()})
         factors = factors_of(pairs, config, model)
         whole = {key: _subtract(key, value, own[key]) for key, value in state.items() if key in own}
         return _Saved(folder, base, frozenset(factors), factors, whole)
@@ -231,7 +235,10 @@ def _merge(model: nn.Module, deltas: Mapping[str, Tensor]) -> None:
     for name, added in layers.items():
         plain = plain_tensors(modules[name]) if hasattr(modules[name], "weight") else {}
         own = {**modules[name].state_dict(), **plain}
-        write_tensors(modules[name], {key: own[key] + delta if key in own else delta for key, delta in added.items()})
+        write_tensors(
+            modules[name],
+            {key: own[key] + delta.to(own[key].device) if key in own else delta for key, delta in added.items()},
+        )
 
 
 def _save(
@@ -253,7 +260,7 @@ def _save(
     tensors = {}
     for name in layers.keys() - targets.keys():
         for key, value in layers[name].state_dict().items():
-            tensors[f"{PREFIX}{name}.{key}"] = value + deltas.get(f"{name}.{key}", 0)
+            tensors[f"{PREFIX}{name}.{key}"] = (value.cpu() + deltas.get(f"{name}.{key}", 0)).to(value.dtype)
     for name, (a, b) in pairs.items():
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in _name_as_saved(targets[name], a, b).items()}
     ranks = {name: a.shape[0] for name, (a, _) in pairs.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from edgetune.adapt.families import FamilyAdapter
 from edgetune.core.registry import PEFT_FAMILIES, technique_class
-from support.laws import BLOCKS, NOTHING, Case, bert, mlp, tokens, vectors
+from support.laws import BLOCKS, NOTHING, Case, llama, mlp, tokens, vectors
 
 SMALL: dict[str, dict[str, Any]] = {
     "adamss": {"rank": 8, "num_subspaces": 2},
@@ -38,8 +38,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "waveft": {"n_frequency": 32},
 }
 BLOCK = ("blocks.1.up", "blocks.1.down")
-TARGETS = {"ln_tuning": ("blocks.1.norm",), "lily": BLOCKS, "trainable_tokens": ("*.word_embeddings",)}
-BASES: dict[str, tuple[Any, Any]] = {"trainable_tokens": (bert, tokens)}  # the others are tried on `mlp`
+TARGETS = {"ln_tuning": ("blocks.1.norm",), "lily": BLOCKS, "trainable_tokens": ("*.embed_tokens",)}
+BASES: dict[str, tuple[Any, Any]] = {"trainable_tokens": (llama, tokens)}  # the others are tried on `mlp`
 EXPORTED = ("ia3", "ln_tuning", "vera")  # all are plain once they are merged: these stand for the rest
 
 
