@@ -167,6 +167,9 @@ def test_what_is_missing_is_named_and_the_model_stays() -> None:
     with pytest.raises(EdgetuneError, match="works without dora"):
         et.LoRA(targets=BLOCKS, init="loftq", dora=True)
 
+    with pytest.raises(EdgetuneError, match="inputs are all 0 on the calibration batches"):
+        et.apply(mlp(), et.LoRA(rank=2, targets=("stem",), init="corda"), et.Sample.of(torch.zeros(2, 32)))
+
     model = mlp()
     model.add_module("idle", nn.Linear(4, 4))
     before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}

@@ -51,8 +51,9 @@ class LoRA(Adapter):
     """How the adapter starts: `pissa` and `olora` take the principal part out of the weight and train it (Meng et al.,
     2024, arXiv:2404.02948; Büyükakyüz, 2024, arXiv:2406.01775), `corda` the principal part on the inputs of calibration
     batches (Yang et al., 2024, arXiv:2406.05223); `orthogonal` starts both factors orthogonal, `eva` the first one in
-    the main directions of those inputs (Paischer et al., 2024, arXiv:2410.07170); `loftq` starts at what `nf4` rounded
-    off, so that the model begins nearer to the one before (Li et al., 2023, arXiv:2310.08659)."""
+    the main directions of those inputs, with one rank in all layers (Paischer et al., 2024, arXiv:2410.07170); `loftq`
+    starts at what `nf4` rounded off, so that the model begins nearer to the one before (Li et al., 2023,
+    arXiv:2310.08659)."""
     calibration_batches: int = Field(8, ge=1)
     """Batches of the sample for `corda` and `eva`."""
     frozen_a: bool = False

@@ -35,9 +35,8 @@ def start_from_inputs(init: Measured, model: nn.Module, layers: Mapping[str, Any
         action = "leave them out with skip, or give batches that use them"
         raise EdgetuneError(f"no calibration batch reaches {truncate_list(left, 4)}", got=init, action=action)
     for name, (a, b) in factors.items():
-        layers[name].lora_A[ADAPTER].weight.data.copy_(a)
+        _put(layers[name], a, b)
         if b is not None:
-            _put(layers[name], a, b)
             base_of(layers[name]).get_parameter("weight").data.sub_(b @ a)
 
 
@@ -53,6 +52,9 @@ def _principal_part(layer: Any, squares: Tensor) -> tuple[Tensor, Tensor]:
     `W C = U S V'`, so `W = U S (V' C^-1)`: with white inputs the directions of PiSSA.
     """
     plain, rank = base_of(layer), _rank(layer)
+    if not bool(squares.any()):  # peft would look for a damping for ever
+        message = "a layer's inputs are all 0 on the calibration batches, so no part of its weight is the principal one"
+        raise EdgetuneError(message, got=tuple(plain.get_parameter("weight").shape), action="leave it out with skip")
     plain.covariance_matrix = squares / squares.diagonal().mean()  # type: ignore[assignment]
     try:
         eigens = require("peft.tuners.lora.corda", "init: corda").collect_eigens_for_layer(plain, None)
@@ -68,15 +70,15 @@ def start_from_rounding(layers: Mapping[str, Any]) -> None:
 
     The base stays as it is packed. What is merged onto the original weight later is less by the same product.
     """
+    kept = {name: weight for name, layer in layers.items() if (weight := unpacked_weight(base_of(layer))) is not None}
+    if missing := [name for name in layers if name not in kept]:
+        raise EdgetuneError(
+            f"{missing[0]}: init loftq reads the weight before packing, which was not kept", got="loftq",
+            action="give et.apply nf4 and lora together, or set keep_original in nf4",
+        )  # fmt: skip
     for name, layer in layers.items():
         packed, rank = base_of(layer), _rank(layer)
-        unpacked = unpacked_weight(packed)
-        if unpacked is None:
-            raise EdgetuneError(
-                f"{name}: init loftq reads the weight before packing, which was not kept", got="loftq",
-                action="give et.apply nf4 and lora together, or set keep_original in nf4",
-            )  # fmt: skip
-        u, s, v = torch.linalg.svd(unpacked.float() - nf4_weight(packed).float(), full_matrices=False)
+        u, s, v = torch.linalg.svd(kept[name].float() - nf4_weight(packed).float(), full_matrices=False)
         roots = s[:rank].sqrt()
         a, b = roots[:, None] * v[:rank], u[:, :rank] * roots
         _put(layer, a, b)
@@ -88,7 +90,8 @@ def _rank(layer: Any) -> int:
     return rank
 
 
-def _put(layer: Any, a: Tensor, b: Tensor) -> None:
-    """Let the adapter start at `b @ a`."""
+def _put(layer: Any, a: Tensor, b: Tensor | None) -> None:
+    """Let the adapter start at `b @ a`, or at `a` and 0."""
     layer.lora_A[ADAPTER].weight.data.copy_(a)
-    layer.lora_B[ADAPTER].weight.data.copy_(b / layer.scaling[ADAPTER])
+    if b is not None:
+        layer.lora_B[ADAPTER].weight.data.copy_(b / layer.scaling[ADAPTER])
