@@ -98,7 +98,7 @@ class Prompt(Technique):
                 action="give the model that they were trained for, and a file with nothing else",
             )  # fmt: skip
         freeze_base(model, cls.name)
-        encoder = nn.Embedding.from_pretrained(vectors.float().to(device_of(model)), freeze=False)
+        encoder = nn.Embedding.from_pretrained(vectors.float().to(device_of(model)), freeze=False)  # type: ignore[no-untyped-call]
         VirtualTokens(technique.tokens, technique._heads(own), encoder).put_on(model)
         return technique
 
