@@ -55,7 +55,7 @@ def factorize(
             raise EdgetuneError(f"{name}: {setting} is above the layer's width {width}", got=rank, action=action)
         u, s, v = torch.linalg.svd(matrix.float(), full_matrices=False)
         kept = _needed_rank(s) if rank is None else rank
-        if kept * sum(widths_of(layers[name])) >= matrix.numel():
+        if kept * sum(widths_of(layers[name])) > matrix.numel():
             needed[name] = kept
         pairs[name] = v[:kept].contiguous(), (u[:, :kept] * s[:kept]).contiguous()
     if needed and rank is None:
