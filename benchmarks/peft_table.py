@@ -124,6 +124,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "SHIRA": {"r": 4},
     "SUPERTUNING": {"sparsity": 0.9},
     "TINYLORA": {},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 5]},
     "UNILORA": {},
     "VBLORA": {"num_vectors": 16, "vector_length": 16},
     "VERA": {"r": 8},
@@ -263,7 +264,8 @@ def file_kib(name: str) -> float:
     """The size of the file of a fresh adapter on a tiny BERT."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        targets = ("*.LayerNorm",) if name == "ln_tuning" else ATTENTION
+        own = {"ln_tuning": ("*.LayerNorm",), "trainable_tokens": ("*.word_embeddings",)}
+        targets = own.get(name, ATTENTION)
         more = {"feedforward": ()} if name == "ia3" else {}
         et.save_adapter(et.apply(bert(), small(name, targets, **more)), folder)
         return (Path(folder) / WEIGHTS).stat().st_size / 1024

@@ -81,6 +81,7 @@ EXAMPLES = {
     "prompt": "- prompt: {kind: prefix, tokens: 8}\n",
     "poly": '- poly: {tasks: [reviews, tickets], task: reviews, skills: 4, targets: ["*.query", "*.value"]}\n',
     "perft": "- perft: {form: routed, rank: 8, adapters: 4, top: 2}\n",
+    "adaption-prompt": "- adaption-prompt: {tokens: 8, depth: last-4}\n",
     "sherl": "- sherl: {width: 16, late: 1}\n",
     "bottleneck": '- bottleneck: {targets: ["*.output.dense"], width: 16, activation: gelu}\n',
     "lora_guard": '- lora_guard: {targets: ["*.q_proj", "*.v_proj"], classes: [harmful, harmless]}\n',
@@ -110,6 +111,7 @@ EXAMPLES = {
     "slice": '- sparse-update: {scheme: {"*.intermediate.dense": {ratio: 0.25, by: fisher}}}\n',
 }
 EXAMPLES |= {name: f'- {name}: {{targets: ["*.query", "*.value"]}}\n' for name in PEFT_FAMILIES}
+EXAMPLES["trainable_tokens"] = '- trainable_tokens: {targets: ["*.word_embeddings"], token_indices: [30522, 30523]}\n'
 EXAMPLES["ln_tuning"] = '- ln_tuning: {targets: ["*.LayerNorm"], also_train: [classifier]}\n'
 SECTIONS = {"model": "ModelSettings", "data": "DataSettings", "export": "ExportSettings", "profile": "ProfileSettings",
             "budget": "Budget"}  # fmt: skip

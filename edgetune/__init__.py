@@ -27,6 +27,7 @@ __all__ = [
     "SHERL",
     "TECHNIQUES",
     "AdaMSS",
+    "AdaptionPrompt",
     "Bits",
     "Bottleneck",
     "DeLoRA",
@@ -73,11 +74,13 @@ __all__ = [
     "Ternary",
     "TinyLoRA",
     "Train",
+    "TrainableTokens",
     "UniLoRA",
     "VBLoRA",
     "VeRA",
     "WaveFT",
     "apply",
+    "combine_adapters",
     "contrastive_loss",
     "evaluate",
     "export",
@@ -102,7 +105,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgetune.adapt.adaption_prompt import AdaptionPrompt
     from edgetune.adapt.bottleneck import Bottleneck
+    from edgetune.adapt.combine import combine_adapters
     from edgetune.adapt.families import (
         BEFT,
         BOFT,
@@ -132,6 +137,7 @@ if TYPE_CHECKING:
         SHiRA,
         SuperTuning,
         TinyLoRA,
+        TrainableTokens,
         UniLoRA,
         VBLoRA,
         VeRA,
@@ -190,6 +196,7 @@ else:
     from types import ModuleType
 
     _HOMES = {
+        "AdaptionPrompt": "adapt.adaption_prompt",
         "Bits": "quant.bits",
         "Bottleneck": "adapt.bottleneck",
         "EdgetuneError": "core.technique",
@@ -225,6 +232,7 @@ else:
         "Train": "train.settings",
         "apply": "core.apply",
         "contrastive_loss": "tasks.pairs",
+        "combine_adapters": "adapt.combine",
         "evaluate": "run.predicting",
         "export": "export",
         "export_language": "export.language",
@@ -249,8 +257,8 @@ else:
     _FAMILIES = (
         "BEFT", "BOFT", "C3A", "DEFT", "HRA", "IA3", "OFT", "OSF", "PSOFT", "AdaMSS", "DeLoRA", "FRoD",
         "FourierFT", "GraLoRA", "HiRA", "LNTuning", "Lily", "LoHa", "LoKr", "MiSS", "PEANuT", "PVeRA",
-        "PeftGLoRA", "RandLoRA", "RoAd", "SHiRA", "SuperTuning", "TinyLoRA", "UniLoRA", "VBLoRA", "VeRA",
-        "WaveFT",
+        "PeftGLoRA", "RandLoRA", "RoAd", "SHiRA", "SuperTuning", "TinyLoRA", "TrainableTokens", "UniLoRA", "VBLoRA",
+        "VeRA", "WaveFT",
     )  # fmt: skip
     _HOMES |= dict.fromkeys(_FAMILIES, "adapt.families")
 

@@ -37,6 +37,7 @@ def export(
     io_in_plan: bool = True,
     adapters: Mapping[str, str | Path] | None = None,
     form: AdapterForm = "inputs",
+    adapter_rank: int | None = None,
 ) -> Artifact:
     """Lower `model` to `path` (a `.pte`), verify that it computes the same, and write `model.json` next to it.
 
@@ -68,7 +69,9 @@ def export(
     outputs from the memory plan: the program then reads and writes the caller's memory, and XNNPACK may read up to
     64 bytes past the end of an input.
 
-    `adapters` are LoRA adapters for `model`, the plain base, by name: folders in peft's format. The program computes
+    `adapters` are adapters for `model`, the plain base, by name: folders in peft's format. One of another family than
+    LoRA becomes the nearest LoRA of `adapter_rank`, by default of the lowest rank within 1 % of what it adds to the
+    weights of every layer; `model.json` has the error. The program computes
     the base and a side path of two products beside each adapted layer, and every adapter is compared with the model
     that has it. With `form="inputs"` the matrices are inputs of the program, and each adapter is a small file
     `model.NAME.safetensors` of their values: a program changes its adapter from one call to the next, and zeros are the
@@ -102,4 +105,5 @@ def export(
         layout=Layout(external_data=external_data, io_in_plan=io_in_plan),
         adapters=adapters,
         form=form,
+        adapter_rank=adapter_rank,
     )

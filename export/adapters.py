@@ -116,11 +116,21 @@ def as_program_with(adapters: AdapterSet | None, model: nn.Module, inputs: Input
 
 
 def read_adapters(
-    folders: Mapping[str, str | Path], form: str, model: nn.Module, target: Target, dtype: str
-) -> AdapterSet:
-    """The adapters in `folders`, by name, for the plain base `model`. Raises `EdgetuneError` for one that cannot."""
-    _check_request(folders, form, target)
-    adapters = tuple(read_low_rank(name, folder, model) for name, folder in folders.items())
+    folders: Mapping[str, str | Path] | None, form: str, rank: int | None, model: nn.Module, target: Target, dtype: str
+) -> AdapterSet | None:
+    """The adapters in `folders`, by name, for the plain base `model`; `None` if there are none to be.
+
+    `rank`: of those of other families than LoRA. Raises `EdgetuneError` for an adapter that cannot.
+    """
+    if folders is None:
+        if rank is not None:
+            raise EdgetuneError("adapter_rank: there are no adapters", got=rank, action="leave it out")
+        return None
+    _check_request(folders, form, rank, target)
+    adapters = tuple(read_low_rank(name, folder, model, rank) for name, folder in folders.items())
+    if rank is not None and all(adapter.family == "LORA" for adapter in adapters):
+        message = "adapter_rank is for adapters of other families, and these are LoRAs, which keep their ranks"
+        raise EdgetuneError(message, got=rank, action="leave it out, or lower a rank with et.combine_adapters")
     layers = []
     for name, layer in model.named_modules():
         ranks = [adapter.factors[name][0].shape[0] for adapter in adapters if name in adapter.factors]
@@ -180,6 +190,8 @@ def prove_each(
                 size_bytes=len(content),
                 sha256=sha256_of(content),
                 rank=adapter.rank,
+                family=adapter.family,
+                error=adapter.error,
                 parity=proofs[-1][0],
             )
         )
@@ -201,7 +213,9 @@ def _merged(data: Path | None, adapter: bytes, form: AdapterForm) -> Iterator[Pa
         yield merged
 
 
-def _check_request(folders: Mapping[str, str | Path], form: str, target: Target) -> None:
+def _check_request(folders: Mapping[str, str | Path], form: str, rank: int | None, target: Target) -> None:
+    if rank is not None and rank < 1:
+        raise EdgetuneError("adapter_rank: must be at least 1", got=rank, action="leave it out, or give a rank")
     if form not in FORMS:
         raise EdgetuneError(
             "adapters are inputs of the program, or files that are loaded beside it", got=form, allowed=FORMS

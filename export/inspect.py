@@ -266,7 +266,7 @@ def _describe_adapters(path: Path, manifest: Manifest) -> tuple[tuple[str, str],
         proof = "not run" if difference is None else f"within {difference:.1e} of the largest value"
         state = _checksum(path.with_name(one.file), one.sha256)
         rows.append(
-            (f"adapter {one.name}", f"{one.file}, {format_size(one.size_bytes)}, rank {one.rank}, {proof}, {state}")
+            (f"adapter {one.name}", f"{one.file}, {format_size(one.size_bytes)}, {one.in_words}, {proof}, {state}")
         )
     change = "change those inputs" if spec.form == "inputs" else "load the program with another file"
     return (

@@ -69,12 +69,13 @@ def export_program(
     dtype: FloatType = "fp32",
     adapters: Mapping[str, str | Path] | None = None,
     form: str = "inputs",
+    adapter_rank: int | None = None,
 ) -> Artifact:
     """See `edgetune.export.export`."""
     check_types(dtype)
     chosen = choose_target(path, device, target)
     check_finalized(model)
-    sides = None if adapters is None else read_adapters(adapters, form, model, chosen, dtype)
+    sides = read_adapters(adapters, form, adapter_rank, model, chosen, dtype)
     if sides is not None and sides.form == "files":
         layout = replace(layout, external_data=True)
     floats = TORCH_DTYPES[dtype]

@@ -20,7 +20,7 @@ from edgetune.adapt.lora import LoRA
 from edgetune.core.apply import apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.registry import PEFT_FAMILIES
-from support.family_cases import small
+from support.family_cases import BASES, small
 from support.laws import ATTENTION, bert, fit, logits, mlp, tokens, vectors
 
 torch.set_num_threads(1)
@@ -29,6 +29,7 @@ pytestmark = [  # of plain peft: FRoD, BOFT, LN tuning
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
 
 families = pytest.mark.parametrize("name", PEFT_FAMILIES)
@@ -48,7 +49,8 @@ def plain_peft(technique: FamilyAdapter, model: nn.Module) -> Any:
     settings: dict[str, Any] = {theirs: getattr(technique, ours) for ours, theirs in technique.peft_fields.items()}
     settings |= {"feedforward_modules": ["blocks.1.down"]} if technique.name == "ia3" else {}
     return peft.get_peft_model(
-        model, config(target_modules=[target.removeprefix("blocks.*.") for target in technique.targets], **settings)
+        model,
+        config(target_modules=[t.removeprefix("blocks.*.").removeprefix("*.") for t in technique.targets], **settings),
     ).eval()
 
 
@@ -56,29 +58,30 @@ def plain_peft(technique: FamilyAdapter, model: nn.Module) -> Any:
 def test_plain_peft_loads_ours(name: str, tmp_path: Path) -> None:
     import peft
 
-    model = apply(mlp(), small(name, also_train=("classifier",)))
-    fit(model, vectors(), steps=5)
+    make, inputs = BASES.get(name, (mlp, vectors))
+    model = apply(make(), small(name, also_train=("lm_head" if name in BASES else "classifier",)))
+    fit(model, inputs(), steps=5)
     save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(mlp(), str(tmp_path)).eval()
-    expected = logits(model, vectors())
-    assert (expected - logits(mlp(), vectors())).abs().max() > 1e-3
-    torch.testing.assert_close(logits(theirs, vectors()), expected, atol=1e-6, rtol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path)).eval()
+    expected = logits(model, inputs())
+    assert (expected - logits(make(), inputs())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(theirs, inputs()), expected, atol=1e-6, rtol=1e-5)
 
 
 @families
 def test_ours_loads_plain_pefts_and_finalizes_both(name: str, tmp_path: Path) -> None:
-    technique = small(name)
-    theirs = plain_peft(technique, mlp())
-    fit(theirs, vectors(), steps=5)
+    technique, (make, inputs) = small(name), BASES.get(name, (mlp, vectors))
+    theirs = plain_peft(technique, make())
+    fit(theirs, inputs(), steps=5)
     theirs.save_pretrained(str(tmp_path))
-    expected = logits(theirs, vectors())
-    model = load_adapter(mlp(), tmp_path)
-    torch.testing.assert_close(logits(model, vectors()), expected, atol=1e-6, rtol=1e-5)
+    expected = logits(theirs, inputs())
+    model = load_adapter(make(), tmp_path)
+    torch.testing.assert_close(logits(model, inputs()), expected, atol=1e-6, rtol=1e-5)
     for adapted in (model, theirs) if technique.merges else ():
         plain = finalize(adapted)
-        assert [type(m) for m in plain.modules()] == [type(m) for m in mlp().modules()]
-        assert set(plain.state_dict()) == set(mlp().state_dict())
-        torch.testing.assert_close(logits(plain, vectors()), expected, atol=5e-5, rtol=1e-4)
+        assert [type(m) for m in plain.modules()] == [type(m) for m in make().modules()]
+        assert set(plain.state_dict()) == set(make().state_dict())
+        torch.testing.assert_close(logits(plain, inputs()), expected, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["loha", "ln_tuning", "randlora", "unilora", "vblora", "vera"])
@@ -144,7 +147,7 @@ def test_what_edgetune_cannot_train_on_is_not_loaded(
 
 def test_a_config_becomes_the_technique_that_made_it() -> None:
     for name in PEFT_FAMILIES:
-        technique, model = small(name), mlp()
+        technique, model = small(name), BASES.get(name, (mlp, vectors))[0]()
         chosen = technique.choose(model)
         config = technique.config(model, chosen, list(chosen))
         assert config.peft_type in peft_types()

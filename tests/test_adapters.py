@@ -17,15 +17,15 @@ from edgetune.adapt.adapter import Adapter
 from edgetune.adapt.families import FAMILIES, LEFT_OUT, FamilyAdapter
 from edgetune.adapt.layer_kinds import kind_of, widths_of
 from edgetune.adapt.lora import LoRA
-from edgetune.core.apply import apply, finalize
+from edgetune.core.apply import active_techniques, apply, finalize
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.peft_layers import is_peft, is_tuner
 from edgetune.core.registry import PEFT_FAMILIES, technique_class
 from edgetune.lean.saved import saved_bytes
 from edgetune.lean.technique import Lean
 from edgetune.quant.nf4 import NF4
-from support.family_cases import EXPORTED, small
-from support.laws import BLOCKS, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
+from support.family_cases import BASES, EXPORTED, small
+from support.laws import BLOCKS, bert, cnn, fit, llama, logits, loss_of, mlp, pictures, tokens, vectors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # FRoD's
@@ -38,7 +38,7 @@ def test_every_weight_family_of_peft_is_a_technique_or_named() -> None:
     import peft
     from peft.tuners.tuners_utils import BaseTuner
 
-    other = {"ADAPTION_PROMPT", "CARTRIDGE", "SHADOW", "TRAINABLE_TOKENS", "XLORA"}
+    other = {"ADAPTION_PROMPT", "CARTRIDGE", "SHADOW", "XLORA"}
     tuners = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()
     weights = {str(t.value) for t, kind in tuners if isinstance(kind, type) and issubclass(kind, BaseTuner)} - other
     assert weights == {*families.peft_types(), *(name.upper() for name in LEFT_OUT)}
@@ -54,7 +54,7 @@ def test_settings_are_those_of_pefts_config(name: str) -> None:
     for setting, field in kind.model_fields.items():
         assert (field.description or "").endswith("."), f"{name}.{setting}"
     with pytest.raises(EdgetuneError, match="unknown field"):
-        kind(targets=["*"], nonsense=1)
+        kind(targets=["*"], nonsense=1, **({"token_indices": [1]} if name == "trainable_tokens" else {}))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,8 @@ def test_settings_are_those_of_pefts_config(name: str) -> None:
         ("road", {"variant": "road_3"}, "must be one of the allowed values"),
         ("boft", {"boft_block_num": 2}, "peft refuses these settings"),
         ("supertuning", {"sparsity": 1.5}, "peft refuses these settings: sparsity must be in"),
+        ("trainable_tokens", {}, "token_indices"),
+        ("trainable_tokens", {"token_indices": []}, "token_indices: .*at least 1"),
         ("loha", {"depth": "last4"}, "depth"),
         ("loha", {"depth": 1.5}, "depth"),
     ],
@@ -114,9 +116,32 @@ def _with_targets(name: str, settings: dict[str, Any]) -> FamilyAdapter:
     return small(name, settings.pop("targets"), **settings)
 
 
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([3, 50], "token_indices: .*word_embeddings has 50 tokens: got .50"),
+        ([-1], "has 50 tokens"),
+        ([3, 3], "twice"),
+    ],
+)
+def test_tokens_that_the_table_has_not(rows: list[int], problem: str) -> None:
+    refused(bert(), small("trainable_tokens", ("*.word_embeddings",), token_indices=rows), problem)
+
+
+def test_only_the_named_tokens_change() -> None:
+    model = apply(llama(), small("trainable_tokens"))
+    torch.testing.assert_close(logits(model, tokens()), logits(llama(), tokens()), atol=0, rtol=0)
+    assert [p.shape for p in model.parameters() if p.requires_grad] == [(2, 32)]
+    fit(model, tokens())
+    table = finalize(model).get_parameter("model.embed_tokens.weight")
+    moved = (table - llama().get_parameter("model.embed_tokens.weight")).any(1)
+    assert moved.nonzero().flatten().tolist() == [5, 30]
+
+
 def test_a_4_bit_base_is_refused_where_it_breaks() -> None:
     model = apply(mlp(), NF4(block_size=32))
-    for name in [name for name, family in FAMILIES.items() if not family.four_bit and name != "ln_tuning"]:
+    others = ("ln_tuning", "trainable_tokens")  # of layers that are not packed
+    for name in [name for name, family in FAMILIES.items() if not family.four_bit and name not in others]:
         with pytest.raises(EdgetuneError, match=rf"has a 4-bit weight, which peft's {name} cannot adapt.*lora, beft"):
             apply(model, small(name))
         assert not any(is_tuner(module) for module in model.modules())
@@ -221,7 +246,13 @@ def test_a_frozen_first_factor_saves_no_input_and_comes_back(tmp_path: Path) -> 
     fit(frozen, vectors())
     expected = logits(frozen, vectors())
     et.save_adapter(frozen, tmp_path)
-    torch.testing.assert_close(logits(et.load_adapter(mlp(), tmp_path), vectors()), expected, atol=1e-6, rtol=0)
+    loaded = et.load_adapter(mlp(), tmp_path)
+    torch.testing.assert_close(logits(loaded, vectors()), expected, atol=1e-6, rtol=0)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in frozen.named_parameters() if p.requires_grad
+    }
+    (technique,) = active_techniques(loaded)
+    assert technique.frozen_a  # type: ignore[attr-defined]
     torch.testing.assert_close(logits(finalize(frozen), vectors()), expected, atol=2e-5, rtol=1e-4)
 
 
@@ -287,9 +318,10 @@ def test_the_kinds_of_layers_are_those_that_merge_exactly() -> None:
 @pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.merges and n not in EXPORTED])
 def test_every_merged_family_exports(name: str, tmp_path: Path) -> None:
     """Those of `EXPORTED` are in the laws."""
-    model = apply(mlp(), small(name))
-    fit(model, vectors())
-    artifact = et.export(finalize(model), vectors(), tmp_path / "model.pte", target="xnnpack", one_row=True)
+    make, inputs = BASES.get(name, (mlp, vectors))
+    model = apply(make(), small(name))
+    fit(model, inputs())
+    artifact = et.export(finalize(model), inputs(), tmp_path / "model.pte", target="xnnpack", one_row=True)
     assert artifact.manifest.main.parity.same_prediction_pct == 100
     assert artifact.manifest.main.parity.max_abs_difference < 1e-3
 

@@ -87,10 +87,9 @@ def test_a_pickle(refused: Callable[..., None], sound: Path, tmp_path: Path) -> 
     ("config", "message"),
     [
         (
-            {"peft_type": "LOHA"},
-            "two plain products: got 'LOHA'; allowed: LORA\n  next: convert it to LoRA first, or merge",
+            {"peft_type": "ADALORA"},
+            "no adapter of this family runs beside a base.*got 'ADALORA'; allowed: LORA, ADAMSS",
         ),
-        ({"use_dora": True}, "DoRA also scales each row"),
         ({"modules_to_save": ["classifier"]}, "layers that were trained whole.*classifier"),
         ({"init_lora_weights": "pissa_niter_4"}, "began by changing the weights of its base"),
         ({"bias": "all"}, "also trained biases"),
@@ -139,5 +138,5 @@ def test_adapters_of_the_command_line(tmp_path: Path) -> None:
             parse_adapters(asked)
     (tmp_path / "a=b").mkdir()
     assert parse_adapters([str(tmp_path / "a=b")]) == tmp_path / "a=b"
-    with pytest.raises(EdgetuneError, match="the form is for adapters with a name"):
+    with pytest.raises(EdgetuneError, match="--form is for adapters with a name"):
         export_from("hf:nothing", tmp_path / "model.pte", adapters=tmp_path, form="files")

@@ -52,6 +52,24 @@ def test_a_base_is_exported_with_adapters_and_predicts_with_each(
         copy_to_kit(path, find_platform("linux"), tmp_path / "kit")
 
 
+def test_adapters_are_combined_and_the_errors_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_bert(tmp_path / "base")
+    folders = [str(save_lora(model, tmp_path / name, ["query"], seed=n)) for n, name in enumerate(("en", "legal"))]
+    call = ["combine", f"hf:{tmp_path / 'base'}", *folders, "-o", str(tmp_path / "both")]
+    assert main([*call, "--weight", "1", "--weight", "-0.5"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'both'}: 1 layers of rank 8, ")
+    assert main([*call, "--method", "ties", "--density", "0.3", "--rank", "4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer["ranks"].values()) == {4}
+    assert 0.01 < answer["error"] < 1
+    path = tmp_path / "model.pte"
+    asked = ["--adapter", f"both={tmp_path / 'both'}"]
+    assert main(["export", f"hf:{tmp_path / 'base'}", "-o", str(path), *asked, "--adapter-rank", "4"]) == 2
+    assert "these are LoRAs, which keep their ranks" in capsys.readouterr().err
+    assert main([*call, "--weight", "1"]) == 2
+    assert "weights: there are 2 adapters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["inputs", "files"])
 def test_a_language_program_answers_with_each_adapter(
     form: AdapterForm, tmp_path: Path, capsys: pytest.CaptureFixture[str]

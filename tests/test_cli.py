@@ -20,6 +20,7 @@ from support.command_line import RECIPE, Answer, ledger, process
 
 VERBS = [
     "run",
+    "combine",
     "export",
     "kit",
     "lint",

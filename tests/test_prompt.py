@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import edgetune as et
@@ -50,6 +51,52 @@ def test_plain_peft_loads_what_was_trained_and_computes_the_same(kind: str, tmp_
     torch.testing.assert_close(trained, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(et.finalize(model), tokens()), expected, atol=1e-5, rtol=1e-5)
     assert set(model.state_dict()) == {*llama().state_dict(), "prompt.vectors"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_saved_trains_on(kind: str, tmp_path: Path) -> None:
+    model = et.apply(llama(), KINDS[kind])
+    fit(model, tokens(), steps=5)
+    trained = logits(model, tokens())
+    et.save_adapter(model, tmp_path / "first")
+    other = et.load_adapter(llama(), tmp_path / "first")
+    torch.testing.assert_close(logits(other, tokens()), trained, atol=1e-6, rtol=1e-5)
+    assert [name for name, p in other.named_parameters() if p.requires_grad] == ["prompt.encoder.weight"]
+    fit(other, tokens(), steps=5)
+    further = logits(other, tokens())
+    assert (further - trained).abs().max() > 1e-3
+    et.save_adapter(other, tmp_path / "second")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
+        expected = by_peft(llama(), tmp_path / "second")(**tokens()).logits[:, -10:]
+    torch.testing.assert_close(further, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(et.finalize(other), tokens()), further, atol=1e-5, rtol=1e-5)
+
+
+def test_plain_pefts_prompt_is_loaded_and_one_that_does_not_fit_is_not(tmp_path: Path) -> None:
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        theirs = peft.get_peft_model(llama(), config).eval()
+        theirs.save_pretrained(str(tmp_path))
+        with torch.no_grad():
+            expected = theirs(**tokens()).logits[:, -10:]
+    torch.testing.assert_close(logits(et.load_adapter(llama(), tmp_path), tokens()), expected, atol=1e-5, rtol=1e-5)
+    file = tmp_path / "adapter_model.safetensors"
+    wide = bert()
+    for tensors in (
+        {"prompt_embeddings": torch.zeros(3, 31)},
+        {"prompt_embeddings": torch.zeros(3, 32), "x": torch.ones(1)},
+    ):
+        save_file(tensors, file)
+        with pytest.raises(EdgetuneError, match="the vectors do not fit this model"):
+            et.load_adapter(wide, tmp_path)
+    assert not hasattr(wide, "prompt")
+    assert all(parameter.requires_grad for parameter in wide.parameters())
+    with pytest.raises(EdgetuneError, match="needs a model that states its embeddings"):
+        et.load_adapter(mlp(), tmp_path)
 
 
 def test_only_the_encoder_trains_and_the_text_keeps_its_length() -> None:

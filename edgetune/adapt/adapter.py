@@ -94,7 +94,7 @@ class Adapter(Technique):
             )
         )  # fmt: skip
         if self.depth is not None:
-            before = names_before(model, _first_block(model, self.depth))
+            before = names_before(model, last_blocks(model, self.depth)[0])
             chosen = {name: layer for name, layer in chosen.items() if not before & {name, name.rpartition(".")[0]}}
             if not chosen:
                 raise EdgetuneError("depth: all layers of targets are before these blocks", got=self.depth)
@@ -127,8 +127,8 @@ class Adapter(Technique):
             save_adapter(model, folder / "adapter")
 
 
-def _first_block(model: nn.Module, depth: str | float) -> str:
-    """The name of the first block that `depth` covers."""
+def last_blocks(model: nn.Module, depth: str | float) -> list[str]:
+    """The names of the blocks that `depth` covers."""
     blocks = blocks_of(model)
     if not blocks:
         raise EdgetuneError("depth: the model has no repeated blocks", got=depth, action="name the layers in targets")
@@ -136,7 +136,7 @@ def _first_block(model: nn.Module, depth: str | float) -> str:
     count = int(last[1]) if last else max(1, round(float(depth) * len(blocks)))
     if count > len(blocks):
         raise EdgetuneError(f"depth: the model has {len(blocks)} blocks", got=depth, action=f"last-{len(blocks)}")
-    return blocks[-count]
+    return list(blocks[-count:])
 
 
 def _reason(name: str, layer: Any, adapter: str) -> str:

@@ -48,6 +48,7 @@ class Family:
     left_out: tuple[str, ...] = ()  # settings of peft's that would do nothing here, or break it
     fixed: Mapping[str, object] = field(default_factory=dict)  # settings of peft's that edgetune sets
     described: Mapping[str, str] = field(default_factory=dict)  # texts of settings that peft leaves without
+    rows: str = ""  # the setting that lists rows of an embedding's table
 
 
 _ASA = (
@@ -152,6 +153,10 @@ FAMILIES = {
         "A few trained numbers in the singular directions of each weight (TinyLoRA; 2026, arXiv:2602.04118).",
         ("linear", "Conv1D", "embedding"), to_lora=True,
     ),
+    "trainable_tokens": Family(
+        "Train the vectors of some tokens, such as new ones.", ("embedding",), rows="token_indices",
+        described={"token_indices": "Numbers of the tokens, which are rows of the table."},
+    ),
     "unilora": Family(
         "One trained vector, from which all low-rank factors are taken (Uni-LoRA; 2025, arXiv:2506.00799).", LINEARS,
         exact=False, to_lora=True,
@@ -225,6 +230,7 @@ class FamilyAdapter(Adapter):
                 allowed=["lora", *able], near="", action=f'remove nf4, or put "{name}" in its skip',
             )  # fmt: skip
         width_in, width_out = widths_of(layer)
+        self._refuse_rows(name, width_in)
         rank = getattr(self, "rank", None)
         if self.family.bounded and rank and rank > min(width_in, width_out) > 0:
             raise EdgetuneError(
@@ -242,6 +248,15 @@ class FamilyAdapter(Adapter):
                         f"{name}: {setting} must divide {divided} {width}", got=size,
                         action=f'change it, or add "{name}" to skip',
                     )  # fmt: skip
+
+    def _refuse_rows(self, name: str, height: int) -> None:
+        """Raise for rows that the table of this height has not, or has once."""
+        rows: list[int] = getattr(self, self.family.rows) if self.family.rows else []
+        missing = [row for row in rows if not 0 <= row < height]
+        if missing or len(set(rows)) < len(rows):
+            problem = f"{name} has {height} tokens" if missing else "a token is listed twice"
+            action = "take the numbers that the tokenizer gives, each once"
+            raise EdgetuneError(f"{self.family.rows}: {problem}", got=missing or rows, action=action)
 
     def _feed_forward(self, chosen: dict[str, nn.Module]) -> list[str]:
         patterns: tuple[str, ...] = getattr(self, "feedforward", ())
@@ -275,6 +290,9 @@ def _make(name: str) -> type[FamilyAdapter]:
     if name == "ia3":
         text = "Patterns of the layers of `targets` whose inputs are scaled in place of their outputs."
         extra["feedforward"] = (tuple[str, ...], Field((), description=text))
+    if family.rows:
+        hint, own = fields[family.rows]
+        fields[family.rows] = (hint, Field(..., min_length=1, description=own.description))
     kind = create_model(title, __base__=FamilyAdapter, __module__=__name__, __doc__=family.summary, **fields, **extra)  # type: ignore[call-overload]
     kind.name, kind.family, kind.peft_name = name, family, peft_name
     kind.peft_fields = {ours: theirs.get(ours, ours) for ours in fields}

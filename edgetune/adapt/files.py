@@ -6,30 +6,38 @@ import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from edgetune.adapt.inject import ADAPTER, exact_targets, select_targets
 from edgetune.adapt.rewritten import to_plain_lora
+from edgetune.core.apply import active_techniques
 from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.files import replace_files
-from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded
+from edgetune.core.holders import COMPILED, PARALLEL, plain_name, refuse_sharded, unwrap_model
 from edgetune.core.peft_layers import TUNER, is_for_parameter, is_peft, is_peft_model, is_tuner, shares_tensors
 from edgetune.core.registry import require
 from edgetune.core.wrapped import without_parameterless
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before every key of a file
+FROZEN_A = "edgetune.frozen_a"  # in the metadata of a file whose first factors did not train
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` for plain peft to load. Returns the folder.
 
-    Layers that were trained fully are saved as peft's `modules_to_save`.
+    Layers that were trained fully are saved as peft's `modules_to_save`; of prompts, the vectors alone are saved.
     """
     folder = Path(folder)
     refuse_sharded(model)
+    tokens: Any = next((t for t in active_techniques(unwrap_model(model)) if hasattr(t, "save_tokens")), None)
+    if tokens is not None:
+        tokens.save_tokens(unwrap_model(model), folder)
+        return folder
     model, config = _adapted_model(model)
     with without_parameterless(model):
         state = adapter_state(model)
@@ -44,15 +52,18 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         if select_targets(config.target_modules, every) != adapted:
             config.target_modules = exact_targets(every, adapted)
         _warn_of_renamed_targets(model, config)
-    return write_adapter(model, config, state, folder)
+    frozen = any(".lora_A." in name and not p.requires_grad for name, p in model.named_parameters())
+    return write_adapter(model, config, state, folder, {FROZEN_A: "true"} if frozen else {})
 
 
-def write_adapter(model: nn.Module, config: Any, state: Mapping[str, Tensor], folder: Path) -> Path:
-    """Write peft's two files of an adapter for `model`. Returns the folder."""
+def write_adapter(
+    model: nn.Module, config: Any, state: Mapping[str, Tensor], folder: Path, noted: Mapping[str, str] = NOTHING
+) -> Path:
+    """Write peft's two files of an adapter for `model`, with `noted` beside the tensors. Returns the folder."""
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors = {plain_name(key): value.detach().contiguous().clone() for key, value in state.items()}
+    tensors = {plain_name(key): value.detach().cpu().contiguous().clone() for key, value in state.items()}
     with replace_files(folder / WEIGHTS) as (temporary,):
-        require("safetensors.torch", "lora").save_file(tensors, temporary, metadata={"format": "pt"})
+        require("safetensors.torch", "lora").save_file(tensors, temporary, metadata={"format": "pt", **noted})
         config.save_pretrained(str(folder))
     return folder
 

@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgetune.adapt.adapter import Adapter
+from edgetune.adapt.adaption_prompt import AdaptionPrompt
 from edgetune.adapt.families import from_config, peft_types
-from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS, AsPeftModel, adapter_state
+from edgetune.adapt.files import CONFIG, FROZEN_A, PREFIX, WEIGHTS, AsPeftModel, adapter_state
 from edgetune.adapt.inject import ADAPTER, inject, refuse_adapters, remove, select_targets
 from edgetune.adapt.layer_kinds import kind_of
-from edgetune.adapt.lora import LoRA
+from edgetune.adapt.lora import LoRA, freeze_first_factors
 from edgetune.adapt.poly import Poly
+from edgetune.adapt.prompt import Prompt
 from edgetune.core.apply import add_active_technique
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.experts import fused_weights
@@ -27,9 +29,17 @@ _UNSUPPORTED = (
     "modules_to_tie", "alora_invocation_tokens", "arrow_config", "sample_at_inference",
 )  # fmt: skip
 
+_TOKENS: dict[str, Any] = {  # of adapters that are no weights
+    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), Prompt.load_tokens),
+    "ADAPTION_PROMPT": AdaptionPrompt.load_tokens,
+}
+
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Load the adapter in `folder`, from edgetune or peft, into a plain model, in place. Every key must be used."""
+    """Load the adapter in `folder`, from edgetune or peft, into a plain model, in place. Every key must be used.
+
+    It trains on as it did before; of p-tuning and projected prefixes a file holds the vectors, which then train alone.
+    """
     peft, folder, outer = require("peft", "lora"), Path(folder), model
     model = unwrap_model(model)
     refuse_distributed(outer)
@@ -38,8 +48,19 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         if not (folder / file).is_file():
             raise EdgetuneError(f"{folder} holds no {file}", action="save with save_adapter or peft's save_pretrained")
     config = peft.PeftConfig.from_pretrained(str(folder))
+    with require("safetensors", "lora").safe_open(folder / WEIGHTS, "pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  no mapping
+        frozen_a = FROZEN_A in (opened.metadata() or {})
+    tokens = _TOKENS.get(str(getattr(config.peft_type, "value", config.peft_type)))
+    technique = _load_weights(model, config, state, frozen_a) if tokens is None else tokens(model, config, state)
+    add_active_technique(model, technique)  # so that et.finalize finalizes it
+    return rewrap_model(outer, model)
+
+
+def _load_weights(model: nn.Module, config: Any, state: dict[str, Tensor], frozen_a: bool) -> Adapter:
+    """Load an adapter of weights."""
+    peft = require("peft", "lora")
     _refuse_unsupported(config)
-    state = require("safetensors.torch", "lora").load_file(folder / WEIGHTS)
     names = _names(model, config, state)
     own = model.state_dict()
     whole = {key: value for key, value in state.items() if key.removeprefix(PREFIX) in own}
@@ -49,7 +70,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     config.inference_mode, config.modules_to_save = False, None
     fused = _fused_weights(model, config)
     plain = [name for name in names if kind_of(model.get_submodule(name)) != "experts"]
-    technique = _technique(config, [*plain, *fused])
+    technique = _technique(config, [*plain, *fused], frozen_a)
     starts = [getattr(config, name, True) for name in ("init_weights", "init_lora_weights", "init_ia3_weights")]
     exact = technique.starts_exact and False not in starts
     chosen = {name: model.get_submodule(name) for name in names}
@@ -59,9 +80,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     except EdgetuneError:
         remove(model, chosen)
         raise
+    if frozen_a:
+        freeze_first_factors(model.get_submodule(name) for name in names)
     _load_whole(model, {key.removeprefix(PREFIX): value for key, value in whole.items()})
-    add_active_technique(model, technique)  # so that et.finalize merges it
-    return rewrap_model(outer, model)
+    return technique
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -137,10 +159,11 @@ def _load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
             parameter.requires_grad_(True)
 
 
-def _technique(config: Any, names: list[str]) -> Adapter:
+def _technique(config: Any, names: list[str], frozen_a: bool) -> Adapter:
     """The technique that finalizes the adapter."""
     if config.peft_type == "LORA":
-        return LoRA(rank=config.r, alpha=max(1, round(config.lora_alpha)), targets=tuple(names))
+        alpha = max(1, round(config.lora_alpha))
+        return LoRA(rank=config.r, alpha=alpha, targets=tuple(names), frozen_a=frozen_a)
     if config.peft_type == "POLY":  # its file has no names of tasks
         tasks = tuple(map(str, range(config.n_tasks)))
         return Poly(tasks=tasks, rank=config.r, skills=config.n_skills, heads=config.n_splits, targets=tuple(names))

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgetune.adapt.deltas import read_deltas
+from edgetune.adapt.factorize import Pair, factorize, relative_error, to_matrix
+from edgetune.adapt.families import peft_types
 from edgetune.adapt.files import CONFIG, PREFIX, WEIGHTS
 from edgetune.adapt.layer_kinds import kind_of, widths_of
 from edgetune.core.errors import EdgetuneError
@@ -20,6 +23,7 @@ from edgetune.core.registry import require
 
 MERGE = "merge it instead: et.finalize(et.load_adapter(model, folder)), and export the result"
 PICKLED = "adapter_model.bin"
+ENDINGS = (".lora_A.weight", ".lora_B.weight")
 # Starts that take the adapter's first values out of the base's weight: the plain base would have them twice.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _BEYOND = (
@@ -34,7 +38,9 @@ class LowRank:
     """An adapter: of each layer A `(rank, in)`, and B `(out, rank)` with the adapter's scale, both in fp32."""
 
     name: str
-    factors: Mapping[str, tuple[Tensor, Tensor]]
+    factors: Mapping[str, Pair]
+    family: str = "LORA"  # peft's name of what it was
+    error: float = 0.0  # of what it adds to the weights, relative to what the adapter of that family adds
 
     @property
     def rank(self) -> int:
@@ -47,15 +53,27 @@ class LowRank:
         return sum(4 * (a.numel() + b.numel()) for a, b in self.factors.values())
 
 
-def read_low_rank(name: str, folder: str | Path, model: nn.Module) -> LowRank:
-    """The LoRA in `folder`, in peft's format, for the layers of the plain base `model`, which stays as it is.
+def read_low_rank(name: str, folder: str | Path, model: nn.Module, rank: int | None = None) -> LowRank:
+    """The adapter in `folder`, in peft's format, for the layers of the plain base `model`, which stays as it is.
 
-    Raises `EdgetuneError` for an adapter that two products beside each layer cannot represent, or that does not fit.
+    One of another family, and DoRA, becomes the nearest LoRA of `rank`, by default within 1 %. Raises `EdgetuneError`
+    for an adapter that two products beside each layer cannot represent, or that does not fit.
     """
     folder = Path(folder)
     try:
-        config = _read_config(folder)
-        return LowRank(name, _read_factors(folder / WEIGHTS, config, model))
+        config, state = read_files(folder)
+        if config.get("modules_to_save"):
+            raise EdgetuneError(
+                "the adapter has layers that were trained whole, which no side path can hold",
+                got=config["modules_to_save"],
+                action=f"put those layers into the base, or {MERGE}",
+            )
+        if is_convertible(config):
+            return _convert(name, folder, model, rank, "DORA" if config.get("use_dora") else str(config["peft_type"]))
+        problem = beyond_low_rank(config)
+        if problem is not None:
+            raise problem
+        return LowRank(name, factors_of(state, config, model))
     except EdgetuneError as error:
         raise error.within(f"adapter {name} ({folder})") from error.__cause__
 
@@ -65,7 +83,8 @@ def linear_widths(layer: nn.Module) -> tuple[int, int] | None:
     return widths_of(layer) if kind_of(layer) in ("linear", "Conv1D") else None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config of the adapter in `folder`, and its tensors in fp32 by their names in the base."""
     for file in (CONFIG, WEIGHTS):
         if (folder / file).is_file():
             continue
@@ -81,63 +100,73 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise EdgetuneError(f"{CONFIG} cannot be read: {error}", action="save the adapter anew") from error
-    _refuse_beyond(config)
-    return dict(config)
+    try:
+        state: dict[str, Tensor] = require("safetensors.torch", "lora").load_file(folder / WEIGHTS)
+    except Exception as error:  # the reader's own errors
+        raise EdgetuneError(f"{WEIGHTS} cannot be read: {error}", action="save the adapter anew") from error
+    return dict(config), {key.removeprefix(PREFIX): value.float() for key, value in state.items()}
 
 
-def _refuse_beyond(config: Mapping[str, Any]) -> None:
-    """Raise for what is more than a low-rank product beside each layer."""
+def is_convertible(config: Mapping[str, Any]) -> bool:
+    """Whether it is an adapter of weights that is no plain LoRA, but can be approximated by one."""
+    return config.get("peft_type") in peft_types()[1:] or bool(config.get("use_dora"))
+
+
+def beyond_low_rank(config: Mapping[str, Any]) -> EdgetuneError | None:
+    """The error for an adapter that is more than a low-rank product beside each layer; `None` for one that is not."""
     family = config.get("peft_type")
     if family != "LORA":
-        raise EdgetuneError(
-            "only LoRA runs beside a base as two plain products",
-            got=family,
-            allowed=["LORA"],
-            near="",  # LoHa is no slip of the finger
-            action=f"convert it to LoRA first, or {MERGE}",
-        )
-    if config.get("use_dora"):
-        raise EdgetuneError("DoRA also scales each row of the merged weight, which no side path can do", action=MERGE)
-    if config.get("modules_to_save"):
-        raise EdgetuneError(
-            "the adapter has layers that were trained whole, which no side path can hold",
-            got=config["modules_to_save"],
-            action=f"put those layers into the base, or {MERGE}",
+        return EdgetuneError(
+            "no adapter of this family runs beside a base as two products", got=family, allowed=peft_types(), near=""
         )
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGE_THE_BASE):
-        raise EdgetuneError(
+        return EdgetuneError(
             "the adapter began by changing the weights of its base, and does not fit the plain one",
             got=f"init_lora_weights: {start}",
             action="save it with peft's path_initial_model_for_weight_conversion, or merge it",
         )
     if config.get("bias", "none") != "none":
-        raise EdgetuneError("the adapter also trained biases of the base", got=config["bias"], action=MERGE)
+        return EdgetuneError("the adapter also trained biases of the base", got=config["bias"], action=MERGE)
     beyond = [name for name in _BEYOND if config.get(name)]
-    if beyond:
-        raise EdgetuneError("this adapter is more than LoRA", got=beyond, action=MERGE)
+    return EdgetuneError("this adapter is more than LoRA", got=beyond, action=MERGE) if beyond else None
 
 
-def _read_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    safetensors = require("safetensors.torch", "lora")
-    try:
-        state: dict[str, Tensor] = safetensors.load_file(file)
-    except Exception as error:  # the reader's own errors
-        raise EdgetuneError(f"{file.name} cannot be read: {error}", action="save the adapter anew") from error
-    state = {key.removeprefix(PREFIX): value.float() for key, value in state.items()}
-    endings = (".lora_A.weight", ".lora_B.weight")
-    strange = sorted(key for key in state if not key.endswith(endings))
+def _convert(name: str, folder: Path, model: nn.Module, rank: int | None, family: str) -> LowRank:
+    """The nearest LoRA to an adapter of another family."""
+    quantized = next((n for n, p in model.named_parameters() if type(p.data) is not Tensor), None)
+    if quantized is not None:
+        raise EdgetuneError(
+            f"{family} becomes a LoRA beside the base in floating point, and this one is quantized",
+            got=quantized,
+            action="convert it before: et.combine_adapters(base, [folder], out), and export with that folder",
+        )
+    deltas, matrices = read_deltas(folder, model), {}
+    for key, delta in deltas.tensors.items():
+        layer = model.get_submodule(key.rpartition(".")[0])
+        if linear_widths(layer) is None or not key.endswith(".weight"):
+            message = f"{family} changes {key}, and two products beside a linear layer change its weight alone"
+            raise EdgetuneError(message, got=type(layer).__name__, action=MERGE)
+        matrices[key.removesuffix(".weight")] = to_matrix(layer, delta)
+    layers = {key: model.get_submodule(key) for key in matrices}
+    factors = factorize(layers, matrices, rank, "adapter_rank")
+    return LowRank(name, factors, family, relative_error(matrices, factors))
+
+
+def factors_of(state: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Pair]:
+    """By layer of `model`, A and B with the adapter's scale. Raises for tensors of another kind, or that do not fit."""
+    strange = sorted(key for key in state if not key.endswith(ENDINGS))
     if strange:
         embeddings = [key for key in strange if ".lora_embedding_" in key]
         problem = "an adapter on an embedding is no product with its input" if embeddings else "a tensor is no LoRA's"
         raise EdgetuneError(problem, got=strange[0], action=MERGE)
-    names = sorted({key[: -len(endings[0])] for key in state})
+    names = sorted({key[: -len(ENDINGS[0])] for key in state})
     if not names:
         raise EdgetuneError("the adapter has no tensors", action="save it after training")
     modules = dict(model.named_modules())
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, Pair] = {}
     for name in names:
-        pair = tuple(state.get(name + ending) for ending in endings)
+        pair = tuple(state.get(name + ending) for ending in ENDINGS)
         factors[name] = _check_pair(name, modules.get(name), pair, modules)
         scale = _scale(config, name, factors[name][0].shape[0])
         factors[name] = factors[name][0].contiguous(), (scale * factors[name][1]).contiguous()
@@ -146,7 +175,7 @@ def _read_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> di
 
 def _check_pair(
     name: str, layer: nn.Module | None, pair: Iterable[Tensor | None], modules: Mapping[str, nn.Module]
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """A and B of a layer. Raises unless they fit it."""
     if layer is None:
         linears = [other for other, module in modules.items() if linear_widths(module) is not None]

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from edgetune.adapt.files import write_adapter
 from edgetune.adapt.frozen_base import freeze_base, restore_base
 from edgetune.adapt.virtual_tokens import VirtualTokens
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.files import replace_files
 from edgetune.core.inputs import cache_argument, device_of, takes_argument
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
@@ -74,14 +75,32 @@ class Prompt(Technique):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save the vectors in `folder/adapter`, in peft's format."""
-        tokens, folder = model.get_submodule("prompt"), folder / "adapter"
-        config = self._config(model)
+        self.save_tokens(model, folder / "adapter")
+
+    def save_tokens(self, model: nn.Module, folder: Path) -> None:
+        """Save the vectors in `folder`, in peft's format."""
+        config, tokens = self._config(model), model.get_submodule("prompt")
         config.inference_mode = True
-        config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        vectors = tokens.current().detach().cpu().contiguous().clone()  # type: ignore[operator]
-        with replace_files(folder / "adapter_model.safetensors") as (temporary,):
-            require("safetensors.torch", "lora").save_file({"prompt_embeddings": vectors}, temporary)
-            config.save_pretrained(str(folder))
+        write_adapter(model, config, {"prompt_embeddings": tokens.current()}, folder)  # type: ignore[operator]
+
+    @classmethod
+    def load_tokens(cls, model: nn.Module, config: Any, state: Mapping[str, Tensor]) -> Prompt:
+        """Put vectors on the model, in place, that train without a network; from the config and tensors of a file."""
+        kind = "prefix" if config.peft_type == "PREFIX_TUNING" else "prompt"
+        technique = cls.model_validate({"kind": kind, "tokens": config.num_virtual_tokens})
+        technique._refuse(model)
+        own, vectors = technique._config(model), state.get("prompt_embeddings", torch.empty(0))
+        shape = technique.tokens, own.token_dim * (2 * own.num_layers if kind == "prefix" else 1)
+        if vectors.shape != shape or len(state) > 1:
+            others = sorted(state.keys() - {"prompt_embeddings"})
+            raise EdgetuneError(
+                "the vectors do not fit this model", got=others or tuple(vectors.shape), allowed=[str(shape)], near="",
+                action="give the model that they were trained for, and a file with nothing else",
+            )  # fmt: skip
+        freeze_base(model, cls.name)
+        encoder = nn.Embedding.from_pretrained(vectors.float().to(device_of(model)), freeze=False)  # type: ignore[no-untyped-call]
+        VirtualTokens(technique.tokens, technique._heads(own), encoder).put_on(model)
+        return technique
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """The vectors in `state`, as constants."""

@@ -79,12 +79,16 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER",
-            help="A LoRA adapter in peft's format; may be repeated. One FOLDER without a name is merged.",
+            help="An adapter in peft's format; may be repeated. One FOLDER without a name is merged.",
         ),
     ] = None,
     form: Annotated[
         str | None,
         typer.Option(help="With named adapters: inputs (of the program, the default) or files (loaded beside it)."),
+    ] = None,
+    adapter_rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the LoRAs in place of other families; default: the lowest within 1 % of them."),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -115,6 +119,7 @@ def export(
             fastest_form=fastest_form,
             adapters=parse_adapters(adapter or []),
             form=form,  # type: ignore[arg-type]  # checked by the export, which names the forms
+            adapter_rank=adapter_rank,
         )
     if as_json:
         print_result(artifact.manifest.model_dump(mode="json"))
@@ -122,6 +127,8 @@ def export(
     carried = artifact.manifest.carried
     classes = f"classes: {truncate_list(carried.labels)}" if carried and carried.labels else ""
     notes = [f"note: {note}" for note in carried.notes] if carried else []
+    adapters = artifact.manifest.adapters
+    notes += [f"note: adapter {one.name}: {one.in_words}" for one in adapters.files if one.error] if adapters else []
     print_result("\n".join(filter(None, [f"{artifact.path}: {_program(artifact.program())}", classes, *notes])))
     return 0
 

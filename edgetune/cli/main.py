@@ -19,14 +19,14 @@ import typer
 from typer.core import TyperGroup
 
 from edgetune import __version__
-from edgetune.cli import export, generate, predict, profile, training
+from edgetune.cli import adapters, export, generate, predict, profile, training
 from edgetune.cli.devices import PLAIN, Json, devices, print_result
 from edgetune.cli.training import Overrides, RecipeName
 from edgetune.core.quiet import silence_command
 
 VERBS = (  # in the order of the work, which is the order of `edgetune --help`
-    "recipes", "run", "report", "export", "kit", "lint", "inspect", "predict", "eval", "generate", "profile", "devices",
-    "export-training", "train-pte", "pull", "env",
+    "recipes", "run", "report", "combine", "export", "kit", "lint", "inspect", "predict", "eval", "generate", "profile",
+    "devices", "export-training", "train-pte", "pull", "env",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ recipes = typer.Typer(help="List, copy and check recipes.", **PLAIN)
 app.add_typer(recipes, name="recipes")
 app.add_typer(devices, name="devices")
 
+app.command("combine")(adapters.combine)
 app.command("export")(export.export)
 app.command("kit")(export.kit)
 app.command("lint")(export.lint)

@@ -61,7 +61,7 @@ def merge_layer(layer: nn.Module) -> nn.Module:
         merged, before = _new_linear(plain, tensors), {}
     else:
         before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-        merged = _write(plain, tensors)
+        merged = write_tensors(plain, tensors)
     difference = (
         0.0 if expected is None or inputs is None else relative_difference(expected, outputs_of(merged, inputs))
     )
@@ -97,7 +97,7 @@ def _new_linear(packed: Any, tensors: dict[str, Tensor]) -> nn.Module:
     return linear.train(packed.training)
 
 
-def _write(plain: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+def write_tensors(plain: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Write the tensors into the plain layer, in place; a bias is added if there is none."""
     own = plain.state_dict(keep_vars=True)
     if not set(tensors) - {"bias"} <= set(own):

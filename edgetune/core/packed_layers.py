@@ -62,9 +62,23 @@ class MergeParity(NamedTuple):
 
 
 def original_weight(layer: nn.Module) -> Tensor | None:
-    """The weight before packing, if it was kept."""
+    """The weight before packing that adapters are merged onto, if it was kept for that."""
     original = getattr(layer, "original_weight", None)
     return original.tensor if isinstance(original, OriginalWeight) else None
+
+
+def unpacked_weight(layer: nn.Module) -> Tensor | None:
+    """The weight before packing, if it was kept for an adapter to start from or to be merged onto."""
+    unpacked = getattr(layer, "unpacked_weight", None)
+    return unpacked.tensor if isinstance(unpacked, OriginalWeight) else original_weight(layer)
+
+
+def subtract_start(layer: Any, product: Tensor) -> None:
+    """Forget the weight before packing, of which an adapter now has `product` `(out, in)`; keep what to merge onto."""
+    original = original_weight(layer)
+    if original is not None:
+        layer.original_weight = OriginalWeight(original - product.to(original))
+    layer.unpacked_weight = None
 
 
 def _tensors(layer: Any) -> dict[str, Tensor]:

@@ -170,6 +170,11 @@ class Technique(StepSettings):
         not."""
         return {}
 
+    @property
+    def reads_unpacked(self) -> bool:
+        """Whether `apply` reads the weights that packed ones had before."""
+        return False
+
     def adapt_to(self, later: Sequence[Technique]) -> Technique:
         """This technique with defaults adapted to the techniques that follow; settings that were given do not
         change."""

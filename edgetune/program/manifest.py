@@ -168,7 +168,14 @@ class AdapterFile(DataFile):
 
     name: str
     rank: int  # its own, the largest of its layers
+    family: str = "LORA"  # in peft's words, before a LoRA took its place
+    error: float = 0.0  # of what that LoRA adds to the weights, relative to what the adapter adds to them
     parity: Parity | None = None  # None: the program cannot run here
+
+    @property
+    def in_words(self) -> str:
+        """`rank 8`, or `rank 16, 0.7 % off LOHA`."""
+        return f"rank {self.rank}" + (f", {100 * self.error:.2g} % off {self.family}" if self.error else "")
 
 
 class AdaptersSpec(Record):

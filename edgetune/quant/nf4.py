@@ -7,6 +7,7 @@ or on the 16 values of a 4-bit float.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -57,6 +58,13 @@ class NF4(Technique):
     """The 16 values: quantiles of a normal distribution, or those of a 4-bit float."""
     merge_base: Literal["dequantized", "fp"] = "dequantized"
     """What adapters are merged onto: the rounded weights that they were trained on, or the original ones."""
+    keep_original: bool = False
+    """Keep the original weights until an adapter starts from them (`lora` with `init: loftq`, which sets this)."""
+
+    def adapt_to(self, later: Sequence[Technique]) -> Technique:
+        """With the original weights, for a technique that reads them."""
+        reads = any(technique.reads_unpacked for technique in later)
+        return self.model_copy(update={"keep_original": True}) if reads else self
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Replace the linear layers in place."""
@@ -87,6 +95,8 @@ class NF4(Technique):
             packed: Any = pack_linear(bnb, linear, self.block_size, self.double_quant, self.quant_type)
             if self.merge_base == "fp":
                 packed.original_weight = OriginalWeight(linear.weight.detach())
+            elif self.keep_original:
+                packed.unpacked_weight = OriginalWeight(linear.weight.detach())
             replace(model, name, packed)
         if not watched:
             watch_first_forward(model, chosen)

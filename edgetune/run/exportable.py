@@ -58,6 +58,7 @@ class Exportable:
     one_row: bool = True  # the program takes one row, not the whole example
     adapters: Mapping[str, Path] | None = None  # folders in peft's format, by name
     form: AdapterForm = "inputs"  # of the adapters
+    adapter_rank: int | None = None  # of the LoRAs in place of other families
 
 
 def set_cache(source: Exportable, max_tokens: int | None, dtype: KeyValueType | None = None) -> Exportable:
@@ -96,6 +97,7 @@ def to_program(source: Exportable, path: Path, *, device: str | None = None, tar
             external_data=source.external_data,
             adapters=source.adapters,
             form=source.form,
+            adapter_rank=source.adapter_rank,
         )
     else:
         artifact = export_language(
@@ -112,6 +114,7 @@ def to_program(source: Exportable, path: Path, *, device: str | None = None, tar
             carried=source.carried,
             adapters=source.adapters,
             form=source.form,
+            adapter_rank=source.adapter_rank,
         )
     if source.ledger is not None:
         write_card(artifact.path, artifact.manifest, source.ledger)

@@ -81,6 +81,7 @@ def export_from(
     fastest_form: bool = False,
     adapters: Mapping[str, Path] | Path | None = None,
     form: AdapterForm | None = None,
+    adapter_rank: int | None = None,
 ) -> Artifact:
     """Lower the model that `source` names to `path`.
 
@@ -103,12 +104,13 @@ def export_from(
         fastest_form: quantize the model first, if that is faster; see `choose_fastest`.
         adapters: adapters by name, as in `et.export`; or the folder of one, which is merged into the model.
         form: how the program gets one of several adapters, as in `et.export`; by default as inputs.
+        adapter_rank: of the LoRAs in place of adapters of other families, as in `et.export`.
     """
     check_types(dtype, cache_dtype)
-    if form is not None and not isinstance(adapters, Mapping):
-        raise EdgetuneError(
-            "the form is for adapters with a name", got=form, action="write --adapter NAME=FOLDER, or leave out --form"
-        )
+    for option, value in (("--form", form), ("--adapter-rank", adapter_rank)):
+        if value is not None and not isinstance(adapters, Mapping):
+            action = f"write --adapter NAME=FOLDER, or leave out {option}"
+            raise EdgetuneError(f"{option} is for adapters with a name", got=value, action=action)
     if fastest_form and isinstance(adapters, Mapping):
         message = "the fastest form may be one without layers for the adapters"
         raise EdgetuneError(message, action="leave out --fastest-form, or merge one adapter: --adapter FOLDER")
@@ -116,7 +118,7 @@ def export_from(
     if isinstance(adapters, Path):
         model = replace(model, model=finalize(load_adapter(model.model, adapters)).eval())
     elif adapters is not None:
-        model = replace(model, adapters=adapters, form=form or "inputs")
+        model = replace(model, adapters=adapters, form=form or "inputs", adapter_rank=adapter_rank)
     if model.generation is not None and (dynamic or external_data):
         message = "a text-generation program takes prompts of any length and contains its weights"
         raise EdgetuneError(message, action="leave out --dynamic and --ptd, or --language")

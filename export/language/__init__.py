@@ -67,6 +67,7 @@ def export_language(
     carried: Carried | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     form: AdapterForm = "inputs",
+    adapter_rank: int | None = None,
 ) -> Artifact:
     """Lower a transformers decoder to `path` (a `.pte`), verify that it generates the same text, and add its
     tokenizer.
@@ -84,7 +85,7 @@ def export_language(
     Writes `model.pte`, `model.json` and `model.tokenizer.json`. Raises `EdgetuneError` (exit code 5) if the model
     cannot be lowered, if the program does not run, or if fewer than `min_same_prediction_pct` of the tokens agree.
     Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
-    `adapters` and `form` are as in `et.export`; ExecuTorch's own language runner runs the form `files`.
+    `adapters`, `form` and `adapter_rank` are as in `et.export`; ExecuTorch's own language runner runs the form `files`.
 
     Of a model with `et.LoRAGuard` the program also has the method `guard`, over the same weights, which takes
     `input_ids` and `attention_mask` `(1, n)` and returns the logits of its classes. `carried.preprocessing` says how a
@@ -110,7 +111,7 @@ def export_language(
     guarded = outer if isinstance(outer, GuardedModel) else None
     model = outer if guarded is None else guarded.base
     check_narrow(model, floats)
-    sides = None if adapters is None else read_adapters(adapters, form, model, chosen, dtype)
+    sides = read_adapters(adapters, form, adapter_rank, model, chosen, dtype)
     guard = None if guarded is None else guard_method(guarded, prompts, tokenizer, spec, carried)
     with _as_program(model, max_tokens, floats, stored, sides) as (program, paths):
         prefill = min(prefill_tokens, max_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgetune.adapt.adaption_prompt import AdaptionPrompt
 from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.glora import GLoRA
 from edgetune.adapt.lock import Lock
@@ -34,6 +35,15 @@ ADAPTER_CASES = [
     Case(
         "lora-frozen-a-mlp", (LoRA(rank=2, targets=BLOCKS, init="orthogonal", frozen_a=True, depth="last-2"),), mlp,
         vectors, keeps_less=True,
+    ),
+    Case("lora-eva-bert", (LoRA(rank=2, targets=ATTENTION, init="eva"),), bert, tokens),
+    Case(
+        "lora-corda-llama", (LoRA(rank=2, targets=("*.q_proj", "*.up_proj"), init="corda", frozen_a=True),), llama,
+        tokens, same_weights=False,
+    ),
+    Case(
+        "nf4-lora-loftq-mlp", (NF4(block_size=32), LoRA(rank=4, alpha=8, targets=BLOCKS, init="loftq")), mlp, vectors,
+        error=0.15,
     ),
     Case("lora-llama", (LoRA(rank=2, targets=("*.q_proj", "*.v_proj")),), llama, tokens),
     Case(
@@ -103,6 +113,17 @@ ADAPTER_CASES = [
         merges=False, same_keys=False, keeps_less=True,
     ),
     Case("sherl-llama", (SHERL(width=4),), llama, tokens, merges=False, same_keys=False, keeps_less=True),
+    Case(
+        "adaption-prompt-llama", (AdaptionPrompt(tokens=3, depth="last-1"),), llama, tokens, merges=False,
+        same_keys=False, keeps_less=True, exports=True,
+    ),
+    Case(
+        "nf4-sparse-adaption-prompt-llama",
+        (
+            NF4(block_size=32), SparseUpdate(scheme={"*": "frozen", "lm_head": "full"}), AdaptionPrompt(tokens=2),
+        ),
+        llama, tokens, error=0.3, merges=False, same_keys=False,
+    ),
     Case("prompt-llama", (Prompt(tokens=3),), llama, tokens, error=3.0, merges=False, same_keys=False, exports=True),
     Case(
         "sparse-p-tuning-bert",
